@@ -1,0 +1,32 @@
+"""Train a PyTorch model from one JSON config, in the dialect of DeepSpeed's ``ds_config.json``.
+
+``initialize`` proves the config right and returns an engine that is called like the model. Names
+are loaded when they are first used: reading and validating configs needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.config import Config, ConfigError, Problem, load_config, validate
+    from engine.training import Engine, initialize
+
+__all__ = ["Config", "ConfigError", "Engine", "Problem", "initialize", "load_config", "validate"]
+
+_HOMES = {
+    "Config": "engine.config",
+    "ConfigError": "engine.config",
+    "Engine": "engine.training",
+    "Problem": "engine.config",
+    "initialize": "engine.training",
+    "load_config": "engine.config",
+    "validate": "engine.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""The libraries that train underneath an engine, one file each."""

@@ -1,0 +1,140 @@
+"""PyTorch alone: one process without any process group, or data parallelism (DDP) over many."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from engine.config import Config
+from engine.loss_scaling import LossScaler
+from engine.ranks import Ranks
+
+__all__ = ["PyTorchBackend"]
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class PyTorchBackend:
+    """Trains with PyTorch's own parts; parameters stay in float32, autocast runs the forward pass.
+
+    Args:
+        model: the user's module, already on the device of ``ranks``.
+        optimizer: of that module's parameters.
+        config: for precision, loss scaling and clipping.
+        ranks: with more than one, the process group has to be up.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, config: Config, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.model = model
+        self.optimizer = optimizer
+        self.grad_norm: float | None = None
+        self._precision = config.precision
+        self._autocast = _AUTOCAST.get(config.precision)
+        self._clipping = config.gradient_clipping
+        self._scaler = LossScaler(config.loss_scaling) if config.loss_scaling else None
+        self._parallel: DistributedDataParallel | None = None
+        if ranks.world_size > 1:
+            devices = [ranks.device] if ranks.device.type == "cuda" else None
+            self._parallel = DistributedDataParallel(model, device_ids=devices)
+        self._called: nn.Module = self._parallel or model
+
+    def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
+        """Call the model in the run's precision; ranks meet only in the last micro-batch."""
+        if self._parallel is not None:
+            # What DDP's own no_sync() sets; as an attribute it also reaches the backward pass.
+            self._parallel.require_backward_grad_sync = last_micro_batch
+        with self._precision_context():
+            return self._called(*args, **kwargs)
+
+    def _precision_context(self) -> AbstractContextManager[Any]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.ranks.device.type, dtype=self._autocast)
+
+    def backward(self, loss: Tensor, accumulation: int) -> None:
+        """Add the gradients of a loss, divided by the number of losses that an update averages."""
+        factor = self.loss_scale / accumulation
+        (loss if factor == 1.0 else loss * factor).backward()  # type: ignore[no-untyped-call]  # torch's own
+
+    def step(self) -> bool:
+        """Clip the gradients, update and clear them; return whether the update was applied.
+
+        Gradients that are not finite are cleared without an update, in every precision. After the
+        all-reduce they are the same on all ranks, and so is the verdict.
+        """
+        gradients = [
+            parameter.grad
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        scale = self.loss_scale
+        norm = _norm(gradients) / scale
+        finite = math.isfinite(norm)
+        if finite:
+            factor = 1.0 / scale
+            if 0 < self._clipping < norm:
+                factor *= self._clipping / (norm + 1e-6)
+            if factor != 1.0:
+                torch._foreach_mul_(gradients, factor)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.grad_norm = norm
+        if self._scaler is not None:
+            self._scaler.update(overflow=not finite)
+        return finite
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss that the next backward pass uses."""
+        return self._scaler.scale if self._scaler else 1.0
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        if self.ranks.world_size > 1:
+            dist.barrier()
+
+    def mean(self, value: float) -> float:
+        """Return the mean of a number over the ranks."""
+        if self.ranks.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.ranks.device)
+        dist.all_reduce(total)
+        return float(total) / self.ranks.world_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return model, optimizer and loss scale, which are the same on every rank."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss_scaler": self._scaler.state_dict() if self._scaler else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, optimizer: bool = True) -> None:
+        """Restore what `state_dict` returned, with or without the optimizer's part."""
+        self.model.load_state_dict(state["model"])
+        if optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self._scaler is not None and state["loss_scaler"] is not None:
+                self._scaler.load_state_dict(state["loss_scaler"])
+
+    def describe(self) -> str:
+        """Return what trains here, in words, for the log."""
+        how = f"DDP over {self.ranks.world_size} ranks" if self._parallel else "one process"
+        return f"PyTorch, {how}, {self.ranks.device}, {self._precision}"
+
+
+def _norm(gradients: list[Tensor]) -> float:
+    """The 2-norm of all gradients together, by one kernel for the lot of them."""
+    if not gradients:
+        return 0.0
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))

@@ -1,0 +1,185 @@
+"""A config that was proved right, resolved: every value in place, ready to run."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import schemas
+from engine.config.batch import BATCH_KEYS, BatchSizes, solve
+from engine.config.check import check
+from engine.config.document import Document, parse
+from engine.config.problems import ConfigError, Problem, pointer_to
+from engine.config.sections import SCHEMA, optimizer_name, optimizer_schema, with_defaults
+from schedules import Schedule, from_config
+
+__all__ = ["Config", "LossScaling", "Source", "load_config", "load_document", "validate"]
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LossScaling:
+    """How the loss of a float16 run is scaled, by the keys of the section ``fp16``."""
+
+    loss_scale: float
+    initial_scale_power: int
+    loss_scale_window: int
+    hysteresis: int
+    consecutive_hysteresis: bool
+    min_loss_scale: int
+
+
+@dataclass(frozen=True)
+class OptimizerBlock:
+    """An optimizer's proper name and all of its parameters."""
+
+    type: str
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A config that was proved right; defaults are filled in, derived values derived."""
+
+    name: str
+    batch: BatchSizes
+    gradient_clipping: float
+    precision: Literal["fp32", "bf16", "fp16"]
+    loss_scaling: LossScaling | None
+    optimizer: OptimizerBlock | None
+    schedule: Schedule[Any] | None
+    steps_per_print: int | None
+    dataloader_drop_last: bool
+    seed: int
+
+
+def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
+    """Return all that is wrong with a config, in the order of its places; nothing when it is right.
+
+    Args:
+        config: a path, or the config as a dict.
+        world_size: number of ranks to prove the batch sizes for; None: what holds for any number.
+
+    Raises:
+        ConfigError: there is no such file, or it is no text.
+
+    >>> [problem.rule for problem in validate({"train_batch_size": 8, "sheduler": {}})]
+    ['unknown-key']
+    """
+    return check(load_document(config), world_size)
+
+
+def load_config(config: Source, *, world_size: int = 1) -> Config:
+    """Return a config, proved right and resolved.
+
+    Args:
+        config: a path, or the config as a dict, which is not changed.
+        world_size: number of ranks that the run has.
+
+    Raises:
+        ConfigError: anything is wrong with it; ``problems`` holds all of it.
+
+    >>> print(load_config({"train_batch_size": 8}, world_size=2).batch)
+    batch 8 = 4 a rank x 1 accumulated x 2 ranks
+    """
+    document = load_document(config)
+    errors = [problem for problem in check(document, world_size) if problem.severity == "error"]
+    if errors:
+        raise ConfigError(document.name, errors)
+    return _resolve(document, world_size)
+
+
+def _resolve(document: Document, world_size: int) -> Config:
+    value = with_defaults(document.value, schemas.read(SCHEMA))
+    fp16, bf16 = value["fp16"], value["bf16"]
+    optimizer = None
+    if "optimizer" in value:
+        name = optimizer_name(value["optimizer"]["type"])
+        assert name is not None
+        params = with_defaults(value["optimizer"]["params"], optimizer_schema(name))
+        optimizer = OptimizerBlock(name, params)
+    enabled = fp16.pop("enabled")
+    return Config(
+        name=document.name,
+        batch=solve({key: value[key] for key in BATCH_KEYS if key in value}, world_size),
+        gradient_clipping=value["gradient_clipping"],
+        precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
+        loss_scaling=LossScaling(**fp16) if enabled else None,
+        optimizer=optimizer,
+        schedule=from_config(value["scheduler"]) if "scheduler" in value else None,
+        steps_per_print=value["steps_per_print"],
+        dataloader_drop_last=value["dataloader_drop_last"],
+        seed=value["engine"]["seed"],
+    )
+
+
+def load_document(config: Source) -> Document:
+    """Return the document of a config file or dict.
+
+    Raises:
+        ConfigError: there is no such file, or it is no text.
+    """
+    if isinstance(config, Mapping):
+        return _from_mapping(config)
+    path = Path(config)
+    name = str(config)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _unreadable(name, f"a config must be UTF-8 text, but byte {error.start} is not.") from None
+    except FileNotFoundError:
+        near = _nearest_file(path)
+        hint = f"The nearest is {near}." if near else f"{path.parent} holds no JSON file."
+        raise _unreadable(name, "a config must be a file, but there is none here.", hint) from None
+    except OSError as error:
+        raise _unreadable(name, f"a config must be a readable file, but: {error.strerror}.") from None
+    return parse(text, name)
+
+
+def _from_mapping(config: Mapping[str, Any]) -> Document:
+    problems = tuple(_unspeakable(config, ""))
+    value = config
+    if not problems:
+        # A copy by way of JSON: what is checked is what a file would hold, and nobody can change it.
+        value = json.loads(json.dumps(config, default=str))
+    return Document("config", value, problems=problems)
+
+
+def _unspeakable(value: Any, pointer: str) -> Iterator[Problem]:
+    """Yield what JSON cannot say: keys that are no strings, NaN, objects of other kinds."""
+    members: Any = ()
+    if isinstance(value, Mapping):
+        members = value.items()
+    elif isinstance(value, list | tuple):
+        members = enumerate(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        message = f"`{pointer}` must be a finite number, but is {value} instead."
+        yield Problem("not-finite", "error", pointer, 0, 0, message)
+    elif not isinstance(value, str | int | float | bool | None):
+        message = f"`{pointer}` must be a value that JSON has, but is {value!r} instead."
+        yield Problem("wrong-type", "error", pointer, 0, 0, message)
+    for key, below in members:
+        if isinstance(value, Mapping) and not isinstance(key, str):
+            message = f"a key of `{pointer or 'the config'}` must be a string, but is {key!r}."
+            yield Problem("wrong-type", "error", pointer, 0, 0, message)
+        yield from _unspeakable(below, pointer_to(pointer, key))
+
+
+def _unreadable(name: str, message: str, hint: str = "") -> ConfigError:
+    return ConfigError(name, [Problem("unreadable", "error", "", 0, 0, message, hint)])
+
+
+def _nearest_file(path: Path) -> Path | None:
+    folder = path.parent
+    if not folder.is_dir():
+        return None
+    names = sorted(other.name for other in folder.glob("*.json"))
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.3) or names[:1]
+    return folder / near[0] if near else None

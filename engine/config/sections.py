@@ -1,0 +1,63 @@
+"""Which JSON schema holds for which part of a config, and the defaults that it states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import schemas
+from schedules import SCHEDULES
+from schedules.json_schema import json_schema_of
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEMA",
+    "optimizer_name",
+    "optimizer_schema",
+    "schedule_schema",
+    "with_defaults",
+]
+
+SCHEMA = "ds_config.schema.json"
+OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
+
+
+def optimizer_name(name: str) -> str | None:
+    """Return an optimizer's proper name from its name in any case; None for an unknown one."""
+    return {known.lower(): known for known in OPTIMIZERS}.get(name.lower())
+
+
+def optimizer_schema(name: str) -> dict[str, Any]:
+    """Return the schema of an optimizer's ``params``."""
+    return OPTIMIZERS[name]
+
+
+def schedule_schema(name: str) -> dict[str, Any]:
+    """Return the schema of a schedule's ``params``, generated now for one that users registered."""
+    try:
+        return schemas.read(f"schedulers/{name}.json")
+    except FileNotFoundError:
+        return json_schema_of(SCHEDULES[name])
+
+
+def with_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an object with the defaults of its schema in place of absent keys, parked keys gone.
+
+    Sections that are absent altogether are filled in where all their keys have defaults.
+
+    >>> with_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))
+    {'enabled': True}
+    """
+    filled = {}
+    for key, below in schema["properties"].items():
+        if "$ref" in below:
+            below = schemas.read(below["$ref"])
+        if key in value and "properties" in below and isinstance(value[key], Mapping):
+            filled[key] = with_defaults(value[key], below)
+        elif key in value:
+            filled[key] = value[key]
+        elif "default" in below:
+            filled[key] = below["default"]
+        elif "properties" in below and "required" not in below:
+            filled[key] = with_defaults({}, below)
+    return filled

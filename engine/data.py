@@ -1,0 +1,92 @@
+"""The loader that ``initialize`` makes from a dataset: the same batches on any number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from engine.config import Config
+from engine.ranks import Ranks
+
+__all__ = ["GlobalBatchSampler", "make_loader"]
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Yields one rank's micro-batches so that each optimizer update sees a whole global batch.
+
+    An epoch is a permutation cut into batches of ``train_batch_size``, which the ranks and the
+    accumulation steps share out. So update k sees the same samples whether a batch of 8 is 8 on
+    one rank, 2 x 4 accumulated, or 4 on each of two ranks. The last batch is filled up from the
+    beginning of the permutation, or left out. Each iteration is an epoch in an order of its own.
+
+    Args:
+        samples: number of samples in the dataset, 1 or more.
+        config: for the batch sizes, ``dataloader_drop_last`` and the seed.
+        rank: which rank's share this is.
+
+    Raises:
+        ValueError: there are no samples, or all would be left out.
+    """
+
+    def __init__(self, samples: int, config: Config, rank: int) -> None:
+        self._samples = samples
+        self._sizes = config.batch
+        self._rank = rank
+        self._seed = config.seed
+        self.epoch = 0
+        whole = samples // config.batch.train
+        self.batches = whole if config.dataloader_drop_last else math.ceil(samples / config.batch.train)
+        if self.batches == 0:
+            cure = (
+                'set "dataloader_drop_last": false, or a smaller "train_batch_size"'
+                if samples
+                else "check how the dataset is made"
+            )
+            raise ValueError(
+                f"`training_data` must hold at least {config.batch.train if samples else 1} "
+                f"samples, but holds {samples} instead; {cure}."
+            )
+
+    def __len__(self) -> int:
+        return self.batches * self._sizes.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self._seed + self.epoch)
+        self.epoch += 1
+        order = torch.randperm(self._samples, generator=generator).tolist()
+        sizes = self._sizes
+        wanted = self.batches * sizes.train
+        order = (order * math.ceil(wanted / self._samples))[:wanted]
+        stride = sizes.micro * sizes.world_size
+        for begin in range(self._rank * sizes.micro, wanted, stride):
+            yield order[begin : begin + sizes.micro]
+
+
+def make_loader(
+    dataset: Dataset[Any],
+    config: Config,
+    ranks: Ranks,
+    collate_fn: Callable[[list[Any]], Any] | None,
+) -> DataLoader[Any]:
+    """Return the loader of a dataset: one rank's micro-batches, shuffled anew in each epoch.
+
+    An iterable dataset is batched in its own order; sharing it out among ranks is its own business.
+
+    Raises:
+        ValueError: the dataset is empty, or smaller than the one batch that it is to fill.
+    """
+    pinned = ranks.device.type == "cuda"
+    if isinstance(dataset, IterableDataset):
+        return DataLoader(
+            dataset,
+            batch_size=config.batch.micro,
+            drop_last=config.dataloader_drop_last,
+            collate_fn=collate_fn,
+            pin_memory=pinned,
+        )
+    sampler = GlobalBatchSampler(len(dataset), config, ranks.rank)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=pinned)

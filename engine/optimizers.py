@@ -1,0 +1,52 @@
+"""Optimizers by the names that configs call them, each with PyTorch's fastest implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from engine.config.config import OptimizerBlock
+
+__all__ = ["build_optimizer"]
+
+_WITH_FUSED_KERNEL = {"Adam", "AdamW", "SGD"}
+
+
+def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimizer:
+    """Return the optimizer of a config's block.
+
+    Args:
+        block: its name and all of its parameters.
+        parameters: tensors, or param groups, which may have values of their own.
+
+    >>> weight = torch.nn.Parameter(torch.ones(1))
+    >>> params = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "dampening": 0.0}
+    >>> build_optimizer(OptimizerBlock("SGD", params), [weight]).defaults["momentum"]
+    0.9
+    """
+    params = dict(block.params)
+    name = block.type
+    if name == "Adam" and params.pop("adam_w_mode"):
+        name = "AdamW"
+    plain = params.pop("torch_adam", False)
+    groups = list(parameters)
+    if name in _WITH_FUSED_KERNEL and not plain and _fusable(groups):
+        params["fused"] = True
+    if "betas" in params:
+        params["betas"] = tuple(params["betas"])
+    optimizer: Optimizer = getattr(torch.optim, name)(groups, **params)
+    return optimizer
+
+
+def _fusable(groups: list[Any]) -> bool:
+    tensors = [
+        tensor
+        for group in groups
+        for tensor in (group["params"] if isinstance(group, dict) else [group])
+    ]
+    return all(
+        tensor.is_floating_point() and tensor.device.type in {"cpu", "cuda"} for tensor in tensors
+    )

@@ -1,0 +1,124 @@
+"""What a config's schedule will give to each update, before anything runs: as rows, or drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.config import ConfigError, Problem, Source, load_document
+from engine.config.check import check
+from engine.config.sections import optimizer_name, optimizer_schema, with_defaults
+from schedules import Schedule, from_config
+from schedules.schedule import Base, Curves
+
+__all__ = ["LABELS", "Preview", "draw", "preview"]
+
+LABELS = {"lr": "learning rate", "momentum": "momentum", "weight_decay": "weight decay"}
+
+# What an optimizer starts from where the config names none.
+_NO_OPTIMIZER = {"lr": 1e-3, "betas": [0.9], "weight_decay": 0.0}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A config's schedule and the curves that it follows for this config's optimizer."""
+
+    name: str
+    schedule: Schedule[Any]
+    curves: Curves
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The curves by column name: ``lr``, or ``lr.0``, ``lr.1``, … where groups differ."""
+        columns = {}
+        for name, curves in self.curves.items():
+            if len(set(curves)) == 1:
+                columns[name] = curves[0]
+            else:
+                columns |= {f"{name}.{group}": curve for group, curve in enumerate(curves)}
+        return columns
+
+    def rows(self, steps: int) -> Iterator[tuple[float, ...]]:
+        """Yield the step and the value of each column for each update, in pure Python."""
+        values = [curve.values(steps) for curve in self.columns.values()]
+        return zip(range(steps), *values, strict=True)
+
+
+def preview(config: Source) -> Preview:
+    """Return the schedule of a config, proved right; the rest of the config may be absent or wrong.
+
+    Args:
+        config: a path or a dict: a whole config, or one that holds a ``scheduler`` alone.
+
+    Raises:
+        ConfigError: there is no such file, its text is broken, it has no ``scheduler``, or its
+            ``scheduler`` or ``optimizer`` is wrong.
+
+    >>> warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
+    >>> list(preview({"scheduler": warmup}).rows(3))
+    [(0, 0.0), (1, 0.0005), (2, 0.001)]
+    """
+    document = load_document(config)
+    sections = ("", "optimizer", "scheduler")
+    problems = [
+        problem
+        for problem in check(document, None)
+        if problem.severity == "error"
+        and problem.pointer.partition("/")[2].partition("/")[0] in sections
+        and problem.rule != "batch-sizes"
+    ]
+    if problems:
+        raise ConfigError(document.name, problems)
+    if "scheduler" not in document.value:
+        message = "`scheduler` must be given for there to be a curve, but is missing."
+        raise ConfigError(document.name, [Problem("missing-key", "error", "", 0, 0, message)])
+    schedule = from_config(document.value["scheduler"])
+    return Preview(document.name, schedule, schedule.curves(_base(document.value, schedule)))
+
+
+def _base(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
+    block = config.get("optimizer")
+    params: Mapping[str, Any] = _NO_OPTIMIZER
+    if block is not None:
+        name = optimizer_name(block["type"])
+        assert name is not None
+        params = with_defaults(block.get("params", {}), optimizer_schema(name))
+    momentum = params.get("momentum", params.get("betas", (0.0,))[0] if "betas" in params else 0.0)
+    lists = [value for value in vars(schedule).values() if isinstance(value, tuple)]
+    groups = max(map(len, lists), default=1)
+    base = {"lr": params["lr"], "momentum": momentum, "weight_decay": params["weight_decay"]}
+    return {name: (value,) * groups for name, value in base.items()}
+
+
+def draw(columns: Mapping[str, Sequence[float]], path: Path, title: str) -> None:
+    """Draw columns over the step into a PNG (or SVG, PDF), one panel for each hyperparameter.
+
+    Args:
+        columns: a column's name, as `Preview.columns` has it or any other, to its value at each step.
+        path: where to write; its suffix chooses the format.
+        title: what stands above the panels.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels: dict[str, list[str]] = {}
+    for column in columns:
+        panels.setdefault(column.partition(".")[0], []).append(column)
+    figure = Figure(figsize=(8, 1.2 + 2.0 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (name, of_panel) in zip(axes, panels.items(), strict=True):
+        for column in of_panel:
+            values = columns[column]
+            # A step's value holds for the whole update: stairs are to look like stairs.
+            axis.plot(range(len(values)), values, drawstyle="steps-post", linewidth=1.2, label=column)
+        axis.set_ylabel(LABELS.get(name, name))
+        axis.grid(alpha=0.3)
+        if len(of_panel) > 1:
+            axis.legend(fontsize="small")
+    axes[-1].set_xlabel("optimizer updates applied (k)")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,58 @@
+"""Which process this is among how many, and the process group where there are several."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Ranks", "connect"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: its rank among ``world_size``, its rank on its machine, its device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+def world_size() -> int:
+    """Return the number of ranks: the process group's, else the launcher's, else 1."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def connect() -> Ranks:
+    """Join the process group that the launcher's environment describes, and return our place in it.
+
+    One process needs no group, and makes none. A group that the script made already is used.
+
+    Raises:
+        ValueError: the environment names several ranks, but not which one this is.
+    """
+    size = world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), local_rank, size, device)
+    if size == 1:
+        return Ranks(0, local_rank, 1, device)
+    missing = [
+        name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)
+    ]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE is {size}, so {' and '.join(missing)} must be set too, but "
+            f"{'is' if len(missing) == 1 else 'are'} not. Start the script with `torchrun`."
+        )
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return Ranks(dist.get_rank(), local_rank, size, device)

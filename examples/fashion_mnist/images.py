@@ -1,0 +1,87 @@
+"""Images to learn from: Fashion-MNIST where a copy is at hand, else scikit-learn's digits."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+from torch.utils.data import TensorDataset
+
+_FILES = {"train": "train", "test": "t10k"}
+_FOLDERS = (
+    Path("/usr/share/datasets/fashion-mnist"),  # Debian's package dataset-fashion-mnist
+    Path.home() / ".cache" / "torchvision" / "FashionMNIST" / "raw",
+    Path("data") / "FashionMNIST" / "raw",  # torchvision's download, beside the script's caller
+)
+
+
+class Images(NamedTuple):
+    """Training and test images, (n, 1, 28, 28) in [0, 1], with their labels, and what they are."""
+
+    train: TensorDataset
+    test: TensorDataset
+    source: str
+
+
+def load() -> Images:
+    """Return Fashion-MNIST from ``FASHION_MNIST_DIR`` or a usual folder, else the digits.
+
+    Raises:
+        FileNotFoundError: ``FASHION_MNIST_DIR`` is set, but does not hold the four files.
+    """
+    named = os.environ.get("FASHION_MNIST_DIR")
+    for folder in [Path(named)] if named else _FOLDERS:
+        files = {part: _files(folder, prefix) for part, prefix in _FILES.items()}
+        if all(files.values()):
+            train, test = (_dataset(*files[part]) for part in _FILES)
+            return Images(train, test, f"Fashion-MNIST from {folder}")
+    if named:
+        raise FileNotFoundError(
+            f"FASHION_MNIST_DIR must hold train-images-idx3-ubyte(.gz) and its three companions, "
+            f"but {named} does not. Unset it to train on scikit-learn's digits."
+        )
+    return _digits()
+
+
+def _files(folder: Path, prefix: str) -> tuple[Path, ...]:
+    """Return the paths of a part's images and labels, packed or not; nothing if one is missing."""
+    found = []
+    for kind in ("images-idx3", "labels-idx1"):
+        plain = folder / f"{prefix}-{kind}-ubyte"
+        found += [path for path in (plain, plain.with_name(plain.name + ".gz")) if path.is_file()][:1]
+    return tuple(found) if len(found) == 2 else ()
+
+
+def _dataset(images: Path, labels: Path) -> TensorDataset:
+    pixels = _read_idx(images).astype(np.float32) / 255
+    return TensorDataset(torch.from_numpy(pixels)[:, None], torch.from_numpy(_read_idx(labels)).long())
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """Return the array in a file of the IDX format: magic number, shape, then bytes."""
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rank = data[3]
+    shape = np.frombuffer(data, ">u4", count=rank, offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
+
+
+def _digits() -> Images:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).float()[:, None] / 16
+    images: Tensor = pad(interpolate(small, scale_factor=3, mode="bilinear"), (2, 2, 2, 2))
+    labels = torch.from_numpy(digits.target).long()
+    # Every fifth image is for the test: the set is in the order of its writers.
+    test = torch.arange(len(labels)) % 5 == 0
+    return Images(
+        TensorDataset(images[~test], labels[~test]),
+        TensorDataset(images[test], labels[test]),
+        "the handwritten digits of scikit-learn (no copy of Fashion-MNIST at hand)",
+    )

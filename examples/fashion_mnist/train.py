@@ -1,0 +1,112 @@
+"""LeNet, trained from ds_config.json: one process, or as many as torchrun starts.
+
+    python examples/fashion_mnist/train.py
+    torchrun --nproc_per_node 2 examples/fashion_mnist/train.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import chain, repeat
+from pathlib import Path
+
+import images
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+import engine
+from engine.preview import draw
+
+HERE = Path(__file__).parent
+
+
+def lenet() -> nn.Module:
+    """LeNet with rectified units and max pooling, as Dive into Deep Learning trains it."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, kernel_size=5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, kernel_size=5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * 5 * 5, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, 10),
+    )
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: TensorDataset) -> float:
+    """Return the share of samples that the model gets right."""
+    model.eval()
+    parts = zip(*(tensor.split(1000) for tensor in data.tensors), strict=True)
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in parts)
+    model.train()
+    return right / len(data)
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  lr {task.fields[lr]:.2e}"),
+        TextColumn("momentum {task.fields[momentum]:.3f}  {task.fields[speed]:,.0f} samples/s"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", default=HERE / "ds_config.json", help="a ds_config.json")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer updates (default: 3000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
+    parser.add_argument("--output", type=Path, default=Path("run"), help="folder for the picture")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    data = images.load()
+    trainer, _, loader, _ = engine.initialize(
+        config=args.config, model=lenet(), training_data=data.train
+    )
+    first = int(torch.distributed.get_rank() == 0) if torch.distributed.is_initialized() else True
+    console = Console(quiet=not first)
+    console.print(f"Training on {data.source}: {len(data.train):,} images, {len(data.test):,} to test.")
+
+    used: dict[str, list[float]] = {"lr": [], "momentum": [], "loss": []}
+    window = 0.0
+    fields = {"loss": float("nan"), "lr": 0.0, "momentum": 0.0, "speed": 0.0}
+    with progress_bar(console) as bar:
+        task = bar.add_task("training", total=args.steps, **fields)
+        for x, y in chain.from_iterable(repeat(loader)):
+            if trainer.global_steps == args.steps:
+                break
+            lr, momentum = trainer.get_lr()[0], trainer.get_mom()[0]
+            loss = cross_entropy(trainer(x.to(trainer.device)), y.to(trainer.device))
+            trainer.backward(loss)
+            window += loss.item() / trainer.gradient_accumulation_steps()
+            if trainer.step():
+                for name, value in (("lr", lr), ("momentum", momentum), ("loss", window)):
+                    used[name].append(value)
+                window = 0.0
+                speed = (bar.tasks[task].speed or 0.0) * trainer.train_batch_size()
+                bar.update(
+                    task, advance=1, loss=used["loss"][-1], lr=lr, momentum=momentum, speed=speed
+                )
+
+    if first:
+        picture = args.output / "lr_momentum_loss.png"
+        draw(used, picture, f"LeNet on {data.source.partition(' from')[0].partition(' (')[0]}")
+        console.print(f"Test accuracy: {accuracy(trainer.module, data.test):.4f}")
+        console.print(f"Learning rate, momentum and loss of every update: {picture.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The one place that writes a schedule's values into an optimizer's param groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from schedules.param_groups import slots_of, writer
+from schedules.registry import from_config
+from schedules.schedule import Base, Schedule
+
+__all__ = ["ScheduleBinder", "attach"]
+
+
+class ScheduleBinder(LRScheduler):
+    """Runs a schedule on an optimizer: writes what each update is to use into every param group.
+
+    ``binder.step()`` belongs after each ``optimizer.step()`` that was applied, as with the
+    schedulers of torch, whose methods this class has. Only what the schedule drives is written:
+    the learning rate, ``momentum`` or else ``betas[0]``, the weight decay.
+
+    Raises:
+        ValueError: a group lacks what the schedule drives, or the groups do not fit it. Nothing is
+            written then.
+
+    >>> import torch, schedules
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+    >>> binder = schedules.attach(
+    ...     "OneCycle", optimizer, cycle_min_lr=0.1, cycle_max_lr=0.5, cycle_first_step_size=2
+    ... )
+    >>> for _ in range(3):
+    ...     group = optimizer.param_groups[0]
+    ...     print(round(group["lr"], 6), round(group["momentum"], 6))
+    ...     _ = optimizer.step()
+    ...     binder.step()
+    0.1 0.9
+    0.3 0.85
+    0.5 0.8
+    """
+
+    # torch's own constructor patches optimizer.step and steps once; a closed form needs neither.
+    def __init__(self, schedule: Schedule[Any], optimizer: Optimizer) -> None:
+        self.schedule = schedule
+        self.optimizer = optimizer
+        self._slots = {name: slots_of(name, optimizer) for name in schedule.drives}
+        self._base = self._read_base()
+        self._curves = schedule.curves(self._base)
+        self._remember_base()
+        self._go_to(0)
+
+    def step(self, epoch: None = None) -> None:
+        """Count one applied optimizer update, and write what the next one is to use.
+
+        Raises:
+            ValueError: ``epoch`` is given, by which torch's schedulers jump, or a param group was
+                added since the binder was built.
+        """
+        if epoch is not None:
+            raise ValueError(
+                f"`epoch` must be absent, but is {epoch} instead: a schedule counts the updates "
+                "that were applied. To begin elsewhere, give `load_state_dict` a saved state."
+            )
+        self.last_epoch = count = self.last_epoch + 1
+        if count >= self._until or len(self.optimizer.param_groups) != len(self.base_lrs):
+            self._enter(count)
+        self._write(count)
+
+    def get_last_lr(self) -> list[float]:
+        """Return the learning rate of each group: the one that the next update uses."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def get_lr(self) -> list[float]:
+        """Return the same as `get_last_lr`, the name that DeepSpeed's scripts use."""
+        return self.get_last_lr()
+
+    def get_mom(self) -> list[float] | None:
+        """Return the momentum (or first beta) of each group; None where the schedule drives none."""
+        if "momentum" not in self._slots:
+            return None
+        slots = zip(self._slots["momentum"], self.optimizer.param_groups, strict=True)
+        return [slot.read(group) for slot, group in slots]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count of updates, the base values, and which schedule they belong to.
+
+        The values follow from these; the schedule is there so that no other one is resumed.
+        """
+        return {
+            "type": type(self.schedule).__name__,
+            "params": self.schedule.params(),
+            "step": self.last_epoch,
+            "base": {name: list(values) for name, values in self._base.items()},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore a state and write its values into the optimizer at once.
+
+        Raises:
+            ValueError: the state is one of another schedule, or of other param groups.
+        """
+        self._refuse_another_run(state_dict)
+        self._base = {name: tuple(values) for name, values in state_dict["base"].items()}
+        self._curves = self.schedule.curves(self._base)
+        self._remember_base()
+        self._go_to(state_dict["step"])
+
+    def _read_base(self) -> Base:
+        # A group remembers its base values as torch's schedulers do, in `initial_…`: a binder that
+        # is built after the optimizer was restored finds the original ones, not the last ones.
+        groups = self.optimizer.param_groups
+        slots = {"lr": slots_of("lr", self.optimizer)} | self._slots
+        return {
+            name: tuple(
+                float(group.get(f"initial_{name}", slot.read(group)))
+                for slot, group in zip(of_groups, groups, strict=True)
+            )
+            for name, of_groups in slots.items()
+        }
+
+    def _remember_base(self) -> None:
+        self.base_lrs = list(self._base["lr"])
+        for name, values in self._base.items():
+            for group, value in zip(self.optimizer.param_groups, values, strict=True):
+                group[f"initial_{name}"] = value
+
+    def _go_to(self, count: int) -> None:
+        self.last_epoch = count
+        self._enter(count)
+        self._write(count)
+
+    def _enter(self, count: int) -> None:
+        """Choose the formulas that hold from this count on, and note how long they do."""
+        pieces = {
+            curve: curve.piece(count) for curves in self._curves.values() for curve in curves
+        }
+        self._until = min(piece.end for piece in pieces.values())
+        formulas = {
+            name: [pieces[curve].at for curve in curves] for name, curves in self._curves.items()
+        }
+        groups = len(self.optimizer.param_groups)
+        if groups != len(self._base["lr"]):
+            raise ValueError(
+                f"the optimizer must keep the {len(self._base['lr'])} param groups that it had "
+                f"when the schedule was attached, but has {groups} instead. Add the groups first."
+            )
+        self._write = writer(self.optimizer, self._slots, formulas)
+
+    def _refuse_another_run(self, state: Mapping[str, Any]) -> None:
+        own = {"type": type(self.schedule).__name__, **self.schedule.params()}
+        saved = {"type": state["type"], **state["params"]}
+        changed = [
+            f"`{name}` was {saved.get(name, 'absent')} and is {own.get(name, 'absent')}"
+            for name in dict.fromkeys([*saved, *own])
+            if saved.get(name) != own.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"the schedule must be the one that was saved, but {', '.join(changed)}. Put back "
+                "what was saved, or begin the new schedule without loading the old one's state."
+            )
+        groups = len(self.optimizer.param_groups)
+        if len(state["base"]["lr"]) != groups:
+            raise ValueError(
+                f"the optimizer must have the {len(state['base']['lr'])} param groups that were "
+                f"saved, but has {groups} instead."
+            )
+
+
+def attach(
+    schedule: str | Mapping[str, Any] | Schedule[Any], optimizer: Optimizer, **params: Any
+) -> ScheduleBinder:
+    """Return a schedule at work on an optimizer, for use in any training loop.
+
+    Args:
+        schedule: the name of one, with its parameters as keywords; or a ``{"type": …, "params":
+            {…}}`` block; or a `Schedule`.
+        optimizer: what to drive.
+
+    Raises:
+        ValueError: the schedule is wrong (`ScheduleError`) or does not fit the optimizer.
+
+    >>> import torch
+    >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    >>> attach("WarmupLR", optimizer, warmup_num_steps=10).get_last_lr()
+    [0.0]
+    """
+    if isinstance(schedule, str):
+        schedule = {"type": schedule, "params": params}
+    elif params:
+        raise ValueError(
+            f"keyword parameters must come with the name of a schedule, but {', '.join(params)} "
+            f"came with {schedule!r}; put them into it."
+        )
+    if not isinstance(schedule, Schedule):
+        schedule = from_config(schedule)
+    return ScheduleBinder(schedule, optimizer)

@@ -1,0 +1,227 @@
+"""Fields of schedules: each range and unit said once, for the constructor and for the JSON schema.
+
+A schedule annotates its fields with the types of this file. `fields_of` reads them back as
+JSON schemas, which the constructor checks and which are written to ``schemas/schedulers``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import operator
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+__all__ = [
+    "Field",
+    "LearningRate",
+    "Momentum",
+    "PerGroup",
+    "Range",
+    "Rate",
+    "Ratio",
+    "StairCount",
+    "Steps",
+    "accepts",
+    "descriptions_of",
+    "fields_of",
+    "wanted",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field takes; for a list, what each of its items takes."""
+
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+
+    def json_schema(self) -> dict[str, float]:
+        """Return the range in JSON Schema's keywords."""
+        keywords = {
+            "minimum": self.at_least,
+            "exclusiveMaximum": self.below,
+            "maximum": self.at_most,
+        }
+        return {word: limit for word, limit in keywords.items() if limit is not None}
+
+
+PerGroup = float | tuple[float, ...]
+
+LearningRate = Annotated[PerGroup, Range(at_least=0), "per step; a list gives one to each group"]
+Momentum = Annotated[
+    PerGroup, Range(at_least=0, below=1), "momentum or betas[0]; a list gives one to each group"
+]
+Rate = Annotated[float, Range(at_least=0)]
+Ratio = Annotated[float, Range(at_least=0, at_most=1), "share of the group's own learning rate"]
+Steps = Annotated[int, Range(at_least=1), "optimizer updates"]
+StairCount = Annotated[int, Range(at_least=0), "stairs"]
+
+_JSON_TYPES = {
+    float: "number",
+    int: "integer",
+    bool: "boolean",
+    str: "string",
+    tuple: "array",
+    types.NoneType: "null",
+}
+_WORDS = {
+    "number": "a number",
+    "integer": "a whole number",
+    "boolean": "true or false",
+    "string": "a string",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+_LIMITS = {
+    "minimum": ("at least", operator.ge),
+    "exclusiveMinimum": ("more than", operator.gt),
+    "maximum": ("at most", operator.le),
+    "exclusiveMaximum": ("less than", operator.lt),
+}
+
+
+def wanted(schema: Mapping[str, Any]) -> str:
+    """Return in words what a JSON schema takes, as an error message says it.
+
+    >>> wanted({"type": ["integer", "null"], "minimum": 1})
+    'a whole number or null, at least 1'
+    >>> wanted({"type": "string", "enum": ["log", "linear"]})
+    'one of "log", "linear"'
+    """
+    if "enum" in schema:
+        return "one of " + ", ".join(json.dumps(choice) for choice in schema["enum"])
+    names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    kinds = " or ".join(_WORDS[name] for name in names)
+    limits = [f"{word} {schema[key]:g}" for key, (word, _) in _LIMITS.items() if key in schema]
+    return f"{kinds}, {' and '.join(limits)}" if limits else kinds
+
+
+def accepts(schema: Mapping[str, Any], value: Any) -> bool:
+    """Return whether a field's JSON schema takes a value; lists may be tuples.
+
+    It knows the keywords that fields use, so that a schedule can be constructed, and refused,
+    without a JSON Schema library.
+
+    >>> accepts({"type": "number", "minimum": 0}, float("nan"))
+    False
+    """
+    names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    if isinstance(value, tuple):
+        items = schema.get("items", {})
+        return "array" in names and bool(value) and all(accepts(items, item) for item in value)
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return _JSON_TYPES[type(value)] in names and value in schema.get("enum", [value])
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    if "number" not in names and not ("integer" in names and isinstance(value, int)):
+        return False
+    return all(holds(value, schema[key]) for key, (_, holds) in _LIMITS.items() if key in schema)
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One parameter of a schedule: what it takes, and what it is when absent."""
+
+    name: str
+    schema: Mapping[str, Any]
+    unit: str | None
+    required: bool
+    default: Any
+
+    def convert(self, value: Any) -> Any:
+        """Return a value read from JSON as the constructor takes it: lists as tuples, 1e3 as 1000.
+
+        Raises:
+            ValueError: the field does not take this value.
+        """
+        if isinstance(value, list):
+            value = tuple(value)
+        if "integer" in self.schema["type"] and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not accepts(self.schema, value):
+            raise ValueError(
+                f"`{self.name}` must be {wanted(self.schema)}, but is {value!r} instead."
+            )
+        return value
+
+
+@functools.cache
+def fields_of(schedule: type) -> Mapping[str, Field]:
+    """Return the fields of a schedule's dataclass by name, read from its annotations.
+
+    Raises:
+        TypeError: an annotation is none that JSON can carry.
+    """
+    hints = typing.get_type_hints(schedule, include_extras=True)
+    return {
+        field.name: _field(field, hints[field.name])
+        for field in dataclasses.fields(schedule)
+    }
+
+
+def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
+    limits: dict[str, Any] = {}
+    unit = None
+    json_types: list[str] = []
+    choices: tuple[Any, ...] = ()
+    pending = [hint]
+    while pending:
+        hint = pending.pop(0)
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if origin is Annotated:
+            pending.insert(0, arguments[0])
+            for mark in arguments[1:]:
+                if isinstance(mark, Range):
+                    limits = mark.json_schema()
+                else:
+                    unit = mark
+        elif origin in (typing.Union, types.UnionType):
+            pending = [*arguments, *pending]
+        elif origin is Literal:
+            choices = arguments
+            json_types.append("string")
+        elif (plain := origin or hint) in _JSON_TYPES:
+            json_types.append(_JSON_TYPES[plain])
+        else:
+            raise TypeError(f"`{field.name}` has the annotation {hint}, which JSON cannot carry.")
+    schema: dict[str, Any] = {"type": json_types[0] if len(json_types) == 1 else json_types}
+    schema |= limits
+    if choices:
+        schema["enum"] = list(choices)
+    if "array" in json_types:
+        schema |= {"items": {"type": "number", **limits}, "minItems": 1}
+    required = field.default is dataclasses.MISSING
+    default = None if required else field.default
+    return Field(field.name, schema, unit, required=required, default=default)
+
+
+def descriptions_of(schedule: type) -> dict[str, str]:
+    """Return what each field means: the string literal that stands under it in the class body."""
+    descriptions: dict[str, str] = {}
+    for cls in reversed(schedule.__mro__):
+        if not dataclasses.is_dataclass(cls) or cls.__module__ == "builtins":
+            continue
+        try:
+            source = inspect.getsource(cls)
+        except OSError:
+            continue  # typed at a prompt: there is no file to read descriptions from
+        body = ast.parse(textwrap.dedent(source)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, below in zip(body.body, body.body[1:], strict=False):
+            match statement, below:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    descriptions[name] = " ".join(text.split())
+    return descriptions

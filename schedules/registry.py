@@ -1,0 +1,133 @@
+"""Schedules by the name that a config calls them: the class name is the JSON ``type``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from schedules import deepspeed
+from schedules.fields import descriptions_of, fields_of, wanted
+from schedules.schedule import Fault, Schedule, ScheduleError
+
+__all__ = ["SCHEDULES", "find", "from_config", "nearest", "register"]
+
+SCHEDULES: dict[str, type[Schedule[Any]]] = {
+    cls.__name__: cls
+    for cls in (
+        deepspeed.OneCycle,
+        deepspeed.LRRangeTest,
+        deepspeed.WarmupLR,
+        deepspeed.WarmupDecayLR,
+        deepspeed.WarmupCosineLR,
+    )
+}
+"""Every schedule that a config can name."""
+
+C = TypeVar("C", bound=type[Schedule[Any]])
+
+
+def register(cls: C) -> C:
+    """Make a schedule of your own known by its class name; usable as a decorator.
+
+    Raises:
+        ValueError: the name is taken, or the class is not a frozen, keyword-only dataclass with a
+            string under each field.
+
+    >>> import dataclasses, schedules
+    >>> from schedules.curves import linear
+    >>> @schedules.register
+    ... @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class ToZero(schedules.Schedule):
+    ...     drives = ("lr",)
+    ...     span = 10
+    ...     def curves(self, base):
+    ...         return {"lr": tuple(linear(lr, 0.0, self.span) for lr in base["lr"])}
+    >>> schedules.from_config({"type": "ToZero"})
+    ToZero()
+    >>> del schedules.SCHEDULES["ToZero"]
+    """
+    name = cls.__name__
+    if name in SCHEDULES:
+        raise ValueError(f"`{name}` must be a name of its own, but a schedule has it already.")
+    settings = getattr(cls, "__dataclass_params__", None)
+    if settings is None or not settings.frozen or "__dataclass_fields__" not in vars(cls):
+        raise ValueError(
+            f"`{name}` must be a dataclass(frozen=True, kw_only=True); decorate the class with it."
+        )
+    names = [field.name for field in dataclasses.fields(cls)]
+    undocumented = [name for name in names if name not in (descriptions_of(cls) if names else {})]
+    if undocumented or not all(field.kw_only for field in dataclasses.fields(cls)):
+        raise ValueError(
+            f"`{name}` must be keyword-only with a string under each field, which is missing under "
+            f"{', '.join(undocumented) or 'none'}."
+        )
+    fields_of(cls)
+    SCHEDULES[name] = cls
+    return cls
+
+
+def find(name: str) -> type[Schedule[Any]]:
+    """Return the schedule of that name.
+
+    Raises:
+        ValueError: there is none; the message names the nearest, or all of them.
+    """
+    if name not in SCHEDULES:
+        near = nearest(name, SCHEDULES)
+        cure = f"Did you mean `{near}`?" if near else f"Known are {', '.join(sorted(SCHEDULES))}."
+        raise ValueError(
+            f"`scheduler.type` must name a known schedule, but is {name!r} instead. {cure}"
+        )
+    return SCHEDULES[name]
+
+
+def from_config(block: Mapping[str, Any]) -> Schedule[Any]:
+    """Return the schedule of a ``{"type": …, "params": {…}}`` block.
+
+    Raises:
+        ScheduleError: a parameter is unknown, missing or wrong; `ScheduleError.faults` has them all.
+        ValueError: the type is unknown, or the block is none.
+
+    >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps
+    100
+    >>> from_config({"type": "WarmupLR", "params": {"warmup_steps": 100}})
+    Traceback (most recent call last):
+    schedules.schedule.ScheduleError: WarmupLR: `warmup_steps` is no parameter of WarmupLR. Did you mean `warmup_num_steps`?
+    """
+    unknown = set(block) - {"type", "params"}
+    if "type" not in block or unknown:
+        raise ValueError(
+            "a scheduler block must hold `type` and `params` alone, "
+            f"but holds {', '.join(sorted(block)) or 'nothing'} instead."
+        )
+    cls = find(block["type"])
+    params = block.get("params", {})
+    fields = fields_of(cls)
+    faults = [Fault(name, _unknown(cls, name)) for name in params if name not in fields]
+    faults += [
+        Fault(None, f"`{name}` must be given, but is missing. It takes {wanted(field.schema)}.")
+        for name, field in fields.items()
+        if field.required and name not in params
+    ]
+    if faults:
+        raise ScheduleError(cls.__name__, faults)
+    return cls(**params)
+
+
+def _unknown(cls: type[Schedule[Any]], name: str) -> str:
+    message = f"`{name}` is no parameter of {cls.__name__}."
+    if near := nearest(name, fields_of(cls)):
+        return f"{message} Did you mean `{near}`?"
+    owners = [other for other, known in SCHEDULES.items() if name in fields_of(known)]
+    if owners:
+        return f"{message} It is one of {' and '.join(owners)}."
+    return f"{message} It has {', '.join(fields_of(cls))}."
+
+
+def nearest(name: str, known: Mapping[str, Any]) -> str | None:
+    """Return the known name that is nearest in spelling, or None rather than a bad guess."""
+    folded = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.72)
+    return folded[near[0]] if near else None

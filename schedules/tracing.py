@@ -1,0 +1,50 @@
+"""What every update of a run would use, as arrays: the same curves that the binder writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from schedules.registry import from_config
+from schedules.schedule import Base, Schedule
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["trace"]
+
+
+def trace(
+    schedule: Mapping[str, Any] | Schedule[Any],
+    steps: int,
+    *,
+    base: Mapping[str, Iterable[float]] | None = None,
+) -> dict[str, NDArray[np.float64]]:
+    """Return the value of each driven hyperparameter at each of the first ``steps`` updates.
+
+    Args:
+        schedule: a schedule, or the ``{"type": …, "params": {…}}`` block of one.
+        steps: how many updates, from 0.
+        base: one value a param group, as the optimizer was built; by default a single group
+            with lr 0.1, momentum 0.9 and weight decay 0.
+
+    Returns:
+        An array of shape (steps, groups) for each of "lr", "momentum", … that is driven.
+
+    Raises:
+        ValueError: the block is wrong, or the base values do not fit the schedule.
+    """
+    import numpy as np
+
+    if not isinstance(schedule, Schedule):
+        schedule = from_config(schedule)
+    given: Base = {name: tuple(values) for name, values in (base or {"lr": (0.1,)}).items()}
+    groups = len(given["lr"])
+    defaults: Base = {"momentum": (0.9,) * groups, "weight_decay": (0.0,) * groups}
+    curves = schedule.curves({**defaults, **given})
+    at = np.arange(steps)
+    return {
+        name: np.stack([np.asarray(curve(at)) for curve in of_groups], axis=1)
+        for name, of_groups in curves.items()
+    }

@@ -1,0 +1,134 @@
+"""The command: what it prints, what it writes, how it exits."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from engine.cli import INVALID, OK, USAGE, main
+from schedules import trace
+from tests.schedules.test_deepspeed import TUTORIAL
+
+
+def run(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    status = main([str(argument) for argument in arguments], out, err)
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def tutorial(tmp_path):
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps({"scheduler": TUTORIAL}))
+    return path
+
+
+def test_validate_says_that_a_config_is_right(tmp_path):
+    path = tmp_path / "good.json"
+    path.write_text('{"train_batch_size": 8}')
+    assert run("validate", path) == (OK, f"{path}: right\n", "")
+    assert run("validate", path, "--world-size", 4) == (OK, f"{path}: right for 4 ranks\n", "")
+    status, out, _ = run("validate", path, "--world-size", 3)
+    assert status == INVALID
+    assert "The nearest are 6 and 9." in out
+
+
+def test_validate_shows_the_place(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text('{\n  "train_batch_size": 8,\n\t"gradient_cliping": 1\n}\n')
+    status, out, err = run("validate", path)
+    assert (status, err) == (INVALID, "")
+    assert out == (
+        f"{path}:3:2: error[unknown-key]: `gradient_cliping` is no key that anything here reads.\n"
+        '   "gradient_cliping": 1\n'
+        "   ^\n"
+        "  help: Did you mean `gradient_clipping`?\n"
+        f"{path}: 1 error\n"
+    )
+
+
+def test_a_warning_does_not_make_a_config_wrong(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"train_batch_size": 8} // note\n')
+    status, out, _ = run("validate", path)
+    assert status == OK
+    assert "warning[not-strict-json]" in out
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    status, out, err = run("validate", tmp_path / "none.json")
+    assert (status, out) == (USAGE, "")
+    assert "must be a file, but there is none here" in err
+
+
+def test_plot_writes_the_trace_as_csv(tutorial):
+    status, out, err = run("plot", tutorial, "--csv", "-", "--steps", 2500)
+    assert (status, err) == (OK, "")
+    header, *rows = csv.reader(io.StringIO(out))
+    assert header == ["step", "lr", "momentum"]
+    expected = trace(TUTORIAL, 2500)
+    assert [int(row[0]) for row in rows] == list(range(2500))
+    assert [float(row[1]) for row in rows] == expected["lr"][:, 0].tolist()
+    assert [float(row[2]) for row in rows] == expected["momentum"][:, 0].tolist()
+
+
+def test_plot_gives_groups_that_differ_columns_of_their_own(tmp_path):
+    path, table = tmp_path / "c.json", tmp_path / "c.csv"
+    params = {"lr_range_test_min_lr": [0.1, 0.2], "lr_range_test_step_size": 2}
+    path.write_text(json.dumps({"scheduler": {"type": "LRRangeTest", "params": params}}))
+    assert run("plot", path, "--csv", table, "--steps", 2)[0] == OK
+    assert table.read_text() == "step,lr.0,lr.1\n0,0.1,0.2\n1,0.15000000000000002,0.30000000000000004\n"
+
+
+def test_plot_starts_from_the_optimizers_learning_rate(tmp_path):
+    path = tmp_path / "c.json"
+    config = {
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1}},
+    }
+    path.write_text(json.dumps(config))
+    assert run("plot", path, "--csv", "-", "--steps", 2)[1] == "step,lr\n0,0.0\n1,0.5\n"
+
+
+def test_plot_draws(tutorial, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run("plot", tutorial)
+    assert (status, out) == (OK, "ds_config.png: 3000 updates of OneCycle\n")
+    assert (tmp_path / "ds_config.png").read_bytes().startswith(b"\x89PNG")
+    status, _, err = run("plot", tutorial, "-o", "/proc/none/x.png")
+    assert status == USAGE
+    assert err.startswith("onecycle: ")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"train_batch_size": 8}, "`scheduler` must be given for there to be a curve"),
+        ({"scheduler": {"type": "OneCicle"}}, "Did you mean `OneCycle`?"),
+        ({"scheduler": TUTORIAL, "optimizer": {"type": "SGD", "params": {"lr": -1}}}, "but is -1"),
+        ([], "must be a JSON object"),
+    ],
+)
+def test_plot_of_what_has_no_curve(tmp_path, config, message):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(config))
+    status, out, _ = run("plot", path)
+    assert status == INVALID
+    assert message in out
+
+
+def test_schema(tmp_path):
+    assert json.loads(run("schema")[1])["title"] == "ds_config.json"
+    assert json.loads(run("schema", "OneCycle")[1])["required"] == ["cycle_min_lr", "cycle_max_lr"]
+    status, out, err = run("schema", "OneCicle")
+    assert (status, out) == (USAGE, "")
+    assert "Did you mean `OneCycle`?" in err
+
+
+@pytest.mark.parametrize("arguments", [["plot", "f", "--steps", "0"], ["nonsense"], []])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == USAGE
+    assert "usage: onecycle" in capsys.readouterr().err

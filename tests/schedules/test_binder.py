@@ -1,0 +1,221 @@
+"""The binder: what it writes, what it leaves alone, and how it comes back from a state."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import schedules
+from schedules import ScheduleBinder, attach, trace
+
+CYCLE = {
+    "cycle_min_lr": 0.1,
+    "cycle_max_lr": 0.5,
+    "cycle_first_step_size": 3,
+    "cycle_min_mom": 0.8,
+    "cycle_max_mom": 0.95,
+}
+
+
+def weights(count=1):
+    return [torch.nn.Parameter(torch.ones(2)) for _ in range(count)]
+
+
+def without_tensors(optimizer):
+    """The groups as they are, less the parameters."""
+    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+
+def run(optimizer, binder, steps):
+    """Update for some steps and return the groups as each update found them."""
+    seen = []
+    for _ in range(steps):
+        seen.append(without_tensors(optimizer))
+        optimizer.step()
+        binder.step()
+    return seen
+
+
+def optimizers():
+    two = [{"params": weights()}, {"params": weights(), "weight_decay": 0.5}]
+    return {
+        "SGD": torch.optim.SGD(weights(), lr=0.1, momentum=0.9),
+        "AdamW": torch.optim.AdamW(weights(), lr=0.1, betas=(0.9, 0.95)),
+        "Adam, fused": torch.optim.Adam(weights(), lr=0.1, fused=True),
+        "RMSprop": torch.optim.RMSprop(weights(), lr=0.1),
+        "two groups": torch.optim.AdamW(two, lr=0.1),
+    }
+
+
+@pytest.mark.parametrize("name", optimizers())
+def test_every_group_follows_the_trace(name):
+    optimizer = optimizers()[name]
+    seen = run(optimizer, attach("OneCycle", optimizer, **CYCLE), 10)
+    expected = trace({"type": "OneCycle", "params": CYCLE}, 10)
+    for step, groups in enumerate(seen):
+        for group in groups:
+            assert group["lr"] == expected["lr"][step, 0]
+            momentum = group["momentum"] if "momentum" in group else group["betas"][0]
+            assert momentum == expected["momentum"][step, 0]
+
+
+def test_other_betas_and_hyperparameters_stay_as_they_were():
+    groups = [
+        {"params": weights(), "betas": (0.9, 0.95)},
+        {"params": weights(), "betas": (0.9, 0.9999), "weight_decay": 0.5},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, eps=1e-6, weight_decay=0.25)
+    seen = run(optimizer, attach("OneCycle", optimizer, **CYCLE), 10)
+    assert {groups[0]["betas"][1] for groups in seen} == {0.95}
+    assert {groups[1]["betas"][1] for groups in seen} == {0.9999}
+    assert {tuple(group["weight_decay"] for group in groups) for groups in seen} == {(0.25, 0.5)}
+    assert {group["eps"] for groups in seen for group in groups} == {1e-6}
+
+
+def test_three_betas_keep_the_last_two():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    group = optimizer.param_groups[0]
+    del group["momentum"]
+    group["betas"] = (0.9, 0.92, 0.999)
+    binder = attach("OneCycle", optimizer, **CYCLE)
+    binder.step()
+    assert group["betas"] == (binder.get_mom()[0], 0.92, 0.999)
+    assert binder.get_mom()[0] == pytest.approx(0.9)
+
+
+def test_groups_with_their_own_bounds():
+    optimizer = torch.optim.SGD([{"params": weights()}, {"params": weights()}], lr=0.1)
+    params = CYCLE | {"cycle_max_lr": [0.5, 0.9]}
+    seen = run(optimizer, attach("OneCycle", optimizer, **params), 5)
+    assert [group["lr"] for group in seen[3]] == [0.5, 0.9]
+
+
+def test_a_tensor_learning_rate_keeps_its_identity():
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    optimizer = torch.optim.Adam(weights(), lr=rate)
+    binder = attach("WarmupLR", optimizer, warmup_num_steps=2, warmup_type="linear")
+    for expected in (0.0, 0.05, 0.1):
+        assert optimizer.param_groups[0]["lr"] is rate
+        assert float(rate) == pytest.approx(expected)
+        binder.step()
+
+
+def test_it_speaks_torchs_scheduler_language():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    binder = attach("OneCycle", optimizer, **CYCLE)
+    assert isinstance(binder, torch.optim.lr_scheduler.LRScheduler)
+    assert binder.get_last_lr() == binder.get_lr() == [0.1]
+    assert binder.get_mom() == [0.95]
+    assert binder.base_lrs == [0.1]
+    assert attach("WarmupLR", optimizer).get_mom() is None
+
+
+def test_no_warning_whatever_the_order_of_steps():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        binder = attach("OneCycle", optimizer, **CYCLE)
+        binder.step()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("made_first", [True, False], ids=["binder first", "optimizer loaded first"])
+@pytest.mark.parametrize("scheduler_first", [True, False])
+@pytest.mark.parametrize("kill_at", [0, 1, 4, 7])
+def test_resume_gives_the_same_run_in_any_order(made_first, scheduler_first, kill_at):
+    def make():
+        groups = [{"params": weights(), "lr": 0.2}, {"params": weights(), "lr": 0.04}]
+        return torch.optim.SGD(groups, momentum=0.9)
+
+    params = {"total_num_steps": 9, "warmup_num_steps": 3}
+    whole = make()
+    expected = run(whole, attach("WarmupCosineLR", whole, **params), 9)[kill_at:]
+    killed = make()
+    binder = attach("WarmupCosineLR", killed, **params)
+    run(killed, binder, kill_at)
+    states = copy.deepcopy((killed.state_dict(), binder.state_dict()))
+
+    resumed = make()
+    if not made_first:
+        resumed.load_state_dict(states[0])
+    binder = attach("WarmupCosineLR", resumed, **params)
+    if scheduler_first:
+        binder.load_state_dict(states[1])
+    if made_first:
+        resumed.load_state_dict(states[0])
+    if not scheduler_first:
+        binder.load_state_dict(states[1])
+    assert binder.get_last_lr() == [group["lr"] for group in expected[0]]
+    assert run(resumed, binder, 9 - kill_at) == expected
+
+
+def test_resume_without_the_optimizers_state_writes_at_once():
+    params = CYCLE | {"cycle_first_step_size": 10}
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    binder = attach("OneCycle", optimizer, **params)
+    run(optimizer, binder, 5)
+    fresh = torch.optim.SGD(weights(), lr=0.1)
+    attach("OneCycle", fresh, **params).load_state_dict(binder.state_dict())
+    assert fresh.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] != 0.1
+    assert fresh.param_groups[0]["momentum"] == optimizer.param_groups[0]["momentum"]
+
+
+def test_another_schedule_is_not_resumed():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    state = attach("OneCycle", optimizer, **CYCLE).state_dict()
+    other = attach("OneCycle", optimizer, **(CYCLE | {"cycle_max_lr": 7.0}))
+    with pytest.raises(ValueError, match="`cycle_max_lr` was 0.5 and is 7.0"):
+        other.load_state_dict(state)
+    assert other.get_last_lr() == [0.1]
+    with pytest.raises(ValueError, match="`type` was OneCycle and is WarmupLR"):
+        attach("WarmupLR", optimizer).load_state_dict(state)
+
+
+def test_nothing_is_written_before_everything_is_proved():
+    optimizer = torch.optim.Adagrad(weights(), lr=0.2)
+    before = without_tensors(optimizer)
+    with pytest.raises(ValueError) as error:
+        attach("OneCycle", optimizer, **CYCLE)
+    assert str(error.value).startswith(
+        "param group 0 of Adagrad must have `momentum` or `betas`, which the schedule drives, but "
+        "has lr, lr_decay, eps, "
+    )
+    assert str(error.value).endswith(
+        'Set `"cycle_momentum": false`, or choose an optimizer that has momentum or betas.'
+    )
+    assert without_tensors(optimizer) == before
+
+    optimizer = torch.optim.SGD([{"params": weights()}, {"params": weights()}], lr=0.2)
+    before = without_tensors(optimizer)
+    with pytest.raises(ValueError, match="`cycle_max_mom` must hold one number for each of the 2"):
+        attach("OneCycle", optimizer, **(CYCLE | {"cycle_max_mom": [0.9, 0.9, 0.9]}))
+    assert without_tensors(optimizer) == before
+
+
+def test_a_group_added_later_is_an_error_at_the_next_step():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    binder = attach("OneCycle", optimizer, **CYCLE)
+    optimizer.add_param_group({"params": weights()})
+    with pytest.raises(ValueError, match="must keep the 1 param groups .* but has 2 instead"):
+        binder.step()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda o: attach("OneCycle", o, **CYCLE).step(5), "`epoch` must be absent, but is 5"),
+        (lambda o: attach(schedules.WarmupLR(), o, warmup_num_steps=5), "came with WarmupLR"),
+        (lambda o: attach("OneCicle", o), "Did you mean `OneCycle`?"),
+    ],
+)
+def test_wrong_calls(call, message):
+    with pytest.raises(ValueError) as error:
+        call(torch.optim.SGD(weights(), lr=0.1))
+    assert message in str(error.value)
+
+
+def test_a_schedule_is_usable_as_an_object():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    binder = ScheduleBinder(schedules.WarmupLR(warmup_num_steps=2), optimizer)
+    assert binder.get_last_lr() == [0.0]
