@@ -65,7 +65,7 @@ def main(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="onecycle",
-        description="Prove a ds_config.json right, and see what its schedule will do, before it runs.",
+        description="Prove a ds_config.json right and see its schedule, before anything runs.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -115,9 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser(
         "schema",
         help="print the JSON schema of configs, or of one schedule's params",
-        description="Print the JSON schema (draft 2020-12) of configs, or of one schedule's params.",
+        description="Print the JSON Schema (draft 2020-12) of configs, or of a schedule's params.",
     )
-    schema.add_argument("type", metavar="TYPE", nargs="?", help="a scheduler type, such as OneCycle")
+    schema.add_argument(
+        "type", metavar="TYPE", nargs="?", help="a scheduler type, such as OneCycle"
+    )
     schema.set_defaults(run=_schema)
     return parser
 
@@ -179,7 +181,10 @@ def _report(document: Document, problems: Sequence[Problem], out: TextIO) -> Non
     lines = document.text.splitlines()
     for problem in problems:
         place = f":{problem.line}:{problem.column}" if problem.line else ""
-        print(f"{document.name}{place}: {problem.severity}[{problem.rule}]: {problem.message}", file=out)
+        print(
+            f"{document.name}{place}: {problem.severity}[{problem.rule}]: {problem.message}",
+            file=out,
+        )
         if problem.line and problem.line <= len(lines):
             source = lines[problem.line - 1].replace("\t", " ")
             print(f"  {source}\n  {' ' * (problem.column - 1)}^", file=out)

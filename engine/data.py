@@ -39,7 +39,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self._seed = config.seed
         self.epoch = 0
         whole = samples // config.batch.train
-        self.batches = whole if config.dataloader_drop_last else math.ceil(samples / config.batch.train)
+        self.batches = (
+            whole if config.dataloader_drop_last else math.ceil(samples / config.batch.train)
+        )
         if self.batches == 0:
             cure = (
                 'set "dataloader_drop_last": false, or a smaller "train_batch_size"'

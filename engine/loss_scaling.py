@@ -12,13 +12,14 @@ class LossScaler:
 
     Dynamic (``loss_scale`` 0), it starts at ``2 ** initial_scale_power``, is halved by the
     ``hysteresis``-th overflow and each one after it, down to ``min_loss_scale``, and is doubled
-    after each ``loss_scale_window`` updates in a row without an overflow, when the hysteresis is
-    full again too. Static, it stays.
+    whenever ``loss_scale_window`` more updates in a row than one had no overflow, when the
+    hysteresis is full again too. Static, it stays.
 
     >>> scaler = LossScaler(LossScaling(0, 4, 2, 1, False, 1))
-    >>> for overflow in (True, False, False):
+    >>> for overflow in (True, False, False, False):
     ...     scaler.update(overflow=overflow)
     ...     print(scaler.scale)
+    8.0
     8.0
     8.0
     16.0
@@ -55,7 +56,9 @@ class LossScaler:
                 self.scale = max(self.scale / 2, float(settings.min_loss_scale))
             return
         self._clean_updates += 1
-        doubles = self._clean_updates % settings.loss_scale_window == 0
+        # DeepSpeed's count: the first clean update only opens the window.
+        windows, rest = divmod(self._clean_updates - 1, settings.loss_scale_window)
+        doubles = windows > 0 and rest == 0
         if doubles:
             self.scale *= 2
         if doubles or settings.consecutive_hysteresis:

@@ -96,7 +96,7 @@ def draw(columns: Mapping[str, Sequence[float]], path: Path, title: str) -> None
     """Draw columns over the step into a PNG (or SVG, PDF), one panel for each hyperparameter.
 
     Args:
-        columns: a column's name, as `Preview.columns` has it or any other, to its value at each step.
+        columns: a column's name, as in `Preview.columns` or any other, to its values.
         path: where to write; its suffix chooses the format.
         title: what stands above the panels.
     """
@@ -112,7 +112,9 @@ def draw(columns: Mapping[str, Sequence[float]], path: Path, title: str) -> None
         for column in of_panel:
             values = columns[column]
             # A step's value holds for the whole update: stairs are to look like stairs.
-            axis.plot(range(len(values)), values, drawstyle="steps-post", linewidth=1.2, label=column)
+            axis.plot(
+                range(len(values)), values, drawstyle="steps-post", linewidth=1.2, label=column
+            )
         axis.set_ylabel(LABELS.get(name, name))
         axis.grid(alpha=0.3)
         if len(of_panel) > 1:

@@ -46,9 +46,7 @@ def connect() -> Ranks:
         return Ranks(dist.get_rank(), local_rank, size, device)
     if size == 1:
         return Ranks(0, local_rank, 1, device)
-    missing = [
-        name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)
-    ]
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(
             f"WORLD_SIZE is {size}, so {' and '.join(missing)} must be set too, but "

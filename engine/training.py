@@ -189,14 +189,14 @@ class Engine(nn.Module):
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_mom(self) -> list[float] | None:
-        """Return the momentum (or first beta) of each param group; None if the optimizer has none."""
+        """Return the momentum (or first beta) of each group; None if the optimizer has none."""
         groups = self.optimizer.param_groups
         if "momentum" in groups[0]:
             return [float(group["momentum"]) for group in groups]
         return [float(group["betas"][0]) for group in groups] if "betas" in groups[0] else None
 
     def get_global_grad_norm(self) -> float | None:
-        """Return the 2-norm of the last update's gradients before clipping; None before the first."""
+        """Return the 2-norm of the last update's gradients, unclipped; None before the first."""
         return self._backend.grad_norm
 
     def save_checkpoint(
@@ -336,7 +336,7 @@ def initialize(
         scheduler = lr_scheduler if isinstance(lr_scheduler, LRScheduler) else lr_scheduler(chosen)
     backend = PyTorchBackend(model, chosen, resolved, ranks)
     engine = Engine(resolved, backend, scheduler, loader)
-    _announce(engine)
+    _announce(engine, backend)
     return engine, chosen, loader, scheduler
 
 
@@ -359,9 +359,9 @@ def _refuse_two_sources(config: Config, optimizer: object, lr_scheduler: object)
         )
 
 
-def _announce(engine: Engine) -> None:
+def _announce(engine: Engine, backend: Backend) -> None:
     """Say once, in the log of rank 0, what runs and by what."""
-    backend, config = engine._backend, engine.config
+    config = engine.config
     if backend.ranks.rank != 0:
         return
     count = sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"])

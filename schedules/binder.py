@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -51,7 +52,7 @@ class ScheduleBinder(LRScheduler):
         self._remember_base()
         self._go_to(0)
 
-    def step(self, epoch: None = None) -> None:
+    def step(self, epoch: int | None = None) -> None:
         """Count one applied optimizer update, and write what the next one is to use.
 
         Raises:
@@ -68,16 +69,16 @@ class ScheduleBinder(LRScheduler):
             self._enter(count)
         self._write(count)
 
-    def get_last_lr(self) -> list[float]:
+    def get_last_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each group: the one that the next update uses."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Return the same as `get_last_lr`, the name that DeepSpeed's scripts use."""
         return self.get_last_lr()
 
     def get_mom(self) -> list[float] | None:
-        """Return the momentum (or first beta) of each group; None where the schedule drives none."""
+        """Return the momentum (or first beta) of each group; None where none is driven."""
         if "momentum" not in self._slots:
             return None
         slots = zip(self._slots["momentum"], self.optimizer.param_groups, strict=True)
@@ -133,9 +134,7 @@ class ScheduleBinder(LRScheduler):
 
     def _enter(self, count: int) -> None:
         """Choose the formulas that hold from this count on, and note how long they do."""
-        pieces = {
-            curve: curve.piece(count) for curves in self._curves.values() for curve in curves
-        }
+        pieces = {curve: curve.piece(count) for curves in self._curves.values() for curve in curves}
         self._until = min(piece.end for piece in pieces.values())
         formulas = {
             name: [pieces[curve].at for curve in curves] for name, curves in self._curves.items()
@@ -178,6 +177,7 @@ def attach(
         schedule: the name of one, with its parameters as keywords; or a ``{"type": …, "params":
             {…}}`` block; or a `Schedule`.
         optimizer: what to drive.
+        **params: the schedule's parameters, where it is given by its name.
 
     Raises:
         ValueError: the schedule is wrong (`ScheduleError`) or does not fit the optimizer.

@@ -184,7 +184,7 @@ def cosine(begin_value: float, end_value: float, steps: int) -> Curve:
     fall = begin_value - end_value
     sin, quarter = math.sin, math.pi / 2
 
-    # (1 + cos(pi x)) / 2 == 1 - sin(pi x / 2)**2, and this side of it starts at begin_value exactly.
+    # (1 + cos(pi x)) / 2 == 1 - sin(pi x / 2)**2, and the latter is exactly 1 at the start.
     def formula(origin: int) -> Formula:
         return lambda k: begin_value - fall * sin(quarter * ((k - origin) / steps)) ** 2
 

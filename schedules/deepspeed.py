@@ -1,4 +1,4 @@
-"""DeepSpeed's schedules, by its names: OneCycle, LRRangeTest, WarmupLR, WarmupDecayLR, WarmupCosineLR.
+"""DeepSpeed's schedules, by its names: OneCycle, LRRangeTest and the three warmups.
 
 Parameters, defaults and shapes are those of deepspeed/runtime/lr_schedules.py (0.19). Where they
 differ in a value, the class says so, and docs/decisions/0003-deepspeed-schedules.md says why.
@@ -63,7 +63,7 @@ class _DeepSpeedSchedule(Schedule[int]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OneCycle(_DeepSpeedSchedule):
-    """1Cycle: the learning rate climbs and descends once while momentum mirrors it, then both decay.
+    """1Cycle: the learning rate climbs and descends once, momentum mirrors it, then both decay.
 
     With s climbing from 0 to 1 over ``first = cycle_first_step_size`` updates and back to 0 over
     ``second`` (continuously, or in equal stairs), and ``T = first + second``::
@@ -92,7 +92,8 @@ class OneCycle(_DeepSpeedSchedule):
     cycle_max_lr: LearningRate
     """Learning rate at the peak, reached exactly after `cycle_first_step_size` updates."""
     decay_lr_rate: Rate = 0.0
-    """How much of itself the learning rate's divisor gains in each `decay_step_size` updates after the cycle."""
+    """What the learning rate's divisor, 1 at first, gains in each `decay_step_size` updates after
+    the cycle."""
     cycle_first_step_size: Steps = 2000
     """Length of the first half, in which the learning rate climbs."""
     cycle_second_step_size: Steps | None = None
@@ -100,19 +101,23 @@ class OneCycle(_DeepSpeedSchedule):
     cycle_first_stair_count: StairCount = 0
     """Number of equal stairs in the first half; 0 climbs continuously."""
     cycle_second_stair_count: StairCount | None = None
-    """Number of equal stairs in the second half; 0 descends continuously, null means as many as in the first."""
+    """Number of equal stairs in the second half; 0 descends continuously, null means as many as in
+    the first."""
     decay_step_size: Annotated[int, Range(at_least=0), "optimizer updates"] | None = None
-    """Updates in which the divisor of the decay after the cycle grows by the rate; 0 or null: no decay."""
+    """Updates in which the divisor of the decay after the cycle grows by the rate; 0 or null: no
+    decay."""
     post_cycle_decay_step_size: Annotated[int, Range(at_least=0), "optimizer updates"] | None = None
     """Another name of `decay_step_size`, the one that DeepSpeed's tutorial uses."""
     cycle_momentum: bool = True
-    """Whether momentum (betas[0] where an optimizer has betas) is cycled inversely to the learning rate."""
+    """Whether momentum (betas[0] where an optimizer has betas) is cycled, inversely to the learning
+    rate."""
     cycle_min_mom: Momentum = 0.8
     """Momentum at the peak of the learning rate."""
     cycle_max_mom: Momentum = 0.9
     """Momentum at the start and at the end of the cycle."""
     decay_mom_rate: Rate = 0.0
-    """How much of itself the momentum's divisor gains in each `decay_step_size` updates after the cycle."""
+    """What the momentum's divisor, 1 at first, gains in each `decay_step_size` updates after the
+    cycle."""
 
     def faults(self) -> Iterator[Fault]:
         for low, high in (("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")):
@@ -219,9 +224,11 @@ class LRRangeTest(_DeepSpeedSchedule):
     lr_range_test_step_size: Steps = 2000
     """Updates in which the learning rate grows by `lr_range_test_step_rate` times its minimum."""
     lr_range_test_step_rate: Rate = 1.0
-    """How many times its minimum the learning rate gains in each `lr_range_test_step_size` updates."""
+    """How many times its minimum the learning rate gains in each `lr_range_test_step_size`
+    updates."""
     lr_range_test_staircase: bool = False
-    """Whether it grows in one stair for each `lr_range_test_step_size` updates instead of at each update."""
+    """Whether it grows in one stair for each `lr_range_test_step_size` updates instead of at each
+    update."""
 
     @property
     def drives(self) -> tuple[str, ...]:

@@ -163,10 +163,7 @@ def fields_of(schedule: type) -> Mapping[str, Field]:
         TypeError: an annotation is none that JSON can carry.
     """
     hints = typing.get_type_hints(schedule, include_extras=True)
-    return {
-        field.name: _field(field, hints[field.name])
-        for field in dataclasses.fields(schedule)
-    }
+    return {field.name: _field(field, hints[field.name]) for field in dataclasses.fields(schedule)}
 
 
 def _field(field: dataclasses.Field[Any], hint: Any) -> Field:

@@ -30,7 +30,7 @@ class Slot(NamedTuple):
 
 def _plain(key: str) -> Slot:
     def write(group: Group, value: float) -> None:
-        # A tensor (capturable optimizers, compiled steps) is part of a graph: it keeps its identity.
+        # A tensor (capturable optimizers, compiled steps) is part of a graph: it has to stay.
         if isinstance(group[key], torch.Tensor):
             group[key].fill_(value)
         else:
@@ -89,7 +89,9 @@ def writer(
         slots: of each hyperparameter, where each group keeps it.
         formulas: of each hyperparameter, the formula of each group; groups may share one.
     """
-    shared = {name: of_groups[0] for name, of_groups in formulas.items() if len(set(of_groups)) == 1}
+    shared = {
+        name: of_groups[0] for name, of_groups in formulas.items() if len(set(of_groups)) == 1
+    }
     keys = {slot.key for of_groups in slots.values() for slot in of_groups}
     groups = optimizer.param_groups
     tensors = any(isinstance(group[key], torch.Tensor) for group in groups for key in keys)

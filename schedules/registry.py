@@ -87,14 +87,14 @@ def from_config(block: Mapping[str, Any]) -> Schedule[Any]:
     """Return the schedule of a ``{"type": …, "params": {…}}`` block.
 
     Raises:
-        ScheduleError: a parameter is unknown, missing or wrong; `ScheduleError.faults` has them all.
+        ScheduleError: a parameter is unknown, missing or wrong; ``faults`` has them all.
         ValueError: the type is unknown, or the block is none.
 
     >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps
     100
-    >>> from_config({"type": "WarmupLR", "params": {"warmup_steps": 100}})
+    >>> from_config({"type": "WarmupLR", "params": {"warmup_steps": 100}})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    schedules.schedule.ScheduleError: WarmupLR: `warmup_steps` is no parameter of WarmupLR. Did you mean `warmup_num_steps`?
+    schedules.schedule.ScheduleError: WarmupLR: ...Did you mean `warmup_num_steps`?
     """
     unknown = set(block) - {"type", "params"}
     if "type" not in block or unknown:

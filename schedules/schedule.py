@@ -1,4 +1,4 @@
-"""The nouns of this package: `Schedule`, what it is given (`Base`), and what runs it (`Controller`).
+"""The nouns: `Schedule`, what it is given (`Base`), what it becomes (`Controller`).
 
 A schedule is data: the ``params`` of one ``scheduler.type``, proved when it is constructed. Bound
 to an optimizer's base values it becomes a controller, whose whole memory is an explicit state.
@@ -32,7 +32,7 @@ __all__ = [
 S = TypeVar("S")
 
 Base = Mapping[str, tuple[float, ...]]
-"""A hyperparameter ("lr", "momentum", "weight_decay") to its value in each group as it was built."""
+"""A hyperparameter ("lr", "momentum", "weight_decay") to its value in each group as built."""
 
 Values = Mapping[str, tuple[float, ...]]
 """A hyperparameter to the value that each group is to use."""
@@ -82,7 +82,7 @@ class Controller(Protocol[S]):
 
 @dataclasses.dataclass(frozen=True)
 class OpenLoop:
-    """The controller of every schedule that needs no feedback; its state is the count of updates."""
+    """The controller of every schedule without feedback; its state is the count of updates."""
 
     curves: Curves
 
@@ -112,15 +112,16 @@ class Schedule(ABC, Generic[S]):
     """
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = list(self._convert_fields()) or list(self.faults())
+        if faults:
+            raise ScheduleError(type(self).__name__, faults)
+
+    def _convert_fields(self) -> Iterator[Fault]:
         for name, field in fields_of(type(self)).items():
             try:
                 object.__setattr__(self, name, field.convert(getattr(self, name)))
-            except ValueError as error:
-                faults.append(Fault(name, str(error)))
-        faults = faults or list(self.faults())
-        if faults:
-            raise ScheduleError(type(self).__name__, faults)
+            except ValueError as error:  # noqa: PERF203  # each field's own error is wanted
+                yield Fault(name, str(error))
 
     def faults(self) -> Iterator[Fault]:
         """Yield what is wrong between fields that are each right by themselves."""

@@ -26,7 +26,9 @@ def nothing_left_behind() -> Iterator[None]:
     before = dict(os.environ)
     yield
     changed = {
-        name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)
+        name
+        for name in before.keys() | os.environ.keys()
+        if before.get(name) != os.environ.get(name)
     } - SET_BY_OTHERS
     assert not changed, f"the test left other values in {sorted(changed)}"
     if "torch" in sys.modules:

@@ -1,4 +1,4 @@
-"""Batch arithmetic: train_batch_size = micro_batch_size_per_gpu * accumulation_steps * world_size."""
+"""Batch arithmetic: train batch size = micro-batch size x accumulation steps x number of ranks."""
 
 from __future__ import annotations
 

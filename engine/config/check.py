@@ -115,7 +115,7 @@ def _against_schema(
     document: Document, value: Any, schema: Mapping[str, Any], pointer: str
 ) -> Iterator[Problem]:
     registry: Registry[Any] = Registry(
-        retrieve=lambda uri: Resource.from_contents(schemas.read(uri))
+        retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # attrs field, renamed
     )
     validator = jsonschema.Draft202012Validator(schema, registry=registry)
     for error in validator.iter_errors(value):
@@ -130,7 +130,7 @@ def _problems_of(
 ) -> Iterator[Problem]:
     name = ".".join(pointer.split("/")[1:]) or "the config"
     rule = str(error.validator)
-    schema: Mapping[str, Any] = error.schema  # type: ignore[assignment]  # ours are no booleans
+    schema: Mapping[str, Any] = error.schema
     match rule:
         case "additionalProperties":
             known = schema["properties"]
@@ -153,9 +153,7 @@ def _problems_of(
             raise AssertionError(f"a schema uses {rule}, which has no message")
 
 
-def _unknown_key(
-    document: Document, pointer: str, key: str, known: Mapping[str, Any]
-) -> Problem:
+def _unknown_key(document: Document, pointer: str, key: str, known: Mapping[str, Any]) -> Problem:
     hint = 'A key that begins with "x-" is parked.'
     if near := nearest(key, known):
         hint = f"Did you mean `{near}`?"

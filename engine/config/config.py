@@ -133,13 +133,17 @@ def load_document(config: Source) -> Document:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _unreadable(name, f"a config must be UTF-8 text, but byte {error.start} is not.") from None
+        raise _unreadable(
+            name, f"a config must be UTF-8 text, but byte {error.start} is not."
+        ) from None
     except FileNotFoundError:
         near = _nearest_file(path)
         hint = f"The nearest is {near}." if near else f"{path.parent} holds no JSON file."
         raise _unreadable(name, "a config must be a file, but there is none here.", hint) from None
     except OSError as error:
-        raise _unreadable(name, f"a config must be a readable file, but: {error.strerror}.") from None
+        raise _unreadable(
+            name, f"a config must be a readable file, but: {error.strerror}."
+        ) from None
     return parse(text, name)
 
 
@@ -147,7 +151,7 @@ def _from_mapping(config: Mapping[str, Any]) -> Document:
     problems = tuple(_unspeakable(config, ""))
     value = config
     if not problems:
-        # A copy by way of JSON: what is checked is what a file would hold, and nobody can change it.
+        # A copy by way of JSON: what is checked is what a file would hold, and it stays so.
         value = json.loads(json.dumps(config, default=str))
     return Document("config", value, problems=problems)
 

@@ -11,7 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from json.decoder import scanstring
+from json import JSONDecoder
 from typing import Any, NoReturn
 
 from engine.config.problems import Problem, pointer_to
@@ -23,6 +23,7 @@ _SPACE = re.compile(r"(?:\s|//[^\n]*|#[^\n]*|/\*.*?\*/)*", re.DOTALL)
 _COMMENT = re.compile(r"//|#|/\*")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?(?![\w.+-])")
 _WORD = re.compile(r"[^\s,:{}\[\]\"]+")
+_STRINGS = JSONDecoder()
 _LITERALS = {"true": True, "false": False, "null": None}
 
 
@@ -76,14 +77,14 @@ def parse(text: str, name: str) -> Document:
     parser = _Parser(text.removeprefix("\ufeff"))
     try:
         value = parser.document()
-    except _SyntaxFault as fault:
+    except _BrokenSyntaxError as fault:
         line, column = parser.place(fault.at)
         broken = Problem("syntax", "error", "", line, column, fault.message, fault.hint)
         return Document(name, None, parser.places, (*parser.problems, broken), text)
     return Document(name, value, parser.places, tuple(parser.problems), text)
 
 
-class _SyntaxFault(Exception):
+class _BrokenSyntaxError(Exception):
     def __init__(self, at: int, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.at = at
@@ -107,7 +108,7 @@ class _Parser:
     def document(self) -> Any:
         self._space()
         if self.at == len(self.text):
-            raise _SyntaxFault(self.at, "the config must hold a JSON object, but is empty.")
+            raise _BrokenSyntaxError(self.at, "the config must hold a JSON object, but is empty.")
         value = self._value("", self.place(self.at), depth=0)
         self._space()
         if self.at < len(self.text):
@@ -118,7 +119,7 @@ class _Parser:
         place = self.place(self.at)
         self.places[pointer] = Place(key, place)
         if depth > MAX_DEPTH:
-            raise _SyntaxFault(self.at, f"values must nest at most {MAX_DEPTH} deep.")
+            raise _BrokenSyntaxError(self.at, f"values must nest at most {MAX_DEPTH} deep.")
         match self.text[self.at : self.at + 1]:
             case "{":
                 return self._object(pointer, depth)
@@ -181,9 +182,12 @@ class _Parser:
     def _string(self) -> str:
         begin = self.at
         try:
-            string, self.at = scanstring(self.text, begin + 1, True)
+            string: str
+            string, self.at = _STRINGS.raw_decode(self.text, begin)
         except ValueError as error:
-            raise _SyntaxFault(begin, f"the string that begins here is broken: {error}.") from None
+            raise _BrokenSyntaxError(
+                begin, f"the string that begins here is broken: {error}."
+            ) from None
         return string
 
     def _number_or_word(self, pointer: str, place: tuple[int, int]) -> Any:
@@ -207,7 +211,7 @@ class _Parser:
             self.at = word.end()
             self._not_finite(pointer, place, word[0])
             return None
-        self._expected("a value")
+        return self._expected("a value")
 
     def _not_finite(self, pointer: str, place: tuple[int, int], shown: str) -> None:
         message = f"`{pointer}` must be a finite number, but is {shown} instead."
@@ -240,4 +244,4 @@ class _Parser:
         shown = found[0][:40] if found else self.text[self.at : self.at + 1]
         instead = f'"{shown}"' if shown else "the end of the file"
         hint = "Strings stand in double quotes." if shown[:1] == "'" else ""
-        raise _SyntaxFault(self.at, f"here must be {wanted}, but is {instead} instead.", hint)
+        raise _BrokenSyntaxError(self.at, f"here must be {wanted}, but is {instead} instead.", hint)

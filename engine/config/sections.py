@@ -49,9 +49,9 @@ def with_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[s
     {'enabled': True}
     """
     filled = {}
-    for key, below in schema["properties"].items():
-        if "$ref" in below:
-            below = schemas.read(below["$ref"])
+    for key, schema_of_key in schema["properties"].items():
+        reference = schema_of_key.get("$ref")
+        below = schemas.read(reference) if reference else schema_of_key
         if key in value and "properties" in below and isinstance(value[key], Mapping):
             filled[key] = with_defaults(value[key], below)
         elif key in value:

@@ -54,13 +54,17 @@ def _files(folder: Path, prefix: str) -> tuple[Path, ...]:
     found = []
     for kind in ("images-idx3", "labels-idx1"):
         plain = folder / f"{prefix}-{kind}-ubyte"
-        found += [path for path in (plain, plain.with_name(plain.name + ".gz")) if path.is_file()][:1]
+        found += [path for path in (plain, plain.with_name(plain.name + ".gz")) if path.is_file()][
+            :1
+        ]
     return tuple(found) if len(found) == 2 else ()
 
 
 def _dataset(images: Path, labels: Path) -> TensorDataset:
     pixels = _read_idx(images).astype(np.float32) / 255
-    return TensorDataset(torch.from_numpy(pixels)[:, None], torch.from_numpy(_read_idx(labels)).long())
+    return TensorDataset(
+        torch.from_numpy(pixels)[:, None], torch.from_numpy(_read_idx(labels)).long()
+    )
 
 
 def _read_idx(path: Path) -> np.ndarray:

@@ -1,7 +1,7 @@
 """LeNet, trained from ds_config.json: one process, or as many as torchrun starts.
 
-    python examples/fashion_mnist/train.py
-    torchrun --nproc_per_node 2 examples/fashion_mnist/train.py
+python examples/fashion_mnist/train.py
+torchrun --nproc_per_node 2 examples/fashion_mnist/train.py
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def progress_bar(console: Console) -> Progress:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--config", default=HERE / "ds_config.json", help="a ds_config.json")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer updates (default: 3000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
@@ -78,7 +80,9 @@ def main() -> None:
     )
     first = int(torch.distributed.get_rank() == 0) if torch.distributed.is_initialized() else True
     console = Console(quiet=not first)
-    console.print(f"Training on {data.source}: {len(data.train):,} images, {len(data.test):,} to test.")
+    console.print(
+        f"Training on {data.source}: {len(data.train):,} images, {len(data.test):,} to test."
+    )
 
     used: dict[str, list[float]] = {"lr": [], "momentum": [], "loss": []}
     window = 0.0

@@ -78,7 +78,10 @@ def test_plot_gives_groups_that_differ_columns_of_their_own(tmp_path):
     params = {"lr_range_test_min_lr": [0.1, 0.2], "lr_range_test_step_size": 2}
     path.write_text(json.dumps({"scheduler": {"type": "LRRangeTest", "params": params}}))
     assert run("plot", path, "--csv", table, "--steps", 2)[0] == OK
-    assert table.read_text() == "step,lr.0,lr.1\n0,0.1,0.2\n1,0.15000000000000002,0.30000000000000004\n"
+    assert (
+        table.read_text()
+        == "step,lr.0,lr.1\n0,0.1,0.2\n1,0.15000000000000002,0.30000000000000004\n"
+    )
 
 
 def test_plot_starts_from_the_optimizers_learning_rate(tmp_path):

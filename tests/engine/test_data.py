@@ -20,9 +20,11 @@ def batches(samples, world_size=1, epochs=2, **config):
         micro = [list(sampler) for sampler in ranks]
         accumulation = resolved.batch.accumulation
         for begin in range(0, len(ranks[0]), accumulation):
-            together = [batch for of_rank in micro for batch in of_rank[begin : begin + accumulation]]
+            together = [
+                batch for of_rank in micro for batch in of_rank[begin : begin + accumulation]
+            ]
             assert {len(batch) for batch in together} == {resolved.batch.micro}
-            seen.append(sorted(sum(together, [])))
+            seen.append(sorted(sample for batch in together for sample in batch))
     return seen
 
 

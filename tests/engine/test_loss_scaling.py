@@ -37,10 +37,11 @@ def scales(settings_, overflows):
     [
         ({}, "xx", [16, 8]),  # the second overflow halves
         ({}, "xxx", [16, 8, 4]),  # and each one after it
-        ({}, "...", [16, 16, 32]),
+        ({}, "....", [16, 16, 16, 32]),  # the window counts from the first clean update on
+        ({}, ".......", [16, 16, 16, 32, 32, 32, 64]),
         ({}, "x..x", [16, 16, 16, 8]),  # hysteresis does not come back in between
         ({"consecutive_hysteresis": True}, "x..x", [16, 16, 16, 16]),
-        ({}, "x...x", [16, 16, 16, 32, 32]),  # it comes back when the scale is doubled
+        ({}, "x....x", [16, 16, 16, 16, 32, 32]),  # it comes back when the scale is doubled
         ({"hysteresis": 1}, "x", [8]),
         ({"loss_scale": 128.0}, "xx....", [128] * 6),
         ({"hysteresis": 1, "min_loss_scale": 5}, "xx", [8, 5]),
@@ -65,7 +66,7 @@ def test_it_is_deepspeeds_rule(overflows, hysteresis, window, consecutive):
         2.0**30, window, 1, hysteresis, consecutive, raise_error_at_min_scale=False
     )
     found = []
-    with mock.patch.object(scalers, "log_dist"), mock.patch.object(scalers, "logger"):
+    with mock.patch.object(scalers, "dist"), mock.patch.object(scalers, "logger"):
         for letter in overflows:
             theirs.update_scale(letter == "x")
             found.append(theirs.cur_scale)

@@ -21,7 +21,10 @@ def weights():
 @pytest.mark.parametrize(
     ("block", "reference"),
     [
-        ({"type": "Adam", "params": {"weight_decay": 0.1}}, (torch.optim.AdamW, {"weight_decay": 0.1})),
+        (
+            {"type": "Adam", "params": {"weight_decay": 0.1}},
+            (torch.optim.AdamW, {"weight_decay": 0.1}),
+        ),
         (
             {"type": "Adam", "params": {"weight_decay": 0.1, "adam_w_mode": False}},
             (torch.optim.Adam, {"weight_decay": 0.1}),
@@ -52,9 +55,7 @@ def test_it_updates_as_torchs_own(block, reference):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_named_optimizer_takes_all_of_its_parameters(name):
-    params = {
-        key: schema["default"] for key, schema in OPTIMIZERS[name]["properties"].items()
-    }
+    params = {key: schema["default"] for key, schema in OPTIMIZERS[name]["properties"].items()}
     optimizer = build({"type": name, "params": params}, weights())
     for key in params.keys() - {"adam_w_mode", "torch_adam"}:
         assert optimizer.defaults[key] == (tuple(params[key]) if key == "betas" else params[key])

@@ -120,7 +120,9 @@ def test_no_warning_whatever_the_order_of_steps():
         optimizer.step()
 
 
-@pytest.mark.parametrize("made_first", [True, False], ids=["binder first", "optimizer loaded first"])
+@pytest.mark.parametrize(
+    "made_first", [True, False], ids=["binder first", "optimizer loaded first"]
+)
 @pytest.mark.parametrize("scheduler_first", [True, False])
 @pytest.mark.parametrize("kill_at", [0, 1, 4, 7])
 def test_resume_gives_the_same_run_in_any_order(made_first, scheduler_first, kill_at):

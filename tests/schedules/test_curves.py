@@ -50,7 +50,10 @@ def test_array_equals_scalar_to_the_last_bit(curve):
 def test_an_array_of_any_order_and_shape_keeps_it():
     curve = join([linear(0.0, 1.0, 3), cosine(1.0, 0.0, 5)], [3])
     steps = np.array([[7, 0, 3], [3, 20, 1]])
-    assert curve(steps).tolist() == [[curve(7), curve(0), curve(3)], [curve(3), curve(20), curve(1)]]
+    assert curve(steps).tolist() == [
+        [curve(7), curve(0), curve(3)],
+        [curve(3), curve(20), curve(1)],
+    ]
     assert curve(np.array([], dtype=int)).shape == (0,)
 
 

@@ -82,7 +82,11 @@ def test_without_momentum_only_the_learning_rate_is_driven():
 @pytest.mark.parametrize(
     ("type_name", "params", "lr"),
     [
-        ("LRRangeTest", {"lr_range_test_min_lr": 0.1, "lr_range_test_step_size": 2}, [0.1, 0.15, 0.2]),
+        (
+            "LRRangeTest",
+            {"lr_range_test_min_lr": 0.1, "lr_range_test_step_size": 2},
+            [0.1, 0.15, 0.2],
+        ),
         (
             "LRRangeTest",
             {
@@ -158,7 +162,11 @@ REFUSED = [
     ({"cycle_first_step_size": 2.5}, "cycle_first_step_size", "a whole number"),
     ({"cycle_first_step_size": True}, "cycle_first_step_size", "but is True instead"),
     ({"cycle_second_step_size": 0}, "cycle_second_step_size", "at least 1, but is 0 instead"),
-    ({"cycle_first_stair_count": 5}, "cycle_first_stair_count", "at most the 4 updates of its half"),
+    (
+        {"cycle_first_stair_count": 5},
+        "cycle_first_stair_count",
+        "at most the 4 updates of its half",
+    ),
     ({"cycle_second_stair_count": 9}, "cycle_second_stair_count", "0 makes the half continuous"),
     ({"cycle_max_lr": float("nan")}, "cycle_max_lr", "but is nan instead"),
     ({"cycle_max_lr": float("inf")}, "cycle_max_lr", "but is inf instead"),
@@ -196,5 +204,7 @@ def test_every_wrong_field_is_reported_at_once():
 
 def test_a_warmup_longer_than_the_run_is_refused():
     for name in ("WarmupDecayLR", "WarmupCosineLR"):
-        with pytest.raises(ScheduleError, match="must be at most `total_num_steps` \\(5\\), but is 6"):
+        with pytest.raises(
+            ScheduleError, match="must be at most `total_num_steps` \\(5\\), but is 6"
+        ):
             schedules.find(name)(total_num_steps=5, warmup_num_steps=6)

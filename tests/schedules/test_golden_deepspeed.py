@@ -62,7 +62,9 @@ def test_values(name):
     np.testing.assert_allclose(ours["lr"][at][first:], theirs[first:], rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "betas" in CASES[name] and name not in REFUSED])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if "betas" in CASES[name] and name not in REFUSED]
+)
 def test_momentum(name):
     case = CASES[name]
     ours = trace({"type": "OneCycle", "params": case["params"]}, case["n_steps"])["momentum"][:, 0]

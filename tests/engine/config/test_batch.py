@@ -13,7 +13,9 @@ TRAIN, MICRO, ACCUMULATION = BATCH_KEYS
     st.integers(1, 64),
     st.integers(1, 64),
     st.integers(1, 64),
-    st.sampled_from([{MICRO, ACCUMULATION}, {TRAIN, MICRO}, {TRAIN, ACCUMULATION}, set(BATCH_KEYS)]),
+    st.sampled_from(
+        [{MICRO, ACCUMULATION}, {TRAIN, MICRO}, {TRAIN, ACCUMULATION}, set(BATCH_KEYS)]
+    ),
 )
 def test_any_two_give_the_third(micro, accumulation, world_size, keys):
     sizes = {TRAIN: micro * accumulation * world_size, MICRO: micro, ACCUMULATION: accumulation}

@@ -1,0 +1,58 @@
+"""The demo, as a user starts it: it learns, says what it trained on, and draws."""
+
+import gzip
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parent.parent.parent / "examples" / "fashion_mnist"
+
+
+def demo(tmp_path, *arguments, **environment):
+    command = [sys.executable, FOLDER / "train.py", "--output", tmp_path / "run", *arguments]
+    return subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"HOME": str(tmp_path), "COLUMNS": "200"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+def test_images_are_read_from_the_folder_that_the_environment_names(tmp_path):
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 128), ("t10k", 32)):
+        labels = generator.integers(0, 10, count)
+        images = np.broadcast_to(25 * labels[:, None, None], (count, 28, 28))
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", labels)
+    run = demo(tmp_path, "--steps", "4", FASHION_MNIST_DIR=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert f"Training on Fashion-MNIST from {tmp_path}: 128 images, 32 to test." in run.stdout
+    assert (tmp_path / "run" / "lr_momentum_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_without_the_images_is_an_error(tmp_path):
+    run = demo(tmp_path, FASHION_MNIST_DIR=str(tmp_path))
+    assert run.returncode != 0
+    assert "FASHION_MNIST_DIR must hold train-images-idx3-ubyte(.gz)" in run.stderr
+
+
+@pytest.mark.slow
+def test_it_learns(tmp_path):
+    run = demo(tmp_path)
+    assert run.returncode == 0, run.stderr
+    accuracy = float(re.search(r"Test accuracy: ([\d.]+)", run.stdout)[1])
+    assert accuracy >= (0.95 if "digits" in run.stdout else 0.88)

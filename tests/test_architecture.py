@@ -1,0 +1,60 @@
+"""The shape of the packages: what they export, and what they do not load."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import engine
+import schedules
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "deepspeed", "matplotlib", "rich", "scipy", "pandas"}
+
+VALIDATE = """
+import engine, schedules
+config = {"train_batch_size": 8, "scheduler": {"type": "WarmupLR", "params": {}}}
+assert engine.validate(config) == []
+engine.load_config(config)
+"""
+COMMANDS = """
+import io
+from engine.cli import main
+assert main(["validate", "%(config)s"], io.StringIO()) == 0
+assert main(["schema", "OneCycle"], io.StringIO()) == 0
+assert main(["plot", "%(config)s", "--csv", "-"], io.StringIO()) == 0
+"""
+
+
+@pytest.mark.parametrize("code", [VALIDATE, COMMANDS], ids=["library", "command"])
+def test_validate_schema_and_csv_load_nothing_heavy(code):
+    code %= {"config": ROOT / "examples/fashion_mnist/ds_config.json"} if "%" in code else ()
+    code += (
+        "\nimport json, sys; print(json.dumps(sorted({n.partition('.')[0] for n in sys.modules})))"
+    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = set(json.loads(run.stdout.splitlines()[-1]))
+    assert loaded.isdisjoint(HEAVY | {"numpy"})
+
+
+@pytest.mark.parametrize("package", [engine, schedules])
+def test_every_exported_name_is_there_and_the_list_is_sorted(package):
+    assert package.__all__ == sorted(package.__all__, key=lambda name: (not name.isupper(), name))
+    for name in package.__all__:
+        assert getattr(package, name).__doc__
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        package.nonsense  # noqa: B018  # the access is the test
+
+
+def test_importing_changes_nothing():
+    code = (
+        "import logging, os, signal, sys\n"
+        "before = dict(os.environ), logging.root.handlers[:], sys.excepthook\n"
+        "import engine, engine.config, schedules, schemas\n"
+        "assert before == (dict(os.environ), logging.root.handlers[:], sys.excepthook)\n"
+        "assert not logging.getLogger('onecycle').handlers\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
