@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.config import Config, ConfigError, Problem, load_config, validate
-    from engine.training import Engine, initialize
+    from engine.engine import Engine
+    from engine.training import initialize
 
 __all__ = ["Config", "ConfigError", "Engine", "Problem", "initialize", "load_config", "validate"]
 
 _HOMES = {
     "Config": "engine.config",
     "ConfigError": "engine.config",
-    "Engine": "engine.training",
+    "Engine": "engine.engine",
     "Problem": "engine.config",
     "initialize": "engine.training",
     "load_config": "engine.config",

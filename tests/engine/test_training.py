@@ -310,6 +310,11 @@ def test_wrong_arguments(arguments, message):
     assert message in str(error.value)
 
 
+def test_an_empty_dataset_is_refused():
+    with pytest.raises(ValueError, match="must hold at least 1 samples, but holds 0 instead"):
+        engine.initialize(config=CONFIG, model=model(), training_data=dataset(0))
+
+
 def test_a_wrong_config_is_refused_with_all_of_its_problems():
     with pytest.raises(ConfigError) as error:
         start(gradient_cliping=1, train_batch_size=-1)

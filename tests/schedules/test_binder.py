@@ -118,6 +118,7 @@ def test_no_warning_whatever_the_order_of_steps():
         binder = attach("OneCycle", optimizer, **CYCLE)
         binder.step()
         optimizer.step()
+    assert binder.last_epoch == 1
 
 
 @pytest.mark.parametrize(
