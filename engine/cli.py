@@ -172,7 +172,7 @@ def _schema(args: argparse.Namespace, out: TextIO) -> int:
 
     schema = schemas.read(SCHEMA)
     if args.type:
-        schema = schedule_schema(find(args.type).__name__)
+        schema = schedule_schema(find(args.type))
     print(json.dumps(schema, indent=2), file=out)
     return OK
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from schedules.durations import Horizon
 from schedules.deepspeed import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 from schedules.registry import SCHEDULES, find, from_config, register
 from schedules.schedule import Base, Controller, OpenLoop, Schedule, ScheduleError
@@ -24,6 +25,7 @@ __all__ = [
     "SCHEDULES",
     "Base",
     "Controller",
+    "Horizon",
     "LRRangeTest",
     "OneCycle",
     "OpenLoop",

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from schedules.durations import Horizon
 from schedules.param_groups import slots_of, writer
 from schedules.registry import from_config
 from schedules.schedule import Base, Schedule
@@ -43,12 +44,15 @@ class ScheduleBinder(LRScheduler):
     """
 
     # torch's own constructor patches optimizer.step and steps once; a closed form needs neither.
-    def __init__(self, schedule: Schedule[Any], optimizer: Optimizer) -> None:
+    def __init__(
+        self, schedule: Schedule[Any], optimizer: Optimizer, *, horizon: Horizon | None = None
+    ) -> None:
         self.schedule = schedule
         self.optimizer = optimizer
+        self._horizon = horizon
         self._slots = {name: slots_of(name, optimizer) for name in schedule.drives}
         self._base = self._read_base()
-        self._curves = schedule.curves(self._base)
+        self._curves = schedule.bind(self._base, horizon).curves
         self._remember_base()
         self._go_to(0)
 
@@ -90,7 +94,7 @@ class ScheduleBinder(LRScheduler):
         The values follow from these; the schedule is there so that no other one is resumed.
         """
         return {
-            "type": type(self.schedule).__name__,
+            "type": self.schedule.type_name,
             "params": self.schedule.params(),
             "step": self.last_epoch,
             "base": {name: list(values) for name, values in self._base.items()},
@@ -104,7 +108,7 @@ class ScheduleBinder(LRScheduler):
         """
         self._refuse_another_run(state_dict)
         self._base = {name: tuple(values) for name, values in state_dict["base"].items()}
-        self._curves = self.schedule.curves(self._base)
+        self._curves = self.schedule.bind(self._base, self._horizon).curves
         self._remember_base()
         self._go_to(state_dict["step"])
 
@@ -148,7 +152,7 @@ class ScheduleBinder(LRScheduler):
         self._write = writer(self.optimizer, self._slots, formulas)
 
     def _refuse_another_run(self, state: Mapping[str, Any]) -> None:
-        own = {"type": type(self.schedule).__name__, **self.schedule.params()}
+        own = {"type": self.schedule.type_name, **self.schedule.params()}
         saved = {"type": state["type"], **state["params"]}
         changed = [
             f"`{name}` was {saved.get(name, 'absent')} and is {own.get(name, 'absent')}"
@@ -169,7 +173,11 @@ class ScheduleBinder(LRScheduler):
 
 
 def attach(
-    schedule: str | Mapping[str, Any] | Schedule[Any], optimizer: Optimizer, **params: Any
+    schedule: str | Mapping[str, Any] | Schedule[Any],
+    optimizer: Optimizer,
+    *,
+    horizon: Horizon | None = None,
+    **params: Any,
 ) -> ScheduleBinder:
     """Return a schedule at work on an optimizer, for use in any training loop.
 
@@ -177,6 +185,7 @@ def attach(
         schedule: the name of one, with its parameters as keywords; or a ``{"type": …, "params":
             {…}}`` block; or a `Schedule`.
         optimizer: what to drive.
+        horizon: the run, where durations are time strings or are scaled.
         **params: the schedule's parameters, where it is given by its name.
 
     Raises:
@@ -196,4 +205,4 @@ def attach(
         )
     if not isinstance(schedule, Schedule):
         schedule = from_config(schedule)
-    return ScheduleBinder(schedule, optimizer)
+    return ScheduleBinder(schedule, optimizer, horizon=horizon)

@@ -16,6 +16,7 @@ its end value from its last step on, so its end is exact too.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -27,15 +28,27 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Curve",
+    "Formula",
     "Piece",
     "constant",
     "cosine",
     "delay",
+    "dilate",
+    "eased",
+    "exponential",
+    "from_function",
+    "geometric",
+    "half_life",
+    "inverse_sqrt",
     "inverse_time",
     "join",
     "linear",
     "linear_growth",
     "log",
+    "one_minus_sqrt",
+    "pointwise",
+    "polynomial",
+    "repeat",
     "stairs",
 ]
 
@@ -45,9 +58,12 @@ Formula = Callable[[Any], Any]
 
 
 class Piece(NamedTuple):
-    """One formula of a curve and the steps on which it holds: ``begin <= step < end``."""
+    """One formula of a curve and the steps on which it holds: ``begin <= step < end``.
 
-    begin: int
+    The bounds may lie between two steps, as where a duration is given in samples.
+    """
+
+    begin: float
     end: float
     at: Formula
     elementwise: bool
@@ -59,22 +75,21 @@ class Curve(ABC):
     """A function from a step (0, 1, 2, …) to a value; see the module for what it promises."""
 
     @abstractmethod
-    def piece(self, step: int, origin: int = 0) -> Piece:
+    def piece(self, step: float, origin: float = 0) -> Piece:
         """Return the piece that holds at ``step`` when this curve's clock starts at ``origin``."""
 
-    def pieces(self, begin: int, end: float) -> Iterator[Piece]:
-        """Yield the pieces that cover the steps from ``begin`` up to, but without, ``end``."""
+    def pieces(self, begin: int, end: int) -> Iterator[Piece]:
+        """Yield the pieces of the steps from ``begin`` up to, but without, ``end``, cut to these."""
         while begin < end:
             piece = self.piece(begin)
-            yield piece._replace(begin=begin, end=min(piece.end, end))
-            if piece.end == math.inf:
-                return
-            begin = int(piece.end)
+            stop = math.ceil(piece.end) if piece.end < end else end
+            yield piece._replace(begin=begin, end=stop)
+            begin = stop
 
     def values(self, count: int) -> Iterator[float]:
         """Yield the values of the steps from 0 up to, but without, ``count``, in pure Python."""
         for piece in self.pieces(0, count):
-            yield from map(piece.at, range(piece.begin, int(piece.end)))
+            yield from map(piece.at, range(int(piece.begin), int(piece.end)))
 
     @overload
     def __call__(self, steps: int) -> float: ...
@@ -129,7 +144,7 @@ class _Shape(Curve):
 
     def __init__(
         self,
-        formula: Callable[[int], Formula],
+        formula: Callable[[float], Formula],
         *,
         steps: float = math.inf,
         end_value: float = math.nan,
@@ -140,12 +155,12 @@ class _Shape(Curve):
         self._end_value = end_value
         self._elementwise = elementwise
 
-    def piece(self, step: int, origin: int = 0) -> Piece:
+    def piece(self, step: float, origin: float = 0) -> Piece:
         end = origin + self._steps
         if step < end:
             return Piece(origin, end, self._formula(origin), self._elementwise)
         held = self._end_value
-        return Piece(int(end), math.inf, lambda k: held, elementwise=False)
+        return Piece(end, math.inf, lambda k: held, elementwise=False)
 
 
 def constant(value: float) -> Curve:
@@ -157,7 +172,7 @@ def constant(value: float) -> Curve:
     return _Shape(lambda origin: lambda k: value)
 
 
-def linear(begin_value: float, end_value: float, steps: int) -> Curve:
+def linear(begin_value: float, end_value: float, steps: float) -> Curve:
     """Return the straight ramp ``begin + (end - begin) * k / steps``, held from ``steps`` on.
 
     >>> list(linear(1.0, 2.0, steps=4).values(6))
@@ -167,13 +182,35 @@ def linear(begin_value: float, end_value: float, steps: int) -> Curve:
 
     # Not written as a*(1-x) + b*x: that form leaves [a, b] by a bit, and is not flat when a == b.
     # This one would miss the end by a bit, but the end is the held value's own piece.
-    def formula(origin: int) -> Formula:
+    def formula(origin: float) -> Formula:
         return lambda k: begin_value + rise * ((k - origin) / steps)
 
     return _Shape(formula, steps=steps, end_value=end_value)
 
 
-def cosine(begin_value: float, end_value: float, steps: int) -> Curve:
+def eased(
+    begin_value: float, end_value: float, steps: float, rise: Callable[[float], float]
+) -> Curve:
+    """Return ``begin + (end - begin) * rise(k / steps)``, held from ``steps`` on.
+
+    Args:
+        begin_value: the value at step 0.
+        end_value: the value at ``steps`` and after.
+        steps: length of the ramp.
+        rise: from 0 at 0 to 1 at 1.
+
+    >>> list(eased(0.0, 1.0, steps=4, rise=lambda x: x * x).values(6))
+    [0.0, 0.0625, 0.25, 0.5625, 1.0, 1.0]
+    """
+    change = end_value - begin_value
+
+    def formula(origin: float) -> Formula:
+        return lambda k: begin_value + change * rise((k - origin) / steps)
+
+    return _Shape(formula, steps=steps, end_value=end_value, elementwise=True)
+
+
+def cosine(begin_value: float, end_value: float, steps: float) -> Curve:
     """Return half a cosine wave, ``end + (begin - end) * (1 + cos(pi * k / steps)) / 2``, held.
 
     >>> [round(value, 6) for value in cosine(1.0, 0.0, steps=4).values(6)]
@@ -181,12 +218,53 @@ def cosine(begin_value: float, end_value: float, steps: int) -> Curve:
 
     Source: Loshchilov and Hutter, SGDR, https://arxiv.org/abs/1608.03983, equation 5.
     """
-    fall = begin_value - end_value
-    sin, quarter = math.sin, math.pi / 2
-
     # (1 + cos(pi x)) / 2 == 1 - sin(pi x / 2)**2, and the latter is exactly 1 at the start.
-    def formula(origin: int) -> Formula:
-        return lambda k: begin_value - fall * sin(quarter * ((k - origin) / steps)) ** 2
+    quarter = math.pi / 2
+    return eased(begin_value, end_value, steps, lambda x: math.sin(quarter * x) ** 2)
+
+
+def polynomial(begin_value: float, end_value: float, steps: float, power: float) -> Curve:
+    """Return ``end + (begin - end) * (1 - k / steps) ** power``, held.
+
+    >>> list(polynomial(1.0, 0.0, steps=4, power=2.0).values(6))
+    [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
+    """
+    return eased(begin_value, end_value, steps, lambda x: 1 - (1 - x) ** power)
+
+
+def one_minus_sqrt(begin_value: float, end_value: float, steps: float) -> Curve:
+    """Return ``begin + (end - begin) * sqrt(k / steps)``, held: fast at first, then ever slower.
+
+    >>> list(one_minus_sqrt(1.0, 0.0, steps=4).values(6))[:2]
+    [1.0, 0.5]
+
+    Source: Hägele et al., https://arxiv.org/abs/2405.18392, section 3.
+    """
+    return eased(begin_value, end_value, steps, math.sqrt)
+
+
+def half_life(begin_value: float, end_value: float, steps: float) -> Curve:
+    """Return ``begin + (end - begin) * 2 * (1 - 2 ** (-k / steps))``, held.
+
+    >>> [round(value, 6) for value in half_life(1.0, 0.0, steps=2).values(4)]
+    [1.0, 0.414214, 0.0, 0.0]
+
+    Source: the exponential decay of ``OptimizerParamScheduler``,
+    megatron/core/optimizer_param_scheduler.py.
+    """
+    return eased(begin_value, end_value, steps, lambda x: 2 - 2 * 0.5**x)
+
+
+def geometric(begin_value: float, end_value: float, steps: float) -> Curve:
+    """Return ``begin * (end / begin) ** (k / steps)``, held: a straight line on a log scale.
+
+    >>> [round(value, 6) for value in geometric(1.0, 0.01, steps=2).values(4)]
+    [1.0, 0.1, 0.01, 0.01]
+    """
+    ratio = end_value / begin_value
+
+    def formula(origin: float) -> Formula:
+        return lambda k: begin_value * ratio ** ((k - origin) / steps)
 
     return _Shape(formula, steps=steps, end_value=end_value, elementwise=True)
 
@@ -201,48 +279,68 @@ def log(begin_value: float, end_value: float, steps: int) -> Curve:
 
     Source: ``WarmupLR._get_gamma`` of deepspeed/runtime/lr_schedules.py.
     """
-    rise = end_value - begin_value
-    steps = max(2, steps)
-    ln, per_ln = math.log, 1 / math.log(steps)
-
-    def formula(origin: int) -> Formula:
-        return lambda k: begin_value + rise * (ln(1 + k - origin) * per_ln)
-
-    return _Shape(formula, steps=steps - 1, end_value=end_value, elementwise=True)
+    last = max(2, steps) - 1
+    return eased(begin_value, end_value, last, lambda x: math.log1p(x * last) / math.log1p(last))
 
 
-def inverse_time(begin_value: float, rate: float, steps: int) -> Curve:
+def exponential(begin_value: float, factor: float, steps: float) -> Curve:
+    """Return ``begin * factor ** (k / steps)``, which goes on for ever.
+
+    >>> list(exponential(1.0, factor=0.25, steps=2).values(5))
+    [1.0, 0.5, 0.25, 0.125, 0.0625]
+    """
+
+    def formula(origin: float) -> Formula:
+        return lambda k: begin_value * factor ** ((k - origin) / steps)
+
+    return _Shape(formula, elementwise=True)
+
+
+def inverse_sqrt(begin_value: float, steps: float) -> Curve:
+    """Return ``begin / sqrt(1 + k / steps)``, which goes on for ever.
+
+    >>> list(inverse_sqrt(1.0, steps=1).values(4))[::3]
+    [1.0, 0.5]
+    """
+
+    def formula(origin: float) -> Formula:
+        return lambda k: begin_value / math.sqrt(1 + (k - origin) / steps)
+
+    return _Shape(formula, elementwise=True)
+
+
+def inverse_time(begin_value: float, rate: float, steps: float) -> Curve:
     """Return the hyperbolic decay ``begin / (1 + rate * k / steps)``, which goes on for ever.
 
     >>> list(inverse_time(1.0, rate=1.0, steps=2).values(5))
     [1.0, 0.6666666666666666, 0.5, 0.4, 0.3333333333333333]
     """
 
-    def formula(origin: int) -> Formula:
+    def formula(origin: float) -> Formula:
         return lambda k: begin_value / (1 + rate * ((k - origin) / steps))
 
     return _Shape(formula)
 
 
-def linear_growth(begin_value: float, rate: float, steps: int) -> Curve:
+def linear_growth(begin_value: float, rate: float, steps: float) -> Curve:
     """Return the line ``begin * (1 + rate * k / steps)``, which goes on for ever.
 
     >>> list(linear_growth(0.5, rate=1.0, steps=2).values(4))
     [0.5, 0.75, 1.0, 1.25]
     """
 
-    def formula(origin: int) -> Formula:
+    def formula(origin: float) -> Formula:
         return lambda k: begin_value * (1 + rate * ((k - origin) / steps))
 
     return _Shape(formula)
 
 
 class _Join(Curve):
-    def __init__(self, parts: Sequence[Curve], boundaries: Sequence[int]) -> None:
+    def __init__(self, parts: Sequence[Curve], boundaries: Sequence[float]) -> None:
         self._parts = tuple(parts)
         self._begins = (0, *boundaries)
 
-    def piece(self, step: int, origin: int = 0) -> Piece:
+    def piece(self, step: float, origin: float = 0) -> Piece:
         index = bisect_right(self._begins, step - origin) - 1
         begin = origin + self._begins[index]
         piece = self._parts[index].piece(step, begin)
@@ -251,7 +349,7 @@ class _Join(Curve):
         return piece._replace(end=min(piece.end, origin + self._begins[index + 1]))
 
 
-def join(parts: Iterable[Curve], boundaries: Iterable[int]) -> Curve:
+def join(parts: Iterable[Curve], boundaries: Iterable[float]) -> Curve:
     """Return the curve that follows each part in turn, every part on a clock of its own.
 
     Args:
@@ -273,13 +371,13 @@ def join(parts: Iterable[Curve], boundaries: Iterable[int]) -> Curve:
 
 
 class _Stairs(Curve):
-    def __init__(self, curve: Curve, steps: int, count: int, *, rounds_up: bool) -> None:
+    def __init__(self, curve: Curve, steps: float, count: int, *, rounds_up: bool) -> None:
         self._curve = curve
         self._steps = steps
         self._count = count
         self._rounds_up = rounds_up
 
-    def piece(self, step: int, origin: int = 0) -> Piece:
+    def piece(self, step: float, origin: float = 0) -> Piece:
         # On integers: the float k / steps * count can fall just short of a whole stair.
         steps, count = self._steps, self._count
         climbed = (step - origin) * count
@@ -289,14 +387,14 @@ class _Stairs(Curve):
             end = stair * steps // count + 1
         else:
             stair = climbed // steps
-            begin = -(-stair * steps // count)
-            end = -(-(stair + 1) * steps // count)
+            begin = stair * steps / count
+            end = (stair + 1) * steps / count
         at_step = stair * steps / count
-        value = self._curve.piece(math.floor(at_step)).at(at_step)
+        value = self._curve.piece(at_step).at(at_step)
         return Piece(origin + begin, origin + end, lambda k: value, elementwise=False)
 
 
-def stairs(curve: Curve, steps: int, count: int, *, rounds_up: bool = False) -> Curve:
+def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
     """Return ``curve`` quantised into ``count`` equal stairs every ``steps`` steps.
 
     The value at k is the curve's at ``floor(k * count / steps) * steps / count``; with
@@ -310,16 +408,123 @@ def stairs(curve: Curve, steps: int, count: int, *, rounds_up: bool = False) -> 
     return _Stairs(curve, steps, count, rounds_up=rounds_up)
 
 
+class _Repeat(Curve):
+    def __init__(self, make: Callable[[int, float], Curve], steps: float, growth: float) -> None:
+        self._make = functools.cache(make)
+        self._growth = growth
+        self._begins = [0.0]
+        self._steps = [steps]
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        local = step - origin
+        if self._growth == 1:
+            cycle = int(local // self._steps[0])
+            begin, steps = cycle * self._steps[0], self._steps[0]
+        else:
+            while local >= self._begins[-1] + self._steps[-1]:
+                self._begins.append(self._begins[-1] + self._steps[-1])
+                self._steps.append(int(self._growth * self._steps[-1]))
+            cycle = bisect_right(self._begins, local) - 1
+            begin, steps = self._begins[cycle], self._steps[cycle]
+        piece = self._make(cycle, steps).piece(step, origin + begin)
+        return piece._replace(end=min(piece.end, origin + begin + steps))
+
+
+def repeat(make: Callable[[int, float], Curve], steps: float, growth: float = 1) -> Curve:
+    """Return a curve that begins anew again and again: ``make(cycle, its steps)``, from cycle 0.
+
+    Args:
+        make: returns the curve of a cycle, on a clock of its own.
+        steps: length of the first cycle.
+        growth: each cycle is ``int(growth * the last one's length)`` long, at least 1.
+
+    >>> saw = repeat(lambda cycle, steps: linear(1.0, 0.0, steps), steps=2, growth=2)
+    >>> list(saw.values(8))
+    [1.0, 0.5, 1.0, 0.75, 0.5, 0.25, 1.0, 0.875]
+    """
+    return _Repeat(make, steps, growth)
+
+
+class _Pointwise(Curve):
+    def __init__(self, combine: Callable[[float, float], float], left: Curve, right: Curve) -> None:
+        self._combine = combine
+        self._left = left
+        self._right = right
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        left, right = self._left.piece(step, origin), self._right.piece(step, origin)
+        combine, left_at, right_at = self._combine, left.at, right.at
+        return Piece(
+            max(left.begin, right.begin),
+            min(left.end, right.end),
+            lambda k: combine(left_at(k), right_at(k)),
+            elementwise=True,
+        )
+
+
+def pointwise(combine: Callable[[float, float], float], left: Curve, right: Curve) -> Curve:
+    """Return the curve whose value at k is ``combine(left(k), right(k))``: a sum, a floor, ….
+
+    >>> list(pointwise(max, linear(1.0, 0.0, steps=4), constant(0.3)).values(5))
+    [1.0, 0.75, 0.5, 0.3, 0.3]
+    """
+    return _Pointwise(combine, left, right)
+
+
+class _Dilate(Curve):
+    def __init__(self, curve: Curve, ratio: float) -> None:
+        self._curve = curve
+        self._ratio = ratio
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        ratio = self._ratio
+        piece = self._curve.piece((step - origin) / ratio)
+        at = piece.at
+        return Piece(
+            origin + piece.begin * ratio,
+            origin + piece.end * ratio,
+            lambda k: at((k - origin) / ratio),
+            elementwise=True,
+        )
+
+
+def dilate(curve: Curve, ratio: float) -> Curve:
+    """Return ``curve`` made ``ratio`` times as long: its value at k is the curve's at ``k / ratio``.
+
+    >>> list(dilate(linear(0.0, 1.0, steps=2), ratio=2).values(5))
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    return curve if ratio == 1 else _Dilate(curve, ratio)
+
+
+class _Function(Curve):
+    def __init__(self, function: Callable[[float], float]) -> None:
+        self._function = function
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        function = self._function
+        return Piece(origin, math.inf, lambda k: float(function(k - origin)), elementwise=True)
+
+
+def from_function(function: Callable[[float], float]) -> Curve:
+    """Return the curve of any function of the step.
+
+    >>> list(from_function(lambda k: 0.5**k).values(3))
+    [1.0, 0.5, 0.25]
+    """
+    return _Function(function)
+
+
 class _Delay(Curve):
-    def __init__(self, curve: Curve, steps: int) -> None:
+    def __init__(self, curve: Curve, steps: float) -> None:
         self._curve = curve
         self._steps = steps
 
-    def piece(self, step: int, origin: int = 0) -> Piece:
+    def piece(self, step: float, origin: float = 0) -> Piece:
         return self._curve.piece(step, origin + self._steps)
 
 
-def delay(curve: Curve, steps: int) -> Curve:
+def delay(curve: Curve, steps: float) -> Curve:
     """Return ``curve`` with its clock moved: its value at k is the curve's at ``k - steps``.
 
     A negative ``steps`` begins in the midst of the curve.

@@ -34,12 +34,15 @@ from schedules.fields import (
     Ratio,
     StairCount,
     Steps,
+    StepsOrZero,
+    WarmupSteps,
 )
 from schedules.schedule import Base, Curves, Fault, Schedule, broadcast, curve_per_group, spread
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
 LastBatch = Annotated[int, Range(at_least=-1), "optimizer updates"]
+_CYCLE = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 30}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,10 @@ class _DeepSpeedSchedule(Schedule[int]):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OneCycle(_DeepSpeedSchedule):
+class OneCycle(
+    _DeepSpeedSchedule,
+    example=_CYCLE | {"cycle_first_stair_count": 6, "decay_step_size": 10, "decay_lr_rate": 0.5},
+):
     """1Cycle: the learning rate climbs and descends once, momentum mirrors it, then both decay.
 
     With s climbing from 0 to 1 over ``first = cycle_first_step_size`` updates and back to 0 over
@@ -103,10 +109,10 @@ class OneCycle(_DeepSpeedSchedule):
     cycle_second_stair_count: StairCount | None = None
     """Number of equal stairs in the second half; 0 descends continuously, null means as many as in
     the first."""
-    decay_step_size: Annotated[int, Range(at_least=0), "optimizer updates"] | None = None
+    decay_step_size: StepsOrZero | None = None
     """Updates in which the divisor of the decay after the cycle grows by the rate; 0 or null: no
     decay."""
-    post_cycle_decay_step_size: Annotated[int, Range(at_least=0), "optimizer updates"] | None = None
+    post_cycle_decay_step_size: StepsOrZero | None = None
     """Another name of `decay_step_size`, the one that DeepSpeed's tutorial uses."""
     cycle_momentum: bool = True
     """Whether momentum (betas[0] where an optimizer has betas) is cycled, inversely to the learning
@@ -153,13 +159,13 @@ class OneCycle(_DeepSpeedSchedule):
 
     @property
     def span(self) -> int:
-        cycle = self.cycle_first_step_size + self._second_steps
+        cycle = int(self.cycle_first_step_size) + self._second_steps
         decays = self._decay_steps and (self.decay_lr_rate or self.decay_mom_rate)
         return cycle + (cycle // 2 if decays else 1)
 
     @property
     def _second_steps(self) -> int:
-        return self.cycle_second_step_size or self.cycle_first_step_size
+        return int(self.cycle_second_step_size or self.cycle_first_step_size)
 
     @property
     def _second_stairs(self) -> int:
@@ -168,7 +174,7 @@ class OneCycle(_DeepSpeedSchedule):
 
     @property
     def _decay_steps(self) -> int:
-        return self.decay_step_size or self.post_cycle_decay_step_size or 0
+        return int(self.decay_step_size or self.post_cycle_decay_step_size or 0)
 
     def _curves(self, base: Base) -> Curves:
         lr = base["lr"]
@@ -202,7 +208,10 @@ class OneCycle(_DeepSpeedSchedule):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LRRangeTest(_DeepSpeedSchedule):
+class LRRangeTest(
+    _DeepSpeedSchedule,
+    example={"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 20},
+):
     """LR range test: the learning rate grows from small to too large, to see where training breaks.
 
     Continuously, or in one stair for each ``lr_range_test_step_size`` updates (x rounded down)::
@@ -231,12 +240,8 @@ class LRRangeTest(_DeepSpeedSchedule):
     update."""
 
     @property
-    def drives(self) -> tuple[str, ...]:
-        return ("lr",)
-
-    @property
     def span(self) -> int:
-        return 5 * self.lr_range_test_step_size
+        return 5 * int(self.lr_range_test_step_size)
 
     def _curves(self, base: Base) -> Curves:
         minima = spread("lr_range_test_min_lr", self.lr_range_test_min_lr, base["lr"])
@@ -252,7 +257,7 @@ WarmupType = Literal["log", "linear"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WarmupLR(_DeepSpeedSchedule):
+class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type": "linear"}):
     """Warmup: the learning rate climbs from a minimum to a maximum and stays there.
 
     With N = ``warmup_num_steps``::
@@ -275,7 +280,7 @@ class WarmupLR(_DeepSpeedSchedule):
     """Learning rate at the first update."""
     warmup_max_lr: LearningRate | None = None
     """Learning rate after the warmup; null means each group's own."""
-    warmup_num_steps: Steps = 1000
+    warmup_num_steps: WarmupSteps = 1000
     """Length of the warmup."""
     warmup_type: WarmupType = "log"
     """Shape of the warmup. "log" climbs most of the way in its first few updates."""
@@ -289,12 +294,8 @@ class WarmupLR(_DeepSpeedSchedule):
             )
 
     @property
-    def drives(self) -> tuple[str, ...]:
-        return ("lr",)
-
-    @property
     def span(self) -> int:
-        return 2 * self.warmup_num_steps
+        return 2 * int(self.warmup_num_steps)
 
     def _curves(self, base: Base) -> Curves:
         own = base["lr"]
@@ -320,7 +321,9 @@ class WarmupLR(_DeepSpeedSchedule):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WarmupDecayLR(WarmupLR):
+class WarmupDecayLR(
+    WarmupLR, example={"total_num_steps": "1dur", "warmup_num_steps": 20, "warmup_type": "linear"}
+):
     """Warmup, then a straight decay to the minimum at the end of the run, held from there on.
 
     With N = ``warmup_num_steps`` and T = ``total_num_steps``, after the warmup of `WarmupLR`::
@@ -345,14 +348,17 @@ class WarmupDecayLR(WarmupLR):
 
     @property
     def span(self) -> int:
-        return self.total_num_steps + 1
+        return int(self.total_num_steps) + 1
 
     def _after(self, minimum: float, maximum: float) -> Curve:
         return linear(maximum, minimum, self.total_num_steps - self.warmup_num_steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WarmupCosineLR(_DeepSpeedSchedule):
+class WarmupCosineLR(
+    _DeepSpeedSchedule,
+    example={"total_num_steps": "1dur", "warmup_num_steps": 20, "warmup_type": "linear"},
+):
     """Warmup, then half a cosine wave down to a share of each group's own learning rate.
 
     With N = ``warmup_num_steps``, T = ``total_num_steps``, c = ``cos_min_ratio``, and the warmup's
@@ -375,7 +381,7 @@ class WarmupCosineLR(_DeepSpeedSchedule):
     """Length of the run, warmup included."""
     warmup_min_ratio: Ratio = 0.0
     """Share of the learning rate at the first update."""
-    warmup_num_steps: Steps = 1000
+    warmup_num_steps: WarmupSteps = 1000
     """Length of the warmup."""
     cos_min_ratio: Ratio = 0.0001
     """Share of the learning rate at the end, held from there on."""
@@ -386,12 +392,8 @@ class WarmupCosineLR(_DeepSpeedSchedule):
         yield from _warmup_outlasts(self.warmup_num_steps, self.total_num_steps)
 
     @property
-    def drives(self) -> tuple[str, ...]:
-        return ("lr",)
-
-    @property
     def span(self) -> int:
-        return self.total_num_steps + 1
+        return int(self.total_num_steps) + 1
 
     def _curves(self, base: Base) -> Curves:
         return {"lr": curve_per_group(self._from_peak, base["lr"])}

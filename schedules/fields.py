@@ -13,22 +13,34 @@ import inspect
 import json
 import math
 import operator
+import re
 import textwrap
 import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from schedules.durations import PATTERN, FractionalSteps, Horizon, steps_of
+
 __all__ = [
+    "AbsoluteRate",
+    "Duration",
+    "Factor",
     "Field",
+    "Items",
     "LearningRate",
+    "Milestones",
     "Momentum",
     "PerGroup",
+    "Power",
     "Range",
     "Rate",
     "Ratio",
     "StairCount",
     "Steps",
+    "StepsOrZero",
+    "WarmupSteps",
+    "WarmupStepsOrZero",
     "accepts",
     "descriptions_of",
     "fields_of",
@@ -41,6 +53,7 @@ class Range:
     """The numbers that a field takes; for a list, what each of its items takes."""
 
     at_least: float | None = None
+    above: float | None = None
     below: float | None = None
     at_most: float | None = None
 
@@ -48,10 +61,25 @@ class Range:
         """Return the range in JSON Schema's keywords."""
         keywords = {
             "minimum": self.at_least,
+            "exclusiveMinimum": self.above,
             "exclusiveMaximum": self.below,
             "maximum": self.at_most,
         }
         return {word: limit for word, limit in keywords.items() if limit is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """Marks a field as a length of time, which may be a time string and which scaling dilates."""
+
+    warmup: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Items:
+    """What each item of a list takes, as a JSON schema."""
+
+    schema: Mapping[str, Any]
 
 
 PerGroup = float | tuple[float, ...]
@@ -62,7 +90,16 @@ Momentum = Annotated[
 ]
 Rate = Annotated[float, Range(at_least=0)]
 Ratio = Annotated[float, Range(at_least=0, at_most=1), "share of the group's own learning rate"]
-Steps = Annotated[int, Range(at_least=1), "optimizer updates"]
+_TIME = 'optimizer updates, or a string as "10ep", "500ba", "4096sp", "0.1dur"'
+# Statically Any: a time string until the schedule is resolved, a number of updates from then on.
+Steps = Annotated[Any, Duration(), Range(at_least=1), _TIME]
+WarmupSteps = Annotated[Any, Duration(warmup=True), Range(at_least=1), _TIME]
+StepsOrZero = Annotated[Any, Duration(), Range(at_least=0), _TIME]
+WarmupStepsOrZero = Annotated[Any, Duration(warmup=True), Range(at_least=0), _TIME]
+Milestones = Annotated[tuple[Any, ...], Duration(), Range(at_least=1), _TIME]
+Factor = Annotated[float, Range(at_least=0), "share of the group's own learning rate"]
+AbsoluteRate = Annotated[float, Range(at_least=0), "per step, the same for all groups"]
+Power = Annotated[float, Range(above=0)]
 StairCount = Annotated[int, Range(at_least=0), "stairs"]
 
 _JSON_TYPES = {
@@ -102,6 +139,8 @@ def wanted(schema: Mapping[str, Any]) -> str:
         return "one of " + ", ".join(json.dumps(choice) for choice in schema["enum"])
     names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
     kinds = " or ".join(_WORDS[name] for name in names)
+    if "pattern" in schema:
+        kinds = kinds.replace(_WORDS["string"], 'a time as "10ep" or "0.1dur"')
     limits = [f"{word} {schema[key]:g}" for key, (word, _) in _LIMITS.items() if key in schema]
     return f"{kinds}, {' and '.join(limits)}" if limits else kinds
 
@@ -119,13 +158,25 @@ def accepts(schema: Mapping[str, Any], value: Any) -> bool:
     if isinstance(value, tuple):
         items = schema.get("items", {})
         return "array" in names and bool(value) and all(accepts(items, item) for item in value)
+    if isinstance(value, str) and "pattern" in schema:
+        return re.search(schema["pattern"], value) is not None
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return _JSON_TYPES[type(value)] in names and value in schema.get("enum", [value])
+    if isinstance(value, Mapping):
+        properties = schema.get("properties", {})
+        return (
+            "object" in names
+            and value.keys() >= set(schema.get("required", ()))
+            and all(key in properties and accepts(properties[key], value[key]) for key in value)
+        )
     if not isinstance(value, int | float) or not math.isfinite(value):
         return False
     if "number" not in names and not ("integer" in names and isinstance(value, int)):
         return False
     return all(holds(value, schema[key]) for key, (_, holds) in _LIMITS.items() if key in schema)
+
+
+_ANY_RUN = Horizon(total_steps=1, steps_per_epoch=1, samples_per_step=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +186,7 @@ class Field:
     name: str
     schema: Mapping[str, Any]
     unit: str | None
+    duration: Duration | None
     required: bool
     default: Any
 
@@ -148,11 +200,19 @@ class Field:
             value = tuple(value)
         if "integer" in self.schema["type"] and isinstance(value, float) and value.is_integer():
             value = int(value)
+        if any(isinstance(each, FractionalSteps) for each in _each(value)):
+            return value
+        if isinstance(value, str) and self.duration is not None:
+            steps_of(value, _ANY_RUN, scaled=False)  # says what is wrong with the string
         if not accepts(self.schema, value):
             raise ValueError(
                 f"`{self.name}` must be {wanted(self.schema)}, but is {value!r} instead."
             )
         return value
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 @functools.cache
@@ -169,6 +229,8 @@ def fields_of(schedule: type) -> Mapping[str, Field]:
 def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
     limits: dict[str, Any] = {}
     unit = None
+    duration = None
+    items: dict[str, Any] = {}
     json_types: list[str] = []
     choices: tuple[Any, ...] = ()
     pending = [hint]
@@ -180,8 +242,14 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
             for mark in arguments[1:]:
                 if isinstance(mark, Range):
                     limits = mark.json_schema()
+                elif isinstance(mark, Duration):
+                    duration = mark
+                elif isinstance(mark, Items):
+                    items = dict(mark.schema)
                 else:
                     unit = mark
+        elif hint is Any and duration is not None:
+            json_types += ["integer", "string"]
         elif origin in (typing.Union, types.UnionType):
             pending = [*arguments, *pending]
         elif origin is Literal:
@@ -195,11 +263,17 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
     schema |= limits
     if choices:
         schema["enum"] = list(choices)
+    if duration is not None:
+        schema["pattern"] = PATTERN
     if "array" in json_types:
-        schema |= {"items": {"type": "number", **limits}, "minItems": 1}
+        items = items or {"type": "number", **limits}
+        if duration is not None:
+            items = {"type": ["integer", "string"], "pattern": PATTERN, **limits}
+            schema = {"type": "array"}
+        schema |= {"items": items, "minItems": 1}
     required = field.default is dataclasses.MISSING
     default = None if required else field.default
-    return Field(field.name, schema, unit, required=required, default=default)
+    return Field(field.name, schema, unit, duration, required=required, default=default)
 
 
 def descriptions_of(schedule: type) -> dict[str, str]:

@@ -22,7 +22,7 @@ def json_schema_of(schedule: type[Schedule[Any]]) -> dict[str, Any]:
     fields = fields_of(schedule)
     schema: dict[str, Any] = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": schedule.__name__,
+        "title": schedule.type_name,
         "description": (inspect.getdoc(schedule) or "").partition("\n\n>>>")[0],
         "type": "object",
         "properties": {

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import importlib
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from schedules import deepspeed
+from schedules import composer, d2l, deepspeed, phases, pytorch, sambaflow
+from schedules.durations import Horizon
 from schedules.fields import descriptions_of, fields_of, wanted
+from schedules.functions import FunctionSchedule
 from schedules.schedule import Fault, Schedule, ScheduleError
 
 __all__ = ["SCHEDULES", "find", "from_config", "nearest", "register"]
 
 SCHEDULES: dict[str, type[Schedule[Any]]] = {
-    cls.__name__: cls
-    for cls in (
-        deepspeed.OneCycle,
-        deepspeed.LRRangeTest,
-        deepspeed.WarmupLR,
-        deepspeed.WarmupDecayLR,
-        deepspeed.WarmupCosineLR,
-    )
+    cls.type_name: cls
+    for family in (deepspeed, composer, pytorch, d2l, sambaflow, phases)
+    for cls in (getattr(family, name) for name in family.__all__)
 }
 """Every schedule that a config can name."""
 
+ENTRY_POINTS = "onecycle.schedules"
 C = TypeVar("C", bound=type[Schedule[Any]])
 
 
@@ -48,9 +49,17 @@ def register(cls: C) -> C:
     ToZero()
     >>> del schedules.SCHEDULES["ToZero"]
     """
-    name = cls.__name__
-    if name in SCHEDULES:
-        raise ValueError(f"`{name}` must be a name of its own, but a schedule has it already.")
+    if cls.type_name in SCHEDULES:
+        raise ValueError(
+            f"`{cls.type_name}` must be a name of its own, but a schedule has it already."
+        )
+    _refuse_no_schedule(cls)
+    SCHEDULES[cls.type_name] = cls
+    return cls
+
+
+def _refuse_no_schedule(cls: type[Schedule[Any]]) -> None:
+    name = cls.type_name
     settings = getattr(cls, "__dataclass_params__", None)
     if settings is None or not settings.frozen or "__dataclass_fields__" not in vars(cls):
         raise ValueError(
@@ -64,27 +73,41 @@ def register(cls: C) -> C:
             f"{', '.join(undocumented) or 'none'}."
         )
     fields_of(cls)
-    SCHEDULES[name] = cls
-    return cls
 
 
 def find(name: str) -> type[Schedule[Any]]:
     """Return the schedule of that name.
 
+    Args:
+        name: that of a known schedule; of an entry point in the group ``onecycle.schedules``; or
+            ``module:attribute``, where the attribute is a schedule's class, checked as in
+            `register`, or a function from the update to a multiplier of the learning rate.
+
     Raises:
         ValueError: there is none; the message names the nearest, or all of them.
+
+    >>> find("math:exp").__name__
+    'exp'
     """
+    if ":" in name:
+        return _load(name)
     if name not in SCHEDULES:
+        for entry in entry_points(group=ENTRY_POINTS, name=name):
+            return _proved(name, entry.load())
         near = nearest(name, SCHEDULES)
-        cure = f"Did you mean `{near}`?" if near else f"Known are {', '.join(sorted(SCHEDULES))}."
+        cure = f"Did you mean `{near}`?" if near else "`onecycle schedules` lists them."
         raise ValueError(
             f"`scheduler.type` must name a known schedule, but is {name!r} instead. {cure}"
         )
     return SCHEDULES[name]
 
 
-def from_config(block: Mapping[str, Any]) -> Schedule[Any]:
+def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> Schedule[Any]:
     """Return the schedule of a ``{"type": …, "params": {…}}`` block.
+
+    Args:
+        block: its type and parameters.
+        horizon: the run that its durations are resolved against, if they are to be.
 
     Raises:
         ScheduleError: a parameter is unknown, missing or wrong; ``faults`` has them all.
@@ -112,12 +135,38 @@ def from_config(block: Mapping[str, Any]) -> Schedule[Any]:
         if field.required and name not in params
     ]
     if faults:
-        raise ScheduleError(cls.__name__, faults)
-    return cls(**params)
+        raise ScheduleError(cls.type_name, faults)
+    made = cls(**params)
+    return made if horizon is None else made.resolve(horizon)
+
+
+@functools.cache
+def _load(path: str) -> type[Schedule[Any]]:
+    module_name, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`scheduler.type` must name a class or function that can be imported, but {path!r} "
+            f"cannot: {error}. Put the folder of its module on PYTHONPATH."
+        ) from None
+    return _proved(path, found)
+
+
+def _proved(path: str, found: Any) -> type[Schedule[Any]]:
+    if isinstance(found, type) and issubclass(found, Schedule):
+        _refuse_no_schedule(found)
+        return found
+    if callable(found) and not isinstance(found, type):
+        return FunctionSchedule.of(path, found)
+    raise ValueError(
+        f"`scheduler.type` must name a schedule's class or a function of the update, but {path!r} "
+        f"is {found!r} instead."
+    )
 
 
 def _unknown(cls: type[Schedule[Any]], name: str) -> str:
-    message = f"`{name}` is no parameter of {cls.__name__}."
+    message = f"`{name}` is no parameter of {cls.type_name}."
     if near := nearest(name, fields_of(cls)):
         return f"{message} Did you mean `{near}`?"
     owners = [other for other, known in SCHEDULES.items() if name in fields_of(known)]

@@ -10,16 +10,21 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from schedules.curves import Curve
-from schedules.fields import PerGroup, fields_of
+from schedules.curves import Curve, dilate
+from schedules.durations import FractionalSteps, Horizon, is_unresolved, steps_of
+from schedules.fields import Duration, PerGroup, fields_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "Base",
     "Controller",
     "Curves",
     "Fault",
+    "LearningRateSchedule",
     "OpenLoop",
     "Schedule",
     "ScheduleError",
@@ -111,10 +116,31 @@ class Schedule(ABC, Generic[S]):
         ScheduleError: a parameter is of the wrong type, out of its range, or at odds with another.
     """
 
+    type_name: ClassVar[str]
+    """What a config calls this schedule; the class's name, unless `type_name` says another."""
+
+    clock_is_step: ClassVar[bool] = False
+    """Whether a parameter means "for each step", so that scaling dilates the curves as a whole."""
+
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Parameters that show the shape in a run of 100 updates, 10 an epoch."""
+
+    def __init_subclass__(
+        cls,
+        type_name: str | None = None,
+        example: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.type_name = type_name or cls.__name__
+        cls.example = example or {}
+
     def __post_init__(self) -> None:
-        faults = list(self._convert_fields()) or list(self.faults())
+        faults = list(self._convert_fields())
+        if not faults and not self.unresolved:
+            faults = list(self.faults())
         if faults:
-            raise ScheduleError(type(self).__name__, faults)
+            raise ScheduleError(self.type_name, faults)
 
     def _convert_fields(self) -> Iterator[Fault]:
         for name, field in fields_of(type(self)).items():
@@ -123,19 +149,79 @@ class Schedule(ABC, Generic[S]):
             except ValueError as error:  # noqa: PERF203  # each field's own error is wanted
                 yield Fault(name, str(error))
 
+    @property
+    def unresolved(self) -> tuple[str, ...]:
+        """The fields that hold time strings, which a `Horizon` has to make counts of updates."""
+        return tuple(
+            name
+            for name, field in fields_of(type(self)).items()
+            if field.duration is not None and any(map(is_unresolved, _listed(getattr(self, name))))
+        )
+
+    def resolve(self, horizon: Horizon | None = None) -> Self:
+        """Return the same schedule with every duration in updates, and scaled.
+
+        Args:
+            horizon: the run; needed where there are time strings.
+
+        Raises:
+            ScheduleError: a duration cannot be resolved, or comes to no update, or the durations
+                are at odds with one another.
+
+        >>> from schedules import Horizon, WarmupDecayLR
+        >>> decay = WarmupDecayLR(total_num_steps="1dur", warmup_num_steps="2ep")
+        >>> decay.resolve(Horizon(total_steps=100, steps_per_epoch=10)).warmup_num_steps
+        20
+        """
+        horizon = horizon or Horizon()
+        if not self.unresolved and horizon.scale_ratio == 1.0:
+            return self
+        changes: dict[str, Any] = {}
+        faults = []
+        for name, in_steps in self._durations(horizon):
+            try:
+                changes[name] = in_steps()
+            except ValueError as error:  # noqa: PERF203  # each duration's own error is wanted
+                faults.append(Fault(name, f"`{name}`: {error}"))
+        if faults:
+            raise ScheduleError(self.type_name, faults)
+        return dataclasses.replace(self, **changes)
+
+    def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Yield each field that is a duration, with what returns it in updates."""
+        for name, field in fields_of(type(self)).items():
+            value = getattr(self, name)
+            if field.duration is not None and value is not None:
+                yield name, functools.partial(self._in_steps, value, field.duration, horizon)
+
+    def _in_steps(self, value: Any, duration: Duration, horizon: Horizon) -> Any:
+        scaled = not duration.warmup or horizon.scale_warmup or getattr(self, "scale_warmup", False)
+        steps = tuple(steps_of(each, horizon, scaled=scaled) for each in _listed(value))
+        if self.clock_is_step and horizon.scale_ratio != 1:
+            # The whole is dilated afterwards, which brings each duration to what it is to be.
+            steps = tuple(FractionalSteps(each / horizon.scale_ratio) for each in steps)
+        return steps if isinstance(value, tuple) else steps[0]
+
     def faults(self) -> Iterator[Fault]:
-        """Yield what is wrong between fields that are each right by themselves."""
+        """Yield what is wrong between fields that are each right by themselves, and resolved."""
         yield from ()
 
     @property
-    @abstractmethod
     def drives(self) -> tuple[str, ...]:
         """The hyperparameters that this schedule writes, "lr" first."""
+        return ("lr",)
 
     @property
-    @abstractmethod
     def span(self) -> int:
-        """How many updates it takes to see the whole shape; endless schedules say a fair part."""
+        """How many updates it takes to see the whole shape, once resolved; a fair part of it."""
+        steps = [
+            each
+            for name, field in fields_of(type(self)).items()
+            if field.duration is not None
+            for each in _listed(getattr(self, name))
+            if each is not None
+        ]
+        return 2 * int(max(steps, default=50))
 
     @abstractmethod
     def curves(self, base: Base) -> Curves:
@@ -146,9 +232,23 @@ class Schedule(ABC, Generic[S]):
                 were built with different learning rates.
         """
 
-    def bind(self, base: Base) -> OpenLoop:
-        """Return the controller that runs this schedule from these base values."""
-        return OpenLoop(self.curves(base))
+    def bind(self, base: Base, horizon: Horizon | None = None) -> OpenLoop:
+        """Return the controller that runs this schedule from these base values.
+
+        Args:
+            base: the optimizer's values, as it was built.
+            horizon: the run, where durations are time strings or are scaled.
+
+        Raises:
+            ValueError: a duration cannot be resolved, or the base values do not fit.
+        """
+        curves = self.resolve(horizon).curves(base)
+        if self.clock_is_step and horizon is not None:
+            curves = {
+                name: tuple(dilate(curve, horizon.scale_ratio) for curve in group)
+                for name, group in curves.items()
+            }
+        return OpenLoop(curves)
 
     def params(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, or have none, as JSON carries them."""
@@ -157,6 +257,22 @@ class Schedule(ABC, Generic[S]):
             for name, field in fields_of(type(self)).items()
             if (value := getattr(self, name)) != field.default or field.required
         }
+
+
+class LearningRateSchedule(Schedule[int]):
+    """A schedule of the learning rate alone that gives every group a curve made from its own."""
+
+    def curves(self, base: Base) -> Curves:
+        """Return each group's curve."""
+        return {"lr": curve_per_group(self._curve, base["lr"])}
+
+    @abstractmethod
+    def _curve(self, lr: float) -> Curve:
+        """Return the curve of a group that was built with this learning rate."""
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def curve_per_group(make: Callable[..., Curve], *columns: tuple[float, ...]) -> tuple[Curve, ...]:

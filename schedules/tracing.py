@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from schedules.durations import Horizon
 from schedules.registry import from_config
 from schedules.schedule import Base, Schedule
 
@@ -20,6 +21,7 @@ def trace(
     steps: int,
     *,
     base: Mapping[str, Iterable[float]] | None = None,
+    horizon: Horizon | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Return the value of each driven hyperparameter at each of the first ``steps`` updates.
 
@@ -28,6 +30,7 @@ def trace(
         steps: how many updates, from 0.
         base: one value a param group, as the optimizer was built; by default a single group
             with lr 0.1, momentum 0.9 and weight decay 0.
+        horizon: the run, where durations are time strings or are scaled.
 
     Returns:
         An array of shape (steps, groups) for each of "lr", "momentum", … that is driven.
@@ -42,7 +45,7 @@ def trace(
     given: Base = {name: tuple(values) for name, values in (base or {"lr": (0.1,)}).items()}
     groups = len(given["lr"])
     defaults: Base = {"momentum": (0.9,) * groups, "weight_decay": (0.0,) * groups}
-    curves = schedule.curves({**defaults, **given})
+    curves = schedule.bind({**defaults, **given}, horizon).curves
     at = np.arange(steps)
     return {
         name: np.stack([np.asarray(curve(at)) for curve in of_groups], axis=1)

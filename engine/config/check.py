@@ -24,7 +24,7 @@ from engine.config.sections import (
     optimizer_schema,
     schedule_schema,
 )
-from schedules import SCHEDULES, ScheduleError, from_config
+from schedules import SCHEDULES, ScheduleError, find, from_config
 from schedules.fields import wanted
 from schedules.registry import nearest
 
@@ -93,13 +93,12 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
 
 def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
     name, params, pointer = block["type"], block.get("params", {}), "/scheduler/params"
-    if name not in SCHEDULES:
-        near = nearest(name, SCHEDULES)
-        hint = f"Did you mean `{near}`?" if near else f"Known are {', '.join(sorted(SCHEDULES))}."
-        message = f"`scheduler.type` must name a schedule, but is {_shown(name)} instead."
-        yield document.problem("unknown-scheduler", "/scheduler/type", message, hint)
+    try:
+        cls = find(name)
+    except ValueError as error:
+        yield document.problem("unknown-scheduler", "/scheduler/type", str(error))
         return
-    wrong = list(_against_schema(document, params, schedule_schema(name), pointer))
+    wrong = list(_against_schema(document, params, schedule_schema(cls), pointer))
     yield from wrong
     if wrong:
         return
@@ -158,7 +157,9 @@ def _unknown_key(document: Document, pointer: str, key: str, known: Mapping[str,
     if near := nearest(key, known):
         hint = f"Did you mean `{near}`?"
     elif pointer.startswith("/scheduler/params/"):
-        owners = [name for name in SCHEDULES if key in schedule_schema(name)["properties"]]
+        owners = [
+            name for name in SCHEDULES if key in schedule_schema(SCHEDULES[name])["properties"]
+        ]
         if owners:
             hint = f"It is a parameter of {' and '.join(owners)}."
     return document.problem(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 import schemas
-from schedules import SCHEDULES
+from schedules import SCHEDULES, Schedule
 from schedules.json_schema import json_schema_of
 
 __all__ = [
@@ -32,12 +33,12 @@ def optimizer_schema(name: str) -> dict[str, Any]:
     return OPTIMIZERS[name]
 
 
-def schedule_schema(name: str) -> dict[str, Any]:
-    """Return the schema of a schedule's ``params``, generated now for one that users registered."""
-    try:
-        return schemas.read(f"schedulers/{name}.json")
-    except FileNotFoundError:
-        return json_schema_of(SCHEDULES[name])
+def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
+    """Return the schema of a schedule's ``params``, generated now for one of the user's own."""
+    if SCHEDULES.get(cls.type_name) is cls:
+        with contextlib.suppress(FileNotFoundError):
+            return schemas.read(f"schedulers/{cls.type_name}.json")
+    return json_schema_of(cls)
 
 
 def with_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:

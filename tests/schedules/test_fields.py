@@ -6,111 +6,90 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
 import schedules
-from schedules import SCHEDULES, Schedule, register, trace
+from schedules import SCHEDULES, Horizon, Schedule, register, trace
 from schedules.fields import fields_of
+from schedules.json_schema import json_schema_of
 
 ROOT = Path(__file__).parent.parent.parent
 
-# For each schedule a starting point, and for each of its parameters another value: changing any
-# one of them must change a value somewhere, or the parameter would be ignored in silence.
-CYCLE = {
-    "cycle_min_lr": 0.1,
-    "cycle_max_lr": 0.5,
-    "cycle_first_step_size": 8,
-    "decay_step_size": 4,
-    "decay_lr_rate": 1.0,
-    "decay_mom_rate": 0.5,
+HORIZON = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
+BASE = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.01,)}
+# Parameters that matter only beside others.
+BESIDE = {
+    ("ConstantScheduler", "t_max"): {"alpha": 0.5},
+    ("CyclicLR", "gamma"): {"mode": "exp_range"},
+    ("FactorScheduler", "step"): {"factor": 0.5},
+    ("OneCycle", "decay_mom_rate"): {"decay_step_size": 4},
+    ("OneCycle", "post_cycle_decay_step_size"): {"decay_step_size": None, "decay_lr_rate": 1.0},
+    ("OneCycleLR", "epochs"): {"total_steps": None, "epochs": 4, "steps_per_epoch": 10},
+    ("OneCycleLR", "steps_per_epoch"): {"total_steps": None, "epochs": 4, "steps_per_epoch": 10},
+    ("OptimizerParamScheduler", "lr_wsd_decay_style"): {
+        "lr_decay_style": "WSD",
+        "wsd_decay_steps": 20,
+    },
+    ("OptimizerParamScheduler", "wsd_decay_steps"): {
+        "lr_decay_style": "WSD",
+        "wsd_decay_steps": 20,
+    },
+    ("OptimizerParamScheduler", "lr_decay_style"): {"lr_decay_style": "linear"},
+    ("OptimizerParamScheduler", "wd_incr_style"): {"wd_incr_steps": 30},
+    ("OptimizerParamScheduler", "wd_incr_steps"): {"wd_incr_steps": 30},
 }
-TEST = {"lr_range_test_step_size": 4}
-WARMUP = {"warmup_num_steps": 8}
-RUN = WARMUP | {"total_num_steps": 20}
-CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "OneCycle": (
-        CYCLE,
-        {
-            "last_batch_iteration": 2,
-            "cycle_min_lr": 0.2,
-            "cycle_max_lr": 0.6,
-            "decay_lr_rate": 2.0,
-            "cycle_first_step_size": 6,
-            "cycle_second_step_size": 5,
-            "cycle_first_stair_count": 4,
-            "cycle_second_stair_count": 2,
-            "decay_step_size": 8,
-            "post_cycle_decay_step_size": 8,
-            "cycle_momentum": False,
-            "cycle_min_mom": 0.5,
-            "cycle_max_mom": 0.95,
-            "decay_mom_rate": 1.0,
-        },
-    ),
-    "LRRangeTest": (
-        TEST,
-        {
-            "last_batch_iteration": 2,
-            "lr_range_test_min_lr": 0.2,
-            "lr_range_test_step_size": 5,
-            "lr_range_test_step_rate": 2.0,
-            "lr_range_test_staircase": True,
-        },
-    ),
-    "WarmupLR": (
-        WARMUP,
-        {
-            "last_batch_iteration": 2,
-            "warmup_min_lr": 0.01,
-            "warmup_max_lr": 0.3,
-            "warmup_num_steps": 9,
-            "warmup_type": "linear",
-        },
-    ),
-    "WarmupDecayLR": (
-        RUN,
-        {
-            "last_batch_iteration": 2,
-            "warmup_min_lr": 0.01,
-            "warmup_max_lr": 0.3,
-            "warmup_num_steps": 9,
-            "warmup_type": "linear",
-            "total_num_steps": 21,
-        },
-    ),
-    "WarmupCosineLR": (
-        RUN,
-        {
-            "last_batch_iteration": 2,
-            "warmup_min_ratio": 0.1,
-            "cos_min_ratio": 0.1,
-            "warmup_num_steps": 9,
-            "warmup_type": "linear",
-            "total_num_steps": 21,
-        },
-    ),
-}
+WITH_WARMUP = {"warmup_steps": 8}
+PHASE = [{"from": 0.2, "to": 0.7, "duration": 10}]
 
 
-def test_the_table_names_every_parameter_of_every_schedule():
-    assert {name: set(changes) for name, (_, changes) in CHANGES.items()} == {
-        name: set(fields_of(cls)) for name, cls in SCHEDULES.items()
-    }
+def alternatives(name, field):
+    """Some other values that a field may take."""
+    if name == "Phases":
+        return [PHASE, True]
+    schema = field.schema
+    if "enum" in schema:
+        return schema["enum"]
+    if schema["type"] == "array":
+        return [[4, 9]]
+    return [True, False, 3, 7, 15, 0.02, 0.3, 0.5, 0.95, 2.0, 40]
+
+
+def values(name, params, ratio):
+    horizon = Horizon(**vars(HORIZON) | {"scale_ratio": ratio})
+    return trace({"type": name, "params": params}, 120, base=BASE, horizon=horizon)
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [(name, key) for name, (_, changes) in CHANGES.items() for key in changes]
+    ("name", "key"), [(name, key) for name, cls in SCHEDULES.items() for key in fields_of(cls)]
 )
 def test_every_parameter_changes_something(name, key):
-    params, changes = CHANGES[name]
-    changed = params | {key: changes[key]}
-    if key == "post_cycle_decay_step_size":
-        del changed["decay_step_size"]
-    before, after = (trace({"type": name, "params": p}, 40) for p in (params, changed))
-    assert before.keys() != after.keys() or any(
-        not np.array_equal(before[driven], after[driven]) for driven in before
-    )
+    params = dict(SCHEDULES[name].example) | BESIDE.get((name, key), {})
+    if key in {"warmup_begin_lr", "warmup_mode"}:
+        params |= WITH_WARMUP
+    ratio = 1.0
+    if key == "scale_warmup":
+        ratio, params = 0.5, params | {"t_warmup": 12}
+    before = values(name, params, ratio)
+    for value in alternatives(name, fields_of(SCHEDULES[name])[key]):
+        try:
+            after = values(name, params | {key: value}, ratio)
+        except ValueError:
+            continue
+        if before.keys() != after.keys() or any(
+            not np.array_equal(before[driven], after[driven]) for driven in before
+        ):
+            return
+    pytest.fail(f"no other value of {key} changes anything")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_has_an_example_that_its_own_schema_takes(name):
+    schema = json_schema_of(SCHEDULES[name])
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(dict(SCHEDULES[name].example), schema)
+    assert schema["description"]
 
 
 def test_generated_files_are_up_to_date():
@@ -147,7 +126,7 @@ def test_a_class_that_is_no_schedule_is_not_registered(cls, message):
     [
         ({"type": "OneCylce"}, "'OneCylce' instead. Did you mean `OneCycle`?"),
         ({"type": "onecycle"}, "Did you mean `OneCycle`?"),
-        ({"type": "math"}, "Known are LRRangeTest, OneCycle,"),
+        ({"type": "math"}, "`onecycle schedules` lists them."),
         ({"params": {}}, "must hold `type` and `params` alone, but holds params instead"),
         ({"type": "WarmupLR", "parms": {}}, "but holds parms, type instead"),
         ({"type": "WarmupLR", "params": {"warmup_steps": 1}}, "Did you mean `warmup_num_steps`?"),

@@ -4,16 +4,13 @@ DeepSpeed's clock (docs/decisions/0003-deepspeed-schedules.md): OneCycle and LRR
 t's value at t, as we do; the warmups lag one update, but WarmupCosineLR's cosine does not.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from schedules import ScheduleError, from_config, trace
+from tests.schedules.golden import cases
 
-FOLDER = Path(__file__).parent.parent / "golden" / "deepspeed"
-CASES = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+CASES = {name: case for name, case in cases("deepspeed").items() if not name.startswith("varbatch")}
 
 REFUSED = {
     "onecycle_decay_mom_only": "decay_mom_rate",  # -0.02: DeepSpeed's only way to decay momentum

@@ -1,0 +1,357 @@
+"""Shapes that users ask for beside the five systems: phases, warmup-stable-decay, and Megatron's."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from schedules.curves import (
+    Curve,
+    constant,
+    cosine,
+    geometric,
+    half_life,
+    inverse_sqrt,
+    join,
+    linear,
+    one_minus_sqrt,
+    pointwise,
+    polynomial,
+)
+from schedules.durations import PATTERN, Horizon, is_unresolved, steps_of
+from schedules.fields import (
+    AbsoluteRate,
+    Items,
+    Ratio,
+    Steps,
+    StepsOrZero,
+    WarmupStepsOrZero,
+)
+from schedules.schedule import Base, Curves, Fault, LearningRateSchedule, Schedule
+
+__all__ = [
+    "InverseSquareRoot",
+    "OptimizerParamScheduler",
+    "Phases",
+    "WarmupStableDecay",
+]
+
+schedule = dataclasses.dataclass(frozen=True, kw_only=True)
+Ramp = Callable[[float, float, float], Curve]
+
+
+def _square(begin: float, end: float, steps: float) -> Curve:
+    return polynomial(begin, end, steps, power=2.0)
+
+
+SHAPES: Mapping[str, Ramp] = {
+    "constant": lambda begin, end, steps: constant(begin),
+    "linear": linear,
+    "cosine": cosine,
+    "polynomial": _square,
+    "exponential": geometric,
+    "half-life": half_life,
+    "1-sqrt": one_minus_sqrt,
+}
+"""The shapes of a phase: from its first value to its last in some steps."""
+
+_PHASE = {
+    "type": "object",
+    "properties": {
+        "shape": {"type": "string", "enum": list(SHAPES)},
+        "from": {"type": "number", "minimum": 0},
+        "to": {"type": "number", "minimum": 0},
+        "duration": {"type": ["integer", "number", "string"], "pattern": PATTERN, "minimum": 0},
+        "warmup": {"type": "boolean"},
+    },
+    "required": ["duration"],
+    "additionalProperties": False,
+}
+PhaseList = Annotated[tuple[Any, ...], Items(_PHASE)]
+
+
+@schedule
+class Phases(
+    Schedule[int],
+    example={
+        "lr": [
+            {"from": 0.0, "to": 0.1, "duration": "0.2dur"},
+            {"duration": "0.3dur"},
+            {"shape": "cosine", "to": 0.02, "duration": "0.5dur"},
+        ],
+        "weight_decay": [{"from": 0.0, "to": 0.1, "duration": "1dur"}],
+    },
+):
+    """Any curve, phase by phase: each from one value to another in a shape, for a duration.
+
+    A phase is ``{"shape": …, "from": …, "to": …, "duration": …}``. The shape is "linear" unless it
+    says "constant", "cosine", "polynomial" (squared), "exponential" (straight on a log scale),
+    "half-life" or "1-sqrt". "from" is where the phase before ended, or the group's own value; "to"
+    is "from". ``"warmup": true`` keeps a scale schedule ratio from the phase. The end is held.
+
+    >>> phases = Phases(lr=[{"from": 0, "to": 1, "duration": 2}, {"to": 0, "duration": 4}])
+    >>> list(phases.curves({"lr": (0.1,)})["lr"][0].values(8))
+    [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    """
+
+    lr: PhaseList | None = None
+    """Phases of the learning rate."""
+    momentum: PhaseList | None = None
+    """Phases of momentum (betas[0] where an optimizer has betas)."""
+    weight_decay: PhaseList | None = None
+    """Phases of the weight decay."""
+    relative: bool = False
+    """Whether "from" and "to" are multipliers of each group's own value instead of values."""
+
+    def _convert_fields(self) -> Iterator[Fault]:
+        yield from super()._convert_fields()
+        if not self.drives:
+            yield Fault(None, "`lr`, `momentum` or `weight_decay` must have phases, but none has.")
+
+    @property
+    def drives(self) -> tuple[str, ...]:
+        names = ("lr", "momentum", "weight_decay")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    @property
+    def span(self) -> int:
+        totals = [sum(p["duration"] for p in getattr(self, name)) for name in self.drives]
+        return int(max(totals)) + 1
+
+    @property
+    def unresolved(self) -> tuple[str, ...]:
+        return tuple(
+            name
+            for name in self.drives
+            if any(is_unresolved(phase["duration"]) for phase in getattr(self, name))
+        )
+
+    def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
+        for name in self.drives:
+            yield name, partial(_phases_in_steps, getattr(self, name), horizon)
+
+    def faults(self) -> Iterator[Fault]:
+        for name in self.drives:
+            for index, phase in enumerate(getattr(self, name)):
+                yield from self._phase_faults(f"{name}[{index}]", name, phase)
+
+    def _phase_faults(self, where: str, name: str, phase: Mapping[str, Any]) -> Iterator[Fault]:
+        if phase["duration"] <= 0:
+            yield Fault(name, f"`{where}.duration` must be at least 1 update, but is 0 instead.")
+        ends = [phase[end] for end in ("from", "to") if end in phase]
+        if name == "momentum" and not self.relative and any(end >= 1 for end in ends):
+            yield Fault(name, f"`{where}` must stay below 1, but goes to {max(ends):g} instead.")
+        if phase.get("shape") == "exponential" and 0 in ends:
+            yield Fault(
+                name, f"`{where}` is exponential and must not touch 0; choose a small value."
+            )
+
+    def curves(self, base: Base) -> Curves:
+        return {
+            name: tuple(self._joined(name, getattr(self, name), own) for own in base[name])
+            for name in self.drives
+        }
+
+    def _joined(self, name: str, phases: tuple[Mapping[str, Any], ...], own: float) -> Curve:
+        unit = own if self.relative else 1.0
+        value, parts = own, []
+        for phase in phases:
+            begin = phase["from"] * unit if "from" in phase else value
+            value = phase["to"] * unit if "to" in phase else begin
+            parts.append(SHAPES[phase.get("shape", "linear")](begin, value, phase["duration"]))
+        boundaries = itertools.accumulate(phase["duration"] for phase in phases[:-1])
+        return join(parts, boundaries=boundaries)
+
+
+def _phases_in_steps(phases: tuple[Mapping[str, Any], ...], horizon: Horizon) -> tuple[Any, ...]:
+    resolved = []
+    for phase in phases:
+        scaled = horizon.scale_warmup or not phase.get("warmup", False)
+        resolved.append({**phase, "duration": steps_of(phase["duration"], horizon, scaled=scaled)})
+    return tuple(resolved)
+
+
+@schedule
+class WarmupStableDecay(
+    LearningRateSchedule,
+    example={"warmup_steps": 10, "total_steps": "1dur", "decay_steps": "0.3dur"},
+):
+    """Warmup-stable-decay (WSD): a straight warmup, the learning rate itself, a decay at the end.
+
+    The decay takes the last ``decay_steps`` of ``total_steps``, in the shape "linear", "cosine",
+    "1-sqrt" or "half-life", down to a share of the learning rate, which is held.
+
+    >>> wsd = WarmupStableDecay(warmup_steps=2, total_steps=8, decay_steps=4)
+    >>> list(wsd.curves({"lr": (1.0,)})["lr"][0].values(9))
+    [0.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+
+    Source: Hu et al., MiniCPM, https://arxiv.org/abs/2404.06395.
+    """
+
+    warmup_steps: WarmupStepsOrZero = 0
+    """Length of the warmup."""
+    total_steps: Steps
+    """Length of the run, warmup and decay included."""
+    decay_steps: Steps
+    """Length of the decay."""
+    decay_type: Literal["linear", "cosine", "1-sqrt", "half-life"] = "linear"
+    """Shape of the decay."""
+    min_lr_ratio: Ratio = 0.0
+    """Share of the learning rate at the end."""
+
+    def faults(self) -> Iterator[Fault]:
+        if self.warmup_steps + self.decay_steps > self.total_steps:
+            yield Fault(
+                "decay_steps",
+                f"`warmup_steps` and `decay_steps` must fit into `total_steps` "
+                f"({self.total_steps:g}), but come to {self.warmup_steps + self.decay_steps:g} "
+                "instead; shorten one of them.",
+            )
+
+    def _curve(self, lr: float) -> Curve:
+        decay_begins = self.total_steps - self.decay_steps
+        return join(
+            [
+                linear(0.0, lr, self.warmup_steps),
+                constant(lr),
+                SHAPES[self.decay_type](lr, self.min_lr_ratio * lr, self.decay_steps),
+            ],
+            boundaries=[self.warmup_steps, decay_begins],
+        )
+
+
+@schedule
+class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
+    """A straight warmup, then the inverse square root of time, for ever.
+
+    ::
+
+        lr(k) = lr * k / warmup_steps                                k < warmup_steps
+                lr / sqrt(1 + (k - warmup_steps) / timescale)        after
+
+    Source: Zhai et al., Scaling vision transformers, https://arxiv.org/abs/2106.04560; Vaswani et
+    al., https://arxiv.org/abs/1706.03762, where the time scale is the warmup.
+    """
+
+    warmup_steps: WarmupStepsOrZero = 0
+    """Length of the warmup."""
+    timescale: Steps | None = None
+    """Updates after the warmup in which 1 is added under the root; null means `warmup_steps`."""
+
+    def faults(self) -> Iterator[Fault]:
+        if not (self.timescale or self.warmup_steps):
+            yield Fault("timescale", "`timescale` must be given where there is no warmup.")
+
+    def _curve(self, lr: float) -> Curve:
+        decay = inverse_sqrt(lr, self.timescale or self.warmup_steps)
+        return join([linear(0.0, lr, self.warmup_steps), decay], boundaries=[self.warmup_steps])
+
+
+@schedule
+class OptimizerParamScheduler(
+    Schedule[int],
+    example={
+        "max_lr": 0.1,
+        "lr_warmup_steps": 10,
+        "lr_decay_steps": 90,
+        "lr_decay_style": "cosine",
+        "end_wd": 0.1,
+        "wd_incr_steps": 90,
+    },
+):
+    """Megatron-LM's: warmup and decay of the learning rate, and a weight decay that grows beside it.
+
+    The clock is the update, where Megatron counts samples. The decay ends at ``lr_decay_steps`` of
+    the run, warmup included, and holds ``min_lr``; "WSD" decays in the last ``wsd_decay_steps``.
+
+    Source: ``OptimizerParamScheduler`` of megatron/core/optimizer_param_scheduler.py.
+    """
+
+    init_lr: AbsoluteRate = 0.0
+    """Learning rate at the first update of the warmup."""
+    max_lr: AbsoluteRate
+    """Learning rate after the warmup."""
+    min_lr: AbsoluteRate = 0.0
+    """Learning rate at the end of the decay."""
+    lr_warmup_steps: WarmupStepsOrZero = 0
+    """Length of the warmup."""
+    lr_decay_steps: Steps
+    """Length of warmup and decay together."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    """Shape of the decay."""
+    wsd_decay_steps: Steps | None = None
+    """Length of the decay, in the style "WSD"."""
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
+    """Shape of the decay, in the style "WSD"."""
+    start_wd: AbsoluteRate = 0.0
+    """Weight decay at the start."""
+    end_wd: AbsoluteRate = 0.0
+    """Weight decay at the end."""
+    wd_incr_steps: StepsOrZero = 0
+    """Time at which the weight decay reaches its end."""
+    wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of its growth."""
+
+    @property
+    def drives(self) -> tuple[str, ...]:
+        return ("lr", "weight_decay")
+
+    def faults(self) -> Iterator[Fault]:
+        if self.lr_warmup_steps >= self.lr_decay_steps:
+            yield Fault(
+                "lr_warmup_steps",
+                f"`lr_warmup_steps` must be less than `lr_decay_steps` ({self.lr_decay_steps:g}), "
+                f"but is {self.lr_warmup_steps:g} instead.",
+            )
+        if not max(self.init_lr, self.min_lr) <= self.max_lr:
+            yield Fault("max_lr", "`max_lr` must be at least `init_lr` and `min_lr`, but is less.")
+        if self.end_wd < self.start_wd:
+            yield Fault("end_wd", "`end_wd` must be at least `start_wd`, but is less.")
+        if self.wd_incr_style == "constant" and self.start_wd != self.end_wd:
+            yield Fault("wd_incr_style", "`wd_incr_style` constant needs `start_wd` = `end_wd`.")
+        if (self.wsd_decay_steps is not None) != (self.lr_decay_style == "WSD"):
+            yield Fault("wsd_decay_steps", '`wsd_decay_steps` goes with the style "WSD" alone.')
+        elif (
+            self.wsd_decay_steps is not None
+            and self.wsd_decay_steps > self.lr_decay_steps - self.lr_warmup_steps
+        ):
+            yield Fault(
+                "wsd_decay_steps",
+                "`wsd_decay_steps` must fit between `lr_warmup_steps` and `lr_decay_steps`, but is "
+                f"{self.wsd_decay_steps:g} instead.",
+            )
+
+    def curves(self, base: Base) -> Curves:
+        groups = len(base["lr"])
+        return {"lr": (self._of_lr(),) * groups, "weight_decay": (self._of_wd(),) * groups}
+
+    def _of_wd(self) -> Curve:
+        if self.wd_incr_style == "cosine":
+            return cosine(self.start_wd, self.end_wd, self.wd_incr_steps)
+        return linear(self.start_wd, self.end_wd, self.wd_incr_steps)
+
+    def _of_lr(self) -> Curve:
+        warmup, end, high, low = self.lr_warmup_steps, self.lr_decay_steps, self.max_lr, self.min_lr
+        steps = end - warmup
+        climb = linear(self.init_lr, high, warmup)
+        match self.lr_decay_style:
+            case "constant":
+                return join([climb, constant(high)], [warmup])
+            case "linear":
+                return join([climb, linear(high, low, steps)], [warmup])
+            case "cosine":
+                return join([climb, cosine(high, low, steps)], [warmup])
+            case "WSD":
+                anneal = self.wsd_decay_steps or 0
+                shapes = {"exponential": half_life, "minus_sqrt": one_minus_sqrt}
+                shape = shapes.get(self.lr_wsd_decay_style) or SHAPES[self.lr_wsd_decay_style]
+                decay = shape(high, low, anneal)
+                return join([climb, constant(high), decay], [warmup, end - anneal])
+        # Megatron's root is 1 where the warmup ends,
+        scale = max(warmup, 1)
+        root = inverse_sqrt(high, steps=scale)
+        # and it still has its value at the end itself, where the other styles are at their minimum.
+        return join([climb, pointwise(max, root, constant(low)), constant(low)], [warmup, end + 1])

@@ -1,0 +1,50 @@
+"""The peers' own values: cases by name, and how ours are compared with them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from schedules import Horizon, trace
+
+FOLDER = Path(__file__).parent.parent / "golden"
+
+
+def cases(family):
+    """A family's cases, by file name."""
+    paths = sorted((FOLDER / family).glob("*.json"))
+    assert paths
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def base_of(case):
+    """The optimizer's values as it was built: one a param group."""
+    optimizer = case["optimizer"]
+    groups = optimizer.get("n_param_groups", np.size(optimizer.get("lr", 0.1)))
+    lr = np.broadcast_to(optimizer.get("lr", 0.1), groups).tolist()
+    return {"lr": lr}
+
+
+def horizon_of(case):
+    """The run of a case that Composer's trainer ran."""
+    per_epoch, batch = case["dataloader_len"], case.get("batch_size")
+    value, unit = float(case["max_duration"][:-2]), case["max_duration"][-2:]
+    steps = value * {"ep": per_epoch, "ba": 1, "sp": 1 / (batch or 1)}[unit]
+    return Horizon(
+        total_steps=steps,
+        steps_per_epoch=per_epoch,
+        samples_per_step=batch,
+        scale_ratio=case["scale_schedule_ratio"],
+        counts_samples=unit == "sp",
+    )
+
+
+def compare(case, block, *, at=None, name="lr", theirs=None, horizon=None, rows=slice(None)):
+    """Assert that our value at ``at[t]`` is theirs at each update t of ``rows``."""
+    at = np.arange(case["n_steps"]) if at is None else at
+    ours = trace(block, int(at.max()) + 1, base=base_of(case), horizon=horizon)[name][at]
+    theirs = np.array(case[name] if theirs is None else theirs, dtype=float)
+    theirs = theirs.reshape(len(theirs), -1)
+    assert len(theirs) == len(at)
+    expected = np.broadcast_to(theirs, ours.shape)
+    np.testing.assert_allclose(ours[rows], expected[rows], rtol=1e-9, atol=1e-15)
