@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         help="number of updates to show (default: enough to see the whole schedule)",
     )
     plot.add_argument(
+        "--steps-per-epoch",
+        type=_positive,
+        metavar="N",
+        help="updates in one pass over the data, for durations in epochs",
+    )
+    plot.add_argument(
         "--csv",
         metavar="FILE",
         help="write one row an update, columns step,lr,momentum,…; - for standard output",
@@ -144,8 +150,8 @@ def _validate(args: argparse.Namespace, out: TextIO) -> int:
 def _plot(args: argparse.Namespace, out: TextIO) -> int:
     from engine.preview import draw, preview
 
-    shown = preview(args.file)
-    steps = args.steps or shown.schedule.span
+    shown = preview(args.file, steps_per_epoch=args.steps_per_epoch)
+    steps = args.steps or shown.span
     if args.csv:
         header = ",".join(("step", *shown.columns))
         lines = (",".join(map(repr, row)) + "\n" for row in shown.rows(steps))

@@ -9,8 +9,9 @@ from typing import Any
 
 from engine.config import ConfigError, Problem, Source, load_document
 from engine.config.check import check
+from engine.config.horizon import horizon_of
 from engine.config.sections import optimizer_name, optimizer_schema, with_defaults
-from schedules import Schedule, from_config
+from schedules import Horizon, Schedule, from_config
 from schedules.schedule import Base, Curves
 
 __all__ = ["LABELS", "Preview", "draw", "preview"]
@@ -28,6 +29,12 @@ class Preview:
     name: str
     schedule: Schedule[Any]
     curves: Curves
+    horizon: Horizon
+
+    @property
+    def span(self) -> int:
+        """How many updates to show: the run, where its length is known, else the schedule's."""
+        return int(self.horizon.scaled_steps or 0) or self.schedule.span
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -46,11 +53,12 @@ class Preview:
         return zip(range(steps), *values, strict=True)
 
 
-def preview(config: Source) -> Preview:
+def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
     """Return the schedule of a config, proved right; the rest of the config may be absent or wrong.
 
     Args:
         config: a path or a dict: a whole config, or one that holds a ``scheduler`` alone.
+        steps_per_epoch: updates in one pass over the data, for durations in epochs.
 
     Raises:
         ConfigError: there is no such file, its text is broken, it has no ``scheduler``, or its
@@ -61,7 +69,7 @@ def preview(config: Source) -> Preview:
     [(0, 0.0), (1, 0.0005), (2, 0.001)]
     """
     document = load_document(config)
-    sections = ("", "optimizer", "scheduler")
+    sections = ("", "optimizer", "scheduler", "engine")
     problems = [
         problem
         for problem in check(document, None)
@@ -74,8 +82,20 @@ def preview(config: Source) -> Preview:
     if "scheduler" not in document.value:
         message = "`scheduler` must be given for there to be a curve, but is missing."
         raise ConfigError(document.name, [Problem("missing-key", "error", "", 0, 0, message)])
-    schedule = from_config(document.value["scheduler"])
-    return Preview(document.name, schedule, schedule.curves(_base(document.value, schedule)))
+    values: dict[str, Any] = document.value
+    schedule = from_config(values["scheduler"])
+    try:
+        horizon = horizon_of(
+            values.get("engine", {}),
+            samples_per_step=values.get("train_batch_size"),
+            steps_per_epoch=steps_per_epoch,
+        )
+        resolved = schedule.resolve(horizon)
+    except ValueError as error:
+        problem = document.problem("schedule", "/scheduler/params", str(error))
+        raise ConfigError(document.name, [problem]) from None
+    curves = schedule.bind(_base(values, schedule), horizon).curves
+    return Preview(document.name, resolved, curves, horizon)
 
 
 def _base(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from engine.backends.base import Backend
 from engine.backends.pytorch import PyTorchBackend
@@ -98,13 +98,19 @@ def initialize(
         chosen = build_optimizer(resolved.optimizer, parameters)
     scheduler: LRScheduler | None = None
     if resolved.schedule is not None:
-        scheduler = ScheduleBinder(resolved.schedule, chosen)
+        per_epoch = len(loader) / resolved.batch.accumulation if _is_sized(loader) else None
+        horizon = resolved.horizon(per_epoch)
+        scheduler = ScheduleBinder(resolved.schedule, chosen, horizon=horizon)
     elif lr_scheduler is not None:
         scheduler = lr_scheduler if isinstance(lr_scheduler, LRScheduler) else lr_scheduler(chosen)
     backend = PyTorchBackend(model, chosen, resolved, ranks)
     engine = Engine(resolved, backend, scheduler, loader)
     _announce(engine, backend)
     return engine, chosen, loader, scheduler
+
+
+def _is_sized(loader: DataLoader[Any] | None) -> TypeGuard[DataLoader[Any]]:
+    return loader is not None and not isinstance(loader.dataset, IterableDataset)
 
 
 def _refuse_two_sources(config: Config, optimizer: object, lr_scheduler: object) -> None:

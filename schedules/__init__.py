@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from schedules.durations import Horizon
 from schedules.deepspeed import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
+from schedules.durations import Horizon
 from schedules.registry import SCHEDULES, find, from_config, register
 from schedules.schedule import Base, Controller, OpenLoop, Schedule, ScheduleError
 from schedules.tracing import trace

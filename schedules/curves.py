@@ -79,7 +79,7 @@ class Curve(ABC):
         """Return the piece that holds at ``step`` when this curve's clock starts at ``origin``."""
 
     def pieces(self, begin: int, end: int) -> Iterator[Piece]:
-        """Yield the pieces of the steps from ``begin`` up to, but without, ``end``, cut to these."""
+        """Yield the pieces of the steps from ``begin`` up to, but without, ``end``."""
         while begin < end:
             piece = self.piece(begin)
             stop = math.ceil(piece.end) if piece.end < end else end
@@ -489,7 +489,7 @@ class _Dilate(Curve):
 
 
 def dilate(curve: Curve, ratio: float) -> Curve:
-    """Return ``curve`` made ``ratio`` times as long: its value at k is the curve's at ``k / ratio``.
+    """Return ``curve`` made ``ratio`` times as long: at k it is the curve at ``k / ratio``.
 
     >>> list(dilate(linear(0.0, 1.0, steps=2), ratio=2).values(5))
     [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -502,6 +502,7 @@ class _Function(Curve):
         self._function = function
 
     def piece(self, step: float, origin: float = 0) -> Piece:
+        del step  # one piece for all
         function = self._function
         return Piece(origin, math.inf, lambda k: float(function(k - origin)), elementwise=True)
 

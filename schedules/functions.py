@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from schedules.curves import Curve, from_function
 from schedules.schedule import LearningRateSchedule
@@ -17,7 +18,7 @@ class FunctionSchedule(LearningRateSchedule):
     """``lr(k) = lr * function(k)``; a scale schedule ratio r makes it ``lr * function(k / r)``."""
 
     clock_is_step = True
-    function: ClassVar[Callable[[float], float]]
+    function: ClassVar[Any]
 
     @staticmethod
     def of(name: str, function: Callable[[float], float]) -> type[FunctionSchedule]:
@@ -29,7 +30,13 @@ class FunctionSchedule(LearningRateSchedule):
         """
         body: dict[str, Any] = {"function": staticmethod(function), "__doc__": function.__doc__}
         name_of_function = getattr(function, "__name__", name)
-        return type(name_of_function, (FunctionSchedule,), body, type_name=name)
+        cls = types.new_class(
+            name_of_function,
+            (FunctionSchedule,),
+            {"type_name": name},
+            lambda into: into.update(body),
+        )
+        return cast("type[FunctionSchedule]", cls)
 
     def _curve(self, lr: float) -> Curve:
         function = self.function

@@ -1,4 +1,4 @@
-"""Shapes that users ask for beside the five systems: phases, warmup-stable-decay, and Megatron's."""
+"""What users ask for beside the five systems: phases, warmup-stable-decay, Megatron's."""
 
 from __future__ import annotations
 
@@ -151,11 +151,11 @@ class Phases(
 
     def curves(self, base: Base) -> Curves:
         return {
-            name: tuple(self._joined(name, getattr(self, name), own) for own in base[name])
+            name: tuple(self._joined(getattr(self, name), own) for own in base[name])
             for name in self.drives
         }
 
-    def _joined(self, name: str, phases: tuple[Mapping[str, Any], ...], own: float) -> Curve:
+    def _joined(self, phases: tuple[Mapping[str, Any], ...], own: float) -> Curve:
         unit = own if self.relative else 1.0
         value, parts = own, []
         for phase in phases:
@@ -262,7 +262,7 @@ class OptimizerParamScheduler(
         "wd_incr_steps": 90,
     },
 ):
-    """Megatron-LM's: warmup and decay of the learning rate, and a weight decay that grows beside it.
+    """Megatron-LM's: warmup and decay of the learning rate, and a growing weight decay.
 
     The clock is the update, where Megatron counts samples. The decay ends at ``lr_decay_steps`` of
     the run, warmup included, and holds ``min_lr``; "WSD" decays in the last ``wsd_decay_steps``.

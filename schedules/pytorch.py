@@ -299,7 +299,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
 
     @property
     def _steps(self) -> float:
-        return float(self.total_steps or (self.epochs or 0) * self.steps_per_epoch)
+        return float(self.total_steps or (self.epochs or 0) * (self.steps_per_epoch or 0))
 
     @property
     def _knots(self) -> tuple[float, ...]:

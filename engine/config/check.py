@@ -7,6 +7,7 @@ consequences of a mistake beside the mistake.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from referencing import Registry, Resource
 import schemas
 from engine.config import rules
 from engine.config.document import Document
+from engine.config.horizon import horizon_of
 from engine.config.problems import Problem, pointer_to
 from engine.config.sections import (
     OPTIMIZERS,
@@ -24,7 +26,7 @@ from engine.config.sections import (
     optimizer_schema,
     schedule_schema,
 )
-from schedules import SCHEDULES, ScheduleError, find, from_config
+from schedules import SCHEDULES, Schedule, ScheduleError, find, from_config
 from schedules.fields import wanted
 from schedules.registry import nearest
 
@@ -67,16 +69,19 @@ def _check_values(document: Document, world_size: int | None) -> Iterator[Proble
     yield from wrong
     broken = {problem.pointer.split("/")[1] for problem in wrong if problem.pointer}
     parts = {key: value for key, value in config.items() if key not in broken}
+    if "engine" in broken:
+        parts.pop("scheduler", None)  # its durations cannot be proved against a broken run
     for key, check_params in (("optimizer", _check_optimizer), ("scheduler", _check_scheduler)):
         if key in parts:
-            wrong = list(check_params(document, parts[key]))
+            wrong = list(check_params(document, parts))
             yield from wrong
             if any(problem.severity == "error" for problem in wrong):
                 del parts[key]
     yield from rules.check_together(document, parts, world_size, broken)
 
 
-def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_optimizer(document: Document, config: Mapping[str, Any]) -> Iterator[Problem]:
+    block = config["optimizer"]
     name = optimizer_name(block["type"])
     if name is None:
         near = nearest(block["type"], OPTIMIZERS)
@@ -91,7 +96,8 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
     yield from _against_schema(document, params, optimizer_schema(name), "/optimizer/params")
 
 
-def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_scheduler(document: Document, config: Mapping[str, Any]) -> Iterator[Problem]:
+    block = config["scheduler"]
     name, params, pointer = block["type"], block.get("params", {}), "/scheduler/params"
     try:
         cls = find(name)
@@ -103,11 +109,25 @@ def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[P
     if wrong:
         return
     try:
-        from_config({"type": name, "params": params})
+        _resolve_if_known(from_config({"type": name, "params": params}), config)
     except ScheduleError as error:
         for fault in error.faults:
             below = pointer_to(pointer, fault.field) if fault.field else pointer
             yield document.problem("schedule", below, fault.message)
+
+
+def _resolve_if_known(schedule: Schedule[Any], config: Mapping[str, Any]) -> None:
+    """Prove durations against the run, as far as a file says how long it is.
+
+    Only the loader knows an epoch and, where two of the three batch sizes are given, only the
+    launch knows a batch: what needs one of them is proved when the run starts.
+    """
+    run = config.get("engine", {})
+    texts = f"{run.get('max_duration')} {schedule.params()}".lower()
+    samples = config.get("train_batch_size")
+    if re.search(r"\d\s*ep\b", texts) or (samples is None and re.search(r"\d\s*sp\b", texts)):
+        return
+    schedule.resolve(horizon_of(run, samples_per_step=samples, steps_per_epoch=None))
 
 
 def _against_schema(
@@ -144,7 +164,7 @@ def _problems_of(
         case _ if error.instance == "auto":
             message = f'`{name}` must be {wanted(schema)}, but is "auto" instead.'
             yield document.problem("unresolved-auto", pointer, message, _AUTO_HINT)
-        case _ if rule in _RANGE_KEYWORDS | {"type", "enum"}:
+        case _ if rule in _RANGE_KEYWORDS | {"type", "enum", "pattern"}:
             message = f"`{name}` must be {wanted(schema)}, but is {_shown(error.instance)} instead."
             kind = "wrong-type" if rule == "type" else "out-of-range"
             yield document.problem(kind, pointer, message)

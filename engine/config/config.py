@@ -15,9 +15,10 @@ import schemas
 from engine.config.batch import BATCH_KEYS, BatchSizes, solve
 from engine.config.check import check
 from engine.config.document import Document, parse
+from engine.config.horizon import horizon_of
 from engine.config.problems import ConfigError, Problem, pointer_to
 from engine.config.sections import SCHEMA, optimizer_name, optimizer_schema, with_defaults
-from schedules import Schedule, from_config
+from schedules import Horizon, Schedule, from_config
 
 __all__ = ["Config", "LossScaling", "Source", "load_config", "load_document", "validate"]
 
@@ -58,6 +59,18 @@ class Config:
     steps_per_print: int | None
     dataloader_drop_last: bool
     seed: int
+    run: Mapping[str, Any]
+    """``max_duration``, ``scale_schedule_ratio`` and ``scale_warmup`` of the section ``engine``."""
+
+    def horizon(self, steps_per_epoch: float | None) -> Horizon:
+        """Return the run that durations are a part of.
+
+        Raises:
+            DurationError: the length of the run is in epochs, whose length is not known.
+        """
+        return horizon_of(
+            self.run, samples_per_step=self.batch.train, steps_per_epoch=steps_per_epoch
+        )
 
 
 def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
@@ -116,7 +129,8 @@ def _resolve(document: Document, world_size: int) -> Config:
         schedule=from_config(value["scheduler"]) if "scheduler" in value else None,
         steps_per_print=value["steps_per_print"],
         dataloader_drop_last=value["dataloader_drop_last"],
-        seed=value["engine"]["seed"],
+        seed=value["engine"].pop("seed"),
+        run=value["engine"],
     )
 
 

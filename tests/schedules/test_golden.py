@@ -164,7 +164,7 @@ def test_d2l(name):
 
 @pytest.mark.parametrize("name", MXNET)
 def test_mxnet(name):
-    """MXNet's trainer asks for k + 1; its factors fall behind a step, not at it, which is k again."""
+    """MXNet's trainer asks for k + 1; its factors fall behind a step, not at it: k again."""
     case = MXNET[name]
     params = dict(case["params"])
     updates = np.arange(case["n_steps"])
