@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from schedules.durations import Horizon
-from schedules.param_groups import slots_of, writer
+from schedules.param_groups import slots_of
 from schedules.registry import from_config
 from schedules.schedule import Base, Schedule
+from schedules.writers import flat_step, writer
 
 __all__ = ["ScheduleBinder", "attach"]
 
@@ -63,14 +64,18 @@ class ScheduleBinder(LRScheduler):
             ValueError: ``epoch`` is given, by which torch's schedulers jump, or a param group was
                 added since the binder was built.
         """
+        self.long_step(epoch)
+
+    def long_step(self, epoch: int | None = None) -> None:
+        """Do what `step` does, without its short cut for the commonest case."""
         if epoch is not None:
             raise ValueError(
                 f"`epoch` must be absent, but is {epoch} instead: a schedule counts the updates "
                 "that were applied. To begin elsewhere, give `load_state_dict` a saved state."
             )
         self.last_epoch = count = self.last_epoch + 1
-        if count >= self._until or len(self.optimizer.param_groups) != len(self.base_lrs):
-            self._enter(count)
+        if count >= self._until or len(self.optimizer.param_groups) != self._groups:
+            self.enter(count)
         self._write(count)
 
     def get_last_lr(self) -> list[float | Tensor]:
@@ -127,21 +132,22 @@ class ScheduleBinder(LRScheduler):
 
     def _remember_base(self) -> None:
         self.base_lrs = list(self._base["lr"])
+        self._groups = len(self.base_lrs)
         for name, values in self._base.items():
             for group, value in zip(self.optimizer.param_groups, values, strict=True):
                 group[f"initial_{name}"] = value
 
     def _go_to(self, count: int) -> None:
         self.last_epoch = count
-        self._enter(count)
+        self.enter(count)
         self._write(count)
 
-    def _enter(self, count: int) -> None:
+    def enter(self, count: int) -> None:
         """Choose the formulas that hold from this count on, and note how long they do."""
         pieces = {curve: curve.piece(count) for curves in self._curves.values() for curve in curves}
         self._until = min(piece.end for piece in pieces.values())
-        formulas = {
-            name: [pieces[curve].at for curve in curves] for name, curves in self._curves.items()
+        of_groups = {
+            name: [pieces[curve] for curve in curves] for name, curves in self._curves.items()
         }
         groups = len(self.optimizer.param_groups)
         if groups != len(self._base["lr"]):
@@ -149,7 +155,10 @@ class ScheduleBinder(LRScheduler):
                 f"the optimizer must keep the {len(self._base['lr'])} param groups that it had "
                 f"when the schedule was attached, but has {groups} instead. Add the groups first."
             )
-        self._write = writer(self.optimizer, self._slots, formulas)
+        self._write = writer(self.optimizer, self._slots, of_groups)
+        flat = flat_step(self, self._until, self.optimizer, self._slots, of_groups)
+        # For the commonest stretch, an instance's own `step`; the method is what it falls back on.
+        self.step = flat or self.long_step  # type: ignore[method-assign, assignment]
 
     def _refuse_another_run(self, state: Mapping[str, Any]) -> None:
         own = {"type": self.schedule.type_name, **self.schedule.params()}

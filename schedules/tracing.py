@@ -46,8 +46,9 @@ def trace(
     groups = len(given["lr"])
     defaults: Base = {"momentum": (0.9,) * groups, "weight_decay": (0.0,) * groups}
     curves = schedule.bind({**defaults, **given}, horizon).curves
-    at = np.arange(steps)
-    return {
-        name: np.stack([np.asarray(curve(at)) for curve in of_groups], axis=1)
-        for name, of_groups in curves.items()
-    }
+    values = {}
+    for name, of_groups in curves.items():
+        arrays = {curve: curve.array(steps) for curve in set(of_groups)}
+        columns = [arrays[curve][:, np.newaxis] for curve in of_groups]
+        values[name] = columns[0] if len(columns) == 1 else np.hstack(columns)
+    return values

@@ -1,0 +1,158 @@
+"""Time a step and a whole curve of 1Cycle, beside the peers, interleaved in one run.
+
+    python benchmarks/scheduler_speed.py
+
+CPU time; every ratio is the median of the ratios of the rounds, in which each contender runs once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import schedules
+
+CYCLE = {
+    "cycle_min_lr": 1e-4,
+    "cycle_max_lr": 1e-3,
+    "cycle_first_step_size": 500_000,
+    "cycle_min_mom": 0.85,
+    "cycle_max_mom": 0.95,
+}
+Step = Callable[[], object]
+
+
+def optimizer_of(groups: int) -> torch.optim.Optimizer:
+    one = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(groups)]
+    return torch.optim.Adam(one, lr=1e-3)
+
+
+def bare_loop(groups: int) -> Callable[[int], None]:
+    """The limit: a loop over the groups that writes a learning rate and betas, and nothing else."""
+    optimizer = optimizer_of(groups)
+    param_groups = optimizer.param_groups
+
+    def run(steps: int) -> None:
+        lr, momentum = 1e-3, 0.9
+        for _ in range(steps):
+            for group in param_groups:
+                group["lr"] = lr
+                group["betas"] = (momentum, 0.999)
+
+    return run
+
+
+def stepping(step: Step) -> Callable[[int], None]:
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            step()
+
+    return run
+
+
+def contenders(groups: int) -> dict[str, Callable[[int], None]]:
+    """Return what runs some steps of each contender."""
+    from deepspeed.runtime.lr_schedules import OneCycle
+
+    own = CYCLE | {
+        "cycle_min_lr": [1e-4 * (1 + index / groups) for index in range(groups)],
+        "cycle_max_lr": [1e-3 * (1 + index / groups) for index in range(groups)],
+    }
+    torchs = torch.optim.lr_scheduler.OneCycleLR(optimizer_of(groups), 1e-3, total_steps=10**9)
+    torchs.optimizer._opt_called = True  # it would warn that no update was applied
+    return {
+        "bare loop": bare_loop(groups),
+        "onecycle": stepping(schedules.attach("OneCycle", optimizer_of(groups), **CYCLE).step),
+        "onecycle, bounds a group": stepping(
+            schedules.attach("OneCycle", optimizer_of(groups), **own).step
+        ),
+        "DeepSpeed": stepping(OneCycle(optimizer_of(groups), **CYCLE).step),
+        "PyTorch": stepping(torchs.step),
+    }
+
+
+def cpu_time(run: Callable[[int], object], amount: int) -> float:
+    begin = time.process_time()
+    run(amount)
+    return time.process_time() - begin
+
+
+def time_steps(console: Console, rounds: int) -> None:
+    table = Table("1Cycle, one step()", title="microseconds, and times the bare loop (median)")
+    for groups in (1, 2, 16, 256):
+        table.add_column(f"{groups} group{'s' * (groups > 1)}", justify="right")
+    cells: dict[str, list[str]] = {}
+    for groups in (1, 2, 16, 256):
+        running = contenders(groups)
+        amount = max(200, 20_000 // groups)
+        times: dict[str, list[float]] = {name: [] for name in running}
+        for _ in track(range(rounds), f"{groups} groups", console=console, transient=True):
+            for name, run in running.items():
+                times[name].append(cpu_time(run, amount) / amount * 1e6)
+        bare = times["bare loop"]
+        for name, each in times.items():
+            ratio = statistics.median(a / b for a, b in zip(each, bare, strict=True))
+            cells.setdefault(name, []).append(f"{statistics.median(each):.3f} ({ratio:.2f}x)")
+    for name, row in cells.items():
+        table.add_row(name, *row)
+    console.print(table)
+
+
+def numpy_by_hand(steps: int) -> np.ndarray:
+    """The limit of a whole curve: learning rate and momentum by numpy slices, in place."""
+    first = CYCLE["cycle_first_step_size"]
+    progress = np.empty(steps)
+    progress[:first] = np.arange(first)
+    progress[first:] = np.arange(2 * first - first, 2 * first - steps, -1)
+    progress /= first
+    return np.stack([1e-4 + 9e-4 * progress, 0.95 - 0.1 * progress])
+
+
+def time_curve(console: Console, rounds: int, steps: int) -> None:
+    from deepspeed.runtime.lr_schedules import OneCycle
+
+    block = {"type": "OneCycle", "params": CYCLE}
+    running: dict[str, Callable[[int], object]] = {
+        "numpy by hand": numpy_by_hand,
+        "onecycle": lambda count: schedules.trace(block, count),
+        "stepping DeepSpeed": stepping(OneCycle(optimizer_of(1), **CYCLE).step),
+    }
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for _ in track(range(rounds), f"{steps:,} steps", console=console, transient=True):
+        for name, run in running.items():
+            times[name].append(cpu_time(run, steps) * 1e3)
+    ours = times["onecycle"]
+    table = Table(f"1Cycle, {steps:,} steps", "CPU ms", "times ours", title="the whole curve")
+    for name, each in times.items():
+        ratio = statistics.median(a / b for a, b in zip(each, ours, strict=True))
+        table.add_row(name, f"{statistics.median(each):.2f}", f"{ratio:.2f}x")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=25, help="rounds of the steps (default: 25)")
+    parser.add_argument("--steps", type=int, default=1_000_000, help="length of the whole curve")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    console = Console()
+    time_steps(console, args.rounds)
+    time_curve(console, max(3, args.rounds // 5), args.steps)
+
+
+if __name__ == "__main__":
+    main()
