@@ -5,7 +5,7 @@ READY := $(VENV)/ready
 # Two threads that wait for each other by spinning make small models crawl on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all check format generate clean help
+.PHONY: demo test test-all check format generate pictures clean help
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
@@ -34,6 +34,9 @@ format: $(READY)  ## format the code and mend what the linter can
 
 generate: $(READY)  ## write the files that are generated from the code
 	$(BIN)/python tools/generate.py
+
+pictures: $(READY)  ## draw the pictures of the schedules' reference page
+	$(BIN)/python tools/generate.py --pictures
 
 clean:  ## remove the virtual environment and what runs left
 	rm -rf $(VENV) run *.egg-info

@@ -108,31 +108,47 @@ def time_steps(console: Console, rounds: int) -> None:
     console.print(table)
 
 
-def numpy_by_hand(steps: int) -> np.ndarray:
+def numpy_by_hand(steps: int) -> list[np.ndarray]:
     """The limit of a whole curve: learning rate and momentum by numpy slices, in place."""
-    first = CYCLE["cycle_first_step_size"]
-    progress = np.empty(steps)
-    progress[:first] = np.arange(first)
-    progress[first:] = np.arange(2 * first - first, 2 * first - steps, -1)
-    progress /= first
-    return np.stack([1e-4 + 9e-4 * progress, 0.95 - 0.1 * progress])
+    first, end = steps // 4, steps // 2
+    progress = np.zeros(steps)
+    progress[: first + 1] = np.floor(np.arange(first + 1) * (500 / first)) / 500
+    progress[first : end + 1] = progress[first::-1][: end + 1 - first]
+    lr, momentum = 1e-4 + 9e-4 * progress, 0.95 - 0.1 * progress
+    lr[end:] = 1e-4 / (1 + np.arange(steps - end) / (steps // 10))
+    return [lr, momentum]
 
 
 def time_curve(console: Console, rounds: int, steps: int) -> None:
     from deepspeed.runtime.lr_schedules import OneCycle
 
-    block = {"type": "OneCycle", "params": CYCLE}
+    whole = CYCLE | {
+        "cycle_first_step_size": steps // 4,
+        "cycle_first_stair_count": 500,
+        "decay_step_size": steps // 10,
+        "decay_lr_rate": 1.0,
+    }
+    block = {"type": "OneCycle", "params": whole}
+
+    def step_deepspeed(count: int) -> None:
+        stepping(OneCycle(optimizer_of(1), **whole).step)(count)
+
     running: dict[str, Callable[[int], object]] = {
         "numpy by hand": numpy_by_hand,
         "onecycle": lambda count: schedules.trace(block, count),
-        "stepping DeepSpeed": stepping(OneCycle(optimizer_of(1), **CYCLE).step),
+        "stepping DeepSpeed": step_deepspeed,
     }
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in track(range(rounds), f"{steps:,} steps", console=console, transient=True):
         for name, run in running.items():
             times[name].append(cpu_time(run, steps) * 1e3)
     ours = times["onecycle"]
-    table = Table(f"1Cycle, {steps:,} steps", "CPU ms", "times ours", title="the whole curve")
+    table = Table(
+        f"1Cycle with stairs and decay, {steps:,} steps",
+        "CPU ms",
+        "times ours",
+        title="the whole curve",
+    )
     for name, each in times.items():
         ratio = statistics.median(a / b for a, b in zip(each, ours, strict=True))
         table.add_row(name, f"{statistics.median(each):.2f}", f"{ratio:.2f}x")

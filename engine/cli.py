@@ -24,6 +24,8 @@ examples:
   onecycle validate ds_config.json --world-size 8
   onecycle plot ds_config.json -o curves.png
   onecycle plot ds_config.json --csv - | head
+  onecycle schedules
+  onecycle schedules OneCycle
   onecycle schema OneCycle
 """
 
@@ -118,6 +120,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     plot.set_defaults(run=_plot)
 
+    known = commands.add_parser(
+        "schedules",
+        help="list every schedule, or print all about one",
+        description="List every schedule with a little curve of its learning rate, or print one's "
+        "parameters, units, defaults, formula and an example block.",
+    )
+    known.add_argument("type", metavar="TYPE", nargs="?", help="a scheduler type, such as OneCycle")
+    known.set_defaults(run=_schedules)
+
     schema = commands.add_parser(
         "schema",
         help="print the JSON schema of configs, or of one schedule's params",
@@ -168,6 +179,15 @@ def _plot(args: argparse.Namespace, out: TextIO) -> int:
         draw(columns, path, f"{type(shown.schedule).__name__} of {args.file}")
         if args.csv != "-":
             print(f"{path}: {steps} updates of {type(shown.schedule).__name__}", file=out)
+    return OK
+
+
+def _schedules(args: argparse.Namespace, out: TextIO) -> int:
+    from engine.catalog import listing, page
+    from schedules import find
+
+    for line in page(find(args.type)) if args.type else listing():
+        print(line, file=out)
     return OK
 
 

@@ -112,13 +112,14 @@ def _base(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
     return {name: (value,) * groups for name, value in base.items()}
 
 
-def draw(columns: Mapping[str, Sequence[float]], path: Path, title: str) -> None:
+def draw(columns: Mapping[str, Sequence[float]], path: Path, title: str, *, dpi: int = 150) -> None:
     """Draw columns over the step into a PNG (or SVG, PDF), one panel for each hyperparameter.
 
     Args:
         columns: a column's name, as in `Preview.columns` or any other, to its values.
         path: where to write; its suffix chooses the format.
         title: what stands above the panels.
+        dpi: dots an inch.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -143,4 +144,4 @@ def draw(columns: Mapping[str, Sequence[float]], path: Path, title: str) -> None
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=dpi)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from engine.cli import INVALID, OK, USAGE, main
-from schedules import trace
+from schedules import SCHEDULES, trace
 from tests.schedules.test_deepspeed import TUTORIAL
 
 
@@ -119,6 +119,57 @@ def test_plot_of_what_has_no_curve(tmp_path, config, message):
     status, out, _ = run("plot", path)
     assert status == INVALID
     assert message in out
+
+
+def test_schedules_lists_every_type_with_a_curve():
+    status, out, _ = run("schedules")
+    lines = out.splitlines()
+    assert status == OK
+    assert [line.split()[0] for line in lines] == list(SCHEDULES)
+    assert len(lines) >= 35
+    curves = {line.split()[0]: line.split()[1] for line in lines}
+    assert curves["fixed_lr"] == "█" * 24
+    assert (curves["WarmupLR"][0], curves["WarmupLR"][-1]) == ("▁", "█")
+
+
+def test_schedules_prints_all_about_one():
+    status, out, _ = run("schedules", "StepLR")
+    assert status == OK
+    assert "lr(k) = lr * gamma ** floor(k / step_size)" in out
+    assert "  gamma  (a number, at least 0; default 0.1)" in out
+    block = out[out.index("{\n") : out.rindex("}") + 1]
+    assert json.loads(block) == {
+        "scheduler": {"type": "StepLR", "params": {"step_size": 20, "gamma": 0.5}}
+    }
+    status, out, err = run("schedules", "StepLr")
+    assert (status, out) == (USAGE, "")
+    assert "Did you mean `StepLR`?" in err
+
+
+DURATIONS = {
+    "train_batch_size": 4,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    "scheduler": {"type": "LinearScheduler", "params": {"t_max": "1dur"}},
+    "engine": {"max_duration": "10ep", "scale_schedule_ratio": 0.5},
+}
+
+
+def test_plot_resolves_durations_against_the_run(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(DURATIONS))
+    status, out, _ = run("plot", path, "--csv", "-", "--steps-per-epoch", 2)
+    assert status == OK
+    rows = [line.split(",") for line in out.splitlines()[1:]]
+    assert [float(lr) for _, lr in rows] == pytest.approx([0.1 * (1 - k / 10) for k in range(10)])
+
+
+def test_plot_says_what_a_duration_needs(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(DURATIONS))
+    status, out, _ = run("plot", path)
+    assert status == INVALID
+    assert "`engine.max_duration`: '10ep' needs the length of an epoch" in out
+    assert "--steps-per-epoch to the command" in out
 
 
 def test_schema(tmp_path):
