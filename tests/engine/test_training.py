@@ -310,6 +310,22 @@ def test_wrong_arguments(arguments, message):
     assert message in str(error.value)
 
 
+def test_durations_follow_the_loader_and_the_scale_schedule():
+    run = {"max_duration": "4ep", "scale_schedule_ratio": 0.5}
+    linear = {"type": "LinearWithWarmupScheduler", "params": {"t_warmup": "4ba", "t_max": "1dur"}}
+    trainer, loader = start(scheduler=linear, engine=run)
+    rates = [lr for _, (lr,), _ in train(trainer, loader, 18)]  # an epoch is 8 updates
+    climb = [0.01 * k / 4 for k in range(4)]
+    fall = [0.01 * (1 - k / 12) for k in range(12)]
+    assert rates == pytest.approx([*climb, *fall, 0.0, 0.0])
+
+
+def test_a_duration_in_epochs_needs_data():
+    scheduler = {"type": "StepScheduler", "params": {"step_size": "1ep"}}
+    with pytest.raises(ValueError, match="`step_size`: '1ep' needs the length of an epoch: give"):
+        engine.initialize(config=CONFIG | {"scheduler": scheduler}, model=model())
+
+
 def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="must hold at least 1 samples, but holds 0 instead"):
         engine.initialize(config=CONFIG, model=model(), training_data=dataset(0))

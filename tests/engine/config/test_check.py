@@ -126,6 +126,14 @@ MISTAKES = [
     ("/optimizer/params/betas", [0.9, 1.5], "out-of-range", "/optimizer/params/betas/1", "1.5"),
     ("/optimizer/params/lr", object, "wrong-type", None, "must be a value that JSON has"),
     ("/bf16", {"enabled": True}, "precision", "/fp16/enabled", "Set one of them to false."),
+    (
+        "/engine",
+        {"scale_schedule_ratio": 0},
+        "out-of-range",
+        "/engine/scale_schedule_ratio",
+        "more than 0",
+    ),
+    ("/engine", {"max_duration": "1dur"}, "out-of-range", "/engine/max_duration", "a time as"),
     ("/engine", {"sed": 1}, "unknown-key", "/engine/sed", "Did you mean `seed`?"),
 ]
 
@@ -140,6 +148,36 @@ def test_one_mistake_is_one_problem(pointer, value, rule, place, message):
     with pytest.raises(ConfigError) as error:
         load_config(config)
     assert error.value.problems == (problem,)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "run", "message"),
+    [
+        (("CosineAnnealingScheduler", {}), {}, "needs the length of the run"),
+        (("StepScheduler", {"step_size": "9tok"}), {}, "must be a whole number or a time"),
+        (
+            ("LinearWithWarmupScheduler", {"t_warmup": "60ba"}),
+            {"max_duration": 50},
+            "`t_warmup` must be at most `t_max` (50 updates), but is 60 updates instead",
+        ),
+        (
+            ("StepScheduler", {"step_size": 4}),
+            {"scale_schedule_ratio": 0.1},
+            "at least 1, but is 0",
+        ),
+    ],
+)
+def test_durations_are_proved_against_the_run(scheduler, run, message):
+    type_name, params = scheduler
+    config = {"train_batch_size": 8, "scheduler": {"type": type_name, "params": params}}
+    (problem,) = validate(config | {"engine": run})
+    assert message in str(problem)
+    assert problem.pointer.startswith("/scheduler/params")
+
+
+def test_durations_that_only_the_loader_knows_are_left_to_the_run():
+    scheduler = {"type": "StepScheduler", "params": {"step_size": "2ep"}}
+    assert validate({"train_batch_size": 8, "scheduler": scheduler}) == []
 
 
 def test_momentum_needs_an_optimizer_that_has_it():
