@@ -8,21 +8,12 @@ step later, and what it does to warmups, is in docs/decisions/0005-composer-sche
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated
 
-from schedules.curves import (
-    Curve,
-    constant,
-    cosine,
-    delay,
-    exponential,
-    join,
-    linear,
-    polynomial,
-    repeat,
-    stairs,
-)
+from schedules.combinators import delay, join, repeat, stairs
+from schedules.curves import Curve, constant, cosine, exponential, linear, polynomial
 from schedules.fields import Factor, Milestones, Power, Range, Steps, WarmupStepsOrZero
 from schedules.schedule import Fault, LearningRateSchedule
 
@@ -51,9 +42,9 @@ class _Scheduler(LearningRateSchedule):
     def _curve(self, lr: float) -> Curve:
         return self._body(lr, begin=0)
 
+    @abstractmethod
     def _body(self, lr: float, begin: float) -> Curve:
         """Return the curve from update ``begin`` on, on a clock that begins there."""
-        raise NotImplementedError
 
     def _peak(self, lr: float) -> float:
         """Return the learning rate that a warmup climbs to."""

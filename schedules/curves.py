@@ -1,4 +1,4 @@
-"""Curves: functions from a step to a value. The only file in which shapes of curves are written.
+"""Curves: functions from a step to a value. The only file in which shapes are written.
 
 A `Curve` is evaluated at one step (floats, the standard library alone) or at an array of steps
 (numpy, imported only then); both give the same value to the last bit. It is made of pieces, each
@@ -9,18 +9,15 @@ Every shape starts its own clock at 0 and says its value at its first step exact
 its end value from its last step on, so its end is exact too.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
-    >>> one_up_one_down = join([warmup, linear(1.0, 0.0, steps=2)], boundaries=[4])
-    >>> [one_up_one_down(step) for step in range(8)]
-    [0.0, 0.25, 0.5, 0.75, 1.0, 0.5, 0.0, 0.0]
+    >>> [warmup(step) for step in range(6)]
+    [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 if TYPE_CHECKING:
@@ -33,8 +30,6 @@ __all__ = [
     "Piece",
     "constant",
     "cosine",
-    "delay",
-    "dilate",
     "eased",
     "exponential",
     "from_function",
@@ -42,15 +37,13 @@ __all__ = [
     "half_life",
     "inverse_sqrt",
     "inverse_time",
-    "join",
+    "level",
     "linear",
     "linear_growth",
     "log",
     "one_minus_sqrt",
-    "pointwise",
     "polynomial",
-    "repeat",
-    "stairs",
+    "until",
 ]
 
 # A formula takes a step and gives a value. One whose operators numpy evaluates bit for bit as
@@ -88,13 +81,13 @@ class Piece(NamedTuple):
     """The same formula taken apart, where it is straight."""
 
 
-def _level(value: float, begin: float, end: float) -> Piece:
+def level(value: float, begin: float, end: float) -> Piece:
     """Return the piece that has one value from ``begin`` to ``end``."""
     line = Line(value, 0.0, begin, 1.0)
     return Piece(begin, end, lambda k: value, elementwise=False, line=line)
 
 
-def _until(piece: Piece, end: float) -> Piece:
+def until(piece: Piece, end: float) -> Piece:
     """Return the piece, cut off at ``end``."""
     return piece if piece.end <= end else Piece(piece.begin, end, *piece[2:])
 
@@ -216,7 +209,7 @@ class _Shape(Curve):
         if step < end:
             return Piece(origin, end, self._formula(origin), self._elementwise)
         held = self._end_value
-        return _level(held, end, math.inf)
+        return level(held, end, math.inf)
 
 
 class _Linear(Curve):
@@ -231,7 +224,7 @@ class _Linear(Curve):
         begin_value, end_value, steps = self._begin_value, self._end_value, self._steps
         end = origin + steps
         if step >= end:
-            return _level(end_value, end, math.inf)
+            return level(end_value, end, math.inf)
         rise = end_value - begin_value
         return Piece(
             origin,
@@ -248,7 +241,7 @@ class _Constant(Curve):
 
     def piece(self, step: float, origin: float = 0) -> Piece:
         del step  # one piece for all
-        return _level(self._value, origin, math.inf)
+        return level(self._value, origin, math.inf)
 
 
 def constant(value: float) -> Curve:
@@ -416,168 +409,6 @@ def linear_growth(begin_value: float, rate: float, steps: float) -> Curve:
     return _Shape(formula)
 
 
-class _Join(Curve):
-    def __init__(self, parts: Sequence[Curve], boundaries: Sequence[float]) -> None:
-        self._parts = tuple(parts)
-        self._begins = (0, *boundaries)
-
-    def piece(self, step: float, origin: float = 0) -> Piece:
-        index = bisect_right(self._begins, step - origin) - 1
-        begin = origin + self._begins[index]
-        piece = self._parts[index].piece(step, begin)
-        if index + 1 == len(self._begins):
-            return piece
-        return _until(piece, origin + self._begins[index + 1])
-
-
-def join(parts: Iterable[Curve], boundaries: Iterable[float]) -> Curve:
-    """Return the curve that follows each part in turn, every part on a clock of its own.
-
-    Args:
-        parts: the curves, in order.
-        boundaries: the step at which each part but the first begins, in ascending order. A part
-            between two equal boundaries has no steps.
-
-    Raises:
-        ValueError: the boundaries do not fit the parts, or do not ascend from 0.
-    """
-    parts, boundaries = tuple(parts), tuple(boundaries)
-    if len(boundaries) != len(parts) - 1:
-        raise ValueError(
-            f"`boundaries` must be one fewer than the {len(parts)} parts, but are {boundaries}."
-        )
-    if list(boundaries) != sorted(boundaries) or (boundaries and boundaries[0] < 0):
-        raise ValueError(f"`boundaries` must ascend from 0, but are {boundaries} instead.")
-    return _Join(parts, boundaries)
-
-
-class _Stairs(Curve):
-    def __init__(self, curve: Curve, steps: float, count: int, *, rounds_up: bool) -> None:
-        self._curve = curve
-        self._steps = steps
-        self._count = count
-        self._rounds_up = rounds_up
-
-    def piece(self, step: float, origin: float = 0) -> Piece:
-        # On integers: the float k / steps * count can fall just short of a whole stair.
-        steps, count = self._steps, self._count
-        climbed = (step - origin) * count
-        if self._rounds_up:
-            stair = -(-climbed // steps)
-            begin = (stair - 1) * steps // count + 1 if stair else 0
-            end = stair * steps // count + 1
-        else:
-            stair = climbed // steps
-            begin = stair * steps / count
-            end = (stair + 1) * steps / count
-        at_step = stair * steps / count
-        value = self._curve.piece(at_step).at(at_step)
-        return _level(value, origin + begin, origin + end)
-
-
-def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
-    """Return ``curve`` quantised into ``count`` equal stairs every ``steps`` steps.
-
-    The value at k is the curve's at ``floor(k * count / steps) * steps / count``; with
-    ``rounds_up`` at the next stair's edge, so that a descent is the mirror image of an ascent.
-
-    >>> list(stairs(linear(0.0, 1.0, steps=4), steps=4, count=2).values(6))
-    [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
-    >>> list(stairs(linear(1.0, 0.0, steps=4), steps=4, count=2, rounds_up=True).values(6))
-    [1.0, 0.5, 0.5, 0.0, 0.0, 0.0]
-    """
-    return _Stairs(curve, steps, count, rounds_up=rounds_up)
-
-
-class _Repeat(Curve):
-    def __init__(self, make: Callable[[int, float], Curve], steps: float, growth: float) -> None:
-        self._make = functools.cache(make)
-        self._growth = growth
-        self._begins = [0.0]
-        self._steps = [steps]
-
-    def piece(self, step: float, origin: float = 0) -> Piece:
-        local = step - origin
-        if self._growth == 1:
-            cycle = int(local // self._steps[0])
-            begin, steps = cycle * self._steps[0], self._steps[0]
-        else:
-            while local >= self._begins[-1] + self._steps[-1]:
-                self._begins.append(self._begins[-1] + self._steps[-1])
-                self._steps.append(int(self._growth * self._steps[-1]))
-            cycle = bisect_right(self._begins, local) - 1
-            begin, steps = self._begins[cycle], self._steps[cycle]
-        piece = self._make(cycle, steps).piece(step, origin + begin)
-        return _until(piece, origin + begin + steps)
-
-
-def repeat(make: Callable[[int, float], Curve], steps: float, growth: float = 1) -> Curve:
-    """Return a curve that begins anew again and again: ``make(cycle, its steps)``, from cycle 0.
-
-    Args:
-        make: returns the curve of a cycle, on a clock of its own.
-        steps: length of the first cycle.
-        growth: each cycle is ``int(growth * the last one's length)`` long, at least 1.
-
-    >>> saw = repeat(lambda cycle, steps: linear(1.0, 0.0, steps), steps=2, growth=2)
-    >>> list(saw.values(8))
-    [1.0, 0.5, 1.0, 0.75, 0.5, 0.25, 1.0, 0.875]
-    """
-    return _Repeat(make, steps, growth)
-
-
-class _Pointwise(Curve):
-    def __init__(self, combine: Callable[[float, float], float], left: Curve, right: Curve) -> None:
-        self._combine = combine
-        self._left = left
-        self._right = right
-
-    def piece(self, step: float, origin: float = 0) -> Piece:
-        left, right = self._left.piece(step, origin), self._right.piece(step, origin)
-        combine, left_at, right_at = self._combine, left.at, right.at
-        return Piece(
-            max(left.begin, right.begin),
-            min(left.end, right.end),
-            lambda k: combine(left_at(k), right_at(k)),
-            elementwise=True,
-        )
-
-
-def pointwise(combine: Callable[[float, float], float], left: Curve, right: Curve) -> Curve:
-    """Return the curve whose value at k is ``combine(left(k), right(k))``: a sum, a floor, ….
-
-    >>> list(pointwise(max, linear(1.0, 0.0, steps=4), constant(0.3)).values(5))
-    [1.0, 0.75, 0.5, 0.3, 0.3]
-    """
-    return _Pointwise(combine, left, right)
-
-
-class _Dilate(Curve):
-    def __init__(self, curve: Curve, ratio: float) -> None:
-        self._curve = curve
-        self._ratio = ratio
-
-    def piece(self, step: float, origin: float = 0) -> Piece:
-        ratio = self._ratio
-        piece = self._curve.piece((step - origin) / ratio)
-        at = piece.at
-        return Piece(
-            origin + piece.begin * ratio,
-            origin + piece.end * ratio,
-            lambda k: at((k - origin) / ratio),
-            elementwise=True,
-        )
-
-
-def dilate(curve: Curve, ratio: float) -> Curve:
-    """Return ``curve`` made ``ratio`` times as long: at k it is the curve at ``k / ratio``.
-
-    >>> list(dilate(linear(0.0, 1.0, steps=2), ratio=2).values(5))
-    [0.0, 0.25, 0.5, 0.75, 1.0]
-    """
-    return curve if ratio == 1 else _Dilate(curve, ratio)
-
-
 class _Function(Curve):
     def __init__(self, function: Callable[[float], float]) -> None:
         self._function = function
@@ -595,23 +426,3 @@ def from_function(function: Callable[[float], float]) -> Curve:
     [1.0, 0.5, 0.25]
     """
     return _Function(function)
-
-
-class _Delay(Curve):
-    def __init__(self, curve: Curve, steps: float) -> None:
-        self._curve = curve
-        self._steps = steps
-
-    def piece(self, step: float, origin: float = 0) -> Piece:
-        return self._curve.piece(step, origin + self._steps)
-
-
-def delay(curve: Curve, steps: float) -> Curve:
-    """Return ``curve`` with its clock moved: its value at k is the curve's at ``k - steps``.
-
-    A negative ``steps`` begins in the midst of the curve.
-
-    >>> list(delay(linear(0.0, 1.0, steps=4), steps=-2).values(4))
-    [0.5, 0.75, 1.0, 1.0]
-    """
-    return _Delay(curve, steps)

@@ -13,19 +13,8 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Literal
 
-from schedules.curves import (
-    Curve,
-    constant,
-    cosine,
-    delay,
-    exponential,
-    inverse_sqrt,
-    join,
-    linear,
-    pointwise,
-    polynomial,
-    stairs,
-)
+from schedules.combinators import delay, join, pointwise, stairs
+from schedules.curves import Curve, constant, cosine, exponential, inverse_sqrt, linear, polynomial
 from schedules.fields import (
     AbsoluteRate,
     Factor,

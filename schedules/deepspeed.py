@@ -13,18 +13,8 @@ from functools import partial
 from operator import gt
 from typing import Annotated, Literal
 
-from schedules.curves import (
-    Curve,
-    constant,
-    cosine,
-    delay,
-    inverse_time,
-    join,
-    linear,
-    linear_growth,
-    log,
-    stairs,
-)
+from schedules.combinators import delay, join, stairs
+from schedules.curves import Curve, constant, cosine, inverse_time, linear, linear_growth, log
 from schedules.fields import (
     LearningRate,
     Momentum,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
+from schedules.combinators import join, pointwise
 from schedules.curves import (
     Curve,
     constant,
@@ -15,10 +16,8 @@ from schedules.curves import (
     geometric,
     half_life,
     inverse_sqrt,
-    join,
     linear,
     one_minus_sqrt,
-    pointwise,
     polynomial,
 )
 from schedules.durations import PATTERN, Horizon, is_unresolved, steps_of

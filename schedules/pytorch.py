@@ -13,18 +13,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Literal
 
-from schedules.curves import (
-    Curve,
-    constant,
-    cosine,
-    exponential,
-    join,
-    linear,
-    pointwise,
-    polynomial,
-    repeat,
-    stairs,
-)
+from schedules.combinators import join, pointwise, repeat, stairs
+from schedules.curves import Curve, constant, cosine, exponential, linear, polynomial
 from schedules.fields import (
     AbsoluteRate,
     Factor,

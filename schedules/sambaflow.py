@@ -7,9 +7,11 @@ silent (the first value of a warmup, what follows the end) those of its neighbou
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Iterator
 
-from schedules.curves import Curve, constant, cosine, exponential, join, linear, stairs
+from schedules.combinators import join, stairs
+from schedules.curves import Curve, constant, cosine, exponential, linear
 from schedules.fields import Factor, LearningRate, Ratio, Steps, WarmupStepsOrZero
 from schedules.schedule import Base, Curves, Fault, Schedule, curve_per_group, spread
 
@@ -35,8 +37,9 @@ class _OfLearningRate(Schedule[int]):
             peaks = spread("learning_rate", self.learning_rate, own)
         return {"lr": curve_per_group(self._curve, peaks)}
 
+    @abstractmethod
     def _curve(self, lr: float) -> Curve:
-        raise NotImplementedError
+        """Return the curve of a group whose highest learning rate this is."""
 
 
 @schedule
@@ -60,8 +63,9 @@ class _WarmupAndDecay(_OfLearningRate):
         decay = self._decay(lr, self.end_lr_ratio * lr, self.max_steps - self.warmup_steps)
         return join([linear(0.0, lr, self.warmup_steps), decay], boundaries=[self.warmup_steps])
 
+    @abstractmethod
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
-        raise NotImplementedError
+        """Return what follows the warmup."""
 
 
 @schedule

@@ -12,7 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from schedules.curves import Curve, dilate
+from schedules.combinators import dilate
+from schedules.curves import Curve
 from schedules.durations import FractionalSteps, Horizon, is_unresolved, steps_of
 from schedules.fields import Duration, PerGroup, fields_of
 

@@ -5,17 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schedules.curves import (
-    constant,
-    cosine,
-    delay,
-    inverse_time,
-    join,
-    linear,
-    linear_growth,
-    log,
-    stairs,
-)
+from schedules.combinators import delay, join, stairs
+from schedules.curves import constant, cosine, inverse_time, linear, linear_growth, log
 
 TABLE = [
     ("constant", constant(0.5), [0.5, 0.5, 0.5]),

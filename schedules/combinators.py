@@ -1,0 +1,204 @@
+"""Combinators: curves made of other curves. The shapes themselves are in `schedules.curves`.
+
+>>> from schedules.curves import linear
+>>> one_up_one_down = join([linear(0.0, 1.0, steps=4), linear(1.0, 0.0, steps=2)], [4])
+>>> list(one_up_one_down.values(8))
+[0.0, 0.25, 0.5, 0.75, 1.0, 0.5, 0.0, 0.0]
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+
+from schedules.curves import Curve, Piece, level, until
+
+__all__ = ["delay", "dilate", "join", "pointwise", "repeat", "stairs"]
+
+
+class _Join(Curve):
+    def __init__(self, parts: Sequence[Curve], boundaries: Sequence[float]) -> None:
+        self._parts = tuple(parts)
+        self._begins = (0, *boundaries)
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        index = bisect_right(self._begins, step - origin) - 1
+        begin = origin + self._begins[index]
+        piece = self._parts[index].piece(step, begin)
+        if index + 1 == len(self._begins):
+            return piece
+        return until(piece, origin + self._begins[index + 1])
+
+
+def join(parts: Iterable[Curve], boundaries: Iterable[float]) -> Curve:
+    """Return the curve that follows each part in turn, every part on a clock of its own.
+
+    Args:
+        parts: the curves, in order.
+        boundaries: the step at which each part but the first begins, in ascending order. A part
+            between two equal boundaries has no steps.
+
+    Raises:
+        ValueError: the boundaries do not fit the parts, or do not ascend from 0.
+    """
+    parts, boundaries = tuple(parts), tuple(boundaries)
+    if len(boundaries) != len(parts) - 1:
+        raise ValueError(
+            f"`boundaries` must be one fewer than the {len(parts)} parts, but are {boundaries}."
+        )
+    if list(boundaries) != sorted(boundaries) or (boundaries and boundaries[0] < 0):
+        raise ValueError(f"`boundaries` must ascend from 0, but are {boundaries} instead.")
+    return _Join(parts, boundaries)
+
+
+class _Stairs(Curve):
+    def __init__(self, curve: Curve, steps: float, count: int, *, rounds_up: bool) -> None:
+        self._curve = curve
+        self._steps = steps
+        self._count = count
+        self._rounds_up = rounds_up
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        # On integers: the float k / steps * count can fall just short of a whole stair.
+        steps, count = self._steps, self._count
+        climbed = (step - origin) * count
+        if self._rounds_up:
+            stair = -(-climbed // steps)
+            begin = (stair - 1) * steps // count + 1 if stair else 0
+            end = stair * steps // count + 1
+        else:
+            stair = climbed // steps
+            begin = stair * steps / count
+            end = (stair + 1) * steps / count
+        at_step = stair * steps / count
+        value = self._curve.piece(at_step).at(at_step)
+        return level(value, origin + begin, origin + end)
+
+
+def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
+    """Return ``curve`` quantised into ``count`` equal stairs every ``steps`` steps.
+
+    The value at k is the curve's at ``floor(k * count / steps) * steps / count``; with
+    ``rounds_up`` at the next stair's edge, so that a descent is the mirror image of an ascent.
+
+    >>> from schedules.curves import linear
+    >>> list(stairs(linear(0.0, 1.0, steps=4), steps=4, count=2).values(6))
+    [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
+    >>> list(stairs(linear(1.0, 0.0, steps=4), steps=4, count=2, rounds_up=True).values(6))
+    [1.0, 0.5, 0.5, 0.0, 0.0, 0.0]
+    """
+    return _Stairs(curve, steps, count, rounds_up=rounds_up)
+
+
+class _Repeat(Curve):
+    def __init__(self, make: Callable[[int, float], Curve], steps: float, growth: float) -> None:
+        self._make = functools.cache(make)
+        self._growth = growth
+        self._begins = [0.0]
+        self._steps = [steps]
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        local = step - origin
+        if self._growth == 1:
+            cycle = int(local // self._steps[0])
+            begin, steps = cycle * self._steps[0], self._steps[0]
+        else:
+            while local >= self._begins[-1] + self._steps[-1]:
+                self._begins.append(self._begins[-1] + self._steps[-1])
+                self._steps.append(int(self._growth * self._steps[-1]))
+            cycle = bisect_right(self._begins, local) - 1
+            begin, steps = self._begins[cycle], self._steps[cycle]
+        piece = self._make(cycle, steps).piece(step, origin + begin)
+        return until(piece, origin + begin + steps)
+
+
+def repeat(make: Callable[[int, float], Curve], steps: float, growth: float = 1) -> Curve:
+    """Return a curve that begins anew again and again: ``make(cycle, its steps)``, from cycle 0.
+
+    Args:
+        make: returns the curve of a cycle, on a clock of its own.
+        steps: length of the first cycle.
+        growth: each cycle is ``int(growth * the last one's length)`` long, at least 1.
+
+    >>> from schedules.curves import linear
+    >>> saw = repeat(lambda cycle, steps: linear(1.0, 0.0, steps), steps=2, growth=2)
+    >>> list(saw.values(8))
+    [1.0, 0.5, 1.0, 0.75, 0.5, 0.25, 1.0, 0.875]
+    """
+    return _Repeat(make, steps, growth)
+
+
+class _Pointwise(Curve):
+    def __init__(self, combine: Callable[[float, float], float], left: Curve, right: Curve) -> None:
+        self._combine = combine
+        self._left = left
+        self._right = right
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        left, right = self._left.piece(step, origin), self._right.piece(step, origin)
+        combine, left_at, right_at = self._combine, left.at, right.at
+        return Piece(
+            max(left.begin, right.begin),
+            min(left.end, right.end),
+            lambda k: combine(left_at(k), right_at(k)),
+            elementwise=True,
+        )
+
+
+def pointwise(combine: Callable[[float, float], float], left: Curve, right: Curve) -> Curve:
+    """Return the curve whose value at k is ``combine(left(k), right(k))``: a sum, a floor, ….
+
+    >>> from schedules.curves import constant, linear
+    >>> list(pointwise(max, linear(1.0, 0.0, steps=4), constant(0.3)).values(5))
+    [1.0, 0.75, 0.5, 0.3, 0.3]
+    """
+    return _Pointwise(combine, left, right)
+
+
+class _Dilate(Curve):
+    def __init__(self, curve: Curve, ratio: float) -> None:
+        self._curve = curve
+        self._ratio = ratio
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        ratio = self._ratio
+        piece = self._curve.piece((step - origin) / ratio)
+        at = piece.at
+        return Piece(
+            origin + piece.begin * ratio,
+            origin + piece.end * ratio,
+            lambda k: at((k - origin) / ratio),
+            elementwise=True,
+        )
+
+
+def dilate(curve: Curve, ratio: float) -> Curve:
+    """Return ``curve`` made ``ratio`` times as long: at k it is the curve at ``k / ratio``.
+
+    >>> from schedules.curves import linear
+    >>> list(dilate(linear(0.0, 1.0, steps=2), ratio=2).values(5))
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    return curve if ratio == 1 else _Dilate(curve, ratio)
+
+
+class _Delay(Curve):
+    def __init__(self, curve: Curve, steps: float) -> None:
+        self._curve = curve
+        self._steps = steps
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        return self._curve.piece(step, origin + self._steps)
+
+
+def delay(curve: Curve, steps: float) -> Curve:
+    """Return ``curve`` with its clock moved: its value at k is the curve's at ``k - steps``.
+
+    A negative ``steps`` begins in the midst of the curve.
+
+    >>> from schedules.curves import linear
+    >>> list(delay(linear(0.0, 1.0, steps=4), steps=-2).values(4))
+    [0.5, 0.75, 1.0, 1.0]
+    """
+    return _Delay(curve, steps)
