@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from engine.config import ConfigError, Problem, load_document
 from engine.config.check import check
@@ -112,6 +112,13 @@ def _parser() -> argparse.ArgumentParser:
         help="write one row an update, columns step,lr,momentum,…; - for standard output",
     )
     plot.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="FILE|TYPE",
+        help="other configs, or schedules by their names with their examples, to draw over it",
+    )
+    plot.add_argument(
         "-o",
         "--output",
         type=Path,
@@ -175,11 +182,33 @@ def _plot(args: argparse.Namespace, out: TextIO) -> int:
                 file.writelines(lines)
     if args.output or not args.csv:
         path = args.output or Path(Path(args.file).name).with_suffix(".png")
-        columns = {name: list(curve.values(steps)) for name, curve in shown.columns.items()}
-        draw(columns, path, f"{type(shown.schedule).__name__} of {args.file}")
+        curves = shown.columns
+        if args.compare:
+            others = [preview(_config_or_example(name)) for name in args.compare]
+            steps = args.steps or max(each.span for each in (shown, *others))
+            labels = [Path(args.file).name, *args.compare]
+            curves = {
+                f"{column}.{label}": curve
+                for label, each in zip(labels, (shown, *others), strict=True)
+                for column, curve in each.columns.items()
+            }
+        columns = {name: list(curve.values(steps)) for name, curve in curves.items()}
+        title = f"{shown.schedule.type_name} of {args.file}"
+        draw(columns, path, " and ".join((title, *args.compare)))
         if args.csv != "-":
-            print(f"{path}: {steps} updates of {type(shown.schedule).__name__}", file=out)
+            print(f"{path}: {steps} updates of {shown.schedule.type_name}", file=out)
     return OK
+
+
+def _config_or_example(name: str) -> str | dict[str, Any]:
+    """Return a path as it is, and the name of a schedule as a config with its example."""
+    from schedules import SCHEDULES
+
+    if name not in SCHEDULES:
+        return name
+    params = dict(SCHEDULES[name].example)
+    run = {"max_duration": 100}
+    return {"train_batch_size": 1, "scheduler": {"type": name, "params": params}, "engine": run}
 
 
 def _schedules(args: argparse.Namespace, out: TextIO) -> int:

@@ -134,7 +134,11 @@ def draw(columns: Mapping[str, Sequence[float]], path: Path, title: str, *, dpi:
             values = columns[column]
             # A step's value holds for the whole update: stairs are to look like stairs.
             axis.plot(
-                range(len(values)), values, drawstyle="steps-post", linewidth=1.2, label=column
+                range(len(values)),
+                values,
+                drawstyle="steps-post",
+                linewidth=1.2,
+                label=column.partition(".")[2],
             )
         axis.set_ylabel(LABELS.get(name, name))
         axis.grid(alpha=0.3)

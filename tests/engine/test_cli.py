@@ -104,6 +104,24 @@ def test_plot_draws(tutorial, tmp_path, monkeypatch):
     assert err.startswith("onecycle: ")
 
 
+def test_plot_draws_others_over_it(tutorial, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("engine.preview.draw", lambda columns, *_: drawn.update(columns))
+    other = tmp_path / "other.json"
+    warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
+    other.write_text(json.dumps({"scheduler": warmup}))
+    status, _, _ = run("plot", tutorial, "--steps", 3, "--compare", other, "LinearScheduler")
+    assert status == OK
+    assert list(drawn) == [
+        "lr.ds_config.json",
+        "momentum.ds_config.json",
+        f"lr.{other}",
+        "lr.LinearScheduler",
+    ]
+    assert drawn[f"lr.{other}"] == [0.0, 0.0005, 0.001]
+    assert run("plot", tutorial, "--compare", "nonsense.json")[0] == USAGE
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
