@@ -111,3 +111,17 @@ def test_a_path_that_names_no_schedule(path, message):
     with pytest.raises(ValueError) as error:
         from_config({"type": path})
     assert message in str(error.value)
+
+
+def test_a_schedule_of_another_package_by_its_entry_point(monkeypatch):
+    class Entry:
+        def load(self):
+            return halved_every_hundred
+
+    def entry_points(*, group, name):
+        return [Entry()] if (group, name) == ("onecycle.schedules", "halving") else []
+
+    monkeypatch.setattr("schedules.registry.entry_points", entry_points)
+    assert trace({"type": "halving"}, 101)["lr"][100, 0] == 0.05
+    with pytest.raises(ValueError, match="must name a known schedule, but is 'halvin'"):
+        from_config({"type": "halvin"})

@@ -175,6 +175,22 @@ def test_durations_are_proved_against_the_run(scheduler, run, message):
     assert problem.pointer.startswith("/scheduler/params")
 
 
+@pytest.mark.parametrize(
+    ("phase", "place", "message"),
+    [
+        ({"to": 0.1}, "/scheduler/params/lr/0", "`duration` must be given"),
+        ({"to": -1, "duration": 5}, "/scheduler/params/lr/0/to", "at least 0, but is -1"),
+        ({"duration": 5, "shap": "linear"}, "/scheduler/params/lr/0/shap", "Did you mean `shape`?"),
+        ({"duration": 5, "shape": "sine"}, "/scheduler/params/lr/0/shape", "one of"),
+    ],
+)
+def test_a_wrong_phase_is_found_at_its_place(phase, place, message):
+    scheduler = {"type": "Phases", "params": {"lr": [phase]}}
+    (problem,) = validate({"train_batch_size": 8, "scheduler": scheduler})
+    assert problem.pointer == place
+    assert message in str(problem)
+
+
 def test_durations_that_only_the_loader_knows_are_left_to_the_run():
     scheduler = {"type": "StepScheduler", "params": {"step_size": "2ep"}}
     assert validate({"train_batch_size": 8, "scheduler": scheduler}) == []
