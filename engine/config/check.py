@@ -123,7 +123,7 @@ def _resolve_if_known(schedule: Schedule[Any], config: Mapping[str, Any]) -> Non
     launch knows a batch: what needs one of them is proved when the run starts.
     """
     run = config.get("engine", {})
-    texts = f"{run.get('max_duration')} {schedule.params()}".lower()
+    texts = f"{run.get('max_duration')} {list(vars(schedule).values())}".lower()
     samples = config.get("train_batch_size")
     if re.search(r"\d\s*ep\b", texts) or (samples is None and re.search(r"\d\s*sp\b", texts)):
         return

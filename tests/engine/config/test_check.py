@@ -191,8 +191,14 @@ def test_a_wrong_phase_is_found_at_its_place(phase, place, message):
     assert message in str(problem)
 
 
-def test_durations_that_only_the_loader_knows_are_left_to_the_run():
-    scheduler = {"type": "StepScheduler", "params": {"step_size": "2ep"}}
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"type": "StepScheduler", "params": {"step_size": "2ep"}},
+        {"type": "ExponentialScheduler", "params": {"gamma": 0.5}},  # its period is "1ep"
+    ],
+)
+def test_durations_that_only_the_loader_knows_are_left_to_the_run(scheduler):
     assert validate({"train_batch_size": 8, "scheduler": scheduler}) == []
 
 
