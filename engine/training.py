@@ -88,7 +88,9 @@ def initialize(
     if training_data is not None:
         loader = make_loader(training_data, resolved, ranks, collate_fn)
     model.to(ranks.device)
-    parameters = list(model_parameters or (p for p in model.parameters() if p.requires_grad))
+    if model_parameters is None:
+        model_parameters = (p for p in model.parameters() if p.requires_grad)
+    parameters = list(model_parameters)
     if isinstance(optimizer, Optimizer):
         chosen = optimizer
     elif optimizer is not None:

@@ -78,6 +78,16 @@ class ScheduleBinder(LRScheduler):
             self.enter(count)
         self._write(count)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy must not keep functions that write into the original's optimizer.
+        kept = ("schedule", "optimizer", "_horizon", "_slots", "_base", "base_lrs", "_groups")
+        return {name: vars(self)[name] for name in (*kept, "last_epoch")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._curves = self.schedule.bind(self._base, self._horizon).curves
+        self.enter(self.last_epoch)
+
     def get_last_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each group: the one that the next update uses."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]

@@ -102,12 +102,13 @@ def flat_step(
     (beta2,) = others
     lr_begin, lr_rise, origin, steps = lr_line
     momentum_begin, momentum_rise, *_ = momentum_line
-    last_group = groups[-1]
+    begin, last_group = clock.last_epoch, groups[-1]
     long_way = clock.long_step
 
     def step(epoch: int | None = None) -> None:
         count = clock.last_epoch + 1
-        if count >= until or epoch is not None:
+        # Before its begin it is only called when somebody kept it and loaded an earlier state.
+        if not begin < count < until or epoch is not None:
             long_way(epoch)
             return
         clock.last_epoch = count

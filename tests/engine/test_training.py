@@ -326,6 +326,11 @@ def test_a_duration_in_epochs_needs_data():
         engine.initialize(config=CONFIG | {"scheduler": scheduler}, model=model())
 
 
+def test_no_parameters_are_not_all_parameters():
+    with pytest.raises(ValueError, match="empty parameter list"):
+        engine.initialize(config=CONFIG, model=model(), model_parameters=[])
+
+
 def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="must hold at least 1 samples, but holds 0 instead"):
         engine.initialize(config=CONFIG, model=model(), training_data=dataset(0))

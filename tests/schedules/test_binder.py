@@ -164,6 +164,34 @@ def test_resume_without_the_optimizers_state_writes_at_once():
     assert fresh.param_groups[0]["momentum"] == optimizer.param_groups[0]["momentum"]
 
 
+def test_a_copy_drives_its_own_optimizer():
+    optimizer = torch.optim.AdamW(weights(), lr=0.1)
+    binder = attach("OneCycle", optimizer, **CYCLE)
+    binder.step()
+    before = without_tensors(optimizer)
+    copied = copy.deepcopy(binder)
+    copied.step()
+    assert without_tensors(optimizer) == before
+    assert (binder.last_epoch, copied.last_epoch) == (1, 2)
+    binder.step()
+    assert without_tensors(copied.optimizer) == without_tensors(optimizer)
+
+
+def test_a_step_that_somebody_kept_follows_a_loaded_state():
+    optimizer = torch.optim.AdamW(weights(), lr=0.1)
+    binder = attach("OneCycle", optimizer, **CYCLE)
+    start = binder.state_dict()
+    for _ in range(4):  # into the descent
+        binder.step()
+    kept = binder.step
+    kept()
+    binder.load_state_dict(start)
+    kept()
+    expected = trace({"type": "OneCycle", "params": CYCLE}, 2)
+    assert binder.get_last_lr() == [expected["lr"][1, 0]]
+    assert binder.get_mom() == [expected["momentum"][1, 0]]
+
+
 def test_another_schedule_is_not_resumed():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
     state = attach("OneCycle", optimizer, **CYCLE).state_dict()
