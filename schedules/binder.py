@@ -13,7 +13,7 @@ from schedules.durations import Horizon
 from schedules.param_groups import slots_of
 from schedules.registry import from_config
 from schedules.schedule import Base, Schedule
-from schedules.writers import flat_step, writer
+from schedules.writers import FlatStep, flat_step, writer
 
 __all__ = ["ScheduleBinder", "attach"]
 
@@ -43,6 +43,8 @@ class ScheduleBinder(LRScheduler):
     0.3 0.85
     0.5 0.8
     """
+
+    _flat: FlatStep | None = None
 
     # torch's own constructor patches optimizer.step and steps once; a closed form needs neither.
     def __init__(
@@ -166,9 +168,11 @@ class ScheduleBinder(LRScheduler):
                 f"when the schedule was attached, but has {groups} instead. Add the groups first."
             )
         self._write = writer(self.optimizer, self._slots, of_groups)
-        flat = flat_step(self, self._until, self.optimizer, self._slots, of_groups)
+        if self._flat is not None:
+            self._flat.expire()
+        self._flat = flat_step(self, self._until, self.optimizer, self._slots, of_groups)
         # For the commonest stretch, an instance's own `step`; the method is what it falls back on.
-        self.step = flat or self.long_step  # type: ignore[method-assign, assignment]
+        self.step = self._flat.step if self._flat else self.long_step  # type: ignore[method-assign, assignment]
 
     def _refuse_another_run(self, state: Mapping[str, Any]) -> None:
         own = {"type": self.schedule.type_name, **self.schedule.params()}

@@ -9,10 +9,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from schedules.curves import Curve, Piece, level, until
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["delay", "dilate", "join", "pointwise", "repeat", "stairs"]
 
@@ -29,6 +34,15 @@ class _Join(Curve):
         if index + 1 == len(self._begins):
             return piece
         return until(piece, origin + self._begins[index + 1])
+
+    def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
+        end = begin + len(values)
+        ends = (*self._begins[1:], math.inf)
+        for part, part_begin, part_end in zip(self._parts, self._begins, ends, strict=True):
+            first = max(begin, math.ceil(origin + part_begin))
+            last = min(end, math.ceil(min(origin + part_end, end)))
+            if first < last:
+                part.fill(values[first - begin : last - begin], first, origin + part_begin)
 
 
 def join(parts: Iterable[Curve], boundaries: Iterable[float]) -> Curve:
@@ -65,15 +79,34 @@ class _Stairs(Curve):
         climbed = (step - origin) * count
         if self._rounds_up:
             stair = -(-climbed // steps)
-            begin = (stair - 1) * steps // count + 1 if stair else 0
-            end = stair * steps // count + 1
+            begin = ((stair - 1) * steps + origin * count) // count + 1 if stair else origin
+            end = (stair * steps + origin * count) // count + 1
         else:
             stair = climbed // steps
-            begin = stair * steps / count
-            end = (stair + 1) * steps / count
+            begin = origin + stair * steps / count
+            end = origin + (stair + 1) * steps / count
         at_step = stair * steps / count
         value = self._curve.piece(at_step).at(at_step)
-        return level(value, origin + begin, origin + end)
+        return level(value, begin, end)
+
+    def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
+        import numpy as np
+
+        steps, count = self._steps, self._count
+        if not all(float(number).is_integer() for number in (steps, origin)):
+            super().fill(values, begin, origin)
+            return
+        # The same sums as for one stair, for the whole flight: a stair's number, where it ends.
+        first, last = begin - int(origin), begin - int(origin) + len(values) - 1
+        steps = int(steps)
+        if self._rounds_up:
+            flight = np.arange(-(-first * count // steps), -(-last * count // steps) + 1)
+            ends = flight * steps // count + 1
+        else:
+            flight = np.arange(first * count // steps, last * count // steps + 1)
+            ends = -(-(flight + 1) * steps // count)
+        edges = np.clip(np.concatenate(([first], ends)), first, last + 1)
+        values[:] = np.repeat(self._curve.over(flight * steps / count), np.diff(edges))
 
 
 def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
@@ -190,6 +223,9 @@ class _Delay(Curve):
 
     def piece(self, step: float, origin: float = 0) -> Piece:
         return self._curve.piece(step, origin + self._steps)
+
+    def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
+        self._curve.fill(values, begin, origin + self._steps)
 
 
 def delay(curve: Curve, steps: float) -> Curve:

@@ -192,7 +192,7 @@ class OneCycle(
         if self._second_stairs:
             back = stairs(back, second, self._second_stairs, rounds_up=True)
         after = constant(ends)
-        if self._decay_steps:
+        if self._decay_steps and decay_rate:
             after = inverse_time(ends, decay_rate, self._decay_steps)
         return join([there, back, after], boundaries=[first, first + second])
 

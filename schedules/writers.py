@@ -9,7 +9,7 @@ is written slot by slot.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch.optim import Optimizer
@@ -53,8 +53,6 @@ def writer(
         if others:
             return _lr_and_betas(optimizer, lr.at, momentum.at, others[0])
         return _lr_and_momentum(optimizer, lr.at, momentum.at)
-    if straight and len({len(rest) for rest in others}) == 1 and len(others[0]) == 1:
-        return _lines_betas(optimizer, cast("list[Line]", lines), [rest[0] for rest in others])
     return _write_each(optimizer, slots, pieces)
 
 
@@ -72,43 +70,50 @@ class Clock(Protocol):
         ...
 
 
+class FlatStep(NamedTuple):
+    """The whole of ``clock.step`` as one function, for a straight stretch of 1Cycle on Adam."""
+
+    step: Callable[[int | None], None]
+    expire: Callable[[], None]
+    """Sends a ``step`` that somebody kept the long way, once the stretch is another one."""
+
+
 def flat_step(
     clock: Clock,
     until: float,
     optimizer: Optimizer,
     slots: Mapping[str, Sequence[Slot]],
     pieces: Mapping[str, Sequence[Piece]],
-) -> Callable[[int | None], None] | None:
-    """Return the whole of ``clock.step`` as one function, for a straight stretch of 1Cycle on Adam.
+) -> FlatStep | None:
+    """Return the one function that does what ``clock.step`` does until the stretch ends.
 
-    That is the case of most updates of most runs, and a call inside a call is a quarter of what a
-    step costs there. All that is not this case, and the stretch's end, goes the long way.
+    It is there for straight lines on Adam, the case of most updates of most runs: a call inside a
+    call is a quarter of what a step costs there. All that is not this case goes the long way.
 
     Returns:
         None where the stretch is another one.
     """
-    keys = {slot.key for of_groups in slots.values() for slot in of_groups}
     groups = optimizer.param_groups
-    beta2s = {group["betas"][1:] for group in groups if "betas" in group}
-    shared = all(len(set(of_groups)) == 1 for of_groups in pieces.values())
-    if keys != {"lr", "betas"} or not shared or len(beta2s) != 1 or len(pieces) != 2:
+    keys = {slot.key for of_groups in slots.values() for slot in of_groups}
+    lines = {name: [piece.line for piece in of_groups] for name, of_groups in pieces.items()}
+    clocks = {line[2:] if line else None for of_groups in lines.values() for line in of_groups}
+    if keys != {"lr", "betas"} or len(lines) != 2 or len(clocks) != 1 or None in clocks:
         return None
-    (others,) = beta2s
-    lr_line, momentum_line = pieces["lr"][0].line, pieces["momentum"][0].line
-    if lr_line is None or momentum_line is None or lr_line[2:] != momentum_line[2:]:
+    if any(isinstance(group["lr"], torch.Tensor) or len(group["betas"]) != 2 for group in groups):
         return None
-    if len(others) != 1 or any(isinstance(group["lr"], torch.Tensor) for group in groups):
-        return None
-    (beta2,) = others
-    lr_begin, lr_rise, origin, steps = lr_line
-    momentum_begin, momentum_rise, *_ = momentum_line
-    begin, last_group = clock.last_epoch, groups[-1]
+    rows = [
+        (lr[0], lr[1], momentum[0], momentum[1], group["betas"][1])
+        for lr, momentum, group in zip(lines["lr"], lines["momentum"], groups, strict=True)
+        if lr and momentum
+    ]
+    ((origin, steps),) = cast("set[tuple[float, float]]", clocks)
+    lr_begin, lr_rise, momentum_begin, momentum_rise, beta2 = rows[0]
+    last_group = groups[-1]
     long_way = clock.long_step
 
-    def step(epoch: int | None = None) -> None:
+    def step_alike(epoch: int | None = None) -> None:
         count = clock.last_epoch + 1
-        # Before its begin it is only called when somebody kept it and loaded an earlier state.
-        if not begin < count < until or epoch is not None:
+        if count >= until or epoch is not None:
             long_way(epoch)
             return
         clock.last_epoch = count
@@ -122,7 +127,23 @@ def flat_step(
         if group is not last_group:
             clock.enter(count)
 
-    return step
+    def step_each(epoch: int | None = None) -> None:
+        count = clock.last_epoch + 1
+        if count >= until or epoch is not None or optimizer.param_groups[-1] is not last_group:
+            long_way(epoch)
+            return
+        clock.last_epoch = count
+        progress = (count - origin) / steps
+        for group, row in zip(optimizer.param_groups, rows):  # noqa: B905  # it costs as much as a write
+            lr_begin, lr_rise, momentum_begin, momentum_rise, beta2 = row
+            group["lr"] = lr_begin + lr_rise * progress
+            group["betas"] = (momentum_begin + momentum_rise * progress, beta2)
+
+    def expire() -> None:
+        nonlocal until
+        until = -1
+
+    return FlatStep(step_alike if len(set(rows)) == 1 else step_each, expire)
 
 
 def _lr(optimizer: Optimizer, lr_at: Formula) -> Writer:
@@ -167,25 +188,6 @@ def _line(optimizer: Optimizer, lr_line: Line, momentum_line: Line) -> Writer:
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["momentum"] = momentum
-
-    return write
-
-
-def _lines_betas(optimizer: Optimizer, lines: Sequence[Line], beta2s: Sequence[float]) -> Writer:
-    """Write groups that have each a line of their own; the lines of momentum follow the others."""
-    count = len(beta2s)
-    origin, steps = lines[0][2:]
-    rows = [
-        (*lr[:2], *momentum[:2], beta2)
-        for lr, momentum, beta2 in zip(lines[:count], lines[count:], beta2s, strict=True)
-    ]
-
-    def write(step: int) -> None:
-        progress = (step - origin) / steps
-        for group, row in zip(optimizer.param_groups, rows):  # noqa: B905  # it costs as much as a write
-            lr_begin, lr_rise, momentum_begin, momentum_rise, beta2 = row
-            group["lr"] = lr_begin + lr_rise * progress
-            group["betas"] = (momentum_begin + momentum_rise * progress, beta2)
 
     return write
 

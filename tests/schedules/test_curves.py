@@ -38,6 +38,22 @@ def test_array_equals_scalar_to_the_last_bit(curve):
     assert curve(steps).tolist() == [curve(step) for step in range(200)]
 
 
+@pytest.mark.parametrize("curve", [row[1] for row in TABLE], ids=[row[0] for row in TABLE])
+@pytest.mark.parametrize("steps", [0, 7, 2.5], ids=lambda steps: f"delay {steps}")
+def test_a_whole_array_equals_scalar_to_the_last_bit(curve, steps):
+    delayed = join([constant(0.0), curve], [steps])
+    assert delayed.array(200).tolist() == [delayed(step) for step in range(200)]
+
+
+@given(st.integers(1, 300), st.data())
+def test_a_flight_of_stairs_is_its_stairs(steps, data):
+    count = data.draw(st.integers(1, 400))
+    begin = data.draw(st.integers(0, 400))
+    rounds_up = data.draw(st.booleans())
+    curve = delay(stairs(linear(0.1, 0.7, steps), steps, count, rounds_up=rounds_up), -begin)
+    assert curve.array(50).tolist() == [curve(step) for step in range(50)]
+
+
 def test_an_array_of_any_order_and_shape_keeps_it():
     curve = join([linear(0.0, 1.0, 3), cosine(1.0, 0.0, 5)], [3])
     steps = np.array([[7, 0, 3], [3, 20, 1]])
