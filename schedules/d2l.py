@@ -16,7 +16,6 @@ from typing import Literal
 from schedules.combinators import delay, join, pointwise, stairs
 from schedules.curves import Curve, constant, cosine, exponential, inverse_sqrt, linear, polynomial
 from schedules.fields import (
-    AbsoluteRate,
     Factor,
     LearningRate,
     Milestones,
@@ -63,7 +62,8 @@ class _WithWarmup(Schedule[int]):
         own = base["lr"]
         starts = own if self.base_lr is None else spread("base_lr", self.base_lr, own)
         begins = broadcast("warmup_begin_lr", self.warmup_begin_lr, own)
-        return {"lr": curve_per_group(self._warmed, starts, begins)}
+        each = self.per_group(len(own))
+        return {"lr": curve_per_group(_WithWarmup._warmed, each, starts, begins)}
 
     def _warmed(self, lr: float, begin: float) -> Curve:
         ramp = linear(begin, lr, self.warmup_steps)
@@ -111,7 +111,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
 
     factor: Factor = 1.0
     """Factor on the learning rate."""
-    stop_factor_lr: AbsoluteRate = 1e-8
+    stop_factor_lr: LearningRate = 1e-8
     """The floor."""
     step: Steps | None = None
     """Updates between two decays; null decays before each update."""
@@ -173,7 +173,7 @@ class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10})
     """Time at which the final learning rate is reached, warmup included."""
     pwr: Power = 2.0
     """Exponent."""
-    final_lr: AbsoluteRate = 0.0
+    final_lr: LearningRate = 0.0
     """Learning rate at the end."""
 
     def _body(self, lr: float) -> Curve:
@@ -194,7 +194,7 @@ class CosineScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10
 
     max_update: Steps
     """Time at which the final learning rate is reached, warmup included."""
-    final_lr: AbsoluteRate = 0.0
+    final_lr: LearningRate = 0.0
     """Learning rate at the end."""
 
     def _body(self, lr: float) -> Curve:

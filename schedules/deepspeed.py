@@ -10,7 +10,6 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import partial
-from operator import gt
 from typing import Annotated, Literal
 
 from schedules.combinators import delay, join, stairs
@@ -27,7 +26,16 @@ from schedules.fields import (
     StepsOrZero,
     WarmupSteps,
 )
-from schedules.schedule import Base, Curves, Fault, Schedule, broadcast, curve_per_group, spread
+from schedules.schedule import (
+    Base,
+    Curves,
+    Fault,
+    Schedule,
+    broadcast,
+    curve_per_group,
+    exceeds,
+    spread,
+)
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
@@ -117,7 +125,7 @@ class OneCycle(
 
     def faults(self) -> Iterator[Fault]:
         for low, high in (("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")):
-            if _exceeds(getattr(self, low), getattr(self, high)):
+            if exceeds(getattr(self, low), getattr(self, high)):
                 yield Fault(
                     low,
                     f"`{low}` must be at most `{high}` ({_shown(getattr(self, high))}), but is "
@@ -276,7 +284,7 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     """Shape of the warmup. "log" climbs most of the way in its first few updates."""
 
     def faults(self) -> Iterator[Fault]:
-        if self.warmup_max_lr is not None and _exceeds(self.warmup_min_lr, self.warmup_max_lr):
+        if self.warmup_max_lr is not None and exceeds(self.warmup_min_lr, self.warmup_max_lr):
             yield Fault(
                 "warmup_min_lr",
                 f"`warmup_min_lr` must be at most `warmup_max_lr` ({_shown(self.warmup_max_lr)}), "
@@ -398,15 +406,6 @@ class WarmupCosineLR(
             ],
             boundaries=[self.warmup_num_steps],
         )
-
-
-def _exceeds(low: PerGroup, high: PerGroup) -> bool:
-    """Whether any group's low value is above its high one; a lone number stands for all groups."""
-    if isinstance(low, tuple) and isinstance(high, tuple):
-        return any(map(gt, low, high))
-    lows = low if isinstance(low, tuple) else (low,)
-    highs = high if isinstance(high, tuple) else (high,)
-    return max(lows) > min(highs)
 
 
 def _shown(value: PerGroup) -> str:

@@ -23,7 +23,6 @@ from typing import Annotated, Any, Literal
 from schedules.durations import PATTERN, FractionalSteps, Horizon, steps_of
 
 __all__ = [
-    "AbsoluteRate",
     "Duration",
     "Factor",
     "Field",
@@ -41,6 +40,7 @@ __all__ = [
     "StepsOrZero",
     "WarmupSteps",
     "WarmupStepsOrZero",
+    "WeightDecay",
     "accepts",
     "descriptions_of",
     "fields_of",
@@ -98,7 +98,7 @@ StepsOrZero = Annotated[Any, Duration(), Range(at_least=0), _TIME]
 WarmupStepsOrZero = Annotated[Any, Duration(warmup=True), Range(at_least=0), _TIME]
 Milestones = Annotated[tuple[Any, ...], Duration(), Range(at_least=1), _TIME]
 Factor = Annotated[float, Range(at_least=0), "share of the group's own learning rate"]
-AbsoluteRate = Annotated[float, Range(at_least=0), "per step, the same for all groups"]
+WeightDecay = Annotated[PerGroup, Range(at_least=0), "a list gives one to each group"]
 Power = Annotated[float, Range(above=0)]
 StairCount = Annotated[int, Range(at_least=0), "stairs"]
 
@@ -189,6 +189,11 @@ class Field:
     duration: Duration | None
     required: bool
     default: Any
+
+    @property
+    def per_group(self) -> bool:
+        """Whether it takes a number for all param groups, or a list with one for each."""
+        return {"number", "array"} <= set(self.schema["type"])
 
     def convert(self, value: Any) -> Any:
         """Return a value read from JSON as the constructor takes it: lists as tuples, 1e3 as 1000.

@@ -22,14 +22,23 @@ from schedules.curves import (
 )
 from schedules.durations import PATTERN, Horizon, is_unresolved, steps_of
 from schedules.fields import (
-    AbsoluteRate,
     Items,
+    LearningRate,
     Ratio,
     Steps,
     StepsOrZero,
     WarmupStepsOrZero,
+    WeightDecay,
 )
-from schedules.schedule import Base, Curves, Fault, LearningRateSchedule, Schedule
+from schedules.schedule import (
+    Base,
+    Curves,
+    Fault,
+    LearningRateSchedule,
+    Schedule,
+    curve_per_group,
+    exceeds,
+)
 
 __all__ = [
     "InverseSquareRoot",
@@ -269,11 +278,11 @@ class OptimizerParamScheduler(
     Source: ``OptimizerParamScheduler`` of megatron/core/optimizer_param_scheduler.py.
     """
 
-    init_lr: AbsoluteRate = 0.0
+    init_lr: LearningRate = 0.0
     """Learning rate at the first update of the warmup."""
-    max_lr: AbsoluteRate
+    max_lr: LearningRate
     """Learning rate after the warmup."""
-    min_lr: AbsoluteRate = 0.0
+    min_lr: LearningRate = 0.0
     """Learning rate at the end of the decay."""
     lr_warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
@@ -285,9 +294,9 @@ class OptimizerParamScheduler(
     """Length of the decay, in the style "WSD"."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
     """Shape of the decay, in the style "WSD"."""
-    start_wd: AbsoluteRate = 0.0
+    start_wd: WeightDecay = 0.0
     """Weight decay at the start."""
-    end_wd: AbsoluteRate = 0.0
+    end_wd: WeightDecay = 0.0
     """Weight decay at the end."""
     wd_incr_steps: StepsOrZero = 0
     """Time at which the weight decay reaches its end."""
@@ -305,9 +314,9 @@ class OptimizerParamScheduler(
                 f"`lr_warmup_steps` must be less than `lr_decay_steps` ({self.lr_decay_steps:g}), "
                 f"but is {self.lr_warmup_steps:g} instead.",
             )
-        if not max(self.init_lr, self.min_lr) <= self.max_lr:
+        if exceeds(self.init_lr, self.max_lr) or exceeds(self.min_lr, self.max_lr):
             yield Fault("max_lr", "`max_lr` must be at least `init_lr` and `min_lr`, but is less.")
-        if self.end_wd < self.start_wd:
+        if exceeds(self.start_wd, self.end_wd):
             yield Fault("end_wd", "`end_wd` must be at least `start_wd`, but is less.")
         if self.wd_incr_style == "constant" and self.start_wd != self.end_wd:
             yield Fault("wd_incr_style", "`wd_incr_style` constant needs `start_wd` = `end_wd`.")
@@ -324,8 +333,11 @@ class OptimizerParamScheduler(
             )
 
     def curves(self, base: Base) -> Curves:
-        groups = len(base["lr"])
-        return {"lr": (self._of_lr(),) * groups, "weight_decay": (self._of_wd(),) * groups}
+        each = self.per_group(len(base["lr"]))
+        return {
+            "lr": curve_per_group(OptimizerParamScheduler._of_lr, each),
+            "weight_decay": curve_per_group(OptimizerParamScheduler._of_wd, each),
+        }
 
     def _of_wd(self) -> Curve:
         if self.wd_incr_style == "cosine":

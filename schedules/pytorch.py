@@ -16,7 +16,6 @@ from typing import Annotated, Literal
 from schedules.combinators import join, pointwise, repeat, stairs
 from schedules.curves import Curve, constant, cosine, exponential, linear, polynomial
 from schedules.fields import (
-    AbsoluteRate,
     Factor,
     LearningRate,
     Milestones,
@@ -192,7 +191,7 @@ class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0
 
     T_max: Steps
     """Time at which the minimum is reached."""
-    eta_min: AbsoluteRate = 0.0
+    eta_min: LearningRate = 0.0
     """The minimum."""
 
     def _curve(self, lr: float) -> Curve:
@@ -214,7 +213,7 @@ class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_m
     """Length of the first cycle."""
     T_mult: Annotated[int, Range(at_least=1)] = 1
     """How many times as long each cycle is as the one before."""
-    eta_min: AbsoluteRate = 0.0
+    eta_min: LearningRate = 0.0
     """The minimum, at the end of each cycle."""
 
     def _curve(self, lr: float) -> Curve:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
@@ -32,6 +33,7 @@ __all__ = [
     "Values",
     "broadcast",
     "curve_per_group",
+    "exceeds",
     "spread",
 ]
 
@@ -251,6 +253,22 @@ class Schedule(ABC, Generic[S]):
             }
         return OpenLoop(curves)
 
+    def per_group(self, groups: int) -> tuple[Self, ...]:
+        """Return the schedule of each param group: a field's list has one number for each.
+
+        Raises:
+            ValueError: a list is not as long as there are groups.
+        """
+        lists = {
+            name: broadcast(name, value, (0.0,) * groups)
+            for name, field in fields_of(type(self)).items()
+            if field.per_group and isinstance(value := getattr(self, name), tuple)
+        }
+        if not lists:
+            return (self,) * groups
+        rows = (dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True))
+        return tuple(dataclasses.replace(self, **row) for row in rows)
+
     def params(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, or have none, as JSON carries them."""
         return {
@@ -265,7 +283,9 @@ class LearningRateSchedule(Schedule[int]):
 
     def curves(self, base: Base) -> Curves:
         """Return each group's curve."""
-        return {"lr": curve_per_group(self._curve, base["lr"])}
+        own = base["lr"]
+        make = type(self)._curve
+        return {"lr": curve_per_group(make, self.per_group(len(own)), own)}
 
     @abstractmethod
     def _curve(self, lr: float) -> Curve:
@@ -276,10 +296,17 @@ def _listed(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def curve_per_group(make: Callable[..., Curve], *columns: tuple[float, ...]) -> tuple[Curve, ...]:
+def curve_per_group(make: Callable[..., Curve], *columns: tuple[Any, ...]) -> tuple[Curve, ...]:
     """Return ``make(*row)`` for each group's row of values; groups alike share one curve."""
     make_once = functools.cache(make)
     return tuple(make_once(*row) for row in zip(*columns, strict=True))
+
+
+def exceeds(low: PerGroup, high: PerGroup) -> bool:
+    """Return whether a field that must be at most another is more than it, in any group."""
+    if isinstance(low, tuple) and isinstance(high, tuple):
+        return any(map(operator.gt, low, high))
+    return max(_listed(low)) > min(_listed(high))
 
 
 def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:

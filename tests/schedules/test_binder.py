@@ -250,3 +250,33 @@ def test_a_schedule_is_usable_as_an_object():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
     binder = ScheduleBinder(schedules.WarmupLR(warmup_num_steps=2), optimizer)
     assert binder.get_last_lr() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("type_name", "params", "step", "lrs"),
+    [
+        ("CosineAnnealingLR", {"T_max": 4, "eta_min": [0.01, 0.02]}, 4, [0.01, 0.02]),
+        ("PolyScheduler", {"max_update": 4, "final_lr": [0.01, 0.02]}, 4, [0.01, 0.02]),
+        ("FactorScheduler", {"factor": 0.1, "stop_factor_lr": [0.01, 0.02]}, 4, [0.01, 0.02]),
+        (
+            "OptimizerParamScheduler",
+            {"max_lr": [0.1, 0.2], "min_lr": [0.01, 0.02], "lr_decay_steps": 4},
+            2,
+            [0.055, 0.11],
+        ),
+    ],
+)
+def test_a_list_gives_each_group_its_own_bound(type_name, params, step, lrs):
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    binder = schedules.attach(type_name, optimizer, **params)
+    for _ in range(step):
+        optimizer.step()
+        binder.step()
+    assert binder.get_last_lr() == pytest.approx(lrs)
+
+
+def test_a_list_that_does_not_fit_the_groups_names_its_parameter():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(ValueError, match="`eta_min` must hold one number for each of the 1 param"):
+        schedules.attach("CosineAnnealingLR", optimizer, T_max=4, eta_min=[0.01, 0.02])
