@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from schedules.composites import ChainedScheduler, Combined, SequentialLR
 from schedules.deepspeed import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 from schedules.durations import Horizon
 from schedules.registry import SCHEDULES, find, from_config, register
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "SCHEDULES",
     "Base",
+    "ChainedScheduler",
+    "Combined",
     "Controller",
     "Horizon",
     "LRRangeTest",
@@ -32,6 +35,7 @@ __all__ = [
     "Schedule",
     "ScheduleBinder",
     "ScheduleError",
+    "SequentialLR",
     "WarmupCosineLR",
     "WarmupDecayLR",
     "WarmupLR",

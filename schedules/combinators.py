@@ -68,7 +68,7 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float]) -> Curve:
 
 class _Stairs(Curve):
     def __init__(self, curve: Curve, steps: float, count: int, *, rounds_up: bool) -> None:
-        self._curve = curve
+        self.curve = curve
         self._steps = steps
         self._count = count
         self._rounds_up = rounds_up
@@ -86,7 +86,7 @@ class _Stairs(Curve):
             begin = origin + stair * steps / count
             end = origin + (stair + 1) * steps / count
         at_step = stair * steps / count
-        value = self._curve.piece(at_step).at(at_step)
+        value = self.curve.piece(at_step).at(at_step)
         return level(value, begin, end)
 
     def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
@@ -106,7 +106,7 @@ class _Stairs(Curve):
             flight = np.arange(first * count // steps, last * count // steps + 1)
             ends = -(-(flight + 1) * steps // count)
         edges = np.clip(np.concatenate(([first], ends)), first, last + 1)
-        values[:] = np.repeat(self._curve.over(flight * steps / count), np.diff(edges))
+        values[:] = np.repeat(self.curve.over(flight * steps / count), np.diff(edges))
 
 
 def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
@@ -191,12 +191,12 @@ def pointwise(combine: Callable[[float, float], float], left: Curve, right: Curv
 
 class _Dilate(Curve):
     def __init__(self, curve: Curve, ratio: float) -> None:
-        self._curve = curve
+        self.curve = curve
         self._ratio = ratio
 
     def piece(self, step: float, origin: float = 0) -> Piece:
         ratio = self._ratio
-        piece = self._curve.piece((step - origin) / ratio)
+        piece = self.curve.piece((step - origin) / ratio)
         at = piece.at
         return Piece(
             origin + piece.begin * ratio,
@@ -218,14 +218,14 @@ def dilate(curve: Curve, ratio: float) -> Curve:
 
 class _Delay(Curve):
     def __init__(self, curve: Curve, steps: float) -> None:
-        self._curve = curve
+        self.curve = curve
         self._steps = steps
 
     def piece(self, step: float, origin: float = 0) -> Piece:
-        return self._curve.piece(step, origin + self._steps)
+        return self.curve.piece(step, origin + self._steps)
 
     def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
-        self._curve.fill(values, begin, origin + self._steps)
+        self.curve.fill(values, begin, origin + self._steps)
 
 
 def delay(curve: Curve, steps: float) -> Curve:

@@ -39,7 +39,7 @@ schedule = dataclasses.dataclass(frozen=True, kw_only=True)
 class _Scheduler(LearningRateSchedule):
     """A body that can begin at once, or behind a warmup that takes away from its length."""
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         return self._body(lr, begin=0)
 
     @abstractmethod
@@ -71,7 +71,7 @@ class _WithWarmup(_Scheduler):
                 f"{self.t_warmup:g} updates instead; nothing would be left for the schedule.",
             )
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         warmup = linear(0.0, self._peak(lr), self.t_warmup)
         return join([warmup, self._body(lr, begin=self.t_warmup)], boundaries=[self.t_warmup])
 

@@ -18,6 +18,7 @@ from schedules.curves import Curve, constant, cosine, exponential, inverse_sqrt,
 from schedules.fields import (
     Factor,
     LearningRate,
+    LearningRateEach,
     Milestones,
     Power,
     Steps,
@@ -111,7 +112,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
 
     factor: Factor = 1.0
     """Factor on the learning rate."""
-    stop_factor_lr: LearningRate = 1e-8
+    stop_factor_lr: LearningRateEach = 1e-8
     """The floor."""
     step: Steps | None = None
     """Updates between two decays; null decays before each update."""
@@ -173,7 +174,7 @@ class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10})
     """Time at which the final learning rate is reached, warmup included."""
     pwr: Power = 2.0
     """Exponent."""
-    final_lr: LearningRate = 0.0
+    final_lr: LearningRateEach = 0.0
     """Learning rate at the end."""
 
     def _body(self, lr: float) -> Curve:
@@ -194,7 +195,7 @@ class CosineScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10
 
     max_update: Steps
     """Time at which the final learning rate is reached, warmup included."""
-    final_lr: LearningRate = 0.0
+    final_lr: LearningRateEach = 0.0
     """Learning rate at the end."""
 
     def _body(self, lr: float) -> Curve:

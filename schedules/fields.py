@@ -23,13 +23,16 @@ from typing import Annotated, Any, Literal
 from schedules.durations import PATTERN, FractionalSteps, Horizon, steps_of
 
 __all__ = [
+    "AnyValue",
     "Duration",
     "Factor",
     "Field",
     "Items",
     "LearningRate",
+    "LearningRateEach",
     "Milestones",
     "Momentum",
+    "OnePerGroup",
     "PerGroup",
     "Power",
     "Range",
@@ -82,8 +85,22 @@ class Items:
     schema: Mapping[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class OnePerGroup:
+    """Marks a field as a number for all param groups, or a list with one for each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyValue:
+    """Marks a field that takes any JSON value, whose meaning another class's constructor knows."""
+
+
 PerGroup = float | tuple[float, ...]
 
+# Statically Any: a number or a list, until `Schedule.per_group` takes the list apart.
+LearningRateEach = Annotated[
+    Any, OnePerGroup(), Range(at_least=0), "per step; a list gives one to each group"
+]
 LearningRate = Annotated[PerGroup, Range(at_least=0), "per step; a list gives one to each group"]
 Momentum = Annotated[
     PerGroup, Range(at_least=0, below=1), "momentum or betas[0]; a list gives one to each group"
@@ -98,7 +115,7 @@ StepsOrZero = Annotated[Any, Duration(), Range(at_least=0), _TIME]
 WarmupStepsOrZero = Annotated[Any, Duration(warmup=True), Range(at_least=0), _TIME]
 Milestones = Annotated[tuple[Any, ...], Duration(), Range(at_least=1), _TIME]
 Factor = Annotated[float, Range(at_least=0), "share of the group's own learning rate"]
-WeightDecay = Annotated[PerGroup, Range(at_least=0), "a list gives one to each group"]
+WeightDecay = Annotated[Any, OnePerGroup(), Range(at_least=0), "a list gives one to each group"]
 Power = Annotated[float, Range(above=0)]
 StairCount = Annotated[int, Range(at_least=0), "stairs"]
 
@@ -137,6 +154,8 @@ def wanted(schema: Mapping[str, Any]) -> str:
     """
     if "enum" in schema:
         return "one of " + ", ".join(json.dumps(choice) for choice in schema["enum"])
+    if "type" not in schema:
+        return "any value"
     names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
     kinds = " or ".join(_WORDS[name] for name in names)
     if "pattern" in schema:
@@ -154,6 +173,8 @@ def accepts(schema: Mapping[str, Any], value: Any) -> bool:
     >>> accepts({"type": "number", "minimum": 0}, float("nan"))
     False
     """
+    if "type" not in schema:
+        return True
     names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
     if isinstance(value, tuple):
         items = schema.get("items", {})
@@ -167,7 +188,8 @@ def accepts(schema: Mapping[str, Any], value: Any) -> bool:
         return (
             "object" in names
             and value.keys() >= set(schema.get("required", ()))
-            and all(key in properties and accepts(properties[key], value[key]) for key in value)
+            and (schema.get("additionalProperties", True) or value.keys() <= properties.keys())
+            and all(accepts(properties.get(key, {}), each) for key, each in value.items())
         )
     if not isinstance(value, int | float) or not math.isfinite(value):
         return False
@@ -193,7 +215,7 @@ class Field:
     @property
     def per_group(self) -> bool:
         """Whether it takes a number for all param groups, or a list with one for each."""
-        return {"number", "array"} <= set(self.schema["type"])
+        return {"number", "array"} <= set(self.schema.get("type", ()))
 
     def convert(self, value: Any) -> Any:
         """Return a value read from JSON as the constructor takes it: lists as tuples, 1e3 as 1000.
@@ -203,7 +225,11 @@ class Field:
         """
         if isinstance(value, list):
             value = tuple(value)
-        if "integer" in self.schema["type"] and isinstance(value, float) and value.is_integer():
+        if (
+            "integer" in self.schema.get("type", ())
+            and isinstance(value, float)
+            and value.is_integer()
+        ):
             value = int(value)
         if any(isinstance(each, FractionalSteps) for each in _each(value)):
             return value
@@ -251,10 +277,16 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
                     duration = mark
                 elif isinstance(mark, Items):
                     items = dict(mark.schema)
+                elif isinstance(mark, OnePerGroup):
+                    json_types += ["number", "array"]
+                elif isinstance(mark, AnyValue):
+                    return _of_schema(field, {})
                 else:
                     unit = mark
         elif hint is Any and duration is not None:
             json_types += ["integer", "string"]
+        elif hint is Any and json_types:
+            pass  # a mark has said it
         elif origin in (typing.Union, types.UnionType):
             pending = [*arguments, *pending]
         elif origin is Literal:
@@ -276,6 +308,15 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
             items = {"type": ["integer", "string"], "pattern": PATTERN, **limits}
             schema = {"type": "array"}
         schema |= {"items": items, "minItems": 1}
+    return _of_schema(field, schema, unit, duration)
+
+
+def _of_schema(
+    field: dataclasses.Field[Any],
+    schema: Mapping[str, Any],
+    unit: str | None = None,
+    duration: Duration | None = None,
+) -> Field:
     required = field.default is dataclasses.MISSING
     default = None if required else field.default
     return Field(field.name, schema, unit, duration, required=required, default=default)
@@ -283,14 +324,18 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
 
 def descriptions_of(schedule: type) -> dict[str, str]:
     """Return what each field means: the string literal that stands under it in the class body."""
-    descriptions: dict[str, str] = {}
+    descriptions: dict[str, str] = {
+        field.name: field.metadata["description"]
+        for field in dataclasses.fields(schedule)
+        if "description" in field.metadata
+    }
     for cls in reversed(schedule.__mro__):
         if not dataclasses.is_dataclass(cls) or cls.__module__ == "builtins":
             continue
         try:
             source = inspect.getsource(cls)
-        except OSError:
-            continue  # typed at a prompt: there is no file to read descriptions from
+        except (OSError, TypeError):
+            continue  # made by a function or typed at a prompt: there is no source to read
         body = ast.parse(textwrap.dedent(source)).body[0]
         assert isinstance(body, ast.ClassDef)
         for statement, below in zip(body.body, body.body[1:], strict=False):

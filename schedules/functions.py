@@ -38,6 +38,6 @@ class FunctionSchedule(LearningRateSchedule):
         )
         return cast("type[FunctionSchedule]", cls)
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         function = self.function
         return from_function(lambda k: lr * function(k))

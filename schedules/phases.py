@@ -23,7 +23,7 @@ from schedules.curves import (
 from schedules.durations import PATTERN, Horizon, is_unresolved, steps_of
 from schedules.fields import (
     Items,
-    LearningRate,
+    LearningRateEach,
     Ratio,
     Steps,
     StepsOrZero,
@@ -219,7 +219,7 @@ class WarmupStableDecay(
                 "instead; shorten one of them.",
             )
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         decay_begins = self.total_steps - self.decay_steps
         return join(
             [
@@ -253,7 +253,7 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
         if not (self.timescale or self.warmup_steps):
             yield Fault("timescale", "`timescale` must be given where there is no warmup.")
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         decay = inverse_sqrt(lr, self.timescale or self.warmup_steps)
         return join([linear(0.0, lr, self.warmup_steps), decay], boundaries=[self.warmup_steps])
 
@@ -278,11 +278,11 @@ class OptimizerParamScheduler(
     Source: ``OptimizerParamScheduler`` of megatron/core/optimizer_param_scheduler.py.
     """
 
-    init_lr: LearningRate = 0.0
+    init_lr: LearningRateEach = 0.0
     """Learning rate at the first update of the warmup."""
-    max_lr: LearningRate
+    max_lr: LearningRateEach
     """Learning rate after the warmup."""
-    min_lr: LearningRate = 0.0
+    min_lr: LearningRateEach = 0.0
     """Learning rate at the end of the decay."""
     lr_warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""

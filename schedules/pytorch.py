@@ -18,6 +18,7 @@ from schedules.curves import Curve, constant, cosine, exponential, linear, polyn
 from schedules.fields import (
     Factor,
     LearningRate,
+    LearningRateEach,
     Milestones,
     Momentum,
     Power,
@@ -68,7 +69,7 @@ class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
     gamma: Factor = 0.1
     """Factor after each period."""
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         return stairs(exponential(lr, self.gamma, self.step_size), self.step_size, count=1)
 
 
@@ -88,7 +89,7 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
     gamma: Factor = 0.1
     """Factor at each milestone."""
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         levels = [constant(lr * self.gamma**passed) for passed in range(len(self.milestones) + 1)]
         return join(levels, boundaries=sorted(self.milestones))
 
@@ -110,7 +111,7 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
     total_iters: Steps = 5
     """How long the factor holds."""
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         return join([constant(self.factor * lr), constant(lr)], boundaries=[self.total_iters])
 
 
@@ -132,7 +133,7 @@ class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
     total_iters: Steps = 5
     """Time at which the end is reached."""
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         return linear(self.start_factor * lr, self.end_factor * lr, self.total_iters)
 
 
@@ -152,7 +153,7 @@ class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
     gamma: Gamma
     """Factor after each update."""
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         return exponential(lr, self.gamma, steps=1)
 
 
@@ -172,7 +173,7 @@ class PolynomialLR(LearningRateSchedule, example={"total_iters": 80, "power": 2.
     power: Power = 1.0
     """Exponent."""
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         return polynomial(lr, 0.0, self.total_iters, self.power)
 
 
@@ -191,10 +192,10 @@ class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0
 
     T_max: Steps
     """Time at which the minimum is reached."""
-    eta_min: LearningRate = 0.0
+    eta_min: LearningRateEach = 0.0
     """The minimum."""
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         return cosine(lr, self.eta_min, self.T_max)
 
 
@@ -213,10 +214,10 @@ class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_m
     """Length of the first cycle."""
     T_mult: Annotated[int, Range(at_least=1)] = 1
     """How many times as long each cycle is as the one before."""
-    eta_min: LearningRate = 0.0
+    eta_min: LearningRateEach = 0.0
     """The minimum, at the end of each cycle."""
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         return repeat(lambda cycle, steps: cosine(lr, self.eta_min, steps), self.T_0, self.T_mult)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from schedules import composer, d2l, deepspeed, phases, pytorch, sambaflow
+from schedules import composer, d2l, deepspeed, phases, pytorch, sambaflow, wrapped
 from schedules.durations import Horizon
 from schedules.fields import descriptions_of, fields_of, wanted
 from schedules.functions import FunctionSchedule
@@ -26,6 +26,7 @@ SCHEDULES: dict[str, type[Schedule[Any]]] = {
 """Every schedule that a config can name."""
 
 ENTRY_POINTS = "onecycle.schedules"
+_TORCHS = f"{wrapped.MODULE}.LRScheduler"
 C = TypeVar("C", bound=type[Schedule[Any]])
 
 
@@ -81,7 +82,8 @@ def find(name: str) -> type[Schedule[Any]]:
     Args:
         name: that of a known schedule; of an entry point in the group ``onecycle.schedules``; or
             ``module:attribute``, where the attribute is a schedule's class, checked as in
-            `register`, or a function from the update to a multiplier of the learning rate.
+            `register`; or a function from the update to a multiplier of the learning rate; or a
+            scheduler class in PyTorch's manner, for which a bare name of PyTorch's own will do.
 
     Raises:
         ValueError: there is none; the message names the nearest, or all of them.
@@ -94,6 +96,8 @@ def find(name: str) -> type[Schedule[Any]]:
     if name not in SCHEDULES:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
             return _proved(name, entry.load())
+        if name in wrapped.names_of_torch():
+            return _load(f"{wrapped.MODULE}:{name}")
         near = nearest(name, SCHEDULES)
         cure = f"Did you mean `{near}`?" if near else "`onecycle schedules` lists them."
         raise ValueError(
@@ -157,12 +161,18 @@ def _proved(path: str, found: Any) -> type[Schedule[Any]]:
     if isinstance(found, type) and issubclass(found, Schedule):
         _refuse_no_schedule(found)
         return found
+    if isinstance(found, type) and _steps_like_torchs(found):
+        return wrapped.wrap(found, path)
     if callable(found) and not isinstance(found, type):
         return FunctionSchedule.of(path, found)
     raise ValueError(
         f"`scheduler.type` must name a schedule's class or a function of the update, but {path!r} "
         f"is {found!r} instead."
     )
+
+
+def _steps_like_torchs(cls: type) -> bool:
+    return any(f"{base.__module__}.{base.__name__}" == _TORCHS for base in cls.__mro__)
 
 
 def _unknown(cls: type[Schedule[Any]], name: str) -> str:

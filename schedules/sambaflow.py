@@ -35,10 +35,10 @@ class _OfLearningRate(Schedule[int]):
         peaks = own
         if self.learning_rate is not None:
             peaks = spread("learning_rate", self.learning_rate, own)
-        return {"lr": curve_per_group(self._curve, peaks)}
+        return {"lr": curve_per_group(self.curve, peaks)}
 
     @abstractmethod
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         """Return the curve of a group whose highest learning rate this is."""
 
 
@@ -59,7 +59,7 @@ class _WarmupAndDecay(_OfLearningRate):
                 f"{self.warmup_steps:g} instead; the run would end before its warmup.",
             )
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         decay = self._decay(lr, self.end_lr_ratio * lr, self.max_steps - self.warmup_steps)
         return join([linear(0.0, lr, self.warmup_steps), decay], boundaries=[self.warmup_steps])
 
@@ -118,7 +118,7 @@ class FixedLr(_OfLearningRate, type_name="fixed_lr"):
     Source: SambaFlow's documentation, "Learning rate schedules".
     """
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         return constant(lr)
 
 
@@ -140,5 +140,5 @@ class StepSchedule(
     gamma: Factor = 0.5
     """Factor at each of them."""
 
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         return stairs(exponential(lr, self.gamma, self.decay_steps), self.decay_steps, count=1)

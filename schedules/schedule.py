@@ -284,11 +284,11 @@ class LearningRateSchedule(Schedule[int]):
     def curves(self, base: Base) -> Curves:
         """Return each group's curve."""
         own = base["lr"]
-        make = type(self)._curve
+        make = type(self).curve
         return {"lr": curve_per_group(make, self.per_group(len(own)), own)}
 
     @abstractmethod
-    def _curve(self, lr: float) -> Curve:
+    def curve(self, lr: float) -> Curve:
         """Return the curve of a group that was built with this learning rate."""
 
 
@@ -306,7 +306,7 @@ def exceeds(low: PerGroup, high: PerGroup) -> bool:
     """Return whether a field that must be at most another is more than it, in any group."""
     if isinstance(low, tuple) and isinstance(high, tuple):
         return any(map(operator.gt, low, high))
-    return max(_listed(low)) > min(_listed(high))
+    return bool(max(_listed(low)) > min(_listed(high)))
 
 
 def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:

@@ -51,7 +51,8 @@ def _value(field: Field, multiple: int) -> st.SearchStrategy[Any]:
     }
     if "array" in kinds and schema["items"]["type"] != "number":
         objects = schema["items"]["type"] == "object"
-        items = _phase(multiple) if objects else st.integers(1, 20).map(lambda n: multiple * n)
+        kind = _block if "type" in schema["items"].get("properties", {}) else _phase
+        items = kind(multiple) if objects else st.integers(1, 20).map(lambda n: multiple * n)
         lists = st.lists(items, min_size=1, max_size=4)
         strategies["array"] = lists if objects else lists.map(lambda found: sorted(set(found)))
     return st.one_of(*(strategies[kind] for kind in kinds if kind in strategies))
@@ -63,6 +64,22 @@ def _phase(multiple: int) -> st.SearchStrategy[Any]:
         {"duration": st.integers(1, 20).map(lambda count: multiple * count), "from": level},
         optional={"to": level, "shape": st.sampled_from(sorted(SHAPES))},
     )
+
+
+def _block(multiple: int) -> st.SearchStrategy[Any]:
+    steps = st.integers(1, 20).map(lambda count: multiple * count)
+    rate = st.floats(0.1, 1.0).map(lambda x: round(x, 4))
+    return st.one_of(
+        st.fixed_dictionaries({"T_max": steps}).map(lambda p: block("CosineAnnealingLR", p)),
+        st.fixed_dictionaries({"gamma": rate}).map(lambda p: block("ExponentialLR", p)),
+        st.fixed_dictionaries({"total_num_steps": st.just("1dur"), "warmup_num_steps": steps}).map(
+            lambda p: block("WarmupDecayLR", p | {"warmup_type": "linear"})
+        ),
+    )
+
+
+def block(type_name: str, params: dict[str, Any]) -> dict[str, Any]:
+    return {"type": type_name, "params": params}
 
 
 @st.composite

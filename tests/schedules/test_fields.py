@@ -51,6 +51,9 @@ def alternatives(name, field):
     schema = field.schema
     if "enum" in schema:
         return schema["enum"]
+    if field.name == "schedulers":
+        block = {"type": "ExponentialLR", "params": {"gamma": 0.5}}
+        return [[block] * len(SCHEDULES[name].example["schedulers"]), [block]]
     if schema["type"] == "array":
         return [[4, 9]]
     return [True, False, 3, 7, 15, 0.02, 0.3, 0.5, 0.95, 2.0, 40]

@@ -114,18 +114,21 @@ def lambda_sqrt(step):
     return (step + 1) ** -0.5
 
 
-TORCH_BLOCKS = {
-    "chained": {"type": f"{__name__}:chained", "params": {}},
-    "lambda_sqrt": {"type": f"{__name__}:lambda_sqrt", "params": {}},
-    "multiplicative": {"type": "ExponentialLR", "params": {"gamma": 0.95}},
-    "sequential_linear_cosine": phases(
-        (0.01, 0.1, 10), (0.1, 0.001, 50, "cosine"), (0.001, 0.001, 20)
-    ),
-}
+def always_less(step):
+    return 0.95
 
 
-def chained(step):
-    return (0.1 if step < 5 else 1.0) * 0.9**step
+FUNCTIONS = {"lambda_sqrt": lambda_sqrt, "multiplicative": always_less}
+
+
+def torch_block(name):
+    case = TORCH[name]
+    params = dict(case["params"])
+    if name in FUNCTIONS:
+        params["lr_lambda"] = f"{__name__}:{FUNCTIONS[name].__name__}"
+    if "schedulers" in params:
+        params["schedulers"] = [{"type": t, "params": p} for t, p in params["schedulers"]]
+    return {"type": case["scheduler"], "params": params}
 
 
 PAST_THE_END = {
@@ -138,7 +141,7 @@ PAST_THE_END = {
 @pytest.mark.parametrize("name", TORCH)
 def test_torch(name):
     case = TORCH[name]
-    block = TORCH_BLOCKS.get(name) or {"type": case["scheduler"], "params": case["params"]}
+    block = torch_block(name)
     rows = slice(None)
     if name in PAST_THE_END:
         rows = slice(PAST_THE_END[name] + 1)
