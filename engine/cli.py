@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PNG",
         help="where to draw (default, without --csv: FILE with the suffix .png, in this folder)",
     )
+    plot.add_argument(
+        "-t",
+        "--terminal",
+        action="store_true",
+        help="draw on the terminal instead of into a file",
+    )
     plot.set_defaults(run=_plot)
 
     known = commands.add_parser(
@@ -166,7 +174,8 @@ def _validate(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _plot(args: argparse.Namespace, out: TextIO) -> int:
-    from engine.preview import draw, preview
+    from engine.plots import draw, draw_on_terminal
+    from engine.preview import preview
 
     shown = preview(args.file, steps_per_epoch=args.steps_per_epoch)
     steps = args.steps or shown.span
@@ -180,7 +189,7 @@ def _plot(args: argparse.Namespace, out: TextIO) -> int:
             with Path(args.csv).open("w", encoding="utf-8") as file:
                 print(header, file=file)
                 file.writelines(lines)
-    if args.output or not args.csv:
+    if args.output or args.terminal or not args.csv:
         path = args.output or Path(Path(args.file).name).with_suffix(".png")
         curves = shown.columns
         if args.compare:
@@ -194,7 +203,15 @@ def _plot(args: argparse.Namespace, out: TextIO) -> int:
             }
         columns = {name: list(curve.values(steps)) for name, curve in curves.items()}
         title = f"{shown.schedule.type_name} of {args.file}"
-        draw(columns, path, " and ".join((title, *args.compare)))
+        title = " and ".join((title, *args.compare))
+        if args.terminal:
+            colour = out.isatty() and "NO_COLOR" not in os.environ
+            size = shutil.get_terminal_size()
+            print(
+                draw_on_terminal(columns, title, curves=curves, size=size, colour=colour), file=out
+            )
+            return OK
+        draw(columns, path, title, curves=curves)
         if args.csv != "-":
             print(f"{path}: {steps} updates of {shown.schedule.type_name}", file=out)
     return OK

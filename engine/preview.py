@@ -1,10 +1,9 @@
-"""What a config's schedule will give to each update, before anything runs: as rows, or drawn."""
+"""What a config's schedule will give to each update, before anything runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from engine.config import ConfigError, Problem, Source, load_document
@@ -14,9 +13,7 @@ from engine.config.sections import optimizer_name, optimizer_schema, with_defaul
 from schedules import Horizon, Schedule, from_config
 from schedules.schedule import Base, Curves
 
-__all__ = ["LABELS", "Preview", "draw", "preview"]
-
-LABELS = {"lr": "learning rate", "momentum": "momentum", "weight_decay": "weight decay"}
+__all__ = ["Preview", "preview"]
 
 # What an optimizer starts from where the config names none.
 _NO_OPTIMIZER = {"lr": 1e-3, "betas": [0.9], "weight_decay": 0.0}
@@ -110,42 +107,3 @@ def _base(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
     groups = max(map(len, lists), default=1)
     base = {"lr": params["lr"], "momentum": momentum, "weight_decay": params["weight_decay"]}
     return {name: (value,) * groups for name, value in base.items()}
-
-
-def draw(columns: Mapping[str, Sequence[float]], path: Path, title: str, *, dpi: int = 150) -> None:
-    """Draw columns over the step into a PNG (or SVG, PDF), one panel for each hyperparameter.
-
-    Args:
-        columns: a column's name, as in `Preview.columns` or any other, to its values.
-        path: where to write; its suffix chooses the format.
-        title: what stands above the panels.
-        dpi: dots an inch.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    panels: dict[str, list[str]] = {}
-    for column in columns:
-        panels.setdefault(column.partition(".")[0], []).append(column)
-    figure = Figure(figsize=(8, 1.2 + 2.0 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (name, of_panel) in zip(axes, panels.items(), strict=True):
-        for column in of_panel:
-            values = columns[column]
-            # A step's value holds for the whole update: stairs are to look like stairs.
-            axis.plot(
-                range(len(values)),
-                values,
-                drawstyle="steps-post",
-                linewidth=1.2,
-                label=column.partition(".")[2],
-            )
-        axis.set_ylabel(LABELS.get(name, name))
-        axis.grid(alpha=0.3)
-        if len(of_panel) > 1:
-            axis.legend(fontsize="small")
-    axes[-1].set_xlabel("optimizer updates applied (k)")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)

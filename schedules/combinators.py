@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from schedules.curves import Curve, Piece, level, until
+from schedules.curves import Curve, Phase, Piece, level, until
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,9 +23,22 @@ __all__ = ["delay", "dilate", "join", "pointwise", "repeat", "stairs"]
 
 
 class _Join(Curve):
-    def __init__(self, parts: Sequence[Curve], boundaries: Sequence[float]) -> None:
+    def __init__(
+        self, parts: Sequence[Curve], boundaries: Sequence[float], names: Sequence[str]
+    ) -> None:
         self._parts = tuple(parts)
         self._begins = (0, *boundaries)
+        self._names = names
+
+    def phases(self, origin: float = 0) -> tuple[Phase, ...]:
+        ends = (*self._begins[1:], math.inf)
+        named = [(origin + begin, origin + end) for begin, end in zip(self._begins, ends)]
+        return tuple(
+            phase
+            for part, name, (begin, end) in zip(self._parts, self._names, named, strict=True)
+            for phase in part.phases(begin) or (Phase(begin, name),)
+            if phase.name and begin <= phase.begin < end
+        )
 
     def piece(self, step: float, origin: float = 0) -> Piece:
         index = bisect_right(self._begins, step - origin) - 1
@@ -45,13 +58,14 @@ class _Join(Curve):
                 part.fill(values[first - begin : last - begin], first, origin + part_begin)
 
 
-def join(parts: Iterable[Curve], boundaries: Iterable[float]) -> Curve:
+def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[str] = ()) -> Curve:
     """Return the curve that follows each part in turn, every part on a clock of its own.
 
     Args:
         parts: the curves, in order.
         boundaries: the step at which each part but the first begins, in ascending order. A part
             between two equal boundaries has no steps.
+        names: what people call each part that has no named phases of its own; a plot shows it.
 
     Raises:
         ValueError: the boundaries do not fit the parts, or do not ascend from 0.
@@ -63,12 +77,12 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float]) -> Curve:
         )
     if list(boundaries) != sorted(boundaries) or (boundaries and boundaries[0] < 0):
         raise ValueError(f"`boundaries` must ascend from 0, but are {boundaries} instead.")
-    return _Join(parts, boundaries)
+    return _Join(parts, boundaries, names or ("",) * len(parts))
 
 
 class _Stairs(Curve):
     def __init__(self, curve: Curve, steps: float, count: int, *, rounds_up: bool) -> None:
-        self.curve = curve
+        self._curve = curve
         self._steps = steps
         self._count = count
         self._rounds_up = rounds_up
@@ -86,7 +100,7 @@ class _Stairs(Curve):
             begin = origin + stair * steps / count
             end = origin + (stair + 1) * steps / count
         at_step = stair * steps / count
-        value = self.curve.piece(at_step).at(at_step)
+        value = self._curve.piece(at_step).at(at_step)
         return level(value, begin, end)
 
     def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
@@ -106,7 +120,7 @@ class _Stairs(Curve):
             flight = np.arange(first * count // steps, last * count // steps + 1)
             ends = -(-(flight + 1) * steps // count)
         edges = np.clip(np.concatenate(([first], ends)), first, last + 1)
-        values[:] = np.repeat(self.curve.over(flight * steps / count), np.diff(edges))
+        values[:] = np.repeat(self._curve.over(flight * steps / count), np.diff(edges))
 
 
 def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
@@ -178,6 +192,9 @@ class _Pointwise(Curve):
             elementwise=True,
         )
 
+    def phases(self, origin: float = 0) -> tuple[Phase, ...]:
+        return self._left.phases(origin) or self._right.phases(origin)
+
 
 def pointwise(combine: Callable[[float, float], float], left: Curve, right: Curve) -> Curve:
     """Return the curve whose value at k is ``combine(left(k), right(k))``: a sum, a floor, ….
@@ -191,18 +208,23 @@ def pointwise(combine: Callable[[float, float], float], left: Curve, right: Curv
 
 class _Dilate(Curve):
     def __init__(self, curve: Curve, ratio: float) -> None:
-        self.curve = curve
+        self._curve = curve
         self._ratio = ratio
 
     def piece(self, step: float, origin: float = 0) -> Piece:
         ratio = self._ratio
-        piece = self.curve.piece((step - origin) / ratio)
+        piece = self._curve.piece((step - origin) / ratio)
         at = piece.at
         return Piece(
             origin + piece.begin * ratio,
             origin + piece.end * ratio,
             lambda k: at((k - origin) / ratio),
             elementwise=True,
+        )
+
+    def phases(self, origin: float = 0) -> tuple[Phase, ...]:
+        return tuple(
+            Phase(origin + phase.begin * self._ratio, phase.name) for phase in self._curve.phases()
         )
 
 
@@ -218,14 +240,17 @@ def dilate(curve: Curve, ratio: float) -> Curve:
 
 class _Delay(Curve):
     def __init__(self, curve: Curve, steps: float) -> None:
-        self.curve = curve
+        self._curve = curve
         self._steps = steps
 
     def piece(self, step: float, origin: float = 0) -> Piece:
-        return self.curve.piece(step, origin + self._steps)
+        return self._curve.piece(step, origin + self._steps)
 
     def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
-        self.curve.fill(values, begin, origin + self._steps)
+        self._curve.fill(values, begin, origin + self._steps)
+
+    def phases(self, origin: float = 0) -> tuple[Phase, ...]:
+        return self._curve.phases(origin + self._steps)
 
 
 def delay(curve: Curve, steps: float) -> Curve:

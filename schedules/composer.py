@@ -73,7 +73,8 @@ class _WithWarmup(_Scheduler):
 
     def curve(self, lr: float) -> Curve:
         warmup = linear(0.0, self._peak(lr), self.t_warmup)
-        return join([warmup, self._body(lr, begin=self.t_warmup)], boundaries=[self.t_warmup])
+        body = self._body(lr, begin=self.t_warmup)
+        return join([warmup, body], boundaries=[self.t_warmup], names=("warmup", "schedule"))
 
 
 @schedule

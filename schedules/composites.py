@@ -134,6 +134,7 @@ class SequentialLR(
                 join(
                     [part[name][group] if name in part else constant(own) for part in parts],
                     boundaries=self.milestones,
+                    names=[part.type_name for part in self.parts],
                 )
                 for group, own in enumerate(base[name])
             )

@@ -27,6 +27,7 @@ __all__ = [
     "Curve",
     "Formula",
     "Line",
+    "Phase",
     "Piece",
     "constant",
     "cosine",
@@ -92,12 +93,24 @@ def until(piece: Piece, end: float) -> Piece:
     return piece if piece.end <= end else Piece(piece.begin, end, *piece[2:])
 
 
+class Phase(NamedTuple):
+    """A stretch of a curve that people have a name for, and the step at which it begins."""
+
+    begin: float
+    name: str
+
+
 class Curve(ABC):
     """A function from a step (0, 1, 2, …) to a value; see the module for what it promises."""
 
     @abstractmethod
     def piece(self, step: float, origin: float = 0) -> Piece:
         """Return the piece that holds at ``step`` when this curve's clock starts at ``origin``."""
+
+    def phases(self, origin: float = 0) -> tuple[Phase, ...]:
+        """Return the named stretches when this curve's clock starts at ``origin``."""
+        del origin  # only what is made of other curves has any
+        return ()
 
     def pieces(self, begin: int, end: int) -> Iterator[Piece]:
         """Yield the pieces of the steps from ``begin`` up to, but without, ``end``."""

@@ -71,7 +71,7 @@ class _WithWarmup(Schedule[int]):
         warmup = ramp if self.warmup_mode == "linear" else constant(begin)
         # Each body's clock includes the warmup, as in MXNet.
         body = delay(self._body(lr), -self.warmup_steps)
-        return join([warmup, body], boundaries=[self.warmup_steps])
+        return join([warmup, body], boundaries=[self.warmup_steps], names=("warmup", "schedule"))
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:

@@ -202,7 +202,8 @@ class OneCycle(
         after = constant(ends)
         if self._decay_steps and decay_rate:
             after = inverse_time(ends, decay_rate, self._decay_steps)
-        return join([there, back, after], boundaries=[first, first + second])
+        names = ("first half", "second half", "after the cycle")
+        return join([there, back, after], boundaries=[first, first + second], names=names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -307,6 +308,7 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
         return join(
             [self._warmup(minimum, maximum), self._after(minimum, maximum)],
             boundaries=[self.warmup_num_steps],
+            names=("warmup", "after the warmup"),
         )
 
     def _warmup(self, minimum: float, maximum: float) -> Curve:
@@ -405,6 +407,7 @@ class WarmupCosineLR(
                 cosine(peak, self.cos_min_ratio * peak, steps),
             ],
             boundaries=[self.warmup_num_steps],
+            names=("warmup", "cosine"),
         )
 
 

@@ -171,7 +171,11 @@ class Phases(
             value = phase["to"] * unit if "to" in phase else begin
             parts.append(SHAPES[phase.get("shape", "linear")](begin, value, phase["duration"]))
         boundaries = itertools.accumulate(phase["duration"] for phase in phases[:-1])
-        return join(parts, boundaries=boundaries)
+        names = [
+            "constant" if phase.get("to") is None else phase.get("shape", "linear")
+            for phase in phases
+        ]
+        return join(parts, boundaries=boundaries, names=names)
 
 
 def _phases_in_steps(phases: tuple[Mapping[str, Any], ...], horizon: Horizon) -> tuple[Any, ...]:
@@ -228,6 +232,7 @@ class WarmupStableDecay(
                 SHAPES[self.decay_type](lr, self.min_lr_ratio * lr, self.decay_steps),
             ],
             boundaries=[self.warmup_steps, decay_begins],
+            names=("warmup", "stable", "decay"),
         )
 
 
@@ -255,7 +260,8 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
 
     def curve(self, lr: float) -> Curve:
         decay = inverse_sqrt(lr, self.timescale or self.warmup_steps)
-        return join([linear(0.0, lr, self.warmup_steps), decay], boundaries=[self.warmup_steps])
+        warmup = linear(0.0, lr, self.warmup_steps)
+        return join([warmup, decay], boundaries=[self.warmup_steps], names=("warmup", "decay"))
 
 
 @schedule
@@ -350,19 +356,21 @@ class OptimizerParamScheduler(
         climb = linear(self.init_lr, high, warmup)
         match self.lr_decay_style:
             case "constant":
-                return join([climb, constant(high)], [warmup])
+                return join([climb, constant(high)], [warmup], names=("warmup", "constant"))
             case "linear":
-                return join([climb, linear(high, low, steps)], [warmup])
+                return join([climb, linear(high, low, steps)], [warmup], names=("warmup", "decay"))
             case "cosine":
-                return join([climb, cosine(high, low, steps)], [warmup])
+                return join([climb, cosine(high, low, steps)], [warmup], names=("warmup", "decay"))
             case "WSD":
                 anneal = self.wsd_decay_steps or 0
                 shapes = {"exponential": half_life, "minus_sqrt": one_minus_sqrt}
                 shape = shapes.get(self.lr_wsd_decay_style) or SHAPES[self.lr_wsd_decay_style]
                 decay = shape(high, low, anneal)
-                return join([climb, constant(high), decay], [warmup, end - anneal])
+                parts = [climb, constant(high), decay]
+                return join(parts, [warmup, end - anneal], names=("warmup", "stable", "decay"))
         # Megatron's root is 1 where the warmup ends,
         scale = max(warmup, 1)
         root = inverse_sqrt(high, steps=scale)
         # and it still has its value at the end itself, where the other styles are at their minimum.
-        return join([climb, pointwise(max, root, constant(low)), constant(low)], [warmup, end + 1])
+        parts = [climb, pointwise(max, root, constant(low)), constant(low)]
+        return join(parts, [warmup, end + 1], names=("warmup", "decay", "end"))

@@ -325,7 +325,8 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
             ramp(values[at], values[at + 1], begins[at + 1] - begins[at])
             for at in range(len(self._knots))
         ]
-        return join(phases, boundaries=self._knots[:-1])
+        names = ("climb", "descent", "annihilation")[: len(phases)]
+        return join(phases, boundaries=self._knots[:-1], names=names)
 
 
 _AMPLITUDES = {"triangular": 1.0, "triangular2": 0.5, "exp_range": 1.0}

@@ -61,7 +61,8 @@ class _WarmupAndDecay(_OfLearningRate):
 
     def curve(self, lr: float) -> Curve:
         decay = self._decay(lr, self.end_lr_ratio * lr, self.max_steps - self.warmup_steps)
-        return join([linear(0.0, lr, self.warmup_steps), decay], boundaries=[self.warmup_steps])
+        warmup = linear(0.0, lr, self.warmup_steps)
+        return join([warmup, decay], boundaries=[self.warmup_steps], names=("warmup", "decay"))
 
     @abstractmethod
     def _decay(self, lr: float, end: float, steps: float) -> Curve:

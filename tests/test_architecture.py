@@ -11,7 +11,7 @@ import engine
 import schedules
 
 ROOT = Path(__file__).parent.parent
-HEAVY = {"torch", "deepspeed", "matplotlib", "rich", "scipy", "pandas"}
+HEAVY = {"torch", "deepspeed", "matplotlib", "plotext", "rich", "scipy", "pandas"}
 
 VALIDATE = """
 import engine, schedules

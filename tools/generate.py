@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.catalog import EXAMPLE_STEPS, example_curves, page
-from engine.preview import draw
+from engine.plots import draw
 from schedules import SCHEDULES
 from schedules.json_schema import json_schema_of
 
@@ -46,8 +46,9 @@ def draw_pictures() -> None:
     """Draw every schedule's example, and all of them on one sheet."""
     folder = ROOT / "docs" / "pictures"
     for name, cls in SCHEDULES.items():
-        values = {key: list(c.values(EXAMPLE_STEPS)) for key, c in example_curves(cls).items()}
-        draw(values, folder / f"{name}.png", name, dpi=50)
+        curves = example_curves(cls)
+        values = {key: list(curve.values(EXAMPLE_STEPS)) for key, curve in curves.items()}
+        draw(values, folder / f"{name}.png", name, curves=curves, dpi=50)
 
 
 def main() -> int:

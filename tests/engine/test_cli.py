@@ -104,9 +104,19 @@ def test_plot_draws(tutorial, tmp_path, monkeypatch):
     assert err.startswith("onecycle: ")
 
 
+def test_plot_on_a_terminal_names_the_phases(tutorial):
+    status, out, _ = run("plot", tutorial, "--terminal")
+    assert status == OK
+    assert out.startswith(f"OneCycle of {tutorial}\n")
+    assert "learning rate" in out
+    phases = "0: first half  1000: second half  2000: after the cycle"
+    assert out.splitlines().count(phases) == 2
+    assert "\x1b" not in out
+
+
 def test_plot_draws_others_over_it(tutorial, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr("engine.preview.draw", lambda columns, *_: drawn.update(columns))
+    monkeypatch.setattr("engine.plots.draw", lambda columns, *_, **__: drawn.update(columns))
     other = tmp_path / "other.json"
     warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     other.write_text(json.dumps({"scheduler": warmup}))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schedules.combinators import delay, join, stairs
+from schedules.combinators import delay, dilate, join, pointwise, stairs
 from schedules.curves import constant, cosine, inverse_time, linear, linear_growth, log
 
 TABLE = [
@@ -113,3 +113,13 @@ def test_errors(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert str(error.value) == message
+
+
+def test_phases_keep_their_names_and_their_clock():
+    inner = join([linear(0, 1, 4), constant(1), constant(2)], [4, 9], names=("up", "on", "late"))
+    curve = join([constant(0), delay(inner, -2), constant(3)], [10, 16], names=("a", "b", "c"))
+    # "late" would begin at 17, where the last part has begun already.
+    assert curve.phases() == ((0, "a"), (12, "on"), (16, "c"))
+    assert dilate(curve, 2).phases() == ((0, "a"), (24, "on"), (32, "c"))
+    assert pointwise(max, constant(0), curve).phases() == curve.phases()
+    assert join([constant(1), constant(2)], [3]).phases() == ()
