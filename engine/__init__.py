@@ -10,17 +10,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.config import Config, ConfigError, Problem, load_config, validate
+    from engine.config import (
+        Config,
+        ConfigError,
+        Problem,
+        add_config_arguments,
+        load_config,
+        validate,
+    )
     from engine.engine import Engine
     from engine.training import initialize
 
-__all__ = ["Config", "ConfigError", "Engine", "Problem", "initialize", "load_config", "validate"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Engine",
+    "Problem",
+    "add_config_arguments",
+    "initialize",
+    "load_config",
+    "validate",
+]
 
 _HOMES = {
     "Config": "engine.config",
     "ConfigError": "engine.config",
     "Engine": "engine.engine",
     "Problem": "engine.config",
+    "add_config_arguments": "engine.config",
     "initialize": "engine.training",
     "load_config": "engine.config",
     "validate": "engine.config",

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from engine.config import Config
 from engine.ranks import Ranks
 
-__all__ = ["GlobalBatchSampler", "make_loader"]
+__all__ = ["GlobalBatchSampler", "RunLoader", "make_loader"]
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -68,12 +68,33 @@ class GlobalBatchSampler(Sampler[list[int]]):
             yield order[begin : begin + sizes.micro]
 
 
+class RunLoader(DataLoader[Any]):
+    """A loader that ends where the run does, in the midst of an epoch and in all later ones."""
+
+    _run_is_over: Callable[[], bool] | None = None
+
+    def end_with(self, run_is_over: Callable[[], bool]) -> None:
+        """Take the function that says whether the run has made all of its updates."""
+        self._run_is_over = run_is_over
+
+    def __iter__(self) -> Any:
+        if self._run_is_over is None:
+            return super().__iter__()
+        return iter(()) if self._run_is_over() else self._until_the_end(super().__iter__())
+
+    def _until_the_end(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            yield batch
+            if self._run_is_over and self._run_is_over():
+                return
+
+
 def make_loader(
     dataset: Dataset[Any],
     config: Config,
     ranks: Ranks,
     collate_fn: Callable[[list[Any]], Any] | None,
-) -> DataLoader[Any]:
+) -> RunLoader:
     """Return the loader of a dataset: one rank's micro-batches, shuffled anew in each epoch.
 
     An iterable dataset is batched in its own order; sharing it out among ranks is its own business.
@@ -83,7 +104,7 @@ def make_loader(
     """
     pinned = ranks.device.type == "cuda"
     if isinstance(dataset, IterableDataset):
-        return DataLoader(
+        return RunLoader(
             dataset,
             batch_size=config.batch.micro,
             drop_last=config.dataloader_drop_last,
@@ -91,4 +112,4 @@ def make_loader(
             pin_memory=pinned,
         )
     sampler = GlobalBatchSampler(len(dataset), config, ranks.rank)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=pinned)
+    return RunLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=pinned)

@@ -57,6 +57,7 @@ class Engine(nn.Module):
         # Apart, because nn.Module makes every assignment to an attribute of its own slow.
         self._done = Counters()
         self._losses: list[Tensor] = []
+        self._updates_before = 0  # those of earlier runs, when a checkpoint was loaded
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model in the run's precision."""
@@ -91,7 +92,15 @@ class Engine(nn.Module):
         Returns:
             Whether an update was applied. One whose gradients are not finite is skipped: it does
             not move the schedule.
+
+        Raises:
+            RuntimeError: the run is over, see `run_is_over`.
         """
+        if self.run_is_over:
+            raise RuntimeError(
+                f"the run must end after {self.config.steps_this_run} updates "
+                "(`engine.steps_this_run`), which are done; leave the loop when `run_is_over`."
+            )
         done = self._done
         last = self.is_gradient_accumulation_boundary()
         done.micro_steps += 1
@@ -136,6 +145,16 @@ class Engine(nn.Module):
     def was_step_applied(self) -> bool:
         """Return whether the last `step` updated the parameters."""
         return self._done.applied
+
+    @property
+    def run_is_over(self) -> bool:
+        """Whether this run has applied the updates that ``engine.steps_this_run`` gives it."""
+        limit = self.config.steps_this_run
+        return limit is not None and self._updates - self._updates_before >= limit
+
+    @property
+    def _updates(self) -> int:
+        return self._done.global_steps - self._done.skipped_steps
 
     @property
     def global_steps(self) -> int:
@@ -251,4 +270,5 @@ class Engine(nn.Module):
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if not load_module_only:
             self._done = Counters(**state["counters"])
+            self._updates_before = self._updates
         return str(path), state["client_state"]

@@ -45,7 +45,8 @@ def initialize(
     or the optimizer, before everything is proved.
 
     Args:
-        args: a namespace with ``deepspeed_config``, for scripts that give no ``config``.
+        args: a namespace with ``deepspeed_config``, for scripts that give no ``config``; one of
+            `add_config_arguments` wins over the config where both speak, and the log says so.
         model: the module to train; it is moved to this rank's device.
         optimizer: one of your own, or a function from parameters to one, in place of the config's.
         model_parameters: parameters or param groups to train; by default all that need gradients.
@@ -81,7 +82,7 @@ def initialize(
         raise ValueError("`config` must be a path or a dict, but is None instead.")
     if model is None:
         raise ValueError("`model` must be a torch.nn.Module, but is None instead.")
-    resolved = load_config(source, world_size=world_size())
+    resolved = load_config(source, world_size=world_size(), args=args)
     _refuse_two_sources(resolved, optimizer, lr_scheduler)
     ranks = connect()
     loader = None
@@ -107,6 +108,8 @@ def initialize(
         scheduler = lr_scheduler if isinstance(lr_scheduler, LRScheduler) else lr_scheduler(chosen)
     backend = PyTorchBackend(model, chosen, resolved, ranks)
     engine = Engine(resolved, backend, scheduler, loader)
+    if loader is not None:
+        loader.end_with(lambda: engine.run_is_over)
     _announce(engine, backend)
     return engine, chosen, loader, scheduler
 
@@ -144,6 +147,8 @@ def _announce(engine: Engine, backend: Backend) -> None:
         # Nobody configured logging: these few lines are to be seen all the same.
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
+    for override in config.overrides:
+        log.info("%s", override)
     scheduler = engine.lr_scheduler
     schedule = "no schedule"
     if isinstance(scheduler, ScheduleBinder):

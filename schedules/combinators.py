@@ -32,10 +32,10 @@ class _Join(Curve):
 
     def phases(self, origin: float = 0) -> tuple[Phase, ...]:
         ends = (*self._begins[1:], math.inf)
-        named = [(origin + begin, origin + end) for begin, end in zip(self._begins, ends)]
+        spans = [(origin + a, origin + b) for a, b in zip(self._begins, ends, strict=True)]
         return tuple(
             phase
-            for part, name, (begin, end) in zip(self._parts, self._names, named, strict=True)
+            for part, name, (begin, end) in zip(self._parts, self._names, spans, strict=True)
             for phase in part.phases(begin) or (Phase(begin, name),)
             if phase.name and begin <= phase.begin < end
         )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import schemas
+from engine.config.arguments import Override, override
 from engine.config.batch import BATCH_KEYS, BatchSizes, solve
 from engine.config.check import check
 from engine.config.document import Document, parse
@@ -59,6 +61,8 @@ class Config:
     steps_per_print: int | None
     dataloader_drop_last: bool
     seed: int
+    steps_this_run: int | None
+    overrides: tuple[Override, ...]
     run: Mapping[str, Any]
     """``max_duration``, ``scale_schedule_ratio`` and ``scale_warmup`` of the section ``engine``."""
 
@@ -89,12 +93,15 @@ def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
     return check(load_document(config), world_size)
 
 
-def load_config(config: Source, *, world_size: int = 1) -> Config:
+def load_config(
+    config: Source, *, world_size: int = 1, args: argparse.Namespace | None = None
+) -> Config:
     """Return a config, proved right and resolved.
 
     Args:
         config: a path, or the config as a dict, which is not changed.
         world_size: number of ranks that the run has.
+        args: a namespace of `add_config_arguments`, whose arguments win over the config.
 
     Raises:
         ConfigError: anything is wrong with it; ``problems`` holds all of it.
@@ -102,14 +109,14 @@ def load_config(config: Source, *, world_size: int = 1) -> Config:
     >>> print(load_config({"train_batch_size": 8}, world_size=2).batch)
     batch 8 = 4 a rank x 1 accumulated x 2 ranks
     """
-    document = load_document(config)
+    document, overrides = override(load_document(config), args or argparse.Namespace())
     errors = [problem for problem in check(document, world_size) if problem.severity == "error"]
     if errors:
         raise ConfigError(document.name, errors)
-    return _resolve(document, world_size)
+    return _resolve(document, world_size, overrides)
 
 
-def _resolve(document: Document, world_size: int) -> Config:
+def _resolve(document: Document, world_size: int, overrides: Sequence[Override]) -> Config:
     value = with_defaults(document.value, schemas.read(SCHEMA))
     fp16, bf16 = value["fp16"], value["bf16"]
     optimizer = None
@@ -130,6 +137,8 @@ def _resolve(document: Document, world_size: int) -> Config:
         steps_per_print=value["steps_per_print"],
         dataloader_drop_last=value["dataloader_drop_last"],
         seed=value["engine"].pop("seed"),
+        steps_this_run=value["engine"].pop("steps_this_run"),
+        overrides=tuple(overrides),
         run=value["engine"],
     )
 

@@ -44,6 +44,16 @@ class Document:
     places: Mapping[str, Place] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     text: str = ""
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    """The command-line argument that gave the value at a JSON pointer, where one did."""
+
+    def at(self, pointer: str) -> Any:
+        """Return the value at a JSON pointer."""
+        value = self.value
+        for part in pointer.split("/")[1:]:
+            key = part.replace("~1", "/").replace("~0", "~")
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        return value
 
     def problem(
         self,
@@ -57,9 +67,11 @@ class Document:
     ) -> Problem:
         """Return a problem at the place of a pointer, or of the nearest thing around it."""
         around = pointer
-        while around and around not in self.places:
+        while around and around not in self.places and around not in self.arguments:
             around = around.rpartition("/")[0]
         place = self.places.get(around)
+        if around in self.arguments:
+            place, message = None, f"{message} It was given by {self.arguments[around]}."
         line, column = (0, 0) if place is None else place.key if at_key else place.value
         return Problem(
             rule=rule,

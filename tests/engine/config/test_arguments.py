@@ -1,0 +1,109 @@
+"""Arguments of training scripts: they win over the file, and both origins are said."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+import engine
+from engine.config import load_config
+
+COSINE = {"type": "cosine_schedule_with_warmup", "params": {"warmup_steps": 2, "max_steps": 10}}
+CONFIG = {
+    "train_batch_size": 4,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    "scheduler": COSINE,
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps(CONFIG, indent=2))
+    return file
+
+
+def parse(*arguments):
+    return engine.add_config_arguments(argparse.ArgumentParser()).parse_args(list(arguments))
+
+
+def test_an_argument_wins_and_both_origins_are_said(path):
+    args = parse("--learning_rate", "0.5", "--max_steps", "20", "--end_lr_ratio", "0.2")
+    config = load_config(path, args=args)
+    assert config.optimizer.params["lr"] == 0.5
+    assert (config.schedule.max_steps, config.schedule.end_lr_ratio) == (20, 0.2)
+    assert config.horizon(None).total_steps == 20
+    assert [str(override) for override in config.overrides] == [
+        f"`/optimizer/params/lr` is 0.5 by --learning_rate, not 0.1 as at {path}:6:13",
+        "`/engine/max_duration` is 20 by --max_steps",
+        f"`/scheduler/params/max_steps` is 20 by --max_steps, not 10 as at {path}:13:20",
+        "`/scheduler/params/end_lr_ratio` is 0.2 by --end_lr_ratio",
+    ]
+
+
+def test_no_argument_changes_nothing(path):
+    assert load_config(path, args=parse()) == load_config(path)
+    assert json.loads(path.read_text()) == CONFIG
+
+
+def test_another_schedule_leaves_the_params_of_the_old_one(path):
+    args = parse("--lr_schedule", "OneCycle", "--cycle_min_lr", "0.1", "--cycle_max_lr", "[0.5]")
+    schedule = load_config(path, args=args).schedule
+    assert (type(schedule).__name__, schedule.cycle_max_lr) == ("OneCycle", (0.5,))
+
+
+def test_a_flag_alone_is_true(path):
+    arguments = ("--lr_schedule", "LRRangeTest", "--lr_range_test_staircase")
+    assert load_config(path, args=parse(*arguments)).schedule.lr_range_test_staircase is True
+    arguments = (*arguments, "false")
+    assert load_config(path, args=parse(*arguments)).schedule.lr_range_test_staircase is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rate", "-1"], "but is -1.0 instead. It was given by --learning_rate."),
+        (["--lr_schedule", "OneCicle"], "Did you mean `OneCycle`? It was given by --lr_schedule."),
+        (["--warmup_steps", "20"], "`warmup_steps` must be at most `max_steps` (10), but is 20"),
+        (["--cycle_min_lr", "0.1"], "`cycle_min_lr` is no key"),
+        (["--steps_this_run", "0"], "It was given by --steps_this_run."),
+    ],
+)
+def test_a_wrong_argument_is_named(path, arguments, message):
+    with pytest.raises(engine.ConfigError) as raised:
+        load_config(path, args=parse(*arguments))
+    assert message in str(raised.value)
+
+
+def test_a_namespace_of_the_scripts_own_is_left_alone(path):
+    args = argparse.Namespace(learning_rate=7.0, deepspeed_config=str(path))
+    assert load_config(path, args=args).optimizer.params["lr"] == 0.1
+
+
+def test_deepspeeds_parser_and_its_groups_can_be_told_to_help(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    for name in ("--deepspeed_config", "--steps_this_run", "--cycle_max_lr", "--warmup_type"):
+        assert name in text
+
+
+def test_steps_this_run_stops_the_run_and_leaves_the_curve(path):
+    model = torch.nn.Linear(2, 1)
+    data = [torch.ones(2) for _ in range(12)]
+    args = parse("--deepspeed_config", str(path), "--steps_this_run", "5")
+    trainer, _, loader, _ = engine.initialize(args, model, training_data=data)
+    lrs = []
+    for _ in range(4):
+        for batch in loader:
+            lrs.append(trainer.get_lr()[0])
+            trainer.backward(trainer(batch).mean())
+            trainer.step()
+    whole, *_ = engine.initialize(model=torch.nn.Linear(2, 1), config=path)
+    expected = [whole.lr_scheduler.schedule.curves({"lr": (0.1,)})["lr"][0](k) for k in range(5)]
+    assert lrs == expected
+    assert trainer.run_is_over
+    trainer.backward(trainer(torch.ones(4, 2)).mean())
+    with pytest.raises(RuntimeError, match="leave the loop when `run_is_over`"):
+        trainer.step()
