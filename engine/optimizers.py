@@ -29,7 +29,7 @@ def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimiz
     """
     params = dict(block.params)
     name = block.type
-    if name == "Adam" and params.pop("adam_w_mode"):
+    if params.pop("adam_w_mode", False) and name == "Adam":
         name = "AdamW"
     plain = params.pop("torch_adam", False)
     groups = list(parameters)

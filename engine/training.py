@@ -83,6 +83,11 @@ def initialize(
     if model is None:
         raise ValueError("`model` must be a torch.nn.Module, but is None instead.")
     resolved = load_config(source, world_size=world_size(), args=args)
+    if resolved.backend.name != "torch":
+        raise ValueError(
+            f"`engine.backend` must be torch in this version, but is {resolved.backend.name} "
+            f"({resolved.backend.reason}); remove what DeepSpeed alone honours."
+        )
     _refuse_two_sources(resolved, optimizer, lr_scheduler)
     ranks = connect()
     loader = None

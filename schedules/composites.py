@@ -13,7 +13,7 @@ from schedules.combinators import join, pointwise
 from schedules.curves import Curve, constant
 from schedules.durations import Horizon
 from schedules.fields import Items, Milestones
-from schedules.registry import from_config, register
+from schedules.registry import SCHEDULES, from_config
 from schedules.schedule import Base, Curves, Fault, OpenLoop, Schedule
 
 __all__ = ["ChainedScheduler", "Combined", "SequentialLR"]
@@ -90,7 +90,6 @@ class _Composite(Schedule[int]):
         """Return what the parts come to together."""
 
 
-@register
 @schedule
 class SequentialLR(
     _Composite,
@@ -142,7 +141,6 @@ class SequentialLR(
         }
 
 
-@register
 @schedule
 class ChainedScheduler(
     _Composite,
@@ -179,7 +177,6 @@ def _product(curves: Sequence[Curve], own: float) -> Curve:
     return functools.reduce(share_of, curves)
 
 
-@register
 @schedule
 class Combined(
     _Composite,
@@ -217,3 +214,6 @@ class Combined(
     def combined(self, parts: Sequence[Curves], base: Base) -> Curves:
         del base  # each part has its share of it already
         return functools.reduce(operator.or_, (dict(part) for part in parts))
+
+
+SCHEDULES.update({cls.type_name: cls for cls in (SequentialLR, ChainedScheduler, Combined)})

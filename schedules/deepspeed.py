@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from schedules.combinators import delay, join, stairs
 from schedules.curves import Curve, constant, cosine, inverse_time, linear, linear_growth, log
 from schedules.fields import (
+    FilledIn,
     LearningRate,
     Momentum,
     PerGroup,
@@ -40,6 +41,7 @@ from schedules.schedule import (
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
 LastBatch = Annotated[int, Range(at_least=-1), "optimizer updates"]
+_AUTO = FilledIn("transformers, accelerate")
 _CYCLE = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 30}
 
 
@@ -127,9 +129,9 @@ class OneCycle(
         for low, high in (("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")):
             if exceeds(getattr(self, low), getattr(self, high)):
                 yield Fault(
-                    low,
-                    f"`{low}` must be at most `{high}` ({_shown(getattr(self, high))}), but is "
-                    f"{_shown(getattr(self, low))} instead; exchange the two.",
+                    high,
+                    f"`{high}` must be at least `{low}` ({_shown(getattr(self, low))}), but is "
+                    f"{_shown(getattr(self, high))} instead; exchange the two.",
                 )
         halves = [
             ("cycle_first_stair_count", self.cycle_first_stair_count, self.cycle_first_step_size),
@@ -275,11 +277,11 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     Source: ``WarmupLR`` of deepspeed/runtime/lr_schedules.py.
     """
 
-    warmup_min_lr: LearningRate = 0.0
+    warmup_min_lr: Annotated[LearningRate, _AUTO] = 0.0
     """Learning rate at the first update."""
-    warmup_max_lr: LearningRate | None = None
+    warmup_max_lr: Annotated[LearningRate | None, _AUTO] = None
     """Learning rate after the warmup; null means each group's own."""
-    warmup_num_steps: WarmupSteps = 1000
+    warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     warmup_type: WarmupType = "log"
     """Shape of the warmup. "log" climbs most of the way in its first few updates."""
@@ -339,7 +341,7 @@ class WarmupDecayLR(
     Source: ``WarmupDecayLR`` of deepspeed/runtime/lr_schedules.py.
     """
 
-    total_num_steps: Steps
+    total_num_steps: Annotated[Steps, _AUTO]
     """Length of the run, warmup included."""
 
     def faults(self) -> Iterator[Fault]:
@@ -377,11 +379,11 @@ class WarmupCosineLR(
     Source: ``WarmupCosineLR`` of deepspeed/runtime/lr_schedules.py.
     """
 
-    total_num_steps: Steps
+    total_num_steps: Annotated[Steps, _AUTO]
     """Length of the run, warmup included."""
     warmup_min_ratio: Ratio = 0.0
     """Share of the learning rate at the first update."""
-    warmup_num_steps: WarmupSteps = 1000
+    warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     cos_min_ratio: Ratio = 0.0001
     """Share of the learning rate at the end, held from there on."""

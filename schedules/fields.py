@@ -27,6 +27,7 @@ __all__ = [
     "Duration",
     "Factor",
     "Field",
+    "FilledIn",
     "Items",
     "LearningRate",
     "LearningRateEach",
@@ -88,6 +89,13 @@ class Items:
 @dataclasses.dataclass(frozen=True)
 class OnePerGroup:
     """Marks a field as a number for all param groups, or a list with one for each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FilledIn:
+    """Marks a field that a config may leave to an integration, by the value "auto"."""
+
+    by: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +166,9 @@ def wanted(schema: Mapping[str, Any]) -> str:
         return "any value"
     names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
     kinds = " or ".join(_WORDS[name] for name in names)
-    if "pattern" in schema:
+    if "^auto$" in schema.get("pattern", ""):
+        kinds = kinds.replace(_WORDS["string"], '"auto"')
+    elif "pattern" in schema:
         kinds = kinds.replace(_WORDS["string"], 'a time as "10ep" or "0.1dur"')
     limits = [f"{word} {schema[key]:g}" for key, (word, _) in _LIMITS.items() if key in schema]
     return f"{kinds}, {' and '.join(limits)}" if limits else kinds
@@ -211,6 +221,7 @@ class Field:
     duration: Duration | None
     required: bool
     default: Any
+    filled_in_by: str | None = None
 
     @property
     def per_group(self) -> bool:
@@ -257,69 +268,92 @@ def fields_of(schedule: type) -> Mapping[str, Field]:
     return {field.name: _field(field, hints[field.name]) for field in dataclasses.fields(schedule)}
 
 
-def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
-    limits: dict[str, Any] = {}
-    unit = None
-    duration = None
-    items: dict[str, Any] = {}
-    json_types: list[str] = []
+@dataclasses.dataclass
+class _Annotation:
+    """What the annotation of a field says, read part by part."""
+
+    name: str
+    types: list[str] = dataclasses.field(default_factory=list)
+    limits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    items: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     choices: tuple[Any, ...] = ()
-    pending = [hint]
-    while pending:
-        hint = pending.pop(0)
+    unit: str | None = None
+    duration: Duration | None = None
+    filled_in_by: str | None = None
+    free: bool = False
+
+    def read(self, hint: Any) -> _Annotation:
+        """Take in a type, and all that it is made of."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin is Annotated:
-            pending.insert(0, arguments[0])
             for mark in arguments[1:]:
-                if isinstance(mark, Range):
-                    limits = mark.json_schema()
-                elif isinstance(mark, Duration):
-                    duration = mark
-                elif isinstance(mark, Items):
-                    items = dict(mark.schema)
-                elif isinstance(mark, OnePerGroup):
-                    json_types += ["number", "array"]
-                elif isinstance(mark, AnyValue):
-                    return _of_schema(field, {})
-                else:
-                    unit = mark
-        elif hint is Any and duration is not None:
-            json_types += ["integer", "string"]
-        elif hint is Any and json_types:
-            pass  # a mark has said it
+                self._read_mark(mark)
+            self.read(arguments[0])
         elif origin in (typing.Union, types.UnionType):
-            pending = [*arguments, *pending]
+            for each in arguments:
+                self.read(each)
         elif origin is Literal:
-            choices = arguments
-            json_types.append("string")
+            self.choices = arguments
+            self.types.append("string")
+        elif hint is Any and (self.types or self.free):
+            pass  # a mark has said it
         elif (plain := origin or hint) in _JSON_TYPES:
-            json_types.append(_JSON_TYPES[plain])
+            self.types.append(_JSON_TYPES[plain])
         else:
-            raise TypeError(f"`{field.name}` has the annotation {hint}, which JSON cannot carry.")
-    schema: dict[str, Any] = {"type": json_types[0] if len(json_types) == 1 else json_types}
-    schema |= limits
-    if choices:
-        schema["enum"] = list(choices)
-    if duration is not None:
-        schema["pattern"] = PATTERN
-    if "array" in json_types:
-        items = items or {"type": "number", **limits}
-        if duration is not None:
-            items = {"type": ["integer", "string"], "pattern": PATTERN, **limits}
-            schema = {"type": "array"}
-        schema |= {"items": items, "minItems": 1}
-    return _of_schema(field, schema, unit, duration)
+            raise TypeError(f"`{self.name}` has the annotation {hint}, which JSON cannot carry.")
+        return self
+
+    def _read_mark(self, mark: Any) -> None:
+        match mark:
+            case Range():
+                self.limits = mark.json_schema()
+            case Duration():
+                self.duration = mark
+                self.types += ["integer", "string"]
+            case Items():
+                self.items = mark.schema
+            case FilledIn():
+                self.filled_in_by = mark.by
+            case OnePerGroup():
+                self.types += ["number", "array"]
+            case AnyValue():
+                self.free = True
+            case _:
+                self.unit = mark
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of a value."""
+        if self.free:
+            return {}
+        names = list(self.types)
+        items = self.items or {"type": "number", **self.limits}
+        limits = dict(self.limits)
+        if self.duration is not None:
+            limits["pattern"] = PATTERN
+            if "array" in names:
+                items = {"type": ["integer", "string"], **limits}
+                names, limits = ["array"], {}
+        schema: dict[str, Any] = {"type": names[0] if len(names) == 1 else names, **limits}
+        if self.choices:
+            schema["enum"] = list(self.choices)
+        if "array" in names:
+            schema |= {"items": dict(items), "minItems": 1}
+        return schema
 
 
-def _of_schema(
-    field: dataclasses.Field[Any],
-    schema: Mapping[str, Any],
-    unit: str | None = None,
-    duration: Duration | None = None,
-) -> Field:
+def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
+    said = _Annotation(field.name).read(hint)
     required = field.default is dataclasses.MISSING
-    default = None if required else field.default
-    return Field(field.name, schema, unit, duration, required=required, default=default)
+    return Field(
+        field.name,
+        said.schema,
+        said.unit,
+        said.duration,
+        required=required,
+        default=None if required else field.default,
+        filled_in_by=said.filled_in_by,
+    )
 
 
 def descriptions_of(schedule: type) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from schedules.fields import Field, descriptions_of, fields_of
@@ -40,4 +41,13 @@ def _property(field: Field, description: str) -> dict[str, Any]:
     if field.unit:
         description += f" Unit: {field.unit}."
     default = {} if field.required else {"default": field.default}
-    return {"description": description, **field.schema, **default}
+    auto = _or_auto(field.schema, field.filled_in_by) if field.filled_in_by else {}
+    return {"description": description, **field.schema, **default, **auto}
+
+
+def _or_auto(schema: Mapping[str, Any], filled_in_by: str) -> dict[str, Any]:
+    """Return what lets a config leave the value to an integration; the schedule never sees it."""
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    pattern = f"^auto$|{schema['pattern']}" if "pattern" in schema else "^auto$"
+    names = types if "string" in types else [*types, "string"]
+    return {"type": names, "pattern": pattern, "x-auto": filled_in_by}

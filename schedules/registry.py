@@ -7,7 +7,6 @@ import difflib
 import functools
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from schedules import composer, d2l, deepspeed, phases, pytorch, sambaflow, wrapped
@@ -94,6 +93,8 @@ def find(name: str) -> type[Schedule[Any]]:
     if ":" in name:
         return _load(name)
     if name not in SCHEDULES:
+        from importlib.metadata import entry_points
+
         for entry in entry_points(group=ENTRY_POINTS, name=name):
             return _proved(name, entry.load())
         if name in wrapped.names_of_torch():

@@ -1,7 +1,10 @@
 """JSON schemas, as data: ``ds_config.schema.json``, a file a section, a file a schedule.
 
-``schedulers/`` is generated from the dataclasses of the package `schedules`; all else is written
-by hand.
+``schedulers/`` is generated from the dataclasses of the package `schedules` and ``editor/`` from
+all others, which are written by hand. Beside JSON Schema's keywords they use ``x-auto`` (who fills
+in "auto"), ``x-backend`` (the one backend that honours a key), ``x-instead`` (what to write in
+place of a deprecated or removed key), ``x-removed`` and ``x-since`` (DeepSpeed's versions) and
+``x-alias-of``. ``aliases.json`` has other tools' names of keys, ``rules.json`` each rule's page.
 """
 
 from __future__ import annotations
@@ -11,7 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read"]
+__all__ = ["EDITOR", "read"]
+
+EDITOR = "editor/ds_config.draft-07.json"
+"""The whole as one draft-07 schema, generated from the others."""
 
 _FOLDER = Path(__file__).parent
 

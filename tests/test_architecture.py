@@ -15,7 +15,8 @@ HEAVY = {"torch", "deepspeed", "matplotlib", "plotext", "rich", "scipy", "pandas
 
 VALIDATE = """
 import engine, schedules
-config = {"train_batch_size": 8, "scheduler": {"type": "WarmupLR", "params": {}}}
+scheduler = {"type": "WarmupLR", "params": {"warmup_type": "linear"}}
+config = {"train_batch_size": 8, "scheduler": scheduler}
 assert engine.validate(config) == []
 engine.load_config(config)
 """

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import schemas
 from engine.catalog import EXAMPLE_STEPS, example_curves, page
+from engine.config.editor import editor_schema
 from engine.plots import draw
 from schedules import SCHEDULES
 from schedules.json_schema import json_schema_of
@@ -23,6 +25,7 @@ def generated() -> dict[Path, str]:
         folder / f"{name}.json": json.dumps(json_schema_of(cls), indent=2) + "\n"
         for name, cls in SCHEDULES.items()
     }
+    files[ROOT / "schemas" / schemas.EDITOR] = json.dumps(editor_schema(), indent=1) + "\n"
     files[ROOT / "docs" / "schedules.md"] = "\n".join(reference()) + "\n"
     return files
 
@@ -61,13 +64,14 @@ def main() -> int:
     check = args.check
     files = generated()
     stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
-    folders = {path.parent for path in files}
+    folders = {path.parent for path in files if path.suffix == ".json"}
     stray = [path for folder in folders for path in folder.glob("*.json") if path not in files]
     for path in stale + stray:
         print(f"{path.relative_to(ROOT)} differs from the code: run `make generate`.")
     if check:
         return 1 if stale or stray else 0
     for path in stale:
+        path.parent.mkdir(exist_ok=True)
         path.write_text(files[path])
     for path in stray:
         path.unlink()

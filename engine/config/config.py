@@ -7,22 +7,33 @@ import difflib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import schemas
 from engine.config.arguments import Override, override
+from engine.config.backend import Choice, choose
 from engine.config.batch import BATCH_KEYS, BatchSizes, solve
 from engine.config.check import check
 from engine.config.document import Document, parse
 from engine.config.horizon import horizon_of
 from engine.config.problems import ConfigError, Problem, pointer_to
-from engine.config.sections import SCHEMA, optimizer_name, optimizer_schema, with_defaults
+from engine.config.sections import (
+    SCHEMA,
+    optimizer_name,
+    optimizer_schema,
+    walk,
+    with_defaults,
+)
 from schedules import Horizon, Schedule, from_config
 
 __all__ = ["Config", "LossScaling", "Source", "load_config", "load_document", "validate"]
+
+# The largest real one that is known has some thousand; a file of gigabytes is a wrong path.
+_MOST = 1_000_000
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -39,6 +50,10 @@ class LossScaling:
     min_loss_scale: int
 
 
+_LOSS_SCALING = tuple(field.name for field in fields(LossScaling))
+_RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup")
+
+
 @dataclass(frozen=True)
 class OptimizerBlock:
     """An optimizer's proper name and all of its parameters."""
@@ -52,6 +67,7 @@ class Config:
     """A config that was proved right; defaults are filled in, derived values derived."""
 
     name: str
+    backend: Choice
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -110,7 +126,8 @@ def load_config(
     batch 8 = 4 a rank x 1 accumulated x 2 ranks
     """
     document, overrides = override(load_document(config), args or argparse.Namespace())
-    errors = [problem for problem in check(document, world_size) if problem.severity == "error"]
+    problems = check(document, world_size, runs=True)
+    errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         raise ConfigError(document.name, errors)
     return _resolve(document, world_size, overrides)
@@ -119,19 +136,21 @@ def load_config(
 def _resolve(document: Document, world_size: int, overrides: Sequence[Override]) -> Config:
     value = with_defaults(document.value, schemas.read(SCHEMA))
     fp16, bf16 = value["fp16"], value["bf16"]
+    members = list(walk(document.value, schemas.read(SCHEMA)))
     optimizer = None
     if "optimizer" in value:
         name = optimizer_name(value["optimizer"]["type"])
         assert name is not None
         params = with_defaults(value["optimizer"]["params"], optimizer_schema(name))
         optimizer = OptimizerBlock(name, params)
-    enabled = fp16.pop("enabled")
+    enabled = fp16["enabled"]
     return Config(
         name=document.name,
+        backend=choose(document.value, members),
         batch=solve({key: value[key] for key in BATCH_KEYS if key in value}, world_size),
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
-        loss_scaling=LossScaling(**fp16) if enabled else None,
+        loss_scaling=LossScaling(**{key: fp16[key] for key in _LOSS_SCALING}) if enabled else None,
         optimizer=optimizer,
         schedule=from_config(value["scheduler"]) if "scheduler" in value else None,
         steps_per_print=value["steps_per_print"],
@@ -139,7 +158,7 @@ def _resolve(document: Document, world_size: int, overrides: Sequence[Override])
         seed=value["engine"].pop("seed"),
         steps_this_run=value["engine"].pop("steps_this_run"),
         overrides=tuple(overrides),
-        run=value["engine"],
+        run={key: value["engine"].get(key) for key in _RUN if key in value["engine"]},
     )
 
 
@@ -154,7 +173,10 @@ def load_document(config: Source) -> Document:
     path = Path(config)
     name = str(config)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        data = sys.stdin.buffer.read(_MOST + 1) if name == "-" else _read(path)
+        if len(data) > _MOST:
+            raise _unreadable(name, f"a config must be at most {_MOST:,} bytes, but is longer.")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _unreadable(
             name, f"a config must be UTF-8 text, but byte {error.start} is not."
@@ -168,6 +190,11 @@ def load_document(config: Source) -> Document:
             name, f"a config must be a readable file, but: {error.strerror}."
         ) from None
     return parse(text, name)
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MOST + 1)
 
 
 def _from_mapping(config: Mapping[str, Any]) -> Document:

@@ -1,7 +1,8 @@
 """Text of a config to values, with the place of every key and value.
 
-Read as DeepSpeed reads it: JSON, and hjson's comments and trailing commas. What JSON readers let
-pass in silence is a problem here: a key given twice, NaN, an infinite number.
+Read as DeepSpeed reads it: JSON, and hjson's comments and trailing commas. What such readers let
+pass in silence is a problem here: a key given twice, NaN, text without quotes. Reading goes on
+behind a problem wherever it can, so that one run finds them all.
 """
 
 from __future__ import annotations
@@ -14,16 +15,29 @@ from dataclasses import dataclass, field
 from json import JSONDecoder
 from typing import Any, NoReturn
 
-from engine.config.problems import Problem, pointer_to
+from engine.config.problems import Fix, Problem, pointer_to
 
 __all__ = ["Document", "parse"]
 
 MAX_DEPTH = 100
+_MARK = "\ufeff"
 _SPACE = re.compile(r"(?:\s|//[^\n]*|#[^\n]*|/\*.*?\*/)*", re.DOTALL)
 _COMMENT = re.compile(r"//|#|/\*")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?(?![\w.+-])")
 _WORD = re.compile(r"[^\s,:{}\[\]\"]+")
+_UNQUOTED = re.compile(
+    r"""
+    '[^'\n]*'                                       # in single quotes
+    | [A-Za-z_$][\w.$/-]*(?=\s*[,:}\]\n]|\s*$)      # one word
+    | [A-Za-z_$/~.][^\n"{}\[\]]*?                   # the rest of the line, as hjson has it
+      (?=\s*,?\s*(?:\n|$|[}\]]))
+    """,
+    re.VERBOSE,
+)
+_PYTHONS = {"True": "true", "False": "false", "None": "null"}
+_HALF = re.compile("[\ud800-\udfff]")
 _STRINGS = JSONDecoder()
+_QUOTE = "'"
 _LITERALS = {"true": True, "false": False, "null": None}
 
 
@@ -44,8 +58,19 @@ class Document:
     places: Mapping[str, Place] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     text: str = ""
+    marked: bool = False
+    """Whether a byte order mark stands before the text."""
     arguments: Mapping[str, str] = field(default_factory=dict)
     """The command-line argument that gave the value at a JSON pointer, where one did."""
+
+    def encoded(self, text: str) -> bytes:
+        """Return a text as the file has it: UTF-8, with its byte order mark if it has one."""
+        return (_MARK + text if self.marked else text).encode()
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines of the text, as places count them."""
+        return [line.removesuffix("\r") for line in self.text.split("\n")]
 
     def at(self, pointer: str) -> Any:
         """Return the value at a JSON pointer."""
@@ -64,6 +89,8 @@ class Document:
         *,
         at_key: bool = False,
         severity: str = "error",
+        fix: Fix | None = None,
+        suggestion: str = "",
     ) -> Problem:
         """Return a problem at the place of a pointer, or of the nearest thing around it."""
         around = pointer
@@ -81,19 +108,23 @@ class Document:
             column=column,
             message=message,
             hint=hint,
+            fix=fix,
+            suggestion=suggestion,
         )
 
 
 def parse(text: str, name: str) -> Document:
     """Return the document of a text; one whose syntax is broken has no value but a problem."""
-    parser = _Parser(text.removeprefix("\ufeff"))
+    marked = text.startswith(_MARK)
+    text = text.removeprefix(_MARK)
+    parser = _Parser(text)
     try:
         value = parser.document()
     except _BrokenSyntaxError as fault:
         line, column = parser.place(fault.at)
         broken = Problem("syntax", "error", "", line, column, fault.message, fault.hint)
-        return Document(name, None, parser.places, (*parser.problems, broken), text)
-    return Document(name, value, parser.places, tuple(parser.problems), text)
+        return Document(name, None, parser.places, (*parser.problems, broken), text, marked)
+    return Document(name, value, parser.places, tuple(parser.problems), text, marked)
 
 
 class _BrokenSyntaxError(Exception):
@@ -146,10 +177,8 @@ class _Parser:
         members: dict[str, Any] = {}
         self.at += 1
         while not self._closes("}", first=not members):
-            if self.text[self.at : self.at + 1] != '"':
-                self._expected('a key in double quotes or "}"')
             key_place = self.place(self.at)
-            key = self._string()
+            key = self._key()
             below = pointer_to(pointer, key)
             if key in members:
                 first = self.places[below].key[0]
@@ -179,9 +208,13 @@ class _Parser:
 
     def _closes(self, bracket: str, *, first: bool) -> bool:
         """Step over what separates members, and say whether the bracket came instead."""
+        end = self.at
         self._space()
         if not first and not self.text.startswith(bracket, self.at):
             comma = self.at
+            if not self.text.startswith(",", comma) and "\n" in self.text[end:comma]:
+                self._not_strict(end, "a line's end in place of a comma")
+                return False
             self._take(",", f'"," or "{bracket}"')
             self._space()
             if self.text.startswith(bracket, self.at):
@@ -190,6 +223,24 @@ class _Parser:
             return False
         self.at += 1
         return True
+
+    def _key(self) -> str:
+        if self.text.startswith('"', self.at):
+            return self._string()
+        bare = _UNQUOTED.match(self.text, self.at)
+        if bare is None:
+            self._expected('a key in double quotes or "}"')
+        self._not_quoted("", bare[0])
+        self.at = bare.end()
+        return bare[0].strip("'")
+
+    def _not_quoted(self, pointer: str, shown: str) -> None:
+        value = _PYTHONS.get(shown)
+        what = f"{shown} is Python's" if value else f"{shown[:40]} must stand in double quotes"
+        cure = f"Write {value}." if value else f'Write "{shown[:40].strip(_QUOTE)}".'
+        place = self.place(self.at)
+        message = f"{what}; JSON has no text without them." if not value else f"{what}, not JSON's."
+        self.problems.append(Problem("unquoted", "error", pointer, *place, message, cure))
 
     def _string(self) -> str:
         begin = self.at
@@ -200,6 +251,11 @@ class _Parser:
             raise _BrokenSyntaxError(
                 begin, f"the string that begins here is broken: {error}."
             ) from None
+        if _HALF.search(string):
+            message = "a string must be whole characters, but holds half of a surrogate pair."
+            place = self.place(begin)
+            self.problems.append(Problem("half-character", "error", "", *place, message))
+            string = _HALF.sub("\ufffd", string)
         return string
 
     def _number_or_word(self, pointer: str, place: tuple[int, int]) -> Any:
@@ -223,6 +279,10 @@ class _Parser:
             self.at = word.end()
             self._not_finite(pointer, place, word[0])
             return None
+        if bare := _UNQUOTED.match(self.text, self.at):
+            self._not_quoted(pointer, bare[0])
+            self.at = bare.end()
+            return bare[0].strip(_QUOTE) if bare[0] not in _PYTHONS else None
         return self._expected("a value")
 
     def _not_finite(self, pointer: str, place: tuple[int, int], shown: str) -> None:
@@ -243,7 +303,7 @@ class _Parser:
             message = f"{what} is no JSON: DeepSpeed reads it, but accelerate and others will not."
             hint = 'To park a note in strict JSON, give it a key that begins with "//".'
             self.problems.append(
-                Problem("not-strict-json", "warning", "", *self.place(at), message, hint)
+                Problem("not-strict-json", "note", "", *self.place(at), message, hint)
             )
 
     def _take(self, character: str, wanted: str = "") -> None:

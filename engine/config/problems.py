@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["ConfigError", "Problem", "pointer_to"]
+__all__ = ["ConfigError", "Fix", "Problem", "pointer_to"]
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A repair that needs no thought: the key to write in place of this one, or the value."""
+
+    key: str | None = None
+    value: Any = None
 
 
 @dataclass(frozen=True)
 class Problem:
     """One finding about a config.
 
-    ``rule`` is a stable name, ``severity`` "error" or "warning", ``pointer`` a JSON pointer
-    (RFC 6901; "" is the whole config), ``line`` and ``column`` count from 1 and are 0 where the
-    config is no file.
+    ``rule`` is a stable name (`onecycle explain` has its page), ``severity`` "error", "warning" or
+    "note", ``pointer`` a JSON pointer (RFC 6901; "" is the whole config), ``line`` and ``column``
+    count from 1 and are 0 where the config is no file.
     """
 
     rule: str
@@ -24,6 +33,9 @@ class Problem:
     column: int
     message: str
     hint: str = ""
+    fix: Fix | None = None
+    suggestion: str = ""
+    """The key that was probably meant, in the same object as an unknown one."""
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()

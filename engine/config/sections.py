@@ -1,26 +1,43 @@
-"""Which JSON schema holds for which part of a config, and the defaults that it states."""
+"""Which JSON schema holds for which part of a config, and what its annotations say."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import schemas
+from engine.config.problems import pointer_to
 from schedules import SCHEDULES, Schedule
 from schedules.json_schema import json_schema_of
 
 __all__ = [
     "OPTIMIZERS",
+    "PARKED",
     "SCHEMA",
+    "Member",
+    "is_parked",
     "optimizer_name",
     "optimizer_schema",
+    "resolve_reference",
     "schedule_schema",
+    "walk",
     "with_defaults",
 ]
 
 SCHEMA = "ds_config.schema.json"
+PARKED = ("x-", "//", "_")
+"""How a key begins that nobody reads: a note, or a setting put aside."""
 OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
+
+
+def is_parked(key: str) -> bool:
+    """Return whether a key is parked.
+
+    >>> is_parked("_comment"), is_parked("fp16")
+    (True, False)
+    """
+    return key.startswith(PARKED)
 
 
 def optimizer_name(name: str) -> str | None:
@@ -41,22 +58,54 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
     return json_schema_of(cls)
 
 
+def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a schema itself, or the file that it refers to, with what it adds."""
+    reference = schema.get("$ref")
+    return {**schemas.read(reference), **schema} if reference else schema
+
+
+class Member(NamedTuple):
+    """A key that a schema knows, as a config has it."""
+
+    pointer: str
+    value: Any
+    schema: Mapping[str, Any]
+
+
+def walk(value: Any, schema: Mapping[str, Any], pointer: str = "") -> Iterator[Member]:
+    """Yield every key that is known, at every depth.
+
+    >>> [member.pointer for member in walk({"fp16": {"enabled": True}}, schemas.read(SCHEMA))]
+    ['/fp16', '/fp16/enabled']
+    """
+    if not isinstance(value, dict):
+        return
+    properties = schema.get("properties", {})
+    for key, below in value.items():
+        if key in properties:
+            resolved = resolve_reference(properties[key])
+            member = Member(pointer_to(pointer, key), below, resolved)
+            yield member
+            yield from walk(below, resolved, member.pointer)
+
+
 def with_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return an object with the defaults of its schema in place of absent keys, parked keys gone.
 
     Sections that are absent altogether are filled in where all their keys have defaults.
 
-    >>> with_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))
-    {'enabled': True}
+    >>> with_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))["enabled"]
+    True
     """
     filled = {}
     for key, schema_of_key in schema["properties"].items():
-        reference = schema_of_key.get("$ref")
-        below = schemas.read(reference) if reference else schema_of_key
+        below = resolve_reference(schema_of_key)
         if key in value and "properties" in below and isinstance(value[key], Mapping):
             filled[key] = with_defaults(value[key], below)
         elif key in value:
             filled[key] = value[key]
+        elif below.get("x-backend"):
+            continue  # what this backend does not read needs no default here
         elif "default" in below:
             filled[key] = below["default"]
         elif "properties" in below and "required" not in below:

@@ -53,9 +53,16 @@ def test_it_updates_as_torchs_own(block, reference):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+OF_TORCH = [name for name, of in OPTIMIZERS.items() if not {"x-backend", "x-removed"} & of.keys()]
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
 def test_every_named_optimizer_takes_all_of_its_parameters(name):
-    params = {key: schema["default"] for key, schema in OPTIMIZERS[name]["properties"].items()}
+    params = {
+        key: schema["default"]
+        for key, schema in OPTIMIZERS[name]["properties"].items()
+        if "default" in schema and "x-backend" not in schema
+    }
     optimizer = build({"type": name, "params": params}, weights())
     for key in params.keys() - {"adam_w_mode", "torch_adam"}:
         assert optimizer.defaults[key] == (tuple(params[key]) if key == "betas" else params[key])

@@ -383,3 +383,13 @@ def test_config_by_the_command_line(tmp_path):
     args = argparse.Namespace(deepspeed_config=str(path))
     trainer, *_ = engine.initialize(args, model())
     assert trainer.config.name == str(path)
+
+
+def test_a_config_for_deepspeed_is_not_run_by_something_else():
+    config = {
+        "train_batch_size": 4,
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "SGD"},
+    }
+    with pytest.raises(ValueError, match=r"but is deepspeed \(only DeepSpeed honours zero_optim"):
+        engine.initialize(config=config, model=torch.nn.Linear(2, 1))

@@ -151,9 +151,9 @@ def test_one_number_for_groups_that_differ_is_refused_by_name():
 
 
 REFUSED = [
-    ({"cycle_min_lr": 0.6}, "cycle_min_lr", "must be at most `cycle_max_lr` (0.5), but is 0.6"),
-    ({"cycle_min_lr": [0.1, 0.9]}, "cycle_min_lr", "but is [0.1, 0.9] instead"),
-    ({"cycle_min_mom": 0.95}, "cycle_min_mom", "must be at most `cycle_max_mom` (0.9)"),
+    ({"cycle_min_lr": 0.6}, "cycle_max_lr", "must be at least `cycle_min_lr` (0.6), but is 0.5"),
+    ({"cycle_min_lr": [0.1, 0.9]}, "cycle_max_lr", "at least `cycle_min_lr` ([0.1, 0.9])"),
+    ({"cycle_min_mom": 0.95}, "cycle_max_mom", "at least `cycle_min_mom` (0.95), but is 0.9"),
     ({"cycle_max_mom": 1.0}, "cycle_max_mom", "at least 0 and less than 1, but is 1.0 instead"),
     ({"cycle_min_mom": -0.1}, "cycle_min_mom", "but is -0.1 instead"),
     ({"decay_mom_rate": -1}, "decay_mom_rate", "at least 0, but is -1 instead"),

@@ -121,7 +121,7 @@ def test_a_schedule_of_another_package_by_its_entry_point(monkeypatch):
     def entry_points(*, group, name):
         return [Entry()] if (group, name) == ("onecycle.schedules", "halving") else []
 
-    monkeypatch.setattr("schedules.registry.entry_points", entry_points)
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
     assert trace({"type": "halving"}, 101)["lr"][100, 0] == 0.05
     with pytest.raises(ValueError, match="must name a known schedule, but is 'halvin'"):
         from_config({"type": "halvin"})

@@ -14,7 +14,7 @@ CASES = {name: case for name, case in cases("deepspeed").items() if not name.sta
 
 REFUSED = {
     "onecycle_decay_mom_only": "decay_mom_rate",  # -0.02: DeepSpeed's only way to decay momentum
-    "onecycle_inverted_min_gt_max": "cycle_min_lr",
+    "onecycle_inverted_min_gt_max": "cycle_max_lr",
     "onecycle_second_size_zero": "cycle_second_step_size",  # never comes to its peak
     "onecycle_stair_more_than_steps": "cycle_first_stair_count",
     "warmupcosinelr_total_lt_warmup": "warmup_num_steps",

@@ -68,10 +68,17 @@ def test_any_text_is_read_or_refused_with_its_place(text):
         '{"a": 1,}',
     ],
 )
-def test_what_hjson_reads_is_read_with_a_warning(text):
+def test_what_hjson_reads_is_read_with_a_note(text):
     document = parse(text, "f")
     assert document.value == {"a": 1}
-    assert [p.severity for p in document.problems] == ["warning"]
+    assert [p.severity for p in document.problems] == ["note"]
+
+
+def test_a_lines_end_stands_for_a_comma_as_hjson_has_it():
+    document = parse('{"a": [2\n3]\n"b": 1}', "f")
+    assert document.value == {"a": [2, 3], "b": 1}
+    (problem,) = document.problems
+    assert (problem.rule, problem.line, problem.column) == ("not-strict-json", 1, 9)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +89,12 @@ def test_what_hjson_reads_is_read_with_a_warning(text):
         ('{"a": 1', [("syntax", 1, 8)], 'here must be "," or "}", but is the end of the file'),
         ('{"a" 1}', [("syntax", 1, 6)], 'here must be ":", but is "1" instead'),
         ('{"a": }', [("syntax", 1, 7)], "here must be a value"),
-        ('{"a": yes}', [("syntax", 1, 7)], 'but is "yes" instead'),
-        ("{'a': 1}", [("syntax", 1, 2)], "Strings stand in double quotes."),
+        ('{"a": yes}', [("unquoted", 1, 7)], 'Write "yes".'),
+        ('{"a": True, "b": None}', [("unquoted", 1, 7), ("unquoted", 1, 18)], "Write true."),
+        ('{"a": /tmp/x y\n}', [("unquoted", 1, 7)], 'Write "/tmp/x y".'),
+        ("{'a': 1}", [("unquoted", 1, 2)], 'Write "a".'),
+        ("{a: 'b'}", [("unquoted", 1, 2), ("unquoted", 1, 5)], "must stand in double quotes"),
+        ('{"a": "\\ud800"}', [("half-character", 1, 7)], "half of a surrogate pair"),
         ('{"a": 01}', [("syntax", 1, 7)], "here must be a value"),
         ('{"a": "b\nc"}', [("syntax", 1, 7)], "the string that begins here is broken"),
         ('{"a": 1} {}', [("syntax", 1, 10)], "here must be the end of the file"),

@@ -1,0 +1,118 @@
+"""``onecycle plot``: the learning rate and momentum that every update will use."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+from engine.commands.arguments import OK, Commands, positive
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Commands[Any]) -> None:
+    """Add the command's arguments."""
+    plot = commands.add_parser(
+        "plot",
+        help="show the learning rate and momentum that every update will use",
+        description="Show the learning rate and momentum that every update will use. Needs no "
+        "batch size and no model: a file that holds a scheduler alone will do.",
+    )
+    plot.add_argument("file", metavar="FILE", help="a ds_config.json")
+    plot.add_argument(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="number of updates to show (default: enough to see the whole schedule)",
+    )
+    plot.add_argument(
+        "--steps-per-epoch",
+        type=positive,
+        metavar="N",
+        help="updates in one pass over the data, for durations in epochs",
+    )
+    plot.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="write one row an update, columns step,lr,momentum,…; - for standard output",
+    )
+    plot.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="FILE|TYPE",
+        help="other configs, or schedules by their names with their examples, to draw over it",
+    )
+    plot.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PNG",
+        help="where to draw (default, without --csv: FILE with the suffix .png, in this folder)",
+    )
+    plot.add_argument(
+        "-t",
+        "--terminal",
+        action="store_true",
+        help="draw on the terminal instead of into a file",
+    )
+    plot.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Draw, or print, the curves of a config."""
+    from engine.plots import draw, draw_on_terminal
+    from engine.preview import preview
+
+    shown = preview(args.file, steps_per_epoch=args.steps_per_epoch)
+    steps = args.steps or shown.span
+    if args.csv:
+        header = ",".join(("step", *shown.columns))
+        lines = (",".join(map(repr, row)) + "\n" for row in shown.rows(steps))
+        if args.csv == "-":
+            print(header, file=out)
+            out.writelines(lines)
+        else:
+            with Path(args.csv).open("w", encoding="utf-8") as file:
+                print(header, file=file)
+                file.writelines(lines)
+    if args.output or args.terminal or not args.csv:
+        path = args.output or Path(Path(args.file).name).with_suffix(".png")
+        curves = shown.columns
+        if args.compare:
+            others = [preview(_config_or_example(name)) for name in args.compare]
+            steps = args.steps or max(each.span for each in (shown, *others))
+            labels = [Path(args.file).name, *args.compare]
+            curves = {
+                f"{column}.{label}": curve
+                for label, each in zip(labels, (shown, *others), strict=True)
+                for column, curve in each.columns.items()
+            }
+        columns = {name: list(curve.values(steps)) for name, curve in curves.items()}
+        title = f"{shown.schedule.type_name} of {args.file}"
+        title = " and ".join((title, *args.compare))
+        if args.terminal:
+            colour = out.isatty() and "NO_COLOR" not in os.environ
+            size = shutil.get_terminal_size()
+            print(
+                draw_on_terminal(columns, title, curves=curves, size=size, colour=colour), file=out
+            )
+            return OK
+        draw(columns, path, title, curves=curves)
+        if args.csv != "-":
+            print(f"{path}: {steps} updates of {shown.schedule.type_name}", file=out)
+    return OK
+
+
+def _config_or_example(name: str) -> str | dict[str, Any]:
+    """Return a path as it is, and the name of a schedule as a config with its example."""
+    from schedules import SCHEDULES
+
+    if name not in SCHEDULES:
+        return name
+    params = dict(SCHEDULES[name].example)
+    run = {"max_duration": 100}
+    return {"train_batch_size": 1, "scheduler": {"type": name, "params": params}, "engine": run}

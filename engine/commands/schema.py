@@ -1,0 +1,43 @@
+"""``onecycle schema``: the JSON schema of configs, or of one schedule's params."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any, TextIO
+
+from engine.commands.arguments import OK, Commands
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Commands[Any]) -> None:
+    """Add the command's arguments."""
+    parser = commands.add_parser(
+        "schema",
+        help="print the JSON schema of configs, or of one schedule's params",
+        description="Print the JSON Schema (draft 2020-12) of configs, or of a schedule's params.",
+    )
+    parser.add_argument(
+        "type", metavar="TYPE", nargs="?", help="a scheduler type, such as OneCycle"
+    )
+    parser.add_argument(
+        "--editor",
+        action="store_true",
+        help="print one self-contained draft-07 schema for editors: save it, and let a config "
+        'begin with "$schema": "./ds_config.draft-07.json" for completion and hover',
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Print a schema."""
+    import schemas
+    from engine.config.sections import SCHEMA, schedule_schema
+    from schedules import find
+
+    schema = schemas.read(schemas.EDITOR if args.editor else SCHEMA)
+    if args.type:
+        schema = schedule_schema(find(args.type))
+    print(json.dumps(schema, indent=2), file=out)
+    return OK

@@ -1,0 +1,33 @@
+"""Batch sizes: train batch = micro-batch x accumulation x ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from engine.config.batch import BATCH_KEYS, BatchError, solve
+from engine.config.problems import Problem
+from engine.config.rules.checked import Checked, Rule
+
+__all__ = ["RULES"]
+
+
+def _batch_sizes(checked: Checked) -> Iterator[Problem]:
+    if {f"/{key}" for key in BATCH_KEYS} & set(checked.unsure):
+        return
+    given = {key: checked.config[key] for key in BATCH_KEYS if key in checked.config}
+    world_size = checked.world_size
+    if world_size is None:
+        train, *others = (given.get(key) for key in BATCH_KEYS)
+        product = math.prod(other for other in others if other)
+        # Some number of ranks fits whenever the batch is a multiple of both other sizes.
+        fits = train is not None and all(others) and train % product == 0
+        world_size = train // product if train is not None and fits else 1
+    try:
+        solve(given, world_size)
+    except BatchError as error:
+        pointer = f"/{error.key}" if error.key else ""
+        yield checked.error("batch-sizes", pointer, str(error), error.hint)
+
+
+RULES: tuple[Rule, ...] = (_batch_sizes,)

@@ -1,0 +1,92 @@
+"""ZeRO: what a stage can do, and what is lost on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from engine.config.problems import Problem
+from engine.config.rules.checked import Checked, Rule
+
+__all__ = ["RULES"]
+
+_ZERO = "/zero_optimization"
+_SAVES_16_BIT = "stage3_gather_16bit_weights_on_model_save"
+
+
+def _stage_given(checked: Checked) -> Iterator[Problem]:
+    zero = checked.config.get("zero_optimization")
+    if isinstance(zero, bool):
+        stage = int(zero)
+        message = f"`zero_optimization` {str(zero).lower()} is an old spelling of stage {stage}."
+        hint = f'Write {{"stage": {stage}}}.'
+        yield checked.note("deprecated-key", _ZERO, message, hint)
+    elif "zero_optimization" in checked.config and checked.lacks(f"{_ZERO}/stage"):
+        message = "`zero_optimization` must say its `stage`, but does not, and 0 is no ZeRO."
+        yield checked.error("zero-without-stage", _ZERO, message, 'Add "stage": 1, 2 or 3.')
+
+
+def _offload(checked: Checked) -> Iterator[Problem]:
+    zero = checked.section("zero_optimization")
+    if checked.stage is None or "stage" not in zero:
+        return
+    for name, least, what in (
+        ("offload_optimizer", 1, "optimizer states"),
+        ("offload_param", 3, "parameters"),
+    ):
+        block = zero.get(name) or {}
+        device = block.get("device", "none")
+        if device not in {"none", "auto"} and checked.stage < least:
+            message = (
+                f"`{name}` must go with ZeRO stage {' or '.join(map(str, range(least, 4)))}, which "
+                f"split the {what}, but the stage is {checked.stage}."
+            )
+            hint = f"Remove `{name}`, or set the stage."
+            yield checked.error("offload-without-stage", f"{_ZERO}/{name}", message, hint)
+        if block.get("ratio", 1) != 1 and checked.stage != 3:
+            message = (
+                f"`{name}.ratio` must be 1 but in ZeRO stage 3, and the stage is {checked.stage}."
+            )
+            place = f"{_ZERO}/{name}/ratio"
+            yield checked.error("offload-without-stage", place, message, "Remove it.")
+
+
+def _nvme(checked: Checked) -> Iterator[Problem]:
+    zero = checked.section("zero_optimization")
+    for name in ("offload_optimizer", "offload_param"):
+        block = zero.get(name) or {}
+        place = f"{_ZERO}/{name}"
+        path = block.get("nvme_path")
+        if block.get("device") == "nvme" and checked.lacks(f"{place}/nvme_path"):
+            message = f'`{name}.nvme_path` must be given for the device "nvme", but is missing.'
+            yield checked.error(
+                "nvme-without-path", place, message, 'Add "nvme_path": "/local_nvme".'
+            )
+        if path and block.get("device", "none") != "nvme":
+            message = f'`{name}.nvme_path` is read for the device "nvme" alone.'
+            yield checked.note("inert-key", f"{place}/nvme_path", message)
+
+
+def _stage_3_keys(checked: Checked) -> Iterator[Problem]:
+    zero = checked.section("zero_optimization")
+    keys = [key for key in zero if key.startswith("stage3_")]
+    if keys and checked.stage is not None and checked.stage < 3 and "stage" in zero:
+        more = f", and {len(keys) - 1} more," if len(keys) > 1 else ""
+        message = f"`{keys[0]}`{more} is of no effect in stage {checked.stage}."
+        yield checked.note("inert-key", f"{_ZERO}/{keys[0]}", message)
+
+
+def _summed_gradients(checked: Checked) -> Iterator[Problem]:
+    if str(checked.config.get("gradient_allreduce_op")).lower() != "sum":
+        return
+    zero = checked.section("zero_optimization")
+    for refused, what in (
+        (checked.stage == 3, "ZeRO stage 3"),
+        (zero.get("zenflow") is not None, "ZenFlow"),
+        (checked.section("compile").get("deepcompile") is True, "DeepCompile"),
+    ):
+        if refused:
+            message = f'`gradient_allreduce_op` must be "mean" with {what}, but is "sum" instead.'
+            yield checked.error("summed-gradients", "/gradient_allreduce_op", message)
+
+
+RULES: tuple[Rule, ...] = (_stage_given, _offload, _nvme, _stage_3_keys, _summed_gradients)

@@ -1,0 +1,156 @@
+"""Real configs: nothing is said against the clean ones, each known mistake is found in place."""
+
+import json
+import random
+
+import jsonschema
+import pytest
+
+import schemas
+from engine.config import load_document
+from engine.config.check import check
+from engine.config.document import parse
+from engine.config.sections import is_parked
+from engine.config.structure import against_schema
+from tests.engine.config.corpus import CLEAN, INDEX, OTHER, path_of, problems_of
+
+ids = pytest.mark.parametrize
+
+
+def test_nothing_but_notes_is_said_of_clean_configs():
+    said = {
+        (entry["file"], problem.rule, problem.line)
+        for entry in CLEAN
+        for problem in problems_of(entry)
+        if problem.severity != "note"
+    }
+    assert said == set()
+
+
+def pointer_of(finding):
+    return "/" + finding["key"].replace(".[]", "").replace(".", "/") if finding["key"] else ""
+
+
+def test_every_known_mistake_is_found_at_its_place():
+    missed = []
+    for entry in OTHER:
+        serious = [problem for problem in problems_of(entry) if problem.severity != "note"]
+        for finding in entry["findings"]:
+            if finding["kind"] != "mistake":
+                continue
+            place, line = pointer_of(finding), finding["line"]
+            at_line = [problem for problem in serious if line in (None, problem.line)]
+            inside = [p for p in serious if place and f"{p.pointer}/".startswith(f"{place}/")]
+            if not at_line and not inside:
+                missed.append((entry["file"], finding["category"], finding["key"]))
+    assert missed == []
+
+
+def test_an_observation_is_at_most_a_note():
+    over = []
+    for entry in INDEX:
+        mistakes = {f["line"] for f in entry["findings"] if f["kind"] == "mistake"}
+        for finding in entry["findings"]:
+            line = finding["line"]
+            if finding["kind"] == "observation" and line and line not in mistakes:
+                serious = [p for p in problems_of(entry) if p.severity != "note"]
+                over += [(entry["file"], p.rule) for p in serious if p.line == line]
+    assert over == []
+
+
+def test_the_schema_for_editors_gives_the_same_verdict():
+    """Both judge each value by itself; what values are to one another is the checker's alone."""
+    editor = schemas.read(schemas.EDITOR)
+    jsonschema.Draft7Validator.check_schema(editor)
+    validator = jsonschema.Draft7Validator(editor)
+    by_itself = {
+        "auto-nobody-fills",
+        "missing-key",
+        "out-of-range",
+        "removed-key",
+        "unknown-key",
+        "unknown-optimizer",
+        "unknown-scheduler",
+        "wrong-type",
+    }
+    compared = 0
+    for entry in INDEX:
+        document = load_document(path_of(entry))
+        if document.value is None or any(p.rule == "unquoted" for p in document.problems):
+            continue
+        ours = [p for p in check(document, None) if p.rule in by_itself]
+        assert validator.is_valid(document.value) == (not ours), (entry["file"], ours)
+        compared += 1
+    assert compared > 600
+
+
+def misspelt(key, randomness):
+    """The key after one or two edits."""
+    letters = list(key)
+    for _ in range(randomness.choice((1, 1, 2))):
+        at = randomness.randrange(len(letters))
+        match randomness.choice(("drop", "double", "swap", "replace")):
+            case "drop" if len(letters) > 2:
+                del letters[at]
+            case "swap" if at + 1 < len(letters):
+                letters[at], letters[at + 1] = letters[at + 1], letters[at]
+            case "replace":
+                letters[at] = randomness.choice("abcdefghijklmnopqrstuvwxyz_")
+            case _:
+                letters.insert(at, letters[at])
+    return "".join(letters)
+
+
+def known_keys(document):
+    """The keys of a clean config that a schema knows, by pointer."""
+    free = ("/autotuning/arg_mappings", "/pipeline", "curriculum_metrics", "schedule_config")
+    return [
+        pointer
+        for pointer in document.places
+        if pointer
+        and not pointer.rpartition("/")[2].isdigit()
+        and not any(is_parked(part) for part in pointer.split("/")[1:])
+        and not any(f"{name}/" in f"{pointer}/" for name in free)
+        and pointer.rpartition("/")[2].isidentifier()
+    ]
+
+
+def test_misspelt_keys_are_found_and_put_right():
+    randomness = random.Random(20220)
+    found = right = 0
+    wrong = []
+    count = 1000
+    while found < count:
+        entry = randomness.choice(CLEAN)
+        document = load_document(path_of(entry))
+        pointer = randomness.choice(known_keys(document))
+        key = pointer.rpartition("/")[2]
+        typo = misspelt(key, randomness)
+        line, column = document.places[pointer].key
+        lines = document.text.splitlines(keepends=True)
+        around = json.loads(json.dumps(document.at(pointer.rpartition("/")[0])))
+        if typo in around or is_parked(typo) or typo == key:
+            continue
+        begin = column - 1
+        lines[line - 1] = (
+            lines[line - 1][:begin] + f'"{typo}"' + lines[line - 1][begin + len(key) + 2 :]
+        )
+        changed = parse("".join(lines), entry["file"])
+        here = [p for p in check(changed, None) if p.rule == "unknown-key" and p.line == line]
+        if known_by_another_name(changed, pointer, typo):
+            continue
+        assert here, (entry["file"], pointer, typo)
+        found += 1
+        right += f"`{key}`" in here[0].hint
+        if f"`{key}`" not in here[0].hint:
+            wrong.append((key, typo, here[0].hint))
+    assert right >= 0.95 * count, wrong
+
+
+def known_by_another_name(document, pointer, typo):
+    """Whether the edits made another key that is known there, as `param` of `params`."""
+    below = f"{pointer.rpartition('/')[0]}/{typo}"
+    problems = against_schema(document, document.value, schemas.read("ds_config.schema.json"))
+    return below not in {p.pointer for p in problems} and not below.startswith(
+        ("/optimizer/params/", "/scheduler/params/")
+    )

@@ -1,0 +1,158 @@
+"""The rules: each has its page, each page's example breaks it; and those of pairs of keys."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import engine
+from engine.config.check import check
+from engine.config.document import parse
+from engine.config.rulebook import RULEBOOK
+
+SOURCES = Path(engine.__file__).parent / "config"
+RUNS_ALONE = {"unresolved-auto"}  # an integration may fill it in, where the config is only checked
+# What is worth a note beside the rule: a typo in the type leaves nothing else to say.
+NOTES = {"betas-overruled", "deprecated-key", "inert-key", "log-warmup", "lr-overruled"}
+
+
+@pytest.mark.parametrize("rule", [rule for rule, page in RULEBOOK.items() if page.wrong])
+def test_the_example_of_a_rule_breaks_it_alone(rule):
+    problems = check(parse(RULEBOOK[rule].wrong, "f"), 1, runs=rule in RUNS_ALONE)
+    serious = {problem.rule for problem in problems if problem.severity != "note"}
+    assert rule in {problem.rule for problem in problems}
+    assert serious <= {rule}
+
+
+def test_every_rule_that_is_raised_has_its_page():
+    names = r"([a-z0-9]+(?:-[a-z0-9]+)*)"
+    calls = rf'(?:problem|error|warning|note)\(\s*"{names}"|Problem\(\s*"{names}"'
+    raised = {
+        found
+        for path in SOURCES.rglob("*.py")
+        for pair in re.findall(calls, path.read_text())
+        for found in pair
+        if found
+    }
+    assert raised - RULEBOOK.keys() <= {"schedule"}
+    assert {"unknown-key", "offload-without-stage", "unquoted"} <= raised
+
+
+def found(config, world_size=None):
+    return [
+        (p.rule, p.severity, p.pointer) for p in check(parse(json.dumps(config), "f"), world_size)
+    ]
+
+
+def zero(**section):
+    return {"train_batch_size": 8, "zero_optimization": section}
+
+
+def scheduled(type_name, lr=0.01, **params):
+    optimizer = {"type": "Adam", "params": {"lr": lr}}
+    scheduler = {"type": type_name, "params": params}
+    return {"train_batch_size": 8, "optimizer": optimizer, "scheduler": scheduler}
+
+
+CYCLE = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.1}
+OFFLOAD = "/zero_optimization/offload_param"
+PAIRS = [
+    (zero(stage=3, offload_param={"device": "cpu"}), []),
+    (zero(stage=2, offload_param={"device": "none"}), []),
+    (zero(stage=1, offload_param={"device": "cpu"}), [("offload-without-stage", "error", OFFLOAD)]),
+    (zero(stage="auto", offload_param={"device": "cpu"}), []),
+    # A stage that is wrong or misspelt is said once, without its consequences.
+    (
+        zero(stage=7, offload_param={"device": "cpu"}),
+        [("out-of-range", "error", "/zero_optimization/stage")],
+    ),
+    (
+        zero(stge=2, offload_param={"device": "cpu"}),
+        [("unknown-key", "error", "/zero_optimization/stge")],
+    ),
+    (zero(stage=3, offload_param={"device": "nvme", "nvme_path": "/x"}), []),
+    (
+        zero(stage=3, offload_param={"device": "cpu", "nvme_path": "/x"}),
+        [("inert-key", "note", f"{OFFLOAD}/nvme_path")],
+    ),
+    (
+        zero(stage=2, offload_optimizer={"device": "cpu", "ratio": 0.5}),
+        [("offload-without-stage", "error", "/zero_optimization/offload_optimizer/ratio")],
+    ),
+    (
+        {"train_batch_size": 8, "zero_optimization": True},
+        [("deprecated-key", "note", "/zero_optimization")],
+    ),
+    (
+        zero(stage=1, mics_shard_size=2),
+        [("removed-key", "error", "/zero_optimization/mics_shard_size")],
+    ),
+    (
+        {"train_batch_size": 8, "fp16": {"enabled": True}, "torch_autocast": {"enabled": True}},
+        [("precision", "error", "/fp16/enabled")],
+    ),
+    (
+        {"train_batch_size": 8, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        [("precision", "error", "/bf16/bf16_master_weights_and_grads")],
+    ),
+    (scheduled("OneCycle", **CYCLE), []),
+    (scheduled("OneCycle", lr=1.0, **CYCLE), [("lr-overruled", "note", "/optimizer/params/lr")]),
+    (
+        scheduled("OneCycle", **CYCLE, decay_lr_rate=0.1),
+        [("decay-without-interval", "warning", "/scheduler/params/decay_lr_rate")],
+    ),
+    (scheduled("OneCycle", **CYCLE, decay_lr_rate=0.1, decay_step_size=10), []),
+    (
+        scheduled("OneCycle", **CYCLE, cycle_first_step_size=9, cycle_first_stair_count=9),
+        [("inert-key", "note", "/scheduler/params/cycle_first_stair_count")],
+    ),
+    (
+        scheduled("WarmupDecayLR", total_num_steps=2000, warmup_type="linear"),
+        [("peak-by-default", "warning", "/scheduler/params")],
+    ),
+    (
+        scheduled(
+            "WarmupDecayLR", total_num_steps=2000, warmup_type="linear", warmup_max_lr="auto"
+        ),
+        [],
+    ),
+    (scheduled("WarmupLR"), [("log-warmup", "note", "/scheduler/type")]),
+    (
+        {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}},
+        [("inert-key", "error", "/optimizer/params/adam_w_mode")],
+    ),
+    (
+        {"train_batch_size": 8, "optimizer": {"type": "OneBitAdam"}},
+        [("removed-key", "error", "/optimizer/type")],
+    ),
+    (
+        {"train_batch_size": 8, "engine": {"backend": "torch"}, "zero_optimization": {"stage": 2}},
+        [("other-backend", "error", "/zero_optimization")],
+    ),
+    ({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 3}, []),
+]
+
+
+@pytest.mark.parametrize(("config", "expected"), PAIRS)
+def test_pairs_of_keys(config, expected):
+    assert found(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "where", "hint"),
+    [
+        ("max_grad_norm", "", "It is `gradient_clipping` here."),
+        ("lr_scheduler", "", "It is `scheduler` here."),
+        ("warmup_steps", "", "Its place is `/scheduler/params/warmup_num_steps`."),
+        ("stage", "", "It belongs under `/zero_optimization`."),
+        ("reduce_bucket_sizes", "zero_optimization", "Did you mean `reduce_bucket_size`?"),
+        ("find_unused_parameters", "zero_optimization", "It is `ignore_unused_parameters` here."),
+        ("completely_unheard_of", "", 'If it is a note, let it begin with "//" or "x-".'),
+    ],
+)
+def test_suggestions_by_spelling_by_alias_and_by_place(key, where, hint):
+    section = {"stage": 1, key: 1}
+    config = {"train_batch_size": 8, where: section} if where else {"train_batch_size": 8, key: 1}
+    (problem,) = check(parse(json.dumps(config), "f"), None)
+    assert problem.hint == hint
