@@ -44,4 +44,5 @@ clean:  ## remove the virtual environment and what runs left
 $(READY): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples]'
+	$(BIN)/python -m compileall -q engine schedules schemas
 	touch $(READY)

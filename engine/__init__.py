@@ -14,10 +14,10 @@ if TYPE_CHECKING:
         Config,
         ConfigError,
         Problem,
-        add_config_arguments,
         load_config,
         validate,
     )
+    from engine.config.arguments import add_config_arguments
     from engine.engine import Engine
     from engine.training import initialize
 
@@ -37,7 +37,7 @@ _HOMES = {
     "ConfigError": "engine.config",
     "Engine": "engine.engine",
     "Problem": "engine.config",
-    "add_config_arguments": "engine.config",
+    "add_config_arguments": "engine.config.arguments",
     "initialize": "engine.training",
     "load_config": "engine.config",
     "validate": "engine.config",

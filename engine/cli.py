@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import NoReturn, TextIO
 
-from engine.commands import config, explain, plot, schedules, schema, validate
-from engine.commands.arguments import INVALID, OK, USAGE
-from engine.config import ConfigError
-from engine.config.document import Document
-from engine.reports import FORMATS, Report
+__all__ = ["COMMANDS", "main"]
 
-__all__ = ["main"]
-
-_COMMANDS = (validate, explain, config, plot, schedules, schema)
+COMMANDS = {
+    "validate": "say all that is wrong with a config",
+    "explain": "say what a rule finds, why, and what mends it",
+    "config": "print every value that a run would use, and where it comes from",
+    "plot": "show the learning rate and momentum that every update will use",
+    "schedules": "list every schedule, or print all about one",
+    "schema": "print the JSON schema of configs, or of one schedule's params",
+}
+"""Each command, which is a module of `engine.commands`, and what it does in a line."""
 
 _EPILOG = """\
 exit status: 0 done, 1 the config is wrong, 2 wrong usage, or a file that cannot be read or written
@@ -45,14 +49,34 @@ def main(
         err: where trouble of the tool itself goes; by default standard error.
     """
     out, err = out or sys.stdout, err or sys.stderr
-    args = _parser().parse_args(arguments)
+    # Most commands are over before the collector of garbage would have anything to collect.
+    collects = gc.isenabled()
+    gc.disable()
     try:
-        status: int = args.run(args, out)
+        return _run(sys.argv[1:] if arguments is None else arguments, out, err)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
+    if not arguments or arguments[0] not in COMMANDS:
+        _refuse(arguments)
+    # A command's module is loaded when it is named: `validate` is to start in no time.
+    command = importlib.import_module(f"engine.commands.{arguments[0]}")
+    parser = argparse.ArgumentParser(prog=f"onecycle {arguments[0]}")
+    command.add(parser)
+    args = parser.parse_args(arguments[1:])
+
+    from engine.commands.arguments import INVALID, OK, USAGE
+    from engine.config import ConfigError
+    from engine.reports import write_error
+
+    try:
+        status: int = command.run(args, out)
     except ConfigError as error:
         unreadable = any(problem.rule == "unreadable" for problem in error.problems)
-        report = Report(Document(error.name, None), error.problems)
-        for line in FORMATS["text"](report):
-            print(line, file=err if unreadable else out)
+        write_error(error, err if unreadable else out)
         return USAGE if unreadable else INVALID
     except ValueError as error:
         print(f"onecycle: {error}", file=err)
@@ -67,7 +91,8 @@ def main(
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _refuse(arguments: Sequence[str]) -> NoReturn:
+    """Print the help that is asked for, or say which commands there are, and end the process."""
     parser = argparse.ArgumentParser(
         prog="onecycle",
         description="Prove a ds_config.json right and see its schedule, before anything runs.",
@@ -75,9 +100,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in _COMMANDS:
-        command.add(commands)
-    return parser
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    parser.parse_args(arguments)
+    raise AssertionError("the parser has refused what is no command")
 
 
 if __name__ == "__main__":

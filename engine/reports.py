@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TextIO
 
-from engine.config import Problem
+from engine.config import ConfigError, Problem
 from engine.config.document import Document
-from engine.config.rulebook import RULEBOOK
 
-__all__ = ["FORMATS", "Report"]
+__all__ = ["FORMATS", "Report", "write_error"]
 
 _COLOURS = {"error": "31", "warning": "33", "note": "36"}
 _SARIF_LEVELS = {"error": "error", "warning": "warning", "note": "note"}
@@ -59,6 +58,8 @@ def _github(report: Report) -> Iterator[str]:
 
 
 def _sarif(report: Report) -> Iterator[str]:
+    from engine.config.rulebook import RULEBOOK
+
     used = sorted({problem.rule for problem in report.problems})
     rules = [
         {
@@ -94,6 +95,12 @@ def _location(name: str, problem: Problem) -> dict[str, Any]:
     if problem.line:
         location["region"] = {"startLine": problem.line, "startColumn": problem.column}
     return location
+
+
+def write_error(error: ConfigError, out: TextIO) -> None:
+    """Write what a `ConfigError` holds, as text."""
+    for line in _text(Report(Document(error.name, None), error.problems)):
+        print(line, file=out)
 
 
 FORMATS: Mapping[str, Callable[[Report], Iterator[str]]] = {

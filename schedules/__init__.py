@@ -5,15 +5,14 @@
 >>> schedules.trace(block, 4, base={"lr": (0.1,)})["lr"][:, 0].tolist()
 [0.0, 0.05, 0.1, 0.1]
 
-Only `ScheduleBinder` and `attach` need torch, which is imported when they are first used.
+Only `ScheduleBinder` and `attach` need torch. What is heavy is imported when it is first used.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from schedules.composites import ChainedScheduler, Combined, SequentialLR
-from schedules.deepspeed import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 from schedules.durations import Horizon
 from schedules.registry import SCHEDULES, find, from_config, register
 from schedules.schedule import Base, Controller, OpenLoop, Schedule, ScheduleError
@@ -21,6 +20,8 @@ from schedules.tracing import trace
 
 if TYPE_CHECKING:
     from schedules.binder import ScheduleBinder, attach
+    from schedules.composites import ChainedScheduler, Combined, SequentialLR
+    from schedules.deepspeed import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 
 __all__ = [
     "SCHEDULES",
@@ -47,9 +48,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in {"ScheduleBinder", "attach"}:
-        from schedules import binder
+_HOMES = {
+    "ChainedScheduler": "composites",
+    "Combined": "composites",
+    "LRRangeTest": "deepspeed",
+    "OneCycle": "deepspeed",
+    "ScheduleBinder": "binder",
+    "SequentialLR": "composites",
+    "WarmupCosineLR": "deepspeed",
+    "WarmupDecayLR": "deepspeed",
+    "WarmupLR": "deepspeed",
+    "attach": "binder",
+}
 
-        return getattr(binder, name)
-    raise AttributeError(f"module 'schedules' has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'schedules' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"schedules.{_HOMES[name]}"), name)

@@ -13,7 +13,7 @@ from schedules.combinators import join, pointwise
 from schedules.curves import Curve, constant
 from schedules.durations import Horizon
 from schedules.fields import Items, Milestones
-from schedules.registry import SCHEDULES, from_config
+from schedules.registry import from_config
 from schedules.schedule import Base, Curves, Fault, OpenLoop, Schedule
 
 __all__ = ["ChainedScheduler", "Combined", "SequentialLR"]
@@ -214,6 +214,3 @@ class Combined(
     def combined(self, parts: Sequence[Curves], base: Base) -> Curves:
         del base  # each part has its share of it already
         return functools.reduce(operator.or_, (dict(part) for part in parts))
-
-
-SCHEDULES.update({cls.type_name: cls for cls in (SequentialLR, ChainedScheduler, Combined)})

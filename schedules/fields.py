@@ -6,7 +6,6 @@ JSON schemas, which the constructor checks and which are written to ``schemas/sc
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import inspect
@@ -14,11 +13,10 @@ import json
 import math
 import operator
 import re
-import textwrap
 import types
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from schedules.durations import PATTERN, FractionalSteps, Horizon, steps_of
 
@@ -52,8 +50,7 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """The numbers that a field takes; for a list, what each of its items takes."""
 
     at_least: float | None = None
@@ -72,8 +69,7 @@ class Range:
         return {word: limit for word, limit in keywords.items() if limit is not None}
 
 
-@dataclasses.dataclass(frozen=True)
-class Duration:
+class Duration(NamedTuple):
     """Marks a field as a length of time, which may be a time string and which scaling dilates."""
 
     warmup: bool = False
@@ -86,20 +82,17 @@ class Items:
     schema: Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class OnePerGroup:
+class OnePerGroup(NamedTuple):
     """Marks a field as a number for all param groups, or a list with one for each."""
 
 
-@dataclasses.dataclass(frozen=True)
-class FilledIn:
+class FilledIn(NamedTuple):
     """Marks a field that a config may leave to an integration, by the value "auto"."""
 
     by: str
 
 
-@dataclasses.dataclass(frozen=True)
-class AnyValue:
+class AnyValue(NamedTuple):
     """Marks a field that takes any JSON value, whose meaning another class's constructor knows."""
 
 
@@ -358,6 +351,9 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
 
 def descriptions_of(schedule: type) -> dict[str, str]:
     """Return what each field means: the string literal that stands under it in the class body."""
+    import ast
+    import textwrap
+
     descriptions: dict[str, str] = {
         field.name: field.metadata["description"]
         for field in dataclasses.fields(schedule)

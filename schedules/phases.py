@@ -284,6 +284,8 @@ class OptimizerParamScheduler(
     Source: ``OptimizerParamScheduler`` of megatron/core/optimizer_param_scheduler.py.
     """
 
+    clock_is_step = True
+
     init_lr: LearningRateEach = 0.0
     """Learning rate at the first update of the warmup."""
     max_lr: LearningRateEach

@@ -6,10 +6,11 @@ import dataclasses
 import difflib
 import functools
 import importlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any, TypeVar
 
-from schedules import composer, d2l, deepspeed, phases, pytorch, sambaflow, wrapped
 from schedules.durations import Horizon
 from schedules.fields import descriptions_of, fields_of, wanted
 from schedules.functions import FunctionSchedule
@@ -17,15 +18,58 @@ from schedules.schedule import Fault, Schedule, ScheduleError
 
 __all__ = ["SCHEDULES", "find", "from_config", "nearest", "register"]
 
-SCHEDULES: dict[str, type[Schedule[Any]]] = {
-    cls.type_name: cls
-    for family in (deepspeed, composer, pytorch, d2l, sambaflow, phases)
-    for cls in (getattr(family, name) for name in family.__all__)
-}
+FAMILIES = ("deepspeed", "composer", "pytorch", "d2l", "sambaflow", "phases", "composites")
+"""The modules whose ``__all__`` are schedules, in the order in which they are listed."""
+
+INDEX = Path(__file__).parent / "index.json"
+"""Each schedule's name and family, generated from the families."""
+
+
+class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
+    """All schedules by name; a family is imported when one of its schedules is first asked for.
+
+    A command that reads one config needs one family, and all of them take longer to import than
+    the config takes to check.
+    """
+
+    def __init__(self) -> None:
+        self._families: dict[str, str] = json.loads(INDEX.read_text(encoding="utf-8"))
+        self._loaded: dict[str, type[Schedule[Any]]] = {}
+
+    def __getitem__(self, name: str) -> type[Schedule[Any]]:
+        if name not in self._loaded and name in self._families:
+            self._loaded |= of_family(self._families[name])
+        return self._loaded[name]
+
+    def __setitem__(self, name: str, cls: type[Schedule[Any]]) -> None:
+        self._loaded[name] = cls
+
+    def __delitem__(self, name: str) -> None:
+        del self._loaded[name]
+        self._families.pop(name, None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._families or name in self._loaded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._families, *self._loaded]))
+
+    def __len__(self) -> int:
+        return len(self._families.keys() | self._loaded.keys())
+
+
+def of_family(family: str) -> dict[str, type[Schedule[Any]]]:
+    """Return the schedules of a module of this package, by name."""
+    module = importlib.import_module(f"schedules.{family}")
+    classes = (getattr(module, name) for name in module.__all__)
+    return {cls.type_name: cls for cls in classes}
+
+
+SCHEDULES: MutableMapping[str, type[Schedule[Any]]] = _Schedules()
 """Every schedule that a config can name."""
 
 ENTRY_POINTS = "onecycle.schedules"
-_TORCHS = f"{wrapped.MODULE}.LRScheduler"
+_TORCHS = "torch.optim.lr_scheduler.LRScheduler"
 C = TypeVar("C", bound=type[Schedule[Any]])
 
 
@@ -97,6 +141,8 @@ def find(name: str) -> type[Schedule[Any]]:
 
         for entry in entry_points(group=ENTRY_POINTS, name=name):
             return _proved(name, entry.load())
+        from schedules import wrapped
+
         if name in wrapped.names_of_torch():
             return _load(f"{wrapped.MODULE}:{name}")
         near = nearest(name, SCHEDULES)
@@ -163,7 +209,9 @@ def _proved(path: str, found: Any) -> type[Schedule[Any]]:
         _refuse_no_schedule(found)
         return found
     if isinstance(found, type) and _steps_like_torchs(found):
-        return wrapped.wrap(found, path)
+        from schedules.wrapped import wrap
+
+        return wrap(found, path)
     if callable(found) and not isinstance(found, type):
         return FunctionSchedule.of(path, found)
     raise ValueError(

@@ -14,6 +14,7 @@ from engine.config.editor import editor_schema
 from engine.plots import draw
 from schedules import SCHEDULES
 from schedules.json_schema import json_schema_of
+from schedules.registry import FAMILIES, INDEX, of_family
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,9 +24,12 @@ def generated() -> dict[Path, str]:
     folder = ROOT / "schemas" / "schedulers"
     files = {
         folder / f"{name}.json": json.dumps(json_schema_of(cls), indent=2) + "\n"
-        for name, cls in SCHEDULES.items()
+        for family in FAMILIES
+        for name, cls in of_family(family).items()
     }
     files[ROOT / "schemas" / schemas.EDITOR] = json.dumps(editor_schema(), indent=1) + "\n"
+    families = {name: family for family in FAMILIES for name in of_family(family)}
+    files[INDEX] = json.dumps(families, indent=2) + "\n"
     files[ROOT / "docs" / "schedules.md"] = "\n".join(reference()) + "\n"
     return files
 

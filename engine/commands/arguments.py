@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-__all__ = ["INVALID", "OK", "USAGE", "Commands", "positive"]
+__all__ = ["INVALID", "OK", "USAGE", "positive"]
 
 OK, INVALID, USAGE = 0, 1, 2
 """Exit statuses: done, the config is wrong, wrong usage or a file that cannot be read."""
-
-Commands = argparse._SubParsersAction  # noqa: SLF001  # argparse has no public name for it
 
 
 def positive(text: str) -> int:

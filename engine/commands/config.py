@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any, TextIO
+from typing import TextIO
 
-from engine.commands.arguments import OK, Commands, positive
+from engine.commands.arguments import OK, positive
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands[Any]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser = commands.add_parser(
-        "config",
-        help="print every value that a run would use, and where it comes from",
-        description="Print the resolved config: every value that a run would use, from the file, "
-        "by default, or derived.",
+    parser.description = (
+        "Print the resolved config: every value that a run would use, from the file, "
+        "by default, or derived."
     )
     parser.add_argument("file", metavar="FILE", help="a ds_config.json; - for stdin")
     parser.add_argument(
         "--world-size", type=positive, default=1, metavar="N", help="number of ranks (default: 1)"
     )
     parser.add_argument("--json", action="store_true", help="print it as a config of its own")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

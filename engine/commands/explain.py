@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, TextIO
+from typing import TextIO
 
-from engine.commands.arguments import OK, Commands
+from engine.commands.arguments import OK
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands[Any]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser = commands.add_parser(
-        "explain",
-        help="say what a rule finds, why, and what mends it",
-        description="Print the page of a rule, as `onecycle validate` names it in brackets, or the "
-        "list of all rules.",
+    parser.description = (
+        "Print the page of a rule, as `onecycle validate` names it in brackets, or the "
+        "list of all rules."
     )
     parser.add_argument("rule", metavar="RULE", nargs="?", help="a rule, such as unknown-key")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

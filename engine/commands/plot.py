@@ -8,58 +8,55 @@ import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
-from engine.commands.arguments import OK, Commands, positive
+from engine.commands.arguments import OK, positive
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands[Any]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    plot = commands.add_parser(
-        "plot",
-        help="show the learning rate and momentum that every update will use",
-        description="Show the learning rate and momentum that every update will use. Needs no "
-        "batch size and no model: a file that holds a scheduler alone will do.",
+    parser.description = (
+        "Show the learning rate and momentum that every update will use. Needs no "
+        "batch size and no model: a file that holds a scheduler alone will do."
     )
-    plot.add_argument("file", metavar="FILE", help="a ds_config.json")
-    plot.add_argument(
+    parser.add_argument("file", metavar="FILE", help="a ds_config.json")
+    parser.add_argument(
         "--steps",
         type=positive,
         metavar="N",
         help="number of updates to show (default: enough to see the whole schedule)",
     )
-    plot.add_argument(
+    parser.add_argument(
         "--steps-per-epoch",
         type=positive,
         metavar="N",
         help="updates in one pass over the data, for durations in epochs",
     )
-    plot.add_argument(
+    parser.add_argument(
         "--csv",
         metavar="FILE",
         help="write one row an update, columns step,lr,momentum,…; - for standard output",
     )
-    plot.add_argument(
+    parser.add_argument(
         "--compare",
         nargs="+",
         default=[],
         metavar="FILE|TYPE",
         help="other configs, or schedules by their names with their examples, to draw over it",
     )
-    plot.add_argument(
+    parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="PNG",
         help="where to draw (default, without --csv: FILE with the suffix .png, in this folder)",
     )
-    plot.add_argument(
+    parser.add_argument(
         "-t",
         "--terminal",
         action="store_true",
         help="draw on the terminal instead of into a file",
     )
-    plot.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

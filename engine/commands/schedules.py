@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, TextIO
+from typing import TextIO
 
-from engine.commands.arguments import OK, Commands
+from engine.commands.arguments import OK
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands[Any]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser = commands.add_parser(
-        "schedules",
-        help="list every schedule, or print all about one",
-        description="List every schedule with a little curve of its learning rate, or print one's "
-        "parameters, units, defaults, formula and an example block.",
+    parser.description = (
+        "List every schedule with a little curve of its learning rate, or print one's "
+        "parameters, units, defaults, formula and an example block."
     )
     parser.add_argument(
         "type", metavar="TYPE", nargs="?", help="a scheduler type, such as OneCycle"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

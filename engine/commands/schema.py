@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any, TextIO
+from typing import TextIO
 
-from engine.commands.arguments import OK, Commands
+from engine.commands.arguments import OK
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands[Any]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser = commands.add_parser(
-        "schema",
-        help="print the JSON schema of configs, or of one schedule's params",
-        description="Print the JSON Schema (draft 2020-12) of configs, or of a schedule's params.",
+    parser.description = (
+        "Print the JSON Schema (draft 2020-12) of configs, or of a schedule's params."
     )
     parser.add_argument(
         "type", metavar="TYPE", nargs="?", help="a scheduler type, such as OneCycle"
@@ -27,7 +25,6 @@ def add(commands: Commands[Any]) -> None:
         help="print one self-contained draft-07 schema for editors: save it, and let a config "
         'begin with "$schema": "./ds_config.draft-07.json" for completion and hover',
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

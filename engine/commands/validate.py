@@ -8,9 +8,9 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from engine.commands.arguments import INVALID, OK, USAGE, Commands, positive
+from engine.commands.arguments import INVALID, OK, USAGE, positive
 from engine.config import ConfigError, Problem, load_document
 from engine.config.check import check
 from engine.config.document import Document, parse
@@ -20,15 +20,13 @@ from engine.reports import FORMATS, Report
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands[Any]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser = commands.add_parser(
-        "validate",
-        help="say all that is wrong with a config",
-        description="Say all that is wrong with configs, each thing with its place and its cure. "
-        'What an integration fills in may be "auto".',
-        epilog="`onecycle explain RULE` says more about the rule in brackets.",
+    parser.description = (
+        "Say all that is wrong with configs, each thing with its place and its cure. "
+        'What an integration fills in may be "auto".'
     )
+    parser.epilog = "`onecycle explain RULE` says more about the rule in brackets."
     parser.add_argument("files", metavar="FILE", nargs="+", help="a ds_config.json; - for stdin")
     parser.add_argument(
         "--world-size",
@@ -46,7 +44,6 @@ def add(commands: Commands[Any]) -> None:
         "--fix", action="store_true", help="write mechanical repairs, as old names, into the file"
     )
     parser.add_argument("--diff", action="store_true", help="show repairs instead of writing them")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

@@ -1,6 +1,5 @@
 """Configs: read with their places, proved right all at once, resolved. Nothing here needs torch."""
 
-from engine.config.arguments import add_config_arguments
 from engine.config.config import Config, LossScaling, Source, load_config, load_document, validate
 from engine.config.problems import ConfigError, Problem
 
@@ -10,7 +9,6 @@ __all__ = [
     "LossScaling",
     "Problem",
     "Source",
-    "add_config_arguments",
     "load_config",
     "load_document",
     "validate",

@@ -7,6 +7,7 @@ the parameters of its schedules), with the meanings that they have there.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ from typing import Any
 
 from engine.config.document import Document
 from engine.config.problems import pointer_to
-from schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR, find
+from schedules import Schedule, find
 from schedules.fields import descriptions_of, fields_of, wanted
+from schedules.registry import of_family
 
 __all__ = ["Override", "add_config_arguments", "override"]
 
@@ -47,10 +49,19 @@ _OF_RUN: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
         "share of the learning rate at the end: `scheduler.params.end_lr_ratio`",
     ),
 }
-_DEEPSPEED = (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR)
-_OF_SCHEDULES = {
-    name: cls for cls in _DEEPSPEED for name in fields_of(cls) if name != "last_batch_iteration"
-}
+
+
+@functools.cache
+def _of_schedules() -> dict[str, type[Schedule[Any]]]:
+    """Return each parameter of DeepSpeed's schedules, and the last schedule that has it."""
+    return {
+        name: cls
+        for cls in of_family("deepspeed").values()
+        for name in fields_of(cls)
+        if name != "last_batch_iteration"
+    }
+
+
 # A script may have arguments of the same names for purposes of its own: only those of a parser that
 # `add_config_arguments` has seen are taken for ours.
 _MARK = "config_arguments"
@@ -90,7 +101,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     tuning = parser.add_argument_group(
         "schedule", "parameters of DeepSpeed's schedules; each wins over `scheduler.params`"
     )
-    for name, cls in _OF_SCHEDULES.items():
+    for name, cls in _of_schedules().items():
         field = fields_of(cls)[name]
         default = "" if field.required else f" (default: {json.dumps(field.default)})"
         text = (
@@ -160,7 +171,7 @@ def _targets(given: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tu
             yield "max_steps", "/scheduler/params/max_steps", given["max_steps"]
     if "steps_this_run" in given:
         yield "steps_this_run", "/engine/steps_this_run", given["steps_this_run"]
-    for name in ("warmup_steps", "end_lr_ratio", *_OF_SCHEDULES):
+    for name in ("warmup_steps", "end_lr_ratio", *_of_schedules()):
         if name in given:
             yield name, pointer_to("/scheduler/params", name), given[name]
 

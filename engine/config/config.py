@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import math
@@ -11,10 +10,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import schemas
-from engine.config.arguments import Override, override
 from engine.config.backend import Choice, choose
 from engine.config.batch import BATCH_KEYS, BatchSizes, solve
 from engine.config.check import check
@@ -29,6 +27,11 @@ from engine.config.sections import (
     with_defaults,
 )
 from schedules import Horizon, Schedule, from_config
+
+if TYPE_CHECKING:
+    import argparse
+
+    from engine.config.arguments import Override
 
 __all__ = ["Config", "LossScaling", "Source", "load_config", "load_document", "validate"]
 
@@ -125,7 +128,12 @@ def load_config(
     >>> print(load_config({"train_batch_size": 8}, world_size=2).batch)
     batch 8 = 4 a rank x 1 accumulated x 2 ranks
     """
-    document, overrides = override(load_document(config), args or argparse.Namespace())
+    document = load_document(config)
+    overrides: Sequence[Override] = ()
+    if args is not None:
+        from engine.config.arguments import override
+
+        document, overrides = override(document, args)
     problems = check(document, world_size, runs=True)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:

@@ -7,6 +7,7 @@ behind a problem wherever it can, so that one run finds them all.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from bisect import bisect_right
@@ -25,17 +26,7 @@ _SPACE = re.compile(r"(?:\s|//[^\n]*|#[^\n]*|/\*.*?\*/)*", re.DOTALL)
 _COMMENT = re.compile(r"//|#|/\*")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?(?![\w.+-])")
 _WORD = re.compile(r"[^\s,:{}\[\]\"]+")
-_UNQUOTED = re.compile(
-    r"""
-    '[^'\n]*'                                       # in single quotes
-    | [A-Za-z_$][\w.$/-]*(?=\s*[,:}\]\n]|\s*$)      # one word
-    | [A-Za-z_$/~.][^\n"{}\[\]]*?                   # the rest of the line, as hjson has it
-      (?=\s*,?\s*(?:\n|$|[}\]]))
-    """,
-    re.VERBOSE,
-)
 _PYTHONS = {"True": "true", "False": "false", "None": "null"}
-_HALF = re.compile("[\ud800-\udfff]")
 _STRINGS = JSONDecoder()
 _QUOTE = "'"
 _LITERALS = {"true": True, "false": False, "null": None}
@@ -125,6 +116,20 @@ def parse(text: str, name: str) -> Document:
         broken = Problem("syntax", "error", "", line, column, fault.message, fault.hint)
         return Document(name, None, parser.places, (*parser.problems, broken), text, marked)
     return Document(name, value, parser.places, tuple(parser.problems), text, marked)
+
+
+@functools.cache
+def _unquoted() -> re.Pattern[str]:
+    """Return what matches text without double quotes; few files have any."""
+    return re.compile(
+        r"""
+        '[^'\n]*'                                       # in single quotes
+        | [A-Za-z_$][\w.$/-]*(?=\s*[,:}\]\n]|\s*$)      # one word
+        | [A-Za-z_$/~.][^\n"{}\[\]]*?                   # the rest of the line, as hjson has it
+          (?=\s*,?\s*(?:\n|$|[}\]]))
+        """,
+        re.VERBOSE,
+    )
 
 
 class _BrokenSyntaxError(Exception):
@@ -227,7 +232,7 @@ class _Parser:
     def _key(self) -> str:
         if self.text.startswith('"', self.at):
             return self._string()
-        bare = _UNQUOTED.match(self.text, self.at)
+        bare = _unquoted().match(self.text, self.at)
         if bare is None:
             self._expected('a key in double quotes or "}"')
         self._not_quoted("", bare[0])
@@ -251,11 +256,13 @@ class _Parser:
             raise _BrokenSyntaxError(
                 begin, f"the string that begins here is broken: {error}."
             ) from None
-        if _HALF.search(string):
+        try:
+            string.encode()
+        except UnicodeEncodeError:
             message = "a string must be whole characters, but holds half of a surrogate pair."
             place = self.place(begin)
             self.problems.append(Problem("half-character", "error", "", *place, message))
-            string = _HALF.sub("\ufffd", string)
+            string = string.encode(errors="replace").decode()
         return string
 
     def _number_or_word(self, pointer: str, place: tuple[int, int]) -> Any:
@@ -279,7 +286,7 @@ class _Parser:
             self.at = word.end()
             self._not_finite(pointer, place, word[0])
             return None
-        if bare := _UNQUOTED.match(self.text, self.at):
+        if bare := _unquoted().match(self.text, self.at):
             self._not_quoted(pointer, bare[0])
             self.at = bare.end()
             return bare[0].strip(_QUOTE) if bare[0] not in _PYTHONS else None

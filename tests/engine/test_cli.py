@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from engine.cli import INVALID, OK, USAGE, main
+from engine.cli import main
+from engine.commands.arguments import INVALID, OK, USAGE
 from schedules import SCHEDULES, trace
 from tests.schedules.test_deepspeed import TUTORIAL
 
