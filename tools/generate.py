@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from config_reference import config_reference
+
 import schemas
 from engine.catalog import EXAMPLE_STEPS, example_curves, page
 from engine.config.editor import editor_schema
@@ -30,6 +32,7 @@ def generated() -> dict[Path, str]:
     files[ROOT / "schemas" / schemas.EDITOR] = json.dumps(editor_schema(), indent=1) + "\n"
     families = {name: family for family in FAMILIES for name in of_family(family)}
     files[INDEX] = json.dumps(families, indent=2) + "\n"
+    files[ROOT / "docs" / "config.md"] = "\n".join(config_reference()) + "\n"
     files[ROOT / "docs" / "schedules.md"] = "\n".join(reference()) + "\n"
     return files
 

@@ -26,7 +26,7 @@ class Suggestion(NamedTuple):
 
 
 def suggestion(
-    pointer: str, key: str, known: Mapping[str, Any], present: Collection[str]
+    pointer: str, key: str, known: Mapping[str, Any], present: Mapping[str, Any]
 ) -> Suggestion:
     """Return what is to be said about an unknown key.
 
@@ -34,9 +34,10 @@ def suggestion(
         pointer: the JSON pointer of the object that holds it.
         key: the key.
         known: the properties of that object's schema.
-        present: the keys that the object has.
+        present: the object.
 
-    >>> suggestion("", "gradient_cliping", {"gradient_clipping": {}}, {"gradient_cliping"}).hint
+    >>> known = {"gradient_clipping": {"type": "number"}}
+    >>> suggestion("", "gradient_cliping", known, {"gradient_cliping": 1.0}).hint
     'Did you mean `gradient_clipping`?'
     """
     usable = [name for name, schema in known.items() if "x-removed" not in schema]
@@ -44,7 +45,9 @@ def suggestion(
     meant = _ALIASES.get(pointer, {}).get(key)
     if meant in absent:
         return Suggestion(f"It is `{meant}` here.", meant, Fix(key=meant))
-    near = nearest(key, absent)
+    fitting = [name for name in absent if _fits(present[key], resolve_reference(known[name]))]
+    # Of short names two letters may be wrong, where the value points to one all the same.
+    near = nearest(key, fitting) or nearest(key, absent) or _only_near(key, fitting)
     if near:
         return Suggestion(f"Did you mean `{near}`?", near)
     if meant and meant.startswith("/"):
@@ -70,15 +73,41 @@ def nearest(name: str, known: Collection[str]) -> str | None:
         return folded[low]
     most = 1 if len(low) <= 4 else 2 if len(low) <= 9 else 3
     found = [(edits(low, other, most), other) for other in folded]
-    near = [(count, -_alike(low, other), other) for count, other in found if count <= most]
+    near = [
+        (count, [-share for share in _alike(low, other)], other)
+        for count, other in found
+        if count <= most
+    ]
     if near:
-        return folded[min(near)[2]]
+        return folded[min(near)[-1]]
     close = difflib.get_close_matches(low, folded, n=1, cutoff=0.82)
     return folded[close[0]] if close else None
 
 
-def _alike(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one, other).ratio()
+def _only_near(name: str, known: Collection[str]) -> str | None:
+    """Return the one known name that is two edits away and begins or ends alike."""
+    near = [
+        other
+        for other in known
+        if edits(name.lower(), other, 2) <= 2
+        and (other[:1] == name[:1].lower() or other[-1:] == name[-1:].lower())
+    ]
+    return near[0] if len(near) == 1 and len(name) > 1 else None
+
+
+def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Return whether a value is of a type that a schema takes, in JSON's terms."""
+    wanted = schema.get("type", [])
+    names = [wanted] if isinstance(wanted, str) else wanted
+    return any(isinstance(value, _TYPES[name]) for name in names) and not (
+        isinstance(value, bool) and "boolean" not in names
+    )
+
+
+def _alike(one: str, other: str) -> tuple[float, float]:
+    """Return how much of the same letters two names have, and then of the same order."""
+    letters = len(set(one) & set(other)) / len(set(other))
+    return letters, difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def edits(one: str, other: str, most: int) -> int:
@@ -107,6 +136,15 @@ def edits(one: str, other: str, most: int) -> int:
     return last[-1]
 
 
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "array": list,
+    "boolean": bool,
+    "integer": (int, float),
+    "null": type(None),
+    "number": (int, float),
+    "object": dict,
+    "string": str,
+}
 _ALIASES: Mapping[str, Mapping[str, str]] = schemas.read("aliases.json")
 
 

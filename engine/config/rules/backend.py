@@ -21,4 +21,33 @@ def _honoured(checked: Checked) -> Iterator[Problem]:
         yield checked.error("other-backend", member.pointer, message, hint, at_key=True)
 
 
-RULES: tuple[Rule, ...] = (_honoured,)
+def _known_to_the_installed(checked: Checked) -> Iterator[Problem]:
+    newer = [member for member in checked.members if "x-since" in member.schema]
+    installed = _installed() if newer else None
+    if installed is None:
+        return
+    for member in newer:
+        since = member.schema["x-since"]
+        if _numbers(since) > _numbers(installed):
+            name = member.pointer[1:].replace("/", ".")
+            message = f"`{name}` is known since DeepSpeed {since}, but {installed} is installed."
+            hint = "Install a newer one, or remove the key."
+            yield checked.warning("newer-key", member.pointer, message, hint)
+
+
+def _installed() -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("deepspeed")
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(
+        int(part) for part in version.split("+", maxsplit=1)[0].split(".") if part.isdecimal()
+    )
+
+
+RULES: tuple[Rule, ...] = (_honoured, _known_to_the_installed)

@@ -87,7 +87,7 @@ def test_the_schema_for_editors_gives_the_same_verdict():
 def misspelt(key, randomness):
     """The key after one or two edits."""
     letters = list(key)
-    for _ in range(randomness.choice((1, 1, 2))):
+    for _ in range(randomness.choice((1, 2))):
         at = randomness.randrange(len(letters))
         match randomness.choice(("drop", "double", "swap", "replace")):
             case "drop" if len(letters) > 2:

@@ -156,3 +156,11 @@ def test_suggestions_by_spelling_by_alias_and_by_place(key, where, hint):
     config = {"train_batch_size": 8, where: section} if where else {"train_batch_size": 8, key: 1}
     (problem,) = check(parse(json.dumps(config), "f"), None)
     assert problem.hint == hint
+
+
+def test_a_key_that_is_newer_than_the_installed_deepspeed(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.14.0")
+    config = {"train_batch_size": 8, "compile": {"deepcompile": True}}
+    assert found(config) == [("newer-key", "warning", "/compile")]
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.19.8")
+    assert found(config) == []
