@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import datetime
 import os
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["Ranks", "connect"]
+__all__ = ["Ranks", "connect", "disconnect", "world_size"]
+
+_FAREWELL = datetime.timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
@@ -53,4 +58,18 @@ def connect() -> Ranks:
             f"{'is' if len(missing) == 1 else 'are'} not. Start the script with `torchrun`."
         )
     dist.init_process_group("nccl" if cuda else "gloo")
+    atexit.register(disconnect)
     return Ranks(dist.get_rank(), local_rank, size, device)
+
+
+def disconnect() -> None:
+    """Leave the process group together with the others, as far as they are still there.
+
+    A rank that leaves first closes connections on which the others' threads still listen.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if dist.get_backend() == "gloo":
+        with contextlib.suppress(RuntimeError):
+            dist.monitored_barrier(timeout=_FAREWELL)
+    dist.destroy_process_group()

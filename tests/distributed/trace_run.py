@@ -41,5 +41,3 @@ def main(config: str, output: str, updates: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
