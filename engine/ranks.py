@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import datetime
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 __all__ = ["Ranks", "connect", "disconnect", "world_size"]
 
-_FAREWELL = datetime.timedelta(seconds=5)
+_FAREWELL = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
