@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from engine import checkpoint
 from engine.backends.base import Backend
 from engine.config import Config
+from engine.deepspeed_names import DeepSpeedNames
 
 __all__ = ["Engine"]
 
@@ -32,7 +33,7 @@ class Counters:
     applied: bool = False
 
 
-class Engine(nn.Module):
+class Engine(DeepSpeedNames, nn.Module):
     """A model at work: called like the model, it adds up gradients and updates by the config.
 
     The loop is ``loss = …engine(x)…; engine.backward(loss); engine.step()`` for each micro-batch;
@@ -57,19 +58,35 @@ class Engine(nn.Module):
         # Apart, because nn.Module makes every assignment to an attribute of its own slow.
         self._done = Counters()
         self._losses: list[Tensor] = []
+        self._boundary: bool | None = None  # as `set_gradient_accumulation_boundary` has it
+        self._synchronizes = True
+        self._scaled_losses = 0  # in this window, by `backward` or `scale`
         self._updates_before = 0  # those of earlier runs, when a checkpoint was loaded
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model in the run's precision."""
-        last = self.is_gradient_accumulation_boundary()
+        last = self.is_gradient_accumulation_boundary() and self._synchronizes
         return self._backend.forward(*args, last_micro_batch=last, **kwargs)
 
-    def backward(self, loss: Tensor) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        # nn.Module's own is asked first for parameters and modules; then come the model's names.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_backend" not in vars(self):
+                raise
+            return self._backend.attribute(name)
+
+    def backward(
+        self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> Tensor:
         """Add the gradients of a micro-batch's loss; return the loss.
 
         Args:
             loss: a scalar that has a graph: the mean over the micro-batch. It is scaled and divided
                 by the number of accumulated losses here.
+            retain_graph: whether the graph is to be kept for another backward pass.
+            scale_wrt_gas: whether the loss is divided by the number of accumulated losses.
 
         Raises:
             ValueError: the loss is no scalar tensor with a graph.
@@ -81,13 +98,25 @@ class Engine(nn.Module):
                 f"{shown}{'' if getattr(loss, 'requires_grad', True) else ' without a graph'} "
                 "instead; take its mean, and compute it outside of torch.no_grad()."
             )
-        self._backend.backward(loss, self._accumulation)
+        divisor = self._accumulation if scale_wrt_gas else 1
+        self._backend.backward(loss, divisor, retain_graph=retain_graph)
+        self._scaled_losses += 1
         if self.config.steps_per_print:
             self._losses.append(loss.detach())
         return loss
 
-    def step(self) -> bool:
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return a loss scaled and divided as by `backward`, for a ``.backward()`` of your own."""
+        self._scaled_losses += 1
+        return loss * (self._backend.loss_scale / self._accumulation)
+
+    def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> bool:
         """Count a micro-batch and, if it completes a batch, update the parameters.
+
+        A loss whose own ``.backward()`` was called is divided here by the number of micro-batches.
+
+        Args:
+            lr_kwargs: accepted as DeepSpeed does; a schedule needs no arguments.
 
         Returns:
             Whether an update was applied. One whose gradients are not finite is skipped: it does
@@ -101,10 +130,11 @@ class Engine(nn.Module):
                 f"the run must end after {self.config.steps_this_run} updates "
                 "(`engine.steps_this_run`), which are done; leave the loop when `run_is_over`."
             )
+        del lr_kwargs
         done = self._done
         last = self.is_gradient_accumulation_boundary()
         done.micro_steps += 1
-        done.applied = last and self._backend.step()
+        done.applied = last and self._update()
         if not last:
             return False
         done.global_steps += 1
@@ -116,6 +146,17 @@ class Engine(nn.Module):
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         return True
+
+    def _update(self) -> bool:
+        scaled, self._scaled_losses = self._scaled_losses, 0
+        if scaled:
+            return self._backend.step()
+        if self._backend.loss_scale != 1.0:
+            raise RuntimeError(
+                "in fp16 a loss must be scaled, but neither `engine.backward(loss)` nor "
+                "`engine.scale(loss).backward()` was called in this update; call one of them."
+            )
+        return self._backend.step(divide_by=self._accumulation)
 
     def _count_skipped(self) -> None:
         done = self._done
@@ -140,11 +181,71 @@ class Engine(nn.Module):
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Return whether the next `step` updates the parameters."""
+        if self._boundary is not None:
+            return self._boundary
         return (self._done.micro_steps + 1) % self._accumulation == 0
 
     def was_step_applied(self) -> bool:
         """Return whether the last `step` updated the parameters."""
         return self._done.applied
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say by hand whether the next micro-batches end an update, from the forward pass on."""
+        self._boundary = is_boundary
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Keep the ranks from meeting in the backward passes inside.
+
+        Raises:
+            RuntimeError: ZeRO stages 2 and 3 divide gradients in each backward pass.
+        """
+        if self.config.zero_stage >= 2:
+            raise RuntimeError(
+                "`no_sync` must not be used in ZeRO stages 2 and 3, which divide gradients in each "
+                "backward pass; let `gradient_accumulation_steps` do the counting."
+            )
+        self._synchronizes = False
+        try:
+            yield
+        finally:
+            self._synchronizes = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients that were added up so far."""
+        del set_to_none
+        self._backend.zero_grad()
+
+    def train_batch(self, data_iter: Iterator[Any]) -> Tensor:
+        """Train on a whole batch, its micro-batches from an iterator; return the mean loss.
+
+        The model is to return the loss of a micro-batch, as DeepSpeed's pipelines do; tuples and
+        mappings are taken apart into its arguments.
+        """
+        losses = []
+        for _ in range(self._accumulation):
+            loss = self._called_on(next(data_iter))
+            losses.append(self.backward(loss).detach())
+            self.step()
+        return torch.stack(losses).mean()
+
+    def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
+        """Return the mean loss of a whole batch, its micro-batches from an iterator."""
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            losses = [self._called_on(next(data_iter)) for _ in range(self._accumulation)]
+        self.train(training)
+        return torch.stack(losses).mean()
+
+    def _called_on(self, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            return self(**batch)
+        return self(*batch) if isinstance(batch, tuple | list) else self(batch)
+
+    def destroy(self) -> None:
+        """Let go of what the backend holds; the model is the caller's again."""
+        self._backend.destroy()
 
     @property
     def run_is_over(self) -> bool:
@@ -162,6 +263,11 @@ class Engine(nn.Module):
         return self._done.global_steps
 
     @property
+    def global_samples(self) -> int:
+        """Samples of the whole batches so far, over all ranks."""
+        return self._done.global_steps * self.config.batch.train
+
+    @property
     def skipped_steps(self) -> int:
         """Updates that were skipped because their gradients were not finite."""
         return self._done.skipped_steps
@@ -171,49 +277,13 @@ class Engine(nn.Module):
         """Micro-batches so far."""
         return self._done.micro_steps
 
-    @property
-    def device(self) -> torch.device:
-        """The device that this rank trains on."""
-        return self._backend.ranks.device
-
-    @property
-    def loss_scale(self) -> float:
-        """The factor on the loss that the next backward pass uses; 1 without fp16."""
-        return self._backend.loss_scale
-
-    def train_batch_size(self) -> int:
-        """Return how many samples an update sees, over all ranks."""
-        return self.config.batch.train
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Return how many samples one forward pass sees, on one rank."""
-        return self.config.batch.micro
-
-    def gradient_accumulation_steps(self) -> int:
-        """Return how many micro-batches an update averages."""
-        return self._accumulation
-
-    def get_lr(self) -> list[float]:
-        """Return the learning rate of each param group: what the next update uses."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
-
-    def get_mom(self) -> list[float] | None:
-        """Return the momentum (or first beta) of each group; None if the optimizer has none."""
-        groups = self.optimizer.param_groups
-        if "momentum" in groups[0]:
-            return [float(group["momentum"]) for group in groups]
-        return [float(group["betas"][0]) for group in groups] if "betas" in groups[0] else None
-
-    def get_global_grad_norm(self) -> float | None:
-        """Return the 2-norm of the last update's gradients, unclipped; None before the first."""
-        return self._backend.grad_norm
-
     def save_checkpoint(
         self,
         save_dir: str | Path,
         tag: str | None = None,
         client_state: Mapping[str, Any] | None = None,
         save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Write everything that the run needs to go on; every rank calls it.
 
@@ -222,26 +292,29 @@ class Engine(nn.Module):
             tag: name of this one; by default ``global_step`` and the count of batches.
             client_state: plain values and tensors of your own, which `load_checkpoint` returns.
             save_latest: whether `load_checkpoint` without a tag is to find this one.
+            exclude_frozen_parameters: not offered: a checkpoint is whole.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        if self._backend.ranks.rank == 0:
-            state = {
-                **self._backend.state_dict(),
-                "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
-                "counters": asdict(self._done),
-                "client_state": dict(client_state or {}),
-            }
-            tag = tag or f"global_step{self.global_steps}"
-            checkpoint.write(Path(save_dir), tag, state, save_latest=save_latest)
-        self._backend.barrier()
+        if exclude_frozen_parameters:
+            raise ValueError(
+                "`exclude_frozen_parameters` must be false: a checkpoint is whole or not there."
+            )
+        beside = {
+            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
+            "counters": asdict(self._done),
+            "client_state": dict(client_state or {}),
+        }
+        tag = tag or f"global_step{self.global_steps}"
+        self._backend.save(Path(save_dir), tag, beside, save_latest=save_latest)
         return True
 
     def load_checkpoint(
         self,
         load_dir: str | Path,
         tag: str | None = None,
+        load_module_strict: bool = True,
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
@@ -251,6 +324,7 @@ class Engine(nn.Module):
         Args:
             load_dir: the folder that was given to `save_checkpoint`.
             tag: which one; by default the latest.
+            load_module_strict: whether the model must have exactly the saved parameters.
             load_optimizer_states: whether to restore the optimizer and the loss scale.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore the model alone.
@@ -262,10 +336,11 @@ class Engine(nn.Module):
             FileNotFoundError: there is none, so that nothing begins anew in silence.
             ValueError: it was saved with another schedule.
         """
-        path, state = checkpoint.read(Path(load_dir), tag)
         if load_module_only:
             load_optimizer_states = load_lr_scheduler_states = False
-        self._backend.load_state_dict(state, optimizer=load_optimizer_states)
+        path, state = self._backend.load(
+            Path(load_dir), tag, optimizer=load_optimizer_states, strict=load_module_strict
+        )
         if load_lr_scheduler_states and self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if not load_module_only:

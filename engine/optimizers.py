@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from engine.config.config import OptimizerBlock
+from engine.config.sections import optimizer_name, optimizer_schema
 
-__all__ = ["build_optimizer"]
+__all__ = ["build_optimizer", "is_buildable"]
 
 _WITH_FUSED_KERNEL = {"Adam", "AdamW", "SGD"}
 
@@ -39,6 +40,21 @@ def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimiz
         params["betas"] = tuple(params["betas"])
     optimizer: Optimizer = getattr(torch.optim, name)(groups, **params)
     return optimizer
+
+
+def is_buildable(block: Mapping[str, Any]) -> bool:
+    """Return whether PyTorch has a config's optimizer, with all of the parameters that it gives.
+
+    >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
+    (True, False)
+    """
+    schema = optimizer_schema(optimizer_name(block["type"]) or "")
+    properties = schema["properties"]
+    of_deepspeed = [
+        key for key in block.get("params", {}) if "x-backend" in properties.get(key, {})
+    ]
+    asks = block.get("params", {}).get("torch_adam") is False
+    return "x-backend" not in schema and not of_deepspeed and not asks
 
 
 def _fusable(groups: list[Any]) -> bool:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import difflib
+import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["Ranks", "connect", "disconnect", "world_size"]
+__all__ = ["Ranks", "agree", "connect", "disconnect", "world_size"]
 
 _FAREWELL = timedelta(seconds=5)
 
@@ -33,10 +36,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def connect() -> Ranks:
+def connect(*, alone: bool = False, port: int | None = None) -> Ranks:
     """Join the process group that the launcher's environment describes, and return our place in it.
 
     One process needs no group, and makes none. A group that the script made already is used.
+
+    Args:
+        alone: whether one process is to have a group of its own, for libraries that want one.
+        port: rank 0's, where the environment names none.
 
     Raises:
         ValueError: the environment names several ranks, but not which one this is.
@@ -50,7 +57,13 @@ def connect() -> Ranks:
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), local_rank, size, device)
     if size == 1:
+        if alone:
+            store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1)
+            atexit.register(disconnect)
         return Ranks(0, local_rank, 1, device)
+    if port is not None:
+        os.environ.setdefault("MASTER_PORT", str(port))
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(
@@ -60,6 +73,29 @@ def connect() -> Ranks:
     dist.init_process_group("nccl" if cuda else "gloo")
     atexit.register(disconnect)
     return Ranks(dist.get_rank(), local_rank, size, device)
+
+
+def agree(ranks: Ranks, config: str) -> None:
+    """Prove that all ranks have one config; a run whose ranks differ hangs or goes astray.
+
+    Raises:
+        ValueError: another rank's is another one; the message has the lines that differ.
+    """
+    if ranks.world_size == 1:
+        return
+    all_of_them: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(all_of_them, config)
+    for rank, other in enumerate(all_of_them):
+        if other != all_of_them[0]:
+            first, second = (
+                json.dumps(json.loads(text), indent=1).splitlines()
+                for text in (all_of_them[0], other)
+            )
+            lines = difflib.unified_diff(first, second, "rank 0", f"rank {rank}", n=0, lineterm="")
+            raise ValueError(
+                "the config must be the same on all ranks, but rank "
+                f"{rank}'s is another one than rank 0's:\n" + "\n".join(lines)
+            )
 
 
 def disconnect() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
@@ -18,7 +19,7 @@ from engine.config import Config, Source, load_config
 from engine.data import make_loader
 from engine.engine import Engine
 from engine.optimizers import build_optimizer
-from engine.ranks import connect, world_size
+from engine.ranks import Ranks, agree, connect, world_size
 from schedules import ScheduleBinder
 
 __all__ = ["initialize"]
@@ -36,13 +37,18 @@ def initialize(
     model_parameters: Iterable[Any] | None = None,
     training_data: Dataset[Any] | None = None,
     lr_scheduler: LRScheduler | MakeScheduler | None = None,
+    distributed_port: int | None = None,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     config: Source | None = None,
+    mesh_param: Any = None,
+    config_params: Source | None = None,
 ) -> tuple[Engine, Optimizer, DataLoader[Any] | None, LRScheduler | None]:
     """Prove a config right, and return a model ready to be trained by it.
 
-    The names and results are those of ``deepspeed.initialize``. Nothing is changed, in the model
-    or the optimizer, before everything is proved.
+    The names, their order and the results are those of ``deepspeed.initialize``. Nothing is
+    changed, in the model or the optimizer, before the config is proved.
 
     Args:
         args: a namespace with ``deepspeed_config``, for scripts that give no ``config``; one of
@@ -53,8 +59,14 @@ def initialize(
         training_data: a dataset, for which a loader is returned.
         lr_scheduler: one of your own, or a function from the optimizer to one, in place of the
             config's; it is stepped after each applied update.
+        distributed_port: port of rank 0, where the environment names none.
+        mpu: for the DeepSpeed backend alone, a model-parallelism unit.
+        dist_init_required: accepted as DeepSpeed does; a process group that is up is used, and one
+            that is needed is made.
         collate_fn: makes a batch of samples, for the returned loader.
         config: path of a ds_config.json, or the config as a dict.
+        mesh_param: for the DeepSpeed backend alone, the shape of its device mesh.
+        config_params: the old name of ``config``.
 
     Returns:
         The engine, the optimizer, the loader (None without ``training_data``) and the schedule
@@ -62,7 +74,9 @@ def initialize(
 
     Raises:
         ConfigError: anything in the config is wrong; ``problems`` holds all of it.
-        ValueError: the arguments are at odds with the config, or the optimizer with the schedule.
+        ValueError: the arguments are at odds with the config, the optimizer with the schedule, or
+            the ranks with one another.
+        ImportError: the config needs DeepSpeed, which is not installed.
 
     >>> import torch, engine
     >>> config = {
@@ -77,46 +91,105 @@ def initialize(
     >>> trainer.step(), trainer.get_lr()
     (True, [0.1])
     """
-    source = config if config is not None else getattr(args, "deepspeed_config", None)
-    if source is None:
-        raise ValueError("`config` must be a path or a dict, but is None instead.")
+    del dist_init_required
     if model is None:
         raise ValueError("`model` must be a torch.nn.Module, but is None instead.")
-    resolved = load_config(source, world_size=world_size(), args=args)
-    if resolved.backend.name != "torch":
-        raise ValueError(
-            f"`engine.backend` must be torch in this version, but is {resolved.backend.name} "
-            f"({resolved.backend.reason}); remove what DeepSpeed alone honours."
-        )
+    resolved = load_config(_source(args, config, config_params), world_size=world_size(), args=args)
     _refuse_two_sources(resolved, optimizer, lr_scheduler)
-    ranks = connect()
+    deepspeed = resolved.backend.name == "deepspeed"
+    if not deepspeed:
+        _refuse_what_torch_lacks(mpu=mpu, mesh_param=mesh_param)
+    ranks = connect(alone=deepspeed, port=distributed_port)
+    agree(ranks, json.dumps(resolved.own, sort_keys=True))
     loader = None
     if training_data is not None:
         loader = make_loader(training_data, resolved, ranks, collate_fn)
-    model.to(ranks.device)
-    if model_parameters is None:
-        model_parameters = (p for p in model.parameters() if p.requires_grad)
-    parameters = list(model_parameters)
-    if isinstance(optimizer, Optimizer):
-        chosen = optimizer
-    elif optimizer is not None:
-        chosen = optimizer(parameters)
+    backend: Backend
+    if deepspeed:
+        from engine.backends.deepspeed import DeepSpeedBackend
+
+        doors = {"mpu": mpu, "mesh_param": mesh_param}
+        backend = DeepSpeedBackend(model, optimizer, model_parameters, resolved, ranks, doors)
     else:
-        assert resolved.optimizer is not None
-        chosen = build_optimizer(resolved.optimizer, parameters)
+        backend = _on_torch(model, optimizer, model_parameters, resolved, ranks)
     scheduler: LRScheduler | None = None
     if resolved.schedule is not None:
         per_epoch = len(loader) / resolved.batch.accumulation if _is_sized(loader) else None
         horizon = resolved.horizon(per_epoch)
-        scheduler = ScheduleBinder(resolved.schedule, chosen, horizon=horizon)
+        scheduler = ScheduleBinder(resolved.schedule, backend.optimizer, horizon=horizon)
     elif lr_scheduler is not None:
-        scheduler = lr_scheduler if isinstance(lr_scheduler, LRScheduler) else lr_scheduler(chosen)
-    backend = PyTorchBackend(model, chosen, resolved, ranks)
+        makes = callable(lr_scheduler) and not isinstance(lr_scheduler, LRScheduler)
+        scheduler = lr_scheduler(backend.optimizer) if makes else lr_scheduler  # type: ignore[assignment, operator]  # a scheduler need not be one of torch
     engine = Engine(resolved, backend, scheduler, loader)
     if loader is not None:
         loader.end_with(lambda: engine.run_is_over)
     _announce(engine, backend)
-    return engine, chosen, loader, scheduler
+    return engine, backend.optimizer, loader, scheduler
+
+
+def _source(args: argparse.Namespace | None, *configs: Source | None) -> Source:
+    given = [config for config in (*configs, getattr(args, "deepspeed_config", None)) if config]
+    if not given:
+        raise ValueError("`config` must be a path or a dict, but is None instead.")
+    if len(given) > 1:
+        raise ValueError(f"`config` must be given once, but is given as {given} instead.")
+    return given[0]
+
+
+def _refuse_what_torch_lacks(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` must be None on the PyTorch backend, which has no model parallelism, "
+                f'but is {value!r} instead; set "engine": {{"backend": "deepspeed"}}.'
+            )
+
+
+def _on_torch(
+    model: nn.Module,
+    optimizer: Optimizer | MakeOptimizer | None,
+    model_parameters: Iterable[Any] | None,
+    config: Config,
+    ranks: Ranks,
+) -> Backend:
+    model.to(ranks.device)
+    divides = config.zero_stage > 0 and ranks.world_size > 1
+    parameters: list[Any]
+    if divides:
+        from engine.backends.sharded import ShardedBackend, shard
+
+        if isinstance(optimizer, Optimizer):
+            # Its parameters are about to become parts of themselves.
+            groups = shard(model, config, optimizer.param_groups)
+            for group, divided in zip(optimizer.param_groups, groups, strict=True):
+                group["params"] = divided["params"]
+            return ShardedBackend(model, optimizer, config, ranks)
+        parameters = shard(model, config, model_parameters)
+        return ShardedBackend(model, _made(optimizer, config, parameters), config, ranks)
+    if isinstance(optimizer, Optimizer):
+        _refuse_strange_parameters(model, optimizer)
+        return PyTorchBackend(model, optimizer, config, ranks)
+    if model_parameters is None:
+        model_parameters = (p for p in model.parameters() if p.requires_grad)
+    chosen = _made(optimizer, config, list(model_parameters))
+    return PyTorchBackend(model, chosen, config, ranks)
+
+
+def _made(optimizer: MakeOptimizer | None, config: Config, parameters: list[Any]) -> Optimizer:
+    if optimizer is not None:
+        return optimizer(parameters)
+    assert config.optimizer is not None
+    return build_optimizer(config.optimizer, parameters)
+
+
+def _refuse_strange_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(id(parameter) in own for parameter in trained):
+        raise ValueError(
+            "`optimizer` must train parameters of `model`, but has none of them; build it from "
+            "`model.parameters()` after the model is on its device."
+        )
 
 
 def _is_sized(loader: DataLoader[Any] | None) -> TypeGuard[DataLoader[Any]]:
@@ -162,8 +235,9 @@ def _announce(engine: Engine, backend: Backend) -> None:
     elif scheduler is not None:
         schedule = f"{type(scheduler).__name__} of the script"
     log.info(
-        "%s; %s; %s updates %s parameters; %s",
+        "%s (%s); %s; %s updates %s parameters; %s",
         backend.describe(),
+        config.backend.reason,
         config.batch,
         type(engine.optimizer).__name__,
         f"{count:,}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ class Backend(Protocol):
     model: nn.Module
     """The user's own module, on its device, not wrapped."""
     optimizer: Optimizer
+    """What the schedule drives, and what updates the parameters."""
     grad_norm: float | None
     """2-norm of all gradients of the last update, before clipping; None before the first."""
 
@@ -26,12 +29,20 @@ class Backend(Protocol):
         """Call the model in the run's precision; ranks meet only in the last micro-batch."""
         ...
 
-    def backward(self, loss: Tensor, accumulation: int) -> None:
+    def backward(self, loss: Tensor, accumulation: int, *, retain_graph: bool = False) -> None:
         """Add the gradients of a loss, divided by the number of losses that an update averages."""
         ...
 
-    def step(self) -> bool:
-        """Clip the gradients, update and clear them; return whether the update was applied."""
+    def step(self, *, divide_by: int = 1) -> bool:
+        """Clip the gradients, update and clear them; return whether the update was applied.
+
+        Args:
+            divide_by: what the gradients are to be divided by first, where `backward` has not.
+        """
+        ...
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
         ...
 
     @property
@@ -47,14 +58,35 @@ class Backend(Protocol):
         """Return the mean of a number over the ranks."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return model, optimizer and loss scale, which are the same on every rank."""
+    def save(self, folder: Path, tag: str, beside: Mapping[str, Any], *, save_latest: bool) -> None:
+        """Write model, optimizer and loss scale to ``folder/tag``; every rank calls it.
+
+        Args:
+            folder: the folder of all checkpoints of the run.
+            tag: name of this one.
+            beside: the engine's own state, to be kept with it.
+            save_latest: whether ``folder/latest`` is to name it.
+        """
         ...
 
-    def load_state_dict(self, state: dict[str, Any], *, optimizer: bool = True) -> None:
-        """Restore what `state_dict` returned, with or without the optimizer's part."""
+    def load(
+        self, folder: Path, tag: str | None, *, optimizer: bool, strict: bool
+    ) -> tuple[Path, dict[str, Any]]:
+        """Restore what `save` wrote; return its path and what was kept beside it."""
         ...
 
     def describe(self) -> str:
         """Return what trains here, in words, for the log."""
+        ...
+
+    def attribute(self, name: str) -> Any:
+        """Return what an engine has under a name that is not its own.
+
+        Raises:
+            AttributeError: there is nothing of that name.
+        """
+        ...
+
+    def destroy(self) -> None:
+        """Let go of what would keep memory or hooks."""
         ...

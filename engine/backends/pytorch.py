@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from engine import checkpoint
 from engine.config import Config
 from engine.loss_scaling import LossScaler
 from engine.ranks import Ranks
@@ -43,11 +46,12 @@ class PyTorchBackend:
         self._autocast = _AUTOCAST.get(config.precision)
         self._clipping = config.gradient_clipping
         self._scaler = LossScaler(config.loss_scaling) if config.loss_scaling else None
-        self._parallel: DistributedDataParallel | None = None
-        if ranks.world_size > 1:
-            devices = [ranks.device] if ranks.device.type == "cuda" else None
-            self._parallel = DistributedDataParallel(model, device_ids=devices)
+        self._parallel = self._replicated() if ranks.world_size > 1 else None
         self._called: nn.Module = self._parallel or model
+
+    def _replicated(self) -> DistributedDataParallel | None:
+        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=devices)
 
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
         """Call the model in the run's precision; ranks meet only in the last micro-batch."""
@@ -62,25 +66,21 @@ class PyTorchBackend:
             return contextlib.nullcontext()
         return torch.autocast(self.ranks.device.type, dtype=self._autocast)
 
-    def backward(self, loss: Tensor, accumulation: int) -> None:
+    def backward(self, loss: Tensor, accumulation: int, *, retain_graph: bool = False) -> None:
         """Add the gradients of a loss, divided by the number of losses that an update averages."""
         factor = self.loss_scale / accumulation
-        (loss if factor == 1.0 else loss * factor).backward()  # type: ignore[no-untyped-call]  # torch's own
+        scaled = loss if factor == 1.0 else loss * factor
+        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's own
 
-    def step(self) -> bool:
+    def step(self, *, divide_by: int = 1) -> bool:
         """Clip the gradients, update and clear them; return whether the update was applied.
 
         Gradients that are not finite are cleared without an update, in every precision. After the
         all-reduce they are the same on all ranks, and so is the verdict.
         """
-        gradients = [
-            parameter.grad
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        scale = self.loss_scale
-        norm = _norm(gradients) / scale
+        gradients = self._gradients()
+        scale = self.loss_scale * divide_by
+        norm = self._norm(gradients) / scale
         finite = math.isfinite(norm)
         if finite:
             factor = 1.0 / scale
@@ -89,11 +89,28 @@ class PyTorchBackend:
             if factor != 1.0:
                 torch._foreach_mul_(gradients, factor)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
         self.grad_norm = norm
         if self._scaler is not None:
             self._scaler.update(overflow=not finite)
         return finite
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradients(self) -> list[Tensor]:
+        """Return this rank's gradients, or its parts of them."""
+        return [
+            parameter.grad
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        """Return the 2-norm of all gradients together."""
+        return _norm(gradients)
 
     @property
     def loss_scale(self) -> float:
@@ -113,21 +130,49 @@ class PyTorchBackend:
         dist.all_reduce(total)
         return float(total) / self.ranks.world_size
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return model, optimizer and loss scale, which are the same on every rank."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loss_scaler": self._scaler.state_dict() if self._scaler else None,
-        }
+    def save(self, folder: Path, tag: str, beside: Mapping[str, Any], *, save_latest: bool) -> None:
+        """Write model, optimizer and loss scale to ``folder/tag``; every rank calls it."""
+        model, optimizer = self._state_dicts()
+        if self.ranks.rank == 0:
+            state = {
+                "model": model,
+                "optimizer": optimizer,
+                "loss_scaler": self._scaler.state_dict() if self._scaler else None,
+                **beside,
+            }
+            checkpoint.write(folder, tag, state, save_latest=save_latest)
+        self.barrier()
 
-    def load_state_dict(self, state: dict[str, Any], *, optimizer: bool = True) -> None:
-        """Restore what `state_dict` returned, with or without the optimizer's part."""
-        self.model.load_state_dict(state["model"])
-        if optimizer:
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self._scaler is not None and state["loss_scaler"] is not None:
-                self._scaler.load_state_dict(state["loss_scaler"])
+    def load(
+        self, folder: Path, tag: str | None, *, optimizer: bool, strict: bool
+    ) -> tuple[Path, dict[str, Any]]:
+        """Restore what `save` wrote; return its path and what was kept beside it."""
+        path, state = checkpoint.read(folder, tag)
+        model, of_optimizer = state.pop("model"), state.pop("optimizer")
+        self._load_state_dicts(model, of_optimizer if optimizer else None, strict=strict)
+        scaler = state.pop("loss_scaler")
+        if optimizer and self._scaler is not None and scaler is not None:
+            self._scaler.load_state_dict(scaler)
+        return path, state
+
+    def _state_dicts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.model.state_dict(), self.optimizer.state_dict()
+
+    def _load_state_dicts(
+        self, model: dict[str, Any], optimizer: dict[str, Any] | None, *, strict: bool
+    ) -> None:
+        self.model.load_state_dict(model, strict=strict)
+        if optimizer is not None:
+            self.optimizer.load_state_dict(optimizer)
+
+    def attribute(self, name: str) -> Any:
+        """Return the model's attribute of a name."""
+        return getattr(self.model, name)
+
+    def destroy(self) -> None:
+        """Let go of the wrapper; the model and the optimizer are the caller's."""
+        self._parallel = None
+        self._called = self.model
 
     def describe(self) -> str:
         """Return what trains here, in words, for the log."""

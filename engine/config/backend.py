@@ -27,6 +27,16 @@ def of_deepspeed_alone(members: Sequence[Member]) -> list[Member]:
     return found
 
 
+def _divides(members: Sequence[Member]) -> list[Member]:
+    """Return the ZeRO stage if it is one: PyTorch has it too, but is to be asked for it."""
+    return [
+        member
+        for member in members
+        if (member.pointer == "/zero_optimization/stage" and member.value not in (0, "auto"))
+        or (member.pointer == "/zero_optimization" and member.value is True)
+    ]
+
+
 def choose(config: Mapping[str, Any], members: Sequence[Member]) -> Choice:
     """Return the backend of a config: the one that it names, or the one that honours its keys.
 
@@ -36,8 +46,8 @@ def choose(config: Mapping[str, Any], members: Sequence[Member]) -> Choice:
     named = config.get("engine", {}).get("backend", "auto")
     if named != "auto":
         return Choice(named, "`engine.backend` says so")
-    needed = of_deepspeed_alone(members)
+    needed = [*_divides(members), *of_deepspeed_alone(members)]
     if needed:
         keys = ", ".join(member.pointer[1:].replace("/", ".") for member in needed[:3])
-        return Choice("deepspeed", f"only DeepSpeed honours {keys}")
+        return Choice("deepspeed", f"{keys} mean{'s' * (len(needed) == 1)} DeepSpeed")
     return Choice("torch", "plain data parallelism needs no more")

@@ -71,6 +71,14 @@ class Config:
 
     name: str
     backend: Choice
+    own: Mapping[str, Any]
+    """The user's config as it was given, arguments included."""
+    zero_stage: int
+    """0 replicates; 1, 2 and 3 divide optimizer states, gradients, and parameters."""
+    offloads: bool
+    """Whether parameters and optimizer states live in the host's memory."""
+    wrap: tuple[str, ...]
+    """Classes of the modules that are gathered one at a time in ZeRO's stages."""
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -143,7 +151,8 @@ def load_config(
 
 def _resolve(document: Document, world_size: int, overrides: Sequence[Override]) -> Config:
     value = with_defaults(document.value, schemas.read(SCHEMA))
-    fp16, bf16 = value["fp16"], value["bf16"]
+    fp16, bf16 = value["fp16"], value.get("bfloat16", value["bf16"])
+    zero = document.value.get("zero_optimization", {})
     members = list(walk(document.value, schemas.read(SCHEMA)))
     optimizer = None
     if "optimizer" in value:
@@ -155,6 +164,10 @@ def _resolve(document: Document, world_size: int, overrides: Sequence[Override])
     return Config(
         name=document.name,
         backend=choose(document.value, members),
+        own=document.value,
+        zero_stage=int(zero if isinstance(zero, bool) else zero.get("stage", 0)),
+        offloads=not isinstance(zero, bool) and _offloads(zero),
+        wrap=tuple(value["engine"].pop("wrap")),
         batch=solve({key: value[key] for key in BATCH_KEYS if key in value}, world_size),
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
@@ -168,6 +181,11 @@ def _resolve(document: Document, world_size: int, overrides: Sequence[Override])
         overrides=tuple(overrides),
         run={key: value["engine"].get(key) for key in _RUN if key in value["engine"]},
     )
+
+
+def _offloads(zero: Mapping[str, Any]) -> bool:
+    blocks = (zero.get(name) or {} for name in ("offload_param", "offload_optimizer"))
+    return any(block.get("device", "none") != "none" for block in blocks)
 
 
 def load_document(config: Source) -> Document:

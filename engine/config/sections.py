@@ -104,7 +104,7 @@ def with_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[s
             filled[key] = with_defaults(value[key], below)
         elif key in value:
             filled[key] = value[key]
-        elif below.get("x-backend"):
+        elif below.get("x-backend") or below.get("deprecated"):
             continue  # what this backend does not read needs no default here
         elif "default" in below:
             filled[key] = below["default"]

@@ -127,8 +127,8 @@ PAIRS = [
         [("removed-key", "error", "/optimizer/type")],
     ),
     (
-        {"train_batch_size": 8, "engine": {"backend": "torch"}, "zero_optimization": {"stage": 2}},
-        [("other-backend", "error", "/zero_optimization")],
+        {"engine": {"backend": "torch"}} | zero(stage=2, overlap_comm=True),
+        [("other-backend", "error", "/zero_optimization/overlap_comm")],
     ),
     ({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 3}, []),
 ]

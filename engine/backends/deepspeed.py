@@ -1,0 +1,183 @@
+"""DeepSpeed underneath: its engine trains; our schedule drives its optimizer's param groups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from engine.backends.deepspeed_config import deepspeed_config
+from engine.config import Config
+from engine.optimizers import build_optimizer, is_buildable
+from engine.ranks import Ranks
+
+__all__ = ["DeepSpeedBackend"]
+
+_BESIDE = "onecycle"
+"""The name of our own state in DeepSpeed's checkpoints."""
+
+
+class DeepSpeedBackend:
+    """Trains with DeepSpeed's engine: ZeRO, offloading, its precisions and its optimizers.
+
+    The optimizer is built by PyTorch where it has one of that name, as on the other backend, and by
+    DeepSpeed where a key asks for its own: nothing is compiled unless the config wants it.
+
+    Args:
+        model: the user's module.
+        optimizer: one of the user's own, or a function from parameters to one.
+        parameters: tensors or param groups to train; None: all that need gradients.
+        config: proved right.
+        ranks: this process's place; one process gets a group of its own.
+        doors: further arguments of ``deepspeed.initialize``, as ``mpu``.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        parameters: Iterable[Any] | None,
+        config: Config,
+        ranks: Ranks,
+        doors: Mapping[str, Any],
+    ) -> None:
+        deepspeed = _imported()
+        self.ranks = ranks
+        self.grad_norm: float | None = None
+        self._config = config
+        block = config.optimizer
+        trained = list(parameters) if parameters is not None else None
+        if optimizer is None and block is not None and is_buildable(config.own["optimizer"]):
+            wanted = trained or [p for p in model.parameters() if p.requires_grad]
+            optimizer = build_optimizer(block, wanted)
+        settings = deepspeed_config(config, builds_optimizer=optimizer is None)
+        # DeepSpeed looks for its rank in the environment, which a launcher would have set.
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=trained,
+            config=settings,
+            **doors,
+        )
+        self.model: nn.Module = self.engine.module
+
+    def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
+        """Call the model in the run's precision; ranks meet when DeepSpeed has them meet."""
+        self.engine.set_gradient_accumulation_boundary(last_micro_batch)
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, accumulation: int, *, retain_graph: bool = False) -> None:
+        """Add the gradients of a loss, divided by the number of losses that an update averages."""
+        scaled = accumulation == self.engine.gradient_accumulation_steps()
+        loss = loss if scaled else loss / accumulation
+        self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scaled)
+
+    def step(self, *, divide_by: int = 1) -> bool:
+        """Let DeepSpeed update; return whether it did.
+
+        It tells an overflow by itself but for one case: under torch_autocast without ZeRO a scaler
+        of torch skips, and DeepSpeed counts an update. A scaler that skipped has a lower scale.
+        """
+        if divide_by != 1:
+            raise ValueError(
+                "with DeepSpeed, `engine.backward(loss)` must be called, which divides the loss by "
+                f"the {divide_by} micro-batches of an update; `loss.backward()` does not."
+            )
+        scaler = self.engine.torch_autocast_z0_gradscaler
+        before = scaler.get_scale() if scaler else 0.0
+        self.engine.set_gradient_accumulation_boundary(is_boundary=True)
+        self.engine.step()
+        applied: bool = self.engine.was_step_applied()
+        if scaler and scaler.get_scale() < before:
+            applied = False
+            self.engine.skipped_steps += 1
+        norm = self.engine.get_global_grad_norm()
+        self.grad_norm = None if norm is None else float(norm)
+        return applied
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.engine.zero_grad()
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss that the next backward pass uses."""
+        if scaler := self.engine.torch_autocast_z0_gradscaler:
+            return float(scaler.get_scale())
+        scale = getattr(self.optimizer, "cur_scale", None) or getattr(
+            self.optimizer, "loss_scale", None
+        )
+        return float(scale) if scale and self._config.precision == "fp16" else 1.0
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        dist.barrier()
+
+    def mean(self, value: float) -> float:
+        """Return the mean of a number over the ranks."""
+        total = Tensor([value]).double().to(self.ranks.device)
+        dist.all_reduce(total)
+        return float(total) / self.ranks.world_size
+
+    def save(self, folder: Path, tag: str, beside: Mapping[str, Any], *, save_latest: bool) -> None:
+        """Write DeepSpeed's own checkpoint, and the engine's state in it."""
+        client_state = {_BESIDE: dict(beside)}
+        self.engine.save_checkpoint(
+            str(folder), tag=tag, client_state=client_state, save_latest=save_latest
+        )
+
+    def load(
+        self, folder: Path, tag: str | None, *, optimizer: bool, strict: bool
+    ) -> tuple[Path, dict[str, Any]]:
+        """Restore DeepSpeed's own checkpoint; return its path and the engine's state."""
+        path, client_state = self.engine.load_checkpoint(
+            str(folder),
+            tag=tag,
+            load_module_strict=strict,
+            load_optimizer_states=optimizer,
+            load_lr_scheduler_states=False,
+        )
+        if path is None:
+            raise FileNotFoundError(
+                f"{folder} must hold a checkpoint to resume from, but has none"
+                f"{f' by the tag {tag!r}' if tag else ''}. Begin anew without `load_checkpoint`."
+            )
+        return Path(path), client_state[_BESIDE]
+
+    def describe(self) -> str:
+        """Return what trains here, in words, for the log."""
+        ranks = self.ranks
+        stage = f"ZeRO stage {self._config.zero_stage}"
+        count = f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)}"
+        return f"DeepSpeed, {stage}, {count}, {ranks.device}, {self._config.precision}"
+
+    def attribute(self, name: str) -> Any:
+        """Return the attribute of DeepSpeed's engine, which passes on the model's."""
+        return getattr(self.engine, name)
+
+    def destroy(self) -> None:
+        """Let DeepSpeed remove its hooks and buffers."""
+        self.engine.destroy()
+
+
+def _imported() -> Any:
+    try:
+        import deepspeed
+        from deepspeed.ops.op_builder import ShareMemCommBuilder
+    except ImportError as error:
+        raise ImportError(
+            f"DeepSpeed must be installed to run this config, but: {error}. `pip install "
+            'deepspeed`, or set "engine": {"backend": "torch"} and remove what DeepSpeed alone '
+            "honours."
+        ) from error
+    # Else the first run on a CPU waits minutes for a compiler, for a faster all-reduce in one host.
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    return deepspeed
