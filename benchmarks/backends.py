@@ -1,0 +1,67 @@
+"""The same 40 updates on every backend, stage and precision, on one rank and on two.
+
+    python benchmarks/backends.py > docs/results/backends.md
+
+A Markdown table: whether learning rate and momentum are the schedule's at each update, how far the
+losses are from those of one process of PyTorch in float32, and the first and last of them.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from rich.console import Console
+
+from schedules import trace
+from tests.distributed.matrix import SCHEDULER, launch, parity
+
+UPDATES = 40
+HEAD = """\
+# The same updates on every backend
+
+`python benchmarks/backends.py`, {date}, two cores (x86-64), gloo. A small transformer and LeNet, 40
+updates of batch 8, AdamW, 1Cycle with stairs and decay. Losses are compared at each update with one
+process of PyTorch in float32; the largest relative difference is given.
+
+| model | precision | what trained | lr and momentum | loss differs by | first loss | last loss |
+|---|---|---|---|---|---|---|"""
+
+
+def main() -> None:
+    progress = Console(stderr=True)
+    expected = trace(SCHEDULER, UPDATES)
+    print(HEAD.format(date=datetime.now(tz=timezone.utc).date()))
+    reference: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder, progress.status("one rank") as status:
+        for world_size in (1, 2):
+            status.update(f"{world_size} rank{'s' * (world_size > 1)}")
+            for name, run in launch(Path(folder), parity(UPDATES), world_size).items():
+                model, precision, backend, stage = name.split()
+                if world_size == 1 and backend == "torch" and stage != "0":
+                    continue  # one process divides nothing: the same run again
+                _, losses, lrs, momenta = zip(*run["rows"], strict=True)
+                own = reference.setdefault(model, list(losses))
+                same = (list(lrs), list(momenta)) == (
+                    expected["lr"][:, 0].tolist(),
+                    expected["momentum"][:, 0].tolist(),
+                )
+                gap = max(abs(a - b) / abs(b) for a, b in zip(losses, own, strict=True))
+                cells = (
+                    model,
+                    precision,
+                    run["about"].rpartition(", cpu")[0],
+                    "the schedule's" if same else "OTHERS",
+                    f"{gap:.1e}",
+                    f"{losses[0]:.4f}",
+                    f"{losses[-1]:.4f}",
+                )
+                print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

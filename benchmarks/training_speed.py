@@ -1,0 +1,220 @@
+"""Cost of an optimizer step and of `initialize`, beside a raw loop and the peers, in one run.
+
+    python benchmarks/training_speed.py
+
+CPU time of one process with one thread, medians of interleaved rounds, and the median of the
+rounds' ratios to the naive raw loop (AdamW as torch gives it, clip_grad_norm_, zero_grad). Calls are
+function calls per optimizer step as cProfile counts them on the MLP: they are the same in each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import importlib.util
+import logging
+import os
+import pstats
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import engine
+
+CLIP = 1.0
+STEPS = 10**6
+CYCLE = {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3, "cycle_first_step_size": STEPS}
+Step = Callable[[], None]
+
+
+class Block(nn.Module):
+    """A layer of a GPT."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 6, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm1(x)
+        x = x + self.attention(normed, normed, normed, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+def mlp() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    model = nn.Sequential(
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    return model, torch.randn(32, 64), torch.randint(10, (32,))
+
+
+def gpt() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    blocks = [Block(384) for _ in range(5)]
+    model = nn.Sequential(nn.Embedding(1024, 384), *blocks, nn.Linear(384, 1024))
+    for parameter in model.parameters():
+        # Embeddings of deviation 1 make denormals in the attention, which swamp all else.
+        parameter.data.clamp_(-0.04, 0.04)
+    return model, torch.randint(1024, (4, 64)), torch.randint(1024, (256,))
+
+
+def loss_of(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(output.flatten(0, -2), y)
+
+
+def raw(task: Callable[[], tuple], *, fused: bool | None, scheduled: bool = False) -> Step:
+    model, x, y = task()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    del scheduled
+
+    def step() -> None:
+        loss_of(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def config(size: int, backend: str = "torch", stage: int = 0) -> dict:
+    zero = {"zero_optimization": {"stage": stage}} if stage else {}
+    return {
+        "train_batch_size": size,
+        "gradient_clipping": CLIP,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01}},
+        "scheduler": {"type": "OneCycle", "params": CYCLE},
+        "engine": {"backend": backend},
+        **zero,
+    }
+
+
+def loop(trainer: object, x: torch.Tensor, y: torch.Tensor) -> Step:
+    def step() -> None:
+        trainer.backward(loss_of(trainer(x), y))
+        trainer.step()
+
+    return step
+
+
+def ours(task: Callable[[], tuple], backend: str = "torch", stage: int = 0) -> Step:
+    model, x, y = task()
+    trainer, *_ = engine.initialize(config=config(len(x), backend, stage), model=model)
+    return loop(trainer, x, y)
+
+
+def ours_unfused(task: Callable[[], tuple]) -> Step:
+    model, x, y = task()
+    plain = config(len(x))
+    plain["optimizer"]["params"]["torch_adam"] = True
+    trainer, *_ = engine.initialize(config=plain, model=model)
+    return loop(trainer, x, y)
+
+
+def deepspeed(task: Callable[[], tuple], stage: int) -> Step:
+    import deepspeed as peer
+
+    model, x, y = task()
+    settings = config(len(x), stage=stage)
+    del settings["engine"]
+    settings["optimizer"]["params"]["torch_adam"] = True
+    trainer, *_ = peer.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    return loop(trainer, x, y)
+
+
+def accelerate(task: Callable[[], tuple]) -> Step:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model, x, y = task()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+
+    def step() -> None:
+        accelerator.backward(loss_of(model(x), y))
+        accelerator.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def contenders(task: Callable[[], tuple]) -> dict[str, Step]:
+    found = {
+        "raw loop": raw(task, fused=None),
+        "raw loop, fused AdamW": raw(task, fused=True),
+        "onecycle": ours(task),
+        "onecycle, AdamW unfused": ours_unfused(task),
+        "onecycle on DeepSpeed, stage 0": ours(task, "deepspeed"),
+        "onecycle on DeepSpeed, stage 2": ours(task, "deepspeed", 2),
+        "DeepSpeed, stage 0": deepspeed(task, 0),
+        "DeepSpeed, stage 2": deepspeed(task, 2),
+    }
+    if importlib.util.find_spec("accelerate"):
+        found["Accelerate"] = accelerate(task)
+    return found
+
+
+def calls(step: Step, steps: int = 20) -> int:
+    """Return the function calls of one optimizer step."""
+    for _ in range(3):
+        step()
+    profile = cProfile.Profile()
+    profile.enable()
+    for _ in range(steps):
+        step()
+    profile.disable()
+    return round(pstats.Stats(profile).total_calls / steps)
+
+
+def cpu_time(step: Step, steps: int) -> float:
+    begin = time.process_time()
+    for _ in range(steps):
+        step()
+    return (time.process_time() - begin) / steps * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    console = Console()
+    table = Table("CPU ms a step", title="times the naive raw loop (median)")
+    cells: dict[str, list[str]] = {}
+    for name, task, steps in (("MLP", mlp, 200), ("GPT, 10M", gpt, 2)):
+        table.add_column(name, justify="right")
+        running = contenders(task)
+        if task is mlp:
+            counts = {each: calls(step) for each, step in running.items()}
+        times: dict[str, list[float]] = {each: [] for each in running}
+        for _ in track(range(args.rounds), name, console=console, transient=True):
+            for each, step in running.items():
+                times[each].append(cpu_time(step, steps))
+        for each, of_each in times.items():
+            ratios = (a / b for a, b in zip(of_each, times["raw loop"], strict=True))
+            cell = f"{statistics.median(of_each):.3f} ({statistics.median(ratios):.2f}x)"
+            cells.setdefault(each, []).append(cell)
+    table.add_column("calls (MLP)", justify="right")
+    for each, row in cells.items():
+        table.add_row(each, *row, str(counts[each]))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
