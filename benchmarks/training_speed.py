@@ -3,8 +3,8 @@
     python benchmarks/training_speed.py
 
 CPU time of one process with one thread, medians of interleaved rounds, and the median of the
-rounds' ratios to the naive raw loop (AdamW as torch gives it, clip_grad_norm_, zero_grad). Calls are
-function calls per optimizer step as cProfile counts them on the MLP: they are the same in each run.
+rounds' ratios to the naive raw loop (AdamW as torch gives it, clip_grad_norm_, zero_grad). Calls
+are function calls per optimizer step as cProfile counts them on the MLP, the same in each run.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         validate,
     )
     from engine.config.arguments import add_config_arguments
+    from engine.deepspeed_schedules import register_with_deepspeed
     from engine.engine import Engine
     from engine.training import initialize
 
@@ -29,6 +30,7 @@ __all__ = [
     "add_config_arguments",
     "initialize",
     "load_config",
+    "register_with_deepspeed",
     "validate",
 ]
 
@@ -40,6 +42,7 @@ _HOMES = {
     "add_config_arguments": "engine.config.arguments",
     "initialize": "engine.training",
     "load_config": "engine.config",
+    "register_with_deepspeed": "engine.deepspeed_schedules",
     "validate": "engine.config",
 }
 

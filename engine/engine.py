@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from engine.backends.base import Backend
 from engine.config import Config
 from engine.deepspeed_names import DeepSpeedNames
+from engine.monitors import Event, Monitor
 
 __all__ = ["Engine"]
 
@@ -46,6 +48,7 @@ class Engine(DeepSpeedNames, nn.Module):
         backend: Backend,
         lr_scheduler: LRScheduler | None,
         loader: DataLoader[Any] | None,
+        monitors: Sequence[Monitor] = (),
     ) -> None:
         super().__init__()
         self.module = backend.model
@@ -58,6 +61,10 @@ class Engine(DeepSpeedNames, nn.Module):
         # Apart, because nn.Module makes every assignment to an attribute of its own slow.
         self._done = Counters()
         self._losses: list[Tensor] = []
+        self._monitors = tuple(monitors)
+        # Every rank takes part in the mean of the loss, though rank 0 alone writes it.
+        self._is_watched = any(section["enabled"] for section in config.monitors.values())
+        self._clock = time.perf_counter()
         self._boundary: bool | None = None  # as `set_gradient_accumulation_boundary` has it
         self._synchronizes = True
         self._scaled_losses = 0  # in this window, by `backward` or `scale`
@@ -101,7 +108,7 @@ class Engine(DeepSpeedNames, nn.Module):
         divisor = self._accumulation if scale_wrt_gas else 1
         self._backend.backward(loss, divisor, retain_graph=retain_graph)
         self._scaled_losses += 1
-        if self.config.steps_per_print:
+        if self._is_watched or self.config.steps_per_print:
             self._losses.append(loss.detach())
         return loss
 
@@ -140,9 +147,12 @@ class Engine(DeepSpeedNames, nn.Module):
         done.global_steps += 1
         if not done.applied:
             self._count_skipped()
+        if self._is_watched:
+            self._write_events()  # before the schedule moves on: what this update used
+        if not done.applied:
             return False
         if self.config.steps_per_print and done.global_steps % self.config.steps_per_print == 0:
-            self._log_progress()  # before the schedule moves on: what this update used
+            self._log_progress()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         return True
@@ -166,6 +176,32 @@ class Engine(DeepSpeedNames, nn.Module):
             done.global_steps,
             done.skipped_steps,
         )
+
+    def _write_events(self) -> None:
+        """Give the monitors what this update used and gave, at the count of samples."""
+        window = self._losses[-self._accumulation :]
+        if not self.config.steps_per_print:
+            self._losses.clear()
+        loss = self._backend.mean(float(torch.stack(window).mean())) if window else None
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        values = {
+            "lr": self.get_lr()[0],
+            "momentum": (self.get_mom() or (None,))[0],
+            "weight_decay": self.optimizer.param_groups[0].get("weight_decay"),
+            "train_loss": loss,
+            "grad_norm": self.get_global_grad_norm(),
+            "loss_scale": self.loss_scale if self.fp16_enabled() else None,
+            "samples_per_second": self.train_batch_size() / max(seconds, 1e-9),
+            "skipped_updates": self.skipped_steps,
+        }
+        events = [
+            Event(f"Train/Samples/{name}", float(value), self.global_samples)
+            for name, value in values.items()
+            if value is not None
+        ]
+        for monitor in self._monitors:
+            monitor.write_events(events)
 
     def _log_progress(self) -> None:
         loss = self._backend.mean(float(torch.stack(self._losses).mean()))
@@ -224,7 +260,7 @@ class Engine(DeepSpeedNames, nn.Module):
         """
         losses = []
         for _ in range(self._accumulation):
-            loss = self._called_on(next(data_iter))
+            loss = self._called_on_next(data_iter)
             losses.append(self.backward(loss).detach())
             self.step()
         return torch.stack(losses).mean()
@@ -234,11 +270,17 @@ class Engine(DeepSpeedNames, nn.Module):
         training = self.training
         self.eval()
         with torch.no_grad():
-            losses = [self._called_on(next(data_iter)) for _ in range(self._accumulation)]
+            losses = [self._called_on_next(data_iter) for _ in range(self._accumulation)]
         self.train(training)
         return torch.stack(losses).mean()
 
-    def _called_on(self, batch: Any) -> Any:
+    def _called_on_next(self, data_iter: Iterator[Any]) -> Any:
+        batch = next(data_iter, None)
+        if batch is None:
+            raise ValueError(
+                f"`data_iter` must give {self._accumulation} micro-batches, but ended before; make "
+                "it endless, or stop at the end of an epoch."
+            )
         if isinstance(batch, Mapping):
             return self(**batch)
         return self(*batch) if isinstance(batch, tuple | list) else self(batch)
@@ -341,9 +383,11 @@ class Engine(DeepSpeedNames, nn.Module):
         path, state = self._backend.load(
             Path(load_dir), tag, optimizer=load_optimizer_states, strict=load_module_strict
         )
-        if load_lr_scheduler_states and self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if not load_module_only:
             self._done = Counters(**state["counters"])
             self._updates_before = self._updates
+        if load_lr_scheduler_states and self.lr_scheduler is not None:
+            # Another tool's checkpoint has no state of ours, but the count of updates is all of it.
+            own = {**self.lr_scheduler.state_dict(), "step": self._updates}
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"] or own)
         return str(path), state["client_state"]

@@ -18,6 +18,7 @@ from engine.backends.pytorch import PyTorchBackend
 from engine.config import Config, Source, load_config
 from engine.data import make_loader
 from engine.engine import Engine
+from engine.monitors import monitors_of
 from engine.optimizers import build_optimizer
 from engine.ranks import Ranks, agree, connect, world_size
 from schedules import ScheduleBinder
@@ -120,7 +121,7 @@ def initialize(
     elif lr_scheduler is not None:
         makes = callable(lr_scheduler) and not isinstance(lr_scheduler, LRScheduler)
         scheduler = lr_scheduler(backend.optimizer) if makes else lr_scheduler  # type: ignore[assignment, operator]  # a scheduler need not be one of torch
-    engine = Engine(resolved, backend, scheduler, loader)
+    engine = Engine(resolved, backend, scheduler, loader, monitors_of(resolved.monitors, ranks))
     if loader is not None:
         loader.end_with(lambda: engine.run_is_over)
     _announce(engine, backend)
@@ -208,7 +209,8 @@ def _refuse_two_sources(config: Config, optimizer: object, lr_scheduler: object)
                 f"({getattr(in_config, 'type', type(in_config).__name__)}) and as the argument "
                 f"`{name}` ({type(argument).__name__}). Remove one of them."
             )
-    if config.optimizer is None and optimizer is None:
+    nothing_trains = config.optimizer is None and optimizer is None
+    if nothing_trains and config.backend.name != "deepspeed":  # which also only infers
         raise ValueError(
             f"an optimizer must be given, but {config.name} has no `optimizer` and the argument is "
             'None. Add "optimizer": {"type": "AdamW", "params": {"lr": 0.001}}.'

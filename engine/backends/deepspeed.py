@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from engine.backends.deepspeed_config import deepspeed_config
 from engine.config import Config
@@ -60,7 +61,7 @@ class DeepSpeedBackend:
         settings = deepspeed_config(config, builds_optimizer=optimizer is None)
         # DeepSpeed looks for its rank in the environment, which a launcher would have set.
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
-        self.engine, self.optimizer, *_ = deepspeed.initialize(
+        self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             model_parameters=trained,
@@ -68,6 +69,7 @@ class DeepSpeedBackend:
             **doors,
         )
         self.model: nn.Module = self.engine.module
+        self.optimizer: Optimizer = self.engine.optimizer
 
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
         """Call the model in the run's precision; ranks meet when DeepSpeed has them meet."""
@@ -150,7 +152,17 @@ class DeepSpeedBackend:
                 f"{folder} must hold a checkpoint to resume from, but has none"
                 f"{f' by the tag {tag!r}' if tag else ''}. Begin anew without `load_checkpoint`."
             )
-        return Path(path), client_state[_BESIDE]
+        if _BESIDE in client_state:
+            return Path(path), client_state[_BESIDE]
+        # Saved by DeepSpeed itself: its counters say where the schedule is.
+        own = self.engine
+        counters = {"micro_steps": own.micro_steps, "global_steps": own.global_steps}
+        counters["skipped_steps"] = own.skipped_steps
+        return Path(path), {
+            "counters": counters,
+            "lr_scheduler": None,
+            "client_state": client_state,
+        }
 
     def describe(self) -> str:
         """Return what trains here, in words, for the log."""

@@ -16,7 +16,16 @@ from engine.config.sections import SCHEMA, is_parked, resolve_reference
 __all__ = ["deepspeed_config"]
 
 # What is ours, or what we do in its place.
-_OURS = ("$schema", "scheduler", "engine", "steps_per_print", "optimizer")
+_OURS = (
+    "$schema",
+    "csv_monitor",
+    "engine",
+    "optimizer",
+    "scheduler",
+    "steps_per_print",
+    "tensorboard",
+    "wandb",
+)
 
 
 def deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[str, Any]:

@@ -118,7 +118,8 @@ def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) ->
     wanted = None if parameters is None else list(parameters)
     dtype = _DTYPES.get(config.precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
-    offload = CPUOffloadPolicy() if config.offloads else OffloadPolicy()
+    on_host = next(model.parameters()).device.type == "cpu"
+    offload = CPUOffloadPolicy() if config.offloads and not on_host else OffloadPolicy()
     settings: dict[str, Any] = {
         "reshard_after_forward": config.zero_stage == 3,
         "mp_policy": policy,

@@ -89,6 +89,8 @@ class Config:
     dataloader_drop_last: bool
     seed: int
     steps_this_run: int | None
+    monitors: Mapping[str, Mapping[str, Any]]
+    """The sections ``tensorboard``, ``csv_monitor`` and ``wandb``."""
     overrides: tuple[Override, ...]
     run: Mapping[str, Any]
     """``max_duration``, ``scale_schedule_ratio`` and ``scale_warmup`` of the section ``engine``."""
@@ -179,6 +181,7 @@ def _resolve(document: Document, world_size: int, overrides: Sequence[Override])
         seed=value["engine"].pop("seed"),
         steps_this_run=value["engine"].pop("steps_this_run"),
         overrides=tuple(overrides),
+        monitors={name: value[name] for name in ("tensorboard", "csv_monitor", "wandb")},
         run={key: value["engine"].get(key) for key in _RUN if key in value["engine"]},
     )
 

@@ -2,7 +2,7 @@
 
     python backends_run.py RUNS.json ROWS.json
 
-Each run's rows of (applied, loss, lr, momentum) are written down; with several ranks, under torchrun.
+Each run's rows of (applied, loss, lr, momentum) are written down; several ranks by torchrun.
 """
 
 import json

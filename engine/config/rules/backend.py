@@ -14,6 +14,11 @@ __all__ = ["RULES"]
 def _honoured(checked: Checked) -> Iterator[Problem]:
     if choose(checked.config, checked.members).name != "torch":
         return
+    for member in checked.members:
+        if member.pointer.endswith("/device") and member.value == "nvme":
+            message = '"nvme" is offered by DeepSpeed alone, but `engine.backend` is torch.'
+            hint = 'Write "cpu", or set "backend": "deepspeed".'
+            yield checked.error("other-backend", member.pointer, message, hint)
     for member in of_deepspeed_alone(checked.members):
         name = member.pointer[1:].replace("/", ".")
         message = f"`{name}` is honoured by DeepSpeed alone, but `engine.backend` is torch."

@@ -130,6 +130,13 @@ PAIRS = [
         {"engine": {"backend": "torch"}} | zero(stage=2, overlap_comm=True),
         [("other-backend", "error", "/zero_optimization/overlap_comm")],
     ),
+    (
+        {"engine": {"backend": "torch"}} | zero(stage=3, offload_param={"device": "nvme"}),
+        [
+            ("nvme-without-path", "error", "/zero_optimization/offload_param"),
+            ("other-backend", "error", "/zero_optimization/offload_param/device"),
+        ],
+    ),
     ({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 3}, []),
 ]
 

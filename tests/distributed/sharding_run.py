@@ -1,0 +1,128 @@
+"""One case of `test_sharding`, on every rank."""
+
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+warnings.simplefilter("ignore")
+
+import engine  # noqa: E402
+
+LRS = [0.01, 0.2]
+CYCLE = {
+    "type": "OneCycle",
+    "params": {
+        "cycle_min_lr": LRS,
+        "cycle_max_lr": [0.1, 0.5],
+        "cycle_first_step_size": 4,
+        "cycle_momentum": False,
+    },
+}
+
+
+def net():
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(3))
+    return torch.nn.Sequential(*layers, torch.nn.Linear(6, 1))
+
+
+def config(**changes):
+    return {
+        "train_batch_size": 4,
+        "zero_optimization": {"stage": 3},
+        "optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}},
+        "engine": {"backend": "torch"},
+    } | changes
+
+
+def groups_of(model):
+    weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    return [
+        {"params": weights, "lr": LRS[0]},
+        {"params": biases, "lr": LRS[1], "weight_decay": 0.0, "betas": (0.8, 0.9)},
+    ]
+
+
+def update(trainer):
+    trainer.backward(trainer(torch.ones(2, 6) * (trainer.global_rank + 1)).pow(2).mean())
+    return trainer.step()
+
+
+def whole(trainer):
+    return [p.full_tensor().detach().clone() for p in trainer.module.parameters()]
+
+
+def groups():
+    model = net()
+    trainer, optimizer, *_ = engine.initialize(
+        model=model, config=config(scheduler=CYCLE), model_parameters=groups_of(model)
+    )
+    assert trainer.get_lr() == LRS
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert update(trainer)
+    assert trainer.get_lr() == [0.0325, 0.275]
+    assert [group["betas"][1] for group in optimizer.param_groups] == [0.999, 0.9]
+
+
+def client_optimizer():
+    model = net()
+    own = torch.optim.SGD(groups_of(model)[:1], lr=0.5, momentum=0.9)
+    without = config()
+    del without["optimizer"]
+    trainer, optimizer, *_ = engine.initialize(model=model, config=without, optimizer=own)
+    assert optimizer is own
+    before = whole(trainer)
+    assert update(trainer)
+    changed = [not torch.equal(a, b) for a, b in zip(before, whole(trainer), strict=True)]
+    assert any(changed)
+
+
+def resume():
+    folder = [tempfile.mkdtemp()]
+    dist.init_process_group("gloo")
+    dist.broadcast_object_list(folder)
+    runs = []
+    for stop in (2, None):
+        trainer, *_ = engine.initialize(model=net(), config=config())
+        if stop is None:
+            trainer.load_checkpoint(folder[0])
+        for _ in range(2 if stop else 3):
+            update(trainer)
+        if stop:
+            trainer.save_checkpoint(folder[0])
+            for _ in range(3):
+                update(trainer)
+        runs.append(whole(trainer))
+    assert trainer.global_steps == 5
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert Path(folder[0], "latest").exists()
+
+
+def strangers():
+    engine.initialize(
+        model=net(), config=config(), model_parameters=[torch.nn.Parameter(torch.ones(3))]
+    )
+
+
+def nothing_to_wrap():
+    chosen = {"backend": "torch", "wrap": ["Nonsense"]}
+    engine.initialize(model=net(), config=config(engine=chosen))
+
+
+def other_config():
+    dist.init_process_group("gloo")
+    lr = 0.001 * (dist.get_rank() + 1)
+    optimizer = {"type": "AdamW", "params": {"lr": lr}}
+    engine.initialize(model=net(), config=config(optimizer=optimizer))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]]()
+    if dist.is_initialized() and sys.argv[1] == "resume":
+        dist.destroy_process_group()

@@ -1,0 +1,35 @@
+"""What survives being divided among ranks, and what is refused before it hangs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("sharding_run.py")
+
+
+def run(case, world_size=2):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    command = [sys.executable, *torchrun, SCRIPT, case]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("case", ["groups", "client_optimizer", "resume"])
+def test_it_survives_being_divided(case):
+    done = run(case)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("strangers", "hold a tensor of shape (3,) that is none of them"),
+        ("nothing_to_wrap", "`engine.wrap` must name classes of the model's modules"),
+        ("other_config", '-   "lr": 0.001'),
+    ],
+)
+def test_it_is_refused(case, message):
+    done = run(case)
+    assert done.returncode != 0
+    assert message in done.stderr

@@ -1,0 +1,161 @@
+"""The surface of DeepSpeed's engine, and what is ours on it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import engine
+from schedules import lr_schedules
+
+
+def start(make=lambda: torch.nn.Linear(2, 1), **changes):
+    config = {
+        "train_batch_size": 4,
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2}},
+    } | changes
+    torch.manual_seed(0)
+    trainer, *_ = engine.initialize(config=config, model=make())
+    return trainer
+
+
+X = torch.arange(8.0).view(4, 2)
+
+
+def test_names_that_scripts_read():
+    trainer = start()
+    assert (trainer.global_rank, trainer.local_rank, trainer.world_size) == (0, 0, 1)
+    assert trainer.optimizer_name() == "sgd"
+    assert trainer.scheduler_name() == "WarmupLR"
+    assert (trainer.fp16_enabled(), trainer.bfloat16_enabled()) == (False, False)
+    assert (trainer.gradient_clipping(), trainer.steps_per_print()) == (1.0, None)
+    assert (trainer.zero_optimization(), trainer.zero_optimization_stage()) == (False, 0)
+    assert trainer.basic_optimizer is trainer.optimizer
+    assert trainer.in_features == 2  # the model's own
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = trainer.nonsense
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.module.parameters()]
+
+
+@pytest.mark.parametrize("way", ["scale", "own backward", "by hand", "train_batch"])
+def test_other_ways_to_a_batch_come_to_the_same_update(way):
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.net(x).pow(2).mean()
+
+    usual, other = start(Loss), start(Loss)
+    for _ in range(3):
+        for half in X.split(2):
+            usual.backward(usual(half))
+            usual.step()
+        if way == "train_batch":
+            other.train_batch(iter(X.split(2)))
+            continue
+        for index, half in enumerate(X.split(2)):
+            if way == "by hand":
+                other.set_gradient_accumulation_boundary(index == 1)
+            loss = other(half)
+            if way == "scale":
+                other.scale(loss).backward()
+            elif way == "own backward":
+                loss.backward()
+            else:
+                other.backward(loss)
+            if way != "by hand" or index == 1:
+                other.step()
+    assert all(torch.equal(a, b) for a, b in zip(weights(usual), weights(other), strict=True))
+    assert other.global_steps == 3
+    assert other.global_samples == 12
+
+
+def test_an_unscaled_loss_in_fp16_is_refused():
+    trainer = start(fp16={"enabled": True})
+    for half in X.split(2):
+        trainer(half).float().pow(2).mean().backward()
+        if trainer.is_gradient_accumulation_boundary():
+            with pytest.raises(RuntimeError, match="in fp16 a loss must be scaled"):
+                trainer.step()
+        else:
+            trainer.step()
+
+
+def test_eval_batch_leaves_training_as_it_was():
+    trainer = start(lambda: torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Flatten(0)))
+    before = weights(trainer)
+    with pytest.raises(ValueError, match="must give 2 micro-batches, but ended before"):
+        trainer.eval_batch(iter([X[:1]]))
+    trainer.train()
+    loss = trainer.eval_batch(iter([X[:1], X[1:2]]))
+    assert loss.numel() == 1
+    assert trainer.training
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
+
+
+def test_zero_grad_and_no_sync_and_what_torch_lacks():
+    trainer = start()
+    with trainer.no_sync():
+        trainer.backward(trainer(X[:2]).mean())
+    trainer.zero_grad()
+    assert all(p.grad is None for p in trainer.module.parameters())
+    with pytest.raises(ValueError, match="`mpu` must be None on the PyTorch backend"):
+        start_with_mpu = {"train_batch_size": 1, "optimizer": {"type": "SGD"}}
+        engine.initialize(config=start_with_mpu, model=torch.nn.Linear(1, 1), mpu=object())
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    strange = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="`optimizer` must train parameters of `model`"):
+        engine.initialize(
+            config={"train_batch_size": 1}, model=torch.nn.Linear(1, 1), optimizer=strange
+        )
+
+
+def test_deepspeeds_scheduler_classes_by_their_positions():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+    cycle = lr_schedules.OneCycle(optimizer, 0.1, 0.5, 0.0, 2, cycle_min_mom=0.7)
+    assert cycle.schedule.cycle_first_step_size == 2
+    assert cycle.get_lr() == [0.1]
+    decay = lr_schedules.WarmupDecayLR(optimizer, 10, 0.0, 0.2, 4, "linear")
+    assert (decay.schedule.total_num_steps, decay.schedule.warmup_num_steps) == (10, 4)
+    with pytest.raises(TypeError, match="each parameter once"):
+        lr_schedules.OneCycle(optimizer, 0.1, cycle_min_lr=0.1)
+
+
+PLAIN = """
+import warnings; warnings.simplefilter("ignore")
+import os; os.environ["LOCAL_RANK"] = "0"
+import torch, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+import deepspeed, engine
+assert "PolynomialWithWarmupScheduler" in engine.register_with_deepspeed()
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+model = torch.nn.Linear(2, 1)
+trainer, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
+    "train_batch_size": 2,
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.5, "torch_adam": True}},
+    "scheduler": {"type": "CosineAnnealingWithWarmupScheduler",
+                  "params": {"t_warmup": 2, "t_max": 6}},
+})
+lrs = []
+for _ in range(4):
+    lrs.append(trainer.optimizer.param_groups[0]["lr"])
+    trainer.backward(trainer(torch.ones(2, 2)).mean())
+    trainer.step()
+assert lrs[:3] == [0.0, 0.25, 0.5] and 0.4 < lrs[3] < 0.5, lrs
+dist.destroy_process_group()
+"""
+
+
+def test_plain_deepspeed_finds_our_schedules():
+    run = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]

@@ -1,0 +1,86 @@
+"""Monitors: what each update used, at its count of samples, in files that others can read."""
+
+import csv
+import warnings
+
+import pytest
+import torch
+
+import engine
+
+CYCLE = {
+    "type": "OneCycle",
+    "params": {"cycle_min_lr": 0.01, "cycle_max_lr": 0.05, "cycle_first_step_size": 4},
+}
+
+
+def train(updates, poison=(), **sections):
+    config = {
+        "train_batch_size": 4,
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"weight_decay": 0.25}},
+        "scheduler": CYCLE,
+        **sections,
+    }
+    torch.manual_seed(0)
+    trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(3, 1))
+    used = []
+    for update in range(updates):
+        used.append((trainer.get_lr()[0], trainer.get_mom()[0]))
+        losses = []
+        for _ in range(2):
+            loss = trainer(torch.ones(2, 3)).pow(2).mean()
+            losses.append(loss.item())
+            trainer.backward(loss * float("inf") if update in poison else loss)
+            trainer.step()
+        used[-1] += (sum(losses) / 2,)
+    return used
+
+
+def rows(folder, name):
+    with (folder / f"Train_Samples_{name}.csv").open() as file:
+        header, *found = csv.reader(file)
+    assert header == ["step", name]
+    return {int(step): float(value) for step, value in found}
+
+
+def test_csv_has_what_each_update_used(tmp_path):
+    section = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    used = train(5, poison=[2], csv_monitor=section)
+    folder = tmp_path / "job"
+    samples = [4 * (update + 1) for update in range(5)]
+    assert list(rows(folder, "lr").items()) == list(zip(samples, [u[0] for u in used], strict=True))
+    assert list(rows(folder, "momentum").values()) == [u[1] for u in used]
+    assert set(rows(folder, "weight_decay").values()) == {0.25}
+    losses = rows(folder, "train_loss")
+    assert [losses[at] for at in (4, 8, 16)] == pytest.approx([used[k][2] for k in (0, 1, 3)])
+    assert list(rows(folder, "skipped_updates").values()) == [0, 0, 1, 1, 1]
+    assert rows(folder, "grad_norm")[4] > 0
+    assert min(rows(folder, "samples_per_second").values()) > 0
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        section = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+        used = train(3, tensorboard=section)
+        events = EventAccumulator(str(tmp_path / "job"))
+        events.Reload()
+    scalars = events.Scalars("Train/Samples/lr")
+    assert [scalar.step for scalar in scalars] == [4, 8, 12]
+    assert [scalar.value for scalar in scalars] == pytest.approx([u[0] for u in used])
+
+
+def test_a_monitor_that_is_not_installed_says_which_would_do():
+    with pytest.raises(ValueError, match="use `tensorboard` or `csv_monitor`"):
+        train(1, wandb={"enabled": True})
+
+
+def test_no_monitor_keeps_no_losses():
+    config = {"train_batch_size": 2, "optimizer": {"type": "SGD"}}
+    trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(3, 1))
+    trainer.backward(trainer(torch.ones(2, 3)).mean())
+    trainer.step()
+    assert trainer._losses == []
