@@ -17,6 +17,7 @@ COMMANDS = {
     "config": "print every value that a run would use, and where it comes from",
     "plot": "show the learning rate and momentum that every update will use",
     "schedules": "list every schedule, or print all about one",
+    "checkpoint": "list, verify, show or export the checkpoints of a run",
     "schema": "print the JSON schema of configs, or of one schedule's params",
 }
 """Each command, which is a module of `engine.commands`, and what it does in a line."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,6 +39,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self._rank = rank
         self._seed = config.seed
         self.epoch = 0
+        self.skips = 0
         whole = samples // config.batch.train
         self.batches = (
             whole if config.dataloader_drop_last else math.ceil(samples / config.batch.train)
@@ -64,7 +66,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         wanted = self.batches * sizes.train
         order = (order * math.ceil(wanted / self._samples))[:wanted]
         stride = sizes.micro * sizes.world_size
-        for begin in range(self._rank * sizes.micro, wanted, stride):
+        skips, self.skips = self.skips, 0
+        for begin in range((skips * sizes.world_size + self._rank) * sizes.micro, wanted, stride):
             yield order[begin : begin + sizes.micro]
 
 
@@ -72,20 +75,48 @@ class RunLoader(DataLoader[Any]):
     """A loader that ends where the run does, in the midst of an epoch and in all later ones."""
 
     _run_is_over: Callable[[], bool] | None = None
+    _seed = 0
+    _epoch = -1
+    _given = 0  # micro-batches of the epoch, counted when they are asked for
+    _resumes = False
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and how many of its micro-batches were given."""
+        return {"epoch": self._epoch, "given": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iteration go on where the state was returned."""
+        self._epoch, self._given, self._resumes = state["epoch"], state["given"], True
+
+    def begin(self, seed: int) -> None:
+        """Take the seed of the run."""
+        self._seed = seed
 
     def end_with(self, run_is_over: Callable[[], bool]) -> None:
         """Take the function that says whether the run has made all of its updates."""
         self._run_is_over = run_is_over
 
     def __iter__(self) -> Any:
-        if self._run_is_over is None:
-            return super().__iter__()
-        return iter(()) if self._run_is_over() else self._until_the_end(super().__iter__())
+        if self._run_is_over is not None and self._run_is_over():
+            return iter(())
+        if not self._resumes:
+            self._epoch, self._given = self._epoch + 1, 0
+        self._resumes = False
+        if self.generator is not None:
+            # Workers' seeds come from here, not from the generator that the script draws from.
+            self.generator.manual_seed(self._seed + self._epoch)
+        sampler = self.batch_sampler
+        skips = self._given
+        if isinstance(sampler, GlobalBatchSampler):
+            sampler.epoch, sampler.skips = self._epoch, skips  # nothing is loaded to be left out
+            return self._counted(super().__iter__())
+        return self._counted(itertools.islice(super().__iter__(), skips, None))
 
-    def _until_the_end(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
+            self._given += 1
             yield batch
-            if self._run_is_over and self._run_is_over():
+            if self._run_is_over is not None and self._run_is_over():
                 return
 
 
@@ -102,14 +133,15 @@ def make_loader(
     Raises:
         ValueError: the dataset is empty, or smaller than the one batch that it is to fill.
     """
-    pinned = ranks.device.type == "cuda"
+    settings: dict[str, Any] = {
+        "collate_fn": collate_fn,
+        "pin_memory": ranks.device.type == "cuda",
+        "generator": torch.Generator(),
+    }
     if isinstance(dataset, IterableDataset):
-        return RunLoader(
-            dataset,
-            batch_size=config.batch.micro,
-            drop_last=config.dataloader_drop_last,
-            collate_fn=collate_fn,
-            pin_memory=pinned,
-        )
-    sampler = GlobalBatchSampler(len(dataset), config, ranks.rank)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
-    return RunLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=pinned)
+        settings |= {"batch_size": config.batch.micro, "drop_last": config.dataloader_drop_last}
+    else:
+        settings["batch_sampler"] = GlobalBatchSampler(len(dataset), config, ranks.rank)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
+    loader = RunLoader(dataset, **settings)
+    loader.begin(config.seed)
+    return loader

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from engine import saving, signals
 from engine.backends.base import Backend
+from engine.checkpoint import envelope
 from engine.config import Config
+from engine.data import RunLoader
 from engine.deepspeed_names import DeepSpeedNames
 from engine.monitors import Event, Monitor
 
@@ -68,6 +71,7 @@ class Engine(DeepSpeedNames, nn.Module):
         self._boundary: bool | None = None  # as `set_gradient_accumulation_boundary` has it
         self._synchronizes = True
         self._scaled_losses = 0  # in this window, by `backward` or `scale`
+        self._signals: signals.Signals | None = None
         self._updates_before = 0  # those of earlier runs, when a checkpoint was loaded
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +91,7 @@ class Engine(DeepSpeedNames, nn.Module):
     def backward(
         self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
     ) -> Tensor:
-        """Add the gradients of a micro-batch's loss; return the loss.
+        """Add the gradients of a micro-batch's loss; return the loss over the number of losses.
 
         Args:
             loss: a scalar that has a graph: the mean over the micro-batch. It is scaled and divided
@@ -110,7 +114,7 @@ class Engine(DeepSpeedNames, nn.Module):
         self._scaled_losses += 1
         if self._is_watched or self.config.steps_per_print:
             self._losses.append(loss.detach())
-        return loss
+        return loss if divisor == 1 else loss / divisor
 
     def scale(self, loss: Tensor) -> Tensor:
         """Return a loss scaled and divided as by `backward`, for a ``.backward()`` of your own."""
@@ -130,8 +134,10 @@ class Engine(DeepSpeedNames, nn.Module):
             not move the schedule.
 
         Raises:
-            RuntimeError: the run is over, see `run_is_over`.
+            RuntimeError: the run is over, see `run_is_over`, or the ranks are kept from meeting.
         """
+        if not self._synchronizes:
+            raise RuntimeError("`step` must not be called inside of `no_sync`; leave it first.")
         if self.run_is_over:
             raise RuntimeError(
                 f"the run must end after {self.config.steps_this_run} updates "
@@ -150,11 +156,50 @@ class Engine(DeepSpeedNames, nn.Module):
         if self._is_watched:
             self._write_events()  # before the schedule moves on: what this update used
         if not done.applied:
+            self._save_if_due()
             return False
         if self.config.steps_per_print and done.global_steps % self.config.steps_per_print == 0:
             self._log_progress()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
+        self._save_if_due()
+        return True
+
+    def _save_if_due(self) -> None:
+        """Save as ``engine.checkpoint`` says, and before the process is told to end."""
+        wanted = self.config.checkpoint
+        if wanted.dir is None:
+            return
+        ends = self._signals is not None and self._signals.came_to_any(self._backend.ranks)
+        due = wanted.every is not None and self._done.global_steps % wanted.every == 0
+        if not (due or ends):
+            return
+        self.save_checkpoint(wanted.dir)
+        if self._backend.ranks.rank == 0:
+            envelope.prune(Path(wanted.dir), wanted.keep, wanted.keep_every)
+        if ends:
+            log.warning("saved at update %d and ended, as a signal asked for", self._updates)
+            raise SystemExit(signals.SAVED_AND_ENDED)
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint as ``engine.checkpoint.resume`` says; `initialize` does.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            FileNotFoundError: there is none, and there must be.
+        """
+        wanted = self.config.checkpoint
+        if wanted.dir is not None and self._signals is None:
+            self._signals = signals.Signals()
+        if wanted.dir is None or wanted.resume == "never":
+            return False
+        if wanted.resume == "auto" and not envelope.checkpoints(Path(wanted.dir)):
+            return False
+        path, _ = self.load_checkpoint(wanted.dir)
+        if self._backend.ranks.rank == 0:
+            log.info("goes on from %s, update %d", path, self._updates)
         return True
 
     def _update(self) -> bool:
@@ -241,6 +286,8 @@ class Engine(DeepSpeedNames, nn.Module):
                 "`no_sync` must not be used in ZeRO stages 2 and 3, which divide gradients in each "
                 "backward pass; let `gradient_accumulation_steps` do the counting."
             )
+        if not self._synchronizes:
+            raise RuntimeError("`no_sync` must not be nested, but is inside of another one.")
         self._synchronizes = False
         try:
             yield
@@ -263,7 +310,7 @@ class Engine(DeepSpeedNames, nn.Module):
             loss = self._called_on_next(data_iter)
             losses.append(self.backward(loss).detach())
             self.step()
-        return torch.stack(losses).mean()
+        return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Return the mean loss of a whole batch, its micro-batches from an iterator."""
@@ -284,6 +331,11 @@ class Engine(DeepSpeedNames, nn.Module):
         if isinstance(batch, Mapping):
             return self(**batch)
         return self(*batch) if isinstance(batch, tuple | list) else self(batch)
+
+    def empty_partition_cache(self) -> None:
+        """Let go of gathered parameters, which DeepSpeed's stage 3 keeps and nothing else does."""
+        if self.config.backend.name == "deepspeed":
+            self._backend.attribute("empty_partition_cache")()
 
     def destroy(self) -> None:
         """Let go of what the backend holds; the model is the caller's again."""
@@ -337,20 +389,28 @@ class Engine(DeepSpeedNames, nn.Module):
             exclude_frozen_parameters: not offered: a checkpoint is whole.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: there is no space, or the folder cannot be written; it keeps what it held.
+            RuntimeError: a rank did not come within seconds.
         """
         if exclude_frozen_parameters:
             raise ValueError(
                 "`exclude_frozen_parameters` must be false: a checkpoint is whole or not there."
             )
-        beside = {
+        folder, tag = Path(save_dir), tag or f"global_step{self.global_steps}"
+        state = {
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
             "counters": asdict(self._done),
+            "loader": self._loader_state(),
             "client_state": dict(client_state or {}),
         }
-        tag = tag or f"global_step{self.global_steps}"
-        self._backend.save(Path(save_dir), tag, beside, save_latest=save_latest)
+        saving.save(
+            self._backend, self.config, folder, tag, self._updates, state, save_latest=save_latest
+        )
         return True
+
+    def _loader_state(self) -> dict[str, int] | None:
+        loader = self.training_dataloader
+        return loader.state_dict() if isinstance(loader, RunLoader) else None
 
     def load_checkpoint(
         self,
@@ -376,18 +436,31 @@ class Engine(DeepSpeedNames, nn.Module):
 
         Raises:
             FileNotFoundError: there is none, so that nothing begins anew in silence.
-            ValueError: it was saved with another schedule.
+            CheckpointError: it is not whole, or of another run: another schedule, optimizer, batch,
+                precision or number of ranks. Nothing was changed then.
         """
         if load_module_only:
             load_optimizer_states = load_lr_scheduler_states = False
-        path, state = self._backend.load(
-            Path(load_dir), tag, optimizer=load_optimizer_states, strict=load_module_strict
+        override = self.config.checkpoint.override
+        path, state = saving.load(
+            self._backend,
+            self.config,
+            Path(load_dir),
+            tag,
+            optimizer=load_optimizer_states,
+            strict=load_module_strict,
+            override=override,
         )
         if not load_module_only:
             self._done = Counters(**state["counters"])
             self._updates_before = self._updates
+            loader = self.training_dataloader
+            if isinstance(loader, RunLoader) and state["loader"] is not None:
+                loader.load_state_dict(state["loader"])
         if load_lr_scheduler_states and self.lr_scheduler is not None:
-            # Another tool's checkpoint has no state of ours, but the count of updates is all of it.
-            own = {**self.lr_scheduler.state_dict(), "step": self._updates}
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"] or own)
+            saved = state["lr_scheduler"]
+            if saved is None or override:
+                # The count of updates is all that another schedule goes on from.
+                saved = {**self.lr_scheduler.state_dict(), "step": self._updates}
+            self.lr_scheduler.load_state_dict(saved)
         return str(path), state["client_state"]

@@ -125,6 +125,7 @@ def initialize(
     if loader is not None:
         loader.end_with(lambda: engine.run_is_over)
     _announce(engine, backend)
+    engine.resume()
     return engine, backend.optimizer, loader, scheduler
 
 
@@ -222,7 +223,8 @@ def _announce(engine: Engine, backend: Backend) -> None:
     config = engine.config
     if backend.ranks.rank != 0:
         return
-    count = sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"])
+    groups = getattr(engine.optimizer, "param_groups", ())
+    count = sum(p.numel() for group in groups for p in group["params"])
     if not log.hasHandlers():
         # Nobody configured logging: these few lines are to be seen all the same.
         log.addHandler(logging.StreamHandler())

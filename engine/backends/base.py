@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,21 +57,16 @@ class Backend(Protocol):
         """Return the mean of a number over the ranks."""
         ...
 
-    def save(self, folder: Path, tag: str, beside: Mapping[str, Any], *, save_latest: bool) -> None:
-        """Write model, optimizer and loss scale to ``folder/tag``; every rank calls it.
-
-        Args:
-            folder: the folder of all checkpoints of the run.
-            tag: name of this one.
-            beside: the engine's own state, to be kept with it.
-            save_latest: whether ``folder/latest`` is to name it.
-        """
+    def save(self, place: Path) -> None:
+        """Write model, optimizer and loss scale into a folder; every rank calls it."""
         ...
 
-    def load(
-        self, folder: Path, tag: str | None, *, optimizer: bool, strict: bool
-    ) -> tuple[Path, dict[str, Any]]:
-        """Restore what `save` wrote; return its path and what was kept beside it."""
+    def load(self, place: Path, *, optimizer: bool, strict: bool) -> None:
+        """Restore what `save` wrote, with or without the optimizer's part; every rank calls it.
+
+        Raises:
+            CheckpointError: it is another model's.
+        """
         ...
 
     def describe(self) -> str:

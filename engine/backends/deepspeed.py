@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.backends.deepspeed_config import deepspeed_config
+from engine.checkpoint.envelope import CheckpointError
 from engine.config import Config
 from engine.optimizers import build_optimizer, is_buildable
 from engine.ranks import Ranks
 
 __all__ = ["DeepSpeedBackend"]
-
-_BESIDE = "onecycle"
-"""The name of our own state in DeepSpeed's checkpoints."""
 
 
 class DeepSpeedBackend:
@@ -129,40 +127,21 @@ class DeepSpeedBackend:
         dist.all_reduce(total)
         return float(total) / self.ranks.world_size
 
-    def save(self, folder: Path, tag: str, beside: Mapping[str, Any], *, save_latest: bool) -> None:
-        """Write DeepSpeed's own checkpoint, and the engine's state in it."""
-        client_state = {_BESIDE: dict(beside)}
-        self.engine.save_checkpoint(
-            str(folder), tag=tag, client_state=client_state, save_latest=save_latest
-        )
+    def save(self, place: Path) -> None:
+        """Write DeepSpeed's own checkpoint into the folder."""
+        self.engine.save_checkpoint(str(place.parent), tag=place.name, save_latest=False)
 
-    def load(
-        self, folder: Path, tag: str | None, *, optimizer: bool, strict: bool
-    ) -> tuple[Path, dict[str, Any]]:
-        """Restore DeepSpeed's own checkpoint; return its path and the engine's state."""
-        path, client_state = self.engine.load_checkpoint(
-            str(folder),
-            tag=tag,
+    def load(self, place: Path, *, optimizer: bool, strict: bool) -> None:
+        """Restore DeepSpeed's own checkpoint."""
+        path, _ = self.engine.load_checkpoint(
+            str(place.parent),
+            tag=place.name,
             load_module_strict=strict,
             load_optimizer_states=optimizer,
             load_lr_scheduler_states=False,
         )
         if path is None:
-            raise FileNotFoundError(
-                f"{folder} must hold a checkpoint to resume from, but has none"
-                f"{f' by the tag {tag!r}' if tag else ''}. Begin anew without `load_checkpoint`."
-            )
-        if _BESIDE in client_state:
-            return Path(path), client_state[_BESIDE]
-        # Saved by DeepSpeed itself: its counters say where the schedule is.
-        own = self.engine
-        counters = {"micro_steps": own.micro_steps, "global_steps": own.global_steps}
-        counters["skipped_steps"] = own.skipped_steps
-        return Path(path), {
-            "counters": counters,
-            "lr_scheduler": None,
-            "client_state": client_state,
-        }
+            raise CheckpointError(f"{place} must hold DeepSpeed's files, but DeepSpeed finds none.")
 
     def describe(self) -> str:
         """Return what trains here, in words, for the log."""

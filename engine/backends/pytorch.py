@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from engine import checkpoint
+from engine.checkpoint import tensors
 from engine.config import Config
 from engine.loss_scaling import LossScaler
 from engine.ranks import Ranks
 
 __all__ = ["PyTorchBackend"]
 
+_SCALER = "loss_scaler.pt"
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -130,40 +130,18 @@ class PyTorchBackend:
         dist.all_reduce(total)
         return float(total) / self.ranks.world_size
 
-    def save(self, folder: Path, tag: str, beside: Mapping[str, Any], *, save_latest: bool) -> None:
-        """Write model, optimizer and loss scale to ``folder/tag``; every rank calls it."""
-        model, optimizer = self._state_dicts()
-        if self.ranks.rank == 0:
-            state = {
-                "model": model,
-                "optimizer": optimizer,
-                "loss_scaler": self._scaler.state_dict() if self._scaler else None,
-                **beside,
-            }
-            checkpoint.write(folder, tag, state, save_latest=save_latest)
-        self.barrier()
+    def save(self, place: Path) -> None:
+        """Write model, optimizer and loss scale into a folder; every rank calls it."""
+        tensors.write(place, self.model, self.optimizer)
+        if self._scaler is not None and self.ranks.rank == 0:
+            torch.save(self._scaler.state_dict(), place / _SCALER)
 
-    def load(
-        self, folder: Path, tag: str | None, *, optimizer: bool, strict: bool
-    ) -> tuple[Path, dict[str, Any]]:
-        """Restore what `save` wrote; return its path and what was kept beside it."""
-        path, state = checkpoint.read(folder, tag)
-        model, of_optimizer = state.pop("model"), state.pop("optimizer")
-        self._load_state_dicts(model, of_optimizer if optimizer else None, strict=strict)
-        scaler = state.pop("loss_scaler")
-        if optimizer and self._scaler is not None and scaler is not None:
-            self._scaler.load_state_dict(scaler)
-        return path, state
-
-    def _state_dicts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return self.model.state_dict(), self.optimizer.state_dict()
-
-    def _load_state_dicts(
-        self, model: dict[str, Any], optimizer: dict[str, Any] | None, *, strict: bool
-    ) -> None:
-        self.model.load_state_dict(model, strict=strict)
-        if optimizer is not None:
-            self.optimizer.load_state_dict(optimizer)
+    def load(self, place: Path, *, optimizer: bool, strict: bool) -> None:
+        """Restore what `save` wrote, with or without the optimizer's part; every rank calls it."""
+        tensors.read(place, self.model, self.optimizer if optimizer else None, strict=strict)
+        saved = place / _SCALER
+        if optimizer and self._scaler is not None and saved.is_file():
+            self._scaler.load_state_dict(torch.load(saved, weights_only=True))
 
     def attribute(self, name: str) -> Any:
         """Return the model's attribute of a name."""

@@ -13,12 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -67,26 +61,6 @@ class ShardedBackend(PyTorchBackend):
         squares = torch.tensor(own**2, dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(squares)
         return math.sqrt(float(squares))
-
-    def _state_dicts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=whole)
-        return model, optimizer
-
-    def _load_state_dicts(
-        self, model: dict[str, Any], optimizer: dict[str, Any] | None, *, strict: bool
-    ) -> None:
-        whole = StateDictOptions(full_state_dict=True, strict=strict)
-        if optimizer is None:
-            set_model_state_dict(self.model, model, options=whole)
-        else:
-            set_state_dict(
-                self.model,
-                self.optimizer,
-                model_state_dict=model,
-                optim_state_dict=optimizer,
-                options=whole,
-            )
 
     def describe(self) -> str:
         """Return what trains here, in words, for the log."""

@@ -58,6 +58,18 @@ _RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup")
 
 
 @dataclass(frozen=True)
+class CheckpointPlan:
+    """The section ``engine.checkpoint``; without ``dir`` only the script saves and loads."""
+
+    dir: str | None
+    every: int | None
+    keep: int | None
+    keep_every: int | None
+    resume: Literal["auto", "must", "never"]
+    override: bool
+
+
+@dataclass(frozen=True)
 class OptimizerBlock:
     """An optimizer's proper name and all of its parameters."""
 
@@ -89,6 +101,7 @@ class Config:
     dataloader_drop_last: bool
     seed: int
     steps_this_run: int | None
+    checkpoint: CheckpointPlan
     monitors: Mapping[str, Mapping[str, Any]]
     """The sections ``tensorboard``, ``csv_monitor`` and ``wandb``."""
     overrides: tuple[Override, ...]
@@ -181,6 +194,7 @@ def _resolve(document: Document, world_size: int, overrides: Sequence[Override])
         seed=value["engine"].pop("seed"),
         steps_this_run=value["engine"].pop("steps_this_run"),
         overrides=tuple(overrides),
+        checkpoint=CheckpointPlan(**value["engine"]["checkpoint"]),
         monitors={name: value[name] for name in ("tensorboard", "csv_monitor", "wandb")},
         run={key: value["engine"].get(key) for key in _RUN if key in value["engine"]},
     )

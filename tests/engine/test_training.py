@@ -226,10 +226,10 @@ def test_loading_parts_of_a_checkpoint(tmp_path):
 
 def test_nothing_to_resume_from_is_an_error(tmp_path):
     trainer, _ = start()
-    with pytest.raises(FileNotFoundError, match="has no file `latest`. Give a tag, or begin anew"):
+    with pytest.raises(FileNotFoundError, match="holds no complete one. Give another folder"):
         trainer.load_checkpoint(tmp_path)
     trainer.save_checkpoint(tmp_path, tag="one", save_latest=False)
-    with pytest.raises(FileNotFoundError, match="has no file `latest`"):
+    with pytest.raises(FileNotFoundError, match="holds no complete one"):
         trainer.load_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="must hold the checkpoint 'two', but holds one"):
         trainer.load_checkpoint(tmp_path, tag="two")
@@ -240,7 +240,7 @@ def test_another_schedule_is_not_resumed(tmp_path):
     trainer.save_checkpoint(tmp_path)
     other = copy.deepcopy(CYCLE)
     other["params"]["cycle_max_lr"] = 7.0
-    with pytest.raises(ValueError, match="`cycle_max_lr` was 0.05 and is 7.0"):
+    with pytest.raises(ValueError, match=r"`scheduler.params.cycle_max_lr` was 0.05 and is 7.0"):
         start(scheduler=other)[0].load_checkpoint(tmp_path)
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints: whole, or not there. ``envelope`` has no torch in it."""

@@ -1,0 +1,35 @@
+"""The state of every generator of random numbers that a training script draws from."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["load_random_state", "random_state"]
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of Python, numpy, PyTorch and this rank's GPU."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # the one that scripts share
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).copy()), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def load_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,188 @@
+"""Saving and restoring a run: the envelope around what a backend and an engine write."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.backends.base import Backend
+from engine.checkpoint import envelope
+from engine.checkpoint.envelope import CheckpointError, Manifest
+from engine.checkpoint.randomness import load_random_state, random_state
+from engine.config import Config
+
+__all__ = ["identity_of", "load", "save"]
+
+ENGINE = "engine.pt"
+# Ranks come to a save together, unless one does not come at all.
+_PATIENCE = dt.timedelta(seconds=30)
+
+
+def identity_of(config: Config) -> dict[str, Any]:
+    """Return what a resumed run must have in common with the one that was saved."""
+    schedule = config.schedule
+    return {
+        "scheduler": schedule and {"type": schedule.type_name, "params": schedule.params()},
+        "optimizer": config.optimizer
+        and {"type": config.optimizer.type, "params": dict(config.optimizer.params)},
+        "train_batch_size": config.batch.train,
+        "world_size": config.batch.world_size,
+        "precision": config.precision,
+    }
+
+
+def save(
+    backend: Backend,
+    config: Config,
+    folder: Path,
+    tag: str,
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    save_latest: bool,
+) -> Path:
+    """Write a whole checkpoint; every rank calls it.
+
+    Args:
+        backend: writes model and optimizer.
+        config: for the run's identity.
+        folder: of all checkpoints of the run.
+        tag: name of this one.
+        step: updates that were applied.
+        state: the engine's own, the same on all ranks but for ``loader``.
+        save_latest: whether ``latest`` is to name it.
+
+    Raises:
+        RuntimeError: a rank did not come within seconds; the message names it.
+        OSError: there is no space, or the folder cannot be written.
+    """
+    ranks = backend.ranks
+    _meet(ranks.world_size, f"save_checkpoint({str(folder)!r}, tag={tag!r})")
+    partial = folder / f".{tag}.partial"
+    failure: Exception | None = None
+    if ranks.rank == 0:
+        try:
+            envelope.begin(folder, tag)
+        except (OSError, CheckpointError) as error:
+            failure = error
+    _agree(failure, ranks.world_size)
+    try:
+        backend.save(partial)
+        torch.save(random_state(), partial / f"random.{ranks.rank}.pt")
+        if ranks.rank == 0:
+            torch.save(dict(state), partial / ENGINE)
+    except Exception as error:  # noqa: BLE001  # whatever a rank fails with, all have to hear of it
+        failure = error
+    _agree(failure, ranks.world_size)
+    place = folder / tag
+    if ranks.rank == 0:
+        manifest = Manifest(
+            tag=tag,
+            step=step,
+            world_size=ranks.world_size,
+            backend=config.backend.name,
+            identity=identity_of(config),
+            versions=_versions(),
+            resumable=save_latest,
+            created=dt.datetime.now(tz=dt.timezone.utc).isoformat(),
+        )
+        try:
+            place = envelope.commit(partial, manifest)
+        except OSError as error:
+            failure = error
+    _agree(failure, ranks.world_size)
+    return place
+
+
+def load(
+    backend: Backend,
+    config: Config,
+    folder: Path,
+    tag: str | None,
+    *,
+    optimizer: bool,
+    strict: bool,
+    override: bool,
+) -> tuple[Path, dict[str, Any]]:
+    """Restore model, optimizer and random numbers; return the place and the engine's own state.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        CheckpointError: it is not whole, or another run's and ``override`` is not set. Nothing was
+            changed then.
+    """
+    place, manifest = envelope.find(folder, tag)
+    if optimizer and not override:
+        _refuse_another_run(place, manifest.identity, identity_of(config))
+    backend.load(place, optimizer=optimizer, strict=strict)
+    state: dict[str, Any] = torch.load(place / ENGINE, map_location="cpu", weights_only=True)
+    own = place / f"random.{backend.ranks.rank}.pt"
+    if optimizer and own.is_file() and manifest.world_size == backend.ranks.world_size:
+        load_random_state(torch.load(own, map_location="cpu", weights_only=True))
+    return place, state
+
+
+def _refuse_another_run(place: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    changed = list(_differences(saved, own))
+    if changed:
+        raise CheckpointError(
+            f"{place} must be of a run like this one, but {'; '.join(changed)}. Put back what was "
+            'saved, or set "engine": {"checkpoint": {"override": true}} to go on with what is new.'
+        )
+
+
+def _differences(saved: Any, own: Any, name: str = "") -> Any:
+    if isinstance(saved, Mapping) and isinstance(own, Mapping):
+        for key in dict.fromkeys([*saved, *own]):
+            below = f"{name}.{key}" if name else key
+            yield from _differences(saved.get(key, "absent"), own.get(key, "absent"), below)
+    elif _plain(saved) != _plain(own):
+        yield f"`{name}` was {saved} and is {own}"
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _meet(world_size: int, what: str) -> None:
+    """Wait for the other ranks, but not for ever."""
+    if world_size == 1:
+        return
+    if dist.get_backend() != "gloo":
+        dist.barrier()
+        return
+    try:
+        dist.monitored_barrier(timeout=_PATIENCE, wait_all_ranks=True)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"every rank must come to {what}, but within {_PATIENCE.seconds} seconds not all did: "
+            f"{error}. Call it on all ranks, outside of any `if rank == 0`."
+        ) from None
+
+
+def _agree(failure: Exception | None, world_size: int) -> None:
+    """Raise on every rank what any rank failed with."""
+    if world_size > 1:
+        failures: list[Any] = [None] * world_size
+        dist.all_gather_object(failures, failure and f"{type(failure).__name__}: {failure}")
+        for rank, text in enumerate(failures):
+            if text and failure is None:
+                raise RuntimeError(f"the checkpoint was not written: rank {rank} failed: {text}")
+    if failure is not None:
+        raise failure
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("onecycle", "torch", "deepspeed"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions

@@ -1,0 +1,46 @@
+"""Signals that announce the end: noted when they come, answered at the end of an update."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from engine.ranks import Ranks
+
+__all__ = ["SAVED_AND_ENDED", "Signals"]
+
+SAVED_AND_ENDED = 75
+"""Exit status of a run that saved and ended because a signal asked for it (EX_TEMPFAIL)."""
+
+_NAMES = ("SIGTERM", "SIGUSR1")
+
+
+class Signals:
+    """Notes SIGTERM, and SIGUSR1 with which Slurm warns; what handled them before is put back last.
+
+    Only the main thread can handle signals; elsewhere none are noted.
+    """
+
+    def __init__(self) -> None:
+        self._came = False
+        if threading.current_thread() is threading.main_thread():
+            for name in _NAMES:
+                if hasattr(signal, name):  # Windows has no SIGUSR1
+                    signal.signal(getattr(signal, name), self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self._came = True
+
+    def came_to_any(self, ranks: Ranks) -> bool:
+        """Return whether any rank got one; all ranks call it at the same update."""
+        if ranks.world_size == 1:
+            return self._came
+        device = ranks.device if dist.get_backend() == "nccl" else torch.device("cpu")
+        came = torch.tensor(int(self._came), device=device)
+        dist.all_reduce(came, op=dist.ReduceOp.MAX)
+        return bool(came)

@@ -1,0 +1,42 @@
+"""A run that saves every second update and goes on by itself; it prints a line an update."""
+
+import hashlib
+import sys
+
+import torch
+from torch.utils.data import TensorDataset
+
+import engine
+
+
+def main(folder, updates):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(52, 4, generator=generator)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
+    config = {
+        "train_batch_size": 8,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+        "scheduler": {
+            "type": "OneCycle",
+            "params": {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01, "cycle_first_step_size": 20},
+        },
+        "engine": {"checkpoint": {"dir": folder, "every": 2}},
+    }
+    data = TensorDataset(x, x.sum(1, keepdim=True))
+    trainer, _, loader, _ = engine.initialize(config=config, model=net, training_data=data)
+    while trainer.global_steps < updates:
+        for features, target in loader:
+            lr = trainer.get_lr()[0]
+            trainer.backward((trainer(features) - target).pow(2).mean())
+            trainer.step()
+            weights = b"".join(p.detach().numpy().tobytes() for p in net.parameters())
+            digest = hashlib.sha256(weights).hexdigest()[:16]
+            print(trainer.global_steps, lr, features.sum().item(), digest, flush=True)  # noqa: T201  # what it is for
+            if trainer.global_steps == updates:
+                break
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,297 @@
+"""Checkpoints: whole or not there, resumed by themselves, and never those of another run."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+from engine.checkpoint import envelope
+from engine.checkpoint.envelope import CheckpointError
+from engine.cli import main
+from tests.engine.test_training import model, start, train
+
+SCRIPT = Path(__file__).with_name("checkpoint_run.py")
+
+
+def whole(folder):
+    return [place.name for place, _ in envelope.checkpoints(folder)]
+
+
+def planned(folder, **plan):
+    return {"engine": {"checkpoint": {"dir": str(folder), **plan}}}
+
+
+def test_it_saves_every_few_updates_keeps_some_and_goes_on_by_itself(tmp_path):
+    trainer, loader = start(**planned(tmp_path, every=2, keep=2, keep_every=4))
+    train(trainer, loader, 10)
+    assert whole(tmp_path) == ["global_step4", "global_step8", "global_step10"]
+    assert (tmp_path / "latest").read_text() == "global_step10"
+    again, _ = start(**planned(tmp_path, every=2))
+    assert (again.global_steps, again.get_lr()) == (10, trainer.get_lr())
+    fresh, _ = start(**planned(tmp_path, resume="never"))
+    assert fresh.global_steps == 0
+    with pytest.raises(FileNotFoundError, match="holds no complete one"):
+        start(**planned(tmp_path / "none", resume="must"))
+
+
+def test_data_order_and_random_numbers_go_on_in_mid_epoch(tmp_path):
+    def seen(trainer, loader, updates):
+        found = []
+        while len(found) < updates:
+            for x, y in loader:
+                draws = (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: NPY002
+                found.append((x.sum().item(), draws))
+                trainer.backward((trainer(x) - y).pow(2).mean())
+                trainer.step()
+                if len(found) == updates:
+                    break
+        return found
+
+    trainer, loader = start(**planned(tmp_path, every=5))
+    seen(trainer, loader, 5)
+    rest = seen_from(trainer, loader, seen, 4)
+    again, loader = start(**planned(tmp_path, resume="must"))
+    assert seen(again, loader, 4) == rest
+
+
+def seen_from(trainer, loader, seen, updates):
+    """What the uninterrupted run sees: it goes on in the midst of its epoch, as the other does."""
+    state = loader.state_dict()
+    loader.load_state_dict(state)
+    return seen(trainer, loader, updates)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    trainer, loader = start()
+    for _ in range(3):
+        train(trainer, loader, 2)
+        trainer.save_checkpoint(tmp_path)
+    return tmp_path
+
+
+def damage(folder, how):
+    newest = folder / "global_step6"
+    files = sorted(newest.glob("*.distcp"))
+    match how:
+        case "a truncated shard":
+            files[0].write_bytes(files[0].read_bytes()[:-7])
+        case "a flipped byte":
+            content = bytearray(files[0].read_bytes())
+            content[len(content) // 2] ^= 1
+            files[0].write_bytes(content)
+        case "a missing file":
+            (newest / "random.0.pt").unlink()
+        case "no manifest":
+            (newest / "manifest.json").unlink()
+        case "a broken manifest":
+            (newest / "manifest.json").write_text('{"format": 1, "tag"')
+        case "an empty latest":
+            (folder / "latest").write_text("")
+        case "a dangling latest":
+            (folder / "latest").write_text("global_step99")
+        case "no latest":
+            (folder / "latest").unlink()
+        case "a writer that died":
+            (newest / "manifest.json").unlink()
+            newest.rename(folder / ".global_step6.partial")
+
+
+@pytest.mark.parametrize(
+    ("how", "step"),
+    [
+        ("a truncated shard", 4),
+        ("a missing file", 4),
+        ("no manifest", 4),
+        ("a broken manifest", 4),
+        ("a writer that died", 4),
+        ("an empty latest", 6),
+        ("a dangling latest", 6),
+        ("no latest", 6),
+    ],
+)
+def test_after_a_fault_the_newest_complete_one_is_found(saved, how, step):
+    damage(saved, how)
+    fresh, _ = start()
+    fresh.load_checkpoint(saved)
+    assert fresh.global_steps == step
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("a truncated shard", r"\.distcp has [\d,]+ bytes instead of [\d,]+"),
+        ("a flipped byte", r"\.distcp has other content.*Other complete ones: .*global_step4"),
+        ("a missing file", "random.0.pt is missing"),
+        ("no manifest", "its writer died, or another tool wrote it"),
+        ("a broken manifest", "manifest.json cannot be read"),
+    ],
+)
+def test_what_is_not_whole_is_not_half_loaded(saved, how, message):
+    damage(saved, how)
+    fresh, _ = start()
+    before = [p.detach().clone() for p in fresh.module.parameters()]
+    with pytest.raises(CheckpointError, match=message):
+        fresh.load_checkpoint(saved, tag="global_step6")
+    after = list(fresh.module.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert fresh.global_steps == 0
+
+
+def test_another_model_is_refused_with_the_first_key_that_differs(saved):
+    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+    for net, message in (
+        (torch.nn.Sequential(torch.nn.Linear(4, 9)), r"another `0.weight`: \(8, 4\) in it and"),
+        (torch.nn.Linear(4, 8), "has no `weight`"),
+    ):
+        other, *_ = engine.initialize(config=config, model=net)
+        with pytest.raises(CheckpointError, match=message):
+            other.load_checkpoint(saved, load_module_only=True)
+
+
+def test_another_run_is_refused_until_it_is_overridden(saved):
+    other, _ = start(train_batch_size=16, optimizer={"type": "SGD", "params": {"lr": 0.01}})
+    with pytest.raises(
+        CheckpointError, match="`optimizer.params.momentum` was 0.9 and is 0.0; `tra"
+    ):
+        other.load_checkpoint(saved)
+    steps = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.02, "cycle_first_step_size": 8}
+    longer = {"type": "OneCycle", "params": steps}
+    taken, _ = start(scheduler=longer, **planned(saved, override=True))
+    assert (taken.global_steps, taken.get_lr()) == (6, [0.0175])
+
+
+def test_a_replaced_tag_is_there_until_the_new_one_is_whole(saved, monkeypatch):
+    trainer, loader = start()
+    train(trainer, loader, 1)
+
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(envelope, "_hash", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_checkpoint(saved, tag="global_step6")
+    monkeypatch.undo()
+    assert whole(saved) == ["global_step2", "global_step4", "global_step6"]
+    trainer.save_checkpoint(saved, tag="global_step6")
+    assert envelope.find(saved, "global_step6")[1].step == 1
+    assert not list(saved.glob(".*"))
+
+
+@pytest.mark.parametrize("tag", ["", "..", "a/b", ".hidden", "latest"])
+def test_a_tag_is_the_name_of_a_folder(tmp_path, tag):
+    if not tag:
+        with pytest.raises(CheckpointError, match="`tag` must be a name"):
+            envelope.begin(tmp_path, tag)
+        return
+    trainer, _ = start()
+    with pytest.raises(CheckpointError, match="`tag` must be a name"):
+        trainer.save_checkpoint(tmp_path, tag=tag)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch bomb_went_off",))
+
+
+def test_a_pickle_bomb_is_refused(saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    place = saved / "global_step6"
+    torch.save(Bomb(), place / "engine.pt")
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["files"]["engine.pt"] = {
+        "size": (place / "engine.pt").stat().st_size,
+        "sha256": envelope._hash(place / "engine.pt"),
+    }
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Exception, match=r"[Ww]eights"):
+        start()[0].load_checkpoint(saved)
+    assert not Path("bomb_went_off").exists()
+
+
+def run(*arguments):
+    out = io.StringIO()
+    return main([str(argument) for argument in arguments], out, out), out.getvalue()
+
+
+def test_the_command_lists_verifies_shows_and_exports(saved):
+    status, out = run("checkpoint", "ls", saved)
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == whole(saved)
+    assert "update 6  torch  1 rank" in out
+    assert run("checkpoint", "verify", saved) == (
+        0,
+        "global_step2: whole\nglobal_step4: whole\nglobal_step6: whole\n",
+    )
+    status, out = run("checkpoint", "show", saved)
+    assert json.loads(out)["identity"]["scheduler"]["type"] == "OneCycle"
+    path = saved / "weights.safetensors"
+    assert run("checkpoint", "export", saved, "-o", path)[0] == 0
+    from safetensors.torch import load_file
+
+    assert load_file(path).keys() == model().state_dict().keys()
+    damage(saved, "a flipped byte")
+    status, out = run("checkpoint", "verify", saved)
+    assert (status, "other content" in out) == (1, True)
+    assert run("checkpoint", "ls", saved / "none")[0] == 2
+
+
+def test_the_command_loads_no_torch(saved):
+    code = (
+        "import sys; from engine.cli import main\n"
+        f"assert main(['checkpoint', 'verify', {str(saved)!r}]) == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def child(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, folder, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_ends_with_a_status_that_says_so(tmp_path, name):
+    process = child(tmp_path, 100_000)
+    process.stdout.readline()  # the first update is done
+    process.send_signal(getattr(signal, name))
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    (tag,) = whole(tmp_path)
+    done = 1 + len(rest.splitlines())
+    assert tag == f"global_step{done}" or tag == f"global_step{done + 1}"
+
+
+def test_killed_runs_end_where_the_uninterrupted_one_does(tmp_path):
+    updates, kills = 60, 6
+    process = child(tmp_path / "alone", updates)
+    alone, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    randomness = random.Random(0)
+    rows = {}
+    for attempt in range(kills + 1):
+        process = child(tmp_path / "killed", updates)
+        last = attempt == kills
+        stop = None if last else randomness.randrange(3, 16)
+        for count, line in enumerate(process.stdout):
+            step, _, row = line.partition(" ")
+            assert rows.setdefault(step, row) == row, "another data order or learning rate"
+            if count == stop:
+                process.kill()
+                break
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert [f"{step} {row}" for step, row in rows.items()] == alone.splitlines(keepends=True)
