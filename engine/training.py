@@ -15,12 +15,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from engine.backends.base import Backend
 from engine.backends.pytorch import PyTorchBackend
+from engine.blocks import blocks_of
 from engine.config import Config, Source, load_config
 from engine.data import make_loader
 from engine.engine import Engine
 from engine.monitors import monitors_of
 from engine.optimizers import build_optimizer
 from engine.ranks import Ranks, agree, connect, world_size
+from engine.recompute import recompute
 from schedules import ScheduleBinder
 
 __all__ = ["initialize"]
@@ -155,6 +157,10 @@ def _on_torch(
     ranks: Ranks,
 ) -> Backend:
     model.to(ranks.device)
+    if config.recomputes is not None:
+        _recompute(model, config)
+    if config.compiles is not None:
+        model.compile(backend=config.compiles)
     divides = config.zero_stage > 0 and ranks.world_size > 1
     parameters: list[Any]
     if divides:
@@ -175,6 +181,16 @@ def _on_torch(
         model_parameters = (p for p in model.parameters() if p.requires_grad)
     chosen = _made(optimizer, config, list(model_parameters))
     return PyTorchBackend(model, chosen, config, ranks)
+
+
+def _recompute(model: nn.Module, config: Config) -> None:
+    blocks = blocks_of(model, config.wrap)
+    if not blocks:
+        raise ValueError(
+            "`activation_checkpointing` must have blocks to compute again, but the model has no "
+            'list of modules of one class; name their classes in "engine": {"wrap": […]}.'
+        )
+    recompute(blocks, on_host=config.recomputes == "host")
 
 
 def _made(optimizer: MakeOptimizer | None, config: Config, parameters: list[Any]) -> Optimizer:

@@ -7,7 +7,7 @@ for the backward pass, 2 keeps them in between, 1 reduces gradients only once an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from engine.backends.pytorch import PyTorchBackend
+from engine.blocks import blocks_of
 from engine.config import Config
 from engine.ranks import Ranks
 
-__all__ = ["ShardedBackend", "blocks_of", "shard"]
+__all__ = ["ShardedBackend", "shard"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -117,35 +118,6 @@ def _translated(each: Any, names: dict[int, str], divided: dict[str, nn.Paramete
             f"{tuple(each.shape)} that is none of them."
         )
     return divided[names[id(each)]]
-
-
-def blocks_of(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
-    """Return the modules that are gathered one at a time.
-
-    They are of the classes that ``wrap`` names, or else the members of each list of two or more
-    modules of one class, which is how transformers keep their layers.
-
-    Raises:
-        ValueError: no module is of a class in ``wrap``.
-
-    >>> layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
-    >>> len(blocks_of(nn.Sequential(layers, nn.Tanh())))
-    3
-    """
-    if wrap:
-        found = [module for module in model.modules() if type(module).__name__ in wrap]
-        if not found:
-            raise ValueError(
-                f"`engine.wrap` must name classes of the model's modules, but it has no "
-                f"{' or '.join(wrap)}."
-            )
-        return found
-    blocks = []
-    for module in model.modules():
-        members = list(module.children()) if isinstance(module, nn.ModuleList) else []
-        if len(members) > 1 and len({type(member) for member in members}) == 1:
-            blocks += [member for member in members if any(True for _ in member.parameters())]
-    return blocks
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -90,7 +90,11 @@ class Config:
     offloads: bool
     """Whether parameters and optimizer states live in the host's memory."""
     wrap: tuple[str, ...]
-    """Classes of the modules that are gathered one at a time in ZeRO's stages."""
+    """Classes of the modules that are gathered, or computed again, one at a time."""
+    recomputes: Literal["device", "host"] | None
+    """Where blocks that are computed again keep their inputs; None: none are."""
+    compiles: str | None
+    """The backend of torch.compile; None: the model runs as it is."""
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -183,6 +187,8 @@ def _resolve(document: Document, world_size: int, overrides: Sequence[Override])
         zero_stage=int(zero if isinstance(zero, bool) else zero.get("stage", 0)),
         offloads=not isinstance(zero, bool) and _offloads(zero),
         wrap=tuple(value["engine"].pop("wrap")),
+        recomputes=_recomputes(document.value.get("activation_checkpointing")),
+        compiles=value["engine"].pop("compile"),
         batch=solve({key: value[key] for key in BATCH_KEYS if key in value}, world_size),
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
@@ -198,6 +204,12 @@ def _resolve(document: Document, world_size: int, overrides: Sequence[Override])
         monitors={name: value[name] for name in ("tensorboard", "csv_monitor", "wandb")},
         run={key: value["engine"].get(key) for key in _RUN if key in value["engine"]},
     )
+
+
+def _recomputes(section: Mapping[str, Any] | None) -> Literal["device", "host"] | None:
+    if section is None:
+        return None
+    return "host" if section.get("cpu_checkpointing") else "device"
 
 
 def _offloads(zero: Mapping[str, Any]) -> bool:

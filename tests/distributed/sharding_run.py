@@ -2,7 +2,9 @@
 
 import sys
 import tempfile
+import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -11,6 +13,8 @@ import torch.distributed as dist
 warnings.simplefilter("ignore")
 
 import engine  # noqa: E402
+from engine import saving  # noqa: E402
+from engine.ranks import disconnect  # noqa: E402
 
 LRS = [0.01, 0.2]
 CYCLE = {
@@ -103,6 +107,61 @@ def resume():
     assert Path(folder[0], "latest").exists()
 
 
+def reshard():
+    """Save, or load and save again, on however many ranks there are; compare with what is whole."""
+    folder = Path(sys.argv[2])
+    first = not folder.exists()
+    chosen = {"backend": "torch", "checkpoint": {"override": True}}
+    trainer, optimizer, *_ = engine.initialize(
+        model=net(), config=config(engine=chosen, train_batch_size=6)
+    )
+    dist.barrier() if dist.is_initialized() else None
+    if first:
+        trainer.backward(trainer(torch.ones(1, 6)).pow(2).mean())
+        trainer.step()
+    else:
+        trainer.load_checkpoint(folder)
+    state = [trainer.module.state_dict(), optimizer.state_dict()["state"]]
+    tensors = [t for t in flat(state) if isinstance(t, torch.Tensor)]
+    found = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
+    if first:
+        reference = [t.clone() for t in found]
+        if trainer.global_rank == 0:
+            torch.save(reference, folder.with_suffix(".pt"))
+    else:
+        reference = torch.load(folder.with_suffix(".pt"))
+        assert len(reference) == len(found)
+        assert all(torch.equal(a, b) for a, b in zip(reference, found, strict=True))
+    trainer.save_checkpoint(folder)
+
+
+def flat(value):
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return [value]
+    return [each for below in value for each in flat(below)]
+
+
+def rank_0_only():
+    saving._PATIENCE = timedelta(seconds=3)
+    trainer, *_ = engine.initialize(model=net(), config=config())
+    if trainer.global_rank == 0:
+        trainer.save_checkpoint(tempfile.mkdtemp())
+    time.sleep(8)
+
+
+def recompute():
+    """A block that is computed again comes to the same update, divided or not."""
+    results = []
+    for section in ({}, {"activation_checkpointing": {"cpu_checkpointing": True}}):
+        chosen = {"backend": "torch", "wrap": ["Linear"]}
+        trainer, *_ = engine.initialize(model=net(), config=config(**section, engine=chosen))
+        update(trainer)
+        results.append(whole(trainer))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def strangers():
     engine.initialize(
         model=net(), config=config(), model_parameters=[torch.nn.Parameter(torch.ones(3))]
@@ -124,5 +183,4 @@ def other_config():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]]()
-    if dist.is_initialized() and sys.argv[1] == "resume":
-        dist.destroy_process_group()
+    disconnect()

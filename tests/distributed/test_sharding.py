@@ -9,13 +9,13 @@ import pytest
 SCRIPT = Path(__file__).with_name("sharding_run.py")
 
 
-def run(case, world_size=2):
+def run(case, *arguments, world_size=2):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    command = [sys.executable, *torchrun, SCRIPT, case]
+    command = [sys.executable, *torchrun, SCRIPT, case, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("case", ["groups", "client_optimizer", "resume"])
+@pytest.mark.parametrize("case", ["groups", "client_optimizer", "recompute", "resume"])
 def test_it_survives_being_divided(case):
     done = run(case)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -26,6 +26,7 @@ def test_it_survives_being_divided(case):
     [
         ("strangers", "hold a tensor of shape (3,) that is none of them"),
         ("nothing_to_wrap", "`engine.wrap` must name classes of the model's modules"),
+        ("rank_0_only", "every rank must come to save_checkpoint"),
         ("other_config", '-   "lr": 0.001'),
     ],
 )
@@ -33,3 +34,10 @@ def test_it_is_refused(case, message):
     done = run(case)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_the_full_state_survives_two_three_one_and_two_ranks(tmp_path):
+    for world_size in (2, 3, 1, 2):
+        done = run("reshard", tmp_path / "run", world_size=world_size)
+        assert done.returncode == 0, done.stderr[-3000:]
