@@ -71,6 +71,7 @@ class Engine(DeepSpeedNames, nn.Module):
         self._boundary: bool | None = None  # as `set_gradient_accumulation_boundary` has it
         self._synchronizes = True
         self._scaled_losses = 0  # in this window, by `backward` or `scale`
+        self._behind = saving.Behind() if config.checkpoint.behind else None
         self._signals: signals.Signals | None = None
         self._updates_before = 0  # those of earlier runs, when a checkpoint was loaded
 
@@ -175,9 +176,8 @@ class Engine(DeepSpeedNames, nn.Module):
         if not (due or ends):
             return
         self.save_checkpoint(wanted.dir)
-        if self._backend.ranks.rank == 0:
-            envelope.prune(Path(wanted.dir), wanted.keep, wanted.keep_every)
         if ends:
+            self.wait_for_checkpoint()
             log.warning("saved at update %d and ended, as a signal asked for", self._updates)
             raise SystemExit(signals.SAVED_AND_ENDED)
 
@@ -339,6 +339,7 @@ class Engine(DeepSpeedNames, nn.Module):
 
     def destroy(self) -> None:
         """Let go of what the backend holds; the model is the caller's again."""
+        self.wait_for_checkpoint()
         self._backend.destroy()
 
     @property
@@ -404,9 +405,25 @@ class Engine(DeepSpeedNames, nn.Module):
             "client_state": dict(client_state or {}),
         }
         saving.save(
-            self._backend, self.config, folder, tag, self._updates, state, save_latest=save_latest
+            self._backend,
+            self.config,
+            folder,
+            tag,
+            self._updates,
+            state,
+            save_latest=save_latest,
+            behind=self._behind,
         )
         return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until no checkpoint is being written (``engine.checkpoint.async``).
+
+        Raises:
+            Exception: what writing the last one failed with; the next save raises it as well.
+        """
+        if self._behind is not None:
+            self._behind.wait()
 
     def _loader_state(self) -> dict[str, int] | None:
         loader = self.training_dataloader
@@ -439,6 +456,7 @@ class Engine(DeepSpeedNames, nn.Module):
             CheckpointError: it is not whole, or of another run: another schedule, optimizer, batch,
                 precision or number of ranks. Nothing was changed then.
         """
+        self.wait_for_checkpoint()
         if load_module_only:
             load_optimizer_states = load_lr_scheduler_states = False
         override = self.config.checkpoint.override

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime as dt
 import platform
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from engine.checkpoint.envelope import CheckpointError, Manifest
 from engine.checkpoint.randomness import load_random_state, random_state
 from engine.config import Config
 
-__all__ = ["identity_of", "load", "save"]
+__all__ = ["Behind", "identity_of", "load", "save"]
 
 ENGINE = "engine.pt"
 # Ranks come to a save together, unless one does not come at all.
@@ -48,6 +51,7 @@ def save(
     state: Mapping[str, Any],
     *,
     save_latest: bool,
+    behind: Behind | None = None,
 ) -> Path:
     """Write a whole checkpoint; every rank calls it.
 
@@ -59,12 +63,15 @@ def save(
         step: updates that were applied.
         state: the engine's own, the same on all ranks but for ``loader``.
         save_latest: whether ``latest`` is to name it.
+        behind: what writes it while training goes on; None: training waits.
 
     Raises:
         RuntimeError: a rank did not come within seconds; the message names it.
         OSError: there is no space, or the folder cannot be written.
     """
     ranks = backend.ranks
+    if behind is not None:
+        behind.wait()  # for the one before
     _meet(ranks.world_size, f"save_checkpoint({str(folder)!r}, tag={tag!r})")
     partial = folder / f".{tag}.partial"
     failure: Exception | None = None
@@ -74,32 +81,88 @@ def save(
         except (OSError, CheckpointError) as error:
             failure = error
     _agree(failure, ranks.world_size)
+    written: Future[None] | None = None
     try:
-        backend.save(partial)
         torch.save(random_state(), partial / f"random.{ranks.rank}.pt")
         if ranks.rank == 0:
             torch.save(dict(state), partial / ENGINE)
+        if behind is None:
+            backend.save(partial)
+        else:
+            written = backend.save_behind(partial, behind.group(ranks.world_size), behind.arena)
     except Exception as error:  # noqa: BLE001  # whatever a rank fails with, all have to hear of it
         failure = error
     _agree(failure, ranks.world_size)
-    place = folder / tag
-    if ranks.rank == 0:
-        manifest = Manifest(
-            tag=tag,
-            step=step,
-            world_size=ranks.world_size,
-            backend=config.backend.name,
-            identity=identity_of(config),
-            versions=_versions(),
-            resumable=save_latest,
-            created=dt.datetime.now(tz=dt.timezone.utc).isoformat(),
-        )
-        try:
-            place = envelope.commit(partial, manifest)
-        except OSError as error:
-            failure = error
+    manifest = Manifest(
+        tag=tag,
+        step=step,
+        world_size=ranks.world_size,
+        backend=config.backend.name,
+        identity=identity_of(config),
+        versions=_versions(),
+        resumable=save_latest,
+        created=dt.datetime.now(tz=dt.timezone.utc).isoformat(),
+    )
+
+    def commit() -> None:
+        if ranks.rank == 0:
+            envelope.commit(partial, manifest)
+            plan = config.checkpoint
+            if plan.dir is not None and Path(plan.dir) == folder:
+                envelope.prune(folder, plan.keep, plan.keep_every)
+
+    if behind is not None and written is not None:
+        behind.follow(written, commit)
+        return folder / tag
+    try:
+        commit()
+    except OSError as error:
+        failure = error
     _agree(failure, ranks.world_size)
-    return place
+    return folder / tag
+
+
+class Behind:
+    """A checkpoint that is written while training goes on, one at a time."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._group: dist.ProcessGroup | None = None
+        self.arena: dict[str, Any] = {}
+        atexit.register(self.wait)
+
+    def group(self, world_size: int) -> dist.ProcessGroup | None:
+        """Return a process group of its own: in one with training their messages would mix."""
+        if self._group is None and world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+        return self._group
+
+    def follow(self, written: Future[None], commit: Callable[[], None]) -> None:
+        """Commit once all is written."""
+
+        def finish() -> None:
+            try:
+                written.result()
+                commit()
+            except Exception as error:  # noqa: BLE001  # raised by the next `wait`
+                self._failure = error
+
+        self._thread = threading.Thread(target=finish, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            Exception: what the last checkpoint failed with.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
 
 def load(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -59,6 +61,16 @@ class Backend(Protocol):
 
     def save(self, place: Path) -> None:
         """Write model, optimizer and loss scale into a folder; every rank calls it."""
+        ...
+
+    def save_behind(
+        self, place: Path, group: dist.ProcessGroup | None, arena: dict[str, Any]
+    ) -> Future[None]:
+        """Do what `save` does while training goes on; at the most one at a time.
+
+        Raises:
+            ValueError: this backend cannot.
+        """
         ...
 
     def load(self, place: Path, *, optimizer: bool, strict: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,16 @@ class DeepSpeedBackend:
     def save(self, place: Path) -> None:
         """Write DeepSpeed's own checkpoint into the folder."""
         self.engine.save_checkpoint(str(place.parent), tag=place.name, save_latest=False)
+
+    def save_behind(
+        self, place: Path, group: dist.ProcessGroup | None, arena: dict[str, Any]
+    ) -> Future[None]:
+        """Refuse: DeepSpeed's files are written while training waits."""
+        del place, group, arena
+        raise ValueError(
+            "`engine.checkpoint.async` must be false on DeepSpeed, whose `checkpoint` section has "
+            "engines of its own for that, but is true instead."
+        )
 
     def load(self, place: Path, *, optimizer: bool, strict: bool) -> None:
         """Restore DeepSpeed's own checkpoint."""

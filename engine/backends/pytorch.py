@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,14 @@ class PyTorchBackend:
         tensors.write(place, self.model, self.optimizer)
         if self._scaler is not None and self.ranks.rank == 0:
             torch.save(self._scaler.state_dict(), place / _SCALER)
+
+    def save_behind(
+        self, place: Path, group: dist.ProcessGroup | None, arena: dict[str, Any]
+    ) -> Future[None]:
+        """Do what `save` does while training goes on."""
+        if self._scaler is not None and self.ranks.rank == 0:
+            torch.save(self._scaler.state_dict(), place / _SCALER)
+        return tensors.write_behind(place, self.model, self.optimizer, group, arena)
 
     def load(self, place: Path, *, optimizer: bool, strict: bool) -> None:
         """Restore what `save` wrote, with or without the optimizer's part; every rank calls it."""

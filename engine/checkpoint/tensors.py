@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.optim import Optimizer
 
 from engine.checkpoint.envelope import CheckpointError
 
-__all__ = ["quietly", "read", "write"]
+__all__ = ["quietly", "read", "write", "write_behind"]
 
 
 def write(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -37,6 +38,60 @@ def write(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
             storage_writer=FileSystemWriter(folder, single_file_per_rank=True),
             no_dist=not dist.is_initialized(),
         )
+
+
+def write_behind(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    group: dist.ProcessGroup | None,
+    arena: dict[str, Any],
+) -> Future[None]:
+    """Copy this rank's share, and write the copy while training goes on; every rank calls it.
+
+    Args:
+        folder: where to write.
+        model: copied as it is now.
+        optimizer: copied as it is now.
+        group: a process group that nothing else uses; None in one process.
+        arena: the copies of the last time, whose memory is used again.
+
+    Returns:
+        What is done when this rank, and on rank 0 every rank, has written.
+    """
+    weights, states = get_state_dict(model, optimizer)
+    copies = _copied({"model": weights, "optimizer": states}, arena)
+    arena.update(copies)
+
+    def write_copies() -> None:
+        with quietly():
+            save(
+                copies,
+                storage_writer=FileSystemWriter(folder, single_file_per_rank=True),
+                process_group=group,
+                no_dist=group is None,
+            )
+
+    writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+    started = writer.submit(write_copies)
+    writer.shutdown(wait=False)
+    return started
+
+
+def _copied(value: Any, old: Any) -> Any:
+    """Return a copy in the host's memory, in place of an old one where it has the same shape."""
+    if isinstance(value, dict):
+        before = old if isinstance(old, dict) else {}
+        return {key: _copied(below, before.get(key)) for key, below in value.items()}
+    if isinstance(value, list):
+        known = old if isinstance(old, list) and len(old) == len(value) else [None] * len(value)
+        return [_copied(below, each) for below, each in zip(value, known, strict=True)]
+    if not isinstance(value, torch.Tensor):
+        return value
+    fits = isinstance(old, torch.Tensor) and type(old) is type(value) and old.shape == value.shape
+    if fits and old.dtype == value.dtype:
+        return old.copy_(value.detach())
+    return value.detach().to("cpu", copy=True)
 
 
 def read(folder: Path, model: nn.Module, optimizer: Optimizer | None, *, strict: bool) -> None:

@@ -65,6 +65,8 @@ class CheckpointPlan:
     every: int | None
     keep: int | None
     keep_every: int | None
+    behind: bool
+    """Whether training goes on while a checkpoint is written: the key ``async``."""
     resume: Literal["auto", "must", "never"]
     override: bool
 
@@ -200,10 +202,15 @@ def _resolve(document: Document, world_size: int, overrides: Sequence[Override])
         seed=value["engine"].pop("seed"),
         steps_this_run=value["engine"].pop("steps_this_run"),
         overrides=tuple(overrides),
-        checkpoint=CheckpointPlan(**value["engine"]["checkpoint"]),
+        checkpoint=_checkpoint_plan(value["engine"]["checkpoint"]),
         monitors={name: value[name] for name in ("tensorboard", "csv_monitor", "wandb")},
         run={key: value["engine"].get(key) for key in _RUN if key in value["engine"]},
     )
+
+
+def _checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:
+    plan = dict(section)
+    return CheckpointPlan(behind=plan.pop("async"), **plan)  # async is a word of Python
 
 
 def _recomputes(section: Mapping[str, Any] | None) -> Literal["device", "host"] | None:

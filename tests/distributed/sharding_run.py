@@ -143,6 +143,24 @@ def flat(value):
     return [each for below in value for each in flat(below)]
 
 
+def behind():
+    """Two ranks write in the background on a group of their own, training all the while."""
+    folder = [tempfile.mkdtemp()]
+    dist.init_process_group("gloo")
+    dist.broadcast_object_list(folder)
+    chosen = {"backend": "torch", "checkpoint": {"dir": folder[0], "every": 2, "async": True}}
+    trainer, *_ = engine.initialize(model=net(), config=config(engine=chosen))
+    for step in range(7):
+        update(trainer)
+        if step == 5:
+            expected = whole(trainer)
+    trainer.wait_for_checkpoint()
+    dist.barrier()
+    again, *_ = engine.initialize(model=net(), config=config(engine=chosen))
+    assert again.global_steps == 6
+    assert all(torch.equal(a, b) for a, b in zip(expected, whole(again), strict=True))
+
+
 def rank_0_only():
     saving._PATIENCE = timedelta(seconds=3)
     trainer, *_ = engine.initialize(model=net(), config=config())

@@ -7,6 +7,7 @@ import warnings
 warnings.simplefilter("ignore")
 os.environ.update(ACCELERATE_USE_DEEPSPEED="true")
 
+import deepspeed  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler  # noqa: E402
@@ -26,6 +27,7 @@ CONFIG = {
 
 
 def main():
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first
     engine.register_with_deepspeed()
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=CONFIG))
     model = torch.nn.Linear(2, 1)
