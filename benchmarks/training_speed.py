@@ -200,6 +200,7 @@ def main() -> None:
     for name, task, steps in (("MLP", mlp, 200), ("GPT, 10M", gpt, 2)):
         table.add_column(name, justify="right")
         running = contenders(task)
+        torch.set_num_threads(1)  # Accelerate has set another number
         if task is mlp:
             counts = {each: calls(step) for each, step in running.items()}
         times: dict[str, list[float]] = {each: [] for each in running}

@@ -18,7 +18,10 @@ def alone(tmp_path_factory):
     return launch(tmp_path_factory.mktemp("alone"), parity(UPDATES), 1)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+two = pytest.param(2, marks=pytest.mark.slow, id="2 ranks")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(1, id="1 rank"), two])
 def runs(request, alone, tmp_path_factory):
     if request.param == 1:
         return alone

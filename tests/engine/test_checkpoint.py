@@ -306,6 +306,7 @@ def test_a_signal_saves_and_ends_with_a_status_that_says_so(tmp_path, name):
     assert newest.step in {printed, printed + 1}  # it ends in the midst of a step, unprinted
 
 
+@pytest.mark.slow
 def test_killed_runs_end_where_the_uninterrupted_one_does(tmp_path):
     updates, kills = 60, 6
     process = child(tmp_path / "alone", updates)
