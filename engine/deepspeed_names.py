@@ -62,6 +62,10 @@ class DeepSpeedNames:
         inner: Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner
 
+    def mean(self, value: float) -> float:
+        """Return the mean of a number over the ranks; every rank calls it."""
+        return self._backend.mean(value)
+
     def train_batch_size(self) -> int:
         """Return how many samples an update sees, over all ranks."""
         return self.config.batch.train

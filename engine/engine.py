@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,12 @@ from engine.checkpoint import envelope
 from engine.config import Config
 from engine.data import RunLoader
 from engine.deepspeed_names import DeepSpeedNames
-from engine.monitors import Event, Monitor
+from engine.monitors import Monitor
+from engine.progress import Counters, Progress
 
 __all__ = ["Engine"]
 
 log = logging.getLogger("onecycle")
-
-
-@dataclass
-class Counters:
-    """What an engine has done so far."""
-
-    micro_steps: int = 0
-    global_steps: int = 0
-    skipped_steps: int = 0
-    applied: bool = False
 
 
 class Engine(DeepSpeedNames, nn.Module):
@@ -63,11 +53,7 @@ class Engine(DeepSpeedNames, nn.Module):
         self._accumulation = config.batch.accumulation
         # Apart, because nn.Module makes every assignment to an attribute of its own slow.
         self._done = Counters()
-        self._losses: list[Tensor] = []
-        self._monitors = tuple(monitors)
-        # Every rank takes part in the mean of the loss, though rank 0 alone writes it.
-        self._is_watched = any(section["enabled"] for section in config.monitors.values())
-        self._clock = time.perf_counter()
+        self._progress = Progress(config, monitors)
         self._boundary: bool | None = None  # as `set_gradient_accumulation_boundary` has it
         self._synchronizes = True
         self._scaled_losses = 0  # in this window, by `backward` or `scale`
@@ -113,8 +99,7 @@ class Engine(DeepSpeedNames, nn.Module):
         divisor = self._accumulation if scale_wrt_gas else 1
         self._backend.backward(loss, divisor, retain_graph=retain_graph)
         self._scaled_losses += 1
-        if self._is_watched or self.config.steps_per_print:
-            self._losses.append(loss.detach())
+        self._progress.add(loss)
         return loss if divisor == 1 else loss / divisor
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -154,17 +139,11 @@ class Engine(DeepSpeedNames, nn.Module):
         done.global_steps += 1
         if not done.applied:
             self._count_skipped()
-        if self._is_watched:
-            self._write_events()  # before the schedule moves on: what this update used
-        if not done.applied:
-            self._save_if_due()
-            return False
-        if self.config.steps_per_print and done.global_steps % self.config.steps_per_print == 0:
-            self._log_progress()
-        if self.lr_scheduler is not None:
+        self._progress.tell(self, done)
+        if done.applied and self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self._save_if_due()
-        return True
+        return done.applied
 
     def _save_if_due(self) -> None:
         """Save as ``engine.checkpoint`` says, and before the process is told to end."""
@@ -221,44 +200,6 @@ class Engine(DeepSpeedNames, nn.Module):
             done.global_steps,
             done.skipped_steps,
         )
-
-    def _write_events(self) -> None:
-        """Give the monitors what this update used and gave, at the count of samples."""
-        window = self._losses[-self._accumulation :]
-        if not self.config.steps_per_print:
-            self._losses.clear()
-        loss = self._backend.mean(float(torch.stack(window).mean())) if window else None
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        values = {
-            "lr": self.get_lr()[0],
-            "momentum": (self.get_mom() or (None,))[0],
-            "weight_decay": self.optimizer.param_groups[0].get("weight_decay"),
-            "train_loss": loss,
-            "grad_norm": self.get_global_grad_norm(),
-            "loss_scale": self.loss_scale if self.fp16_enabled() else None,
-            "samples_per_second": self.train_batch_size() / max(seconds, 1e-9),
-            "skipped_updates": self.skipped_steps,
-        }
-        events = [
-            Event(f"Train/Samples/{name}", float(value), self.global_samples)
-            for name, value in values.items()
-            if value is not None
-        ]
-        for monitor in self._monitors:
-            monitor.write_events(events)
-
-    def _log_progress(self) -> None:
-        loss = self._backend.mean(float(torch.stack(self._losses).mean()))
-        self._losses.clear()
-        values = {"lr": self.get_lr(), "momentum": self.get_mom()}
-        shown = [
-            f"{name} {' '.join(format(value, '.4g') for value in dict.fromkeys(of_groups))}"
-            for name, of_groups in values.items()
-            if of_groups
-        ]
-        if self._backend.ranks.rank == 0:
-            log.info("step %d: loss %.4f, %s", self.global_steps, loss, ", ".join(shown))
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Return whether the next `step` updates the parameters."""

@@ -83,4 +83,4 @@ def test_no_monitor_keeps_no_losses():
     trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(3, 1))
     trainer.backward(trainer(torch.ones(2, 3)).mean())
     trainer.step()
-    assert trainer._losses == []
+    assert trainer._progress.losses == []

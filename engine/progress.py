@@ -1,0 +1,96 @@
+"""What a run says of itself as it goes: lines in the log, and events for the monitors."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.config import Config
+from engine.deepspeed_names import DeepSpeedNames
+from engine.monitors import Event, Monitor
+
+__all__ = ["Counters", "Progress"]
+
+log = logging.getLogger("onecycle")
+
+
+@dataclass
+class Counters:
+    """What an engine has done so far."""
+
+    micro_steps: int = 0
+    global_steps: int = 0
+    skipped_steps: int = 0
+    applied: bool = False
+
+
+class Progress:
+    """Keeps the losses that are asked for, and tells them with what the updates used.
+
+    Args:
+        config: for ``steps_per_print`` and the sections of monitors.
+        monitors: rank 0's; the other ranks take part in the mean of the loss all the same.
+    """
+
+    def __init__(self, config: Config, monitors: Sequence[Monitor]) -> None:
+        self._every = config.steps_per_print
+        self._accumulation = config.batch.accumulation
+        self._monitors = tuple(monitors)
+        self._is_watched = any(section["enabled"] for section in config.monitors.values())
+        self._clock = time.perf_counter()
+        self.losses: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Take a micro-batch's loss, if anybody will ask for it."""
+        if self._is_watched or self._every:
+            self.losses.append(loss.detach())
+
+    def tell(self, engine: DeepSpeedNames, done: Counters) -> None:
+        """Tell of the update that is just over, before the schedule moves on from what it used."""
+        if self._is_watched:
+            self._write_events(engine, done)
+        if self._every and done.applied and done.global_steps % self._every == 0:
+            self._log(engine, done)
+        elif not self._every:
+            self.losses.clear()
+
+    def _write_events(self, engine: DeepSpeedNames, done: Counters) -> None:
+        window = self.losses[-self._accumulation :]
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        values = {
+            "lr": engine.get_lr()[0],
+            "momentum": (engine.get_mom() or (None,))[0],
+            "weight_decay": engine.optimizer.param_groups[0].get("weight_decay"),
+            "train_loss": engine.mean(torch.stack(window).mean().item()) if window else None,
+            "grad_norm": engine.get_global_grad_norm(),
+            "loss_scale": engine.loss_scale if engine.fp16_enabled() else None,
+            "samples_per_second": engine.train_batch_size() / max(seconds, 1e-9),
+            "skipped_updates": done.skipped_steps,
+        }
+        events = [
+            Event(
+                f"Train/Samples/{name}", float(value), done.global_steps * engine.train_batch_size()
+            )
+            for name, value in values.items()
+            if value is not None
+        ]
+        for monitor in self._monitors:
+            monitor.write_events(events)
+
+    def _log(self, engine: DeepSpeedNames, done: Counters) -> None:
+        loss = engine.mean(torch.stack(self.losses).mean().item())
+        self.losses.clear()
+        values = {"lr": engine.get_lr(), "momentum": engine.get_mom()}
+        shown = [
+            f"{name} {' '.join(format(value, '.4g') for value in dict.fromkeys(of_groups))}"
+            for name, of_groups in values.items()
+            if of_groups
+        ]
+        if engine.global_rank == 0:
+            log.info("step %d: loss %.4f, %s", done.global_steps, loss, ", ".join(shown))
