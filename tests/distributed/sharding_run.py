@@ -14,6 +14,7 @@ warnings.simplefilter("ignore")
 
 import engine  # noqa: E402
 from engine import saving  # noqa: E402
+from engine.checkpoint import envelope  # noqa: E402
 from engine.ranks import disconnect  # noqa: E402
 
 LRS = [0.01, 0.2]
@@ -25,6 +26,10 @@ CYCLE = {
         "cycle_first_step_size": 4,
         "cycle_momentum": False,
     },
+}
+ONE_GROUP = {
+    "type": "OneCycle",
+    "params": {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 4},
 }
 
 
@@ -159,6 +164,33 @@ def behind():
     again, *_ = engine.initialize(model=net(), config=config(engine=chosen))
     assert again.global_steps == 6
     assert all(torch.equal(a, b) for a, b in zip(expected, whole(again), strict=True))
+
+
+def deepspeed_resume():
+    """DeepSpeed's files in the same envelope: whole, hashed, and the run goes on the same."""
+    folder = [tempfile.mkdtemp()]
+    dist.init_process_group("gloo")
+    dist.broadcast_object_list(folder)
+    plan = {"dir": folder[0], "every": 2, "keep": None}
+    ends = []
+    for tag in (None, "global_step2"):
+        zero = {"zero_optimization": {"stage": 2}, "scheduler": ONE_GROUP}
+        trainer, *_ = engine.initialize(
+            model=net(),
+            config=config(**zero, engine={"backend": "deepspeed", "checkpoint": plan}),
+        )
+        if tag is not None:
+            trainer.load_checkpoint(folder[0], tag=tag)
+            assert trainer.global_steps == 2
+        while trainer.global_steps < 5:
+            update(trainer)
+        ends.append([p.detach().clone() for p in trainer.module.parameters()])
+        ends.append([torch.tensor(trainer.get_lr())])
+        plan = {"dir": folder[0], "resume": "never"}
+    _, manifest = envelope.find(Path(folder[0]), "global_step4")
+    assert (manifest.backend, manifest.world_size) == ("deepspeed", 2)
+    assert all(torch.equal(a, b) for a, b in zip(ends[0], ends[2], strict=True))
+    assert torch.equal(ends[1][0], ends[3][0])
 
 
 def rank_0_only():

@@ -15,7 +15,9 @@ def run(case, *arguments, world_size=2):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("case", ["behind", "groups", "client_optimizer", "recompute", "resume"])
+@pytest.mark.parametrize(
+    "case", ["behind", "groups", "client_optimizer", "deepspeed_resume", "recompute", "resume"]
+)
 def test_it_survives_being_divided(case):
     done = run(case)
     assert done.returncode == 0, done.stderr[-3000:]
