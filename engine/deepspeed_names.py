@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from engine.backends.base import Backend
 from engine.config import Config
+from schedules.param_groups import momenta_of
 
 __all__ = ["DeepSpeedNames"]
 
@@ -118,12 +119,16 @@ class DeepSpeedNames:
         """Return the learning rate of each param group: what the next update uses."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
-    def get_mom(self) -> list[float] | None:
-        """Return the momentum (or first beta) of each group; None if the optimizer has none."""
-        groups = self.optimizer.param_groups
-        if "momentum" in groups[0]:
-            return [float(group["momentum"]) for group in groups]
-        return [float(group["betas"][0]) for group in groups] if "betas" in groups[0] else None
+    def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
+        """Return the momentum (of Adam's family all betas) of each group; None if it has none."""
+        return momenta_of(self.optimizer)
+
+    def get_momentum(self) -> list[float] | None:
+        """Return of each group the one number that a schedule drives: momentum or first beta."""
+        momenta = self.get_mom()
+        if momenta is None:
+            return None
+        return [of if isinstance(of, float) else float(of[0]) for of in momenta]
 
     def get_global_grad_norm(self) -> float | None:
         """Return the 2-norm of the last update's gradients, unclipped; None before the first.

@@ -23,9 +23,13 @@ from engine.deepspeed_names import DeepSpeedNames
 from engine.monitors import Monitor
 from engine.progress import Counters, Progress
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "MisuseError"]
 
 log = logging.getLogger("onecycle")
+
+
+class MisuseError(RuntimeError, AssertionError):
+    """A call where it may not be; also what DeepSpeed raises there, for those who catch that."""
 
 
 class Engine(DeepSpeedNames, nn.Module):
@@ -123,7 +127,9 @@ class Engine(DeepSpeedNames, nn.Module):
             RuntimeError: the run is over, see `run_is_over`, or the ranks are kept from meeting.
         """
         if not self._synchronizes:
-            raise RuntimeError("`step` must not be called inside of `no_sync`; leave it first.")
+            raise MisuseError(
+                "It is illegal to call Engine.step() inside no_sync context manager; leave first."
+            )
         if self.run_is_over:
             raise RuntimeError(
                 f"the run must end after {self.config.steps_this_run} updates "
@@ -223,12 +229,15 @@ class Engine(DeepSpeedNames, nn.Module):
             RuntimeError: ZeRO stages 2 and 3 divide gradients in each backward pass.
         """
         if self.config.zero_stage >= 2:
-            raise RuntimeError(
-                "`no_sync` must not be used in ZeRO stages 2 and 3, which divide gradients in each "
-                "backward pass; let `gradient_accumulation_steps` do the counting."
+            raise MisuseError(
+                "the no_sync context manager is incompatible with ZeRO stages 2 and 3, which "
+                "divide gradients in each backward pass; let `gradient_accumulation_steps` do "
+                "the counting."
             )
         if not self._synchronizes:
-            raise RuntimeError("`no_sync` must not be nested, but is inside of another one.")
+            raise MisuseError(
+                "no_sync context manager reentry is unsupported; leave the one outside first."
+            )
         self._synchronizes = False
         try:
             yield

@@ -65,7 +65,7 @@ class Progress:
         seconds, self._clock = now - self._clock, now
         values = {
             "lr": engine.get_lr()[0],
-            "momentum": (engine.get_mom() or (None,))[0],
+            "momentum": (engine.get_momentum() or (None,))[0],
             "weight_decay": engine.optimizer.param_groups[0].get("weight_decay"),
             "train_loss": engine.mean(torch.stack(window).mean().item()) if window else None,
             "grad_norm": engine.get_global_grad_norm(),
@@ -86,7 +86,7 @@ class Progress:
     def _log(self, engine: DeepSpeedNames, done: Counters) -> None:
         loss = engine.mean(torch.stack(self.losses).mean().item())
         self.losses.clear()
-        values = {"lr": engine.get_lr(), "momentum": engine.get_mom()}
+        values = {"lr": engine.get_lr(), "momentum": engine.get_momentum()}
         shown = [
             f"{name} {' '.join(format(value, '.4g') for value in dict.fromkeys(of_groups))}"
             for name, of_groups in values.items()

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from schedules.durations import Horizon
-from schedules.param_groups import slots_of
+from schedules.param_groups import momenta_of, slots_of
 from schedules.registry import from_config
 from schedules.schedule import Base, Schedule
 from schedules.writers import FlatStep, flat_step, writer
@@ -98,12 +98,9 @@ class ScheduleBinder(LRScheduler):
         """Return the same as `get_last_lr`, the name that DeepSpeed's scripts use."""
         return self.get_last_lr()
 
-    def get_mom(self) -> list[float] | None:
-        """Return the momentum (or first beta) of each group; None where none is driven."""
-        if "momentum" not in self._slots:
-            return None
-        slots = zip(self._slots["momentum"], self.optimizer.param_groups, strict=True)
-        return [slot.read(group) for slot, group in slots]
+    def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
+        """Return the momentum (of Adam's family all betas) of each group; None if not driven."""
+        return momenta_of(self.optimizer) if "momentum" in self._slots else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the count of updates, the base values, and which schedule they belong to.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["Slot", "slots_of"]
+__all__ = ["Slot", "momenta_of", "slots_of"]
 
 Group = dict[str, Any]
 
@@ -68,3 +68,11 @@ def slots_of(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
             )
         slots.append(found[0])
     return tuple(slots)
+
+
+def momenta_of(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | None:
+    """Return each group's momentum, or all its betas; None where the optimizer has neither."""
+    groups = optimizer.param_groups
+    if "momentum" in groups[0]:
+        return [float(group["momentum"]) for group in groups]
+    return [tuple(group["betas"]) for group in groups] if "betas" in groups[0] else None

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -25,19 +25,18 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from engine.checkpoint.envelope import CheckpointError
+from engine.checkpoint.shards import ShardReader, ShardWriter
 
-__all__ = ["quietly", "read", "write", "write_behind"]
+__all__ = ["read", "read_weights", "write", "write_behind"]
+
+VALUES = "values.pt"
+"""What is no tensor, as the hyperparameters of param groups: the same on all ranks."""
+_MODEL = "model."
 
 
 def write(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Write this rank's share of model and optimizer; every rank calls it."""
-    weights, states = get_state_dict(model, optimizer)
-    with quietly():
-        save(
-            {"model": weights, "optimizer": states},
-            storage_writer=FileSystemWriter(folder, single_file_per_rank=True),
-            no_dist=not dist.is_initialized(),
-        )
+    _write(folder, _state_of(model, optimizer))
 
 
 def write_behind(
@@ -59,21 +58,10 @@ def write_behind(
     Returns:
         What is done when this rank, and on rank 0 every rank, has written.
     """
-    weights, states = get_state_dict(model, optimizer)
-    copies = _copied({"model": weights, "optimizer": states}, arena)
+    copies = _copied(_state_of(model, optimizer), arena)
     arena.update(copies)
-
-    def write_copies() -> None:
-        with quietly():
-            save(
-                copies,
-                storage_writer=FileSystemWriter(folder, single_file_per_rank=True),
-                process_group=group,
-                no_dist=group is None,
-            )
-
     writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-    started = writer.submit(write_copies)
+    started = writer.submit(_write, folder, copies, group)
     writer.shutdown(wait=False)
     return started
 
@@ -86,9 +74,9 @@ def _copied(value: Any, old: Any) -> Any:
     if isinstance(value, list):
         known = old if isinstance(old, list) and len(old) == len(value) else [None] * len(value)
         return [_copied(below, each) for below, each in zip(value, known, strict=True)]
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         return value
-    fits = isinstance(old, torch.Tensor) and type(old) is type(value) and old.shape == value.shape
+    fits = isinstance(old, Tensor) and type(old) is type(value) and old.shape == value.shape
     if fits and old.dtype == value.dtype:
         return old.copy_(value.detach())
     return value.detach().to("cpu", copy=True)
@@ -101,15 +89,16 @@ def read(folder: Path, model: nn.Module, optimizer: Optimizer | None, *, strict:
         CheckpointError: they are another model's; the message has the first key that differs.
     """
     options = StateDictOptions(strict=strict)
-    state: dict[str, Any]
-    if optimizer is None:
-        state = {"model": get_model_state_dict(model)}
-    else:
-        weights, states = get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizer": states}
+    state = _state_of(model, optimizer)
     _refuse_another_model(folder, state["model"], strict=strict)
-    with quietly():
-        load(state, storage_reader=FileSystemReader(folder), no_dist=not dist.is_initialized())
+    places = _leaves(state)
+    own = {name: holder[key] for name, holder, key in places if isinstance(holder[key], Tensor)}
+    with _quietly():
+        load(own, storage_reader=ShardReader(folder), no_dist=not dist.is_initialized())
+    saved = torch.load(folder / VALUES, weights_only=True)
+    for name, holder, key in places:
+        if name in saved:
+            holder[key] = saved[name]
     if optimizer is None:
         set_model_state_dict(model, state["model"], options=options)
     else:
@@ -122,16 +111,66 @@ def read(folder: Path, model: nn.Module, optimizer: Optimizer | None, *, strict:
         )
 
 
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the model's tensors of a checkpoint, each whole."""
+    weights: dict[str, Any] = {
+        name: torch.empty(of.size, dtype=of.properties.dtype)
+        for name, of in _saved_tensors(folder).items()
+        if name.startswith(_MODEL)
+    }
+    with _quietly():
+        load(weights, storage_reader=ShardReader(folder), no_dist=True)
+    return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
+
+
+def _state_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
+    if optimizer is None:
+        return {"model": get_model_state_dict(model)}
+    weights, states = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": states}
+
+
+def _write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    leaves = {name: holder[key] for name, holder, key in _leaves(state)}
+    alone = not dist.is_initialized()
+    if alone or dist.get_rank() == 0:
+        values = {name: value for name, value in leaves.items() if not isinstance(value, Tensor)}
+        torch.save(values, folder / VALUES)
+    with _quietly():
+        save(
+            {name: value for name, value in leaves.items() if isinstance(value, Tensor)},
+            storage_writer=ShardWriter(folder),
+            process_group=group,
+            no_dist=alone,
+        )
+
+
+def _leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return the dotted name, the holder and the key of everything that holds nothing else."""
+    found = []
+    for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+        name = f"{prefix}{key}"
+        divides = isinstance(value, list) and any(isinstance(each, dict | Tensor) for each in value)
+        if isinstance(value, dict) or divides:
+            found += _leaves(value, f"{name}.")
+        else:
+            found.append((name, holder, key))
+    return found
+
+
 def _refuse_another_model(folder: Path, own: dict[str, Any], *, strict: bool) -> None:
-    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     theirs = {
-        key.removeprefix("model."): of for key, of in saved.items() if key.startswith("model.")
+        name.removeprefix(_MODEL): of
+        for name, of in _saved_tensors(folder).items()
+        if name.startswith(_MODEL)
     }
     for key, tensor in own.items():
+        if not isinstance(tensor, Tensor):
+            continue
         if key not in theirs:
             problem = f"has no `{key}`"
-        elif tuple(theirs[key].size) != tuple(tensor.shape):  # type: ignore[union-attr]  # tensors
-            shapes = f"{tuple(theirs[key].size)} in it and {tuple(tensor.shape)} here"  # type: ignore[union-attr]
+        elif tuple(theirs[key].size) != tuple(tensor.shape):
+            shapes = f"{tuple(theirs[key].size)} in it and {tuple(tensor.shape)} here"
             problem = f"has another `{key}`: {shapes}"
         else:
             continue
@@ -141,17 +180,14 @@ def _refuse_another_model(folder: Path, own: dict[str, Any], *, strict: bool) ->
         raise CheckpointError(f"{folder} must be of this model, but also has `{more[0]}`.")
 
 
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Leave out the checksums inside of torch's files: the manifest hashes each file as a whole.
+def _saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    found: Any = ShardReader(folder).read_metadata().state_dict_metadata
+    return dict(found)
 
-    torch also warns that there is no process group, where one process needs none.
-    """
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
-            yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out torch's warning that there is no process group, where one process needs none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
+        yield

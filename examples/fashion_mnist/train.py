@@ -92,7 +92,7 @@ def main() -> None:
         for x, y in chain.from_iterable(repeat(loader)):
             if trainer.global_steps == args.steps:
                 break
-            lr, momentum = trainer.get_lr()[0], trainer.get_mom()[0]
+            lr, momentum = trainer.get_lr()[0], trainer.get_momentum()[0]
             loss = cross_entropy(trainer(x.to(trainer.device)), y.to(trainer.device))
             trainer.backward(loss)
             window += loss.item() / trainer.gradient_accumulation_steps()

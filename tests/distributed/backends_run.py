@@ -86,7 +86,7 @@ def run(model, config, updates, poison=()):
     rows = []
     for update in range(updates):
         inputs, targets = batch_of(model, update, size)
-        used = (trainer.get_lr()[0], trainer.get_mom()[0])
+        used = (trainer.get_lr()[0], trainer.get_momentum()[0])
         total = 0.0
         for step in range(trainer.gradient_accumulation_steps()):
             begin = (step * trainer.world_size + trainer.global_rank) * micro

@@ -22,7 +22,7 @@ def main(config: str, output: str, updates: int) -> None:
     loss_of_window = 0.0
     while trainer.global_steps < updates:
         for x, y in loader:
-            used = (trainer.get_lr()[0], trainer.get_mom()[0])
+            used = (trainer.get_lr()[0], trainer.get_momentum()[0])
             loss = cross_entropy(trainer(x).float(), y)
             trainer.backward(loss)
             loss_of_window += trainer._backend.mean(loss.item())

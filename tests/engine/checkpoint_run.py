@@ -1,4 +1,7 @@
-"""A run that saves every second update and goes on by itself; it prints a line an update."""
+"""A run that saves every second update and goes on by itself; rank 0 prints a line an update.
+
+python checkpoint_run.py FOLDER UPDATES [BACKEND [sync|async]]
+"""
 
 import hashlib
 import sys
@@ -9,7 +12,7 @@ from torch.utils.data import TensorDataset
 import engine
 
 
-def main(folder, updates):
+def main(folder, updates, backend, behind):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(52, 4, generator=generator)
     torch.manual_seed(0)
@@ -21,7 +24,10 @@ def main(folder, updates):
             "type": "OneCycle",
             "params": {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01, "cycle_first_step_size": 20},
         },
-        "engine": {"checkpoint": {"dir": folder, "every": 2}},
+        "engine": {
+            "backend": backend,
+            "checkpoint": {"dir": folder, "every": 2, "async": behind},
+        },
     }
     data = TensorDataset(x, x.sum(1, keepdim=True))
     trainer, _, loader, _ = engine.initialize(config=config, model=net, training_data=data)
@@ -32,11 +38,14 @@ def main(folder, updates):
             trainer.step()
             weights = b"".join(p.detach().numpy().tobytes() for p in net.parameters())
             digest = hashlib.sha256(weights).hexdigest()[:16]
-            print(trainer.global_steps, lr, features.sum().item(), digest, flush=True)  # noqa: T201  # what it is for
+            if trainer.global_rank == 0:
+                print(trainer.global_steps, lr, features.sum().item(), digest, flush=True)  # noqa: T201  # what it is for
             if trainer.global_steps == updates:
                 break
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], int(sys.argv[2]))
+    folder, updates, *rest = sys.argv[1:]
+    backend, mode = (*rest, *("torch", "sync")[len(rest) :])
+    main(folder, int(updates), backend, mode == "async")

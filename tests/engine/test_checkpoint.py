@@ -81,7 +81,7 @@ def saved(tmp_path):
 
 def damage(folder, how):
     newest = folder / "global_step6"
-    files = sorted(newest.glob("*.distcp"))
+    files = sorted(newest.glob("*.safetensors"))
     match how:
         case "a truncated shard":
             files[0].write_bytes(files[0].read_bytes()[:-7])
@@ -129,8 +129,8 @@ def test_after_a_fault_the_newest_complete_one_is_found(saved, how, step):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("a truncated shard", r"\.distcp has [\d,]+ bytes instead of [\d,]+"),
-        ("a flipped byte", r"\.distcp has other content.*Other complete ones: .*global_step4"),
+        ("a truncated shard", r"\.safetensors has [\d,]+ bytes instead of [\d,]+"),
+        ("a flipped byte", r"\.safetensors has other content.*Other complete ones: .*global_step4"),
         ("a missing file", "random.0.pt is missing"),
         ("no manifest", "its writer died, or another tool wrote it"),
         ("a broken manifest", "manifest.json cannot be read"),

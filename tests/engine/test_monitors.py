@@ -26,7 +26,7 @@ def train(updates, poison=(), **sections):
     trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(3, 1))
     used = []
     for update in range(updates):
-        used.append((trainer.get_lr()[0], trainer.get_mom()[0]))
+        used.append((trainer.get_lr()[0], trainer.get_momentum()[0]))
         losses = []
         for _ in range(2):
             loss = trainer(torch.ones(2, 3)).pow(2).mean()

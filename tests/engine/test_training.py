@@ -62,7 +62,7 @@ def train(trainer, loader, updates, poison=()):
         for x, y in loader:
             if trainer.global_steps == end:
                 return seen
-            used = (trainer.get_lr(), trainer.get_mom())
+            used = (trainer.get_lr(), trainer.get_momentum())
             loss = mse_loss(trainer(x).float(), y)
             if trainer.global_steps in poison:
                 loss = loss * math.inf
@@ -155,13 +155,13 @@ def test_an_overflow_skips_the_update_and_leaves_the_schedule_where_it_was(chang
     trainer, loader = start(**changes)
     train(trainer, loader, 3)
     before = copy.deepcopy((trainer.module.state_dict(), trainer.optimizer.state_dict()))
-    values, scale = (trainer.get_lr(), trainer.get_mom()), trainer.loss_scale
+    values, scale = (trainer.get_lr(), trainer.get_momentum()), trainer.loss_scale
     with caplog.at_level(logging.WARNING, "onecycle"):
         train(trainer, loader, 1, poison={3})
     assert "update 4 skipped: its gradients are not finite (1 skipped so far)" in caplog.text
     assert not trainer.was_step_applied()
     assert (trainer.global_steps, trainer.skipped_steps) == (4, 1)
-    assert (trainer.get_lr(), trainer.get_mom()) == values
+    assert (trainer.get_lr(), trainer.get_momentum()) == values
     after = (trainer.module.state_dict(), trainer.optimizer.state_dict())
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     halved = changes.get("fp16", {}).get("hysteresis") == 1
@@ -190,7 +190,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, kill_at, precision):
         seen = []
         for x, y in batches[2 * begin : 2 * end]:
             loss = mse_loss(trainer(x).float(), y)
-            seen.append((loss.item(), trainer.get_lr(), trainer.get_mom(), trainer.loss_scale))
+            seen.append((loss.item(), trainer.get_lr(), trainer.get_momentum(), trainer.loss_scale))
             trainer.backward(loss)
             trainer.step()
         return seen
