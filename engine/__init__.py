@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from engine.config.arguments import add_config_arguments
     from engine.deepspeed_schedules import register_with_deepspeed
     from engine.engine import Engine
+    from engine.lr_range.rehearse import lr_range_test
     from engine.training import initialize
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "add_config_arguments",
     "initialize",
     "load_config",
+    "lr_range_test",
     "register_with_deepspeed",
     "validate",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "add_config_arguments": "engine.config.arguments",
     "initialize": "engine.training",
     "load_config": "engine.config",
+    "lr_range_test": "engine.lr_range.rehearse",
     "register_with_deepspeed": "engine.deepspeed_schedules",
     "validate": "engine.config",
 }

@@ -17,6 +17,7 @@ COMMANDS = {
     "config": "print every value that a run would use, and where it comes from",
     "plot": "show the learning rate and momentum that every update will use",
     "schedules": "list every schedule, or print all about one",
+    "lr-test": "find the learning rates to cycle between, by a range test of a script",
     "checkpoint": "list, verify, show or export the checkpoints of a run",
     "schema": "print the JSON schema of configs, or of one schedule's params",
 }
@@ -34,6 +35,7 @@ examples:
   onecycle schedules
   onecycle schedules OneCycle
   onecycle schema OneCycle
+  onecycle lr-test -- train.py --epochs 1
 """
 
 
@@ -64,7 +66,8 @@ def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         _refuse(arguments)
     # A command's module is loaded when it is named: `validate` is to start in no time.
-    command = importlib.import_module(f"engine.commands.{arguments[0]}")
+    name = arguments[0].replace("-", "_")
+    command = importlib.import_module(f"engine.commands.{name}")
     parser = argparse.ArgumentParser(prog=f"onecycle {arguments[0]}")
     command.add(parser)
     args = parser.parse_args(arguments[1:])

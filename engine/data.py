@@ -78,15 +78,16 @@ class RunLoader(DataLoader[Any]):
     _seed = 0
     _epoch = -1
     _given = 0  # micro-batches of the epoch, counted when they are asked for
-    _resumes = False
+    resumes = False
+    """Whether the next iteration goes on in the midst of its epoch instead of beginning one."""
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and how many of its micro-batches were given."""
         return {"epoch": self._epoch, "given": self._given}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration go on where the state was returned."""
-        self._epoch, self._given, self._resumes = state["epoch"], state["given"], True
+    def load_state_dict(self, state: dict[str, int], *, resumes: bool = True) -> None:
+        """Let the next iteration go on where the state was returned, or begin the epoch after."""
+        self._epoch, self._given, self.resumes = state["epoch"], state["given"], resumes
 
     def begin(self, seed: int) -> None:
         """Take the seed of the run."""
@@ -99,9 +100,9 @@ class RunLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         if self._run_is_over is not None and self._run_is_over():
             return iter(())
-        if not self._resumes:
+        if not self.resumes:
             self._epoch, self._given = self._epoch + 1, 0
-        self._resumes = False
+        self.resumes = False
         if self.generator is not None:
             # Workers' seeds come from here, not from the generator that the script draws from.
             self.generator.manual_seed(self._seed + self._epoch)

@@ -17,11 +17,14 @@ from torch.utils.data import DataLoader
 from engine import saving, signals
 from engine.backends.base import Backend
 from engine.checkpoint import envelope
+from engine.checkpoint.randomness import load_random_state, random_state
 from engine.config import Config
 from engine.data import RunLoader
 from engine.deepspeed_names import DeepSpeedNames
+from engine.lr_range.sweep import Recorder
 from engine.monitors import Monitor
 from engine.progress import Counters, Progress
+from schedules import Schedule, ScheduleBinder
 
 __all__ = ["Engine", "MisuseError"]
 
@@ -61,6 +64,9 @@ class Engine(DeepSpeedNames, nn.Module):
         self._boundary: bool | None = None  # as `set_gradient_accumulation_boundary` has it
         self._synchronizes = True
         self._scaled_losses = 0  # in this window, by `backward` or `scale`
+        self._recorder: Recorder | None = None
+        self._rehearses = False  # a range test: it leaves nothing behind
+        self._window: list[Tensor] | None = None  # losses of this update, if anybody asks for them
         self._behind = saving.Behind() if config.checkpoint.behind else None
         self._signals: signals.Signals | None = None
         self._updates_before = 0  # those of earlier runs, when a checkpoint was loaded
@@ -103,12 +109,16 @@ class Engine(DeepSpeedNames, nn.Module):
         divisor = self._accumulation if scale_wrt_gas else 1
         self._backend.backward(loss, divisor, retain_graph=retain_graph)
         self._scaled_losses += 1
+        if self._window is not None:
+            self._window.append(loss.detach())
         self._progress.add(loss)
         return loss if divisor == 1 else loss / divisor
 
     def scale(self, loss: Tensor) -> Tensor:
         """Return a loss scaled and divided as by `backward`, for a ``.backward()`` of your own."""
         self._scaled_losses += 1
+        if self._window is not None:
+            self._window.append(loss.detach())
         return loss * (self._backend.loss_scale / self._accumulation)
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> bool:
@@ -130,6 +140,8 @@ class Engine(DeepSpeedNames, nn.Module):
             raise MisuseError(
                 "It is illegal to call Engine.step() inside no_sync context manager; leave first."
             )
+        if self._rehearses and self._recorder is not None:
+            self._recorder.stop_if_over()  # again, if the script caught it
         if self.run_is_over:
             raise RuntimeError(
                 f"the run must end after {self.config.steps_this_run} updates "
@@ -146,10 +158,70 @@ class Engine(DeepSpeedNames, nn.Module):
         if not done.applied:
             self._count_skipped()
         self._progress.tell(self, done)
+        if self._recorder is not None:
+            self._note(self._recorder)
         if done.applied and self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self._save_if_due()
         return done.applied
+
+    def record(self, recorder: Recorder, *, rehearses: bool) -> None:
+        """Have every update noted; a rehearsal saves nothing, and ends when the sweep does."""
+        self._recorder, self._rehearses, self._window = recorder, rehearses, []
+
+    def _note(self, recorder: Recorder) -> None:
+        momentum = self.get_momentum()
+        used = self.get_lr()[0], momentum[0] if momentum else None
+        recorder.note(*used, self._mean_loss(), applied=self._done.applied)
+        if self._rehearses:
+            recorder.stop_if_over()
+
+    def _mean_loss(self) -> float:
+        """Return the mean of this update's losses, over all micro-batches and ranks."""
+        if not self._window:
+            raise RuntimeError(
+                "the loss must be known here, but this update's gradients came from the script's "
+                "own `loss.backward()`; call `engine.backward(loss)` instead."
+            )
+        loss = float(torch.stack(self._window).float().mean())
+        self._window.clear()
+        return self._backend.mean(loss)
+
+    @contextlib.contextmanager
+    def rehearsal(self, recorder: Recorder, schedule: Schedule[Any]) -> Iterator[None]:
+        """Let training inside leave no trace: all is as it was afterwards, also after an exception.
+
+        Args:
+            recorder: notes the updates.
+            schedule: drives the optimizer in place of the run's.
+
+        Raises:
+            ValueError: an update is begun, whose gradients would be lost.
+        """
+        if self._done.micro_steps % self._accumulation:
+            raise ValueError("a rehearsal must begin between updates; step to the end of this one.")
+        loader = self.training_dataloader
+        position = self._loader_state()
+        resumes = isinstance(loader, RunLoader) and loader.resumes
+        names = ("config", "lr_scheduler", "_done", "_progress", "_recorder", "_rehearses")
+        kept = {name: getattr(self, name) for name in (*names, "_window", "training")}
+        draws, snapshot = random_state(), self._backend.snapshot()
+        try:
+            self.config = self.config.rehearsal(schedule)
+            self._done, self._progress = Counters(), Progress(self.config, ())
+            self.lr_scheduler = ScheduleBinder(schedule, self.optimizer)
+            self.record(recorder, rehearses=True)
+            yield
+        finally:
+            self.zero_grad()
+            self._backend.restore(snapshot)
+            load_random_state(draws)
+            self.train(kept.pop("training"))
+            for name, value in kept.items():
+                setattr(self, name, value)
+            self._scaled_losses = 0
+            if isinstance(loader, RunLoader) and position is not None:
+                loader.load_state_dict(position, resumes=resumes)
 
     def _save_if_due(self) -> None:
         """Save as ``engine.checkpoint`` says, and before the process is told to end."""
@@ -347,6 +419,9 @@ class Engine(DeepSpeedNames, nn.Module):
             raise ValueError(
                 "`exclude_frozen_parameters` must be false: a checkpoint is whole or not there."
             )
+        if self._rehearses:
+            log.info("no checkpoint is written in a range test")
+            return True
         folder, tag = Path(save_dir), tag or f"global_step{self.global_steps}"
         state = {
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,

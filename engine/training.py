@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeGuard
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,11 +24,13 @@ from engine.blocks import blocks_of
 from engine.config import Config, Source, load_config
 from engine.data import make_loader
 from engine.engine import Engine
+from engine.lr_range.suggestion import MIN_POINTS
+from engine.lr_range.sweep import RECORD, Recorder, Sweep, sweep_of_environment
 from engine.monitors import monitors_of
 from engine.optimizers import build_optimizer
 from engine.ranks import Ranks, agree, connect, world_size
 from engine.recompute import recompute
-from schedules import ScheduleBinder
+from schedules import LRRangeTest, ScheduleBinder, from_config
 
 __all__ = ["initialize"]
 
@@ -97,7 +104,13 @@ def initialize(
     del dist_init_required
     if model is None:
         raise ValueError("`model` must be a torch.nn.Module, but is None instead.")
+    sweep = sweep_of_environment()
+    if sweep is not None:
+        config = sweep.config or config
+        lr_scheduler = None
     resolved = load_config(_source(args, config, config_params), world_size=world_size(), args=args)
+    if sweep is not None:
+        resolved = _under_test(resolved, sweep)
     _refuse_two_sources(resolved, optimizer, lr_scheduler)
     deepspeed = resolved.backend.name == "deepspeed"
     if not deepspeed:
@@ -126,9 +139,49 @@ def initialize(
     engine = Engine(resolved, backend, scheduler, loader, monitors_of(resolved.monitors, ranks))
     if loader is not None:
         loader.end_with(lambda: engine.run_is_over)
+    if sweep is not None or isinstance(resolved.schedule, LRRangeTest):
+        _record(engine, sweep)
     _announce(engine, backend)
     engine.resume()
     return engine, backend.optimizer, loader, scheduler
+
+
+def _under_test(config: Config, sweep: Sweep) -> Config:
+    """Return the config of a script that `onecycle lr-test` runs."""
+    changed = config.rehearsal(from_config(sweep.scheduler))
+    if sweep.seed_offset:
+        torch.manual_seed(torch.initial_seed() + sweep.seed_offset)
+    return replace(changed, seed=config.seed + sweep.seed_offset)
+
+
+def _record(engine: Engine, sweep: Sweep | None) -> None:
+    """Have a range test noted: one of `onecycle lr-test`, or the config's own, to its very end."""
+    first = engine.global_rank == 0
+    if sweep is None:
+        recorder = Recorder(None, math.inf)
+        engine.record(recorder, rehearses=False)
+        if first:
+            atexit.register(_report, recorder)
+        return
+    facts = {
+        "backend": engine.config.backend.name,
+        "world_size": engine.world_size,
+        "precision": engine.config.precision,
+        "train_batch_size": engine.train_batch_size(),
+    }
+    path = Path(sweep.folder) / RECORD if sweep.folder and first else None
+    engine.record(Recorder(sweep.steps, sweep.divergence, path, facts), rehearses=True)
+
+
+def _report(recorder: Recorder) -> None:
+    from engine.lr_range.report import LRRangeReport
+
+    if len(recorder.run.lrs) >= MIN_POINTS:
+        report = LRRangeReport((recorder.run,))
+        picture, _ = report.write(Path("lr_test"))
+        found = report.suggestion
+        verdict = f"cycle_max_lr {found.max_lr:.2g}" if found.max_lr else f"none: {found.reason}"
+        log.info("LR range test: %s; %s", verdict, picture)
 
 
 def _source(args: argparse.Namespace | None, *configs: Source | None) -> Source:

@@ -81,6 +81,14 @@ class Backend(Protocol):
         """
         ...
 
+    def snapshot(self) -> Any:
+        """Return a copy of all that training changes, for `restore`; every rank calls it."""
+        ...
+
+    def restore(self, snapshot: Any) -> None:
+        """Put everything back, bit for bit; every rank calls it."""
+        ...
+
     def describe(self) -> str:
         """Return what trains here, in words, for the log."""
         ...

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -153,6 +155,22 @@ class DeepSpeedBackend:
         )
         if path is None:
             raise CheckpointError(f"{place} must hold DeepSpeed's files, but DeepSpeed finds none.")
+
+    def snapshot(self) -> Any:
+        """Return a folder with DeepSpeed's own checkpoint: its states are nobody else's to copy."""
+        folder = [tempfile.mkdtemp(prefix="onecycle-") if self.ranks.rank == 0 else ""]
+        dist.broadcast_object_list(folder)
+        place = Path(folder[0], "snapshot")
+        self.save(place)
+        return place, self.grad_norm
+
+    def restore(self, snapshot: Any) -> None:
+        """Load the folder, and remove it."""
+        place, self.grad_norm = snapshot
+        self.load(place, optimizer=True, strict=True)
+        dist.barrier()
+        if self.ranks.rank == 0:
+            shutil.rmtree(place.parent)
 
     def describe(self) -> str:
         """Return what trains here, in words, for the log."""

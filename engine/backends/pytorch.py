@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -152,6 +154,22 @@ class PyTorchBackend:
         if optimizer and self._scaler is not None and saved.is_file():
             self._scaler.load_state_dict(torch.load(saved, weights_only=True))
 
+    def snapshot(self) -> Any:
+        """Return copies of this rank's tensors, buffers that are not saved included."""
+        tensors_now = {name: tensor.detach().clone() for name, tensor in _named(self.model)}
+        scaler = self._scaler.state_dict() if self._scaler else None
+        return copy.deepcopy((tensors_now, self.optimizer.state_dict(), scaler, self.grad_norm))
+
+    def restore(self, snapshot: Any) -> None:
+        """Put everything back, bit for bit."""
+        tensors_then, optimizer, scaler, self.grad_norm = snapshot
+        with torch.no_grad():
+            for name, tensor in _named(self.model):
+                tensor.copy_(tensors_then[name])
+        self.optimizer.load_state_dict(optimizer)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(scaler)
+
     def attribute(self, name: str) -> Any:
         """Return the model's attribute of a name."""
         return getattr(self.model, name)
@@ -165,6 +183,11 @@ class PyTorchBackend:
         """Return what trains here, in words, for the log."""
         how = f"DDP over {self.ranks.world_size} ranks" if self._parallel else "one process"
         return f"PyTorch, {how}, {self.ranks.device}, {self._precision}"
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _norm(gradients: list[Tensor]) -> float:

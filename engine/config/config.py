@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,6 +113,19 @@ class Config:
     overrides: tuple[Override, ...]
     run: Mapping[str, Any]
     """``max_duration``, ``scale_schedule_ratio`` and ``scale_warmup`` of the section ``engine``."""
+
+    def rehearsal(self, schedule: Schedule[Any] | None) -> Config:
+        """Return the same training by another schedule, without any trace: nothing is written."""
+        off = CheckpointPlan(None, None, None, None, behind=False, resume="never", override=False)
+        silent = {name: {**section, "enabled": False} for name, section in self.monitors.items()}
+        return replace(
+            self,
+            schedule=schedule,
+            checkpoint=off,
+            monitors=silent,
+            steps_per_print=None,
+            steps_this_run=None,
+        )
 
     def horizon(self, steps_per_epoch: float | None) -> Horizon:
         """Return the run that durations are a part of.

@@ -1,0 +1,256 @@
+"""``onecycle lr-test``: the LR range test of an unmodified training script."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from engine.commands.arguments import INVALID, OK, positive
+
+__all__ = ["add", "run"]
+
+_LINES_OF_FAILURE = 15
+_GRACE = 30.0  # seconds for a script to write what it writes at its end
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.description = (
+        "Run a training script, unchanged, at learning rates that rise from small to too large, "
+        "and say between which to cycle. The script's `engine.initialize` sees that a test is on: the "
+        "sweep takes the scheduler's place, no checkpoint is written, and the script is ended when "
+        "the loss diverges or the sweep is through."
+    )
+    parser.epilog = (
+        "exit status: 0 a suggestion, 1 none, 2 wrong usage\n\nexamples:\n"
+        "  onecycle lr-test -- train.py --epochs 1\n"
+        "  onecycle lr-test --repeat 3 --write ds_config.json -- train.py\n"
+        "  onecycle lr-test --nproc 2 --min 1e-5 --max 1 --steps 300 -- train.py"
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a config in place of the script's; its block is swept by if it is an LRRangeTest",
+    )
+    parser.add_argument("--min", type=float, default=1e-7, metavar="LR", help="(default: 1e-7)")
+    parser.add_argument("--max", type=float, default=10.0, metavar="LR", help="(default: 10)")
+    parser.add_argument("--steps", type=positive, default=200, help="updates (default: 200)")
+    parser.add_argument(
+        "--shape",
+        choices=["exponential", "linear", "staircase"],
+        default="exponential",
+        help="how the learning rate rises (default: by the same factor in every update)",
+    )
+    parser.add_argument(
+        "--momentum",
+        nargs=2,
+        type=float,
+        metavar=("FROM", "TO"),
+        help="let momentum fall meanwhile, as in a cycle's first half: 0.95 0.85",
+    )
+    parser.add_argument(
+        "--divergence",
+        type=float,
+        default=4.0,
+        metavar="X",
+        help="end when the smoothed loss is X times the lowest (default: 4)",
+    )
+    parser.add_argument(
+        "--repeat", type=positive, default=1, metavar="N", help="runs, each with a seed of its own"
+    )
+    parser.add_argument(
+        "--nproc", type=positive, default=1, metavar="N", help="processes on this machine"
+    )
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="put the OneCycle block into this config; the old file stays as FILE.bak",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("lr_test"),
+        metavar="DIR",
+        help="for lr_range.png, report.json and the script's log (default: lr_test)",
+    )
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="-- SCRIPT ARGS, or -- COMMAND")
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Run the script, and say what the test found."""
+    import dataclasses
+
+    from rich.console import Console
+
+    from engine.lr_range.report import LRRangeReport
+    from engine.lr_range.sweep import RECORD, Run, Sweep
+
+    command = _command(args)
+    sweep = Sweep(
+        args.min,
+        args.max,
+        args.steps,
+        args.shape,
+        tuple(args.momentum) if args.momentum else None,
+        _block_of(args.config),
+        args.divergence,
+        config=args.config and str(Path(args.config).resolve()),
+    )
+    if args.write is not None:
+        _read_block(args.write)  # a file that cannot be written to is to be known before the test
+    console = Console(file=out, soft_wrap=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="onecycle-") as folder:
+        for repeat in range(args.repeat):
+            place = Path(folder, str(repeat))
+            place.mkdir()
+            log = args.output / f"script.{repeat}.log"
+            of_run = dataclasses.replace(sweep, folder=str(place), seed_offset=repeat)
+            status = _follow(command, of_run.environment(), place / RECORD, log, args, console)
+            record = place / RECORD
+            run = Run.read(record) if record.is_file() else Run()
+            trouble = _trouble(status, run, log, args)
+            if trouble:
+                console.print(f"no suggestion: {trouble}", markup=False)
+                return INVALID
+            runs.append(run)
+    return _tell(LRRangeReport(tuple(runs)), args, console)
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    script = args.script[1:] if args.script[:1] == ["--"] else args.script
+    if not script:
+        raise ValueError("a script must follow: `onecycle lr-test -- train.py ARGS`.")
+    if script[0].endswith(".py") and not Path(script[0]).is_file():
+        raise FileNotFoundError(2, "there is no such script", script[0])
+    python = [sys.executable] if script[0].endswith(".py") else []
+    if args.nproc == 1:
+        return [*python, *script]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc_per_node", str(args.nproc), *script]
+
+
+def _block_of(config: str | None) -> Any:
+    """Return the config's own range test, if that is its schedule."""
+    block = _read_block(Path(config)) if config else None
+    return block if block and block.get("type") == "LRRangeTest" else None
+
+
+def _read_block(path: Path) -> dict[str, Any] | None:
+    from engine.config import load_config
+
+    block = load_config(path).own.get("scheduler")
+    return None if block is None else dict(block)
+
+
+def _follow(
+    command: Sequence[str],
+    environment: dict[str, str],
+    record: Path,
+    log: Path,
+    args: argparse.Namespace,
+    console: Any,
+) -> int:
+    """Run the script to its end, with a bar of the updates that it has noted."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from engine.lr_range.sweep import Run
+
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("lr {task.fields[lr]:.2e}  loss {task.fields[loss]:.4g}"),
+        console=console,
+        transient=True,
+    )
+    with log.open("wb") as file, bar:
+        task = bar.add_task("sweep", total=args.steps, lr=args.min, loss=float("nan"))
+        process = subprocess.Popen(  # noqa: S603  # what the user asks for
+            command,
+            env=os.environ | environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        ended_at = None
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                run = Run.read(record) if record.is_file() else Run()
+                if run.lrs:
+                    bar.update(task, completed=len(run.lrs), lr=run.lrs[-1], loss=run.losses[-1])
+                if run.end:
+                    ended_at = ended_at or time.monotonic()
+                    if time.monotonic() - ended_at > _GRACE:
+                        _kill(process)
+        except KeyboardInterrupt:
+            _kill(process)
+            raise
+    # One that catches the stop, and goes on elsewhere, has told all that it had to tell.
+    return 0 if ended_at is not None and process.returncode < 0 else process.returncode
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    import signal
+
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _trouble(status: int, run: Any, log: Path, args: argparse.Namespace) -> str:
+    """Return why a run carries no test, and what would help."""
+    from engine.lr_range.suggestion import MIN_POINTS
+
+    name = " ".join(args.script).removeprefix("-- ")
+    if status != 0 and not run.end:
+        last = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = "\n".join(last[-_LINES_OF_FAILURE:])
+        return f"{name} failed with status {status}; its last lines ({log} has all):\n{lines}"
+    if not run.facts:
+        return (
+            f"{name} ended without a call of engine.initialize; have it train through the engine "
+            f"({log} has what it printed)."
+        )
+    if len(run.lrs) < MIN_POINTS and not run.end:
+        return (
+            f"{name} ended after {len(run.lrs)} updates, and {MIN_POINTS} must be; let it train "
+            "for more epochs, or on smaller batches."
+        )
+    return ""
+
+
+def _tell(report: Any, args: argparse.Namespace, console: Any) -> int:
+    import json
+
+    from engine.config.insertion import put_scheduler
+
+    picture, data = report.write(args.output)
+    colour = console.file.isatty() and "NO_COLOR" not in os.environ
+    width = min(100, shutil.get_terminal_size().columns)
+    console.file.write(report.drawn_on_terminal(width, colour=colour) + "\n")
+    console.print(report.table())
+    ends = ", ".join(run.end or "the script's own end" for run in report.runs)
+    updates = ", ".join(str(len(run.lrs)) for run in report.runs)
+    console.print(f"{updates} updates, ended by {ends}; {picture}, {data}", markup=False)
+    if report.suggestion.max_lr is None:
+        console.print(f"no suggestion: {report.suggestion.reason}", markup=False)
+        return INVALID
+    target = args.write or args.config
+    block = report.block(_read_block(Path(target)) if target else None)
+    console.print_json(json.dumps({"scheduler": block}))
+    if args.write is not None:
+        backup = put_scheduler(args.write, block)
+        console.print(f"written into {args.write}; as it was: {backup}", markup=False)
+    return OK

@@ -1,0 +1,109 @@
+"""A scheduler block put into a config's text; comments, order and spacing around it stay."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.config.config import load_document
+from engine.config.document import Document
+
+__all__ = ["put_scheduler", "with_scheduler"]
+
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|#[^\n]*|/\*.*?\*/|[{}\[\],]', re.DOTALL)
+_INDENT = 2
+
+
+def put_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
+    """Write a scheduler block into a config file, and return the backup of what it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    document = load_document(path)
+    text = with_scheduler(document, block)
+    backup = path.with_name(f"{path.name}.bak")
+    shutil.copy2(path, backup)
+    path.write_bytes(document.encoded(text))
+    return backup
+
+
+def with_scheduler(document: Document, block: Mapping[str, Any]) -> str:
+    """Return a config's text with another scheduler block.
+
+    Where the old block is of the same type, only the values that differ are written anew, so that
+    comments in it stay as well.
+
+    >>> from engine.config.document import parse
+    >>> text = '{"scheduler": {"type": "A", "params": {"x": 1}} // mine\\n}'
+    >>> print(with_scheduler(parse(text, "c.json"), {"type": "A", "params": {"x": 2}}))
+    {"scheduler": {"type": "A", "params": {"x": 2}} // mine
+    }
+    """
+    old = document.value.get("scheduler")
+    if old is None:
+        return _added(document, block)
+    params = old.get("params", {})
+    same = old.get("type") == block["type"] and params.keys() == block["params"].keys()
+    if not same:
+        return _replaced(document, {"/scheduler": block})
+    changed = {
+        f"/scheduler/params/{key}": value
+        for key, value in block["params"].items()
+        if params[key] != value
+    }
+    return _replaced(document, changed)
+
+
+def _replaced(document: Document, values: Mapping[str, Any]) -> str:
+    text = document.text
+    spans = [(*_span(document, pointer), value) for pointer, value in values.items()]
+    for begin, end, value in sorted(spans, key=lambda span: span[0], reverse=True):
+        text = text[:begin] + _indented(value, _INDENT) + text[end:]
+    return text
+
+
+def _added(document: Document, block: Mapping[str, Any]) -> str:
+    """Put the block before the brace that ends the config."""
+    text = document.text
+    tokens = [token for token in _TOKEN.finditer(text) if not _is_comment(token.group())]
+    close = tokens[-1].start()
+    member = f'"scheduler": {_indented(block, _INDENT)}'
+    if not document.value:
+        return f"{text[:close]}{member}{text[close:]}"
+    last = max((f"/{key}" for key in document.value), key=lambda at: _span(document, at)[1])
+    end = _span(document, last)[1]
+    comma = tokens[-2].start() if tokens[-2].group() == "," else None  # one that trails
+    at = end if comma is None else comma + 1
+    return f"{text[:at]}{',' if comma is None else ''}\n{' ' * _INDENT}{member}{text[at:]}"
+
+
+def _span(document: Document, pointer: str) -> tuple[int, int]:
+    """Return where a value's text begins and ends."""
+    text = document.text
+    begins = [0, *itertools.accumulate(len(line) + 1 for line in text.split("\n"))]
+    line, column = document.places[pointer].value
+    begin = begins[line - 1] + column - 1
+    if text[begin] not in "{[":
+        plain = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s,{}\[\]]+').match(text, begin)
+        assert plain is not None
+        return begin, plain.end()
+    depth = 0
+    for token in _TOKEN.finditer(text, begin):
+        depth += (token.group() in "{[") - (token.group() in "}]")
+        if depth == 0:
+            return begin, token.end()
+    raise AssertionError("a config that was read has all its braces")
+
+
+def _is_comment(token: str) -> bool:
+    return token.startswith(("//", "#", "/*"))
+
+
+def _indented(value: Any, indent: int) -> str:
+    return json.dumps(value, indent=_INDENT).replace("\n", "\n" + " " * indent)

@@ -1,0 +1,1 @@
+"""The LR range test: which learning rates a model can be trained with, measured."""

@@ -1,0 +1,180 @@
+"""What a range test found, as an object, a picture, a table and the block to train with."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.lr_range.suggestion import Suggestion, suggest
+from engine.lr_range.sweep import Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["LRRangeReport"]
+
+
+@dataclass(frozen=True)
+class LRRangeReport:
+    """The runs of a range test, and what they suggest together.
+
+    >>> lrs = [10 ** (-5 + k / 25) for k in range(150)]
+    >>> losses = [2.3 - 1.5 / (1 + (1e-3 / lr) ** 2) + (lr / 0.1) ** 2 for lr in lrs]
+    >>> report = LRRangeReport((Run(lrs, losses, [None] * 150),))
+    >>> report.block()["type"], report.suggestion.max_lr == report.block()["params"]["cycle_max_lr"]
+    ('OneCycle', True)
+    """
+
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def suggestion(self) -> Suggestion:
+        """What all runs together suggest; without a ``max_lr`` it has a reason."""
+        lrs = np.concatenate([np.asarray(run.lrs, float) for run in self.runs])
+        losses = np.concatenate([np.asarray(run.losses, float) for run in self.runs])
+        ends = [run.lrs[-1] for run in self.runs if run.end == "divergence"]
+        diverged_at = statistics.median(ends) if len(ends) == len(self.runs) else None
+        found = suggest(lrs, losses, diverged_at=diverged_at)
+        rounded = found.max_lr and float(f"{found.max_lr:.2g}")
+        return Suggestion(rounded, found.reason, found.rules, found.smoothed)
+
+    @property
+    def of_each(self) -> list[float]:
+        """What each run by itself suggests, where there are several: their spread."""
+        if len(self.runs) == 1:
+            return []
+        each = (suggest(run.lrs, run.losses).max_lr for run in self.runs)
+        return [lr for lr in each if lr is not None]
+
+    def block(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the scheduler block of 1Cycle between the suggested bounds.
+
+        Args:
+            known: a OneCycle block, whose other params are kept.
+
+        Raises:
+            ValueError: there is no suggestion.
+        """
+        suggestion = self.suggestion
+        if suggestion.max_lr is None or suggestion.min_lr is None:
+            raise ValueError(f"there is no suggestion: {suggestion.reason}.")
+        params = dict(known.get("params", {})) if known and known["type"] == "OneCycle" else {}
+        bounds = (float(f"{suggestion.min_lr:.2g}"), suggestion.max_lr)
+        params["cycle_min_lr"], params["cycle_max_lr"] = bounds
+        momenta = [value for run in self.runs for value in run.momenta if value is not None]
+        if momenta and min(momenta) < max(momenta):
+            params["cycle_min_mom"], params["cycle_max_mom"] = min(momenta), max(momenta)
+        return {"type": "OneCycle", "params": params}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as JSON has it; losses that are not finite are null."""
+        suggestion = self.suggestion
+        return {
+            "suggestion": {
+                "max_lr": suggestion.max_lr,
+                "min_lr": suggestion.min_lr,
+                "reason": suggestion.reason,
+                "rules": dict(suggestion.rules),
+                "of_each_run": self.of_each,
+            },
+            "scheduler": self.block() if suggestion.max_lr is not None else None,
+            "runs": [
+                {
+                    "facts": run.facts,
+                    "end": run.end,
+                    "lr": run.lrs,
+                    "momentum": run.momenta,
+                    "loss": [value if math.isfinite(value) else None for value in run.losses],
+                }
+                for run in self.runs
+            ],
+        }
+
+    def table(self) -> Table:
+        """Return what each rule says, and the suggestion, for a terminal."""
+        from rich.table import Table
+
+        suggestion = self.suggestion
+        table = Table("rule", "learning rate", title="LR range test")
+        for rule, value in suggestion.rules.items():
+            table.add_row(rule, f"{value:.2g}")
+        if suggestion.max_lr is None:
+            table.add_row("no suggestion", suggestion.reason)
+            return table
+        if suggestion.band:
+            low, high = suggestion.band
+            table.add_row("they agree within a factor of", f"{high / low:.2g}")
+        if self.of_each:
+            low, high = min(self.of_each), max(self.of_each)
+            runs = f"{len(self.of_each)} runs by themselves"
+            middle = statistics.median(self.of_each)
+            table.add_row(runs, f"{low:.2g} to {high:.2g}, median {middle:.2g}")
+        table.add_row("suggested maximum", f"{suggestion.max_lr:.2g}", style="bold")
+        table.add_row("suggested minimum", f"{suggestion.min_lr:.2g}", style="bold")
+        return table
+
+    def draw(self, path: Path) -> None:
+        """Draw loss over learning rate, smoothed, with the suggested range, into a PNG."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axis = figure.subplots()
+        for run in self.runs:
+            axis.plot(run.lrs, run.losses, ".", markersize=3, color="tab:blue", alpha=0.35)
+            if run.end == "divergence":
+                axis.axvline(run.lrs[-1], color="tab:red", linewidth=0.8, label="divergence")
+        suggestion = self.suggestion
+        if suggestion.smoothed is not None:
+            smoothed = suggestion.smoothed
+            axis.plot(10**smoothed.x, smoothed.loss, color="black", linewidth=1.4, label="smoothed")
+            below, above = float(smoothed.loss.min()), float(smoothed.loss.max())
+            margin = 0.15 * (above - below) or 1.0
+            losses = [value for run in self.runs for value in run.losses if math.isfinite(value)]
+            above = min(float(np.percentile(losses, 98)), 2 * above - below)
+            axis.set_ylim(below - margin, above + margin)
+        title = f"no suggestion: {suggestion.reason}"
+        if suggestion.max_lr is not None and suggestion.min_lr is not None:
+            axis.axvspan(suggestion.min_lr, suggestion.max_lr, color="tab:green", alpha=0.15)
+            for number, (rule, value) in enumerate(suggestion.rules.items()):
+                axis.axvline(value, linestyle=":", linewidth=1, color=f"C{number + 3}", label=rule)
+            title = f"cycle from {suggestion.min_lr:.2g} to {suggestion.max_lr:.2g}"
+        axis.set(xscale="log", xlabel="learning rate", ylabel="loss", title=title)
+        axis.grid(alpha=0.3)
+        handles, labels = axis.get_legend_handles_labels()
+        first = dict(reversed(list(zip(labels, handles, strict=True))))  # one of each label
+        if first:
+            axis.legend(first.values(), first.keys(), fontsize="small")
+        figure.savefig(path, dpi=150)
+
+    def drawn_on_terminal(self, width: int, *, colour: bool = False) -> str:
+        """Return the smoothed loss over log10 of the learning rate, drawn in characters."""
+        import plotext
+
+        smoothed = self.suggestion.smoothed
+        if smoothed is None:
+            return ""
+        plotext.clear_figure()
+        plotext.theme("pro" if colour else "clear")
+        plotext.plotsize(width, 15)
+        plotext.plot(smoothed.x.tolist(), smoothed.loss.tolist(), marker="braille")
+        if self.suggestion.max_lr is not None:
+            plotext.vline(math.log10(self.suggestion.max_lr))
+        plotext.title("loss over log10(lr)")
+        drawn = plotext.build()
+        return str(drawn if colour else plotext.uncolorize(drawn))
+
+    def write(self, folder: Path) -> Sequence[Path]:
+        """Write the picture and ``report.json`` into a folder; return their paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        picture, data = folder / "lr_range.png", folder / "report.json"
+        data.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        self.draw(picture)
+        return picture, data

@@ -1,0 +1,219 @@
+"""``onecycle lr-test``: unmodified scripts under it, and what it says when one will not do."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.cli import main
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "fashion_mnist"
+
+SCRIPT = """
+import sys
+import torch
+import engine
+
+torch.manual_seed(0)
+weight = torch.nn.Linear(4, 1)
+config = {
+    "train_batch_size": 8,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+    "scheduler": {"type": "WarmupLR"},
+    "csv_monitor": {"enabled": True, "output_path": "monitor"},
+    "engine": {"checkpoint": {"dir": "checkpoints", "every": 1}},
+}
+trainer, *_ = engine.initialize(config=config, model=weight)
+micro = trainer.train_micro_batch_size_per_gpu()
+for step in range(int(sys.argv[1])):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+    x = x[trainer.global_rank * micro :][:micro]
+    trainer.backward((trainer(x) - x.sum(1, keepdim=True)).pow(2).mean() SCALE)
+    BODY
+trainer.save_checkpoint("mine")
+open("after", "w").close()
+"""
+
+CATCHES = """
+    while True:
+        try:
+            trainer.step()
+        except BaseException:
+            continue
+        break
+"""
+
+
+def script(folder, body="trainer.step()", scale=""):
+    path = folder / "train.py"
+    path.write_text(SCRIPT.replace("BODY", body.strip()).replace("SCALE", scale))
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lr_test(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    status = main(["lr-test", *map(str, arguments)], out, err)
+    return status, out.getvalue(), err.getvalue()
+
+
+def report():
+    return json.loads(Path("lr_test/report.json").read_text())
+
+
+def test_a_script_is_swept_stopped_and_leaves_nothing_behind(folder):
+    status, out, _ = lr_test("--min", 1e-5, "--", script(folder), 1000)
+    assert status == 0, out
+    assert '"type": "OneCycle"' in out
+    found = report()
+    assert 0.001 < found["suggestion"]["max_lr"] < 1
+    assert found["runs"][0]["end"] == "divergence"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"train.py", "lr_test"}
+    written = {path.name for path in (folder / "lr_test").iterdir()}
+    assert written == {"lr_range.png", "report.json", "script.0.log"}
+
+
+@pytest.mark.slow
+def test_a_script_that_catches_the_stop_is_cut_off(folder):
+    path = script(folder, CATCHES)
+    status, out, _ = lr_test("--min", 1e-5, "--", path, 1000)
+    assert status == 0, out
+    assert not Path("after").exists()
+
+
+@pytest.mark.slow
+def test_the_block_is_written_and_all_else_stays(folder):
+    config = folder / "ds_config.json"
+    config.write_text('{\n  // of mine\n  "train_batch_size": 8,\n}\n')
+    status, out, _ = lr_test("--min", 1e-5, "--write", config, "--", script(folder), 1000)
+    assert status == 0, out
+    text = config.read_text()
+    assert "// of mine" in text
+    assert (
+        Path("ds_config.json.bak").read_text() == '{\n  // of mine\n  "train_batch_size": 8,\n}\n'
+    )
+    assert main(["validate", str(config)], io.StringIO(), io.StringIO()) == 0
+    highest = report()["suggestion"]["max_lr"]
+    assert f'"cycle_max_lr": {highest}' in text
+
+
+@pytest.mark.slow
+def test_several_seeds_and_another_shape(folder):
+    path = script(folder)
+    arguments = ("--repeat", 2, "--shape", "linear", "--min", 1e-4, "--max", 2, "--steps", 100)
+    lr_test(*arguments, "--", path, 1000)
+    runs = report()["runs"]
+    assert len(runs) == 2
+    steps = [b - a for a, b in zip(runs[0]["lr"], runs[0]["lr"][1:], strict=False)]
+    assert steps == pytest.approx([steps[0]] * len(steps))
+
+
+@pytest.mark.slow
+def test_the_configs_own_range_test_is_swept_by(folder):
+    params = {"lr_range_test_min_lr": 1e-3, "lr_range_test_step_size": 5}
+    params |= {"lr_range_test_step_rate": 5.0, "lr_range_test_staircase": True}
+    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    config["scheduler"] = {"type": "LRRangeTest", "params": params}
+    Path("c.json").write_text(json.dumps(config))
+    lr_test("--config", "c.json", "--", script(folder), 1000)
+    lrs = report()["runs"][0]["lr"]
+    assert lrs[:11] == pytest.approx([0.001] * 5 + [0.006] * 5 + [0.011])
+
+
+@pytest.mark.slow
+def test_the_configs_own_range_test_reports_in_an_ordinary_run(folder):
+    body = "trainer.step()\n    print(trainer.get_lr()[0])"
+    path = Path(script(folder, body))
+    block = '{"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 1e-3, '
+    block += '"lr_range_test_step_size": 2}}'
+    path.write_text(path.read_text().replace('{"type": "WarmupLR"}', block))
+    done = subprocess.run([sys.executable, path, "30"], check=True, capture_output=True, text=True)
+    assert "LR range test: " in done.stderr
+    assert Path("after").exists(), "an ordinary run goes on to its end"
+    assert len(report()["runs"][0]["lr"]) == 30
+
+
+@pytest.mark.parametrize(
+    "make, arguments, message",
+    [
+        (script, [5], "ended after 5 updates, and 20 must be"),
+        pytest.param(
+            lambda folder: script(folder, scale="* 0"),
+            [999],
+            "the loss does not fall",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda folder: script(folder, scale="* float('nan')"),
+            [999],
+            "there are 0 losses, and 20 must be",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda folder: script(folder, "1 / 0"),
+            [999],
+            "ZeroDivisionError",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_no_suggestion_says_why(folder, make, arguments, message):
+    status, out, _ = lr_test("--steps", 60, "--", make(folder), *arguments)
+    assert status == 1
+    assert "no suggestion" in out
+    assert message in out
+
+
+def test_a_script_that_never_calls_the_engine(folder):
+    (folder / "train.py").write_text("print('hello')")
+    status, out, _ = lr_test("--", "train.py")
+    assert status == 1
+    assert "train.py ended without a call of engine.initialize" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "a script must follow"),
+        (["--min", "1", "--max", "0.5", "--", "train.py"], "must go from a learning rate above 0"),
+        (["--", "missing.py"], "missing.py: there is no such script"),
+    ],
+)
+def test_wrong_usage(folder, arguments, message):
+    (folder / "train.py").write_text("")
+    status, _, err = lr_test(*arguments)
+    assert status == 2
+    assert message in err
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_and_both_backends_suggest_the_same(folder):
+    path = Path(script(folder))
+    other = folder / "on_deepspeed.py"
+    other.write_text(path.read_text().replace('"engine": {', '"engine": {"backend": "deepspeed", '))
+    found = []
+    for script_of, processes in ((path, 1), (path, 2), (other, 1), (other, 2)):
+        status, out, _ = lr_test("--min", 1e-5, "--nproc", processes, "--", script_of, 1000)
+        assert status == 0, out
+        facts = report()["runs"][0]["facts"]
+        assert facts["world_size"] == processes
+        assert facts["backend"] == ("torch" if script_of is path else "deepspeed")
+        found.append(report()["suggestion"]["max_lr"])
+    assert found == pytest.approx([found[0]] * 4)
+
+
+@pytest.mark.slow
+def test_the_example_runs_under_it(folder):
+    status, out, _ = lr_test("--", EXAMPLE / "train.py")
+    assert status == 0, out
+    assert 0.0005 < report()["suggestion"]["max_lr"] < 0.02
+    assert {path.name for path in folder.iterdir()} == {"lr_test"}

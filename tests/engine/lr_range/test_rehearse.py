@@ -1,0 +1,144 @@
+"""The range test as a call: the same curve twice, and nothing changed, whatever happens."""
+
+import copy
+import hashlib
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+
+STATE_OF = {
+    "fp32": {},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 10}},
+    "bf16": {"bf16": {"enabled": True}},
+}
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.1)
+        )
+        self.head = torch.nn.Linear(8, 1)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        self.calls += 1
+        return (self.head(self.body(x)).float() - x.sum(1, keepdim=True)).pow(2).mean()
+
+
+def start(**sections):
+    torch.manual_seed(0)
+    config = {
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 50}},
+        **sections,
+    }
+    data = torch.utils.data.TensorDataset(torch.randn(40, 4))
+    trainer, _, loader, _ = engine.initialize(config=config, model=Net(), training_data=data)
+    return trainer, loader
+
+
+def train(trainer, loader, micro_batches):
+    for (x,), _ in zip(loader, range(micro_batches), strict=False):
+        trainer.backward(trainer(x))
+        trainer.step()
+
+
+def digest(trainer, loader):
+    """All that a run goes on from, as one hash."""
+    state = {
+        "module": trainer.module.state_dict(),
+        "calls": trainer.module.calls,
+        "optimizer": trainer.optimizer.state_dict(),
+        "schedule": trainer.lr_scheduler.state_dict(),
+        "scale": trainer.loss_scale,
+        "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),  # noqa: NPY002
+        "counters": (trainer.global_steps, trainer.micro_steps, trainer.skipped_steps),
+        "loader": loader.state_dict(),
+        "training": trainer.training,
+    }
+    file = io.BytesIO()
+    torch.save(copy.deepcopy(state), file)
+    return hashlib.sha256(file.getvalue()).hexdigest()
+
+
+@pytest.mark.parametrize("precision", STATE_OF)
+@pytest.mark.parametrize("updates", [0, 2], ids=["fresh", "trained"])
+def test_nothing_is_changed_and_twice_is_the_same(precision, updates):
+    trainer, loader = start(**STATE_OF[precision])
+    train(trainer, loader, 2 * updates)
+    trainer.eval()
+    before = digest(trainer, loader)
+    batches = [(x,) for x in torch.randn(4, 4, 4)]
+    before = digest(trainer, loader)
+    first = engine.lr_range_test(trainer, batches, min_lr=1e-5, max_lr=100, steps=40)
+    assert digest(trainer, loader) == before
+    again = engine.lr_range_test(trainer, batches, min_lr=1e-5, max_lr=100, steps=40)
+    assert digest(trainer, loader) == before
+    assert first.runs == again.runs
+    assert len(first.runs[0].lrs) > 20
+    assert first.runs[0].lrs[0] == pytest.approx(1e-5)
+    assert np.all(np.diff(first.runs[0].lrs) > 0)
+
+
+def test_nothing_is_changed_after_an_exception():
+    trainer, loader = start()
+    train(trainer, loader, 4)
+    before = digest(trainer, loader)
+
+    def loss_of(trainer, batch):
+        if trainer.micro_steps == 5:
+            raise KeyError("the script's own")
+        return trainer(batch[0])
+
+    with pytest.raises(KeyError):
+        engine.lr_range_test(trainer, loader, loss_of=loss_of)
+    assert digest(trainer, loader) == before
+
+
+def test_training_goes_on_as_if_nothing_had_been():
+    trainer, loader = start()
+    other, other_loader = start()
+    for each, batches in ((trainer, loader), (other, other_loader)):
+        torch.manual_seed(1)
+        train(each, batches, 4)
+    engine.lr_range_test(trainer, loader, steps=30)
+    for each, batches in ((trainer, loader), (other, other_loader)):
+        torch.manual_seed(1)
+        train(each, batches, 6)
+    assert trainer.get_lr() == other.get_lr()
+    for mine, theirs in zip(trainer.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_momentum_falls_while_the_learning_rate_grows():
+    trainer, loader = start()
+    report = engine.lr_range_test(trainer, loader, steps=30, momentum=(0.95, 0.85))
+    momenta = report.runs[0].momenta
+    assert momenta[0] == 0.95
+    assert np.all(np.diff(momenta) < 0)
+
+
+def test_no_checkpoint_is_written(tmp_path):
+    trainer, loader = start(engine={"checkpoint": {"dir": str(tmp_path / "c"), "every": 1}})
+    engine.lr_range_test(trainer, loader, steps=25)
+    assert not (tmp_path / "c").exists()
+
+
+def test_wrong_calls():
+    trainer, loader = start()
+    with pytest.raises(ValueError, match="to a larger one, but goes from 1 to 0.1"):
+        engine.lr_range_test(trainer, loader, min_lr=1, max_lr=0.1)
+    with pytest.raises(ValueError, match="is empty or used up"):
+        engine.lr_range_test(trainer, [])
+    train(trainer, loader, 1)
+    with pytest.raises(ValueError, match="must begin between updates"):
+        engine.lr_range_test(trainer, loader)
