@@ -56,7 +56,7 @@ class Run:
             port = str(free.getsockname()[1])
         command = [sys.executable, SCRIPT, folder, updates, case.backend, case.mode]
         self.processes = [
-            subprocess.Popen(  # noqa: S603  # ours
+            subprocess.Popen(  # ours
                 [str(part) for part in command],
                 env=os.environ
                 | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}

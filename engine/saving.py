@@ -13,13 +13,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from engine.backends.base import Backend
 from engine.checkpoint import envelope
 from engine.checkpoint.envelope import CheckpointError, Manifest
 from engine.checkpoint.randomness import load_random_state, random_state
+from engine.checkpoint.values import read_values, write_values
 from engine.config import Config
 
 __all__ = ["Behind", "identity_of", "load", "save"]
@@ -83,9 +83,9 @@ def save(
     _agree(failure, ranks.world_size)
     written: Future[None] | None = None
     try:
-        torch.save(random_state(), partial / f"random.{ranks.rank}.pt")
+        write_values(partial / f"random.{ranks.rank}.pt", random_state())
         if ranks.rank == 0:
-            torch.save(dict(state), partial / ENGINE)
+            write_values(partial / ENGINE, dict(state))
         if behind is None:
             backend.save(partial)
         else:
@@ -186,10 +186,10 @@ def load(
     if optimizer and not override:
         _refuse_another_run(place, manifest.identity, identity_of(config))
     backend.load(place, optimizer=optimizer, strict=strict)
-    state: dict[str, Any] = torch.load(place / ENGINE, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = read_values(place / ENGINE)
     own = place / f"random.{backend.ranks.rank}.pt"
     if optimizer and own.is_file() and manifest.world_size == backend.ranks.world_size:
-        load_random_state(torch.load(own, map_location="cpu", weights_only=True))
+        load_random_state(read_values(own))
     return place, state
 
 

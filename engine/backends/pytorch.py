@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from engine.checkpoint import tensors
+from engine.checkpoint.values import read_values, write_values
 from engine.config import Config
 from engine.loss_scaling import LossScaler
 from engine.ranks import Ranks
@@ -137,14 +138,14 @@ class PyTorchBackend:
         """Write model, optimizer and loss scale into a folder; every rank calls it."""
         tensors.write(place, self.model, self.optimizer)
         if self._scaler is not None and self.ranks.rank == 0:
-            torch.save(self._scaler.state_dict(), place / _SCALER)
+            write_values(place / _SCALER, self._scaler.state_dict())
 
     def save_behind(
         self, place: Path, group: dist.ProcessGroup | None, arena: dict[str, Any]
     ) -> Future[None]:
         """Do what `save` does while training goes on."""
         if self._scaler is not None and self.ranks.rank == 0:
-            torch.save(self._scaler.state_dict(), place / _SCALER)
+            write_values(place / _SCALER, self._scaler.state_dict())
         return tensors.write_behind(place, self.model, self.optimizer, group, arena)
 
     def load(self, place: Path, *, optimizer: bool, strict: bool) -> None:
@@ -152,7 +153,7 @@ class PyTorchBackend:
         tensors.read(place, self.model, self.optimizer if optimizer else None, strict=strict)
         saved = place / _SCALER
         if optimizer and self._scaler is not None and saved.is_file():
-            self._scaler.load_state_dict(torch.load(saved, weights_only=True))
+            self._scaler.load_state_dict(read_values(saved))
 
     def snapshot(self) -> Any:
         """Return copies of this rank's tensors, buffers that are not saved included."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,8 @@ __all__ = [
     "prune",
     "read_manifest",
 ]
+
+log = logging.getLogger("onecycle")
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -87,6 +90,8 @@ def begin(folder: Path, tag: str) -> Path:
             f"`tag` must be a name for a folder that does not begin with a dot, but is {tag!r}."
         )
     partial = folder / f".{tag}.partial"
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(20, "must be a folder for checkpoints, but is a file", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     if partial.exists():
         shutil.rmtree(partial)  # of a writer that died
@@ -158,7 +163,11 @@ def checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
     """Return every checkpoint of a folder that has all of its files, the newest last."""
     found = []
     for place in folder.iterdir() if folder.is_dir() else ():
-        if place.is_dir() and not place.name.startswith("."):
+        hidden = place.name.startswith(".")
+        # Its writer died between the two renames of a tag that it replaced.
+        replaced = hidden and place.name.endswith(".old")
+        stands_in = replaced and not (folder / place.name[1:-4]).exists()
+        if place.is_dir() and (stands_in or not hidden):
             with contextlib.suppress(CheckpointError):
                 manifest = read_manifest(place)
                 if not any(faults(place, manifest, hashes=False)):
@@ -176,20 +185,13 @@ def find(folder: Path, tag: str | None = None) -> tuple[Path, Manifest]:
     whole = checkpoints(folder)
     names = ", ".join(place.name for place, _ in whole) or "none"
     if tag is None:
-        resumable = [each for each in whole if each[1].resumable]
-        if not resumable:
-            raise FileNotFoundError(
-                f"{folder} must hold a checkpoint to resume from, but holds no complete one. Give "
-                "another folder, or begin anew without loading."
-            )
-        place, manifest = resumable[-1]
-    else:
-        place = folder / tag
-        if not place.is_dir():
-            raise FileNotFoundError(
-                f"{folder} must hold the checkpoint {tag!r}, but holds {names} instead."
-            )
-        manifest = read_manifest(place)
+        return _newest(folder, [each for each in whole if each[1].resumable])
+    place = folder / tag
+    if not place.is_dir():
+        raise FileNotFoundError(
+            f"{folder} must hold the checkpoint {tag!r}, but holds {names} instead."
+        )
+    manifest = read_manifest(place)
     wrong = list(faults(place, manifest))
     if wrong:
         others = ", ".join(each.name for each, _ in whole if each != place) or "none"
@@ -197,6 +199,20 @@ def find(folder: Path, tag: str | None = None) -> tuple[Path, Manifest]:
             f"{place} must be whole, but {'; '.join(wrong)}. Other complete ones: {others}."
         )
     return place, manifest
+
+
+def _newest(folder: Path, whole: list[tuple[Path, Manifest]]) -> tuple[Path, Manifest]:
+    damaged = ""
+    for place, manifest in reversed(whole):
+        wrong = list(faults(place, manifest))
+        if not wrong:
+            return place, manifest
+        damaged += f" {place.name} is damaged: {'; '.join(wrong)}."
+        log.warning("%s is left out, it is damaged: %s", place, "; ".join(wrong))
+    raise FileNotFoundError(
+        f"{folder} must hold a checkpoint to resume from, but holds no complete one.{damaged} Give "
+        "another folder, or begin anew without loading."
+    )
 
 
 def faults(place: Path, manifest: Manifest, *, hashes: bool = True) -> Iterator[str]:

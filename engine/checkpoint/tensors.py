@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from engine.checkpoint.envelope import CheckpointError
 from engine.checkpoint.shards import ShardReader, ShardWriter
+from engine.checkpoint.values import read_values, write_values
 
 __all__ = ["read", "read_weights", "write", "write_behind"]
 
@@ -95,7 +96,7 @@ def read(folder: Path, model: nn.Module, optimizer: Optimizer | None, *, strict:
     own = {name: holder[key] for name, holder, key in places if isinstance(holder[key], Tensor)}
     with _quietly():
         load(own, storage_reader=ShardReader(folder), no_dist=not dist.is_initialized())
-    saved = torch.load(folder / VALUES, weights_only=True)
+    saved = read_values(folder / VALUES)
     for name, holder, key in places:
         if name in saved:
             holder[key] = saved[name]
@@ -135,7 +136,7 @@ def _write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None 
     alone = not dist.is_initialized()
     if alone or dist.get_rank() == 0:
         values = {name: value for name, value in leaves.items() if not isinstance(value, Tensor)}
-        torch.save(values, folder / VALUES)
+        write_values(folder / VALUES, values)
     with _quietly():
         save(
             {name: value for name, value in leaves.items() if isinstance(value, Tensor)},

@@ -25,9 +25,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
         "Run a training script, unchanged, at learning rates that rise from small to too large, "
-        "and say between which to cycle. The script's `engine.initialize` sees that a test is on: the "
-        "sweep takes the scheduler's place, no checkpoint is written, and the script is ended when "
-        "the loss diverges or the sweep is through."
+        "and say between which to cycle. Its `engine.initialize` sees that a test is on: the sweep "
+        "takes the scheduler's place, no checkpoint is written, and the script is ended when the "
+        "loss diverges or the sweep is through."
     )
     parser.epilog = (
         "exit status: 0 a suggestion, 1 none, 2 wrong usage\n\nexamples:\n"
