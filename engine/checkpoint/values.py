@@ -36,7 +36,7 @@ def read_values(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        named = re.search(r"[Gg]lobal:? (?:GLOBAL )?([\w.]+)", str(error))
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it holds `{named.group(1)}`" if named else str(error).splitlines()[0]
         raise CheckpointError(
             f"{path} must hold tensors and plain values, nothing else is unpickled, but {what}."

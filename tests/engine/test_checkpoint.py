@@ -252,9 +252,7 @@ def test_a_pickle_bomb_is_refused(saved, monkeypatch):
         "sha256": envelope._hash(place / "engine.pt"),
     }
     (place / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        CheckpointError, match="nothing else is unpickled, but it holds `posix.system`"
-    ):
+    with pytest.raises(CheckpointError, match="unpickled, but it holds `posix.system`"):
         start()[0].load_checkpoint(saved)
     assert not Path("bomb_went_off").exists()
 
