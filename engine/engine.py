@@ -24,7 +24,7 @@ from engine.deepspeed_names import DeepSpeedNames
 from engine.lr_range.sweep import Recorder
 from engine.monitors import Monitor
 from engine.progress import Counters, Progress
-from schedules import Schedule, ScheduleBinder
+from schedules import FeedbackBinder, Schedule, bind
 
 __all__ = ["Engine", "MisuseError"]
 
@@ -66,7 +66,10 @@ class Engine(DeepSpeedNames, nn.Module):
         self._scaled_losses = 0  # in this window, by `backward` or `scale`
         self._recorder: Recorder | None = None
         self._rehearses = False  # a range test: it leaves nothing behind
-        self._window: list[Tensor] | None = None  # losses of this update, if anybody asks for them
+        listens = isinstance(lr_scheduler, FeedbackBinder)
+        # Losses of this update, if anybody asks for them.
+        self._window: list[Tensor] | None = [] if listens else None
+        self._rollback = saving.Rollback(config, backend) if listens else None
         self._behind = saving.Behind() if config.checkpoint.behind else None
         self._signals: signals.Signals | None = None
         self._updates_before = 0  # those of earlier runs, when a checkpoint was loaded
@@ -121,13 +124,20 @@ class Engine(DeepSpeedNames, nn.Module):
             self._window.append(loss.detach())
         return loss * (self._backend.loss_scale / self._accumulation)
 
-    def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> bool:
+    def step(
+        self,
+        lr_kwargs: Mapping[str, Any] | None = None,
+        *,
+        metric: Tensor | float | None = None,
+    ) -> bool:
         """Count a micro-batch and, if it completes a batch, update the parameters.
 
         A loss whose own ``.backward()`` was called is divided here by the number of micro-batches.
 
         Args:
             lr_kwargs: accepted as DeepSpeed does; a schedule needs no arguments.
+            metric: what a schedule like ReduceLROnPlateau listens to, in an update that has one, as
+                the last of an epoch; every rank gives its own, and the schedule gets the mean.
 
         Returns:
             Whether an update was applied. One whose gradients are not finite is skipped: it does
@@ -160,7 +170,9 @@ class Engine(DeepSpeedNames, nn.Module):
         self._progress.tell(self, done)
         if self._recorder is not None:
             self._note(self._recorder)
-        if done.applied and self.lr_scheduler is not None:
+        if self._rollback is not None:
+            self._tell(metric, self._rollback)
+        elif done.applied and self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self._save_if_due()
         return done.applied
@@ -175,6 +187,19 @@ class Engine(DeepSpeedNames, nn.Module):
         recorder.note(*used, self._mean_loss(), applied=self._done.applied)
         if self._rehearses:
             recorder.stop_if_over()
+
+    def _tell(self, metric: Tensor | float | None, rollback: saving.Rollback) -> None:
+        """Tell a schedule that listens of an update that was applied, and forget any other."""
+        scheduler = self.lr_scheduler
+        assert isinstance(scheduler, FeedbackBinder)
+        if not self._done.applied:
+            assert self._window is not None
+            self._window.clear()
+        elif scheduler.schedule.listens_to == "loss":
+            scheduler.step(self._mean_loss())
+            rollback.follow(scheduler)
+        else:
+            scheduler.step(metric=None if metric is None else self.mean(float(metric)))
 
     def _mean_loss(self) -> float:
         """Return the mean of this update's losses, over all micro-batches and ranks."""
@@ -203,13 +228,15 @@ class Engine(DeepSpeedNames, nn.Module):
         loader = self.training_dataloader
         position = self._loader_state()
         resumes = isinstance(loader, RunLoader) and loader.resumes
-        names = ("config", "lr_scheduler", "_done", "_progress", "_recorder", "_rehearses")
-        kept = {name: getattr(self, name) for name in (*names, "_window", "training")}
+        names = (
+            "config lr_scheduler _done _progress _recorder _rehearses _rollback _window training"
+        )
+        kept = {name: getattr(self, name) for name in names.split()}
         draws, snapshot = random_state(), self._backend.snapshot()
         try:
             self.config = self.config.rehearsal(schedule)
             self._done, self._progress = Counters(), Progress(self.config, ())
-            self.lr_scheduler = ScheduleBinder(schedule, self.optimizer)
+            self.lr_scheduler, self._rollback = bind(schedule, self.optimizer), None
             self.record(recorder, rehearses=True)
             yield
         finally:
@@ -438,6 +465,7 @@ class Engine(DeepSpeedNames, nn.Module):
             state,
             save_latest=save_latest,
             behind=self._behind,
+            rollback=self._rollback,
         )
         return True
 
@@ -506,4 +534,6 @@ class Engine(DeepSpeedNames, nn.Module):
                 # The count of updates is all that another schedule goes on from.
                 saved = {**self.lr_scheduler.state_dict(), "step": self._updates}
             self.lr_scheduler.load_state_dict(saved)
+            if self._rollback is not None:
+                self._rollback.load(path)
         return str(path), state["client_state"]

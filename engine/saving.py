@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime as dt
+import logging
 import platform
 import threading
 from collections.abc import Callable, Mapping
@@ -21,8 +22,11 @@ from engine.checkpoint.envelope import CheckpointError, Manifest
 from engine.checkpoint.randomness import load_random_state, random_state
 from engine.checkpoint.values import read_values, write_values
 from engine.config import Config
+from schedules import FeedbackBinder, FeedbackSchedule
 
-__all__ = ["Behind", "identity_of", "load", "save"]
+__all__ = ["Behind", "Rollback", "identity_of", "load", "save"]
+
+log = logging.getLogger("onecycle")
 
 ENGINE = "engine.pt"
 # Ranks come to a save together, unless one does not come at all.
@@ -52,6 +56,7 @@ def save(
     *,
     save_latest: bool,
     behind: Behind | None = None,
+    rollback: Rollback | None = None,
 ) -> Path:
     """Write a whole checkpoint; every rank calls it.
 
@@ -63,6 +68,7 @@ def save(
         step: updates that were applied.
         state: the engine's own, the same on all ranks but for ``loader``.
         save_latest: whether ``latest`` is to name it.
+        rollback: what a schedule may yet go back to, saved as well.
         behind: what writes it while training goes on; None: training waits.
 
     Raises:
@@ -84,6 +90,8 @@ def save(
     written: Future[None] | None = None
     try:
         write_values(partial / f"random.{ranks.rank}.pt", random_state())
+        if rollback is not None:
+            rollback.save(partial)
         if ranks.rank == 0:
             write_values(partial / ENGINE, dict(state))
         if behind is None:
@@ -120,6 +128,38 @@ def save(
         failure = error
     _agree(failure, ranks.world_size)
     return folder / tag
+
+
+class Rollback:
+    """Model and optimizer as they were at the lowest loss of a warmup, for the switch."""
+
+    def __init__(self, config: Config, backend: Backend) -> None:
+        schedule = config.schedule
+        self._is_wanted = isinstance(schedule, FeedbackSchedule) and schedule.rolls_back
+        self._backend = backend
+        self._snapshot: Any = None
+
+    def follow(self, scheduler: FeedbackBinder) -> None:
+        """Take a copy at each lowest loss, and put the last one back at the switch."""
+        if not self._is_wanted:
+            return
+        if scheduler.is_lowest:
+            self._snapshot = self._backend.snapshot()
+        if scheduler.has_switched and self._snapshot is not None:
+            self._backend.restore(self._snapshot)
+            self._snapshot = None
+            scheduler.write()
+            log.info("model and optimizer are back at the lowest loss of the warmup")
+
+    def save(self, place: Path) -> None:
+        """Write this rank's copy, if there is one."""
+        if self._snapshot is not None:
+            write_values(place / f"rollback.{self._backend.ranks.rank}.pt", self._snapshot)
+
+    def load(self, place: Path) -> None:
+        """Read this rank's copy, if there is one."""
+        path = place / f"rollback.{self._backend.ranks.rank}.pt"
+        self._snapshot = read_values(path) if path.is_file() else None
 
 
 class Behind:

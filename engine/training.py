@@ -30,7 +30,14 @@ from engine.monitors import monitors_of
 from engine.optimizers import build_optimizer
 from engine.ranks import Ranks, agree, connect, world_size
 from engine.recompute import recompute
-from schedules import LRRangeTest, ScheduleBinder, from_config
+from schedules import (
+    FeedbackBinder,
+    FeedbackSchedule,
+    LRRangeTest,
+    ScheduleBinder,
+    bind,
+    from_config,
+)
 
 __all__ = ["initialize"]
 
@@ -113,7 +120,9 @@ def initialize(
         resolved = _under_test(resolved, sweep)
     _refuse_two_sources(resolved, optimizer, lr_scheduler)
     deepspeed = resolved.backend.name == "deepspeed"
-    if not deepspeed:
+    if deepspeed:
+        _refuse_what_deepspeed_lacks(resolved)
+    else:
         _refuse_what_torch_lacks(mpu=mpu, mesh_param=mesh_param)
     ranks = connect(alone=deepspeed, port=distributed_port)
     agree(ranks, json.dumps(resolved.own, sort_keys=True))
@@ -132,7 +141,7 @@ def initialize(
     if resolved.schedule is not None:
         per_epoch = len(loader) / resolved.batch.accumulation if _is_sized(loader) else None
         horizon = resolved.horizon(per_epoch)
-        scheduler = ScheduleBinder(resolved.schedule, backend.optimizer, horizon=horizon)
+        scheduler = bind(resolved.schedule, backend.optimizer, horizon=horizon)
     elif lr_scheduler is not None:
         makes = callable(lr_scheduler) and not isinstance(lr_scheduler, LRScheduler)
         scheduler = lr_scheduler(backend.optimizer) if makes else lr_scheduler  # type: ignore[assignment, operator]  # a scheduler need not be one of torch
@@ -191,6 +200,14 @@ def _source(args: argparse.Namespace | None, *configs: Source | None) -> Source:
     if len(given) > 1:
         raise ValueError(f"`config` must be given once, but is given as {given} instead.")
     return given[0]
+
+
+def _refuse_what_deepspeed_lacks(config: Config) -> None:
+    if isinstance(config.schedule, FeedbackSchedule) and config.schedule.rolls_back:
+        raise ValueError(
+            "`rollback` must be false on DeepSpeed, whose states cannot be copied in memory, but "
+            'is true instead; set "engine": {"backend": "torch"}.'
+        )
 
 
 def _refuse_what_torch_lacks(**given: Any) -> None:
@@ -302,7 +319,7 @@ def _announce(engine: Engine, backend: Backend) -> None:
         log.info("%s", override)
     scheduler = engine.lr_scheduler
     schedule = "no schedule"
-    if isinstance(scheduler, ScheduleBinder):
+    if isinstance(scheduler, ScheduleBinder | FeedbackBinder):
         driven = " and ".join(scheduler.schedule.drives)
         schedule = f"{type(scheduler.schedule).__name__} of {config.name} drives {driven}"
     elif scheduler is not None:

@@ -19,20 +19,28 @@ from schedules.schedule import Base, Controller, OpenLoop, Schedule, ScheduleErr
 from schedules.tracing import trace
 
 if TYPE_CHECKING:
-    from schedules.binder import ScheduleBinder, attach
+    from schedules.autowu import AutoWU
+    from schedules.binder import ScheduleBinder, attach, bind
     from schedules.composites import ChainedScheduler, Combined, SequentialLR
     from schedules.deepspeed import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
+    from schedules.feedback import FeedbackSchedule
+    from schedules.feedback_binder import FeedbackBinder
+    from schedules.plateau import ReduceLROnPlateau
 
 __all__ = [
     "SCHEDULES",
+    "AutoWU",
     "Base",
     "ChainedScheduler",
     "Combined",
     "Controller",
+    "FeedbackBinder",
+    "FeedbackSchedule",
     "Horizon",
     "LRRangeTest",
     "OneCycle",
     "OpenLoop",
+    "ReduceLROnPlateau",
     "Schedule",
     "ScheduleBinder",
     "ScheduleError",
@@ -41,6 +49,7 @@ __all__ = [
     "WarmupDecayLR",
     "WarmupLR",
     "attach",
+    "bind",
     "find",
     "from_config",
     "register",
@@ -49,16 +58,21 @@ __all__ = [
 
 
 _HOMES = {
+    "AutoWU": "autowu",
     "ChainedScheduler": "composites",
     "Combined": "composites",
+    "FeedbackBinder": "feedback_binder",
+    "FeedbackSchedule": "feedback",
     "LRRangeTest": "deepspeed",
     "OneCycle": "deepspeed",
+    "ReduceLROnPlateau": "plateau",
     "ScheduleBinder": "binder",
     "SequentialLR": "composites",
     "WarmupCosineLR": "deepspeed",
     "WarmupDecayLR": "deepspeed",
     "WarmupLR": "deepspeed",
     "attach": "binder",
+    "bind": "binder",
 }
 
 

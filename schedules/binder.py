@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
+from schedules.attached import AttachedSchedule
 from schedules.durations import Horizon
-from schedules.param_groups import momenta_of, slots_of
+from schedules.feedback import FeedbackSchedule
+from schedules.feedback_binder import FeedbackBinder
+from schedules.param_groups import slots_of
 from schedules.registry import from_config
-from schedules.schedule import Base, Schedule
+from schedules.schedule import Schedule
 from schedules.writers import FlatStep, flat_step, writer
 
-__all__ = ["ScheduleBinder", "attach"]
+__all__ = ["ScheduleBinder", "attach", "bind"]
 
 
-class ScheduleBinder(LRScheduler):
+class ScheduleBinder(AttachedSchedule):
     """Runs a schedule on an optimizer: writes what each update is to use into every param group.
 
     ``binder.step()`` belongs after each ``optimizer.step()`` that was applied, as with the
@@ -54,9 +55,9 @@ class ScheduleBinder(LRScheduler):
         self.optimizer = optimizer
         self._horizon = horizon
         self._slots = {name: slots_of(name, optimizer) for name in schedule.drives}
-        self._base = self._read_base()
+        self._base = self.read_base()
         self._curves = schedule.bind(self._base, horizon).curves
-        self._remember_base()
+        self.remember_base()
         self._go_to(0)
 
     def step(self, epoch: int | None = None) -> None:
@@ -90,18 +91,6 @@ class ScheduleBinder(LRScheduler):
         self._curves = self.schedule.bind(self._base, self._horizon).curves
         self.enter(self.last_epoch)
 
-    def get_last_lr(self) -> list[float | Tensor]:
-        """Return the learning rate of each group: the one that the next update uses."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
-
-    def get_lr(self) -> list[float | Tensor]:
-        """Return the same as `get_last_lr`, the name that DeepSpeed's scripts use."""
-        return self.get_last_lr()
-
-    def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
-        """Return the momentum (of Adam's family all betas) of each group; None if not driven."""
-        return momenta_of(self.optimizer) if "momentum" in self._slots else None
-
     def state_dict(self) -> dict[str, Any]:
         """Return the count of updates, the base values, and which schedule they belong to.
 
@@ -120,31 +109,11 @@ class ScheduleBinder(LRScheduler):
         Raises:
             ValueError: the state is one of another schedule, or of other param groups.
         """
-        self._refuse_another_run(state_dict)
+        self.refuse_another_run(state_dict)
         self._base = {name: tuple(values) for name, values in state_dict["base"].items()}
         self._curves = self.schedule.bind(self._base, self._horizon).curves
-        self._remember_base()
+        self.remember_base()
         self._go_to(state_dict["step"])
-
-    def _read_base(self) -> Base:
-        # A group remembers its base values as torch's schedulers do, in `initial_…`: a binder that
-        # is built after the optimizer was restored finds the original ones, not the last ones.
-        groups = self.optimizer.param_groups
-        slots = {"lr": slots_of("lr", self.optimizer)} | self._slots
-        return {
-            name: tuple(
-                float(group.get(f"initial_{name}", slot.read(group)))
-                for slot, group in zip(of_groups, groups, strict=True)
-            )
-            for name, of_groups in slots.items()
-        }
-
-    def _remember_base(self) -> None:
-        self.base_lrs = list(self._base["lr"])
-        self._groups = len(self.base_lrs)
-        for name, values in self._base.items():
-            for group, value in zip(self.optimizer.param_groups, values, strict=True):
-                group[f"initial_{name}"] = value
 
     def _go_to(self, count: int) -> None:
         self.last_epoch = count
@@ -171,26 +140,6 @@ class ScheduleBinder(LRScheduler):
         # For the commonest stretch, an instance's own `step`; the method is what it falls back on.
         self.step = self._flat.step if self._flat else self.long_step  # type: ignore[method-assign, assignment]
 
-    def _refuse_another_run(self, state: Mapping[str, Any]) -> None:
-        own = {"type": self.schedule.type_name, **self.schedule.params()}
-        saved = {"type": state["type"], **state["params"]}
-        changed = [
-            f"`{name}` was {saved.get(name, 'absent')} and is {own.get(name, 'absent')}"
-            for name in dict.fromkeys([*saved, *own])
-            if saved.get(name) != own.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"the schedule must be the one that was saved, but {', '.join(changed)}. Put back "
-                "what was saved, or begin the new schedule without loading the old one's state."
-            )
-        groups = len(self.optimizer.param_groups)
-        if len(state["base"]["lr"]) != groups:
-            raise ValueError(
-                f"the optimizer must have the {len(state['base']['lr'])} param groups that were "
-                f"saved, but has {groups} instead."
-            )
-
 
 def attach(
     schedule: str | Mapping[str, Any] | Schedule[Any],
@@ -198,7 +147,7 @@ def attach(
     *,
     horizon: Horizon | None = None,
     **params: Any,
-) -> ScheduleBinder:
+) -> ScheduleBinder | FeedbackBinder:
     """Return a schedule at work on an optimizer, for use in any training loop.
 
     Args:
@@ -225,4 +174,17 @@ def attach(
         )
     if not isinstance(schedule, Schedule):
         schedule = from_config(schedule)
+    return bind(schedule, optimizer, horizon=horizon)
+
+
+def bind(
+    schedule: Schedule[Any], optimizer: Optimizer, *, horizon: Horizon | None = None
+) -> ScheduleBinder | FeedbackBinder:
+    """Return a schedule at work on an optimizer, by the binder of its kind.
+
+    Raises:
+        ValueError: it does not fit the optimizer, or the run.
+    """
+    if isinstance(schedule, FeedbackSchedule):
+        return FeedbackBinder(schedule, optimizer, horizon=horizon)
     return ScheduleBinder(schedule, optimizer, horizon=horizon)

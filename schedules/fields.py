@@ -329,7 +329,7 @@ class _Annotation:
                 names, limits = ["array"], {}
         schema: dict[str, Any] = {"type": names[0] if len(names) == 1 else names, **limits}
         if self.choices:
-            schema["enum"] = list(self.choices)
+            schema["enum"] = [*self.choices, *([None] if "null" in names else [])]
         if "array" in names:
             schema |= {"items": dict(items), "minItems": 1}
         return schema

@@ -17,6 +17,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from schedules.binder import ScheduleBinder, attach
+from schedules.feedback_binder import FeedbackBinder
 from schedules.fields import fields_of
 from schedules.registry import find
 
@@ -46,7 +47,7 @@ _OURS = "post_cycle_decay_step_size"  # not in DeepSpeed's signature
 
 def _construct(
     type_name: str, optimizer: Optimizer, *positional: Any, **params: Any
-) -> ScheduleBinder:
+) -> ScheduleBinder | FeedbackBinder:
     """Return the schedule of that name at work on an optimizer.
 
     Raises:

@@ -18,7 +18,17 @@ from schedules.schedule import Fault, Schedule, ScheduleError
 
 __all__ = ["SCHEDULES", "find", "from_config", "nearest", "register"]
 
-FAMILIES = ("deepspeed", "composer", "pytorch", "d2l", "sambaflow", "phases", "composites")
+FAMILIES = (
+    "deepspeed",
+    "composer",
+    "pytorch",
+    "d2l",
+    "sambaflow",
+    "phases",
+    "composites",
+    "autowu",
+    "plateau",
+)
 """The modules whose ``__all__`` are schedules, in the order in which they are listed."""
 
 INDEX = Path(__file__).parent / "index.json"

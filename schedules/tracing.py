@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from schedules.durations import Horizon
+from schedules.feedback import FeedbackSchedule
 from schedules.registry import from_config
-from schedules.schedule import Base, Schedule
+from schedules.schedule import Base, Schedule, Values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +23,7 @@ def trace(
     *,
     base: Mapping[str, Iterable[float]] | None = None,
     horizon: Horizon | None = None,
+    losses: Iterable[float] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Return the value of each driven hyperparameter at each of the first ``steps`` updates.
 
@@ -31,12 +33,15 @@ def trace(
         base: one value a param group, as the optimizer was built; by default a single group
             with lr 0.1, momentum 0.9 and weight decay 0.
         horizon: the run, where durations are time strings or are scaled.
+        losses: of each update (or the metrics), for a schedule that listens to them; without them
+            it is shown on a synthetic one.
 
     Returns:
         An array of shape (steps, groups) for each of "lr", "momentum", … that is driven.
 
     Raises:
-        ValueError: the block is wrong, or the base values do not fit the schedule.
+        ValueError: the block is wrong, or the base values do not fit the schedule; or there are
+            too few losses.
     """
     import numpy as np
 
@@ -45,6 +50,9 @@ def trace(
     given: Base = {name: tuple(values) for name, values in (base or {"lr": (0.1,)}).items()}
     groups = len(given["lr"])
     defaults: Base = {"momentum": (0.9,) * groups, "weight_decay": (0.0,) * groups}
+    if losses is not None and isinstance(schedule, FeedbackSchedule):
+        rows = _told(schedule, {**defaults, **given}, horizon, steps, losses)
+        return {name: np.array([row[name] for row in rows]) for name in schedule.drives}
     curves = schedule.bind({**defaults, **given}, horizon).curves
     values = {}
     for name, of_groups in curves.items():
@@ -52,3 +60,25 @@ def trace(
         columns = [arrays[curve][:, np.newaxis] for curve in of_groups]
         values[name] = columns[0] if len(columns) == 1 else np.hstack(columns)
     return values
+
+
+def _told(
+    schedule: FeedbackSchedule[Any],
+    base: Base,
+    horizon: Horizon | None,
+    steps: int,
+    losses: Iterable[float],
+) -> list[Values]:
+    rule = schedule.control(base, horizon)
+    state = rule.init()
+    rows = [rule.values(state)]
+    for loss in losses:
+        if len(rows) >= steps:
+            break
+        state = rule.update(state, float(loss))
+        rows.append(rule.values(state))
+    if len(rows) < steps:
+        raise ValueError(
+            f"there must be a loss for each of {steps - 1} updates, but {len(rows) - 1} are."
+        )
+    return rows[:steps]

@@ -41,9 +41,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a config in place of the script's; its block is swept by if it is an LRRangeTest",
     )
-    parser.add_argument("--min", type=float, default=1e-7, metavar="LR", help="(default: 1e-7)")
+    parser.add_argument("--min", type=float, default=1e-6, metavar="LR", help="(default: 1e-6)")
     parser.add_argument("--max", type=float, default=10.0, metavar="LR", help="(default: 10)")
-    parser.add_argument("--steps", type=positive, default=200, help="updates (default: 200)")
+    parser.add_argument("--steps", type=positive, default=250, help="updates (default: 250)")
     parser.add_argument(
         "--shape",
         choices=["exponential", "linear", "staircase"],

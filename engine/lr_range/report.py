@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.lr_range.suggestion import Suggestion, suggest
+from engine.lr_range.suggestion import EDGE, Suggestion, suggest
 from engine.lr_range.sweep import Run
 
 if TYPE_CHECKING:
@@ -37,21 +37,27 @@ class LRRangeReport:
 
     @cached_property
     def suggestion(self) -> Suggestion:
-        """What all runs together suggest; without a ``max_lr`` it has a reason."""
+        """What all runs together suggest; without a ``max_lr`` it has a reason.
+
+        The curve and its rules are those of all points; the maximum is the median of what the runs
+        suggest by themselves, where most of them do: one that diverged early moves it little.
+        """
         lrs = np.concatenate([np.asarray(run.lrs, float) for run in self.runs])
         losses = np.concatenate([np.asarray(run.losses, float) for run in self.runs])
         ends = [run.lrs[-1] for run in self.runs if run.end == "divergence"]
         diverged_at = statistics.median(ends) if len(ends) == len(self.runs) else None
         found = suggest(lrs, losses, diverged_at=diverged_at)
-        rounded = found.max_lr and float(f"{found.max_lr:.2g}")
-        return Suggestion(rounded, found.reason, found.rules, found.smoothed)
+        each = self.of_each
+        max_lr = statistics.median(each) if 2 * len(each) > len(self.runs) > 1 else found.max_lr
+        rounded = max_lr and float(f"{max_lr:.2g}")
+        return Suggestion(rounded, "" if rounded else found.reason, found.rules, found.smoothed)
 
     @property
     def of_each(self) -> list[float]:
         """What each run by itself suggests, where there are several: their spread."""
         if len(self.runs) == 1:
             return []
-        each = (suggest(run.lrs, run.losses).max_lr for run in self.runs)
+        each = (_suggested(run).max_lr for run in self.runs)
         return [lr for lr in each if lr is not None]
 
     def block(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -111,7 +117,7 @@ class LRRangeReport:
             return table
         if suggestion.band:
             low, high = suggestion.band
-            table.add_row("they agree within a factor of", f"{high / low:.2g}")
+            table.add_row(f"{', '.join(EDGE)} agree within a factor of", f"{high / low:.2g}")
         if self.of_each:
             low, high = min(self.of_each), max(self.of_each)
             runs = f"{len(self.of_each)} runs by themselves"
@@ -178,3 +184,8 @@ class LRRangeReport:
         data.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
         self.draw(picture)
         return picture, data
+
+
+def _suggested(run: Run) -> Suggestion:
+    diverged_at = run.lrs[-1] if run.end == "divergence" else None
+    return suggest(run.lrs, run.losses, diverged_at=diverged_at)

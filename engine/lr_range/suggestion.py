@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["MIN_POINTS", "RULES", "Smoothed", "Suggestion", "smooth", "suggest"]
+__all__ = ["CAREFUL", "EDGE", "MIN_POINTS", "Smoothed", "Suggestion", "smooth", "suggest"]
 
 MIN_POINTS = 20
 """Fewer losses than these carry no curve."""
@@ -20,8 +20,11 @@ MIN_POINTS = 20
 MIN_STEPS = 8
 """Fewer learning rates than these carry none either, however often each was tried."""
 
-RULES = ("steepest", "valley", "divergence / 10", "minimum / 10")
-"""What the rules look for, each on the smoothed curve over the logarithm of the learning rate."""
+EDGE = ("end of descent", "minimum", "divergence / 10")
+"""The rules for where training still gets better: the maximum of a cycle is their median."""
+
+CAREFUL = ("steepest", "valley", "minimum / 10")
+"""What other tools suggest, for a learning rate that is to be kept; a cycle can go further."""
 
 Array = NDArray[np.float64]
 
@@ -51,7 +54,7 @@ class Suggestion:
     """None: the curve carries none, and `reason` says why."""
     reason: str = ""
     rules: Mapping[str, float] = field(default_factory=dict)
-    """What each rule of `RULES` says that applies."""
+    """What each rule of `EDGE` and `CAREFUL` says that applies."""
     smoothed: Smoothed | None = None
 
     @property
@@ -61,8 +64,9 @@ class Suggestion:
 
     @property
     def band(self) -> tuple[float, float] | None:
-        """From the most careful rule to the boldest: how far they agree."""
-        return (min(self.rules.values()), max(self.rules.values())) if self.rules else None
+        """From the most careful rule of the edge to the boldest: how far they agree."""
+        edge = [self.rules[name] for name in EDGE if name in self.rules]
+        return (min(edge), max(edge)) if edge else None
 
 
 def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = None) -> Suggestion:
@@ -72,12 +76,16 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     left out, what lies above the start is cut off, and a local line is fitted around each point,
     its width chosen by generalized cross-validation. Then
 
+    - end of descent: where nine tenths of the descent are behind;
+    - minimum: where the loss is lowest;
+    - divergence / 10: a tenth of where all that was gained is lost again, or the sweep was ended;
     - steepest: where the loss falls most for a given factor of the learning rate;
     - valley: half-way, in log(lr), between the first and the last tenth of the descent;
-    - divergence / 10: a tenth of where all that was gained is lost again, or the sweep was ended;
     - minimum / 10: a tenth of where the loss is lowest.
 
-    The suggestion is the median of the rules that apply.
+    The suggestion is the median of the first three, as far as they apply. A cycle is at its maximum
+    for a moment only, so it can go to where the loss stops falling; the last three are for a
+    learning rate that is kept, and train a cycle too slowly (docs/results/lr_test.md).
 
     Args:
         lrs: learning rate of each update, positive; any order, any spacing.
@@ -91,8 +99,8 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     >>> lrs = [10 ** (-5 + k / 25) for k in range(150)]
     >>> losses = [2.3 - 1.5 / (1 + (1e-3 / lr) ** 2) + (lr / 0.1) ** 2 for lr in lrs]
     >>> suggestion = suggest(lrs, losses)
-    >>> 0.0005 < suggestion.max_lr < 0.002
-    True
+    >>> 0.005 < suggestion.max_lr < 0.03, 0.0005 < suggestion.rules["steepest"] < 0.002
+    (True, True)
     >>> suggest(lrs, [2.3] * 150).reason
     'the loss does not fall: it is 2.3 at every learning rate'
 
@@ -214,17 +222,20 @@ def _read(curve: Smoothed, burst: float | None) -> Suggestion:
     gained = (loss[top] - loss[top : low + 1]) / fall
     begin = top + int(np.flatnonzero(gained >= 0.1)[0])
     end = top + int(np.flatnonzero(gained >= 0.9)[0])
-    rules = {"steepest": x[steepest], "valley": (x[begin] + x[end]) / 2}
+    rules = {"end of descent": x[end]}
     lost = np.flatnonzero(loss[low:] >= loss[low] + 0.9 * fall)
+    turns = lost.size > 0 or burst is not None or low < x.size - 2
+    if turns:
+        rules["minimum"] = x[low]
     if lost.size:
         rules["divergence / 10"] = x[low + int(lost[0])] - 1
     elif burst is not None:
         rules["divergence / 10"] = burst - 1
-    if lost.size or burst is not None or low < x.size - 2:
-        rules["minimum / 10"] = x[low] - 1
-    # A tenth of the minimum can lie before the descent, where nothing is learnt.
-    rules = {name: max(value, float(x[begin])) for name, value in rules.items()}
     middle = float(np.median(list(rules.values())))
+    rules |= {"steepest": x[steepest], "valley": (x[begin] + x[end]) / 2}
+    if turns:
+        # Where it lies before the descent, nothing is learnt.
+        rules["minimum / 10"] = max(x[low] - 1, x[begin])
     return Suggestion(10**middle, "", _powers(rules), curve)
 
 

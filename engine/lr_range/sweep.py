@@ -52,9 +52,9 @@ class Sweep:
         ValueError: the learning rates do not rise from above 0, or there are too few updates.
     """
 
-    min_lr: float = 1e-7
+    min_lr: float = 1e-6
     max_lr: float = 10.0
-    steps: int = 200
+    steps: int = 250
     shape: Shape = "exponential"
     momentum: tuple[float, float] | None = None
     block: Mapping[str, Any] | None = None

@@ -334,5 +334,6 @@ def test_deepspeeds_variable_batches_scale_a_schedule_of_ours(name):
 def test_no_case_is_left_out():
     tested = [COMPOSER, COMPOSER_PYTORCH, TOKENS, TORCH, D2L, MXNET, SAMBAFLOW, TRANSFORMERS]
     tested += [MEGATRON, TIMM, cases("deepspeed")]
+    tested += [cases("autowu"), cases("autowu_recorded")]  # in test_autowu
     folder = golden.FOLDER
     assert sum(map(len, tested)) == len(list(folder.glob("*/*.json")))

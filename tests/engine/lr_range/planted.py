@@ -8,11 +8,14 @@ FAMILIES = ("explodes", "jumps back", "not finite", "rises slowly", "spikes")
 
 
 class Curve(NamedTuple):
-    """A sweep, and the learning rate at which the loss falls most for a factor of it."""
+    """A sweep, and what was planted in it."""
 
     lrs: np.ndarray
     losses: np.ndarray
-    planted: float
+    lowest: float
+    """Middle, in log(lr), of where the loss is lowest, to 5 % of the descent, before the noise."""
+    steepest: float
+    """Learning rate at which the loss falls most for a factor of it."""
 
 
 def plant(family, noise, random, updates=200):
@@ -22,7 +25,7 @@ def plant(family, noise, random, updates=200):
     start = random.uniform(1, 8)
     fall = start * random.uniform(0.2, 0.8)
     loss = start - fall / (1 + np.exp(-(x - steepest) / width))
-    end = steepest + random.uniform(0.8, 1.5)
+    end = steepest + random.uniform(0.6, 1.2)
     over = 10 ** (x - end)
     if family == "jumps back":
         loss = np.maximum(loss, np.where(x > end, start - fall * np.exp(-(x - end) / 0.1), loss))
@@ -30,13 +33,14 @@ def plant(family, noise, random, updates=200):
         loss = loss + fall * np.minimum(0.5 * over, 5)
     else:
         loss = loss + fall * np.minimum(over**2, 1e6)
+    lowest = 10 ** x[loss < loss.min() + 0.05 * fall].mean()
     loss = loss + random.normal(0, noise * fall, updates)
     if family == "not finite":
         loss[x > end + 0.2] = np.nan
     if family == "spikes":
         loss[random.integers(0, updates, 4)] += random.uniform(1, 10, 4) * start
         loss[random.integers(0, 10)] = np.inf
-    return Curve(10**x, loss, 10**steepest)
+    return Curve(10**x, loss, lowest, 10**steepest)
 
 
 def flat(kind, random, updates=200):
@@ -47,4 +51,4 @@ def flat(kind, random, updates=200):
         loss = loss + np.maximum(0, x + 1) ** 2
     if kind == "not finite":
         loss[x > -3] = np.nan
-    return Curve(10**x, loss, float("nan"))
+    return Curve(10**x, loss, float("nan"), float("nan"))

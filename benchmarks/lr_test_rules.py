@@ -1,0 +1,154 @@
+"""Suggestions from planted range-test curves: ours beside Lightning's and torch-lr-finder's.
+
+    pip install -c constraints.txt -e '.[benchmarks]'
+    python benchmarks/lr_test_rules.py
+
+1,000 curves of five families at five levels of noise (its standard deviation in shares of the
+descent), and 200 in which nothing is learnt. Each tool gets the losses as its own test would see
+them, and smooths and judges them with its own code. Right is within a factor of 3 of what was
+planted: for the maximum of a cycle the middle of where the loss is lowest (to 5 % of the descent),
+for the rule "steepest", which is all that the peers have, the learning rate at which the loss falls
+most for a factor of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from pytorch_lightning.tuner.lr_finder import _LRCallback, _LRFinder
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch_lr_finder import LRFinder
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from engine.lr_range.suggestion import suggest
+from tests.engine.lr_range.planted import FAMILIES, Curve, flat, plant
+
+NOISE = (0.0, 0.02, 0.05, 0.1, 0.2)
+FLAT = ("noise", "rises")
+
+
+def maximum(curve: Curve) -> float | None:
+    return suggest(curve.lrs, curve.losses).max_lr
+
+
+def steepest(curve: Curve) -> float | None:
+    return suggest(curve.lrs, curve.losses).rules.get("steepest")
+
+
+def lightning(curve: Curve) -> float | None:
+    callback = _LRCallback(len(curve.lrs), early_stop_threshold=4.0)
+    trainer: Any = SimpleNamespace(
+        fit_loop=SimpleNamespace(batch_idx=0),
+        accumulate_grad_batches=1,
+        strategy=SimpleNamespace(broadcast=lambda value: value),
+        should_stop=False,
+        global_step=0,
+    )
+    module: Any = None
+    for step, loss in enumerate(curve.losses, start=1):
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer, module, {"loss": torch.tensor(loss)}, None, step)
+        if trainer.should_stop:
+            break
+    finder = _LRFinder("exponential", curve.lrs[0], curve.lrs[-1], len(curve.lrs))
+    count = len(callback.losses)
+    finder.results = {"lr": list(curve.lrs[:count]), "loss": callback.losses}
+    return finder.suggestion()
+
+
+class _Planted(LRFinder):
+    """torch-lr-finder whose training gives the planted losses."""
+
+    def __init__(self, curve: Curve) -> None:
+        model = torch.nn.Linear(1, 1)
+        super().__init__(model, torch.optim.SGD(model.parameters(), lr=curve.lrs[0]), None)
+        self._losses = iter(curve.losses)
+
+    def _train_batch(self, *args: object, **kwargs: object) -> float:
+        del args, kwargs
+        return float(next(self._losses))
+
+
+def torch_lr_finder(curve: Curve) -> float | None:
+    finder = _Planted(curve)
+    batches = torch.utils.data.DataLoader(torch.zeros(len(curve.lrs), 1, 1))
+    figure, axes = plt.subplots()
+    try:
+        finder.range_test(batches, end_lr=curve.lrs[-1], num_iter=len(curve.lrs), step_mode="exp")
+        return finder.plot(ax=axes)[1]
+    except (RuntimeError, ValueError):
+        return None
+    finally:
+        plt.close(figure)
+
+
+CONTENDERS: dict[str, Callable[[Curve], float | None]] = {
+    "onecycle, maximum": maximum,
+    "onecycle, steepest": steepest,
+    "Lightning": lightning,
+    "torch-lr-finder": torch_lr_finder,
+}
+
+
+def asked(contender: Callable[[Curve], float | None], curve: Curve) -> float | None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return contender(curve)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--curves", type=int, default=1000, help="planted ones (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    plt.switch_backend("agg")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    random = np.random.default_rng(args.seed)
+    each = args.curves // (len(NOISE) * len(FAMILIES))
+    right = {name: np.zeros(len(NOISE)) for name in CONTENDERS}
+    by_family = {name: dict.fromkeys(FAMILIES, 0.0) for name in CONTENDERS}
+    for level, noise in enumerate(track(NOISE, transient=True)):
+        for family in FAMILIES:
+            for curve in (plant(family, noise, random) for _ in range(each)):
+                for name, contender in CONTENDERS.items():
+                    lr = asked(contender, curve)
+                    planted = curve.lowest if contender is maximum else curve.steepest
+                    good = lr is not None and 1 / 3 < lr / planted < 3
+                    right[name][level] += good / (each * len(FAMILIES))
+                    by_family[name][family] += good / (each * len(NOISE))
+    silent = dict.fromkeys(CONTENDERS, 0)
+    for kind in FLAT:
+        for curve in (flat(kind, random) for _ in range(100)):
+            for name, contender in CONTENDERS.items():
+                silent[name] += asked(contender, curve) is None
+    console = Console()
+    table = Table("share right, at noise of", *(f"{noise:.0%}" for noise in NOISE), "all")
+    for name, of_levels in right.items():
+        table.add_row(name, *(f"{share:.1%}" for share in (*of_levels, of_levels.mean())))
+    console.print(table)
+    table = Table("share right, of curves that", *FAMILIES, "no answer where there is none")
+    for name, of_families in by_family.items():
+        shares = (f"{share:.1%}" for share in of_families.values())
+        table.add_row(name, *shares, f"{silent[name]} of {100 * len(FLAT)}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

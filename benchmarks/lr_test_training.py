@@ -1,0 +1,234 @@
+"""Is the learning rate that the range test suggests a good one? 1Cycle by it beside a grid of nine.
+
+    python benchmarks/lr_test_training.py --output docs/results/lr_test_training.png
+
+Three tasks: LeNet on Fashion-MNIST (scikit-learn's digits where there is no copy of it), an MLP on
+the digits, a small transformer that predicts the next character of this repository's own text. The
+same 1Cycle, from a tenth of the maximum, is trained with nine maxima half a decade apart and with
+the suggested one, each with several seeds. The accuracy is that on data not trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "fashion_mnist")]
+
+import images
+from train import lenet
+
+import engine
+from engine.lr_range.report import LRRangeReport
+
+GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))
+CONTEXT, WIDTH = 64, 64
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train, on what, for how long."""
+
+    model: Callable[[], nn.Module]
+    optimizer: dict[str, Any]
+    updates: int
+    batches: Callable[[], Iterator[Batch]]
+    test: Batch
+
+
+class Transformer(nn.Module):
+    """Two causal layers over characters."""
+
+    def __init__(self, characters: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, WIDTH)
+        self.positions = nn.Parameter(torch.zeros(CONTEXT, WIDTH))
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, characters)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layers(self.embedding(x) + self.positions, mask=self.mask, is_causal=True)
+        return self.head(hidden).flatten(0, 1)
+
+
+def of_dataset(train: Batch, size: int) -> Callable[[], Iterator[Batch]]:
+    def batches() -> Iterator[Batch]:
+        while True:
+            for part in torch.randperm(len(train[0])).split(size)[:-1]:
+                yield train[0][part], train[1][part]
+
+    return batches
+
+
+def text_task() -> Task:
+    paths = sorted((*ROOT.glob("schedules/*.py"), *ROOT.glob("docs/*.md")))
+    text = "".join(path.read_text(encoding="utf-8") for path in paths)
+    alphabet = {character: index for index, character in enumerate(sorted(set(text)))}
+    data = torch.tensor([alphabet[character] for character in text])
+    split = len(data) * 9 // 10
+
+    def windows(of: Tensor, begins: Tensor) -> Batch:
+        rows = of[begins[:, None] + torch.arange(CONTEXT + 1)]
+        return rows[:, :-1], rows[:, 1:].flatten()
+
+    def batches() -> Iterator[Batch]:
+        while True:
+            yield windows(data[:split], torch.randint(split - CONTEXT - 1, (16,)))
+
+    held_out = data[split:]
+    test = windows(held_out, torch.arange(0, len(held_out) - CONTEXT - 1, CONTEXT))
+    optimizer = {"type": "AdamW", "params": {"weight_decay": 0.01}}
+    return Task(lambda: Transformer(len(alphabet)), optimizer, 500, batches, test)
+
+
+def tasks() -> dict[str, Task]:
+    pictures = images.load()
+    train, test = pictures.train.tensors, pictures.test.tensors
+    digits = images._digits()
+    small, held_out = digits.train.tensors, digits.test.tensors
+    adam = {"type": "AdamW", "params": {"weight_decay": 0.01}}
+    sgd = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
+
+    def mlp() -> nn.Module:
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
+            nn.Linear(64, 10),
+        )  # fmt: skip
+
+    return {
+        f"LeNet, {pictures.source.split(' from')[0]}, AdamW": Task(
+            lenet, adam, 600, of_dataset(train, 64), test
+        ),
+        "MLP, digits, SGD": Task(mlp, sgd, 300, of_dataset(small, 32), held_out),
+        "transformer, text, AdamW": text_task(),
+    }
+
+
+def loss_of(trainer: engine.Engine, batch: Batch) -> Tensor:
+    return cross_entropy(trainer(batch[0]), batch[1])
+
+
+def started(task: Task, seed: int, scheduler: dict[str, Any] | None) -> engine.Engine:
+    torch.manual_seed(seed)
+    config: dict[str, Any] = {"train_batch_size": 1, "optimizer": task.optimizer}
+    if scheduler:
+        config["scheduler"] = scheduler
+    trainer, *_ = engine.initialize(config=config, model=task.model())
+    return trainer
+
+
+def suggested(task: Task, seed: int) -> tuple[float, LRRangeReport]:
+    runs = []
+    for repeat in range(3):
+        trainer = started(task, seed + repeat, None)
+        runs += engine.lr_range_test(trainer, task.batches(), loss_of=loss_of).runs
+    report = LRRangeReport(tuple(runs))
+    assert report.suggestion.max_lr is not None, report.suggestion.reason
+    return report.suggestion.max_lr, report
+
+
+def accuracy(task: Task, max_lr: float, seed: int) -> float:
+    first = task.updates * 3 // 10
+    cycle = {
+        "cycle_min_lr": max_lr / 10,
+        "cycle_max_lr": max_lr,
+        "cycle_first_step_size": first,
+        "cycle_second_step_size": task.updates - first,
+    }
+    trainer = started(task, seed, {"type": "OneCycle", "params": cycle})
+    batches = task.batches()
+    for _ in range(task.updates):
+        trainer.backward(loss_of(trainer, next(batches)))
+        trainer.step()
+    trainer.eval()
+    with torch.no_grad():
+        parts = zip(task.test[0].split(500), _parts(task, 500), strict=True)
+        right = sum(int((trainer(x).argmax(1) == y).sum()) for x, y in parts)
+    return 100 * right / len(task.test[1])
+
+
+def _parts(task: Task, size: int) -> tuple[Tensor, ...]:
+    return task.test[1].split(size * (len(task.test[1]) // len(task.test[0])))
+
+
+def draw(found: dict[str, dict[float, list[float]]], best: dict[str, float], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axis, (name, cells) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        grid = {lr: of_seeds for lr, of_seeds in cells.items() if lr in GRID}
+        means = [statistics.mean(of_seeds) for of_seeds in grid.values()]
+        spread = [statistics.stdev(of_seeds) for of_seeds in grid.values()]
+        axis.errorbar(list(grid), means, spread, marker="o", label="grid")
+        mine = cells[best[name]]
+        axis.errorbar(
+            best[name], statistics.mean(mine), statistics.stdev(mine), marker="s", color="green",
+            label="suggested",
+        )  # fmt: skip
+        axis.set(xscale="log", xlabel="cycle_max_lr", ylabel="accuracy %", title=name)
+        axis.legend()
+        axis.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=4, help="runs of each maximum (default: 4)")
+    parser.add_argument("--output", type=Path, default=Path("lr_test_training.png"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    console = Console()
+    found: dict[str, dict[float, list[float]]] = {}
+    best: dict[str, float] = {}
+    with Progress(console=console, transient=True) as bar:
+        for name, task in tasks().items():
+            best[name], _ = suggested(task, seed=100)
+            maxima = (*GRID, best[name])
+            row = bar.add_task(name, total=len(maxima) * args.seeds)
+            found[name] = {}
+            for lr in maxima:
+                found[name][lr] = []
+                for seed in range(args.seeds):
+                    found[name][lr].append(accuracy(task, lr, seed))
+                    bar.advance(row)
+    table = Table("task", *(f"{lr:.1e}" for lr in GRID), "suggested", "best - 1 SE", "reached")
+    for name, cells in found.items():
+        means = {lr: statistics.mean(of_seeds) for lr, of_seeds in cells.items()}
+        top = max(GRID, key=lambda lr, means=means: means[lr])
+        error = statistics.stdev(cells[top]) / math.sqrt(args.seeds)
+        mine = means[best[name]]
+        reached = "yes" if mine >= means[top] - error else "no"
+        row_of = (f"{means[lr]:.2f}" for lr in GRID)
+        bar_of = f"{means[top] - error:.2f}"
+        table.add_row(name, *row_of, f"{mine:.2f} at {best[name]:.1e}", bar_of, reached)
+    Console(width=200).print(table)
+    draw(found, best, args.output)
+
+
+if __name__ == "__main__":
+    main()

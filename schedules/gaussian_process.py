@@ -1,0 +1,253 @@
+"""An exact Gaussian process on [0, 1], fast because its kernel is smooth there.
+
+f ~ GP(mean, scale * exp(-(x - x')^2 / (2 l^2))), y = f(x) + noise. With l = 0.2 the kernel on
+[0, 1] is that of some thirty features to twelve digits, so every matrix here is as large as the
+features are many, however long the data: a posterior of thousands of losses takes less than a
+millisecond.
+
+Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, chapters 2 and 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "LENGTH_SCALE",
+    "Data",
+    "Hyperparameters",
+    "Posterior",
+    "features",
+    "gathered",
+    "solve_ratio",
+]
+
+Array = NDArray[np.float64]
+
+LENGTH_SCALE = 0.2
+_POINTS = np.linspace(-0.45, 1.45, 30)
+_NEGLIGIBLE = 1e-13
+_LEAST_NOISE = 1e-4
+_RATIOS = np.logspace(-4, 5, 73)[:, None]
+
+
+def features(x: Array) -> Array:
+    """Return phi(x), of shape (len(x), r), with phi(x) phi(x')^T = exp(-(x - x')^2 / (2 l^2)).
+
+    Args:
+        x: places in [0, 1].
+
+    >>> x = np.linspace(0, 1, 5)
+    >>> kernel = np.exp(-((x[:, None] - x) ** 2) / (2 * LENGTH_SCALE**2))
+    >>> float(np.abs(features(x) @ features(x).T - kernel).max()) < 1e-9
+    True
+    """
+    return _kernel(x, _POINTS) @ _whitening()
+
+
+def _kernel(x: Array, z: Array) -> Array:
+    return np.asarray(np.exp(-((x[:, None] - z) ** 2) / (2 * LENGTH_SCALE**2)))
+
+
+@functools.cache
+def _whitening() -> Array:
+    values, vectors = np.linalg.eigh(_kernel(_POINTS, _POINTS))
+    kept = values > _NEGLIGIBLE * values[-1]
+    return np.asarray(vectors[:, kept] / np.sqrt(values[kept]))
+
+
+class Data(NamedTuple):
+    """All that inference needs of losses and their places, in the basis that makes it diagonal."""
+
+    size: float
+    """How many losses there are."""
+    values: Array
+    """Eigenvalues of phi^T phi."""
+    vectors: Array
+    projected: Array
+    """phi^T y in the basis of the eigenvectors."""
+    ones: Array
+    """phi^T 1 in it."""
+    total: float
+    squares: float
+
+    @classmethod
+    def of(cls, phi: Array, y: Array, weights: Array | None = None) -> Data:
+        """Return the data of losses y at places of features phi.
+
+        Args:
+            phi: of shape (places, features).
+            y: of shape (places,).
+            weights: how many losses each of y is the mean of; by default one.
+        """
+        root = np.ones(len(y)) if weights is None else np.sqrt(weights)
+        scaled, ones, y = phi * root[:, None], root, y * root
+        values, vectors = np.linalg.eigh(scaled.T @ scaled)
+        basis = scaled @ vectors
+        return cls(
+            float(ones @ ones),
+            np.maximum(values, 0.0),
+            vectors,
+            y @ basis,
+            ones @ basis,
+            float(y @ ones),
+            float(y @ y),
+        )
+
+
+def gathered(x: Array, y: Array) -> Data:
+    """Return the data of losses y at places x."""
+    return Data.of(features(x), y)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """Noise, mean and scale before softplus, with the moments of Adam that fit them.
+
+    noise = 1e-4 + softplus(raw[0]), mean = raw[1], scale = softplus(raw[2]).
+    """
+
+    raw: tuple[float, float, float]
+    first: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    second: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    steps: int = 0
+
+    @classmethod
+    def initial(cls, noise: float = 1e-3, scale: float = math.log(2)) -> Hyperparameters:
+        """Return those that have a noise and a scale, and the mean 0."""
+        return cls((_inverse_softplus(noise - _LEAST_NOISE), 0.0, _inverse_softplus(scale)))
+
+    @property
+    def noise(self) -> float:
+        """Variance of the noise."""
+        return _LEAST_NOISE + _softplus(self.raw[0])
+
+    @property
+    def mean(self) -> float:
+        """The constant that the process has for its mean."""
+        return self.raw[1]
+
+    @property
+    def scale(self) -> float:
+        """Variance of the process."""
+        return _softplus(self.raw[2])
+
+    def with_mean(self, mean: float) -> Hyperparameters:
+        """Return the same with another mean."""
+        return dataclasses.replace(self, raw=(self.raw[0], mean, self.raw[2]))
+
+    def loss(self, data: Data) -> float:
+        """Return -log p(y) / n."""
+        noise, mean, scale = self.noise, self.mean, self.scale
+        ratio = scale / noise
+        rest = data.squares - 2 * mean * data.total + data.size * mean**2
+        residual = data.projected - mean * data.ones
+        quadratic = (rest - float((ratio * residual**2 / (1 + ratio * data.values)).sum())) / noise
+        logarithm = float(np.log1p(ratio * data.values).sum()) + data.size * math.log(noise)
+        return 0.5 * (quadratic + logarithm + data.size * math.log(2 * math.pi)) / data.size
+
+    def gradient(self, data: Data) -> tuple[float, float, float]:
+        """Return the gradient of `loss` by ``raw``."""
+        noise, mean, scale = self.noise, self.mean, self.scale
+        weight = 1 / (noise + scale * data.values)
+        residual = data.projected - mean * data.ones
+        fitted = residual * weight
+        # y^T K^-1 y and its derivatives, with K^-1 = (1 - scale * phi W phi^T) / noise.
+        rest = data.squares - 2 * mean * data.total + data.size * mean**2
+        cross = float(fitted @ residual)
+        square = float(fitted @ fitted)
+        inner = float(fitted @ (data.values * fitted))
+        by_scale = -square + float(weight @ data.values)
+        solved = (rest - 2 * scale * cross + scale**2 * inner) / noise**2
+        trace = (data.size - scale * float(weight @ data.values)) / noise
+        by_noise = trace - solved
+        sums = data.total - data.size * mean
+        by_mean = -(sums - scale * float(fitted @ data.ones)) / noise
+        half = 0.5 / data.size
+        return (
+            half * by_noise * _sigmoid(self.raw[0]),
+            by_mean / data.size,
+            half * by_scale * _sigmoid(self.raw[2]),
+        )
+
+    def fitted(self, data: Data, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
+        """Return those after some more steps of Adam on `loss`."""
+        raw, first, second = list(self.raw), list(self.first), list(self.second)
+        for step in range(self.steps + 1, self.steps + steps + 1):
+            gradient = Hyperparameters((raw[0], raw[1], raw[2])).gradient(data)
+            for index, slope in enumerate(gradient):
+                first[index] += 0.1 * (slope - first[index])
+                second[index] += 0.001 * (slope * slope - second[index])
+                deviation = math.sqrt(second[index] / (1 - 0.999**step)) + 1e-8
+                raw[index] -= rate / (1 - 0.9**step) * first[index] / deviation
+        return Hyperparameters(
+            (raw[0], raw[1], raw[2]),
+            (first[0], first[1], first[2]),
+            (second[0], second[1], second[2]),
+            self.steps + steps,
+        )
+
+
+class Posterior(NamedTuple):
+    """The process at some places, given data: its mean, and what a covariance is made of."""
+
+    mean: Array
+    root: Array
+    """The covariance is root @ root.T."""
+
+    @classmethod
+    def of(cls, data: Data, by: Hyperparameters, basis: Array) -> Posterior:
+        """Return the posterior at the places of ``basis``, which are `features` of them."""
+        ratio = by.scale / by.noise
+        shrunk = 1 / (1 + ratio * data.values)
+        rotated = basis @ data.vectors
+        weights = ratio * shrunk * (data.projected - by.mean * data.ones)
+        return cls(by.mean + rotated @ weights, rotated * np.sqrt(by.scale * shrunk))
+
+    @property
+    def variance(self) -> Array:
+        """Variance of the process at each place."""
+        return np.asarray((self.root**2).sum(1))
+
+    def deviation_from(self, place: int) -> Array:
+        """Return the variance of f(x) - f(place) at each place."""
+        return np.asarray(((self.root - self.root[place]) ** 2).sum(1))
+
+
+def solve_ratio(data: Data, within: float = 0.0) -> Hyperparameters:
+    """Return the likeliest scale and noise, for the mean 0, of 73 ratios from 1e-4 to 1e5.
+
+    For each ratio rho = scale / noise the likeliest noise has a closed form::
+
+        noise(rho) = (y^T y + within - sum(rho b^2 / (1 + rho lambda))) / n
+
+    Args:
+        data: eigenvalues lambda and projections b.
+        within: sum of squares inside of the means that the data are.
+    """
+    shrunk = _RATIOS / (1 + _RATIOS * data.values)
+    noise = (data.squares + within - shrunk @ data.projected**2) / data.size
+    noise = np.maximum(noise, 1e-12)
+    loss = np.log1p(_RATIOS * data.values).sum(1) + data.size * np.log(noise)
+    best = int(np.argmin(loss))
+    variance = float(noise[best])
+    scale = variance * float(_RATIOS[best, 0])
+    return Hyperparameters.initial(max(variance, _LEAST_NOISE * 1.0001), scale)
+
+
+def _softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def _inverse_softplus(y: float) -> float:
+    return y + math.log(-math.expm1(-y))

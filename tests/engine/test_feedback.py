@@ -1,0 +1,136 @@
+"""Schedules that listen, inside the engine: told by `backward`, unmoved by skips, rolled back."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine
+
+SCRIPT = Path(__file__).with_name("feedback_run.py")
+AUTOWU = {"steps_per_epoch": 10, "total_epochs": 20, "test": "robust", "immediate_cooldown": True}
+
+
+def start(params=AUTOWU, kind="AutoWU", **sections):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1)]
+    config = {
+        "train_batch_size": 16,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+        "scheduler": {"type": kind, "params": params},
+        **sections,
+    }
+    return engine.initialize(config=config, model=torch.nn.Sequential(*layers))[0]
+
+
+def train(trainer, updates, poison=()):
+    rows = []
+    while trainer.global_steps < updates:
+        generator = torch.Generator().manual_seed(trainer.global_steps - trainer.skipped_steps)
+        x = torch.randn(16, 8, generator=generator)
+        loss = (trainer(x).float() - x.sin().sum(1, keepdim=True)).pow(2).mean()
+        rows.append((trainer.get_lr()[0], loss.item()))
+        poisoned = trainer.global_steps in poison
+        trainer.backward(loss * math.inf if poisoned else loss)
+        trainer.step()
+    return rows
+
+
+@pytest.mark.parametrize("rollback", [False, True])
+def test_a_resumed_run_is_the_same_run(tmp_path, rollback):
+    params = AUTOWU | {"rollback": rollback}
+    plan = {"engine": {"checkpoint": {"dir": str(tmp_path), "every": 7}}}
+    whole = train(start(params), 200)
+    begun = train(start(params, **plan), 53)
+    again = start(params, **plan)
+    assert again.global_steps == 49
+    begun = begun[:49] + train(again, 130)
+    last = start(params, **plan)
+    assert begun[:126] + train(last, 200) == whole
+    assert last.lr_scheduler.decision.lr > 1e-3
+
+
+def test_rollback_goes_back_to_the_weights_of_the_lowest_loss():
+    trainer = start(AUTOWU | {"rollback": True})
+    lowest, weights = math.inf, None
+    while trainer.lr_scheduler.decision is None:
+        train(trainer, trainer.global_steps + 1)
+        if trainer.lr_scheduler.is_lowest:
+            weights = [p.detach().clone() for p in trainer.parameters()]
+            lowest = trainer.lr_scheduler.state.lowest
+    assert lowest < 10
+    assert all(map(torch.equal, trainer.parameters(), weights))
+    assert trainer.get_lr()[0] == pytest.approx(trainer.lr_scheduler.decision.lr)
+
+
+def test_skipped_updates_do_not_move_it():
+    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 4}}
+    plain = train(start(**fp16), 60)
+    trainer = start(**fp16)
+    skipping = train(trainer, 63, poison=(5, 6, 30))
+    assert trainer.skipped_steps == 3
+    applied = [row for step, row in enumerate(skipping) if step not in (5, 6, 30)]
+    assert [lr for lr, _ in applied] == [lr for lr, _ in plain]
+
+
+def test_it_hears_the_mean_over_the_micro_batches():
+    trainer = start(gradient_accumulation_steps=2)
+    losses = []
+    for _ in range(2):
+        loss = trainer(torch.randn(8, 8)).pow(2).mean()
+        losses.append(loss.item())
+        trainer.backward(loss)
+        trainer.step()
+    assert list(trainer.lr_scheduler.state.losses) == [pytest.approx(sum(losses) / 2)]
+
+
+def test_the_schedule_of_a_metric():
+    trainer = start({"patience": 1, "factor": 0.5}, "ReduceLROnPlateau")
+    seen = []
+    for update in range(8):
+        trainer.backward(trainer(torch.randn(16, 8)).pow(2).mean())
+        trainer.step(metric=1.0 if update % 2 else None)
+        seen.append(trainer.get_lr()[0])
+    assert seen == [0.01] * 5 + [0.005] * 3
+
+
+def test_the_run_gives_the_epochs():
+    data = torch.utils.data.TensorDataset(torch.randn(160, 8))
+    config = {
+        "train_batch_size": 16,
+        "optimizer": {"type": "AdamW"},
+        "scheduler": {"type": "AutoWU", "params": {"test": "robust"}},
+        "engine": {"max_duration": "30ep"},
+    }
+    trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(8, 1), training_data=data)
+    assert trainer.lr_scheduler._rule._total == 300
+
+
+def test_a_loss_that_the_engine_never_saw():
+    trainer = start()
+    trainer(torch.randn(16, 8)).pow(2).mean().backward()
+    with pytest.raises(RuntimeError, match="call `engine.backward"):
+        trainer.step()
+
+
+def test_rollback_on_deepspeed_is_refused():
+    with pytest.raises(ValueError, match="`rollback` must be false on DeepSpeed"):
+        start(AUTOWU | {"rollback": True}, engine={"backend": "deepspeed"})
+
+
+@pytest.mark.slow
+def test_ranks_and_backends_have_one_trace():
+    traces = []
+    for backend, ranks in (("torch", 1), ("torch", 2), ("deepspeed", 1), ("deepspeed", 2)):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, *(launcher if ranks > 1 else []), SCRIPT, backend]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = [line.split() for line in done.stdout.splitlines() if line.startswith("lr ")]
+        traces.append([float(lr) for _, lr in rows])
+    assert len(traces[0]) == 150
+    for trace in traces[1:]:
+        assert trace == pytest.approx(traces[0], rel=1e-5)
