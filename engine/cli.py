@@ -18,6 +18,8 @@ COMMANDS = {
     "plot": "show the learning rate and momentum that every update will use",
     "schedules": "list every schedule, or print all about one",
     "lr-test": "find the learning rates to cycle between, by a range test of a script",
+    "launch": "start a script on one machine or many, and stop all of it when a part fails",
+    "doctor": "say what runs here, and why the rest does not",
     "checkpoint": "list, verify, show or export the checkpoints of a run",
     "schema": "print the JSON schema of configs, or of one schedule's params",
 }

@@ -1,0 +1,230 @@
+"""Large batches without tuning: AutoWU beside four ways to choose a learning rate.
+
+    python benchmarks/autowu_large_batch.py --output docs/results/autowu_large_batch.png
+
+LeNet (no normalisation) and a small ResNet (batch normalisation) on Fashion-MNIST, its images
+averaged to 14 x 14, AdamW, batches of 256, 2,048 and 8,192, the same number of epochs. The fixed
+learning rate is the best of three for batch 256; the others are
+
+- scaled: the same times batch / 256;
+- cosine: up to the scaled one in a tenth of the run, and down to 0;
+- 1Cycle: between the bounds of an LR range test at that batch;
+- AutoWU: the robust test with rollback, and nothing given.
+
+Rows are written to the JSON file beside the picture as they are found, and found again there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cross_entropy
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "fashion_mnist"))
+
+import images
+
+import engine
+
+BATCHES = (256, 2048, 8192)
+METHODS = ("fixed", "scaled", "cosine", "1Cycle", "AutoWU")
+CANDIDATES = (1e-3, 2e-3, 4e-3)
+
+
+def lenet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(16 * 2 * 2, 84), nn.ReLU(), nn.Linear(84, 10),
+    )  # fmt: skip
+
+
+class Block(nn.Module):
+    """Two convolutions with batch normalisation, and a way around them."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
+            nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        self.around = nn.Conv2d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.body(x) + self.around(x)).relu()
+
+
+def resnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        Block(8, 16, 1), Block(16, 32, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+NETS = {"LeNet": lenet, "ResNet": resnet}
+
+
+def loss_of(trainer: engine.Engine, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return cross_entropy(trainer(batch[0]), batch[1])
+
+
+class Experiment:
+    """The data, and runs on it."""
+
+    def __init__(self, epochs: int) -> None:
+        found = images.load()
+        self.epochs = epochs
+        self.source = found.source.split(" from")[0]
+        parts = [(avg_pool2d(x, 2) - 0.29, y) for x, y in (found.train.tensors, found.test.tensors)]
+        (x, y), self.test = parts
+        held_out = len(x) // 12
+        self.valid, self.train = (x[:held_out], y[:held_out]), (x[held_out:], y[held_out:])
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            for part in torch.randperm(len(self.train[0])).split(size)[: self.per_epoch(size)]:
+                yield self.train[0][part], self.train[1][part]
+
+    def per_epoch(self, size: int) -> int:
+        return max(1, len(self.train[0]) // size)
+
+    def start(self, net: str, seed: int, lr: float, block: dict[str, Any] | None) -> engine.Engine:
+        torch.manual_seed(seed)
+        config: dict[str, Any] = {
+            "train_batch_size": 1,
+            "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.01}},
+        }
+        if block:
+            config["scheduler"] = block
+        return engine.initialize(config=config, model=NETS[net]())[0]
+
+    def accuracy(
+        self, net: str, seed: int, size: int, lr: float, block: dict[str, Any] | None, *, valid: bool
+    ) -> tuple[float, str]:
+        trainer = self.start(net, seed, lr, block)
+        batches = self.batches(size)
+        for _ in range(self.epochs * self.per_epoch(size)):
+            trainer.backward(loss_of(trainer, next(batches)))
+            trainer.step()
+        trainer.eval()
+        images_of, labels = self.valid if valid else self.test
+        with torch.no_grad():
+            right = sum(
+                int((trainer(x).argmax(1) == y).sum())
+                for x, y in zip(images_of.split(2000), labels.split(2000), strict=True)
+            )
+        decision = getattr(trainer.lr_scheduler, "decision", None)
+        note = f"{decision.lr:.2g} at {decision.step}" if decision else ""
+        return 100 * right / len(labels), note
+
+    def suggestion(self, net: str, size: int) -> float:
+        trainer = self.start(net, 100, 1e-3, None)
+        report = engine.lr_range_test(
+            trainer, self.batches(size), loss_of=loss_of, min_lr=1e-5, max_lr=1.0, steps=120
+        )
+        assert report.suggestion.max_lr is not None, report.suggestion.reason
+        return report.suggestion.max_lr
+
+    def block(self, method: str, size: int, lr: float) -> dict[str, Any] | None:
+        steps = self.epochs * self.per_epoch(size)
+        if method == "cosine":
+            params: dict[str, Any] = {"total_num_steps": steps, "warmup_num_steps": steps // 10}
+            params |= {"warmup_type": "linear", "cos_min_ratio": 0.0, "warmup_min_ratio": 0.0}
+            return {"type": "WarmupCosineLR", "params": params}
+        if method == "1Cycle":
+            first = steps * 3 // 10
+            params = {"cycle_min_lr": lr / 10, "cycle_max_lr": lr, "cycle_first_step_size": first}
+            params["cycle_second_step_size"] = steps - first
+            return {"type": "OneCycle", "params": params}
+        if method == "AutoWU":
+            params = {"steps_per_epoch": self.per_epoch(size), "total_epochs": self.epochs}
+            params |= {"test": "robust", "rollback": True, "immediate_cooldown": True}
+            return {"type": "AutoWU", "params": params}
+        return None
+
+
+def learning_rate(found: Experiment, rows: dict[str, Any], net: str, method: str, size: int) -> float:
+    key = f"{net} tuned"
+    if key not in rows:
+        tried = {lr: found.accuracy(net, 0, 256, lr, None, valid=True)[0] for lr in CANDIDATES}
+        rows[key] = max(tried, key=tried.__getitem__)
+    tuned = float(rows[key])
+    if method == "1Cycle":
+        key = f"{net} {size} suggested"
+        if key not in rows:
+            rows[key] = found.suggestion(net, size)
+        return float(rows[key])
+    return tuned if method == "fixed" else tuned * size / 256
+
+
+def tell(rows: dict[str, Any], seeds: int, path: Path, console: Console) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, len(NETS))
+    for axis, net in zip(axes, NETS, strict=True):
+        table = Table(net, *map(str, BATCHES))
+        for method in METHODS:
+            cells = []
+            for size in BATCHES:
+                keys = [f"{net} {size} {method} {seed}" for seed in range(seeds)]
+                cells.append([rows[key][0] for key in keys if key in rows])
+            shown = [" ".join(f"{value:.1f}" for value in cell) or "-" for cell in cells]
+            table.add_row(method, *shown)
+            means = [statistics.mean(cell) if cell else float("nan") for cell in cells]
+            axis.plot(BATCHES, means, marker="o", label=method)
+        console.print(table)
+        axis.set(xscale="log", xlabel="batch", ylabel="test accuracy %", title=net)
+        axis.set_ylim(bottom=75)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("autowu_large_batch.png"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    found, console = Experiment(args.epochs), Console(width=110)
+    path = args.output.with_suffix(".json")
+    rows: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    for seed in range(args.seeds):
+        for net in NETS:
+            for size in BATCHES:
+                for method in METHODS:
+                    key = f"{net} {size} {method} {seed}"
+                    if key in rows:
+                        continue
+                    begin = time.monotonic()
+                    lr = learning_rate(found, rows, net, method, size)
+                    block = found.block(method, size, lr)
+                    rows[key] = found.accuracy(net, seed, size, lr, block, valid=False)
+                    path.write_text(json.dumps(rows, indent=1) + "\n")
+                    console.print(key, f"lr {lr:.2g}", *rows[key], f"{time.monotonic() - begin:.0f} s")
+    tell(rows, args.seeds, args.output, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""``onecycle launch``: prove the config, plan, start, watch and stop a script on one host or many."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from engine.commands.arguments import INVALID, OK, USAGE, positive
+from engine.launch.hostfile import Host, LaunchError, read_hostfile, selected
+
+__all__ = ["add", "run"]
+
+_EPILOG = """\
+exit status: 0 all ranks were well; the status of the first rank that failed (128 + n: a signal);
+128 + n: the launcher got signal n; 1 the config is wrong; 2 wrong usage; 69 a host cannot be
+reached or has other versions; 75 a host was lost, or the run saved and ended because it was told
+to; 124 the hosts did not find one another in time
+
+examples:
+  onecycle launch --nproc 2 train.py --epochs 3
+  onecycle launch --hostfile hostfile --include node0@node1:0,1 train.py
+  onecycle launch --hostfile hostfile --dry-run train.py
+  onecycle launch --hostfile hostfile --nnodes 1:2 --max-restarts 3 train.py
+  onecycle launch --nnodes 2 --nproc 8 --write-sbatch job.sbatch train.py
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Start a script on this machine, on the hosts of a file by ssh, or as a Slurm job. Ranks,\n"
+        "rendezvous and restarts are torchrun's; when a rank fails, all others are stopped."
+    )
+    parser.epilog = _EPILOG
+    where = parser.add_argument_group("where")
+    where.add_argument("--hostfile", type=Path, metavar="F", help="lines `host slots=N`, for ssh")
+    where.add_argument("--include", default="", metavar="H", help="node0@node1:0,2-3: only these")
+    where.add_argument("--exclude", default="", metavar="H", help="the same: all but these")
+    where.add_argument("--nproc", default="auto", metavar="N", help="processes a host (auto: GPUs)")
+    where.add_argument("--nnodes", metavar="N|MIN:MAX", help="hosts; a range: some may be lost")
+    where.add_argument("--slurm", action="store_true", help="submit it as a Slurm job")
+    where.add_argument("--write-sbatch", type=Path, metavar="F", help="write that job's script")
+    where.add_argument(
+        "--slurm-opt", action="append", default=[], metavar="K=V", help="an #SBATCH option"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--config", metavar="F", help="proved first (default: a .json among ARGS)")
+    how.add_argument("--max-restarts", type=int, default=0, metavar="R", help="(default: 0)")
+    how.add_argument("--timeout", type=positive, default=600, help="seconds a collective may take")
+    how.add_argument("--rdzv-timeout", type=positive, default=300, help="to find one another")
+    how.add_argument("--port", type=int, default=0, help="of the rendezvous (default: a free one)")
+    how.add_argument("--iface", metavar="NAME", help="network interface (default: ssh's)")
+    how.add_argument("--env", action="append", default=[], metavar="K=V")
+    how.add_argument("--env-file", type=Path, metavar="F", help="lines K=V, # comments")
+    how.add_argument("--pass-env", action="append", default=[], metavar="PATTERN")
+    how.add_argument("--cwd", default=".", metavar="D")
+    how.add_argument("--python", default=sys.executable, metavar="EXE")
+    how.add_argument("--ssh-opt", action="append", default=[], metavar="O")
+    how.add_argument("--grace", type=positive, default=30, help="seconds to save before a kill")
+    how.add_argument("--log-dir", metavar="D", help="a file for each rank")
+    how.add_argument("--console", choices=["all", "rank0", "none"], default="rank0")
+    how.add_argument("--dry-run", action="store_true", help="print the plan; contact no host")
+    how.add_argument("--json", action="store_true", help="the plan as JSON")
+    how.add_argument("--no-preflight", action="store_true", help="ask no host before starting")
+    what = parser.add_argument_group("what")
+    what.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module's name")
+    what.add_argument("--no-python", action="store_true", help="SCRIPT is any command")
+    what.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS")
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Launch, or say why not."""
+    from engine.launch.plan import Wanted, masked_json, plan_of
+    from engine.launch.runner import ends_with
+    from engine.launch.runner import run as run_plan
+
+    script = tuple(args.script[1:] if args.script[:1] == ["--"] else args.script)
+    if not script:
+        raise LaunchError("a script must follow: `onecycle launch --nproc 2 train.py ARGS`.")
+    if not args.module and not args.no_python and not Path(args.cwd, script[0]).is_file():
+        raise FileNotFoundError(2, "there is no such script", script[0])
+    hosts, least = _hosts(args)
+    wanted = Wanted(
+        script=script,
+        hosts=hosts,
+        is_local=args.hostfile is None,
+        is_command=args.no_python,
+        is_module=args.module,
+        least_nodes=least,
+        max_restarts=args.max_restarts,
+        timeout=args.timeout,
+        rendezvous_timeout=args.rdzv_timeout,
+        port=args.port,
+        interface=args.iface,
+        env=_env(args),
+        pass_env=tuple(args.pass_env),
+        cwd=str(Path(args.cwd).resolve()),
+        python=args.python,
+        log_dir=args.log_dir and str(Path(args.log_dir).resolve()),
+        grace=args.grace,
+        ssh_options=tuple(args.ssh_opt),
+        job=f"onecycle-{os.getpid()}-{int(time.time())}",
+    )
+    config = args.config or _config_among(script)
+    if config and (status := _prove(config, sum(host.size for host in hosts), out)):
+        return status
+    if args.slurm or args.write_sbatch:
+        return _slurm(args, wanted, out)
+    facts = {}
+    if not (args.dry_run or args.no_preflight):
+        facts, status = _preflight(wanted, config, out)
+        if status:
+            return status
+    plan = plan_of(wanted, facts, os.environ)
+    if args.dry_run:
+        print(masked_json(plan) if args.json else plan.describe(), file=out)
+        return OK
+    return ends_with(run_plan(plan, args.console, out))
+
+
+def _hosts(args: argparse.Namespace) -> tuple[tuple[Host, ...], int | None]:
+    least, most = _nodes(args.nnodes)
+    if args.slurm or args.write_sbatch:
+        size = _processes(args.nproc)
+        return tuple(Host(f"node{i}", tuple(range(size))) for i in range(most or 1)), least
+    if args.hostfile is None:
+        if args.include or args.exclude or (most or 1) > 1:
+            raise LaunchError("several hosts must be in a file: give `--hostfile`, or `--slurm`.")
+        return (Host("localhost", tuple(range(_processes(args.nproc)))),), None
+    hosts = selected(read_hostfile(args.hostfile), args.include, args.exclude)
+    if args.nproc != "auto":
+        hosts = [Host(host.name, tuple(range(_processes(args.nproc)))) for host in hosts]
+    if most is not None and most > len(hosts):
+        raise LaunchError(f"`--nnodes` asks for {most} hosts, but there are {len(hosts)}.")
+    return tuple(hosts[:most]), least
+
+
+def _nodes(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    low, colon, high = text.partition(":")
+    if not low.isdecimal() or (colon and not high.isdecimal()) or int(low) < 1:
+        raise LaunchError(f"`--nnodes` must be a number or MIN:MAX, but is {text!r}.")
+    return (int(low), int(high)) if colon else (None, int(low))
+
+
+def _processes(text: str) -> int:
+    if text != "auto":
+        if not text.isdecimal() or int(text) < 1:
+            raise LaunchError(f"`--nproc` must be a number from 1 on, or auto, but is {text!r}.")
+        return int(text)
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _env(args: argparse.Namespace) -> dict[str, str]:
+    given = []
+    for path in (Path(".deepspeed_env"), args.env_file):
+        if path is not None and (path is args.env_file or path.is_file()):
+            given += [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if line.strip() and not line.lstrip().startswith("#")
+            ]
+    found = {}
+    for line in (*given, *args.env):
+        name, equals, value = line.partition("=")
+        if not equals or not name.strip():
+            raise LaunchError(f"an environment variable must be NAME=VALUE, but is {line!r}.")
+        found[name.strip()] = value
+    return found
+
+
+def _config_among(script: tuple[str, ...]) -> str | None:
+    """Return the first argument that is a config: a JSON file with a section of one."""
+    for argument in script[1:]:
+        name = argument.rpartition("=")[2]
+        if name.endswith(".json") and Path(name).is_file():
+            from engine.config.config import load_document
+
+            value = load_document(name).value
+            known = {"train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler"}
+            if isinstance(value, dict) and known & value.keys():
+                return name
+    return None
+
+
+def _prove(config: str, world_size: int, out: TextIO) -> int:
+    from engine.config import validate
+    from engine.config.problems import ConfigError
+    from engine.reports import write_error
+
+    errors = [each for each in validate(config, world_size=world_size) if each.severity == "error"]
+    if not errors:
+        return OK
+    write_error(ConfigError(config, errors), out)
+    return INVALID
+
+
+def _preflight(wanted, config, out):  # type: ignore[no-untyped-def]
+    from engine.launch.preflight import UNREACHABLE, preflight
+
+    verdicts = preflight(wanted, config and str(Path(config).resolve()))
+    wrong = [verdict for verdict in verdicts if verdict.problem]
+    for verdict in wrong:
+        print(f"{verdict.host}: {verdict.problem}", file=out)
+    if wrong:
+        print(f"{len(wrong)} of {len(verdicts)} hosts cannot be used; nothing was started", file=out)
+        return {}, UNREACHABLE
+    return {verdict.host: verdict.facts for verdict in verdicts}, OK
+
+
+def _slurm(args, wanted, out):  # type: ignore[no-untyped-def]
+    import shutil
+    import subprocess
+
+    from engine.launch.slurm import sbatch_of
+
+    options = dict(option.partition("=")[::2] for option in args.slurm_opt)
+    text = sbatch_of(wanted, options, os.environ)
+    if args.write_sbatch:
+        args.write_sbatch.write_text(text, encoding="utf-8")
+        print(f"{args.write_sbatch}: submit it with sbatch", file=out)
+        return OK
+    if args.dry_run:
+        print(json.dumps({"sbatch": text}) if args.json else text, file=out)
+        return OK
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        raise LaunchError("there is no sbatch here; write the job with --write-sbatch instead.")
+    done = subprocess.run(  # noqa: S603  # Slurm's own
+        [sbatch], input=text, text=True, capture_output=True, check=False
+    )
+    print((done.stdout + done.stderr).strip(), file=out)
+    return OK if done.returncode == 0 else USAGE

@@ -1,0 +1,66 @@
+"""What a host says of itself before anything is started on it, as one line of JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import socket
+import struct
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PACKAGES", "probe"]
+
+PACKAGES = ("onecycle", "torch", "deepspeed", "numpy")
+_SIOCGIFADDR = 0x8915
+
+
+def probe(config: str | None) -> dict[str, Any]:
+    """Return versions, the address by which the host is reached, a free port, a config's hash."""
+    address = _address()
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    digest = None
+    if config is not None:
+        path = Path(config)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+    with socket.socket() as free:
+        free.bind((address, 0))
+        port = free.getsockname()[1]
+    return {
+        "address": address,
+        "interface": _interface(address),
+        "port": port,
+        "versions": versions,
+        "config": digest,
+        "hostname": socket.gethostname(),
+    }
+
+
+def _address() -> str:
+    """Return the address that ssh came to: names may resolve to loopback, as Debian's own do."""
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    return connection[2] if len(connection) == 4 else "127.0.0.1"
+
+
+def _interface(address: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                asked = struct.pack("256s", name.encode()[:15])
+                found = fcntl.ioctl(query.fileno(), _SIOCGIFADDR, asked)[20:24]
+                if socket.inet_ntoa(found) == address:
+                    return name
+    return None
+
+
+if __name__ == "__main__":
+    print(json.dumps(probe(sys.argv[1] if len(sys.argv) > 1 else None)))

@@ -1,0 +1,83 @@
+"""A launch as one Slurm job: a script that needs nothing beside it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+
+from engine.launch.plan import Wanted
+
+__all__ = ["sbatch_of"]
+
+_TEMPLATE = """\
+#!/bin/bash
+{options}
+# One torchrun a node; $SLURM_NODEID is known inside of a task only, so the last part is quoted.
+set -u
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export FIRST_ADDRESS=$(getent ahostsv4 "$first" | awk 'NR == 1 {{ print $1 }}')
+export RDZV_PORT=$((20000 + SLURM_JOB_ID % 20000))
+{exports}
+cd {cwd} || exit 1
+
+preempted=
+trap 'preempted=1' TERM
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --label bash -c '
+  address=$(getent ahostsv4 "$SLURMD_NODENAME" | awk "NR == 1 {{ print \\$1 }}")
+  [ "$SLURM_NODEID" = 0 ] && is_host=true || is_host=false
+  exec "$0" -m engine.launch.group \\
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {nproc} --max-restarts {restarts} --tee 3 \\
+    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$FIRST_ADDRESS:$RDZV_PORT" \\
+    --rdzv-conf "is_host=$is_host,join_timeout={timeout}" --local-addr "$address" "$@"
+' {command} &
+wait $!
+status=$?
+# A signal ends the first wait before the step is over: it still saves.
+if [ -n "$preempted" ]; then
+  wait $!
+  status=$?
+{requeue}fi
+exit $status
+"""
+
+_REQUEUE = """\
+  scontrol requeue "$SLURM_JOB_ID"
+"""
+
+
+def sbatch_of(wanted: Wanted, options: Mapping[str, str], environment: Mapping[str, str]) -> str:
+    """Return the text of an sbatch file.
+
+    Args:
+        wanted: what to run on how many hosts; they are Slurm's to choose.
+        options: of ``#SBATCH``, by their long names; they win over the usual ones. ``requeue`` has
+            the job saved and queued again when it is preempted.
+        environment: unused but for what Slurm does not pass on by itself.
+    """
+    del environment  # Slurm passes on the submitter's
+    chosen = {
+        "job-name": "onecycle",
+        "nodes": str(len(wanted.hosts)),
+        "ntasks-per-node": "1",
+        "output": "%x-%j.log",
+        "open-mode": "append",
+        "signal": f"B:TERM@{max(60, wanted.grace)}",
+        **options,
+    }
+    lines = [f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in chosen.items()]
+    exports = {
+        "PYTHONUNBUFFERED": "1",
+        "DEEPSPEED_TIMEOUT": str(max(1, wanted.timeout // 60)),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **wanted.env,
+    }
+    return _TEMPLATE.format(
+        options="\n".join(lines),
+        exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
+        cwd=shlex.quote(wanted.cwd),
+        nproc=wanted.hosts[0].size,
+        restarts=wanted.max_restarts,
+        timeout=wanted.rendezvous_timeout,
+        command=shlex.join([wanted.python, *wanted.script]),
+        requeue=_REQUEUE if "requeue" in options else "",
+    )

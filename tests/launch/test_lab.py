@@ -1,0 +1,193 @@
+"""Launching on real hosts: what arrives, what a failure says, and what is left behind (nothing)."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.lab import ROOT, lab, needs_lab
+
+pytestmark = [needs_lab(), pytest.mark.slow]
+
+WORKER = ROOT / "tests" / "launch" / "worker.py"
+EXAMPLE = ROOT / "examples" / "fashion_mnist"
+LEFT = "\n".join(f"on {i} pgrep -f 'worker.py|engine.launch' && echo LEFT" for i in range(2))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
+    shutil.copy(WORKER, tmp_path / "worker.py")
+    return tmp_path
+
+
+def rows(folder, name):
+    [path] = folder.glob(f"**/*_{name}.csv")
+    with path.open() as file:
+        return [float(value) for _, value in list(csv.reader(file))[1:]]
+
+
+def example(folder, backend):
+    """Copy the example with a config that writes down what each update used."""
+    shutil.copytree(EXAMPLE, folder / "example")
+    path = folder / "example" / "ds_config.json"
+    config = json.loads(path.read_text())
+    config["csv_monitor"] = {"enabled": True, "output_path": str(folder / "monitor")}
+    config["engine"] = {"backend": backend}
+    path.write_text(json.dumps(config))
+    return "example/train.py --steps 12 --output run --config example/ds_config.json"
+
+
+@pytest.mark.parametrize(("backend", "slots"), [("torch", 1), ("torch", 2), ("deepspeed", 1)])
+def test_the_example_trains_over_two_hosts_as_in_one_process(tmp_path, backend, slots):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    for folder in (alone, both):
+        folder.mkdir()
+    script = example(alone, "torch").split()
+    subprocess.run([sys.executable, *script], cwd=alone, check=True, capture_output=True)
+    (both / "hosts").write_text(f"node0 slots={slots}\nnode1 slots={slots}\n")
+    done = lab(f"$ONECYCLE launch --hostfile hosts {example(both, backend)}", both)
+    assert done.status == 0, done.out
+    assert rows(both, "lr") == rows(alone, "lr")
+    assert rows(both, "train_loss") == pytest.approx(rows(alone, "train_loss"), rel=2e-5)
+
+
+def test_arguments_and_environment_arrive_as_they_are(folder):
+    odd = "$HOME `id` 'q' \"d\" \\ ; | & -4C  two  spaces é"
+    (folder / "odd").write_text(f"ODD={odd}\n")
+    done = lab(
+        "$ONECYCLE launch --hostfile hosts --console all --env-file odd worker.py say "
+        "\"$(cut -d= -f2- odd)\" '' -4C --config=x",
+        folder,
+    )
+    assert done.status == 0, done.out
+    said = [json.loads(line.partition("] ")[2]) for line in done.out.splitlines() if ":r" in line]
+    assert {one["rank"] for one in said} == {0, 1}
+    for one in said:
+        assert one["argv"] == [odd, "", "-4C", "--config=x"]
+        assert one["odd"] == odd
+
+
+def test_a_failing_rank_stops_the_others_and_its_status_is_ours(folder):
+    done = lab(f"$ONECYCLE launch --hostfile hosts worker.py fail; s=$?; {LEFT}; exit $s", folder)
+    assert done.status == 7, done.out
+    assert "[node1:r1] about to fail" in done.out
+    assert "first failure: rank 1 on node1 ended with 7" in done.out
+    assert "LEFT" not in done.out
+    assert done.seconds < 30
+
+
+def test_hosts_whose_names_are_loopback_find_one_another(folder):
+    """Debian's installer writes `127.0.1.1 node0` into the hosts file of node0."""
+    command = "$ONECYCLE launch --hostfile hosts --console all worker.py sum"
+    done = lab(command, folder, DEBIAN_HOSTS="1")
+    assert done.status == 0, done.out
+    assert done.out.count("sum 2") == 2
+
+
+@pytest.mark.parametrize(("name", "status"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
+def test_a_signal_reaches_every_rank_in_time_to_save(folder, name, status):
+    done = lab(
+        f"""$ONECYCLE launch --hostfile hosts worker.py saves & pid=$!
+        until [ -e pid.0 ] && [ -e pid.1 ]; do sleep 0.1; done; sleep 1
+        kill -{name} $pid; wait $pid; s=$?; {LEFT}; exit $s""",
+        folder,
+    )
+    assert done.status == status, done.out
+    assert (folder / "saved.0").exists()
+    assert (folder / "saved.1").exists()
+    assert "LEFT" not in done.out
+
+
+def test_a_killed_launcher_leaves_nothing_behind(folder):
+    done = lab(
+        f"""$ONECYCLE launch --hostfile hosts worker.py wait & pid=$!
+        until [ -e pid.0 ] && [ -e pid.1 ]; do sleep 0.1; done
+        kill -KILL $pid; sleep 4; {LEFT}; exit 0""",
+        folder,
+    )
+    assert "LEFT" not in done.out, done.out
+
+
+def test_an_interrupt_of_one_job_leaves_the_other_alone(folder):
+    done = lab(
+        """$ONECYCLE launch --hostfile hosts worker.py wait & first=$!
+        until [ -e pid.0 ] && [ -e pid.1 ]; do sleep 0.1; done
+        mkdir other; cp worker.py hosts other; cd other
+        $ONECYCLE launch --hostfile hosts --console all worker.py sum & second=$!
+        sleep 1; kill -INT $first; wait $first; echo first $?
+        wait $second; echo second $?""",
+        folder,
+    )
+    assert "first 130" in done.out, done.out
+    assert "second 0" in done.out
+
+
+def test_a_host_that_does_not_answer_is_named_before_anything_starts(folder):
+    done = lab("power 1 off; $ONECYCLE launch --hostfile hosts worker.py wait", folder)
+    assert done.status == 69, done.out
+    assert "node1: cannot be reached: ssh: connect to host node1" in done.out
+    assert "1 of 2 hosts cannot be used; nothing was started" in done.out
+    assert not (folder / "pid.0").exists()
+    assert done.seconds < 25
+
+
+def test_a_host_that_is_cut_off_ends_the_job_and_itself(folder):
+    done = lab(
+        """$ONECYCLE launch --hostfile hosts --grace 3 worker.py wait & pid=$!
+        until [ -e pid.0 ] && [ -e pid.1 ]; do sleep 0.1; done
+        cut=$SECONDS; cable 1 down; wait $pid; s=$?
+        echo noticed after $((SECONDS - cut)); sleep 26
+        for i in 0 1; do on $i pgrep -f 'worker.py|engine.launch' && echo LEFT; done; exit $s""",
+        folder,
+    )
+    assert done.status == 75, done.out
+    assert "node1 was lost" in done.out
+    noticed = int(done.out.partition("noticed after ")[2].split()[0])
+    assert noticed < 20
+    assert "LEFT" not in done.out
+
+
+def test_another_config_there_is_a_verdict(folder):
+    (folder / "c.json").write_text('{"train_batch_size": 8}')
+    done = lab(
+        """cp c.json other.json; echo ' ' >> other.json
+        on 1 mount --bind other.json c.json
+        $ONECYCLE launch --hostfile hosts --config c.json worker.py wait""",
+        folder,
+    )
+    assert done.status == 69, done.out
+    assert "node1: the config is another one" in done.out
+
+
+def test_the_printed_plan_run_by_hand_is_the_job(folder):
+    done = lab(
+        """$ONECYCLE launch --hostfile hosts --dry-run --port 29511 worker.py sum > plan
+        sed -n '/^# node0/{n;p}' plan > 0.sh; sed -n '/^# node1/{n;p}' plan > 1.sh
+        on 0 bash 0.sh & on 1 bash 1.sh; wait $!""",
+        folder,
+    )
+    assert done.status == 0, done.out
+    assert done.out.count("sum 2") == 2
+
+
+def test_killed_workers_come_back_from_the_newest_checkpoint(folder):
+    script = ROOT / "tests" / "engine" / "checkpoint_run.py"
+    done = lab(
+        f"""python={sys.executable}
+        $python {script} {folder}/alone 60 > alone.txt
+        $ONECYCLE launch --hostfile hosts --max-restarts 2 {script} {folder}/run 60 > run.txt & pid=$!
+        until grep -q '\\] 20 ' run.txt; do sleep 0.02; done
+        on 1 pkill -KILL -f 'checkpoint_run.py.*run 60' -n; wait $pid""",
+        folder,
+    )
+    assert done.status == 0, done.out
+    alone = {line.split()[0]: line.split()[1] for line in (folder / "alone.txt").open()}
+    lines = [line.partition("] ")[2].split() for line in (folder / "run.txt").open()]
+    restarted = [line for line in lines if len(line) == 4]
+    assert {step: lr for step, lr, *_ in restarted}.items() <= alone.items()
+    assert restarted[-1][0] == "60"
+    assert len({line[0] for line in restarted}) < len(restarted), "it was not killed"
