@@ -114,7 +114,14 @@ class Experiment:
         return engine.initialize(config=config, model=NETS[net]())[0]
 
     def accuracy(
-        self, net: str, seed: int, size: int, lr: float, block: dict[str, Any] | None, *, valid: bool
+        self,
+        net: str,
+        seed: int,
+        size: int,
+        lr: float,
+        block: dict[str, Any] | None,
+        *,
+        valid: bool,
     ) -> tuple[float, str]:
         trainer = self.start(net, seed, lr, block)
         batches = self.batches(size)
@@ -158,7 +165,9 @@ class Experiment:
         return None
 
 
-def learning_rate(found: Experiment, rows: dict[str, Any], net: str, method: str, size: int) -> float:
+def learning_rate(
+    found: Experiment, rows: dict[str, Any], net: str, method: str, size: int
+) -> float:
     key = f"{net} tuned"
     if key not in rows:
         tried = {lr: found.accuracy(net, 0, 256, lr, None, valid=True)[0] for lr in CANDIDATES}
@@ -210,8 +219,8 @@ def main() -> None:
     found, console = Experiment(args.epochs), Console(width=110)
     path = args.output.with_suffix(".json")
     rows: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    for seed in range(args.seeds):
-        for net in NETS:
+    for net in NETS:
+        for seed in range(args.seeds):
             for size in BATCHES:
                 for method in METHODS:
                     key = f"{net} {size} {method} {seed}"
@@ -222,7 +231,9 @@ def main() -> None:
                     block = found.block(method, size, lr)
                     rows[key] = found.accuracy(net, seed, size, lr, block, valid=False)
                     path.write_text(json.dumps(rows, indent=1) + "\n")
-                    console.print(key, f"lr {lr:.2g}", *rows[key], f"{time.monotonic() - begin:.0f} s")
+                    console.print(
+                        key, f"lr {lr:.2g}", *rows[key], f"{time.monotonic() - begin:.0f} s"
+                    )
     tell(rows, args.seeds, args.output, console)
 
 

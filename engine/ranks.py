@@ -49,6 +49,7 @@ def connect(*, alone: bool = False, port: int | None = None) -> Ranks:
         ValueError: the environment names several ranks, but not which one this is.
     """
     size = world_size()
+    _refuse_copies()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -73,6 +74,17 @@ def connect(*, alone: bool = False, port: int | None = None) -> Ranks:
     dist.init_process_group("nccl" if cuda else "gloo")
     atexit.register(disconnect)
     return Ranks(dist.get_rank(), local_rank, size, device)
+
+
+def _refuse_copies() -> None:
+    """Refuse to be one of several processes that all believe they are alone."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ and not dist.is_initialized():
+        raise ValueError(
+            f"WORLD_SIZE must be set where Slurm starts {tasks} tasks, but is not: each of them "
+            "would train alone, as rank 0 of 1. Have srun start one torchrun a node, as the job "
+            "of `onecycle launch --write-sbatch` does."
+        )
 
 
 def agree(ranks: Ranks, config: str) -> None:

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import datetime as dt
 import logging
+import os
 import platform
 import threading
 from collections.abc import Callable, Mapping
@@ -29,6 +30,10 @@ __all__ = ["Behind", "Rollback", "identity_of", "load", "save"]
 log = logging.getLogger("onecycle")
 
 ENGINE = "engine.pt"
+ELASTIC = "ONECYCLE_ELASTIC"
+"""Set by `onecycle launch` where hosts may come and go: a run goes on with other ranks than before,
+its batch unchanged."""
+
 # Ranks come to a save together, unless one does not come at all.
 _PATIENCE = dt.timedelta(seconds=30)
 
@@ -224,7 +229,11 @@ def load(
     """
     place, manifest = envelope.find(folder, tag)
     if optimizer and not override:
-        _refuse_another_run(place, manifest.identity, identity_of(config))
+        here = identity_of(config)
+        if os.environ.get(ELASTIC):
+            # The batch is the same, and so is the schedule: only the shares of the ranks differ.
+            here["world_size"] = manifest.identity.get("world_size")
+        _refuse_another_run(place, manifest.identity, here)
     backend.load(place, optimizer=optimizer, strict=strict)
     state: dict[str, Any] = read_values(place / ENGINE)
     own = place / f"random.{backend.ranks.rank}.pt"

@@ -1,10 +1,12 @@
-"""``onecycle launch``: prove the config, plan, start, watch and stop a script on one host or many."""
+"""``onecycle launch``: start, watch and stop a script on one host or many."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +14,11 @@ from typing import TextIO
 
 from engine.commands.arguments import INVALID, OK, USAGE, positive
 from engine.launch.hostfile import Host, LaunchError, read_hostfile, selected
+from engine.launch.plan import HostFacts, Wanted, masked_json, plan_of
+from engine.launch.preflight import UNREACHABLE, preflight
+from engine.launch.runner import ends_with
+from engine.launch.runner import run as run_plan
+from engine.launch.slurm import sbatch_of
 
 __all__ = ["add", "run"]
 
@@ -76,10 +83,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Launch, or say why not."""
-    from engine.launch.plan import Wanted, masked_json, plan_of
-    from engine.launch.runner import ends_with
-    from engine.launch.runner import run as run_plan
-
     script = tuple(args.script[1:] if args.script[:1] == ["--"] else args.script)
     if not script:
         raise LaunchError("a script must follow: `onecycle launch --nproc 2 train.py ARGS`.")
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         return status
     if args.slurm or args.write_sbatch:
         return _slurm(args, wanted, out)
-    facts = {}
+    facts: dict[str, HostFacts] = {}
     if not (args.dry_run or args.no_preflight):
         facts, status = _preflight(wanted, config, out)
         if status:
@@ -204,27 +207,22 @@ def _prove(config: str, world_size: int, out: TextIO) -> int:
     return INVALID
 
 
-def _preflight(wanted, config, out):  # type: ignore[no-untyped-def]
-    from engine.launch.preflight import UNREACHABLE, preflight
-
+def _preflight(wanted: Wanted, config: str | None, out: TextIO) -> tuple[dict[str, HostFacts], int]:
     verdicts = preflight(wanted, config and str(Path(config).resolve()))
     wrong = [verdict for verdict in verdicts if verdict.problem]
     for verdict in wrong:
         print(f"{verdict.host}: {verdict.problem}", file=out)
     if wrong:
-        print(f"{len(wrong)} of {len(verdicts)} hosts cannot be used; nothing was started", file=out)
+        print(
+            f"{len(wrong)} of {len(verdicts)} hosts cannot be used; nothing was started", file=out
+        )
         return {}, UNREACHABLE
-    return {verdict.host: verdict.facts for verdict in verdicts}, OK
+    return {verdict.host: verdict.facts for verdict in verdicts if verdict.facts}, OK
 
 
-def _slurm(args, wanted, out):  # type: ignore[no-untyped-def]
-    import shutil
-    import subprocess
-
-    from engine.launch.slurm import sbatch_of
-
+def _slurm(args: argparse.Namespace, wanted: Wanted, out: TextIO) -> int:
     options = dict(option.partition("=")[::2] for option in args.slurm_opt)
-    text = sbatch_of(wanted, options, os.environ)
+    text = sbatch_of(wanted, options)
     if args.write_sbatch:
         args.write_sbatch.write_text(text, encoding="utf-8")
         print(f"{args.write_sbatch}: submit it with sbatch", file=out)

@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     try:
-        run(parse_args(arguments))
+        run(parse_args(arguments))  # type: ignore[no-untyped-call]  # torch's own
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode

@@ -34,10 +34,10 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Return the hosts of a file in DeepSpeed's format: a line ``host slots=N`` each, ``#`` comments.
+    """Return the hosts of a file in DeepSpeed's format: ``host slots=N``, and ``#`` comments.
 
     Raises:
-        LaunchError: a line is none of these, a host is there twice or has no slots, or there is none.
+        LaunchError: a line is none of these, a host is there twice or has no slots, or none is.
         OSError: the file cannot be read.
     """
     hosts: dict[str, Host] = {}
@@ -59,7 +59,9 @@ def read_hostfile(path: Path) -> list[Host]:
             )
         hosts[name] = Host(name, tuple(range(slots)))
     if not hosts:
-        raise LaunchError(f"{path} must name at least one host, as `node0 slots=2`, but names none.")
+        raise LaunchError(
+            f"{path} must name at least one host, as `node0 slots=2`, but names none."
+        )
     return list(hosts.values())
 
 
@@ -81,7 +83,9 @@ def selected(hosts: list[Host], include: str = "", exclude: str = "") -> list[Ho
     [Host(name='node0', slots=(0, 1)), Host(name='node1', slots=(1,))]
     """
     if include and exclude:
-        raise LaunchError("`--include` and `--exclude` must not be given together; one says it all.")
+        raise LaunchError(
+            "`--include` and `--exclude` must not be given together; one says it all."
+        )
     named = _parsed(include or exclude, {host.name: host for host in hosts})
     left = []
     for host in hosts:
@@ -93,7 +97,9 @@ def selected(hosts: list[Host], include: str = "", exclude: str = "") -> list[Ho
         if slots:
             left.append(Host(host.name, slots))
     if not left:
-        raise LaunchError(f"at least one slot must be left, but `{include or exclude}` leaves none.")
+        raise LaunchError(
+            f"at least one slot must be left, but `{include or exclude}` leaves none."
+        )
     return left
 
 

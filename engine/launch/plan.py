@@ -217,6 +217,8 @@ def _environment(
     if wanted.max_restarts:
         # Else a restarted rank reads its peer's address of the life before (pytorch#135712).
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if wanted.least_nodes is not None and wanted.least_nodes < len(wanted.hosts):
+        env["ONECYCLE_ELASTIC"] = "1"
     if not wanted.is_local and host.slots != tuple(range(host.size)):
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
     return env | dict(wanted.env)

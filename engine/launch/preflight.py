@@ -47,9 +47,7 @@ def preflight(wanted: Wanted, config: str | None) -> list[Verdict]:
 
 
 def _ask(wanted: Wanted, host: Host, config: str | None, here: Mapping[str, Any]) -> Verdict:
-    remote = shlex.join(
-        [wanted.python, "-m", "engine.launch.probe", *([config] if config else [])]
-    )
+    remote = shlex.join([wanted.python, "-m", "engine.launch.probe", *([config] if config else [])])
     command = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5"]
     for option in wanted.ssh_options:
         command += ["-o", option]
@@ -80,8 +78,11 @@ def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
     pairs: Sequence[tuple[str, Any, Any]] = [
         (name, here["versions"].get(name), there["versions"].get(name)) for name in names
     ]
-    other = [f"{name} {theirs or 'absent'} (here {ours or 'absent'})" for name, ours, theirs in pairs
-             if ours != theirs]
+    other = [
+        f"{name} {theirs or 'absent'} (here {ours or 'absent'})"
+        for name, ours, theirs in pairs
+        if ours != theirs
+    ]
     if here["config"] != there["config"]:
         missing = there["config"] == "missing"
         other.append("the config is missing there" if missing else "the config is another one")

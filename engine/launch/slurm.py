@@ -20,51 +20,46 @@ export RDZV_PORT=$((20000 + SLURM_JOB_ID % 20000))
 {exports}
 cd {cwd} || exit 1
 
-preempted=
-trap 'preempted=1' TERM
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --label bash -c '
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
   address=$(getent ahostsv4 "$SLURMD_NODENAME" | awk "NR == 1 {{ print \\$1 }}")
   [ "$SLURM_NODEID" = 0 ] && is_host=true || is_host=false
+  export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[$SLURMD_NODENAME:r\\${{rank}}] "
   exec "$0" -m engine.launch.group \\
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {nproc} --max-restarts {restarts} --tee 3 \\
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$FIRST_ADDRESS:$RDZV_PORT" \\
     --rdzv-conf "is_host=$is_host,join_timeout={timeout}" --local-addr "$address" "$@"
-' {command} &
-wait $!
+' {command}
 status=$?
-# A signal ends the first wait before the step is over: it still saves.
-if [ -n "$preempted" ]; then
-  wait $!
-  status=$?
-{requeue}fi
-exit $status
+{requeue}exit $status
 """
 
 _REQUEUE = """\
-  scontrol requeue "$SLURM_JOB_ID"
+# It was told to end and has saved: go on from there when there is room again.
+case $status in 75|143) scontrol requeue "$SLURM_JOB_ID" ;; esac
 """
 
 
-def sbatch_of(wanted: Wanted, options: Mapping[str, str], environment: Mapping[str, str]) -> str:
+def sbatch_of(wanted: Wanted, options: Mapping[str, str]) -> str:
     """Return the text of an sbatch file.
 
     Args:
         wanted: what to run on how many hosts; they are Slurm's to choose.
         options: of ``#SBATCH``, by their long names; they win over the usual ones. ``requeue`` has
             the job saved and queued again when it is preempted.
-        environment: unused but for what Slurm does not pass on by itself.
     """
-    del environment  # Slurm passes on the submitter's
     chosen = {
         "job-name": "onecycle",
         "nodes": str(len(wanted.hosts)),
         "ntasks-per-node": "1",
         "output": "%x-%j.log",
         "open-mode": "append",
-        "signal": f"B:TERM@{max(60, wanted.grace)}",
+        "signal": f"TERM@{max(60, wanted.grace)}",
         **options,
     }
-    lines = [f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in chosen.items()]
+    lines = [
+        f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}"
+        for name, value in chosen.items()
+    ]
     exports = {
         "PYTHONUNBUFFERED": "1",
         "DEEPSPEED_TIMEOUT": str(max(1, wanted.timeout // 60)),

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -178,16 +179,50 @@ def test_killed_workers_come_back_from_the_newest_checkpoint(folder):
     script = ROOT / "tests" / "engine" / "checkpoint_run.py"
     done = lab(
         f"""python={sys.executable}
-        $python {script} {folder}/alone 60 > alone.txt
-        $ONECYCLE launch --hostfile hosts --max-restarts 2 {script} {folder}/run 60 > run.txt & pid=$!
+        $python {script} {folder}/alone 300 > alone.txt
+        $ONECYCLE launch --hostfile hosts --max-restarts 2 {script} {folder}/run 300 > run.txt &
+        pid=$!
         until grep -q '\\] 20 ' run.txt; do sleep 0.02; done
-        on 1 pkill -KILL -f 'checkpoint_run.py.*run 60' -n; wait $pid""",
+        on 1 pkill -KILL -f 'checkpoint_run.py.*run 300' -n; wait $pid""",
         folder,
     )
     assert done.status == 0, done.out
-    alone = {line.split()[0]: line.split()[1] for line in (folder / "alone.txt").open()}
-    lines = [line.partition("] ")[2].split() for line in (folder / "run.txt").open()]
-    restarted = [line for line in lines if len(line) == 4]
+    alone = {
+        line.split()[0]: line.split()[1] for line in (folder / "alone.txt").read_text().splitlines()
+    }
+    lines = [
+        line.partition("] ")[2].split() for line in (folder / "run.txt").read_text().splitlines()
+    ]
+    restarted = [line for line in lines if len(line) == 4 and line[0].isdecimal()]
     assert {step: lr for step, lr, *_ in restarted}.items() <= alone.items()
-    assert restarted[-1][0] == "60"
-    assert len({line[0] for line in restarted}) < len(restarted), "it was not killed"
+    assert restarted[-1][0] == "300"
+    printed = [int(line[0]) for line in restarted]
+    assert printed != list(range(1, 301)), "it was not killed"
+
+
+def test_the_example_of_two_hosts_runs(folder):
+    done = lab(
+        f"""export HOSTFILE=$PWD/hosts PATH={Path(sys.executable).parent}:$PATH
+        {ROOT}/examples/launch/two_hosts.sh --steps 4 --output $PWD/run""",
+        folder,
+    )
+    assert done.status == 0, done.out
+    assert "accuracy" in done.out
+
+
+def test_an_elastic_job_goes_on_with_one_host(folder):
+    script = ROOT / "tests" / "engine" / "checkpoint_run.py"
+    done = lab(
+        f"""$ONECYCLE launch --hostfile hosts --nnodes 1:2 --max-restarts 3 {script} {folder}/run \
+        400 > run.txt & pid=$!
+        until grep -q '\\] 20 ' run.txt; do sleep 0.02; done
+        power 1 off; wait $pid""",
+        folder,
+    )
+    assert done.status == 0, done.out
+    lines = [
+        line.partition("] ")[2].split() for line in (folder / "run.txt").read_text().splitlines()
+    ]
+    updates = [int(line[0]) for line in lines if len(line) == 4 and line[0].isdecimal()]
+    assert updates[-1] == 400
+    assert "node1 was lost; 1 hosts go on" in (folder / "run.txt").read_text()

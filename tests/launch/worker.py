@@ -29,7 +29,9 @@ def main(what, *rest):
     elif what == "leave":
         sys.exit(0 if rank else time.sleep(2))
     elif what == "saves":
-        signal.signal(signal.SIGTERM, lambda *_: (Path(f"saved.{rank}").write_text(""), sys.exit(0)))
+        signal.signal(
+            signal.SIGTERM, lambda *_: (Path(f"saved.{rank}").write_text(""), sys.exit(0))
+        )
         time.sleep(300)
     else:
         time.sleep(300)

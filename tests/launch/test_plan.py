@@ -1,0 +1,268 @@
+"""Plans of launches: pure, so that every one of them can be looked at without a host."""
+
+import dataclasses
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.cli import main
+from engine.launch.hostfile import Host, LaunchError, read_hostfile, selected
+from engine.launch.plan import HostFacts, Wanted, plan_of
+from tests.launch.lab import ROOT
+
+HOSTS = (Host("node0", (0, 1)), Host("node1", (0, 1)))
+WANTED = Wanted(script=("train.py", "-4C"), hosts=HOSTS, is_local=False, cwd="/work", python="py")
+FACTS = {
+    "node0": HostFacts("10.0.0.1", "eth0", 4242),
+    "node1": HostFacts("10.0.0.2", "eth0", 5555),
+}
+
+
+def wanted(**changes):
+    return dataclasses.replace(WANTED, **changes)
+
+
+def flags(node):
+    """The options of torchrun, up to the script."""
+    argv = list(node.argv)
+    return dict(zip(argv[3::2], argv[4::2], strict=False))
+
+
+def launch(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    status = main(["launch", *map(str, arguments)], out, err)
+    return status, out.getvalue() + err.getvalue()
+
+
+def test_every_host_is_told_who_it_is():
+    plan = plan_of(WANTED, FACTS, {})
+    assert plan.world_size == 4
+    assert [node.ranks for node in plan.nodes] == [(0, 1), (2, 3)]
+    first, second = (flags(node) for node in plan.nodes)
+    assert first["--rdzv-endpoint"] == second["--rdzv-endpoint"] == "10.0.0.1:4242"
+    assert first["--rdzv-conf"].startswith("is_host=true")
+    assert second["--rdzv-conf"].startswith("is_host=false")
+    assert (first["--local-addr"], second["--local-addr"]) == ("10.0.0.1", "10.0.0.2")
+    assert first["--nnodes"] == "2"
+    for node in plan.nodes:
+        assert node.env["GLOO_SOCKET_IFNAME"] == "eth0"
+        assert node.argv[-2:] == ("train.py", "-4C")
+        assert node.transport[0] == "ssh"
+        assert node.transport[-2:] == (node.host, "py -m engine.launch.agent")
+
+
+def test_one_machine_needs_no_addresses():
+    plan = plan_of(wanted(hosts=(Host("localhost", (0, 1)),), is_local=True), {}, {})
+    [node] = plan.nodes
+    assert "--standalone" in node.argv
+    assert node.transport == ("py", "-m", "engine.launch.agent")
+    assert "GLOO_SOCKET_IFNAME" not in node.env
+
+
+def test_restarts_do_not_share_a_store():
+    env = plan_of(wanted(max_restarts=2), FACTS, {}).nodes[0].env
+    assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in plan_of(WANTED, FACTS, {}).nodes[0].env
+
+
+def test_a_range_of_hosts():
+    plan = plan_of(wanted(least_nodes=1), FACTS, {})
+    assert plan.least_nodes == 1
+    assert flags(plan.nodes[0])["--nnodes"] == "1:2"
+    assert plan.nodes[0].env["ONECYCLE_ELASTIC"] == "1"
+    with pytest.raises(LaunchError, match="must be 1 to 2, but is 3"):
+        plan_of(wanted(least_nodes=3), FACTS, {})
+
+
+def test_what_is_passed_on():
+    own = {"NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "3", "HOME": "/root", "MINE": "1"}
+    env = plan_of(wanted(pass_env=("MI*",), env={"ODD": "a b"}), FACTS, own).nodes[0].env
+    assert env["NCCL_DEBUG"] == "INFO"
+    assert (env["MINE"], env["ODD"]) == ("1", "a b")
+    assert not {"CUDA_VISIBLE_DEVICES", "HOME"} & env.keys()
+
+
+def test_a_choice_of_slots_is_a_choice_of_devices():
+    chosen = (Host("node0", (1, 3)), Host("node1", (0, 1)))
+    first, second = plan_of(wanted(hosts=chosen), FACTS, {}).nodes
+    assert first.env["CUDA_VISIBLE_DEVICES"] == "1,3"
+    assert "CUDA_VISIBLE_DEVICES" not in second.env
+
+
+def test_secrets_are_masked_where_they_are_shown_and_nowhere_else():
+    plan = plan_of(wanted(env={"HF_TOKEN": "s3cret", "AWS_SECRET_KEY": "s3cret"}), FACTS, {})
+    assert "s3cret" not in plan.describe()
+    assert "s3cret" not in json.dumps(plan.to_json())
+    assert plan.nodes[0].spec()["env"]["HF_TOKEN"] == "s3cret"
+    assert not any("s3cret" in word for word in plan.nodes[0].transport)
+
+
+CONFIG = "../launch/ds_config.json"
+
+text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
+names = st.from_regex(r"X[A-Z0-9_]{1,8}", fullmatch=True)
+
+
+@given(argv=st.lists(text, max_size=5), env=st.dictionaries(names, text, max_size=3))
+@settings(deadline=None, max_examples=60)
+def test_argv_and_environment_survive_the_printed_command_and_the_spec(argv, env):
+    odd = wanted(script=("train.py", *argv), env=env)
+    node = plan_of(odd, FACTS, {}).nodes[0]
+    spec = json.loads(json.dumps(node.spec()))
+    assert tuple(spec["argv"][-len(argv) :] if argv else ()) == tuple(argv)
+    assert env.items() <= spec["env"].items()
+    command = plan_of(odd, FACTS, {}).describe().partition("# node0")[2].partition(" && ")[2]
+    words = shlex.split(command.rpartition("\n\n# node1")[0])
+    assert tuple(words[-len(argv) :] if argv else ()) == tuple(argv)
+    assert {f"{name}={value}" for name, value in env.items()} <= set(words)
+
+
+@given(
+    argv=st.lists(text.filter(lambda word: "\n" not in word), max_size=4),
+    env=st.dictionaries(names, text, max_size=2),
+)
+@settings(deadline=None, max_examples=15)
+def test_argv_and_environment_arrive_through_the_agent(argv, env):
+    show = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
+    spec = {"host": "h", "argv": [sys.executable, "-c", show, *argv], "env": env}
+    spec |= {"cwd": str(Path.cwd()), "grace": 1}
+    with subprocess.Popen(
+        [sys.executable, "-m", "engine.launch.agent"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as agent:
+        agent.stdin.write(json.dumps(spec) + "\n")
+        agent.stdin.flush()
+        seen_argv, seen_env = json.loads(agent.stdout.readline())
+    assert seen_argv == argv
+    assert env.items() <= seen_env.items()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "must name at least one host"),
+        ("# nobody\n\n", "must name at least one host"),
+        ("node0\n", ":1: must be `host slots=N`, but is 'node0'"),
+        ("node0 slots=2\nnode0 slots=1\n", ":2: node0 must be there once"),
+        ("node0 slots=0\n", "node0 must have at least 1 slot, but has 0"),
+        ("node0 slots=-1\n", "node0 must have at least 1 slot, but has -1"),
+        ("node0 slots=two\n", "must be `host slots=N`"),
+    ],
+)
+def test_a_wrong_hostfile(tmp_path, content, message):
+    path = tmp_path / "hostfile"
+    path.write_text(content)
+    with pytest.raises(LaunchError, match=message):
+        read_hostfile(path)
+    status, said = launch("--hostfile", path, "--dry-run", __file__)
+    assert status == 2
+    assert "hostfile" in said
+
+
+def test_a_hostfile_with_comments_and_spaces(tmp_path):
+    path = tmp_path / "hostfile"
+    path.write_text("# all\n  node0   slots = 2  # two\nnode1 slots=1\n")
+    assert read_hostfile(path) == [Host("node0", (0, 1)), Host("node1", (0,))]
+
+
+@pytest.mark.parametrize(
+    "filters, message",
+    [
+        ({"include": "node2"}, "must name a host of node0, node1"),
+        ({"include": "node0:5"}, "names 5"),
+        ({"include": "node0:x"}, "must list slots as 0,2-3"),
+        ({"exclude": "node0@node1"}, "leaves none"),
+        ({"include": "node0", "exclude": "node1"}, "must not be given together"),
+    ],
+)
+def test_a_wrong_filter(filters, message):
+    with pytest.raises(LaunchError, match=message):
+        selected(list(HOSTS), **filters)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "a script must follow"),
+        (["missing.py"], "missing.py: there is no such script"),
+        (["--hostfile", "none", __file__], "none: No such file"),
+        (["--nnodes", "2", __file__], "several hosts must be in a file"),
+        (["--nnodes", "2:x", __file__], "must be a number or MIN:MAX"),
+        (["--nproc", "0", __file__], "must be a number from 1 on, or auto"),
+        (["--env", "NOVALUE", __file__], "must be NAME=VALUE"),
+    ],
+)
+def test_wrong_usage(arguments, message):
+    status, said = launch("--dry-run", *arguments)
+    assert status == 2
+    assert message in said
+
+
+def test_a_wrong_config_is_known_before_anything_starts(tmp_path):
+    config = tmp_path / "ds_config.json"
+    config.write_text('{"train_batch_size": 3, "optimiser": {}}')
+    status, said = launch("--nproc", 2, __file__, f"--deepspeed_config={config}")
+    assert status == 1
+    assert "train_batch_size" in said
+
+
+def test_a_dry_run_as_json():
+    status, said = launch("--dry-run", "--json", "--nproc", 2, __file__, "a b")
+    assert status == 0
+    plan = json.loads(said)
+    assert plan["world_size"] == 2
+    assert plan["nodes"][0]["argv"][-1] == "a b"
+
+
+def test_the_example_job_is_the_one_that_is_written(tmp_path):
+    written = tmp_path / "train.sbatch"
+    arguments = ("--nnodes", 2, "--nproc", 1, "--slurm-opt", "requeue", "--slurm-opt", "time=30")
+    arguments += ("--python", "python", "--cwd", "examples/fashion_mnist")
+    status, _ = launch(*arguments, "--write-sbatch", written, "train.py", "--config", CONFIG)
+    assert status == 0
+    example = (ROOT / "examples" / "launch" / "train.sbatch").read_text()
+    lines = written.read_text().splitlines()
+    there = [line for line in lines if not line.startswith("cd ")]
+    assert there == [line for line in example.splitlines() if not line.startswith("cd ")]
+    assert subprocess.run(["bash", "-n", str(written)], check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["single_node.sh", "torchrun.sh"])
+def test_the_example_scripts_run_here(tmp_path, name):
+    script = ROOT / "examples" / "launch" / name
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [script, "--steps", "4", "--output", tmp_path], capture_output=True, text=True,
+        check=False, env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_local_launch_tells_of_the_first_failure(tmp_path):
+    (tmp_path / "worker.py").write_text(
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '1':\n    print('about to fail'); sys.exit(9)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "engine.cli", "launch", "--nproc", "2", "worker.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 9
+    assert "[localhost:r1] about to fail" in done.stderr
+    assert "first failure: rank 1 on localhost ended with 9" in done.stderr
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 1

@@ -1,0 +1,60 @@
+"""The sbatch job on a real Slurm in the lab: to its end, preempted, and robbed of a node."""
+
+import os
+import shutil
+
+import pytest
+
+from tests.launch.lab import ROOT, lab, needs_lab
+
+needs_slurm = pytest.mark.skipif(
+    shutil.which("slurmctld") is None and os.environ.get("REQUIRE_LAB") != "1",
+    reason="NO SLURM (Debian: slurm-wlm, munge)",
+)
+pytestmark = [needs_lab(), needs_slurm, pytest.mark.slow]
+
+SCRIPT = ROOT / "tests" / "engine" / "checkpoint_run.py"
+SUBMIT = f""". {ROOT}/tests/launch/slurm.sh
+$ONECYCLE launch --nnodes 2 --nproc 1 --slurm-opt requeue --slurm-opt time=5 \\
+  --write-sbatch job.sbatch {SCRIPT} $PWD/run UPDATES
+job=$(sbatch --parsable -o log.txt job.sbatch)
+"""
+BEGUN = "until grep -q '\\] 40 ' log.txt 2> /dev/null; do sleep 0.1; done\n"
+END = """until_state $job COMPLETED; state $job
+echo restarts $(scontrol show job $job | grep -o 'Restarts=[0-9]*')
+"""
+
+
+def updates_of(folder):
+    lines = (folder / "log.txt").read_text().splitlines()
+    found = [line.partition("r0] ")[2].split() for line in lines if "r0] " in line]
+    return [int(fields[0]) for fields in found if len(fields) == 4 and fields[0].isdecimal()]
+
+
+def run(folder, script, updates):
+    done = lab((SUBMIT + script + END).replace("UPDATES", str(updates)), folder, limit=170)
+    log = (folder / "log.txt").read_text() if (folder / "log.txt").exists() else "no log"
+    return done, done.out + log[-3000:]
+
+
+def test_the_job_runs_on_two_nodes(tmp_path):
+    done, said = run(tmp_path, "", 60)
+    assert "COMPLETED" in done.out, said
+    assert updates_of(tmp_path) == list(range(1, 61))
+
+
+def test_a_job_that_is_told_to_end_saves_and_goes_on_later(tmp_path):
+    done, said = run(tmp_path, BEGUN + "scancel -s TERM $job.0\nsleep 1\n", 600)
+    assert "COMPLETED" in done.out, said
+    assert "restarts Restarts=1" in done.out, said
+    updates = updates_of(tmp_path)
+    assert updates[-1] == 600
+    assert 0 <= 600 - len(set(updates)) <= 1, "the update in which it ended goes unprinted"
+    assert len(updates) - len(set(updates)) <= 2, "it went on from where it had saved"
+
+
+def test_a_job_that_loses_a_node_goes_on_when_it_is_back(tmp_path):
+    lose = "power 1 off\nsleep 30\npower 1 on\nsleep 1\non 1 slurmd -N node1\n"
+    done, said = run(tmp_path, BEGUN + lose, 600)
+    assert "COMPLETED" in done.out, said
+    assert updates_of(tmp_path)[-1] == 600
