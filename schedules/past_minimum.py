@@ -10,7 +10,6 @@ https://arxiv.org/abs/2107.05855, and its code, github.com/kakaobrain/autowu.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -145,9 +144,9 @@ def _compressed(y: Array) -> Array:
     first = y[: max(4, y.size // 20)]
     start = float(np.median(first[np.isfinite(first)])) if np.isfinite(first).any() else math.inf
     high = np.where(finite, y, np.inf)
-    edges = np.linspace(0, y.size, min(20, max(1, y.size // 3)) + 1).astype(int)
-    blocks = [float(np.median(high[a:b])) for a, b in itertools.pairwise(edges)]
-    low = min(blocks)
+    blocks = min(20, max(1, y.size // 3))
+    length = y.size // blocks
+    low = float(np.median(high[-blocks * length :].reshape(blocks, length), axis=1).min())
     if not math.isfinite(low):
         low = float(y[finite].min())
     spread = start - low
