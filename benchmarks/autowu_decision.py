@@ -23,7 +23,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from schedules.autowu import _Generator
+from schedules.autowu_rule import _Generator
 from schedules.gaussian_process import Hyperparameters
 from schedules.past_minimum import published_test, robust_test
 from tests.schedules.test_autowu import CURVES, decided

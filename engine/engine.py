@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +12,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from engine import saving, signals
+from engine import saving
 from engine.backends.base import Backend
-from engine.checkpoint import envelope
 from engine.checkpoint.randomness import load_random_state, random_state
+from engine.checkpoints import Checkpoints
 from engine.config import Config
 from engine.data import RunLoader
-from engine.deepspeed_names import DeepSpeedNames
 from engine.lr_range.sweep import Recorder
 from engine.monitors import Monitor
 from engine.progress import Counters, Progress
@@ -35,7 +32,7 @@ class MisuseError(RuntimeError, AssertionError):
     """A call where it may not be; also what DeepSpeed raises there, for those who catch that."""
 
 
-class Engine(DeepSpeedNames, nn.Module):
+class Engine(Checkpoints, nn.Module):
     """A model at work: called like the model, it adds up gradients and updates by the config.
 
     The loop is ``loss = …engine(x)…; engine.backward(loss); engine.step()`` for each micro-batch;
@@ -71,8 +68,8 @@ class Engine(DeepSpeedNames, nn.Module):
         self._window: list[Tensor] | None = [] if listens else None
         self._rollback = saving.Rollback(config, backend) if listens else None
         self._behind = saving.Behind() if config.checkpoint.behind else None
-        self._signals: signals.Signals | None = None
-        self._updates_before = 0  # those of earlier runs, when a checkpoint was loaded
+        self._signals = None
+        self._updates_before = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model in the run's precision."""
@@ -174,7 +171,7 @@ class Engine(DeepSpeedNames, nn.Module):
             self._tell(metric, self._rollback)
         elif done.applied and self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._save_if_due()
+        self.save_if_due()
         return done.applied
 
     def record(self, recorder: Recorder, *, rehearses: bool) -> None:
@@ -249,42 +246,6 @@ class Engine(DeepSpeedNames, nn.Module):
             self._scaled_losses = 0
             if isinstance(loader, RunLoader) and position is not None:
                 loader.load_state_dict(position, resumes=resumes)
-
-    def _save_if_due(self) -> None:
-        """Save as ``engine.checkpoint`` says, and before the process is told to end."""
-        wanted = self.config.checkpoint
-        if wanted.dir is None:
-            return
-        ends = self._signals is not None and self._signals.came_to_any(self._backend.ranks)
-        due = wanted.every is not None and self._done.global_steps % wanted.every == 0
-        if not (due or ends):
-            return
-        self.save_checkpoint(wanted.dir)
-        if ends:
-            self.wait_for_checkpoint()
-            log.warning("saved at update %d and ended, as a signal asked for", self._updates)
-            raise SystemExit(signals.SAVED_AND_ENDED)
-
-    def resume(self) -> bool:
-        """Go on from the newest checkpoint as ``engine.checkpoint.resume`` says; `initialize` does.
-
-        Returns:
-            Whether there was one.
-
-        Raises:
-            FileNotFoundError: there is none, and there must be.
-        """
-        wanted = self.config.checkpoint
-        if wanted.dir is not None and self._signals is None:
-            self._signals = signals.Signals()
-        if wanted.dir is None or wanted.resume == "never":
-            return False
-        if wanted.resume == "auto" and not envelope.checkpoints(Path(wanted.dir)):
-            return False
-        path, _ = self.load_checkpoint(wanted.dir)
-        if self._backend.ranks.rank == 0:
-            log.info("goes on from %s, update %d", path, self._updates)
-        return True
 
     def _update(self) -> bool:
         scaled, self._scaled_losses = self._scaled_losses, 0
@@ -398,15 +359,6 @@ class Engine(DeepSpeedNames, nn.Module):
         return limit is not None and self._updates - self._updates_before >= limit
 
     @property
-    def _updates(self) -> int:
-        return self._done.global_steps - self._done.skipped_steps
-
-    @property
-    def global_steps(self) -> int:
-        """Whole batches so far, updates that were skipped included."""
-        return self._done.global_steps
-
-    @property
     def global_samples(self) -> int:
         """Samples of the whole batches so far, over all ranks."""
         return self._done.global_steps * self.config.batch.train
@@ -420,120 +372,3 @@ class Engine(DeepSpeedNames, nn.Module):
     def micro_steps(self) -> int:
         """Micro-batches so far."""
         return self._done.micro_steps
-
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Write everything that the run needs to go on; every rank calls it.
-
-        Args:
-            save_dir: the folder of all checkpoints of the run; made if it is absent.
-            tag: name of this one; by default ``global_step`` and the count of batches.
-            client_state: plain values and tensors of your own, which `load_checkpoint` returns.
-            save_latest: whether `load_checkpoint` without a tag is to find this one.
-            exclude_frozen_parameters: not offered: a checkpoint is whole.
-
-        Raises:
-            OSError: there is no space, or the folder cannot be written; it keeps what it held.
-            RuntimeError: a rank did not come within seconds.
-        """
-        if exclude_frozen_parameters:
-            raise ValueError(
-                "`exclude_frozen_parameters` must be false: a checkpoint is whole or not there."
-            )
-        if self._rehearses:
-            log.info("no checkpoint is written in a range test")
-            return True
-        folder, tag = Path(save_dir), tag or f"global_step{self.global_steps}"
-        state = {
-            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
-            "counters": asdict(self._done),
-            "loader": self._loader_state(),
-            "client_state": dict(client_state or {}),
-        }
-        saving.save(
-            self._backend,
-            self.config,
-            folder,
-            tag,
-            self._updates,
-            state,
-            save_latest=save_latest,
-            behind=self._behind,
-            rollback=self._rollback,
-        )
-        return True
-
-    def wait_for_checkpoint(self) -> None:
-        """Wait until no checkpoint is being written (``engine.checkpoint.async``).
-
-        Raises:
-            Exception: what writing the last one failed with; the next save raises it as well.
-        """
-        if self._behind is not None:
-            self._behind.wait()
-
-    def _loader_state(self) -> dict[str, int] | None:
-        loader = self.training_dataloader
-        return loader.state_dict() if isinstance(loader, RunLoader) else None
-
-    def load_checkpoint(
-        self,
-        load_dir: str | Path,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-    ) -> tuple[str, dict[str, Any]]:
-        """Restore model, optimizer, loss scale, schedule and counters; every rank calls it.
-
-        Args:
-            load_dir: the folder that was given to `save_checkpoint`.
-            tag: which one; by default the latest.
-            load_module_strict: whether the model must have exactly the saved parameters.
-            load_optimizer_states: whether to restore the optimizer and the loss scale.
-            load_lr_scheduler_states: whether to restore the schedule.
-            load_module_only: whether to restore the model alone.
-
-        Returns:
-            The checkpoint's path and its ``client_state``.
-
-        Raises:
-            FileNotFoundError: there is none, so that nothing begins anew in silence.
-            CheckpointError: it is not whole, or of another run: another schedule, optimizer, batch,
-                precision or number of ranks. Nothing was changed then.
-        """
-        self.wait_for_checkpoint()
-        if load_module_only:
-            load_optimizer_states = load_lr_scheduler_states = False
-        override = self.config.checkpoint.override
-        path, state = saving.load(
-            self._backend,
-            self.config,
-            Path(load_dir),
-            tag,
-            optimizer=load_optimizer_states,
-            strict=load_module_strict,
-            override=override,
-        )
-        if not load_module_only:
-            self._done = Counters(**state["counters"])
-            self._updates_before = self._updates
-            loader = self.training_dataloader
-            if isinstance(loader, RunLoader) and state["loader"] is not None:
-                loader.load_state_dict(state["loader"])
-        if load_lr_scheduler_states and self.lr_scheduler is not None:
-            saved = state["lr_scheduler"]
-            if saved is None or override:
-                # The count of updates is all that another schedule goes on from.
-                saved = {**self.lr_scheduler.state_dict(), "step": self._updates}
-            self.lr_scheduler.load_state_dict(saved)
-            if self._rollback is not None:
-                self._rollback.load(path)
-        return str(path), state["client_state"]
