@@ -189,9 +189,23 @@ class Checkpoints(DeepSpeedNames):
         if load_lr_scheduler_states and self.lr_scheduler is not None:
             saved = state["lr_scheduler"]
             if saved is None or override:
-                # The count of updates is all that another schedule goes on from.
-                saved = {**self.lr_scheduler.state_dict(), "step": self._updates}
+                saved = self._joined(saved or {}, self.lr_scheduler.state_dict())
             self.lr_scheduler.load_state_dict(saved)
             if self._rollback is not None:
                 self._rollback.load(path)
         return str(path), state["client_state"]
+
+    def _joined(self, saved: Mapping[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        """Return a state for this run's schedule, which need not be the one that was saved.
+
+        The count of updates is all that another schedule goes on from; the same one, if it listens,
+        also has its memory.
+        """
+        joined = own | {"step": self._updates}
+        if "state" in own:
+            if all(saved.get(name) == own[name] for name in ("type", "params")):
+                joined["state"] = saved["state"]
+            else:
+                log.warning("%s listens to the loss, and begins anew", own["type"])
+                joined["step"] = own["step"]
+        return joined

@@ -64,8 +64,10 @@ class Engine(Checkpoints, nn.Module):
         self._recorder: Recorder | None = None
         self._rehearses = False  # a range test: it leaves nothing behind
         listens = isinstance(lr_scheduler, FeedbackBinder)
+        hears = isinstance(lr_scheduler, FeedbackBinder) and lr_scheduler.schedule.listens_to
         # Losses of this update, if anybody asks for them.
-        self._window: list[Tensor] | None = [] if listens else None
+        self._window: list[Tensor] | None = [] if hears == "loss" else None
+        self._metric: Tensor | float | None = None  # until an update is applied that takes it
         self._rollback = saving.Rollback(config, backend) if listens else None
         self._behind = saving.Behind() if config.checkpoint.behind else None
         self._signals = None
@@ -179,6 +181,8 @@ class Engine(Checkpoints, nn.Module):
         self._recorder, self._rehearses, self._window = recorder, rehearses, []
 
     def _note(self, recorder: Recorder) -> None:
+        if not (self._window or self._rehearses):
+            return  # the gradients came from the script's own `loss.backward()`
         momentum = self.get_momentum()
         used = self.get_lr()[0], momentum[0] if momentum else None
         recorder.note(*used, self._mean_loss(), applied=self._done.applied)
@@ -189,13 +193,15 @@ class Engine(Checkpoints, nn.Module):
         """Tell a schedule that listens of an update that was applied, and forget any other."""
         scheduler = self.lr_scheduler
         assert isinstance(scheduler, FeedbackBinder)
+        self._metric = self._metric if metric is None else metric
         if not self._done.applied:
-            assert self._window is not None
-            self._window.clear()
-        elif scheduler.schedule.listens_to == "loss":
+            if self._window is not None:
+                self._window.clear()
+        elif self._window is not None:
             scheduler.step(self._mean_loss())
             rollback.follow(scheduler)
         else:
+            metric, self._metric = self._metric, None
             scheduler.step(metric=None if metric is None else self.mean(float(metric)))
 
     def _mean_loss(self) -> float:
@@ -225,9 +231,8 @@ class Engine(Checkpoints, nn.Module):
         loader = self.training_dataloader
         position = self._loader_state()
         resumes = isinstance(loader, RunLoader) and loader.resumes
-        names = (
-            "config lr_scheduler _done _progress _recorder _rehearses _rollback _window training"
-        )
+        modes = {module: module.training for module in self.modules()}
+        names = "config lr_scheduler _done _progress _recorder _rehearses _rollback _window"
         kept = {name: getattr(self, name) for name in names.split()}
         draws, snapshot = random_state(), self._backend.snapshot()
         try:
@@ -237,13 +242,14 @@ class Engine(Checkpoints, nn.Module):
             self.record(recorder, rehearses=True)
             yield
         finally:
-            self.zero_grad()
-            self._backend.restore(snapshot)
-            load_random_state(draws)
-            self.train(kept.pop("training"))
             for name, value in kept.items():
                 setattr(self, name, value)
             self._scaled_losses = 0
+            for module, mode in modes.items():
+                module.training = mode
+            self.zero_grad()
+            self._backend.restore(snapshot)
+            load_random_state(draws)
             if isinstance(loader, RunLoader) and position is not None:
                 loader.load_state_dict(position, resumes=resumes)
 

@@ -162,9 +162,13 @@ class Rollback:
             write_values(place / f"rollback.{self._backend.ranks.rank}.pt", self._snapshot)
 
     def load(self, place: Path) -> None:
-        """Read this rank's copy, if there is one."""
-        path = place / f"rollback.{self._backend.ranks.rank}.pt"
-        self._snapshot = read_values(path) if path.is_file() else None
+        """Read this rank's copy, if there is one and as many ranks as have saved."""
+        ranks = self._backend.ranks
+        found = len(list(place.glob("rollback.*.pt")))
+        whole = found == ranks.world_size
+        self._snapshot = read_values(place / f"rollback.{ranks.rank}.pt") if whole else None
+        if found and not whole:
+            log.warning("another number of ranks has saved: there is nothing to roll back to yet")
 
 
 class Behind:

@@ -113,9 +113,10 @@ def initialize(
         raise ValueError("`model` must be a torch.nn.Module, but is None instead.")
     sweep = sweep_of_environment()
     if sweep is not None:
-        config = sweep.config or config
         lr_scheduler = None
-    resolved = load_config(_source(args, config, config_params), world_size=world_size(), args=args)
+    own = sweep.config if sweep is not None else None
+    source = own or _source(args, config, config_params)
+    resolved = load_config(source, world_size=world_size(), args=args)
     if sweep is not None:
         resolved = _under_test(resolved, sweep)
     _refuse_two_sources(resolved, optimizer, lr_scheduler)

@@ -166,7 +166,8 @@ class PyTorchBackend:
         tensors_then, optimizer, scaler, self.grad_norm = snapshot
         with torch.no_grad():
             for name, tensor in _named(self.model):
-                tensor.copy_(tensors_then[name])
+                if name in tensors_then:  # else a buffer that a forward pass has made
+                    tensor.copy_(tensors_then[name])
         self.optimizer.load_state_dict(optimizer)
         if self._scaler is not None:
             self._scaler.load_state_dict(scaler)

@@ -138,7 +138,13 @@ def _hosts(args: argparse.Namespace) -> tuple[tuple[Host, ...], int | None]:
         return (Host("localhost", tuple(range(_processes(args.nproc)))),), None
     hosts = selected(read_hostfile(args.hostfile), args.include, args.exclude)
     if args.nproc != "auto":
-        hosts = [Host(host.name, tuple(range(_processes(args.nproc)))) for host in hosts]
+        size = _processes(args.nproc)
+        small = [host.name for host in hosts if host.size < size]
+        if small:
+            raise LaunchError(
+                f"`--nproc` asks for {size} processes, but {small[0]} has fewer slots."
+            )
+        hosts = [Host(host.name, host.slots[:size]) for host in hosts]
     if most is not None and most > len(hosts):
         raise LaunchError(f"`--nnodes` asks for {most} hosts, but there are {len(hosts)}.")
     return tuple(hosts[:most]), least

@@ -139,7 +139,8 @@ def _command(args: argparse.Namespace) -> list[str]:
     if args.nproc == 1:
         return [*python, *script]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc_per_node", str(args.nproc), *script]
+    flags = [] if python else ["--no-python"]
+    return [*launcher, "--nproc_per_node", str(args.nproc), *flags, *script]
 
 
 def _block_of(config: str | None) -> Any:

@@ -70,32 +70,45 @@ class _Job:
 def main() -> int:
     """Run the job that standard input describes; return its status."""
     _prctl(_SUBREAPER)
-    pipe = sys.stdin.buffer
-    spec = json.loads(pipe.readline())
+    told, words = _first_line(sys.stdin.fileno())
+    spec = json.loads(told)
     asked = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda caught, _: asked.append(caught))
     job = _Job(spec)
     heard = time.monotonic()
-    descriptor = pipe.fileno()
+    listens_to = [sys.stdin.fileno()]
     while job.process.poll() is None:
-        ready, _, _ = select.select([descriptor], [], [], 0.1)
+        if b"term" in words:
+            job.stop()
+        if b"kill" in words:
+            job.kill()
+        words = b""
+        ready, _, _ = select.select(listens_to, [], [], 0.1)
         if ready:
-            words = os.read(descriptor, 4096)
             heard = time.monotonic()
-            if not words or b"term" in words:
+            words = os.read(ready[0], 4096)
+            if not words:  # the launcher is gone
                 job.stop()
-            if b"kill" in words:
-                job.kill()
-            if not words:
-                descriptor = os.open(os.devnull, os.O_RDONLY)
-                time.sleep(0.1)
+                listens_to = []
         if asked or time.monotonic() - heard > _SILENCE:
             job.stop()
         job.hurry()
     status = job.process.returncode
     job.kill()
     return status if status >= 0 else 128 - status
+
+
+def _first_line(descriptor: int) -> tuple[bytes, bytes]:
+    """Return the first line and what came behind it; no buffer may keep a word from `select`."""
+    read = b""
+    while b"\n" not in read:
+        more = os.read(descriptor, 65536)
+        if not more:
+            break
+        read += more
+    line, _, rest = read.partition(b"\n")
+    return line, rest
 
 
 def _dies_with_parent() -> None:

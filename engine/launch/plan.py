@@ -206,6 +206,7 @@ def _environment(
         "PYTHONUNBUFFERED": "1",
         "LOCAL_SIZE": str(host.size),
         "DEEPSPEED_TIMEOUT": str(max(1, wanted.timeout // 60)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(wanted.grace),
         "ONECYCLE_JOB_ID": wanted.job,
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": f"[{host.name}:r${{rank}}] ",
     }
@@ -230,7 +231,9 @@ def _transport(wanted: Wanted, host: Host) -> tuple[str, ...]:
         return agent
     options: Sequence[str] = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=8")
     own = tuple(part for option in wanted.ssh_options for part in ("-o", option))
-    return ("ssh", *options, *own, host.name, shlex.join(agent))
+    # ssh takes the first of an option: the user's own win.
+    alive = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+    return ("ssh", *own, *options, *alive, host.name, shlex.join(agent))
 
 
 def _masked(name: str, value: str) -> str:

@@ -38,10 +38,9 @@ def preflight(wanted: Wanted, config: str | None) -> list[Verdict]:
         wanted: which hosts, and how they are reached.
         config: a file that has to be the same on all of them.
     """
-    here = probe(config)
     if wanted.is_local:
-        facts = HostFacts(here["address"], None, None)
-        return [Verdict(host.name, facts) for host in wanted.hosts]
+        return [Verdict(host.name, HostFacts("127.0.0.1")) for host in wanted.hosts]
+    here = probe(config)
     with ThreadPoolExecutor(max_workers=32) as pool:
         return list(pool.map(lambda host: _ask(wanted, host, config, here), wanted.hosts))
 

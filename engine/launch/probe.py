@@ -33,7 +33,7 @@ def probe(config: str | None) -> dict[str, Any]:
         path = Path(config)
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
     with socket.socket() as free:
-        free.bind((address, 0))
+        free.bind(("", 0))
         port = free.getsockname()[1]
     return {
         "address": address,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import queue
 import signal
 import subprocess
@@ -72,7 +73,8 @@ class _Node:
         for raw in self.process.stdout:
             line = raw.decode(errors="replace").rstrip("\n")
             if FAILURE in line:
-                self.failure = json.loads(line.partition(FAILURE)[2])
+                with contextlib.suppress(ValueError):  # a line that was cut off tells nothing
+                    self.failure = json.loads(line.partition(FAILURE)[2])
             else:
                 self._events.put(("line", self, line))
         self._events.put(("end", self, self.process.wait()))
@@ -99,6 +101,7 @@ class _Run:
         self._asked: list[int] = []
         self._outcome: Outcome | None = None
         self._stopping = 0.0
+        self._failed_at = -math.inf  # a signal to the launcher comes before all
 
     def outcome(self) -> Outcome:
         with self._signals():
@@ -109,7 +112,7 @@ class _Run:
                 with contextlib.suppress(queue.Empty):
                     kind, node, value = self._events.get(timeout=0.1)
                     if kind == "line":
-                        self._print(value)
+                        self._print(value, node.plan.host)
                     else:
                         alive.remove(node)
                         self._ended(node, value, alive)
@@ -159,13 +162,20 @@ class _Run:
             node.tell(word)
 
     def _ended(self, node: _Node, status: int, alive: list[_Node]) -> None:
-        if status == 0 or self._outcome is not None:
+        if status == 0:
+            return
+        if self._outcome is not None:
+            # A host may end later than another that its failing rank has brought down.
+            if (node.failure or {}).get("time", math.inf) < self._failed_at:
+                self._outcome = self._verdict(node, status, lost=False)
+                self._failed_at = (node.failure or {})["time"]
             return
         lost = status == _SSH_FAILED and node.failure is None and node.plan.transport[0] == "ssh"
         if lost and len(alive) >= self._plan.least_nodes:
-            self._print(f"{node.plan.host} was lost; {len(alive)} hosts go on")
+            self._print(f"{node.plan.host} was lost; {len(alive)} hosts go on", node.plan.host)
             return
         self._outcome = self._verdict(node, status, lost=lost)
+        self._failed_at = (node.failure or {}).get("time", math.inf)
         self._stop(alive)
 
     def _verdict(self, node: _Node, status: int, *, lost: bool) -> Outcome:
@@ -182,9 +192,9 @@ class _Run:
         lines = tuple(self._kept[f"{host}:r{rank}"])
         return Outcome(failure["status"], f"rank {rank} on {host} ended with {status}", lines)
 
-    def _print(self, line: str) -> None:
+    def _print(self, line: str, host: str) -> None:
         source = line[1:].partition("]")[0] if line.startswith("[") else ""
-        self._kept[source if ":r" in source else self._plan.nodes[0].host].append(line)
+        self._kept[source if ":r" in source else host].append(line)
         first = source.endswith(":r0") or ":r" not in source
         if self._console == "all" or (self._console == "rank0" and first):
             print(line, file=self._out, flush=True)

@@ -25,7 +25,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bas
   [ "$SLURM_NODEID" = 0 ] && is_host=true || is_host=false
   export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[$SLURMD_NODENAME:r\\${{rank}}] "
   exec "$0" -m engine.launch.group \\
-    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {nproc} --max-restarts {restarts} --tee 3 \\
+    --nnodes {nodes} --nproc-per-node {nproc} --max-restarts {restarts} --tee 3 {flags}\\
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$FIRST_ADDRESS:$RDZV_PORT" \\
     --rdzv-conf "is_host=$is_host,join_timeout={timeout}" --local-addr "$address" "$@"
 ' {command}
@@ -60,8 +60,14 @@ def sbatch_of(wanted: Wanted, options: Mapping[str, str]) -> str:
         f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}"
         for name, value in chosen.items()
     ]
+    flags = ["--module"] * wanted.is_module + ["--no-python"] * wanted.is_command
+    if wanted.log_dir:
+        flags += ["--log-dir", f'"{wanted.log_dir}"']
+    interfaces = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if wanted.interface else ()
     exports = {
         "PYTHONUNBUFFERED": "1",
+        **dict.fromkeys(interfaces, str(wanted.interface)),
+        **({"ONECYCLE_ELASTIC": "1"} if wanted.least_nodes else {}),
         "DEEPSPEED_TIMEOUT": str(max(1, wanted.timeout // 60)),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **wanted.env,
@@ -71,6 +77,10 @@ def sbatch_of(wanted: Wanted, options: Mapping[str, str]) -> str:
         exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         cwd=shlex.quote(wanted.cwd),
         nproc=wanted.hosts[0].size,
+        nodes=f'"{wanted.least_nodes}:$SLURM_JOB_NUM_NODES"'
+        if wanted.least_nodes
+        else '"$SLURM_JOB_NUM_NODES"',
+        flags="".join(f"{flag} " for flag in flags),
         restarts=wanted.max_restarts,
         timeout=wanted.rendezvous_timeout,
         command=shlex.join([wanted.python, *wanted.script]),

@@ -44,8 +44,8 @@ class LRRangeReport:
         """
         lrs = np.concatenate([np.asarray(run.lrs, float) for run in self.runs])
         losses = np.concatenate([np.asarray(run.losses, float) for run in self.runs])
-        ends = [run.lrs[-1] for run in self.runs if run.end == "divergence"]
-        diverged_at = statistics.median(ends) if len(ends) == len(self.runs) else None
+        ends = [run.lrs[-1] for run in self.runs if run.end == "divergence" and run.lrs]
+        diverged_at = statistics.median(ends) if ends and len(ends) == len(self.runs) else None
         found = suggest(lrs, losses, diverged_at=diverged_at)
         each = self.of_each
         max_lr = statistics.median(each) if 2 * len(each) > len(self.runs) > 1 else found.max_lr
@@ -135,7 +135,7 @@ class LRRangeReport:
         axis = figure.subplots()
         for run in self.runs:
             axis.plot(run.lrs, run.losses, ".", markersize=3, color="tab:blue", alpha=0.35)
-            if run.end == "divergence":
+            if run.end == "divergence" and run.lrs:
                 axis.axvline(run.lrs[-1], color="tab:red", linewidth=0.8, label="divergence")
         suggestion = self.suggestion
         if suggestion.smoothed is not None:
@@ -187,5 +187,5 @@ class LRRangeReport:
 
 
 def _suggested(run: Run) -> Suggestion:
-    diverged_at = run.lrs[-1] if run.end == "divergence" else None
+    diverged_at = run.lrs[-1] if run.end == "divergence" and run.lrs else None
     return suggest(run.lrs, run.losses, diverged_at=diverged_at)

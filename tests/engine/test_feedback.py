@@ -134,3 +134,26 @@ def test_ranks_and_backends_have_one_trace():
     assert len(traces[0]) == 150
     for trace in traces[1:]:
         assert trace == pytest.approx(traces[0], rel=1e-5)
+
+
+def test_an_override_keeps_the_memory_of_the_same_schedule(tmp_path):
+    params = {"patience": 0, "factor": 0.5}
+    trainer = start(params, "ReduceLROnPlateau")
+    for _ in range(4):
+        trainer.backward(trainer(torch.randn(16, 8)).pow(2).mean())
+        trainer.step(metric=1.0)
+    trainer.save_checkpoint(tmp_path)
+    again = start(
+        params, "ReduceLROnPlateau", engine={"checkpoint": {"dir": str(tmp_path), "override": True}}
+    )
+    assert again.get_lr() == trainer.get_lr() == [pytest.approx(0.01 / 8)]
+
+
+def test_a_metric_of_a_skipped_update_is_not_lost():
+    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 4}}
+    trainer = start({"patience": 0, "factor": 0.5}, "ReduceLROnPlateau", **fp16)
+    for update in range(4):
+        loss = trainer(torch.randn(16, 8)).float().pow(2).mean()
+        trainer.backward(loss * math.inf if update == 1 else loss)
+        trainer.step(metric=1.0 if update < 2 else None)
+    assert trainer.get_lr() == [pytest.approx(0.005)]

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cli import main
+from engine.launch.group import FAILURE
 from engine.launch.hostfile import Host, LaunchError, read_hostfile, selected
-from engine.launch.plan import HostFacts, Wanted, plan_of
+from engine.launch.plan import HostFacts, LaunchPlan, Wanted, plan_of
+from engine.launch.runner import run
 from tests.launch.lab import ROOT
 
 HOSTS = (Host("node0", (0, 1)), Host("node1", (0, 1)))
@@ -266,3 +269,49 @@ def test_a_local_launch_tells_of_the_first_failure(tmp_path):
     assert "[localhost:r1] about to fail" in done.stderr
     assert "first failure: rank 1 on localhost ended with 9" in done.stderr
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 1
+
+
+def test_the_agent_hears_what_came_with_the_job():
+    spec = {"host": "h", "argv": ["sleep", "30"], "env": {}, "cwd": "/", "grace": 1}
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.launch.agent"],
+        input=json.dumps(spec) + "\nterm\n",
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + 15
+    assert time.monotonic() - begin < 5
+
+
+def test_the_host_that_failed_first_is_named_though_it_ends_last():
+    def node(host, rank, status, at, seconds):
+        failure = FAILURE + json.dumps({"rank": rank, "status": status, "time": at})
+        script = (
+            f"import time; time.sleep({seconds}); print({failure!r}); raise SystemExit({status})"
+        )
+        made = plan_of(wanted(hosts=(Host(host, (0,)),), is_local=True), {}, {}).nodes[0]
+        return dataclasses.replace(made, transport=(sys.executable, "-c", script), grace=10)
+
+    nodes = (node("a", 0, 3, 100.0, 1.0), node("b", 1, 1, 200.0, 0.1))
+    outcome = run(LaunchPlan(nodes, 2, 2), "none", io.StringIO())
+    assert outcome.status == 3
+    assert outcome.reason == "rank 0 on a ended with 3"
+
+
+def test_fewer_processes_keep_the_chosen_slots(tmp_path):
+    path = tmp_path / "hostfile"
+    path.write_text("node0 slots=4\n")
+    arguments = ("--hostfile", path, "--include", "node0:2,3", "--dry-run", "--json")
+    status, said = launch(*arguments, "--nproc", 1, __file__)
+    assert status == 0
+    assert json.loads(said)["nodes"][0]["devices"] == [2]
+    status, said = launch(*arguments, "--nproc", 3, __file__)
+    assert status == 2
+    assert "asks for 3 processes, but node0 has fewer slots" in said
+
+
+def test_a_job_of_a_module(tmp_path):
+    path = tmp_path / "job"
+    assert launch("--write-sbatch", path, "--nproc", 1, "-m", "json.tool")[0] == 0
+    assert "--module" in path.read_text()

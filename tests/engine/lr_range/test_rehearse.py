@@ -142,3 +142,24 @@ def test_wrong_calls():
     train(trainer, loader, 1)
     with pytest.raises(ValueError, match="must begin between updates"):
         engine.lr_range_test(trainer, loader)
+
+
+def test_what_was_frozen_stays_frozen():
+    trainer, loader = start()
+    norm = trainer.module.body[1]
+    norm.eval()
+    engine.lr_range_test(trainer, loader, steps=25)
+    assert trainer.training
+    assert not norm.training
+
+
+def test_a_failure_of_every_gradient_has_a_reason():
+    class Broken(torch.nn.Linear):
+        def forward(self, x):
+            return (super().forward(x) * 0).sqrt().mean()  # its gradient is 0 times infinity
+
+    torch.manual_seed(0)
+    config = {"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    trainer, *_ = engine.initialize(config=config, model=Broken(4, 1))
+    report = engine.lr_range_test(trainer, torch.randn(3, 4, 4))
+    assert report.suggestion.reason == "there are 0 losses, and 20 must be"
