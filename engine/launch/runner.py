@@ -77,7 +77,12 @@ class _Node:
                     self.failure = json.loads(line.partition(FAILURE)[2])
             else:
                 self._events.put(("line", self, line))
-        self._events.put(("end", self, self.process.wait()))
+        status = self.process.wait()
+        with contextlib.suppress(OSError):  # the rest of a word that nobody will read
+            self.process.stdout.close()
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+        self._events.put(("end", self, status))
 
 
 def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
