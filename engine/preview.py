@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ from engine.config import ConfigError, Problem, Source, load_document
 from engine.config.check import check
 from engine.config.horizon import horizon_of
 from engine.config.sections import optimizer_name, optimizer_schema, with_defaults
-from schedules import Horizon, Schedule, from_config
+from schedules import Horizon, Schedule, from_config, trace
+from schedules.feedback import FeedbackSchedule
 from schedules.schedule import Base, Curves
 
 __all__ = ["Preview", "preview"]
@@ -27,6 +28,28 @@ class Preview:
     schedule: Schedule[Any]
     curves: Curves
     horizon: Horizon
+    base: Base
+
+    @property
+    def title(self) -> str:
+        """What is shown, and on which loss where the schedule listens to one."""
+        listens = " on a synthetic loss" if isinstance(self.schedule, FeedbackSchedule) else ""
+        return f"{self.schedule.type_name}{listens}"
+
+    def told(self, losses: Sequence[float]) -> dict[str, list[float]]:
+        """Return the columns of a schedule that listens, as it answers to these losses.
+
+        Raises:
+            ValueError: it listens to none.
+        """
+        if not isinstance(self.schedule, FeedbackSchedule):
+            raise ValueError(  # noqa: TRY004  # it is the config that is wrong
+                f"{self.schedule.type_name} must listen to a loss, but does not."
+            )
+        values = trace(
+            self.schedule, len(losses) + 1, base=self.base, horizon=self.horizon, losses=losses
+        )
+        return {name: rows[:, 0].tolist() for name, rows in values.items()}
 
     @property
     def span(self) -> int:
@@ -91,8 +114,9 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
     except ValueError as error:
         problem = document.problem("schedule", "/scheduler/params", str(error))
         raise ConfigError(document.name, [problem]) from None
-    curves = schedule.bind(_base(values, schedule), horizon).curves
-    return Preview(document.name, resolved, curves, horizon)
+    base = _base(values, schedule)
+    curves = schedule.bind(base, horizon).curves
+    return Preview(document.name, resolved, curves, horizon, base)
 
 
 def _base(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:

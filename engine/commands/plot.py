@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import shutil
 from pathlib import Path
@@ -45,6 +46,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="other configs, or schedules by their names with their examples, to draw over it",
     )
     parser.add_argument(
+        "--losses",
+        type=Path,
+        metavar="CSV",
+        help="what a recorded run told a schedule that listens: the last column of each row, as "
+        "csv_monitor writes it (default: a synthetic loss)",
+    )
+    parser.add_argument(
         "-o",
         "--output",
         type=Path,
@@ -65,10 +73,12 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from engine.preview import preview
 
     shown = preview(args.file, steps_per_epoch=args.steps_per_epoch)
-    steps = args.steps or shown.span
+    told = shown.told(_losses(args.losses)) if args.losses else {}
+    steps = args.steps or len(next(iter(told.values()), ())) or shown.span
     if args.csv:
-        header = ",".join(("step", *shown.columns))
-        lines = (",".join(map(repr, row)) + "\n" for row in shown.rows(steps))
+        header = ",".join(("step", *(told or shown.columns)))
+        rows = zip(range(steps), *told.values(), strict=False) if told else shown.rows(steps)
+        lines = (",".join(map(repr, row)) + "\n" for row in rows)
         if args.csv == "-":
             print(header, file=out)
             out.writelines(lines)
@@ -89,7 +99,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
                 for column, curve in each.columns.items()
             }
         columns = {name: list(curve.values(steps)) for name, curve in curves.items()}
-        title = f"{shown.schedule.type_name} of {args.file}"
+        title = f"{shown.title} of {args.file}"
+        if told:
+            columns, curves = {name: of[:steps] for name, of in told.items()}, {}
+            title = f"{shown.schedule.type_name} of {args.file} on the losses of {args.losses}"
         title = " and ".join((title, *args.compare))
         if args.terminal:
             colour = out.isatty() and "NO_COLOR" not in os.environ
@@ -102,6 +115,18 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         if args.csv != "-":
             print(f"{path}: {steps} updates of {shown.schedule.type_name}", file=out)
     return OK
+
+
+def _losses(path: Path) -> list[float]:
+    """Return the last column of a CSV file with a header."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.reader(file) if row][1:]
+    try:
+        return [float(row[-1]) for row in rows]
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must hold a number at the end of each row, but: {error}."
+        ) from None
 
 
 def _config_or_example(name: str) -> str | dict[str, Any]:

@@ -215,3 +215,22 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         main(arguments)
     assert error.value.code == USAGE
     assert "usage: onecycle" in capsys.readouterr().err
+
+
+def test_plot_shows_a_schedule_that_listens_on_recorded_losses(tmp_path):
+    block = {"type": "ReduceLROnPlateau", "params": {"patience": 0, "factor": 0.5}}
+    optimizer = {"type": "SGD", "params": {"lr": 0.4}}
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({"scheduler": block, "optimizer": optimizer}))
+    recorded = tmp_path / "losses.csv"
+    recorded.write_text("step,train_loss\n8,2.0\n16,2.0\n24,1.0\n32,1.0\n")
+    out = io.StringIO()
+    arguments = ["plot", str(config), "--losses", str(recorded), "--csv", "-"]
+    assert main(arguments, out, io.StringIO()) == 0
+    lrs = [float(line.split(",")[1]) for line in out.getvalue().splitlines()[1:]]
+    assert lrs == [0.4, 0.4, 0.2, 0.2, 0.1]
+    broken = tmp_path / "broken.csv"
+    broken.write_text("step,train_loss\n8,much\n")
+    err = io.StringIO()
+    assert main(["plot", str(config), "--losses", str(broken), "--csv", "-"], out, err) == 2
+    assert "must hold a number at the end of each row" in err.getvalue()
