@@ -42,7 +42,9 @@ def example(folder, backend):
     return "example/train.py --steps 12 --output run --config example/ds_config.json"
 
 
-@pytest.mark.parametrize(("backend", "slots"), [("torch", 1), ("torch", 2), ("deepspeed", 1)])
+@pytest.mark.parametrize(
+    ("backend", "slots"), [("torch", 1), ("torch", 2), ("deepspeed", 1), ("deepspeed", 2)]
+)
 def test_the_example_trains_over_two_hosts_as_in_one_process(tmp_path, backend, slots):
     alone, both = tmp_path / "alone", tmp_path / "both"
     for folder in (alone, both):
@@ -175,11 +177,16 @@ def test_the_printed_plan_run_by_hand_is_the_job(folder):
     assert done.out.count("sum 2") == 2
 
 
-def test_killed_workers_come_back_from_the_newest_checkpoint(folder):
+def rows_of(path):
+    """What each update printed: its learning rate, its data, a hash of the weights."""
+    lines = [line.partition("] ")[2].split() for line in path.read_text().splitlines()]
+    return [line for line in lines if len(line) == 4 and line[0].isdecimal()]
+
+
+def test_killed_workers_come_back_and_end_where_the_undisturbed_run_does(folder):
     script = ROOT / "tests" / "engine" / "checkpoint_run.py"
     done = lab(
-        f"""python={sys.executable}
-        $python {script} {folder}/alone 300 > alone.txt
+        f"""$ONECYCLE launch --hostfile hosts {script} {folder}/alone 300 > alone.txt
         $ONECYCLE launch --hostfile hosts --max-restarts 2 {script} {folder}/run 300 > run.txt &
         pid=$!
         until grep -q '\\] 20 ' run.txt; do sleep 0.02; done
@@ -187,17 +194,20 @@ def test_killed_workers_come_back_from_the_newest_checkpoint(folder):
         folder,
     )
     assert done.status == 0, done.out
-    alone = {
-        line.split()[0]: line.split()[1] for line in (folder / "alone.txt").read_text().splitlines()
-    }
-    lines = [
-        line.partition("] ")[2].split() for line in (folder / "run.txt").read_text().splitlines()
-    ]
-    restarted = [line for line in lines if len(line) == 4 and line[0].isdecimal()]
-    assert {step: lr for step, lr, *_ in restarted}.items() <= alone.items()
-    assert restarted[-1][0] == "300"
-    printed = [int(line[0]) for line in restarted]
-    assert printed != list(range(1, 301)), "it was not killed"
+    undisturbed = {step: row for step, *row in rows_of(folder / "alone.txt")}
+    rows = rows_of(folder / "run.txt")
+    assert len(undisturbed) == 300
+    assert all(undisturbed[step] == row for step, *row in rows)
+    assert rows[-1][0] == "300"
+    assert [int(step) for step, *_ in rows] != list(range(1, 301)), "it was not killed"
+
+
+def test_a_restarted_rank_that_is_late_finds_the_others(folder):
+    """Without a store of its own for each life, it would call an address of the life before."""
+    command = "$ONECYCLE launch --hostfile hosts --max-restarts 1 --console all worker.py late"
+    done = lab(command, folder)
+    assert done.status == 0, done.out
+    assert done.out.count("sum 2") == 2
 
 
 def test_the_example_of_two_hosts_runs(folder):

@@ -7,9 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
-
-TIMEOUT = 20
 
 
 def main(what, *rest):
@@ -22,12 +21,22 @@ def main(what, *rest):
         sys.exit(7)
     elif what == "sum":
         dist.init_process_group("gloo")
-        total = __import__("torch").ones(1)
+        total = torch.ones(1)
         dist.all_reduce(total)
         print("sum", int(total), flush=True)  # noqa: T201
         dist.destroy_process_group()
-    elif what == "leave":
-        sys.exit(0 if rank else time.sleep(2))
+    elif what == "late":
+        first = not Path(f"life.{rank}").exists()
+        Path(f"life.{rank}").write_text("")
+        if not first and rank == 0:
+            time.sleep(4)
+        dist.init_process_group("gloo")
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        if first:
+            sys.exit(1) if rank else time.sleep(60)
+        print("sum", int(total), flush=True)  # noqa: T201
+        dist.destroy_process_group()
     elif what == "saves":
         signal.signal(
             signal.SIGTERM, lambda *_: (Path(f"saved.{rank}").write_text(""), sys.exit(0))

@@ -1,0 +1,73 @@
+"""Break a launch over two hosts in every known way; print what is said, how fast, what is left.
+
+    python benchmarks/launch_faults.py
+
+The hosts are namespaces of this machine with an sshd each (tests/launch/lab.sh; takes root). Each
+rank waits for ever, unless the fault is its own. Seconds are counted from the fault to the end of
+the launcher; processes left are those of the job on either host some seconds later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.launch.lab import lab
+
+WORKER = ROOT / "tests" / "launch" / "worker.py"
+START = """$ONECYCLE launch --hostfile hosts --grace 5 worker.py {what} 2> said & pid=$!
+{until}
+begin=$(date +%s.%N)
+{fault}
+wait $pid; status=$?
+end=$(date +%s.%N)
+sleep {settle}
+left=$(for i in 0 1; do on $i pgrep -f 'worker.py|engine.launch'; done | wc -l)
+echo "ROW|$status|$begin|$end|$left"
+grep -h 'first failure\\|cannot' said | tail -n 1
+"""
+READY = "until [ -e pid.0 ] && [ -e pid.1 ]; do sleep 0.05; done; sleep 0.5"
+FAULTS = (
+    ("a rank ends with 7", "fail", "until [ -e pid.1 ]; do sleep 0.05; done", "", 1),
+    ("a worker is killed", "wait", READY, "on 1 pkill -KILL -f '[w]orker.py wait' -n", 1),
+    ("the launcher gets SIGINT", "wait", READY, "kill -INT $pid", 1),
+    ("the launcher is killed", "wait", READY, "kill -KILL $pid", 4),
+    ("a host loses its power", "wait", READY, "power 1 off; power 1 on", 2),
+    ("a host is cut off", "wait", READY, "cable 1 down", 32),
+    ("a host is off before", "wait", "power 1 off", "", 0),
+)
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
+    print("| fault | what is said | status | seconds | processes left |\n|---|---|---|---|---|")
+    for fault, what, until, happens, settle in FAULTS:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
+            shutil.copy(WORKER, folder / "worker.py")
+            script = START.format(what=what, until=until, fault=happens, settle=settle)
+            if fault == "a host is off before":
+                script = script.replace("$ONECYCLE", "power 1 off; $ONECYCLE").replace(
+                    "2> said", "> said"
+                )
+            lines = lab(script, folder).out.splitlines()
+        [row] = [line for line in lines if line.startswith("ROW|")]
+        _, status, begin, end, left = row.split("|")
+        seconds = float(end) - float(begin)
+        said = (
+            lines[-1].removeprefix("onecycle launch: ") if not lines[-1].startswith("ROW") else "-"
+        )
+        print(f"| {fault} | {said} | {status} | {seconds:.1f} | {left} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
