@@ -63,12 +63,11 @@ class Engine(Checkpoints, nn.Module):
         self._scaled_losses = 0  # in this window, by `backward` or `scale`
         self._recorder: Recorder | None = None
         self._rehearses = False  # a range test: it leaves nothing behind
-        listens = isinstance(lr_scheduler, FeedbackBinder)
-        hears = isinstance(lr_scheduler, FeedbackBinder) and lr_scheduler.schedule.listens_to
+        hears = lr_scheduler.schedule.listens_to if isinstance(lr_scheduler, FeedbackBinder) else ""
         # Losses of this update, if anybody asks for them.
         self._window: list[Tensor] | None = [] if hears == "loss" else None
         self._metric: Tensor | float | None = None  # until an update is applied that takes it
-        self._rollback = saving.Rollback(config, backend) if listens else None
+        self._rollback = saving.Rollback(config, backend) if hears else None
         self._behind = saving.Behind() if config.checkpoint.behind else None
         self._signals = None
         self._updates_before = 0

@@ -65,7 +65,7 @@ class ShardWriter(StorageWriter):
         stored: set[int] = set()
         for item in plan.items:
             assert item.tensor_data is not None  # values that are no tensors do not come here
-            tensor = planner.resolve_data(item).detach().cpu().contiguous()  # type: ignore[union-attr]
+            tensor = planner.resolve_data(item).detach().cpu().contiguous()  # type: ignore[union-attr]  # BytesIO is for values
             if tensor.data_ptr() in stored:
                 tensor = tensor.clone()  # one that is tied to another: a file has each name's own
             stored.add(tensor.data_ptr())

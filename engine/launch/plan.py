@@ -6,15 +6,14 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 from engine.launch.hostfile import Host, LaunchError
 
-__all__ = ["HostFacts", "LaunchPlan", "NodePlan", "Wanted", "plan_of"]
+__all__ = ["HostFacts", "LaunchPlan", "NodePlan", "Wanted", "masked_json", "plan_of", "ssh_to"]
 
 _PASSED = ("NCCL_*", "GLOO_*", "TORCH_*", "OMP_*", "HF_*", "CUDA_*", "ONECYCLE_*", "PYTHONPATH")
 _NEVER = ("CUDA_VISIBLE_DEVICES",)
@@ -227,13 +226,17 @@ def _environment(
 
 def _transport(wanted: Wanted, host: Host) -> tuple[str, ...]:
     agent = (wanted.python, "-m", "engine.launch.agent")
-    if wanted.is_local:
-        return agent
-    options: Sequence[str] = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=8")
-    own = tuple(part for option in wanted.ssh_options for part in ("-o", option))
+    return agent if wanted.is_local else (*ssh_to(wanted, host), shlex.join(agent))
+
+
+def ssh_to(wanted: Wanted, host: Host) -> tuple[str, ...]:
+    """Return the command that runs the one that is appended to it on a host."""
     # ssh takes the first of an option: the user's own win.
-    alive = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
-    return ("ssh", *own, *options, *alive, host.name, shlex.join(agent))
+    options = (
+        *wanted.ssh_options,
+        *("BatchMode=yes", "ConnectTimeout=8", "ServerAliveInterval=5", "ServerAliveCountMax=3"),
+    )
+    return ("ssh", "-T", *(part for option in options for part in ("-o", option)), host.name)
 
 
 def _masked(name: str, value: str) -> str:
@@ -243,8 +246,3 @@ def _masked(name: str, value: str) -> str:
 def masked_json(plan: LaunchPlan) -> str:
     """Return the plan as indented JSON."""
     return json.dumps(plan.to_json(), indent=1)
-
-
-def absolute(path: str | None) -> str | None:
-    """Return a path that means the same on every host that shares the file system."""
-    return path and str(Path(path).resolve())

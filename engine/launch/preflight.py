@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.launch.hostfile import Host
-from engine.launch.plan import HostFacts, Wanted
+from engine.launch.plan import HostFacts, Wanted, ssh_to
 from engine.launch.probe import probe
 
 __all__ = ["UNREACHABLE", "Verdict", "preflight"]
@@ -47,12 +47,9 @@ def preflight(wanted: Wanted, config: str | None) -> list[Verdict]:
 
 def _ask(wanted: Wanted, host: Host, config: str | None, here: Mapping[str, Any]) -> Verdict:
     remote = shlex.join([wanted.python, "-m", "engine.launch.probe", *([config] if config else [])])
-    command = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5"]
-    for option in wanted.ssh_options:
-        command += ["-o", option]
     try:
         done = subprocess.run(  # noqa: S603  # the user's own ssh
-            [*command, host.name, f"cd {shlex.quote(wanted.cwd)} && {remote}"],
+            [*ssh_to(wanted, host), f"cd {shlex.quote(wanted.cwd)} && {remote}"],
             capture_output=True,
             text=True,
             timeout=_PATIENCE,
