@@ -38,6 +38,8 @@ FAULTS = (
     ("a worker is killed", "wait", READY, "on 1 pkill -KILL -f '[w]orker.py wait' -n", 1),
     ("the launcher gets SIGINT", "wait", READY, "kill -INT $pid", 1),
     ("the launcher is killed", "wait", READY, "kill -KILL $pid", 4),
+    ("torchrun is killed", "wait", READY, "on 1 pkill -KILL -f engine.launch.group", 1),
+    ("an agent is killed", "wait", READY, "on 1 pkill -KILL -f engine.launch.agent", 4),
     ("a host loses its power", "wait", READY, "power 1 off; power 1 on", 2),
     ("a host is cut off", "wait", READY, "cable 1 down", 32),
     ("a host is off before", "wait", "power 1 off", "", 0),

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from engine.commands.arguments import INVALID, OK, USAGE, positive
 from engine.launch.hostfile import Host, LaunchError, read_hostfile, selected
 from engine.launch.plan import HostFacts, Wanted, masked_json, plan_of
 from engine.launch.preflight import UNREACHABLE, preflight
+from engine.launch.probe import free_port
 from engine.launch.runner import ends_with
 from engine.launch.runner import run as run_plan
 from engine.launch.slurm import sbatch_of
@@ -33,6 +35,7 @@ examples:
   onecycle launch --hostfile hostfile --include node0@node1:0,1 train.py
   onecycle launch --hostfile hostfile --dry-run train.py
   onecycle launch --hostfile hostfile --nnodes 1:2 --max-restarts 3 train.py
+  onecycle launch --hostfile hostfile --max-restarts 3 --rejoin train.py
   onecycle launch --nnodes 2 --nproc 8 --write-sbatch job.sbatch train.py
 """
 
@@ -59,6 +62,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--config", metavar="F", help="proved first (default: a .json among ARGS)")
     how.add_argument("--max-restarts", type=int, default=0, metavar="R", help="(default: 0)")
+    how.add_argument(
+        "--rejoin",
+        action="store_true",
+        help="a lost host may come back within --rdzv-timeout; it is called until then",
+    )
     how.add_argument("--timeout", type=positive, default=600, help="seconds a collective may take")
     how.add_argument("--rdzv-timeout", type=positive, default=300, help="to find one another")
     how.add_argument("--port", type=int, default=0, help="of the rendezvous (default: a free one)")
@@ -70,6 +78,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--python", default=sys.executable, metavar="EXE")
     how.add_argument("--ssh-opt", action="append", default=[], metavar="O")
     how.add_argument("--grace", type=positive, default=30, help="seconds to save before a kill")
+    how.add_argument("--bind-cores", action="store_true", help="each rank on cores of its own")
     how.add_argument("--log-dir", metavar="D", help="a file for each rank")
     how.add_argument("--console", choices=["all", "rank0", "none"], default="rank0")
     how.add_argument("--dry-run", action="store_true", help="print the plan; contact no host")
@@ -89,16 +98,21 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if not args.module and not args.no_python and not Path(args.cwd, script[0]).is_file():
         raise FileNotFoundError(2, "there is no such script", script[0])
     hosts, least = _hosts(args)
+    runs_command = args.no_python
+    config = args.config or _config_among(script)
+    if args.bind_cores:
+        script, runs_command = _bound(args, script), True
     wanted = Wanted(
         script=script,
         hosts=hosts,
         is_local=args.hostfile is None,
-        is_command=args.no_python,
-        is_module=args.module,
+        is_command=runs_command,
+        is_module=args.module and not runs_command,
         least_nodes=least,
         max_restarts=args.max_restarts,
         timeout=args.timeout,
         rendezvous_timeout=args.rdzv_timeout,
+        store=_store(args),
         port=args.port,
         interface=args.iface,
         env=_env(args),
@@ -110,7 +124,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         ssh_options=tuple(args.ssh_opt),
         job=f"onecycle-{os.getpid()}-{int(time.time())}",
     )
-    config = args.config or _config_among(script)
     if config and (status := _prove(config, sum(host.size for host in hosts), out)):
         return status
     if args.slurm or args.write_sbatch:
@@ -125,6 +138,21 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         print(masked_json(plan) if args.json else plan.describe(), file=out)
         return OK
     return ends_with(run_plan(plan, args.console, out))
+
+
+def _bound(args: argparse.Namespace, script: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the command of a rank that binds itself to its cores before it begins."""
+    begin = () if args.no_python else (args.python, "-u", *(("-m",) if args.module else ()))
+    return (args.python, "-m", "engine.launch.bound", *begin, *script)
+
+
+def _store(args: argparse.Namespace) -> tuple[str, int] | None:
+    """Return where this process is to keep the rendezvous, if it is."""
+    if not args.rejoin:
+        return None
+    if args.hostfile is None:
+        raise LaunchError("`--rejoin` must come with `--hostfile`; Slurm calls hosts back itself.")
+    return socket.gethostname(), args.port or free_port()
 
 
 def _hosts(args: argparse.Namespace) -> tuple[tuple[Host, ...], int | None]:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +75,12 @@ def main() -> int:
     _prctl(_SUBREAPER)
     told, words = _first_line(sys.stdin.fileno())
     spec = json.loads(told)
-    asked = []
+    with _alone(spec.get("lock")):
+        return _run(spec, words)
+
+
+def _run(spec: dict[str, Any], words: bytes) -> int:
+    asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda caught, _: asked.append(caught))
     job = _Job(spec)
@@ -97,6 +105,19 @@ def main() -> int:
     status = job.process.returncode
     job.kill()
     return status if status >= 0 else 128 - status
+
+
+@contextlib.contextmanager
+def _alone(lock: str | None) -> Iterator[None]:
+    """Wait until the agent that this host had before, cut off from the launcher, has ended."""
+    if lock is None:
+        yield
+        return
+    path = Path(tempfile.gettempdir(), f"{lock}.lock")
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        path.unlink(missing_ok=True)
 
 
 def _first_line(descriptor: int) -> tuple[bytes, bytes]:

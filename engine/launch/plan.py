@@ -37,6 +37,8 @@ class Wanted:
     max_restarts: int = 0
     timeout: int = 600
     rendezvous_timeout: int = 300
+    store: tuple[str, int] | None = None
+    """Where the launcher keeps the rendezvous, so that any host may be lost and come back."""
     port: int = 0
     interface: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
@@ -56,6 +58,8 @@ class HostFacts:
     address: str
     interface: str | None = None
     port: int | None = None
+    launcher: str | None = None
+    """The launcher's address as this host sees it."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class NodePlan:
     ranks: tuple[int, ...]
     devices: tuple[int, ...]
     grace: int
+    lock: str | None = None
+    """Held by one agent of the job: a host that comes back may still have its old one."""
 
     def spec(self) -> dict[str, Any]:
         """Return what the agent is told."""
@@ -81,6 +87,7 @@ class NodePlan:
             "env": dict(self.env),
             "cwd": self.cwd,
             "grace": self.grace,
+            "lock": self.lock,
         }
 
 
@@ -91,6 +98,10 @@ class LaunchPlan:
     nodes: tuple[NodePlan, ...]
     least_nodes: int
     world_size: int
+    store_port: int | None = None
+    """Where the launcher itself keeps the rendezvous; None: the first host does."""
+    patience: int = 0
+    """Seconds that a lost host has to come back; 0: it is not waited for."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON has it, with secrets masked."""
@@ -104,7 +115,12 @@ class LaunchPlan:
             }
             for node in self.nodes
         ]
-        return {"world_size": self.world_size, "least_nodes": self.least_nodes, "nodes": nodes}
+        return {
+            "world_size": self.world_size,
+            "least_nodes": self.least_nodes,
+            "store_port": self.store_port,
+            "nodes": nodes,
+        }
 
     def describe(self) -> str:
         """Return the plan as text: which ranks are where, and a command to paste for each host."""
@@ -141,15 +157,23 @@ def plan_of(
     least = wanted.least_nodes or len(hosts)
     if not 1 <= least <= len(hosts):
         raise LaunchError(f"the least number of hosts must be 1 to {len(hosts)}, but is {least}.")
+    if wanted.store is not None and not wanted.max_restarts:
+        raise LaunchError(
+            "`--rejoin` must come with `--max-restarts`: the ranks that are left start anew when a "
+            "host is lost, and again when it is back."
+        )
     known = {host.name: facts.get(host.name) or HostFacts(host.name) for host in hosts}
     first = known[hosts[0].name]
-    port = wanted.port or first.port or _PORT
+    endpoint = f"{first.address}:{wanted.port or first.port or _PORT}"
+    if wanted.store is not None:
+        endpoint = f"{first.launcher or wanted.store[0]}:{wanted.store[1]}"
     nodes, next_rank = [], 0
     for index, host in enumerate(hosts):
         ranks = tuple(range(next_rank, next_rank + host.size))
         next_rank += host.size
         own = known[host.name]
-        rendezvous = _rendezvous(wanted, first, own, port, is_first=index == 0, least=least)
+        holds_store = index == 0 and wanted.store is None
+        rendezvous = _rendezvous(wanted, endpoint, own, holds_store=holds_store, least=least)
         env = _environment(wanted, host, own, environment)
         nodes.append(
             NodePlan(
@@ -170,23 +194,27 @@ def plan_of(
                 ranks,
                 host.slots,
                 wanted.grace,
+                f"{wanted.job}-{host.name}" if wanted.store else None,
             )
         )
-    return LaunchPlan(tuple(nodes), least, next_rank)
+    if wanted.store is None:
+        return LaunchPlan(tuple(nodes), least, next_rank)
+    patience = wanted.rendezvous_timeout
+    return LaunchPlan(tuple(nodes), least, next_rank, wanted.store[1], patience)
 
 
 def _rendezvous(
-    wanted: Wanted, first: HostFacts, own: HostFacts, port: int, *, is_first: bool, least: int
+    wanted: Wanted, endpoint: str, own: HostFacts, *, holds_store: bool, least: int
 ) -> list[str]:
     count = len(wanted.hosts)
     if count == 1 and wanted.is_local:
         return ["--standalone"]
     nodes = str(count) if least == count else f"{least}:{count}"
     # Told which of them is the host, none has to guess it from names that resolve to loopback.
-    conf = f"is_host={str(is_first).lower()},join_timeout={wanted.rendezvous_timeout}"
+    conf = f"is_host={str(holds_store).lower()},join_timeout={wanted.rendezvous_timeout}"
     return [
         *("--nnodes", nodes),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{first.address}:{port}"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint),
         *("--rdzv-id", wanted.job, "--rdzv-conf", conf, "--local-addr", own.address),
     ]
 

@@ -65,7 +65,7 @@ def _ask(wanted: Wanted, host: Host, config: str | None, here: Mapping[str, Any]
         reached = "answered, but failed" if done.returncode != 255 else "cannot be reached"
         return Verdict(host.name, None, f"{reached}: {said[-1]}")
     there = json.loads(done.stdout.splitlines()[-1])
-    facts = HostFacts(there["address"], there["interface"], there["port"])
+    facts = HostFacts(*(there[name] for name in ("address", "interface", "port", "launcher")))
     return Verdict(host.name, facts, _differences(here, there))
 
 

@@ -15,15 +15,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGES", "probe"]
+__all__ = ["PACKAGES", "free_port", "probe"]
 
 PACKAGES = ("onecycle", "torch", "deepspeed", "numpy")
 _SIOCGIFADDR = 0x8915
 
 
 def probe(config: str | None) -> dict[str, Any]:
-    """Return versions, the address by which the host is reached, a free port, a config's hash."""
-    address = _address()
+    """Return versions, the addresses of both ends of ssh, a free port, a config's hash."""
+    launcher, address = _ends()
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -32,23 +32,29 @@ def probe(config: str | None) -> dict[str, Any]:
     if config is not None:
         path = Path(config)
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
     return {
         "address": address,
+        "launcher": launcher,
         "interface": _interface(address),
-        "port": port,
+        "port": free_port(),
         "versions": versions,
         "config": digest,
         "hostname": socket.gethostname(),
     }
 
 
-def _address() -> str:
-    """Return the address that ssh came to: names may resolve to loopback, as Debian's own do."""
+def free_port() -> int:
+    """Return a port that nothing on this machine listens at."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _ends() -> tuple[str, str]:
+    """Return the addresses that ssh came from and to; names may resolve to loopback."""
     connection = os.environ.get("SSH_CONNECTION", "").split()
-    return connection[2] if len(connection) == 4 else "127.0.0.1"
+    return (connection[0], connection[2]) if len(connection) == 4 else ("127.0.0.1", "127.0.0.1")
 
 
 def _interface(address: str) -> str | None:

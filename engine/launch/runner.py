@@ -26,6 +26,7 @@ NODE_LOST = 75
 
 _SSH_FAILED = 255
 _PING = 5.0
+_AGAIN = 2.0  # seconds until a lost host is called again
 _KEPT = 20  # last lines of each rank
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -107,13 +108,15 @@ class _Run:
         self._outcome: Outcome | None = None
         self._stopping = 0.0
         self._failed_at = -math.inf  # a signal to the launcher comes before all
+        self._lost: dict[str, float] = {}  # since when
+        self._calls: list[tuple[float, NodePlan]] = []  # when to call a lost host again
 
     def outcome(self) -> Outcome:
         with self._signals():
-            nodes = [_Node(node, self._events) for node in self._plan.nodes]
-            alive = list(nodes)
+            store = _store(self._plan.store_port)
+            alive = [_Node(node, self._events) for node in self._plan.nodes]
             pinged = time.monotonic()
-            while alive:
+            while alive or self._calls:
                 with contextlib.suppress(queue.Empty):
                     kind, node, value = self._events.get(timeout=0.1)
                     if kind == "line":
@@ -126,7 +129,17 @@ class _Run:
                     for node in alive:
                         node.tell("ping")
                 self._answer(alive)
+                self._call_back(alive)
+            del store  # the hosts needed it until here
         return self._outcome or Outcome(0)
+
+    def _call_back(self, alive: list[_Node]) -> None:
+        """Call lost hosts again, unless all is to end."""
+        if self._outcome is not None:
+            self._calls.clear()
+        for call in [call for call in self._calls if call[0] <= time.monotonic()]:
+            self._calls.remove(call)
+            alive.append(_Node(call[1], self._events))
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -176,12 +189,26 @@ class _Run:
                 self._failed_at = (node.failure or {})["time"]
             return
         lost = status == _SSH_FAILED and node.failure is None and node.plan.transport[0] == "ssh"
+        if lost and self._waits_for(node.plan):
+            return
         if lost and len(alive) >= self._plan.least_nodes:
             self._print(f"{node.plan.host} was lost; {len(alive)} hosts go on", node.plan.host)
             return
         self._outcome = self._verdict(node, status, lost=lost)
         self._failed_at = (node.failure or {}).get("time", math.inf)
         self._stop(alive)
+
+    def _waits_for(self, node: NodePlan) -> bool:
+        """Note that a host was lost, and whether it is going to be called again."""
+        now = time.monotonic()
+        if self._plan.patience and node.host not in self._lost:
+            self._print(
+                f"{node.host} was lost; it has {self._plan.patience} s to come back", node.host
+            )
+        if now - self._lost.setdefault(node.host, now) >= self._plan.patience:
+            return False
+        self._calls.append((now + _AGAIN, node))
+        return True
 
     def _verdict(self, node: _Node, status: int, *, lost: bool) -> Outcome:
         host = node.plan.host
@@ -199,10 +226,21 @@ class _Run:
 
     def _print(self, line: str, host: str) -> None:
         source = line[1:].partition("]")[0] if line.startswith("[") else ""
+        if ":r" in source:
+            self._lost.pop(host, None)  # its ranks are at work
         self._kept[source if ":r" in source else host].append(line)
         first = source.endswith(":r0") or ":r" not in source
         if self._console == "all" or (self._console == "rank0" and first):
             print(line, file=self._out, flush=True)
+
+
+def _store(port: int | None) -> object:
+    """Keep the rendezvous here, for as long as the result is kept."""
+    if port is None:
+        return None
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public all the same
+
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
 
 
 def ends_with(outcome: Outcome) -> int:

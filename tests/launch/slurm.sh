@@ -15,7 +15,10 @@ printf '%s\n' 'ClusterName=lab' 'SlurmctldHost=hub(10.99.0.1)' 'SlurmUser=root' 
   'JobAcctGatherType=jobacct_gather/none' 'AccountingStorageType=accounting_storage/none' \
   'MpiDefault=none' 'ReturnToService=2' 'SlurmdTimeout=10' 'KillWait=10' 'JobRequeue=1' \
   'SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=2' \
-  'PartitionName=all Nodes=ALL Default=YES State=UP OverSubscribe=EXCLUSIVE' > $SLURM_CONF
+  'PreemptType=preempt/partition_prio' 'PreemptMode=REQUEUE' \
+  'PartitionName=all Nodes=ALL Default=YES State=UP OverSubscribe=EXCLUSIVE PriorityTier=1 GraceTime=30' \
+  'PartitionName=urgent Nodes=ALL State=UP OverSubscribe=EXCLUSIVE PriorityTier=2 PreemptMode=OFF' \
+  > $SLURM_CONF
 for i in $(seq 0 $((count - 1))); do
   echo "NodeName=node$i NodeAddr=10.99.0.1$i CPUs=2 RealMemory=1000 State=UNKNOWN" >> $SLURM_CONF
 done

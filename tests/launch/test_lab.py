@@ -115,6 +115,26 @@ def test_a_killed_launcher_leaves_nothing_behind(folder):
     assert "LEFT" not in done.out, done.out
 
 
+@pytest.mark.parametrize(
+    ("process", "status", "said"),
+    [
+        ("engine.launch.group", 137, "first failure: node1 ended with status 137"),
+        ("engine.launch.agent", 75, "first failure: node1 was lost"),
+    ],
+    ids=["torchrun", "agent"],
+)
+def test_a_part_of_the_launch_killed_alone_ends_all_of_it(folder, process, status, said):
+    done = lab(
+        f"""$ONECYCLE launch --hostfile hosts --grace 3 worker.py wait & pid=$!
+        until [ -e pid.0 ] && [ -e pid.1 ]; do sleep 0.1; done
+        on 1 pkill -KILL -f {process}; wait $pid; s=$?; sleep 4; {LEFT}; exit $s""",
+        folder,
+    )
+    assert done.status == status, done.out
+    assert said in done.out
+    assert "LEFT" not in done.out
+
+
 def test_an_interrupt_of_one_job_leaves_the_other_alone(folder):
     done = lab(
         """$ONECYCLE launch --hostfile hosts worker.py wait & first=$!
@@ -200,6 +220,26 @@ def test_killed_workers_come_back_and_end_where_the_undisturbed_run_does(folder)
     assert all(undisturbed[step] == row for step, *row in rows)
     assert rows[-1][0] == "300"
     assert [int(step) for step, *_ in rows] != list(range(1, 301)), "it was not killed"
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_host_that_is_rebooted_comes_back(folder, lost):
+    """Whichever it is: the rendezvous is the launcher's, not the first host's."""
+    script = ROOT / "tests" / "engine" / "checkpoint_run.py"
+    done = lab(
+        f"""$ONECYCLE launch --hostfile hosts --max-restarts 3 --rejoin --console all {script} \
+        {folder}/run 300 > run.txt & pid=$!
+        until grep -q '\\] 20 ' run.txt; do sleep 0.02; done
+        power {lost} off; sleep 3; power {lost} on; wait $pid""",
+        folder,
+        limit=150,
+    )
+    said = (folder / "run.txt").read_text()
+    assert done.status == 0, done.out + said[-3000:]
+    assert f"node{lost} was lost; it has 300 s to come back" in said
+    rows = {tuple(row) for row in rows_of(folder / "run.txt")}
+    assert len({step for step, *_ in rows}) == len(rows), "it went on from where it had saved"
+    assert {int(step) for step, *_ in rows} >= {*range(280, 301)}
 
 
 def test_a_restarted_rank_that_is_late_finds_the_others(folder):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.cli import main
@@ -19,6 +19,7 @@ from engine.launch.group import FAILURE
 from engine.launch.hostfile import Host, LaunchError, read_hostfile, selected
 from engine.launch.plan import HostFacts, LaunchPlan, Wanted, plan_of
 from engine.launch.runner import run
+from engine.launch.slurm import sbatch_of
 from tests.launch.lab import ROOT
 
 HOSTS = (Host("node0", (0, 1)), Host("node1", (0, 1)))
@@ -74,6 +75,19 @@ def test_restarts_do_not_share_a_store():
     env = plan_of(wanted(max_restarts=2), FACTS, {}).nodes[0].env
     assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in plan_of(WANTED, FACTS, {}).nodes[0].env
+
+
+def test_hosts_that_may_come_back_meet_at_the_launcher():
+    facts = {name: dataclasses.replace(of, launcher="10.0.0.9") for name, of in FACTS.items()}
+    asked = wanted(store=("hub", 4000), max_restarts=2, rendezvous_timeout=60)
+    plan = plan_of(asked, facts, {})
+    for node in plan.nodes:
+        assert flags(node)["--rdzv-endpoint"] == "10.0.0.9:4000"
+        assert "is_host=false" in flags(node)["--rdzv-conf"]
+    assert (plan.store_port, plan.patience) == (4000, 60)
+    assert len({node.spec()["lock"] for node in plan.nodes}) == 2
+    with pytest.raises(LaunchError, match="`--rejoin` must come with `--max-restarts`"):
+        plan_of(wanted(store=("hub", 4000)), facts, {})
 
 
 def test_a_range_of_hosts():
@@ -150,6 +164,64 @@ def test_argv_and_environment_arrive_through_the_agent(argv, env):
     assert env.items() <= seen_env.items()
 
 
+def test_an_agent_waits_for_the_one_that_its_host_had_before(tmp_path):
+    path = tmp_path / "order"
+    first, second = (
+        {"argv": ["sh", "-c", f"{wait} echo {name} >> {path}"], "env": {}, "cwd": str(tmp_path)}
+        | {"host": "h", "grace": 1, "lock": f"test-{os.getpid()}"}
+        for name, wait in (("first", "echo up; sleep 1;"), ("second", ""))
+    )
+    agent = [sys.executable, "-m", "engine.launch.agent"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(agent, **pipes) as old, subprocess.Popen(agent, **pipes) as new:
+        old.stdin.write(json.dumps(first) + "\n")
+        old.stdin.flush()
+        assert old.stdout.readline() == "up\n"
+        new.stdin.write(json.dumps(second) + "\n")
+        new.stdin.flush()
+        assert (new.wait(20), old.wait(20)) == (0, 0)
+    assert path.read_text().split() == ["first", "second"]
+
+
+def commands(folder, **texts):
+    """Put commands of these texts into a folder that is looked into first."""
+    for name, content in texts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{content}\n")
+        (folder / name).chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@given(argv=st.lists(text, max_size=4), env=st.dictionaries(names, text, max_size=2))
+@settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_argv_and_environment_arrive_through_the_job_of_slurm(tmp_path, argv, env):
+    """Slurm's part is played by two commands; the rest is the job's own text."""
+    show = "import json, os, sys; print(json.dumps([sys.argv, dict(os.environ)]))"
+    python = tmp_path / "shows"
+    slurm = commands(
+        tmp_path,
+        scontrol="echo localhost",
+        srun='while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        shows=f'exec {sys.executable} -c {shlex.quote(show)} "$@"',
+    ) | {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURMD_NODENAME": "localhost",
+    }
+    job = sbatch_of(
+        wanted(script=("train.py", *argv), env=env, python=str(python), cwd=str(tmp_path)), {}
+    )
+    done = subprocess.run(
+        ["bash", "-s"], input=job, text=True, capture_output=True, check=True, env=slurm
+    )
+    seen_argv, seen_env = json.loads(done.stdout)
+    assert seen_argv[-len(argv) - 1 :] == ["train.py", *argv]
+    assert env.items() <= seen_env.items()
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -202,6 +274,7 @@ def test_a_wrong_filter(filters, message):
         (["--nnodes", "2", __file__], "several hosts must be in a file"),
         (["--nnodes", "2:x", __file__], "must be a number or MIN:MAX"),
         (["--nproc", "0", __file__], "must be a number from 1 on, or auto"),
+        (["--rejoin", __file__], "`--rejoin` must come with `--hostfile`"),
         (["--env", "NOVALUE", __file__], "must be NAME=VALUE"),
     ],
 )
@@ -251,6 +324,18 @@ def test_the_example_scripts_run_here(tmp_path, name):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core cannot be shared out")
+def test_ranks_have_cores_of_their_own(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text("import os, sys\nprint(sys.argv[1], sorted(os.sched_getaffinity(0)))\n")
+    status, said = launch("--nproc", 2, "--bind-cores", "--console", "all", script, "a b")
+    assert status == 0, said
+    seen = [json.loads(line.partition("a b ")[2]) for line in said.splitlines() if "a b" in line]
+    assert sorted(core for cores in seen for core in cores) == sorted(os.sched_getaffinity(0))
+    assert all(seen)
 
 
 @pytest.mark.slow

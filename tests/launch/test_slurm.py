@@ -19,7 +19,7 @@ $ONECYCLE launch --nnodes 2 --nproc 1 --slurm-opt requeue --slurm-opt time=5 \\
   --write-sbatch job.sbatch {SCRIPT} $PWD/run UPDATES
 job=$(sbatch --parsable -o log.txt job.sbatch)
 """
-BEGUN = "until grep -q '\\] 40 ' log.txt 2> /dev/null; do sleep 0.1; done\n"
+BEGUN = "until grep -q '\\] 20 ' log.txt 2> /dev/null; do sleep 0.1; done\n"
 END = """until_state $job COMPLETED; state $job
 echo restarts $(scontrol show job $job | grep -o 'Restarts=[0-9]*')
 """
@@ -43,18 +43,28 @@ def test_the_job_runs_on_two_nodes(tmp_path):
     assert updates_of(tmp_path) == list(range(1, 61))
 
 
-def test_a_job_that_is_told_to_end_saves_and_goes_on_later(tmp_path):
-    done, said = run(tmp_path, BEGUN + "scancel -s TERM $job.0\nsleep 1\n", 600)
+@pytest.mark.parametrize(
+    "tell",
+    [
+        "scancel -s TERM $job.0\nsleep 1\n",
+        """urgent=$(sbatch --parsable -o urgent.txt -p urgent -N 2 --wrap 'sleep 3')
+        until_state $urgent RUNNING; until_state $urgent COMPLETED
+        """,
+    ],
+    ids=["signal", "preemption"],
+)
+def test_a_job_that_is_told_to_end_saves_and_goes_on_later(tmp_path, tell):
+    done, said = run(tmp_path, BEGUN + tell, 300)
     assert "COMPLETED" in done.out, said
     assert "restarts Restarts=1" in done.out, said
     updates = updates_of(tmp_path)
-    assert updates[-1] == 600
-    assert 0 <= 600 - len(set(updates)) <= 1, "the update in which it ended goes unprinted"
+    assert updates[-1] == 300
+    assert 0 <= 300 - len(set(updates)) <= 1, "the update in which it ended goes unprinted"
     assert len(updates) - len(set(updates)) <= 2, "it went on from where it had saved"
 
 
 def test_a_job_that_loses_a_node_goes_on_when_it_is_back(tmp_path):
     lose = "power 1 off\nsleep 30\npower 1 on\nsleep 1\non 1 slurmd -N node1\n"
-    done, said = run(tmp_path, BEGUN + lose, 600)
+    done, said = run(tmp_path, BEGUN + lose, 300)
     assert "COMPLETED" in done.out, said
-    assert updates_of(tmp_path)[-1] == 600
+    assert updates_of(tmp_path)[-1] == 300
