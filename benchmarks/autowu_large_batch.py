@@ -196,9 +196,13 @@ def tell(rows: dict[str, Any], seeds: int, path: Path, console: Console) -> None
             shown = [" ".join(f"{value:.1f}" for value in cell) or "-" for cell in cells]
             table.add_row(method, *shown)
             means = [statistics.mean(cell) if cell else float("nan") for cell in cells]
-            axis.plot(BATCHES, means, marker="o", label=method)
+            [line] = axis.plot(BATCHES, means, marker="o", label=method)
+            for size, cell in zip(BATCHES, cells, strict=True):
+                axis.scatter([size] * len(cell), cell, s=8, color=line.get_color(), alpha=0.6)
         console.print(table)
         axis.set(xscale="log", xlabel="batch", ylabel="test accuracy %", title=net)
+        axis.set_xticks(BATCHES, [f"{size:,}" for size in BATCHES])
+        axis.minorticks_off()
         axis.set_ylim(bottom=75)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
