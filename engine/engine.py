@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from engine.lr_range.sweep import Recorder
 from engine.monitors import Monitor
 from engine.progress import Counters, Progress
 from schedules import FeedbackBinder, Schedule, bind
+from schedules.feedback import Evidence
 
 __all__ = ["Engine", "MisuseError"]
 
@@ -198,10 +200,26 @@ class Engine(Checkpoints, nn.Module):
                 self._window.clear()
         elif self._window is not None:
             scheduler.step(self._mean_loss())
+            if scheduler.has_switched and self.global_rank == 0:
+                self._draw(scheduler.evidence)
             rollback.follow(scheduler)
         else:
             metric, self._metric = self._metric, None
             scheduler.step(metric=None if metric is None else self.mean(float(metric)))
+
+    def _draw(self, evidence: Evidence | None) -> None:
+        """Draw why a schedule has switched, if it is wanted."""
+        if self.config.report is None or evidence is None:
+            return
+        from engine.plots import draw_decision
+
+        assert self.config.schedule is not None
+        name = self.config.schedule.type_name
+        path = Path(self.config.report) / f"{name.lower()}.png"
+        try:
+            draw_decision(evidence, path, name)
+        except OSError as error:
+            log.warning("%s was not drawn, and training goes on: %s", path, error)
 
     def _mean_loss(self) -> float:
         """Return the mean of this update's losses, over all micro-batches and ranks."""

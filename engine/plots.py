@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from schedules.curves import Curve
+from schedules.feedback import Evidence
 
-__all__ = ["LABELS", "draw", "draw_on_terminal", "panels_of"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["LABELS", "draw", "draw_decision", "draw_on_terminal", "panels_of"]
 
 LABELS = {"lr": "learning rate", "momentum": "momentum", "weight_decay": "weight decay"}
+_LOSS = "loss"
 
 
 def panels_of(columns: Iterable[str]) -> dict[str, list[str]]:
@@ -38,6 +45,7 @@ def draw(
     title: str,
     *,
     curves: Mapping[str, Curve] | None = None,
+    evidence: Evidence | None = None,
     dpi: int = 150,
 ) -> None:
     """Draw columns over the step into a PNG (or SVG, PDF), one panel for each hyperparameter.
@@ -47,15 +55,20 @@ def draw(
         path: where to write; its suffix chooses the format.
         title: what stands above the panels.
         curves: the curves of the columns, whose phases are named in the panels.
+        evidence: why a schedule that listens has switched; drawn below, with the column ``loss`` if
+            there is one.
         dpi: dots an inch.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    panels = panels_of(columns)
-    figure = Figure(figsize=(8, 1.2 + 2.0 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (name, of_panel) in zip(axes, panels.items(), strict=True):
+    panels = panels_of(name for name in columns if evidence is None or name != _LOSS)
+    count = len(panels) + (evidence is not None)
+    figure = Figure(figsize=(8, 1.2 + 2.0 * count), layout="constrained")
+    axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    if evidence is not None:
+        _draw_loss(axes[-1], columns.get(_LOSS, evidence.losses), evidence)
+    for axis, (name, of_panel) in zip(axes, panels.items(), strict=False):
         for column in of_panel:
             values = columns[column]
             # A step's value holds for the whole update: stairs are to look like stairs.
@@ -81,6 +94,38 @@ def draw(
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
+
+
+def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
+    """Draw losses, and what the process behind a decision thinks of those of the warmup."""
+    axis.plot(range(len(losses)), losses, ".", markersize=2, color="tab:blue", alpha=0.4)
+    axis.set_ylabel(_LOSS)
+    axis.grid(alpha=0.3)
+    if evidence.band is None:
+        return
+    band, count = evidence.band, len(evidence.losses)
+    steps = [place * count for place in band.places]
+    axis.plot(steps, band.mean, color="black", linewidth=1.2, label="Gaussian process")
+    axis.fill_between(steps, band.low, band.high, color="black", alpha=0.15, linewidth=0)
+    lowest = min(range(len(steps)), key=lambda place: band.mean[place])
+    axis.axvline(steps[lowest], color="tab:green", linewidth=1, label="its minimum")
+    axis.axvline(evidence.decision.step, color="tab:red", linewidth=1, label="switch")
+    below = min(*band.low, *(loss for loss in losses if math.isfinite(loss)))
+    margin = 0.1 * (max(band.high) - below)
+    axis.set_ylim(below - margin, max(band.high) + margin)  # what explodes is not to hide the rest
+    axis.legend(fontsize="small")
+
+
+def draw_decision(evidence: Evidence, path: Path, title: str) -> None:
+    """Draw the warmup that a decision ended: its learning rate, its losses, and why it did."""
+    step, lr, why, probability = evidence.decision
+    sure = "" if probability is None else f" (probability {probability:.3f})"
+    draw(
+        {"lr": evidence.lrs},
+        path,
+        f"{title}, update {step}: lr {lr:.4g}\n{why}{sure}",
+        evidence=evidence,
+    )
 
 
 def draw_on_terminal(

@@ -10,9 +10,10 @@ from engine.config import ConfigError, Problem, Source, load_document
 from engine.config.check import check
 from engine.config.horizon import horizon_of
 from engine.config.sections import optimizer_name, optimizer_schema, with_defaults
-from schedules import Horizon, Schedule, from_config, trace
-from schedules.feedback import FeedbackSchedule
+from schedules import Horizon, Schedule, from_config
+from schedules.feedback import Evidence, FeedbackSchedule
 from schedules.schedule import Base, Curves
+from schedules.tracing import replay
 
 __all__ = ["Preview", "preview"]
 
@@ -36,8 +37,8 @@ class Preview:
         listens = " on a synthetic loss" if isinstance(self.schedule, FeedbackSchedule) else ""
         return f"{self.schedule.type_name}{listens}"
 
-    def told(self, losses: Sequence[float]) -> dict[str, list[float]]:
-        """Return the columns of a schedule that listens, as it answers to these losses.
+    def told(self, losses: Sequence[float]) -> tuple[dict[str, list[float]], Evidence | None]:
+        """Return what a schedule that listens answers to losses: columns, and why it switched.
 
         Raises:
             ValueError: it listens to none.
@@ -46,10 +47,9 @@ class Preview:
             raise ValueError(  # noqa: TRY004  # it is the config that is wrong
                 f"{self.schedule.type_name} must listen to a loss, but does not."
             )
-        values = trace(
-            self.schedule, len(losses) + 1, base=self.base, horizon=self.horizon, losses=losses
-        )
-        return {name: rows[:, 0].tolist() for name, rows in values.items()}
+        done = replay(self.schedule, losses, base=self.base, horizon=self.horizon)
+        columns = {name: [row[name][0] for row in done.rows] for name in self.schedule.drives}
+        return columns, done.evidence
 
     @property
     def span(self) -> int:

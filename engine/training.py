@@ -171,7 +171,7 @@ def _record(engine: Engine, sweep: Sweep | None) -> None:
         recorder = Recorder(None, math.inf)
         engine.record(recorder, rehearses=False)
         if first:
-            atexit.register(_report, recorder)
+            atexit.register(_report, recorder, Path(engine.config.report or "lr_test"))
         return
     facts = {
         "backend": engine.config.backend.name,
@@ -183,12 +183,12 @@ def _record(engine: Engine, sweep: Sweep | None) -> None:
     engine.record(Recorder(sweep.steps, sweep.divergence, path, facts), rehearses=True)
 
 
-def _report(recorder: Recorder) -> None:
+def _report(recorder: Recorder, folder: Path) -> None:
     from engine.lr_range.report import LRRangeReport
 
     if len(recorder.run.lrs) >= MIN_POINTS:
         report = LRRangeReport((recorder.run,))
-        picture, _ = report.write(Path("lr_test"))
+        picture, _ = report.write(folder)
         found = report.suggestion
         verdict = f"cycle_max_lr {found.max_lr:.2g}" if found.max_lr else f"none: {found.reason}"
         log.info("LR range test: %s; %s", verdict, picture)

@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from schedules.feedback import Decision, FeedbackController
+from schedules.feedback import Band, Decision, Evidence, FeedbackController
 from schedules.gaussian_process import Hyperparameters
 from schedules.history import History
-from schedules.past_minimum import CONFIDENCE, published_test, robust_test
+from schedules.past_minimum import (
+    CONFIDENCE,
+    published_band,
+    published_test,
+    robust_band,
+    robust_test,
+)
 from schedules.plateau import Plateau, PlateauState
 from schedules.schedule import Values
 
@@ -236,6 +242,19 @@ class AutoWURule(FeedbackController[AutoWUState]):
 
     def switched(self, state: AutoWUState) -> bool:
         return state.decision is not None and state.decision.step == state.step
+
+    def evidence(self, before: AutoWUState, loss: float, after: AutoWUState) -> Evidence | None:
+        if after.decision is None:
+            return None
+        losses = np.array([*before.losses, loss])
+        band: Band | None = None
+        if np.isfinite(losses).any():
+            if self._robust:
+                band = robust_band(losses)
+            elif after.fit is not None:
+                band = published_band(losses, after.fit)
+        lrs = [self._warm(step) for step in range(losses.size)]
+        return Evidence(after.decision, lrs, losses.tolist(), band)
 
     def warning(self) -> str | None:
         """Return what is wrong with a run like this one, if anything is."""

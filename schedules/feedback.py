@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from schedules.curves import Curve, from_function
 from schedules.durations import Horizon
 from schedules.schedule import Base, Controller, Curves, Schedule
 
-__all__ = ["Decision", "FeedbackController", "FeedbackSchedule"]
+__all__ = ["Band", "Decision", "Evidence", "FeedbackController", "FeedbackSchedule"]
 
 S = TypeVar("S")
 
@@ -27,6 +28,28 @@ class Decision(NamedTuple):
     """How sure it was; None where no probability was in it."""
 
 
+class Band(NamedTuple):
+    """What a Gaussian process thinks the loss is: its mean, and two deviations to either side."""
+
+    places: Sequence[float]
+    """Shares of the losses that it has seen, 0 to 1."""
+    mean: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+class Evidence(NamedTuple):
+    """What a decision rests on, to be looked at."""
+
+    decision: Decision
+    lrs: Sequence[float]
+    """Learning rates of the updates before it, of the first group."""
+    losses: Sequence[float]
+    """Their losses."""
+    band: Band | None
+    """None if no test has been made."""
+
+
 class FeedbackController(Controller[S]):
     """A rule that listens, with an explicit state that JSON carries as ``to_json`` has it."""
 
@@ -41,6 +64,17 @@ class FeedbackController(Controller[S]):
     @abstractmethod
     def switched(self, state: S) -> bool:
         """Return whether the update just counted ended the warmup."""
+
+    def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
+        """Return what the switch rests on that took place between two states.
+
+        Args:
+            before: the state that was told the loss.
+            loss: what it was told.
+            after: the state that `update` made of them.
+        """
+        del before, loss, after
+        return None
 
     @abstractmethod
     def warning(self) -> str | None:

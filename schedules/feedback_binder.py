@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from schedules.attached import AttachedSchedule
 from schedules.durations import Horizon
-from schedules.feedback import Decision, FeedbackSchedule
+from schedules.feedback import Decision, Evidence, FeedbackSchedule
 from schedules.param_groups import slots_of
 from schedules.schedule import Fault, ScheduleError
 
@@ -54,6 +54,8 @@ class FeedbackBinder(AttachedSchedule):
         if warning := self._rule.warning():
             warnings.warn(warning, stacklevel=3)
         self.remember_base()
+        self.evidence: Evidence | None = None
+        """What the switch of this process's life rests on."""
         self._go_to(self._rule.init(), 0)
 
     def step(
@@ -69,12 +71,16 @@ class FeedbackBinder(AttachedSchedule):
         Raises:
             ValueError: the loss is missing, or is not one number.
         """
-        told = metric if self.schedule.listens_to == "metric" and metric is not None else loss
-        state = self._rule.update(self._state, _number(told))
+        told = _number(
+            metric if self.schedule.listens_to == "metric" and metric is not None else loss
+        )
+        before, state = self._state, self._rule.update(self._state, told)
         self._go_to(state, self.last_epoch + 1)
         if self._rule.switched(state):
             decided = self._rule.decision(state)
             assert decided is not None
+            assert told is not None
+            self.evidence = self._rule.evidence(before, told, state)
             sure = (
                 "" if decided.probability is None else f" (probability {decided.probability:.3f})"
             )

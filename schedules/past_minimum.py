@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from schedules.feedback import Band
 from schedules.gaussian_process import (
     Data,
     Hyperparameters,
@@ -26,7 +27,15 @@ from schedules.gaussian_process import (
     solve_ratio,
 )
 
-__all__ = ["Draw", "Published", "Robust", "published_test", "robust_test"]
+__all__ = [
+    "Draw",
+    "Published",
+    "Robust",
+    "published_band",
+    "published_test",
+    "robust_band",
+    "robust_test",
+]
 
 Array = NDArray[np.float64]
 
@@ -92,6 +101,18 @@ def published_test(losses: Array, fit: Hyperparameters, draw: Draw) -> Published
     return Published(probabilities, argmins, fit)
 
 
+def published_band(losses: Array, fit: Hyperparameters) -> Band:
+    """Return what the process of `published_test` thinks of the losses, given all of them.
+
+    Args:
+        losses: in their order; at least one is finite.
+        fit: that of the test.
+    """
+    finite = np.isfinite(losses)
+    x = np.arange(losses.size)[finite] / losses.size
+    return _band(Posterior.of(gathered(x, losses[finite]), fit, _basis(_GRID)))
+
+
 class Robust(NamedTuple):
     """What the robust test found."""
 
@@ -117,19 +138,7 @@ def robust_test(losses: Array) -> Robust:
     Args:
         losses: all of the warmup so far, in their order; at least 8.
     """
-    y = _compressed(np.asarray(losses, float))
-    count = y.size
-    bins = np.arange(count) * min(count, _BINS) // count
-    weights = np.bincount(bins).astype(float)
-    means = np.bincount(bins, y) / weights
-    x = np.bincount(bins, (np.arange(count) + 0.5) / count) / weights
-    within = float(y @ y - weights @ means**2)
-    constant = np.full((x.size, 1), _CONSTANT)
-    basis = np.hstack([features(x), constant])
-    data = Data.of(basis, means, weights)
-    by = solve_ratio(data, within)
-    ends = np.hstack([_basis(_ROBUST_GRID), np.full((_ROBUST_GRID, 1), _CONSTANT)])
-    posterior = Posterior.of(data, by, ends)
+    posterior = _robust_posterior(_Compression.of(losses)(losses))
     return Robust(
         _certainty(posterior, -1, _ROBUST_FLOOR),
         _certainty(posterior, 0, _ROBUST_FLOOR),
@@ -137,25 +146,70 @@ def robust_test(losses: Array) -> Robust:
     )
 
 
-def _compressed(y: Array) -> Array:
-    finite = np.isfinite(y)
-    if not finite.any():
-        return np.zeros(y.size)
-    first = y[: max(4, y.size // 20)]
-    start = float(np.median(first[np.isfinite(first)])) if np.isfinite(first).any() else math.inf
-    high = np.where(finite, y, np.inf)
-    blocks = min(20, max(1, y.size // 3))
-    length = y.size // blocks
-    low = float(np.median(high[-blocks * length :].reshape(blocks, length), axis=1).min())
-    if not math.isfinite(low):
-        low = float(y[finite].min())
-    spread = start - low
-    if not 0 < spread < math.inf:
-        below, above = np.quantile(y[finite], (0.1, 0.9))
-        spread = float(above - below) or 1.0
-    y = np.clip(np.where(finite, y, np.inf), low - 2 * spread, low + 2 * spread)
-    y = np.arcsinh((y - np.quantile(y, 0.05)) / (0.1 * spread)) / math.asinh(10)
-    return np.asarray(y - y.mean())
+def robust_band(losses: Array) -> Band:
+    """Return what the process of `robust_test` thinks of the losses, in their own unit."""
+    compression = _Compression.of(losses)
+    return _band(_robust_posterior(compression(losses)), compression.inverse)
+
+
+def _robust_posterior(y: Array) -> Posterior:
+    count = y.size
+    bins = np.arange(count) * min(count, _BINS) // count
+    weights = np.bincount(bins).astype(float)
+    means = np.bincount(bins, y) / weights
+    x = np.bincount(bins, (np.arange(count) + 0.5) / count) / weights
+    within = float(y @ y - weights @ means**2)
+    constant = np.full((x.size, 1), _CONSTANT)
+    data = Data.of(np.hstack([features(x), constant]), means, weights)
+    grid = np.hstack([_basis(_ROBUST_GRID), np.full((_ROBUST_GRID, 1), _CONSTANT)])
+    return Posterior.of(data, solve_ratio(data, within), grid)
+
+
+class _Compression(NamedTuple):
+    """Losses clipped around their lowest and compressed by asinh, with mean 0."""
+
+    low: float
+    high: float
+    origin: float
+    unit: float
+    mean: float
+
+    @classmethod
+    def of(cls, losses: Array) -> _Compression:
+        y = np.asarray(losses, float)
+        finite = np.isfinite(y)
+        if not finite.any():
+            return cls(0.0, 0.0, 0.0, 1.0, 0.0)
+        first = y[: max(4, y.size // 20)]
+        start = (
+            float(np.median(first[np.isfinite(first)])) if np.isfinite(first).any() else math.inf
+        )
+        high = np.where(finite, y, np.inf)
+        blocks = min(20, max(1, y.size // 3))
+        length = y.size // blocks
+        low = float(np.median(high[-blocks * length :].reshape(blocks, length), axis=1).min())
+        if not math.isfinite(low):
+            low = float(y[finite].min())
+        spread = start - low
+        if not 0 < spread < math.inf:
+            below, above = np.quantile(y[finite], (0.1, 0.9))
+            spread = float(above - below) or 1.0
+        clips = cls(low - 2 * spread, low + 2 * spread, 0.0, 0.1 * spread, 0.0)
+        origin = float(np.quantile(clips._clipped(y), 0.05))
+        centred = clips._replace(origin=origin)
+        return centred._replace(mean=float(centred(y).mean()))
+
+    def __call__(self, losses: Array) -> Array:
+        scaled = (self._clipped(losses) - self.origin) / self.unit
+        return np.asarray(np.arcsinh(scaled) / math.asinh(10) - self.mean)
+
+    def _clipped(self, losses: Array) -> Array:
+        y = np.asarray(losses, float)
+        return np.clip(np.where(np.isfinite(y), y, np.inf), self.low, self.high)
+
+    def inverse(self, compressed: Array) -> Array:
+        scaled = np.sinh((compressed + self.mean) * math.asinh(10))
+        return np.asarray(scaled * self.unit + self.origin)
 
 
 @functools.cache
@@ -173,3 +227,9 @@ def _certainty(posterior: Posterior, place: int, floor: float) -> float:
 
 def _argmin(posterior: Posterior) -> float:
     return int(np.argmin(posterior.mean)) / (posterior.mean.size - 1)
+
+
+def _band(posterior: Posterior, unit: Callable[[Array], Array] = np.asarray) -> Band:
+    margin = 2 * np.sqrt(posterior.variance)
+    mean, low, high = (unit(posterior.mean + sign * margin).tolist() for sign in (0, -1, 1))
+    return Band(np.linspace(0, 1, posterior.mean.size).tolist(), mean, low, high)

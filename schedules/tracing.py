@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from schedules.durations import Horizon
-from schedules.feedback import FeedbackSchedule
+from schedules.feedback import Evidence, FeedbackSchedule
 from schedules.registry import from_config
 from schedules.schedule import Base, Schedule, Values
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["trace"]
+__all__ = ["Replay", "replay", "trace"]
 
 
 def trace(
@@ -51,7 +52,12 @@ def trace(
     groups = len(given["lr"])
     defaults: Base = {"momentum": (0.9,) * groups, "weight_decay": (0.0,) * groups}
     if losses is not None and isinstance(schedule, FeedbackSchedule):
-        rows = _told(schedule, {**defaults, **given}, horizon, steps, losses)
+        told = itertools.islice(losses, steps - 1)
+        rows = replay(schedule, told, base={**defaults, **given}, horizon=horizon).rows
+        if len(rows) < steps:
+            raise ValueError(
+                f"there must be a loss for each of {steps - 1} updates, but {len(rows) - 1} are."
+            )
         return {name: np.array([row[name] for row in rows]) for name in schedule.drives}
     curves = schedule.bind({**defaults, **given}, horizon).curves
     values = {}
@@ -62,23 +68,36 @@ def trace(
     return values
 
 
-def _told(
+class Replay(NamedTuple):
+    """What a schedule that listens does on recorded losses."""
+
+    rows: list[Values]
+    """Of each update, and of the one that would come after the last loss."""
+    evidence: Evidence | None
+    """What its switch rests on, if there is one."""
+
+
+def replay(
     schedule: FeedbackSchedule[Any],
-    base: Base,
-    horizon: Horizon | None,
-    steps: int,
     losses: Iterable[float],
-) -> list[Values]:
+    *,
+    base: Base,
+    horizon: Horizon | None = None,
+) -> Replay:
+    """Tell a schedule recorded losses, in their order.
+
+    Args:
+        schedule: one that listens.
+        losses: of each update, or the metrics.
+        base: all that it drives, one value a param group.
+        horizon: the run, where durations are time strings or are scaled.
+    """
     rule = schedule.control(base, horizon)
     state = rule.init()
-    rows = [rule.values(state)]
+    rows, evidence = [rule.values(state)], None
     for loss in losses:
-        if len(rows) >= steps:
-            break
-        state = rule.update(state, float(loss))
+        before, state = state, rule.update(state, float(loss))
         rows.append(rule.values(state))
-    if len(rows) < steps:
-        raise ValueError(
-            f"there must be a loss for each of {steps - 1} updates, but {len(rows) - 1} are."
-        )
-    return rows[:steps]
+        if rule.switched(state):
+            evidence = rule.evidence(before, float(loss), state)
+    return Replay(rows, evidence)

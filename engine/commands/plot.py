@@ -73,7 +73,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from engine.preview import preview
 
     shown = preview(args.file, steps_per_epoch=args.steps_per_epoch)
-    told = shown.told(_losses(args.losses)) if args.losses else {}
+    losses = _losses(args.losses) if args.losses else []
+    told, evidence = shown.told(losses) if args.losses else ({}, None)
     steps = args.steps or len(next(iter(told.values()), ())) or shown.span
     if args.csv:
         header = ",".join(("step", *(told or shown.columns)))
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         title = f"{shown.title} of {args.file}"
         if told:
             columns, curves = {name: of[:steps] for name, of in told.items()}, {}
+            columns["loss"] = losses[:steps]
             title = f"{shown.schedule.type_name} of {args.file} on the losses of {args.losses}"
         title = " and ".join((title, *args.compare))
         if args.terminal:
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
                 draw_on_terminal(columns, title, curves=curves, size=size, colour=colour), file=out
             )
             return OK
-        draw(columns, path, title, curves=curves)
+        draw(columns, path, title, curves=curves, evidence=evidence)
         if args.csv != "-":
             print(f"{path}: {steps} updates of {shown.schedule.type_name}", file=out)
     return OK

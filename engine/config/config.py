@@ -107,6 +107,8 @@ class Config:
     dataloader_drop_last: bool
     seed: int
     steps_this_run: int | None
+    report: str | None
+    """Folder for pictures of what a schedule has found out."""
     checkpoint: CheckpointPlan
     monitors: Mapping[str, Mapping[str, Any]]
     """The sections ``tensorboard``, ``csv_monitor`` and ``wandb``."""
@@ -125,6 +127,7 @@ class Config:
             monitors=silent,
             steps_per_print=None,
             steps_this_run=None,
+            report=None,
         )
 
     def horizon(self, steps_per_epoch: float | None) -> Horizon:
@@ -214,6 +217,7 @@ def _resolve(document: Document, world_size: int, overrides: Sequence[Override])
         dataloader_drop_last=value["dataloader_drop_last"],
         seed=value["engine"].pop("seed"),
         steps_this_run=value["engine"].pop("steps_this_run"),
+        report=value["engine"].pop("report"),
         overrides=tuple(overrides),
         checkpoint=_checkpoint_plan(value["engine"]["checkpoint"]),
         monitors={name: value[name] for name in ("tensorboard", "csv_monitor", "wandb")},

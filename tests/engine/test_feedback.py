@@ -66,6 +66,26 @@ def test_rollback_goes_back_to_the_weights_of_the_lowest_loss():
     assert trainer.get_lr()[0] == pytest.approx(trainer.lr_scheduler.decision.lr)
 
 
+def test_the_decision_is_drawn_where_a_report_is_wanted(tmp_path):
+    trainer = start(engine={"report": str(tmp_path / "report")})
+    train(trainer, 200)
+    assert (tmp_path / "report" / "autowu.png").read_bytes().startswith(b"\x89PNG")
+    evidence = trainer.lr_scheduler.evidence
+    assert evidence.decision == trainer.lr_scheduler.decision
+    assert len(evidence.losses) == evidence.decision.step
+    lowest = min(zip(evidence.band.mean, evidence.band.places, strict=True))[1]
+    lr = evidence.lrs[0] * (evidence.lrs[-1] / evidence.lrs[0]) ** lowest
+    assert lr == pytest.approx(evidence.decision.lr, rel=1e-6)
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+    (tmp_path / "report").write_text("a file")
+    trainer = start(engine={"report": str(tmp_path / "report")})
+    train(trainer, 200)
+    assert trainer.lr_scheduler.decision is not None
+    assert "was not drawn, and training goes on" in caplog.text
+
+
 def test_skipped_updates_do_not_move_it():
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 4}}
     plain = train(start(**fp16), 60)

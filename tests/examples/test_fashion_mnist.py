@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.config import validate
+
 FOLDER = Path(__file__).parent.parent.parent / "examples" / "fashion_mnist"
 
 
@@ -24,6 +26,11 @@ def demo(tmp_path, *arguments, **environment):
         timeout=300,
         check=False,
     )
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.parent.glob("*/*.json")), ids=lambda path: path.name)
+def test_every_config_is_right(path):
+    assert validate(path) == []
 
 
 def write_idx(path, array):

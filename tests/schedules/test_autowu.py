@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel
+from threadpoolctl import threadpool_limits
 
 import schedules
 from schedules import trace
@@ -270,8 +271,28 @@ def test_a_decision_costs_a_few_milliseconds():
         (lambda y: published_test(y, Hyperparameters.initial(), lambda n, k: np.arange(k)), 0.02),
     ):
         times = []
-        for _ in range(9):
-            begin = time.process_time()
-            test(losses)
-            times.append(time.process_time() - begin)
+        with threadpool_limits(1):  # waiting for a core that others use is no cost of the test's
+            for _ in range(9):
+                begin = time.process_time()
+                test(losses)
+                times.append(time.process_time() - begin)
         assert min(times) < most
+
+
+@pytest.mark.parametrize(("test", "unit"), [("reference", 1.0), ("robust", 1.0), ("robust", 1e3)])
+def test_the_band_lies_around_the_loss(test, unit):
+    """In the loss's own unit, whatever the test has made of it (the reference's is that unit)."""
+    random = np.random.default_rng(0)
+    scheduler = attached(steps_per_epoch=10, total_epochs=60, test=test)
+    step = 0
+    while scheduler.evidence is None:
+        share = step / 300
+        truth = 1 + 4 * (share - 0.5) ** 2
+        scheduler.step(unit * (truth + 0.02 * random.standard_normal()))
+        step += 1
+    band, count = scheduler.evidence.band, len(scheduler.evidence.losses)
+    truth = unit * (1 + 4 * (np.array(band.places) * count / 300 - 0.5) ** 2)
+    mean, low, high = (np.array(line) for line in band[1:])
+    assert ((low <= truth) & (truth <= high))[5:-5].mean() > 0.85
+    assert np.abs(mean - truth).max() < 0.05 * unit
+    assert (high - low).max() < 0.3 * unit
