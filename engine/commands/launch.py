@@ -54,7 +54,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--exclude", default="", metavar="H", help="the same: all but these")
     where.add_argument("--nproc", default="auto", metavar="N", help="processes a host (auto: GPUs)")
     where.add_argument("--nnodes", metavar="N|MIN:MAX", help="hosts; a range: some may be lost")
-    where.add_argument("--slurm", action="store_true", help="submit it as a Slurm job")
+    where.add_argument(
+        "--slurm",
+        action="store_true",
+        help="submit it as a Slurm job; inside of one, run it",
+    )
     where.add_argument("--write-sbatch", type=Path, metavar="F", help="write that job's script")
     where.add_argument(
         "--slurm-opt", action="append", default=[], metavar="K=V", help="an #SBATCH option"
@@ -152,7 +156,10 @@ def _store(args: argparse.Namespace) -> tuple[str, int] | None:
         return None
     if args.hostfile is None:
         raise LaunchError("`--rejoin` must come with `--hostfile`; Slurm calls hosts back itself.")
-    return socket.gethostname(), args.port or free_port()
+    port = free_port(args.port)
+    if port is None:
+        raise LaunchError(f"port {args.port} is taken here; give another `--port`.")
+    return socket.gethostname(), port
 
 
 def _hosts(args: argparse.Namespace) -> tuple[tuple[Host, ...], int | None]:
@@ -264,6 +271,8 @@ def _slurm(args: argparse.Namespace, wanted: Wanted, out: TextIO) -> int:
     if args.dry_run:
         print(json.dumps({"sbatch": text}) if args.json else text, file=out)
         return OK
+    if "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
+        return subprocess.run(["bash", "-c", text], check=False).returncode  # noqa: S603, S607
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise LaunchError("there is no sbatch here; write the job with --write-sbatch instead.")

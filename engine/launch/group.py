@@ -6,7 +6,9 @@ failed first (128 + n for a signal), and its last line on standard error says wh
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from typing import Any
 
@@ -28,15 +30,24 @@ def main(arguments: list[str]) -> int:
         rank, failure = error.get_first_failure()
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         _tell({"rank": rank, "status": status, "time": failure.timestamp})
-        return status
+        return _noted(status)
     except SignalException as error:
-        return 128 + int(error.sigval)
+        return _noted(128 + int(error.sigval))
     except Exception as error:  # noqa: BLE001  # rendezvous has many of its own
         timed_out = "Timeout" in type(error).__name__
         status = 124 if timed_out else 1
         _tell({"rank": None, "status": status, "why": f"{type(error).__name__}: {error}"})
-        return status
+        return _noted(status)
     return 0
+
+
+def _noted(status: int) -> int:
+    """Write the status where the job of Slurm looks for it, unless another host was first."""
+    path = os.environ.get("ONECYCLE_FAILURE")
+    if path:
+        with contextlib.suppress(OSError), open(path, "x") as file:  # noqa: PTH123  # "x" is the point
+            file.write(f"{status}\n")
+    return status
 
 
 def _tell(failure: dict[str, Any]) -> None:

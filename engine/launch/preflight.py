@@ -46,7 +46,9 @@ def preflight(wanted: Wanted, config: str | None) -> list[Verdict]:
 
 
 def _ask(wanted: Wanted, host: Host, config: str | None, here: Mapping[str, Any]) -> Verdict:
-    remote = shlex.join([wanted.python, "-m", "engine.launch.probe", *([config] if config else [])])
+    first = host is wanted.hosts[0] and wanted.store is None
+    arguments = [str(wanted.port if first else 0), *([config] if config else [])]
+    remote = shlex.join([wanted.python, "-m", "engine.launch.probe", *arguments])
     try:
         done = subprocess.run(  # noqa: S603  # the user's own ssh
             [*ssh_to(wanted, host), f"cd {shlex.quote(wanted.cwd)} && {remote}"],
@@ -66,10 +68,11 @@ def _ask(wanted: Wanted, host: Host, config: str | None, here: Mapping[str, Any]
         return Verdict(host.name, None, f"{reached}: {said[-1]}")
     there = json.loads(done.stdout.splitlines()[-1])
     facts = HostFacts(*(there[name] for name in ("address", "interface", "port", "launcher")))
-    return Verdict(host.name, facts, _differences(here, there))
+    taken = [] if there["port"] else [f"port {wanted.port} is taken there; give another `--port`"]
+    return Verdict(host.name, facts, "; ".join([*taken, *_differences(here, there)]))
 
 
-def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     names = sorted({*here["versions"], *there["versions"]})
     pairs: Sequence[tuple[str, Any, Any]] = [
         (name, here["versions"].get(name), there["versions"].get(name)) for name in names
@@ -82,4 +85,4 @@ def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
     if here["config"] != there["config"]:
         missing = there["config"] == "missing"
         other.append("the config is missing there" if missing else "the config is another one")
-    return "; ".join(other)
+    return other

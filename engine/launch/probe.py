@@ -21,8 +21,13 @@ PACKAGES = ("onecycle", "torch", "deepspeed", "numpy")
 _SIOCGIFADDR = 0x8915
 
 
-def probe(config: str | None) -> dict[str, Any]:
-    """Return versions, the addresses of both ends of ssh, a free port, a config's hash."""
+def probe(config: str | None, port: int = 0) -> dict[str, Any]:
+    """Return versions, the addresses of both ends of ssh, a free port, a config's hash.
+
+    Args:
+        config: a file, by its path here.
+        port: the one that has to be free, which is None in the answer if it is not; 0: any.
+    """
     launcher, address = _ends()
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -36,17 +41,22 @@ def probe(config: str | None) -> dict[str, Any]:
         "address": address,
         "launcher": launcher,
         "interface": _interface(address),
-        "port": free_port(),
+        "port": free_port(port),
         "versions": versions,
         "config": digest,
         "hostname": socket.gethostname(),
     }
 
 
-def free_port() -> int:
-    """Return a port that nothing on this machine listens at."""
+def free_port(wanted: int = 0) -> int | None:
+    """Return a port that nothing on this machine listens at: the wanted one, if that is free."""
     with socket.socket() as free:
-        free.bind(("", 0))
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does
+        try:
+            free.bind(("", wanted))
+            free.listen()
+        except OSError:
+            return None
         port: int = free.getsockname()[1]
         return port
 
@@ -69,4 +79,4 @@ def _interface(address: str) -> str | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(probe(sys.argv[1] if len(sys.argv) > 1 else None)))
+    print(json.dumps(probe(sys.argv[2] if len(sys.argv) > 2 else None, int(sys.argv[1]))))

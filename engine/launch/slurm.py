@@ -19,6 +19,8 @@ export FIRST_ADDRESS=$(getent ahostsv4 "$first" | awk 'NR == 1 {{ print $1 }}')
 export RDZV_PORT=$((20000 + SLURM_JOB_ID % 20000))
 {exports}
 cd {cwd} || exit 1
+export ONECYCLE_FAILURE="$PWD/.onecycle-$SLURM_JOB_ID"
+rm -f "$ONECYCLE_FAILURE"
 
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
   address=$(getent ahostsv4 "$SLURMD_NODENAME" | awk "NR == 1 {{ print \\$1 }}")
@@ -30,6 +32,9 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bas
     --rdzv-conf "is_host=$is_host,join_timeout={timeout}" --local-addr "$address" "$@"
 ' {command}
 status=$?
+# srun tells the last status, that of a task it has killed; the first is the one to know.
+[ -s "$ONECYCLE_FAILURE" ] && read -r status < "$ONECYCLE_FAILURE"
+rm -f "$ONECYCLE_FAILURE"
 {requeue}exit $status
 """
 

@@ -33,6 +33,7 @@ Array = NDArray[np.float64]
 _CERTAIN = 7.0
 _BANDWIDTHS = (0.015, 0.025, 0.04, 0.06, 0.09, 0.13)  # shares of the sweep
 _MOST_POINTS = 400
+_BASIN = 0.05  # share of the descent
 _SPIKE = 5.0  # standard deviations off the median of its neighbours
 
 
@@ -77,7 +78,7 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     its width chosen by generalized cross-validation. Then
 
     - end of descent: where nine tenths of the descent are behind;
-    - minimum: where the loss is lowest;
+    - minimum: the middle of the basin in which the loss is lowest, to a twentieth of the descent;
     - divergence / 10: a tenth of where all that was gained is lost again, or the sweep was ended;
     - steepest: where the loss falls most for a given factor of the learning rate;
     - valley: half-way, in log(lr), between the first and the last tenth of the descent;
@@ -226,7 +227,7 @@ def _read(curve: Smoothed, burst: float | None) -> Suggestion:
     lost = np.flatnonzero(loss[low:] >= loss[low] + 0.9 * fall)
     turns = lost.size > 0 or burst is not None or low < x.size - 2
     if turns:
-        rules["minimum"] = x[low]
+        rules["minimum"] = _middle_of_basin(x, loss, loss[low] + _BASIN * fall)
     if lost.size:
         rules["divergence / 10"] = x[low + int(lost[0])] - 1
     elif burst is not None:
@@ -237,6 +238,18 @@ def _read(curve: Smoothed, burst: float | None) -> Suggestion:
         # Where it lies before the descent, nothing is learnt.
         rules["minimum / 10"] = max(x[low] - 1, x[begin])
     return Suggestion(10**middle, "", _powers(rules), curve)
+
+
+def _middle_of_basin(x: Array, loss: Array, shore: float) -> float:
+    """Return the middle of the stretch around the minimum where the loss is below the shore.
+
+    The very lowest point of a flat basin is chosen by the noise, and its middle is not.
+    """
+    low = int(np.argmin(loss))
+    above = np.flatnonzero(loss > shore)
+    left = above[above < low].max(initial=-1) + 1
+    right = above[above > low].min(initial=x.size) - 1
+    return float(x[left] + x[right]) / 2
 
 
 def _powers(logarithms: Mapping[str, float]) -> dict[str, float]:

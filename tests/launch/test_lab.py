@@ -186,6 +186,18 @@ def test_another_config_there_is_a_verdict(folder):
     assert "node1: the config is another one" in done.out
 
 
+def test_a_port_that_is_taken_is_a_verdict(folder):
+    done = lab(
+        """on 0 python3 -m http.server --bind 0.0.0.0 29513 &
+        until on 0 bash -c 'exec 3<> /dev/tcp/10.99.0.10/29513' 2> /dev/null; do sleep 0.1; done
+        $ONECYCLE launch --hostfile hosts --port 29513 worker.py wait""",
+        folder,
+    )
+    assert done.status == 69, done.out
+    assert "node0: port 29513 is taken there; give another `--port`" in done.out
+    assert "node1:" not in done.out
+
+
 def test_the_printed_plan_run_by_hand_is_the_job(folder):
     done = lab(
         """$ONECYCLE launch --hostfile hosts --dry-run --port 29511 worker.py sum > plan

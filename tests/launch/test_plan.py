@@ -356,6 +356,17 @@ def test_a_local_launch_tells_of_the_first_failure(tmp_path):
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 1
 
 
+@pytest.mark.slow
+def test_a_rank_that_leaves_the_others_in_a_collective_ends_the_launch(tmp_path, capsys):
+    """It ends with 0; the rank that waits for it fails, and is the one to be named."""
+    begin = time.monotonic()
+    worker = Path(__file__).with_name("worker.py")
+    status, _ = launch("--nproc", 2, "--cwd", tmp_path, worker, "leave")
+    assert status == 1
+    assert "first failure: rank 0 on localhost ended with 1" in capsys.readouterr().err
+    assert time.monotonic() - begin < 60
+
+
 def test_the_agent_hears_what_came_with_the_job():
     spec = {"host": "h", "argv": ["sleep", "30"], "env": {}, "cwd": "/", "grace": 1}
     begin = time.monotonic()

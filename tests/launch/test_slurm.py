@@ -1,5 +1,6 @@
 """The sbatch job on a real Slurm in the lab: to its end, preempted, and robbed of a node."""
 
+import json
 import os
 import shutil
 
@@ -41,6 +42,32 @@ def test_the_job_runs_on_two_nodes(tmp_path):
     done, said = run(tmp_path, "", 60)
     assert "COMPLETED" in done.out, said
     assert updates_of(tmp_path) == list(range(1, 61))
+
+
+def test_a_launch_in_an_allocation_runs_there(tmp_path):
+    worker = ROOT / "tests" / "launch" / "worker.py"
+    script = f""". {ROOT}/tests/launch/slurm.sh
+    salloc -N 2 $ONECYCLE launch --slurm --nnodes 2 --nproc 1 {worker} say 'a  b' "it's"
+    salloc -N 2 $ONECYCLE launch --slurm --nnodes 2 --nproc 1 {worker} fail; echo status $?
+    """
+    done = lab(script, tmp_path)
+    said = [line.partition("] ")[2] for line in done.out.splitlines() if '"argv"' in line]
+    assert sorted(json.loads(line)["rank"] for line in said) == [0, 1], done.out
+    assert all(json.loads(line)["argv"] == ["a  b", "it's"] for line in said)
+    assert "status 7" in done.out
+
+
+def test_a_job_that_fails_has_its_ranks_status_and_is_not_queued_again(tmp_path):
+    """Though srun ends with that of the task on the other node, which it kills."""
+    script = f""". {ROOT}/tests/launch/slurm.sh
+    $ONECYCLE launch --nnodes 2 --nproc 1 --slurm-opt requeue --write-sbatch job.sbatch \\
+      {ROOT}/tests/launch/worker.py fail
+    job=$(sbatch --parsable -o log.txt job.sbatch); until_state $job FAILED
+    scontrol show job $job | grep -oE 'Restarts=[0-9]+|ExitCode=[0-9:]+'; ls -A"""
+    done = lab(script, tmp_path)
+    assert "Restarts=0" in done.out, done.out
+    assert "ExitCode=7:0" in done.out
+    assert ".onecycle-" not in done.out
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ def main(what, *rest):
         dist.all_reduce(total)
         print("sum", int(total), flush=True)  # noqa: T201
         dist.destroy_process_group()
+    elif what == "leave":
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if rank == 0:
+            dist.all_reduce(torch.ones(1))
     elif what == "late":
         first = not Path(f"life.{rank}").exists()
         Path(f"life.{rank}").write_text("")
