@@ -67,7 +67,8 @@ def _spelled_out(value: Any, schema: Mapping[str, Any]) -> Any:
         for key, below in value.items()
         if not is_parked(key)
     }
-    aliased = {properties.get(key, {}).get("x-alias-of") for key in filled}
+    given = [properties.get(key, {}) for key in filled]
+    aliased = {of_key.get(name) for of_key in given for name in ("x-alias-of", "x-instead")}
     for key, of_key in properties.items():
         old = of_key.get("deprecated") or "x-alias-of" in of_key or "x-removed" in of_key
         newer = "x-since" in of_key  # an installed DeepSpeed may be older than the key

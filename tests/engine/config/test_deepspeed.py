@@ -6,6 +6,8 @@ import warnings
 import pytest
 
 import schemas
+from engine.backends.deepspeed_config import deepspeed_config
+from engine.config import load_config
 from engine.config.sections import resolve_reference
 
 MODELS = {
@@ -101,3 +103,20 @@ def test_removed_keys_are_those_that_deepspeed_refuses():
     ):
         properties = schema_of(path)["properties"]
         assert {key for key, of in properties.items() if "x-removed" in of} == set(refused)
+
+
+OPTIMIZER = {"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}}
+ZERO = schema_of(("zero_optimization",))["properties"]
+
+
+@pytest.mark.parametrize(
+    "key", [key for key, of in ZERO.items() if "default" in of and "x-removed" not in of]
+)
+def test_deepspeed_takes_what_is_spelled_out_for_it(key):
+    """Whichever of its names the user has given a key: the others are not to contradict it."""
+    zero = {"stage": 3, key: ZERO[key]["default"]}
+    config = load_config({"train_batch_size": 8, "zero_optimization": zero, **OPTIMIZER})
+    settings = deepspeed_config(config, builds_optimizer=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model_of(MODELS["zero_optimization",])(**settings["zero_optimization"])
