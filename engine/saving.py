@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -84,28 +84,24 @@ def save(
     if behind is not None:
         behind.wait()  # for the one before
     _meet(ranks.world_size, f"save_checkpoint({str(folder)!r}, tag={tag!r})")
+    _same_tag(tag, ranks.world_size)
     partial = folder / f".{tag}.partial"
-    failure: Exception | None = None
-    if ranks.rank == 0:
-        try:
+    # What needs every rank begins when all are known to be well: a rank would wait there for ever.
+    with _together(ranks.world_size):
+        if ranks.rank == 0:
             envelope.begin(folder, tag)
-        except (OSError, CheckpointError) as error:
-            failure = error
-    _agree(failure, ranks.world_size)
-    written: Future[None] | None = None
-    try:
+    with _together(ranks.world_size):
         write_values(partial / f"random.{ranks.rank}.pt", random_state())
         if rollback is not None:
             rollback.save(partial)
         if ranks.rank == 0:
             write_values(partial / ENGINE, dict(state))
+    written: Future[None] | None = None
+    with _together(ranks.world_size):
         if behind is None:
             backend.save(partial)
         else:
             written = backend.save_behind(partial, behind.group(ranks.world_size), behind.arena)
-    except Exception as error:  # noqa: BLE001  # whatever a rank fails with, all have to hear of it
-        failure = error
-    _agree(failure, ranks.world_size)
     manifest = Manifest(
         tag=tag,
         step=step,
@@ -127,11 +123,8 @@ def save(
     if behind is not None and written is not None:
         behind.follow(written, commit)
         return folder / tag
-    try:
+    with _together(ranks.world_size):
         commit()
-    except OSError as error:
-        failure = error
-    _agree(failure, ranks.world_size)
     return folder / tag
 
 
@@ -284,16 +277,34 @@ def _meet(world_size: int, what: str) -> None:
         ) from None
 
 
-def _agree(failure: Exception | None, world_size: int) -> None:
+def _same_tag(tag: str, world_size: int) -> None:
+    """Refuse ranks that would each write a part of another checkpoint."""
+    tags = _gathered(tag, world_size)
+    if len(set(tags)) > 1:
+        raise ValueError(f"`tag` must be the same on all ranks, but is {tags} instead.")
+
+
+@contextlib.contextmanager
+def _together(world_size: int) -> Iterator[None]:
     """Raise on every rank what any rank failed with."""
-    if world_size > 1:
-        failures: list[Any] = [None] * world_size
-        dist.all_gather_object(failures, failure and f"{type(failure).__name__}: {failure}")
-        for rank, text in enumerate(failures):
-            if text and failure is None:
-                raise RuntimeError(f"the checkpoint was not written: rank {rank} failed: {text}")
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # whatever it is, all have to hear of it
+        failure = error
+    texts = _gathered(failure and f"{type(failure).__name__}: {failure}", world_size)
     if failure is not None:
         raise failure
+    for rank, text in enumerate(texts):
+        if text:
+            raise RuntimeError(f"the checkpoint was not written: rank {rank} failed: {text}")
+
+
+def _gathered(value: Any, world_size: int) -> list[Any]:
+    values = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -57,6 +58,14 @@ def groups_of(model):
     ]
 
 
+def shared_folder():
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    return folder[0]
+
+
 def update(trainer):
     trainer.backward(trainer(torch.ones(2, 6) * (trainer.global_rank + 1)).pow(2).mean())
     return trainer.step()
@@ -92,24 +101,22 @@ def client_optimizer():
 
 
 def resume():
-    folder = [tempfile.mkdtemp()]
-    dist.init_process_group("gloo")
-    dist.broadcast_object_list(folder)
+    folder = shared_folder()
     runs = []
     for stop in (2, None):
         trainer, *_ = engine.initialize(model=net(), config=config())
         if stop is None:
-            trainer.load_checkpoint(folder[0])
+            trainer.load_checkpoint(folder)
         for _ in range(2 if stop else 3):
             update(trainer)
         if stop:
-            trainer.save_checkpoint(folder[0])
+            trainer.save_checkpoint(folder)
             for _ in range(3):
                 update(trainer)
         runs.append(whole(trainer))
     assert trainer.global_steps == 5
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert Path(folder[0], "latest").exists()
+    assert Path(folder, "latest").exists()
 
 
 def reshard():
@@ -150,10 +157,8 @@ def flat(value):
 
 def behind():
     """Two ranks write in the background on a group of their own, training all the while."""
-    folder = [tempfile.mkdtemp()]
-    dist.init_process_group("gloo")
-    dist.broadcast_object_list(folder)
-    chosen = {"backend": "torch", "checkpoint": {"dir": folder[0], "every": 2, "async": True}}
+    folder = shared_folder()
+    chosen = {"backend": "torch", "checkpoint": {"dir": folder, "every": 2, "async": True}}
     trainer, *_ = engine.initialize(model=net(), config=config(engine=chosen))
     for step in range(7):
         update(trainer)
@@ -168,10 +173,8 @@ def behind():
 
 def deepspeed_resume():
     """DeepSpeed's files in the same envelope: whole, hashed, and the run goes on the same."""
-    folder = [tempfile.mkdtemp()]
-    dist.init_process_group("gloo")
-    dist.broadcast_object_list(folder)
-    plan = {"dir": folder[0], "every": 2, "keep": None}
+    folder = shared_folder()
+    plan = {"dir": folder, "every": 2, "keep": None}
     ends = []
     for tag in (None, "global_step2"):
         zero = {"zero_optimization": {"stage": 2}, "scheduler": ONE_GROUP}
@@ -180,14 +183,14 @@ def deepspeed_resume():
             config=config(**zero, engine={"backend": "deepspeed", "checkpoint": plan}),
         )
         if tag is not None:
-            trainer.load_checkpoint(folder[0], tag=tag)
+            trainer.load_checkpoint(folder, tag=tag)
             assert trainer.global_steps == 2
         while trainer.global_steps < 5:
             update(trainer)
         ends.append([p.detach().clone() for p in trainer.module.parameters()])
         ends.append([torch.tensor(trainer.get_lr())])
-        plan = {"dir": folder[0], "resume": "never"}
-    _, manifest = envelope.find(Path(folder[0]), "global_step4")
+        plan = {"dir": folder, "resume": "never"}
+    _, manifest = envelope.find(Path(folder), "global_step4")
     assert (manifest.backend, manifest.world_size) == ("deepspeed", 2)
     assert all(torch.equal(a, b) for a, b in zip(ends[0], ends[2], strict=True))
     assert torch.equal(ends[1][0], ends[3][0])
@@ -199,6 +202,32 @@ def rank_0_only():
     if trainer.global_rank == 0:
         trainer.save_checkpoint(tempfile.mkdtemp())
     time.sleep(8)
+
+
+def other_tags():
+    trainer, *_ = engine.initialize(model=net(), config=config())
+    trainer.save_checkpoint(tempfile.mkdtemp(), tag=f"tag{trainer.global_rank}")
+
+
+def one_rank_fails():
+    """A rank whose own files cannot be written, before the part that needs both."""
+    trainer, *_ = engine.initialize(model=net(), config=config())
+    write = saving.write_values
+
+    def full(path, values):
+        if path.name == "random.1.pt":
+            raise OSError(28, "No space left on device")
+        write(path, values)
+
+    saving.write_values = full
+    folder = shared_folder()
+    update(trainer)
+    with pytest.raises((OSError, RuntimeError), match="No space left on device"):
+        trainer.save_checkpoint(folder)
+    saving.write_values = write
+    update(trainer)
+    trainer.save_checkpoint(folder)
+    assert envelope.find(Path(folder))[1].tag == "global_step2"
 
 
 def recompute():

@@ -16,7 +16,16 @@ def run(case, *arguments, world_size=2):
 
 
 @pytest.mark.parametrize(
-    "case", ["behind", "groups", "client_optimizer", "deepspeed_resume", "recompute", "resume"]
+    "case",
+    [
+        "behind",
+        "groups",
+        "client_optimizer",
+        "deepspeed_resume",
+        "one_rank_fails",
+        "recompute",
+        "resume",
+    ],
 )
 def test_it_survives_being_divided(case):
     done = run(case)
@@ -29,6 +38,7 @@ def test_it_survives_being_divided(case):
         ("strangers", "hold a tensor of shape (3,) that is none of them"),
         ("nothing_to_wrap", "`engine.wrap` must name classes of the model's modules"),
         ("rank_0_only", "every rank must come to save_checkpoint"),
+        ("other_tags", "`tag` must be the same on all ranks, but is ['tag0', 'tag1'] instead"),
         ("other_config", '-   "lr": 0.001'),
     ],
 )
