@@ -94,16 +94,13 @@ class Checkpoints(DeepSpeedNames):
             tag: name of this one; by default ``global_step`` and the count of batches.
             client_state: plain values and tensors of your own, which `load_checkpoint` returns.
             save_latest: whether `load_checkpoint` without a tag is to find this one.
-            exclude_frozen_parameters: not offered: a checkpoint is whole.
+            exclude_frozen_parameters: leave out parameters that need no gradients, as those of a
+                model that is being adapted; loading it leaves them as they are.
 
         Raises:
             OSError: there is no space, or the folder cannot be written; it keeps what it held.
             RuntimeError: a rank did not come within seconds.
         """
-        if exclude_frozen_parameters:
-            raise ValueError(
-                "`exclude_frozen_parameters` must be false: a checkpoint is whole or not there."
-            )
         if self._rehearses:
             log.info("no checkpoint is written in a range test")
             return True
@@ -122,6 +119,7 @@ class Checkpoints(DeepSpeedNames):
             self._updates,
             state,
             save_latest=save_latest,
+            frozen=not exclude_frozen_parameters,
             behind=self._behind,
             rollback=self._rollback,
         )

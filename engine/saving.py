@@ -60,6 +60,7 @@ def save(
     state: Mapping[str, Any],
     *,
     save_latest: bool,
+    frozen: bool = True,
     behind: Behind | None = None,
     rollback: Rollback | None = None,
 ) -> Path:
@@ -73,6 +74,7 @@ def save(
         step: updates that were applied.
         state: the engine's own, the same on all ranks but for ``loader``.
         save_latest: whether ``latest`` is to name it.
+        frozen: whether parameters that need no gradients are written as well.
         rollback: what a schedule may yet go back to, saved as well.
         behind: what writes it while training goes on; None: training waits.
 
@@ -99,9 +101,10 @@ def save(
     written: Future[None] | None = None
     with _together(ranks.world_size):
         if behind is None:
-            backend.save(partial)
+            backend.save(partial, frozen=frozen)
         else:
-            written = backend.save_behind(partial, behind.group(ranks.world_size), behind.arena)
+            group = behind.group(ranks.world_size)
+            written = backend.save_behind(partial, group, behind.arena, frozen=frozen)
     manifest = Manifest(
         tag=tag,
         step=step,

@@ -59,12 +59,22 @@ class Backend(Protocol):
         """Return the mean of a number over the ranks."""
         ...
 
-    def save(self, place: Path) -> None:
-        """Write model, optimizer and loss scale into a folder; every rank calls it."""
+    def save(self, place: Path, *, frozen: bool = True) -> None:
+        """Write model, optimizer and loss scale into a folder; every rank calls it.
+
+        Args:
+            place: the folder.
+            frozen: whether parameters that need no gradients are written as well.
+        """
         ...
 
     def save_behind(
-        self, place: Path, group: dist.ProcessGroup | None, arena: dict[str, Any]
+        self,
+        place: Path,
+        group: dist.ProcessGroup | None,
+        arena: dict[str, Any],
+        *,
+        frozen: bool = True,
     ) -> Future[None]:
         """Do what `save` does while training goes on; at the most one at a time.
 

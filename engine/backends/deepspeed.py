@@ -130,15 +130,25 @@ class DeepSpeedBackend:
         dist.all_reduce(total)
         return float(total) / self.ranks.world_size
 
-    def save(self, place: Path) -> None:
+    def save(self, place: Path, *, frozen: bool = True) -> None:
         """Write DeepSpeed's own checkpoint into the folder."""
-        self.engine.save_checkpoint(str(place.parent), tag=place.name, save_latest=False)
+        self.engine.save_checkpoint(
+            str(place.parent),
+            tag=place.name,
+            save_latest=False,
+            exclude_frozen_parameters=not frozen,
+        )
 
     def save_behind(
-        self, place: Path, group: dist.ProcessGroup | None, arena: dict[str, Any]
+        self,
+        place: Path,
+        group: dist.ProcessGroup | None,
+        arena: dict[str, Any],
+        *,
+        frozen: bool = True,
     ) -> Future[None]:
         """Refuse: DeepSpeed's files are written while training waits."""
-        del place, group, arena
+        del place, group, arena, frozen
         raise ValueError(
             "`engine.checkpoint.async` must be false on DeepSpeed, whose `checkpoint` section has "
             "engines of its own for that, but is true instead."

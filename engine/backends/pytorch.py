@@ -134,19 +134,24 @@ class PyTorchBackend:
         dist.all_reduce(total)
         return float(total) / self.ranks.world_size
 
-    def save(self, place: Path) -> None:
+    def save(self, place: Path, *, frozen: bool = True) -> None:
         """Write model, optimizer and loss scale into a folder; every rank calls it."""
-        tensors.write(place, self.model, self.optimizer)
+        tensors.write(place, self.model, self.optimizer, frozen=frozen)
         if self._scaler is not None and self.ranks.rank == 0:
             write_values(place / _SCALER, self._scaler.state_dict())
 
     def save_behind(
-        self, place: Path, group: dist.ProcessGroup | None, arena: dict[str, Any]
+        self,
+        place: Path,
+        group: dist.ProcessGroup | None,
+        arena: dict[str, Any],
+        *,
+        frozen: bool = True,
     ) -> Future[None]:
         """Do what `save` does while training goes on."""
         if self._scaler is not None and self.ranks.rank == 0:
             write_values(place / _SCALER, self._scaler.state_dict())
-        return tensors.write_behind(place, self.model, self.optimizer, group, arena)
+        return tensors.write_behind(place, self.model, self.optimizer, group, arena, frozen=frozen)
 
     def load(self, place: Path, *, optimizer: bool, strict: bool) -> None:
         """Restore what `save` wrote, with or without the optimizer's part; every rank calls it."""

@@ -33,11 +33,19 @@ __all__ = ["read", "read_weights", "write", "write_behind"]
 VALUES = "values.pt"
 """What is no tensor, as the hyperparameters of param groups: the same on all ranks."""
 _MODEL = "model."
+_TRAINED = StateDictOptions(ignore_frozen_params=True)
 
 
-def write(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Write this rank's share of model and optimizer; every rank calls it."""
-    _write(folder, _state_of(model, optimizer))
+def write(folder: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bool = True) -> None:
+    """Write this rank's share of model and optimizer; every rank calls it.
+
+    Args:
+        folder: where to write.
+        model: the module.
+        optimizer: the one that trains it.
+        frozen: whether parameters that need no gradients are written as well.
+    """
+    _write(folder, _state_of(model, optimizer, frozen=frozen))
 
 
 def write_behind(
@@ -46,6 +54,8 @@ def write_behind(
     optimizer: Optimizer,
     group: dist.ProcessGroup | None,
     arena: dict[str, Any],
+    *,
+    frozen: bool = True,
 ) -> Future[None]:
     """Copy this rank's share, and write the copy while training goes on; every rank calls it.
 
@@ -55,11 +65,12 @@ def write_behind(
         optimizer: copied as it is now.
         group: a process group that nothing else uses; None in one process.
         arena: the copies of the last time, whose memory is used again.
+        frozen: whether parameters that need no gradients are written as well.
 
     Returns:
         What is done when this rank, and on rank 0 every rank, has written.
     """
-    copies = _copied(_state_of(model, optimizer), arena)
+    copies = _copied(_state_of(model, optimizer, frozen=frozen), arena)
     arena.update(copies)
     writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
     started = writer.submit(_write, folder, copies, group)
@@ -86,12 +97,23 @@ def _copied(value: Any, old: Any) -> Any:
 def read(folder: Path, model: nn.Module, optimizer: Optimizer | None, *, strict: bool) -> None:
     """Restore model and optimizer in place, divided as they are now; every rank calls it.
 
+    Frozen parameters stay as they are if the checkpoint was written without them.
+
     Raises:
         CheckpointError: they are another model's; the message has the first key that differs.
     """
-    options = StateDictOptions(strict=strict)
     state = _state_of(model, optimizer)
-    _refuse_another_model(folder, state["model"], strict=strict)
+    theirs = {
+        name.removeprefix(_MODEL): of
+        for name, of in _saved_tensors(folder).items()
+        if name.startswith(_MODEL)
+    }
+    frozen = state["model"].keys() - get_model_state_dict(model, options=_TRAINED).keys()
+    has_frozen = not frozen or not frozen.isdisjoint(theirs)
+    if not has_frozen:
+        state["model"] = {key: of for key, of in state["model"].items() if key not in frozen}
+    _refuse_another_model(folder, state["model"], theirs, strict=strict)
+    options = StateDictOptions(strict=strict and has_frozen)
     places = _leaves(state)
     own = {name: holder[key] for name, holder, key in places if isinstance(holder[key], Tensor)}
     with _quietly():
@@ -124,10 +146,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
 
 
-def _state_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
+def _state_of(
+    model: nn.Module, optimizer: Optimizer | None, *, frozen: bool = True
+) -> dict[str, Any]:
+    options = None if frozen else _TRAINED
     if optimizer is None:
-        return {"model": get_model_state_dict(model)}
-    weights, states = get_state_dict(model, optimizer)
+        return {"model": get_model_state_dict(model, options=options)}
+    weights, states = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": states}
 
 
@@ -159,12 +184,9 @@ def _leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     return found
 
 
-def _refuse_another_model(folder: Path, own: dict[str, Any], *, strict: bool) -> None:
-    theirs = {
-        name.removeprefix(_MODEL): of
-        for name, of in _saved_tensors(folder).items()
-        if name.startswith(_MODEL)
-    }
+def _refuse_another_model(
+    folder: Path, own: dict[str, Any], theirs: dict[str, TensorStorageMetadata], *, strict: bool
+) -> None:
     for key, tensor in own.items():
         if not isinstance(tensor, Tensor):
             continue

@@ -43,6 +43,38 @@ def test_it_saves_every_few_updates_keeps_some_and_goes_on_by_itself(tmp_path):
         start(**planned(tmp_path / "none", resume="must"))
 
 
+@pytest.mark.parametrize("behind", [False, True])
+def test_frozen_parameters_can_be_left_out_and_stay_as_they_are(tmp_path, behind):
+    def adapted(seed):
+        torch.manual_seed(seed)
+        net = torch.nn.Sequential(
+            torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)
+        )
+        net[0].requires_grad_(requires_grad=False)
+        config = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}
+        config["engine"] = {"checkpoint": {"async": behind}}
+        return engine.initialize(model=net, config=config)[0], net
+
+    trainer, net = adapted(0)
+    trainer.backward(trainer(torch.ones(8, 4)).mean())
+    trainer.step()
+    trainer.save_checkpoint(tmp_path / "part", exclude_frozen_parameters=True)
+    trainer.save_checkpoint(tmp_path / "whole")
+    trainer.wait_for_checkpoint()
+    again, other = adapted(1)
+    before = other[0].weight.clone()
+    again.load_checkpoint(tmp_path / "part")
+    assert torch.equal(other[0].weight, before)
+    assert torch.equal(other[2].weight, net[2].weight)
+    assert torch.equal(other[1].running_mean, net[1].running_mean)
+    assert again.global_steps == 1
+    again.load_checkpoint(tmp_path / "whole")
+    assert torch.equal(other[0].weight, net[0].weight)
+    other[0].requires_grad_()
+    with pytest.raises(CheckpointError, match=r"has no `0\.weight`"):
+        again.load_checkpoint(tmp_path / "part", load_optimizer_states=False)
+
+
 def test_data_order_and_random_numbers_go_on_in_mid_epoch(tmp_path):
     def seen(trainer, loader, updates):
         found = []

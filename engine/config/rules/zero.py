@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from engine.config.problems import Problem
 from engine.config.rules.checked import Checked, Rule
+from engine.config.sections import optimizer_name, optimizer_schema
 
 __all__ = ["RULES"]
 
@@ -89,4 +90,28 @@ def _summed_gradients(checked: Checked) -> Iterator[Problem]:
             yield checked.error("summed-gradients", "/gradient_allreduce_op", message)
 
 
-RULES: tuple[Rule, ...] = (_stage_given, _offload, _nvme, _stage_3_keys, _summed_gradients)
+def _elastic_checkpoint(checked: Checked) -> Iterator[Problem]:
+    block = checked.section("optimizer")
+    elastic = checked.section("zero_optimization").get("elastic_checkpoint") is True
+    if not elastic or checked.stage not in {1, 2} or "type" not in block:
+        return
+    name = optimizer_name(block["type"]) or ""
+    of_torch = "x-backend" not in optimizer_schema(name)
+    if of_torch and (block.get("params") or {}).get("torch_adam") is not False:
+        message = (
+            f"`elastic_checkpoint` must be false with PyTorch's {name}, whose count of steps that "
+            "format leaves out, but is true instead: what is saved could not be loaded."
+        )
+        hint = 'Remove it, or have DeepSpeed build its own optimizer: "torch_adam": false.'
+        place = f"{_ZERO}/elastic_checkpoint"
+        yield checked.error("elastic-checkpoint", place, message, hint)
+
+
+RULES: tuple[Rule, ...] = (
+    _stage_given,
+    _offload,
+    _nvme,
+    _stage_3_keys,
+    _summed_gradients,
+    _elastic_checkpoint,
+)

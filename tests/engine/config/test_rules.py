@@ -57,6 +57,13 @@ def scheduled(type_name, lr=0.01, **params):
 
 CYCLE = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.1}
 OFFLOAD = "/zero_optimization/offload_param"
+
+
+def elastic(stage, optimizer, **params):
+    block = {"optimizer": {"type": optimizer, "params": params}}
+    return zero(stage=stage, elastic_checkpoint=True) | block
+
+
 PAIRS = [
     (zero(stage=3, offload_param={"device": "cpu"}), []),
     (zero(stage=2, offload_param={"device": "none"}), []),
@@ -80,6 +87,13 @@ PAIRS = [
         zero(stage=2, offload_optimizer={"device": "cpu", "ratio": 0.5}),
         [("offload-without-stage", "error", "/zero_optimization/offload_optimizer/ratio")],
     ),
+    (
+        elastic(1, "AdamW"),
+        [("elastic-checkpoint", "error", "/zero_optimization/elastic_checkpoint")],
+    ),
+    (elastic(1, "AdamW", torch_adam=False), []),
+    (elastic(3, "AdamW"), []),
+    (elastic(2, "Lamb"), []),
     (
         {"train_batch_size": 8, "zero_optimization": True},
         [("deprecated-key", "note", "/zero_optimization")],
