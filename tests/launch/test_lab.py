@@ -234,21 +234,20 @@ def test_killed_workers_come_back_and_end_where_the_undisturbed_run_does(folder)
     assert [int(step) for step, *_ in rows] != list(range(1, 301)), "it was not killed"
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_host_that_is_rebooted_comes_back(folder, lost):
-    """Whichever it is: the rendezvous is the launcher's, not the first host's."""
+def test_the_first_host_can_be_rebooted(folder):
+    """The one that would have the rendezvous, were it not the launcher's."""
     script = ROOT / "tests" / "engine" / "checkpoint_run.py"
     done = lab(
         f"""$ONECYCLE launch --hostfile hosts --max-restarts 3 --rejoin --console all {script} \
         {folder}/run 300 > run.txt & pid=$!
         until grep -q '\\] 20 ' run.txt; do sleep 0.02; done
-        power {lost} off; sleep 3; power {lost} on; wait $pid""",
+        power 0 off; sleep 3; power 0 on; wait $pid""",
         folder,
         limit=150,
     )
     said = (folder / "run.txt").read_text()
     assert done.status == 0, done.out + said[-3000:]
-    assert f"node{lost} was lost; it has 300 s to come back" in said
+    assert "node0 was lost; it has 300 s to come back" in said
     rows = {tuple(row) for row in rows_of(folder / "run.txt")}
     assert len({step for step, *_ in rows}) == len(rows), "it went on from where it had saved"
     assert {int(step) for step, *_ in rows} >= {*range(280, 301)}
