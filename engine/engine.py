@@ -102,13 +102,7 @@ class Engine(Checkpoints, nn.Module):
         Raises:
             ValueError: the loss is no scalar tensor with a graph.
         """
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            shown = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-            raise ValueError(
-                f"`loss` must be a scalar tensor that the model computed with gradients, but is "
-                f"{shown}{'' if getattr(loss, 'requires_grad', True) else ' without a graph'} "
-                "instead; take its mean, and compute it outside of torch.no_grad()."
-            )
+        _refuse_what_is_no_loss(loss)
         divisor = self._accumulation if scale_wrt_gas else 1
         self._backend.backward(loss, divisor, retain_graph=retain_graph)
         self._scaled_losses += 1
@@ -118,11 +112,17 @@ class Engine(Checkpoints, nn.Module):
         return loss if divisor == 1 else loss / divisor
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Return a loss scaled and divided as by `backward`, for a ``.backward()`` of your own."""
+        """Return a loss scaled and divided as by `backward`, for a ``.backward()`` of your own.
+
+        Raises:
+            ValueError: the loss is no scalar tensor with a graph.
+        """
+        _refuse_what_is_no_loss(loss)
         self._scaled_losses += 1
         if self._window is not None:
             self._window.append(loss.detach())
-        return loss * (self._backend.loss_scale / self._accumulation)
+        self._progress.add(loss)
+        return self._backend.scale(loss, self._accumulation)
 
     def step(
         self,
@@ -395,3 +395,14 @@ class Engine(Checkpoints, nn.Module):
     def micro_steps(self) -> int:
         """Micro-batches so far."""
         return self._done.micro_steps
+
+
+def _refuse_what_is_no_loss(loss: object) -> None:
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+        return
+    shown = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+    raise ValueError(
+        f"`loss` must be a scalar tensor that the model computed with gradients, but is "
+        f"{shown}{'' if getattr(loss, 'requires_grad', True) else ' without a graph'} "
+        "instead; take its mean, and compute it outside of torch.no_grad()."
+    )

@@ -84,7 +84,8 @@ class Progress:
             monitor.write_events(events)
 
     def _log(self, engine: DeepSpeedNames, done: Counters) -> None:
-        loss = engine.mean(torch.stack(self.losses).mean().item())
+        # None came here if the script called `loss.backward()` itself.
+        loss = engine.mean(torch.stack(self.losses).mean().item()) if self.losses else None
         self.losses.clear()
         values = {"lr": engine.get_lr(), "momentum": engine.get_momentum()}
         shown = [
@@ -93,4 +94,5 @@ class Progress:
             if of_groups
         ]
         if engine.global_rank == 0:
-            log.info("step %d: loss %.4f, %s", done.global_steps, loss, ", ".join(shown))
+            shown = shown if loss is None else [f"loss {loss:.4f}", *shown]
+            log.info("step %d: %s", done.global_steps, ", ".join(shown))

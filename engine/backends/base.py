@@ -34,6 +34,10 @@ class Backend(Protocol):
         """Add the gradients of a loss, divided by the number of losses that an update averages."""
         ...
 
+    def scale(self, loss: Tensor, accumulation: int) -> Tensor:
+        """Return a loss whose own ``.backward()`` adds what `backward` would have added."""
+        ...
+
     def step(self, *, divide_by: int = 1) -> bool:
         """Clip the gradients, update and clear them; return whether the update was applied.
 

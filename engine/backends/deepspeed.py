@@ -83,17 +83,21 @@ class DeepSpeedBackend:
         loss = loss if scaled else loss / accumulation
         self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scaled)
 
+    def scale(self, loss: Tensor, accumulation: int) -> Tensor:
+        """Scale as DeepSpeed does, which divides by the micro-batches in its backward hooks."""
+        del accumulation
+        scaled: Tensor = self.engine.scale(loss)
+        return scaled
+
     def step(self, *, divide_by: int = 1) -> bool:
         """Let DeepSpeed update; return whether it did.
 
-        It tells an overflow by itself but for one case: under torch_autocast without ZeRO a scaler
-        of torch skips, and DeepSpeed counts an update. A scaler that skipped has a lower scale.
+        Gradients of the script's own ``loss.backward()`` were divided by its hooks; where it has
+        none (without ZeRO) it has refused that call. It tells an overflow by itself but for one
+        case: under torch_autocast without ZeRO a scaler of torch skips, and DeepSpeed counts an
+        update. A scaler that skipped has a lower scale.
         """
-        if divide_by != 1:
-            raise ValueError(
-                "with DeepSpeed, `engine.backward(loss)` must be called, which divides the loss by "
-                f"the {divide_by} micro-batches of an update; `loss.backward()` does not."
-            )
+        del divide_by
         scaler = self.engine.torch_autocast_z0_gradscaler
         before = scaler.get_scale() if scaler else 0.0
         self.engine.set_gradient_accumulation_boundary(is_boundary=True)

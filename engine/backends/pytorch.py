@@ -72,9 +72,13 @@ class PyTorchBackend:
 
     def backward(self, loss: Tensor, accumulation: int, *, retain_graph: bool = False) -> None:
         """Add the gradients of a loss, divided by the number of losses that an update averages."""
-        factor = self.loss_scale / accumulation
-        scaled = loss if factor == 1.0 else loss * factor
+        scaled = self.scale(loss, accumulation)
         scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's own
+
+    def scale(self, loss: Tensor, accumulation: int) -> Tensor:
+        """Return a loss whose own ``.backward()`` adds what `backward` would have added."""
+        factor = self.loss_scale / accumulation
+        return loss if factor == 1.0 else loss * factor
 
     def step(self, *, divide_by: int = 1) -> bool:
         """Clip the gradients, update and clear them; return whether the update was applied.

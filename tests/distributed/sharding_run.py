@@ -230,6 +230,28 @@ def one_rank_fails():
     assert envelope.find(Path(folder))[1].tag == "global_step2"
 
 
+def own_backward():
+    """On DeepSpeed, which divides by the micro-batches in hooks of its own."""
+    ends = []
+    for way in ("engine", "scale", "own"):
+        chosen = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 2}
+        trainer, *_ = engine.initialize(
+            model=net(), config=config(**chosen, engine={"backend": "deepspeed"}, steps_per_print=1)
+        )
+        for step in range(4):
+            torch.manual_seed(10 * step + trainer.global_rank)
+            loss = trainer(torch.randn(1, 6)).pow(2).mean()
+            if way == "engine":
+                trainer.backward(loss)
+            else:
+                (trainer.scale(loss) if way == "scale" else loss).backward()
+            trainer.step()
+        assert trainer.global_steps == 2
+        ends.append([p.detach().clone() for p in trainer.module.parameters()])
+    for other in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0], other, strict=True))
+
+
 def recompute():
     """A block that is computed again comes to the same update, divided or not."""
     results = []

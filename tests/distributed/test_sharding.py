@@ -23,6 +23,7 @@ def run(case, *arguments, world_size=2):
         "client_optimizer",
         "deepspeed_resume",
         "one_rank_fails",
+        "own_backward",
         "recompute",
         "resume",
     ],

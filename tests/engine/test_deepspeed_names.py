@@ -53,7 +53,7 @@ def test_other_ways_to_a_batch_come_to_the_same_update(way):
         def forward(self, x):
             return self.net(x).pow(2).mean()
 
-    usual, other = start(Loss), start(Loss)
+    usual, other = start(Loss), start(Loss, steps_per_print=1)
     for _ in range(3):
         for half in X.split(2):
             usual.backward(usual(half))
@@ -76,6 +76,12 @@ def test_other_ways_to_a_batch_come_to_the_same_update(way):
     assert all(torch.equal(a, b) for a, b in zip(weights(usual), weights(other), strict=True))
     assert other.global_steps == 3
     assert other.global_samples == 12
+
+
+def test_what_is_no_loss_cannot_be_scaled():
+    trainer = start()
+    with pytest.raises(ValueError, match=r"must be a scalar tensor .* is of shape \(2, 1\)"):
+        trainer.scale(trainer(X[:2]))
 
 
 def test_an_unscaled_loss_in_fp16_is_refused():
