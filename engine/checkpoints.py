@@ -99,7 +99,8 @@ class Checkpoints(DeepSpeedNames):
 
         Raises:
             OSError: there is no space, or the folder cannot be written; it keeps what it held.
-            RuntimeError: a rank did not come within seconds.
+            RuntimeError: a rank did not come within seconds, or has failed.
+            ValueError: the ranks give it different tags.
         """
         if self._rehearses:
             log.info("no checkpoint is written in a range test")
@@ -128,11 +129,14 @@ class Checkpoints(DeepSpeedNames):
     def wait_for_checkpoint(self) -> None:
         """Wait until no checkpoint is being written (``engine.checkpoint.async``).
 
+        Every rank calls it.
+
         Raises:
-            Exception: what writing the last one failed with; the next save raises it as well.
+            Exception: what writing the last one failed with, on any rank.
         """
         if self._behind is not None:
-            self._behind.wait()
+            with saving.together(self._backend.ranks.world_size):
+                self._behind.wait()
 
     def _loader_state(self) -> dict[str, int] | None:
         loader = self.training_dataloader

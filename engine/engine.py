@@ -372,7 +372,8 @@ class Engine(Checkpoints, nn.Module):
 
     def destroy(self) -> None:
         """Let go of what the backend holds; the model is the caller's again."""
-        self.wait_for_checkpoint()
+        if self._behind is not None:
+            self._behind.wait()
         self._backend.destroy()
 
     @property

@@ -25,7 +25,7 @@ from engine.checkpoint.values import read_values, write_values
 from engine.config import Config
 from schedules import FeedbackBinder, FeedbackSchedule
 
-__all__ = ["Behind", "Rollback", "identity_of", "load", "save"]
+__all__ = ["Behind", "Rollback", "identity_of", "load", "save", "together"]
 
 log = logging.getLogger("onecycle")
 
@@ -83,23 +83,24 @@ def save(
         OSError: there is no space, or the folder cannot be written.
     """
     ranks = backend.ranks
-    if behind is not None:
-        behind.wait()  # for the one before
     _meet(ranks.world_size, f"save_checkpoint({str(folder)!r}, tag={tag!r})")
     _same_tag(tag, ranks.world_size)
     partial = folder / f".{tag}.partial"
+    if behind is not None:
+        with together(ranks.world_size):
+            behind.wait()  # for the one before
     # What needs every rank begins when all are known to be well: a rank would wait there for ever.
-    with _together(ranks.world_size):
+    with together(ranks.world_size):
         if ranks.rank == 0:
             envelope.begin(folder, tag)
-    with _together(ranks.world_size):
+    with together(ranks.world_size):
         write_values(partial / f"random.{ranks.rank}.pt", random_state())
         if rollback is not None:
             rollback.save(partial)
         if ranks.rank == 0:
             write_values(partial / ENGINE, dict(state))
     written: Future[None] | None = None
-    with _together(ranks.world_size):
+    with together(ranks.world_size):
         if behind is None:
             backend.save(partial, frozen=frozen)
         else:
@@ -113,6 +114,7 @@ def save(
         identity=identity_of(config),
         versions=_versions(),
         resumable=save_latest,
+        frozen=frozen,
         created=dt.datetime.now(tz=dt.timezone.utc).isoformat(),
     )
 
@@ -126,7 +128,7 @@ def save(
     if behind is not None and written is not None:
         behind.follow(written, commit)
         return folder / tag
-    with _together(ranks.world_size):
+    with together(ranks.world_size):
         commit()
     return folder / tag
 
@@ -234,7 +236,9 @@ def load(
             # The batch is the same, and so is the schedule: only the shares of the ranks differ.
             here["world_size"] = manifest.identity.get("world_size")
         _refuse_another_run(place, manifest.identity, here)
-    backend.load(place, optimizer=optimizer, strict=strict)
+    if not manifest.frozen and backend.ranks.rank == 0:
+        log.info("%s is without frozen parameters; those here stay as they are", place)
+    backend.load(place, optimizer=optimizer, strict=strict, frozen=manifest.frozen)
     state: dict[str, Any] = read_values(place / ENGINE)
     own = place / f"random.{backend.ranks.rank}.pt"
     if optimizer and own.is_file() and manifest.world_size == backend.ranks.world_size:
@@ -288,8 +292,8 @@ def _same_tag(tag: str, world_size: int) -> None:
 
 
 @contextlib.contextmanager
-def _together(world_size: int) -> Iterator[None]:
-    """Raise on every rank what any rank failed with."""
+def together(world_size: int) -> Iterator[None]:
+    """Do something on every rank, and raise on all of them what any of them failed with."""
     failure: Exception | None = None
     try:
         yield

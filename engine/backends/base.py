@@ -87,8 +87,15 @@ class Backend(Protocol):
         """
         ...
 
-    def load(self, place: Path, *, optimizer: bool, strict: bool) -> None:
+    def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
         """Restore what `save` wrote, with or without the optimizer's part; every rank calls it.
+
+        Args:
+            place: the folder.
+            optimizer: whether to restore the optimizer and the loss scale.
+            strict: whether the model must have all that was saved.
+            frozen: whether parameters that need no gradients were saved; else they stay as they
+                are.
 
         Raises:
             CheckpointError: it is another model's.

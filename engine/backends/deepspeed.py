@@ -158,12 +158,12 @@ class DeepSpeedBackend:
             "engines of its own for that, but is true instead."
         )
 
-    def load(self, place: Path, *, optimizer: bool, strict: bool) -> None:
+    def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
         """Restore DeepSpeed's own checkpoint."""
         path, _ = self.engine.load_checkpoint(
             str(place.parent),
             tag=place.name,
-            load_module_strict=strict,
+            load_module_strict=strict and frozen,
             load_optimizer_states=optimizer,
             load_lr_scheduler_states=False,
         )

@@ -153,13 +153,17 @@ class PyTorchBackend:
         frozen: bool = True,
     ) -> Future[None]:
         """Do what `save` does while training goes on."""
+        written = tensors.write_behind(
+            place, self.model, self.optimizer, group, arena, frozen=frozen
+        )
         if self._scaler is not None and self.ranks.rank == 0:
             write_values(place / _SCALER, self._scaler.state_dict())
-        return tensors.write_behind(place, self.model, self.optimizer, group, arena, frozen=frozen)
+        return written
 
-    def load(self, place: Path, *, optimizer: bool, strict: bool) -> None:
+    def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
         """Restore what `save` wrote, with or without the optimizer's part; every rank calls it."""
-        tensors.read(place, self.model, self.optimizer if optimizer else None, strict=strict)
+        trained_by = self.optimizer if optimizer else None
+        tensors.read(place, self.model, trained_by, strict=strict, frozen=frozen)
         saved = place / _SCALER
         if optimizer and self._scaler is not None and saved.is_file():
             self._scaler.load_state_dict(read_values(saved))

@@ -69,6 +69,8 @@ class Manifest:
     created: str
     resumable: bool = True
     """Whether a run that names no tag goes on from it."""
+    frozen: bool = True
+    """Whether it has the parameters that need no gradients."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
 

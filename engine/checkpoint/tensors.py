@@ -33,7 +33,6 @@ __all__ = ["read", "read_weights", "write", "write_behind"]
 VALUES = "values.pt"
 """What is no tensor, as the hyperparameters of param groups: the same on all ranks."""
 _MODEL = "model."
-_TRAINED = StateDictOptions(ignore_frozen_params=True)
 
 
 def write(folder: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bool = True) -> None:
@@ -94,10 +93,23 @@ def _copied(value: Any, old: Any) -> Any:
     return value.detach().to("cpu", copy=True)
 
 
-def read(folder: Path, model: nn.Module, optimizer: Optimizer | None, *, strict: bool) -> None:
+def read(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    *,
+    strict: bool,
+    frozen: bool = True,
+) -> None:
     """Restore model and optimizer in place, divided as they are now; every rank calls it.
 
-    Frozen parameters stay as they are if the checkpoint was written without them.
+    Args:
+        folder: what `write` wrote.
+        model: the module.
+        optimizer: the one that trains it, or None to leave it as it is.
+        strict: whether the folder may have no more than the model.
+        frozen: whether parameters that need no gradients must be there; else those that are not
+            stay as they are.
 
     Raises:
         CheckpointError: they are another model's; the message has the first key that differs.
@@ -108,12 +120,11 @@ def read(folder: Path, model: nn.Module, optimizer: Optimizer | None, *, strict:
         for name, of in _saved_tensors(folder).items()
         if name.startswith(_MODEL)
     }
-    frozen = state["model"].keys() - get_model_state_dict(model, options=_TRAINED).keys()
-    has_frozen = not frozen or not frozen.isdisjoint(theirs)
-    if not has_frozen:
-        state["model"] = {key: of for key, of in state["model"].items() if key not in frozen}
+    if not frozen:
+        absent = _frozen(model) - theirs.keys()
+        state["model"] = {key: of for key, of in state["model"].items() if key not in absent}
     _refuse_another_model(folder, state["model"], theirs, strict=strict)
-    options = StateDictOptions(strict=strict and has_frozen)
+    options = StateDictOptions(strict=strict and frozen)
     places = _leaves(state)
     own = {name: holder[key] for name, holder, key in places if isinstance(holder[key], Tensor)}
     with _quietly():
@@ -149,19 +160,24 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def _state_of(
     model: nn.Module, optimizer: Optimizer | None, *, frozen: bool = True
 ) -> dict[str, Any]:
-    options = None if frozen else _TRAINED
     if optimizer is None:
-        return {"model": get_model_state_dict(model, options=options)}
-    weights, states = get_state_dict(model, optimizer, options=options)
+        return {"model": get_model_state_dict(model)}
+    weights, states = get_state_dict(model, optimizer)
+    if not frozen:
+        left_out = _frozen(model)
+        weights = {key: of for key, of in weights.items() if key not in left_out}
     return {"model": weights, "optimizer": states}
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """Return every name of the parameters that need no gradients; tied ones have several."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad}
 
 
 def _write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     leaves = {name: holder[key] for name, holder, key in _leaves(state)}
     alone = not dist.is_initialized()
-    if alone or dist.get_rank() == 0:
-        values = {name: value for name, value in leaves.items() if not isinstance(value, Tensor)}
-        write_values(folder / VALUES, values)
     with _quietly():
         save(
             {name: value for name, value in leaves.items() if isinstance(value, Tensor)},
@@ -169,6 +185,10 @@ def _write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None 
             process_group=group,
             no_dist=alone,
         )
+    # Behind what needs every rank: one that fails before would leave the others waiting there.
+    if alone or dist.get_rank() == 0:
+        values = {name: value for name, value in leaves.items() if not isinstance(value, Tensor)}
+        write_values(folder / VALUES, values)
 
 
 def _leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -47,7 +47,8 @@ def _list(args: argparse.Namespace, out: TextIO) -> int:
         ranks = f"{manifest.world_size} rank{'s' * (manifest.world_size > 1)}"
         size = f"{manifest.size / 2**20:,.1f} MiB"
         row = (f"{place.name:{width}}", f"update {manifest.step}", manifest.backend, ranks, size)
-        print("  ".join((*row, manifest.created[:19])), file=out)
+        part = () if manifest.frozen else ("without frozen parameters",)
+        print("  ".join((*row, manifest.created[:19], *part)), file=out)
     return OK
 
 

@@ -15,7 +15,7 @@ warnings.simplefilter("ignore")
 
 import engine  # noqa: E402
 from engine import saving  # noqa: E402
-from engine.checkpoint import envelope  # noqa: E402
+from engine.checkpoint import envelope, tensors  # noqa: E402
 from engine.ranks import disconnect  # noqa: E402
 
 LRS = [0.01, 0.2]
@@ -210,24 +210,67 @@ def other_tags():
 
 
 def one_rank_fails():
-    """A rank whose own files cannot be written, before the part that needs both."""
+    """A rank that cannot write a file of its own is no reason for the other to wait for ever."""
     trainer, *_ = engine.initialize(model=net(), config=config())
-    write = saving.write_values
-
-    def full(path, values):
-        if path.name == "random.1.pt":
-            raise OSError(28, "No space left on device")
-        write(path, values)
-
-    saving.write_values = full
     folder = shared_folder()
     update(trainer)
-    with pytest.raises((OSError, RuntimeError), match="No space left on device"):
-        trainer.save_checkpoint(folder)
-    saving.write_values = write
+    write = saving.write_values
+    for name in ("random.1.pt", "values.pt"):
+
+        def full(path, values, name=name):
+            if path.name == name:
+                raise OSError(28, "No space left on device")
+            write(path, values)
+
+        saving.write_values = tensors.write_values = full
+        with pytest.raises((OSError, RuntimeError), match="No space left on device"):
+            trainer.save_checkpoint(folder)
+    saving.write_values = tensors.write_values = write
     update(trainer)
     trainer.save_checkpoint(folder)
     assert envelope.find(Path(folder))[1].tag == "global_step2"
+
+
+def one_rank_fails_behind():
+    """What rank 0 fails with while training goes on is told to both by the next save."""
+    folder = shared_folder()
+    chosen = {"backend": "torch", "checkpoint": {"dir": folder, "async": True}}
+    trainer, *_ = engine.initialize(model=net(), config=config(engine=chosen))
+    commit = envelope.commit
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    envelope.commit = full
+    trainer.save_checkpoint(folder)
+    with pytest.raises((OSError, RuntimeError), match="No space left on device"):
+        trainer.save_checkpoint(folder)
+    envelope.commit = commit
+    trainer.save_checkpoint(folder)
+    trainer.wait_for_checkpoint()
+    dist.barrier()
+    assert envelope.find(Path(folder))
+
+
+def without_frozen():
+    """DeepSpeed loads a checkpoint that has no frozen parameters, and leaves those it has."""
+    folder = shared_folder()
+    trained = None
+    for again in (False, True):
+        torch.manual_seed(int(again))
+        model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 1))
+        model[0].requires_grad_(requires_grad=False)
+        settings = {"zero_optimization": {"stage": 1}, "engine": {"backend": "deepspeed"}}
+        trainer, *_ = engine.initialize(model=model, config=config(**settings))
+        own = trainer.module[0].weight.clone()
+        if trained is not None:
+            trainer.load_checkpoint(folder)
+            assert torch.equal(trainer.module[1].weight, trained)
+            assert torch.equal(trainer.module[0].weight, own)
+            continue
+        update(trainer)
+        trainer.save_checkpoint(folder, exclude_frozen_parameters=True)
+        trained = trainer.module[1].weight.detach().clone()
 
 
 def own_backward():

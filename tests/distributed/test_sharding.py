@@ -23,9 +23,11 @@ def run(case, *arguments, world_size=2):
         "client_optimizer",
         "deepspeed_resume",
         "one_rank_fails",
+        "one_rank_fails_behind",
         "own_backward",
         "recompute",
         "resume",
+        "without_frozen",
     ],
 )
 def test_it_survives_being_divided(case):

@@ -47,10 +47,11 @@ def test_it_saves_every_few_updates_keeps_some_and_goes_on_by_itself(tmp_path):
 def test_frozen_parameters_can_be_left_out_and_stay_as_they_are(tmp_path, behind):
     def adapted(seed):
         torch.manual_seed(seed)
-        net = torch.nn.Sequential(
-            torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)
-        )
-        net[0].requires_grad_(requires_grad=False)
+        first, tied, last = (torch.nn.Linear(4, size) for size in (4, 4, 1))
+        tied.weight = first.weight  # one tensor, of two names
+        first.requires_grad_(requires_grad=False)
+        net = torch.nn.Sequential(first, torch.nn.BatchNorm1d(4), last, tied)
+        net.forward = lambda x: net[2](net[3](net[1](net[0](x))))
         config = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}
         config["engine"] = {"checkpoint": {"async": behind}}
         return engine.initialize(model=net, config=config)[0], net
@@ -68,6 +69,7 @@ def test_frozen_parameters_can_be_left_out_and_stay_as_they_are(tmp_path, behind
     assert torch.equal(other[2].weight, net[2].weight)
     assert torch.equal(other[1].running_mean, net[1].running_mean)
     assert again.global_steps == 1
+    assert not envelope.find(tmp_path / "part")[1].frozen
     again.load_checkpoint(tmp_path / "whole")
     assert torch.equal(other[0].weight, net[0].weight)
     other[0].requires_grad_()
