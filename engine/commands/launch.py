@@ -73,7 +73,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--timeout", type=positive, default=600, help="seconds a collective may take")
     how.add_argument("--rdzv-timeout", type=positive, default=300, help="to find one another")
-    how.add_argument("--port", type=int, default=0, help="of the rendezvous (default: a free one)")
+    how.add_argument("--port", type=int, default=0, help="of the rendezvous (default: free)")
     how.add_argument("--iface", metavar="NAME", help="network interface (default: ssh's)")
     how.add_argument("--env", action="append", default=[], metavar="K=V")
     how.add_argument("--env-file", type=Path, metavar="F", help="lines K=V, # comments")
@@ -101,6 +101,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         raise LaunchError("a script must follow: `onecycle launch --nproc 2 train.py ARGS`.")
     if not args.module and not args.no_python and not Path(args.cwd, script[0]).is_file():
         raise FileNotFoundError(2, "there is no such script", script[0])
+    if not 0 <= args.port < 2**16:
+        raise LaunchError(f"`--port` must be 0 to 65535, but is {args.port}.")
     hosts, least = _hosts(args)
     runs_command = args.no_python
     config = args.config or _config_among(script)
@@ -155,7 +157,10 @@ def _store(args: argparse.Namespace) -> tuple[str, int] | None:
     if not args.rejoin:
         return None
     if args.hostfile is None:
-        raise LaunchError("`--rejoin` must come with `--hostfile`; Slurm calls hosts back itself.")
+        raise LaunchError(
+            "`--rejoin` must come with `--hostfile`: this machine is never lost alone, and Slurm "
+            "queues a job again."
+        )
     port = free_port(args.port)
     if port is None:
         raise LaunchError(f"port {args.port} is taken here; give another `--port`.")
@@ -261,6 +266,16 @@ def _preflight(wanted: Wanted, config: str | None, out: TextIO) -> tuple[dict[st
     return {verdict.host: verdict.facts for verdict in verdicts if verdict.facts}, OK
 
 
+def _refuse_another_allocation(args: argparse.Namespace, nodes: int) -> None:
+    there = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
+    if nodes != there:
+        raise LaunchError(f"`--nnodes` must be {there}, as this allocation has, but is {nodes}.")
+    if args.slurm_opt:
+        raise LaunchError(
+            f"`--slurm-opt {args.slurm_opt[0]}` must go to salloc: this allocation is made already."
+        )
+
+
 def _slurm(args: argparse.Namespace, wanted: Wanted, out: TextIO) -> int:
     options = dict(option.partition("=")[::2] for option in args.slurm_opt)
     text = sbatch_of(wanted, options)
@@ -272,7 +287,9 @@ def _slurm(args: argparse.Namespace, wanted: Wanted, out: TextIO) -> int:
         print(json.dumps({"sbatch": text}) if args.json else text, file=out)
         return OK
     if "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
-        return subprocess.run(["bash", "-c", text], check=False).returncode  # noqa: S603, S607
+        _refuse_another_allocation(args, len(wanted.hosts))
+        out.flush()
+        os.execvp("bash", ["bash", "-c", text])  # so that signals reach srun as from a shell  # noqa: S606, S607
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise LaunchError("there is no sbatch here; write the job with --write-sbatch instead.")

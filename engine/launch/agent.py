@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["main"]
+__all__ = ["BEGUN", "main"]
+
+BEGUN = "\x1eonecycle-begun"
+"""A line that says that a job that may come back has begun."""
 
 _SILENCE = 30.0
 _SUBREAPER, _PARENT_DEATH = 36, 1  # prctl's
@@ -74,16 +76,18 @@ def main() -> int:
     """Run the job that standard input describes; return its status."""
     _prctl(_SUBREAPER)
     told, words = _first_line(sys.stdin.fileno())
+    if not told:
+        return 128 + signal.SIGTERM  # the launcher has ended before it said anything
     spec = json.loads(told)
-    with _alone(spec.get("lock")):
-        return _run(spec, words)
-
-
-def _run(spec: dict[str, Any], words: bytes) -> int:
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda caught, _: asked.append(caught))
+    lock = _lock(spec.get("lock"), asked)
+    if asked:
+        return 128 + asked[0]
     job = _Job(spec)
+    if lock is not None:
+        print(BEGUN, flush=True)
     heard = time.monotonic()
     listens_to = [sys.stdin.fileno()]
     while job.process.poll() is None:
@@ -107,17 +111,32 @@ def _run(spec: dict[str, Any], words: bytes) -> int:
     return status if status >= 0 else 128 - status
 
 
-@contextlib.contextmanager
-def _alone(lock: str | None) -> Iterator[None]:
-    """Wait until the agent that this host had before, cut off from the launcher, has ended."""
-    if lock is None:
-        yield
-        return
-    path = Path(tempfile.gettempdir(), f"{lock}.lock")
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        path.unlink(missing_ok=True)
+def _lock(name: str | None, asked: list[int]) -> IO[str] | None:
+    """Wait until the agent that this host had before, cut off from the launcher, has ended.
+
+    The file stays: a lock on one that is gone would keep nobody out.
+
+    Args:
+        name: of the lock; None: there is nobody to wait for.
+        asked: signals; SIGTERM is added when the launcher wants an end meanwhile, or is gone.
+    """
+    if name is None:
+        return None
+    file = Path(tempfile.gettempdir(), f"{name}.lock").open("w")  # noqa: SIM115  # held to the end
+    while not asked and not _is_ours(file):
+        ready, _, _ = select.select([sys.stdin.fileno()], [], [], 0.1)
+        words = os.read(ready[0], 4096) if ready else b"ping"
+        if not words or b"term" in words or b"kill" in words:
+            asked.append(signal.SIGTERM)
+    return file
+
+
+def _is_ours(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _first_line(descriptor: int) -> tuple[bytes, bytes]:

@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 __all__ = ["FAILURE", "main"]
@@ -30,23 +32,23 @@ def main(arguments: list[str]) -> int:
         rank, failure = error.get_first_failure()
         status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         _tell({"rank": rank, "status": status, "time": failure.timestamp})
-        return _noted(status)
+        return _noted(status, failure.timestamp)
     except SignalException as error:
-        return _noted(128 + int(error.sigval))
+        return _noted(128 + int(error.sigval), time.time())
     except Exception as error:  # noqa: BLE001  # rendezvous has many of its own
         timed_out = "Timeout" in type(error).__name__
         status = 124 if timed_out else 1
         _tell({"rank": None, "status": status, "why": f"{type(error).__name__}: {error}"})
-        return _noted(status)
+        return _noted(status, time.time())
     return 0
 
 
-def _noted(status: int) -> int:
-    """Write the status where the job of Slurm looks for it, unless another host was first."""
+def _noted(status: int, seconds: float) -> int:
+    """Write when it failed, and the status, where the job of Slurm looks for what came first."""
     path = os.environ.get("ONECYCLE_FAILURE")
     if path:
-        with contextlib.suppress(OSError), open(path, "x") as file:  # noqa: PTH123  # "x" is the point
-            file.write(f"{status}\n")
+        with contextlib.suppress(OSError), Path(path).open("a") as file:
+            file.write(f"{int(seconds)} {status}\n")
     return status
 
 

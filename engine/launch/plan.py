@@ -164,14 +164,14 @@ def plan_of(
         )
     known = {host.name: facts.get(host.name) or HostFacts(host.name) for host in hosts}
     first = known[hosts[0].name]
-    endpoint = f"{first.address}:{wanted.port or first.port or _PORT}"
-    if wanted.store is not None:
-        endpoint = f"{first.launcher or wanted.store[0]}:{wanted.store[1]}"
     nodes, next_rank = [], 0
     for index, host in enumerate(hosts):
         ranks = tuple(range(next_rank, next_rank + host.size))
         next_rank += host.size
         own = known[host.name]
+        endpoint = f"{first.address}:{wanted.port or first.port or _PORT}"
+        if wanted.store is not None:
+            endpoint = f"{own.launcher or wanted.store[0]}:{wanted.store[1]}"
         holds_store = index == 0 and wanted.store is None
         rendezvous = _rendezvous(wanted, endpoint, own, holds_store=holds_store, least=least)
         env = _environment(wanted, host, own, environment)

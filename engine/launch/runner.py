@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Literal
 
+from engine.launch.agent import BEGUN
 from engine.launch.group import FAILURE
 from engine.launch.plan import LaunchPlan, NodePlan
 
@@ -73,7 +74,9 @@ class _Node:
         assert self.process.stdout is not None
         for raw in self.process.stdout:
             line = raw.decode(errors="replace").rstrip("\n")
-            if FAILURE in line:
+            if line == BEGUN:
+                self._events.put(("begun", self, None))
+            elif FAILURE in line:
                 with contextlib.suppress(ValueError):  # a line that was cut off tells nothing
                     self.failure = json.loads(line.partition(FAILURE)[2])
             else:
@@ -110,6 +113,8 @@ class _Run:
         self._failed_at = -math.inf  # a signal to the launcher comes before all
         self._lost: dict[str, float] = {}  # since when
         self._calls: list[tuple[float, NodePlan]] = []  # when to call a lost host again
+        self._given_up: set[str] = set()
+        self._is_over = False  # a host has ended well, and with it the job
 
     def outcome(self) -> Outcome:
         with self._signals():
@@ -121,6 +126,8 @@ class _Run:
                     kind, node, value = self._events.get(timeout=0.1)
                     if kind == "line":
                         self._print(value, node.plan.host)
+                    elif kind == "begun":
+                        self._lost.pop(node.plan.host, None)
                     else:
                         alive.remove(node)
                         self._ended(node, value, alive)
@@ -135,7 +142,7 @@ class _Run:
 
     def _call_back(self, alive: list[_Node]) -> None:
         """Call lost hosts again, unless all is to end."""
-        if self._outcome is not None:
+        if self._outcome is not None or self._is_over:
             self._calls.clear()
         for call in [call for call in self._calls if call[0] <= time.monotonic()]:
             self._calls.remove(call)
@@ -181,6 +188,12 @@ class _Run:
 
     def _ended(self, node: _Node, status: int, alive: list[_Node]) -> None:
         if status == 0:
+            self._is_over = True
+            for other in alive:
+                if other.plan.host in self._lost:
+                    other.tell("kill")  # it has come back too late
+            return
+        if self._is_over and node.plan.host in self._lost:
             return
         if self._outcome is not None:
             # A host may end later than another that its failing rank has brought down.
@@ -191,9 +204,12 @@ class _Run:
         lost = status == _SSH_FAILED and node.failure is None and node.plan.transport[0] == "ssh"
         if lost and self._waits_for(node.plan):
             return
-        if lost and len(alive) >= self._plan.least_nodes:
-            self._print(f"{node.plan.host} was lost; {len(alive)} hosts go on", node.plan.host)
-            return
+        if lost:
+            self._given_up.add(node.plan.host)
+            left = len(self._plan.nodes) - len(self._given_up)
+            if left >= self._plan.least_nodes:
+                self._print(f"{node.plan.host} was lost; {left} hosts go on", node.plan.host)
+                return
         self._outcome = self._verdict(node, status, lost=lost)
         self._failed_at = (node.failure or {}).get("time", math.inf)
         self._stop(alive)
@@ -201,6 +217,8 @@ class _Run:
     def _waits_for(self, node: NodePlan) -> bool:
         """Note that a host was lost, and whether it is going to be called again."""
         now = time.monotonic()
+        if self._is_over:
+            return False
         if self._plan.patience and node.host not in self._lost:
             self._print(
                 f"{node.host} was lost; it has {self._plan.patience} s to come back", node.host
@@ -226,8 +244,6 @@ class _Run:
 
     def _print(self, line: str, host: str) -> None:
         source = line[1:].partition("]")[0] if line.startswith("[") else ""
-        if ":r" in source:
-            self._lost.pop(host, None)  # its ranks are at work
         self._kept[source if ":r" in source else host].append(line)
         first = source.endswith(":r0") or ":r" not in source
         if self._console == "all" or (self._console == "rank0" and first):

@@ -32,8 +32,10 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bas
     --rdzv-conf "is_host=$is_host,join_timeout={timeout}" --local-addr "$address" "$@"
 ' {command}
 status=$?
-# srun tells the last status, that of a task it has killed; the first is the one to know.
-[ -s "$ONECYCLE_FAILURE" ] && read -r status < "$ONECYCLE_FAILURE"
+# srun ends with the highest status, be it of a task that it has killed; the first is the cause.
+if [ "$status" -ne 0 ] && [ -s "$ONECYCLE_FAILURE" ]; then
+  status=$(sort -s -n -k 1,1 "$ONECYCLE_FAILURE" | awk 'NR == 1 {{ print $2 }}')
+fi
 rm -f "$ONECYCLE_FAILURE"
 {requeue}exit $status
 """

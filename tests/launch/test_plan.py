@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.cli import main
+from engine.launch import runner
+from engine.launch.agent import BEGUN
 from engine.launch.group import FAILURE
 from engine.launch.hostfile import Host, LaunchError, read_hostfile, selected
 from engine.launch.plan import HostFacts, LaunchPlan, Wanted, plan_of
@@ -44,6 +46,14 @@ def launch(*arguments):
     out, err = io.StringIO(), io.StringIO()
     status = main(["launch", *map(str, arguments)], out, err)
     return status, out.getvalue() + err.getvalue()
+
+
+def commands(folder, **texts):
+    """Put commands of these texts into a folder that is looked into first."""
+    for name, content in texts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{content}\n")
+        (folder / name).chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 def test_every_host_is_told_who_it_is():
@@ -78,11 +88,12 @@ def test_restarts_do_not_share_a_store():
 
 
 def test_hosts_that_may_come_back_meet_at_the_launcher():
-    facts = {name: dataclasses.replace(of, launcher="10.0.0.9") for name, of in FACTS.items()}
+    seen = {"node0": "127.0.0.1", "node1": "10.0.0.9"}  # the first host is the launcher's own
+    facts = {name: dataclasses.replace(of, launcher=seen[name]) for name, of in FACTS.items()}
     asked = wanted(store=("hub", 4000), max_restarts=2, rendezvous_timeout=60)
     plan = plan_of(asked, facts, {})
     for node in plan.nodes:
-        assert flags(node)["--rdzv-endpoint"] == "10.0.0.9:4000"
+        assert flags(node)["--rdzv-endpoint"] == f"{seen[node.host]}:4000"
         assert "is_host=false" in flags(node)["--rdzv-conf"]
     assert (plan.store_port, plan.patience) == (4000, 60)
     assert len({node.spec()["lock"] for node in plan.nodes}) == 2
@@ -176,19 +187,11 @@ def test_an_agent_waits_for_the_one_that_its_host_had_before(tmp_path):
     with subprocess.Popen(agent, **pipes) as old, subprocess.Popen(agent, **pipes) as new:
         old.stdin.write(json.dumps(first) + "\n")
         old.stdin.flush()
-        assert old.stdout.readline() == "up\n"
+        assert [old.stdout.readline() for _ in range(2)] == [f"{BEGUN}\n", "up\n"]
         new.stdin.write(json.dumps(second) + "\n")
         new.stdin.flush()
         assert (new.wait(20), old.wait(20)) == (0, 0)
     assert path.read_text().split() == ["first", "second"]
-
-
-def commands(folder, **texts):
-    """Put commands of these texts into a folder that is looked into first."""
-    for name, content in texts.items():
-        (folder / name).write_text(f"#!/bin/bash\n{content}\n")
-        (folder / name).chmod(0o755)
-    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 @given(argv=st.lists(text, max_size=4), env=st.dictionaries(names, text, max_size=2))
@@ -275,6 +278,7 @@ def test_a_wrong_filter(filters, message):
         (["--nnodes", "2:x", __file__], "must be a number or MIN:MAX"),
         (["--nproc", "0", __file__], "must be a number from 1 on, or auto"),
         (["--rejoin", __file__], "`--rejoin` must come with `--hostfile`"),
+        (["--port", "70000", __file__], "`--port` must be 0 to 65535, but is 70000"),
         (["--env", "NOVALUE", __file__], "must be NAME=VALUE"),
     ],
 )
@@ -393,6 +397,52 @@ def test_the_host_that_failed_first_is_named_though_it_ends_last():
     outcome = run(LaunchPlan(nodes, 2, 2), "none", io.StringIO())
     assert outcome.status == 3
     assert outcome.reason == "rank 0 on a ended with 3"
+
+
+def lab_of_two(tmp_path, monkeypatch, first, second, **plan):
+    """A launch over two hosts whose ssh is a script here: what each does when it is called."""
+    ssh = f"read -r job; case $1 in a) {first};; b) {second};; esac"
+    monkeypatch.setenv("PATH", commands(tmp_path, ssh=ssh)["PATH"])
+    monkeypatch.setattr(runner, "_AGAIN", 0.1)
+    made = plan_of(wanted(), {}, {})
+    nodes = tuple(
+        dataclasses.replace(node, host=host, transport=("ssh", host), grace=1)
+        for node, host in zip(made.nodes, "ab", strict=True)
+    )
+    out = io.StringIO()
+    begin = time.monotonic()
+    outcome = run(LaunchPlan(nodes, **{"least_nodes": 2, "world_size": 2} | plan), "rank0", out)
+    return outcome, out.getvalue(), time.monotonic() - begin
+
+
+WAITS = "while read -r word; do [ $word = term ] && exit 143; done"
+
+
+def test_a_host_that_does_not_come_back_ends_the_launch_when_its_time_is_over(
+    tmp_path, monkeypatch
+):
+    outcome, said, seconds = lab_of_two(tmp_path, monkeypatch, WAITS, "exit 255", patience=2)
+    assert outcome.status == 75
+    assert outcome.reason == "b was lost: ssh ended"
+    assert said.count("b was lost; it has 2 s to come back") == 1
+    assert 2 < seconds < 8
+
+
+def test_a_run_that_ends_without_the_lost_host_is_a_good_one(tmp_path, monkeypatch):
+    outcome, _, seconds = lab_of_two(
+        tmp_path, monkeypatch, "sleep 1; exit 0", "exit 255", patience=300, least_nodes=1
+    )
+    assert outcome.status == 0
+    assert seconds < 8
+
+
+def test_each_loss_of_a_host_has_a_time_of_its_own(tmp_path, monkeypatch):
+    lost = tmp_path / "lost"
+    begins = f"printf '{BEGUN}\\n'; sleep 1; echo >> {lost}; [ $(wc -l < {lost}) = 4 ] || exit 255"
+    done = f"until [ -e {lost} ] && [ $(wc -l < {lost}) = 4 ]; do sleep 0.1; done"
+    outcome, said, _ = lab_of_two(tmp_path, monkeypatch, done, begins, patience=2)
+    assert outcome.status == 0
+    assert said.count("b was lost; it has 2 s to come back") == 3
 
 
 def test_fewer_processes_keep_the_chosen_slots(tmp_path):
