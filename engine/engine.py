@@ -218,8 +218,10 @@ class Engine(Checkpoints, nn.Module):
         path = Path(self.config.report) / f"{name.lower()}.png"
         try:
             draw_decision(evidence, path, name)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  # no picture is worth a run
             log.warning("%s was not drawn, and training goes on: %s", path, error)
+        else:
+            log.info("why: %s", path)
 
     def _mean_loss(self) -> float:
         """Return the mean of this update's losses, over all micro-batches and ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ __all__ = ["LABELS", "draw", "draw_decision", "draw_on_terminal", "panels_of"]
 
 LABELS = {"lr": "learning rate", "momentum": "momentum", "weight_decay": "weight decay"}
 _LOSS = "loss"
+_MOST = 1e200
 
 
 def panels_of(columns: Iterable[str]) -> dict[str, list[str]]:
@@ -110,9 +112,10 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
     lowest = min(range(len(steps)), key=lambda place: band.mean[place])
     axis.axvline(steps[lowest], color="tab:green", linewidth=1, label="its minimum")
     axis.axvline(evidence.decision.step, color="tab:red", linewidth=1, label="switch")
-    below = min(*band.low, *(loss for loss in losses if math.isfinite(loss)))
-    margin = 0.1 * (max(band.high) - below)
-    axis.set_ylim(below - margin, max(band.high) + margin)  # what explodes is not to hide the rest
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    start, below = statistics.median(finite[: len(finite) // 20 + 1]), min(finite)
+    if start > below:  # what explodes is not to hide the rest
+        axis.set_ylim(below - 0.1 * (start - below), start + 0.5 * (start - below))
     axis.legend(fontsize="small")
 
 
@@ -156,13 +159,15 @@ def draw_on_terminal(
         plotext.plotsize(width, height)
         for column in of_panel:
             label = column.partition(".")[2] or None
-            plotext.plot(list(columns[column]), marker="braille", label=label)
+            # plotext multiplies, and takes nothing infinite.
+            drawn = [value if abs(value) < _MOST else math.nan for value in columns[column]]
+            plotext.plot(drawn, marker="braille", label=label)
         phases = _phases(curves or {}, of_panel, len(columns[of_panel[0]]))
         for begin in phases:
             plotext.vline(begin)
         plotext.title(LABELS.get(name, name))
-        drawn = plotext.build()
-        text.append(drawn if colour else plotext.uncolorize(drawn))
+        picture = plotext.build()
+        text.append(picture if colour else plotext.uncolorize(picture))
         if phases:
             text.append("  ".join(f"{begin}: {phase}" for begin, phase in phases.items()))
     return "\n".join(text)

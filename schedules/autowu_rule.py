@@ -246,7 +246,7 @@ class AutoWURule(FeedbackController[AutoWUState]):
     def evidence(self, before: AutoWUState, loss: float, after: AutoWUState) -> Evidence | None:
         if after.decision is None:
             return None
-        losses = np.array([*before.losses, loss])
+        losses = before.losses.with_loss(loss).array(np.float64 if self._robust else np.float32)
         band: Band | None = None
         if np.isfinite(losses).any():
             if self._robust:

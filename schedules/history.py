@@ -45,7 +45,8 @@ class History:
 
     def array(self, dtype: Any) -> NDArray[Any]:
         """Return all of it as an array."""
-        return np.fromiter(self, dtype, self._count)
+        with np.errstate(over="ignore"):  # too large for it is infinite in it
+            return np.fromiter(self, dtype, self._count)
 
     def __len__(self) -> int:
         return self._count

@@ -1,5 +1,6 @@
 """Schedules that listen, inside the engine: told by `backward`, unmoved by skips, rolled back."""
 
+import json
 import math
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import engine
+from engine.cli import main
 
 SCRIPT = Path(__file__).with_name("feedback_run.py")
 AUTOWU = {"steps_per_epoch": 10, "total_epochs": 20, "test": "robust", "immediate_cooldown": True}
@@ -76,6 +78,19 @@ def test_the_decision_is_drawn_where_a_report_is_wanted(tmp_path):
     lowest = min(zip(evidence.band.mean, evidence.band.places, strict=True))[1]
     lr = evidence.lrs[0] * (evidence.lrs[-1] / evidence.lrs[0]) ** lowest
     assert lr == pytest.approx(evidence.decision.lr, rel=1e-6)
+
+
+def test_losses_that_explode_are_drawn_too(tmp_path, capsys):
+    losses = [2.0 + 0.01 * (step % 7) for step in range(60)] + [math.inf, math.nan, 1e308] * 5
+    path, config = tmp_path / "losses.csv", tmp_path / "ds_config.json"
+    path.write_text("step,loss\n" + "".join(f"{step},{loss}\n" for step, loss in enumerate(losses)))
+    for test in ("robust", "reference"):
+        params = AUTOWU | {"test": test, "total_epochs": 15}
+        config.write_text(json.dumps({"scheduler": {"type": "AutoWU", "params": params}}))
+        picture = tmp_path / "plot.png"
+        assert main(["plot", str(config), "--losses", str(path), "-o", str(picture)]) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert main(["plot", str(config), "--losses", str(path), "--terminal"]) == 0
 
 
 def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):

@@ -55,4 +55,14 @@ def _numbers(version: str) -> tuple[int, ...]:
     )
 
 
-RULES: tuple[Rule, ...] = (_honoured, _known_to_the_installed)
+def _tags(checked: Checked) -> Iterator[Problem]:
+    wanted = checked.section("checkpoint").get("tag_validation", "fail")
+    if str(wanted).lower() != "fail":
+        message = (
+            f"`tag_validation` is {wanted!r}, but ranks that give a checkpoint different tags are "
+            "an error here with every value: no part of them would be a checkpoint."
+        )
+        yield checked.note("inert-key", "/checkpoint/tag_validation", message)
+
+
+RULES: tuple[Rule, ...] = (_honoured, _known_to_the_installed, _tags)

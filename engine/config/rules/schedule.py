@@ -113,6 +113,14 @@ def first_of(cycle: Mapping[str, Any]) -> int:
     return int(cycle.get("cycle_first_step_size", 2000))
 
 
+def _report(checked: Checked) -> Iterator[Problem]:
+    kind = checked.section("scheduler").get("type")
+    wanted = checked.section("engine").get("report")
+    if wanted is not None and kind not in {"AutoWU", "LRRangeTest"}:
+        message = "`engine.report` is read for AutoWU and LRRangeTest alone, which find things out."
+        yield checked.note("inert-key", "/engine/report", message)
+
+
 RULES: tuple[Rule, ...] = (
     _learning_rates,
     _betas,
@@ -120,4 +128,5 @@ RULES: tuple[Rule, ...] = (
     _log_warmup,
     _stairs,
     _decay_interval,
+    _report,
 )

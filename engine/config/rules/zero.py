@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from engine.config.problems import Problem
 from engine.config.rules.checked import Checked, Rule
-from engine.config.sections import optimizer_name, optimizer_schema
+from engine.config.sections import optimizer_name
 
 __all__ = ["RULES"]
 
@@ -92,19 +92,23 @@ def _summed_gradients(checked: Checked) -> Iterator[Problem]:
 
 def _elastic_checkpoint(checked: Checked) -> Iterator[Problem]:
     block = checked.section("optimizer")
-    elastic = checked.section("zero_optimization").get("elastic_checkpoint") is True
-    if not elastic or checked.stage not in {1, 2} or "type" not in block:
+    zero = checked.section("zero_optimization")
+    if zero.get("elastic_checkpoint") is not True or checked.stage not in {1, 2}:
         return
-    name = optimizer_name(block["type"]) or ""
-    of_torch = "x-backend" not in optimizer_schema(name)
-    if of_torch and (block.get("params") or {}).get("torch_adam") is not False:
-        message = (
-            f"`elastic_checkpoint` must be false with PyTorch's {name}, whose count of steps that "
-            "format leaves out, but is true instead: what is saved could not be loaded."
-        )
-        hint = 'Remove it, or have DeepSpeed build its own optimizer: "torch_adam": false.'
-        place = f"{_ZERO}/elastic_checkpoint"
-        yield checked.error("elastic-checkpoint", place, message, hint)
+    name = optimizer_name(block.get("type", "")) or ""
+    is_adam = name in {"Adam", "AdamW"}
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    fused = name == "Lion" or (is_adam and (block.get("params") or {}).get("torch_adam") is False)
+    if not name or (fused and device == "none"):
+        return
+    message = (
+        f"`elastic_checkpoint` must be false with {name} as it runs here, but is true instead: "
+        "DeepSpeed could not load what it saved, since only its fused Adam and Lion keep the count "
+        "of steps where that format looks."
+    )
+    cure = ', or have DeepSpeed build its own: "torch_adam": false' if is_adam else ""
+    place = f"{_ZERO}/elastic_checkpoint"
+    yield checked.error("elastic-checkpoint", place, message, f"Remove it{cure}.")
 
 
 RULES: tuple[Rule, ...] = (

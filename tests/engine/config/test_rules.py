@@ -88,12 +88,25 @@ PAIRS = [
         [("offload-without-stage", "error", "/zero_optimization/offload_optimizer/ratio")],
     ),
     (
+        {"engine": {"report": "run"}} | scheduled("OneCycle", **CYCLE),
+        [("inert-key", "note", "/engine/report")],
+    ),
+    ({"engine": {"report": "run"}} | scheduled("LRRangeTest"), []),
+    (
+        {"train_batch_size": 8, "checkpoint": {"tag_validation": "Warn"}},
+        [("inert-key", "note", "/checkpoint/tag_validation")],
+    ),
+    ({"train_batch_size": 8, "checkpoint": {"tag_validation": "FAIL"}}, []),
+    (
         elastic(1, "AdamW"),
         [("elastic-checkpoint", "error", "/zero_optimization/elastic_checkpoint")],
     ),
     (elastic(1, "AdamW", torch_adam=False), []),
     (elastic(3, "AdamW"), []),
-    (elastic(2, "Lamb"), []),
+    (
+        elastic(2, "SGD"),
+        [("elastic-checkpoint", "error", "/zero_optimization/elastic_checkpoint")],
+    ),
     (
         {"train_batch_size": 8, "zero_optimization": True},
         [("deprecated-key", "note", "/zero_optimization")],
