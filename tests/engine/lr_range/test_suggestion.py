@@ -23,6 +23,18 @@ def test_it_is_within_a_factor_three_of_what_was_planted(noise):
         assert np.mean(right) >= 0.95, name
 
 
+def test_the_minimum_of_a_flat_basin_is_its_middle():
+    """Not its lowest point, which the noise chooses anew with every seed."""
+    lrs = np.logspace(-6, 1, 200)
+    depth = np.interp(np.log10(lrs), [-5, -3.5, -1.5, -0.5], [2.3, 0.8, 0.8, 4.0])
+    found = []
+    for seed in range(20):
+        noise = 0.05 * np.random.default_rng(seed).standard_normal(lrs.size)
+        found.append(np.log10(suggest(lrs, depth + noise).rules["minimum"]))
+    assert np.mean(found) == pytest.approx(-2.5, abs=0.15)
+    assert np.std(found) < 0.2
+
+
 @pytest.mark.parametrize("kind", ["noise", "rises", "not finite"])
 def test_nothing_is_suggested_where_nothing_is_learnt(kind):
     random = np.random.default_rng(2)
