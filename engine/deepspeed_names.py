@@ -87,6 +87,11 @@ class DeepSpeedNames:
         """Return the number of updates between two lines of the log."""
         return self.config.steps_per_print
 
+    def log_level(self) -> str | None:
+        """Return the least severe messages that DeepSpeed logs, as the config has them."""
+        level: str | None = self.config.own.get("log_level")
+        return level
+
     def wall_clock_breakdown(self) -> bool:
         """Return whether times are logged."""
         return bool(self.config.own.get("wall_clock_breakdown", False))
