@@ -176,7 +176,8 @@ def draw(found: dict[str, dict[float, list[float]]], best: dict[str, float], pat
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
-    for axis, (name, cells) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    for axis, (name, cells) in zip(axes, found.items(), strict=True):
         grid = {lr: of_seeds for lr, of_seeds in cells.items() if lr in GRID}
         means = [statistics.mean(of_seeds) for of_seeds in grid.values()]
         spread = [statistics.stdev(of_seeds) for of_seeds in grid.values()]
@@ -198,6 +199,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=4, help="runs of each maximum (default: 4)")
+    parser.add_argument("--task", default="", help="only tasks whose names begin like this")
     parser.add_argument("--output", type=Path, default=Path("lr_test_training.png"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -206,7 +208,8 @@ def main() -> None:
     found: dict[str, dict[float, list[float]]] = {}
     best: dict[str, float] = {}
     with Progress(console=console, transient=True) as bar:
-        for name, task in tasks().items():
+        chosen = {name: task for name, task in tasks().items() if name.startswith(args.task)}
+        for name, task in chosen.items():
             best[name], _ = suggested(task, seed=100)
             maxima = (*GRID, best[name])
             row = bar.add_task(name, total=len(maxima) * args.seeds)

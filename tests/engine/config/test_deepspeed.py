@@ -119,4 +119,5 @@ def test_deepspeed_takes_what_is_spelled_out_for_it(key):
     settings = deepspeed_config(config, builds_optimizer=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model_of(MODELS["zero_optimization",])(**settings["zero_optimization"])
+        model = model_of(MODELS["zero_optimization",])(**settings["zero_optimization"])
+    assert model.stage == zero["stage"]
