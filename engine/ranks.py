@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import json
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,7 @@ import torch.distributed as dist
 __all__ = ["Ranks", "agree", "connect", "disconnect", "world_size"]
 
 _FAREWELL = timedelta(seconds=5)
+_LETTING_GO = 0.05
 
 
 @dataclass(frozen=True)
@@ -121,3 +123,6 @@ def disconnect() -> None:
         with contextlib.suppress(RuntimeError):
             dist.monitored_barrier(timeout=_FAREWELL)
     dist.destroy_process_group()
+    # A thread of gloo that has yet to let go of its last tensor needs the interpreter for that, and
+    # aborts the process where it has ended ("terminate called without an active exception").
+    time.sleep(_LETTING_GO)

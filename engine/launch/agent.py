@@ -85,9 +85,9 @@ def main() -> int:
     lock = _lock(spec.get("lock"), asked)
     if asked:
         return 128 + asked[0]
-    job = _Job(spec)
     if lock is not None:
-        print(BEGUN, flush=True)
+        os.write(sys.stdout.fileno(), f"{BEGUN}\n".encode())  # whole, before the job has said a word
+    job = _Job(spec)
     heard = time.monotonic()
     listens_to = [sys.stdin.fileno()]
     while job.process.poll() is None:
