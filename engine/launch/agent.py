@@ -86,7 +86,9 @@ def main() -> int:
     if asked:
         return 128 + asked[0]
     if lock is not None:
-        os.write(sys.stdout.fileno(), f"{BEGUN}\n".encode())  # whole, before the job has said a word
+        os.write(
+            sys.stdout.fileno(), f"{BEGUN}\n".encode()
+        )  # whole, before the job has said a word
     job = _Job(spec)
     heard = time.monotonic()
     listens_to = [sys.stdin.fileno()]
