@@ -86,9 +86,8 @@ def main() -> int:
     if asked:
         return 128 + asked[0]
     if lock is not None:
-        os.write(
-            sys.stdout.fileno(), f"{BEGUN}\n".encode()
-        )  # whole, before the job has said a word
+        # Whole, and before the job has said a word.
+        os.write(sys.stdout.fileno(), f"{BEGUN}\n".encode())
     job = _Job(spec)
     heard = time.monotonic()
     listens_to = [sys.stdin.fileno()]
