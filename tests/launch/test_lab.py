@@ -234,6 +234,32 @@ def test_killed_workers_come_back_and_end_where_the_undisturbed_run_does(folder)
     assert [int(step) for step, *_ in rows] != list(range(1, 301)), "it was not killed"
 
 
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [("kill -INT $pid; wait $pid", 130), ("cable 1 down; wait $pid", 75)],
+    ids=["interrupted", "cut off"],
+)
+def test_a_launch_started_again_ends_where_the_undisturbed_one_does(folder, fault, status):
+    script = ROOT / "tests" / "engine" / "checkpoint_run.py"
+    launch = f"$ONECYCLE launch --hostfile hosts --grace 5 {script}"
+    done = lab(
+        f"""{launch} {folder}/alone 300 > alone.txt
+        {launch} {folder}/run 300 > run.txt & pid=$!
+        until grep -q '\\] 20 ' run.txt; do sleep 0.02; done
+        {fault}; echo status $?; cable 1 up
+        while on 1 pgrep -f engine.launch > /dev/null; do sleep 0.5; done
+        {launch} {folder}/run 300 >> run.txt""",
+        folder,
+        limit=150,
+    )
+    assert done.status == 0, done.out
+    assert f"status {status}" in done.out
+    undisturbed = {step: row for step, *row in rows_of(folder / "alone.txt")}
+    rows = rows_of(folder / "run.txt")
+    assert all(undisturbed[step] == row for step, *row in rows)
+    assert rows[-1][0] == "300"
+
+
 def test_the_first_host_can_be_rebooted(folder):
     """The one that would have the rendezvous, were it not the launcher's."""
     script = ROOT / "tests" / "engine" / "checkpoint_run.py"
