@@ -2,9 +2,10 @@
 
     python benchmarks/training_speed.py
 
-CPU time of one process with one thread, medians of interleaved rounds, and the median of the
-rounds' ratios to the naive raw loop (AdamW as torch gives it, clip_grad_norm_, zero_grad). Calls
-are function calls per optimizer step as cProfile counts them on the MLP, the same in each run.
+Each contender is a process of its own with one thread, so that none has another's heap; they step
+in turn. CPU time, medians of the rounds, and the median of the rounds' ratios to the naive raw loop
+(AdamW as torch gives it, clip_grad_norm_, zero_grad). Calls are function calls per optimizer step
+as cProfile counts them on the MLP, the same in each run.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ import argparse
 import cProfile
 import importlib.util
 import logging
+import multiprocessing
 import os
 import pstats
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -118,7 +123,19 @@ def loop(trainer: object, x: torch.Tensor, y: torch.Tensor) -> Step:
     return step
 
 
+def alone() -> None:
+    """Spare DeepSpeed a rendezvous, and a compilation of what one process does not use."""
+    os.environ["LOCAL_RANK"] = "0"
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    import deepspeed as peer
+
+    peer.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def ours(task: Callable[[], tuple], backend: str = "torch", stage: int = 0) -> Step:
+    if backend == "deepspeed":
+        alone()
     model, x, y = task()
     trainer, *_ = engine.initialize(config=config(len(x), backend, stage), model=model)
     return loop(trainer, x, y)
@@ -133,6 +150,7 @@ def ours_unfused(task: Callable[[], tuple]) -> Step:
 
 
 def deepspeed(task: Callable[[], tuple], stage: int) -> Step:
+    alone()
     import deepspeed as peer
 
     model, x, y = task()
@@ -159,20 +177,20 @@ def accelerate(task: Callable[[], tuple]) -> Step:
     return step
 
 
-def contenders(task: Callable[[], tuple]) -> dict[str, Step]:
+def contenders() -> dict[str, Callable[[Callable[[], tuple]], Step]]:
     found = {
-        "raw loop": raw(task, fused=None),
-        "raw loop, fused AdamW": raw(task, fused=True),
-        "forward and backward alone": bound(task),
-        "onecycle": ours(task),
-        "onecycle, AdamW unfused": ours_unfused(task),
-        "onecycle on DeepSpeed, stage 0": ours(task, "deepspeed"),
-        "onecycle on DeepSpeed, stage 2": ours(task, "deepspeed", 2),
-        "DeepSpeed, stage 0": deepspeed(task, 0),
-        "DeepSpeed, stage 2": deepspeed(task, 2),
+        "raw loop": partial(raw, fused=None),
+        "raw loop, fused AdamW": partial(raw, fused=True),
+        "forward and backward alone": bound,
+        "onecycle": ours,
+        "onecycle, AdamW unfused": ours_unfused,
+        "onecycle on DeepSpeed, stage 0": partial(ours, backend="deepspeed"),
+        "onecycle on DeepSpeed, stage 2": partial(ours, backend="deepspeed", stage=2),
+        "DeepSpeed, stage 0": partial(deepspeed, stage=0),
+        "DeepSpeed, stage 2": partial(deepspeed, stage=2),
     }
     if importlib.util.find_spec("accelerate"):
-        found["Accelerate"] = accelerate(task)
+        found["Accelerate"] = accelerate
     return found
 
 
@@ -195,33 +213,50 @@ def cpu_time(step: Step, steps: int) -> float:
     return (time.process_time() - begin) / steps * 1e3
 
 
+def serve(connection: Connection, make: Callable, task: Callable[[], tuple], counts: bool) -> None:
+    """Be one contender: tell the calls of a step, then the CPU time of as many as are asked for."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.manual_seed(0)
+    step = make(task)
+    torch.set_num_threads(1)  # after Accelerate, which sets another number
+    cpu_time(step, 3)
+    connection.send(calls(step) if counts else None)
+    while steps := connection.recv():
+        connection.send(cpu_time(step, steps))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    spawned = multiprocessing.get_context("spawn")
     console = Console()
     table = Table("CPU ms a step", title="times the naive raw loop (median)")
-    cells: dict[str, list[str]] = {}
-    for name, task, steps in (("MLP", mlp, 200), ("GPT, 10M", gpt, 2)):
+    cells: dict[str, list[str]] = {each: [] for each in contenders()}
+    counts: dict[str, int] = {}
+    for name, task, steps in (("MLP", mlp, 200), ("GPT, 10M", gpt, 4)):
         table.add_column(name, justify="right")
-        running = contenders(task)
-        torch.set_num_threads(1)  # Accelerate has set another number
-        if task is mlp:
-            counts = {each: calls(step) for each, step in running.items()}
-        times: dict[str, list[float]] = {each: [] for each in running}
+        ends: dict[str, Connection] = {}
+        starting = track(contenders().items(), f"{name}: start", console=console, transient=True)
+        for each, make in starting:
+            ends[each], theirs = spawned.Pipe()
+            of_it = (theirs, make, task, task is mlp)
+            spawned.Process(target=serve, args=of_it, daemon=True).start()
+            counted = ends[each].recv()
+            counts[each] = counts.get(each, counted)
+        times: dict[str, list[float]] = {each: [] for each in ends}
         for _ in track(range(args.rounds), name, console=console, transient=True):
-            for each, step in running.items():
-                times[each].append(cpu_time(step, steps))
+            for each, end in ends.items():
+                end.send(steps)
+                times[each].append(end.recv())
         for each, of_each in times.items():
+            ends[each].send(0)
             ratios = (a / b for a, b in zip(of_each, times["raw loop"], strict=True))
             cell = f"{statistics.median(of_each):.3f} ({statistics.median(ratios):.2f}x)"
-            cells.setdefault(each, []).append(cell)
+            cells[each].append(cell)
     table.add_column("calls (MLP)", justify="right")
     for each, row in cells.items():
         table.add_row(each, *row, str(counts[each]))

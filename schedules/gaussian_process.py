@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+Slopes = tuple[float, float, float]
 
 LENGTH_SCALE = 0.2
 _POINTS = np.linspace(-0.45, 1.45, 30)
@@ -89,13 +90,12 @@ class Data(NamedTuple):
         root = np.ones(len(y)) if weights is None else np.sqrt(weights)
         scaled, ones, y = phi * root[:, None], root, y * root
         values, vectors = np.linalg.eigh(scaled.T @ scaled)
-        basis = scaled @ vectors
         return cls(
             float(ones @ ones),
             np.maximum(values, 0.0),
             vectors,
-            y @ basis,
-            ones @ basis,
+            y @ scaled @ vectors,
+            ones @ scaled @ vectors,
             float(y @ ones),
             float(y @ y),
         )
@@ -152,45 +152,73 @@ class Hyperparameters:
         logarithm = float(np.log1p(ratio * data.values).sum()) + data.size * math.log(noise)
         return 0.5 * (quadratic + logarithm + data.size * math.log(2 * math.pi)) / data.size
 
-    def gradient(self, data: Data) -> tuple[float, float, float]:
+    def gradient(self, data: Data) -> Slopes:
         """Return the gradient of `loss` by ``raw``."""
-        noise, mean, scale = self.noise, self.mean, self.scale
-        weight = 1 / (noise + scale * data.values)
-        residual = data.projected - mean * data.ones
-        fitted = residual * weight
-        # y^T K^-1 y and its derivatives, with K^-1 = (1 - scale * phi W phi^T) / noise.
-        rest = data.squares - 2 * mean * data.total + data.size * mean**2
-        cross = float(fitted @ residual)
-        square = float(fitted @ fitted)
-        inner = float(fitted @ (data.values * fitted))
-        by_scale = -square + float(weight @ data.values)
-        solved = (rest - 2 * scale * cross + scale**2 * inner) / noise**2
-        trace = (data.size - scale * float(weight @ data.values)) / noise
-        by_noise = trace - solved
-        sums = data.total - data.size * mean
-        by_mean = -(sums - scale * float(fitted @ data.ones)) / noise
-        half = 0.5 / data.size
-        return (
-            half * by_noise * _sigmoid(self.raw[0]),
-            by_mean / data.size,
-            half * by_scale * _sigmoid(self.raw[2]),
-        )
+        return _Slopes(data, self.mean)(*self.raw)
 
     def fitted(self, data: Data, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
         """Return those after some more steps of Adam on `loss`."""
         raw, first, second = list(self.raw), list(self.first), list(self.second)
+        slopes = _Slopes(data, self.mean)
         for step in range(self.steps + 1, self.steps + steps + 1):
-            gradient = Hyperparameters((raw[0], raw[1], raw[2])).gradient(data)
-            for index, slope in enumerate(gradient):
+            corrected, rate_now = 1 / (1 - 0.999**step), rate / (1 - 0.9**step)
+            for index, slope in enumerate(slopes(*raw)):
                 first[index] += 0.1 * (slope - first[index])
                 second[index] += 0.001 * (slope * slope - second[index])
-                deviation = math.sqrt(second[index] / (1 - 0.999**step)) + 1e-8
-                raw[index] -= rate / (1 - 0.9**step) * first[index] / deviation
+                deviation = math.sqrt(second[index] * corrected) + 1e-8
+                raw[index] -= rate_now * first[index] / deviation
         return Hyperparameters(
             (raw[0], raw[1], raw[2]),
             (first[0], first[1], first[2]),
             (second[0], second[1], second[2]),
             self.steps + steps,
+        )
+
+
+class _Slopes:
+    """The gradient of `Hyperparameters.loss` on the same data, many times.
+
+    All that depends on the data is one matrix, made once; each gradient is a product with it.
+
+    Args:
+        data: eigenvalues lambda, projections b of y, projections o of 1.
+        centre: a mean near to those that are asked for, to lose no digits in their squares.
+    """
+
+    def __init__(self, data: Data, centre: float) -> None:
+        self._size, self._values, self._centre = data.size, data.values, centre
+        self._total = data.total - data.size * centre
+        self._squares = data.squares - 2 * centre * data.total + data.size * centre**2
+        ones, y = data.ones, data.projected - centre * data.ones
+        squares = np.stack([y * y, y * ones, ones * ones])
+        self._columns = np.vstack([data.values, squares, data.values * squares]).T.copy()
+        self._weights = np.empty((2, data.values.size))
+
+    def __call__(self, raw_noise: float, raw_mean: float, raw_scale: float) -> Slopes:
+        noise, noise_slope = _softplus_and_slope(raw_noise)
+        scale, scale_slope = _softplus_and_slope(raw_scale)
+        noise += _LEAST_NOISE
+        mean = raw_mean - self._centre
+        weight, squared = self._weights
+        np.multiply(self._values, scale, weight)
+        np.add(weight, noise, weight)
+        np.reciprocal(weight, weight)
+        np.multiply(weight, weight, squared)
+        sums = self._weights.dot(self._columns).tolist()
+        (trace, yy, yo, oo, *_), (_, yy2, yo2, oo2, vyy2, vyo2, voo2) = sums
+        # y^T K^-1 y and its derivatives, with K^-1 = (1 - scale * phi W phi^T) / noise.
+        rest = self._squares - 2 * mean * self._total + self._size * mean * mean
+        cross = yy - 2 * mean * yo + mean * mean * oo
+        square = yy2 - 2 * mean * yo2 + mean * mean * oo2
+        inner = vyy2 - 2 * mean * vyo2 + mean * mean * voo2
+        solved = (rest - 2 * scale * cross + scale * scale * inner) / (noise * noise)
+        by_noise = (self._size - scale * trace) / noise - solved
+        by_mean = -(self._total - self._size * mean - scale * (yo - mean * oo)) / noise
+        half = 0.5 / self._size
+        return (
+            half * by_noise * noise_slope,
+            by_mean / self._size,
+            half * (trace - square) * scale_slope,
         )
 
 
@@ -245,8 +273,9 @@ def _softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+def _softplus_and_slope(x: float) -> tuple[float, float]:
+    small = math.exp(-abs(x))
+    return max(x, 0.0) + math.log1p(small), (1.0 if x >= 0 else small) / (1 + small)
 
 
 def _inverse_softplus(y: float) -> float:

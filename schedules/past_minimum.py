@@ -154,32 +154,34 @@ def robust_band(losses: Array) -> Band:
 
 def _robust_posterior(y: Array) -> Posterior:
     count = y.size
-    bins = np.arange(count) * min(count, _BINS) // count
-    weights = np.bincount(bins).astype(float)
-    means = np.bincount(bins, y) / weights
-    x = np.bincount(bins, (np.arange(count) + 0.5) / count) / weights
+    starts = -(-np.arange(min(count, _BINS) + 1) * count // min(count, _BINS))
+    weights = np.diff(starts).astype(float)
+    x = (starts[:-1] + starts[1:]) / (2 * count)
+    centre = float(y.mean())
+    y = y - centre
+    means = np.add.reduceat(y, starts[:-1]) / weights
     within = float(y @ y - weights @ means**2)
     constant = np.full((x.size, 1), _CONSTANT)
     data = Data.of(np.hstack([features(x), constant]), means, weights)
     grid = np.hstack([_basis(_ROBUST_GRID), np.full((_ROBUST_GRID, 1), _CONSTANT)])
-    return Posterior.of(data, solve_ratio(data, within), grid)
+    posterior = Posterior.of(data, solve_ratio(data, within), grid)
+    return posterior._replace(mean=posterior.mean + centre)
 
 
 class _Compression(NamedTuple):
-    """Losses clipped around their lowest and compressed by asinh, with mean 0."""
+    """Losses clipped around their lowest and compressed by asinh."""
 
     low: float
     high: float
     origin: float
     unit: float
-    mean: float
 
     @classmethod
     def of(cls, losses: Array) -> _Compression:
         y = np.asarray(losses, float)
         finite = np.isfinite(y)
         if not finite.any():
-            return cls(0.0, 0.0, 0.0, 1.0, 0.0)
+            return cls(0.0, 0.0, 0.0, 1.0)
         first = y[: max(4, y.size // 20)]
         start = (
             float(np.median(first[np.isfinite(first)])) if np.isfinite(first).any() else math.inf
@@ -194,21 +196,19 @@ class _Compression(NamedTuple):
         if not 0 < spread < math.inf:
             below, above = np.quantile(y[finite], (0.1, 0.9))
             spread = float(above - below) or 1.0
-        clips = cls(low - 2 * spread, low + 2 * spread, 0.0, 0.1 * spread, 0.0)
-        origin = float(np.quantile(clips._clipped(y), 0.05))
-        centred = clips._replace(origin=origin)
-        return centred._replace(mean=float(centred(y).mean()))
+        clips = cls(low - 2 * spread, low + 2 * spread, 0.0, 0.1 * spread)
+        return clips._replace(origin=float(np.quantile(clips._clipped(y), 0.05)))
 
     def __call__(self, losses: Array) -> Array:
         scaled = (self._clipped(losses) - self.origin) / self.unit
-        return np.asarray(np.arcsinh(scaled) / math.asinh(10) - self.mean)
+        return np.asarray(np.arcsinh(scaled) / math.asinh(10))
 
     def _clipped(self, losses: Array) -> Array:
         y = np.asarray(losses, float)
         return np.clip(np.where(np.isfinite(y), y, np.inf), self.low, self.high)
 
     def inverse(self, compressed: Array) -> Array:
-        scaled = np.sinh((compressed + self.mean) * math.asinh(10))
+        scaled = np.sinh(compressed * math.asinh(10))
         return np.asarray(scaled * self.unit + self.origin)
 
 

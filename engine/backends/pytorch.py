@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from engine.checkpoint import tensors
 from engine.checkpoint.values import read_values, write_values
 from engine.config import Config
 from engine.loss_scaling import LossScaler
@@ -50,6 +49,8 @@ class PyTorchBackend:
         self._autocast = _AUTOCAST.get(config.precision)
         self._clipping = config.gradient_clipping
         self._scaler = LossScaler(config.loss_scaling) if config.loss_scaling else None
+        self._on_cpu = ranks.device.type == "cpu"
+        self._spent: list[Tensor] = []
         self._parallel = self._replicated() if ranks.world_size > 1 else None
         self._called: nn.Module = self._parallel or model
 
@@ -77,6 +78,7 @@ class PyTorchBackend:
 
     def scale(self, loss: Tensor, accumulation: int) -> Tensor:
         """Return a loss whose own ``.backward()`` adds what `backward` would have added."""
+        self._spent = []
         factor = self.loss_scale / accumulation
         return loss if factor == 1.0 else loss * factor
 
@@ -98,6 +100,10 @@ class PyTorchBackend:
                 torch._foreach_mul_(gradients, factor)
             self.optimizer.step()
         self.zero_grad()
+        if self._on_cpu:
+            # malloc would give their memory back to the system, only to fault it in again page by
+            # page; freed right before a backward pass, it is what that pass fills.
+            self._spent = gradients
         self.grad_norm = norm
         if self._scaler is not None:
             self._scaler.update(overflow=not finite)
@@ -140,6 +146,8 @@ class PyTorchBackend:
 
     def save(self, place: Path, *, frozen: bool = True) -> None:
         """Write model, optimizer and loss scale into a folder; every rank calls it."""
+        from engine.checkpoint import tensors  # costs 50 ms, which who never saves need not pay
+
         tensors.write(place, self.model, self.optimizer, frozen=frozen)
         if self._scaler is not None and self.ranks.rank == 0:
             write_values(place / _SCALER, self._scaler.state_dict())
@@ -153,6 +161,8 @@ class PyTorchBackend:
         frozen: bool = True,
     ) -> Future[None]:
         """Do what `save` does while training goes on."""
+        from engine.checkpoint import tensors  # costs 50 ms, which who never saves need not pay
+
         written = tensors.write_behind(
             place, self.model, self.optimizer, group, arena, frozen=frozen
         )
@@ -162,6 +172,8 @@ class PyTorchBackend:
 
     def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
         """Restore what `save` wrote, with or without the optimizer's part; every rank calls it."""
+        from engine.checkpoint import tensors  # costs 50 ms, which who never saves need not pay
+
         trained_by = self.optimizer if optimizer else None
         tensors.read(place, self.model, trained_by, strict=strict, frozen=frozen)
         saved = place / _SCALER
