@@ -199,6 +199,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=4, help="runs of each maximum (default: 4)")
+    parser.add_argument("--first-seed", type=int, default=0, help="for other runs (default: 0)")
     parser.add_argument("--task", default="", help="only tasks whose names begin like this")
     parser.add_argument("--output", type=Path, default=Path("lr_test_training.png"))
     args = parser.parse_args()
@@ -210,13 +211,13 @@ def main() -> None:
     with Progress(console=console, transient=True) as bar:
         chosen = {name: task for name, task in tasks().items() if name.startswith(args.task)}
         for name, task in chosen.items():
-            best[name], _ = suggested(task, seed=100)
+            best[name], _ = suggested(task, seed=args.first_seed + 100)
             maxima = (*GRID, best[name])
             row = bar.add_task(name, total=len(maxima) * args.seeds)
             found[name] = {}
             for lr in maxima:
                 found[name][lr] = []
-                for seed in range(args.seeds):
+                for seed in range(args.first_seed, args.first_seed + args.seeds):
                     found[name][lr].append(accuracy(task, lr, seed))
                     bar.advance(row)
     table = Table("task", *(f"{lr:.1e}" for lr in GRID), "suggested", "best - 1 SE", "reached")

@@ -42,10 +42,12 @@ class LRRangeReport:
         The curve and its rules are those of all points; the maximum is the median of what the runs
         suggest by themselves, where most of them do: one that diverged early moves it little.
         """
-        lrs = np.concatenate([np.asarray(run.lrs, float) for run in self.runs])
-        losses = np.concatenate([np.asarray(run.losses, float) for run in self.runs])
-        ends = [run.lrs[-1] for run in self.runs if run.end == "divergence" and run.lrs]
-        diverged_at = statistics.median(ends) if ends and len(ends) == len(self.runs) else None
+        lrs, losses = (
+            np.concatenate([np.asarray(part, float) for part in parts])
+            for parts in zip(*(run.curve for run in self.runs), strict=True)
+        )
+        ends = [end for end in map(_diverged_at, self.runs) if end is not None]
+        diverged_at = statistics.median(ends) if len(ends) == len(self.runs) else None
         found = suggest(lrs, losses, diverged_at=diverged_at)
         each = self.of_each
         max_lr = statistics.median(each) if 2 * len(each) > len(self.runs) > 1 else found.max_lr
@@ -134,7 +136,7 @@ class LRRangeReport:
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axis = figure.subplots()
         for run in self.runs:
-            axis.plot(run.lrs, run.losses, ".", markersize=3, color="tab:blue", alpha=0.35)
+            axis.plot(*run.curve, ".", markersize=3, color="tab:blue", alpha=0.35)
             if run.end == "divergence" and run.lrs:
                 axis.axvline(run.lrs[-1], color="tab:red", linewidth=0.8, label="divergence")
         suggestion = self.suggestion
@@ -187,5 +189,9 @@ class LRRangeReport:
 
 
 def _suggested(run: Run) -> Suggestion:
-    diverged_at = run.lrs[-1] if run.end == "divergence" and run.lrs else None
-    return suggest(run.lrs, run.losses, diverged_at=diverged_at)
+    return suggest(*run.curve, diverged_at=_diverged_at(run))
+
+
+def _diverged_at(run: Run) -> float | None:
+    lrs, _ = run.curve
+    return lrs[-1] if run.end == "divergence" and lrs else None

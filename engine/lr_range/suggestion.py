@@ -90,8 +90,7 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
 
     Args:
         lrs: learning rate of each update, positive; any order, any spacing.
-        losses: loss of each update, at the same places; they may be NaN or infinite.
-
+        losses: what came of each, the loss of the update after it; they may be NaN or infinite.
         diverged_at: learning rate at which the test was ended because the loss diverged.
 
     Raises:

@@ -119,6 +119,15 @@ class Run:
     end: str = ""
     """Why it ended: "divergence", "steps", or nothing if the script ended by itself."""
 
+    @property
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Each learning rate with the loss that came of it, which is that of the next update.
+
+        >>> Run(lrs=[0.1, 0.2, 0.4], losses=[2.3, 2.0, 1.5]).curve
+        ([0.1, 0.2], [2.0, 1.5])
+        """
+        return self.lrs[:-1], self.losses[1:]
+
     @classmethod
     def read(cls, path: Path) -> Run:
         """Return what a record holds; a last line that was cut off is left out."""

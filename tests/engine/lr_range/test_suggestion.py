@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from engine.lr_range.report import LRRangeReport
 from engine.lr_range.suggestion import MIN_POINTS, suggest
+from engine.lr_range.sweep import Run
 from tests.engine.lr_range.planted import FAMILIES, flat, plant
 
 
@@ -33,6 +35,16 @@ def test_the_minimum_of_a_flat_basin_is_its_middle():
         found.append(np.log10(suggest(lrs, depth + noise).rules["minimum"]))
     assert np.mean(found) == pytest.approx(-2.5, abs=0.15)
     assert np.std(found) < 0.2
+
+
+def test_a_learning_rate_is_judged_by_the_loss_of_the_next_update():
+    """A loss is that of the parameters before its own update; in a short sweep that is a lot."""
+    lrs = np.logspace(-3, -1, 61)
+    came_of_it = 1 + (np.log10(lrs) + 2) ** 2
+    run = Run(lrs.tolist(), [2.0, *came_of_it[:-1]], [None] * 61)
+    rules = LRRangeReport((run,)).suggestion.rules
+    assert rules["minimum"] == pytest.approx(0.01, rel=0.04)  # a step of the sweep is 8 %
+    assert rules == pytest.approx(suggest(lrs[:-1], came_of_it[:-1]).rules)
 
 
 @pytest.mark.parametrize("kind", ["noise", "rises", "not finite"])
