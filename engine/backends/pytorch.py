@@ -205,6 +205,7 @@ class PyTorchBackend:
         """Let go of the wrapper; the model and the optimizer are the caller's."""
         self._parallel = None
         self._called = self.model
+        self._spent = []
 
     def describe(self) -> str:
         """Return what trains here, in words, for the log."""

@@ -1,7 +1,8 @@
-"""What a step of the engine costs in function calls, which are the same in every run."""
+"""What a step of the engine costs, in what is the same in every run: function calls, and memory."""
 
 import cProfile
 import pstats
+import weakref
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -50,3 +51,17 @@ def test_a_step_makes_at_most_forty_calls_more_than_the_raw_loop():
         trainer.step()
 
     assert calls(ours) <= calls(raw) + 40
+
+
+def test_spent_gradients_are_out_of_sight_at_once_and_gone_with_the_next_backward_pass():
+    model = net()
+    config = {"train_batch_size": 8, "optimizer": {"type": "AdamW"}}
+    trainer, *_ = engine.initialize(config=config, model=model)
+    x = torch.randn(8, 16)
+    trainer.backward(trainer(x).sum())
+    spent = [weakref.ref(parameter.grad) for parameter in model.parameters()]
+    trainer.step()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    loss = trainer(x).sum()
+    trainer.scale(loss)
+    assert all(gradient() is None for gradient in spent)
