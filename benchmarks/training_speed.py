@@ -245,6 +245,7 @@ def main() -> None:
             ends[each], theirs = spawned.Pipe()
             of_it = (theirs, make, task, task is mlp)
             spawned.Process(target=serve, args=of_it, daemon=True).start()
+            theirs.close()  # so that one that fails is heard of
             counted = ends[each].recv()
             counts[each] = counts.get(each, counted)
         times: dict[str, list[float]] = {each: [] for each in ends}

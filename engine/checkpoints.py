@@ -100,7 +100,7 @@ class Checkpoints(DeepSpeedNames):
         Raises:
             OSError: there is no space, or the folder cannot be written; it keeps what it held.
             RuntimeError: a rank did not come within seconds, or has failed.
-            ValueError: the ranks give it different tags.
+            ValueError: the ranks give it different tags, or ``client_state`` holds objects.
         """
         if self._rehearses:
             log.info("no checkpoint is written in a range test")
@@ -109,6 +109,7 @@ class Checkpoints(DeepSpeedNames):
         state = {
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
             "counters": asdict(self._done),
+            "batch": asdict(self.config.batch),
             "loader": self._loader_state(),
             "client_state": dict(client_state or {}),
         }
@@ -183,11 +184,7 @@ class Checkpoints(DeepSpeedNames):
             override=override,
         )
         if not load_module_only:
-            self._done = Counters(**state["counters"])
-            self._updates_before = self._updates
-            loader = self.training_dataloader
-            if isinstance(loader, RunLoader) and state["loader"] is not None:
-                loader.load_state_dict(state["loader"])
+            self._go_on(Counters(**state["counters"]), state["loader"], state.get("batch"))
         if load_lr_scheduler_states and self.lr_scheduler is not None:
             saved = state["lr_scheduler"]
             if saved is None or override:
@@ -196,6 +193,27 @@ class Checkpoints(DeepSpeedNames):
             if self._rollback is not None:
                 self._rollback.load(path)
         return str(path), state["client_state"]
+
+    def _go_on(
+        self,
+        done: Counters,
+        position: dict[str, int] | None,
+        saved: Mapping[str, int] | None,
+    ) -> None:
+        """Take counters and place in the data, also of a run whose batches are cut otherwise."""
+        batch = self.config.batch
+        saved = saved or asdict(batch)
+        if saved["accumulation"] != batch.accumulation:
+            done.micro_steps = done.global_steps * batch.accumulation
+        self._done = done
+        self._updates_before = self._updates
+        loader = self.training_dataloader
+        if not isinstance(loader, RunLoader) or position is None:
+            return
+        if (saved["accumulation"], saved["train"]) != (batch.accumulation, batch.train):
+            samples = position["given"] // saved["accumulation"] * saved["train"]
+            position = position | {"given": samples // batch.train * batch.accumulation}
+        loader.load_state_dict(position)
 
     def _joined(self, saved: Mapping[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         """Return a state for this run's schedule, which need not be the one that was saved.

@@ -158,6 +158,8 @@ class Engine(Checkpoints, nn.Module):
                 "(`engine.steps_this_run`), which are done; leave the loop when `run_is_over`."
             )
         del lr_kwargs
+        if metric is not None:
+            self._metric = metric
         done = self._done
         last = self.is_gradient_accumulation_boundary()
         done.micro_steps += 1
@@ -171,7 +173,7 @@ class Engine(Checkpoints, nn.Module):
         if self._recorder is not None:
             self._note(self._recorder)
         if self._rollback is not None:
-            self._tell(metric, self._rollback)
+            self._tell(self._rollback)
         elif done.applied and self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.save_if_due()
@@ -190,11 +192,10 @@ class Engine(Checkpoints, nn.Module):
         if self._rehearses:
             recorder.stop_if_over()
 
-    def _tell(self, metric: Tensor | float | None, rollback: saving.Rollback) -> None:
+    def _tell(self, rollback: saving.Rollback) -> None:
         """Tell a schedule that listens of an update that was applied, and forget any other."""
         scheduler = self.lr_scheduler
         assert isinstance(scheduler, FeedbackBinder)
-        self._metric = self._metric if metric is None else metric
         if not self._done.applied:
             if self._window is not None:
                 self._window.clear()
@@ -374,8 +375,10 @@ class Engine(Checkpoints, nn.Module):
 
     def destroy(self) -> None:
         """Let go of what the backend holds; the model is the caller's again."""
+        if self._signals is not None:
+            self._signals.forget()
         if self._behind is not None:
-            self._behind.wait()
+            self._behind.close()
         self._backend.destroy()
 
     @property

@@ -39,16 +39,20 @@ class Progress:
 
     def __init__(self, config: Config, monitors: Sequence[Monitor]) -> None:
         self._every = config.steps_per_print
-        self._accumulation = config.batch.accumulation
         self._monitors = tuple(monitors)
         self._is_watched = any(section["enabled"] for section in config.monitors.values())
         self._clock = time.perf_counter()
-        self.losses: list[Tensor] = []
+        self._window: list[Tensor] = []  # of this update, for the monitors
+        self._sum: Tensor | float = 0.0  # since the last line of the log
+        self._count = 0
 
     def add(self, loss: Tensor) -> None:
         """Take a micro-batch's loss, if anybody will ask for it."""
-        if self._is_watched or self._every:
-            self.losses.append(loss.detach())
+        if self._is_watched:
+            self._window.append(loss.detach())
+        if self._every:
+            self._sum = self._sum + loss.detach().float()
+            self._count += 1
 
     def tell(self, engine: DeepSpeedNames, done: Counters) -> None:
         """Tell of the update that is just over, before the schedule moves on from what it used."""
@@ -56,11 +60,9 @@ class Progress:
             self._write_events(engine, done)
         if self._every and done.applied and done.global_steps % self._every == 0:
             self._log(engine, done)
-        elif not self._every:
-            self.losses.clear()
 
     def _write_events(self, engine: DeepSpeedNames, done: Counters) -> None:
-        window = self.losses[-self._accumulation :]
+        window, self._window = self._window, []
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         values = {
@@ -85,8 +87,8 @@ class Progress:
 
     def _log(self, engine: DeepSpeedNames, done: Counters) -> None:
         # None came here if the script called `loss.backward()` itself.
-        loss = engine.mean(torch.stack(self.losses).mean().item()) if self.losses else None
-        self.losses.clear()
+        loss = engine.mean(float(self._sum) / self._count) if self._count else None
+        self._sum, self._count = 0.0, 0
         values = {"lr": engine.get_lr(), "momentum": engine.get_momentum()}
         shown = [
             f"{name} {' '.join(format(value, '.4g') for value in dict.fromkeys(of_groups))}"

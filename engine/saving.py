@@ -21,7 +21,7 @@ from engine.backends.base import Backend
 from engine.checkpoint import envelope
 from engine.checkpoint.envelope import CheckpointError, Manifest
 from engine.checkpoint.randomness import load_random_state, random_state
-from engine.checkpoint.values import read_values, write_values
+from engine.checkpoint.values import read_values, refuse_objects, write_values
 from engine.config import Config
 from schedules import FeedbackBinder, FeedbackSchedule
 
@@ -81,6 +81,7 @@ def save(
     Raises:
         RuntimeError: a rank did not come within seconds; the message names it.
         OSError: there is no space, or the folder cannot be written.
+        ValueError: the ranks give it different tags, or ``client_state`` holds objects.
     """
     ranks = backend.ranks
     _meet(ranks.world_size, f"save_checkpoint({str(folder)!r}, tag={tag!r})")
@@ -92,6 +93,7 @@ def save(
     # What needs every rank begins when all are known to be well: a rank would wait there for ever.
     with together(ranks.world_size):
         if ranks.rank == 0:
+            refuse_objects(state["client_state"], "client_state")
             envelope.begin(folder, tag)
     with together(ranks.world_size):
         write_values(partial / f"random.{ranks.rank}.pt", random_state())
@@ -211,6 +213,16 @@ class Behind:
         if failure is not None:
             raise failure
 
+    def close(self) -> None:
+        """Wait, and let go of the copies.
+
+        Raises:
+            Exception: what the last checkpoint failed with.
+        """
+        atexit.unregister(self.wait)
+        self.wait()
+        self.arena.clear()
+
 
 def load(
     backend: Backend,
@@ -238,8 +250,8 @@ def load(
         _refuse_another_run(place, manifest.identity, here)
     if not manifest.frozen and backend.ranks.rank == 0:
         log.info("%s is without frozen parameters; those here stay as they are", place)
-    backend.load(place, optimizer=optimizer, strict=strict, frozen=manifest.frozen)
     state: dict[str, Any] = read_values(place / ENGINE)
+    backend.load(place, optimizer=optimizer, strict=strict, frozen=manifest.frozen)
     own = place / f"random.{backend.ranks.rank}.pt"
     if optimizer and own.is_file() and manifest.world_size == backend.ranks.world_size:
         load_random_state(read_values(own))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,17 +21,26 @@ _NAMES = ("SIGTERM", "SIGUSR1")
 
 
 class Signals:
-    """Notes SIGTERM, and SIGUSR1 with which Slurm warns; what handled them before is put back last.
+    """Notes SIGTERM, and SIGUSR1 with which Slurm warns, until it is told to `forget` them.
 
     Only the main thread can handle signals; elsewhere none are noted.
     """
 
     def __init__(self) -> None:
         self._came = False
+        self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for name in _NAMES:
                 if hasattr(signal, name):  # Windows has no SIGUSR1
-                    signal.signal(getattr(signal, name), self._note)
+                    number = getattr(signal, name)
+                    self._before[number] = signal.signal(number, self._note)
+
+    def forget(self) -> None:
+        """Put back what handled them before: from now on nobody asks."""
+        for number, handler in self._before.items():
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, handler)
+        self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del number, frame

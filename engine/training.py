@@ -186,7 +186,7 @@ def _record(engine: Engine, sweep: Sweep | None) -> None:
 def _report(recorder: Recorder, folder: Path) -> None:
     from engine.lr_range.report import LRRangeReport
 
-    if len(recorder.run.lrs) >= MIN_POINTS:
+    if len(recorder.run.curve[0]) >= MIN_POINTS:
         report = LRRangeReport((recorder.run,))
         picture, _ = report.write(folder)
         found = report.suggestion

@@ -11,7 +11,7 @@ from schedules.autowu_rule import AutoWURule, AutoWUState
 from schedules.durations import Horizon
 from schedules.feedback import FeedbackSchedule
 from schedules.fields import Range
-from schedules.schedule import Base, Fault
+from schedules.schedule import Base, Fault, ScheduleError
 
 __all__ = ["AutoWU"]
 
@@ -109,15 +109,26 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         """Return the same with the epochs of the run.
 
         Raises:
-            ScheduleError: neither the parameters nor the run say how many there are.
+            ScheduleError: the reference tests once an epoch, and the run is not of whole ones.
         """
         if horizon is None:
             return self
         steps, epochs = self.steps_per_epoch, self.total_epochs
-        if steps is None and horizon.steps_per_epoch:
-            steps = max(1, int(horizon.steps_per_epoch))
-        if epochs is None and steps is not None and horizon.total_steps:
-            epochs = max(1, round(horizon.total_steps / steps))
+        in_an_epoch = steps or horizon.steps_per_epoch
+        if steps is None and in_an_epoch:
+            steps = max(1, int(in_an_epoch))
+        if epochs is None and in_an_epoch and horizon.total_steps:
+            epochs = max(1, round(horizon.total_steps / in_an_epoch))
+            if abs(epochs * in_an_epoch - horizon.total_steps) >= 1:
+                if self.test == "reference":
+                    message = (
+                        "the reference tests once an epoch, so the run must be of whole ones, but "
+                        f"is {horizon.total_steps:g} updates of {in_an_epoch:g} in an epoch; give "
+                        'another `steps_per_epoch`, or "test": "robust".'
+                    )
+                    raise ScheduleError(self.type_name, [Fault("steps_per_epoch", message)])
+                total = max(1, int(horizon.scaled_steps or 1))
+                return dataclasses.replace(self, steps_per_epoch=total, total_epochs=1)
         if epochs is not None and horizon.scale_ratio != 1.0:
             epochs = max(1, int(epochs * horizon.scale_ratio))
         return dataclasses.replace(self, steps_per_epoch=steps, total_epochs=epochs)

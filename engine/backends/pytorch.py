@@ -49,7 +49,7 @@ class PyTorchBackend:
         self._autocast = _AUTOCAST.get(config.precision)
         self._clipping = config.gradient_clipping
         self._scaler = LossScaler(config.loss_scaling) if config.loss_scaling else None
-        self._on_cpu = ranks.device.type == "cpu"
+        self._hands_down = False
         self._spent: list[Tensor] = []
         self._parallel = self._replicated() if ranks.world_size > 1 else None
         self._called: nn.Module = self._parallel or model
@@ -78,7 +78,7 @@ class PyTorchBackend:
 
     def scale(self, loss: Tensor, accumulation: int) -> Tensor:
         """Return a loss whose own ``.backward()`` adds what `backward` would have added."""
-        self._spent = []
+        self._spent, self._hands_down = [], self.ranks.device.type == "cpu"
         factor = self.loss_scale / accumulation
         return loss if factor == 1.0 else loss * factor
 
@@ -100,7 +100,7 @@ class PyTorchBackend:
                 torch._foreach_mul_(gradients, factor)
             self.optimizer.step()
         self.zero_grad()
-        if self._on_cpu:
+        if self._hands_down:
             # malloc would give their memory back to the system, only to fault it in again page by
             # page; freed right before a backward pass, it is what that pass fills.
             self._spent = gradients

@@ -162,7 +162,7 @@ def read_manifest(place: Path) -> Manifest:
 
 
 def checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
-    """Return every checkpoint of a folder that has all of its files, the newest last."""
+    """Return every checkpoint of a folder that has all of its files, the last written last."""
     found = []
     for place in folder.iterdir() if folder.is_dir() else ():
         hidden = place.name.startswith(".")
@@ -174,7 +174,7 @@ def checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
                 manifest = read_manifest(place)
                 if not any(faults(place, manifest, hashes=False)):
                     found.append((place, manifest))
-    return sorted(found, key=lambda each: (each[1].step, each[1].created))
+    return sorted(found, key=lambda each: (each[1].created, each[1].step))
 
 
 def find(folder: Path, tag: str | None = None) -> tuple[Path, Manifest]:

@@ -105,7 +105,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         raise LaunchError(f"`--port` must be 0 to 65535, but is {args.port}.")
     hosts, least = _hosts(args)
     runs_command = args.no_python
-    config = args.config or _config_among(script)
+    config = args.config or _config_among(script, args.cwd)
     if args.bind_cores:
         script, runs_command = _bound(args, script), True
     wanted = Wanted(
@@ -196,6 +196,8 @@ def _nodes(text: str | None) -> tuple[int | None, int | None]:
     low, colon, high = text.partition(":")
     if not low.isdecimal() or (colon and not high.isdecimal()) or int(low) < 1:
         raise LaunchError(f"`--nnodes` must be a number or MIN:MAX, but is {text!r}.")
+    if colon and int(high) < int(low):
+        raise LaunchError(f"`--nnodes` must be MIN:MAX with MIN at most MAX, but is {text!r}.")
     return (int(low), int(high)) if colon else (None, int(low))
 
 
@@ -227,17 +229,17 @@ def _env(args: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-def _config_among(script: tuple[str, ...]) -> str | None:
+def _config_among(script: tuple[str, ...], cwd: str) -> str | None:
     """Return the first argument that is a config: a JSON file with a section of one."""
     for argument in script[1:]:
-        name = argument.rpartition("=")[2]
-        if name.endswith(".json") and Path(name).is_file():
+        path = Path(cwd, argument.rpartition("=")[2])
+        if path.suffix == ".json" and path.is_file():
             from engine.config.config import load_document
 
-            value = load_document(name).value
+            value = load_document(path).value
             known = {"train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler"}
             if isinstance(value, dict) and known & value.keys():
-                return name
+                return str(path if cwd == "." else path.resolve())
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -204,9 +205,16 @@ def _follow(
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a script and all that it has started: torchrun's workers have sessions of their own."""
     import signal
 
+    from engine.launch.agent import descendants
+
+    below = descendants(process.pid)
     os.killpg(process.pid, signal.SIGKILL)
+    for pid in below:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
@@ -224,10 +232,10 @@ def _trouble(status: int, run: Any, log: Path, args: argparse.Namespace) -> str:
             f"{name} ended without a call of engine.initialize; have it train through the engine "
             f"({log} has what it printed)."
         )
-    if len(run.lrs) < MIN_POINTS and not run.end:
+    if len(run.curve[0]) < MIN_POINTS and not run.end:
         return (
-            f"{name} ended after {len(run.lrs)} updates, and {MIN_POINTS} must be; let it train "
-            "for more epochs, or on smaller batches."
+            f"{name} ended after {len(run.lrs)} updates, and {MIN_POINTS + 1} must be; let it "
+            "train for more epochs, or on smaller batches."
         )
     return ""
 

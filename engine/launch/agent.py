@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["BEGUN", "main"]
+__all__ = ["BEGUN", "descendants", "main"]
 
 BEGUN = "\x1eonecycle-begun"
 """A line that says that a job that may come back has begun."""
@@ -60,7 +60,7 @@ class _Job:
 
     def kill(self) -> None:
         """Kill all that has come from this process, its own sessions included."""
-        while left := _descendants(os.getpid()):
+        while left := descendants(os.getpid()):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -161,15 +161,14 @@ def _prctl(option: int, value: int = 1) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def _descendants(root: int) -> list[int]:
-    """Return all processes below one, of whatever session."""
+def descendants(root: int) -> list[int]:
+    """Return all processes below one, of whatever session; none where there is no ``/proc``."""
     parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if fields[0] != "Z":
-                    parents[int(entry.name)] = int(fields[1])
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if fields[0] != "Z":
+                parents[int(entry.name)] = int(fields[1])
     found = {root}
     grown = True
     while grown:

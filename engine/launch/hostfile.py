@@ -118,7 +118,7 @@ def _parsed(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, ...]]:
                 f"`{part}` must name slots of {name}, which has 0 to {hosts[name].slots[-1]}, but "
                 f"names {strange[0]}."
             )
-        found[name] = slots
+        found[name] = tuple(dict.fromkeys((*found.get(name, ()), *slots)))
     return found
 
 
@@ -128,5 +128,8 @@ def _slots(text: str, part: str) -> tuple[int, ...]:
         ends = re.fullmatch(r"(\d+)(?:-(\d+))?", each.strip())
         if ends is None:
             raise LaunchError(f"`{part}` must list slots as 0,2-3 after the colon.")
-        slots += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if last < first:
+            raise LaunchError(f"`{part}` must list slots from low to high, but has {each.strip()}.")
+        slots += range(first, last + 1)
     return tuple(dict.fromkeys(slots))

@@ -76,6 +76,7 @@ def sbatch_of(wanted: Wanted, options: Mapping[str, str]) -> str:
         **dict.fromkeys(interfaces, str(wanted.interface)),
         **({"ONECYCLE_ELASTIC": "1"} if wanted.least_nodes else {}),
         "DEEPSPEED_TIMEOUT": str(max(1, wanted.timeout // 60)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(wanted.grace),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **wanted.env,
     }

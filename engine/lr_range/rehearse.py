@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -77,7 +77,7 @@ def lr_range_test(
 
 
 def _called(trainer: Engine, batch: Any) -> Tensor:
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return trainer(**batch)  # type: ignore[no-any-return]
     return trainer(*batch) if isinstance(batch, tuple | list) else trainer(batch)  # type: ignore[no-any-return]
 

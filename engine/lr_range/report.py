@@ -137,8 +137,9 @@ class LRRangeReport:
         axis = figure.subplots()
         for run in self.runs:
             axis.plot(*run.curve, ".", markersize=3, color="tab:blue", alpha=0.35)
-            if run.end == "divergence" and run.lrs:
-                axis.axvline(run.lrs[-1], color="tab:red", linewidth=0.8, label="divergence")
+            diverged_at = _diverged_at(run)
+            if diverged_at is not None:
+                axis.axvline(diverged_at, color="tab:red", linewidth=0.8, label="divergence")
         suggestion = self.suggestion
         if suggestion.smoothed is not None:
             smoothed = suggestion.smoothed

@@ -71,6 +71,10 @@ class Sweep:
             )
         if self.steps < 2:
             raise ValueError(f"a range test must have at least 2 updates, but has {self.steps}.")
+        if self.momentum and self.shape == "staircase":
+            raise ValueError(
+                "a range test with momentum must be exponential or linear, but is a staircase."
+            )
 
     @property
     def scheduler(self) -> dict[str, Any]:
@@ -87,11 +91,11 @@ class Sweep:
                 params["momentum"] = [{"from": begin, "to": end, "duration": duration}]
             return {"type": "Phases", "params": params}
         stairs = self.shape == "staircase"
-        size = max(1, self.steps // _STAIRS) if stairs else duration
+        size = -(-self.steps // _STAIRS) if stairs else duration
         params = {
             "lr_range_test_min_lr": self.min_lr,
             "lr_range_test_step_size": size,
-            "lr_range_test_step_rate": (self.max_lr / self.min_lr - 1) * size / duration,
+            "lr_range_test_step_rate": (self.max_lr / self.min_lr - 1) / (duration // size),
             "lr_range_test_staircase": stairs,
         }
         return {"type": "LRRangeTest", "params": params}

@@ -104,6 +104,47 @@ def seen_from(trainer, loader, seen, updates):
     return seen(trainer, loader, updates)
 
 
+@pytest.mark.parametrize(("before", "after"), [(8, 4), (4, 8), (4, 2)])
+def test_a_run_goes_on_with_its_batches_cut_otherwise(tmp_path, before, after):
+    trainer, loader = start(train_micro_batch_size_per_gpu=before)
+    for x, y in loader:
+        trainer.backward(torch.nn.functional.mse_loss(trainer(x), y))
+        if trainer.step() and trainer.global_steps == 3:
+            break
+    trainer.save_checkpoint(tmp_path)
+    loader.load_state_dict(loader.state_dict())  # to go on in the midst of the epoch
+    rest = train(trainer, loader, 12)
+    plan = planned(tmp_path, resume="must")
+    again, loader = start(**plan, train_micro_batch_size_per_gpu=after)
+    assert again.micro_steps == 3 * (8 // after)
+    seen = train(again, loader, 12)
+    assert [row[1:] for row in seen] == [row[1:] for row in rest]
+    assert [row[0] for row in seen] == pytest.approx([row[0] for row in rest], rel=1e-5)
+
+
+def test_what_was_just_written_stays_though_later_updates_are_there(tmp_path):
+    train(*start(**planned(tmp_path, every=2, keep=2)), 6)
+    train(*start(**planned(tmp_path, every=2, keep=2, resume="never")), 2)
+    assert whole(tmp_path) == ["global_step6", "global_step2"]
+    again, _ = start(**planned(tmp_path))
+    assert again.global_steps == 2
+
+
+def test_a_client_state_that_could_not_be_read_again_is_refused(tmp_path):
+    trainer, _ = start()
+    with pytest.raises(ValueError, match=r"client_state\['best'\].*numpy.*convert it"):
+        trainer.save_checkpoint(tmp_path, client_state={"epoch": 1, "best": np.float64(0.5)})
+    assert whole(tmp_path) == []
+
+
+def test_signals_are_the_scripts_own_again_when_the_engine_is_gone(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer, _ = start(**planned(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) != before
+    trainer.destroy()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.fixture
 def saved(tmp_path):
     trainer, loader = start()

@@ -1,5 +1,6 @@
 """Schedules that listen, inside the engine: told by `backward`, unmoved by skips, rolled back."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -11,6 +12,7 @@ import torch
 
 import engine
 from engine.cli import main
+from schedules import Horizon, ScheduleError, from_config
 
 SCRIPT = Path(__file__).with_name("feedback_run.py")
 AUTOWU = {"steps_per_epoch": 10, "total_epochs": 20, "test": "robust", "immediate_cooldown": True}
@@ -130,6 +132,24 @@ def test_the_schedule_of_a_metric():
         trainer.step(metric=1.0 if update % 2 else None)
         seen.append(trainer.get_lr()[0])
     assert seen == [0.01] * 5 + [0.005] * 3
+
+
+def test_a_metric_of_a_micro_batch_that_ends_no_update_is_heard_with_the_next():
+    params = {"patience": 0, "factor": 0.5}
+    trainer = start(params, "ReduceLROnPlateau", gradient_accumulation_steps=2)
+    for micro_batch in range(8):
+        trainer.backward(trainer(torch.randn(8, 8)).pow(2).mean())
+        trainer.step(metric=1.0 if micro_batch in (2, 5) else None)
+    assert trainer.get_lr() == [0.005]
+
+
+def test_a_run_of_no_whole_epochs_is_exactly_as_long():
+    horizon = Horizon(total_steps=1000, steps_per_epoch=300)
+    robust = from_config({"type": "AutoWU", "params": {"test": "robust"}})
+    assert robust.resolve(horizon).total_steps == 1000
+    assert robust.resolve(dataclasses.replace(horizon, scale_ratio=0.5)).total_steps == 500
+    with pytest.raises(ScheduleError, match="must be of whole ones, but is 1000 updates of 300"):
+        from_config({"type": "AutoWU", "params": {}}).resolve(horizon)
 
 
 def test_the_run_gives_the_epochs():

@@ -63,5 +63,6 @@ def test_spent_gradients_are_out_of_sight_at_once_and_gone_with_the_next_backwar
     trainer.step()
     assert all(parameter.grad is None for parameter in model.parameters())
     loss = trainer(x).sum()
+    assert all(gradient() is not None for gradient in spent), "for the next backward pass to fill"
     trainer.scale(loss)
     assert all(gradient() is None for gradient in spent)

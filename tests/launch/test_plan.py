@@ -247,6 +247,11 @@ def test_a_wrong_hostfile(tmp_path, content, message):
     assert "hostfile" in said
 
 
+def test_a_host_that_is_named_twice_in_a_filter():
+    (left,) = selected([Host("node0", (0, 1, 2))], exclude="node0:0@node0:1")
+    assert left == Host("node0", (2,))
+
+
 def test_a_hostfile_with_comments_and_spaces(tmp_path):
     path = tmp_path / "hostfile"
     path.write_text("# all\n  node0   slots = 2  # two\nnode1 slots=1\n")
@@ -259,6 +264,7 @@ def test_a_hostfile_with_comments_and_spaces(tmp_path):
         ({"include": "node2"}, "must name a host of node0, node1"),
         ({"include": "node0:5"}, "names 5"),
         ({"include": "node0:x"}, "must list slots as 0,2-3"),
+        ({"include": "node1:1-0"}, "from low to high, but has 1-0"),
         ({"exclude": "node0@node1"}, "leaves none"),
         ({"include": "node0", "exclude": "node1"}, "must not be given together"),
     ],
@@ -276,6 +282,7 @@ def test_a_wrong_filter(filters, message):
         (["--hostfile", "none", __file__], "none: No such file"),
         (["--nnodes", "2", __file__], "several hosts must be in a file"),
         (["--nnodes", "2:x", __file__], "must be a number or MIN:MAX"),
+        (["--nnodes", "3:2", "--write-sbatch", "job", __file__], "with MIN at most MAX"),
         (["--nproc", "0", __file__], "must be a number from 1 on, or auto"),
         (["--rejoin", __file__], "`--rejoin` must come with `--hostfile`"),
         (["--port", "70000", __file__], "`--port` must be 0 to 65535, but is 70000"),
@@ -461,3 +468,10 @@ def test_a_job_of_a_module(tmp_path):
     path = tmp_path / "job"
     assert launch("--write-sbatch", path, "--nproc", 1, "-m", "json.tool")[0] == 0
     assert "--module" in path.read_text()
+
+
+def test_a_job_gives_its_ranks_the_grace_to_save_in(tmp_path):
+    path = tmp_path / "job"
+    assert launch("--write-sbatch", path, "--nproc", 1, "--grace", 300, __file__)[0] == 0
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300\n" in path.read_text()
+    assert "--signal=TERM@300\n" in path.read_text()

@@ -145,7 +145,7 @@ def test_the_configs_own_range_test_reports_in_an_ordinary_run(folder):
 @pytest.mark.parametrize(
     "make, arguments, message",
     [
-        (script, [5], "ended after 5 updates, and 20 must be"),
+        (script, [5], "ended after 5 updates, and 21 must be"),
         pytest.param(
             lambda folder: script(folder, scale="* 0"),
             [999],

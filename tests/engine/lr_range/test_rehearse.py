@@ -1,5 +1,6 @@
 """The range test as a call: the same curve twice, and nothing changed, whatever happens."""
 
+import collections
 import copy
 import hashlib
 import io
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import engine
+import schedules
+from engine.lr_range.sweep import Sweep
 
 STATE_OF = {
     "fp32": {},
@@ -133,7 +136,24 @@ def test_no_checkpoint_is_written(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_batches_that_are_mappings():
+    trainer, _ = start()
+    batch = collections.UserDict(x=torch.randn(4, 4))  # as tokenizers return them
+    report = engine.lr_range_test(trainer, [batch], steps=10)
+    assert len(report.runs[0].lrs) == 10
+
+
+@pytest.mark.parametrize("steps", [2, 20, 250, 333])
+def test_a_staircase_ends_on_its_highest_stair(steps):
+    sweep = Sweep(1e-6, 10.0, steps, "staircase")
+    lrs = schedules.trace(schedules.from_config(sweep.scheduler), steps)["lr"]
+    assert (lrs[0], lrs[-1]) == (pytest.approx(1e-6), pytest.approx(10.0))
+    assert len(np.unique(lrs)) == min(steps, 20)
+
+
 def test_wrong_calls():
+    with pytest.raises(ValueError, match="must be exponential or linear, but is a staircase"):
+        Sweep(shape="staircase", momentum=(0.95, 0.85))
     trainer, loader = start()
     with pytest.raises(ValueError, match="to a larger one, but goes from 1 to 0.1"):
         engine.lr_range_test(trainer, loader, min_lr=1, max_lr=0.1)
