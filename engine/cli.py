@@ -92,7 +92,8 @@ def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         sys.stderr.close()
         return OK
     except OSError as error:
-        print(f"onecycle: {error.filename or 'output'}: {error.strerror}", file=err)
+        of_system = f"{error.filename or 'output'}: {error.strerror}"
+        print(f"onecycle: {of_system if error.strerror else error}", file=err)
         return USAGE
     return status
 

@@ -9,7 +9,7 @@ from typing import Any
 from engine.config import ConfigError, Problem, Source, load_document
 from engine.config.check import check
 from engine.config.horizon import horizon_of
-from engine.config.sections import optimizer_name, optimizer_schema, with_defaults
+from engine.config.sections import is_parked, optimizer_name, optimizer_schema, with_defaults
 from schedules import Horizon, Schedule, from_config
 from schedules.feedback import Evidence, FeedbackSchedule
 from schedules.schedule import Base, Curves
@@ -103,11 +103,13 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
         message = "`scheduler` must be given for there to be a curve, but is missing."
         raise ConfigError(document.name, [Problem("missing-key", "error", "", 0, 0, message)])
     values: dict[str, Any] = document.value
-    schedule = from_config(values["scheduler"])
+    block = {key: of for key, of in values["scheduler"].items() if not is_parked(key)}
+    schedule = from_config(block)
+    size = values.get("train_batch_size")
     try:
         horizon = horizon_of(
             values.get("engine", {}),
-            samples_per_step=values.get("train_batch_size"),
+            samples_per_step=size if type(size) is int and size > 0 else None,
             steps_per_epoch=steps_per_epoch,
         )
         resolved = schedule.resolve(horizon)
@@ -125,7 +127,8 @@ def _base(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
     if block is not None:
         name = optimizer_name(block["type"])
         assert name is not None
-        params = with_defaults(block.get("params", {}), optimizer_schema(name))
+        given = {key: value for key, value in block.get("params", {}).items() if value != "auto"}
+        params = with_defaults(given, optimizer_schema(name))
     momentum = params.get("momentum", params.get("betas", (0.0,))[0] if "betas" in params else 0.0)
     lists = [value for value in vars(schedule).values() if isinstance(value, tuple)]
     groups = max(map(len, lists), default=1)

@@ -120,6 +120,7 @@ def initialize(
     if sweep is not None:
         resolved = _under_test(resolved, sweep)
     _refuse_two_sources(resolved, optimizer, lr_scheduler)
+    model_parameters = _listed(model_parameters)
     deepspeed = resolved.backend.name == "deepspeed"
     if deepspeed:
         _refuse_what_deepspeed_lacks(resolved)
@@ -154,6 +155,20 @@ def initialize(
     _announce(engine, backend)
     engine.resume()
     return engine, backend.optimizer, loader, scheduler
+
+
+def _listed(parameters: Iterable[Any] | None) -> list[Any] | None:
+    """Return parameters, or groups of them, as lists: a generator can be read once only."""
+    if parameters is None:
+        return None
+    return [
+        {**each, "params": _members(each["params"])} if isinstance(each, dict) else each
+        for each in parameters
+    ]
+
+
+def _members(params: Any) -> list[Any]:
+    return [params] if isinstance(params, torch.Tensor) else list(params)
 
 
 def _under_test(config: Config, sweep: Sweep) -> Config:

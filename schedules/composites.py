@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from schedules.combinators import join, pointwise
 from schedules.curves import Curve, constant
 from schedules.durations import Horizon
+from schedules.feedback import FeedbackSchedule
 from schedules.fields import Items, Milestones
 from schedules.registry import from_config
 from schedules.schedule import Base, Curves, Fault, OpenLoop, Schedule
@@ -46,9 +47,16 @@ class _Composite(Schedule[int]):
             return
         for index, block in enumerate(self.schedulers):
             try:
-                from_config(block)
-            except ValueError as error:  # noqa: PERF203  # each part's own error is wanted
+                part = from_config(block)
+            except ValueError as error:
                 yield Fault("schedulers", f"`schedulers[{index}]`: {error}")
+                continue
+            if isinstance(part, FeedbackSchedule):
+                message = (
+                    f"`schedulers[{index}]` must follow from the count of updates alone, but "
+                    f"{part.type_name} listens to {part.listens_to}; let it be the schedule itself."
+                )
+                yield Fault("schedulers", message)
 
     @property
     def drives(self) -> tuple[str, ...]:

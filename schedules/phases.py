@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -143,13 +143,18 @@ class Phases(
 
     def faults(self) -> Iterator[Fault]:
         for name in self.drives:
+            before = None  # the group's own value, which is not known here
             for index, phase in enumerate(getattr(self, name)):
-                yield from self._phase_faults(f"{name}[{index}]", name, phase)
+                begin = phase.get("from", before)
+                before = phase.get("to", begin)
+                ends = [end for end in (begin, before) if end is not None]
+                yield from self._phase_faults(f"{name}[{index}]", name, phase, ends)
 
-    def _phase_faults(self, where: str, name: str, phase: Mapping[str, Any]) -> Iterator[Fault]:
+    def _phase_faults(
+        self, where: str, name: str, phase: Mapping[str, Any], ends: Sequence[float]
+    ) -> Iterator[Fault]:
         if phase["duration"] <= 0:
             yield Fault(name, f"`{where}.duration` must be at least 1 update, but is 0 instead.")
-        ends = [phase[end] for end in ("from", "to") if end in phase]
         if name == "momentum" and not self.relative and any(end >= 1 for end in ends):
             yield Fault(name, f"`{where}` must stay below 1, but goes to {max(ends):g} instead.")
         if phase.get("shape") == "exponential" and 0 in ends:
@@ -159,16 +164,26 @@ class Phases(
 
     def curves(self, base: Base) -> Curves:
         return {
-            name: tuple(self._joined(getattr(self, name), own) for own in base[name])
+            name: tuple(self._joined(name, getattr(self, name), own) for own in base[name])
             for name in self.drives
         }
 
-    def _joined(self, phases: tuple[Mapping[str, Any], ...], own: float) -> Curve:
+    def _joined(self, name: str, phases: tuple[Mapping[str, Any], ...], own: float) -> Curve:
         unit = own if self.relative else 1.0
         value, parts = own, []
         for phase in phases:
             begin = phase["from"] * unit if "from" in phase else value
             value = phase["to"] * unit if "to" in phase else begin
+            if phase.get("shape") == "exponential" and 0 in (begin, value):
+                raise ValueError(
+                    f"a phase of `{name}` is exponential and must not touch 0, but goes from "
+                    f"{begin:g} to {value:g} instead: a group's own value is {own:g}."
+                )
+            if name == "momentum" and max(begin, value) >= 1:
+                raise ValueError(
+                    f"a phase of `momentum` must stay below 1, but goes from {begin:g} to "
+                    f"{value:g} instead: a group's own value is {own:g}."
+                )
             parts.append(SHAPES[phase.get("shape", "linear")](begin, value, phase["duration"]))
         boundaries = itertools.accumulate(phase["duration"] for phase in phases[:-1])
         names = [

@@ -206,10 +206,10 @@ def _load(path: str) -> type[Schedule[Any]]:
     module_name, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  # the module is the user's, and so are its errors
         raise ValueError(
             f"`scheduler.type` must name a class or function that can be imported, but {path!r} "
-            f"cannot: {error}. Put the folder of its module on PYTHONPATH."
+            f"cannot: {type(error).__name__}: {error}. Put the folder of its module on PYTHONPATH."
         ) from None
     return _proved(path, found)
 

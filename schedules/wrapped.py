@@ -152,5 +152,6 @@ def _imported(value: Any) -> Any:
     module, _, attribute = value.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{value!r} cannot be imported: {error}") from None
+    except Exception as error:  # noqa: BLE001  # the module is the user's, and so are its errors
+        message = f"{value!r} cannot be imported: {type(error).__name__}: {error}"
+        raise ValueError(message) from None

@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
@@ -34,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-__all__ = ["ShardReader", "ShardWriter"]
+__all__ = ["ShardReader", "ShardWriter", "write_tensors"]
 
 
 class ShardWriter(StorageWriter):
@@ -77,7 +78,7 @@ class ShardWriter(StorageWriter):
             tensors[name] = tensor
             results.append(WriteResult(item.index, tensor.nbytes, None))
         path = self._folder / f"shard.{plan.storage_data}.safetensors"
-        save_file(tensors, path, metadata={"parts": json.dumps(parts)})
+        write_tensors(path, tensors, {"parts": json.dumps(parts)})
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -87,6 +88,24 @@ class ShardWriter(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Say yes to any folder."""
         return Path(checkpoint_id).is_dir()
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: there is no space, or it cannot be written there; safetensors has an error of its
+            own for that.
+    """
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 class ShardReader(StorageReader):

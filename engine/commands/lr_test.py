@@ -104,12 +104,12 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         args.steps,
         args.shape,
         tuple(args.momentum) if args.momentum else None,
-        _block_of(args.config),
+        _block_of(args.config, args.nproc),
         args.divergence,
         config=args.config and str(Path(args.config).resolve()),
     )
     if args.write is not None:
-        _read_block(args.write)  # a file that cannot be written to is to be known before the test
+        _read_block(args.write, args.nproc)  # what cannot be written to is known before the test
     console = Console(file=out, soft_wrap=True)
     args.output.mkdir(parents=True, exist_ok=True)
     runs = []
@@ -144,16 +144,16 @@ def _command(args: argparse.Namespace) -> list[str]:
     return [*launcher, "--nproc_per_node", str(args.nproc), *flags, *script]
 
 
-def _block_of(config: str | None) -> Any:
+def _block_of(config: str | None, nproc: int) -> Any:
     """Return the config's own range test, if that is its schedule."""
-    block = _read_block(Path(config)) if config else None
+    block = _read_block(Path(config), nproc) if config else None
     return block if block and block.get("type") == "LRRangeTest" else None
 
 
-def _read_block(path: Path) -> dict[str, Any] | None:
+def _read_block(path: Path, nproc: int) -> dict[str, Any] | None:
     from engine.config import load_config
 
-    block = load_config(path).own.get("scheduler")
+    block = load_config(path, world_size=nproc).own.get("scheduler")
     return None if block is None else dict(block)
 
 
@@ -257,7 +257,7 @@ def _tell(report: Any, args: argparse.Namespace, console: Any) -> int:
         console.print(f"no suggestion: {report.suggestion.reason}", markup=False)
         return INVALID
     target = args.write or args.config
-    block = report.block(_read_block(Path(target)) if target else None)
+    block = report.block(_read_block(Path(target), args.nproc) if target else None)
     console.print_json(json.dumps({"scheduler": block}))
     if args.write is not None:
         backup = put_scheduler(args.write, block)

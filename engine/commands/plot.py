@@ -91,7 +91,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         path = args.output or Path(Path(args.file).name).with_suffix(".png")
         curves = shown.columns
         if args.compare:
-            others = [preview(_config_or_example(name)) for name in args.compare]
+            others = [
+                preview(_config_or_example(name), steps_per_epoch=args.steps_per_epoch)
+                for name in args.compare
+            ]
             steps = args.steps or max(each.span for each in (shown, *others))
             labels = [Path(args.file).name, *args.compare]
             curves = {

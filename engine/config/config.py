@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import schemas
 from engine.config.backend import Choice, choose
 from engine.config.batch import BATCH_KEYS, BatchSizes, solve
 from engine.config.check import check
-from engine.config.document import Document, parse
+from engine.config.document import Document, is_finite, parse
 from engine.config.horizon import horizon_of
 from engine.config.problems import ConfigError, Problem, pointer_to
 from engine.config.sections import (
@@ -179,6 +178,9 @@ def load_config(
         from engine.config.arguments import override
 
         document, overrides = override(document, args)
+        unspeakable = list(_unspeakable(document.value, ""))
+        if unspeakable:
+            raise ConfigError(document.name, unspeakable)
     problems = check(document, world_size, runs=True)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
@@ -281,7 +283,7 @@ def _from_mapping(config: Mapping[str, Any]) -> Document:
     value = config
     if not problems:
         # A copy by way of JSON: what is checked is what a file would hold, and it stays so.
-        value = json.loads(json.dumps(config, default=str))
+        value = json.loads(json.dumps(config, default=dict))
     return Document("config", value, problems=problems)
 
 
@@ -292,8 +294,9 @@ def _unspeakable(value: Any, pointer: str) -> Iterator[Problem]:
         members = value.items()
     elif isinstance(value, list | tuple):
         members = enumerate(value)
-    elif isinstance(value, float) and not math.isfinite(value):
-        message = f"`{pointer}` must be a finite number, but is {value} instead."
+    elif isinstance(value, int | float) and not is_finite(value):
+        shown = value if isinstance(value, float) else "longer than any float"
+        message = f"`{pointer}` must be a finite number, but is {shown} instead."
         yield Problem("not-finite", "error", pointer, 0, 0, message)
     elif not isinstance(value, str | int | float | bool | None):
         message = f"`{pointer}` must be a value that JSON has, but is {value!r} instead."

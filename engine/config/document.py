@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from engine.config.problems import Fix, Problem, pointer_to
 
-__all__ = ["Document", "parse"]
+__all__ = ["Document", "is_finite", "parse"]
 
 MAX_DEPTH = 100
 _MARK = "\ufeff"
@@ -102,6 +102,18 @@ class Document:
             fix=fix,
             suggestion=suggestion,
         )
+
+
+def is_finite(number: float) -> bool:
+    """Return whether a number is finite, also as a float: whole ones can be too long for that.
+
+    >>> is_finite(10**300), is_finite(10**400), is_finite(float("nan"))
+    (True, False, False)
+    """
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def parse(text: str, name: str) -> Document:
@@ -271,7 +283,7 @@ class _Parser:
             whole = number[1] is None and number[2] is None
             if len(number[0]) <= 400:
                 value = int(number[0]) if whole else float(number[0])
-                if whole or math.isfinite(value):
+                if is_finite(value):
                     return value
             shown = number[0] if len(number[0]) < 40 else number[0][:36] + "…"
             self._not_finite(pointer, place, shown)

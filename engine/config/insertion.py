@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.config.config import load_document
 from engine.config.document import Document
+from engine.config.problems import pointer_to
 
 __all__ = ["put_scheduler", "with_scheduler"]
 
@@ -76,7 +77,8 @@ def _added(document: Document, block: Mapping[str, Any]) -> str:
     member = f'"scheduler": {_indented(block, _INDENT)}'
     if not document.value:
         return f"{text[:close]}{member}{text[close:]}"
-    last = max((f"/{key}" for key in document.value), key=lambda at: _span(document, at)[1])
+    members = (pointer_to("", key) for key in document.value)
+    last = max(members, key=lambda at: _span(document, at)[1])
     end = _span(document, last)[1]
     comma = tokens[-2].start() if tokens[-2].group() == "," else None  # one that trails
     at = end if comma is None else comma + 1
@@ -90,7 +92,7 @@ def _span(document: Document, pointer: str) -> tuple[int, int]:
     line, column = document.places[pointer].value
     begin = begins[line - 1] + column - 1
     if text[begin] not in "{[":
-        plain = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s,{}\[\]]+').match(text, begin)
+        plain = re.compile(r'"(?:[^"\\]|\\.)*"|[-+.\w]+').match(text, begin)
         assert plain is not None
         return begin, plain.end()
     depth = 0

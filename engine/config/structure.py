@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ def against_schema(
         for part in error.absolute_path:
             below = pointer_to(below, part)
         problems += _problems_of(document, error, below)
+    problems = list({(each.rule, each.pointer, each.message): each for each in problems}.values())
     meant = {meant_by(problem) for problem in problems}
     for problem in problems:
         # A key that is missing because it is misspelt is said once.
@@ -70,12 +72,13 @@ def _problems_of(
                 if key not in known and not is_parked(key):
                     yield _unknown_key(document, pointer, key, known, value)
         case "required":
-            missing = next(key for key in error.validator_value if key not in value)
-            takes = wanted(schema["properties"][missing])
-            message = f"`{missing}` must be given in {name}, but is missing."
-            below = pointer_to(pointer, missing)
-            hint = f"It takes {takes}."
-            yield document.problem("missing-key", pointer, message, hint, suggestion=below)
+            # jsonschema has an error for each, and none of them says which it is of.
+            for missing in (key for key in error.validator_value if key not in value):
+                takes = wanted(schema["properties"][missing])
+                message = f"`{missing}` must be given in {name}, but is missing."
+                below = pointer_to(pointer, missing)
+                hint = f"It takes {takes}."
+                yield document.problem("missing-key", pointer, message, hint, suggestion=below)
         case "not":
             message = f"`{name}` was removed from DeepSpeed in {schema['x-removed']}."
             hint = schema["x-instead"]
@@ -103,7 +106,9 @@ def _unquoted(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:
         meant = json.loads(value.strip().lower())
     except ValueError:
         return "", None
-    if not jsonschema.Draft202012Validator(schema, registry=_REGISTRY).is_valid(meant):
+    validator = jsonschema.Draft202012Validator(schema, registry=_REGISTRY)
+    endless = isinstance(meant, float) and not math.isfinite(meant)
+    if endless or not validator.is_valid(meant):
         return "", None
     return f"Write {json.dumps(meant)}, without the quotes.", Fix(value=meant)
 

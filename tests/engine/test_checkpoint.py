@@ -353,6 +353,12 @@ def test_the_command_lists_verifies_shows_and_exports(saved):
     from safetensors.torch import load_file
 
     assert load_file(path).keys() == model().state_dict().keys()
+    out, err = io.StringIO(), io.StringIO()
+    nowhere = str(saved / "no folder" / "x.safetensors")
+    assert main(["checkpoint", "export", str(saved), "-o", nowhere], out, err) == 2
+    assert err.getvalue() == f"onecycle: {nowhere}: No such file or directory\n"
+    assert main(["checkpoint", "show", str(saved), "--tag", "nope"], out, err) == 2
+    assert "must hold the checkpoint 'nope', but holds global_step2" in err.getvalue()
     damage(saved, "a flipped byte")
     status, out = run("checkpoint", "verify", saved)
     assert (status, "other content" in out) == (1, True)

@@ -121,6 +121,12 @@ def test_plot_draws_others_over_it(tutorial, tmp_path, monkeypatch):
     other = tmp_path / "other.json"
     warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     other.write_text(json.dumps({"scheduler": warmup}))
+    epochs = {"type": "CosineAnnealingScheduler", "params": {"t_max": "2ep"}}
+    of_epochs = tmp_path / "epochs.json"
+    of_epochs.write_text(json.dumps({"scheduler": epochs}))
+    known = ("--steps-per-epoch", 10, "--compare", of_epochs)
+    assert run("plot", of_epochs, *known)[0] == OK
+    drawn.clear()
     status, _, _ = run("plot", tutorial, "--steps", 3, "--compare", other, "LinearScheduler")
     assert status == OK
     assert list(drawn) == [
@@ -148,6 +154,18 @@ def test_plot_of_what_has_no_curve(tmp_path, config, message):
     status, out, _ = run("plot", path)
     assert status == INVALID
     assert message in out
+
+
+def test_plot_of_a_config_that_another_library_completes(tmp_path):
+    warmup = {"warmup_num_steps": 2, "warmup_type": "linear"}
+    config = {
+        "train_batch_size": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+        "scheduler": {"type": "WarmupLR", "params": warmup, "// why": "as in the paper"},
+    }
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(config))
+    assert run("plot", path, "--csv", "-", "--steps", 3)[::2] == (OK, "")
 
 
 def test_schedules_lists_every_type_with_a_curve():

@@ -79,3 +79,17 @@ def test_param_groups_keep_what_they_say():
     optimizer = build({"type": "AdamW", "params": {"lr": 0.1}}, groups)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.25]
+
+
+@pytest.mark.parametrize("kind", ["generator", "tensor"])
+def test_a_group_may_hold_a_generator_or_one_tensor_as_torchs_own_takes_them(kind):
+    model = torch.nn.Linear(3, 1)
+    params = model.parameters() if kind == "generator" else model.weight
+    before = model.weight.detach().clone()
+    config = {"train_batch_size": 2, "optimizer": {"type": "AdamW"}}
+    trainer, *_ = engine.initialize(
+        config=config, model=model, model_parameters=[{"params": params}]
+    )
+    trainer.backward(trainer(torch.ones(2, 3)).mean())
+    trainer.step()
+    assert not torch.equal(model.weight, before)

@@ -115,3 +115,34 @@ def test_a_wrapped_class_cannot_be_scaled():
     block = wrapped("LambdaLR", lr_lambda="math:exp")
     with pytest.raises(ScheduleError, match="`engine.scale_schedule_ratio` must be 1 with"):
         from_config(block, horizon=Horizon(total_steps=10, scale_ratio=2.0))
+
+
+@pytest.mark.parametrize("type_name", ["ReduceLROnPlateau", "AutoWU"])
+def test_what_listens_is_no_part(type_name):
+    with pytest.raises(ScheduleError, match=f"but {type_name} listens to"):
+        from_config(of_parts("ChainedScheduler", {"type": type_name, "params": {}}))
+
+
+def test_an_exponential_phase_touches_no_zero_wherever_it_comes_from():
+    up = {"shape": "exponential", "to": 0.1, "duration": 5}
+    phases = {"type": "Phases", "params": {"lr": [{"to": 0, "duration": 5}, up]}}
+    with pytest.raises(ScheduleError, match=r"`lr\[1\]` is exponential and must not touch 0"):
+        from_config(phases)
+    of_decay = from_config({"type": "Phases", "params": {"weight_decay": [up]}})
+    with pytest.raises(ValueError, match="must not touch 0, but goes from 0 to 0.1"):
+        of_decay.curves({"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.0,)})
+
+
+def test_a_relative_phase_of_momentum_stays_below_one():
+    params = {"relative": True, "momentum": [{"to": 2, "duration": 5}]}
+    schedule = from_config({"type": "Phases", "params": params})
+    with pytest.raises(ValueError, match="must stay below 1, but goes from 0.9 to 1.8"):
+        schedule.curves({"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.0,)})
+
+
+@pytest.mark.parametrize("text", ["def f(:", "raise RuntimeError('no')"])
+def test_a_module_that_fails_is_a_wrong_type_and_no_crash(tmp_path, monkeypatch, text):
+    (tmp_path / "failing_module.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="'failing_module:f' cannot: (SyntaxError|RuntimeError)"):
+        from_config({"type": "failing_module:f"})

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import types
 
 import pytest
 
@@ -9,6 +10,8 @@ import engine
 from engine import ConfigError, load_config
 from engine.config import load_document
 from engine.config.check import check
+from engine.config.document import parse
+from engine.config.insertion import with_scheduler
 
 GOOD = {
     "train_batch_size": 8,
@@ -307,3 +310,34 @@ def test_resolving_fills_in_every_default():
         "torch_adam": False,
     }
     assert engine.load_config({"train_batch_size": 1}).gradient_clipping == 1.0
+
+
+def test_every_key_that_is_missing_is_said_once():
+    config = {"train_batch_size": 8, "scheduler": {"type": "OneCycle", "params": {}}}
+    messages = [problem.message for problem in engine.validate(config)]
+    assert messages == [
+        f"`{key}` must be given in scheduler.params, but is missing."
+        for key in ("cycle_min_lr", "cycle_max_lr")
+    ]
+
+
+def test_any_mapping_is_a_config():
+    assert engine.validate(types.MappingProxyType({"train_batch_size": 8})) == []
+
+
+@pytest.mark.parametrize("value", [10**350, 10**5000], ids=["long", "longer"])
+def test_a_whole_number_that_no_float_holds_is_refused(value):
+    (problem,) = engine.validate({"train_batch_size": 8, "gradient_clipping": value})
+    assert "must be a finite number" in problem.message
+
+
+@pytest.mark.parametrize("comment", ["// mine", "/* mine */", "  # mine"])
+def test_a_value_is_put_in_beside_a_comment_and_a_note(comment):
+    text = f'{{"// note": "a", "scheduler": {{"type": "A", "params": {{"x": 1{comment}\n}}}}}}'
+    new = with_scheduler(parse(text, "c.json"), {"type": "A", "params": {"x": 2.5}})
+    assert new == text.replace('"x": 1', '"x": 2.5')
+    without = parse('{"// note": "a"}', "c.json")
+    assert parse(with_scheduler(without, {"type": "A", "params": {}}), "c.json").value == {
+        "// note": "a",
+        "scheduler": {"type": "A", "params": {}},
+    }
