@@ -161,16 +161,34 @@ def deepspeed(task: Callable[[], tuple], stage: int) -> Step:
     return loop(trainer, x, y)
 
 
-def accelerate(task: Callable[[], tuple]) -> Step:
+def accelerate(task: Callable[[], tuple], *, fused: bool | None = None) -> Step:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
     model, x, y = task()
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    model, optimizer = accelerator.prepare(model, optimizer)
 
     def step() -> None:
         accelerator.backward(loss_of(model(x), y))
         accelerator.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def fabric(task: Callable[[], tuple], *, fused: bool | None = None) -> Step:
+    from lightning_fabric import Fabric
+
+    runs = Fabric(accelerator="cpu", devices=1)
+    model, x, y = task()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    model, optimizer = runs.setup(model, optimizer)
+
+    def step() -> None:
+        runs.backward(loss_of(model(x), y))
+        runs.clip_gradients(model, optimizer, max_norm=CLIP)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -189,8 +207,13 @@ def contenders() -> dict[str, Callable[[Callable[[], tuple]], Step]]:
         "DeepSpeed, stage 0": partial(deepspeed, stage=0),
         "DeepSpeed, stage 2": partial(deepspeed, stage=2),
     }
-    if importlib.util.find_spec("accelerate"):
-        found["Accelerate"] = accelerate
+    for name, module, make in (
+        ("Accelerate", "accelerate", accelerate),
+        ("Fabric", "lightning_fabric", fabric),
+    ):
+        if importlib.util.find_spec(module):
+            found[name] = make
+            found[f"{name}, fused AdamW"] = partial(make, fused=True)
     return found
 
 
