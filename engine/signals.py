@@ -39,7 +39,8 @@ class Signals:
         """Put back what handled them before: from now on nobody asks."""
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._note:
-                signal.signal(number, handler)
+                # None: it was none of Python's, and cannot be put back.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
