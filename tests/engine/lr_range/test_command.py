@@ -4,11 +4,14 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from engine import ConfigError
 from engine.cli import main
+from engine.commands.lr_test import _kill, _read_block
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "fashion_mnist"
 
@@ -193,6 +196,35 @@ def test_wrong_usage(folder, arguments, message):
     status, _, err = lr_test(*arguments)
     assert status == 2
     assert message in err
+
+
+def test_all_that_a_script_has_started_is_killed_with_it():
+    """torchrun starts each rank in a session of its own, out of reach of a group's signal."""
+    rank = "import time; time.sleep(60)"
+    launcher = f"""import subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", {rank!r}], start_new_session=True)
+print(rank.pid, flush=True)
+time.sleep(60)"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher], stdout=subprocess.PIPE, start_new_session=True
+    )
+    stat = Path(f"/proc/{int(process.stdout.readline())}/stat")
+    assert stat.exists()
+    _kill(process)
+    for _ in range(100):
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the rank lives on")
+
+
+def test_a_config_is_proved_for_the_ranks_of_the_test(tmp_path):
+    path = tmp_path / "ds_config.json"
+    sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+    path.write_text(json.dumps({"train_batch_size": 8, **sizes}))
+    assert _read_block(path, 2) is None
+    with pytest.raises(ConfigError, match="but is 8"):
+        _read_block(path, 1)
 
 
 @pytest.mark.slow
