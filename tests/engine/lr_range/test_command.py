@@ -205,12 +205,11 @@ def test_all_that_a_script_has_started_is_killed_with_it():
 rank = subprocess.Popen([sys.executable, "-c", {rank!r}], start_new_session=True)
 print(rank.pid, flush=True)
 time.sleep(60)"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", launcher], stdout=subprocess.PIPE, start_new_session=True
-    )
-    stat = Path(f"/proc/{int(process.stdout.readline())}/stat")
-    assert stat.exists()
-    _kill(process)
+    command = [sys.executable, "-c", launcher]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        stat = Path(f"/proc/{int(process.stdout.readline())}/stat")
+        assert stat.exists()
+        _kill(process)
     for _ in range(100):
         if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
             return
