@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,18 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from engine.config import Config
 from engine.ranks import Ranks
 
-__all__ = ["GlobalBatchSampler", "RunLoader", "make_loader"]
+__all__ = ["GlobalBatchSampler", "RunLoader", "called_on", "make_loader"]
+
+
+def called_on(model: Callable[..., Any], batch: Any) -> Any:
+    """Return what a model makes of a batch; tuples, lists and mappings become its arguments.
+
+    >>> called_on(max, (1, 3)), called_on(dict, {"x": 2})
+    (3, {'x': 2})
+    """
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 class GlobalBatchSampler(Sampler[list[int]]):

@@ -18,7 +18,7 @@ from engine.backends.base import Backend
 from engine.checkpoint.randomness import load_random_state, random_state
 from engine.checkpoints import Checkpoints
 from engine.config import Config
-from engine.data import RunLoader
+from engine.data import RunLoader, called_on
 from engine.lr_range.sweep import Recorder
 from engine.monitors import Monitor
 from engine.progress import Counters, Progress
@@ -364,9 +364,7 @@ class Engine(Checkpoints, nn.Module):
                 f"`data_iter` must give {self._accumulation} micro-batches, but ended before; make "
                 "it endless, or stop at the end of an epoch."
             )
-        if isinstance(batch, Mapping):
-            return self(**batch)
-        return self(*batch) if isinstance(batch, tuple | list) else self(batch)
+        return called_on(self, batch)
 
     def empty_partition_cache(self) -> None:
         """Let go of gathered parameters, which DeepSpeed's stage 3 keeps and nothing else does."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 
+from engine.data import called_on
 from engine.engine import Engine
 from engine.lr_range.report import LRRangeReport
 from engine.lr_range.sweep import Recorder, Shape, Sweep, SweepOver
@@ -64,7 +65,7 @@ def lr_range_test(
     """
     sweep = Sweep(min_lr, max_lr, steps, shape, momentum, divergence=divergence)
     recorder = Recorder(steps, divergence)
-    loss_of = loss_of or _called
+    loss_of = loss_of or called_on
     with trainer.rehearsal(recorder, from_config(sweep.scheduler)):
         trainer.train()
         try:
@@ -74,12 +75,6 @@ def lr_range_test(
         except SweepOver:
             pass
     return LRRangeReport((recorder.run,))
-
-
-def _called(trainer: Engine, batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
-        return trainer(**batch)  # type: ignore[no-any-return]
-    return trainer(*batch) if isinstance(batch, tuple | list) else trainer(batch)  # type: ignore[no-any-return]
 
 
 def _without_end(batches: Iterable[Any]) -> Iterator[Any]:
