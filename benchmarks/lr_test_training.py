@@ -2,6 +2,7 @@
 
     python benchmarks/lr_test_training.py --output docs/results/lr_test_training.png
 
+The suggestion is that of ``onecycle lr-test --repeat 3``, without and with ``--refine --updates``.
 Three tasks: LeNet on Fashion-MNIST (scikit-learn's digits where there is no copy of it), an MLP on
 the digits, a small transformer that predicts the next character of this repository's own text. The
 same 1Cycle, from a tenth of the maximum, is trained with nine maxima half a decade apart and with
@@ -35,11 +36,15 @@ from train import lenet
 
 import engine
 from engine.lr_range.report import LRRangeReport
+from engine.lr_range.sweep import Run
 
+STEPS, REPEATS = 250, 3
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))
 CONTEXT, WIDTH = 64, 64
 
 Batch = tuple[Tensor, Tensor]
+Cells = dict[float, list[float]]
+"""For each maximum the accuracies of its runs."""
 
 
 @dataclass(frozen=True)
@@ -138,29 +143,51 @@ def started(task: Task, seed: int, scheduler: dict[str, Any] | None) -> engine.E
     return trainer
 
 
-def suggested(task: Task, seed: int) -> tuple[float, LRRangeReport]:
+def suggested(task: Task, seed: int) -> dict[str, float]:
+    """Return the maxima that three range tests suggest, and short cycles after them."""
     runs = []
-    for repeat in range(3):
+    for repeat in range(REPEATS):
         trainer = started(task, seed + repeat, None)
-        runs += engine.lr_range_test(trainer, task.batches(), loss_of=loss_of).runs
+        runs += engine.lr_range_test(trainer, task.batches(), loss_of=loss_of, steps=STEPS).runs
     report = LRRangeReport(tuple(runs))
-    assert report.suggestion.max_lr is not None, report.suggestion.reason
-    return report.suggestion.max_lr, report
+    assert report.max_lr is not None, report.suggestion.reason
+
+    def train(block: dict[str, Any], repeat: int) -> Run:
+        trainer = started(task, seed + repeat, block)
+        return Run(losses=losses_of(trainer, task, STEPS))
+
+    known = one_cycle(report.max_lr, task.updates)
+    refined = report.refined(train, steps=STEPS, updates=task.updates, known=known)
+    assert refined.max_lr is not None
+    return {"range test": report.max_lr, "refined": refined.max_lr}
 
 
-def accuracy(task: Task, max_lr: float, seed: int) -> float:
-    first = task.updates * 3 // 10
-    cycle = {
+def one_cycle(max_lr: float, updates: int) -> dict[str, Any]:
+    first = updates * 3 // 10
+    params = {
         "cycle_min_lr": max_lr / 10,
         "cycle_max_lr": max_lr,
         "cycle_first_step_size": first,
-        "cycle_second_step_size": task.updates - first,
+        "cycle_second_step_size": updates - first,
     }
-    trainer = started(task, seed, {"type": "OneCycle", "params": cycle})
+    return {"type": "OneCycle", "params": params}
+
+
+def losses_of(trainer: engine.Engine, task: Task, updates: int) -> list[float]:
+    """Train, and return the loss of each update."""
+    losses = []
     batches = task.batches()
-    for _ in range(task.updates):
-        trainer.backward(loss_of(trainer, next(batches)))
+    for _ in range(updates):
+        loss = loss_of(trainer, next(batches))
+        losses.append(loss.item())
+        trainer.backward(loss)
         trainer.step()
+    return losses
+
+
+def accuracy(task: Task, max_lr: float, seed: int) -> float:
+    trainer = started(task, seed, one_cycle(max_lr, task.updates))
+    losses_of(trainer, task, task.updates)
     trainer.eval()
     with torch.no_grad():
         parts = zip(task.test[0].split(500), _parts(task, 500), strict=True)
@@ -172,7 +199,7 @@ def _parts(task: Task, size: int) -> tuple[Tensor, ...]:
     return task.test[1].split(size * (len(task.test[1]) // len(task.test[0])))
 
 
-def draw(found: dict[str, dict[float, list[float]]], best: dict[str, float], path: Path) -> None:
+def draw(found: dict[str, Cells], best: dict[str, dict[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -182,11 +209,9 @@ def draw(found: dict[str, dict[float, list[float]]], best: dict[str, float], pat
         means = [statistics.mean(of_seeds) for of_seeds in grid.values()]
         spread = [statistics.stdev(of_seeds) for of_seeds in grid.values()]
         axis.errorbar(list(grid), means, spread, marker="o", label="grid")
-        mine = cells[best[name]]
-        axis.errorbar(
-            best[name], statistics.mean(mine), statistics.stdev(mine), marker="s", color="green",
-            label="suggested",
-        )  # fmt: skip
+        for number, (way, lr) in enumerate(best[name].items()):
+            mine, error = statistics.mean(cells[lr]), statistics.stdev(cells[lr])
+            axis.errorbar(lr, mine, error, marker="s", color=f"C{number + 1}", label=way)
         axis.set(xscale="log", xlabel="cycle_max_lr", ylabel="accuracy %", title=name)
         axis.legend()
         axis.grid(alpha=0.3)
@@ -206,13 +231,13 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     console = Console()
-    found: dict[str, dict[float, list[float]]] = {}
-    best: dict[str, float] = {}
+    found: dict[str, Cells] = {}
+    best: dict[str, dict[str, float]] = {}
     with Progress(console=console, transient=True) as bar:
         chosen = {name: task for name, task in tasks().items() if name.startswith(args.task)}
         for name, task in chosen.items():
-            best[name], _ = suggested(task, seed=args.first_seed + 100)
-            maxima = (*GRID, best[name])
+            best[name] = suggested(task, seed=args.first_seed + 100)
+            maxima = list(dict.fromkeys((*GRID, *best[name].values())))
             row = bar.add_task(name, total=len(maxima) * args.seeds)
             found[name] = {}
             for lr in maxima:
@@ -220,17 +245,18 @@ def main() -> None:
                 for seed in range(args.first_seed, args.first_seed + args.seeds):
                     found[name][lr].append(accuracy(task, lr, seed))
                     bar.advance(row)
-    table = Table("task", *(f"{lr:.1e}" for lr in GRID), "suggested", "best - 1 SE", "reached")
+    table = Table("task", *(f"{lr:.1e}" for lr in GRID), "best - 1 SE", "range test", "refined")
     for name, cells in found.items():
         means = {lr: statistics.mean(of_seeds) for lr, of_seeds in cells.items()}
         top = max(GRID, key=lambda lr, means=means: means[lr])
-        error = statistics.stdev(cells[top]) / math.sqrt(args.seeds)
-        mine = means[best[name]]
-        reached = "yes" if mine >= means[top] - error else "no"
-        row_of = (f"{means[lr]:.2f}" for lr in GRID)
-        bar_of = f"{means[top] - error:.2f}"
-        table.add_row(name, *row_of, f"{mine:.2f} at {best[name]:.1e}", bar_of, reached)
-    Console(width=200).print(table)
+        bar_of = means[top] - statistics.stdev(cells[top]) / math.sqrt(args.seeds)
+        suggestions = (
+            f"{means[lr]:.2f} at {lr:.1e}, {'reached' if means[lr] >= bar_of else 'missed'}"
+            for lr in best[name].values()
+        )
+        grid = (f"{means[lr]:.2f}" for lr in GRID)
+        table.add_row(name, *grid, f"{bar_of:.2f}", *suggestions)
+    Console(width=240).print(table)
     draw(found, best, args.output)
 
 

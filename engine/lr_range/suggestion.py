@@ -59,11 +59,6 @@ class Suggestion:
     smoothed: Smoothed | None = None
 
     @property
-    def min_lr(self) -> float | None:
-        """The learning rate to begin and end a cycle with: a tenth of the largest."""
-        return None if self.max_lr is None else self.max_lr / 10
-
-    @property
     def band(self) -> tuple[float, float] | None:
         """From the most careful rule of the edge to the boldest: how far they agree."""
         edge = [self.rules[name] for name in EDGE if name in self.rules]

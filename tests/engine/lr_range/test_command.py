@@ -82,7 +82,7 @@ def test_a_script_is_swept_stopped_and_leaves_nothing_behind(folder):
     names = {path.name for path in folder.iterdir()}
     assert names == {"train.py", "lr_test"}
     written = {path.name for path in (folder / "lr_test").iterdir()}
-    assert written == {"lr_range.png", "report.json", "script.0.log"}
+    assert written == {"lr_range.png", "report.json", "sweep.0.log"}
 
 
 @pytest.mark.slow
@@ -107,6 +107,32 @@ def test_the_block_is_written_and_all_else_stays(folder):
     assert main(["validate", str(config)], io.StringIO(), io.StringIO()) == 0
     highest = report()["suggestion"]["max_lr"]
     assert f'"cycle_max_lr": {highest}' in text
+
+
+@pytest.mark.slow
+def test_short_cycles_refine_the_suggestion(folder):
+    arguments = ("--min", 1e-5, "--steps", 60, "--refine", "--updates", 600)
+    status, out, _ = lr_test(*arguments, "--", script(folder), 1000)
+    assert status == 0, out
+    found = report()
+    cycles = found["refinement"]["cycles"]
+    maxima = [cycle["max_lr"] for cycle in cycles]
+    assert maxima == pytest.approx([maxima[0] * 2**k for k in range(len(maxima))])
+    lowest = min(cycles, key=lambda cycle: cycle["losses"])["max_lr"]
+    assert lowest / 2 < found["refinement"]["lowest"] < lowest * 2
+    shrunk = found["refinement"]["lowest"] * 0.1**0.32
+    assert found["suggestion"]["max_lr"] == pytest.approx(shrunk, rel=0.05)
+    assert found["scheduler"]["params"]["cycle_max_lr"] == found["suggestion"]["max_lr"]
+    logs = {path.name for path in Path("lr_test").glob("cycle_to_*.0.log")}
+    assert len(logs) == len(cycles)
+
+
+@pytest.mark.slow
+def test_a_script_too_short_for_a_cycle_is_told_so(folder):
+    arguments = ("--min", 1e-4, "--max", 1, "--steps", 60, "--refine")
+    status, out, _ = lr_test(*arguments, "--", script(folder), 50)
+    assert status == 1
+    assert "ended after 50 of the 60 updates of a short cycle" in out
 
 
 @pytest.mark.slow
@@ -188,6 +214,7 @@ def test_a_script_that_never_calls_the_engine(folder):
     [
         ([], "a script must follow"),
         (["--min", "1", "--max", "0.5", "--", "train.py"], "must go from a learning rate above 0"),
+        (["--updates", "9", "--", "train.py"], "`updates` must be given with `refine` alone"),
         (["--", "missing.py"], "missing.py: there is no such script"),
     ],
 )

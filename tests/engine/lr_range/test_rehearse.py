@@ -79,7 +79,6 @@ def test_nothing_is_changed_and_twice_is_the_same(precision, updates):
     trainer, loader = start(**STATE_OF[precision])
     train(trainer, loader, 2 * updates)
     trainer.eval()
-    before = digest(trainer, loader)
     batches = [(x,) for x in torch.randn(4, 4, 4)]
     before = digest(trainer, loader)
     first = engine.lr_range_test(trainer, batches, min_lr=1e-5, max_lr=100, steps=40)
@@ -90,6 +89,29 @@ def test_nothing_is_changed_and_twice_is_the_same(precision, updates):
     assert len(first.runs[0].lrs) > 20
     assert first.runs[0].lrs[0] == pytest.approx(1e-5)
     assert np.all(np.diff(first.runs[0].lrs) > 0)
+
+
+def test_short_cycles_are_trained_after_it_and_nothing_is_changed():
+    trainer, loader = start()
+    train(trainer, loader, 4)
+    batches = [(x,) for x in torch.randn(8, 64, 4)]
+    before = digest(trainer, loader)
+    highest = []
+
+    def loss_of(trainer, batch):
+        highest.append(trainer.get_lr()[0])
+        return trainer(*batch)
+
+    report = engine.lr_range_test(
+        trainer, batches, loss_of=loss_of, min_lr=1e-5, steps=200, refine=True, updates=20_000
+    )
+    assert digest(trainer, loader) == before
+    of_test = len(report.runs[0].lrs) * 2  # micro-batches
+    cycles = np.array(highest[of_test:]).reshape(-1, 400).max(axis=1)
+    assert sorted(cycles) == pytest.approx(list(report.refinement.losses))
+    assert len(cycles) >= 5
+    assert report.max_lr == pytest.approx(report.refinement.lowest * 0.01**0.32, rel=0.05)
+    assert report.block()["params"]["cycle_max_lr"] == report.max_lr
 
 
 def test_nothing_is_changed_after_an_exception():
@@ -157,6 +179,10 @@ def test_wrong_calls():
     trainer, loader = start()
     with pytest.raises(ValueError, match="to a larger one, but goes from 1 to 0.1"):
         engine.lr_range_test(trainer, loader, min_lr=1, max_lr=0.1)
+    with pytest.raises(ValueError, match="`updates` must be given with `refine` alone"):
+        engine.lr_range_test(trainer, loader, updates=100)
+    with pytest.raises(ValueError, match="`updates` must be at least 1, but is 0"):
+        engine.lr_range_test(trainer, loader, refine=True, updates=0)
     with pytest.raises(ValueError, match="is empty or used up"):
         engine.lr_range_test(trainer, [])
     train(trainer, loader, 1)
