@@ -15,6 +15,7 @@ from engine import saving, signals
 from engine.checkpoint import envelope
 from engine.data import RunLoader
 from engine.deepspeed_names import DeepSpeedNames
+from engine.identity import Identity
 from engine.progress import Counters
 
 __all__ = ["Checkpoints"]
@@ -27,6 +28,7 @@ class Checkpoints(DeepSpeedNames):
 
     lr_scheduler: LRScheduler | None
     training_dataloader: DataLoader[Any] | None
+    _identity: Identity
     _done: Counters
     _rehearses: bool
     _rollback: saving.Rollback | None
@@ -65,14 +67,15 @@ class Checkpoints(DeepSpeedNames):
             Whether there was one.
 
         Raises:
-            FileNotFoundError: there is none, and there must be.
+            FileNotFoundError: there is none, and there must be; or there are damaged ones alone.
         """
         wanted = self.config.checkpoint
         if wanted.dir is not None and self._signals is None:
             self._signals = signals.Signals()
         if wanted.dir is None or wanted.resume == "never":
             return False
-        if wanted.resume == "auto" and not envelope.checkpoints(Path(wanted.dir)):
+        # Of damaged checkpoints alone a run must not begin anew in silence, and write over them.
+        if wanted.resume == "auto" and not envelope.is_begun(Path(wanted.dir)):
             return False
         path, _ = self.load_checkpoint(wanted.dir)
         if self._backend.ranks.rank == 0:
@@ -116,6 +119,7 @@ class Checkpoints(DeepSpeedNames):
         saving.save(
             self._backend,
             self.config,
+            self._identity,
             folder,
             tag,
             self._updates,
@@ -176,7 +180,7 @@ class Checkpoints(DeepSpeedNames):
         override = self.config.checkpoint.override
         path, state = saving.load(
             self._backend,
-            self.config,
+            self._identity,
             Path(load_dir),
             tag,
             optimizer=load_optimizer_states,

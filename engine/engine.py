@@ -19,6 +19,7 @@ from engine.checkpoint.randomness import load_random_state, random_state
 from engine.checkpoints import Checkpoints
 from engine.config import Config
 from engine.data import RunLoader, called_on
+from engine.identity import Identity
 from engine.lr_range.sweep import Recorder
 from engine.monitors import Monitor
 from engine.progress import Counters, Progress
@@ -47,6 +48,7 @@ class Engine(Checkpoints, nn.Module):
         backend: Backend,
         lr_scheduler: LRScheduler | None,
         loader: DataLoader[Any] | None,
+        identity: Identity,
         monitors: Sequence[Monitor] = (),
     ) -> None:
         super().__init__()
@@ -56,6 +58,7 @@ class Engine(Checkpoints, nn.Module):
         self.training_dataloader = loader
         self.config = config
         self._backend = backend
+        self._identity = identity
         self._accumulation = config.batch.accumulation
         # Apart, because nn.Module makes every assignment to an attribute of its own slow.
         self._done = Counters()

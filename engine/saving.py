@@ -19,13 +19,14 @@ import torch.distributed as dist
 
 from engine.backends.base import Backend
 from engine.checkpoint import envelope
-from engine.checkpoint.envelope import CheckpointError, Manifest
+from engine.checkpoint.envelope import Manifest
 from engine.checkpoint.randomness import load_random_state, random_state
 from engine.checkpoint.values import read_values, refuse_objects, write_values
 from engine.config import Config
+from engine.identity import Identity, refuse_another_run
 from schedules import FeedbackBinder, FeedbackSchedule
 
-__all__ = ["Behind", "Rollback", "identity_of", "load", "save", "together"]
+__all__ = ["Behind", "Rollback", "load", "save", "together"]
 
 log = logging.getLogger("onecycle")
 
@@ -38,22 +39,10 @@ its batch unchanged."""
 _PATIENCE = dt.timedelta(seconds=30)
 
 
-def identity_of(config: Config) -> dict[str, Any]:
-    """Return what a resumed run must have in common with the one that was saved."""
-    schedule = config.schedule
-    return {
-        "scheduler": schedule and {"type": schedule.type_name, "params": schedule.params()},
-        "optimizer": config.optimizer
-        and {"type": config.optimizer.type, "params": dict(config.optimizer.params)},
-        "train_batch_size": config.batch.train,
-        "world_size": config.batch.world_size,
-        "precision": config.precision,
-    }
-
-
 def save(
     backend: Backend,
     config: Config,
+    identity: Identity,
     folder: Path,
     tag: str,
     step: int,
@@ -68,7 +57,8 @@ def save(
 
     Args:
         backend: writes model and optimizer.
-        config: for the run's identity.
+        config: for what of the run's checkpoints is to be kept.
+        identity: what a run that goes on from it must share.
         folder: of all checkpoints of the run.
         tag: name of this one.
         step: updates that were applied.
@@ -113,7 +103,7 @@ def save(
         step=step,
         world_size=ranks.world_size,
         backend=config.backend.name,
-        identity=identity_of(config),
+        identity=identity,
         versions=_versions(),
         resumable=save_latest,
         frozen=frozen,
@@ -226,7 +216,7 @@ class Behind:
 
 def load(
     backend: Backend,
-    config: Config,
+    identity: Identity,
     folder: Path,
     tag: str | None,
     *,
@@ -243,11 +233,11 @@ def load(
     """
     place, manifest = envelope.find(folder, tag)
     if optimizer and not override:
-        here = identity_of(config)
+        here = dict(identity)
         if os.environ.get(ELASTIC):
             # The batch is the same, and so is the schedule: only the shares of the ranks differ.
             here["world_size"] = manifest.identity.get("world_size")
-        _refuse_another_run(place, manifest.identity, here)
+        refuse_another_run(place, manifest.identity, here)
     if not manifest.frozen and backend.ranks.rank == 0:
         log.info("%s is without frozen parameters; those here stay as they are", place)
     state: dict[str, Any] = read_values(place / ENGINE)
@@ -256,28 +246,6 @@ def load(
     if optimizer and own.is_file() and manifest.world_size == backend.ranks.world_size:
         load_random_state(read_values(own))
     return place, state
-
-
-def _refuse_another_run(place: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    changed = list(_differences(saved, own))
-    if changed:
-        raise CheckpointError(
-            f"{place} must be of a run like this one, but {'; '.join(changed)}. Put back what was "
-            'saved, or set "engine": {"checkpoint": {"override": true}} to go on with what is new.'
-        )
-
-
-def _differences(saved: Any, own: Any, name: str = "") -> Any:
-    if isinstance(saved, Mapping) and isinstance(own, Mapping):
-        for key in dict.fromkeys([*saved, *own]):
-            below = f"{name}.{key}" if name else key
-            yield from _differences(saved.get(key, "absent"), own.get(key, "absent"), below)
-    elif _plain(saved) != _plain(own):
-        yield f"`{name}` was {saved} and is {own}"
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _meet(world_size: int, what: str) -> None:

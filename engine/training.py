@@ -24,6 +24,7 @@ from engine.blocks import blocks_of
 from engine.config import Config, Source, load_config
 from engine.data import make_loader
 from engine.engine import Engine
+from engine.identity import hyperparameters, identity_of
 from engine.lr_range.suggestion import MIN_POINTS
 from engine.lr_range.sweep import RECORD, Recorder, Sweep, sweep_of_environment
 from engine.monitors import monitors_of
@@ -32,7 +33,6 @@ from engine.ranks import Ranks, agree, connect, world_size
 from engine.recompute import recompute
 from schedules import (
     FeedbackBinder,
-    FeedbackSchedule,
     LRRangeTest,
     ScheduleBinder,
     bind,
@@ -122,9 +122,7 @@ def initialize(
     _refuse_two_sources(resolved, optimizer, lr_scheduler)
     model_parameters = _listed(model_parameters)
     deepspeed = resolved.backend.name == "deepspeed"
-    if deepspeed:
-        _refuse_what_deepspeed_lacks(resolved)
-    else:
+    if not deepspeed:
         _refuse_what_torch_lacks(mpu=mpu, mesh_param=mesh_param)
     ranks = connect(alone=deepspeed, port=distributed_port)
     agree(ranks, json.dumps(resolved.own, sort_keys=True))
@@ -139,6 +137,7 @@ def initialize(
         backend = DeepSpeedBackend(model, optimizer, model_parameters, resolved, ranks, doors)
     else:
         backend = _on_torch(model, optimizer, model_parameters, resolved, ranks)
+    of_script = None if resolved.optimizer else hyperparameters(backend.basic_optimizer)
     scheduler: LRScheduler | None = None
     if resolved.schedule is not None:
         per_epoch = len(loader) / resolved.batch.accumulation if _is_sized(loader) else None
@@ -147,7 +146,9 @@ def initialize(
     elif lr_scheduler is not None:
         makes = callable(lr_scheduler) and not isinstance(lr_scheduler, LRScheduler)
         scheduler = lr_scheduler(backend.optimizer) if makes else lr_scheduler  # type: ignore[assignment, operator]  # a scheduler need not be one of torch
-    engine = Engine(resolved, backend, scheduler, loader, monitors_of(resolved.monitors, ranks))
+    identity = identity_of(resolved, scheduler, of_script)
+    monitors = monitors_of(resolved.monitors, ranks)
+    engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
     if loader is not None:
         loader.end_with(lambda: engine.run_is_over)
     if sweep is not None or isinstance(resolved.schedule, LRRangeTest):
@@ -216,14 +217,6 @@ def _source(args: argparse.Namespace | None, *configs: Source | None) -> Source:
     if len(given) > 1:
         raise ValueError(f"`config` must be given once, but is given as {given} instead.")
     return given[0]
-
-
-def _refuse_what_deepspeed_lacks(config: Config) -> None:
-    if isinstance(config.schedule, FeedbackSchedule) and config.schedule.rolls_back:
-        raise ValueError(
-            "`rollback` must be false on DeepSpeed, whose states cannot be copied in memory, but "
-            'is true instead; set "engine": {"backend": "torch"}.'
-        )
 
 
 def _refuse_what_torch_lacks(**given: Any) -> None:
@@ -325,8 +318,6 @@ def _announce(engine: Engine, backend: Backend) -> None:
     config = engine.config
     if backend.ranks.rank != 0:
         return
-    groups = getattr(engine.optimizer, "param_groups", ())
-    count = sum(p.numel() for group in groups for p in group["params"])
     if not log.hasHandlers():
         # Nobody configured logging: these few lines are to be seen all the same.
         log.addHandler(logging.StreamHandler())
@@ -345,7 +336,7 @@ def _announce(engine: Engine, backend: Backend) -> None:
         backend.describe(),
         config.backend.reason,
         config.batch,
-        type(engine.optimizer).__name__,
-        f"{count:,}",
+        type(backend.basic_optimizer).__name__,
+        f"{backend.trained:,}",
         schedule,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from schedules.durations import Horizon
 from schedules.param_groups import Slot, momenta_of, slots_of
 from schedules.schedule import Base, Schedule
 
@@ -20,6 +22,7 @@ class AttachedSchedule(LRScheduler):
 
     schedule: Schedule[Any]
     optimizer: Optimizer
+    _horizon: Horizon | None
     _slots: dict[str, tuple[Slot, ...]]
     _base: Base
 
@@ -57,14 +60,27 @@ class AttachedSchedule(LRScheduler):
             for group, value in zip(self.optimizer.param_groups, values, strict=True):
                 group[f"initial_{name}"] = value
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The type and parameters of the schedule in this run, durations in updates.
+
+        A state belongs to them: "1dur" of another run is another schedule.
+        """
+        schedule, horizon = self.schedule, self._horizon or Horizon()
+        params: dict[str, Any] = {}
+        if schedule.clock_is_step and horizon.scale_ratio != 1:
+            params["scale_schedule_ratio"] = horizon.scale_ratio
+            horizon = replace(horizon, scale_ratio=1.0)
+        params |= schedule.resolve(horizon).params()
+        return {"type": schedule.type_name, "params": params}
+
     def refuse_another_run(self, state: Mapping[str, Any]) -> None:
         """Prove that a saved state is of this schedule and of as many groups.
 
         Raises:
             ValueError: it is not.
         """
-        own = {"type": self.schedule.type_name, **self.schedule.params()}
-        saved = {"type": state["type"], **state["params"]}
+        own, saved = ({"type": each["type"], **each["params"]} for each in (self.identity, state))
         changed = [
             f"`{name}` was {saved.get(name, 'absent')} and is {own.get(name, 'absent')}"
             for name in dict.fromkeys([*saved, *own])

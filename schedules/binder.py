@@ -97,8 +97,7 @@ class ScheduleBinder(AttachedSchedule):
         The values follow from these; the schedule is there so that no other one is resumed.
         """
         return {
-            "type": self.schedule.type_name,
-            "params": self.schedule.params(),
+            **self.identity,
             "step": self.last_epoch,
             "base": {name: list(values) for name, values in self._base.items()},
         }

@@ -121,8 +121,7 @@ class FeedbackBinder(AttachedSchedule):
     def state_dict(self) -> dict[str, Any]:
         """Return the rule's state, the base values, and which schedule they belong to."""
         return {
-            "type": self.schedule.type_name,
-            "params": self.schedule.params(),
+            **self.identity,
             "step": self.last_epoch,
             "base": {name: list(values) for name, values in self._base.items()},
             "state": self._rule.to_json(self._state),

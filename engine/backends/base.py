@@ -23,6 +23,10 @@ class Backend(Protocol):
     """The user's own module, on its device, not wrapped."""
     optimizer: Optimizer
     """What the schedule drives, and what updates the parameters."""
+    basic_optimizer: Optimizer
+    """The one of these parameters, without what a library has wrapped around it."""
+    trained: int
+    """How many numbers are updated, over all ranks."""
     grad_norm: float | None
     """2-norm of all gradients of the last update, before clipping; None before the first."""
 

@@ -60,6 +60,7 @@ class DeepSpeedBackend:
             wanted = trained or [p for p in model.parameters() if p.requires_grad]
             optimizer = build_optimizer(block, wanted)
         settings = deepspeed_config(config, builds_optimizer=optimizer is None)
+        self.trained = _count(optimizer, trained, model)
         # DeepSpeed looks for its rank in the environment, which a launcher would have set.
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
         self.engine, *_ = deepspeed.initialize(
@@ -71,6 +72,7 @@ class DeepSpeedBackend:
         )
         self.model: nn.Module = self.engine.module
         self.optimizer: Optimizer = self.engine.optimizer
+        self.basic_optimizer: Optimizer = self.engine.basic_optimizer or self.optimizer
 
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
         """Call the model in the run's precision; ranks meet when DeepSpeed has them meet."""
@@ -200,6 +202,16 @@ class DeepSpeedBackend:
     def destroy(self) -> None:
         """Let DeepSpeed remove its hooks and buffers."""
         self.engine.destroy()
+
+
+def _count(optimizer: Any, trained: list[Any] | None, model: nn.Module) -> int:
+    """Return how many numbers are to be updated, before DeepSpeed flattens and divides them."""
+    groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else trained
+    if groups is None:
+        groups = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    members = (each["params"] if isinstance(each, dict) else [each] for each in groups)
+    # Where zero.Init has divided them already, each knows what it was.
+    return sum(getattr(p, "ds_numel", p.numel()) for params in members for p in params)
 
 
 def _imported() -> Any:

@@ -43,7 +43,8 @@ class PyTorchBackend:
     ) -> None:
         self.ranks = ranks
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer = self.basic_optimizer = optimizer
+        self.trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
         self.grad_norm: float | None = None
         self._precision = config.precision
         self._autocast = _AUTOCAST.get(config.precision)

@@ -32,6 +32,7 @@ __all__ = [
     "commit",
     "faults",
     "find",
+    "is_begun",
     "prune",
     "read_manifest",
 ]
@@ -177,6 +178,11 @@ def checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
     return sorted(found, key=lambda each: (each[1].created, each[1].step))
 
 
+def is_begun(folder: Path) -> bool:
+    """Return whether a folder holds checkpoints, whole or not, of this or of another tool."""
+    return (folder / LATEST).exists() or any(folder.glob(f"*/{MANIFEST}"))
+
+
 def find(folder: Path, tag: str | None = None) -> tuple[Path, Manifest]:
     """Return the checkpoint of a tag, or the newest complete one, proved whole by its hashes.
 
@@ -204,17 +210,33 @@ def find(folder: Path, tag: str | None = None) -> tuple[Path, Manifest]:
 
 
 def _newest(folder: Path, whole: list[tuple[Path, Manifest]]) -> tuple[Path, Manifest]:
-    damaged = ""
     for place, manifest in reversed(whole):
         wrong = list(faults(place, manifest))
         if not wrong:
             return place, manifest
-        damaged += f" {place.name} is damaged: {'; '.join(wrong)}."
         log.warning("%s is left out, it is damaged: %s", place, "; ".join(wrong))
+    damaged = "".join(f" {text}" for text in _incomplete(folder))
     raise FileNotFoundError(
         f"{folder} must hold a checkpoint to resume from, but holds no complete one.{damaged} Give "
-        "another folder, or begin anew without loading."
+        'another folder, or begin anew without loading ("resume": "never").'
     )
+
+
+def _incomplete(folder: Path) -> Iterator[str]:
+    """Yield of each folder inside why it is no complete checkpoint."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    for place in sorted(each for each in inside if each.is_dir() and each.name[0] != "."):
+        wrong = _damage(place)
+        if wrong:
+            yield wrong
+
+
+def _damage(place: Path) -> str:
+    try:
+        wrong = "; ".join(faults(place, read_manifest(place)))
+    except CheckpointError as error:
+        return str(error)
+    return f"{place.name} is damaged: {wrong}." if wrong else ""
 
 
 def faults(place: Path, manifest: Manifest, *, hashes: bool = True) -> Iterator[str]:

@@ -20,6 +20,7 @@ from engine.config.sections import (
     OPTIMIZERS,
     SCHEMA,
     Member,
+    optimizer_members,
     optimizer_name,
     optimizer_schema,
     schedule_schema,
@@ -132,7 +133,7 @@ def _check_optimizer(
         return
     params = block.get("params", {})
     yield from against_schema(document, params, schema, "/optimizer/params")
-    members += walk(params, schema, "/optimizer/params")
+    members += optimizer_members(block)
 
 
 def _usable_optimizers() -> Iterator[str]:

@@ -20,6 +20,7 @@ from engine.config.horizon import horizon_of
 from engine.config.problems import ConfigError, Problem, pointer_to
 from engine.config.sections import (
     SCHEMA,
+    optimizer_members,
     optimizer_name,
     optimizer_schema,
     walk,
@@ -195,6 +196,7 @@ def _resolve(document: Document, world_size: int, overrides: Sequence[Override])
     members = list(walk(document.value, schemas.read(SCHEMA)))
     optimizer = None
     if "optimizer" in value:
+        members += optimizer_members(document.value["optimizer"])
         name = optimizer_name(value["optimizer"]["type"])
         assert name is not None
         params = with_defaults(value["optimizer"]["params"], optimizer_schema(name))

@@ -17,6 +17,7 @@ __all__ = [
     "SCHEMA",
     "Member",
     "is_parked",
+    "optimizer_members",
     "optimizer_name",
     "optimizer_schema",
     "resolve_reference",
@@ -89,6 +90,19 @@ def walk(value: Any, schema: Mapping[str, Any], pointer: str = "") -> Iterator[M
             yield from walk(below, resolved, member.pointer)
 
 
+def optimizer_members(block: Mapping[str, Any]) -> Iterator[Member]:
+    """Yield an optimizer's type and params, if it is known; its schema is that of both.
+
+    >>> [member.pointer for member in optimizer_members({"type": "Lamb", "params": {"lr": 0.1}})]
+    ['/optimizer/type', '/optimizer/params/lr']
+    """
+    name = optimizer_name(block["type"])
+    if name is not None:
+        schema = optimizer_schema(name)
+        yield Member("/optimizer/type", name, schema)
+        yield from walk(block.get("params", {}), schema, "/optimizer/params")
+
+
 def with_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return an object with the defaults of its schema in place of absent keys, parked keys gone.
 
@@ -104,7 +118,7 @@ def with_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[s
             filled[key] = with_defaults(value[key], below)
         elif key in value:
             filled[key] = value[key]
-        elif below.get("x-backend") or below.get("deprecated"):
+        elif below.get("x-backend") == "deepspeed" or below.get("deprecated"):
             continue  # what this backend does not read needs no default here
         elif "default" in below:
             filled[key] = below["default"]

@@ -17,7 +17,7 @@ import engine
 from engine.checkpoint import envelope
 from engine.checkpoint.envelope import CheckpointError
 from engine.cli import main
-from tests.engine.test_training import model, start, train
+from tests.engine.test_training import CONFIG, dataset, model, start, train
 
 SCRIPT = Path(__file__).with_name("checkpoint_run.py")
 
@@ -202,6 +202,24 @@ def test_after_a_fault_the_newest_complete_one_is_found(saved, how, step):
     assert fresh.global_steps == step
 
 
+def test_no_run_begins_anew_over_checkpoints_that_are_damaged(saved):
+    for place in saved.glob("global_step*"):
+        shard = next(place.glob("*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-7])
+    before = sorted(path.name for path in saved.iterdir())
+    message = r"holds no complete one\. global_step2 is damaged: .* bytes instead of .*never"
+    with pytest.raises(FileNotFoundError, match=message):
+        start(**planned(saved, resume="auto"))
+    assert sorted(path.name for path in saved.iterdir()) == before
+
+
+def test_no_run_begins_anew_over_another_tools_checkpoints(tmp_path):
+    (tmp_path / "global_step9").mkdir()
+    (tmp_path / "latest").write_text("global_step9")
+    with pytest.raises(FileNotFoundError, match="another tool wrote it"):
+        start(**planned(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -244,6 +262,67 @@ def test_another_run_is_refused_until_it_is_overridden(saved):
     longer = {"type": "OneCycle", "params": steps}
     taken, _ = start(scheduler=longer, **planned(saved, override=True))
     assert (taken.global_steps, taken.get_lr()) == (6, [0.0175])
+
+
+DECAY = {"type": "WarmupDecayLR", "params": {"total_num_steps": "1dur", "warmup_num_steps": "1ep"}}
+
+
+@pytest.mark.parametrize(
+    ("section", "samples", "message"),
+    [
+        ({"max_duration": 200}, 64, "total_num_steps` was 40 and is 200$"),
+        (
+            {"max_duration": "5ep"},
+            128,
+            "warmup_num_steps` was 8 and is 16; .*total_num_steps` was 40 and is 80",
+        ),
+        (
+            {"max_duration": 40, "scale_schedule_ratio": 0.5},
+            64,
+            "total_num_steps` was 40 and is 20",
+        ),
+    ],
+)
+def test_a_run_of_another_length_is_another_run(tmp_path, section, samples, message):
+    """Its schedule is written as before, but a share of it is another count of updates."""
+    config = CONFIG | {"scheduler": DECAY}
+    trainer, loader = start(config, engine={"max_duration": "5ep"})
+    train(trainer, loader, 3)
+    trainer.save_checkpoint(tmp_path)
+    same, _ = start(config, engine={"max_duration": 40})
+    same.load_checkpoint(tmp_path)
+    assert same.get_lr() == trainer.get_lr()
+    other, *_ = engine.initialize(
+        config=config | {"engine": section}, model=model(), training_data=dataset(samples)
+    )
+    with pytest.raises(CheckpointError, match=message.replace("$", "")):
+        other.load_checkpoint(tmp_path)
+    assert other.global_steps == 0
+
+
+def test_the_scripts_own_optimizer_and_scheduler_are_guarded_too(tmp_path):
+    def of_script(lr=0.1, weight_decay=0.1, make=torch.optim.AdamW, length=10):
+        net = model()
+        optimizer = make(net.parameters(), lr=lr, weight_decay=weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length)
+        return engine.initialize(
+            config={"train_batch_size": 8}, model=net, optimizer=optimizer, lr_scheduler=scheduler
+        )[0]
+
+    trainer = of_script()
+    trainer.backward(trainer(torch.ones(8, 4)).mean())
+    trainer.step()
+    trainer.save_checkpoint(tmp_path)
+    again = of_script()
+    again.load_checkpoint(tmp_path)
+    assert again.get_lr() == trainer.get_lr()
+    for other, message in (
+        (of_script(length=1000), "`scheduler.params.T_max` was 10 and is 1000"),
+        (of_script(weight_decay=0.5), "`optimizer.groups` was .*0.1.* and is .*0.5"),
+        (of_script(make=torch.optim.SGD), "`optimizer.type` was AdamW and is SGD"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            other.load_checkpoint(tmp_path)
 
 
 def test_a_replaced_tag_is_there_until_the_new_one_is_whole(saved, monkeypatch):

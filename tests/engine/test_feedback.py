@@ -172,7 +172,7 @@ def test_a_loss_that_the_engine_never_saw():
 
 
 def test_rollback_on_deepspeed_is_refused():
-    with pytest.raises(ValueError, match="`rollback` must be false on DeepSpeed"):
+    with pytest.raises(engine.ConfigError, match=r"rollback` is honoured on PyTorch alone"):
         start(AUTOWU | {"rollback": True}, engine={"backend": "deepspeed"})
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import engine
+from engine import load_config
 from engine.config.sections import OPTIMIZERS
 from engine.optimizers import build_optimizer
 
@@ -66,6 +67,15 @@ def test_every_named_optimizer_takes_all_of_its_parameters(name):
     optimizer = build({"type": name, "params": params}, weights())
     for key in params.keys() - {"adam_w_mode", "torch_adam"}:
         assert optimizer.defaults[key] == (tuple(params[key]) if key == "betas" else params[key])
+
+
+@pytest.mark.parametrize("name", [n for n, of in OPTIMIZERS.items() if "x-removed" not in of])
+def test_an_optimizer_runs_where_there_is_one_of_its_name(name):
+    config = {"train_batch_size": 8, "optimizer": {"type": name}}
+    assert load_config(config).backend.name == ("torch" if name in OF_TORCH else "deepspeed")
+    if name not in OF_TORCH:
+        with pytest.raises(engine.ConfigError, match=r"`optimizer\.type` is honoured by DeepSpeed"):
+            load_config(config | {"engine": {"backend": "torch"}})
 
 
 def test_the_fused_kernel_is_the_default_and_torch_adam_the_way_out():

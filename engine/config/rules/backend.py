@@ -12,7 +12,9 @@ __all__ = ["RULES"]
 
 
 def _honoured(checked: Checked) -> Iterator[Problem]:
-    if choose(checked.config, checked.members).name != "torch":
+    chosen = choose(checked.config, checked.members)
+    if chosen.name == "deepspeed":
+        yield from _of_torch_alone(checked, chosen.reason)
         return
     for member in checked.members:
         if member.pointer.endswith("/device") and member.value == "nvme":
@@ -24,6 +26,19 @@ def _honoured(checked: Checked) -> Iterator[Problem]:
         message = f"`{name}` is honoured by DeepSpeed alone, but `engine.backend` is torch."
         hint = 'Remove it, or set "backend": "deepspeed".'
         yield checked.error("other-backend", member.pointer, message, hint, at_key=True)
+
+
+def _of_torch_alone(checked: Checked, reason: str) -> Iterator[Problem]:
+    """Yield the keys that PyTorch alone honours, where they ask for something."""
+    for member in checked.members:
+        of_torch = member.schema.get("x-backend") == "torch"
+        # AutoWU's: DeepSpeed's states are nobody else's to copy.
+        of_torch |= member.pointer == "/scheduler/params/rollback"
+        if of_torch and member.value not in (member.schema.get("default"), None):
+            name = member.pointer[1:].replace("/", ".")
+            message = f"`{name}` is honoured on PyTorch alone, but DeepSpeed runs this: {reason}."
+            hint = 'Remove it, or set "backend": "torch" and remove what is DeepSpeed\'s.'
+            yield checked.error("other-backend", member.pointer, message, hint, at_key=True)
 
 
 def _known_to_the_installed(checked: Checked) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -108,9 +109,9 @@ def _decay_interval(checked: Checked) -> Iterator[Problem]:
         yield checked.note("inert-key", f"{_PARAMS}/decay_step_size", message)
 
 
-def first_of(cycle: Mapping[str, Any]) -> int:
-    """Return the length of a cycle's first half."""
-    return int(cycle.get("cycle_first_step_size", 2000))
+def first_of(cycle: Mapping[str, Any]) -> str:
+    """Return the length of a cycle's first half, as a config spells it."""
+    return json.dumps(cycle.get("cycle_first_step_size", 2000))
 
 
 def _report(checked: Checked) -> Iterator[Problem]:

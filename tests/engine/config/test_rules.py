@@ -129,7 +129,39 @@ PAIRS = [
         scheduled("OneCycle", **CYCLE, decay_lr_rate=0.1),
         [("decay-without-interval", "warning", "/scheduler/params/decay_lr_rate")],
     ),
+    (
+        scheduled("OneCycle", **CYCLE, cycle_first_step_size="1ep", decay_lr_rate=0.1),
+        [("decay-without-interval", "warning", "/scheduler/params/decay_lr_rate")],
+    ),
     (scheduled("OneCycle", **CYCLE, decay_lr_rate=0.1, decay_step_size=10), []),
+    *(
+        (
+            {"train_batch_size": 8, "engine": {"backend": "deepspeed", key: value}},
+            [("other-backend", "error", f"/engine/{key}")],
+        )
+        for key, value in (("compile", "inductor"), ("wrap", ["Block"]))
+    ),
+    (
+        {"train_batch_size": 8, "engine": {"backend": "deepspeed", "wrap": [], "compile": None}},
+        [],
+    ),
+    (
+        {
+            "train_batch_size": 8,
+            "engine": {"backend": "deepspeed", "checkpoint": {"dir": "c", "async": True}},
+        },
+        [("other-backend", "error", "/engine/checkpoint/async")],
+    ),
+    (
+        scheduled("AutoWU", rollback=True, total_epochs=9, steps_per_epoch=9)
+        | {"engine": {"backend": "deepspeed"}},
+        [("other-backend", "error", "/scheduler/params/rollback")],
+    ),
+    (
+        {"train_batch_size": 8, "engine": {"checkpoint": {"every": 5, "resume": "must"}}},
+        [("checkpoint-without-dir", "error", "/engine/checkpoint/every")],
+    ),
+    ({"train_batch_size": 8, "engine": {"checkpoint": {"async": True, "resume": "never"}}}, []),
     (
         scheduled("OneCycle", **CYCLE, cycle_first_step_size=9, cycle_first_stair_count=9),
         [("inert-key", "note", "/scheduler/params/cycle_first_stair_count")],

@@ -1,0 +1,30 @@
+"""The section ``engine.checkpoint``: keys that come to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from engine.config.problems import Problem
+from engine.config.rules.checked import Checked, Rule
+
+__all__ = ["RULES"]
+
+_PLACE = "/engine/checkpoint"
+
+
+def _without_dir(checked: Checked) -> Iterator[Problem]:
+    plan = checked.section("engine").get("checkpoint", {})
+    if plan.get("dir") is not None or not checked.lacks(f"{_PLACE}/dir"):
+        return
+    for key in ("every", "keep", "keep_every", "resume"):
+        if plan.get(key) is not None and plan[key] != "never":
+            message = (
+                f"`engine.checkpoint.{key}` must go with `dir`, the folder of the checkpoints, but "
+                "there is none: nothing would be saved, nor gone on from."
+            )
+            hint = 'Add "dir": "checkpoints", or leave saving to the script and remove the key.'
+            yield checked.error("checkpoint-without-dir", f"{_PLACE}/{key}", message, hint)
+            return
+
+
+RULES: tuple[Rule, ...] = (_without_dir,)
