@@ -29,6 +29,9 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    meeting: Any = None
+    """The process group in which ranks wait for one another, but not for ever, as only gloo can;
+    None: the default one."""
 
 
 def world_size() -> int:
@@ -58,7 +61,7 @@ def connect(*, alone: bool = False, port: int | None = None) -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     if dist.is_available() and dist.is_initialized():
-        return Ranks(dist.get_rank(), local_rank, size, device)
+        return Ranks(dist.get_rank(), local_rank, size, device, _meeting(size))
     if size == 1:
         if alone:
             store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
@@ -75,7 +78,11 @@ def connect(*, alone: bool = False, port: int | None = None) -> Ranks:
         )
     dist.init_process_group("nccl" if cuda else "gloo")
     atexit.register(disconnect)
-    return Ranks(dist.get_rank(), local_rank, size, device)
+    return Ranks(dist.get_rank(), local_rank, size, device, _meeting(size))
+
+
+def _meeting(size: int) -> Any:
+    return None if size == 1 or dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def _refuse_copies() -> None:

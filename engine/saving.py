@@ -24,6 +24,7 @@ from engine.checkpoint.randomness import load_random_state, random_state
 from engine.checkpoint.values import read_values, refuse_objects, write_values
 from engine.config import Config
 from engine.identity import Identity, refuse_another_run
+from engine.ranks import Ranks
 from schedules import FeedbackBinder, FeedbackSchedule
 
 __all__ = ["Behind", "Rollback", "load", "save", "together"]
@@ -74,7 +75,7 @@ def save(
         ValueError: the ranks give it different tags, or ``client_state`` holds objects.
     """
     ranks = backend.ranks
-    _meet(ranks.world_size, f"save_checkpoint({str(folder)!r}, tag={tag!r})")
+    _meet(ranks, f"save_checkpoint({str(folder)!r}, tag={tag!r})")
     _same_tag(tag, ranks.world_size)
     partial = folder / f".{tag}.partial"
     if behind is not None:
@@ -248,15 +249,12 @@ def load(
     return place, state
 
 
-def _meet(world_size: int, what: str) -> None:
+def _meet(ranks: Ranks, what: str) -> None:
     """Wait for the other ranks, but not for ever."""
-    if world_size == 1:
-        return
-    if dist.get_backend() != "gloo":
-        dist.barrier()
+    if ranks.world_size == 1:
         return
     try:
-        dist.monitored_barrier(timeout=_PATIENCE, wait_all_ranks=True)
+        dist.monitored_barrier(ranks.meeting, timeout=_PATIENCE, wait_all_ranks=True)
     except RuntimeError as error:
         raise RuntimeError(
             f"every rank must come to {what}, but within {_PATIENCE.seconds} seconds not all did: "

@@ -6,13 +6,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.ranks import Ranks
 
-__all__ = ["Backend"]
+__all__ = ["DTYPES", "Backend"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a precision computes in, where it is not float32."""
 
 
 class Backend(Protocol):

@@ -10,17 +10,22 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from engine.backends.base import DTYPES
 from engine.backends.deepspeed_config import deepspeed_config
 from engine.checkpoint.envelope import CheckpointError
+from engine.checkpoint.values import read_values, write_values
 from engine.config import Config
 from engine.optimizers import build_optimizer, is_buildable
 from engine.ranks import Ranks
 
 __all__ = ["DeepSpeedBackend"]
+
+_SCALER = "grad_scaler.pt"
 
 
 class DeepSpeedBackend:
@@ -54,6 +59,7 @@ class DeepSpeedBackend:
         self.ranks = ranks
         self.grad_norm: float | None = None
         self._config = config
+        self._dtype = DTYPES.get(config.precision)
         block = config.optimizer
         trained = list(parameters) if parameters is not None else None
         if optimizer is None and block is not None and is_buildable(config.own["optimizer"]):
@@ -75,8 +81,14 @@ class DeepSpeedBackend:
         self.basic_optimizer: Optimizer = self.engine.basic_optimizer or self.optimizer
 
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        """Call the model in the run's precision; ranks meet when DeepSpeed has them meet."""
+        """Call the model in the run's precision; ranks meet when DeepSpeed has them meet.
+
+        In bf16 and fp16 its weights have 16 bits. What it is given gets them too, so that a script
+        needs no cast of its own, as it needs none where autocast runs the model.
+        """
         self.engine.set_gradient_accumulation_boundary(last_micro_batch)
+        if self._dtype is not None:
+            args, kwargs = _cast(args, self._dtype), _cast(kwargs, self._dtype)
         return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, accumulation: int, *, retain_graph: bool = False) -> None:
@@ -144,6 +156,9 @@ class DeepSpeedBackend:
             save_latest=False,
             exclude_frozen_parameters=not frozen,
         )
+        scaler = self.engine.torch_autocast_z0_gradscaler
+        if scaler and self.ranks.rank == 0:
+            write_values(place / _SCALER, scaler.state_dict())  # which DeepSpeed forgets
 
     def save_behind(
         self,
@@ -171,6 +186,9 @@ class DeepSpeedBackend:
         )
         if path is None:
             raise CheckpointError(f"{place} must hold DeepSpeed's files, but DeepSpeed finds none.")
+        scaler = self.engine.torch_autocast_z0_gradscaler
+        if scaler and optimizer and (place / _SCALER).is_file():
+            scaler.load_state_dict(read_values(place / _SCALER))
 
     def snapshot(self) -> Any:
         """Return a folder with DeepSpeed's own checkpoint: its states are nobody else's to copy."""
@@ -178,6 +196,7 @@ class DeepSpeedBackend:
         dist.broadcast_object_list(folder)
         place = Path(folder[0], "snapshot")
         self.save(place)
+        dist.barrier()  # what rank 0 alone has written is for all of them
         return place, self.grad_norm
 
     def restore(self, snapshot: Any) -> None:
@@ -202,6 +221,17 @@ class DeepSpeedBackend:
     def destroy(self) -> None:
         """Let DeepSpeed remove its hooks and buffers."""
         self.engine.destroy()
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return floating-point tensors in a precision, at any depth of lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in {list, tuple}:
+        return type(value)(_cast(each, dtype) for each in value)
+    if type(value) is dict:
+        return {name: _cast(each, dtype) for name, each in value.items()}
+    return value
 
 
 def _count(optimizer: Any, trained: list[Any] | None, model: nn.Module) -> int:

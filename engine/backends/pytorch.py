@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from engine.backends.base import DTYPES
 from engine.checkpoint.values import read_values, write_values
 from engine.config import Config
 from engine.loss_scaling import LossScaler
@@ -25,7 +26,6 @@ from engine.ranks import Ranks
 __all__ = ["PyTorchBackend"]
 
 _SCALER = "loss_scaler.pt"
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PyTorchBackend:
@@ -47,7 +47,7 @@ class PyTorchBackend:
         self.trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
         self.grad_norm: float | None = None
         self._precision = config.precision
-        self._autocast = _AUTOCAST.get(config.precision)
+        self._autocast = DTYPES.get(config.precision)
         self._clipping = config.gradient_clipping
         self._scaler = LossScaler(config.loss_scaling) if config.loss_scaling else None
         self._hands_down = False

@@ -23,14 +23,13 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from engine.backends.base import DTYPES
 from engine.backends.pytorch import PyTorchBackend
 from engine.blocks import blocks_of
 from engine.config import Config
 from engine.ranks import Ranks
 
 __all__ = ["ShardedBackend", "shard"]
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ShardedBackend(PyTorchBackend):
@@ -91,7 +90,7 @@ def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) ->
         dist.broadcast(tensor.detach(), src=0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     wanted = None if parameters is None else list(parameters)
-    dtype = _DTYPES.get(config.precision)
+    dtype = DTYPES.get(config.precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     on_host = next(model.parameters()).device.type == "cpu"
     offload = CPUOffloadPolicy() if config.offloads and not on_host else OffloadPolicy()

@@ -80,8 +80,8 @@ def batch_of(name, update, size):
 def run(model, config, updates, poison=()):
     torch.manual_seed(0)
     net = {"transformer": Transformer, "lenet": LeNet}[model]()
+    parameters = sum(p.numel() for p in net.parameters())
     trainer, *_ = engine.initialize(config=config, model=net)
-    dtype = next(trainer.module.parameters()).dtype
     size, micro = trainer.train_batch_size(), trainer.train_micro_batch_size_per_gpu()
     rows = []
     for update in range(updates):
@@ -91,18 +91,20 @@ def run(model, config, updates, poison=()):
         for step in range(trainer.gradient_accumulation_steps()):
             begin = (step * trainer.world_size + trainer.global_rank) * micro
             x, y = inputs[begin : begin + micro], targets[begin : begin + micro]
-            x = x.to(dtype) if x.is_floating_point() else x
             logits = trainer(x).float()
             loss = cross_entropy(logits.flatten(0, -2), y.flatten())
             if update in poison:
                 loss = loss * math.inf
             trainer.backward(loss)
-            total += trainer._backend.mean(loss.item()) / trainer.gradient_accumulation_steps()
+            total += trainer.mean(loss.item()) / trainer.gradient_accumulation_steps()
             applied = trainer.step()
         rows.append((applied, total, *used))
     summary = {
         "rows": rows,
         "about": trainer._backend.describe(),
+        "optimizer": type(trainer._backend.basic_optimizer).__name__,
+        "trained": trainer._backend.trained,
+        "parameters": parameters,
         "skipped": trainer.skipped_steps,
         "updates": trainer.lr_scheduler.last_epoch,
         "beta2": sorted({group["betas"][1] for group in trainer.optimizer.param_groups}),

@@ -196,6 +196,34 @@ def deepspeed_resume():
     assert torch.equal(ends[1][0], ends[3][0])
 
 
+def autocast_resume():
+    """The scale of torch's scaler, by which DeepSpeed runs autocast without ZeRO, goes on too."""
+    folder = shared_folder()
+    autocast = {"enabled": True, "dtype": "float16"}
+    settings = config(
+        zero_optimization={"stage": 0}, torch_autocast=autocast, engine={"backend": "deepspeed"}
+    )
+    trainer, *_ = engine.initialize(model=net(), config=settings)
+    x = torch.ones(2, 6)
+    for factor in (float("inf"), 1.0):
+        trainer.backward(trainer(x).float().pow(2).mean() * factor)
+        trainer.step()
+    scale = trainer.loss_scale
+    trainer.save_checkpoint(folder)
+    again, *_ = engine.initialize(model=net(), config=settings)
+    assert again.loss_scale == 2 * scale
+    again.load_checkpoint(folder)
+    assert again.loss_scale == scale
+    first, second = (
+        engine.lr_range_test(
+            again, [x], loss_of=lambda trainer, x: trainer(x).float().pow(2).mean(), steps=30
+        )
+        for _ in range(2)
+    )
+    assert first.runs == second.runs
+    assert again.loss_scale == scale
+
+
 def rank_0_only():
     saving._PATIENCE = timedelta(seconds=3)
     trainer, *_ = engine.initialize(model=net(), config=config())

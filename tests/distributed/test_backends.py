@@ -58,6 +58,8 @@ def test_each_run_was_by_what_its_config_says(runs, request):
                 "PyTorch, DDP over 2 ranks" if two else "PyTorch, one process"
             )
         assert run["about"].endswith(precision)
+        # What the log says at the start, whatever a library has wrapped, flattened or divided.
+        assert (run["optimizer"], run["trained"]) == ("AdamW", run["parameters"]), name
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -18,6 +18,7 @@ def run(case, *arguments, world_size=2):
 @pytest.mark.parametrize(
     "case",
     [
+        "autocast_resume",
         "behind",
         "groups",
         "client_optimizer",
