@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["Ranks", "agree", "connect", "disconnect", "world_size"]
+__all__ = ["Ranks", "agree", "connect", "disconnect", "process_rank", "world_size"]
 
 _FAREWELL = timedelta(seconds=5)
 _LETTING_GO = 0.05
+_STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+"""By what variable a starter of processes tells how many there are."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ def world_size() -> int:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_rank() -> int:
+    """Return this process's rank: the process group's, else the launcher's, else 0."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK") or "0")
 
 
 def connect(*, alone: bool = False, port: int | None = None) -> Ranks:
@@ -87,13 +96,16 @@ def _meeting(size: int) -> Any:
 
 def _refuse_copies() -> None:
     """Refuse to be one of several processes that all believe they are alone."""
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1 and "WORLD_SIZE" not in os.environ and not dist.is_initialized():
-        raise ValueError(
-            f"WORLD_SIZE must be set where Slurm starts {tasks} tasks, but is not: each of them "
-            "would train alone, as rank 0 of 1. Have srun start one torchrun a node, as the job "
-            "of `onecycle launch --write-sbatch` does."
-        )
+    if "WORLD_SIZE" in os.environ or (dist.is_available() and dist.is_initialized()):
+        return
+    for name, starter in _STARTERS.items():
+        tasks = int(os.environ.get(name) or "1")
+        if tasks > 1:
+            raise ValueError(
+                f"WORLD_SIZE must be set where {starter} starts {tasks} tasks, but is not: each of "
+                f"them would train alone, as rank 0 of 1. Have {starter} start one torchrun a "
+                "node, as `onecycle launch` does."
+            )
 
 
 def agree(ranks: Ranks, config: str) -> None:

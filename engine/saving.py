@@ -8,6 +8,7 @@ import datetime as dt
 import logging
 import os
 import platform
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -170,7 +171,7 @@ class Behind:
         self._failure: Exception | None = None
         self._group: dist.ProcessGroup | None = None
         self.arena: dict[str, Any] = {}
-        atexit.register(self.wait)
+        atexit.register(self._last_wait)
 
     def group(self, world_size: int) -> dist.ProcessGroup | None:
         """Return a process group of its own: in one with training their messages would mix."""
@@ -204,13 +205,23 @@ class Behind:
         if failure is not None:
             raise failure
 
+    def _last_wait(self) -> None:
+        """Wait at the end of the process, whose status is to tell of a checkpoint that failed."""
+        try:
+            self.wait()
+        except Exception as error:
+            log.critical("the last checkpoint was not written", exc_info=error)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
     def close(self) -> None:
         """Wait, and let go of the copies.
 
         Raises:
             Exception: what the last checkpoint failed with.
         """
-        atexit.unregister(self.wait)
+        atexit.unregister(self._last_wait)
         self.wait()
         self.arena.clear()
 

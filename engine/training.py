@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from engine.backends.base import Backend
 from engine.backends.pytorch import PyTorchBackend
 from engine.blocks import blocks_of
-from engine.config import Config, Source, load_config
+from engine.config import Config, ConfigError, Source, load_config
 from engine.data import make_loader
 from engine.engine import Engine
 from engine.identity import hyperparameters, identity_of
@@ -29,7 +31,7 @@ from engine.lr_range.suggestion import MIN_POINTS
 from engine.lr_range.sweep import RECORD, Recorder, Sweep, sweep_of_environment
 from engine.monitors import monitors_of
 from engine.optimizers import build_optimizer
-from engine.ranks import Ranks, agree, connect, world_size
+from engine.ranks import Ranks, agree, connect, process_rank, world_size
 from engine.recompute import recompute
 from schedules import (
     FeedbackBinder,
@@ -42,6 +44,8 @@ from schedules import (
 __all__ = ["initialize"]
 
 log = logging.getLogger("onecycle")
+
+_AFTER_RANK_0 = 10.0
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -116,7 +120,8 @@ def initialize(
         lr_scheduler = None
     own = sweep.config if sweep is not None else None
     source = own or _source(args, config, config_params)
-    resolved = load_config(source, world_size=world_size(), args=args)
+    with _told_by_rank_0():
+        resolved = load_config(source, world_size=world_size(), args=args)
     if sweep is not None:
         resolved = _under_test(resolved, sweep)
     _refuse_two_sources(resolved, optimizer, lr_scheduler)
@@ -156,6 +161,21 @@ def initialize(
     _announce(engine, backend)
     engine.resume()
     return engine, backend.optimizer, loader, scheduler
+
+
+@contextlib.contextmanager
+def _told_by_rank_0() -> Iterator[None]:
+    """Have what is wrong with a config said once, not once by every rank."""
+    try:
+        yield
+    except ConfigError as error:
+        rank = process_rank()
+        if rank == 0:
+            raise
+        time.sleep(_AFTER_RANK_0)  # which ends the job, before this is said
+        raise SystemExit(
+            f"rank {rank} refuses a config that rank 0 does not, so their files differ: {error}"
+        ) from None
 
 
 def _listed(parameters: Iterable[Any] | None) -> list[Any] | None:

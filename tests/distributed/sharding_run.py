@@ -1,5 +1,6 @@
 """One case of `test_sharding`, on every rank."""
 
+import os
 import sys
 import tempfile
 import time
@@ -14,7 +15,7 @@ import torch.distributed as dist
 warnings.simplefilter("ignore")
 
 import engine  # noqa: E402
-from engine import saving  # noqa: E402
+from engine import saving, training  # noqa: E402
 from engine.checkpoint import envelope, tensors  # noqa: E402
 from engine.ranks import disconnect  # noqa: E402
 
@@ -350,6 +351,16 @@ def other_config():
     lr = 0.001 * (dist.get_rank() + 1)
     optimizer = {"type": "AdamW", "params": {"lr": lr}}
     engine.initialize(model=net(), config=config(optimizer=optimizer))
+
+
+def wrong_config():
+    engine.initialize(model=net(), config=config(train_batch_size=-1))
+
+
+def wrong_config_of_one():
+    training._AFTER_RANK_0 = 1.0
+    size = -1 if os.environ["RANK"] == "1" else 4
+    engine.initialize(model=net(), config=config(train_batch_size=size))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def test_it_survives_being_divided(case):
         ("nothing_to_wrap", "`engine.wrap` must name classes of the model's modules"),
         ("rank_0_only", "every rank must come to save_checkpoint"),
         ("other_tags", "`tag` must be the same on all ranks, but is ['tag0', 'tag1'] instead"),
+        ("wrong_config_of_one", "rank 1 refuses a config that rank 0 does not"),
         ("other_config", '-   "lr": 0.001'),
     ],
 )
@@ -50,6 +51,12 @@ def test_it_is_refused(case, message):
     done = run(case)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_what_is_wrong_with_a_config_is_said_once():
+    done = run("wrong_config")
+    assert done.returncode != 0
+    assert done.stderr.count("`train_batch_size` must be") == 1
 
 
 @pytest.mark.slow

@@ -380,6 +380,25 @@ def test_a_failure_behind_is_raised_by_the_next_save(tmp_path, monkeypatch):
     assert whole(tmp_path) == ["global_step1"]
 
 
+def test_a_failure_behind_at_the_very_end_is_the_processs_status(tmp_path):
+    """Nobody is left to raise to; a status of 0 would tell a workflow that all is saved."""
+    script = f"""
+import torch, engine
+from engine.checkpoint import envelope
+envelope._hash = lambda path: 1 / 0
+config = {{"train_batch_size": 1, "optimizer": {{"type": "SGD"}}}}
+config["engine"] = {{"checkpoint": {{"dir": {str(tmp_path)!r}, "async": True}}}}
+trainer, *_ = engine.initialize(model=torch.nn.Linear(2, 1), config=config)
+trainer.save_checkpoint({str(tmp_path)!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "the last checkpoint was not written" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
 @pytest.mark.parametrize("tag", ["", "..", "a/b", ".hidden", "latest"])
 def test_a_tag_is_the_name_of_a_folder(tmp_path, tag):
     if not tag:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.config.backend import choose
 from engine.config.problems import Problem
 from engine.config.rules.checked import Checked, Rule
 from engine.config.sections import optimizer_name
@@ -11,6 +12,7 @@ from engine.config.sections import optimizer_name
 __all__ = ["RULES"]
 
 _ZERO = "/zero_optimization"
+_OF_ZERO = {"Adam", "AdamW", "Adagrad", "Lion", "Muon"}
 _SAVES_16_BIT = "stage3_gather_16bit_weights_on_model_save"
 
 
@@ -90,6 +92,22 @@ def _summed_gradients(checked: Checked) -> Iterator[Problem]:
             yield checked.error("summed-gradients", "/gradient_allreduce_op", message)
 
 
+def _untested_optimizer(checked: Checked) -> Iterator[Problem]:
+    name = optimizer_name(checked.section("optimizer").get("type", ""))
+    of_deepspeed = choose(checked.config, checked.members).name == "deepspeed"
+    if not checked.stage or not of_deepspeed or name is None or name in _OF_ZERO:
+        return
+    if checked.lacks("/zero_allow_untested_optimizer") or (
+        checked.config.get("zero_allow_untested_optimizer") is False
+    ):
+        message = (
+            f"DeepSpeed's ZeRO must be told that {name}, which it has not tested, is meant, but is "
+            "not: it would refuse it once all ranks are up."
+        )
+        hint = 'Add "zero_allow_untested_optimizer": true, or set "engine": {"backend": "torch"}.'
+        yield checked.error("untested-optimizer", "/optimizer/type", message, hint)
+
+
 def _elastic_checkpoint(checked: Checked) -> Iterator[Problem]:
     block = checked.section("optimizer")
     zero = checked.section("zero_optimization")
@@ -117,5 +135,6 @@ RULES: tuple[Rule, ...] = (
     _nvme,
     _stage_3_keys,
     _summed_gradients,
+    _untested_optimizer,
     _elastic_checkpoint,
 )
