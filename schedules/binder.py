@@ -27,8 +27,8 @@ class ScheduleBinder(AttachedSchedule):
     the learning rate, ``momentum`` or else ``betas[0]``, the weight decay.
 
     Raises:
-        ValueError: a group lacks what the schedule drives, or the groups do not fit it. Nothing is
-            written then.
+        ValueError: a group lacks what the schedule drives, the groups do not fit it, or it listens
+            to the loss. Nothing is written then.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
@@ -51,6 +51,11 @@ class ScheduleBinder(AttachedSchedule):
     def __init__(
         self, schedule: Schedule[Any], optimizer: Optimizer, *, horizon: Horizon | None = None
     ) -> None:
+        if isinstance(schedule, FeedbackSchedule):
+            raise ValueError(  # noqa: TRY004  # as what `attach` raises of a schedule
+                f"{schedule.type_name} listens to the {schedule.listens_to}, which this binder "
+                "does not tell it; attach it with `schedules.attach`."
+            )
         self.schedule = schedule
         self.optimizer = optimizer
         self._horizon = horizon

@@ -38,6 +38,7 @@ from schedules.schedule import (
     Schedule,
     curve_per_group,
     exceeds,
+    spread,
 )
 
 __all__ = [
@@ -163,10 +164,21 @@ class Phases(
             )
 
     def curves(self, base: Base) -> Curves:
+        for name in self.drives:
+            if not self.relative and any("to" in phase for phase in getattr(self, name)):
+                self._refuse_to_flatten(name, base[name])
         return {
             name: tuple(self._joined(name, getattr(self, name), own) for own in base[name])
             for name in self.drives
         }
+
+    def _refuse_to_flatten(self, name: str, own: tuple[float, ...]) -> None:
+        if len(set(own)) > 1:
+            groups = ", ".join(f"group {index}: {value:g}" for index, value in enumerate(own))
+            raise ValueError(
+                f"`{name}` must be relative where the param groups differ ({groups}), but goes to "
+                'one value for all of them; write multiples of their own, and "relative": true.'
+            )
 
     def _joined(self, name: str, phases: tuple[Mapping[str, Any], ...], own: float) -> Curve:
         unit = own if self.relative else 1.0
@@ -357,6 +369,8 @@ class OptimizerParamScheduler(
 
     def curves(self, base: Base) -> Curves:
         each = self.per_group(len(base["lr"]))
+        spread("max_lr", self.max_lr, base["lr"])
+        spread("end_wd", self.end_wd, base["weight_decay"])
         return {
             "lr": curve_per_group(OptimizerParamScheduler._of_lr, each),
             "weight_decay": curve_per_group(OptimizerParamScheduler._of_wd, each),

@@ -4,10 +4,19 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from schedules import SCHEDULES, FeedbackSchedule, Horizon, ScheduleError, from_config, trace
+from schedules import (
+    SCHEDULES,
+    FeedbackSchedule,
+    Horizon,
+    ScheduleError,
+    attach,
+    from_config,
+    trace,
+)
 from tests.schedules.instances import instances
 
 STEPS = 150
@@ -42,18 +51,54 @@ def test_values_are_finite_and_in_range(cls, data):
         assert name != "momentum" or (array < 1).all()
 
 
-@every_schedule
+OPTIMIZERS = {
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.01),
+}
+
+
+def used(name, group):
+    """What an update by this group uses."""
+    return group["betas"][0] if name == "momentum" and "betas" in group else group[name]
+
+
+@pytest.mark.parametrize(
+    "cls", [cls for cls in SCHEDULES.values() if not listens(cls)], ids=lambda cls: cls.type_name
+)
 @drawing
-@given(data=st.data())
-def test_one_step_at_a_time_equals_the_array_to_the_last_bit(cls, data):
+@given(data=st.data(), optimizer=st.sampled_from(sorted(OPTIMIZERS)), groups=st.integers(1, 2))
+def test_one_update_at_a_time_equals_the_array_to_the_last_bit(cls, data, optimizer, groups):
+    """Whatever shortest way a binder finds for its optimizer and the piece of curve it is on."""
     schedule = data.draw(instances(cls))
-    controller = schedule.bind(BASE, HORIZON)
-    arrays = trace(schedule, STEPS, base=BASE, horizon=HORIZON)
-    state = controller.init()
+    lists = [len(value) for value in vars(schedule).values() if isinstance(value, tuple)]
+    params = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(groups)]
+    chosen = OPTIMIZERS[optimizer](params)
+    base = {name: values[:groups] for name, values in BASE.items()}
+    try:
+        arrays = trace(schedule, STEPS, base=base, horizon=HORIZON)
+    except ValueError:
+        assert any(length != groups for length in lists)  # a number for each of other groups
+        return
+    binder = attach(schedule, chosen, horizon=HORIZON)
     for step in range(STEPS):
-        for name, values in controller.values(state).items():
-            assert arrays[name][step].tolist() == list(values)
-        state = controller.update(state)
+        for name, array in arrays.items():
+            assert array[step].tolist() == [used(name, group) for group in chosen.param_groups]
+        binder.step()
+
+
+@every_schedule
+def test_groups_that_differ_are_kept_apart_or_refused(cls):
+    """One number for all of them would undo a split of learning rates, or decay what must not."""
+    unlike = {"lr": (1.0, 0.1), "momentum": (0.9, 0.9), "weight_decay": (0.1, 0.0)}
+    schedule = cls(**cls.example)
+    try:
+        values = trace(schedule, 50, base=unlike, horizon=HORIZON)
+    except ValueError:
+        with pytest.raises(ValueError, match="group"):
+            trace(schedule, 50, base=unlike, horizon=HORIZON)
+        return
+    for name in values.keys() - {"momentum"}:
+        assert (values[name][:, 0] != values[name][:, 1]).any(), name
 
 
 @every_schedule
