@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from engine import saving
@@ -178,9 +178,20 @@ class Engine(Checkpoints, nn.Module):
         if self._rollback is not None:
             self._tell(self._rollback)
         elif done.applied and self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+            self._advance(self.lr_scheduler)
         self.save_if_due()
         return done.applied
+
+    def _advance(self, scheduler: LRScheduler) -> None:
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+        elif (metric := self._taken_metric()) is not None:
+            scheduler.step(metric)
+
+    def _taken_metric(self) -> float | None:
+        """Return the mean over the ranks of what this update was given, once."""
+        metric, self._metric = self._metric, None
+        return None if metric is None else self.mean(float(metric))
 
     def record(self, recorder: Recorder, *, rehearses: bool) -> None:
         """Have every update noted; a rehearsal saves nothing, and ends when the sweep does."""
@@ -208,8 +219,7 @@ class Engine(Checkpoints, nn.Module):
                 self._draw(scheduler.evidence)
             rollback.follow(scheduler)
         else:
-            metric, self._metric = self._metric, None
-            scheduler.step(metric=None if metric is None else self.mean(float(metric)))
+            scheduler.step(metric=self._taken_metric())
 
     def _draw(self, evidence: Evidence | None) -> None:
         """Draw why a schedule has switched, if it is wanted."""

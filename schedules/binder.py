@@ -86,6 +86,16 @@ class ScheduleBinder(AttachedSchedule):
             self.enter(count)
         self._write(count)
 
+    def _initial_step(self) -> None:
+        # torch's SequentialLR begins its first scheduler by this, and by the next all that follow.
+        self._go_to(0)
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        if epoch is None:
+            self.step()
+        else:
+            self._go_to(epoch)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy must not keep functions that write into the original's optimizer.
         kept = ("schedule", "optimizer", "_horizon", "_slots", "_base", "base_lrs", "_groups")

@@ -171,6 +171,23 @@ def test_a_loss_that_the_engine_never_saw():
         trainer.step()
 
 
+def test_torchs_own_plateau_is_told_of_the_metric():
+    config = {"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    trainer, *_ = engine.initialize(
+        config=config,
+        model=torch.nn.Linear(2, 1),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.5, patience=1
+        ),
+    )
+    lrs = []
+    for metric in (1.0, None, 1.0, None, 1.0, 1.0, 0.5):
+        trainer.backward(trainer(torch.ones(4, 2)).mean())
+        trainer.step(metric=metric)
+        lrs.append(trainer.get_lr()[0])
+    assert lrs == [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05]
+
+
 def test_rollback_on_deepspeed_is_refused():
     with pytest.raises(engine.ConfigError, match=r"rollback` is honoured on PyTorch alone"):
         start(AUTOWU | {"rollback": True}, engine={"backend": "deepspeed"})

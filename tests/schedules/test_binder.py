@@ -280,3 +280,33 @@ def test_a_list_that_does_not_fit_the_groups_names_its_parameter():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     with pytest.raises(ValueError, match="`eta_min` must hold one number for each of the 1 param"):
         schedules.attach("CosineAnnealingLR", optimizer, T_max=4, eta_min=[0.01, 0.02])
+
+
+def test_it_takes_its_turn_in_torchs_own_sequence():
+    of_torch = torch.optim.lr_scheduler
+
+    def lrs(first, second):
+        optimizer = torch.optim.SGD(weights(), lr=0.1)
+        parts = [first(optimizer), second(optimizer)]
+        sequence = of_torch.SequentialLR(optimizer, parts, milestones=[3])
+        return [group["lr"] for (group,) in run(optimizer, sequence, 8)]
+
+    ours = lrs(
+        lambda optimizer: attach("LinearLR", optimizer, start_factor=0.1, total_iters=4),
+        lambda optimizer: attach("StepLR", optimizer, step_size=2, gamma=0.1),
+    )
+    theirs = lrs(
+        lambda optimizer: of_torch.LinearLR(optimizer, start_factor=0.1, total_iters=4),
+        lambda optimizer: of_torch.StepLR(optimizer, step_size=2, gamma=0.1),
+    )
+    assert ours == pytest.approx(theirs)
+
+
+def test_a_schedule_that_listens_is_not_driven_by_a_made_up_loss():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    schedule = schedules.from_config(
+        {"type": "AutoWU", "params": {"total_epochs": 9, "steps_per_epoch": 9}}
+    )
+    with pytest.raises(ValueError, match="AutoWU listens to the loss.*schedules.attach"):
+        ScheduleBinder(schedule, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.1
