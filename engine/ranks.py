@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from engine.environment import TIMEOUT
+
 __all__ = ["Ranks", "agree", "connect", "disconnect", "process_rank", "world_size"]
 
 _FAREWELL = timedelta(seconds=5)
@@ -85,7 +87,9 @@ def connect(*, alone: bool = False, port: int | None = None) -> Ranks:
             f"WORLD_SIZE is {size}, so {' and '.join(missing)} must be set too, but "
             f"{'is' if len(missing) == 1 else 'are'} not. Start the script with `torchrun`."
         )
-    dist.init_process_group("nccl" if cuda else "gloo")
+    patience = os.environ.get(TIMEOUT)
+    timeout = timedelta(seconds=int(patience)) if patience else None
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     atexit.register(disconnect)
     return Ranks(dist.get_rank(), local_rank, size, device, _meeting(size))
 

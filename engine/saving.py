@@ -24,6 +24,7 @@ from engine.checkpoint.envelope import Manifest
 from engine.checkpoint.randomness import load_random_state, random_state
 from engine.checkpoint.values import read_values, refuse_objects, write_values
 from engine.config import Config
+from engine.environment import ELASTIC
 from engine.identity import Identity, refuse_another_run
 from engine.ranks import Ranks
 from schedules import FeedbackBinder, FeedbackSchedule
@@ -33,9 +34,6 @@ __all__ = ["Behind", "Rollback", "load", "save", "together"]
 log = logging.getLogger("onecycle")
 
 ENGINE = "engine.pt"
-ELASTIC = "ONECYCLE_ELASTIC"
-"""Set by `onecycle launch` where hosts may come and go: a run goes on with other ranks than before,
-its batch unchanged."""
 
 # Ranks come to a save together, unless one does not come at all.
 _PATIENCE = dt.timedelta(seconds=30)

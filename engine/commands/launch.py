@@ -24,6 +24,27 @@ from engine.launch.slurm import sbatch_of
 
 __all__ = ["add", "run"]
 
+_HOSTFILE = "must come with `--hostfile`, whose hosts it is about."
+_NOT_IN_SLURM = "must be absent in a Slurm job, "
+# By which ways of starting ranks an option is honoured, and what to say where it is not.
+_HONOURED: dict[str, tuple[set[str], str]] = {
+    "include": ({"ssh"}, _HOSTFILE),
+    "exclude": ({"ssh"}, _HOSTFILE),
+    "ssh_opt": ({"ssh"}, _HOSTFILE),
+    "port": ({"ssh"}, "must come with `--hostfile`: elsewhere the port is chosen by itself."),
+    "rejoin": (
+        {"ssh"},
+        "must come with `--hostfile`: one machine is never lost alone, Slurm queues jobs again.",
+    ),
+    "slurm_opt": ({"slurm"}, "must come with `--slurm` or `--write-sbatch`."),
+    "console": ({"ssh", "local"}, f"{_NOT_IN_SLURM}whose log has the lines of all ranks."),
+    "pass_env": (
+        {"ssh", "local"},
+        f"{_NOT_IN_SLURM}which has the whole environment that it is submitted from.",
+    ),
+    "no_preflight": ({"ssh", "local"}, f"{_NOT_IN_SLURM}whose hosts are not known yet."),
+}
+
 _EPILOG = """\
 exit status: 0 all ranks were well; the status of the first rank that failed (128 + n: a signal);
 128 + n: the launcher got signal n; 1 the config is wrong; 2 wrong usage; 69 a host cannot be
@@ -75,16 +96,31 @@ def add(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--rdzv-timeout", type=positive, default=300, help="to find one another")
     how.add_argument("--port", type=int, default=0, help="of the rendezvous (default: free)")
     how.add_argument("--iface", metavar="NAME", help="network interface (default: ssh's)")
-    how.add_argument("--env", action="append", default=[], metavar="K=V")
+    how.add_argument("--env", action="append", default=[], metavar="K=V", help="for all ranks")
     how.add_argument("--env-file", type=Path, metavar="F", help="lines K=V, # comments")
-    how.add_argument("--pass-env", action="append", default=[], metavar="PATTERN")
-    how.add_argument("--cwd", default=".", metavar="D")
-    how.add_argument("--python", default=sys.executable, metavar="EXE")
-    how.add_argument("--ssh-opt", action="append", default=[], metavar="O")
+    how.add_argument(
+        "--pass-env",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="of this environment, for ranks by ssh, as WANDB_* (NCCL_*, HF_* and others are)",
+    )
+    how.add_argument("--cwd", default=".", metavar="D", help="folder to run in, on every host")
+    how.add_argument(
+        "--python", default=sys.executable, metavar="EXE", help="on every host (default: this one)"
+    )
+    how.add_argument(
+        "--ssh-opt", action="append", default=[], metavar="O", help="as -oProxyJump=gate"
+    )
     how.add_argument("--grace", type=positive, default=30, help="seconds to save before a kill")
     how.add_argument("--bind-cores", action="store_true", help="each rank on cores of its own")
     how.add_argument("--log-dir", metavar="D", help="a file for each rank")
-    how.add_argument("--console", choices=["all", "rank0", "none"], default="rank0")
+    how.add_argument(
+        "--console",
+        choices=["all", "rank0", "none"],
+        default="rank0",
+        help="whose lines are shown (default: rank0; of a failed rank the last ones always)",
+    )
     how.add_argument("--dry-run", action="store_true", help="print the plan; contact no host")
     how.add_argument("--json", action="store_true", help="the plan as JSON")
     how.add_argument("--no-preflight", action="store_true", help="ask no host before starting")
@@ -101,8 +137,14 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         raise LaunchError("a script must follow: `onecycle launch --nproc 2 train.py ARGS`.")
     if not args.module and not args.no_python and not Path(args.cwd, script[0]).is_file():
         raise FileNotFoundError(2, "there is no such script", script[0])
+    if sys.platform != "linux":
+        raise LaunchError(
+            "`onecycle launch` must run on Linux, by whose means it leaves no process behind; here "
+            "start the script with torchrun."
+        )
     if not 0 <= args.port < 2**16:
         raise LaunchError(f"`--port` must be 0 to 65535, but is {args.port}.")
+    _refuse_what_is_not_honoured(args)
     hosts, least = _hosts(args)
     runs_command = args.no_python
     config = args.config or _config_among(script, args.cwd)
@@ -146,6 +188,27 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return ends_with(run_plan(plan, args.console, out))
 
 
+def _refuse_what_is_not_honoured(args: argparse.Namespace) -> None:
+    """Refuse an option that this way of starting ranks would leave aside.
+
+    Raises:
+        LaunchError: there is one.
+    """
+    in_slurm = args.slurm or args.write_sbatch is not None
+    way = "slurm" if in_slurm else "ssh" if args.hostfile else "local"
+    if args.hostfile and in_slurm:
+        raise LaunchError(
+            "the hosts must come from `--hostfile` or from Slurm, but both are given."
+        )
+    for option, (ways, cure) in _HONOURED.items():
+        value = getattr(args, option)
+        if way not in ways and value not in (None, False, 0, [], "", "rank0"):
+            name = f"--{option.replace('_', '-')}"
+            raise LaunchError(f"`{name}` {cure}")
+    if args.json and not args.dry_run:
+        raise LaunchError("`--json` must come with `--dry-run`, whose plan it prints.")
+
+
 def _bound(args: argparse.Namespace, script: tuple[str, ...]) -> tuple[str, ...]:
     """Return the command of a rank that binds itself to its cores before it begins."""
     begin = () if args.no_python else (args.python, "-u", *(("-m",) if args.module else ()))
@@ -156,11 +219,6 @@ def _store(args: argparse.Namespace) -> tuple[str, int] | None:
     """Return where this process is to keep the rendezvous, if it is."""
     if not args.rejoin:
         return None
-    if args.hostfile is None:
-        raise LaunchError(
-            "`--rejoin` must come with `--hostfile`: this machine is never lost alone, and Slurm "
-            "queues a job again."
-        )
     port = free_port(args.port)
     if port is None:
         raise LaunchError(f"port {args.port} is taken here; give another `--port`.")
@@ -173,7 +231,7 @@ def _hosts(args: argparse.Namespace) -> tuple[tuple[Host, ...], int | None]:
         size = _processes(args.nproc)
         return tuple(Host(f"node{i}", tuple(range(size))) for i in range(most or 1)), least
     if args.hostfile is None:
-        if args.include or args.exclude or (most or 1) > 1:
+        if (most or 1) > 1:
             raise LaunchError("several hosts must be in a file: give `--hostfile`, or `--slurm`.")
         return (Host("localhost", tuple(range(_processes(args.nproc)))),), None
     hosts = selected(read_hostfile(args.hostfile), args.include, args.exclude)

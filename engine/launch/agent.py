@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import select
@@ -27,6 +26,7 @@ BEGUN = "\x1eonecycle-begun"
 """A line that says that a job that may come back has begun."""
 
 _SILENCE = 30.0
+_MASK = "CUDA_VISIBLE_DEVICES"
 _SUBREAPER, _PARENT_DEATH = 36, 1  # prctl's
 
 
@@ -38,7 +38,7 @@ class _Job:
         self._stopping_since: float | None = None
         self.process = subprocess.Popen(  # noqa: S603  # what the launcher asks for
             spec["argv"],
-            env=os.environ | spec["env"],
+            env=os.environ | _with_own_mask(spec["env"]),
             cwd=spec["cwd"],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -132,7 +132,23 @@ def _lock(name: str | None, asked: list[int]) -> IO[str] | None:
     return file
 
 
+def _with_own_mask(env: dict[str, str]) -> dict[str, str]:
+    """Return an environment whose slots are those of the devices that this host lets be seen."""
+    own = [each.strip() for each in os.environ.get(_MASK, "").split(",") if each.strip()]
+    if not own or _MASK not in env:
+        return env
+    slots = [int(slot) for slot in env[_MASK].split(",")]
+    if max(slots) >= len(own):
+        raise SystemExit(
+            f"slot {max(slots)} must be one of the {len(own)} devices that {_MASK} of this host "
+            f"shows ({', '.join(own)}); include fewer, or unset it there."
+        )
+    return env | {_MASK: ",".join(own[slot] for slot in slots)}
+
+
 def _is_ours(file: IO[str]) -> bool:
+    import fcntl  # not on Windows, where others read this file
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -11,9 +11,19 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
+from engine.environment import ELASTIC, TIMEOUT
 from engine.launch.hostfile import Host, LaunchError
 
-__all__ = ["HostFacts", "LaunchPlan", "NodePlan", "Wanted", "masked_json", "plan_of", "ssh_to"]
+__all__ = [
+    "HostFacts",
+    "LaunchPlan",
+    "NodePlan",
+    "Wanted",
+    "environment_of",
+    "masked_json",
+    "plan_of",
+    "ssh_to",
+]
 
 _PASSED = ("NCCL_*", "GLOO_*", "TORCH_*", "OMP_*", "HF_*", "CUDA_*", "ONECYCLE_*", "PYTHONPATH")
 _NEVER = ("CUDA_VISIBLE_DEVICES",)
@@ -219,6 +229,23 @@ def _rendezvous(
     ]
 
 
+def environment_of(wanted: Wanted, size: int) -> dict[str, str]:
+    """Return what every rank finds in its environment, by ssh and in a Slurm job alike."""
+    env = {
+        "PYTHONUNBUFFERED": "1",
+        "LOCAL_SIZE": str(size),
+        TIMEOUT: str(wanted.timeout),
+        "DEEPSPEED_TIMEOUT": str(max(1, wanted.timeout // 60)),  # minutes
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(wanted.grace),
+    }
+    if wanted.max_restarts:
+        # Else a restarted rank reads its peer's address of the life before (pytorch#135712).
+        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if wanted.least_nodes is not None and wanted.least_nodes < len(wanted.hosts):
+        env[ELASTIC] = "1"
+    return env
+
+
 def _environment(
     wanted: Wanted, host: Host, own: HostFacts, environment: Mapping[str, str]
 ) -> dict[str, str]:
@@ -230,10 +257,7 @@ def _environment(
     }
     env = {
         **passed,
-        "PYTHONUNBUFFERED": "1",
-        "LOCAL_SIZE": str(host.size),
-        "DEEPSPEED_TIMEOUT": str(max(1, wanted.timeout // 60)),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(wanted.grace),
+        **environment_of(wanted, host.size),
         "ONECYCLE_JOB_ID": wanted.job,
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": f"[{host.name}:r${{rank}}] ",
     }
@@ -242,11 +266,6 @@ def _environment(
     if interface and len(wanted.hosts) > 1:
         for library in ("GLOO", "NCCL", "TP"):
             env.setdefault(f"{library}_SOCKET_IFNAME", interface)
-    if wanted.max_restarts:
-        # Else a restarted rank reads its peer's address of the life before (pytorch#135712).
-        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    if wanted.least_nodes is not None and wanted.least_nodes < len(wanted.hosts):
-        env["ONECYCLE_ELASTIC"] = "1"
     if not wanted.is_local and host.slots != tuple(range(host.size)):
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
     return env | dict(wanted.env)

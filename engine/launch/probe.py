@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -68,6 +67,8 @@ def _ends() -> tuple[str, str]:
 
 
 def _interface(address: str) -> str | None:
+    import fcntl  # not on Windows, where `doctor` reads this file all the same
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):

@@ -29,7 +29,10 @@ _SSH_FAILED = 255
 _PING = 5.0
 _AGAIN = 2.0  # seconds until a lost host is called again
 _KEPT = 20  # last lines of each rank
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Windows lacks the last.
+_SIGNALS = tuple(
+    signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
 
 Console = Literal["all", "rank0", "none"]
 

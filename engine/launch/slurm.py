@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
-from engine.launch.plan import Wanted
+from engine.launch.plan import Wanted, environment_of
 
 __all__ = ["sbatch_of"]
 
@@ -72,12 +72,8 @@ def sbatch_of(wanted: Wanted, options: Mapping[str, str]) -> str:
         flags += ["--log-dir", f'"{wanted.log_dir}"']
     interfaces = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if wanted.interface else ()
     exports = {
-        "PYTHONUNBUFFERED": "1",
+        **environment_of(wanted, wanted.hosts[0].size),
         **dict.fromkeys(interfaces, str(wanted.interface)),
-        **({"ONECYCLE_ELASTIC": "1"} if wanted.least_nodes else {}),
-        "DEEPSPEED_TIMEOUT": str(max(1, wanted.timeout // 60)),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(wanted.grace),
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **wanted.env,
     }
     return _TEMPLATE.format(

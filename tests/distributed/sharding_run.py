@@ -353,6 +353,14 @@ def other_config():
     engine.initialize(model=net(), config=config(optimizer=optimizer))
 
 
+def timeout():
+    """What `onecycle launch --timeout` says is how long a collective may take."""
+    os.environ["ONECYCLE_TIMEOUT"] = "7"
+    engine.initialize(model=net(), config=config())
+    options = dist.group.WORLD._get_backend(torch.device("cpu")).options
+    assert options._timeout == timedelta(seconds=7), options._timeout
+
+
 def wrong_config():
     engine.initialize(model=net(), config=config(train_batch_size=-1))
 

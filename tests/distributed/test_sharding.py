@@ -28,6 +28,7 @@ def run(case, *arguments, world_size=2):
         "own_backward",
         "recompute",
         "resume",
+        "timeout",
         "without_frozen",
     ],
 )

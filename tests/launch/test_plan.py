@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.cli import main
-from engine.launch import runner
+from engine.launch import agent, runner
 from engine.launch.agent import BEGUN
 from engine.launch.group import FAILURE
 from engine.launch.hostfile import Host, LaunchError, read_hostfile, selected
@@ -167,10 +167,10 @@ def test_argv_and_environment_arrive_through_the_agent(argv, env):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    ) as agent:
-        agent.stdin.write(json.dumps(spec) + "\n")
-        agent.stdin.flush()
-        seen_argv, seen_env = json.loads(agent.stdout.readline())
+    ) as started:
+        started.stdin.write(json.dumps(spec) + "\n")
+        started.stdin.flush()
+        seen_argv, seen_env = json.loads(started.stdout.readline())
     assert seen_argv == argv
     assert env.items() <= seen_env.items()
 
@@ -286,6 +286,13 @@ def test_a_wrong_filter(filters, message):
         (["--nproc", "0", __file__], "must be a number from 1 on, or auto"),
         (["--rejoin", __file__], "`--rejoin` must come with `--hostfile`"),
         (["--port", "70000", __file__], "`--port` must be 0 to 65535, but is 70000"),
+        (["--port", "7000", __file__], "`--port` must come with `--hostfile`"),
+        (["--include", "node0", __file__], "`--include` must come with `--hostfile`"),
+        (["--ssh-opt=-v", __file__], "`--ssh-opt` must come with `--hostfile`"),
+        (["--slurm-opt", "a=b", __file__], "`--slurm-opt` must come with `--slurm`"),
+        (["--slurm", "--console", "all", __file__], "`--console` must be absent in a Slurm job"),
+        (["--slurm", "--pass-env", "W*", __file__], "`--pass-env` must be absent in a Slurm job"),
+        (["--slurm", "--hostfile", "h", __file__], "from `--hostfile` or from Slurm, but both"),
         (["--env", "NOVALUE", __file__], "must be NAME=VALUE"),
     ],
 )
@@ -293,6 +300,75 @@ def test_wrong_usage(arguments, message):
     status, said = launch("--dry-run", *arguments)
     assert status == 2
     assert message in said
+
+
+def test_json_without_a_plan_to_print():
+    status, said = launch("--json", __file__)
+    assert status == 2
+    assert "`--json` must come with `--dry-run`" in said
+
+
+@pytest.mark.parametrize(
+    "own, slots, seen",
+    [
+        (None, "1,0", "1,0"),
+        ("", "0", "0"),
+        ("4,5", "1", "5"),
+        ("GPU-ab, GPU-cd", "1,0", "GPU-cd,GPU-ab"),
+    ],
+)
+def test_slots_are_those_that_the_host_lets_be_seen(monkeypatch, own, slots, seen):
+    if own is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", own)
+    assert agent._with_own_mask({"CUDA_VISIBLE_DEVICES": slots, "A": "b"}) == {
+        "CUDA_VISIBLE_DEVICES": seen,
+        "A": "b",
+    }
+    assert agent._with_own_mask({"A": "b"}) == {"A": "b"}
+
+
+def test_a_slot_that_a_host_hides_is_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(SystemExit, match=r"slot 2 must be one of the 2 devices .* \(4, 5\)"):
+        agent._with_own_mask({"CUDA_VISIBLE_DEVICES": "0,2"})
+
+
+def test_ranks_are_told_the_same_by_ssh_and_in_a_slurm_job():
+    asked = wanted(timeout=90, grace=7, max_restarts=1, least_nodes=1)
+    env = plan_of(asked, FACTS, {}).nodes[0].env
+    exports = {
+        name: value
+        for line in sbatch_of(asked, {}).splitlines()
+        for name, equals, value in [line.removeprefix("export ").partition("=")]
+        if equals and line.startswith("export ")
+    }
+    told = {
+        "ONECYCLE_TIMEOUT": "90",
+        "DEEPSPEED_TIMEOUT": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "7",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "ONECYCLE_ELASTIC": "1",
+        "LOCAL_SIZE": "2",
+    }
+    assert told.items() <= env.items()
+    assert told.items() <= exports.items()
+
+
+def test_what_tells_of_a_machine_needs_no_posix():
+    """`doctor` also runs on Windows, and `launch` says there what to use in its place."""
+    code = """
+import io, sys
+sys.modules["fcntl"] = None
+from engine.cli import main
+assert main(["doctor"], io.StringIO(), io.StringIO()) == 0
+sys.platform = "win32"
+err = io.StringIO()
+assert main(["launch", sys.argv[1]], io.StringIO(), err) == 2
+assert "must run on Linux" in err.getvalue(), err.getvalue()
+"""
+    subprocess.run([sys.executable, "-c", code, __file__], check=True)
 
 
 def test_a_wrong_config_is_known_before_anything_starts(tmp_path):
