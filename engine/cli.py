@@ -26,7 +26,8 @@ COMMANDS = {
 """Each command, which is a module of `engine.commands`, and what it does in a line."""
 
 _EPILOG = """\
-exit status: 0 done, 1 the config is wrong, 2 wrong usage, or a file that cannot be read or written
+exit status: 0 done, 1 the config is wrong, 2 wrong usage, or a file that cannot be read or written;
+lr-test and launch have more, see their own --help
 
 examples:
   onecycle validate ds_config.json --world-size 8
@@ -98,6 +99,17 @@ def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     return status
 
 
+class _Version(argparse.Action):
+    """Prints the versions that a report of trouble should name."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from engine.versions import installed
+
+        for package in ("onecycle", "torch", "deepspeed"):
+            print(f"{package} {installed(package) or 'is not installed'}")
+        parser.exit()
+
+
 def _refuse(arguments: Sequence[str]) -> NoReturn:
     """Print the help that is asked for, or say which commands there are, and end the process."""
     parser = argparse.ArgumentParser(
@@ -106,6 +118,7 @@ def _refuse(arguments: Sequence[str]) -> NoReturn:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions, and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)

@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from engine.config import Config
 from engine.environment import ELASTIC
 from engine.identity import Identity, refuse_another_run
 from engine.ranks import Ranks
+from engine.versions import installed
 from schedules import FeedbackBinder, FeedbackSchedule
 
 __all__ = ["Behind", "Rollback", "load", "save", "together"]
@@ -303,7 +303,5 @@ def _gathered(value: Any, world_size: int) -> list[Any]:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in ("onecycle", "torch", "deepspeed"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
+    packages = ("onecycle", "torch", "deepspeed")
+    return versions | {name: found for name in packages if (found := installed(name))}

@@ -9,11 +9,11 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple, TextIO
 
 from engine.commands.arguments import OK
 from engine.launch.probe import PACKAGES
+from engine.versions import installed
 
 __all__ = ["add", "run"]
 
@@ -47,9 +47,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _packages() -> Iterator[_Finding]:
-    yield _Finding("python", True, platform.python_version())
+    yield _Finding("python", True, platform.pythoninstalled())
     for package in (*PACKAGES, "safetensors", "tensorboard", "wandb"):
-        found = _version(package)
+        found = installed(package)
         yield _Finding(package, found is not None, found or f"not installed: pip install {package}")
 
 
@@ -85,7 +85,7 @@ def _deepspeed() -> Iterator[_Finding]:
         return
     compiler = shutil.which("g++") or shutil.which("c++")
     why = "" if compiler else "no C++ compiler (Debian: g++)"
-    ninja = shutil.which("ninja") is not None or _version("ninja") is not None
+    ninja = shutil.which("ninja") is not None or installed("ninja") is not None
     why = why or ("" if ninja else "ninja is not installed: pip install ninja")
     yield _Finding("DeepSpeed can build", not why, why or f"by {compiler}")
     for name, builder in sorted(ALL_OPS.items()):
@@ -95,13 +95,6 @@ def _deepspeed() -> Iterator[_Finding]:
         except Exception as error:  # noqa: BLE001  # each op has its own way to say no
             fits, detail = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
         yield _Finding(f"DeepSpeed's {name}", bool(fits), detail)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _tools() -> Iterator[_Finding]:

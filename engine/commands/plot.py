@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from engine.commands.arguments import OK, positive
+
+if TYPE_CHECKING:
+    from schedules.curves import Curve
+    from schedules.feedback import Evidence
 
 __all__ = ["add", "run"]
 
@@ -57,69 +63,101 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="PNG",
-        help="where to draw (default, without --csv: FILE with the suffix .png, in this folder)",
+        help="where to draw (default, unless there is --csv or -t: FILE with the suffix .png, in "
+        "this folder)",
     )
     parser.add_argument(
         "-t",
         "--terminal",
         action="store_true",
-        help="draw on the terminal instead of into a file",
+        help="draw on the terminal, and into a file only with --output",
     )
+
+
+class _Shown(NamedTuple):
+    """What is to be drawn, or written as a table."""
+
+    title: str
+    columns: dict[str, list[float]]
+    curves: Mapping[str, Curve]
+    """The same as formulas, with the names of their phases; none where a loss was listened to."""
+    evidence: Evidence | None
+    what: str
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Draw, or print, the curves of a config."""
-    from engine.plots import draw, draw_on_terminal
+    if args.losses and args.compare:
+        raise ValueError("`--losses` must come without `--compare`: only one run has had them.")
+    shown = _on_losses(args) if args.losses else _beforehand(args)
+    if args.csv == "-":
+        _write_csv(shown, out)
+    elif args.csv:
+        with Path(args.csv).open("w", encoding="utf-8") as file:
+            _write_csv(shown, file)
+    if args.terminal:
+        _draw_on_terminal(shown, out)
+    if args.output or not (args.csv or args.terminal):
+        from engine.plots import draw
+
+        path = args.output or Path(Path(args.file).name).with_suffix(".png")
+        draw(shown.columns, path, shown.title, curves=shown.curves, evidence=shown.evidence)
+        if args.csv != "-":
+            print(f"{path}: {shown.what}", file=out)
+    return OK
+
+
+def _beforehand(args: argparse.Namespace) -> _Shown:
+    """Return what a config, and others to compare it with, will give to each update."""
+    from engine.preview import preview
+
+    sources = [args.file, *map(_config_or_example, args.compare)]
+    previews = [preview(source, steps_per_epoch=args.steps_per_epoch) for source in sources]
+    steps = args.steps or max(each.span for each in previews)
+    labels = [f".{label}" for label in (Path(args.file).name, *args.compare)]
+    curves = {
+        f"{column}{label if args.compare else ''}": curve
+        for label, each in zip(labels, previews, strict=True)
+        for column, curve in each.columns.items()
+    }
+    columns = {name: list(curve.values(steps)) for name, curve in curves.items()}
+    title = " and ".join((f"{previews[0].title} of {args.file}", *args.compare))
+    what = f"{steps} updates of {previews[0].schedule.type_name}"
+    return _Shown(title, columns, curves, None, what)
+
+
+def _on_losses(args: argparse.Namespace) -> _Shown:
+    """Return what a schedule that listens answers to the losses of a run."""
     from engine.preview import preview
 
     shown = preview(args.file, steps_per_epoch=args.steps_per_epoch)
-    losses = _losses(args.losses) if args.losses else []
-    told, evidence = shown.told(losses) if args.losses else ({}, None)
-    steps = args.steps or len(next(iter(told.values()), ())) or shown.span
-    if args.csv:
-        header = ",".join(("step", *(told or shown.columns)))
-        rows = zip(range(steps), *told.values(), strict=False) if told else shown.rows(steps)
-        lines = (",".join(map(repr, row)) + "\n" for row in rows)
-        if args.csv == "-":
-            print(header, file=out)
-            out.writelines(lines)
-        else:
-            with Path(args.csv).open("w", encoding="utf-8") as file:
-                print(header, file=file)
-                file.writelines(lines)
-    if args.output or args.terminal or not args.csv:
-        path = args.output or Path(Path(args.file).name).with_suffix(".png")
-        curves = shown.columns
-        if args.compare:
-            others = [
-                preview(_config_or_example(name), steps_per_epoch=args.steps_per_epoch)
-                for name in args.compare
-            ]
-            steps = args.steps or max(each.span for each in (shown, *others))
-            labels = [Path(args.file).name, *args.compare]
-            curves = {
-                f"{column}.{label}": curve
-                for label, each in zip(labels, (shown, *others), strict=True)
-                for column, curve in each.columns.items()
-            }
-        columns = {name: list(curve.values(steps)) for name, curve in curves.items()}
-        title = f"{shown.title} of {args.file}"
-        if told:
-            columns, curves = {name: of[:steps] for name, of in told.items()}, {}
-            columns["loss"] = losses[:steps]
-            title = f"{shown.schedule.type_name} of {args.file} on the losses of {args.losses}"
-        title = " and ".join((title, *args.compare))
-        if args.terminal:
-            colour = out.isatty() and "NO_COLOR" not in os.environ
-            size = shutil.get_terminal_size()
-            print(
-                draw_on_terminal(columns, title, curves=curves, size=size, colour=colour), file=out
-            )
-            return OK
-        draw(columns, path, title, curves=curves, evidence=evidence)
-        if args.csv != "-":
-            print(f"{path}: {steps} updates of {shown.schedule.type_name}", file=out)
-    return OK
+    losses = _losses(args.losses)
+    told, evidence = shown.told(losses)
+    steps = args.steps or len(losses) + 1  # what the last one led to is for the update after it
+    columns = {name: of[:steps] for name, of in (told | {"loss": losses}).items()}
+    name = shown.schedule.type_name
+    title = f"{name} of {args.file} on the losses of {args.losses}"
+    return _Shown(title, columns, {}, evidence, f"{len(losses)} losses told to {name}")
+
+
+def _write_csv(shown: _Shown, file: TextIO) -> None:
+    print(",".join(("step", *shown.columns)), file=file)
+    for step, row in enumerate(itertools.zip_longest(*shown.columns.values())):
+        known = ("" if value is None else repr(value) for value in row)
+        print(step, *known, sep=",", file=file)
+
+
+def _draw_on_terminal(shown: _Shown, out: TextIO) -> None:
+    from engine.plots import draw_on_terminal
+
+    drawn = draw_on_terminal(
+        shown.columns,
+        shown.title,
+        curves=shown.curves,
+        size=shutil.get_terminal_size(),
+        colour=out.isatty() and "NO_COLOR" not in os.environ,
+    )
+    print(drawn, file=out)
 
 
 def _losses(path: Path) -> list[float]:

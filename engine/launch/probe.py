@@ -10,9 +10,10 @@ import platform
 import socket
 import struct
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from engine.versions import installed
 
 __all__ = ["PACKAGES", "free_port", "probe"]
 
@@ -29,9 +30,7 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
     """
     launcher, address = _ends()
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
+    versions |= {name: found for name in PACKAGES if (found := installed(name))}
     digest = None
     if config is not None:
         path = Path(config)

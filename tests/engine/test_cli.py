@@ -1,6 +1,7 @@
 """The command: what it prints, what it writes, how it exits."""
 
 import csv
+import importlib.metadata
 import io
 import json
 
@@ -235,6 +236,28 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert "usage: onecycle" in capsys.readouterr().err
 
 
+def test_plot_draws_on_the_terminal_and_into_a_file_if_both_are_asked_for(tutorial, tmp_path):
+    path = tmp_path / "x.png"
+    status, out, _ = run("plot", tutorial, "-t", "-o", path)
+    assert status == OK
+    assert "learning rate" in out
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_writes_all_that_is_compared_into_the_table(tutorial):
+    status, out, _ = run("plot", tutorial, "--csv", "-", "--compare", "LinearScheduler")
+    assert status == OK
+    header = "step,lr.ds_config.json,momentum.ds_config.json,lr.LinearScheduler"
+    assert out.splitlines()[0] == header
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert f"torch {importlib.metadata.version('torch')}" in capsys.readouterr().out
+
+
 def test_plot_shows_a_schedule_that_listens_on_recorded_losses(tmp_path):
     block = {"type": "ReduceLROnPlateau", "params": {"patience": 0, "factor": 0.5}}
     optimizer = {"type": "SGD", "params": {"lr": 0.4}}
@@ -245,8 +268,16 @@ def test_plot_shows_a_schedule_that_listens_on_recorded_losses(tmp_path):
     out = io.StringIO()
     arguments = ["plot", str(config), "--losses", str(recorded), "--csv", "-"]
     assert main(arguments, out, io.StringIO()) == 0
-    lrs = [float(line.split(",")[1]) for line in out.getvalue().splitlines()[1:]]
-    assert lrs == [0.4, 0.4, 0.2, 0.2, 0.1]
+    assert out.getvalue().splitlines() == [
+        "step,lr,loss",
+        "0,0.4,2.0",
+        "1,0.4,2.0",
+        "2,0.2,1.0",
+        "3,0.2,1.0",
+        "4,0.1,",
+    ]
+    both = ["plot", str(config), "--losses", str(recorded), "--compare", "OneCycle"]
+    assert main(both, io.StringIO(), io.StringIO()) == 2
     broken = tmp_path / "broken.csv"
     broken.write_text("step,train_loss\n8,much\n")
     err = io.StringIO()

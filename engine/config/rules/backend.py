@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from engine.config.backend import choose, of_deepspeed_alone
 from engine.config.problems import Problem
 from engine.config.rules.checked import Checked, Rule
+from engine.versions import installed
 
 __all__ = ["RULES"]
 
@@ -43,25 +44,16 @@ def _of_torch_alone(checked: Checked, reason: str) -> Iterator[Problem]:
 
 def _known_to_the_installed(checked: Checked) -> Iterator[Problem]:
     newer = [member for member in checked.members if "x-since" in member.schema]
-    installed = _installed() if newer else None
-    if installed is None:
+    there = installed("deepspeed") if newer else None
+    if there is None:
         return
     for member in newer:
         since = member.schema["x-since"]
-        if _numbers(since) > _numbers(installed):
+        if _numbers(since) > _numbers(there):
             name = member.pointer[1:].replace("/", ".")
-            message = f"`{name}` is known since DeepSpeed {since}, but {installed} is installed."
+            message = f"`{name}` is known since DeepSpeed {since}, but {there} is installed."
             hint = "Install a newer one, or remove the key."
             yield checked.warning("newer-key", member.pointer, message, hint)
-
-
-def _installed() -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("deepspeed")
-    except PackageNotFoundError:
-        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:
