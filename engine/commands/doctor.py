@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _packages() -> Iterator[_Finding]:
-    yield _Finding("python", True, platform.pythoninstalled())
+    yield _Finding("python", True, platform.python_version())
     for package in (*PACKAGES, "safetensors", "tensorboard", "wandb"):
         found = installed(package)
         yield _Finding(package, found is not None, found or f"not installed: pip install {package}")
