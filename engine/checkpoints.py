@@ -38,7 +38,7 @@ class Checkpoints(DeepSpeedNames):
 
     @property
     def _updates(self) -> int:
-        return self._done.global_steps - self._done.skipped_steps
+        return self._done.update + 1
 
     @property
     def global_steps(self) -> int:

@@ -28,6 +28,11 @@ class Counters:
     skipped_steps: int = 0
     applied: bool = False
 
+    @property
+    def update(self) -> int:
+        """The last update, counted from 0 as a plot counts them: only those that were applied."""
+        return self.global_steps - self.skipped_steps - 1
+
 
 class Progress:
     """Keeps the losses that are asked for, and tells them with what the updates used.
@@ -74,6 +79,7 @@ class Progress:
             "loss_scale": engine.loss_scale if engine.fp16_enabled() else None,
             "samples_per_second": engine.train_batch_size() / max(seconds, 1e-9),
             "skipped_updates": done.skipped_steps,
+            "update": done.update,
         }
         events = [
             Event(
@@ -97,4 +103,4 @@ class Progress:
         ]
         if engine.global_rank == 0:
             shown = shown if loss is None else [f"loss {loss:.4f}", *shown]
-            log.info("step %d: %s", done.global_steps, ", ".join(shown))
+            log.info("update %d: %s", done.update, ", ".join(shown))

@@ -338,9 +338,11 @@ def _announce(engine: Engine, backend: Backend) -> None:
     config = engine.config
     if backend.ranks.rank != 0:
         return
+    # These few lines are to be seen, whether or not the script has configured logging, unless it
+    # has asked for less of this logger by its name.
     if not log.hasHandlers():
-        # Nobody configured logging: these few lines are to be seen all the same.
         log.addHandler(logging.StreamHandler())
+    if log.level == logging.NOTSET:
         log.setLevel(logging.INFO)
     for override in config.overrides:
         log.info("%s", override)

@@ -56,6 +56,7 @@ def test_csv_has_what_each_update_used(tmp_path):
     losses = rows(folder, "train_loss")
     assert [losses[at] for at in (4, 8, 16)] == pytest.approx([used[k][2] for k in (0, 1, 3)])
     assert list(rows(folder, "skipped_updates").values()) == [0, 0, 1, 1, 1]
+    assert list(rows(folder, "update").values()) == [0, 1, 1, 2, 3]
     assert rows(folder, "grad_norm")[4] > 0
     assert min(rows(folder, "samples_per_second").values()) > 0
 

@@ -3,6 +3,8 @@
 import copy
 import logging
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -369,10 +371,27 @@ def test_the_log_says_once_what_runs_and_then_what_each_update_used(caplog):
     )
     losses = [sum(loss for loss, *_ in seen[at : at + 2]) / 2 for at in (0, 2)]
     assert progress == [
-        f"step {2 * (at + 1)}: loss {losses[at]:.4f}, "
+        f"update {2 * at + 1}: loss {losses[at]:.4f}, "
         f"lr {seen[2 * at + 1][1][0]:.4g}, momentum {seen[2 * at + 1][2][0]:.4g}"
         for at in (0, 1)
     ]
+
+
+@pytest.mark.parametrize("level", ["NOTSET", "ERROR"])
+def test_the_log_is_seen_though_the_script_has_configured_its_own(tmp_path, level):
+    script = f"""
+import logging, torch, engine
+logging.basicConfig()
+logging.getLogger("onecycle").setLevel(logging.{level})
+config = {{"train_batch_size": 1, "optimizer": {{"type": "SGD"}}, "steps_per_print": 1}}
+trainer, *_ = engine.initialize(model=torch.nn.Linear(2, 1), config=config)
+trainer.backward(trainer(torch.ones(1, 2)).mean())
+trainer.step()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert ("update 0: loss" in done.stderr) == (level == "NOTSET")
 
 
 def test_config_by_the_command_line(tmp_path):
