@@ -5,7 +5,8 @@
 >>> schedules.trace(block, 4, base={"lr": (0.1,)})["lr"][:, 0].tolist()
 [0.0, 0.05, 0.1, 0.1]
 
-Only `ScheduleBinder` and `attach` need torch. What is heavy is imported when it is first used.
+Each schedule is here by its name, ``schedules.OneCycle`` as ``schedules.CosineAnnealingLR``. Only
+`ScheduleBinder` and `attach` need torch. What is heavy is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -58,25 +59,17 @@ __all__ = [
 
 
 _HOMES = {
-    "AutoWU": "autowu",
-    "ChainedScheduler": "composites",
-    "Combined": "composites",
     "FeedbackBinder": "feedback_binder",
     "FeedbackSchedule": "feedback",
-    "LRRangeTest": "deepspeed",
-    "OneCycle": "deepspeed",
-    "ReduceLROnPlateau": "plateau",
     "ScheduleBinder": "binder",
-    "SequentialLR": "composites",
-    "WarmupCosineLR": "deepspeed",
-    "WarmupDecayLR": "deepspeed",
-    "WarmupLR": "deepspeed",
     "attach": "binder",
     "bind": "binder",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'schedules' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"schedules.{_HOMES[name]}"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"schedules.{_HOMES[name]}"), name)
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    raise AttributeError(f"module 'schedules' has no attribute {name!r}")

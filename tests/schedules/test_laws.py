@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+import schedules
 from schedules import (
     SCHEDULES,
     FeedbackSchedule,
@@ -84,6 +85,11 @@ def test_one_update_at_a_time_equals_the_array_to_the_last_bit(cls, data, optimi
         for name, array in arrays.items():
             assert array[step].tolist() == [used(name, group) for group in chosen.param_groups]
         binder.step()
+
+
+@every_schedule
+def test_it_is_imported_by_its_name(cls):
+    assert getattr(schedules, cls.type_name) is cls
 
 
 @every_schedule
