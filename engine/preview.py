@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.config import ConfigError, Problem, Source, load_document
 from engine.config.check import check
+from engine.config.driven import base_of
 from engine.config.horizon import horizon_of
-from engine.config.sections import is_parked, optimizer_name, optimizer_schema, with_defaults
+from engine.config.sections import is_parked
 from schedules import Horizon, Schedule, from_config
 from schedules.feedback import Evidence, FeedbackSchedule
 from schedules.schedule import Base, Curves
 from schedules.tracing import replay
 
 __all__ = ["Preview", "preview"]
-
-# What an optimizer starts from where the config names none.
-_NO_OPTIMIZER = {"lr": 1e-3, "betas": [0.9], "weight_decay": 0.0}
 
 
 @dataclass(frozen=True)
@@ -116,21 +114,6 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
     except ValueError as error:
         problem = document.problem("schedule", "/scheduler/params", str(error))
         raise ConfigError(document.name, [problem]) from None
-    base = _base(values, schedule)
+    base = base_of(values, schedule)
     curves = schedule.bind(base, horizon).curves
     return Preview(document.name, resolved, curves, horizon, base)
-
-
-def _base(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
-    block = config.get("optimizer")
-    params: Mapping[str, Any] = _NO_OPTIMIZER
-    if block is not None:
-        name = optimizer_name(block["type"])
-        assert name is not None
-        given = {key: value for key, value in block.get("params", {}).items() if value != "auto"}
-        params = with_defaults(given, optimizer_schema(name))
-    momentum = params.get("momentum", params.get("betas", (0.0,))[0] if "betas" in params else 0.0)
-    lists = [value for value in vars(schedule).values() if isinstance(value, tuple)]
-    groups = max(map(len, lists), default=1)
-    base = {"lr": params["lr"], "momentum": momentum, "weight_decay": params["weight_decay"]}
-    return {name: (value,) * groups for name, value in base.items()}

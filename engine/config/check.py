@@ -7,13 +7,12 @@ consequences of a mistake beside the mistake.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import schemas
 from engine.config.document import Document
-from engine.config.horizon import horizon_of
+from engine.config.driven import resolved_if_known
 from engine.config.problems import Problem, pointer_to
 from engine.config.rules import RULES, Checked
 from engine.config.sections import (
@@ -28,7 +27,7 @@ from engine.config.sections import (
 )
 from engine.config.structure import against_schema, meant_by, remarks, shown
 from engine.config.suggestions import nearest
-from schedules import SCHEDULES, Schedule, ScheduleError, find, from_config
+from schedules import SCHEDULES, ScheduleError, find, from_config
 from schedules.fields import fields_of
 
 __all__ = ["check"]
@@ -158,7 +157,7 @@ def _check_scheduler(
     if wrong or "auto" in params.values() or len(params) < len(given):
         return  # what "auto", or what is wrong, will be is not known here
     try:
-        _resolve_if_known(from_config({"type": name, "params": params}), config)
+        resolved_if_known(from_config({"type": name, "params": params}), config)
     except ScheduleError as error:
         for fault in error.faults:
             below = pointer_to(pointer, fault.field) if fault.field else pointer
@@ -176,19 +175,3 @@ def _with_owners(problems: list[Problem]) -> Iterator[Problem]:
             yield dataclasses.replace(problem, hint=hint)
         else:
             yield problem
-
-
-def _resolve_if_known(schedule: Schedule[Any], config: Mapping[str, Any]) -> None:
-    """Prove durations against the run, as far as a file says how long it is.
-
-    Only the loader knows an epoch and, where two of the three batch sizes are given, only the
-    launch knows a batch: what needs one of them is proved when the run starts.
-    """
-    run = config.get("engine", {})
-    texts = f"{run.get('max_duration')} {list(vars(schedule).values())}".lower()
-    samples = config.get("train_batch_size")
-    if not isinstance(samples, int):
-        samples = None
-    if re.search(r"\d\s*ep\b", texts) or (samples is None and re.search(r"\d\s*sp\b", texts)):
-        return
-    schedule.resolve(horizon_of(run, samples_per_step=samples, steps_per_epoch=None))

@@ -2,17 +2,85 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from engine.config.driven import base_of, horizon_if_known
 from engine.config.problems import Problem
 from engine.config.rules.checked import Checked, Rule
+from schedules import SCHEDULES, Horizon, Schedule, from_config
+from schedules.feedback import FeedbackSchedule
+from schedules.schedule import Base, Curves
 
 __all__ = ["RULES"]
 
 _PARAMS = "/scheduler/params"
 _DEEPSPEEDS_PEAK = 0.001
+_OF_OTHERS = {"schedules.composites", "schedules.wrapped"}
+_MOST_PIECES = 5000
+_NEAR = 0.02  # of the run: so far apart two ends are one
+_NEXT_TO_NOTHING = 0.01  # of the peak
+
+
+@dataclass(frozen=True)
+class _Driven:
+    """A schedule and the curves that it follows for this config's optimizer and run."""
+
+    schedule: Schedule[Any]
+    horizon: Horizon
+    base: Base
+    curves: Curves
+
+    def ignores(self, name: str) -> bool:
+        """Return whether the curve of a hyperparameter is the same whatever the optimizer's is."""
+        other = {**self.base, name: tuple(value / 2 for value in self.base[name])}
+        there = self.schedule.bind(other, self.horizon).curves[name][0]
+        steps = range(0, self.schedule.span + 1, max(1, self.schedule.span // 20))
+        return all(self.curves[name][0](step) == there(step) for step in steps)
+
+    def range_of(self, name: str) -> tuple[float, float]:
+        """Return the lowest and the highest value of a curve, at the ends of its pieces."""
+        curve = self.curves[name][0]
+        span = max(int(self.schedule.span), 1)
+        pieces = itertools.islice(curve.pieces(0, span + 1), _MOST_PIECES)
+        values = [value for p in pieces for value in (p.at(p.begin), p.at(p.end - 1))]
+        return min(values), max(values)
+
+    @property
+    def end(self) -> int | None:
+        """The update from which on the learning rate stays; None if it never does."""
+        curve, step = self.curves["lr"][0], 0.0
+        for _ in range(_MOST_PIECES):
+            piece = curve.piece(math.ceil(step))
+            if math.isinf(piece.end):
+                stays = piece.line is not None and piece.line.rise == 0
+                return math.ceil(piece.begin) if stays else None
+            step = piece.end
+        return None
+
+
+def _driven(checked: Checked) -> _Driven | None:
+    """Return the curves of a schedule that this file alone tells; None where it does not."""
+    block = checked.section("scheduler")
+    sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
+    cls = SCHEDULES.get(block.get("type", ""))
+    of_others = cls is None or cls.__module__ in _OF_OTHERS  # which may need torch
+    if of_others or any(place.startswith(sections) for place in checked.unsure):
+        return None
+    try:
+        schedule = from_config({"type": block["type"], "params": block.get("params", {})})
+        horizon = horizon_if_known(schedule, checked.config)
+        if horizon is None or isinstance(schedule, FeedbackSchedule):
+            return None
+        base = base_of(checked.config, schedule)
+        resolved = schedule.resolve(horizon)
+        return _Driven(resolved, horizon, base, schedule.bind(base, horizon).curves)
+    except ValueError:  # what is wrong with it is said elsewhere
+        return None
 
 
 def _params(checked: Checked, *types: str) -> Mapping[str, Any] | None:
@@ -46,24 +114,58 @@ def _learning_rates(checked: Checked) -> Iterator[Problem]:
             )
             hint = f'Write "warmup_max_lr": {own:g}, which both understand.'
             yield checked.warning("peak-by-default", _PARAMS, message, hint)
-    cycle = _params(checked, "OneCycle")
-    if cycle is not None:
-        ends = [_number(cycle.get(key)) for key in ("cycle_min_lr", "cycle_max_lr")]
-        low, high = ends
-        if low is not None and high is not None and not low <= own <= high:
-            message = f"the cycle goes from {low:g} to {high:g}: lr {own:g} is never used."
-            yield checked.note("lr-overruled", place, message)
 
 
-def _betas(checked: Checked) -> Iterator[Problem]:
-    cycle = _params(checked, "OneCycle")
-    betas = checked.section("optimizer").get("params", {}).get("betas")
-    if cycle is None or betas is None or cycle.get("cycle_momentum") is False:
+def _overruled(checked: Checked) -> Iterator[Problem]:
+    """Yield what the optimizer is given and the schedule drives by values of its own."""
+    driven = _driven(checked)
+    if driven is None:
         return
-    ends = [cycle.get("cycle_min_mom", 0.8), cycle.get("cycle_max_mom", 0.9)]
-    message = f"the schedule cycles betas[0] between {ends[0]} and {ends[1]}, whatever it is here."
-    hint = "DeepSpeed also sets betas[1] to 0.99; onecycle leaves it."
-    yield checked.note("betas-overruled", "/optimizer/params/betas", message, hint)
+    params = checked.section("optimizer").get("params", {})
+    own = _number(params.get("lr"))
+    if own is not None and driven.ignores("lr"):
+        low, high = driven.range_of("lr")
+        if not low <= own <= high:
+            message = f"the schedule goes from {low:g} to {high:g}: lr {own:g} is never used."
+            yield checked.note("lr-overruled", "/optimizer/params/lr", message)
+    for name in ("betas", "momentum"):
+        if name in params and "momentum" in driven.schedule.drives and driven.ignores("momentum"):
+            low, high = driven.range_of("momentum")
+            what = "betas[0]" if name == "betas" else name
+            message = (
+                f"the schedule drives {what} between {low:g} and {high:g}, whatever it is here."
+            )
+            hint = "DeepSpeed also sets betas[1] to 0.99; onecycle leaves it."
+            place = f"/optimizer/params/{name}"
+            yield checked.note("betas-overruled", place, message, hint if name == "betas" else "")
+
+
+def _ends(checked: Checked) -> Iterator[Problem]:
+    """Yield how the schedule's end lies to the run's, where the file tells of both."""
+    driven = _driven(checked)
+    if driven is None or driven.horizon.scaled_steps is None or driven.end is None:
+        return
+    place, total, end = "/engine/max_duration", int(driven.horizon.scaled_steps), driven.end
+    if abs(end - total) <= _NEAR * total:
+        return
+    curve = driven.curves["lr"][0]
+    last, peak = curve(end), driven.range_of("lr")[1]
+    if end > total and curve(total) != last:
+        message = (
+            f"the schedule ends at update {end:g}, but the run after {total:g}: the learning rate "
+            f"is {curve(total):.3g} then, and not yet {last:.3g}."
+        )
+        hint = 'Write durations as shares of the run, as "1dur", or set `max_duration`.'
+        yield checked.warning("end-of-schedule", place, message, hint)
+    elif end < total and last < peak:
+        message = (
+            f"the schedule ends at update {end:g} of {total:g}: the learning rate stays at "
+            f"{last:.3g} from there on."
+        )
+        hint = 'Write durations as shares of the run, as "1dur", or set `max_duration`.'
+        idle = last <= _NEXT_TO_NOTHING * peak
+        say = checked.warning if idle else checked.note
+        yield say("end-of-schedule", place, message, hint)
 
 
 def _flat_warmup(checked: Checked) -> Iterator[Problem]:
@@ -124,7 +226,8 @@ def _report(checked: Checked) -> Iterator[Problem]:
 
 RULES: tuple[Rule, ...] = (
     _learning_rates,
-    _betas,
+    _overruled,
+    _ends,
     _flat_warmup,
     _log_warmup,
     _stairs,

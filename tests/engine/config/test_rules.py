@@ -55,6 +55,11 @@ def scheduled(type_name, lr=0.01, **params):
     return {"train_batch_size": 8, "optimizer": optimizer, "scheduler": scheduler}
 
 
+def lasting(length, **params):
+    block = {"type": "CosineAnnealingScheduler", "params": {"t_max": params.pop("T_max"), **params}}
+    return scheduled("WarmupLR") | {"scheduler": block, "engine": {"max_duration": length}}
+
+
 CYCLE = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.1}
 OFFLOAD = "/zero_optimization/offload_param"
 
@@ -91,7 +96,10 @@ PAIRS = [
         {"engine": {"report": "run"}} | scheduled("OneCycle", **CYCLE),
         [("inert-key", "note", "/engine/report")],
     ),
-    ({"engine": {"report": "run"}} | scheduled("LRRangeTest"), []),
+    (
+        {"engine": {"report": "run"}} | scheduled("LRRangeTest"),
+        [("lr-overruled", "note", "/optimizer/params/lr")],
+    ),
     (
         {"train_batch_size": 8, "checkpoint": {"tag_validation": "Warn"}},
         [("inert-key", "note", "/checkpoint/tag_validation")],
@@ -125,6 +133,33 @@ PAIRS = [
     ),
     (scheduled("OneCycle", **CYCLE), []),
     (scheduled("OneCycle", lr=1.0, **CYCLE), [("lr-overruled", "note", "/optimizer/params/lr")]),
+    *(
+        (scheduled(name, lr=0.5, **params), [("lr-overruled", "note", "/optimizer/params/lr")])
+        for name, params in (
+            ("OneCycleLR", {"max_lr": 0.1, "total_steps": 100}),
+            ("CyclicLR", {"base_lr": 0.01, "max_lr": 0.1, "cycle_momentum": False}),
+            ("PolyScheduler", {"base_lr": 0.1, "final_lr": 0.01, "max_update": 9}),
+        )
+    ),
+    (scheduled("CosineAnnealingLR", lr=0.5, T_max=10), []),
+    (
+        {
+            "train_batch_size": 8,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.5}},
+            "scheduler": {"type": "OneCycle", "params": CYCLE},
+        },
+        [("betas-overruled", "note", "/optimizer/params/momentum")],
+    ),
+    *(
+        (lasting(length, T_max=100), [("end-of-schedule", severity, "/engine/max_duration")])
+        for length, severity in ((50, "warning"), (1000, "warning"), ("320sp", "warning"))
+    ),
+    (
+        lasting(1000, T_max=100, alpha_f=0.5),
+        [("end-of-schedule", "note", "/engine/max_duration")],
+    ),
+    *((lasting(length, T_max=100), []) for length in (99, 100, "10ep")),
+    (lasting(1000, T_max="1dur"), []),
     (
         scheduled("OneCycle", **CYCLE, decay_lr_rate=0.1),
         [("decay-without-interval", "warning", "/scheduler/params/decay_lr_rate")],
