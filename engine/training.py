@@ -346,6 +346,8 @@ def _announce(engine: Engine, backend: Backend) -> None:
         log.setLevel(logging.INFO)
     for override in config.overrides:
         log.info("%s", override)
+    for problem in config.warnings:
+        log.warning("%s: %s", config.name, problem)
     scheduler = engine.lr_scheduler
     schedule = "no schedule"
     if isinstance(scheduler, ScheduleBinder | FeedbackBinder):

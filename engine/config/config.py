@@ -113,6 +113,8 @@ class Config:
     monitors: Mapping[str, Mapping[str, Any]]
     """The sections ``tensorboard``, ``csv_monitor`` and ``wandb``."""
     overrides: tuple[Override, ...]
+    warnings: tuple[Problem, ...]
+    """What is not wrong, but hardly meant."""
     run: Mapping[str, Any]
     """``max_duration``, ``scale_schedule_ratio`` and ``scale_warmup`` of the section ``engine``."""
 
@@ -186,10 +188,16 @@ def load_config(
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         raise ConfigError(document.name, errors)
-    return _resolve(document, world_size, overrides)
+    warnings = [problem for problem in problems if problem.severity == "warning"]
+    return _resolve(document, world_size, overrides, warnings)
 
 
-def _resolve(document: Document, world_size: int, overrides: Sequence[Override]) -> Config:
+def _resolve(
+    document: Document,
+    world_size: int,
+    overrides: Sequence[Override],
+    warnings: Sequence[Problem],
+) -> Config:
     value = with_defaults(document.value, schemas.read(SCHEMA))
     fp16, bf16 = value["fp16"], value.get("bfloat16", value["bf16"])
     zero = document.value.get("zero_optimization", {})
@@ -223,6 +231,7 @@ def _resolve(document: Document, world_size: int, overrides: Sequence[Override])
         steps_this_run=value["engine"].pop("steps_this_run"),
         report=value["engine"].pop("report"),
         overrides=tuple(overrides),
+        warnings=tuple(warnings),
         checkpoint=_checkpoint_plan(value["engine"]["checkpoint"]),
         monitors={name: value[name] for name in ("tensorboard", "csv_monitor", "wandb")},
         run={key: value["engine"].get(key) for key in _RUN if key in value["engine"]},

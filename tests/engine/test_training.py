@@ -377,6 +377,15 @@ def test_the_log_says_once_what_runs_and_then_what_each_update_used(caplog):
     ]
 
 
+def test_what_is_hardly_meant_is_logged_at_the_start(caplog):
+    decay = {"type": "WarmupDecayLR", "params": {"total_num_steps": 50, "warmup_num_steps": 9}}
+    decay["params"] |= {"warmup_max_lr": 0.01}
+    with caplog.at_level(logging.WARNING, "onecycle"):
+        start(scheduler=decay, engine={"max_duration": 1000})
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the schedule ends at update 50 of 1000" in caplog.text
+
+
 @pytest.mark.parametrize("level", ["NOTSET", "ERROR"])
 def test_the_log_is_seen_though_the_script_has_configured_its_own(tmp_path, level):
     script = f"""

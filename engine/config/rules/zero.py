@@ -53,6 +53,18 @@ def _offload(checked: Checked) -> Iterator[Problem]:
             yield checked.error("offload-without-stage", place, message, "Remove it.")
 
 
+def _offload_alone(checked: Checked) -> Iterator[Problem]:
+    """Yield what one process on PyTorch has no use of: it divides nothing."""
+    if checked.world_size != 1 or choose(checked.config, checked.members).name != "torch":
+        return
+    zero = checked.section("zero_optimization")
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "cpu":
+            message = f"`{name}` is of no effect on one process, which on PyTorch divides nothing."
+            hint = 'Start several ranks, or set "backend": "deepspeed", which offloads one\'s too.'
+            yield checked.warning("offload-alone", f"{_ZERO}/{name}", message, hint)
+
+
 def _nvme(checked: Checked) -> Iterator[Problem]:
     zero = checked.section("zero_optimization")
     for name in ("offload_optimizer", "offload_param"):
@@ -132,6 +144,7 @@ def _elastic_checkpoint(checked: Checked) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     _stage_given,
     _offload,
+    _offload_alone,
     _nvme,
     _stage_3_keys,
     _summed_gradients,
