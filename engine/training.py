@@ -259,6 +259,11 @@ def _on_torch(
     if config.recomputes is not None:
         _recompute(model, config)
     if config.compiles is not None:
+        known = torch.compiler.list_backends(exclude_tags=())
+        if config.compiles not in known:
+            raise ValueError(
+                f"`engine.compile` must be one of {', '.join(known)}, but is {config.compiles!r}."
+            )
         model.compile(backend=config.compiles)
     divides = config.zero_stage > 0 and ranks.world_size > 1
     parameters: list[Any]

@@ -48,6 +48,7 @@ class PyTorchBackend:
         self.grad_norm: float | None = None
         self._precision = config.precision
         self._autocast = DTYPES.get(config.precision)
+        self._finds_unused = config.finds_unused
         self._clipping = config.gradient_clipping
         self._scaler = LossScaler(config.loss_scaling) if config.loss_scaling else None
         self._hands_down = False
@@ -57,7 +58,9 @@ class PyTorchBackend:
 
     def _replicated(self) -> DistributedDataParallel | None:
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
-        return DistributedDataParallel(self.model, device_ids=devices)
+        return DistributedDataParallel(
+            self.model, device_ids=devices, find_unused_parameters=self._finds_unused
+        )
 
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
         """Call the model in the run's precision; ranks meet only in the last micro-batch."""

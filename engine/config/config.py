@@ -97,6 +97,8 @@ class Config:
     """Where blocks that are computed again keep their inputs; None: none are."""
     compiles: str | None
     """The backend of torch.compile; None: the model runs as it is."""
+    finds_unused: bool
+    """Whether data parallelism looks for parameters that a forward pass left out."""
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -219,6 +221,7 @@ def _resolve(
         wrap=tuple(value["engine"].pop("wrap")),
         recomputes=_recomputes(document.value.get("activation_checkpointing")),
         compiles=value["engine"].pop("compile"),
+        finds_unused=value["engine"].pop("find_unused_parameters"),
         batch=solve({key: value[key] for key in BATCH_KEYS if key in value}, world_size),
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",

@@ -361,6 +361,26 @@ def timeout():
     assert options._timeout == timedelta(seconds=7), options._timeout
 
 
+def unused():
+    """A part of the model that only some passes use, which DDP has to be told to expect."""
+
+    class Branches(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(6, 1), torch.nn.Linear(6, 1)
+
+        def forward(self, x):
+            self.turn = not getattr(self, "turn", False)
+            return (self.first if self.turn else self.second)(x)
+
+    section = {"backend": "torch", "find_unused_parameters": True}
+    settings = config(zero_optimization={"stage": 0}, engine=section)
+    trainer, *_ = engine.initialize(model=Branches(), config=settings)
+    before = [p.detach().clone() for p in trainer.parameters()]
+    assert [update(trainer) for _ in range(4)] == [True] * 4
+    assert not any(map(torch.equal, before, trainer.parameters()))
+
+
 def wrong_config():
     engine.initialize(model=net(), config=config(train_batch_size=-1))
 

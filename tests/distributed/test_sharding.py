@@ -29,6 +29,7 @@ def run(case, *arguments, world_size=2):
         "recompute",
         "resume",
         "timeout",
+        "unused",
         "without_frozen",
     ],
 )

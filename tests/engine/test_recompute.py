@@ -60,3 +60,8 @@ def test_a_compiled_model_comes_to_the_same_update():
     plain, _ = after_updates()
     compiled, _ = after_updates(engine={"compile": "eager"})
     torch.testing.assert_close(plain, compiled)
+
+
+def test_a_compiler_that_there_is_not_is_known_at_the_start():
+    with pytest.raises(ValueError, match=r"`engine\.compile` must be one of .*inductor.*'indctor'"):
+        after_updates(engine={"compile": "indctor"})
