@@ -360,12 +360,14 @@ def _announce(engine: Engine, backend: Backend) -> None:
         schedule = f"{type(scheduler.schedule).__name__} of {config.name} drives {driven}"
     elif scheduler is not None:
         schedule = f"{type(scheduler).__name__} of the script"
+    norm = config.gradient_clipping
     log.info(
-        "%s (%s); %s; %s updates %s parameters; %s",
+        "%s (%s); %s; %s updates %s parameters%s; %s",
         backend.describe(),
         config.backend.reason,
         config.batch,
         type(backend.basic_optimizer).__name__,
         f"{backend.trained:,}",
+        f", gradients clipped at norm {norm:g}" if norm else "",
         schedule,
     )

@@ -107,7 +107,8 @@ def steps_of(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
         if horizon.scaled_steps is None:
             raise DurationError(
                 f"{duration!r} needs the length of the run: "
-                'give it, as in "engine": {"max_duration": "10ep"}, or write a count of updates.'
+                'give it, as "engine": {"max_duration": "10ep"} in a config or '
+                "horizon=Horizon(total_steps=…) in a loop of your own, or write a count of updates."
             )
         return _share(value, horizon)
     if unit == "ep":

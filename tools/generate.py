@@ -53,7 +53,7 @@ def reference() -> Iterator[str]:
 
 
 def draw_pictures() -> None:
-    """Draw every schedule's example, and all of them on one sheet."""
+    """Draw every schedule's example."""
     folder = ROOT / "docs" / "pictures"
     for name, cls in SCHEDULES.items():
         curves = example_curves(cls)

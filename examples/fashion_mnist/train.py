@@ -78,7 +78,7 @@ def main() -> None:
     trainer, _, loader, _ = engine.initialize(
         config=args.config, model=lenet(), training_data=data.train
     )
-    first = int(torch.distributed.get_rank() == 0) if torch.distributed.is_initialized() else True
+    first = trainer.global_rank == 0
     console = Console(quiet=not first)
     console.print(
         f"Training on {data.source}: {len(data.train):,} images, {len(data.test):,} to test."
@@ -105,10 +105,11 @@ def main() -> None:
                     task, advance=1, loss=used["loss"][-1], lr=lr, momentum=momentum, speed=speed
                 )
 
+    found = accuracy(trainer.module, data.test)  # by every rank: in ZeRO stage 3 they gather layers
     if first:
         picture = args.output / "lr_momentum_loss.png"
         draw(used, picture, f"LeNet on {data.source.partition(' from')[0].partition(' (')[0]}")
-        console.print(f"Test accuracy: {accuracy(trainer.module, data.test):.4f}")
+        console.print(f"Test accuracy: {found:.4f}")
         console.print(f"Learning rate, momentum and loss of every update: {picture.resolve()}")
 
 

@@ -45,7 +45,7 @@ def test_an_unscaled_warmup_stays_but_for_a_share_of_the_run():
         ("1.5ep", "must be whole: only a share of the run (dur) is not."),
         ("10s", 'in ep, ba, sp or dur, as "10ep" or "0.1dur", but is \'10s\' instead.'),
         ("", "but is '' instead."),
-        ("0.5dur", 'needs the length of the run: give it, as in "engine": {"max_duration"'),
+        ("0.5dur", 'needs the length of the run: give it, as "engine": {"max_duration"'),
         ("2ep", "needs the length of an epoch: give `training_data` to initialize"),
         ("8sp", 'needs the number of samples in an update: give "train_batch_size"'),
     ],

@@ -1,7 +1,7 @@
 """The peers' own values, reproduced at every update through the peer's clock, by its name here.
 
 Where a peer's value follows from a fault the difference is pinned, and docs/decisions/0003 and 0005
-to 0008 say from which update on it differs, and by how much.
+to 0007 say from which update on it differs, and by how much.
 """
 
 import math
