@@ -367,7 +367,8 @@ def test_the_log_says_once_what_runs_and_then_what_each_update_used(caplog):
     assert first == (
         "PyTorch, one process, cpu, fp32 (plain data parallelism needs no more); "
         "batch 8 = 8 a rank x 1 accumulated x 1 rank; "
-        "SGD updates 49 parameters, gradients clipped at norm 1; OneCycle of config drives lr and momentum"
+        "SGD updates 49 parameters, gradients clipped at norm 1; "
+        "OneCycle of config drives lr and momentum"
     )
     losses = [sum(loss for loss, *_ in seen[at : at + 2]) / 2 for at in (0, 2)]
     assert progress == [
