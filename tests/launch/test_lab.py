@@ -186,6 +186,19 @@ def test_another_config_there_is_a_verdict(folder):
     assert "node1: the config is another one" in done.out
 
 
+def test_a_port_that_is_not_let_through_is_a_verdict(folder):
+    done = lab(
+        """on 1 ip rule add ipproto tcp dport 29513 prohibit
+        $ONECYCLE launch --hostfile hosts --port 29513 worker.py wait""",
+        folder,
+    )
+    assert done.status == 69, done.out
+    assert "node1: does not reach 10.99.0.10, port 29513, where the ranks are to meet" in done.out
+    assert "node0:" not in done.out
+    assert not (folder / "pid.0").exists()
+    assert done.seconds < 25
+
+
 def test_a_port_that_is_taken_is_a_verdict(folder):
     done = lab(
         """on 0 python3 -m http.server --bind 0.0.0.0 29513 &
