@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TextIO
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
 
 from engine.commands.arguments import OK, positive
+
+if TYPE_CHECKING:
+    from engine.config.origins import Entry
 
 __all__ = ["add", "run"]
 
@@ -21,26 +25,54 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--world-size", type=positive, default=1, metavar="N", help="number of ranks (default: 1)"
     )
-    parser.add_argument("--json", action="store_true", help="print it as a config of its own")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print it as a config of its own")
+    how.add_argument(
+        "--diff",
+        metavar="OTHER",
+        help="print the keys alone whose values differ from those of another config, its values "
+        "last; - where one has none",
+    )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the values and their origins."""
+    """Print the values and their origins, or what differs from another config's."""
+    from engine.config.origins import as_config
+
+    entries = _resolved(args.file, args.world_size)
+    if args.diff is not None:
+        _tell_difference(entries, _resolved(args.diff, args.world_size), out)
+    elif args.json:
+        print(json.dumps(as_config(entries), indent=2), file=out)
+    else:
+        rows = [(entry.name, json.dumps(entry.value), entry.origin) for entry in entries]
+        _tabulate(rows, out)
+    return OK
+
+
+def _resolved(name: str, world_size: int) -> list[Entry]:
     from engine.config import ConfigError, load_document
     from engine.config.check import check
-    from engine.config.origins import as_config, origins
+    from engine.config.origins import origins
 
-    document = load_document(args.file)
-    errors = [each for each in check(document, args.world_size) if each.severity == "error"]
+    document = load_document(name)
+    errors = [each for each in check(document, world_size) if each.severity == "error"]
     if errors:
         raise ConfigError(document.name, errors)
-    entries = list(origins(document, args.world_size))
-    if args.json:
-        print(json.dumps(as_config(entries), indent=2), file=out)
-        return OK
-    width = max(len(entry.name) for entry in entries)
-    shown = [json.dumps(entry.value) for entry in entries]
-    value_width = min(40, max(map(len, shown)))
-    for entry, value in zip(entries, shown, strict=True):
-        print(f"{entry.name:{width}}  {value:{value_width}}  {entry.origin}", file=out)
-    return OK
+    return list(origins(document, world_size))
+
+
+def _tell_difference(mine: Sequence[Entry], theirs: Sequence[Entry], out: TextIO) -> None:
+    """Print the keys whose values differ, a default of one and a word of the other included."""
+    here, there = (
+        {each.name: json.dumps(each.value) for each in entries} for entries in (mine, theirs)
+    )
+    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    _tabulate([(name, here.get(name, "-"), there.get(name, "-")) for name in names], out)
+
+
+def _tabulate(rows: Sequence[tuple[str, str, str]], out: TextIO) -> None:
+    first = max((len(row[0]) for row in rows), default=0)
+    second = min(40, max((len(row[1]) for row in rows), default=0))
+    for name, value, last in rows:
+        print(f"{name:{first}}  {value:{second}}  {last}", file=out)

@@ -227,3 +227,17 @@ def test_a_mutated_config_is_judged_and_never_breaks_the_checker(data):
     for problem in check(parse(json.dumps(value), "f"), data.draw(st.sampled_from([None, 1, 8]))):
         assert problem.line >= 1
         assert problem.message
+
+
+def test_two_configs_differ_in_what_a_run_would_use_not_in_what_is_written(tmp_path):
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    first.write_text('{"train_batch_size": 8, "gradient_clipping": 1.0, "steps_per_print": 5}')
+    second.write_text('{"train_batch_size": 16}')
+    status, out = run("config", first, "--diff", second)
+    assert status == 0
+    assert [line.split() for line in out.splitlines()] == [
+        ["train_batch_size", "8", "16"],
+        ["train_micro_batch_size_per_gpu", "8", "16"],
+        ["steps_per_print", "5", "null"],
+    ]
+    assert run("config", first, "--diff", first)[1] == ""

@@ -181,7 +181,7 @@ def _log_warmup(checked: Checked) -> Iterator[Problem]:
     warmup = _params(checked, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
     if warmup is not None and checked.lacks(f"{_PARAMS}/warmup_type"):
         message = "`warmup_type` is absent, so the warmup is logarithmic: half of it is over early."
-        hint = 'Write "warmup_type": "linear" for a straight one; `onecycle plot` shows both.'
+        hint = 'Write "warmup_type": "linear" for a straight one; `plot --compare` shows both.'
         yield checked.note("log-warmup", "/scheduler/type", message, hint)
 
 
