@@ -14,6 +14,7 @@ from engine.config.problems import Problem
 from engine.config.rules.checked import Checked, Rule
 from schedules import SCHEDULES, Horizon, Schedule, from_config
 from schedules.feedback import FeedbackSchedule
+from schedules.fields import fields_of
 from schedules.schedule import Base, Curves
 
 __all__ = ["RULES"]
@@ -186,8 +187,10 @@ def _log_warmup(checked: Checked) -> Iterator[Problem]:
 
 
 def _stairs(checked: Checked) -> Iterator[Problem]:
-    cycle = _params(checked, "OneCycle") or {}
-    first = cycle.get("cycle_first_step_size", 2000)
+    cycle = _params(checked, "OneCycle")
+    if cycle is None:
+        return
+    first = cycle.get("cycle_first_step_size", _default("cycle_first_step_size"))
     for half, steps in (("first", first), ("second", cycle.get("cycle_second_step_size") or first)):
         key = f"cycle_{half}_stair_count"
         if cycle.get(key) and cycle[key] == steps:
@@ -211,9 +214,13 @@ def _decay_interval(checked: Checked) -> Iterator[Problem]:
         yield checked.note("inert-key", f"{_PARAMS}/decay_step_size", message)
 
 
+def _default(name: str) -> Any:
+    return fields_of(SCHEDULES["OneCycle"])[name].default
+
+
 def first_of(cycle: Mapping[str, Any]) -> str:
     """Return the length of a cycle's first half, as a config spells it."""
-    return json.dumps(cycle.get("cycle_first_step_size", 2000))
+    return json.dumps(cycle.get("cycle_first_step_size", _default("cycle_first_step_size")))
 
 
 def _report(checked: Checked) -> Iterator[Problem]:
