@@ -199,6 +199,19 @@ def _parts(task: Task, size: int) -> tuple[Tensor, ...]:
     return task.test[1].split(size * (len(task.test[1]) // len(task.test[0])))
 
 
+def error_of(values: list[float]) -> float:
+    """Return the standard error of a mean."""
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def beside(mine: list[float], top: list[float], lr: float, bar_of: float) -> str:
+    """Return an accuracy, how far off the best of the grid it is by the same seeds, a verdict."""
+    pairs = [own - other for own, other in zip(mine, top, strict=True)]
+    off = f"{statistics.mean(pairs):+.2f} ± {error_of(pairs):.2f}"
+    verdict = "reached" if statistics.mean(mine) >= bar_of else "missed"
+    return f"{statistics.mean(mine):.2f} at {lr:.1e} ({off}), {verdict}"
+
+
 def draw(found: dict[str, Cells], best: dict[str, dict[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -245,18 +258,15 @@ def main() -> None:
                 for seed in range(args.first_seed, args.first_seed + args.seeds):
                     found[name][lr].append(accuracy(task, lr, seed))
                     bar.advance(row)
-    table = Table("task", *(f"{lr:.1e}" for lr in GRID), "best - 1 SE", "range test", "refined")
+    table = Table("task", *(f"{lr:.1e}" for lr in GRID), "best - 1 SE", *next(iter(best.values())))
     for name, cells in found.items():
         means = {lr: statistics.mean(of_seeds) for lr, of_seeds in cells.items()}
         top = max(GRID, key=lambda lr, means=means: means[lr])
-        bar_of = means[top] - statistics.stdev(cells[top]) / math.sqrt(args.seeds)
-        suggestions = (
-            f"{means[lr]:.2f} at {lr:.1e}, {'reached' if means[lr] >= bar_of else 'missed'}"
-            for lr in best[name].values()
-        )
+        bar_of = means[top] - error_of(cells[top])
         grid = (f"{means[lr]:.2f}" for lr in GRID)
-        table.add_row(name, *grid, f"{bar_of:.2f}", *suggestions)
-    Console(width=240).print(table)
+        said = (beside(cells[lr], cells[top], lr, bar_of) for lr in best[name].values())
+        table.add_row(name, *grid, f"{bar_of:.2f}", *said)
+    Console(width=260).print(table)
     draw(found, best, args.output)
 
 
