@@ -9,6 +9,11 @@ import pytest
 SCRIPT = Path(__file__).with_name("sharding_run.py")
 
 
+def slow(*values):
+    """A case that the whole suite runs, and `make test` does not."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def run(case, *arguments, world_size=2):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     command = [sys.executable, *torchrun, SCRIPT, case, *arguments]
@@ -18,19 +23,19 @@ def run(case, *arguments, world_size=2):
 @pytest.mark.parametrize(
     "case",
     [
-        "autocast_resume",
+        slow("autocast_resume"),
         "behind",
         "groups",
-        "client_optimizer",
+        slow("client_optimizer"),
         "deepspeed_resume",
         "one_rank_fails",
-        "one_rank_fails_behind",
+        slow("one_rank_fails_behind"),
         "own_backward",
-        "recompute",
+        slow("recompute"),
         "resume",
-        "timeout",
-        "unused",
-        "without_frozen",
+        slow("timeout"),
+        slow("unused"),
+        slow("without_frozen"),
     ],
 )
 def test_it_survives_being_divided(case):
@@ -41,11 +46,11 @@ def test_it_survives_being_divided(case):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("strangers", "hold a tensor of shape (3,) that is none of them"),
-        ("nothing_to_wrap", "`engine.wrap` must name classes of the model's modules"),
+        slow("strangers", "hold a tensor of shape (3,) that is none of them"),
+        slow("nothing_to_wrap", "`engine.wrap` must name classes of the model's modules"),
         ("rank_0_only", "every rank must come to save_checkpoint"),
         ("other_tags", "`tag` must be the same on all ranks, but is ['tag0', 'tag1'] instead"),
-        ("wrong_config_of_one", "rank 1 refuses a config that rank 0 does not"),
+        slow("wrong_config_of_one", "rank 1 refuses a config that rank 0 does not"),
         ("other_config", '-   "lr": 0.001'),
     ],
 )
