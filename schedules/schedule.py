@@ -90,7 +90,19 @@ class Controller(Protocol[S]):
 
 @dataclasses.dataclass(frozen=True)
 class OpenLoop:
-    """The controller of every schedule without feedback; its state is the count of updates."""
+    """The controller of every schedule without feedback; its state is the count of updates.
+
+    >>> import schedules
+    >>> warmup = schedules.WarmupLR(warmup_num_steps=2, warmup_type="linear")
+    >>> controller = warmup.bind({"lr": (0.1,)})
+    >>> state = controller.init()
+    >>> for _ in range(3):
+    ...     print(controller.values(state)["lr"])
+    ...     state = controller.update(state)
+    (0.0,)
+    (0.05,)
+    (0.1,)
+    """
 
     curves: Curves
 
