@@ -143,14 +143,7 @@ def initialize(
     else:
         backend = _on_torch(model, optimizer, model_parameters, resolved, ranks)
     of_script = None if resolved.optimizer else hyperparameters(backend.basic_optimizer)
-    scheduler: LRScheduler | None = None
-    if resolved.schedule is not None:
-        per_epoch = len(loader) / resolved.batch.accumulation if _is_sized(loader) else None
-        horizon = resolved.horizon(per_epoch)
-        scheduler = bind(resolved.schedule, backend.optimizer, horizon=horizon)
-    elif lr_scheduler is not None:
-        makes = callable(lr_scheduler) and not isinstance(lr_scheduler, LRScheduler)
-        scheduler = lr_scheduler(backend.optimizer) if makes else lr_scheduler  # type: ignore[assignment, operator]  # a scheduler need not be one of torch
+    scheduler = _scheduler(resolved, lr_scheduler, backend.optimizer, loader)
     identity = identity_of(resolved, scheduler, of_script)
     monitors = monitors_of(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
@@ -285,6 +278,20 @@ def _on_torch(
         model_parameters = (p for p in model.parameters() if p.requires_grad)
     chosen = _made(optimizer, config, list(model_parameters))
     return PyTorchBackend(model, chosen, config, ranks)
+
+
+def _scheduler(
+    config: Config,
+    given: LRScheduler | MakeScheduler | None,
+    optimizer: Optimizer,
+    loader: DataLoader[Any] | None,
+) -> LRScheduler | None:
+    if config.schedule is not None:
+        per_epoch = len(loader) / config.batch.accumulation if _is_sized(loader) else None
+        return bind(config.schedule, optimizer, horizon=config.horizon(per_epoch))
+    if given is None or isinstance(given, LRScheduler) or not callable(given):
+        return given  # it need not be one of torch
+    return given(optimizer)
 
 
 def _recompute(model: nn.Module, config: Config) -> None:
