@@ -109,7 +109,7 @@ class Refinement:
         near = slice(max(low - _REACH, 0), low + _REACH + 1)
         x, y = x[near], y[near]
         # A cycle that keeps less than half of the gain tells of the edge, not of the basin.
-        basin = y <= (y.min() + self.begin) / 2
+        basin = np.isfinite(y) & (y <= (y.min() + self.begin) / 2)
         if basin.sum() < 3:
             return float(maxima[order][low])
         bend, slope, _ = np.polyfit(x[basin], y[basin], 2)
@@ -133,6 +133,9 @@ def refine(
         repeats: cycles of each maximum.
         steps: updates of a cycle.
         updates: of the training that is to follow.
+
+    Raises:
+        ValueError: the loss of every cycle stops being finite.
     """
     begins: list[float] = []
     losses: dict[int, tuple[float, ...]] = {}
@@ -150,6 +153,12 @@ def refine(
         if not beyond or abs(lowest) == _FARTHEST:
             break
         attempt(*beyond)
+    if not any(map(math.isfinite, map(sum, losses.values()))):
+        least = around * _FACTOR ** min(losses)
+        raise ValueError(
+            f"a short cycle must keep its loss finite, but none did, down to a maximum of "
+            f"{least:.2g}; without `refine` the suggestion is that of the range test alone."
+        )
     tried = {around * _FACTOR**place: losses[place] for place in sorted(losses)}
     return Refinement(tried, float(np.mean(begins or [math.inf])), steps, updates)
 

@@ -47,6 +47,13 @@ def test_cycles_that_diverge_tell_of_the_edge_alone():
     assert 0.005 <= found.lowest < 0.015
 
 
+def test_cycles_that_all_diverge_suggest_nothing():
+    with pytest.raises(
+        ValueError, match=r"must keep its loss finite, but none did, down to .* 0\.0"
+    ):
+        refine(trainings(0.01, diverges_from=0), 0.02, repeats=2, steps=100)
+
+
 def test_no_maximum_outside_those_tried_is_suggested():
     falling = {0.01 * 2**k: (1.0 - 0.01 * k,) for k in range(5)}
     found = Refinement(falling, begin=3.0, steps=100)
