@@ -167,7 +167,7 @@ def _told_by_rank_0() -> Iterator[None]:
             raise
         time.sleep(_AFTER_RANK_0)  # which ends the job, before this is said
         raise SystemExit(
-            f"rank {rank} refuses a config that rank 0 does not, so their files differ: {error}"
+            f"rank {rank} refuses the config; if rank 0 does not, their files differ: {error}"
         ) from None
 
 

@@ -50,7 +50,10 @@ def test_it_survives_being_divided(case):
         slow("nothing_to_wrap", "`engine.wrap` must name classes of the model's modules"),
         ("rank_0_only", "every rank must come to save_checkpoint"),
         ("other_tags", "`tag` must be the same on all ranks, but is ['tag0', 'tag1'] instead"),
-        slow("wrong_config_of_one", "rank 1 refuses a config that rank 0 does not"),
+        slow(
+            "wrong_config_of_one",
+            "rank 1 refuses the config; if rank 0 does not, their files differ",
+        ),
         ("other_config", '-   "lr": 0.001'),
     ],
 )
