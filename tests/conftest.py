@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-# Two threads that wait for each other by spinning make a small test crawl on a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Two threads that wait for each other by spinning make a small test crawl on a busy machine: one
+# does, here and in what the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 # What pytest, torch and DeepSpeed set for themselves when they are first used.
