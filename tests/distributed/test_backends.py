@@ -62,7 +62,7 @@ def test_each_run_was_by_what_its_config_says(runs, request):
         assert (run["optimizer"], run["trained"]) == ("AdamW", run["parameters"]), name
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, two])
 def test_an_overflow_skips_and_leaves_the_schedule(tmp_path, world_size):
     expected = trace(SCHEDULER, 8)["lr"][:, 0]
     for name, run in launch(tmp_path, overflows(8, POISON), world_size).items():

@@ -56,7 +56,13 @@ def test_one_process_follows_the_trace(alone):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micro"), [(2, 4), (1, 2), (2, 1)], ids=["2 ranks", "accumulated", "both"]
+    ("world_size", "micro"),
+    [
+        pytest.param(2, 4, marks=pytest.mark.slow, id="2 ranks"),
+        pytest.param(4, 2, marks=pytest.mark.slow, id="4 ranks"),
+        pytest.param(1, 2, id="accumulated"),
+        pytest.param(2, 1, id="both"),
+    ],
 )
 def test_every_update_is_the_same(tmp_path, alone, world_size, micro):
     run = launch(tmp_path, world_size, train_micro_batch_size_per_gpu=micro)

@@ -25,10 +25,10 @@ def run(case, *arguments, world_size=2):
     [
         slow("autocast_resume"),
         "behind",
-        "groups",
+        slow("groups"),
         slow("client_optimizer"),
         "deepspeed_resume",
-        "one_rank_fails",
+        slow("one_rank_fails"),
         slow("one_rank_fails_behind"),
         "own_backward",
         slow("recompute"),
@@ -49,7 +49,7 @@ def test_it_survives_being_divided(case):
         slow("strangers", "hold a tensor of shape (3,) that is none of them"),
         slow("nothing_to_wrap", "`engine.wrap` must name classes of the model's modules"),
         ("rank_0_only", "every rank must come to save_checkpoint"),
-        ("other_tags", "`tag` must be the same on all ranks, but is ['tag0', 'tag1'] instead"),
+        slow("other_tags", "`tag` must be the same on all ranks, but is ['tag0', 'tag1'] instead"),
         slow(
             "wrong_config_of_one",
             "rank 1 refuses the config; if rank 0 does not, their files differ",

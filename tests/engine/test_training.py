@@ -387,7 +387,7 @@ def test_what_is_hardly_meant_is_logged_at_the_start(caplog):
     assert "the schedule ends at update 50 of 1000" in caplog.text
 
 
-@pytest.mark.parametrize("level", ["NOTSET", "ERROR"])
+@pytest.mark.parametrize("level", ["NOTSET", pytest.param("ERROR", marks=pytest.mark.slow)])
 def test_the_log_is_seen_though_the_script_has_configured_its_own(tmp_path, level):
     script = f"""
 import logging, torch, engine
