@@ -58,7 +58,6 @@ def test_one_process_follows_the_trace(alone):
 @pytest.mark.parametrize(
     ("world_size", "micro"),
     [
-        pytest.param(2, 4, marks=pytest.mark.slow, id="2 ranks"),
         pytest.param(4, 2, marks=pytest.mark.slow, id="4 ranks"),
         pytest.param(1, 2, id="accumulated"),
         pytest.param(2, 1, id="both"),
