@@ -23,10 +23,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from schedules.autowu_rule import _Generator
-from schedules.gaussian_process import Hyperparameters
-from schedules.past_minimum import published_test, robust_test
-from tests.schedules.test_autowu import CURVES, decided
+from schedules.feedback.autowu_controller import _Generator
+from schedules.feedback.gaussian_process import Hyperparameters
+from schedules.feedback.minimum_tests import published_test, robust_test
+from tests.schedules.feedback.test_autowu import CURVES, decided
 
 PUBLISHED = {70: 176.0, 1_000: 230.0, 10_000: 230.0}  # ms
 

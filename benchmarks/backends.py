@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from rich.console import Console
 
 from schedules import trace
-from tests.distributed.matrix import SCHEDULER, launch, parity
+from tests.testing.backend_matrix import SCHEDULER, launch, parity
 
 UPDATES = 40
 HEAD = """\

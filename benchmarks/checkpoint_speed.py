@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 import engine
-from engine.checkpoint import envelope, tensors
+from engine.checkpoint import state, storage
 
 Contender = tuple[str, Callable[[Path], object]]
 WIDTH, LAYERS = 1024, 40
@@ -91,15 +91,15 @@ def main() -> None:
 
     def write_tensors(place: Path) -> None:
         place.mkdir()
-        tensors.write(place, ours.module, ours.optimizer)
+        state.write(place, ours.module, ours.optimizer)
 
     def prove(place: Path) -> None:
         for path in (place.parent / "tensors").iterdir():
-            envelope._sync(path)
-            envelope._hash(path)
+            storage._sync(path)
+            storage._hash(path)
 
     def read_tensors(place: Path) -> None:
-        tensors.read(place.parent / "tensors", ours.module, ours.optimizer, strict=True)
+        state.read(place.parent / "tensors", ours.module, ours.optimizer, strict=True)
 
     behind.save_checkpoint(folder / "first", tag="t")  # it has to find memory for its copy
     behind.wait_for_checkpoint()
@@ -139,7 +139,7 @@ def main() -> None:
             "one memcpy into memory at hand": ("memcpy", lambda _: arena.copy_(source)),
             "onecycle, copying": (
                 "copy",
-                lambda _: tensors._copied(tensors._state_of(behind.module, behind.optimizer), held),
+                lambda _: state._copied(state._state_of(behind.module, behind.optimizer), held),
             ),
             "onecycle, async": ("behind", lambda place: behind.save_checkpoint(place, tag="t")),
         },

@@ -31,10 +31,9 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import engine
-from engine import saving
-from engine.checkpoint import envelope
-from tests.engine.test_checkpoint import Bomb, damage
-from tests.engine.test_training import model, start, train
+from engine.checkpoint import saving, storage
+from tests.engine.checkpoint.test_checkpoint import Bomb, damage
+from tests.engine.test_initialization import model, start, train
 
 IN_FILES = (
     "a truncated shard",
@@ -108,7 +107,7 @@ def of_the_model(folder: Path) -> Iterator[tuple[str, str, str]]:
     target = bomb / "global_step6" / "engine.pt"
     torch.save(Bomb(), target)
     manifest = json.loads((bomb / "global_step6" / "manifest.json").read_text())
-    size, digest = target.stat().st_size, envelope._hash(target)
+    size, digest = target.stat().st_size, storage._hash(target)
     manifest["files"]["engine.pt"] = {"size": size, "sha256": digest}
     (bomb / "global_step6" / "manifest.json").write_text(json.dumps(manifest))
     yield (

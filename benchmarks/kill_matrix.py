@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-SCRIPT = Path(__file__).parent.parent / "tests" / "engine" / "checkpoint_run.py"
+SCRIPT = Path(__file__).parent.parent / "tests" / "testing" / "checkpoint_run.py"
 
 
 class Case(NamedTuple):

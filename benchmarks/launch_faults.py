@@ -2,7 +2,7 @@
 
     python benchmarks/launch_faults.py
 
-The hosts are namespaces of this machine with an sshd each (tests/launch/lab.sh; takes root). Each
+The hosts are namespaces of this machine with an sshd each (tests/testing/lab.sh; takes root). Each
 rank waits for ever, unless the fault is its own. Seconds are counted from the fault to the end of
 the launcher; processes left are those of the job on either host some seconds later.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.launch.lab import lab
+from tests.testing.lab import lab
 
-WORKER = ROOT / "tests" / "launch" / "worker.py"
+WORKER = ROOT / "tests" / "testing" / "worker.py"
 START = """$ONECYCLE launch --hostfile hosts --grace 5 worker.py {what} 2> said & pid=$!
 {until}
 begin=$(date +%s.%N)
@@ -38,7 +38,7 @@ FAULTS = (
     ("a worker is killed", "wait", READY, "on 1 pkill -KILL -f '[w]orker.py wait' -n", 1),
     ("the launcher gets SIGINT", "wait", READY, "kill -INT $pid", 1),
     ("the launcher is killed", "wait", READY, "kill -KILL $pid", 4),
-    ("torchrun is killed", "wait", READY, "on 1 pkill -KILL -f engine.launch.group", 1),
+    ("torchrun is killed", "wait", READY, "on 1 pkill -KILL -f engine.launch.torchrun", 1),
     ("an agent is killed", "wait", READY, "on 1 pkill -KILL -f engine.launch.agent", 4),
     ("a host loses its power", "wait", READY, "power 1 off; power 1 on", 2),
     ("a host is cut off", "wait", READY, "cable 1 down", 32),

@@ -35,8 +35,8 @@ from torch_lr_finder import LRFinder
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from engine.lr_range.suggestion import suggest
-from tests.engine.lr_range.planted import FAMILIES, Curve, flat, plant
+from engine.range_test.suggestion import suggest
+from tests.testing.planted_losses import FAMILIES, Curve, flat, plant
 
 NOISE = (0.0, 0.02, 0.05, 0.1, 0.2)
 FLAT = ("noise", "rises")

@@ -25,7 +25,7 @@ import training_speed as alone
 from torch import nn
 
 import engine
-from engine.ranks import disconnect
+from engine.distributed.ranks import disconnect
 
 ROUNDS = 9
 

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.backends.deepspeed_schedules import register_with_deepspeed
     from engine.config import (
         Config,
         ConfigError,
@@ -17,11 +18,10 @@ if TYPE_CHECKING:
         load_config,
         validate,
     )
-    from engine.config.arguments import add_config_arguments
-    from engine.deepspeed_schedules import register_with_deepspeed
+    from engine.config.overrides import add_config_arguments
     from engine.engine import Engine
-    from engine.lr_range.rehearse import lr_range_test
-    from engine.training import initialize
+    from engine.initialization import initialize
+    from engine.range_test.api import lr_range_test
 
 __all__ = [
     "Config",
@@ -41,11 +41,11 @@ _HOMES = {
     "ConfigError": "engine.config",
     "Engine": "engine.engine",
     "Problem": "engine.config",
-    "add_config_arguments": "engine.config.arguments",
-    "initialize": "engine.training",
+    "add_config_arguments": "engine.config.overrides",
+    "initialize": "engine.initialization",
     "load_config": "engine.config",
-    "lr_range_test": "engine.lr_range.rehearse",
-    "register_with_deepspeed": "engine.deepspeed_schedules",
+    "lr_range_test": "engine.range_test.api",
+    "register_with_deepspeed": "engine.backends.deepspeed_schedules",
     "validate": "engine.config",
 }
 

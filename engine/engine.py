@@ -13,26 +13,23 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from engine import saving
 from engine.backends.base import Backend
-from engine.checkpoint.randomness import load_random_state, random_state
-from engine.checkpoints import Checkpoints
+from engine.checkpoint import saving
+from engine.checkpoint.fingerprint import Identity
+from engine.checkpoint.manager import Checkpoints
+from engine.checkpoint.rng import load_random_state, random_state
 from engine.config import Config
-from engine.data import RunLoader, called_on
-from engine.identity import Identity
-from engine.lr_range.sweep import Recorder
-from engine.monitors import Monitor
-from engine.progress import Counters, Progress
+from engine.errors import MisuseError
+from engine.range_test.sweep import Recorder
+from engine.training.data import RunLoader, called_on
+from engine.training.monitors import Monitor
+from engine.training.progress import Counters, Progress
 from schedules import FeedbackBinder, Schedule, bind
-from schedules.feedback import Evidence
+from schedules.feedback.base import Evidence
 
-__all__ = ["Engine", "MisuseError"]
+__all__ = ["Engine"]
 
 log = logging.getLogger("onecycle")
-
-
-class MisuseError(RuntimeError, AssertionError):
-    """A call where it may not be; also what DeepSpeed raises there, for those who catch that."""
 
 
 class Engine(Checkpoints, nn.Module):
@@ -225,7 +222,7 @@ class Engine(Checkpoints, nn.Module):
         """Draw why a schedule has switched, if it is wanted."""
         if self.config.report is None or evidence is None:
             return
-        from engine.plots import draw_decision
+        from engine.display.plots import draw_decision
 
         assert self.config.schedule is not None
         name = self.config.schedule.type_name

@@ -14,19 +14,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from schedules.durations import Horizon
-from schedules.registry import SCHEDULES, find, from_config, register
-from schedules.schedule import Base, Controller, OpenLoop, Schedule, ScheduleError
-from schedules.tracing import trace
+from schedules.core.durations import Horizon
+from schedules.core.registry import SCHEDULES, find, from_config, register
+from schedules.core.schedule import Base, Controller, OpenLoop, Schedule, ScheduleError
+from schedules.core.trace import trace
 
 if TYPE_CHECKING:
-    from schedules.autowu import AutoWU
-    from schedules.binder import ScheduleBinder, attach, bind
-    from schedules.composites import ChainedScheduler, Combined, SequentialLR
-    from schedules.deepspeed import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
-    from schedules.feedback import FeedbackSchedule
+    from schedules.families.composites import ChainedScheduler, Combined, SequentialLR
+    from schedules.families.deepspeed import (
+        LRRangeTest,
+        OneCycle,
+        WarmupCosineLR,
+        WarmupDecayLR,
+        WarmupLR,
+    )
+    from schedules.feedback.autowu import AutoWU
+    from schedules.feedback.base import FeedbackSchedule
+    from schedules.feedback.plateau import ReduceLROnPlateau
     from schedules.feedback_binder import FeedbackBinder
-    from schedules.plateau import ReduceLROnPlateau
+    from schedules.torch_scheduler import ScheduleBinder, attach, bind
 
 __all__ = [
     "SCHEDULES",
@@ -60,10 +66,10 @@ __all__ = [
 
 _HOMES = {
     "FeedbackBinder": "feedback_binder",
-    "FeedbackSchedule": "feedback",
-    "ScheduleBinder": "binder",
-    "attach": "binder",
-    "bind": "binder",
+    "FeedbackSchedule": "feedback.base",
+    "ScheduleBinder": "torch_scheduler",
+    "attach": "torch_scheduler",
+    "bind": "torch_scheduler",
 }
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from schedules.durations import Horizon
+from schedules.core.durations import Horizon
+from schedules.core.schedule import Base, Schedule
 from schedules.param_groups import Slot, momenta_of, slots_of
-from schedules.schedule import Base, Schedule
 
 __all__ = ["AttachedSchedule"]
 

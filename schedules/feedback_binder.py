@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from schedules.attached import AttachedSchedule
-from schedules.durations import Horizon
-from schedules.feedback import Decision, Evidence, FeedbackSchedule
+from schedules.core.durations import Horizon
+from schedules.core.schedule import Fault, ScheduleError
+from schedules.feedback.base import Decision, Evidence, FeedbackSchedule
 from schedules.param_groups import slots_of
-from schedules.schedule import Fault, ScheduleError
 
 __all__ = ["FeedbackBinder"]
 

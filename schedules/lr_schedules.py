@@ -16,10 +16,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from schedules.binder import ScheduleBinder, attach
+from schedules.core.fields import fields_of
+from schedules.core.registry import find
 from schedules.feedback_binder import FeedbackBinder
-from schedules.fields import fields_of
-from schedules.registry import find
+from schedules.torch_scheduler import ScheduleBinder, attach
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch.optim import Optimizer
 
-from schedules.curves import Formula, Line, Piece
+from schedules.core.curves import Formula, Line, Piece
 from schedules.param_groups import Slot
 
 __all__ = ["Writer", "flat_step", "writer"]

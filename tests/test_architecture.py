@@ -22,7 +22,7 @@ engine.load_config(config)
 """
 COMMANDS = """
 import io
-from engine.cli import main
+from engine.cli.main import main
 assert main(["validate", "%(config)s"], io.StringIO()) == 0
 assert main(["schema", "OneCycle"], io.StringIO()) == 0
 assert main(["plot", "%(config)s", "--csv", "-"], io.StringIO()) == 0

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import schemas
-from engine.config.sections import OPTIMIZERS, SCHEMA, resolve_reference
-from schedules.fields import wanted
+from engine.config.schema import OPTIMIZERS, SCHEMA, resolve_reference
+from schedules.core.fields import wanted
 
 __all__ = ["config_reference"]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from config_reference import config_reference
 
 import schemas
-from engine.catalog import EXAMPLE_STEPS, example_curves, page
-from engine.config.editor import editor_schema
-from engine.plots import draw
+from engine.config.editor_schema import editor_schema
+from engine.display.catalog import EXAMPLE_STEPS, example_curves, page
+from engine.display.plots import draw
 from schedules import SCHEDULES
-from schedules.json_schema import json_schema_of
-from schedules.registry import FAMILIES, INDEX, of_family
+from schedules.core.json_schema import json_schema_of
+from schedules.core.registry import FAMILIES, INDEX, of_family
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine.ranks import Ranks
+from engine.distributed.ranks import Ranks
 
 __all__ = ["DTYPES", "Backend"]
 

@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 
 from engine.backends.base import DTYPES
 from engine.backends.deepspeed_config import deepspeed_config
-from engine.checkpoint.envelope import CheckpointError
-from engine.checkpoint.values import read_values, write_values
+from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
-from engine.optimizers import build_optimizer, is_buildable
-from engine.ranks import Ranks
+from engine.distributed.ranks import Ranks
+from engine.errors import CheckpointError
+from engine.training.optimizers import build_optimizer, is_buildable
 
 __all__ = ["DeepSpeedBackend"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import schemas
 from engine.config import Config
-from engine.config.batch import BATCH_KEYS
-from engine.config.sections import SCHEMA, is_parked, resolve_reference
+from engine.config.batch_sizes import BATCH_KEYS
+from engine.config.schema import SCHEMA, is_parked, resolve_reference
 
 __all__ = ["deepspeed_config"]
 

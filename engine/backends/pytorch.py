@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from engine.backends.base import DTYPES
-from engine.checkpoint.values import read_values, write_values
+from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
-from engine.loss_scaling import LossScaler
-from engine.ranks import Ranks
+from engine.distributed.ranks import Ranks
+from engine.training.loss_scaling import LossScaler
 
 __all__ = ["PyTorchBackend"]
 
@@ -150,9 +150,9 @@ class PyTorchBackend:
 
     def save(self, place: Path, *, frozen: bool = True) -> None:
         """Write model, optimizer and loss scale into a folder; every rank calls it."""
-        from engine.checkpoint import tensors  # costs 50 ms, which who never saves need not pay
+        from engine.checkpoint import state  # costs 50 ms, which who never saves need not pay
 
-        tensors.write(place, self.model, self.optimizer, frozen=frozen)
+        state.write(place, self.model, self.optimizer, frozen=frozen)
         if self._scaler is not None and self.ranks.rank == 0:
             write_values(place / _SCALER, self._scaler.state_dict())
 
@@ -165,21 +165,19 @@ class PyTorchBackend:
         frozen: bool = True,
     ) -> Future[None]:
         """Do what `save` does while training goes on."""
-        from engine.checkpoint import tensors  # costs 50 ms, which who never saves need not pay
+        from engine.checkpoint import state  # costs 50 ms, which who never saves need not pay
 
-        written = tensors.write_behind(
-            place, self.model, self.optimizer, group, arena, frozen=frozen
-        )
+        written = state.write_behind(place, self.model, self.optimizer, group, arena, frozen=frozen)
         if self._scaler is not None and self.ranks.rank == 0:
             write_values(place / _SCALER, self._scaler.state_dict())
         return written
 
     def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
         """Restore what `save` wrote, with or without the optimizer's part; every rank calls it."""
-        from engine.checkpoint import tensors  # costs 50 ms, which who never saves need not pay
+        from engine.checkpoint import state  # costs 50 ms, which who never saves need not pay
 
         trained_by = self.optimizer if optimizer else None
-        tensors.read(place, self.model, trained_by, strict=strict, frozen=frozen)
+        state.read(place, self.model, trained_by, strict=strict, frozen=frozen)
         saved = place / _SCALER
         if optimizer and self._scaler is not None and saved.is_file():
             self._scaler.load_state_dict(read_values(saved))

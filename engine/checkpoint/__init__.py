@@ -1,1 +1,1 @@
-"""Checkpoints: whole, or not there. ``envelope`` has no torch in it."""
+"""Checkpoints: whole, or not there. ``storage`` has no torch in it."""

@@ -1,7 +1,7 @@
 """Configs: read with their places, proved right all at once, resolved. Nothing here needs torch."""
 
-from engine.config.config import Config, LossScaling, Source, load_config, load_document, validate
-from engine.config.problems import ConfigError, Problem
+from engine.config.resolve import Config, LossScaling, Source, load_config, load_document, validate
+from engine.errors import ConfigError, Problem
 
 __all__ = [
     "Config",

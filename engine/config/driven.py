@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.config.horizon import horizon_of
-from engine.config.sections import optimizer_name, optimizer_schema, with_defaults
+from engine.config.schema import optimizer_name, optimizer_schema, with_defaults
 from schedules import Horizon, Schedule
-from schedules.schedule import Base
+from schedules.core.schedule import Base
 
 __all__ = ["base_of", "horizon_if_known", "resolved_if_known"]
 

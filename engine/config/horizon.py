@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from schedules import Horizon
-from schedules.durations import DurationError, steps_of
+from schedules.core.durations import DurationError, steps_of
 
 __all__ = ["horizon_of"]
 

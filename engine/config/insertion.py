@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.config.config import load_document
-from engine.config.document import Document
-from engine.config.problems import pointer_to
+from engine.config.parser import Document
+from engine.config.pointers import pointer_to
+from engine.config.resolve import load_document
 
 __all__ = ["put_scheduler", "with_scheduler"]
 
@@ -40,7 +40,7 @@ def with_scheduler(document: Document, block: Mapping[str, Any]) -> str:
     Where the old block is of the same type, only the values that differ are written anew, so that
     comments in it stay as well.
 
-    >>> from engine.config.document import parse
+    >>> from engine.config.parser import parse
     >>> text = '{"scheduler": {"type": "A", "params": {"x": 1}} // mine\\n}'
     >>> print(with_scheduler(parse(text, "c.json"), {"type": "A", "params": {"x": 2}}))
     {"scheduler": {"type": "A", "params": {"x": 2}} // mine

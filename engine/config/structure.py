@@ -11,11 +11,12 @@ import jsonschema
 from referencing import Registry, Resource
 
 import schemas
-from engine.config.document import Document
-from engine.config.problems import Fix, Problem, pointer_to
-from engine.config.sections import is_parked, walk
+from engine.config.parser import Document
+from engine.config.pointers import pointer_to
+from engine.config.schema import is_parked, walk
 from engine.config.suggestions import suggestion
-from schedules.fields import wanted
+from engine.errors import Fix, Problem
+from schedules.core.fields import wanted
 
 __all__ = ["against_schema", "meant_by", "remarks", "shown"]
 

@@ -11,8 +11,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import schemas
-from engine.config.problems import Fix, pointer_to
-from engine.config.sections import SCHEMA, resolve_reference
+from engine.config.pointers import pointer_to
+from engine.config.schema import SCHEMA, resolve_reference
+from engine.errors import Fix
 
 __all__ = ["Suggestion", "edits", "nearest", "suggestion"]
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
-from engine.environment import ELASTIC, TIMEOUT
-from engine.launch.hostfile import Host, LaunchError
+from engine.distributed.environment import ELASTIC, TIMEOUT
+from engine.errors import LaunchError
+from engine.launch.hosts import Host
 
 __all__ = [
     "HostFacts",
@@ -190,7 +191,7 @@ def plan_of(
                 host.name,
                 _transport(wanted, host),
                 (
-                    *(wanted.python, "-m", "engine.launch.group"),
+                    *(wanted.python, "-m", "engine.launch.torchrun"),
                     *rendezvous,
                     *("--nproc-per-node", str(host.size)),
                     *("--max-restarts", str(wanted.max_restarts)),

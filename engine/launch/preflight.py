@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.launch import dial
-from engine.launch.hostfile import Host
+from engine.launch import reachability
+from engine.launch.hosts import Host
 from engine.launch.plan import HostFacts, Wanted, ssh_to
 from engine.launch.probe import probe
 
@@ -59,13 +59,13 @@ def preflight(wanted: Wanted, config: str | None) -> list[Verdict]:
 def _meeting_place(wanted: Wanted, first: Verdict) -> Iterator[tuple[str | None, int]]:
     """Hold the port where ranks are to meet; yield its address, None if it is the launcher's."""
     if wanted.store is not None:
-        with dial.hold(wanted.store[1]):
+        with reachability.hold(wanted.store[1]):
             yield None, wanted.store[1]
         return
     assert first.facts is not None
     port = first.facts.port or 0
     with subprocess.Popen(  # noqa: S603  # the user's own ssh
-        _command(wanted, wanted.hosts[0], "engine.launch.dial", str(port)),
+        _command(wanted, wanted.hosts[0], "engine.launch.reachability", str(port)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -86,7 +86,7 @@ def _dial_back(wanted: Wanted, verdict: Verdict, place: tuple[str | None, int]) 
     address, port = place[0] or str(verdict.facts.launcher), place[1]
     host = next(each for each in wanted.hosts if each.name == verdict.host)
     done = subprocess.run(  # noqa: S603  # the user's own ssh
-        _command(wanted, host, "engine.launch.dial", address, str(port)),
+        _command(wanted, host, "engine.launch.reachability", address, str(port)),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

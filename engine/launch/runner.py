@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import IO, Any, Literal
 
 from engine.launch.agent import BEGUN
-from engine.launch.group import FAILURE
 from engine.launch.plan import LaunchPlan, NodePlan
+from engine.launch.torchrun import FAILURE
 
 __all__ = ["NODE_LOST", "Outcome", "run"]
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 import engine
-from engine.plots import draw
+from engine.display.plots import draw
 
 HERE = Path(__file__).parent
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import engine
-from engine.cli import main
+from engine.cli.main import main
 from schedules import Horizon, ScheduleError, from_config
 
-SCRIPT = Path(__file__).with_name("feedback_run.py")
+SCRIPT = Path(__file__).parents[1] / "testing" / "feedback_run.py"
 AUTOWU = {"steps_per_epoch": 10, "total_epochs": 20, "test": "robust", "immediate_cooldown": True}
 
 

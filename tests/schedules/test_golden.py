@@ -11,8 +11,8 @@ import pytest
 
 import schedules
 from schedules import ScheduleError, from_config, trace
-from tests.schedules import golden
-from tests.schedules.golden import base_of, cases, compare, horizon_of
+from tests.testing import golden
+from tests.testing.golden import base_of, cases, compare, horizon_of
 
 COMPOSER = cases("composer")
 COMPOSER_PYTORCH = cases("composer_pytorch_ssr")
@@ -195,7 +195,7 @@ def test_sambaflow(name):
 
 
 def schedule_fields(type_name):
-    return schedules.fields.fields_of(schedules.find(type_name))
+    return schedules.core.fields.fields_of(schedules.find(type_name))
 
 
 def transformers_block(case):

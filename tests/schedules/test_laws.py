@@ -18,7 +18,7 @@ from schedules import (
     from_config,
     trace,
 )
-from tests.schedules.instances import instances
+from tests.testing.schedule_instances import instances
 
 STEPS = 150
 HORIZON = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=4)

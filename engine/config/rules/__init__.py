@@ -6,8 +6,8 @@ A rule is a function from what was `Checked` to problems. It sees only what is r
 from engine.config.rules.activation_checkpointing import RULES as _ACTIVATION_CHECKPOINTING
 from engine.config.rules.backend import RULES as _BACKEND
 from engine.config.rules.batch_sizes import RULES as _BATCH_SIZES
-from engine.config.rules.checked import Checked, Rule
 from engine.config.rules.checkpoint import RULES as _CHECKPOINT
+from engine.config.rules.context import Checked, Rule
 from engine.config.rules.optimizer import RULES as _OPTIMIZER
 from engine.config.rules.precision import RULES as _PRECISION
 from engine.config.rules.schedule import RULES as _SCHEDULE

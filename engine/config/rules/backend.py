@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.config.backend import choose, of_deepspeed_alone
-from engine.config.problems import Problem
-from engine.config.rules.checked import Checked, Rule
+from engine.config.backend_choice import choose, of_deepspeed_alone
+from engine.config.rules.context import Checked, Rule
+from engine.errors import Problem
 from engine.versions import installed
 
 __all__ = ["RULES"]

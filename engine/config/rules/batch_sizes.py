@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from engine.config.batch import BATCH_KEYS, BatchError, solve
-from engine.config.problems import Problem
-from engine.config.rules.checked import Checked, Rule
+from engine.config.batch_sizes import BATCH_KEYS, BatchError, solve
+from engine.config.rules.context import Checked, Rule
+from engine.errors import Problem
 
 __all__ = ["RULES"]
 

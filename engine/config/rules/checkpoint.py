@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.config.problems import Problem
-from engine.config.rules.checked import Checked, Rule
+from engine.config.rules.context import Checked, Rule
+from engine.errors import Problem
 
 __all__ = ["RULES"]
 

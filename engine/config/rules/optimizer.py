@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.config.problems import Problem
-from engine.config.rules.checked import Checked, Rule
-from engine.config.sections import OPTIMIZERS, optimizer_name
+from engine.config.rules.context import Checked, Rule
+from engine.config.schema import OPTIMIZERS, optimizer_name
+from engine.errors import Problem
 from schedules import from_config
 
 __all__ = ["RULES"]

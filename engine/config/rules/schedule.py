@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config.driven import base_of, horizon_if_known
-from engine.config.problems import Problem
-from engine.config.rules.checked import Checked, Rule
+from engine.config.rules.context import Checked, Rule
+from engine.errors import Problem
 from schedules import SCHEDULES, Horizon, Schedule, from_config
-from schedules.feedback import FeedbackSchedule
-from schedules.fields import fields_of
-from schedules.schedule import Base, Curves
+from schedules.core.fields import fields_of
+from schedules.core.schedule import Base, Curves
+from schedules.feedback.base import FeedbackSchedule
 
 __all__ = ["RULES"]
 
 _PARAMS = "/scheduler/params"
 _DEEPSPEEDS_PEAK = 0.001
-_OF_OTHERS = {"schedules.composites", "schedules.wrapped"}
+_OF_OTHERS = {"schedules.families.composites", "schedules.families.custom"}
 _MOST_PIECES = 5000
 _NEAR = 0.02  # of the run: so far apart two ends are one
 _NEXT_TO_NOTHING = 0.01  # of the peak

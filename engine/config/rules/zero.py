@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.config.backend import choose
-from engine.config.problems import Problem
-from engine.config.rules.checked import Checked, Rule
-from engine.config.sections import optimizer_name
+from engine.config.backend_choice import choose
+from engine.config.rules.context import Checked, Rule
+from engine.config.schema import optimizer_name
+from engine.errors import Problem
 
 __all__ = ["RULES"]
 

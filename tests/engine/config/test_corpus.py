@@ -8,11 +8,11 @@ import pytest
 
 import schemas
 from engine.config import load_document
-from engine.config.check import check
-from engine.config.document import parse
-from engine.config.sections import is_parked
+from engine.config.parser import parse
+from engine.config.schema import is_parked
 from engine.config.structure import against_schema
-from tests.engine.config.corpus import CLEAN, INDEX, OTHER, path_of, problems_of
+from engine.config.validate import check
+from tests.testing.corpus import CLEAN, INDEX, OTHER, path_of, problems_of
 
 ids = pytest.mark.parametrize
 

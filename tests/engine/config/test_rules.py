@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import engine
-from engine.config.check import check
-from engine.config.document import parse
+from engine.config.parser import parse
 from engine.config.rulebook import RULEBOOK
+from engine.config.validate import check
 
 SOURCES = Path(engine.__file__).parent / "config"
 RUNS_ALONE = {"unresolved-auto"}  # an integration may fill it in, where the config is only checked

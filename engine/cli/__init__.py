@@ -1,0 +1,1 @@
+"""The `onecycle` command: one module per subcommand in ``commands``."""

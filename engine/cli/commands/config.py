@@ -1,0 +1,78 @@
+"""``onecycle config``: every value that a run would use, and where it comes from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from engine.cli.commands.arguments import OK, positive
+
+if TYPE_CHECKING:
+    from engine.config.provenance import Entry
+
+__all__ = ["add", "run"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.description = (
+        "Print the resolved config: every value that a run would use, from the file, "
+        "by default, or derived."
+    )
+    parser.add_argument("file", metavar="FILE", help="a ds_config.json; - for stdin")
+    parser.add_argument(
+        "--world-size", type=positive, default=1, metavar="N", help="number of ranks (default: 1)"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print it as a config of its own")
+    how.add_argument(
+        "--diff",
+        metavar="OTHER",
+        help="print the keys alone whose values differ from those of another config, its values "
+        "last; - where one has none",
+    )
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Print the values and their origins, or what differs from another config's."""
+    from engine.config.provenance import as_config
+
+    entries = _resolved(args.file, args.world_size)
+    if args.diff is not None:
+        _tell_difference(entries, _resolved(args.diff, args.world_size), out)
+    elif args.json:
+        print(json.dumps(as_config(entries), indent=2), file=out)
+    else:
+        rows = [(entry.name, json.dumps(entry.value), entry.origin) for entry in entries]
+        _tabulate(rows, out)
+    return OK
+
+
+def _resolved(name: str, world_size: int) -> list[Entry]:
+    from engine.config import ConfigError, load_document
+    from engine.config.provenance import origins
+    from engine.config.validate import check
+
+    document = load_document(name)
+    errors = [each for each in check(document, world_size) if each.severity == "error"]
+    if errors:
+        raise ConfigError(document.name, errors)
+    return list(origins(document, world_size))
+
+
+def _tell_difference(mine: Sequence[Entry], theirs: Sequence[Entry], out: TextIO) -> None:
+    """Print the keys whose values differ, a default of one and a word of the other included."""
+    here, there = (
+        {each.name: json.dumps(each.value) for each in entries} for entries in (mine, theirs)
+    )
+    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    _tabulate([(name, here.get(name, "-"), there.get(name, "-")) for name in names], out)
+
+
+def _tabulate(rows: Sequence[tuple[str, str, str]], out: TextIO) -> None:
+    first = max((len(row[0]) for row in rows), default=0)
+    second = min(40, max((len(row[1]) for row in rows), default=0))
+    for name, value, last in rows:
+        print(f"{name:{first}}  {value:{second}}  {last}", file=out)

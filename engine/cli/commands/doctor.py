@@ -1,0 +1,107 @@
+"""``onecycle doctor``: what runs here, and why the rest does not."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TextIO
+
+from engine.cli.commands.arguments import OK
+from engine.launch.probe import PACKAGES
+from engine.versions import installed
+
+__all__ = ["add", "run"]
+
+
+class _Finding(NamedTuple):
+    name: str
+    works: bool
+    detail: str
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.description = (
+        "Say what can be used on this machine: torch and its devices, process groups, DeepSpeed "
+        "and which of its ops could be built, ssh and Slurm; and of what cannot, why."
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Look at everything, and print it."""
+    checks: tuple[Callable[[], Iterator[_Finding]], ...] = (_packages, _torch, _deepspeed, _tools)
+    findings = [finding for check in checks for finding in check()]
+    if args.json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=1), file=out)
+        return OK
+    width = max(len(finding.name) for finding in findings)
+    for name, works, detail in findings:
+        print(f"{'yes' if works else 'no ':3}  {name:{width}}  {detail}", file=out)
+    return OK
+
+
+def _packages() -> Iterator[_Finding]:
+    yield _Finding("python", True, platform.python_version())
+    for package in (*PACKAGES, "safetensors", "tensorboard", "wandb"):
+        found = installed(package)
+        yield _Finding(package, found is not None, found or f"not installed: pip install {package}")
+
+
+def _torch() -> Iterator[_Finding]:
+    try:
+        import torch
+        import torch.distributed as dist
+    except ImportError as error:
+        yield _Finding("torch works", False, str(error))
+        return
+    count = torch.cuda.device_count()
+    if count:
+        names = ", ".join(torch.cuda.get_device_name(index) for index in range(count))
+        yield _Finding("CUDA", True, names)
+    else:
+        built = torch.version.cuda
+        why = "no GPU is seen" if built else f"torch {torch.__version__} is built for CPU"
+        yield _Finding("CUDA", False, why)
+    if not dist.is_available():
+        yield _Finding("process groups", False, "torch is built without torch.distributed")
+        return
+    yield _Finding("gloo", dist.is_gloo_available(), "process groups on CPU")
+    nccl = dist.is_nccl_available()
+    yield _Finding("nccl", nccl, "process groups on GPUs" if nccl else "torch is built without it")
+
+
+def _deepspeed() -> Iterator[_Finding]:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it has much to say of this machine
+            from deepspeed.ops.op_builder.all_ops import ALL_OPS
+    except ImportError as error:
+        yield _Finding("DeepSpeed's ops", False, str(error))
+        return
+    compiler = shutil.which("g++") or shutil.which("c++")
+    why = "" if compiler else "no C++ compiler (Debian: g++)"
+    ninja = shutil.which("ninja") is not None or installed("ninja") is not None
+    why = why or ("" if ninja else "ninja is not installed: pip install ninja")
+    yield _Finding("DeepSpeed can build", not why, why or f"by {compiler}")
+    for name, builder in sorted(ALL_OPS.items()):
+        try:
+            fits = builder.is_compatible(verbose=False)
+            detail = "could be built" if fits else "not for this machine"
+        except Exception as error:  # noqa: BLE001  # each op has its own way to say no
+            fits, detail = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        yield _Finding(f"DeepSpeed's {name}", bool(fits), detail)
+
+
+def _tools() -> Iterator[_Finding]:
+    for tool, needed in (
+        ("ssh", "`onecycle launch --hostfile`; Debian: openssh-client"),
+        ("sbatch", "`onecycle launch --slurm`"),
+        ("srun", "jobs of several nodes under Slurm"),
+    ):
+        path = shutil.which(tool)
+        yield _Finding(tool, path is not None, path or f"not installed; needed for {needed}")

@@ -1,0 +1,40 @@
+"""``onecycle schema``: the JSON schema of configs, or of one schedule's params."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TextIO
+
+from engine.cli.commands.arguments import OK
+
+__all__ = ["add", "run"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.description = (
+        "Print the JSON Schema (draft 2020-12) of configs, or of a schedule's params."
+    )
+    parser.add_argument(
+        "type", metavar="TYPE", nargs="?", help="a scheduler type, such as OneCycle"
+    )
+    parser.add_argument(
+        "--editor",
+        action="store_true",
+        help="print one self-contained draft-07 schema for editors: save it, and let a config "
+        'begin with "$schema": "./ds_config.draft-07.json" for completion and hover',
+    )
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Print a schema."""
+    import schemas
+    from engine.config.schema import SCHEMA, schedule_schema
+    from schedules import find
+
+    schema = schemas.read(schemas.EDITOR if args.editor else SCHEMA)
+    if args.type:
+        schema = schedule_schema(find(args.type))
+    print(json.dumps(schema, indent=2), file=out)
+    return OK

@@ -1,0 +1,107 @@
+"""``onecycle validate``: all that is wrong with configs, each thing with its place and its cure."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from engine.cli.commands.arguments import INVALID, OK, USAGE, positive
+from engine.config import ConfigError, Problem, load_document
+from engine.config.edits import repair
+from engine.config.parser import Document, parse
+from engine.config.validate import check
+from engine.display.problem_reports import FORMATS, Report
+
+__all__ = ["add", "run"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.description = (
+        "Say all that is wrong with configs, each thing with its place and its cure. "
+        'What an integration fills in may be "auto".'
+    )
+    parser.epilog = "`onecycle explain RULE` says more about the rule in brackets."
+    parser.add_argument("files", metavar="FILE", nargs="+", help="a ds_config.json; - for stdin")
+    parser.add_argument(
+        "--world-size",
+        type=positive,
+        metavar="N",
+        help="number of ranks to prove the batch sizes for (default: what holds for any number)",
+    )
+    parser.add_argument("--strict", action="store_true", help="count warnings as errors")
+    parser.add_argument(
+        "--no-auto", action="store_true", help='count every "auto" as an error, as a run would'
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="leave out notes and verdicts")
+    parser.add_argument("--format", choices=FORMATS, default="text", help="(default: text)")
+    parser.add_argument(
+        "--fix", action="store_true", help="write mechanical repairs, as old names, into the file"
+    )
+    parser.add_argument("--diff", action="store_true", help="show repairs instead of writing them")
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Check the files, and return the worst of their statuses."""
+    return max(_validate(name, args, out) for name in args.files)
+
+
+def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
+    colour = out.isatty() and "NO_COLOR" not in os.environ
+    try:
+        document = load_document(name)
+        problems = check(document, args.world_size, runs=args.no_auto)
+    except ConfigError as error:  # no such file, or no text
+        for line in FORMATS[args.format](Report(Document(name, None), error.problems, colour)):
+            print(line, file=out)
+        return USAGE
+    if args.fix or args.diff:
+        document, problems = _repaired(document, problems, args, out)
+    if args.strict:
+        problems = [_promoted(problem) for problem in problems]
+    if args.quiet:
+        problems = [problem for problem in problems if problem.severity != "note"]
+    for line in FORMATS[args.format](Report(document, problems, colour)):
+        print(line, file=out)
+    if args.format == "text" and not args.quiet:
+        print(f"{name}: {_verdict(problems, args.world_size)}", file=out)
+    return INVALID if any(problem.severity == "error" for problem in problems) else OK
+
+
+def _repaired(
+    document: Document, problems: list[Problem], args: argparse.Namespace, out: TextIO
+) -> tuple[Document, list[Problem]]:
+    text, mended = repair(document, problems)
+    name = document.name
+    if not mended:
+        return document, problems
+    if args.diff:
+        before, after = document.text.splitlines(keepends=True), text.splitlines(keepends=True)
+        out.writelines(difflib.unified_diff(before, after, name, f"{name} (repaired)"))
+        return document, problems
+    if name != "-":
+        Path(name).write_bytes(document.encoded(text))
+    document = parse(document.encoded(text).decode(), name)
+    return document, check(document, args.world_size, runs=args.no_auto)
+
+
+def _promoted(problem: Problem) -> Problem:
+    warns = problem.severity == "warning"
+    return dataclasses.replace(problem, severity="error") if warns else problem
+
+
+def _verdict(problems: Sequence[Problem], world_size: int | None) -> str:
+    counts = {
+        severity: sum(problem.severity == severity for problem in problems)
+        for severity in ("error", "warning")
+    }
+    said = [f"{count} {word}{'s' * (count > 1)}" for word, count in counts.items() if count]
+    if counts["error"]:
+        return ", ".join(said)
+    ranks = f" for {world_size} ranks" if world_size else ""
+    return f"right{ranks}{', ' if said else ''}{', '.join(said)}"

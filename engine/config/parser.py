@@ -1,0 +1,339 @@
+"""Text of a config to values, with the place of every key and value.
+
+Read as DeepSpeed reads it: JSON, and hjson's comments and trailing commas. What such readers let
+pass in silence is a problem here: a key given twice, NaN, text without quotes. Reading goes on
+behind a problem wherever it can, so that one run finds them all.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from json import JSONDecoder
+from typing import Any, NoReturn
+
+from engine.config.pointers import pointer_to
+from engine.errors import Fix, Problem
+
+__all__ = ["Document", "is_finite", "parse"]
+
+MAX_DEPTH = 100
+_MARK = "\ufeff"
+_SPACE = re.compile(r"(?:\s|//[^\n]*|#[^\n]*|/\*.*?\*/)*", re.DOTALL)
+_COMMENT = re.compile(r"//|#|/\*")
+_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?(?![\w.+-])")
+_WORD = re.compile(r"[^\s,:{}\[\]\"]+")
+_PYTHONS = {"True": "true", "False": "false", "None": "null"}
+_STRINGS = JSONDecoder()
+_QUOTE = "'"
+_LITERALS = {"true": True, "false": False, "null": None}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a key and its value begin; line and column count from 1, columns in characters."""
+
+    key: tuple[int, int]
+    value: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A config's values, the place of each by JSON pointer, and what was wrong with its text."""
+
+    name: str
+    value: Any
+    places: Mapping[str, Place] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    text: str = ""
+    marked: bool = False
+    """Whether a byte order mark stands before the text."""
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    """The command-line argument that gave the value at a JSON pointer, where one did."""
+
+    def encoded(self, text: str) -> bytes:
+        """Return a text as the file has it: UTF-8, with its byte order mark if it has one."""
+        return (_MARK + text if self.marked else text).encode()
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines of the text, as places count them."""
+        return [line.removesuffix("\r") for line in self.text.split("\n")]
+
+    def at(self, pointer: str) -> Any:
+        """Return the value at a JSON pointer."""
+        value = self.value
+        for part in pointer.split("/")[1:]:
+            key = part.replace("~1", "/").replace("~0", "~")
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        return value
+
+    def problem(
+        self,
+        rule: str,
+        pointer: str,
+        message: str,
+        hint: str = "",
+        *,
+        at_key: bool = False,
+        severity: str = "error",
+        fix: Fix | None = None,
+        suggestion: str = "",
+    ) -> Problem:
+        """Return a problem at the place of a pointer, or of the nearest thing around it."""
+        around = pointer
+        while around and around not in self.places and around not in self.arguments:
+            around = around.rpartition("/")[0]
+        place = self.places.get(around)
+        if around in self.arguments:
+            place, message = None, f"{message} It was given by {self.arguments[around]}."
+        line, column = (0, 0) if place is None else place.key if at_key else place.value
+        return Problem(
+            rule=rule,
+            severity=severity,
+            pointer=pointer,
+            line=line,
+            column=column,
+            message=message,
+            hint=hint,
+            fix=fix,
+            suggestion=suggestion,
+        )
+
+
+def is_finite(number: float) -> bool:
+    """Return whether a number is finite, also as a float: whole ones can be too long for that.
+
+    >>> is_finite(10**300), is_finite(10**400), is_finite(float("nan"))
+    (True, False, False)
+    """
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
+def parse(text: str, name: str) -> Document:
+    """Return the document of a text; one whose syntax is broken has no value but a problem."""
+    marked = text.startswith(_MARK)
+    text = text.removeprefix(_MARK)
+    parser = _Parser(text)
+    try:
+        value = parser.document()
+    except _BrokenSyntaxError as fault:
+        line, column = parser.place(fault.at)
+        broken = Problem("syntax", "error", "", line, column, fault.message, fault.hint)
+        return Document(name, None, parser.places, (*parser.problems, broken), text, marked)
+    return Document(name, value, parser.places, tuple(parser.problems), text, marked)
+
+
+@functools.cache
+def _unquoted() -> re.Pattern[str]:
+    """Return what matches text without double quotes; few files have any."""
+    return re.compile(
+        r"""
+        '[^'\n]*'                                       # in single quotes
+        | [A-Za-z_$][\w.$/-]*(?=\s*[,:}\]\n]|\s*$)      # one word
+        | [A-Za-z_$/~.][^\n"{}\[\]]*?                   # the rest of the line, as hjson has it
+          (?=\s*,?\s*(?:\n|$|[}\]]))
+        """,
+        re.VERBOSE,
+    )
+
+
+class _BrokenSyntaxError(Exception):
+    def __init__(self, at: int, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.at = at
+        self.message = message
+        self.hint = hint
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+        self.places: dict[str, Place] = {}
+        self.problems: list[Problem] = []
+        self._line_begins = [0, *(match.end() for match in re.finditer(r"\n", text))]
+        self._lenient = False
+
+    def place(self, at: int) -> tuple[int, int]:
+        line = bisect_right(self._line_begins, at)
+        return line, at - self._line_begins[line - 1] + 1
+
+    def document(self) -> Any:
+        self._space()
+        if self.at == len(self.text):
+            raise _BrokenSyntaxError(self.at, "the config must hold a JSON object, but is empty.")
+        value = self._value("", self.place(self.at), depth=0)
+        self._space()
+        if self.at < len(self.text):
+            self._expected("the end of the file")
+        return value
+
+    def _value(self, pointer: str, key: tuple[int, int], depth: int) -> Any:
+        place = self.place(self.at)
+        self.places[pointer] = Place(key, place)
+        if depth > MAX_DEPTH:
+            raise _BrokenSyntaxError(self.at, f"values must nest at most {MAX_DEPTH} deep.")
+        match self.text[self.at : self.at + 1]:
+            case "{":
+                return self._object(pointer, depth)
+            case "[":
+                return self._array(pointer, depth)
+            case '"':
+                return self._string()
+            case _:
+                return self._number_or_word(pointer, place)
+
+    def _object(self, pointer: str, depth: int) -> dict[str, Any]:
+        members: dict[str, Any] = {}
+        self.at += 1
+        while not self._closes("}", first=not members):
+            key_place = self.place(self.at)
+            key = self._key()
+            below = pointer_to(pointer, key)
+            if key in members:
+                first = self.places[below].key[0]
+                self.problems.append(
+                    Problem(
+                        "duplicate-key",
+                        "error",
+                        below,
+                        *key_place,
+                        f"`{key}` must be given once, but is given on line {first} already.",
+                        "Remove one of the two; readers differ in which they take.",
+                    )
+                )
+            self._space()
+            self._take(":")
+            self._space()
+            members[key] = self._value(below, key_place, depth + 1)
+        return members
+
+    def _array(self, pointer: str, depth: int) -> list[Any]:
+        items: list[Any] = []
+        self.at += 1
+        while not self._closes("]", first=not items):
+            below = pointer_to(pointer, len(items))
+            items.append(self._value(below, self.place(self.at), depth + 1))
+        return items
+
+    def _closes(self, bracket: str, *, first: bool) -> bool:
+        """Step over what separates members, and say whether the bracket came instead."""
+        end = self.at
+        self._space()
+        if not first and not self.text.startswith(bracket, self.at):
+            comma = self.at
+            if not self.text.startswith(",", comma) and "\n" in self.text[end:comma]:
+                self._not_strict(end, "a line's end in place of a comma")
+                return False
+            self._take(",", f'"," or "{bracket}"')
+            self._space()
+            if self.text.startswith(bracket, self.at):
+                self._not_strict(comma, "a comma behind the last member")
+        if not self.text.startswith(bracket, self.at):
+            return False
+        self.at += 1
+        return True
+
+    def _key(self) -> str:
+        if self.text.startswith('"', self.at):
+            return self._string()
+        bare = _unquoted().match(self.text, self.at)
+        if bare is None:
+            self._expected('a key in double quotes or "}"')
+        self._not_quoted("", bare[0])
+        self.at = bare.end()
+        return bare[0].strip("'")
+
+    def _not_quoted(self, pointer: str, shown: str) -> None:
+        value = _PYTHONS.get(shown)
+        what = f"{shown} is Python's" if value else f"{shown[:40]} must stand in double quotes"
+        cure = f"Write {value}." if value else f'Write "{shown[:40].strip(_QUOTE)}".'
+        place = self.place(self.at)
+        message = f"{what}; JSON has no text without them." if not value else f"{what}, not JSON's."
+        self.problems.append(Problem("unquoted", "error", pointer, *place, message, cure))
+
+    def _string(self) -> str:
+        begin = self.at
+        try:
+            string: str
+            string, self.at = _STRINGS.raw_decode(self.text, begin)
+        except ValueError as error:
+            raise _BrokenSyntaxError(
+                begin, f"the string that begins here is broken: {error}."
+            ) from None
+        try:
+            string.encode()
+        except UnicodeEncodeError:
+            message = "a string must be whole characters, but holds half of a surrogate pair."
+            place = self.place(begin)
+            self.problems.append(Problem("half-character", "error", "", *place, message))
+            string = string.encode(errors="replace").decode()
+        return string
+
+    def _number_or_word(self, pointer: str, place: tuple[int, int]) -> Any:
+        if number := _NUMBER.match(self.text, self.at):
+            self.at = number.end()
+            whole = number[1] is None and number[2] is None
+            if len(number[0]) <= 400:
+                value = int(number[0]) if whole else float(number[0])
+                if is_finite(value):
+                    return value
+            shown = number[0] if len(number[0]) < 40 else number[0][:36] + "…"
+            self._not_finite(pointer, place, shown)
+            return None
+        word = _WORD.match(self.text, self.at)
+        if word is None:
+            self._expected("a value")
+        if word[0] in _LITERALS:
+            self.at = word.end()
+            return _LITERALS[word[0]]
+        if word[0].lstrip("+-").lower() in {"nan", "inf", "infinity"}:
+            self.at = word.end()
+            self._not_finite(pointer, place, word[0])
+            return None
+        if bare := _unquoted().match(self.text, self.at):
+            self._not_quoted(pointer, bare[0])
+            self.at = bare.end()
+            return bare[0].strip(_QUOTE) if bare[0] not in _PYTHONS else None
+        return self._expected("a value")
+
+    def _not_finite(self, pointer: str, place: tuple[int, int], shown: str) -> None:
+        message = f"`{pointer}` must be a finite number, but is {shown} instead."
+        self.problems.append(Problem("not-finite", "error", pointer, *place, message))
+
+    def _space(self) -> None:
+        match = _SPACE.match(self.text, self.at)
+        assert match is not None
+        comment = _COMMENT.search(match[0])
+        if comment:
+            self._not_strict(self.at + comment.start(), "a comment")
+        self.at = match.end()
+
+    def _not_strict(self, at: int, what: str) -> None:
+        if not self._lenient:
+            self._lenient = True
+            message = f"{what} is no JSON: DeepSpeed reads it, but accelerate and others will not."
+            hint = 'To park a note in strict JSON, give it a key that begins with "//".'
+            self.problems.append(
+                Problem("not-strict-json", "note", "", *self.place(at), message, hint)
+            )
+
+    def _take(self, character: str, wanted: str = "") -> None:
+        if not self.text.startswith(character, self.at):
+            self._expected(wanted or f'"{character}"')
+        self.at += 1
+
+    def _expected(self, wanted: str) -> NoReturn:
+        found = _WORD.match(self.text, self.at)
+        shown = found[0][:40] if found else self.text[self.at : self.at + 1]
+        instead = f'"{shown}"' if shown else "the end of the file"
+        hint = "Strings stand in double quotes." if shown[:1] == "'" else ""
+        raise _BrokenSyntaxError(self.at, f"here must be {wanted}, but is {instead} instead.", hint)

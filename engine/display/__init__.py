@@ -1,0 +1,1 @@
+"""What people look at: previews, plots, the schedule catalog, problem reports."""

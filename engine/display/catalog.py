@@ -1,0 +1,67 @@
+"""Every schedule as people look at it: a line in a list, a page of its own, a picture."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from schedules import SCHEDULES, Horizon, Schedule
+from schedules.core.curves import Curve
+from schedules.core.fields import descriptions_of, fields_of, wanted
+
+__all__ = ["EXAMPLE_RUN", "EXAMPLE_STEPS", "example_curves", "listing", "page", "summary"]
+
+EXAMPLE_RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
+"""The run of every schedule's example."""
+
+EXAMPLE_STEPS = 120
+"""How much of it is shown: what follows the end belongs to the shape."""
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_BASE = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.01,)}
+
+
+def summary(cls: type[Schedule[Any]]) -> str:
+    """Return a schedule's description in one line."""
+    return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
+def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
+    """Return the curve of each hyperparameter in a schedule's example."""
+    curves = cls(**cls.example).bind(_BASE, EXAMPLE_RUN).curves
+    return {name: of_groups[0] for name, of_groups in curves.items()}
+
+
+def listing() -> Iterator[str]:
+    """Yield a line for each schedule: name, learning rate as a little curve, summary."""
+    width = max(map(len, SCHEDULES))
+    for name, cls in SCHEDULES.items():
+        yield f"{name:{width}}  {_sparkline(example_curves(cls)['lr'])}  {summary(cls)}"
+
+
+def page(cls: type[Schedule[Any]]) -> Iterator[str]:
+    """Yield the lines of a schedule's page: formula, parameters, an example block, its curves."""
+    yield cls.type_name
+    yield ""
+    yield (inspect.getdoc(cls) or "").partition("\n\n>>>")[0]
+    yield ""
+    descriptions = descriptions_of(cls)
+    for name, field in fields_of(cls).items():
+        default = "required" if field.required else f"default {json.dumps(field.default)}"
+        yield f"  {name}  ({wanted(field.schema)}; {default})"
+        yield f"      {descriptions[name]}" + (f" Unit: {field.unit}." if field.unit else "")
+    yield ""
+    block = {"scheduler": {"type": cls.type_name, "params": dict(cls.example)}}
+    yield json.dumps(block, indent=2)
+    yield ""
+    for name, curve in example_curves(cls).items():
+        yield f"{name:12}  {_sparkline(curve, width=60)}"
+
+
+def _sparkline(curve: Curve, width: int = 24) -> str:
+    values = [curve(step * EXAMPLE_STEPS // width) for step in range(width)]
+    low, high = min(0.0, *values), max(values)
+    span = (high - low) or 1.0
+    return "".join(_BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1))] for value in values)

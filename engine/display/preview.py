@@ -1,0 +1,119 @@
+"""What a config's schedule will give to each update, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config import ConfigError, Problem, Source, load_document
+from engine.config.driven import base_of
+from engine.config.horizon import horizon_of
+from engine.config.schema import is_parked
+from engine.config.validate import check
+from schedules import Horizon, Schedule, from_config
+from schedules.core.schedule import Base, Curves
+from schedules.core.trace import replay
+from schedules.feedback.base import Evidence, FeedbackSchedule
+
+__all__ = ["Preview", "preview"]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A config's schedule and the curves that it follows for this config's optimizer."""
+
+    name: str
+    schedule: Schedule[Any]
+    curves: Curves
+    horizon: Horizon
+    base: Base
+
+    @property
+    def title(self) -> str:
+        """What is shown, and on which loss where the schedule listens to one."""
+        listens = " on a synthetic loss" if isinstance(self.schedule, FeedbackSchedule) else ""
+        return f"{self.schedule.type_name}{listens}"
+
+    def told(self, losses: Sequence[float]) -> tuple[dict[str, list[float]], Evidence | None]:
+        """Return what a schedule that listens answers to losses: columns, and why it switched.
+
+        Raises:
+            ValueError: it listens to none.
+        """
+        if not isinstance(self.schedule, FeedbackSchedule):
+            raise ValueError(  # noqa: TRY004  # it is the config that is wrong
+                f"{self.schedule.type_name} must listen to a loss, but does not."
+            )
+        done = replay(self.schedule, losses, base=self.base, horizon=self.horizon)
+        columns = {name: [row[name][0] for row in done.rows] for name in self.schedule.drives}
+        return columns, done.evidence
+
+    @property
+    def span(self) -> int:
+        """How many updates to show: the run, where its length is known, else the schedule's."""
+        return int(self.horizon.scaled_steps or 0) or self.schedule.span
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The curves by column name: ``lr``, or ``lr.0``, ``lr.1``, … where groups differ."""
+        columns = {}
+        for name, curves in self.curves.items():
+            if len(set(curves)) == 1:
+                columns[name] = curves[0]
+            else:
+                columns |= {f"{name}.{group}": curve for group, curve in enumerate(curves)}
+        return columns
+
+    def rows(self, steps: int) -> Iterator[tuple[float, ...]]:
+        """Yield the step and the value of each column for each update, in pure Python."""
+        values = [curve.values(steps) for curve in self.columns.values()]
+        return zip(range(steps), *values, strict=True)
+
+
+def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
+    """Return the schedule of a config, proved right; the rest of the config may be absent or wrong.
+
+    Args:
+        config: a path or a dict: a whole config, or one that holds a ``scheduler`` alone.
+        steps_per_epoch: updates in one pass over the data, for durations in epochs.
+
+    Raises:
+        ConfigError: there is no such file, its text is broken, it has no ``scheduler``, or its
+            ``scheduler`` or ``optimizer`` is wrong.
+
+    >>> warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
+    >>> list(preview({"scheduler": warmup}).rows(3))
+    [(0, 0.0), (1, 0.0005), (2, 0.001)]
+    """
+    document = load_document(config)
+    sections = ("", "optimizer", "scheduler", "engine")
+    problems = [
+        problem
+        for problem in check(document, None)
+        if problem.severity == "error"
+        and problem.pointer.partition("/")[2].partition("/")[0] in sections
+        and problem.rule != "batch-sizes"
+    ]
+    if problems:
+        raise ConfigError(document.name, problems)
+    if "scheduler" not in document.value:
+        message = "`scheduler` must be given for there to be a curve, but is missing."
+        raise ConfigError(document.name, [Problem("missing-key", "error", "", 0, 0, message)])
+    values: dict[str, Any] = document.value
+    block = {key: of for key, of in values["scheduler"].items() if not is_parked(key)}
+    schedule = from_config(block)
+    size = values.get("train_batch_size")
+    try:
+        horizon = horizon_of(
+            values.get("engine", {}),
+            samples_per_step=size if type(size) is int and size > 0 else None,
+            steps_per_epoch=steps_per_epoch,
+        )
+        resolved = schedule.resolve(horizon)
+    except ValueError as error:
+        problem = document.problem("schedule", "/scheduler/params", str(error))
+        raise ConfigError(document.name, [problem]) from None
+    base = base_of(values, schedule)
+    curves = schedule.bind(base, horizon).curves
+    return Preview(document.name, resolved, curves, horizon, base)

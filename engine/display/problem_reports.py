@@ -1,0 +1,112 @@
+"""Problems as people and programs read them: text with the source line, JSON, GitHub, SARIF."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
+
+from engine.config import ConfigError, Problem
+from engine.config.parser import Document
+
+__all__ = ["FORMATS", "Report", "write_error"]
+
+_COLOURS = {"error": "31", "warning": "33", "note": "36"}
+_SARIF_LEVELS = {"error": "error", "warning": "warning", "note": "note"}
+_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Report:
+    """The problems of a document, and whether the reader understands colours."""
+
+    document: Document
+    problems: Sequence[Problem]
+    colour: bool = False
+
+
+def _text(report: Report) -> Iterator[str]:
+    lines = report.document.lines
+    for problem in report.problems:
+        place = f":{problem.line}:{problem.column}" if problem.line else ""
+        head = f"{problem.severity}[{problem.rule}]"
+        if report.colour:
+            head = f"\033[1;{_COLOURS[problem.severity]}m{head}\033[0m"
+        yield f"{report.document.name}{place}: {head}: {problem}"
+        if problem.line and problem.line <= len(lines):
+            source = lines[problem.line - 1].replace("\t", " ")
+            begin = max(0, problem.column - _WIDTH // 2) if len(source) > _WIDTH else 0
+            yield f"  {source[begin : begin + _WIDTH]}"
+            yield f"  {' ' * (problem.column - 1 - begin)}^"
+
+
+def _json(report: Report) -> Iterator[str]:
+    found = []
+    for problem in report.problems:
+        fields = {key: value for key, value in asdict(problem).items() if key != "fix"}
+        found.append({"file": report.document.name, **fields})
+    yield json.dumps(found, indent=2)
+
+
+def _github(report: Report) -> Iterator[str]:
+    for problem in report.problems:
+        command = "notice" if problem.severity == "note" else problem.severity
+        place = f",line={problem.line},col={problem.column}" if problem.line else ""
+        message = str(problem).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+        yield f"::{command} file={report.document.name}{place},title={problem.rule}::{message}"
+
+
+def _sarif(report: Report) -> Iterator[str]:
+    from engine.config.rulebook import RULEBOOK
+
+    used = sorted({problem.rule for problem in report.problems})
+    rules = [
+        {
+            "id": rule,
+            "shortDescription": {"text": RULEBOOK[rule].summary},
+            "fullDescription": {"text": RULEBOOK[rule].why},
+            "help": {"text": RULEBOOK[rule].cure},
+        }
+        for rule in used
+    ]
+    results = [
+        {
+            "ruleId": problem.rule,
+            "ruleIndex": used.index(problem.rule),
+            "level": _SARIF_LEVELS[problem.severity],
+            "message": {"text": str(problem)},
+            "locations": [{"physicalLocation": _location(report.document.name, problem)}],
+        }
+        for problem in report.problems
+    ]
+    tool = {"driver": {"name": "onecycle", "rules": rules}}
+    run: dict[str, Any] = {"tool": tool, "columnKind": "unicodeCodePoints", "results": results}
+    log = {
+        "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
+        "version": "2.1.0",
+        "runs": [run],
+    }
+    yield json.dumps(log, indent=2)
+
+
+def _location(name: str, problem: Problem) -> dict[str, Any]:
+    location: dict[str, Any] = {"artifactLocation": {"uri": name}}
+    if problem.line:
+        location["region"] = {"startLine": problem.line, "startColumn": problem.column}
+    return location
+
+
+def write_error(error: ConfigError, out: TextIO) -> None:
+    """Write what a `ConfigError` holds, as text."""
+    for line in _text(Report(Document(error.name, None), error.problems)):
+        print(line, file=out)
+
+
+FORMATS: Mapping[str, Callable[[Report], Iterator[str]]] = {
+    "text": _text,
+    "json": _json,
+    "github": _github,
+    "sarif": _sarif,
+}
+"""Each format that `onecycle validate` knows, by name: a report to its lines."""

@@ -1,0 +1,263 @@
+"""What a range test found, as an object, a picture, a table and the block to train with."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.range_test.refinement import Refinement, refine, short_cycle
+from engine.range_test.suggestion import EDGE, Suggestion, suggest
+from engine.range_test.sweep import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+__all__ = ["LRRangeReport"]
+
+
+@dataclass(frozen=True)
+class LRRangeReport:
+    """The runs of a range test, what they suggest together, and what short cycles made of it.
+
+    >>> lrs = [10 ** (-5 + k / 25) for k in range(150)]
+    >>> losses = [2.3 - 1.5 / (1 + (1e-3 / lr) ** 2) + (lr / 0.1) ** 2 for lr in lrs]
+    >>> report = LRRangeReport((Run(lrs, losses, [None] * 150),))
+    >>> report.block()["type"], report.suggestion.max_lr == report.block()["params"]["cycle_max_lr"]
+    ('OneCycle', True)
+    """
+
+    runs: tuple[Run, ...]
+    refinement: Refinement | None = None
+
+    @property
+    def max_lr(self) -> float | None:
+        """The largest learning rate of a cycle: the refined one, if short cycles were trained."""
+        return self.refinement.max_lr if self.refinement else self.suggestion.max_lr
+
+    @property
+    def min_lr(self) -> float | None:
+        """The learning rate to begin and end a cycle with: a tenth of the largest."""
+        return None if self.max_lr is None else float(f"{self.max_lr / 10:.2g}")
+
+    def refined(
+        self,
+        train: Callable[[dict[str, Any], int], Run],
+        *,
+        steps: int,
+        updates: int | None = None,
+        known: Mapping[str, Any] | None = None,
+    ) -> LRRangeReport:
+        """Return this report with the outcome of short cycles around its suggestion, if it has one.
+
+        Args:
+            train: from a scheduler block and the number of a repeat to what a training by it noted.
+            steps: updates of a cycle.
+            updates: of the training that is to follow.
+            known: a OneCycle block, whose halves and momenta the cycles have.
+        """
+        if self.suggestion.max_lr is None:
+            return self
+        block = self.block(known)
+        found = refine(
+            lambda max_lr, repeat: train(short_cycle(block, max_lr, steps), repeat),
+            self.suggestion.max_lr,
+            repeats=len(self.runs),
+            steps=steps,
+            updates=updates,
+        )
+        return replace(self, refinement=found)
+
+    @cached_property
+    def suggestion(self) -> Suggestion:
+        """What all runs together suggest; without a ``max_lr`` it has a reason.
+
+        The curve and its rules are those of all points; the maximum is the median of what the runs
+        suggest by themselves, where most of them do: one that diverged early moves it little.
+        """
+        lrs, losses = (
+            np.concatenate([np.asarray(part, float) for part in parts])
+            for parts in zip(*(run.curve for run in self.runs), strict=True)
+        )
+        ends = [end for end in map(_diverged_at, self.runs) if end is not None]
+        diverged_at = statistics.median(ends) if len(ends) == len(self.runs) else None
+        found = suggest(lrs, losses, diverged_at=diverged_at)
+        each = self.of_each
+        max_lr = statistics.median(each) if 2 * len(each) > len(self.runs) > 1 else found.max_lr
+        rounded = max_lr and float(f"{max_lr:.2g}")
+        return Suggestion(rounded, "" if rounded else found.reason, found.rules, found.smoothed)
+
+    @property
+    def of_each(self) -> list[float]:
+        """What each run by itself suggests, where there are several: their spread."""
+        if len(self.runs) == 1:
+            return []
+        each = (_suggested(run).max_lr for run in self.runs)
+        return [lr for lr in each if lr is not None]
+
+    def block(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the scheduler block of 1Cycle between the suggested bounds.
+
+        Args:
+            known: a OneCycle block, whose other params are kept.
+
+        Raises:
+            ValueError: there is no suggestion.
+        """
+        if self.max_lr is None:
+            raise ValueError(f"there is no suggestion: {self.suggestion.reason}.")
+        params = dict(known.get("params", {})) if known and known["type"] == "OneCycle" else {}
+        params["cycle_min_lr"], params["cycle_max_lr"] = self.min_lr, self.max_lr
+        momenta = [value for run in self.runs for value in run.momenta if value is not None]
+        if momenta and min(momenta) < max(momenta):
+            params["cycle_min_mom"], params["cycle_max_mom"] = min(momenta), max(momenta)
+        return {"type": "OneCycle", "params": params}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as JSON has it; losses that are not finite are null."""
+        suggestion = self.suggestion
+        return {
+            "suggestion": {
+                "max_lr": self.max_lr,
+                "min_lr": self.min_lr,
+                "reason": suggestion.reason,
+                "rules": dict(suggestion.rules),
+                "of_each_run": self.of_each,
+            },
+            "refinement": self.refinement and self.refinement.to_json(),
+            "scheduler": self.block() if self.max_lr is not None else None,
+            "runs": [
+                {
+                    "facts": run.facts,
+                    "end": run.end,
+                    "lr": run.lrs,
+                    "momentum": run.momenta,
+                    "loss": [value if math.isfinite(value) else None for value in run.losses],
+                }
+                for run in self.runs
+            ],
+        }
+
+    def table(self) -> Table:
+        """Return what each rule says, and the suggestion, for a terminal."""
+        from rich.table import Table
+
+        suggestion = self.suggestion
+        table = Table("rule", "learning rate", title="LR range test")
+        for rule, value in suggestion.rules.items():
+            table.add_row(rule, f"{value:.2g}")
+        if suggestion.max_lr is None:
+            table.add_row("no suggestion", suggestion.reason)
+            return table
+        if suggestion.band:
+            low, high = suggestion.band
+            table.add_row(f"{', '.join(EDGE)} agree within a factor of", f"{high / low:.2g}")
+        if self.of_each:
+            low, high = min(self.of_each), max(self.of_each)
+            runs = f"{len(self.of_each)} runs by themselves"
+            middle = statistics.median(self.of_each)
+            table.add_row(runs, f"{low:.2g} to {high:.2g}, median {middle:.2g}")
+        if self.refinement:
+            for row in self.refinement.rows():
+                table.add_row(*row)
+        table.add_row("suggested maximum", f"{self.max_lr:.2g}", style="bold")
+        table.add_row("suggested minimum", f"{self.min_lr:.2g}", style="bold")
+        return table
+
+    def draw(self, path: Path) -> None:
+        """Draw loss over learning rate, smoothed, with the suggested range, into a PNG."""
+        from matplotlib.figure import Figure
+
+        panels = 2 if self.refinement else 1
+        figure = Figure(figsize=(8 * panels, 4.5), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        self._draw_sweep(axes[0])
+        if self.refinement:
+            self._draw_cycles(axes[1], self.refinement)
+        figure.savefig(path, dpi=150)
+
+    def _draw_sweep(self, axis: Axes) -> None:
+        for run in self.runs:
+            axis.plot(*run.curve, ".", markersize=3, color="tab:blue", alpha=0.35)
+            diverged_at = _diverged_at(run)
+            if diverged_at is not None:
+                axis.axvline(diverged_at, color="tab:red", linewidth=0.8, label="divergence")
+        suggestion = self.suggestion
+        if suggestion.smoothed is not None:
+            smoothed = suggestion.smoothed
+            axis.plot(10**smoothed.x, smoothed.loss, color="black", linewidth=1.4, label="smoothed")
+            below, above = float(smoothed.loss.min()), float(smoothed.loss.max())
+            margin = 0.15 * (above - below) or 1.0
+            losses = [value for run in self.runs for value in run.losses if math.isfinite(value)]
+            above = min(float(np.percentile(losses, 98)), 2 * above - below)
+            axis.set_ylim(below - margin, above + margin)
+        title = f"no suggestion: {suggestion.reason}"
+        if self.max_lr is not None and self.min_lr is not None:
+            axis.axvspan(self.min_lr, self.max_lr, color="tab:green", alpha=0.15)
+            for number, (rule, value) in enumerate(suggestion.rules.items()):
+                axis.axvline(value, linestyle=":", linewidth=1, color=f"C{number + 3}", label=rule)
+            title = f"cycle from {self.min_lr:.2g} to {self.max_lr:.2g}"
+        axis.set(xscale="log", xlabel="learning rate", ylabel="loss", title=title)
+        _finish(axis)
+
+    def _draw_cycles(self, axis: Axes, refinement: Refinement) -> None:
+        maxima = list(refinement.losses)
+        for losses in np.array(list(refinement.losses.values())).T:
+            axis.plot(maxima, losses, "o-", markersize=4, color="tab:blue", alpha=0.5)
+        axis.axvline(refinement.lowest, color="black", linestyle=":", label="lowest")
+        if refinement.shrinkage < 1:
+            label = f"for {refinement.updates} updates"
+            axis.axvline(refinement.max_lr, color="tab:green", label=label)
+        title = f"cycles of {refinement.steps} updates"
+        axis.set(xscale="log", xlabel="cycle_max_lr", ylabel="loss at the end", title=title)
+        _finish(axis)
+
+    def drawn_on_terminal(self, width: int, *, colour: bool = False) -> str:
+        """Return the smoothed loss over log10 of the learning rate, drawn in characters."""
+        import plotext
+
+        smoothed = self.suggestion.smoothed
+        if smoothed is None:
+            return ""
+        plotext.clear_figure()
+        plotext.theme("pro" if colour else "clear")
+        plotext.plotsize(width, 15)
+        plotext.plot(smoothed.x.tolist(), smoothed.loss.tolist(), marker="braille")
+        if self.max_lr is not None:
+            plotext.vline(math.log10(self.max_lr))
+        plotext.title("loss over log10(lr)")
+        drawn = plotext.build()
+        return str(drawn if colour else plotext.uncolorize(drawn))
+
+    def write(self, folder: Path) -> Sequence[Path]:
+        """Write the picture and ``report.json`` into a folder; return their paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        picture, data = folder / "lr_range.png", folder / "report.json"
+        data.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        self.draw(picture)
+        return picture, data
+
+
+def _suggested(run: Run) -> Suggestion:
+    return suggest(*run.curve, diverged_at=_diverged_at(run))
+
+
+def _diverged_at(run: Run) -> float | None:
+    lrs, _ = run.curve
+    return lrs[-1] if run.end == "divergence" and lrs else None
+
+
+def _finish(axis: Axes) -> None:
+    axis.grid(alpha=0.3)
+    handles, labels = axis.get_legend_handles_labels()
+    first = dict(reversed(list(zip(labels, handles, strict=True))))  # one of each label
+    if first:
+        axis.legend(first.values(), first.keys(), fontsize="small")

@@ -1,0 +1,265 @@
+"""Combinators: curves made of other curves. The shapes themselves are in `schedules.core.curves`.
+
+>>> from schedules.core.curves import linear
+>>> one_up_one_down = join([linear(0.0, 1.0, steps=4), linear(1.0, 0.0, steps=2)], [4])
+>>> list(one_up_one_down.values(8))
+[0.0, 0.25, 0.5, 0.75, 1.0, 0.5, 0.0, 0.0]
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from schedules.core.curves import Curve, Phase, Piece, level, until
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["delay", "dilate", "join", "pointwise", "repeat", "stairs"]
+
+
+class _Join(Curve):
+    def __init__(
+        self, parts: Sequence[Curve], boundaries: Sequence[float], names: Sequence[str]
+    ) -> None:
+        self._parts = tuple(parts)
+        self._begins = (0, *boundaries)
+        self._names = names
+
+    def phases(self, origin: float = 0) -> tuple[Phase, ...]:
+        ends = (*self._begins[1:], math.inf)
+        spans = [(origin + a, origin + b) for a, b in zip(self._begins, ends, strict=True)]
+        return tuple(
+            phase
+            for part, name, (begin, end) in zip(self._parts, self._names, spans, strict=True)
+            for phase in part.phases(begin) or (Phase(begin, name),)
+            if phase.name and begin <= phase.begin < end
+        )
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        index = bisect_right(self._begins, step - origin) - 1
+        begin = origin + self._begins[index]
+        piece = self._parts[index].piece(step, begin)
+        if index + 1 == len(self._begins):
+            return piece
+        return until(piece, origin + self._begins[index + 1])
+
+    def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
+        end = begin + len(values)
+        ends = (*self._begins[1:], math.inf)
+        for part, part_begin, part_end in zip(self._parts, self._begins, ends, strict=True):
+            first = max(begin, math.ceil(origin + part_begin))
+            last = min(end, math.ceil(min(origin + part_end, end)))
+            if first < last:
+                part.fill(values[first - begin : last - begin], first, origin + part_begin)
+
+
+def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[str] = ()) -> Curve:
+    """Return the curve that follows each part in turn, every part on a clock of its own.
+
+    Args:
+        parts: the curves, in order.
+        boundaries: the step at which each part but the first begins, in ascending order. A part
+            between two equal boundaries has no steps.
+        names: what people call each part that has no named phases of its own; a plot shows it.
+
+    Raises:
+        ValueError: the boundaries do not fit the parts, or do not ascend from 0.
+    """
+    parts, boundaries = tuple(parts), tuple(boundaries)
+    if len(boundaries) != len(parts) - 1:
+        raise ValueError(
+            f"`boundaries` must be one fewer than the {len(parts)} parts, but are {boundaries}."
+        )
+    if list(boundaries) != sorted(boundaries) or (boundaries and boundaries[0] < 0):
+        raise ValueError(f"`boundaries` must ascend from 0, but are {boundaries} instead.")
+    return _Join(parts, boundaries, names or ("",) * len(parts))
+
+
+class _Stairs(Curve):
+    def __init__(self, curve: Curve, steps: float, count: int, *, rounds_up: bool) -> None:
+        self._curve = curve
+        self._steps = steps
+        self._count = count
+        self._rounds_up = rounds_up
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        # On integers: the float k / steps * count can fall just short of a whole stair.
+        steps, count = self._steps, self._count
+        climbed = (step - origin) * count
+        if self._rounds_up:
+            stair = -(-climbed // steps)
+            begin = ((stair - 1) * steps + origin * count) // count + 1 if stair else origin
+            end = (stair * steps + origin * count) // count + 1
+        else:
+            stair = climbed // steps
+            begin = origin + stair * steps / count
+            end = origin + (stair + 1) * steps / count
+        at_step = stair * steps / count
+        value = self._curve.piece(at_step).at(at_step)
+        return level(value, begin, end)
+
+    def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
+        import numpy as np
+
+        steps, count = self._steps, self._count
+        if not all(float(number).is_integer() for number in (steps, origin)):
+            super().fill(values, begin, origin)
+            return
+        # The same sums as for one stair, for the whole flight: a stair's number, where it ends.
+        first, last = begin - int(origin), begin - int(origin) + len(values) - 1
+        steps = int(steps)
+        if self._rounds_up:
+            flight = np.arange(-(-first * count // steps), -(-last * count // steps) + 1)
+            ends = flight * steps // count + 1
+        else:
+            flight = np.arange(first * count // steps, last * count // steps + 1)
+            ends = -(-(flight + 1) * steps // count)
+        edges = np.clip(np.concatenate(([first], ends)), first, last + 1)
+        values[:] = np.repeat(self._curve.over(flight * steps / count), np.diff(edges))
+
+
+def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
+    """Return ``curve`` quantised into ``count`` equal stairs every ``steps`` steps.
+
+    The value at k is the curve's at ``floor(k * count / steps) * steps / count``; with
+    ``rounds_up`` at the next stair's edge, so that a descent is the mirror image of an ascent.
+
+    >>> from schedules.core.curves import linear
+    >>> list(stairs(linear(0.0, 1.0, steps=4), steps=4, count=2).values(6))
+    [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
+    >>> list(stairs(linear(1.0, 0.0, steps=4), steps=4, count=2, rounds_up=True).values(6))
+    [1.0, 0.5, 0.5, 0.0, 0.0, 0.0]
+    """
+    return _Stairs(curve, steps, count, rounds_up=rounds_up)
+
+
+class _Repeat(Curve):
+    def __init__(self, make: Callable[[int, float], Curve], steps: float, growth: float) -> None:
+        self._make = functools.cache(make)
+        self._growth = growth
+        self._begins = [0.0]
+        self._steps = [steps]
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        local = step - origin
+        if self._growth == 1:
+            cycle = int(local // self._steps[0])
+            begin, steps = cycle * self._steps[0], self._steps[0]
+        else:
+            while local >= self._begins[-1] + self._steps[-1]:
+                self._begins.append(self._begins[-1] + self._steps[-1])
+                self._steps.append(int(self._growth * self._steps[-1]))
+            cycle = bisect_right(self._begins, local) - 1
+            begin, steps = self._begins[cycle], self._steps[cycle]
+        piece = self._make(cycle, steps).piece(step, origin + begin)
+        return until(piece, origin + begin + steps)
+
+
+def repeat(make: Callable[[int, float], Curve], steps: float, growth: float = 1) -> Curve:
+    """Return a curve that begins anew again and again: ``make(cycle, its steps)``, from cycle 0.
+
+    Args:
+        make: returns the curve of a cycle, on a clock of its own.
+        steps: length of the first cycle.
+        growth: each cycle is ``int(growth * the last one's length)`` long, at least 1.
+
+    >>> from schedules.core.curves import linear
+    >>> saw = repeat(lambda cycle, steps: linear(1.0, 0.0, steps), steps=2, growth=2)
+    >>> list(saw.values(8))
+    [1.0, 0.5, 1.0, 0.75, 0.5, 0.25, 1.0, 0.875]
+    """
+    return _Repeat(make, steps, growth)
+
+
+class _Pointwise(Curve):
+    def __init__(self, combine: Callable[[float, float], float], left: Curve, right: Curve) -> None:
+        self._combine = combine
+        self._left = left
+        self._right = right
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        left, right = self._left.piece(step, origin), self._right.piece(step, origin)
+        combine, left_at, right_at = self._combine, left.at, right.at
+        return Piece(
+            max(left.begin, right.begin),
+            min(left.end, right.end),
+            lambda k: combine(left_at(k), right_at(k)),
+            elementwise=True,
+        )
+
+    def phases(self, origin: float = 0) -> tuple[Phase, ...]:
+        return self._left.phases(origin) or self._right.phases(origin)
+
+
+def pointwise(combine: Callable[[float, float], float], left: Curve, right: Curve) -> Curve:
+    """Return the curve whose value at k is ``combine(left(k), right(k))``: a sum, a floor, ….
+
+    >>> from schedules.core.curves import constant, linear
+    >>> list(pointwise(max, linear(1.0, 0.0, steps=4), constant(0.3)).values(5))
+    [1.0, 0.75, 0.5, 0.3, 0.3]
+    """
+    return _Pointwise(combine, left, right)
+
+
+class _Dilate(Curve):
+    def __init__(self, curve: Curve, ratio: float) -> None:
+        self._curve = curve
+        self._ratio = ratio
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        ratio = self._ratio
+        piece = self._curve.piece((step - origin) / ratio)
+        at = piece.at
+        return Piece(
+            origin + piece.begin * ratio,
+            origin + piece.end * ratio,
+            lambda k: at((k - origin) / ratio),
+            elementwise=True,
+        )
+
+    def phases(self, origin: float = 0) -> tuple[Phase, ...]:
+        return tuple(
+            Phase(origin + phase.begin * self._ratio, phase.name) for phase in self._curve.phases()
+        )
+
+
+def dilate(curve: Curve, ratio: float) -> Curve:
+    """Return ``curve`` made ``ratio`` times as long: at k it is the curve at ``k / ratio``.
+
+    >>> from schedules.core.curves import linear
+    >>> list(dilate(linear(0.0, 1.0, steps=2), ratio=2).values(5))
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    return curve if ratio == 1 else _Dilate(curve, ratio)
+
+
+class _Delay(Curve):
+    def __init__(self, curve: Curve, steps: float) -> None:
+        self._curve = curve
+        self._steps = steps
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        return self._curve.piece(step, origin + self._steps)
+
+    def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
+        self._curve.fill(values, begin, origin + self._steps)
+
+    def phases(self, origin: float = 0) -> tuple[Phase, ...]:
+        return self._curve.phases(origin + self._steps)
+
+
+def delay(curve: Curve, steps: float) -> Curve:
+    """Return ``curve`` with its clock moved: its value at k is the curve's at ``k - steps``.
+
+    A negative ``steps`` begins in the midst of the curve.
+
+    >>> from schedules.core.curves import linear
+    >>> list(delay(linear(0.0, 1.0, steps=4), steps=-2).values(4))
+    [0.5, 0.75, 1.0, 1.0]
+    """
+    return _Delay(curve, steps)

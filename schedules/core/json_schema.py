@@ -1,0 +1,53 @@
+"""The JSON schema of a schedule's parameters, generated from its dataclass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from schedules.core.fields import Field, descriptions_of, fields_of
+from schedules.core.schedule import Schedule
+
+__all__ = ["json_schema_of"]
+
+
+def json_schema_of(schedule: type[Schedule[Any]]) -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of the ``params`` of one ``scheduler.type``.
+
+    >>> from schedules import WarmupDecayLR
+    >>> json_schema_of(WarmupDecayLR)["required"]
+    ['total_num_steps']
+    """
+    descriptions = descriptions_of(schedule)
+    fields = fields_of(schedule)
+    schema: dict[str, Any] = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": schedule.type_name,
+        "description": (inspect.getdoc(schedule) or "").partition("\n\n>>>")[0],
+        "type": "object",
+        "properties": {
+            name: _property(field, descriptions[name]) for name, field in fields.items()
+        },
+        "required": [name for name, field in fields.items() if field.required],
+        "additionalProperties": False,
+    }
+    if not schema["required"]:
+        del schema["required"]
+    return schema
+
+
+def _property(field: Field, description: str) -> dict[str, Any]:
+    if field.unit:
+        description += f" Unit: {field.unit}."
+    default = {} if field.required else {"default": field.default}
+    auto = _or_auto(field.schema, field.filled_in_by) if field.filled_in_by else {}
+    return {"description": description, **field.schema, **default, **auto}
+
+
+def _or_auto(schema: Mapping[str, Any], filled_in_by: str) -> dict[str, Any]:
+    """Return what lets a config leave the value to an integration; the schedule never sees it."""
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    pattern = f"^auto$|{schema['pattern']}" if "pattern" in schema else "^auto$"
+    names = types if "string" in types else [*types, "string"]
+    return {"type": names, "pattern": pattern, "x-auto": filled_in_by}

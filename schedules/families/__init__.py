@@ -1,0 +1,1 @@
+"""Schedules without feedback: one module per system, under that system's names."""

@@ -1,0 +1,151 @@
+"""Megatron-LM's scheduler, under its own parameter names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from schedules.core.combinators import join, pointwise
+from schedules.core.curves import (
+    Curve,
+    constant,
+    cosine,
+    half_life,
+    inverse_sqrt,
+    linear,
+    one_minus_sqrt,
+)
+from schedules.core.fields import (
+    LearningRateEach,
+    Steps,
+    StepsOrZero,
+    WarmupStepsOrZero,
+    WeightDecay,
+)
+from schedules.core.schedule import Base, Curves, Fault, Schedule, curve_per_group, exceeds, spread
+
+__all__ = ["OptimizerParamScheduler"]
+
+schedule = dataclasses.dataclass(frozen=True, kw_only=True)
+
+
+@schedule
+class OptimizerParamScheduler(
+    Schedule[int],
+    example={
+        "max_lr": 0.1,
+        "lr_warmup_steps": 10,
+        "lr_decay_steps": 90,
+        "lr_decay_style": "cosine",
+        "end_wd": 0.1,
+        "wd_incr_steps": 90,
+    },
+):
+    """Megatron-LM's: warmup and decay of the learning rate, and a growing weight decay.
+
+    The clock is the update, where Megatron counts samples. The decay ends at ``lr_decay_steps`` of
+    the run, warmup included, and holds ``min_lr``; "WSD" decays in the last ``wsd_decay_steps``.
+
+    Source: ``OptimizerParamScheduler`` of megatron/core/optimizer_param_scheduler.py.
+    """
+
+    clock_is_step = True
+
+    init_lr: LearningRateEach = 0.0
+    """Learning rate at the first update of the warmup."""
+    max_lr: LearningRateEach
+    """Learning rate after the warmup."""
+    min_lr: LearningRateEach = 0.0
+    """Learning rate at the end of the decay."""
+    lr_warmup_steps: WarmupStepsOrZero = 0
+    """Length of the warmup."""
+    lr_decay_steps: Steps
+    """Length of warmup and decay together."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    """Shape of the decay."""
+    wsd_decay_steps: Steps | None = None
+    """Length of the decay, in the style "WSD"."""
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
+    """Shape of the decay, in the style "WSD"."""
+    start_wd: WeightDecay = 0.0
+    """Weight decay at the start."""
+    end_wd: WeightDecay = 0.0
+    """Weight decay at the end."""
+    wd_incr_steps: StepsOrZero = 0
+    """Time at which the weight decay reaches its end."""
+    wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of its growth."""
+
+    @property
+    def drives(self) -> tuple[str, ...]:
+        return ("lr", "weight_decay")
+
+    def faults(self) -> Iterator[Fault]:
+        if self.lr_warmup_steps >= self.lr_decay_steps:
+            yield Fault(
+                "lr_warmup_steps",
+                f"`lr_warmup_steps` must be less than `lr_decay_steps` ({self.lr_decay_steps:g}), "
+                f"but is {self.lr_warmup_steps:g} instead.",
+            )
+        if exceeds(self.init_lr, self.max_lr) or exceeds(self.min_lr, self.max_lr):
+            yield Fault("max_lr", "`max_lr` must be at least `init_lr` and `min_lr`, but is less.")
+        if exceeds(self.start_wd, self.end_wd):
+            yield Fault("end_wd", "`end_wd` must be at least `start_wd`, but is less.")
+        if self.wd_incr_style == "constant" and self.start_wd != self.end_wd:
+            yield Fault("wd_incr_style", "`wd_incr_style` constant needs `start_wd` = `end_wd`.")
+        if (self.wsd_decay_steps is not None) != (self.lr_decay_style == "WSD"):
+            yield Fault("wsd_decay_steps", '`wsd_decay_steps` goes with the style "WSD" alone.')
+        elif (
+            self.wsd_decay_steps is not None
+            and self.wsd_decay_steps > self.lr_decay_steps - self.lr_warmup_steps
+        ):
+            yield Fault(
+                "wsd_decay_steps",
+                "`wsd_decay_steps` must fit between `lr_warmup_steps` and `lr_decay_steps`, but is "
+                f"{self.wsd_decay_steps:g} instead.",
+            )
+
+    def curves(self, base: Base) -> Curves:
+        each = self.per_group(len(base["lr"]))
+        spread("max_lr", self.max_lr, base["lr"])
+        spread("end_wd", self.end_wd, base["weight_decay"])
+        return {
+            "lr": curve_per_group(OptimizerParamScheduler._of_lr, each),
+            "weight_decay": curve_per_group(OptimizerParamScheduler._of_wd, each),
+        }
+
+    def _of_wd(self) -> Curve:
+        if self.wd_incr_style == "cosine":
+            return cosine(self.start_wd, self.end_wd, self.wd_incr_steps)
+        return linear(self.start_wd, self.end_wd, self.wd_incr_steps)
+
+    def _of_lr(self) -> Curve:
+        warmup, end, high, low = self.lr_warmup_steps, self.lr_decay_steps, self.max_lr, self.min_lr
+        steps = end - warmup
+        climb = linear(self.init_lr, high, warmup)
+        match self.lr_decay_style:
+            case "constant":
+                return join([climb, constant(high)], [warmup], names=("warmup", "constant"))
+            case "linear":
+                return join([climb, linear(high, low, steps)], [warmup], names=("warmup", "decay"))
+            case "cosine":
+                return join([climb, cosine(high, low, steps)], [warmup], names=("warmup", "decay"))
+            case "WSD":
+                anneal = self.wsd_decay_steps or 0
+                shapes: dict[str, Callable[[float, float, float], Curve]] = {
+                    "linear": linear,
+                    "cosine": cosine,
+                    "exponential": half_life,
+                    "minus_sqrt": one_minus_sqrt,
+                }
+                shape = shapes[self.lr_wsd_decay_style]
+                decay = shape(high, low, anneal)
+                parts = [climb, constant(high), decay]
+                return join(parts, [warmup, end - anneal], names=("warmup", "stable", "decay"))
+        # Megatron's root is 1 where the warmup ends,
+        scale = max(warmup, 1)
+        root = inverse_sqrt(high, steps=scale)
+        # and it still has its value at the end itself, where the other styles are at their minimum.
+        parts = [climb, pointwise(max, root, constant(low)), constant(low)]
+        return join(parts, [warmup, end + 1], names=("warmup", "decay", "end"))

@@ -1,0 +1,1 @@
+"""Schedules driven by the loss or a metric."""

@@ -1,0 +1,235 @@
+"""Has the loss passed its minimum? AutoWU's test as published, and one that is free of scale.
+
+Both fit a Gaussian process to the losses of the warmup over [0, 1] and ask how sure it is that some
+point of the past lies below the present.
+
+Source: Kim et al., Automated learning rate scheduler for large-batch training,
+https://arxiv.org/abs/2107.05855, and its code, github.com/kakaobrain/autowu.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schedules.feedback.base import Band
+from schedules.feedback.gaussian_process import (
+    Data,
+    Hyperparameters,
+    Posterior,
+    features,
+    gathered,
+    solve_ratio,
+)
+
+__all__ = [
+    "Draw",
+    "Published",
+    "Robust",
+    "published_band",
+    "published_test",
+    "robust_band",
+    "robust_test",
+]
+
+Array = NDArray[np.float64]
+
+Draw = Callable[[int, int], Array]
+"""From how many there are and how many are wanted to the indices that are drawn."""
+
+CONFIDENCE = 0.95
+REDRAWS = 5
+_FIT_POINTS, _POINTS = 100, 500
+_FLOOR = 1e-4  # variance, in units of the loss squared
+_GRID, _ROBUST_GRID = 500, 257
+_BINS = 256
+_ROBUST_FLOOR = 0.005**2
+_CONSTANT = 2.0
+
+
+class Published(NamedTuple):
+    """What the published test found."""
+
+    probabilities: tuple[float, ...]
+    """Of having passed the minimum, by each of five draws of the losses."""
+    argmins: tuple[float, ...]
+    """Where each has its minimum, in [0, 1]."""
+    fit: Hyperparameters
+
+    @property
+    def positive(self) -> bool:
+        """Whether most draws are confident."""
+        votes = sum(probability > CONFIDENCE for probability in self.probabilities)
+        return votes > REDRAWS / 2
+
+    @property
+    def probability(self) -> float:
+        """The median of the draws'."""
+        return sorted(self.probabilities)[REDRAWS // 2]
+
+
+def published_test(losses: Array, fit: Hyperparameters, draw: Draw) -> Published:
+    """Return AutoWU's test on all losses of the warmup so far.
+
+    The mean of the process begins at that of the losses; 100 steps of Adam go on from the last fit,
+    on at most 100 losses; five posteriors are each given at most 500. Losses that are not finite
+    keep their place and are left out.
+
+    Args:
+        losses: in their order.
+        fit: that of the test before, or `Hyperparameters.initial`.
+        draw: what draws the losses where there are too many.
+    """
+    places = np.arange(len(losses), dtype=np.float32) / np.float32(len(losses))
+    finite = np.isfinite(losses)
+    x, y = places[finite].astype(np.float64), losses[finite].astype(np.float64)
+    if y.size < 2:
+        return Published((0.0,) * REDRAWS, (1.0,) * REDRAWS, fit)
+    chosen = draw(y.size, _FIT_POINTS) if y.size > _FIT_POINTS else slice(None)
+    fit = fit.with_mean(float(y.mean())).fitted(gathered(x[chosen], y[chosen]))
+    found = []
+    for _ in range(REDRAWS if y.size > _POINTS else 1):
+        chosen = draw(y.size, _POINTS) if y.size > _POINTS else slice(None)
+        posterior = Posterior.of(gathered(x[chosen], y[chosen]), fit, _basis(_GRID))
+        found.append((_certainty(posterior, -1, _FLOOR), _argmin(posterior)))
+    probabilities, argmins = zip(*found * (REDRAWS // len(found)), strict=True)
+    return Published(probabilities, argmins, fit)
+
+
+def published_band(losses: Array, fit: Hyperparameters) -> Band:
+    """Return what the process of `published_test` thinks of the losses, given all of them.
+
+    Args:
+        losses: in their order; at least one is finite.
+        fit: that of the test.
+    """
+    finite = np.isfinite(losses)
+    x = np.arange(losses.size)[finite] / losses.size
+    return _band(Posterior.of(gathered(x, losses[finite]), fit, _basis(_GRID)))
+
+
+class Robust(NamedTuple):
+    """What the robust test found."""
+
+    now: float
+    """Probability that the present is above the minimum."""
+    start: float
+    """Probability that the start is."""
+    argmin: float
+
+    @property
+    def positive(self) -> bool:
+        """Whether the minimum lies between two ends that are both above it."""
+        return min(self.now, self.start) > CONFIDENCE
+
+
+def robust_test(losses: Array) -> Robust:
+    """Return a test that neither units, nor noise, nor explosions of the loss mislead.
+
+    Losses are clipped to twice the descent around the lowest (what is not finite counts as that
+    high), compressed by asinh and averaged into at most 256 bins; the noise is estimated in closed
+    form, so that there is neither a random draw nor an optimizer in it.
+
+    Args:
+        losses: all of the warmup so far, in their order; at least 8.
+    """
+    posterior = _robust_posterior(_Compression.of(losses)(losses))
+    return Robust(
+        _certainty(posterior, -1, _ROBUST_FLOOR),
+        _certainty(posterior, 0, _ROBUST_FLOOR),
+        _argmin(posterior),
+    )
+
+
+def robust_band(losses: Array) -> Band:
+    """Return what the process of `robust_test` thinks of the losses, in their own unit."""
+    compression = _Compression.of(losses)
+    return _band(_robust_posterior(compression(losses)), compression.inverse)
+
+
+def _robust_posterior(y: Array) -> Posterior:
+    count = y.size
+    starts = -(-np.arange(min(count, _BINS) + 1) * count // min(count, _BINS))
+    weights = np.diff(starts).astype(float)
+    x = (starts[:-1] + starts[1:]) / (2 * count)
+    centre = float(y.mean())
+    y = y - centre
+    means = np.add.reduceat(y, starts[:-1]) / weights
+    within = float(y @ y - weights @ means**2)
+    constant = np.full((x.size, 1), _CONSTANT)
+    data = Data.of(np.hstack([features(x), constant]), means, weights)
+    grid = np.hstack([_basis(_ROBUST_GRID), np.full((_ROBUST_GRID, 1), _CONSTANT)])
+    posterior = Posterior.of(data, solve_ratio(data, within), grid)
+    return posterior._replace(mean=posterior.mean + centre)
+
+
+class _Compression(NamedTuple):
+    """Losses clipped around their lowest and compressed by asinh."""
+
+    low: float
+    high: float
+    origin: float
+    unit: float
+
+    @classmethod
+    def of(cls, losses: Array) -> _Compression:
+        y = np.asarray(losses, float)
+        finite = np.isfinite(y)
+        if not finite.any():
+            return cls(0.0, 0.0, 0.0, 1.0)
+        first = y[: max(4, y.size // 20)]
+        start = (
+            float(np.median(first[np.isfinite(first)])) if np.isfinite(first).any() else math.inf
+        )
+        high = np.where(finite, y, np.inf)
+        blocks = min(20, max(1, y.size // 3))
+        length = y.size // blocks
+        low = float(np.median(high[-blocks * length :].reshape(blocks, length), axis=1).min())
+        if not math.isfinite(low):
+            low = float(y[finite].min())
+        spread = start - low
+        if not 0 < spread < math.inf:
+            below, above = np.quantile(y[finite], (0.1, 0.9))
+            spread = float(above - below) or 1.0
+        clips = cls(low - 2 * spread, low + 2 * spread, 0.0, 0.1 * spread)
+        return clips._replace(origin=float(np.quantile(clips._clipped(y), 0.05)))
+
+    def __call__(self, losses: Array) -> Array:
+        scaled = (self._clipped(losses) - self.origin) / self.unit
+        return np.asarray(np.arcsinh(scaled) / math.asinh(10))
+
+    def _clipped(self, losses: Array) -> Array:
+        y = np.asarray(losses, float)
+        return np.clip(np.where(np.isfinite(y), y, np.inf), self.low, self.high)
+
+    def inverse(self, compressed: Array) -> Array:
+        scaled = np.sinh(compressed * math.asinh(10))
+        return np.asarray(scaled * self.unit + self.origin)
+
+
+@functools.cache
+def _basis(points: int) -> Array:
+    return features(np.linspace(0, 1, points))
+
+
+def _certainty(posterior: Posterior, place: int, floor: float) -> float:
+    """Return the largest probability, over all other places, that the process is higher here."""
+    rise = posterior.mean[place] - posterior.mean
+    ratio = rise / np.sqrt(posterior.deviation_from(place) + floor)
+    others = np.delete(ratio, place)
+    return 0.5 * math.erfc(-float(others.max()) / math.sqrt(2))
+
+
+def _argmin(posterior: Posterior) -> float:
+    return int(np.argmin(posterior.mean)) / (posterior.mean.size - 1)
+
+
+def _band(posterior: Posterior, unit: Callable[[Array], Array] = np.asarray) -> Band:
+    margin = 2 * np.sqrt(posterior.variance)
+    mean, low, high = (unit(posterior.mean + sign * margin).tolist() for sign in (0, -1, 1))
+    return Band(np.linspace(0, 1, posterior.mean.size).tolist(), mean, low, high)

@@ -1,0 +1,204 @@
+"""ReduceLROnPlateau: lower the learning rate when a metric has stopped getting better."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from schedules.core.fields import LearningRate, Range
+from schedules.core.schedule import Base, Fault, Values, broadcast
+from schedules.feedback.base import Decision, FeedbackController, FeedbackSchedule
+
+__all__ = ["ReduceLROnPlateau"]
+
+Waits = Annotated[int, Range(at_least=0), "metrics"]
+
+
+class PlateauState(NamedTuple):
+    """All that the rule remembers."""
+
+    best: float | None = None
+    bad: int = 0
+    """Metrics in a row that were not better."""
+    rests: int = 0
+    """Metrics that are still to be let pass after a reduction."""
+    factor: float = 1.0
+    """Product of all reductions."""
+    reductions: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plateau:
+    """The rule by itself: a metric at a time, to a factor on the learning rate.
+
+    >>> rule = Plateau(factor=0.5, patience=1)
+    >>> state = rule.init()
+    >>> for metric in (1.0, 0.9, 0.95, 0.92, 0.91):
+    ...     state = rule.update(state, metric)
+    >>> state.factor
+    0.5
+    """
+
+    factor: float
+    patience: int
+    mode: Literal["min", "max"] = "min"
+    threshold: float = 1e-4
+    threshold_mode: Literal["rel", "abs"] = "rel"
+    cooldown: int = 0
+
+    def init(self) -> PlateauState:
+        """Return the state before the first metric."""
+        return PlateauState()
+
+    def update(self, state: PlateauState, metric: float) -> PlateauState:
+        """Return the state after a metric; one that is NaN is not better than any."""
+        best, bad, rests = state.best, state.bad + 1, state.rests
+        if self._is_better(metric, best):
+            best, bad = metric, 0
+        if rests > 0:
+            rests, bad = rests - 1, 0
+        if bad <= self.patience:
+            return PlateauState(best, bad, rests, state.factor, state.reductions)
+        return PlateauState(
+            best, 0, self.cooldown, state.factor * self.factor, state.reductions + 1
+        )
+
+    def _is_better(self, metric: float, best: float | None) -> bool:
+        sign = -1 if self.mode == "min" else 1
+        if best is None:
+            best = -sign * math.inf
+        if self.threshold_mode == "abs":
+            bar = best + sign * self.threshold
+        else:
+            bar = best * (1 + sign * self.threshold)
+        return metric < bar if self.mode == "min" else metric > bar
+
+
+class _State(NamedTuple):
+    step: int
+    plateau: PlateauState
+    lrs: tuple[float, ...]
+    decision: Decision | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "factor": 0.5}):
+    """Lower the learning rate by a factor when a metric has stopped getting better.
+
+    After more than ``patience`` metrics in a row that are no better than the best by
+    ``threshold``::
+
+        lr = max(lr * factor, min_lr)
+
+    The metric is given when there is one, as at the end of an epoch: ``engine.step(metric=…)``, or
+    ``step(metric)`` in a loop of one's own. Updates without one change nothing. What `curves` shows
+    is a run on a synthetic metric.
+
+    >>> import torch, schedules
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    >>> scheduler = schedules.attach("ReduceLROnPlateau", optimizer, patience=1)
+    >>> for loss in (1.0, 0.9, 0.9, 0.9):
+    ...     scheduler.step(metric=loss)
+    >>> round(scheduler.get_last_lr()[0], 6)
+    0.01
+
+    Source: ``torch.optim.lr_scheduler.ReduceLROnPlateau`` (2.13).
+    """
+
+    listens_to: ClassVar[Literal["loss", "metric"]] = "metric"
+
+    mode: Literal["min", "max"] = "min"
+    """Whether a smaller metric is better, or a larger one."""
+    factor: Annotated[float, Range(at_least=0)] = 0.1
+    """What the learning rate is multiplied by."""
+    patience: Waits = 10
+    """Metrics in a row that may be no better."""
+    threshold: Annotated[float, Range(at_least=0)] = 1e-4
+    """How much better a metric must be to count."""
+    threshold_mode: Literal["rel", "abs"] = "rel"
+    """Whether `threshold` is a share of the best, or a difference."""
+    cooldown: Waits = 0
+    """Metrics that are let pass after a reduction."""
+    min_lr: LearningRate = 0.0
+    """Where reductions end."""
+    eps: Annotated[float, Range(at_least=0)] = 1e-8
+    """A reduction by no more than this is left out."""
+
+    def faults(self) -> Iterator[Fault]:
+        if self.factor >= 1:
+            yield Fault("factor", f"`factor` must be less than 1, but is {self.factor:g} instead.")
+
+    @property
+    def span(self) -> int:
+        return 100
+
+    def controller(self, base: Base) -> _Rule:
+        return _Rule(self, base["lr"])
+
+    def synthetic_loss(self, step: int, lr: float) -> float:
+        del lr
+        return 1 - min(step, 20) / 20
+
+
+class _Rule(FeedbackController[_State]):
+    def __init__(self, params: ReduceLROnPlateau, lrs: tuple[float, ...]) -> None:
+        self._lrs = lrs
+        self._least = broadcast("min_lr", params.min_lr, lrs)
+        self._eps = params.eps
+        self._rule = Plateau(
+            params.factor,
+            params.patience,
+            params.mode,
+            params.threshold,
+            params.threshold_mode,
+            params.cooldown,
+        )
+
+    def init(self) -> _State:
+        return _State(0, self._rule.init(), self._lrs)
+
+    def update(self, state: _State, loss: float | None) -> _State:
+        step = state.step + 1
+        if loss is None:
+            return state._replace(step=step)
+        plateau = self._rule.update(state.plateau, loss)
+        if plateau.reductions == state.plateau.reductions:
+            return state._replace(step=step, plateau=plateau)
+        lrs = tuple(map(self._reduced, state.lrs, self._least))
+        why = f"the metric was not better for more than {self._rule.patience} times"
+        return _State(step, plateau, lrs, Decision(step, lrs[0], why))
+
+    def _reduced(self, lr: float, least: float) -> float:
+        new = max(lr * self._rule.factor, least)
+        return new if lr - new > self._eps else lr
+
+    def values(self, state: _State) -> Values:
+        return {"lr": state.lrs}
+
+    def decision(self, state: _State) -> Decision | None:
+        return state.decision
+
+    def lowest(self, state: _State) -> bool:
+        del state
+        return False
+
+    def switched(self, state: _State) -> bool:
+        return state.decision is not None and state.decision.step == state.step
+
+    def warning(self) -> None:
+        return None
+
+    def to_json(self, state: _State) -> dict[str, Any]:
+        return {
+            "step": state.step,
+            "plateau": state.plateau._asdict(),
+            "lrs": list(state.lrs),
+            "decision": state.decision and list(state.decision),
+        }
+
+    def from_json(self, state: dict[str, Any]) -> _State:
+        decision = state["decision"] and Decision(*state["decision"])
+        plateau = PlateauState(**state["plateau"])
+        return _State(state["step"], plateau, tuple(state["lrs"]), decision)

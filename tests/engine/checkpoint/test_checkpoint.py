@@ -1,0 +1,507 @@
+"""Checkpoints: whole or not there, resumed by themselves, and never those of another run."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+from engine.checkpoint import storage
+from engine.cli.main import main
+from engine.errors import CheckpointError
+from tests.engine.test_initialization import CONFIG, dataset, model, start, train
+
+SCRIPT = Path(__file__).parents[2] / "testing" / "checkpoint_run.py"
+
+
+def whole(folder):
+    return [place.name for place, _ in storage.checkpoints(folder)]
+
+
+def planned(folder, **plan):
+    return {"engine": {"checkpoint": {"dir": str(folder), **plan}}}
+
+
+def test_it_saves_every_few_updates_keeps_some_and_goes_on_by_itself(tmp_path):
+    trainer, loader = start(**planned(tmp_path, every=2, keep=2, keep_every=4))
+    train(trainer, loader, 10)
+    assert whole(tmp_path) == ["global_step4", "global_step8", "global_step10"]
+    assert (tmp_path / "latest").read_text() == "global_step10"
+    again, _ = start(**planned(tmp_path, every=2))
+    assert (again.global_steps, again.get_lr()) == (10, trainer.get_lr())
+    fresh, _ = start(**planned(tmp_path, resume="never"))
+    assert fresh.global_steps == 0
+    with pytest.raises(FileNotFoundError, match="holds no complete one"):
+        start(**planned(tmp_path / "none", resume="must"))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_frozen_parameters_can_be_left_out_and_stay_as_they_are(tmp_path, behind):
+    def adapted(seed):
+        torch.manual_seed(seed)
+        first, tied, last = (torch.nn.Linear(4, size) for size in (4, 4, 1))
+        tied.weight = first.weight  # one tensor, of two names
+        first.requires_grad_(requires_grad=False)
+        net = torch.nn.Sequential(first, torch.nn.BatchNorm1d(4), last, tied)
+        net.forward = lambda x: net[2](net[3](net[1](net[0](x))))
+        config = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}
+        config["engine"] = {"checkpoint": {"async": behind}}
+        return engine.initialize(model=net, config=config)[0], net
+
+    trainer, net = adapted(0)
+    trainer.backward(trainer(torch.ones(8, 4)).mean())
+    trainer.step()
+    trainer.save_checkpoint(tmp_path / "part", exclude_frozen_parameters=True)
+    trainer.save_checkpoint(tmp_path / "whole")
+    trainer.wait_for_checkpoint()
+    again, other = adapted(1)
+    before = other[0].weight.clone()
+    again.load_checkpoint(tmp_path / "part")
+    assert torch.equal(other[0].weight, before)
+    assert torch.equal(other[2].weight, net[2].weight)
+    assert torch.equal(other[1].running_mean, net[1].running_mean)
+    assert again.global_steps == 1
+    assert not storage.find(tmp_path / "part")[1].frozen
+    again.load_checkpoint(tmp_path / "whole")
+    assert torch.equal(other[0].weight, net[0].weight)
+    other[0].requires_grad_()
+    with pytest.raises(CheckpointError, match=r"has no `0\.weight`"):
+        again.load_checkpoint(tmp_path / "part", load_optimizer_states=False)
+
+
+def test_data_order_and_random_numbers_go_on_in_mid_epoch(tmp_path):
+    def seen(trainer, loader, updates):
+        found = []
+        while len(found) < updates:
+            for x, y in loader:
+                draws = (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: NPY002
+                found.append((x.sum().item(), draws))
+                trainer.backward((trainer(x) - y).pow(2).mean())
+                trainer.step()
+                if len(found) == updates:
+                    break
+        return found
+
+    trainer, loader = start(**planned(tmp_path, every=5))
+    unbroken = seen(trainer, loader, 9)
+    again, loader = start(**planned(tmp_path, resume="must"))
+    assert again.global_steps == 5
+    assert seen(again, loader, 4) == unbroken[5:]
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 4), (4, 8), (4, 2)])
+def test_a_run_goes_on_with_its_batches_cut_otherwise(tmp_path, before, after):
+    plan = planned(tmp_path, every=3, keep=None)
+    trainer, loader = start(**plan, train_micro_batch_size_per_gpu=before)
+    rest = train(trainer, loader, 15)[3:]
+    again, loader = start(train_micro_batch_size_per_gpu=after)
+    again.load_checkpoint(tmp_path, tag="global_step3")
+    assert again.micro_steps == 3 * (8 // after)
+    seen = train(again, loader, 12)
+    assert [row[1:] for row in seen] == [row[1:] for row in rest]
+    assert [row[0] for row in seen] == pytest.approx([row[0] for row in rest], rel=1e-5)
+
+
+def test_what_was_just_written_stays_though_later_updates_are_there(tmp_path):
+    train(*start(**planned(tmp_path, every=2, keep=2)), 6)
+    train(*start(**planned(tmp_path, every=2, keep=2, resume="never")), 2)
+    assert whole(tmp_path) == ["global_step6", "global_step2"]
+    again, _ = start(**planned(tmp_path))
+    assert again.global_steps == 2
+
+
+def test_a_client_state_that_could_not_be_read_again_is_refused(tmp_path):
+    trainer, _ = start()
+    with pytest.raises(ValueError, match=r"client_state\['best'\].*numpy.*convert it"):
+        trainer.save_checkpoint(tmp_path, client_state={"epoch": 1, "best": np.float64(0.5)})
+    assert whole(tmp_path) == []
+
+
+def test_signals_are_the_scripts_own_again_when_the_engine_is_gone(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer, _ = start(**planned(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) != before
+    trainer.destroy()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.fixture
+def saved(tmp_path):
+    trainer, loader = start()
+    for _ in range(3):
+        train(trainer, loader, 2)
+        trainer.save_checkpoint(tmp_path)
+    return tmp_path
+
+
+def damage(folder, how):
+    newest = folder / "global_step6"
+    files = sorted(newest.glob("*.safetensors"))
+    match how:
+        case "a truncated shard":
+            files[0].write_bytes(files[0].read_bytes()[:-7])
+        case "a flipped byte":
+            content = bytearray(files[0].read_bytes())
+            content[len(content) // 2] ^= 1
+            files[0].write_bytes(content)
+        case "a missing file":
+            (newest / "random.0.pt").unlink()
+        case "no manifest":
+            (newest / "manifest.json").unlink()
+        case "a broken manifest":
+            (newest / "manifest.json").write_text('{"format": 1, "tag"')
+        case "an empty latest":
+            (folder / "latest").write_text("")
+        case "a dangling latest":
+            (folder / "latest").write_text("global_step99")
+        case "no latest":
+            (folder / "latest").unlink()
+        case "a writer that died":
+            (newest / "manifest.json").unlink()
+            newest.rename(folder / ".global_step6.partial")
+
+
+@pytest.mark.parametrize(
+    ("how", "step"),
+    [
+        ("a truncated shard", 4),
+        ("a flipped byte", 4),
+        ("a missing file", 4),
+        ("no manifest", 4),
+        ("a broken manifest", 4),
+        ("a writer that died", 4),
+        ("an empty latest", 6),
+        ("a dangling latest", 6),
+        ("no latest", 6),
+    ],
+)
+def test_after_a_fault_the_newest_complete_one_is_found(saved, how, step):
+    damage(saved, how)
+    fresh, _ = start()
+    fresh.load_checkpoint(saved)
+    assert fresh.global_steps == step
+
+
+def test_no_run_begins_anew_over_checkpoints_that_are_damaged(saved):
+    for place in saved.glob("global_step*"):
+        shard = next(place.glob("*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-7])
+    before = sorted(path.name for path in saved.iterdir())
+    message = r"holds no complete one\. global_step2 is damaged: .* bytes instead of .*never"
+    with pytest.raises(FileNotFoundError, match=message):
+        start(**planned(saved, resume="auto"))
+    assert sorted(path.name for path in saved.iterdir()) == before
+
+
+def test_no_run_begins_anew_over_another_tools_checkpoints(tmp_path):
+    (tmp_path / "global_step9").mkdir()
+    (tmp_path / "latest").write_text("global_step9")
+    with pytest.raises(FileNotFoundError, match="another tool wrote it"):
+        start(**planned(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("a truncated shard", r"\.safetensors has [\d,]+ bytes instead of [\d,]+"),
+        ("a flipped byte", r"\.safetensors has other content.*Other complete ones: .*global_step4"),
+        ("a missing file", "random.0.pt is missing"),
+        ("no manifest", "its writer died, or another tool wrote it"),
+        ("a broken manifest", "manifest.json cannot be read"),
+    ],
+)
+def test_what_is_not_whole_is_not_half_loaded(saved, how, message):
+    damage(saved, how)
+    fresh, _ = start()
+    before = [p.detach().clone() for p in fresh.module.parameters()]
+    with pytest.raises(CheckpointError, match=message):
+        fresh.load_checkpoint(saved, tag="global_step6")
+    after = list(fresh.module.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert fresh.global_steps == 0
+
+
+def test_another_model_is_refused_with_the_first_key_that_differs(saved):
+    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+    for net, message in (
+        (torch.nn.Sequential(torch.nn.Linear(4, 9)), r"another `0.weight`: \(8, 4\) in it and"),
+        (torch.nn.Linear(4, 8), "has no `weight`"),
+    ):
+        other, *_ = engine.initialize(config=config, model=net)
+        with pytest.raises(CheckpointError, match=message):
+            other.load_checkpoint(saved, load_module_only=True)
+
+
+def test_another_run_is_refused_until_it_is_overridden(saved):
+    other, _ = start(train_batch_size=16, optimizer={"type": "SGD", "params": {"lr": 0.01}})
+    with pytest.raises(
+        CheckpointError, match="`optimizer.params.momentum` was 0.9 and is 0.0; `tra"
+    ):
+        other.load_checkpoint(saved)
+    steps = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.02, "cycle_first_step_size": 8}
+    longer = {"type": "OneCycle", "params": steps}
+    taken, _ = start(scheduler=longer, **planned(saved, override=True))
+    assert (taken.global_steps, taken.get_lr()) == (6, [0.0175])
+
+
+DECAY = {"type": "WarmupDecayLR", "params": {"total_num_steps": "1dur", "warmup_num_steps": "1ep"}}
+
+
+@pytest.mark.parametrize(
+    ("section", "samples", "message"),
+    [
+        ({"max_duration": 200}, 64, "total_num_steps` was 40 and is 200$"),
+        (
+            {"max_duration": "5ep"},
+            128,
+            "warmup_num_steps` was 8 and is 16; .*total_num_steps` was 40 and is 80",
+        ),
+        (
+            {"max_duration": 40, "scale_schedule_ratio": 0.5},
+            64,
+            "total_num_steps` was 40 and is 20",
+        ),
+    ],
+)
+def test_a_run_of_another_length_is_another_run(tmp_path, section, samples, message):
+    """Its schedule is written as before, but a share of it is another count of updates."""
+    config = CONFIG | {"scheduler": DECAY}
+    trainer, loader = start(config, engine={"max_duration": "5ep"})
+    train(trainer, loader, 3)
+    trainer.save_checkpoint(tmp_path)
+    same, _ = start(config, engine={"max_duration": 40})
+    same.load_checkpoint(tmp_path)
+    assert same.get_lr() == trainer.get_lr()
+    other, *_ = engine.initialize(
+        config=config | {"engine": section}, model=model(), training_data=dataset(samples)
+    )
+    with pytest.raises(CheckpointError, match=message.replace("$", "")):
+        other.load_checkpoint(tmp_path)
+    assert other.global_steps == 0
+
+
+def test_the_scripts_own_optimizer_and_scheduler_are_guarded_too(tmp_path):
+    def of_script(lr=0.1, weight_decay=0.1, make=torch.optim.AdamW, length=10):
+        net = model()
+        optimizer = make(net.parameters(), lr=lr, weight_decay=weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length)
+        return engine.initialize(
+            config={"train_batch_size": 8}, model=net, optimizer=optimizer, lr_scheduler=scheduler
+        )[0]
+
+    trainer = of_script()
+    trainer.backward(trainer(torch.ones(8, 4)).mean())
+    trainer.step()
+    trainer.save_checkpoint(tmp_path)
+    again = of_script()
+    again.load_checkpoint(tmp_path)
+    assert again.get_lr() == trainer.get_lr()
+    for other, message in (
+        (of_script(length=1000), "`scheduler.params.T_max` was 10 and is 1000"),
+        (of_script(weight_decay=0.5), "`optimizer.groups` was .*0.1.* and is .*0.5"),
+        (of_script(make=torch.optim.SGD), "`optimizer.type` was AdamW and is SGD"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            other.load_checkpoint(tmp_path)
+
+
+def test_a_replaced_tag_is_there_until_the_new_one_is_whole(saved, monkeypatch):
+    trainer, loader = start()
+    train(trainer, loader, 1)
+
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(storage, "_hash", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_checkpoint(saved, tag="global_step6")
+    monkeypatch.undo()
+    assert whole(saved) == ["global_step2", "global_step4", "global_step6"]
+    trainer.save_checkpoint(saved, tag="global_step6")
+    assert storage.find(saved, "global_step6")[1].step == 1
+    assert not list(saved.glob(".*"))
+
+
+def test_a_writer_that_died_between_the_renames_loses_nothing(saved):
+    (saved / "global_step6").rename(saved / ".global_step6.old")
+    fresh, _ = start()
+    fresh.load_checkpoint(saved)
+    assert fresh.global_steps == 6
+
+
+def test_training_goes_on_while_it_is_written_and_the_state_is_of_the_call(tmp_path):
+    trainer, loader = start(**planned(tmp_path, every=2, **{"async": True}))
+    at_save = []
+    for _ in range(3):
+        train(trainer, loader, 2)
+        at_save.append([p.detach().clone() for p in trainer.module.parameters()])
+    train(trainer, loader, 1)
+    trainer.wait_for_checkpoint()
+    assert whole(tmp_path) == ["global_step4", "global_step6"]
+    again, _ = start(**planned(tmp_path))
+    assert again.global_steps == 6
+    saved = again.module.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(at_save[-1], saved, strict=True))
+
+
+def test_a_failure_behind_is_raised_by_the_next_save(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    trainer, loader = start(**planned(tmp_path, **{"async": True}))
+    train(trainer, loader, 1)
+    monkeypatch.setattr(storage, "_hash", full)
+    trainer.save_checkpoint(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.wait_for_checkpoint()
+    monkeypatch.undo()
+    trainer.save_checkpoint(tmp_path)
+    trainer.wait_for_checkpoint()
+    assert whole(tmp_path) == ["global_step1"]
+
+
+def test_a_failure_behind_at_the_very_end_is_the_processs_status(tmp_path):
+    """Nobody is left to raise to; a status of 0 would tell a workflow that all is saved."""
+    script = f"""
+import torch, engine
+from engine.checkpoint import storage
+storage._hash = lambda path: 1 / 0
+config = {{"train_batch_size": 1, "optimizer": {{"type": "SGD"}}}}
+config["engine"] = {{"checkpoint": {{"dir": {str(tmp_path)!r}, "async": True}}}}
+trainer, *_ = engine.initialize(model=torch.nn.Linear(2, 1), config=config)
+trainer.save_checkpoint({str(tmp_path)!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "the last checkpoint was not written" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize("tag", ["", "..", "a/b", ".hidden", "latest"])
+def test_a_tag_is_the_name_of_a_folder(tmp_path, tag):
+    if not tag:
+        with pytest.raises(CheckpointError, match="`tag` must be a name"):
+            storage.begin(tmp_path, tag)
+        return
+    trainer, _ = start()
+    with pytest.raises(CheckpointError, match="`tag` must be a name"):
+        trainer.save_checkpoint(tmp_path, tag=tag)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch bomb_went_off",))
+
+
+def test_a_pickle_bomb_is_refused(saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    place = saved / "global_step6"
+    torch.save(Bomb(), place / "engine.pt")
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["files"]["engine.pt"] = {
+        "size": (place / "engine.pt").stat().st_size,
+        "sha256": storage._hash(place / "engine.pt"),
+    }
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="unpickled, but it holds `posix.system`"):
+        start()[0].load_checkpoint(saved)
+    assert not Path("bomb_went_off").exists()
+
+
+def run(*arguments):
+    out = io.StringIO()
+    return main([str(argument) for argument in arguments], out, out), out.getvalue()
+
+
+def test_the_command_lists_verifies_shows_and_exports(saved):
+    status, out = run("checkpoint", "ls", saved)
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == whole(saved)
+    assert "update 6  torch  1 rank" in out
+    assert run("checkpoint", "verify", saved) == (
+        0,
+        "global_step2: whole\nglobal_step4: whole\nglobal_step6: whole\n",
+    )
+    status, out = run("checkpoint", "show", saved)
+    assert json.loads(out)["identity"]["scheduler"]["type"] == "OneCycle"
+    path = saved / "weights.safetensors"
+    assert run("checkpoint", "export", saved, "-o", path)[0] == 0
+    from safetensors.torch import load_file
+
+    assert load_file(path).keys() == model().state_dict().keys()
+    out, err = io.StringIO(), io.StringIO()
+    nowhere = str(saved / "no folder" / "x.safetensors")
+    assert main(["checkpoint", "export", str(saved), "-o", nowhere], out, err) == 2
+    assert err.getvalue() == f"onecycle: {nowhere}: No such file or directory\n"
+    assert main(["checkpoint", "show", str(saved), "--tag", "nope"], out, err) == 2
+    assert "must hold the checkpoint 'nope', but holds global_step2" in err.getvalue()
+    damage(saved, "a flipped byte")
+    status, out = run("checkpoint", "verify", saved)
+    assert (status, "other content" in out) == (1, True)
+    assert run("checkpoint", "ls", saved / "none")[0] == 2
+
+
+def test_the_command_loads_no_torch(saved):
+    code = (
+        "import sys; from engine.cli.main import main\n"
+        f"assert main(['checkpoint', 'verify', {str(saved)!r}]) == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def child(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, folder, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_ends_with_a_status_that_says_so(tmp_path, name):
+    process = child(tmp_path, 100_000)
+    process.stdout.readline()  # the first update is done
+    process.send_signal(getattr(signal, name))
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    newest = storage.checkpoints(tmp_path)[-1][1]
+    printed = 1 + len(rest.splitlines())
+    assert newest.step in {printed, printed + 1}  # it ends in the midst of a step, unprinted
+
+
+@pytest.mark.slow
+def test_killed_runs_end_where_the_uninterrupted_one_does(tmp_path):
+    updates, kills = 60, 6
+    process = child(tmp_path / "alone", updates)
+    alone, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    randomness = random.Random(0)
+    rows = {}
+    for attempt in range(kills + 1):
+        process = child(tmp_path / "killed", updates)
+        last = attempt == kills
+        stop = None if last else randomness.randrange(3, 16)
+        for count, line in enumerate(process.stdout):
+            step, _, row = line.partition(" ")
+            assert rows.setdefault(step, row) == row, "another data order or learning rate"
+            if count == stop:
+                process.kill()
+                break
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    # A process that died between saving and printing leaves out a line, and nothing else.
+    whole_run = dict(line.split(" ", 1) for line in alone.splitlines(keepends=True))
+    assert rows.items() <= whole_run.items()
+    assert rows[str(updates)] == whole_run[str(updates)]

@@ -1,0 +1,287 @@
+"""The command: what it prints, what it writes, how it exits."""
+
+import csv
+import importlib.metadata
+import io
+import json
+
+import pytest
+
+from engine.cli.commands.arguments import INVALID, OK, USAGE
+from engine.cli.main import main
+from schedules import SCHEDULES, trace
+from tests.schedules.families.test_deepspeed import TUTORIAL
+
+
+def run(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    status = main([str(argument) for argument in arguments], out, err)
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def tutorial(tmp_path):
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps({"scheduler": TUTORIAL}))
+    return path
+
+
+def test_validate_says_that_a_config_is_right(tmp_path):
+    path = tmp_path / "good.json"
+    path.write_text('{"train_batch_size": 8}')
+    assert run("validate", path) == (OK, f"{path}: right\n", "")
+    assert run("validate", path, "--world-size", 4) == (OK, f"{path}: right for 4 ranks\n", "")
+    status, out, _ = run("validate", path, "--world-size", 3)
+    assert status == INVALID
+    assert "The nearest are 6 and 9." in out
+
+
+def test_validate_shows_the_place(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text('{\n  "train_batch_size": 8,\n\t"gradient_cliping": 1\n}\n')
+    status, out, err = run("validate", path)
+    assert (status, err) == (INVALID, "")
+    assert out == (
+        f"{path}:3:2: error[unknown-key]: `gradient_cliping` is no key that anything here reads. "
+        "Did you mean `gradient_clipping`?\n"
+        '   "gradient_cliping": 1\n'
+        "   ^\n"
+        f"{path}: 1 error\n"
+    )
+
+
+def test_a_note_does_not_make_a_config_wrong(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"train_batch_size": 8} // note\n')
+    status, out, _ = run("validate", path)
+    assert status == OK
+    assert "note[not-strict-json]" in out
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    status, out, _ = run("validate", tmp_path / "none.json")
+    assert status == USAGE
+    assert "none.json: error[unreadable]: a config must be a file, but there is none here" in out
+
+
+def test_plot_writes_the_trace_as_csv(tutorial):
+    status, out, err = run("plot", tutorial, "--csv", "-", "--steps", 2500)
+    assert (status, err) == (OK, "")
+    header, *rows = csv.reader(io.StringIO(out))
+    assert header == ["step", "lr", "momentum"]
+    expected = trace(TUTORIAL, 2500)
+    assert [int(row[0]) for row in rows] == list(range(2500))
+    assert [float(row[1]) for row in rows] == expected["lr"][:, 0].tolist()
+    assert [float(row[2]) for row in rows] == expected["momentum"][:, 0].tolist()
+
+
+def test_plot_gives_groups_that_differ_columns_of_their_own(tmp_path):
+    path, table = tmp_path / "c.json", tmp_path / "c.csv"
+    params = {"lr_range_test_min_lr": [0.1, 0.2], "lr_range_test_step_size": 2}
+    path.write_text(json.dumps({"scheduler": {"type": "LRRangeTest", "params": params}}))
+    assert run("plot", path, "--csv", table, "--steps", 2)[0] == OK
+    assert (
+        table.read_text()
+        == "step,lr.0,lr.1\n0,0.1,0.2\n1,0.15000000000000002,0.30000000000000004\n"
+    )
+
+
+def test_plot_starts_from_the_optimizers_learning_rate(tmp_path):
+    path = tmp_path / "c.json"
+    config = {
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1}},
+    }
+    path.write_text(json.dumps(config))
+    assert run("plot", path, "--csv", "-", "--steps", 2)[1] == "step,lr\n0,0.0\n1,0.5\n"
+
+
+def test_plot_draws(tutorial, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run("plot", tutorial)
+    assert (status, out) == (OK, "ds_config.png: 3000 updates of OneCycle\n")
+    assert (tmp_path / "ds_config.png").read_bytes().startswith(b"\x89PNG")
+    status, _, err = run("plot", tutorial, "-o", "/proc/none/x.png")
+    assert status == USAGE
+    assert err.startswith("onecycle: ")
+
+
+def test_plot_on_a_terminal_names_the_phases(tutorial):
+    status, out, _ = run("plot", tutorial, "--terminal")
+    assert status == OK
+    assert out.startswith(f"OneCycle of {tutorial}\n")
+    assert "learning rate" in out
+    phases = "0: first half  1000: second half  2000: after the cycle"
+    assert out.splitlines().count(phases) == 2
+    assert "\x1b" not in out
+
+
+def test_plot_draws_others_over_it(tutorial, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "engine.display.plots.draw", lambda columns, *_, **__: drawn.update(columns)
+    )
+    other = tmp_path / "other.json"
+    warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
+    other.write_text(json.dumps({"scheduler": warmup}))
+    epochs = {"type": "CosineAnnealingScheduler", "params": {"t_max": "2ep"}}
+    of_epochs = tmp_path / "epochs.json"
+    of_epochs.write_text(json.dumps({"scheduler": epochs}))
+    known = ("--steps-per-epoch", 10, "--compare", of_epochs)
+    assert run("plot", of_epochs, *known)[0] == OK
+    drawn.clear()
+    status, _, _ = run("plot", tutorial, "--steps", 3, "--compare", other, "LinearScheduler")
+    assert status == OK
+    assert list(drawn) == [
+        "lr.ds_config.json",
+        "momentum.ds_config.json",
+        f"lr.{other}",
+        "lr.LinearScheduler",
+    ]
+    assert drawn[f"lr.{other}"] == [0.0, 0.0005, 0.001]
+    assert run("plot", tutorial, "--compare", "nonsense.json")[0] == USAGE
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"train_batch_size": 8}, "`scheduler` must be given for there to be a curve"),
+        ({"scheduler": {"type": "OneCicle"}}, "Did you mean `OneCycle`?"),
+        ({"scheduler": TUTORIAL, "optimizer": {"type": "SGD", "params": {"lr": -1}}}, "but is -1"),
+        ([], "must be a JSON object"),
+    ],
+)
+def test_plot_of_what_has_no_curve(tmp_path, config, message):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(config))
+    status, out, _ = run("plot", path)
+    assert status == INVALID
+    assert message in out
+
+
+def test_plot_of_a_config_that_another_library_completes(tmp_path):
+    warmup = {"warmup_num_steps": 2, "warmup_type": "linear"}
+    config = {
+        "train_batch_size": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+        "scheduler": {"type": "WarmupLR", "params": warmup, "// why": "as in the paper"},
+    }
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(config))
+    assert run("plot", path, "--csv", "-", "--steps", 3)[::2] == (OK, "")
+
+
+def test_schedules_lists_every_type_with_a_curve():
+    status, out, _ = run("schedules")
+    lines = out.splitlines()
+    assert status == OK
+    assert [line.split()[0] for line in lines] == list(SCHEDULES)
+    assert len(lines) >= 35
+    curves = {line.split()[0]: line.split()[1] for line in lines}
+    assert curves["fixed_lr"] == "█" * 24
+    assert (curves["WarmupLR"][0], curves["WarmupLR"][-1]) == ("▁", "█")
+
+
+def test_schedules_prints_all_about_one():
+    status, out, _ = run("schedules", "StepLR")
+    assert status == OK
+    assert "lr(k) = lr * gamma ** floor(k / step_size)" in out
+    assert "  gamma  (a number, at least 0; default 0.1)" in out
+    block = out[out.index("{\n") : out.rindex("}") + 1]
+    assert json.loads(block) == {
+        "scheduler": {"type": "StepLR", "params": {"step_size": 20, "gamma": 0.5}}
+    }
+    status, out, err = run("schedules", "StepLr")
+    assert (status, out) == (USAGE, "")
+    assert "Did you mean `StepLR`?" in err
+
+
+DURATIONS = {
+    "train_batch_size": 4,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    "scheduler": {"type": "LinearScheduler", "params": {"t_max": "1dur"}},
+    "engine": {"max_duration": "10ep", "scale_schedule_ratio": 0.5},
+}
+
+
+def test_plot_resolves_durations_against_the_run(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(DURATIONS))
+    status, out, _ = run("plot", path, "--csv", "-", "--steps-per-epoch", 2)
+    assert status == OK
+    rows = [line.split(",") for line in out.splitlines()[1:]]
+    assert [float(lr) for _, lr in rows] == pytest.approx([0.1 * (1 - k / 10) for k in range(10)])
+
+
+def test_plot_says_what_a_duration_needs(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(DURATIONS))
+    status, out, _ = run("plot", path)
+    assert status == INVALID
+    assert "`engine.max_duration`: '10ep' needs the length of an epoch" in out
+    assert "--steps-per-epoch to the command" in out
+
+
+def test_schema(tmp_path):
+    assert json.loads(run("schema")[1])["title"] == "ds_config.json"
+    assert json.loads(run("schema", "OneCycle")[1])["required"] == ["cycle_min_lr", "cycle_max_lr"]
+    status, out, err = run("schema", "OneCicle")
+    assert (status, out) == (USAGE, "")
+    assert "Did you mean `OneCycle`?" in err
+
+
+@pytest.mark.parametrize("arguments", [["plot", "f", "--steps", "0"], ["nonsense"], []])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == USAGE
+    assert "usage: onecycle" in capsys.readouterr().err
+
+
+def test_plot_draws_on_the_terminal_and_into_a_file_if_both_are_asked_for(tutorial, tmp_path):
+    path = tmp_path / "x.png"
+    status, out, _ = run("plot", tutorial, "-t", "-o", path)
+    assert status == OK
+    assert "learning rate" in out
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_writes_all_that_is_compared_into_the_table(tutorial):
+    status, out, _ = run("plot", tutorial, "--csv", "-", "--compare", "LinearScheduler")
+    assert status == OK
+    header = "step,lr.ds_config.json,momentum.ds_config.json,lr.LinearScheduler"
+    assert out.splitlines()[0] == header
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert f"torch {importlib.metadata.version('torch')}" in capsys.readouterr().out
+
+
+def test_plot_shows_a_schedule_that_listens_on_recorded_losses(tmp_path):
+    block = {"type": "ReduceLROnPlateau", "params": {"patience": 0, "factor": 0.5}}
+    optimizer = {"type": "SGD", "params": {"lr": 0.4}}
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({"scheduler": block, "optimizer": optimizer}))
+    recorded = tmp_path / "losses.csv"
+    recorded.write_text("step,train_loss\n8,2.0\n16,2.0\n24,1.0\n32,1.0\n")
+    out = io.StringIO()
+    arguments = ["plot", str(config), "--losses", str(recorded), "--csv", "-"]
+    assert main(arguments, out, io.StringIO()) == 0
+    assert out.getvalue().splitlines() == [
+        "step,lr,loss",
+        "0,0.4,2.0",
+        "1,0.4,2.0",
+        "2,0.2,1.0",
+        "3,0.2,1.0",
+        "4,0.1,",
+    ]
+    both = ["plot", str(config), "--losses", str(recorded), "--compare", "OneCycle"]
+    assert main(both, io.StringIO(), io.StringIO()) == 2
+    broken = tmp_path / "broken.csv"
+    broken.write_text("step,train_loss\n8,much\n")
+    err = io.StringIO()
+    assert main(["plot", str(config), "--losses", str(broken), "--csv", "-"], out, err) == 2
+    assert "must hold a number at the end of each row" in err.getvalue()

@@ -1,0 +1,243 @@
+"""`onecycle validate`: formats, repairs, exit statuses, and input that is out to break it."""
+
+import io
+import json
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.cli.main import main
+from engine.config.parser import parse
+from engine.config.validate import check
+from tests.testing.corpus import CLEAN, path_of
+
+TEN_MISTAKES = """{
+  "train_batch_size": 7,
+  "train_micro_batch_size_per_gpu": 2,
+  "gradient_cliping": 1.0,
+  "steps_per_print": "auto",
+  "fp16": {"enabled": True},
+  "zero_optimization": {
+    "stage": 2,
+    "offload_param": {"device": "cpu"},
+    "reduce_bucket_size": -1
+  },
+  "optimizer": {"type": "AdamW", "params": {"lr": "0.001", "max_grad_norm": 1.0}},
+  "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_steps": 100, "total_num_steps": 10}},
+  "amp": {"enabled": false}
+}
+"""
+
+
+def run(*arguments):
+    out = io.StringIO()
+    status = main([str(argument) for argument in arguments], out, out)
+    return status, out.getvalue()
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "ds_config.json"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_ten_mistakes_are_ten_problems_of_three_lines(file):
+    path = file(TEN_MISTAKES)
+    status, out = run("validate", "--quiet", path)
+    lines = out.splitlines()
+    heads = [line for line in lines if line.startswith(str(path))]
+    assert status == 1
+    assert [head.partition("error[")[2].partition("]")[0] for head in heads] == [
+        "batch-sizes",
+        "unknown-key",
+        "auto-nobody-fills",
+        "unquoted",
+        "offload-without-stage",
+        "out-of-range",
+        "wrong-type",
+        "removed-key",
+        "unknown-key",
+        "removed-key",
+    ]
+    assert len(lines) == 3 * len(heads)
+
+
+def test_json_github_and_sarif_say_the_same(file):
+    path = file(TEN_MISTAKES)
+    found = json.loads(run("validate", "-q", "--format", "json", path)[1])
+    assert {"file", "rule", "severity", "pointer", "line", "column", "message", "hint"} <= found[
+        0
+    ].keys()
+    commands = run("validate", "-q", "--format", "github", path)[1].splitlines()
+    assert commands[1].startswith(f"::error file={path},line=4,col=3,title=unknown-key::")
+    (sarif,) = json.loads(run("validate", "-q", "--format", "sarif", path)[1])["runs"]
+    assert len(found) == len(commands) == len(sarif["results"]) == 10
+    result = sarif["results"][1]
+    region = result["locations"][0]["physicalLocation"]["region"]
+    assert (region["startLine"], region["startColumn"]) == (4, 3)
+    assert sarif["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] == result["ruleId"]
+
+
+OLD = """{ // kept
+  "train_batch_size": "8",
+  "bfloat16": {"enabled": "True"},\t"lr_scheduler": {"type": "fixed_lr"}
+}
+"""
+
+
+def test_fix_repairs_what_needs_no_thought_and_keeps_the_rest(file):
+    path = file("\ufeff" + OLD)
+    status, out = run("validate", "--fix", path)
+    assert status == 0
+    assert out.endswith(": right\n")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    new = OLD.replace('"8"', "8").replace("bfloat16", "bf16").replace('"True"', "true")
+    assert path.read_text(encoding="utf-8-sig") == new.replace("lr_scheduler", "scheduler")
+
+
+def test_diff_shows_repairs_and_writes_nothing(file):
+    path = file(OLD)
+    status, out = run("validate", "--diff", path)
+    assert status == 1
+    assert '\n-  "train_batch_size": "8",\n' in out
+    assert '\n+  "train_batch_size": 8,\n' in out
+    assert path.read_text() == OLD
+
+
+def test_no_repair_takes_the_place_of_another_key(file):
+    text = '{"train_batch_size": 8, "bf16": {"enabled": true}, "bfloat16": {"enabled": false}}'
+    path = file(text)
+    assert run("validate", "--fix", path)[0] == 1
+    assert path.read_text() == text
+
+
+def test_strict_counts_warnings_as_errors(file):
+    flat = {"warmup_min_lr": 0.1, "warmup_max_lr": 0.1, "warmup_type": "linear"}
+    scheduler = {"type": "WarmupLR", "params": flat}
+    path = file(json.dumps({"train_batch_size": 8, "scheduler": scheduler}))
+    status, out = run("validate", path)
+    assert (status, out.splitlines()[-1]) == (0, f"{path}: right, 1 warning")
+    assert run("validate", "--strict", path)[0] == 1
+
+
+def test_standard_input_and_several_files(file, monkeypatch):
+    text = '{"train_batch_size": "auto"}'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert run("validate", "-") == (0, "-: right\n")
+    assert run("validate", "--no-auto", file(text))[0] == 1
+    assert run("validate", file(text), "nowhere.json")[0] == 2
+
+
+def test_explain_says_what_a_rule_finds():
+    status, out = run("explain", "unknown-key")
+    assert status == 0
+    assert out.startswith("unknown-key: Nothing reads this key.\n")
+    assert "unquoted " in run("explain")[1]
+    assert run("explain", "unknwon-key") == (
+        2,
+        "onecycle: 'unknwon-key' is no rule. Did you mean `unknown-key`?\n",
+    )
+
+
+def test_config_prints_every_value_and_its_origin(file):
+    path = file('{\n "train_batch_size": 8,\n "zero_optimization": {"stage": 2}\n}')
+    status, out = run("config", path, "--world-size", 2)
+    lines = {line.split()[0]: line.split(None, 2)[1:] for line in out.splitlines()}
+    assert status == 0
+    assert lines["train_batch_size"] == ["8", f"{path}:2"]
+    assert lines["train_micro_batch_size_per_gpu"] == ["4", "derived for 2 ranks"]
+    assert lines["zero_optimization.stage"] == ["2", f"{path}:3"]
+    assert lines["zero_optimization.contiguous_gradients"] == ["true", "default"]
+    assert lines["engine.backend"][0] == '"deepspeed"'
+    printed = json.loads(run("config", path, "--json")[1])
+    assert printed["zero_optimization"]["stage"] == 2
+    assert run("validate", file(json.dumps(printed)))[0] == 0
+
+
+HOSTILE = {
+    "empty": b"",
+    "binary": bytes(range(256)) * 100,
+    "huge": b"[" + b"1," * 50_000_000,
+    "deep": b"[" * 10_000,
+    "deep objects": b'{"a":' * 10_000,
+    "huge integer": b'{"train_batch_size": ' + b"9" * 100_000 + b"}",
+    "nan": b'{"train_batch_size": NaN}',
+    "surrogate": b'{"\\ud800": "\\udfff"}',
+    "megabyte of key": b'{"' + b"k" * 900_000 + b'": 1}',
+    "many keys": b"{" + b",".join(b'"k%d": 1' % n for n in range(15_000)) + b"}",
+    "many numbers": b'{"x-a": [' + b"1," * 400_000 + b"1]}",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("form", ["text", "sarif"])
+def test_hostile_input_is_a_clear_problem_in_bounded_time(tmp_path, content, form):
+    path = tmp_path / "c.json"
+    path.write_bytes(content)
+    begin = time.process_time()
+    status, out = run("validate", "--format", form, path)
+    assert time.process_time() - begin < 15
+    assert status in {1, 2}
+    assert "Traceback" not in out
+    out.encode()
+    assert max(map(len, out.splitlines() or [""])) < 1000
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda below: (
+        st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=8), below, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_a_mutated_config_is_judged_and_never_breaks_the_checker(data):
+    entry = data.draw(st.sampled_from(CLEAN))
+    text = path_of(entry).read_text(encoding="utf-8-sig")
+    value = parse(text, "f").value
+    members = []
+
+    def collect(around):
+        for key, below in around.items() if isinstance(around, dict) else enumerate(around):
+            members.append((around, key))
+            if isinstance(below, dict | list):
+                collect(below)
+
+    collect(value)
+    around, key = data.draw(st.sampled_from(range(len(members))).map(members.__getitem__))
+    match data.draw(st.sampled_from(["drop", "rename", "retype", "move"])):
+        case "drop":
+            del around[key]
+        case "rename" if isinstance(around, dict):
+            around[data.draw(st.text(max_size=12))] = around.pop(key)
+        case "move" if isinstance(value, dict):
+            value[str(key)] = around[key]
+        case _:
+            around[key] = data.draw(JSON)
+    for problem in check(parse(json.dumps(value), "f"), data.draw(st.sampled_from([None, 1, 8]))):
+        assert problem.line >= 1
+        assert problem.message
+
+
+def test_two_configs_differ_in_what_a_run_would_use_not_in_what_is_written(tmp_path):
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    first.write_text('{"train_batch_size": 8, "gradient_clipping": 1.0, "steps_per_print": 5}')
+    second.write_text('{"train_batch_size": 16}')
+    status, out = run("config", first, "--diff", second)
+    assert status == 0
+    assert [line.split() for line in out.splitlines()] == [
+        ["train_batch_size", "8", "16"],
+        ["train_micro_batch_size_per_gpu", "8", "16"],
+        ["steps_per_print", "5", "null"],
+    ]
+    assert run("config", first, "--diff", first)[1] == ""

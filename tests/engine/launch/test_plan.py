@@ -1,0 +1,554 @@
+"""Plans of launches: pure, so that every one of them can be looked at without a host."""
+
+import dataclasses
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.cli.main import main
+from engine.errors import LaunchError
+from engine.launch import agent, runner
+from engine.launch.agent import BEGUN
+from engine.launch.hosts import Host, read_hostfile, selected
+from engine.launch.plan import HostFacts, LaunchPlan, Wanted, plan_of
+from engine.launch.runner import run
+from engine.launch.slurm import sbatch_of
+from engine.launch.torchrun import FAILURE
+from tests.testing.lab import ROOT
+
+HOSTS = (Host("node0", (0, 1)), Host("node1", (0, 1)))
+WANTED = Wanted(script=("train.py", "-4C"), hosts=HOSTS, is_local=False, cwd="/work", python="py")
+FACTS = {
+    "node0": HostFacts("10.0.0.1", "eth0", 4242),
+    "node1": HostFacts("10.0.0.2", "eth0", 5555),
+}
+
+
+def wanted(**changes):
+    return dataclasses.replace(WANTED, **changes)
+
+
+def flags(node):
+    """The options of torchrun, up to the script."""
+    argv = list(node.argv)
+    return dict(zip(argv[3::2], argv[4::2], strict=False))
+
+
+def launch(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    status = main(["launch", *map(str, arguments)], out, err)
+    return status, out.getvalue() + err.getvalue()
+
+
+def commands(folder, **texts):
+    """Put commands of these texts into a folder that is looked into first."""
+    for name, content in texts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{content}\n")
+        (folder / name).chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_every_host_is_told_who_it_is():
+    plan = plan_of(WANTED, FACTS, {})
+    assert plan.world_size == 4
+    assert [node.ranks for node in plan.nodes] == [(0, 1), (2, 3)]
+    first, second = (flags(node) for node in plan.nodes)
+    assert first["--rdzv-endpoint"] == second["--rdzv-endpoint"] == "10.0.0.1:4242"
+    assert first["--rdzv-conf"].startswith("is_host=true")
+    assert second["--rdzv-conf"].startswith("is_host=false")
+    assert (first["--local-addr"], second["--local-addr"]) == ("10.0.0.1", "10.0.0.2")
+    assert first["--nnodes"] == "2"
+    for node in plan.nodes:
+        assert node.env["GLOO_SOCKET_IFNAME"] == "eth0"
+        assert node.argv[-2:] == ("train.py", "-4C")
+        assert node.transport[0] == "ssh"
+        assert node.transport[-2:] == (node.host, "py -m engine.launch.agent")
+
+
+def test_one_machine_needs_no_addresses():
+    plan = plan_of(wanted(hosts=(Host("localhost", (0, 1)),), is_local=True), {}, {})
+    [node] = plan.nodes
+    assert "--standalone" in node.argv
+    assert node.transport == ("py", "-m", "engine.launch.agent")
+    assert "GLOO_SOCKET_IFNAME" not in node.env
+
+
+def test_restarts_do_not_share_a_store():
+    env = plan_of(wanted(max_restarts=2), FACTS, {}).nodes[0].env
+    assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in plan_of(WANTED, FACTS, {}).nodes[0].env
+
+
+def test_hosts_that_may_come_back_meet_at_the_launcher():
+    seen = {"node0": "127.0.0.1", "node1": "10.0.0.9"}  # the first host is the launcher's own
+    facts = {name: dataclasses.replace(of, launcher=seen[name]) for name, of in FACTS.items()}
+    asked = wanted(store=("hub", 4000), max_restarts=2, rendezvous_timeout=60)
+    plan = plan_of(asked, facts, {})
+    for node in plan.nodes:
+        assert flags(node)["--rdzv-endpoint"] == f"{seen[node.host]}:4000"
+        assert "is_host=false" in flags(node)["--rdzv-conf"]
+    assert (plan.store_port, plan.patience) == (4000, 60)
+    assert len({node.spec()["lock"] for node in plan.nodes}) == 2
+    with pytest.raises(LaunchError, match="`--rejoin` must come with `--max-restarts`"):
+        plan_of(wanted(store=("hub", 4000)), facts, {})
+
+
+def test_a_range_of_hosts():
+    plan = plan_of(wanted(least_nodes=1), FACTS, {})
+    assert plan.least_nodes == 1
+    assert flags(plan.nodes[0])["--nnodes"] == "1:2"
+    assert plan.nodes[0].env["ONECYCLE_ELASTIC"] == "1"
+    with pytest.raises(LaunchError, match="must be 1 to 2, but is 3"):
+        plan_of(wanted(least_nodes=3), FACTS, {})
+
+
+def test_what_is_passed_on():
+    own = {"NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "3", "HOME": "/root", "MINE": "1"}
+    env = plan_of(wanted(pass_env=("MI*",), env={"ODD": "a b"}), FACTS, own).nodes[0].env
+    assert env["NCCL_DEBUG"] == "INFO"
+    assert (env["MINE"], env["ODD"]) == ("1", "a b")
+    assert not {"CUDA_VISIBLE_DEVICES", "HOME"} & env.keys()
+
+
+def test_a_choice_of_slots_is_a_choice_of_devices():
+    chosen = (Host("node0", (1, 3)), Host("node1", (0, 1)))
+    first, second = plan_of(wanted(hosts=chosen), FACTS, {}).nodes
+    assert first.env["CUDA_VISIBLE_DEVICES"] == "1,3"
+    assert "CUDA_VISIBLE_DEVICES" not in second.env
+
+
+def test_secrets_are_masked_where_they_are_shown_and_nowhere_else():
+    plan = plan_of(wanted(env={"HF_TOKEN": "s3cret", "AWS_SECRET_KEY": "s3cret"}), FACTS, {})
+    assert "s3cret" not in plan.describe()
+    assert "s3cret" not in json.dumps(plan.to_json())
+    assert plan.nodes[0].spec()["env"]["HF_TOKEN"] == "s3cret"
+    assert not any("s3cret" in word for word in plan.nodes[0].transport)
+
+
+CONFIG = "../launch/ds_config.json"
+
+text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
+names = st.from_regex(r"X[A-Z0-9_]{1,8}", fullmatch=True)
+
+
+@given(argv=st.lists(text, max_size=5), env=st.dictionaries(names, text, max_size=3))
+@settings(deadline=None, max_examples=60)
+def test_argv_and_environment_survive_the_printed_command_and_the_spec(argv, env):
+    odd = wanted(script=("train.py", *argv), env=env)
+    node = plan_of(odd, FACTS, {}).nodes[0]
+    spec = json.loads(json.dumps(node.spec()))
+    assert tuple(spec["argv"][-len(argv) :] if argv else ()) == tuple(argv)
+    assert env.items() <= spec["env"].items()
+    command = plan_of(odd, FACTS, {}).describe().partition("# node0")[2].partition(" && ")[2]
+    words = shlex.split(command.rpartition("\n\n# node1")[0])
+    assert tuple(words[-len(argv) :] if argv else ()) == tuple(argv)
+    assert {f"{name}={value}" for name, value in env.items()} <= set(words)
+
+
+@given(
+    argv=st.lists(text.filter(lambda word: "\n" not in word), max_size=4),
+    env=st.dictionaries(names, text, max_size=2),
+)
+@settings(deadline=None, max_examples=15)
+def test_argv_and_environment_arrive_through_the_agent(argv, env):
+    show = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
+    spec = {"host": "h", "argv": [sys.executable, "-c", show, *argv], "env": env}
+    spec |= {"cwd": str(Path.cwd()), "grace": 1}
+    with subprocess.Popen(
+        [sys.executable, "-m", "engine.launch.agent"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as started:
+        started.stdin.write(json.dumps(spec) + "\n")
+        started.stdin.flush()
+        seen_argv, seen_env = json.loads(started.stdout.readline())
+    assert seen_argv == argv
+    assert env.items() <= seen_env.items()
+
+
+def test_an_agent_waits_for_the_one_that_its_host_had_before(tmp_path):
+    path = tmp_path / "order"
+    first, second = (
+        {"argv": ["sh", "-c", f"{wait} echo {name} >> {path}"], "env": {}, "cwd": str(tmp_path)}
+        | {"host": "h", "grace": 1, "lock": f"test-{os.getpid()}"}
+        for name, wait in (("first", "echo up; sleep 1;"), ("second", ""))
+    )
+    agent = [sys.executable, "-m", "engine.launch.agent"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(agent, **pipes) as old, subprocess.Popen(agent, **pipes) as new:
+        old.stdin.write(json.dumps(first) + "\n")
+        old.stdin.flush()
+        assert [old.stdout.readline() for _ in range(2)] == [f"{BEGUN}\n", "up\n"]
+        new.stdin.write(json.dumps(second) + "\n")
+        new.stdin.flush()
+        assert (new.wait(20), old.wait(20)) == (0, 0)
+    assert path.read_text().split() == ["first", "second"]
+
+
+@given(argv=st.lists(text, max_size=4), env=st.dictionaries(names, text, max_size=2))
+@settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_argv_and_environment_arrive_through_the_job_of_slurm(tmp_path, argv, env):
+    """Slurm's part is played by two commands; the rest is the job's own text."""
+    show = "import json, os, sys; print(json.dumps([sys.argv, dict(os.environ)]))"
+    python = tmp_path / "shows"
+    slurm = commands(
+        tmp_path,
+        scontrol="echo localhost",
+        srun='while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        shows=f'exec {sys.executable} -c {shlex.quote(show)} "$@"',
+    ) | {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURMD_NODENAME": "localhost",
+    }
+    job = sbatch_of(
+        wanted(script=("train.py", *argv), env=env, python=str(python), cwd=str(tmp_path)), {}
+    )
+    done = subprocess.run(
+        ["bash", "-s"], input=job, text=True, capture_output=True, check=True, env=slurm
+    )
+    seen_argv, seen_env = json.loads(done.stdout)
+    assert seen_argv[-len(argv) - 1 :] == ["train.py", *argv]
+    assert env.items() <= seen_env.items()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "must name at least one host"),
+        ("# nobody\n\n", "must name at least one host"),
+        ("node0\n", ":1: must be `host slots=N`, but is 'node0'"),
+        ("node0 slots=2\nnode0 slots=1\n", ":2: node0 must be there once"),
+        ("node0 slots=0\n", "node0 must have at least 1 slot, but has 0"),
+        ("node0 slots=-1\n", "node0 must have at least 1 slot, but has -1"),
+        ("node0 slots=two\n", "must be `host slots=N`"),
+    ],
+)
+def test_a_wrong_hostfile(tmp_path, content, message):
+    path = tmp_path / "hostfile"
+    path.write_text(content)
+    with pytest.raises(LaunchError, match=message):
+        read_hostfile(path)
+    status, said = launch("--hostfile", path, "--dry-run", __file__)
+    assert status == 2
+    assert "hostfile" in said
+
+
+def test_a_host_that_is_named_twice_in_a_filter():
+    (left,) = selected([Host("node0", (0, 1, 2))], exclude="node0:0@node0:1")
+    assert left == Host("node0", (2,))
+
+
+def test_a_hostfile_with_comments_and_spaces(tmp_path):
+    path = tmp_path / "hostfile"
+    path.write_text("# all\n  node0   slots = 2  # two\nnode1 slots=1\n")
+    assert read_hostfile(path) == [Host("node0", (0, 1)), Host("node1", (0,))]
+
+
+@pytest.mark.parametrize(
+    "filters, message",
+    [
+        ({"include": "node2"}, "must name a host of node0, node1"),
+        ({"include": "node0:5"}, "names 5"),
+        ({"include": "node0:x"}, "must list slots as 0,2-3"),
+        ({"include": "node1:1-0"}, "from low to high, but has 1-0"),
+        ({"exclude": "node0@node1"}, "leaves none"),
+        ({"include": "node0", "exclude": "node1"}, "must not be given together"),
+    ],
+)
+def test_a_wrong_filter(filters, message):
+    with pytest.raises(LaunchError, match=message):
+        selected(list(HOSTS), **filters)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "a script must follow"),
+        (["missing.py"], "missing.py: there is no such script"),
+        (["--hostfile", "none", __file__], "none: No such file"),
+        (["--nnodes", "2", __file__], "several hosts must be in a file"),
+        (["--nnodes", "2:x", __file__], "must be a number or MIN:MAX"),
+        (["--nnodes", "3:2", "--write-sbatch", "job", __file__], "with MIN at most MAX"),
+        (["--nproc", "0", __file__], "must be a number from 1 on, or auto"),
+        (["--rejoin", __file__], "`--rejoin` must come with `--hostfile`"),
+        (["--port", "70000", __file__], "`--port` must be 0 to 65535, but is 70000"),
+        (["--port", "7000", __file__], "`--port` must come with `--hostfile`"),
+        (["--include", "node0", __file__], "`--include` must come with `--hostfile`"),
+        (["--ssh-opt=-v", __file__], "`--ssh-opt` must come with `--hostfile`"),
+        (["--slurm-opt", "a=b", __file__], "`--slurm-opt` must come with `--slurm`"),
+        (["--slurm", "--console", "all", __file__], "`--console` must be absent in a Slurm job"),
+        (["--slurm", "--pass-env", "W*", __file__], "`--pass-env` must be absent in a Slurm job"),
+        (["--slurm", "--hostfile", "h", __file__], "from `--hostfile` or from Slurm, but both"),
+        (["--env", "NOVALUE", __file__], "must be NAME=VALUE"),
+    ],
+)
+def test_wrong_usage(arguments, message):
+    status, said = launch("--dry-run", *arguments)
+    assert status == 2
+    assert message in said
+
+
+def test_json_without_a_plan_to_print():
+    status, said = launch("--json", __file__)
+    assert status == 2
+    assert "`--json` must come with `--dry-run`" in said
+
+
+@pytest.mark.parametrize(
+    "own, slots, seen",
+    [
+        (None, "1,0", "1,0"),
+        ("", "0", "0"),
+        ("4,5", "1", "5"),
+        ("GPU-ab, GPU-cd", "1,0", "GPU-cd,GPU-ab"),
+    ],
+)
+def test_slots_are_those_that_the_host_lets_be_seen(monkeypatch, own, slots, seen):
+    if own is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", own)
+    assert agent._with_own_mask({"CUDA_VISIBLE_DEVICES": slots, "A": "b"}) == {
+        "CUDA_VISIBLE_DEVICES": seen,
+        "A": "b",
+    }
+    assert agent._with_own_mask({"A": "b"}) == {"A": "b"}
+
+
+def test_a_slot_that_a_host_hides_is_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(SystemExit, match=r"slot 2 must be one of the 2 devices .* \(4, 5\)"):
+        agent._with_own_mask({"CUDA_VISIBLE_DEVICES": "0,2"})
+
+
+def test_ranks_are_told_the_same_by_ssh_and_in_a_slurm_job():
+    asked = wanted(timeout=90, grace=7, max_restarts=1, least_nodes=1)
+    env = plan_of(asked, FACTS, {}).nodes[0].env
+    exports = {
+        name: value
+        for line in sbatch_of(asked, {}).splitlines()
+        for name, equals, value in [line.removeprefix("export ").partition("=")]
+        if equals and line.startswith("export ")
+    }
+    told = {
+        "ONECYCLE_TIMEOUT": "90",
+        "DEEPSPEED_TIMEOUT": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "7",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "ONECYCLE_ELASTIC": "1",
+        "LOCAL_SIZE": "2",
+    }
+    assert told.items() <= env.items()
+    assert told.items() <= exports.items()
+
+
+def test_what_tells_of_a_machine_needs_no_posix():
+    """`doctor` also runs on Windows, and `launch` says there what to use in its place."""
+    code = """
+import io, sys
+sys.modules["fcntl"] = None
+from engine.cli.main import main
+assert main(["doctor"], io.StringIO(), io.StringIO()) == 0
+sys.platform = "win32"
+err = io.StringIO()
+assert main(["launch", sys.argv[1]], io.StringIO(), err) == 2
+assert "must run on Linux" in err.getvalue(), err.getvalue()
+"""
+    subprocess.run([sys.executable, "-c", code, __file__], check=True)
+
+
+def test_a_wrong_config_is_known_before_anything_starts(tmp_path):
+    config = tmp_path / "ds_config.json"
+    config.write_text('{"train_batch_size": 3, "optimiser": {}}')
+    status, said = launch("--nproc", 2, __file__, f"--deepspeed_config={config}")
+    assert status == 1
+    assert "train_batch_size" in said
+
+
+def test_a_dry_run_as_json():
+    status, said = launch("--dry-run", "--json", "--nproc", 2, __file__, "a b")
+    assert status == 0
+    plan = json.loads(said)
+    assert plan["world_size"] == 2
+    assert plan["nodes"][0]["argv"][-1] == "a b"
+
+
+def test_the_example_job_is_the_one_that_is_written(tmp_path):
+    written = tmp_path / "train.sbatch"
+    arguments = ("--nnodes", 2, "--nproc", 1, "--slurm-opt", "requeue", "--slurm-opt", "time=30")
+    arguments += ("--python", "python", "--cwd", "examples/fashion_mnist")
+    status, _ = launch(*arguments, "--write-sbatch", written, "train.py", "--config", CONFIG)
+    assert status == 0
+    example = (ROOT / "examples" / "launch" / "train.sbatch").read_text()
+    lines = written.read_text().splitlines()
+    there = [line for line in lines if not line.startswith("cd ")]
+    assert there == [line for line in example.splitlines() if not line.startswith("cd ")]
+    assert subprocess.run(["bash", "-n", str(written)], check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["single_node.sh", "torchrun.sh"])
+def test_the_example_scripts_run_here(tmp_path, name):
+    script = ROOT / "examples" / "launch" / name
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [script, "--steps", "4", "--output", tmp_path], capture_output=True, text=True,
+        check=False, env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core cannot be shared out")
+def test_ranks_have_cores_of_their_own(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text("import os, sys\nprint(sys.argv[1], sorted(os.sched_getaffinity(0)))\n")
+    status, said = launch("--nproc", 2, "--bind-cores", "--console", "all", script, "a b")
+    assert status == 0, said
+    seen = [json.loads(line.partition("a b ")[2]) for line in said.splitlines() if "a b" in line]
+    assert sorted(core for cores in seen for core in cores) == sorted(os.sched_getaffinity(0))
+    assert all(seen)
+
+
+@pytest.mark.slow
+def test_a_local_launch_tells_of_the_first_failure(tmp_path):
+    (tmp_path / "worker.py").write_text(
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '1':\n    print('about to fail'); sys.exit(9)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "engine.cli.main", "launch", "--nproc", "2", "worker.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 9
+    assert "[localhost:r1] about to fail" in done.stderr
+    assert "first failure: rank 1 on localhost ended with 9" in done.stderr
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 1
+
+
+@pytest.mark.slow
+def test_a_rank_that_leaves_the_others_in_a_collective_ends_the_launch(tmp_path, capsys):
+    """It ends with 0; the rank that waits for it fails, and is the one to be named."""
+    begin = time.monotonic()
+    worker = Path(__file__).parents[2] / "testing" / "worker.py"
+    status, _ = launch("--nproc", 2, "--cwd", tmp_path, worker, "leave")
+    assert status == 1
+    assert "first failure: rank 0 on localhost ended with 1" in capsys.readouterr().err
+    assert time.monotonic() - begin < 60
+
+
+def test_the_agent_hears_what_came_with_the_job():
+    spec = {"host": "h", "argv": ["sleep", "30"], "env": {}, "cwd": "/", "grace": 1}
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.launch.agent"],
+        input=json.dumps(spec) + "\nterm\n",
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + 15
+    assert time.monotonic() - begin < 5
+
+
+def test_the_host_that_failed_first_is_named_though_it_ends_last():
+    def node(host, rank, status, at, seconds):
+        failure = FAILURE + json.dumps({"rank": rank, "status": status, "time": at})
+        script = (
+            f"import time; time.sleep({seconds}); print({failure!r}); raise SystemExit({status})"
+        )
+        made = plan_of(wanted(hosts=(Host(host, (0,)),), is_local=True), {}, {}).nodes[0]
+        return dataclasses.replace(made, transport=(sys.executable, "-c", script), grace=10)
+
+    nodes = (node("a", 0, 3, 100.0, 1.0), node("b", 1, 1, 200.0, 0.1))
+    outcome = run(LaunchPlan(nodes, 2, 2), "none", io.StringIO())
+    assert outcome.status == 3
+    assert outcome.reason == "rank 0 on a ended with 3"
+
+
+def lab_of_two(tmp_path, monkeypatch, first, second, **plan):
+    """A launch over two hosts whose ssh is a script here: what each does when it is called."""
+    ssh = f"read -r job; case $1 in a) {first};; b) {second};; esac"
+    monkeypatch.setenv("PATH", commands(tmp_path, ssh=ssh)["PATH"])
+    monkeypatch.setattr(runner, "_AGAIN", 0.1)
+    made = plan_of(wanted(), {}, {})
+    nodes = tuple(
+        dataclasses.replace(node, host=host, transport=("ssh", host), grace=1)
+        for node, host in zip(made.nodes, "ab", strict=True)
+    )
+    out = io.StringIO()
+    begin = time.monotonic()
+    outcome = run(LaunchPlan(nodes, **{"least_nodes": 2, "world_size": 2} | plan), "rank0", out)
+    return outcome, out.getvalue(), time.monotonic() - begin
+
+
+WAITS = "while read -r word; do [ $word = term ] && exit 143; done"
+
+
+def test_a_host_that_does_not_come_back_ends_the_launch_when_its_time_is_over(
+    tmp_path, monkeypatch
+):
+    outcome, said, seconds = lab_of_two(tmp_path, monkeypatch, WAITS, "exit 255", patience=2)
+    assert outcome.status == 75
+    assert outcome.reason == "b was lost: ssh ended"
+    assert said.count("b was lost; it has 2 s to come back") == 1
+    assert 2 < seconds < 8
+
+
+def test_a_run_that_ends_without_the_lost_host_is_a_good_one(tmp_path, monkeypatch):
+    outcome, _, seconds = lab_of_two(
+        tmp_path, monkeypatch, "sleep 1; exit 0", "exit 255", patience=300, least_nodes=1
+    )
+    assert outcome.status == 0
+    assert seconds < 8
+
+
+def test_each_loss_of_a_host_has_a_time_of_its_own(tmp_path, monkeypatch):
+    lost = tmp_path / "lost"
+    begins = f"printf '{BEGUN}\\n'; sleep 1; echo >> {lost}; [ $(wc -l < {lost}) = 4 ] || exit 255"
+    done = f"until [ -e {lost} ] && [ $(wc -l < {lost}) = 4 ]; do sleep 0.1; done"
+    outcome, said, _ = lab_of_two(tmp_path, monkeypatch, done, begins, patience=2)
+    assert outcome.status == 0
+    assert said.count("b was lost; it has 2 s to come back") == 3
+
+
+def test_fewer_processes_keep_the_chosen_slots(tmp_path):
+    path = tmp_path / "hostfile"
+    path.write_text("node0 slots=4\n")
+    arguments = ("--hostfile", path, "--include", "node0:2,3", "--dry-run", "--json")
+    status, said = launch(*arguments, "--nproc", 1, __file__)
+    assert status == 0
+    assert json.loads(said)["nodes"][0]["devices"] == [2]
+    status, said = launch(*arguments, "--nproc", 3, __file__)
+    assert status == 2
+    assert "asks for 3 processes, but node0 has fewer slots" in said
+
+
+def test_a_job_of_a_module(tmp_path):
+    path = tmp_path / "job"
+    assert launch("--write-sbatch", path, "--nproc", 1, "-m", "json.tool")[0] == 0
+    assert "--module" in path.read_text()
+
+
+def test_a_job_gives_its_ranks_the_grace_to_save_in(tmp_path):
+    path = tmp_path / "job"
+    assert launch("--write-sbatch", path, "--nproc", 1, "--grace", 300, __file__)[0] == 0
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300\n" in path.read_text()
+    assert "--signal=TERM@300\n" in path.read_text()

@@ -1,0 +1,211 @@
+"""The range test as a call: the same curve twice, and nothing changed, whatever happens."""
+
+import collections
+import copy
+import hashlib
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+import schedules
+from engine.range_test.sweep import Sweep
+
+STATE_OF = {
+    "fp32": {},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 10}},
+    "bf16": {"bf16": {"enabled": True}},
+}
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.1)
+        )
+        self.head = torch.nn.Linear(8, 1)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        self.calls += 1
+        return (self.head(self.body(x)).float() - x.sum(1, keepdim=True)).pow(2).mean()
+
+
+def start(**sections):
+    torch.manual_seed(0)
+    config = {
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 50}},
+        **sections,
+    }
+    data = torch.utils.data.TensorDataset(torch.randn(40, 4))
+    trainer, _, loader, _ = engine.initialize(config=config, model=Net(), training_data=data)
+    return trainer, loader
+
+
+def train(trainer, loader, micro_batches):
+    for (x,), _ in zip(loader, range(micro_batches), strict=False):
+        trainer.backward(trainer(x))
+        trainer.step()
+
+
+def digest(trainer, loader):
+    """All that a run goes on from, as one hash."""
+    state = {
+        "module": trainer.module.state_dict(),
+        "calls": trainer.module.calls,
+        "optimizer": trainer.optimizer.state_dict(),
+        "schedule": trainer.lr_scheduler.state_dict(),
+        "scale": trainer.loss_scale,
+        "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),  # noqa: NPY002
+        "counters": (trainer.global_steps, trainer.micro_steps, trainer.skipped_steps),
+        "loader": loader.state_dict(),
+        "training": trainer.training,
+    }
+    file = io.BytesIO()
+    torch.save(copy.deepcopy(state), file)
+    return hashlib.sha256(file.getvalue()).hexdigest()
+
+
+@pytest.mark.parametrize("precision", STATE_OF)
+@pytest.mark.parametrize("updates", [0, 2], ids=["fresh", "trained"])
+def test_nothing_is_changed_and_twice_is_the_same(precision, updates):
+    trainer, loader = start(**STATE_OF[precision])
+    train(trainer, loader, 2 * updates)
+    trainer.eval()
+    batches = [(x,) for x in torch.randn(4, 4, 4)]
+    before = digest(trainer, loader)
+    first = engine.lr_range_test(trainer, batches, min_lr=1e-5, max_lr=100, steps=40)
+    assert digest(trainer, loader) == before
+    again = engine.lr_range_test(trainer, batches, min_lr=1e-5, max_lr=100, steps=40)
+    assert digest(trainer, loader) == before
+    assert first.runs == again.runs
+    assert len(first.runs[0].lrs) > 20
+    assert first.runs[0].lrs[0] == pytest.approx(1e-5)
+    assert np.all(np.diff(first.runs[0].lrs) > 0)
+
+
+def test_short_cycles_are_trained_after_it_and_nothing_is_changed():
+    trainer, loader = start()
+    train(trainer, loader, 4)
+    batches = [(x,) for x in torch.randn(8, 64, 4)]
+    before = digest(trainer, loader)
+    highest = []
+
+    def loss_of(trainer, batch):
+        highest.append(trainer.get_lr()[0])
+        return trainer(*batch)
+
+    report = engine.lr_range_test(
+        trainer, batches, loss_of=loss_of, min_lr=1e-5, steps=200, refine=True, updates=20_000
+    )
+    assert digest(trainer, loader) == before
+    of_test = len(report.runs[0].lrs) * 2  # micro-batches
+    cycles = np.array(highest[of_test:]).reshape(-1, 400).max(axis=1)
+    assert sorted(cycles) == pytest.approx(list(report.refinement.losses))
+    assert len(cycles) >= 5
+    assert report.max_lr == pytest.approx(report.refinement.lowest * 0.01**0.32, rel=0.05)
+    assert report.block()["params"]["cycle_max_lr"] == report.max_lr
+
+
+def test_nothing_is_changed_after_an_exception():
+    trainer, loader = start()
+    train(trainer, loader, 4)
+    before = digest(trainer, loader)
+
+    def loss_of(trainer, batch):
+        if trainer.micro_steps == 5:
+            raise KeyError("the script's own")
+        return trainer(batch[0])
+
+    with pytest.raises(KeyError):
+        engine.lr_range_test(trainer, loader, loss_of=loss_of)
+    assert digest(trainer, loader) == before
+
+
+def test_training_goes_on_as_if_nothing_had_been():
+    trainer, loader = start()
+    other, other_loader = start()
+    for each, batches in ((trainer, loader), (other, other_loader)):
+        torch.manual_seed(1)
+        train(each, batches, 4)
+    engine.lr_range_test(trainer, loader, steps=30)
+    for each, batches in ((trainer, loader), (other, other_loader)):
+        torch.manual_seed(1)
+        train(each, batches, 6)
+    assert trainer.get_lr() == other.get_lr()
+    for mine, theirs in zip(trainer.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_momentum_falls_while_the_learning_rate_grows():
+    trainer, loader = start()
+    report = engine.lr_range_test(trainer, loader, steps=30, momentum=(0.95, 0.85))
+    momenta = report.runs[0].momenta
+    assert momenta[0] == 0.95
+    assert np.all(np.diff(momenta) < 0)
+
+
+def test_no_checkpoint_is_written(tmp_path):
+    trainer, loader = start(engine={"checkpoint": {"dir": str(tmp_path / "c"), "every": 1}})
+    engine.lr_range_test(trainer, loader, steps=25)
+    assert not (tmp_path / "c").exists()
+
+
+def test_batches_that_are_mappings():
+    trainer, _ = start()
+    batch = collections.UserDict(x=torch.randn(4, 4))  # as tokenizers return them
+    report = engine.lr_range_test(trainer, [batch], steps=10)
+    assert len(report.runs[0].lrs) == 10
+
+
+@pytest.mark.parametrize("steps", [2, 20, 250, 333])
+def test_a_staircase_ends_on_its_highest_stair(steps):
+    sweep = Sweep(1e-6, 10.0, steps, "staircase")
+    lrs = schedules.trace(schedules.from_config(sweep.scheduler), steps)["lr"]
+    assert (lrs[0], lrs[-1]) == (pytest.approx(1e-6), pytest.approx(10.0))
+    assert len(np.unique(lrs)) == min(steps, 20)
+
+
+def test_wrong_calls():
+    with pytest.raises(ValueError, match="must be exponential or linear, but is a staircase"):
+        Sweep(shape="staircase", momentum=(0.95, 0.85))
+    trainer, loader = start()
+    with pytest.raises(ValueError, match="to a larger one, but goes from 1 to 0.1"):
+        engine.lr_range_test(trainer, loader, min_lr=1, max_lr=0.1)
+    with pytest.raises(ValueError, match="`updates` must be given with `refine` alone"):
+        engine.lr_range_test(trainer, loader, updates=100)
+    with pytest.raises(ValueError, match="`updates` must be at least 1, but is 0"):
+        engine.lr_range_test(trainer, loader, refine=True, updates=0)
+    with pytest.raises(ValueError, match="is empty or used up"):
+        engine.lr_range_test(trainer, [])
+    train(trainer, loader, 1)
+    with pytest.raises(ValueError, match="must begin between updates"):
+        engine.lr_range_test(trainer, loader)
+
+
+def test_what_was_frozen_stays_frozen():
+    trainer, loader = start()
+    norm = trainer.module.body[1]
+    norm.eval()
+    engine.lr_range_test(trainer, loader, steps=25)
+    assert trainer.training
+    assert not norm.training
+
+
+def test_a_failure_of_every_gradient_has_a_reason():
+    class Broken(torch.nn.Linear):
+        def forward(self, x):
+            return (super().forward(x) * 0).sqrt().mean()  # its gradient is 0 times infinity
+
+    torch.manual_seed(0)
+    config = {"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    trainer, *_ = engine.initialize(config=config, model=Broken(4, 1))
+    report = engine.lr_range_test(trainer, torch.randn(3, 4, 4))
+    assert report.suggestion.reason == "there are 0 losses, and 20 must be"

@@ -1,0 +1,105 @@
+"""Optimizers by name: the class, its parameters, and the same update as torch's own."""
+
+import pytest
+import torch
+
+import engine
+from engine import load_config
+from engine.config.schema import OPTIMIZERS
+from engine.training.optimizers import build_optimizer
+
+
+def build(block, parameters):
+    config = engine.load_config({"train_batch_size": 1, "optimizer": block})
+    return build_optimizer(config.optimizer, parameters)
+
+
+def weights():
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(5, 3))]
+
+
+@pytest.mark.parametrize(
+    ("block", "reference"),
+    [
+        (
+            {"type": "Adam", "params": {"weight_decay": 0.1}},
+            (torch.optim.AdamW, {"weight_decay": 0.1}),
+        ),
+        (
+            {"type": "Adam", "params": {"weight_decay": 0.1, "adam_w_mode": False}},
+            (torch.optim.Adam, {"weight_decay": 0.1}),
+        ),
+        ({"type": "adamw"}, (torch.optim.AdamW, {"weight_decay": 0.0})),
+        (
+            {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "nesterov": True}},
+            (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+        ),
+        ({"type": "RMSprop", "params": {"alpha": 0.9}}, (torch.optim.RMSprop, {"alpha": 0.9})),
+        ({"type": "Adagrad"}, (torch.optim.Adagrad, {})),
+        ({"type": "NAdam"}, (torch.optim.NAdam, {})),
+        ({"type": "RAdam"}, (torch.optim.RAdam, {})),
+        ({"type": "Adamax"}, (torch.optim.Adamax, {})),
+    ],
+)
+def test_it_updates_as_torchs_own(block, reference):
+    ours, theirs = weights(), weights()
+    make, arguments = reference
+    built, expected = build(block, ours), make(theirs, **arguments)
+    assert type(built) is make
+    for _ in range(5):
+        for parameters, optimizer in ((ours, built), (theirs, expected)):
+            parameters[0].grad = parameters[0].detach().sin()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+OF_TORCH = [name for name, of in OPTIMIZERS.items() if not {"x-backend", "x-removed"} & of.keys()]
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_every_named_optimizer_takes_all_of_its_parameters(name):
+    params = {
+        key: schema["default"]
+        for key, schema in OPTIMIZERS[name]["properties"].items()
+        if "default" in schema and "x-backend" not in schema
+    }
+    optimizer = build({"type": name, "params": params}, weights())
+    for key in params.keys() - {"adam_w_mode", "torch_adam"}:
+        assert optimizer.defaults[key] == (tuple(params[key]) if key == "betas" else params[key])
+
+
+@pytest.mark.parametrize("name", [n for n, of in OPTIMIZERS.items() if "x-removed" not in of])
+def test_an_optimizer_runs_where_there_is_one_of_its_name(name):
+    config = {"train_batch_size": 8, "optimizer": {"type": name}}
+    assert load_config(config).backend.name == ("torch" if name in OF_TORCH else "deepspeed")
+    if name not in OF_TORCH:
+        with pytest.raises(engine.ConfigError, match=r"`optimizer\.type` is honoured by DeepSpeed"):
+            load_config(config | {"engine": {"backend": "torch"}})
+
+
+def test_the_fused_kernel_is_the_default_and_torch_adam_the_way_out():
+    assert build({"type": "AdamW"}, weights()).defaults["fused"] is True
+    plain = build({"type": "AdamW", "params": {"torch_adam": True}}, weights())
+    assert plain.defaults["fused"] is None
+
+
+def test_param_groups_keep_what_they_say():
+    groups = [{"params": weights(), "lr": 0.5}, {"params": weights(), "weight_decay": 0.25}]
+    optimizer = build({"type": "AdamW", "params": {"lr": 0.1}}, groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.25]
+
+
+@pytest.mark.parametrize("kind", ["generator", "tensor"])
+def test_a_group_may_hold_a_generator_or_one_tensor_as_torchs_own_takes_them(kind):
+    model = torch.nn.Linear(3, 1)
+    params = model.parameters() if kind == "generator" else model.weight
+    before = model.weight.detach().clone()
+    config = {"train_batch_size": 2, "optimizer": {"type": "AdamW"}}
+    trainer, *_ = engine.initialize(
+        config=config, model=model, model_parameters=[{"params": params}]
+    )
+    trainer.backward(trainer(torch.ones(2, 3)).mean())
+    trainer.step()
+    assert not torch.equal(model.weight, before)

@@ -1,0 +1,156 @@
+"""Each key changes something, and the checked-in schemas say what the dataclasses say."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+import schedules
+from schedules import SCHEDULES, Horizon, Schedule, register, trace
+from schedules.core.fields import fields_of
+from schedules.core.json_schema import json_schema_of
+
+ROOT = Path(__file__).parents[3]
+
+HORIZON = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
+BASE = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.01,)}
+# Parameters that matter only beside others.
+BESIDE = {
+    ("AutoWU", "decay_phase_factor"): {"test": "robust"},
+    ("AutoWU", "decay_phase_stat"): {
+        "steps_per_epoch": 2,
+        "total_epochs": 50,
+        "decay_phase_factor": 0.5,
+    },
+    ("ReduceLROnPlateau", "threshold_mode"): {"threshold": 0.06, "patience": 0},
+    ("ConstantScheduler", "t_max"): {"alpha": 0.5},
+    ("CyclicLR", "gamma"): {"mode": "exp_range"},
+    ("FactorScheduler", "step"): {"factor": 0.5},
+    ("OneCycle", "decay_mom_rate"): {"decay_step_size": 4},
+    ("OneCycle", "post_cycle_decay_step_size"): {"decay_step_size": None, "decay_lr_rate": 1.0},
+    ("OneCycleLR", "epochs"): {"total_steps": None, "epochs": 4, "steps_per_epoch": 10},
+    ("OneCycleLR", "steps_per_epoch"): {"total_steps": None, "epochs": 4, "steps_per_epoch": 10},
+    ("OptimizerParamScheduler", "lr_wsd_decay_style"): {
+        "lr_decay_style": "WSD",
+        "wsd_decay_steps": 20,
+    },
+    ("OptimizerParamScheduler", "wsd_decay_steps"): {
+        "lr_decay_style": "WSD",
+        "wsd_decay_steps": 20,
+    },
+    ("OptimizerParamScheduler", "lr_decay_style"): {"lr_decay_style": "linear"},
+    ("OptimizerParamScheduler", "wd_incr_style"): {"wd_incr_steps": 30},
+    ("OptimizerParamScheduler", "wd_incr_steps"): {"wd_incr_steps": 30},
+}
+WITH_WARMUP = {"warmup_steps": 8}
+PHASE = [{"from": 0.2, "to": 0.7, "duration": 10}]
+
+
+def alternatives(name, field):
+    """Some other values that a field may take."""
+    if name == "Phases":
+        return [PHASE, True]
+    schema = field.schema
+    if "enum" in schema:
+        return schema["enum"]
+    if field.name == "schedulers":
+        block = {"type": "ExponentialLR", "params": {"gamma": 0.5}}
+        return [[block] * len(SCHEDULES[name].example["schedulers"]), [block]]
+    if schema["type"] == "array":
+        return [[4, 9]]
+    return [True, False, 3, 7, 15, 0.02, 0.3, 0.5, 0.95, 2.0, 40]
+
+
+def values(name, params, ratio):
+    horizon = Horizon(**vars(HORIZON) | {"scale_ratio": ratio})
+    return trace({"type": name, "params": params}, 120, base=BASE, horizon=horizon)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        (name, key)
+        for name, cls in SCHEDULES.items()
+        for key in fields_of(cls)
+        if key != "rollback"  # of weights: no value of the schedule depends on it
+    ],
+)
+def test_every_parameter_changes_something(name, key):
+    params = dict(SCHEDULES[name].example) | BESIDE.get((name, key), {})
+    if key in {"warmup_begin_lr", "warmup_mode"}:
+        params |= WITH_WARMUP
+    ratio = 1.0
+    if key == "scale_warmup":
+        ratio, params = 0.5, params | {"t_warmup": 12}
+    before = values(name, params, ratio)
+    for value in alternatives(name, fields_of(SCHEDULES[name])[key]):
+        try:
+            after = values(name, params | {key: value}, ratio)
+        except ValueError:
+            continue
+        if before.keys() != after.keys() or any(
+            not np.array_equal(before[driven], after[driven]) for driven in before
+        ):
+            return
+    pytest.fail(f"no other value of {key} changes anything")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_has_an_example_that_its_own_schema_takes(name):
+    schema = json_schema_of(SCHEDULES[name])
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(dict(SCHEDULES[name].example), schema)
+    assert schema["description"]
+
+
+def test_generated_files_are_up_to_date():
+    command = [sys.executable, "tools/generate.py", "--check"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def _schedule_class(**namespace: Any) -> type:
+    return type("Mine", (Schedule,), {"drives": ("lr",), "span": 1, "curves": None, **namespace})
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (type("OneCycle", (Schedule,), {}), "a schedule has it already"),
+        (_schedule_class(), "must be a dataclass\\(frozen=True, kw_only=True\\)"),
+        (
+            dataclasses.dataclass(frozen=True, kw_only=True)(
+                _schedule_class(__annotations__={"x": float}, __module__=__name__)
+            ),
+            "missing under x",
+        ),
+    ],
+)
+def test_a_class_that_is_no_schedule_is_not_registered(cls, message):
+    with pytest.raises(ValueError, match=message):
+        register(cls)
+    assert "Mine" not in schedules.SCHEDULES
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"type": "OneCylce"}, "'OneCylce' instead. Did you mean `OneCycle`?"),
+        ({"type": "onecycle"}, "Did you mean `OneCycle`?"),
+        ({"type": "math"}, "`onecycle schedules` lists them."),
+        ({"params": {}}, "must hold `type` and `params` alone, but holds params instead"),
+        ({"type": "WarmupLR", "parms": {}}, "but holds parms, type instead"),
+        ({"type": "WarmupLR", "params": {"warmup_steps": 1}}, "Did you mean `warmup_num_steps`?"),
+        ({"type": "WarmupLR", "params": {"cos_min_ratio": 1}}, "It is one of WarmupCosineLR."),
+        ({"type": "WarmupDecayLR"}, "`total_num_steps` must be given, but is missing."),
+    ],
+)
+def test_a_block_that_names_no_schedule_is_refused(block, message):
+    with pytest.raises(ValueError) as error:
+        schedules.from_config(block)
+    assert message in str(error.value)

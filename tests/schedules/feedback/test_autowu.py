@@ -1,0 +1,298 @@
+"""AutoWU beside the published code: its decisions on recorded losses, and what it survives."""
+
+import gzip
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF, ConstantKernel
+from threadpoolctl import threadpool_limits
+
+import schedules
+from schedules import trace
+from schedules.feedback.gaussian_process import (
+    LENGTH_SCALE,
+    Hyperparameters,
+    Posterior,
+    features,
+    gathered,
+)
+from schedules.feedback.minimum_tests import _certainty, published_test, robust_test
+from tests.testing.golden import FOLDER, cases
+
+pytestmark = pytest.mark.filterwarnings("ignore:AutoWU's warmup")
+
+RECORDED = FOLDER / "autowu_recorded"
+UNIT = json.loads((RECORDED / "unit.json").read_text())
+SEQUENCES = json.loads((RECORDED / "lr_sequences.json").read_text())
+GRID = np.linspace(0, 1, 500)
+
+
+def recorded(name):
+    with gzip.open(RECORDED / f"{name}.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+CURVES = recorded("synthetic") + recorded("fashion")
+
+
+def optimizer(lr=0.1, groups=1):
+    return torch.optim.SGD(
+        [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr * 2**i} for i in range(groups)],
+        lr=lr,
+    )
+
+
+def attached(**params):
+    return schedules.attach("AutoWU", optimizer(), **params)
+
+
+def decided(curve, **params):
+    """The decision of a run on a recorded warmup, and how long it took to be made."""
+    scheduler = attached(
+        steps_per_epoch=curve["steps_per_epoch"],
+        total_epochs=curve["total_epochs"],
+        immediate_cooldown=True,
+        **params,
+    )
+    for loss in curve["losses"]:
+        scheduler.step(float(loss))
+        if scheduler.decision is not None:
+            break
+    else:
+        scheduler.step(1.0)
+    return scheduler.decision
+
+
+@pytest.mark.parametrize("case", UNIT["cases"], ids=lambda case: case["n"])
+def test_the_gaussian_process_is_the_published_one(case):
+    data = gathered(np.array(case["x"]), np.array(case["y"]))
+    start = Hyperparameters.initial().with_mean(float(np.mean(case["y"])))
+    assert start.loss(data) == pytest.approx(case["init"]["nll_per_datum"], abs=1e-9)
+    slopes = case["init"]["grad_raw"]
+    names = ("likelihood.noise_covar.raw_noise", "mean_module.raw_constant")
+    names += ("base_covar_module.raw_outputscale",)
+    assert start.gradient(data) == pytest.approx([slopes[name] for name in names], abs=1e-9)
+    fit, after = start.fitted(data), case["after_100_adam"]
+    theirs = (after["noise"], after["mean"], after["outputscale"])
+    assert (fit.noise, fit.mean, fit.scale) == pytest.approx(theirs, abs=1e-9)
+    posterior, expected = Posterior.of(data, fit, features(GRID)), case["posterior"]
+    grid = expected["grid_idx"]
+    np.testing.assert_allclose(posterior.mean[grid], expected["mean"], atol=1e-9)
+    np.testing.assert_allclose(posterior.variance[grid], expected["var"], atol=1e-9)
+    assert posterior.mean.argmin() == expected["argmin_idx"]
+    assert _certainty(posterior, -1, 1e-4) == pytest.approx(case["past_minimum_prob"], abs=1e-9)
+
+
+def test_the_posterior_is_scikit_learns():
+    random = np.random.default_rng(0)
+    x, y = np.sort(random.uniform(0, 1, 80)), random.normal(0, 1, 80)
+    by = Hyperparameters.initial(noise=0.05, scale=0.7)
+    posterior = Posterior.of(gathered(x, y), by, features(GRID))
+    kernel = ConstantKernel(by.scale, "fixed") * RBF(LENGTH_SCALE, "fixed")
+    peer = GaussianProcessRegressor(kernel, alpha=by.noise, optimizer=None).fit(x[:, None], y)
+    mean, covariance = peer.predict(GRID[:, None], return_cov=True)
+    np.testing.assert_allclose(posterior.mean, mean, atol=1e-8)
+    np.testing.assert_allclose(posterior.root @ posterior.root.T, covariance, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", cases("autowu"))
+def test_the_published_values(name):
+    """Its losses are of single precision, and so are its values after the switch."""
+    case = cases("autowu")[name]
+    block = {"type": "AutoWU", "params": case["params"]}
+    ours = trace(block, case["n_steps"], losses=case["loss"])["lr"][:, 0]
+    np.testing.assert_allclose(ours, case["lr"], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", SEQUENCES, ids=lambda case: case["tag"])
+def test_the_published_sequences(case):
+    steps = case["steps_per_epoch"] * case["total_epochs"]
+    losses = [float(loss) for loss in case["losses"]]
+    losses += [float(case["later_losses_constant"])] * (steps - len(losses))
+    params = {name: case[name] for name in ("steps_per_epoch", "total_epochs")} | case["kwargs"]
+    ours = trace({"type": "AutoWU", "params": params}, steps, losses=losses)["lr"][:, 0]
+    np.testing.assert_allclose(ours, case["lr_used_for_step"], rtol=1e-6, atol=1e-12)
+
+
+def same_as_published(curve):
+    decision = decided(curve)
+    assert decision.step == curve["trans_step"], curve["id"]
+    assert ("passed" in decision.why) == (curve["how"] == "test"), curve["id"]
+    assert decision.lr == pytest.approx(curve["peak_lr"], rel=0.025), curve["id"]
+
+
+def test_the_published_decisions_on_some_curves():
+    for curve in CURVES[::12]:
+        same_as_published(curve)
+
+
+@pytest.mark.slow
+def test_the_published_decisions_on_all_curves():
+    for curve in CURVES:
+        same_as_published(curve)
+
+
+def test_the_robust_test_finds_more_minima_and_none_where_there_is_none():
+    """At least as often as the published one, and nearer, in units of any size."""
+    known = [curve for curve in CURVES if curve.get("u_star") and curve["total_epochs"] == 20]
+    found, off = 0, []
+    for curve in known[::2]:
+        decision = decided(curve, test="robust")
+        if "passed" in decision.why:
+            found += 1
+            off.append(abs(math.log10(decision.lr) - curve["u_star"]))
+    theirs = sum(curve["how"] == "test" for curve in known[::2])
+    assert found > theirs
+    assert np.median(off) < 0.15
+    monotone = [curve for curve in CURVES if curve.get("kind") == "mono"]
+    assert all("passed" not in decided(curve, test="robust").why for curve in monotone)
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_the_robust_test_is_free_of_scale(scale):
+    losses = np.array([float(loss) for loss in CURVES[0]["losses"]])
+    found, scaled = robust_test(losses), robust_test(scale * losses - 3)
+    assert scaled == pytest.approx(found, abs=1e-6)
+
+
+@pytest.mark.parametrize("test", ["reference", "robust"])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [math.nan] * 400,
+        [math.inf] * 400,
+        [1e30] * 400,
+        [1.0] * 400,
+        [math.nan, *[1.0] * 399],
+        [1.0] * 100 + [math.nan] * 300,
+    ],
+    ids=["nan", "inf", "huge", "constant", "nan first", "nan in the end"],
+)
+def test_no_loss_brings_it_down(test, losses):
+    scheduler = attached(steps_per_epoch=20, total_epochs=20, test=test)
+    for loss in losses:
+        scheduler.step(loss)
+        assert math.isfinite(scheduler.get_last_lr()[0])
+    assert scheduler.decision is not None
+
+
+@pytest.mark.parametrize("params", [{}, {"test": "robust"}, {"decay_phase_stat": "loss"}])
+@pytest.mark.parametrize("cut", [37, 250, 380])
+def test_a_resumed_run_has_the_same_trace(params, cut):
+    run = {"steps_per_epoch": 20, "total_epochs": 20, "decay_phase_factor": 0.7, **params}
+    random = np.random.default_rng(1)
+
+    def train(scheduler, steps):
+        rows = []
+        for _ in range(steps):
+            lr = scheduler.get_last_lr()[0]
+            rows.append(lr)
+            scheduler.step(1 + 0.3 * math.log10(lr / 0.01 + 1e-9) ** 2 + random.normal(0, 0.02))
+        return rows
+
+    whole = train(attached(**run), 400)
+    random = np.random.default_rng(1)
+    first = attached(**run)
+    begun = train(first, cut)
+    state = json.loads(json.dumps(first.state_dict()))
+    again = attached(**run)
+    again.load_state_dict(state)
+    assert begun + train(again, 400 - cut) == whole
+
+
+def test_older_states_stay_as_they_were():
+    rule = schedules.AutoWU(steps_per_epoch=5, total_epochs=20).control({"lr": (0.1,)})
+    states = [rule.init()]
+    for step in range(40):
+        states.append(rule.update(states[-1], -float(step)))
+    assert [len(state.losses) for state in states[:20]] == list(range(20))
+    branch = rule.update(states[3], 99.0)
+    assert list(branch.losses) == [0.0, -1.0, -2.0, 99.0]
+    assert list(states[4].losses) == [0.0, -1.0, -2.0, -3.0]
+
+
+def test_groups_keep_their_ratios():
+    driven = optimizer(groups=2)
+    scheduler = schedules.attach("AutoWU", driven, steps_per_epoch=5, total_epochs=20)
+    for _ in range(60):
+        scheduler.step(1.0)
+        first, second = scheduler.get_last_lr()
+        assert second == pytest.approx(2 * first)
+
+
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        ({"cooldown_fraction": 0}, "`cooldown_fraction` must be"),
+        ({"cooldown_fraction": 1.5}, "`cooldown_fraction` must be"),
+        ({"min_lr": 1.0, "max_lr": 0.1}, "`min_lr` must be less than `max_lr`"),
+        ({"steps_per_epoch": None}, "`steps_per_epoch` must be known"),
+        ({"total_epochs": None}, "`total_epochs` must be known"),
+        ({"warmup_unit": "batch"}, "`warmup_unit` must be one of"),
+    ],
+)
+def test_wrong_parameters(params, message):
+    with pytest.raises(schedules.ScheduleError, match=message):
+        attached(**{"steps_per_epoch": 20, "total_epochs": 20} | params)
+
+
+def test_wrong_calls():
+    scheduler = attached(steps_per_epoch=20, total_epochs=20)
+    with pytest.raises(ValueError, match="must be told the loss of each update"):
+        scheduler.step()
+    with pytest.raises(ValueError, match="must be one number, but is a tensor of shape"):
+        scheduler.step(torch.ones(3))
+    loss = (torch.ones(1, requires_grad=True) * 2).sum()
+    scheduler.step(loss)
+    assert scheduler.last_epoch == 1
+
+
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        ({"total_epochs": 6}, "no test can end it"),
+        ({"total_epochs": 6, "test": "robust"}, "hardly ever sure"),
+    ],
+)
+def test_a_run_too_short_is_warned_of(params, message):
+    with pytest.warns(UserWarning, match=message):
+        attached(steps_per_epoch=20, **params)
+
+
+def test_a_decision_costs_a_few_milliseconds():
+    losses = np.array([float(loss) for loss in CURVES[0]["losses"]])
+    for test, most in (
+        (robust_test, 0.004),
+        (lambda y: published_test(y, Hyperparameters.initial(), lambda n, k: np.arange(k)), 0.02),
+    ):
+        times = []
+        with threadpool_limits(1):  # waiting for a core that others use is no cost of the test's
+            for _ in range(9):
+                begin = time.process_time()
+                test(losses)
+                times.append(time.process_time() - begin)
+        assert min(times) < most
+
+
+@pytest.mark.parametrize(("test", "unit"), [("reference", 1.0), ("robust", 1.0), ("robust", 1e3)])
+def test_the_band_lies_around_the_loss(test, unit):
+    """In the loss's own unit, whatever the test has made of it (the reference's is that unit)."""
+    random = np.random.default_rng(0)
+    scheduler = attached(steps_per_epoch=10, total_epochs=60, test=test)
+    step = 0
+    while scheduler.evidence is None:
+        share = step / 300
+        truth = 1 + 4 * (share - 0.5) ** 2
+        scheduler.step(unit * (truth + 0.02 * random.standard_normal()))
+        step += 1
+    band, count = scheduler.evidence.band, len(scheduler.evidence.losses)
+    truth = unit * (1 + 4 * (np.array(band.places) * count / 300 - 0.5) ** 2)
+    mean, low, high = (np.array(line) for line in band[1:])
+    assert ((low <= truth) & (truth <= high))[5:-5].mean() > 0.85
+    assert np.abs(mean - truth).max() < 0.05 * unit
+    assert (high - low).max() < 0.3 * unit

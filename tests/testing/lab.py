@@ -1,0 +1,60 @@
+"""Runs a bash script on the login node of a lab of hosts; see lab.sh."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAB = Path(__file__).with_name("lab.sh")
+ONECYCLE = [sys.executable, "-m", "engine.cli.main"]
+ROOT = LAB.parents[2]
+
+
+def missing():
+    """Why there can be no lab here; nothing where there can."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return "network namespaces need root"
+    tools = ("unshare", "nsenter", "ip", "ssh-keygen", "/usr/sbin/sshd")
+    absent = [tool for tool in tools if shutil.which(tool) is None]
+    if absent:
+        return f"{', '.join(absent)} not installed (Debian: iproute2, openssh-server)"
+    probe = "ip link add name b type bridge && ip link add name v type veth peer name w"
+    done = subprocess.run(
+        ["unshare", "--net", "bash", "-c", probe], capture_output=True, text=True, check=False
+    )
+    return f"no namespaces: {done.stderr.strip()}" if done.returncode else ""
+
+
+def needs_lab():
+    """A mark that skips, loudly, where there can be no lab; with REQUIRE_LAB=1 it does not."""
+    reason = "" if os.environ.get("REQUIRE_LAB") == "1" else missing()
+    return pytest.mark.skipif(bool(reason), reason=f"NO LAB: {reason}")
+
+
+class Done:
+    """What a script did."""
+
+    def __init__(self, process, seconds):
+        self.status, self.out, self.seconds = process.returncode, process.stdout, seconds
+
+
+def lab(script, folder, *, hosts=2, limit=120, **environment):
+    """Run a script on the login node, in a folder; `$ONECYCLE` is the command."""
+    path = folder / "scenario.sh"
+    path.write_text(f"cd {folder}\nONECYCLE='{' '.join(ONECYCLE)}'\n{script}")
+    begin = time.monotonic()
+    process = subprocess.run(
+        ["timeout", "-s", "KILL", str(limit), "bash", str(LAB), str(hosts), "bash", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        | environment,
+    )
+    return Done(process, time.monotonic() - begin)

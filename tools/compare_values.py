@@ -1,0 +1,204 @@
+"""Compare every schedule value of two checkouts, bit for bit, and load a checkpoint across them.
+
+    python tools/compare_values.py BEFORE AFTER
+
+BEFORE and AFTER are directories that hold a checkout. Each one evaluates the scheduler block of
+every golden vector and of every corpus config at each step, with one and with two param groups,
+and steps an SGD and an AdamW optimizer through it. Then BEFORE trains and saves a checkpoint with
+each kind of schedule, and AFTER resumes it. Exits with 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Runs in each checkout; uses only names that are public in both.
+EVALUATE = r"""
+import hashlib, json, sys, warnings
+from pathlib import Path
+from typing import NamedTuple
+import torch
+import schedules
+from schedules import Horizon
+
+warnings.simplefilter("ignore")
+STEPPED = 200
+LONGEST = 200_000
+
+class Case(NamedTuple):
+    name: str
+    block: dict
+    horizon: Horizon = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
+    lr: float = 0.1
+    losses: list | None = None
+
+def cases():
+    for path in sorted(Path("tests/golden").glob("*/*.json")):
+        yield from golden(path.parent.name + "/" + path.stem, json.loads(path.read_text()))
+    for path in sorted(Path("tests/corpus").glob("*/*.json")):
+        try:
+            config = json.loads(path.read_text())
+        except ValueError:
+            continue
+        block = config.get("scheduler") if isinstance(config, dict) else None
+        if isinstance(block, dict):
+            yield Case(f"{path.parent.name}/{path.stem}", block)
+    for name, cls in schedules.SCHEDULES.items():
+        yield Case(f"example/{name}", {"type": name, "params": dict(cls.example)})
+
+def golden(name, case):
+    block = {"type": case["scheduler"], "params": case["params"]}
+    lr = case["optimizer"].get("lr")
+    lr = lr if isinstance(lr, float) else 0.1
+    horizon = Case._field_defaults["horizon"]
+    if "dataloader_len" in case:
+        length, per_epoch = case["max_duration"], case["dataloader_len"]
+        factor = {"ep": per_epoch, "ba": 1, "sp": 1 / case.get("batch_size", 1)}.get(length[-2:], 1)
+        horizon = Horizon(
+            total_steps=float(length.rstrip("eptobasks")) * factor,
+            steps_per_epoch=per_epoch,
+            samples_per_step=case.get("batch_size"),
+            scale_ratio=case["scale_schedule_ratio"],
+            counts_samples=length.endswith("sp"),
+        )
+    yield Case(name, block, horizon, lr, case.get("loss"))
+
+def traced(case, groups):
+    one = {"lr": case.lr, "momentum": 0.9, "weight_decay": 0.01}
+    base = {name: (value,) * groups for name, value in one.items()}
+    steps = min(schedules.from_config(case.block).resolve(case.horizon).span + 100, LONGEST)
+    losses = case.losses
+    if losses:
+        steps, losses = len(losses) + 1, iter(losses)
+    values = schedules.trace(case.block, steps, base=base, horizon=case.horizon, losses=losses)
+    return steps, {name: array.tobytes() for name, array in values.items()}
+
+def stepped(case, kind):
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)]
+    momentum = {"momentum": 0.9} if kind == "SGD" else {}
+    optimizer = getattr(torch.optim, kind)(groups, lr=case.lr, weight_decay=0.01, **momentum)
+    binder = schedules.attach(case.block, optimizer, horizon=case.horizon)
+    feedback = "state" in binder.state_dict()
+    rows = []
+    for step in range(STEPPED):
+        for group in optimizer.param_groups:
+            momentum = group.get("momentum", 0.0), *group.get("betas", ())
+            rows.append([float(v).hex() for v in (group["lr"], *momentum, group["weight_decay"])])
+        binder.step(abs(step - 40) / 40 + 0.1) if feedback else binder.step()
+    return STEPPED, rows, json.dumps(binder.state_dict(), sort_keys=True)
+
+result = {}
+for case in cases():
+    for name, evaluate, argument in (
+        ("trace, 1 group", traced, 1), ("trace, 2 groups", traced, 2),
+        ("SGD", stepped, "SGD"), ("AdamW", stepped, "AdamW"),
+    ):
+        try:
+            steps, *values = evaluate(case, argument)
+        except Exception:
+            steps, values = 0, ["error"]
+        digest = hashlib.sha256(repr(values).encode()).hexdigest()
+        result[f"{case.name}: {name}"] = [steps, digest]
+Path(sys.argv[1]).write_text(json.dumps(result))
+"""
+
+TRAIN = r"""
+import json, sys, warnings
+from pathlib import Path
+import torch, engine
+
+warnings.simplefilter("ignore")
+place, resumes = Path(sys.argv[1]), sys.argv[2] == "resume"
+SCHEDULERS = {
+    "OneCycle": {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 4},
+    "WarmupDecayLR": {"total_num_steps": 12, "warmup_num_steps": 3, "warmup_max_lr": 0.1},
+    "AutoWU": {"steps_per_epoch": 2, "total_epochs": 10, "test": "robust", "rollback": True},
+    "ReduceLROnPlateau": {"patience": 1},
+}
+rows = {}
+for name, params in SCHEDULERS.items():
+    for momentum in (0.0, 0.9):
+        params = dict(params)
+        if name == "OneCycle" and not momentum:
+            params["cycle_momentum"] = False
+        kind = "SGD" if momentum else "AdamW"
+        optimizer = {"lr": 0.05, "momentum": momentum} if momentum else {"lr": 0.05}
+        config = {
+            "train_batch_size": 4,
+            "optimizer": {"type": kind, "params": optimizer},
+            "scheduler": {"type": name, "params": params},
+            "engine": {"backend": "torch"},
+        }
+        torch.manual_seed(0)
+        data = torch.utils.data.TensorDataset(torch.randn(40, 3), torch.randn(40, 1))
+        trainer, _, loader, _ = engine.initialize(
+            config=config, model=torch.nn.Linear(3, 1), training_data=data
+        )
+        folder = place / f"{name}.{kind}"
+        if resumes:
+            trainer.load_checkpoint(folder)
+        batches = iter(loader)
+        for step in range(5 if not resumes else 4):
+            x, y = next(batches)
+            loss = (trainer(x) - y).pow(2).mean()
+            trainer.backward(loss)
+            trainer.step(metric=1.0)
+            if not resumes and step == 2:
+                trainer.save_checkpoint(folder)
+            if resumes or step > 2:
+                rows.setdefault(folder.name, []).append(
+                    [float(loss).hex(), *(float(lr).hex() for lr in trainer.get_lr())]
+                )
+        rows[folder.name] = rows[folder.name][:2]
+Path(sys.argv[3]).write_text(json.dumps(rows))
+"""
+
+
+def run(checkout: Path, code: str, *arguments: object) -> None:
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    subprocess.run(command, cwd=checkout, env=environment, check=True)  # noqa: S603  # our own code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("before", type=Path, help="checkout to compare with")
+    parser.add_argument("after", type=Path, help="checkout to check")
+    args = parser.parse_args()
+    before, after = args.before.resolve(), args.after.resolve()
+    with tempfile.TemporaryDirectory() as scratch:
+        values, losses = [], []
+        for name, checkout in (("before", before), ("after", after)):
+            path = Path(scratch, f"{name}.json")
+            run(checkout, EVALUATE, path)
+            values.append(json.loads(path.read_text()))
+        checkpoints = Path(scratch, "checkpoints")
+        for mode, checkout in (("save", before), ("resume", after)):
+            path = Path(scratch, f"{mode}.json")
+            run(checkout, TRAIN, checkpoints, mode, path)
+            losses.append(json.loads(path.read_text()))
+    old, new = values
+    evaluated = sum(steps > 0 for steps, _ in old.values())
+    steps = sum(steps for steps, _ in old.values())
+    different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    resumed = [name for name in losses[0] if losses[0][name] != losses[1][name]]
+    print(
+        f"{len(old):,} evaluations, {evaluated:,} of them without an error ({steps:,} steps): "
+        f"{len(different)} differ"
+    )
+    print(f"{len(losses[0])} checkpoints of BEFORE resumed by AFTER: {len(resumed)} differ")
+    for name in [*different, *resumed]:
+        print(f"  {name}")
+    return 1 if different or resumed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
