@@ -4,8 +4,8 @@
 
 Prints the CPU time of the training thread (medians of interleaved rounds) and its ratio to
 writing, reading or copying the same number of bytes from one buffer. Hashing and syncing, which
-verify that a checkpoint is complete, have a row of their own. The third table shows how long
-training waits for an asynchronous save.
+verify that a checkpoint is complete, have a separate row. The third table shows how long training
+waits for an asynchronous save.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/lr_test_training.py --output docs/results/lr_test_training.png
 
-The suggestion is that of ``onecycle lr-test --repeat 3``, with and without refinement
-(``--refine --updates``). There are three tasks: LeNet on Fashion-MNIST (on scikit-learn's digits
-if Fashion-MNIST is not available), an MLP on the digits, and a small transformer that predicts the
+The suggestion is that of ``onecycle lr-test --repeat 3``, with and without refinement (``--refine
+--updates``). There are three tasks: LeNet on Fashion-MNIST (on scikit-learn's digits if
+Fashion-MNIST is not available), an MLP on the digits, and a small transformer that predicts the
 next character of this repository's own text. The same 1Cycle, starting at a tenth of its maximum,
 is trained with nine maxima half a decade apart and with the suggested ones, each with several
 seeds. Accuracy is measured on held-out data.
