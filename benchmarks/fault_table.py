@@ -54,7 +54,7 @@ def saved(folder: Path) -> Path:
 
 
 def said(call: Callable[[], Any]) -> str:
-    """Return the first line of what a call raises."""
+    """Return the first line of the error that a call raises."""
     try:
         call()
     except Exception as error:
