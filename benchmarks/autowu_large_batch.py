@@ -1,17 +1,18 @@
-"""Large batches without tuning: AutoWU beside four ways to choose a learning rate.
+"""Compare AutoWU with four other ways to choose a learning rate for large batches.
 
     python benchmarks/autowu_large_batch.py --output docs/results/autowu_large_batch.png
 
-LeNet (no normalisation) and a small ResNet (batch normalisation) on Fashion-MNIST, its images
-averaged to 14 x 14, AdamW, batches of 256, 2,048 and 8,192, the same number of epochs. The fixed
-learning rate is the best of three for batch 256; the others are
+Trains LeNet (no normalization) and a small ResNet (batch normalization) on Fashion-MNIST,
+averaged to 14 x 14, with AdamW, batch sizes of 256, 2,048 and 8,192, and the same number of
+epochs. The fixed learning rate is the best of three for batch size 256; the other methods are
 
-- scaled: the same times batch / 256;
-- cosine: up to the scaled one in a tenth of the run, and down to 0;
-- 1Cycle: between the bounds of an LR range test at that batch;
-- AutoWU: the robust test with rollback, and nothing given.
+- scaled: the fixed learning rate times batch size / 256;
+- cosine: warmup to the scaled one in the first tenth of the run, then a cosine to 0;
+- 1Cycle: between the bounds that an LR range test suggests at that batch size;
+- AutoWU: the robust test with rollback, without any tuning.
 
-Rows are written to the JSON file beside the picture as they are found, and found again there.
+Each result is saved at once in a JSON file with the name of the plot. Existing results are
+reused.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def lenet() -> nn.Module:
 
 
 class Block(nn.Module):
-    """Two convolutions with batch normalisation, and a way around them."""
+    """Residual block: two convolutions with batch normalization, and a 1x1 shortcut."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ def loss_of(trainer: engine.Engine, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Experiment:
-    """The data, and runs on it."""
+    """The data set, and training runs on it."""
 
     def __init__(self, epochs: int) -> None:
         found = images.load()

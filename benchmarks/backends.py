@@ -1,9 +1,10 @@
-"""The same 40 updates on every backend, stage and precision, on one rank and on two.
+"""Train the same 40 steps on every backend, stage and precision, on one rank and on two.
 
     python benchmarks/backends.py > docs/results/backends.md
 
-A Markdown table: whether learning rate and momentum are the schedule's at each update, how far the
-losses are from those of one process of PyTorch in float32, and the first and last of them.
+Prints a Markdown table: whether learning rate and momentum equal the schedule's at each step, the
+largest difference of the losses from those of one PyTorch process in float32, and the first and
+the last loss.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from tests.testing.backend_matrix import SCHEDULER, launch, parity
 
 UPDATES = 40
 HEAD = """\
-# The same updates on every backend
+# Training results on every backend
 
-`python benchmarks/backends.py`, {date}, two cores (x86-64), gloo. A small transformer and LeNet, 40
-updates of batch 8, AdamW, 1Cycle with stairs and decay. Losses are compared at each update with one
-process of PyTorch in float32; the largest relative difference is given.
+`python benchmarks/backends.py`, {date}, two cores (x86-64), gloo. A small transformer and LeNet,
+40 optimizer steps with batch size 8, AdamW, 1Cycle with stairs and decay. The losses of each run
+are compared, step by step, with those of one PyTorch process in float32; the table shows the
+largest relative difference.
 
-| model | precision | what trained | lr and momentum | loss differs by | first loss | last loss |
+| model | precision | backend | lr and momentum | largest loss difference | first loss | last loss |
 |---|---|---|---|---|---|---|"""
 
 
@@ -43,7 +45,7 @@ def main() -> None:
             for name, run in launch(Path(folder), parity(UPDATES), world_size).items():
                 model, precision, backend, stage = name.split()
                 if world_size == 1 and backend == "torch" and stage != "0":
-                    continue  # one process divides nothing: the same run again
+                    continue  # A single process shards nothing, so this run would repeat stage 0.
                 _, losses, lrs, momenta = zip(*run["rows"], strict=True)
                 own = reference.setdefault(model, list(losses))
                 same = (list(lrs), list(momenta)) == (
@@ -55,7 +57,7 @@ def main() -> None:
                     model,
                     precision,
                     run["about"].rpartition(", cpu")[0],
-                    "the schedule's" if same else "OTHERS",
+                    "as scheduled" if same else "DIFFERENT",
                     f"{gap:.1e}",
                     f"{losses[0]:.4f}",
                     f"{losses[-1]:.4f}",

@@ -1,10 +1,11 @@
-"""Cost of saving and loading a checkpoint, beside raw bytes, torch.save and DeepSpeed, in one run.
+"""Compare the cost of saving and loading a checkpoint with raw bytes, torch.save and DeepSpeed.
 
     python benchmarks/checkpoint_speed.py
 
-CPU time of the training thread, medians of interleaved rounds, times writing (or reading, or
-copying) the same bytes of one buffer. Hashing and syncing, which make a checkpoint provably whole,
-are counted apart. The third table is what training waits for when checkpoints are written behind.
+Prints the CPU time of the training thread (medians of interleaved rounds) and its ratio to
+writing, reading or copying the same number of bytes from one buffer. Hashing and syncing, which
+verify that a checkpoint is complete, have a separate row. The third table shows how long training
+waits for an asynchronous save.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ WIDTH, LAYERS = 1024, 40
 
 
 def trained(backend: str, stage: int = 0, *, behind: bool = False) -> engine.Engine:
-    """Return an engine of a model with Adam's states: 42 million parameters, 0.5 GB."""
+    """Return an engine with a model of 42 million parameters and its Adam states: 0.5 GB."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     config = {
@@ -101,17 +102,17 @@ def main() -> None:
     def read_tensors(place: Path) -> None:
         state.read(place.parent / "tensors", ours.module, ours.optimizer, strict=True)
 
-    behind.save_checkpoint(folder / "first", tag="t")  # it has to find memory for its copy
+    behind.save_checkpoint(folder / "first", tag="t")  # allocates the memory for its copy
     behind.wait_for_checkpoint()
     held = behind._behind.arena
-    # Each writes where nothing was; removing it again is not measured.
+    # Each contender writes to a new path. Removing the files is not measured.
     tables: dict[str, dict[str, Contender]] = {
         "save": {
             "raw bytes": ("raw", lambda place: place.write_bytes(buffer)),
             "torch.save": ("torch", lambda place: torch.save(states, place)),
-            "onecycle, the tensors": ("tensors", write_tensors),
+            "onecycle, tensors only": ("tensors", write_tensors),
             "onecycle, syncing and hashing": ("proof", prove),
-            "onecycle, all of it": ("ours", lambda place: ours.save_checkpoint(place, tag="t")),
+            "onecycle, total": ("ours", lambda place: ours.save_checkpoint(place, tag="t")),
             "DeepSpeed, stage 0": (
                 "stage0",
                 lambda place: theirs(deepspeed).save_checkpoint(place, tag="t"),
@@ -124,8 +125,8 @@ def main() -> None:
         "load": {
             "raw bytes": ("raw", lambda place: read_into(place, buffer)),
             "torch.load": ("torch", lambda place: torch.load(place, weights_only=True)),
-            "onecycle, the tensors": ("reading", read_tensors),
-            "onecycle, all of it": ("ours", ours.load_checkpoint),
+            "onecycle, tensors only": ("reading", read_tensors),
+            "onecycle, total": ("ours", ours.load_checkpoint),
             "DeepSpeed, stage 0": (
                 "stage0",
                 lambda place: theirs(deepspeed).load_checkpoint(place, tag="t"),
@@ -136,7 +137,7 @@ def main() -> None:
             ),
         },
         "wait": {
-            "one memcpy into memory at hand": ("memcpy", lambda _: arena.copy_(source)),
+            "one memcpy into allocated memory": ("memcpy", lambda _: arena.copy_(source)),
             "onecycle, copying": (
                 "copy",
                 lambda _: state._copied(state._state_of(behind.module, behind.optimizer), held),
@@ -162,7 +163,7 @@ def main() -> None:
                 ratio = statistics.median(a / b for a, b in zip(each, first, strict=True))
                 table.add_row(name, f"{statistics.median(each) * 1e3:.0f}", f"{ratio:.2f}x")
             console.print(table)
-        console.print(f"{payload / 1e6:.1f} MB of tensors; on disk {size / payload:.4f} times that")
+        console.print(f"{payload / 1e6:.1f} MB of tensors; {size / payload:.4f} times that on disk")
     finally:
         shutil.rmtree(folder)
 

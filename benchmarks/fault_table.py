@@ -1,11 +1,11 @@
-"""Break checkpoints and saves in every way that is known; print what is said, and what is left.
+"""Damage checkpoints and saves in every known way; print the error message and the recovery.
 
     python benchmarks/fault_table.py
 
-Each fault happens for real: a full file system is a mounted one of 2 MB (which takes root; else
-that line is left out), a rank that does not come is one that was killed. The last column is the
-newest update that a fresh run goes on from; three checkpoints were there before, the last of update
-6 (before the faults of ranks one, of update 2).
+Each fault is real: the full file system is a mounted one of 2 MB (which requires root; without it
+the row is omitted), the killed rank gets SIGKILL. The last column is the newest step from which a
+new run resumes. Three checkpoints exist before each fault, the last one of step 6 (before the
+faults that need several ranks: one, of step 2).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def saved(folder: Path) -> Path:
 
 
 def said(call: Callable[[], Any]) -> str:
-    """Return the first line of what a call raises."""
+    """Return the first line of the error that a call raises."""
     try:
         call()
     except Exception as error:
@@ -65,7 +65,7 @@ def said(call: Callable[[], Any]) -> str:
 def newest(folder: Path) -> str:
     fresh, _ = start()
     fresh.load_checkpoint(folder)
-    return f"update {fresh.global_steps}"
+    return f"step {fresh.global_steps}"
 
 
 @contextmanager
@@ -111,9 +111,9 @@ def of_the_model(folder: Path) -> Iterator[tuple[str, str, str]]:
     manifest["files"]["engine.pt"] = {"size": size, "sha256": digest}
     (bomb / "global_step6" / "manifest.json").write_text(json.dumps(manifest))
     yield (
-        "a pickle bomb with the right hash",
+        "a pickle bomb with a correct hash",
         said(lambda: start()[0].load_checkpoint(bomb)),
-        "update 4, by its tag",
+        "step 4, by its tag",
     )
 
 
@@ -123,12 +123,13 @@ def in_saving(folder: Path) -> Iterator[tuple[str, str, str]]:
     trainer.load_checkpoint(place)
     yield (
         "a tag that exists",
-        said(lambda: trainer.save_checkpoint(place, tag="global_step6")) + " replaced when whole",
+        said(lambda: trainer.save_checkpoint(place, tag="global_step6"))
+        + " replaced when complete",
         newest(place),
     )
     blocked = folder / "file"
     blocked.write_text("")
-    yield "a folder that cannot be made", said(lambda: trainer.save_checkpoint(blocked)), "-"
+    yield "a directory that cannot be created", said(lambda: trainer.save_checkpoint(blocked)), "-"
     with small_file_system(folder / "small") as small:
         if small is None:
             return
@@ -143,7 +144,7 @@ def in_saving(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def of_ranks(folder: Path) -> Iterator[tuple[str, str, str]]:
-    for case, fault in (("absent", "a save on rank 0 alone"), ("dead", "a rank that was killed")):
+    for case, fault in (("absent", "a save on rank 0 only"), ("dead", "a rank that was killed")):
         begin = time.monotonic()
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         place = folder / case
@@ -156,7 +157,7 @@ def of_ranks(folder: Path) -> Iterator[tuple[str, str, str]]:
         lines = [line for line in done.stderr.splitlines() if "every rank must come" in line]
         message = lines[0].split(": ", 1)[1][:170] if lines else done.stderr[-300:]
         spent = time.monotonic() - begin
-        yield f"{fault} ({spent:.0f} s with the start)", f"{message} …", "update 2"
+        yield f"{fault} ({spent:.0f} s including startup)", f"{message} …", "step 2"
 
 
 def as_rank(case: str, folder: str) -> None:
@@ -184,7 +185,7 @@ def main() -> None:
         as_rank(*args.as_rank)
         return
     console = Console(soft_wrap=True)
-    print("| fault | what is said | a fresh run goes on from |\n|---|---|---|")
+    print("| fault | message | a new run resumes from |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for rows in (in_files, of_the_model, in_saving, of_ranks):

@@ -1,11 +1,11 @@
-"""Kill runs at random moments, and see whether each goes on as the uninterrupted one.
+"""Kill runs at random moments, and check that each resumes exactly like an uninterrupted run.
 
     python benchmarks/kill_matrix.py --kills 200
 
-A run saves every second update: in one process and in two, while training waits and behind it, on
-PyTorch and on DeepSpeed. All its processes are killed (SIGKILL) after a random time, and started
-again with the same config until the run is through; every update's learning rate, data and weights
-(a hash) are compared with those of a run that nobody killed.
+A run saves every second step: in one process and in two, synchronously and asynchronously, on
+PyTorch and on DeepSpeed. All of its processes are killed (SIGKILL) after a random time, and
+started again with the same config until the run is complete. The learning rate, data and weights
+(a hash) of every step are compared with those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).parent.parent / "tests" / "testing" / "checkpoint_run.py
 
 
 class Case(NamedTuple):
-    """One kind of run, and its share of the kills."""
+    """One kind of run, and the fraction of the kills that it gets."""
 
     backend: str
     processes: int
@@ -48,7 +48,7 @@ CASES = (
 
 
 class Run:
-    """The processes of one start, with rank 0's lines."""
+    """The processes of one start, and the output of rank 0."""
 
     def __init__(self, case: Case, folder: Path, updates: int) -> None:
         with socket.socket() as free:
@@ -86,7 +86,7 @@ class Run:
 
 
 def is_row(line: str) -> bool:
-    """Return whether a line is whole; DeepSpeed logs on the same stream."""
+    """Return whether a line is a complete row; DeepSpeed logs to the same stream."""
     fields = line.split()
     return len(fields) == 4 and fields[0].isdigit() and len(fields[3]) == 16
 
@@ -98,7 +98,7 @@ def rows_of(text: str) -> dict[str, str]:
 def lost_of(
     case: Case, folder: Path, updates: int, kills: int, randomness: random.Random, bar: Progress
 ) -> tuple[int, int, int]:
-    """Kill runs of one case; return the kills, the runs they took, and what was lost."""
+    """Kill runs of one case; return the number of kills, of runs, and of lost starts and steps."""
     whole, ended = Run(case, folder / "whole", updates).end()
     assert ended, f"{case} does not run"
     expected = rows_of(whole)
@@ -120,10 +120,10 @@ def lost_of(
                 lost += rows.setdefault(step, row) != row
             if ended:
                 break
-            if not first:  # it could not even begin where the one before was killed
+            if not first:  # it could not even start after the previous kill
                 lost += 1
                 break
-        # A process that died between saving and printing leaves out a line, and nothing else.
+        # A process that dies between saving and printing omits one line; nothing else.
         lost += not rows.items() <= expected.items()
         lost += rows.get(str(updates)) != expected[str(updates)]
     return done, runs, lost
@@ -134,7 +134,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--updates", type=int, default=400, help="length of a run (default: 400)")
+    parser.add_argument(
+        "--updates", type=int, default=400, help="optimizer steps per run (default: 400)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     randomness = random.Random(args.seed)  # noqa: S311  # moments, not secrets
@@ -151,7 +153,7 @@ def main() -> None:
             total = [a + b for a, b in zip(total, found, strict=True)]
     console.print(table)
     console.print(
-        "{} kills in {} runs of {} updates: {} lost".format(*total[:2], args.updates, total[2])
+        "{} kills in {} runs of {} steps: {} lost".format(*total[:2], args.updates, total[2])
     )
 
 

@@ -1,10 +1,11 @@
-"""Break a launch over two hosts in every known way; print what is said, how fast, what is left.
+"""Break a launch over two hosts in every known way; print the message, delay and leftovers.
 
     python benchmarks/launch_faults.py
 
-The hosts are namespaces of this machine with an sshd each (tests/testing/lab.sh; takes root). Each
-rank waits for ever, unless the fault is its own. Seconds are counted from the fault to the end of
-the launcher; processes left are those of the job on either host some seconds later.
+The hosts are network namespaces of this machine, each with its own sshd (tests/testing/lab.sh;
+requires root). Each rank waits indefinitely, unless the fault is its own. The table shows the
+seconds from the fault to the exit of the launcher, and the number of the job's processes that are
+left on the hosts some seconds later.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ FAULTS = (
     ("the launcher is killed", "wait", READY, "kill -KILL $pid", 4),
     ("torchrun is killed", "wait", READY, "on 1 pkill -KILL -f engine.launch.torchrun", 1),
     ("an agent is killed", "wait", READY, "on 1 pkill -KILL -f engine.launch.agent", 4),
-    ("a host loses its power", "wait", READY, "power 1 off; power 1 on", 2),
-    ("a host is cut off", "wait", READY, "cable 1 down", 32),
-    ("a host is off before", "wait", "power 1 off", "", 0),
+    ("a host loses power", "wait", READY, "power 1 off; power 1 on", 2),
+    ("a host is disconnected", "wait", READY, "cable 1 down", 32),
+    ("a host is off before launch", "wait", "power 1 off", "", 0),
 )
 
 
@@ -50,14 +51,14 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     ).parse_args()
-    print("| fault | what is said | status | seconds | processes left |\n|---|---|---|---|---|")
+    print("| fault | message | status | seconds | processes left |\n|---|---|---|---|---|")
     for fault, what, until, happens, settle in FAULTS:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
             shutil.copy(WORKER, folder / "worker.py")
             script = START.format(what=what, until=until, fault=happens, settle=settle)
-            if fault == "a host is off before":
+            if fault == "a host is off before launch":
                 script = script.replace("$ONECYCLE", "power 1 off; $ONECYCLE").replace(
                     "2> said", "> said"
                 )

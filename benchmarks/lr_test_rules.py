@@ -1,14 +1,15 @@
-"""Suggestions from planted range-test curves: ours beside Lightning's and torch-lr-finder's.
+"""Compare LR range test suggestions on synthetic curves with Lightning and torch-lr-finder.
 
     pip install -c constraints.txt -e '.[benchmarks]'
     python benchmarks/lr_test_rules.py
 
-1,000 curves of five families at five levels of noise (its standard deviation in shares of the
-descent), and 200 in which nothing is learnt. Each tool gets the losses as its own test would see
-them, and smooths and judges them with its own code. Right is within a factor of 3 of what was
-planted: for the maximum of a cycle the middle of where the loss is lowest (to 5 % of the descent),
-for the rule "steepest", which is all that the peers have, the learning rate at which the loss falls
-most for a factor of it.
+Uses 1,000 curves of five families at five noise levels (the standard deviation as a fraction of
+the descent), and 200 curves without any learning. Each tool receives the losses as its own test
+would, and smooths and evaluates them with its own code. A suggestion is correct if it is within a
+factor of 3 of the true value. For the maximum of a cycle, the true value is the middle of the
+region where the loss is lowest (to within 5 % of the descent). For the rule "steepest", the only
+one that the other tools have, it is the learning rate at which the loss falls most per factor of
+the learning rate.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def lightning(curve: Curve) -> float | None:
 
 
 class _Planted(LRFinder):
-    """torch-lr-finder whose training gives the planted losses."""
+    """torch-lr-finder with training replaced by the synthetic losses."""
 
     def __init__(self, curve: Curve) -> None:
         model = torch.nn.Linear(1, 1)
@@ -114,7 +115,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--curves", type=int, default=1000, help="planted ones (default: 1000)")
+    parser.add_argument(
+        "--curves", type=int, default=1000, help="number of synthetic curves (default: 1000)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     plt.switch_backend("agg")
@@ -139,11 +142,11 @@ def main() -> None:
             for name, contender in CONTENDERS.items():
                 silent[name] += asked(contender, curve) is None
     console = Console()
-    table = Table("share right, at noise of", *(f"{noise:.0%}" for noise in NOISE), "all")
+    table = Table("fraction correct at noise level", *(f"{noise:.0%}" for noise in NOISE), "all")
     for name, of_levels in right.items():
         table.add_row(name, *(f"{share:.1%}" for share in (*of_levels, of_levels.mean())))
     console.print(table)
-    table = Table("share right, of curves that", *FAMILIES, "no answer where there is none")
+    table = Table("fraction correct per family", *FAMILIES, "no suggestion on flat curves")
     for name, of_families in by_family.items():
         shares = (f"{share:.1%}" for share in of_families.values())
         table.add_row(name, *shares, f"{silent[name]} of {100 * len(FLAT)}")

@@ -1,12 +1,13 @@
-"""Is the learning rate that the range test suggests a good one? 1Cycle by it beside a grid of nine.
+"""Compare 1Cycle with the learning rate that the range test suggests against a grid of nine.
 
     python benchmarks/lr_test_training.py --output docs/results/lr_test_training.png
 
-The suggestion is that of ``onecycle lr-test --repeat 3``, without and with ``--refine --updates``.
-Three tasks: LeNet on Fashion-MNIST (scikit-learn's digits where there is no copy of it), an MLP on
-the digits, a small transformer that predicts the next character of this repository's own text. The
-same 1Cycle, from a tenth of the maximum, is trained with nine maxima half a decade apart and with
-the suggested one, each with several seeds. The accuracy is that on data not trained on.
+The suggestion is that of ``onecycle lr-test --repeat 3``, with and without refinement (``--refine
+--updates``). There are three tasks: LeNet on Fashion-MNIST (on scikit-learn's digits if
+Fashion-MNIST is not available), an MLP on the digits, and a small transformer that predicts the
+next character of this repository's own text. The same 1Cycle, starting at a tenth of its maximum,
+is trained with nine maxima half a decade apart and with the suggested ones, each with several
+seeds. Accuracy is measured on held-out data.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ CONTEXT, WIDTH = 64, 64
 
 Batch = tuple[Tensor, Tensor]
 Cells = dict[float, list[float]]
-"""For each maximum the accuracies of its runs."""
+"""Maps each maximum to the accuracies of its runs."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to train, on what, for how long."""
+    """A model, its optimizer and data, and the number of training steps."""
 
     model: Callable[[], nn.Module]
     optimizer: dict[str, Any]
@@ -59,7 +60,7 @@ class Task:
 
 
 class Transformer(nn.Module):
-    """Two causal layers over characters."""
+    """A character-level language model with two causal layers."""
 
     def __init__(self, characters: int) -> None:
         super().__init__()
@@ -144,7 +145,7 @@ def started(task: Task, seed: int, scheduler: dict[str, Any] | None) -> engine.E
 
 
 def suggested(task: Task, seed: int) -> dict[str, float]:
-    """Return the maxima that three range tests suggest, and short cycles after them."""
+    """Return the maxima suggested by three range tests, and by short cycles after them."""
     runs = []
     for repeat in range(REPEATS):
         trainer = started(task, seed + repeat, None)
@@ -174,7 +175,7 @@ def one_cycle(max_lr: float, updates: int) -> dict[str, Any]:
 
 
 def losses_of(trainer: engine.Engine, task: Task, updates: int) -> list[float]:
-    """Train, and return the loss of each update."""
+    """Train, and return the loss of each step."""
     losses = []
     batches = task.batches()
     for _ in range(updates):
@@ -205,7 +206,7 @@ def error_of(values: list[float]) -> float:
 
 
 def beside(mine: list[float], top: list[float], lr: float, bar_of: float) -> str:
-    """Return an accuracy, how far off the best of the grid it is by the same seeds, a verdict."""
+    """Return an accuracy, its difference from the grid's best (paired by seed), and a verdict."""
     pairs = [own - other for own, other in zip(mine, top, strict=True)]
     off = f"{statistics.mean(pairs):+.2f} ± {error_of(pairs):.2f}"
     verdict = "reached" if statistics.mean(mine) >= bar_of else "missed"
@@ -236,9 +237,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=4, help="runs of each maximum (default: 4)")
-    parser.add_argument("--first-seed", type=int, default=0, help="for other runs (default: 0)")
-    parser.add_argument("--task", default="", help="only tasks whose names begin like this")
+    parser.add_argument("--seeds", type=int, default=4, help="runs per maximum (default: 4)")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="first seed of the runs (default: 0)"
+    )
+    parser.add_argument("--task", default="", help="run only tasks whose names start with this")
     parser.add_argument("--output", type=Path, default=Path("lr_test_training.png"))
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,9 @@
-"""Time a step and a whole curve of 1Cycle, beside the peers, interleaved in one run.
+"""Time one step and a whole curve of 1Cycle, compared with PyTorch and DeepSpeed.
 
     python benchmarks/scheduler_speed.py
 
-CPU time; every ratio is the median of the ratios of the rounds, in which each contender runs once.
+Measures CPU time. Each contender runs once per round; every ratio is the median of the ratios of
+the rounds.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def optimizer_of(groups: int) -> torch.optim.Optimizer:
 
 
 def bare_loop(groups: int) -> Callable[[int], None]:
-    """The limit: a loop over the groups that writes a learning rate and betas, and nothing else."""
+    """Lower bound: a loop over the groups that only assigns a learning rate and betas."""
     optimizer = optimizer_of(groups)
     param_groups = optimizer.param_groups
 
@@ -61,7 +62,7 @@ def stepping(step: Step) -> Callable[[int], None]:
 
 
 def contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Return what runs some steps of each contender."""
+    """Return, per contender, a function that runs a given number of steps."""
     from deepspeed.runtime.lr_schedules import OneCycle
 
     own = CYCLE | {
@@ -69,11 +70,11 @@ def contenders(groups: int) -> dict[str, Callable[[int], None]]:
         "cycle_max_lr": [1e-3 * (1 + index / groups) for index in range(groups)],
     }
     torchs = torch.optim.lr_scheduler.OneCycleLR(optimizer_of(groups), 1e-3, total_steps=10**9)
-    torchs.optimizer._opt_called = True  # it would warn that no update was applied
+    torchs.optimizer._opt_called = True  # suppress the warning that optimizer.step() was not called
     return {
         "bare loop": bare_loop(groups),
         "onecycle": stepping(schedules.attach("OneCycle", optimizer_of(groups), **CYCLE).step),
-        "onecycle, bounds a group": stepping(
+        "onecycle, bounds per group": stepping(
             schedules.attach("OneCycle", optimizer_of(groups), **own).step
         ),
         "DeepSpeed": stepping(OneCycle(optimizer_of(groups), **CYCLE).step),
@@ -88,7 +89,7 @@ def cpu_time(run: Callable[[int], object], amount: int) -> float:
 
 
 def time_steps(console: Console, rounds: int) -> None:
-    table = Table("1Cycle, one step()", title="microseconds, and times the bare loop (median)")
+    table = Table("1Cycle, one step()", title="microseconds (relative to the bare loop), medians")
     for groups in (1, 2, 16, 256):
         table.add_column(f"{groups} group{'s' * (groups > 1)}", justify="right")
     cells: dict[str, list[str]] = {}
@@ -109,7 +110,7 @@ def time_steps(console: Console, rounds: int) -> None:
 
 
 def numpy_by_hand(steps: int) -> list[np.ndarray]:
-    """The limit of a whole curve: learning rate and momentum by numpy slices, in place."""
+    """Reference for a whole curve: learning rate and momentum from numpy slices, in place."""
     first, end = steps // 4, steps // 2
     progress = np.zeros(steps)
     progress[: first + 1] = np.floor(np.arange(first + 1) * (500 / first)) / 500

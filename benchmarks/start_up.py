@@ -1,10 +1,10 @@
-"""Cost of starting: what comes on top of PyTorch's optimizer, and the memory of a training process.
+"""Measure the startup time, beyond PyTorch's optimizer, and the memory of a training process.
 
     python benchmarks/start_up.py
 
-Each contender is a process of its own that has built an optimizer of PyTorch, whose first
-constructor imports a part of torch in every process: CPU time on top of that, of importing the rest
-and of the call; peak memory after four updates of a GPT of 10 million parameters.
+Each contender runs in its own process. The process first builds a PyTorch optimizer, because the
+first optimizer imports a part of torch in any case. Prints the additional CPU time of the import
+and of the call, and the peak memory after four steps of a GPT with 10 million parameters.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def main() -> None:
             imports, call, mebibytes = map(float, run.stdout.split()[-3:])
             seconds[name].append((imports * 1e3, call * 1e3))
             memory[name] = max(memory[name], mebibytes)
-    table = Table("CPU ms on top of AdamW's constructor", "import", "call", "peak MiB", "times")
+    table = Table(
+        "CPU ms in addition to AdamW's constructor", "import", "call", "peak MiB", "times"
+    )
     bare = memory["torch.optim.AdamW"]
     for name, each in seconds.items():
         imports, call = (statistics.median(part) for part in zip(*each, strict=True))

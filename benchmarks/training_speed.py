@@ -1,11 +1,11 @@
-"""Cost of an optimizer step and of `initialize`, beside a raw loop and the peers, in one run.
+"""Compare the cost of an optimizer step with a raw loop and other libraries.
 
     python benchmarks/training_speed.py
 
-Each contender is a process of its own with one thread, so that none has another's heap; they step
-in turn. CPU time, medians of the rounds, and the median of the rounds' ratios to the naive raw loop
-(AdamW as torch gives it, clip_grad_norm_, zero_grad). Calls are function calls per optimizer step
-as cProfile counts them on the MLP, the same in each run.
+Each contender runs in its own process with one thread, so that they do not share a heap; they
+step in turn. Prints the CPU time (medians of the rounds) and the median of the rounds' ratios to
+the raw loop (PyTorch's default AdamW, clip_grad_norm_, zero_grad). "calls" is the number of
+function calls per optimizer step on the MLP, counted by cProfile; it is the same in each run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Step = Callable[[], None]
 
 
 class Block(nn.Module):
-    """A layer of a GPT."""
+    """A transformer block of a GPT."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -70,7 +70,8 @@ def gpt() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     blocks = [Block(384) for _ in range(5)]
     model = nn.Sequential(nn.Embedding(1024, 384), *blocks, nn.Linear(384, 1024))
     for parameter in model.parameters():
-        # Embeddings of deviation 1 make denormals in the attention, which swamp all else.
+        # Embeddings with a standard deviation of 1 cause denormals in the attention. Their cost
+        # would dominate the measurement.
         parameter.data.clamp_(-0.04, 0.04)
     return model, torch.randint(1024, (4, 64)), torch.randint(1024, (256,))
 
@@ -80,7 +81,7 @@ def loss_of(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def bound(task: Callable[[], tuple]) -> Step:
-    """What no engine can be below: a clip and an optimizer that cost nothing."""
+    """Lower bound for every engine: clipping and an optimizer without any cost."""
     model, x, y = task()
 
     def step() -> None:
@@ -124,7 +125,7 @@ def loop(trainer: object, x: torch.Tensor, y: torch.Tensor) -> Step:
 
 
 def alone() -> None:
-    """Spare DeepSpeed a rendezvous, and a compilation of what one process does not use."""
+    """Save DeepSpeed a rendezvous, and the compilation of an op that one process does not use."""
     os.environ["LOCAL_RANK"] = "0"
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -199,7 +200,7 @@ def contenders() -> dict[str, Callable[[Callable[[], tuple]], Step]]:
     found = {
         "raw loop": partial(raw, fused=None),
         "raw loop, fused AdamW": partial(raw, fused=True),
-        "forward and backward alone": bound,
+        "forward and backward only": bound,
         "onecycle": ours,
         "onecycle, AdamW unfused": ours_unfused,
         "onecycle on DeepSpeed, stage 0": partial(ours, backend="deepspeed"),
@@ -218,7 +219,7 @@ def contenders() -> dict[str, Callable[[Callable[[], tuple]], Step]]:
 
 
 def calls(step: Step, steps: int = 20) -> int:
-    """Return the function calls of one optimizer step."""
+    """Return the number of function calls in one optimizer step."""
     for _ in range(3):
         step()
     profile = cProfile.Profile()
@@ -237,12 +238,12 @@ def cpu_time(step: Step, steps: int) -> float:
 
 
 def serve(connection: Connection, make: Callable, task: Callable[[], tuple], counts: bool) -> None:
-    """Be one contender: tell the calls of a step, then the CPU time of as many as are asked for."""
+    """Run one contender: send its calls per step, then the CPU time of each requested run."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
     step = make(task)
-    torch.set_num_threads(1)  # after Accelerate, which sets another number
+    torch.set_num_threads(1)  # after Accelerate, which changes the number
     cpu_time(step, 3)
     connection.send(calls(step) if counts else None)
     while steps := connection.recv():
@@ -257,7 +258,7 @@ def main() -> None:
     args = parser.parse_args()
     spawned = multiprocessing.get_context("spawn")
     console = Console()
-    table = Table("CPU ms a step", title="times the naive raw loop (median)")
+    table = Table("CPU ms per step", title="relative to the raw loop (median)")
     cells: dict[str, list[str]] = {each: [] for each in contenders()}
     counts: dict[str, int] = {}
     for name, task, steps in (("MLP", mlp, 200), ("GPT, 10M", gpt, 4)):
@@ -268,7 +269,7 @@ def main() -> None:
             ends[each], theirs = spawned.Pipe()
             of_it = (theirs, make, task, task is mlp)
             spawned.Process(target=serve, args=of_it, daemon=True).start()
-            theirs.close()  # so that one that fails is heard of
+            theirs.close()  # so that recv() raises EOFError if the contender fails
             counted = ends[each].recv()
             counts[each] = counts.get(each, counted)
         times: dict[str, list[float]] = {each: [] for each in ends}

@@ -1,9 +1,10 @@
-"""Cost of an optimizer step on two ranks, beside one flat all-reduce by hand and DeepSpeed.
+"""Compare the cost of an optimizer step on two ranks with a hand-written loop and DeepSpeed.
 
     torchrun --standalone --nproc_per_node 2 benchmarks/training_speed_ranks.py
 
-CPU time of rank 0 with one thread, medians of interleaved rounds, and the median of the rounds'
-ratios to the limit: fused AdamW and a single all-reduce of all gradients in one buffer.
+Prints the CPU time of rank 0 with one thread (medians of interleaved rounds), and the median of
+the rounds' ratios to the hand-written loop, which uses fused AdamW and a single all-reduce of all
+gradients in one buffer.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def ours(task: Callable[[], tuple]) -> alone.Step:
 def deepspeed(task: Callable[[], tuple]) -> alone.Step:
     import deepspeed as peer
 
-    peer.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first
+    peer.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # otherwise it is compiled first
     model, x, y = task()
     settings = alone.config(len(x) * dist.get_world_size())
     del settings["engine"]

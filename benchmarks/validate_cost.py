@@ -1,9 +1,9 @@
-"""Cost of checking a config as a whole process: bare Python, onecycle, DeepSpeed's own parse.
+"""Compare the cost of validating a config in a new process: bare Python, onecycle, DeepSpeed.
 
     python benchmarks/validate_cost.py
 
-CPU time (user and system) of cold processes, interleaved; medians, and medians of the rounds'
-ratios. Peak memory is the largest resident set of a process.
+Prints the CPU time (user and system) of cold, interleaved processes: medians, and medians of the
+rounds' ratios. Peak memory is the largest resident set size of a process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ print(used.ru_utime + used.ru_stime, used.ru_maxrss)
 
 
 def cost(command: list[str]) -> tuple[float, float]:
-    """Return CPU milliseconds and peak memory in MiB of a command, children included."""
+    """Return the CPU time in ms and the peak memory in MiB of a command, including its children."""
     measure = [sys.executable, "-I", "-S", "-c", MEASURED, *command]
     run = subprocess.run(measure, capture_output=True, text=True, check=True)  # ours
     seconds, kib = map(float, run.stdout.split())

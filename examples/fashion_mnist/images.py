@@ -1,4 +1,4 @@
-"""Images to learn from: Fashion-MNIST where a copy is at hand, else scikit-learn's digits."""
+"""Training images: Fashion-MNIST if a copy is available, otherwise scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _FILES = {"train": "train", "test": "t10k"}
 _FOLDERS = (
     Path("/usr/share/datasets/fashion-mnist"),  # Debian's package dataset-fashion-mnist
     Path.home() / ".cache" / "torchvision" / "FashionMNIST" / "raw",
-    Path("data") / "FashionMNIST" / "raw",  # torchvision's download, beside the script's caller
+    Path("data") / "FashionMNIST" / "raw",  # torchvision's download in the working directory
 )
 
 
 class Images(NamedTuple):
-    """Training and test images, (n, 1, 28, 28) in [0, 1], with their labels, and what they are."""
+    """Training and test images, shape (n, 1, 28, 28) in [0, 1], their labels, and their source."""
 
     train: TensorDataset
     test: TensorDataset
@@ -30,10 +30,10 @@ class Images(NamedTuple):
 
 
 def load() -> Images:
-    """Return Fashion-MNIST from ``FASHION_MNIST_DIR`` or a usual folder, else the digits.
+    """Return Fashion-MNIST from ``FASHION_MNIST_DIR`` or a default directory, otherwise the digits.
 
     Raises:
-        FileNotFoundError: ``FASHION_MNIST_DIR`` is set, but does not hold the four files.
+        FileNotFoundError: ``FASHION_MNIST_DIR`` is set but does not contain the four files.
     """
     named = os.environ.get("FASHION_MNIST_DIR")
     for folder in [Path(named)] if named else _FOLDERS:
@@ -43,14 +43,14 @@ def load() -> Images:
             return Images(train, test, f"Fashion-MNIST from {folder}")
     if named:
         raise FileNotFoundError(
-            f"FASHION_MNIST_DIR must hold train-images-idx3-ubyte(.gz) and its three companions, "
-            f"but {named} does not. Unset it to train on scikit-learn's digits."
+            f"FASHION_MNIST_DIR must hold train-images-idx3-ubyte(.gz) and the other three files "
+            f"of Fashion-MNIST; {named} does not. Unset it to train on scikit-learn's digits."
         )
     return _digits()
 
 
 def _files(folder: Path, prefix: str) -> tuple[Path, ...]:
-    """Return the paths of a part's images and labels, packed or not; nothing if one is missing."""
+    """Return the paths of the image and label files, compressed or not; () if one is missing."""
     found = []
     for kind in ("images-idx3", "labels-idx1"):
         plain = folder / f"{prefix}-{kind}-ubyte"
@@ -68,7 +68,7 @@ def _dataset(images: Path, labels: Path) -> TensorDataset:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """Return the array in a file of the IDX format: magic number, shape, then bytes."""
+    """Read an array from an IDX file: magic number, shape, then bytes."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     rank = data[3]
     shape = np.frombuffer(data, ">u4", count=rank, offset=4)
@@ -82,10 +82,10 @@ def _digits() -> Images:
     small = torch.from_numpy(digits.images).float()[:, None] / 16
     images: Tensor = pad(interpolate(small, scale_factor=3, mode="bilinear"), (2, 2, 2, 2))
     labels = torch.from_numpy(digits.target).long()
-    # Every fifth image is for the test: the set is in the order of its writers.
+    # Every fifth image is a test image, because the data set is sorted by writer.
     test = torch.arange(len(labels)) % 5 == 0
     return Images(
         TensorDataset(images[~test], labels[~test]),
         TensorDataset(images[test], labels[test]),
-        "the handwritten digits of scikit-learn (no copy of Fashion-MNIST at hand)",
+        "the handwritten digits of scikit-learn (no copy of Fashion-MNIST found)",
     )

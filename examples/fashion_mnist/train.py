@@ -1,4 +1,4 @@
-"""LeNet, trained from ds_config.json: one process, or as many as torchrun starts.
+"""Train LeNet from ds_config.json, in one process or with torchrun.
 
 python examples/fashion_mnist/train.py
 torchrun --nproc_per_node 2 examples/fashion_mnist/train.py
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 def lenet() -> nn.Module:
-    """LeNet with rectified units and max pooling, as Dive into Deep Learning trains it."""
+    """Build LeNet with ReLU and max pooling, as in Dive into Deep Learning."""
     return nn.Sequential(
         nn.Conv2d(1, 6, kernel_size=5, padding=2),
         nn.ReLU(),
@@ -44,7 +44,7 @@ def lenet() -> nn.Module:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: TensorDataset) -> float:
-    """Return the share of samples that the model gets right."""
+    """Return the fraction of samples that the model classifies correctly."""
     model.eval()
     parts = zip(*(tensor.split(1000) for tensor in data.tensors), strict=True)
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in parts)
@@ -68,9 +68,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--config", default=HERE / "ds_config.json", help="a ds_config.json")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer updates (default: 3000)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: 3000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
-    parser.add_argument("--output", type=Path, default=Path("run"), help="folder for the picture")
+    parser.add_argument("--output", type=Path, default=Path("run"), help="directory for the plot")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -105,12 +105,12 @@ def main() -> None:
                     task, advance=1, loss=used["loss"][-1], lr=lr, momentum=momentum, speed=speed
                 )
 
-    found = accuracy(trainer.module, data.test)  # by every rank: in ZeRO stage 3 they gather layers
+    found = accuracy(trainer.module, data.test)  # on all ranks: ZeRO-3 gathers layers
     if first:
         picture = args.output / "lr_momentum_loss.png"
         draw(used, picture, f"LeNet on {data.source.partition(' from')[0].partition(' (')[0]}")
         console.print(f"Test accuracy: {found:.4f}")
-        console.print(f"Learning rate, momentum and loss of every update: {picture.resolve()}")
+        console.print(f"Learning rate, momentum and loss of every step: {picture.resolve()}")
 
 
 if __name__ == "__main__":

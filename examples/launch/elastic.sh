@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Goes on with one host of two when the other is lost, and with both when it is started again. The
-# config names a checkpoint folder, from which a restarted run goes on; train_batch_size stays what
-# it is, so that fewer ranks take larger shares.
+# Continues on one of two hosts if the other is lost, and on both when it is started again. A
+# restarted run resumes from the checkpoint directory in the config. train_batch_size does not
+# change: with fewer ranks, each rank processes more samples per step.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 exec onecycle launch --hostfile "${HOSTFILE:-examples/launch/hostfile}" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Two processes on this machine. onecycle adds to torchrun: the config is proved first, the first
-# failing rank's lines and exit status are shown, and nothing is left running.
+# Two processes on this machine. Compared with torchrun, onecycle validates the config first, shows
+# the output and exit status of the first failing rank, and leaves no process running.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 exec onecycle launch --nproc 2 examples/fashion_mnist/train.py \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The hosts of a file, by ssh without a password; they share this folder, or have a copy of it.
+# Runs on the hosts of a hostfile. They need ssh without a password, and this directory, shared or
+# as a copy.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 exec onecycle launch --hostfile "${HOSTFILE:-examples/launch/hostfile}" \
