@@ -30,7 +30,7 @@ def summary(cls: type[Schedule[Any]]) -> str:
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
     """Return the curve of each hyperparameter in a schedule's example."""
-    curves = cls(**cls.example).bind(_BASE, EXAMPLE_RUN).curves
+    curves = cls(**cls.example).curves_for(_BASE, EXAMPLE_RUN)
     return {name: of_groups[0] for name, of_groups in curves.items()}
 
 
