@@ -178,8 +178,11 @@ class ScheduleBinder(LRScheduler):
         self._go_to(self.controller.init(), 0)
 
     def _update_lr(self, epoch: int | None = None) -> None:
-        if epoch:
-            raise ValueError(f"a schedule can only be started from step 0, not from {epoch}.")
+        if epoch is None:
+            self.step()
+            return
+        if epoch != 0:
+            raise ValueError(f"`epoch` must be 0, got {epoch}: load a saved state instead.")
         self._initial_step()
 
     @property

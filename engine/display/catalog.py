@@ -9,7 +9,8 @@ from typing import Any
 
 from schedules import SCHEDULES, Horizon, Schedule
 from schedules.core.curves import Curve
-from schedules.core.fields import descriptions_of, fields_of, wanted
+from schedules.core.descriptions import descriptions_of
+from schedules.core.fields import fields_of, wanted
 
 __all__ = ["EXAMPLE_RUN", "EXAMPLE_STEPS", "example_curves", "listing", "page", "summary"]
 

@@ -12,10 +12,14 @@ __all__ = ["edits", "nearest"]
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that is nearest in spelling, or None where none is near.
+    """Return the known name that is nearest in spelling, or None if none is near.
+
+    A single name that has one more word in front counts as near.
 
     >>> nearest("stge", ["stage", "type"])
     'stage'
+    >>> nearest("num_steps", ["warmup_num_steps", "warmup_type"])
+    'warmup_num_steps'
     """
     folded = {other.lower(): other for other in known}
     low = name.lower()
@@ -31,7 +35,10 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     if near:
         return folded[min(near)[-1]]
     close = difflib.get_close_matches(low, folded, n=1, cutoff=0.82)
-    return folded[close[0]] if close else None
+    if close:
+        return folded[close[0]]
+    longer = [other for other in folded if "_" in low and other.partition("_")[2] == low]
+    return folded[longer[0]] if len(longer) == 1 else None
 
 
 def _alike(one: str, other: str) -> tuple[float, float]:
