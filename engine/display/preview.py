@@ -12,9 +12,8 @@ from engine.config.horizon import horizon_of
 from engine.config.schema import is_parked
 from engine.config.validate import check
 from schedules import Horizon, Schedule, from_config
-from schedules.core.schedule import Base, Curves
+from schedules.core.controller import Base, Curves, Evidence
 from schedules.core.trace import replay
-from schedules.feedback.base import Evidence, FeedbackSchedule
 
 __all__ = ["Preview", "preview"]
 
@@ -32,7 +31,7 @@ class Preview:
     @property
     def title(self) -> str:
         """What is shown, and on which loss where the schedule listens to one."""
-        listens = " on a synthetic loss" if isinstance(self.schedule, FeedbackSchedule) else ""
+        listens = " on a synthetic loss" if self.schedule.feedback else ""
         return f"{self.schedule.type_name}{listens}"
 
     def told(self, losses: Sequence[float]) -> tuple[dict[str, list[float]], Evidence | None]:
@@ -41,10 +40,8 @@ class Preview:
         Raises:
             ValueError: it listens to none.
         """
-        if not isinstance(self.schedule, FeedbackSchedule):
-            raise ValueError(  # noqa: TRY004  # it is the config that is wrong
-                f"{self.schedule.type_name} must listen to a loss, but does not."
-            )
+        if self.schedule.feedback is None:
+            raise ValueError(f"{self.schedule.type_name} must listen to a loss, but does not.")
         done = replay(self.schedule, losses, base=self.base, horizon=self.horizon)
         columns = {name: [row[name][0] for row in done.rows] for name in self.schedule.drives}
         return columns, done.evidence
@@ -115,5 +112,5 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
         problem = document.problem("schedule", "/scheduler/params", str(error))
         raise ConfigError(document.name, [problem]) from None
     base = base_of(values, schedule)
-    curves = schedule.bind(base, horizon).curves
+    curves = schedule.curves_for(base, horizon)
     return Preview(document.name, resolved, curves, horizon, base)

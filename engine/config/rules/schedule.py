@@ -15,7 +15,6 @@ from engine.errors import Problem
 from schedules import SCHEDULES, Horizon, Schedule, from_config
 from schedules.core.fields import fields_of
 from schedules.core.schedule import Base, Curves
-from schedules.feedback.base import FeedbackSchedule
 
 __all__ = ["RULES"]
 
@@ -39,7 +38,7 @@ class _Driven:
     def ignores(self, name: str) -> bool:
         """Return whether the curve of a hyperparameter is the same whatever the optimizer's is."""
         other = {**self.base, name: tuple(value / 2 for value in self.base[name])}
-        there = self.schedule.bind(other, self.horizon).curves[name][0]
+        there = self.schedule.curves_for(other, self.horizon)[name][0]
         steps = range(0, self.schedule.span + 1, max(1, self.schedule.span // 20))
         return all(self.curves[name][0](step) == there(step) for step in steps)
 
@@ -75,11 +74,11 @@ def _driven(checked: Checked) -> _Driven | None:
     try:
         schedule = from_config({"type": block["type"], "params": block.get("params", {})})
         horizon = horizon_if_known(schedule, checked.config)
-        if horizon is None or isinstance(schedule, FeedbackSchedule):
+        if horizon is None or schedule.feedback is not None:
             return None
         base = base_of(checked.config, schedule)
         resolved = schedule.resolve(horizon)
-        return _Driven(resolved, horizon, base, schedule.bind(base, horizon).curves)
+        return _Driven(resolved, horizon, base, schedule.curves_for(base, horizon))
     except ValueError:  # what is wrong with it is said elsewhere
         return None
 
