@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from schedules.core.fields import LearningRate, Range
-from schedules.core.schedule import Base, Fault, Values, broadcast
+from schedules.core.schedule import Base, Fault, Values, broadcast, schedule_class
 from schedules.feedback.base import Decision, FeedbackController, FeedbackSchedule
 
 __all__ = ["ReduceLROnPlateau"]
@@ -83,7 +83,7 @@ class _State(NamedTuple):
     decision: Decision | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schedule_class
 class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "factor": 0.5}):
     """Lower the learning rate by a factor when a metric has stopped getting better.
 
