@@ -24,8 +24,10 @@ from engine.range_test.sweep import Recorder
 from engine.training.data import RunLoader, called_on
 from engine.training.monitors import Monitor
 from engine.training.progress import Counters, Progress
-from schedules import FeedbackBinder, Schedule, bind
+from schedules import Schedule
 from schedules.feedback.base import Evidence
+from schedules.feedback_binder import FeedbackBinder
+from schedules.torch_scheduler import bind
 
 __all__ = ["Engine"]
 

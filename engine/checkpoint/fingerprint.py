@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from engine.config import Config
 from engine.errors import CheckpointError
-from schedules import FeedbackBinder, ScheduleBinder
+from schedules import ScheduleBinder
+from schedules.feedback_binder import FeedbackBinder
 
 __all__ = ["Identity", "hyperparameters", "identity_of", "refuse_another_run"]
 

@@ -27,7 +27,8 @@ from engine.config import Config
 from engine.distributed.environment import ELASTIC
 from engine.distributed.ranks import Ranks
 from engine.versions import installed
-from schedules import FeedbackBinder, FeedbackSchedule
+from schedules import FeedbackSchedule
+from schedules.feedback_binder import FeedbackBinder
 
 __all__ = ["Behind", "Rollback", "load", "save", "together"]
 

@@ -240,8 +240,7 @@ class WarmupStableDecay(
             yield Fault(
                 "decay_steps",
                 f"`warmup_steps` and `decay_steps` must fit into `total_steps` "
-                f"({total:g}), but come to {needed:g} instead; "
-                "shorten one of them.",
+                f"({total:g}), but come to {needed:g} instead; shorten one of them.",
             )
 
     @property

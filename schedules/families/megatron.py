@@ -104,7 +104,7 @@ class OptimizerParamScheduler(
             yield Fault("wd_incr_style", "`wd_incr_style` constant needs `start_wd` = `end_wd`.")
         if (self.wsd_decay_steps is not None) != (self.lr_decay_style == "WSD"):
             yield Fault("wsd_decay_steps", '`wsd_decay_steps` goes with the style "WSD" alone.')
-        elif (anneal := as_number(self.wsd_decay_steps or 0)) > end - warmup:
+        elif (anneal := as_number(self.wsd_decay_steps or 0)) and anneal > end - warmup:
             yield Fault(
                 "wsd_decay_steps",
                 "`wsd_decay_steps` must fit between `lr_warmup_steps` and `lr_decay_steps`, but is "
