@@ -1,46 +1,23 @@
 """Train a PyTorch model from one JSON config, in the dialect of DeepSpeed's ``ds_config.json``.
 
-``initialize`` proves the config right and returns an engine that is called like the model. Names
-are loaded when they are first used: reading and validating configs needs no torch.
+`initialize` validates the config and returns an engine that is called like the model. Names are
+imported on first use: reading and validating configs needs no torch. The types of all names are in
+``__init__.pyi``, which ``make generate`` writes.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from engine.backends.deepspeed_schedules import register_with_deepspeed
-    from engine.config import (
-        Config,
-        ConfigError,
-        Problem,
-        load_config,
-        validate,
-    )
-    from engine.config.overrides import add_config_arguments
-    from engine.engine import Engine
-    from engine.initialization import initialize
-    from engine.range_test.api import lr_range_test
-
-__all__ = [
-    "Config",
-    "ConfigError",
-    "Engine",
-    "Problem",
-    "add_config_arguments",
-    "initialize",
-    "load_config",
-    "lr_range_test",
-    "register_with_deepspeed",
-    "validate",
-]
+from typing import Any
 
 _HOMES = {
+    "CheckpointError": "engine.errors",
     "Config": "engine.config",
-    "ConfigError": "engine.config",
+    "ConfigError": "engine.errors",
     "Engine": "engine.engine",
-    "Problem": "engine.config",
+    "LRRangeReport": "engine.range_test.report",
+    "MisuseError": "engine.errors",
+    "Problem": "engine.errors",
     "add_config_arguments": "engine.config.overrides",
     "initialize": "engine.initialization",
     "load_config": "engine.config",
@@ -49,8 +26,18 @@ _HOMES = {
     "validate": "engine.config",
 }
 
+__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605  # the names stand in one list
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("onecycle")
+    raise AttributeError(f"module 'engine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -24,8 +24,9 @@ from engine.range_test.sweep import Recorder
 from engine.training.data import RunLoader, called_on
 from engine.training.monitors import Monitor
 from engine.training.progress import Counters, Progress
-from schedules import Schedule, ScheduleBinder, bind
+from schedules import Schedule, ScheduleBinder
 from schedules.core.controller import Evidence
+from schedules.torch_scheduler import bind
 
 __all__ = ["Engine"]
 

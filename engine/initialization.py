@@ -32,12 +32,8 @@ from engine.training.activation_checkpointing import blocks_of, recompute
 from engine.training.data import make_loader
 from engine.training.monitors import monitors_of
 from engine.training.optimizers import build_optimizer
-from schedules import (
-    LRRangeTest,
-    ScheduleBinder,
-    bind,
-    from_config,
-)
+from schedules import LRRangeTest, ScheduleBinder, from_config
+from schedules.torch_scheduler import bind
 
 __all__ = ["initialize"]
 
@@ -63,7 +59,7 @@ def initialize(
     config: Source | None = None,
     mesh_param: Any = None,
     config_params: Source | None = None,
-) -> tuple[Engine, Optimizer, DataLoader[Any] | None, LRScheduler | None]:
+) -> tuple[Engine, Optimizer, DataLoader[Any] | Any, LRScheduler | Any]:
     """Prove a config right, and return a model ready to be trained by it.
 
     The names, their order and the results are those of ``deepspeed.initialize``. Nothing is

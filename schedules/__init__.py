@@ -5,75 +5,44 @@
 >>> schedules.trace(block, 4, base={"lr": (0.1,)})["lr"][:, 0].tolist()
 [0.0, 0.05, 0.1, 0.1]
 
-Each schedule is here by its name, ``schedules.OneCycle`` as ``schedules.CosineAnnealingLR``. Only
-`ScheduleBinder` and `attach` need torch. What is heavy is imported when it is first used.
+Every schedule is an attribute by its type, such as ``schedules.OneCycle``. Names are imported on
+first use, and only `ScheduleBinder` and `attach` need torch. The types of all names are in
+``__init__.pyi``, which ``make generate`` writes.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from schedules.core.controller import Base, Controller, OpenLoop
-from schedules.core.durations import Horizon
-from schedules.core.registry import SCHEDULES, find, from_config, register
-from schedules.core.schedule import Schedule, ScheduleError
-from schedules.core.trace import trace
-
-if TYPE_CHECKING:
-    from schedules.families.composites import ChainedScheduler, Combined, SequentialLR
-    from schedules.families.deepspeed import (
-        LRRangeTest,
-        OneCycle,
-        WarmupCosineLR,
-        WarmupDecayLR,
-        WarmupLR,
-    )
-    from schedules.feedback.autowu import AutoWU
-    from schedules.feedback.base import FeedbackSchedule
-    from schedules.feedback.plateau import ReduceLROnPlateau
-    from schedules.torch_scheduler import ScheduleBinder, attach, bind
-
-__all__ = [
-    "SCHEDULES",
-    "AutoWU",
-    "Base",
-    "ChainedScheduler",
-    "Combined",
-    "Controller",
-    "FeedbackSchedule",
-    "Horizon",
-    "LRRangeTest",
-    "OneCycle",
-    "OpenLoop",
-    "ReduceLROnPlateau",
-    "Schedule",
-    "ScheduleBinder",
-    "ScheduleError",
-    "SequentialLR",
-    "WarmupCosineLR",
-    "WarmupDecayLR",
-    "WarmupLR",
-    "attach",
-    "bind",
-    "find",
-    "from_config",
-    "register",
-    "trace",
-]
-
+from schedules.core.registry import SCHEDULES
 
 _HOMES = {
-    "FeedbackSchedule": "feedback.base",
-    "ScheduleBinder": "torch_scheduler",
-    "attach": "torch_scheduler",
-    "bind": "torch_scheduler",
+    "FeedbackSchedule": "schedules.feedback.base",
+    "Horizon": "schedules.core.durations",
+    "Schedule": "schedules.core.schedule",
+    "ScheduleBinder": "schedules.torch_scheduler",
+    "ScheduleError": "schedules.core.schedule",
+    "attach": "schedules.torch_scheduler",
+    "from_config": "schedules.core.registry",
+    "register": "schedules.core.registry",
+    "trace": "schedules.core.trace",
 }
+
+__all__ = sorted([*_HOMES, *SCHEDULES, "SCHEDULES", "__version__"])  # noqa: PLE0605  # the names stand in one list
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"schedules.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(_HOMES[name]), name)
     if name in SCHEDULES:
         return SCHEDULES[name]
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("onecycle")
     raise AttributeError(f"module 'schedules' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

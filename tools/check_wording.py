@@ -13,9 +13,10 @@ import re
 import subprocess
 import sys
 import tokenize
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["wording"]
@@ -47,7 +48,7 @@ def find_phrases(path: Path) -> Iterator[str]:
 
 def main() -> int:
     command = ["git", "ls-files", "--", *(sys.argv[1:] or SETTINGS["paths"])]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout  # noqa: S603
     paths = (Path(name) for name in listed.splitlines() if name.endswith((".py", ".md")))
     messages = [message for path in paths for message in find_phrases(path)]
     print("\n".join(messages) or "no banned phrases")

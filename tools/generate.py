@@ -7,9 +7,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from config_reference import config_reference
 
+import engine
+import schedules
 import schemas
 from engine.config.editor_schema import editor_schema
 from engine.display.catalog import EXAMPLE_STEPS, example_curves, page
@@ -32,6 +35,8 @@ def generated() -> dict[Path, str]:
     }
     files[ROOT / "schemas" / schemas.EDITOR] = json.dumps(editor_schema(), indent=1) + "\n"
     files[INDEX] = index()
+    for package in (engine, schedules):
+        files[ROOT / package.__name__ / "__init__.pyi"] = "\n".join(stub(package)) + "\n"
     files[ROOT / "docs" / "config.md"] = "\n".join(config_reference()) + "\n"
     files[ROOT / "docs" / "schedules.md"] = "\n".join(reference()) + "\n"
     return files
@@ -45,6 +50,27 @@ def index() -> str:
         for name, cls in of_family(family).items()
     }
     return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+
+
+def stub(package: ModuleType) -> Iterator[str]:
+    """Yield the lines of the type stub of a package that imports its names on first use."""
+    yield "# Generated from the package's `__all__` by `make generate`."
+    yield ""
+    imports = []
+    for name in package.__all__:
+        if name == "__version__":
+            continue
+        value = getattr(package, name)
+        own_name = getattr(value, "__name__", name)  # a schedule's type may differ from its class
+        renamed = "" if own_name == name else f" as {name}"
+        imports.append(f"from {value.__module__} import {own_name}{renamed}")
+    yield from sorted(imports)
+    yield ""
+    yield "__version__: str"
+    yield ""
+    yield "__all__ = ["
+    yield from (f'    "{name}",' for name in package.__all__)
+    yield "]"
 
 
 def reference() -> Iterator[str]:

@@ -15,10 +15,10 @@ from typing import Any
 
 from engine.config.parser import Document
 from engine.config.pointers import pointer_to
-from schedules import Schedule, find
+from schedules import Schedule
 from schedules.core.descriptions import descriptions_of
 from schedules.core.fields import fields_of, wanted
-from schedules.core.registry import of_family
+from schedules.core.registry import find, of_family
 
 __all__ = ["Override", "add_config_arguments", "override"]
 

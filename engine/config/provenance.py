@@ -19,7 +19,7 @@ from engine.config.schema import (
     schedule_schema,
     walk,
 )
-from schedules import find
+from schedules.core.registry import find
 
 __all__ = ["Entry", "as_config", "origins"]
 

@@ -28,8 +28,9 @@ from engine.config.schema import (
 from engine.config.structure import against_schema, meant_by, remarks, shown
 from engine.config.suggestions import nearest
 from engine.errors import Problem
-from schedules import SCHEDULES, ScheduleError, find, from_config
+from schedules import SCHEDULES, ScheduleError, from_config
 from schedules.core.fields import fields_of
+from schedules.core.registry import find
 
 __all__ = ["check"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import images
 import torch
@@ -46,7 +47,7 @@ def lenet() -> nn.Module:
 def accuracy(model: nn.Module, data: TensorDataset) -> float:
     """Return the fraction of samples that the model classifies correctly."""
     model.eval()
-    parts = zip(*(tensor.split(1000) for tensor in data.tensors), strict=True)
+    parts = zip(*(torch.split(tensor, 1000) for tensor in data.tensors), strict=True)
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in parts)
     model.train()
     return right / len(data)
@@ -86,13 +87,13 @@ def main() -> None:
 
     used: dict[str, list[float]] = {"lr": [], "momentum": [], "loss": []}
     window = 0.0
-    fields = {"loss": float("nan"), "lr": 0.0, "momentum": 0.0, "speed": 0.0}
+    fields: dict[str, Any] = {"loss": float("nan"), "lr": 0.0, "momentum": 0.0, "speed": 0.0}
     with progress_bar(console) as bar:
         task = bar.add_task("training", total=args.steps, **fields)
         for x, y in chain.from_iterable(repeat(loader)):
             if trainer.global_steps == args.steps:
                 break
-            lr, momentum = trainer.get_lr()[0], trainer.get_momentum()[0]
+            lr, momentum = trainer.get_lr()[0], (trainer.get_momentum() or [0.0])[0]
             loss = cross_entropy(trainer(x.to(trainer.device)), y.to(trainer.device))
             trainer.backward(loss)
             window += loss.item() / trainer.gradient_accumulation_steps()

@@ -370,7 +370,7 @@ def geometric(begin_value: float, end_value: float, steps: float) -> Curve:
     return _Shape(formula, steps=steps, end_value=end_value, elementwise=True)
 
 
-def log(begin_value: float, end_value: float, steps: int) -> Curve:
+def log(begin_value: float, end_value: float, steps: float) -> Curve:
     """Return the logarithmic ramp ``begin + (end - begin) * ln(1 + k) / ln(steps)``, held.
 
     It is DeepSpeed's: it comes to its end at ``k = steps - 1`` (one step up where ``steps`` is 1).

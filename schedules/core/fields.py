@@ -14,7 +14,7 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from schedules.core.durations import PATTERN, FractionalSteps, Horizon, steps_of
@@ -27,10 +27,8 @@ __all__ = [
     "FilledIn",
     "Items",
     "LearningRate",
-    "LearningRateEach",
     "Milestones",
     "Momentum",
-    "OnePerGroup",
     "PerGroup",
     "Power",
     "Range",
@@ -43,6 +41,7 @@ __all__ = [
     "WarmupStepsOrZero",
     "WeightDecay",
     "accepts",
+    "as_number",
     "fields_of",
     "wanted",
 ]
@@ -80,10 +79,6 @@ class Items:
     schema: Mapping[str, Any]
 
 
-class OnePerGroup(NamedTuple):
-    """Marks a field as a number for all param groups, or a list with one for each."""
-
-
 class FilledIn(NamedTuple):
     """Marks a field that a config may leave to an integration, by the value "auto"."""
 
@@ -94,27 +89,23 @@ class AnyValue(NamedTuple):
     """Marks a field that takes any JSON value, whose meaning another class's constructor knows."""
 
 
-PerGroup = float | tuple[float, ...]
+PerGroup = float | Sequence[float]
+"""A number for all param groups, or a list with one for each."""
 
-# Statically Any: a number or a list, until `Schedule.per_group` takes the list apart.
-LearningRateEach = Annotated[
-    Any, OnePerGroup(), Range(at_least=0), "per step; a list gives one to each group"
-]
 LearningRate = Annotated[PerGroup, Range(at_least=0), "per step; a list gives one to each group"]
 Momentum = Annotated[
     PerGroup, Range(at_least=0, below=1), "momentum or betas[0]; a list gives one to each group"
 ]
+WeightDecay = Annotated[PerGroup, Range(at_least=0), "a list gives one to each group"]
 Rate = Annotated[float, Range(at_least=0)]
 Ratio = Annotated[float, Range(at_least=0, at_most=1), "share of the group's own learning rate"]
-_TIME = 'optimizer updates, or a string as "10ep", "500ba", "4096sp", "0.1dur"'
-# Statically Any: a time string until the schedule is resolved, a number of updates from then on.
-Steps = Annotated[Any, Duration(), Range(at_least=1), _TIME]
-WarmupSteps = Annotated[Any, Duration(warmup=True), Range(at_least=1), _TIME]
-StepsOrZero = Annotated[Any, Duration(), Range(at_least=0), _TIME]
-WarmupStepsOrZero = Annotated[Any, Duration(warmup=True), Range(at_least=0), _TIME]
-Milestones = Annotated[tuple[Any, ...], Duration(), Range(at_least=1), _TIME]
 Factor = Annotated[float, Range(at_least=0), "share of the group's own learning rate"]
-WeightDecay = Annotated[Any, OnePerGroup(), Range(at_least=0), "a list gives one to each group"]
+_TIME = 'optimizer updates, or a string as "10ep", "500ba", "4096sp", "0.1dur"'
+Steps = Annotated[int | str, Duration(), Range(at_least=1), _TIME]
+WarmupSteps = Annotated[int | str, Duration(warmup=True), Range(at_least=1), _TIME]
+StepsOrZero = Annotated[int | str, Duration(), Range(at_least=0), _TIME]
+WarmupStepsOrZero = Annotated[int | str, Duration(warmup=True), Range(at_least=0), _TIME]
+Milestones = Annotated[Sequence[int | str], Duration(), Range(at_least=1), _TIME]
 Power = Annotated[float, Range(above=0)]
 StairCount = Annotated[int, Range(at_least=0), "stairs"]
 
@@ -124,6 +115,7 @@ _JSON_TYPES = {
     bool: "boolean",
     str: "string",
     tuple: "array",
+    Sequence: "array",
     types.NoneType: "null",
 }
 _WORDS = {
@@ -197,6 +189,23 @@ def accepts(schema: Mapping[str, Any], value: Any) -> bool:
     if "number" not in names and not ("integer" in names and isinstance(value, int)):
         return False
     return all(holds(value, schema[key]) for key, (_, holds) in _LIMITS.items() if key in schema)
+
+
+def as_number(value: float | str | Sequence[float]) -> float:
+    """Return a field's value, which is a number once its schedule is resolved and per group.
+
+    Raises:
+        ValueError: it is still a time string or a list.
+
+    >>> as_number("0.1dur")
+    Traceback (most recent call last):
+    ValueError: '0.1dur' is not a number. Call the schedule's `resolve` or `per_group` first.
+    """
+    if not isinstance(value, int | float):
+        raise ValueError(  # noqa: TRY004  # the value is of a type that the field accepts
+            f"{value!r} is not a number. Call the schedule's `resolve` or `per_group` first."
+        )
+    return value
 
 
 _ANY_RUN = Horizon(total_steps=1, steps_per_epoch=1, samples_per_step=1)
@@ -286,8 +295,8 @@ class _Annotation:
         elif origin is Literal:
             self.choices = arguments
             self.types.append("string")
-        elif hint is Any and (self.types or self.free):
-            pass  # a mark has said it
+        elif hint is Any and self.free:
+            pass  # `AnyValue` has said it
         elif (plain := origin or hint) in _JSON_TYPES:
             self.types.append(_JSON_TYPES[plain])
         else:
@@ -300,13 +309,10 @@ class _Annotation:
                 self.limits = mark.json_schema()
             case Duration():
                 self.duration = mark
-                self.types += ["integer", "string"]
             case Items():
                 self.items = mark.schema
             case FilledIn():
                 self.filled_in_by = mark.by
-            case OnePerGroup():
-                self.types += ["number", "array"]
             case AnyValue():
                 self.free = True
             case _:

@@ -19,7 +19,7 @@ from schedules.core.durations import FractionalSteps, Horizon, is_unresolved, st
 from schedules.core.fields import Duration, PerGroup, fields_of
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, dataclass_transform
 
 __all__ = [
     "Base",
@@ -32,9 +32,11 @@ __all__ = [
     "broadcast",
     "curve_per_group",
     "exceeds",
+    "schedule_class",
     "spread",
 ]
 
+C = TypeVar("C")
 S = TypeVar("S")
 
 
@@ -58,7 +60,19 @@ class ScheduleError(ValueError):
         self.faults = tuple(faults)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+if TYPE_CHECKING:
+
+    @dataclass_transform(frozen_default=True, kw_only_default=True)
+    def schedule_class(cls: type[C]) -> type[C]:
+        """Make a class a frozen, keyword-only dataclass, as every schedule is."""
+        ...
+
+else:
+    # A type checker does not see through this alias: it would reject calls with keywords.
+    schedule_class = dataclasses.dataclass(frozen=True, kw_only=True)
+
+
+@schedule_class
 class Schedule(ABC, Generic[S]):
     """The parameters of one ``scheduler.type``: names, types, ranges, defaults and meanings.
 
@@ -284,14 +298,14 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
     Raises:
         ValueError: the list is not as long as there are groups.
     """
-    if not isinstance(value, tuple):
+    if isinstance(value, int | float):
         return (value,) * len(base)
     if len(value) != len(base):
         raise ValueError(
             f"`{name}` must hold one number for each of the {len(base)} param groups, "
             f"but holds {len(value)} instead."
         )
-    return value
+    return tuple(value)
 
 
 def spread(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
@@ -301,7 +315,7 @@ def spread(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, 
         ValueError: the groups were built with different values and ``value`` is a single number,
             or the list is not as long as there are groups.
     """
-    if not isinstance(value, tuple) and len(set(base)) > 1:
+    if isinstance(value, int | float) and len(set(base)) > 1:
         groups = ", ".join(f"group {index}: {own:g}" for index, own in enumerate(base))
         raise ValueError(
             f"`{name}` must be a list of {len(base)} numbers, one a param group, but is {value:g} "

@@ -7,15 +7,22 @@ step later, and what it does to warmups, is in docs/decisions/0005-composer-sche
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated
 
 from schedules.core.combinators import delay, join, repeat, stairs
 from schedules.core.curves import Curve, constant, cosine, exponential, linear, polynomial
-from schedules.core.fields import Factor, Milestones, Power, Range, Steps, WarmupStepsOrZero
-from schedules.core.schedule import Fault, LearningRateSchedule
+from schedules.core.fields import (
+    Factor,
+    Milestones,
+    Power,
+    Range,
+    Steps,
+    WarmupStepsOrZero,
+    as_number,
+)
+from schedules.core.schedule import Fault, LearningRateSchedule, schedule_class
 
 __all__ = [
     "ConstantScheduler",
@@ -33,8 +40,6 @@ __all__ = [
     "StepScheduler",
 ]
 
-schedule = dataclasses.dataclass(frozen=True, kw_only=True)
-
 
 class _Scheduler(LearningRateSchedule):
     """A body that can begin at once, or behind a warmup that takes away from its length."""
@@ -51,7 +56,7 @@ class _Scheduler(LearningRateSchedule):
         return lr
 
 
-@schedule
+@schedule_class
 class _WithWarmup(_Scheduler):
     """Puts a straight warmup from 0 in front of the body of the class beside it."""
 
@@ -63,21 +68,23 @@ class _WithWarmup(_Scheduler):
 
     def faults(self) -> Iterator[Fault]:
         yield from super().faults()
-        end = getattr(self, "t_max", self.t_warmup)
-        if self.t_warmup > end:
+        warmup = as_number(self.t_warmup)
+        end = as_number(getattr(self, "t_max", warmup))
+        if warmup > end:
             yield Fault(
                 "t_warmup",
                 f"`t_warmup` must be at most `t_max` ({end:g} updates), but is "
-                f"{self.t_warmup:g} updates instead; nothing would be left for the schedule.",
+                f"{warmup:g} updates instead; nothing would be left for the schedule.",
             )
 
     def curve(self, lr: float) -> Curve:
-        warmup = linear(0.0, self._peak(lr), self.t_warmup)
-        body = self._body(lr, begin=self.t_warmup)
-        return join([warmup, body], boundaries=[self.t_warmup], names=("warmup", "schedule"))
+        steps = as_number(self.t_warmup)
+        warmup = linear(0.0, self._peak(lr), steps)
+        body = self._body(lr, begin=steps)
+        return join([warmup, body], boundaries=[steps], names=("warmup", "schedule"))
 
 
-@schedule
+@schedule_class
 class ConstantScheduler(_Scheduler, example={"alpha": 0.5, "t_max": "0.5dur"}):
     """A constant multiplier, and the learning rate itself after it.
 
@@ -95,10 +102,11 @@ class ConstantScheduler(_Scheduler, example={"alpha": 0.5, "t_max": "0.5dur"}):
     """How long the multiplier holds."""
 
     def _body(self, lr: float, begin: float) -> Curve:
-        return join([constant(self.alpha * lr), constant(lr)], boundaries=[self.t_max - begin])
+        end = as_number(self.t_max) - begin
+        return join([constant(self.alpha * lr), constant(lr)], boundaries=[end])
 
 
-@schedule
+@schedule_class
 class ConstantWithWarmupScheduler(_WithWarmup, example={"t_warmup": "0.2dur", "alpha": 0.5}):
     """A straight warmup to a constant multiplier, which holds for ever.
 
@@ -121,7 +129,7 @@ class ConstantWithWarmupScheduler(_WithWarmup, example={"t_warmup": "0.2dur", "a
         return constant(self.alpha * lr)
 
 
-@schedule
+@schedule_class
 class StepScheduler(_Scheduler, example={"step_size": "0.2dur", "gamma": 0.5}):
     """Multiplies the learning rate by a factor after each of equal periods.
 
@@ -139,10 +147,11 @@ class StepScheduler(_Scheduler, example={"step_size": "0.2dur", "gamma": 0.5}):
 
     def _body(self, lr: float, begin: float) -> Curve:
         del begin
-        return stairs(exponential(lr, self.gamma, self.step_size), self.step_size, count=1)
+        steps = as_number(self.step_size)
+        return stairs(exponential(lr, self.gamma, steps), steps, count=1)
 
 
-@schedule
+@schedule_class
 class MultiStepScheduler(
     _Scheduler, example={"milestones": ["3ep", "60ba", "0.8dur"], "gamma": 0.5}
 ):
@@ -171,10 +180,10 @@ class MultiStepScheduler(
 
     def _body(self, lr: float, begin: float) -> Curve:
         levels = [constant(lr * self.gamma**passed) for passed in range(len(self.milestones) + 1)]
-        return delay(join(levels, boundaries=self.milestones), -begin)
+        return delay(join(levels, boundaries=map(as_number, self.milestones)), -begin)
 
 
-@schedule
+@schedule_class
 class MultiStepWithWarmupScheduler(
     _WithWarmup,
     MultiStepScheduler,
@@ -191,7 +200,7 @@ class MultiStepWithWarmupScheduler(
     """
 
 
-@schedule
+@schedule_class
 class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """A straight line from one multiplier to another, held from its end on.
 
@@ -213,10 +222,10 @@ class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
         return self.alpha_i * lr
 
     def _body(self, lr: float, begin: float) -> Curve:
-        return linear(self.alpha_i * lr, self.alpha_f * lr, self.t_max - begin)
+        return linear(self.alpha_i * lr, self.alpha_f * lr, as_number(self.t_max) - begin)
 
 
-@schedule
+@schedule_class
 class LinearWithWarmupScheduler(_WithWarmup, LinearScheduler, example={"t_warmup": "0.2dur"}):
     """`LinearScheduler` behind a straight warmup to its first multiplier.
 
@@ -230,7 +239,7 @@ class LinearWithWarmupScheduler(_WithWarmup, LinearScheduler, example={"t_warmup
     """
 
 
-@schedule
+@schedule_class
 class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
     """Exponential decay, smooth from update to update.
 
@@ -248,10 +257,10 @@ class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
 
     def _body(self, lr: float, begin: float) -> Curve:
         del begin
-        return exponential(lr, self.gamma, self.decay_period)
+        return exponential(lr, self.gamma, as_number(self.decay_period))
 
 
-@schedule
+@schedule_class
 class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """Half a cosine wave from the learning rate to a multiple of it, held from its end on.
 
@@ -268,10 +277,10 @@ class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """Multiplier at the end."""
 
     def _body(self, lr: float, begin: float) -> Curve:
-        return cosine(lr, self.alpha_f * lr, self.t_max - begin)
+        return cosine(lr, self.alpha_f * lr, as_number(self.t_max) - begin)
 
 
-@schedule
+@schedule_class
 class CosineAnnealingWithWarmupScheduler(
     _WithWarmup, CosineAnnealingScheduler, example={"t_warmup": "0.2dur"}
 ):
@@ -287,7 +296,7 @@ class CosineAnnealingWithWarmupScheduler(
     """
 
 
-@schedule
+@schedule_class
 class CosineAnnealingWarmRestartsScheduler(_Scheduler, example={"t_0": "2ep", "t_mult": 2.0}):
     """Half a cosine wave again and again, each cycle longer than the last one.
 
@@ -308,10 +317,10 @@ class CosineAnnealingWarmRestartsScheduler(_Scheduler, example={"t_0": "2ep", "t
     def _body(self, lr: float, begin: float) -> Curve:
         del begin
         end = self.alpha_f * lr
-        return repeat(lambda cycle, steps: cosine(lr, end, steps), self.t_0, self.t_mult)
+        return repeat(lambda cycle, steps: cosine(lr, end, steps), as_number(self.t_0), self.t_mult)
 
 
-@schedule
+@schedule_class
 class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
     """Polynomial decay from the learning rate to a multiple of it, held from its end on.
 
@@ -330,10 +339,10 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
     """Multiplier at the end."""
 
     def _body(self, lr: float, begin: float) -> Curve:
-        return polynomial(lr, self.alpha_f * lr, self.t_max - begin, self.power)
+        return polynomial(lr, self.alpha_f * lr, as_number(self.t_max) - begin, self.power)
 
 
-@schedule
+@schedule_class
 class PolynomialWithWarmupScheduler(
     _WithWarmup, PolynomialScheduler, example={"t_warmup": "0.2dur"}
 ):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from schedules.core.combinators import join, pointwise
 from schedules.core.curves import Curve, constant
 from schedules.core.durations import Horizon
-from schedules.core.fields import Items, Milestones
+from schedules.core.fields import Items, Milestones, as_number
 from schedules.core.registry import from_config
-from schedules.core.schedule import Base, Curves, Fault, Schedule
+from schedules.core.schedule import Base, Curves, Fault, Schedule, schedule_class
 
 __all__ = ["ChainedScheduler", "Combined", "SequentialLR"]
 
-schedule = dataclasses.dataclass(frozen=True, kw_only=True)
 
 _BLOCK = {
     "type": "object",
@@ -26,10 +24,10 @@ _BLOCK = {
     "required": ["type"],
     "additionalProperties": False,
 }
-Blocks = Annotated[tuple[Any, ...], Items(_BLOCK)]
+Blocks = Annotated[Sequence[Mapping[str, Any]], Items(_BLOCK)]
 
 
-@schedule
+@schedule_class
 class _Composite(Schedule[int]):
     schedulers: Blocks
     """The parts, each a block ``{"type": …, "params": {…}}`` of its own."""
@@ -97,7 +95,7 @@ class _Composite(Schedule[int]):
         """Return what the parts come to together."""
 
 
-@schedule
+@schedule_class
 class SequentialLR(
     _Composite,
     example={
@@ -139,7 +137,7 @@ class SequentialLR(
             name: tuple(
                 join(
                     [part[name][group] if name in part else constant(own) for part in parts],
-                    boundaries=self.milestones,
+                    boundaries=map(as_number, self.milestones),
                     names=[part.type_name for part in self.parts],
                 )
                 for group, own in enumerate(base[name])
@@ -148,7 +146,7 @@ class SequentialLR(
         }
 
 
-@schedule
+@schedule_class
 class ChainedScheduler(
     _Composite,
     example={
@@ -184,7 +182,7 @@ def _product(curves: Sequence[Curve], own: float) -> Curve:
     return functools.reduce(share_of, curves)
 
 
-@schedule
+@schedule_class
 class Combined(
     _Composite,
     example={

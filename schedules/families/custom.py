@@ -30,6 +30,7 @@ from schedules.core.schedule import (
     LearningRateSchedule,
     Schedule,
     ScheduleError,
+    schedule_class,
 )
 
 __all__ = ["FunctionSchedule", "WrappedScheduler", "adapt", "torch_scheduler_names"]
@@ -119,7 +120,7 @@ def wrap(cls: type[Any], name: str) -> type[WrappedScheduler]:
     return cast("type[WrappedScheduler]", made)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schedule_class
 class WrappedScheduler(Schedule[int]):
     """The learning rates of a scheduler class in PyTorch's manner, update by update."""
 
@@ -181,7 +182,7 @@ def _imported(value: Any) -> Any:
     return import_attribute(value)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schedule_class
 class FunctionSchedule(LearningRateSchedule):
     """``lr(k) = lr * function(k)``; a scale schedule ratio r makes it ``lr * function(k / r)``."""
 

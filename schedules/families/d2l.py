@@ -8,7 +8,6 @@ docs/decisions/0007-d2l-schedules.md.
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Literal
@@ -26,11 +25,11 @@ from schedules.core.curves import (
 from schedules.core.fields import (
     Factor,
     LearningRate,
-    LearningRateEach,
     Milestones,
     Power,
     Steps,
     WarmupStepsOrZero,
+    as_number,
 )
 from schedules.core.schedule import (
     Base,
@@ -39,6 +38,7 @@ from schedules.core.schedule import (
     Schedule,
     broadcast,
     curve_per_group,
+    schedule_class,
     spread,
 )
 
@@ -50,10 +50,8 @@ __all__ = [
     "SquareRootScheduler",
 ]
 
-schedule = dataclasses.dataclass(frozen=True, kw_only=True)
 
-
-@schedule
+@schedule_class
 class _WithWarmup(Schedule[int]):
     """What all five have: the learning rate that they start from, and a warmup before it."""
 
@@ -83,18 +81,19 @@ class _WithWarmup(Schedule[int]):
         return {"lr": curve_per_group(_WithWarmup._warmed, each, starts, begins)}
 
     def _warmed(self, lr: float, begin: float) -> Curve:
-        ramp = linear(begin, lr, self.warmup_steps)
+        steps = as_number(self.warmup_steps)
+        ramp = linear(begin, lr, steps)
         warmup = ramp if self.warmup_mode == "linear" else constant(begin)
         # Each body's clock includes the warmup, as in MXNet.
-        body = delay(self._body(lr), -self.warmup_steps)
-        return join([warmup, body], boundaries=[self.warmup_steps], names=("warmup", "schedule"))
+        body = delay(self._body(lr), -steps)
+        return join([warmup, body], boundaries=[steps], names=("warmup", "schedule"))
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:
         """Return the curve without the warmup, on the clock of the run."""
 
 
-@schedule
+@schedule_class
 class SquareRootScheduler(_WithWarmup, example={}):
     """The learning rate over the square root of the count of updates.
 
@@ -111,7 +110,7 @@ class SquareRootScheduler(_WithWarmup, example={}):
         return inverse_sqrt(lr, steps=1)
 
 
-@schedule
+@schedule_class
 class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.02}):
     """Multiplies the learning rate by a factor, down to a floor.
 
@@ -128,7 +127,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
 
     factor: Factor = 1.0
     """Factor on the learning rate."""
-    stop_factor_lr: LearningRateEach = 1e-8
+    stop_factor_lr: LearningRate = 1e-8
     """The floor."""
     step: Steps | None = None
     """Updates between two decays; null decays before each update."""
@@ -145,11 +144,12 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
         if self.step is None:
             decay = exponential(lr * self.factor, self.factor, steps=1)
         else:
-            decay = stairs(exponential(lr, self.factor, self.step), self.step, count=1)
-        return pointwise(max, decay, constant(self.stop_factor_lr))
+            steps = as_number(self.step)
+            decay = stairs(exponential(lr, self.factor, steps), steps, count=1)
+        return pointwise(max, decay, constant(as_number(self.stop_factor_lr)))
 
 
-@schedule
+@schedule_class
 class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5}):
     """Multiplies the learning rate by a factor at each of some updates.
 
@@ -172,10 +172,10 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
 
     def _body(self, lr: float) -> Curve:
         levels = [constant(lr * self.factor**passed) for passed in range(len(self.step) + 1)]
-        return join(levels, boundaries=self.step)
+        return join(levels, boundaries=map(as_number, self.step))
 
 
-@schedule
+@schedule_class
 class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
     """Polynomial decay to a final learning rate, held from its end on.
 
@@ -190,15 +190,16 @@ class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10})
     """Time at which the final learning rate is reached, warmup included."""
     pwr: Power = 2.0
     """Exponent."""
-    final_lr: LearningRateEach = 0.0
+    final_lr: LearningRate = 0.0
     """Learning rate at the end."""
 
     def _body(self, lr: float) -> Curve:
-        steps = self.max_update - self.warmup_steps
-        return delay(polynomial(lr, self.final_lr, steps, self.pwr), self.warmup_steps)
+        begin = as_number(self.warmup_steps)
+        steps = as_number(self.max_update) - begin
+        return delay(polynomial(lr, as_number(self.final_lr), steps, self.pwr), begin)
 
 
-@schedule
+@schedule_class
 class CosineScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
     """Half a cosine wave to a final learning rate, held from its end on.
 
@@ -211,9 +212,10 @@ class CosineScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10
 
     max_update: Steps
     """Time at which the final learning rate is reached, warmup included."""
-    final_lr: LearningRateEach = 0.0
+    final_lr: LearningRate = 0.0
     """Learning rate at the end."""
 
     def _body(self, lr: float) -> Curve:
-        steps = self.max_update - self.warmup_steps
-        return delay(cosine(lr, self.final_lr, steps), self.warmup_steps)
+        begin = as_number(self.warmup_steps)
+        steps = as_number(self.max_update) - begin
+        return delay(cosine(lr, as_number(self.final_lr), steps), begin)

@@ -6,7 +6,6 @@ differ in a value, the class says so, and docs/decisions/0003-deepspeed-schedule
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import partial
@@ -26,6 +25,7 @@ from schedules.core.fields import (
     Steps,
     StepsOrZero,
     WarmupSteps,
+    as_number,
 )
 from schedules.core.schedule import (
     Base,
@@ -35,6 +35,7 @@ from schedules.core.schedule import (
     broadcast,
     curve_per_group,
     exceeds,
+    schedule_class,
     spread,
 )
 
@@ -45,7 +46,7 @@ _AUTO = FilledIn("transformers, accelerate")
 _CYCLE = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 30}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schedule_class
 class _DeepSpeedSchedule(Schedule[int]):
     """What all five have: the position to begin at."""
 
@@ -64,7 +65,7 @@ class _DeepSpeedSchedule(Schedule[int]):
         """Return the curves as they are from update 0."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schedule_class
 class OneCycle(
     _DeepSpeedSchedule,
     example=_CYCLE | {"cycle_first_stair_count": 6, "decay_step_size": 10, "decay_lr_rate": 0.5},
@@ -134,7 +135,7 @@ class OneCycle(
                     f"{_shown(getattr(self, high))} instead; exchange the two.",
                 )
         halves = [
-            ("cycle_first_stair_count", self.cycle_first_stair_count, self.cycle_first_step_size),
+            ("cycle_first_stair_count", self.cycle_first_stair_count, self._first_steps),
             ("cycle_second_stair_count", self._second_stairs, self._second_steps),
         ]
         wrong = [half for half in halves if half[1] > half[2]]
@@ -159,9 +160,13 @@ class OneCycle(
 
     @property
     def span(self) -> int:
-        cycle = int(self.cycle_first_step_size) + self._second_steps
+        cycle = int(self._first_steps) + self._second_steps
         decays = self._decay_steps and (self.decay_lr_rate or self.decay_mom_rate)
         return cycle + (cycle // 2 if decays else 1)
+
+    @property
+    def _first_steps(self) -> float:
+        return as_number(self.cycle_first_step_size)
 
     @property
     def _second_steps(self) -> int:
@@ -195,7 +200,7 @@ class OneCycle(
         return curves
 
     def _cycle(self, decay_rate: float, ends: float, middle: float) -> Curve:
-        first, second = self.cycle_first_step_size, self._second_steps
+        first, second = self._first_steps, self._second_steps
         there, back = linear(ends, middle, first), linear(middle, ends, second)
         if self.cycle_first_stair_count:
             there = stairs(there, first, self.cycle_first_stair_count)
@@ -208,7 +213,7 @@ class OneCycle(
         return join([there, back, after], boundaries=[first, first + second], names=names)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schedule_class
 class LRRangeTest(
     _DeepSpeedSchedule,
     example={"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 20},
@@ -249,7 +254,7 @@ class LRRangeTest(
         return {"lr": curve_per_group(self._growth, minima)}
 
     def _growth(self, minimum: float) -> Curve:
-        steps = self.lr_range_test_step_size
+        steps = as_number(self.lr_range_test_step_size)
         growth = linear_growth(minimum, self.lr_range_test_step_rate, steps)
         return stairs(growth, steps, count=1) if self.lr_range_test_staircase else growth
 
@@ -257,7 +262,7 @@ class LRRangeTest(
 WarmupType = Literal["log", "linear"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schedule_class
 class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type": "linear"}):
     """Warmup: the learning rate climbs from a minimum to a maximum and stays there.
 
@@ -309,20 +314,20 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     def _from_to(self, minimum: float, maximum: float) -> Curve:
         return join(
             [self._warmup(minimum, maximum), self._after(minimum, maximum)],
-            boundaries=[self.warmup_num_steps],
+            boundaries=[as_number(self.warmup_num_steps)],
             names=("warmup", "after the warmup"),
         )
 
     def _warmup(self, minimum: float, maximum: float) -> Curve:
         ramp = log if self.warmup_type == "log" else linear
-        return ramp(minimum, maximum, self.warmup_num_steps)
+        return ramp(minimum, maximum, as_number(self.warmup_num_steps))
 
     def _after(self, minimum: float, maximum: float) -> Curve:
         del minimum
         return constant(maximum)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schedule_class
 class WarmupDecayLR(
     WarmupLR, example={"total_num_steps": "1dur", "warmup_num_steps": 20, "warmup_type": "linear"}
 ):
@@ -346,17 +351,20 @@ class WarmupDecayLR(
 
     def faults(self) -> Iterator[Fault]:
         yield from super().faults()
-        yield from _warmup_outlasts(self.warmup_num_steps, self.total_num_steps)
+        yield from _warmup_outlasts(
+            as_number(self.warmup_num_steps), as_number(self.total_num_steps)
+        )
 
     @property
     def span(self) -> int:
         return int(self.total_num_steps) + 1
 
     def _after(self, minimum: float, maximum: float) -> Curve:
-        return linear(maximum, minimum, self.total_num_steps - self.warmup_num_steps)
+        steps = as_number(self.total_num_steps) - as_number(self.warmup_num_steps)
+        return linear(maximum, minimum, steps)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schedule_class
 class WarmupCosineLR(
     _DeepSpeedSchedule,
     example={"total_num_steps": "1dur", "warmup_num_steps": 20, "warmup_type": "linear"},
@@ -391,7 +399,9 @@ class WarmupCosineLR(
     """Shape of the warmup. "log" climbs most of the way in its first few updates."""
 
     def faults(self) -> Iterator[Fault]:
-        yield from _warmup_outlasts(self.warmup_num_steps, self.total_num_steps)
+        yield from _warmup_outlasts(
+            as_number(self.warmup_num_steps), as_number(self.total_num_steps)
+        )
 
     @property
     def span(self) -> int:
@@ -402,13 +412,14 @@ class WarmupCosineLR(
 
     def _from_peak(self, peak: float) -> Curve:
         ramp = log if self.warmup_type == "log" else linear
-        steps = self.total_num_steps - self.warmup_num_steps
+        warmup = as_number(self.warmup_num_steps)
+        steps = as_number(self.total_num_steps) - warmup
         return join(
             [
-                ramp(self.warmup_min_ratio * peak, peak, self.warmup_num_steps),
+                ramp(self.warmup_min_ratio * peak, peak, warmup),
                 cosine(peak, self.cos_min_ratio * peak, steps),
             ],
-            boundaries=[self.warmup_num_steps],
+            boundaries=[warmup],
             names=("warmup", "cosine"),
         )
 
@@ -417,7 +428,7 @@ def _shown(value: PerGroup) -> str:
     return str(list(value)) if isinstance(value, tuple) else f"{value:g}"
 
 
-def _warmup_outlasts(warmup: int, total: int) -> Iterator[Fault]:
+def _warmup_outlasts(warmup: float, total: float) -> Iterator[Fault]:
     if warmup > total:
         yield Fault(
             "warmup_num_steps",

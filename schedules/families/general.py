@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -26,6 +25,7 @@ from schedules.core.fields import (
     Ratio,
     Steps,
     WarmupStepsOrZero,
+    as_number,
 )
 from schedules.core.schedule import (
     Base,
@@ -33,6 +33,7 @@ from schedules.core.schedule import (
     Fault,
     LearningRateSchedule,
     Schedule,
+    schedule_class,
 )
 
 __all__ = [
@@ -41,7 +42,6 @@ __all__ = [
     "WarmupStableDecay",
 ]
 
-schedule = dataclasses.dataclass(frozen=True, kw_only=True)
 Ramp = Callable[[float, float, float], Curve]
 
 
@@ -72,10 +72,10 @@ _PHASE = {
     "required": ["duration"],
     "additionalProperties": False,
 }
-PhaseList = Annotated[tuple[Any, ...], Items(_PHASE)]
+PhaseList = Annotated[Sequence[Mapping[str, Any]], Items(_PHASE)]
 
 
-@schedule
+@schedule_class
 class Phases(
     Schedule[int],
     example={
@@ -173,7 +173,7 @@ class Phases(
                 'one value for all of them; write multiples of their own, and "relative": true.'
             )
 
-    def _joined(self, name: str, phases: tuple[Mapping[str, Any], ...], own: float) -> Curve:
+    def _joined(self, name: str, phases: Sequence[Mapping[str, Any]], own: float) -> Curve:
         unit = own if self.relative else 1.0
         value, parts = own, []
         for phase in phases:
@@ -198,7 +198,7 @@ class Phases(
         return join(parts, boundaries=boundaries, names=names)
 
 
-def _phases_in_steps(phases: tuple[Mapping[str, Any], ...], horizon: Horizon) -> tuple[Any, ...]:
+def _phases_in_steps(phases: Sequence[Mapping[str, Any]], horizon: Horizon) -> tuple[Any, ...]:
     resolved = []
     for phase in phases:
         scaled = horizon.scale_warmup or not phase.get("warmup", False)
@@ -206,7 +206,7 @@ def _phases_in_steps(phases: tuple[Mapping[str, Any], ...], horizon: Horizon) ->
     return tuple(resolved)
 
 
-@schedule
+@schedule_class
 class WarmupStableDecay(
     LearningRateSchedule,
     example={"warmup_steps": 10, "total_steps": "1dur", "decay_steps": "0.3dur"},
@@ -235,28 +235,36 @@ class WarmupStableDecay(
     """Share of the learning rate at the end."""
 
     def faults(self) -> Iterator[Fault]:
-        if self.warmup_steps + self.decay_steps > self.total_steps:
+        needed, total = self._warmup + self._decay, as_number(self.total_steps)
+        if needed > total:
             yield Fault(
                 "decay_steps",
                 f"`warmup_steps` and `decay_steps` must fit into `total_steps` "
-                f"({self.total_steps:g}), but come to {self.warmup_steps + self.decay_steps:g} "
-                "instead; shorten one of them.",
+                f"({total:g}), but come to {needed:g} instead; shorten one of them.",
             )
 
+    @property
+    def _warmup(self) -> float:
+        return as_number(self.warmup_steps)
+
+    @property
+    def _decay(self) -> float:
+        return as_number(self.decay_steps)
+
     def curve(self, lr: float) -> Curve:
-        decay_begins = self.total_steps - self.decay_steps
+        decay_begins = as_number(self.total_steps) - self._decay
         return join(
             [
-                linear(0.0, lr, self.warmup_steps),
+                linear(0.0, lr, self._warmup),
                 constant(lr),
-                SHAPES[self.decay_type](lr, self.min_lr_ratio * lr, self.decay_steps),
+                SHAPES[self.decay_type](lr, self.min_lr_ratio * lr, self._decay),
             ],
-            boundaries=[self.warmup_steps, decay_begins],
+            boundaries=[self._warmup, decay_begins],
             names=("warmup", "stable", "decay"),
         )
 
 
-@schedule
+@schedule_class
 class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
     """A straight warmup, then the inverse square root of time, for ever.
 
@@ -279,6 +287,7 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
             yield Fault("timescale", "`timescale` must be given where there is no warmup.")
 
     def curve(self, lr: float) -> Curve:
-        decay = inverse_sqrt(lr, self.timescale or self.warmup_steps)
-        warmup = linear(0.0, lr, self.warmup_steps)
-        return join([warmup, decay], boundaries=[self.warmup_steps], names=("warmup", "decay"))
+        steps = as_number(self.warmup_steps)
+        decay = inverse_sqrt(lr, as_number(self.timescale or steps))
+        warmup = linear(0.0, lr, steps)
+        return join([warmup, decay], boundaries=[steps], names=("warmup", "decay"))

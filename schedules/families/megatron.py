@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -17,20 +16,28 @@ from schedules.core.curves import (
     one_minus_sqrt,
 )
 from schedules.core.fields import (
-    LearningRateEach,
+    LearningRate,
     Steps,
     StepsOrZero,
     WarmupStepsOrZero,
     WeightDecay,
+    as_number,
 )
-from schedules.core.schedule import Base, Curves, Fault, Schedule, curve_per_group, exceeds, spread
+from schedules.core.schedule import (
+    Base,
+    Curves,
+    Fault,
+    Schedule,
+    curve_per_group,
+    exceeds,
+    schedule_class,
+    spread,
+)
 
 __all__ = ["OptimizerParamScheduler"]
 
-schedule = dataclasses.dataclass(frozen=True, kw_only=True)
 
-
-@schedule
+@schedule_class
 class OptimizerParamScheduler(
     Schedule[int],
     example={
@@ -52,11 +59,11 @@ class OptimizerParamScheduler(
 
     clock_is_step = True
 
-    init_lr: LearningRateEach = 0.0
+    init_lr: LearningRate = 0.0
     """Learning rate at the first update of the warmup."""
-    max_lr: LearningRateEach
+    max_lr: LearningRate
     """Learning rate after the warmup."""
-    min_lr: LearningRateEach = 0.0
+    min_lr: LearningRate = 0.0
     """Learning rate at the end of the decay."""
     lr_warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
@@ -82,11 +89,12 @@ class OptimizerParamScheduler(
         return ("lr", "weight_decay")
 
     def faults(self) -> Iterator[Fault]:
-        if self.lr_warmup_steps >= self.lr_decay_steps:
+        warmup, end = as_number(self.lr_warmup_steps), as_number(self.lr_decay_steps)
+        if warmup >= end:
             yield Fault(
                 "lr_warmup_steps",
-                f"`lr_warmup_steps` must be less than `lr_decay_steps` ({self.lr_decay_steps:g}), "
-                f"but is {self.lr_warmup_steps:g} instead.",
+                f"`lr_warmup_steps` must be less than `lr_decay_steps` ({end:g}), "
+                f"but is {warmup:g} instead.",
             )
         if exceeds(self.init_lr, self.max_lr) or exceeds(self.min_lr, self.max_lr):
             yield Fault("max_lr", "`max_lr` must be at least `init_lr` and `min_lr`, but is less.")
@@ -96,14 +104,11 @@ class OptimizerParamScheduler(
             yield Fault("wd_incr_style", "`wd_incr_style` constant needs `start_wd` = `end_wd`.")
         if (self.wsd_decay_steps is not None) != (self.lr_decay_style == "WSD"):
             yield Fault("wsd_decay_steps", '`wsd_decay_steps` goes with the style "WSD" alone.')
-        elif (
-            self.wsd_decay_steps is not None
-            and self.wsd_decay_steps > self.lr_decay_steps - self.lr_warmup_steps
-        ):
+        elif (anneal := as_number(self.wsd_decay_steps or 0)) and anneal > end - warmup:
             yield Fault(
                 "wsd_decay_steps",
                 "`wsd_decay_steps` must fit between `lr_warmup_steps` and `lr_decay_steps`, but is "
-                f"{self.wsd_decay_steps:g} instead.",
+                f"{anneal:g} instead.",
             )
 
     def curves(self, base: Base) -> Curves:
@@ -116,14 +121,16 @@ class OptimizerParamScheduler(
         }
 
     def _of_wd(self) -> Curve:
-        if self.wd_incr_style == "cosine":
-            return cosine(self.start_wd, self.end_wd, self.wd_incr_steps)
-        return linear(self.start_wd, self.end_wd, self.wd_incr_steps)
+        shape = cosine if self.wd_incr_style == "cosine" else linear
+        return shape(
+            as_number(self.start_wd), as_number(self.end_wd), as_number(self.wd_incr_steps)
+        )
 
     def _of_lr(self) -> Curve:
-        warmup, end, high, low = self.lr_warmup_steps, self.lr_decay_steps, self.max_lr, self.min_lr
+        warmup, end = as_number(self.lr_warmup_steps), as_number(self.lr_decay_steps)
+        high, low = as_number(self.max_lr), as_number(self.min_lr)
         steps = end - warmup
-        climb = linear(self.init_lr, high, warmup)
+        climb = linear(as_number(self.init_lr), high, warmup)
         match self.lr_decay_style:
             case "constant":
                 return join([climb, constant(high)], [warmup], names=("warmup", "constant"))
@@ -132,7 +139,7 @@ class OptimizerParamScheduler(
             case "cosine":
                 return join([climb, cosine(high, low, steps)], [warmup], names=("warmup", "decay"))
             case "WSD":
-                anneal = self.wsd_decay_steps or 0
+                anneal = as_number(self.wsd_decay_steps or 0)
                 shapes: dict[str, Callable[[float, float, float], Curve]] = {
                     "linear": linear,
                     "cosine": cosine,

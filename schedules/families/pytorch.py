@@ -7,7 +7,6 @@ again: docs/decisions/0006-pytorch-schedules.md.
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Iterator
 from functools import partial
@@ -18,12 +17,12 @@ from schedules.core.curves import Curve, constant, cosine, exponential, linear, 
 from schedules.core.fields import (
     Factor,
     LearningRate,
-    LearningRateEach,
     Milestones,
     Momentum,
     Power,
     Range,
     Steps,
+    as_number,
 )
 from schedules.core.schedule import (
     Base,
@@ -32,6 +31,7 @@ from schedules.core.schedule import (
     LearningRateSchedule,
     Schedule,
     curve_per_group,
+    schedule_class,
     spread,
 )
 
@@ -48,12 +48,11 @@ __all__ = [
     "StepLR",
 ]
 
-schedule = dataclasses.dataclass(frozen=True, kw_only=True)
 Gamma = Annotated[float, Range(above=0)]
 Divisor = Annotated[float, Range(above=0)]
 
 
-@schedule
+@schedule_class
 class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
     """Multiplies the learning rate by a factor after each ``step_size`` updates.
 
@@ -70,10 +69,11 @@ class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
     """Factor after each period."""
 
     def curve(self, lr: float) -> Curve:
-        return stairs(exponential(lr, self.gamma, self.step_size), self.step_size, count=1)
+        steps = as_number(self.step_size)
+        return stairs(exponential(lr, self.gamma, steps), steps, count=1)
 
 
-@schedule
+@schedule_class
 class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "gamma": 0.5}):
     """Multiplies the learning rate by a factor at each milestone, twice at one that is given twice.
 
@@ -91,10 +91,10 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
 
     def curve(self, lr: float) -> Curve:
         levels = [constant(lr * self.gamma**passed) for passed in range(len(self.milestones) + 1)]
-        return join(levels, boundaries=sorted(self.milestones))
+        return join(levels, boundaries=sorted(map(as_number, self.milestones)))
 
 
-@schedule
+@schedule_class
 class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40}):
     """A factor on the learning rate for some updates, and the learning rate itself after them.
 
@@ -112,10 +112,11 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
     """How long the factor holds."""
 
     def curve(self, lr: float) -> Curve:
-        return join([constant(self.factor * lr), constant(lr)], boundaries=[self.total_iters])
+        end = as_number(self.total_iters)
+        return join([constant(self.factor * lr), constant(lr)], boundaries=[end])
 
 
-@schedule
+@schedule_class
 class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
     """A straight line from one factor on the learning rate to another, held from its end on.
 
@@ -134,10 +135,11 @@ class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
     """Time at which the end is reached."""
 
     def curve(self, lr: float) -> Curve:
-        return linear(self.start_factor * lr, self.end_factor * lr, self.total_iters)
+        steps = as_number(self.total_iters)
+        return linear(self.start_factor * lr, self.end_factor * lr, steps)
 
 
-@schedule
+@schedule_class
 class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
     """Multiplies the learning rate by a factor after each update.
 
@@ -157,7 +159,7 @@ class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
         return exponential(lr, self.gamma, steps=1)
 
 
-@schedule
+@schedule_class
 class PolynomialLR(LearningRateSchedule, example={"total_iters": 80, "power": 2.0}):
     """Polynomial decay to 0, held from its end on.
 
@@ -174,10 +176,10 @@ class PolynomialLR(LearningRateSchedule, example={"total_iters": 80, "power": 2.
     """Exponent."""
 
     def curve(self, lr: float) -> Curve:
-        return polynomial(lr, 0.0, self.total_iters, self.power)
+        return polynomial(lr, 0.0, as_number(self.total_iters), self.power)
 
 
-@schedule
+@schedule_class
 class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0.01}):
     """Half a cosine wave from the learning rate to a minimum, held from its end on.
 
@@ -192,14 +194,14 @@ class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0
 
     T_max: Steps
     """Time at which the minimum is reached."""
-    eta_min: LearningRateEach = 0.0
+    eta_min: LearningRate = 0.0
     """The minimum."""
 
     def curve(self, lr: float) -> Curve:
-        return cosine(lr, self.eta_min, self.T_max)
+        return cosine(lr, as_number(self.eta_min), as_number(self.T_max))
 
 
-@schedule
+@schedule_class
 class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_mult": 2}):
     """Half a cosine wave again and again, each cycle ``T_mult`` times as long as the last one.
 
@@ -214,14 +216,15 @@ class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_m
     """Length of the first cycle."""
     T_mult: Annotated[int, Range(at_least=1)] = 1
     """How many times as long each cycle is as the one before."""
-    eta_min: LearningRateEach = 0.0
+    eta_min: LearningRate = 0.0
     """The minimum, at the end of each cycle."""
 
     def curve(self, lr: float) -> Curve:
-        return repeat(lambda cycle, steps: cosine(lr, self.eta_min, steps), self.T_0, self.T_mult)
+        low, first = as_number(self.eta_min), as_number(self.T_0)
+        return repeat(lambda cycle, steps: cosine(lr, low, steps), first, self.T_mult)
 
 
-@schedule
+@schedule_class
 class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     """PyTorch's 1cycle: up to a maximum, then far below the start, momentum mirrored.
 
@@ -289,7 +292,9 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
 
     @property
     def _steps(self) -> float:
-        return float(self.total_steps or (self.epochs or 0) * (self.steps_per_epoch or 0))
+        if self.total_steps is not None:
+            return float(as_number(self.total_steps))
+        return float((self.epochs or 0) * as_number(self.steps_per_epoch or 0))
 
     @property
     def _knots(self) -> tuple[float, ...]:
@@ -332,7 +337,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
 _AMPLITUDES = {"triangular": 1.0, "triangular2": 0.5, "exp_range": 1.0}
 
 
-@schedule
+@schedule_class
 class CyclicLR(
     Schedule[int],
     example={"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 15, "mode": "triangular2"},
@@ -383,11 +388,15 @@ class CyclicLR(
 
     @property
     def span(self) -> int:
-        return 3 * int(self.step_size_up + self._down)
+        return 3 * int(self._up + self._down)
+
+    @property
+    def _up(self) -> float:
+        return as_number(self.step_size_up)
 
     @property
     def _down(self) -> float:
-        return float(self.step_size_down or self.step_size_up)
+        return float(as_number(self.step_size_down or self.step_size_up))
 
     def curves(self, base: Base) -> Curves:
         lr = base["lr"]
@@ -409,7 +418,7 @@ class CyclicLR(
 
     def _triangles(self, foot: float, top: float) -> Curve:
         height = top - foot
-        triangles = repeat(partial(self._triangle, height), self.step_size_up + self._down)
+        triangles = repeat(partial(self._triangle, height), self._up + self._down)
         if self.mode == "exp_range":
             triangles = pointwise(operator.mul, triangles, exponential(1.0, self.gamma, steps=1))
         return pointwise(operator.add, constant(foot), triangles)
@@ -417,5 +426,5 @@ class CyclicLR(
     def _triangle(self, height: float, cycle: int, steps: float) -> Curve:
         del steps
         top = height * _AMPLITUDES[self.mode] ** cycle
-        up, down = linear(0.0, top, self.step_size_up), linear(top, 0.0, self._down)
-        return join([up, down], boundaries=[self.step_size_up])
+        up, down = linear(0.0, top, self._up), linear(top, 0.0, self._down)
+        return join([up, down], boundaries=[self._up])

@@ -6,14 +6,21 @@ silent (the first value of a warmup, what follows the end) those of its neighbou
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator
 
 from schedules.core.combinators import join, stairs
 from schedules.core.curves import Curve, constant, cosine, exponential, linear
-from schedules.core.fields import Factor, LearningRate, Ratio, Steps, WarmupStepsOrZero
-from schedules.core.schedule import Base, Curves, Fault, Schedule, curve_per_group, spread
+from schedules.core.fields import Factor, LearningRate, Ratio, Steps, WarmupStepsOrZero, as_number
+from schedules.core.schedule import (
+    Base,
+    Curves,
+    Fault,
+    Schedule,
+    curve_per_group,
+    schedule_class,
+    spread,
+)
 
 __all__ = [
     "CosineScheduleWithWarmup",
@@ -22,10 +29,8 @@ __all__ = [
     "StepSchedule",
 ]
 
-schedule = dataclasses.dataclass(frozen=True, kw_only=True)
 
-
-@schedule
+@schedule_class
 class _OfLearningRate(Schedule[int]):
     learning_rate: LearningRate | None = None
     """The learning rate, at its highest; null means each group's own."""
@@ -42,7 +47,7 @@ class _OfLearningRate(Schedule[int]):
         """Return the curve of a group whose highest learning rate this is."""
 
 
-@schedule
+@schedule_class
 class _WarmupAndDecay(_OfLearningRate):
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup from 0."""
@@ -52,7 +57,7 @@ class _WarmupAndDecay(_OfLearningRate):
     """Share of the learning rate at the end, held from there on."""
 
     def faults(self) -> Iterator[Fault]:
-        if self.warmup_steps > self.max_steps:
+        if as_number(self.warmup_steps) > as_number(self.max_steps):
             yield Fault(
                 "warmup_steps",
                 f"`warmup_steps` must be at most `max_steps` ({self.max_steps:g}), but is "
@@ -60,16 +65,17 @@ class _WarmupAndDecay(_OfLearningRate):
             )
 
     def curve(self, lr: float) -> Curve:
-        decay = self._decay(lr, self.end_lr_ratio * lr, self.max_steps - self.warmup_steps)
-        warmup = linear(0.0, lr, self.warmup_steps)
-        return join([warmup, decay], boundaries=[self.warmup_steps], names=("warmup", "decay"))
+        steps = as_number(self.warmup_steps)
+        decay = self._decay(lr, self.end_lr_ratio * lr, as_number(self.max_steps) - steps)
+        warmup = linear(0.0, lr, steps)
+        return join([warmup, decay], boundaries=[steps], names=("warmup", "decay"))
 
     @abstractmethod
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
         """Return what follows the warmup."""
 
 
-@schedule
+@schedule_class
 class CosineScheduleWithWarmup(
     _WarmupAndDecay,
     type_name="cosine_schedule_with_warmup",
@@ -89,7 +95,7 @@ class CosineScheduleWithWarmup(
         return cosine(lr, end, steps)
 
 
-@schedule
+@schedule_class
 class PolynomialDecayScheduleWithWarmup(
     _WarmupAndDecay,
     type_name="polynomial_decay_schedule_with_warmup",
@@ -112,7 +118,7 @@ class PolynomialDecayScheduleWithWarmup(
         return linear(lr, end, steps)
 
 
-@schedule
+@schedule_class
 class FixedLr(_OfLearningRate, type_name="fixed_lr"):
     """The learning rate, for ever.
 
@@ -123,7 +129,7 @@ class FixedLr(_OfLearningRate, type_name="fixed_lr"):
         return constant(lr)
 
 
-@schedule
+@schedule_class
 class StepSchedule(
     _OfLearningRate, type_name="step_schedule", example={"decay_steps": 25, "gamma": 0.5}
 ):
@@ -142,4 +148,5 @@ class StepSchedule(
     """Factor at each of them."""
 
     def curve(self, lr: float) -> Curve:
-        return stairs(exponential(lr, self.gamma, self.decay_steps), self.decay_steps, count=1)
+        steps = as_number(self.decay_steps)
+        return stairs(exponential(lr, self.gamma, steps), steps, count=1)

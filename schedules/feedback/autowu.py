@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from schedules.core.controller import Base
 from schedules.core.durations import Horizon
 from schedules.core.fields import Range
-from schedules.core.schedule import Fault, ScheduleError
+from schedules.core.schedule import Fault, ScheduleError, schedule_class
 from schedules.feedback.autowu_controller import AutoWUController, Decay
 from schedules.feedback.autowu_state import AutoWUState, Warmup
 from schedules.feedback.base import FeedbackSchedule
@@ -22,7 +22,7 @@ Fraction = Annotated[float, Range(above=0, at_most=1), "share of all updates"]
 Count = Annotated[int | None, Range(at_least=1)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schedule_class
 class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "total_epochs": 10}):
     """Warmup until the loss turns, then decay: the maximum learning rate is found, not given.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from schedules.core.controller import Base, Decision, Values
 from schedules.core.fields import LearningRate, Range
-from schedules.core.schedule import Fault, broadcast
+from schedules.core.schedule import Fault, broadcast, schedule_class
 from schedules.feedback.base import FeedbackController, FeedbackSchedule
 
 __all__ = ["ReduceLROnPlateau"]
@@ -84,7 +84,7 @@ class _State(NamedTuple):
     decision: Decision | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schedule_class
 class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "factor": 0.5}):
     """Lower the learning rate by a factor when a metric has stopped getting better.
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import schedules
-from schedules import ScheduleError, from_config, trace
+from schedules import SCHEDULES, ScheduleError, from_config, trace
 from tests.testing import golden
 from tests.testing.golden import base_of, cases, compare, horizon_of
 
@@ -195,7 +195,7 @@ def test_sambaflow(name):
 
 
 def schedule_fields(type_name):
-    return schedules.core.fields.fields_of(schedules.find(type_name))
+    return schedules.core.fields.fields_of(SCHEDULES[type_name])
 
 
 def transformers_block(case):

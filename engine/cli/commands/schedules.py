@@ -24,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """List all schedules, or print one's page."""
     from engine.display.catalog import listing, page
-    from schedules import find
+    from schedules.core.registry import find
 
     for line in page(find(args.type)) if args.type else listing():
         print(line, file=out)

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     """Print a schema."""
     import schemas
     from engine.config.schema import SCHEMA, schedule_schema
-    from schedules import find
+    from schedules.core.registry import find
 
     schema = schemas.read(schemas.EDITOR if args.editor else SCHEMA)
     if args.type:

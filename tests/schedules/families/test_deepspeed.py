@@ -207,4 +207,4 @@ def test_a_warmup_longer_than_the_run_is_refused():
         with pytest.raises(
             ScheduleError, match="must be at most `total_num_steps` \\(5\\), but is 6"
         ):
-            schedules.find(name)(total_num_steps=5, warmup_num_steps=6)
+            getattr(schedules, name)(total_num_steps=5, warmup_num_steps=6)
