@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from engine.cli.commands.arguments import INVALID, OK, USAGE, positive
+from engine.cli.commands.arguments import positive
+from engine.distributed.environment import INVALID, OK, USAGE
 from engine.config import ConfigError, Problem, load_document
 from engine.config.edits import repair
 from engine.config.parser import Document, parse
