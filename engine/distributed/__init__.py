@@ -1,1 +1,1 @@
-"""Ranks, signals, and the environment variables that the launcher sets. This module needs no torch."""
+"""Ranks, process groups, signals, environment variables and exit statuses."""
