@@ -139,6 +139,8 @@ class LaunchStateMachine:
 
     def host_started(self, name: str, now: float) -> list[Action]:
         """Report that an agent has the lock of its host and starts the job."""
+        if self._hosts[name].state is not HostState.RECALLED:
+            return []
         return self._apply(_Event.HOST_STARTED, _Details(now, name))
 
     def host_ended(
@@ -276,6 +278,8 @@ class LaunchStateMachine:
         (_FINISHING, _Event.HOST_GIVEN_UP): (_FINISHING, (_give_up,)),
         (_FINISHING, _Event.TOO_FEW_HOSTS): (_STOPPING, (_record_outcome, _stop_hosts)),
         (_FINISHING, _Event.SIGNAL): (_STOPPING, (_record_outcome, _stop_hosts)),
+        (_STOPPING, _Event.HOST_STARTED): (_STOPPING, (_mark_running,)),
+        (_STOPPING, _Event.HOST_SUCCEEDED): (_STOPPING, (_dismiss_late_hosts,)),
         (_STOPPING, _Event.HOST_FAILED): (_STOPPING, (_record_if_earlier,)),
         (_STOPPING, _Event.SIGNAL): (_STOPPING, (_kill_jobs,)),
         (_STOPPING, _Event.OVERDUE): (_STOPPING, (_kill_connections,)),

@@ -274,6 +274,18 @@ CASES = {
          (ended("c", 0), [])],
         FINISHING, True, 0, "",
     ),
+    "a host that is back while the others stop is killed once one of them has succeeded": (
+        REJOIN,
+        [(ended("b", SSH_LOST), say("b", WAIT)), (time_is(2.0), orders("start", "b")),
+         (interrupted(2), orders("term", "abc")), (ended("a", 0), orders("kill", "b"))],
+        STOPPING, False, 130, "the launcher got SIGINT",
+    ),
+    "a host that starts the job while the others stop has time to save": (
+        REJOIN,
+        [(ended("b", SSH_LOST), say("b", WAIT)), (time_is(2.0), orders("start", "b")),
+         (interrupted(2), orders("term", "abc")), (started("b"), []), (ended("a", 0), [])],
+        STOPPING, False, 130, "the launcher got SIGINT",
+    ),
     "a late host is stopped with the others": (
         REJOIN,
         [(ended("b", SSH_LOST), say("b", WAIT)), (time_is(2.0), orders("start", "b")),
