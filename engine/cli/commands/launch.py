@@ -56,6 +56,8 @@ _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
 }
 
 _EPILOG = """\
+Times S are in seconds.
+
 exit status: 0 all ranks succeeded; the status of the first failed rank (128 + n: signal n);
 128 + n: the launcher received signal n; 1 the config is invalid; 2 wrong usage; 69 a host is
 unreachable or has other versions; 75 a host was lost, or a signal asked the run to save and end;
@@ -113,19 +115,24 @@ def _add_rank_arguments(group: argparse._ArgumentGroup) -> None:
     add("--bind-cores", action="store_true", help="bind each rank to its own CPU cores")
     add("--log-dir", metavar="D", help="directory for one log file per rank")
     add("--max-restarts", type=int, default=0, metavar="R", help="(default: 0)")
-    add("--timeout", type=positive, default=600, help="of collectives, in seconds (default: 600)")
-    add("--grace", type=positive, default=30, help="seconds to save before a kill (default: 30)")
+    add("--timeout", type=positive, default=600, metavar="S", help="of collectives (default: 600)")
+    add(
+        "--grace",
+        type=positive,
+        default=30,
+        metavar="S",
+        help="to save before a kill (default: 30)",
+    )
 
 
 def _add_launcher_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    config_help = "validated before launch (default: a .json among ARGS)"
-    add("--config", metavar="F", help=config_help)
+    add("--config", metavar="F", help="validated before launch (default: a .json among ARGS)")
     rejoin_help = "call a lost host again until it is back, at most for --rdzv-timeout"
     add("--rejoin", action="store_true", help=rejoin_help)
-    rendezvous_help = "of the rendezvous, in seconds (default: 300)"
-    add("--rdzv-timeout", type=positive, default=300, help=rendezvous_help)
-    add("--port", type=int, default=0, help="of the rendezvous (default: a free port)")
+    rendezvous_help = "of the rendezvous (default: 300)"
+    add("--rdzv-timeout", type=positive, default=300, metavar="S", help=rendezvous_help)
+    add("--port", type=int, default=0, metavar="P", help="of the rendezvous (default: a free port)")
     add("--iface", metavar="NAME", help="network interface (default: that of ssh)")
     choices = ["all", "rank0", "none"]
     console_help = "ranks to print (default: rank0; the last lines of a failed rank always are)"
