@@ -26,7 +26,7 @@ import training_speed as alone
 from torch import nn
 
 import engine
-from engine.distributed.ranks import disconnect
+from engine.distributed.ranks import destroy_distributed
 
 ROUNDS = 9
 
@@ -91,7 +91,7 @@ def main() -> None:
             ratio = statistics.median(a / b for a, b in zip(of_each, first, strict=True))
             if dist.get_rank() == 0:
                 print(f"{name:10}{each:22}{statistics.median(of_each):9.3f} ms  {ratio:.2f}x")
-    disconnect()
+    destroy_distributed()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,13 @@ from engine.backends.base import Backend
 from engine.backends.pytorch import PyTorchBackend
 from engine.checkpoint.fingerprint import hyperparameters, identity_of
 from engine.config import Config, ConfigError, Source, load_config
-from engine.distributed.ranks import Ranks, agree, connect, process_rank, world_size
+from engine.distributed.ranks import (
+    Ranks,
+    check_configs_match,
+    init_distributed,
+    process_rank,
+    world_size,
+)
 from engine.engine import Engine
 from engine.range_test.suggestion import MIN_POINTS
 from engine.range_test.sweep import RECORD, Recorder, Sweep, sweep_of_environment
@@ -123,8 +129,8 @@ def initialize(
     deepspeed = resolved.backend.name == "deepspeed"
     if not deepspeed:
         _refuse_what_torch_lacks(mpu=mpu, mesh_param=mesh_param)
-    ranks = connect(alone=deepspeed, port=distributed_port)
-    agree(ranks, json.dumps(resolved.own, sort_keys=True))
+    ranks = init_distributed(always_create_group=deepspeed, port=distributed_port)
+    check_configs_match(ranks, json.dumps(resolved.own, sort_keys=True))
     loader = None
     if training_data is not None:
         loader = make_loader(training_data, resolved, ranks, collate_fn)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from engine.checkpoint import saving, storage
 from engine.checkpoint.fingerprint import Identity
 from engine.deepspeed_names import DeepSpeedNames
-from engine.distributed import signals
+from engine.distributed import environment, signals
 from engine.training.data import RunLoader
 from engine.training.progress import Counters
 
@@ -58,7 +58,7 @@ class Checkpoints(DeepSpeedNames):
         if ends:
             self.wait_for_checkpoint()
             log.warning("saved at update %d and ended, as a signal asked for", self._updates)
-            raise SystemExit(signals.SAVED_AND_ENDED)
+            raise SystemExit(environment.SAVED_AND_ENDED)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint as ``engine.checkpoint.resume`` says; `initialize` does.

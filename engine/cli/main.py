@@ -75,9 +75,9 @@ def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     command.add(parser)
     args = parser.parse_args(arguments[1:])
 
-    from engine.cli.commands.arguments import INVALID, OK, USAGE
     from engine.config import ConfigError
     from engine.display.problem_reports import write_error
+    from engine.distributed.environment import INVALID, OK, USAGE
 
     try:
         status: int = command.run(args, out)

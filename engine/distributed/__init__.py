@@ -1,1 +1,1 @@
-"""Ranks, signals, environment variables and exit statuses."""
+"""Ranks, process groups, signals, environment variables and exit statuses."""

@@ -1,9 +1,75 @@
-"""Environment variables by which `onecycle launch` tells ranks of the launch."""
+"""Every `ONECYCLE_*` environment variable and every exit status; needs no torch."""
 
-__all__ = ["ELASTIC", "TIMEOUT"]
+from __future__ import annotations
+
+__all__ = [
+    "ELASTIC",
+    "FAILURE_FILE",
+    "INVALID",
+    "JOB_ID",
+    "LR_TEST",
+    "NODE_LOST",
+    "OK",
+    "PREFIX",
+    "SAVED_AND_ENDED",
+    "SSH_FAILED",
+    "TIMED_OUT",
+    "TIMEOUT",
+    "UNREACHABLE",
+    "USAGE",
+    "to_exit_status",
+]
+
+PREFIX = "ONECYCLE_"
+"""Prefix of every variable below; `onecycle launch` passes such variables on to all ranks."""
 
 ELASTIC = "ONECYCLE_ELASTIC"
-"""Set where hosts may come and go: a run goes on with other ranks, its batch the same."""
+"""Set if hosts may come and go: the run continues with another world size and the same batch."""
+
+FAILURE_FILE = "ONECYCLE_FAILURE"
+"""File to which each node of a Slurm job appends when it failed, and with which exit status."""
+
+JOB_ID = "ONECYCLE_JOB_ID"
+"""Name of the launch: the same on all ranks, different for every launch."""
+
+LR_TEST = "ONECYCLE_LR_TEST"
+"""The sweep that a script's `initialize` must run, as JSON; set by `onecycle lr-test`."""
 
 TIMEOUT = "ONECYCLE_TIMEOUT"
-"""Seconds that a collective may take."""
+"""Timeout of collectives, in seconds."""
+
+OK = 0
+"""Exit status: success."""
+
+INVALID = 1
+"""Exit status: the config is invalid, or a check found problems."""
+
+USAGE = 2
+"""Exit status: wrong usage, or a file that cannot be read or written."""
+
+UNREACHABLE = 69
+"""Exit status: a host did not answer or does not match this one (EX_UNAVAILABLE)."""
+
+SAVED_AND_ENDED = 75
+"""Exit status: a signal asked the run to end, and it saved first (EX_TEMPFAIL: start it again)."""
+
+NODE_LOST = 75
+"""Exit status: the launch lost a host (EX_TEMPFAIL: start it again)."""
+
+TIMED_OUT = 124
+"""Exit status: the hosts did not find each other in time (the status of `timeout`)."""
+
+SSH_FAILED = 255
+"""Exit status of ssh itself, if it could not connect or lost the connection."""
+
+
+def to_exit_status(returncode: int) -> int:
+    """Return the exit status that a shell reports for a process.
+
+    Args:
+        returncode: the process's return code as `subprocess` reports it: -n for signal n.
+
+    >>> to_exit_status(7), to_exit_status(-15)
+    (7, 143)
+    """
+    return returncode if returncode >= 0 else 128 - returncode

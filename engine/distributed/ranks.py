@@ -1,4 +1,4 @@
-"""Which process this is among how many, and the process group where there are several."""
+"""The rank of this process, its device, and the process group."""
 
 from __future__ import annotations
 
@@ -17,135 +17,157 @@ import torch.distributed as dist
 
 from engine.distributed.environment import TIMEOUT
 
-__all__ = ["Ranks", "agree", "connect", "disconnect", "process_rank", "world_size"]
+__all__ = [
+    "Ranks",
+    "check_configs_match",
+    "destroy_distributed",
+    "init_distributed",
+    "process_rank",
+    "world_size",
+]
 
-_FAREWELL = timedelta(seconds=5)
-_LETTING_GO = 0.05
-_STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
-"""By what variable a starter of processes tells how many there are."""
+_EXIT_TIMEOUT = timedelta(seconds=5)
+_RELEASE_TIME = 0.05
+_TASK_COUNTS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+}
+"""The variables in which srun and mpirun set the number of tasks that they start."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place: its rank among ``world_size``, its rank on its machine, its device."""
+    """This process's rank, its rank on its host, the world size and its device."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
-    meeting: Any = None
-    """The process group in which ranks wait for one another, but not for ever, as only gloo can;
-    None: the default one."""
+    control_group: Any = None
+    """A gloo group for barriers with timeouts, which NCCL lacks; None: the default group."""
 
 
 def world_size() -> int:
     """Return the number of ranks: the process group's, else the launcher's, else 1."""
-    if dist.is_available() and dist.is_initialized():
+    if _has_process_group():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_rank() -> int:
     """Return this process's rank: the process group's, else the launcher's, else 0."""
-    if dist.is_available() and dist.is_initialized():
+    if _has_process_group():
         return dist.get_rank()
     return int(os.environ.get("RANK") or "0")
 
 
-def connect(*, alone: bool = False, port: int | None = None) -> Ranks:
-    """Join the process group that the launcher's environment describes, and return our place in it.
+def init_distributed(*, always_create_group: bool = False, port: int | None = None) -> Ranks:
+    """Initialize the process group that the launcher's environment describes.
 
-    One process needs no group, and makes none. A group that the script made already is used.
+    A process group that exists already is used. A single process gets none by default.
 
     Args:
-        alone: whether one process is to have a group of its own, for libraries that want one.
-        port: rank 0's, where the environment names none.
+        always_create_group: whether a single process gets a process group too, for libraries that
+            require one.
+        port: port of rank 0, if the environment does not set `MASTER_PORT`.
 
     Raises:
-        ValueError: the environment names several ranks, but not which one this is.
+        ValueError: if the environment describes several ranks but lacks the rank or the address.
     """
     size = world_size()
-    _refuse_copies()
+    _check_world_size_is_set()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if dist.is_available() and dist.is_initialized():
-        return Ranks(dist.get_rank(), local_rank, size, device, _meeting(size))
-    if size == 1:
-        if alone:
+    if not _has_process_group():
+        backend = "nccl" if cuda else "gloo"
+        if size > 1:
+            _create_process_group(backend, size, port)
+        elif always_create_group:
             store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
-            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1)
-            atexit.register(disconnect)
-        return Ranks(0, local_rank, 1, device)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+            atexit.register(destroy_distributed)
+        else:
+            return Ranks(0, local_rank, 1, device)
+    return Ranks(dist.get_rank(), local_rank, size, device, _create_control_group(size))
+
+
+def _has_process_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _create_process_group(backend: str, size: int, port: int | None) -> None:
     if port is not None:
         os.environ.setdefault("MASTER_PORT", str(port))
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(
-            f"WORLD_SIZE is {size}, so {' and '.join(missing)} must be set too, but "
-            f"{'is' if len(missing) == 1 else 'are'} not. Start the script with `torchrun`."
+            f"WORLD_SIZE is {size}, but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set. Start the script with `torchrun`."
         )
-    patience = os.environ.get(TIMEOUT)
-    timeout = timedelta(seconds=int(patience)) if patience else None
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
-    atexit.register(disconnect)
-    return Ranks(dist.get_rank(), local_rank, size, device, _meeting(size))
+    seconds = os.environ.get(TIMEOUT)
+    dist.init_process_group(backend, timeout=timedelta(seconds=int(seconds)) if seconds else None)
+    atexit.register(destroy_distributed)
 
 
-def _meeting(size: int) -> Any:
+def _create_control_group(size: int) -> Any:
     return None if size == 1 or dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
-def _refuse_copies() -> None:
-    """Refuse to be one of several processes that all believe they are alone."""
-    if "WORLD_SIZE" in os.environ or (dist.is_available() and dist.is_initialized()):
+def _check_world_size_is_set() -> None:
+    """Reject a process that is one of several tasks but would train as rank 0 of 1."""
+    if "WORLD_SIZE" in os.environ or _has_process_group():
         return
-    for name, starter in _STARTERS.items():
+    for name, starter in _TASK_COUNTS.items():
         tasks = int(os.environ.get(name) or "1")
         if tasks > 1:
             raise ValueError(
-                f"WORLD_SIZE must be set where {starter} starts {tasks} tasks, but is not: each of "
-                f"them would train alone, as rank 0 of 1. Have {starter} start one torchrun a "
-                "node, as `onecycle launch` does."
+                f"WORLD_SIZE is not set, but {starter} started {tasks} tasks: each of them would "
+                f"train independently as rank 0 of 1. Let {starter} start one torchrun per node, "
+                "as `onecycle launch` does."
             )
 
 
-def agree(ranks: Ranks, config: str) -> None:
-    """Prove that all ranks have one config; a run whose ranks differ hangs or goes astray.
+def check_configs_match(ranks: Ranks, config: str) -> None:
+    """Check that all ranks have the same config; ranks that differ can hang.
+
+    Args:
+        ranks: this process's rank and world size.
+        config: this rank's config, as JSON.
 
     Raises:
-        ValueError: another rank's is another one; the message has the lines that differ.
+        ValueError: if a rank's config differs from that of rank 0; the message shows a diff.
     """
     if ranks.world_size == 1:
         return
-    all_of_them: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(all_of_them, config)
-    for rank, other in enumerate(all_of_them):
-        if other != all_of_them[0]:
+    configs: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(configs, config)
+    for rank, other in enumerate(configs):
+        if other != configs[0]:
             first, second = (
-                json.dumps(json.loads(text), indent=1).splitlines()
-                for text in (all_of_them[0], other)
+                json.dumps(json.loads(text), indent=1).splitlines() for text in (configs[0], other)
             )
             lines = difflib.unified_diff(first, second, "rank 0", f"rank {rank}", n=0, lineterm="")
             raise ValueError(
-                "the config must be the same on all ranks, but rank "
-                f"{rank}'s is another one than rank 0's:\n" + "\n".join(lines)
+                "the config must be the same on all ranks, but the config of rank "
+                f"{rank} does not match that of rank 0:\n" + "\n".join(lines)
             )
 
 
-def disconnect() -> None:
-    """Leave the process group together with the others, as far as they are still there.
+def destroy_distributed() -> None:
+    """Destroy the process group once all ranks that still run have reached this call.
 
-    A rank that leaves first closes connections on which the others' threads still listen.
+    A rank that leaves first closes connections that the gloo threads of other ranks still use.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _has_process_group():
         return
     if dist.get_backend() == "gloo":
         with contextlib.suppress(RuntimeError):
-            dist.monitored_barrier(timeout=_FAREWELL)
+            dist.monitored_barrier(timeout=_EXIT_TIMEOUT)
     dist.destroy_process_group()
-    # A thread of gloo that has yet to let go of its last tensor needs the interpreter for that, and
-    # aborts the process where it has ended ("terminate called without an active exception").
-    time.sleep(_LETTING_GO)
+    # A gloo thread that has not yet released its last tensor needs the interpreter to do so, and
+    # aborts the process if it is gone ("terminate called without an active exception").
+    time.sleep(_RELEASE_TIME)

@@ -12,10 +12,7 @@ import torch.distributed as dist
 
 from engine.distributed.ranks import Ranks
 
-__all__ = ["SAVED_AND_ENDED", "Signals"]
-
-SAVED_AND_ENDED = 75
-"""Exit status of a run that saved and ended because a signal asked for it (EX_TEMPFAIL)."""
+__all__ = ["Signals"]
 
 _NAMES = ("SIGTERM", "SIGUSR1")
 

@@ -1,6 +1,5 @@
-"""Starting a script on one machine or many: a plan that can be printed, agents, and who watches.
+"""Start a script on one host or many: a plan that can be printed, agents, and a runner.
 
-Ranks, rendezvous and restarts are torchrun's, placement is ssh's or Slurm's. What is here proves
-the config first, tells torchrun what it has to know on each host, and stops everything when one
-part of it fails.
+torchrun provides ranks, rendezvous and restarts; ssh or Slurm provides the hosts. This package
+validates the config first, runs torchrun on each host, and stops all hosts when one fails.
 """

@@ -1,4 +1,4 @@
-"""A rank on cores of its own: takes its share of this host's, then becomes the command."""
+"""Bind a rank to its own CPU cores, then replace this process by the rank's command."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-__all__ = ["main", "neighbours", "share"]
+__all__ = ["main", "select_cpus", "sort_by_core"]
 
 
-def neighbours(cpus: Iterable[int], core_of: Callable[[int], int]) -> list[int]:
-    """Return logical CPUs with those of one core side by side, however they are numbered.
+def sort_by_core(cpus: Iterable[int], core_of: Callable[[int], int]) -> list[int]:
+    """Return logical CPUs ordered so that those of one core are adjacent.
 
-    >>> neighbours([0, 1, 2, 3], core_of=lambda cpu: cpu % 2)
+    >>> sort_by_core([0, 1, 2, 3], core_of=lambda cpu: cpu % 2)
     [0, 2, 1, 3]
     """
     return sorted(cpus, key=lambda cpu: (core_of(cpu), cpu))
 
 
-def share(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
-    """Return a rank's part: neighbours, as even as it goes; all if there are too few.
+def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
+    """Return the CPUs of a rank: an even, contiguous part; all CPUs if there are fewer than ranks.
 
-    >>> share([0, 1, 2, 3, 8], rank=1, ranks=2)
+    >>> select_cpus([0, 1, 2, 3, 8], rank=1, ranks=2)
     [2, 3, 8]
-    >>> share([0, 1], rank=2, ranks=3)
+    >>> select_cpus([0, 1], rank=2, ranks=3)
     [0, 1]
     """
     if len(cpus) < ranks:
@@ -33,7 +33,7 @@ def share(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
 
 
 def _core_of(cpu: int) -> int:
-    """Return the first of the logical CPUs that share a core with this one."""
+    """Return the first logical CPU of the core that this one belongs to."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return int(topology.read_text().replace("-", ",").partition(",")[0])
@@ -42,9 +42,9 @@ def _core_of(cpu: int) -> int:
 
 
 def main(command: list[str]) -> None:
-    """Bind this process, by the ``LOCAL_RANK`` that torchrun gave it, and run a command in it."""
-    cpus = neighbours(os.sched_getaffinity(0), _core_of)
-    own = share(cpus, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    """Bind this process according to torchrun's ``LOCAL_RANK`` and run a command in it."""
+    cpus = sort_by_core(os.sched_getaffinity(0), _core_of)
+    own = select_cpus(cpus, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     os.sched_setaffinity(0, own)
     os.execvp(command[0], command)  # noqa: S606  # the rank's own command
 

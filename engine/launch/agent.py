@@ -1,8 +1,8 @@
-"""A host's end of a launch: runs one group of workers, and leaves nothing behind.
+"""The agent of one host: runs a group of workers and leaves no process behind.
 
-The first line of standard input is the job as JSON; after it come ``ping`` and ``term``. The agent
-stops the job on ``term``, on a signal, when its input ends (the launcher died) and after 30 seconds
-of silence (the launcher cannot be reached). Its output is the job's, line by line.
+The first line of standard input is the job as JSON; ``ping``, ``term`` and ``kill`` follow. The
+agent stops the job on ``term``, on a signal, when its input ends (the launcher died) and after 30
+seconds without input (the launcher is unreachable). It prints the job's output.
 """
 
 from __future__ import annotations
@@ -20,46 +20,48 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["BEGUN", "descendants", "main"]
+from engine.distributed.environment import to_exit_status
 
-BEGUN = "\x1eonecycle-begun"
-"""A line that says that a job that may come back has begun."""
+__all__ = ["STARTED", "descendants", "main", "map_slots_to_devices"]
 
-_SILENCE = 30.0
+STARTED = "\x1eonecycle-started"
+"""Line that an agent with a lock prints once it holds the lock and starts the job."""
+
+_MAX_SILENCE = 30.0
 _MASK = "CUDA_VISIBLE_DEVICES"
 _SUBREAPER, _PARENT_DEATH = 36, 1  # prctl's
 
 
 class _Job:
-    """The workers, by way of the process that started them."""
+    """The workers, through the torchrun process that started them."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._grace = float(spec["grace"])
         self._stopping_since: float | None = None
-        self.process = subprocess.Popen(  # noqa: S603  # what the launcher asks for
+        self.process = subprocess.Popen(  # noqa: S603  # the launcher's command
             spec["argv"],
-            env=os.environ | _with_own_mask(spec["env"]),
+            env=os.environ | map_slots_to_devices(spec["env"]),
             cwd=spec["cwd"],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_dies_with_parent,  # noqa: PLW1509  # no threads are here
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  # no threads are here
         )
 
     def stop(self) -> None:
-        """Ask it to end; workers may save."""
+        """Terminate the job; workers may save first."""
         if self._stopping_since is None:
             self._stopping_since = time.monotonic()
             with contextlib.suppress(ProcessLookupError):
                 self.process.terminate()
 
-    def hurry(self) -> None:
-        """Kill what is left once its time is over."""
+    def kill_if_overdue(self) -> None:
+        """Kill the job if it was stopped longer ago than the grace period."""
         since = self._stopping_since
         if since is not None and time.monotonic() - since > self._grace:
             self.kill()
 
     def kill(self) -> None:
-        """Kill all that has come from this process, its own sessions included."""
+        """Kill all descendants of this process, in every session."""
         while left := descendants(os.getpid()):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
@@ -67,7 +69,7 @@ class _Job:
             time.sleep(0.02)
             self.process.poll()
             for pid in left:
-                if pid != self.process.pid:  # whose status is wanted
+                if pid != self.process.pid:  # its status is needed
                     with contextlib.suppress(ChildProcessError):
                         os.waitpid(pid, os.WNOHANG)
 
@@ -75,79 +77,90 @@ class _Job:
 def main() -> int:
     """Run the job that standard input describes; return its status."""
     _prctl(_SUBREAPER)
-    told, words = _first_line(sys.stdin.fileno())
-    if not told:
-        return 128 + signal.SIGTERM  # the launcher has ended before it said anything
-    spec = json.loads(told)
-    asked: list[int] = []
+    line, words = _read_first_line(sys.stdin.fileno())
+    if not line:
+        return to_exit_status(-signal.SIGTERM)  # the launcher ended before it sent the job
+    spec = json.loads(line)
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda caught, _: asked.append(caught))
-    lock = _lock(spec.get("lock"), asked)
-    if asked:
-        return 128 + asked[0]
+        signal.signal(number, lambda caught, _: signals.append(caught))
+    lock = _wait_for_lock(spec.get("lock"), signals)
+    if signals:
+        return to_exit_status(-signals[0])
     if lock is not None:
-        # Whole, and before the job has said a word.
-        os.write(sys.stdout.fileno(), f"{BEGUN}\n".encode())
+        # Unbuffered, so that the line is whole and precedes the job's output.
+        os.write(sys.stdout.fileno(), f"{STARTED}\n".encode())
     job = _Job(spec)
-    heard = time.monotonic()
-    listens_to = [sys.stdin.fileno()]
+    _watch(job, words, signals)
+    status = to_exit_status(job.process.returncode)
+    job.kill()
+    return status
+
+
+def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
+    """Wait until the job has ended, and stop it when the launcher says so or is gone.
+
+    Args:
+        job: the running job.
+        words: input that was read already.
+        signals: signals received so far; a handler appends to it.
+    """
+    last_input = time.monotonic()
+    inputs = [sys.stdin.fileno()]
     while job.process.poll() is None:
         if b"term" in words:
             job.stop()
         if b"kill" in words:
             job.kill()
         words = b""
-        ready, _, _ = select.select(listens_to, [], [], 0.1)
+        ready, _, _ = select.select(inputs, [], [], 0.1)
         if ready:
-            heard = time.monotonic()
+            last_input = time.monotonic()
             words = os.read(ready[0], 4096)
             if not words:  # the launcher is gone
                 job.stop()
-                listens_to = []
-        if asked or time.monotonic() - heard > _SILENCE:
+                inputs = []
+        if signals or time.monotonic() - last_input > _MAX_SILENCE:
             job.stop()
-        job.hurry()
-    status = job.process.returncode
-    job.kill()
-    return status if status >= 0 else 128 - status
+        job.kill_if_overdue()
 
 
-def _lock(name: str | None, asked: list[int]) -> IO[str] | None:
-    """Wait until the agent that this host had before, cut off from the launcher, has ended.
+def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
+    """Wait until a previous agent of this host, cut off from the launcher, has ended.
 
-    The file stays: a lock on one that is gone would keep nobody out.
+    The file is never deleted, because a lock on a deleted file excludes nobody.
 
     Args:
-        name: of the lock; None: there is nobody to wait for.
-        asked: signals; SIGTERM is added when the launcher wants an end meanwhile, or is gone.
+        name: name of the lock; None: do not wait.
+        signals: signals received; SIGTERM is added if the launcher stops the job or ends meanwhile.
     """
     if name is None:
         return None
     file = Path(tempfile.gettempdir(), f"{name}.lock").open("w")  # noqa: SIM115  # held to the end
-    while not asked and not _is_ours(file):
+    while not signals and not _try_lock(file):
         ready, _, _ = select.select([sys.stdin.fileno()], [], [], 0.1)
         words = os.read(ready[0], 4096) if ready else b"ping"
         if not words or b"term" in words or b"kill" in words:
-            asked.append(signal.SIGTERM)
+            signals.append(signal.SIGTERM)
     return file
 
 
-def _with_own_mask(env: dict[str, str]) -> dict[str, str]:
-    """Return an environment whose slots are those of the devices that this host lets be seen."""
+def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
+    """Replace slots in `CUDA_VISIBLE_DEVICES` by the devices that this host makes visible."""
     own = [each.strip() for each in os.environ.get(_MASK, "").split(",") if each.strip()]
     if not own or _MASK not in env:
         return env
     slots = [int(slot) for slot in env[_MASK].split(",")]
     if max(slots) >= len(own):
         raise SystemExit(
-            f"slot {max(slots)} must be one of the {len(own)} devices that {_MASK} of this host "
-            f"shows ({', '.join(own)}); include fewer, or unset it there."
+            f"Slot {max(slots)} does not exist: {_MASK} on this host makes {len(own)} devices "
+            f"visible ({', '.join(own)}). Include fewer slots, or unset the variable there."
         )
     return env | {_MASK: ",".join(own[slot] for slot in slots)}
 
 
-def _is_ours(file: IO[str]) -> bool:
-    import fcntl  # not on Windows, where others read this file
+def _try_lock(file: IO[str]) -> bool:
+    import fcntl  # not available on Windows, where `lr-test` imports this module
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,8 +169,8 @@ def _is_ours(file: IO[str]) -> bool:
     return True
 
 
-def _first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Return the first line and what came behind it; no buffer may keep a word from `select`."""
+def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
+    """Return the first line and the input after it, unbuffered: `select` sees no buffer."""
     read = b""
     while b"\n" not in read:
         more = os.read(descriptor, 65536)
@@ -168,7 +181,7 @@ def _first_line(descriptor: int) -> tuple[bytes, bytes]:
     return line, rest
 
 
-def _dies_with_parent() -> None:
+def _die_with_parent() -> None:
     _prctl(_PARENT_DEATH, signal.SIGTERM)
 
 
@@ -178,7 +191,7 @@ def _prctl(option: int, value: int = 1) -> None:
 
 
 def descendants(root: int) -> list[int]:
-    """Return all processes below one, of whatever session; none where there is no ``/proc``."""
+    """Return all descendants of a process, in every session; none without ``/proc``."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):

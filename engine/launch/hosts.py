@@ -1,22 +1,22 @@
-"""Hosts and their slots: DeepSpeed's hostfile, and what to include and exclude of it."""
+"""Hosts and their slots: DeepSpeed's hostfile, its filters, and the number of hosts to use."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import LaunchError
 
-__all__ = ["Host", "read_hostfile", "selected"]
+__all__ = ["Host", "limit_hosts", "parse_nnodes", "parse_nproc", "read_hostfile", "select_hosts"]
 
 _LINE = re.compile(r"(?P<name>[^\s#]+)\s+slots\s*=\s*(?P<slots>-?\d+)\s*(?:#.*)?")
 
 
 @dataclass(frozen=True)
 class Host:
-    """A machine, and which of its slots are to be used; each is a process, and a GPU if it has any.
+    """A machine and the slots to use on it: each is a process, with a GPU if there are GPUs.
 
     >>> Host("node0", (0, 1, 3)).size
     3
@@ -27,16 +27,17 @@ class Host:
 
     @property
     def size(self) -> int:
-        """How many processes it gets."""
+        """Number of processes to start."""
         return len(self.slots)
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Return the hosts of a file in DeepSpeed's format: ``host slots=N``, and ``#`` comments.
+    """Read a hostfile in DeepSpeed's format: lines ``host slots=N``, and ``#`` comments.
 
     Raises:
-        LaunchError: a line is none of these, a host is there twice or has no slots, or none is.
-        OSError: the file cannot be read.
+        LaunchError: if a line has another format, a host is repeated or has no slots, or there is
+            no host.
+        OSError: if the file cannot be read.
     """
     hosts: dict[str, Host] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -44,47 +45,40 @@ def read_hostfile(path: Path) -> list[Host]:
             continue
         found = _LINE.fullmatch(line.strip())
         if found is None:
-            raise LaunchError(f"{path}:{number}: must be `host slots=N`, but is {line.strip()!r}.")
+            raise LaunchError(f"{path}:{number}: must be `host slots=N`, got {line.strip()!r}.")
         name, slots = found["name"], int(found["slots"])
         if slots < 1:
-            raise LaunchError(
-                f"{path}:{number}: {name} must have at least 1 slot, but has {slots}."
-            )
+            raise LaunchError(f"{path}:{number}: {name} must have at least 1 slot, got {slots}.")
         if name in hosts:
             raise LaunchError(
-                f"{path}:{number}: {name} must be there once, but is a second time; add its slots "
-                "to the first line."
+                f"{path}:{number}: {name} is repeated. Add its slots to the first line instead."
             )
         hosts[name] = Host(name, tuple(range(slots)))
     if not hosts:
-        raise LaunchError(
-            f"{path} must name at least one host, as `node0 slots=2`, but names none."
-        )
+        raise LaunchError(f"{path} must name at least one host, such as `node0 slots=2`.")
     return list(hosts.values())
 
 
-def selected(hosts: list[Host], include: str = "", exclude: str = "") -> list[Host]:
-    """Return the hosts and slots that are left by DeepSpeed's filters.
+def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") -> list[Host]:
+    """Return the hosts and slots that DeepSpeed's filters select.
 
     Args:
-        hosts: all of them.
-        include: ``node0@node1:0,2-3``: only these hosts, or only these of their slots.
-        exclude: the same, for what is to be left out.
+        hosts: the hosts of the hostfile.
+        include: ``node0@node1:0,2-3``: only these hosts, or only these slots of a host.
+        exclude: hosts or slots to leave out, in the same format.
 
     Raises:
-        LaunchError: both are given, one names what there is not, or nothing is left.
+        LaunchError: if both are given, one names an unknown host or slot, or nothing is left.
 
     >>> hosts = [Host("node0", (0, 1)), Host("node1", (0, 1))]
-    >>> selected(hosts, include="node1:1")
+    >>> select_hosts(hosts, include="node1:1")
     [Host(name='node1', slots=(1,))]
-    >>> selected(hosts, exclude="node1:0")
+    >>> select_hosts(hosts, exclude="node1:0")
     [Host(name='node0', slots=(0, 1)), Host(name='node1', slots=(1,))]
     """
     if include and exclude:
-        raise LaunchError(
-            "`--include` and `--exclude` must not be given together; one says it all."
-        )
-    named = _parsed(include or exclude, {host.name: host for host in hosts})
+        raise LaunchError("`--include` and `--exclude` cannot be combined. Use one of them.")
+    named = _parse_filter(include or exclude, {host.name: host for host in hosts})
     left = []
     for host in hosts:
         slots = named.get(host.name, ())
@@ -95,39 +89,89 @@ def selected(hosts: list[Host], include: str = "", exclude: str = "") -> list[Ho
         if slots:
             left.append(Host(host.name, slots))
     if not left:
-        raise LaunchError(
-            f"at least one slot must be left, but `{include or exclude}` leaves none."
-        )
+        raise LaunchError(f"`{include or exclude}` leaves no slot. Include at least one.")
     return left
 
 
-def _parsed(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, ...]]:
+def limit_hosts(hosts: Sequence[Host], nnodes: int | None, nproc: str) -> tuple[Host, ...]:
+    """Return the first hosts, with the first slots of each.
+
+    Args:
+        hosts: the selected hosts.
+        nnodes: number of hosts; None: all.
+        nproc: processes per host; ``auto``: all slots.
+
+    Raises:
+        LaunchError: if there are fewer hosts, or a host has fewer slots.
+    """
+    if nproc != "auto":
+        size = parse_nproc(nproc)
+        small = [host.name for host in hosts if host.size < size]
+        if small:
+            raise LaunchError(f"`--nproc` is {size}, but {small[0]} has fewer slots.")
+        hosts = [Host(host.name, host.slots[:size]) for host in hosts]
+    if nnodes is not None and nnodes > len(hosts):
+        raise LaunchError(f"`--nnodes` is {nnodes}, but there are only {len(hosts)} hosts.")
+    return tuple(hosts[:nnodes])
+
+
+def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
+    """Return the minimum and the number of hosts; None where the text does not set them.
+
+    Raises:
+        LaunchError: if the text is neither a number nor MIN:MAX.
+
+    >>> parse_nnodes("2"), parse_nnodes("1:4"), parse_nnodes(None)
+    ((None, 2), (1, 4), (None, None))
+    """
+    if text is None:
+        return None, None
+    low, colon, high = text.partition(":")
+    if not low.isdecimal() or (colon and not high.isdecimal()) or int(low) < 1:
+        raise LaunchError(f"`--nnodes` must be a number or MIN:MAX, got {text!r}.")
+    if colon and int(high) < int(low):
+        raise LaunchError(f"`--nnodes` must be MIN:MAX with MIN <= MAX, got {text!r}.")
+    return (int(low), int(high)) if colon else (None, int(low))
+
+
+def parse_nproc(text: str) -> int:
+    """Return the number of processes per host; for ``auto`` that of this machine's GPUs, or 1.
+
+    Raises:
+        LaunchError: if the text is neither ``auto`` nor a number >= 1.
+    """
+    if text == "auto":
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    if not text.isdecimal() or int(text) < 1:
+        raise LaunchError(f"`--nproc` must be a number >= 1 or `auto`, got {text!r}.")
+    return int(text)
+
+
+def _parse_filter(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for part in filter(None, text.split("@")):
-        name, colon, list_of_slots = part.partition(":")
+        name, colon, slots_text = part.partition(":")
         if name not in hosts:
+            raise LaunchError(f"`{part}`: unknown host {name!r}. Use one of {', '.join(hosts)}.")
+        slots = tuple(_parse_slots(slots_text, part)) if colon else hosts[name].slots
+        unknown = [slot for slot in slots if slot not in hosts[name].slots]
+        if unknown:
             raise LaunchError(
-                f"`{part}` must name a host of {', '.join(hosts)}, but {name!r} is none."
-            )
-        slots = _slots(list_of_slots, part) if colon else hosts[name].slots
-        strange = [slot for slot in slots if slot not in hosts[name].slots]
-        if strange:
-            raise LaunchError(
-                f"`{part}` must name slots of {name}, which has 0 to {hosts[name].slots[-1]}, but "
-                f"names {strange[0]}."
+                f"`{part}`: unknown slot {unknown[0]}. {name} has slots 0 to "
+                f"{hosts[name].slots[-1]}."
             )
         found[name] = tuple(dict.fromkeys((*found.get(name, ()), *slots)))
     return found
 
 
-def _slots(text: str, part: str) -> tuple[int, ...]:
-    slots: list[int] = []
+def _parse_slots(text: str, part: str) -> Iterator[int]:
     for each in text.split(","):
         ends = re.fullmatch(r"(\d+)(?:-(\d+))?", each.strip())
         if ends is None:
-            raise LaunchError(f"`{part}` must list slots as 0,2-3 after the colon.")
+            raise LaunchError(f"`{part}` must list slots after the colon, such as 0,2-3.")
         first, last = int(ends[1]), int(ends[2] or ends[1])
         if last < first:
-            raise LaunchError(f"`{part}` must list slots from low to high, but has {each.strip()}.")
-        slots += range(first, last + 1)
-    return tuple(dict.fromkeys(slots))
+            raise LaunchError(f"`{part}` must list slots from low to high, got {each.strip()}.")
+        yield from range(first, last + 1)

@@ -1,4 +1,4 @@
-"""What a launch will do, as data: a pure function of what was asked for and what the hosts said."""
+"""What a launch starts where, as data: a pure function of the request and of facts about hosts."""
 
 from __future__ import annotations
 
@@ -6,65 +6,34 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
-from engine.distributed.environment import ELASTIC, TIMEOUT
+from engine.distributed.environment import ELASTIC, JOB_ID, PREFIX, TIMEOUT
 from engine.errors import LaunchError
 from engine.launch.hosts import Host
+from engine.launch.request import LaunchRequest
 
 __all__ = [
     "HostFacts",
     "LaunchPlan",
     "NodePlan",
-    "Wanted",
-    "environment_of",
-    "masked_json",
-    "plan_of",
-    "ssh_to",
+    "build_environment",
+    "build_plan",
+    "build_ssh_command",
 ]
 
-_PASSED = ("NCCL_*", "GLOO_*", "TORCH_*", "OMP_*", "HF_*", "CUDA_*", "ONECYCLE_*", "PYTHONPATH")
-_NEVER = ("CUDA_VISIBLE_DEVICES",)
+_PASSED = ("NCCL_*", "GLOO_*", "TORCH_*", "OMP_*", "HF_*", "CUDA_*", f"{PREFIX}*", "PYTHONPATH")
+_NEVER_PASSED = ("CUDA_VISIBLE_DEVICES",)
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|CREDENTIAL|PRIVATE", re.IGNORECASE)
-_PORT = 29400
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the user asks for."""
-
-    script: tuple[str, ...]
-    """The script with its arguments, or with ``is_command`` any command."""
-    hosts: tuple[Host, ...]
-    is_local: bool = True
-    """Whether the one host is this machine; else hosts are reached by ssh."""
-    is_command: bool = False
-    is_module: bool = False
-    least_nodes: int | None = None
-    """Fewest hosts that may go on; None: all of them."""
-    max_restarts: int = 0
-    timeout: int = 600
-    rendezvous_timeout: int = 300
-    store: tuple[str, int] | None = None
-    """Where the launcher keeps the rendezvous, so that any host may be lost and come back."""
-    port: int = 0
-    interface: str | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
-    pass_env: tuple[str, ...] = ()
-    cwd: str = "."
-    python: str = "python"
-    log_dir: str | None = None
-    grace: int = 30
-    ssh_options: tuple[str, ...] = ()
-    job: str = "onecycle"
+_DEFAULT_PORT = 29400
 
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What a host said of itself."""
+    """Facts that a host reported about itself."""
 
     address: str
     interface: str | None = None
@@ -75,23 +44,23 @@ class HostFacts:
 
 @dataclass(frozen=True)
 class NodePlan:
-    """One host's part."""
+    """What to start on one host."""
 
     host: str
     transport: tuple[str, ...]
     """The command that starts the agent; the rest goes to its standard input."""
     argv: tuple[str, ...]
-    """What the agent runs: torchrun's arguments."""
+    """The command that the agent runs: torchrun with its arguments."""
     env: Mapping[str, str]
     cwd: str
     ranks: tuple[int, ...]
     devices: tuple[int, ...]
     grace: int
     lock: str | None = None
-    """Held by one agent of the job: a host that comes back may still have its old one."""
+    """Held by one agent of the job: a host that comes back may still run its old agent."""
 
     def spec(self) -> dict[str, Any]:
-        """Return what the agent is told."""
+        """Return the job as the agent reads it."""
         return {
             "host": self.host,
             "argv": list(self.argv),
@@ -104,37 +73,43 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Everything that is going to be started."""
+    """What to start on all hosts."""
 
     nodes: tuple[NodePlan, ...]
-    least_nodes: int
+    min_nodes: int
     world_size: int
     store_port: int | None = None
-    """Where the launcher itself keeps the rendezvous; None: the first host does."""
+    """Port of a rendezvous in the launcher; None: the first host runs the rendezvous."""
     patience: int = 0
-    """Seconds that a lost host has to come back; 0: it is not waited for."""
+    """Seconds that a lost host has to come back; 0: it is not called again."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON has it, with secrets masked."""
+        """Return the plan as JSON values, with secrets masked."""
         nodes = [
             node.spec()
             | {
                 "transport": list(node.transport),
                 "ranks": list(node.ranks),
                 "devices": list(node.devices),
-                "env": {name: _masked(name, value) for name, value in node.env.items()},
+                "env": {name: _mask(name, value) for name, value in node.env.items()},
             }
             for node in self.nodes
         ]
         return {
             "world_size": self.world_size,
-            "least_nodes": self.least_nodes,
+            "least_nodes": self.min_nodes,
             "store_port": self.store_port,
             "nodes": nodes,
         }
 
-    def describe(self) -> str:
-        """Return the plan as text: which ranks are where, and a command to paste for each host."""
+    def describe(self, *, as_json: bool = False) -> str:
+        """Return the plan as text: the ranks of each host and the command to run there by hand.
+
+        Args:
+            as_json: whether to return indented JSON instead.
+        """
+        if as_json:
+            return json.dumps(self.to_json(), indent=1)
         lines = [f"{self.world_size} ranks on {len(self.nodes)} hosts"]
         for node in self.nodes:
             slots = ", ".join(
@@ -142,155 +117,161 @@ class LaunchPlan:
                 for rank, slot in zip(node.ranks, node.devices, strict=True)
             )
             lines += ["", f"# {node.host}: {slots}"]
-            env = [f"{name}={_masked(name, value)}" for name, value in sorted(node.env.items())]
+            env = [f"{name}={_mask(name, value)}" for name, value in sorted(node.env.items())]
             command = ["env", *env, *node.argv]
             lines.append(f"cd {shlex.quote(node.cwd)} && {shlex.join(command)}")
         return "\n".join(lines)
 
 
-def plan_of(
-    wanted: Wanted, facts: Mapping[str, HostFacts], environment: Mapping[str, str]
+def build_plan(
+    request: LaunchRequest, facts: Mapping[str, HostFacts], environment: Mapping[str, str]
 ) -> LaunchPlan:
     """Return what to start where.
 
     Args:
-        wanted: what was asked for.
-        facts: of each host by its name; one that is absent is reached by its name.
-        environment: the launcher's own, of which some is passed on.
+        request: the launch to plan.
+        facts: facts about hosts by name; a host without facts is reached by its name.
+        environment: the launcher's environment, of which some variables are passed on.
 
     Raises:
-        LaunchError: what was asked for cannot be.
+        LaunchError: if the request contradicts itself.
     """
-    hosts = wanted.hosts
-    sizes = {host.size for host in hosts}
-    if len(sizes) > 1 and wanted.least_nodes is not None:
-        raise LaunchError("hosts must have the same number of slots where some may be lost.")
-    least = wanted.least_nodes or len(hosts)
-    if not 1 <= least <= len(hosts):
-        raise LaunchError(f"the least number of hosts must be 1 to {len(hosts)}, but is {least}.")
-    if wanted.store is not None and not wanted.max_restarts:
-        raise LaunchError(
-            "`--rejoin` must come with `--max-restarts`: the ranks that are left start anew when a "
-            "host is lost, and again when it is back."
-        )
-    known = {host.name: facts.get(host.name) or HostFacts(host.name) for host in hosts}
-    first = known[hosts[0].name]
+    min_nodes = request.min_nodes or len(request.hosts)
+    _check_request(request, min_nodes)
+    known = {host.name: facts.get(host.name) or HostFacts(host.name) for host in request.hosts}
     nodes, next_rank = [], 0
-    for index, host in enumerate(hosts):
-        ranks = tuple(range(next_rank, next_rank + host.size))
-        next_rank += host.size
-        own = known[host.name]
-        endpoint = f"{first.address}:{wanted.port or first.port or _PORT}"
-        if wanted.store is not None:
-            endpoint = f"{own.launcher or wanted.store[0]}:{wanted.store[1]}"
-        holds_store = index == 0 and wanted.store is None
-        rendezvous = _rendezvous(wanted, endpoint, own, holds_store=holds_store, least=least)
-        env = _environment(wanted, host, own, environment)
-        nodes.append(
-            NodePlan(
-                host.name,
-                _transport(wanted, host),
-                (
-                    *(wanted.python, "-m", "engine.launch.torchrun"),
-                    *rendezvous,
-                    *("--nproc-per-node", str(host.size)),
-                    *("--max-restarts", str(wanted.max_restarts)),
-                    *("--tee", "3", *(("--log-dir", wanted.log_dir) if wanted.log_dir else ())),
-                    *(("--module",) if wanted.is_module else ()),
-                    *(("--no-python",) if wanted.is_command else ()),
-                    *wanted.script,
-                ),
-                env,
-                wanted.cwd,
-                ranks,
-                host.slots,
-                wanted.grace,
-                f"{wanted.job}-{host.name}" if wanted.store else None,
-            )
+    for host in request.hosts:
+        argv = (
+            *(request.python, "-m", "engine.launch.torchrun"),
+            *_rendezvous_options(request, host, known, min_nodes),
+            *_script_options(request, host),
+            *request.script,
         )
-    if wanted.store is None:
-        return LaunchPlan(tuple(nodes), least, next_rank)
-    patience = wanted.rendezvous_timeout
-    return LaunchPlan(tuple(nodes), least, next_rank, wanted.store[1], patience)
+        node = NodePlan(
+            host.name,
+            _build_transport(request, host),
+            argv,
+            _build_node_environment(request, host, known[host.name], environment),
+            request.cwd,
+            tuple(range(next_rank, next_rank + host.size)),
+            host.slots,
+            request.grace,
+            f"{request.job}-{host.name}" if request.store else None,
+        )
+        nodes.append(node)
+        next_rank += host.size
+    if request.store is None:
+        return LaunchPlan(tuple(nodes), min_nodes, next_rank)
+    patience = request.rendezvous_timeout
+    return LaunchPlan(tuple(nodes), min_nodes, next_rank, request.store[1], patience)
 
 
-def _rendezvous(
-    wanted: Wanted, endpoint: str, own: HostFacts, *, holds_store: bool, least: int
-) -> list[str]:
-    count = len(wanted.hosts)
-    if count == 1 and wanted.is_local:
-        return ["--standalone"]
-    nodes = str(count) if least == count else f"{least}:{count}"
-    # Told which of them is the host, none has to guess it from names that resolve to loopback.
-    conf = f"is_host={str(holds_store).lower()},join_timeout={wanted.rendezvous_timeout}"
-    return [
-        *("--nnodes", nodes),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint),
-        *("--rdzv-id", wanted.job, "--rdzv-conf", conf, "--local-addr", own.address),
-    ]
+def _check_request(request: LaunchRequest, min_nodes: int) -> None:
+    if request.min_nodes is not None and len({host.size for host in request.hosts}) > 1:
+        raise LaunchError("All hosts must have the same number of slots with `--nnodes MIN:MAX`.")
+    if not 1 <= min_nodes <= len(request.hosts):
+        raise LaunchError(
+            f"The MIN of `--nnodes MIN:MAX` must be 1 to {len(request.hosts)}, got {min_nodes}."
+        )
+    if request.store is not None and not request.max_restarts:
+        raise LaunchError(
+            "`--rejoin` must be used with `--max-restarts`: the other ranks restart when a host is "
+            "lost, and again when it is back."
+        )
 
 
-def environment_of(wanted: Wanted, size: int) -> dict[str, str]:
-    """Return what every rank finds in its environment, by ssh and in a Slurm job alike."""
+def _rendezvous_options(
+    request: LaunchRequest, host: Host, known: Mapping[str, HostFacts], min_nodes: int
+) -> Iterator[str]:
+    count = len(request.hosts)
+    if count == 1 and request.is_local:
+        yield "--standalone"
+        return
+    first, own = known[request.hosts[0].name], known[host.name]
+    endpoint = f"{first.address}:{request.port or first.port or _DEFAULT_PORT}"
+    if request.store is not None:
+        endpoint = f"{own.launcher or request.store[0]}:{request.store[1]}"
+    # Without `is_host`, torchrun guesses it from names, which can resolve to loopback.
+    is_host = host is request.hosts[0] and request.store is None
+    conf = f"is_host={str(is_host).lower()},join_timeout={request.rendezvous_timeout}"
+    yield from ("--nnodes", str(count) if min_nodes == count else f"{min_nodes}:{count}")
+    yield from ("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint)
+    yield from ("--rdzv-id", request.job, "--rdzv-conf", conf, "--local-addr", own.address)
+
+
+def _script_options(request: LaunchRequest, host: Host) -> Iterator[str]:
+    yield from ("--nproc-per-node", str(host.size))
+    yield from ("--max-restarts", str(request.max_restarts))
+    yield from ("--tee", "3")
+    if request.log_dir:
+        yield from ("--log-dir", request.log_dir)
+    if request.is_module:
+        yield "--module"
+    if request.is_command:
+        yield "--no-python"
+
+
+def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
+    """Return the variables that every rank gets, started by ssh or in a Slurm job.
+
+    Args:
+        request: the launch.
+        size: number of ranks per host.
+    """
     env = {
         "PYTHONUNBUFFERED": "1",
         "LOCAL_SIZE": str(size),
-        TIMEOUT: str(wanted.timeout),
-        "DEEPSPEED_TIMEOUT": str(max(1, wanted.timeout // 60)),  # minutes
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(wanted.grace),
+        TIMEOUT: str(request.timeout),
+        "DEEPSPEED_TIMEOUT": str(max(1, request.timeout // 60)),  # minutes
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(request.grace),
     }
-    if wanted.max_restarts:
-        # Else a restarted rank reads its peer's address of the life before (pytorch#135712).
+    if request.max_restarts:
+        # Otherwise a restarted rank reads the old address of its peer (pytorch#135712).
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    if wanted.least_nodes is not None and wanted.least_nodes < len(wanted.hosts):
+    if request.min_nodes is not None and request.min_nodes < len(request.hosts):
         env[ELASTIC] = "1"
     return env
 
 
-def _environment(
-    wanted: Wanted, host: Host, own: HostFacts, environment: Mapping[str, str]
+def _build_node_environment(
+    request: LaunchRequest, host: Host, own: HostFacts, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    patterns = (*_PASSED, *wanted.pass_env)
+    patterns = (*_PASSED, *request.pass_env)
     passed = {
         name: value
         for name, value in environment.items()
-        if name not in _NEVER and any(fnmatch(name, pattern) for pattern in patterns)
+        if name not in _NEVER_PASSED and any(fnmatch(name, pattern) for pattern in patterns)
     }
     env = {
         **passed,
-        **environment_of(wanted, host.size),
-        "ONECYCLE_JOB_ID": wanted.job,
+        **build_environment(request, host.size),
+        JOB_ID: request.job,
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": f"[{host.name}:r${{rank}}] ",
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // host.size)))
-    interface = wanted.interface or own.interface
-    if interface and len(wanted.hosts) > 1:
+    interface = request.interface or own.interface
+    if interface and len(request.hosts) > 1:
         for library in ("GLOO", "NCCL", "TP"):
             env.setdefault(f"{library}_SOCKET_IFNAME", interface)
-    if not wanted.is_local and host.slots != tuple(range(host.size)):
+    if not request.is_local and host.slots != tuple(range(host.size)):
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
-    return env | dict(wanted.env)
+    return env | dict(request.env)
 
 
-def _transport(wanted: Wanted, host: Host) -> tuple[str, ...]:
-    agent = (wanted.python, "-m", "engine.launch.agent")
-    return agent if wanted.is_local else (*ssh_to(wanted, host), shlex.join(agent))
+def _build_transport(request: LaunchRequest, host: Host) -> tuple[str, ...]:
+    agent = (request.python, "-m", "engine.launch.agent")
+    return agent if request.is_local else (*build_ssh_command(request, host), shlex.join(agent))
 
 
-def ssh_to(wanted: Wanted, host: Host) -> tuple[str, ...]:
-    """Return the command that runs the one that is appended to it on a host."""
-    # ssh takes the first of an option: the user's own win.
+def build_ssh_command(request: LaunchRequest, host: Host) -> tuple[str, ...]:
+    """Return the ssh command for a host, without the remote command at its end."""
+    # ssh uses the first value of an option, so the user's options take precedence.
     options = (
-        *wanted.ssh_options,
+        *request.ssh_options,
         *("BatchMode=yes", "ConnectTimeout=8", "ServerAliveInterval=5", "ServerAliveCountMax=3"),
     )
     return ("ssh", "-T", *(part for option in options for part in ("-o", option)), host.name)
 
 
-def _masked(name: str, value: str) -> str:
+def _mask(name: str, value: str) -> str:
     return "***" if _SECRET.search(name) else value
-
-
-def masked_json(plan: LaunchPlan) -> str:
-    """Return the plan as indented JSON."""
-    return json.dumps(plan.to_json(), indent=1)

@@ -1,6 +1,6 @@
-"""A verdict on each host before anything is started.
+"""Check every host before anything is started.
 
-It answers, it has what this machine has, and it reaches the port where the ranks are to meet.
+A host must answer, have the launcher's versions and config, and reach the rendezvous port.
 """
 
 from __future__ import annotations
@@ -9,142 +9,147 @@ import contextlib
 import json
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from engine.distributed.environment import SSH_FAILED
 from engine.launch import reachability
 from engine.launch.hosts import Host
-from engine.launch.plan import HostFacts, Wanted, ssh_to
+from engine.launch.plan import HostFacts, build_ssh_command
 from engine.launch.probe import probe
+from engine.launch.request import LaunchRequest
 
-__all__ = ["UNREACHABLE", "Verdict", "preflight"]
+__all__ = ["HostCheck", "check_hosts"]
 
-UNREACHABLE = 69
-"""Exit status of a launch whose hosts do not all answer (EX_UNAVAILABLE)."""
-
-_PATIENCE = 10.0
+_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a host said, and what is wrong with it."""
+class HostCheck:
+    """The result of checking one host."""
 
     host: str
     facts: HostFacts | None
     problem: str = ""
 
 
-def preflight(wanted: Wanted, config: str | None) -> list[Verdict]:
-    """Ask every host at once; return a verdict on each, within ten seconds or twenty.
+def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
+    """Check all hosts in parallel; takes at most about 20 seconds.
 
     Args:
-        wanted: which hosts, and how they are reached.
-        config: a file that has to be the same on all of them.
+        request: the launch, which names the hosts and how to reach them.
+        config: path of a file that must be the same on all hosts.
     """
-    if wanted.is_local:
-        return [Verdict(host.name, HostFacts("127.0.0.1")) for host in wanted.hosts]
+    if request.is_local:
+        return [HostCheck(host.name, HostFacts("127.0.0.1")) for host in request.hosts]
     here = probe(config)
     with ThreadPoolExecutor(max_workers=32) as pool:
-        verdicts = list(pool.map(lambda host: _ask(wanted, host, config, here), wanted.hosts))
-        if any(verdict.problem for verdict in verdicts):
-            return verdicts
-        with _meeting_place(wanted, verdicts[0]) as place:
-            dialled = pool.map(lambda verdict: _dial_back(wanted, verdict, place), verdicts)
-            return list(dialled)
+        checks = list(
+            pool.map(lambda host: _probe_host(request, host, config, here), request.hosts)
+        )
+        if any(check.problem for check in checks):
+            return checks
+        with _open_rendezvous_port(request, checks[0]) as endpoint:
+            connected = pool.map(lambda check: _check_connection(request, check, endpoint), checks)
+            return list(connected)
 
 
 @contextlib.contextmanager
-def _meeting_place(wanted: Wanted, first: Verdict) -> Iterator[tuple[str | None, int]]:
-    """Hold the port where ranks are to meet; yield its address, None if it is the launcher's."""
-    if wanted.store is not None:
-        with reachability.hold(wanted.store[1]):
-            yield None, wanted.store[1]
+def _open_rendezvous_port(
+    request: LaunchRequest, first: HostCheck
+) -> Iterator[tuple[str | None, int]]:
+    """Listen on the rendezvous port; yield address and port, without an address on the launcher."""
+    if request.store is not None:
+        with reachability.listen(request.store[1]):
+            yield None, request.store[1]
         return
     assert first.facts is not None
     port = first.facts.port or 0
     with subprocess.Popen(  # noqa: S603  # the user's own ssh
-        _command(wanted, wanted.hosts[0], "engine.launch.reachability", str(port)),
+        _build_command(request, request.hosts[0], "engine.launch.reachability", str(port)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-    ) as holder:
-        assert holder.stdout is not None
-        holder.stdout.readline()  # what is not held is not reached, and told of by those who dial
+    ) as listener:
+        assert listener.stdout is not None
+        listener.stdout.readline()  # if it cannot listen, the hosts report that they cannot connect
         try:
             yield first.facts.address, port
         finally:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                holder.communicate(timeout=_PATIENCE)  # its input ends, and so does it
-            holder.kill()
+                listener.communicate(timeout=_TIMEOUT)  # it ends with its input
+            listener.kill()
 
 
-def _dial_back(wanted: Wanted, verdict: Verdict, place: tuple[str | None, int]) -> Verdict:
-    assert verdict.facts is not None
-    address, port = place[0] or str(verdict.facts.launcher), place[1]
-    host = next(each for each in wanted.hosts if each.name == verdict.host)
+def _check_connection(
+    request: LaunchRequest, check: HostCheck, endpoint: tuple[str | None, int]
+) -> HostCheck:
+    assert check.facts is not None
+    address, port = endpoint[0] or str(check.facts.launcher), endpoint[1]
+    host = next(each for each in request.hosts if each.name == check.host)
     done = subprocess.run(  # noqa: S603  # the user's own ssh
-        _command(wanted, host, "engine.launch.reachability", address, str(port)),
+        _build_command(request, host, "engine.launch.reachability", address, str(port)),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
         check=False,
     )
-    wrong = (done.stdout or done.stderr).strip()
-    if not wrong:
-        return verdict
+    error = (done.stdout or done.stderr).strip()
+    if not error:
+        return check
     problem = (
-        f"does not reach {address}, port {port}, where the ranks are to meet: {wrong}. Let it "
-        "through between the hosts, or give another `--port`."
+        f"cannot connect to the rendezvous at {address}, port {port}: {error}. Open the port "
+        "between the hosts, or choose another with `--port`."
     )
-    return replace(verdict, problem=problem)
+    return replace(check, problem=problem)
 
 
-def _command(wanted: Wanted, host: Host, module: str, *arguments: str) -> list[str]:
-    """Return what runs one of our modules on a host."""
-    remote = shlex.join([wanted.python, "-m", module, *arguments])
-    return [*ssh_to(wanted, host), f"cd {shlex.quote(wanted.cwd)} && {remote}"]
+def _build_command(
+    request: LaunchRequest, host: Host, module: str, *arguments: str
+) -> tuple[str, ...]:
+    """Return the command that runs a module of this package on a host."""
+    remote = shlex.join([request.python, "-m", module, *arguments])
+    return (*build_ssh_command(request, host), f"cd {shlex.quote(request.cwd)} && {remote}")
 
 
-def _ask(wanted: Wanted, host: Host, config: str | None, here: Mapping[str, Any]) -> Verdict:
-    first = host is wanted.hosts[0] and wanted.store is None
-    arguments = [str(wanted.port if first else 0), *([config] if config else [])]
+def _probe_host(
+    request: LaunchRequest, host: Host, config: str | None, here: Mapping[str, Any]
+) -> HostCheck:
+    holds_store = host is request.hosts[0] and request.store is None
+    arguments = [str(request.port if holds_store else 0), *([config] if config else [])]
     try:
         done = subprocess.run(  # noqa: S603  # the user's own ssh
-            _command(wanted, host, "engine.launch.probe", *arguments),
+            _build_command(request, host, "engine.launch.probe", *arguments),
             capture_output=True,
             text=True,
-            timeout=_PATIENCE,
+            timeout=_TIMEOUT,
             stdin=subprocess.DEVNULL,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Verdict(host.name, None, f"did not answer within {_PATIENCE:.0f} seconds")
+        return HostCheck(host.name, None, f"did not answer within {_TIMEOUT:.0f} seconds")
     except FileNotFoundError:
-        return Verdict(host.name, None, "cannot be reached: there is no ssh here; install it")
+        return HostCheck(host.name, None, "cannot be reached: ssh is not installed here")
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["nothing was said"]
-        reached = "answered, but failed" if done.returncode != 255 else "cannot be reached"
-        return Verdict(host.name, None, f"{reached}: {said[-1]}")
+        lines = done.stderr.strip().splitlines() or ["it printed no error"]
+        answer = "cannot be reached" if done.returncode == SSH_FAILED else "answered, but failed"
+        return HostCheck(host.name, None, f"{answer}: {lines[-1]}")
     there = json.loads(done.stdout.splitlines()[-1])
     facts = HostFacts(*(there[name] for name in ("address", "interface", "port", "launcher")))
-    taken = [] if there["port"] else [f"port {wanted.port} is taken there; give another `--port`"]
-    return Verdict(host.name, facts, "; ".join([*taken, *_differences(here, there)]))
+    problems = list(_find_differences(here, there))
+    if not there["port"]:
+        problems.insert(0, f"port {request.port} is in use there; choose another with `--port`")
+    return HostCheck(host.name, facts, "; ".join(problems))
 
 
-def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    names = sorted({*here["versions"], *there["versions"]})
-    pairs: Sequence[tuple[str, Any, Any]] = [
-        (name, here["versions"].get(name), there["versions"].get(name)) for name in names
-    ]
-    other = [
-        f"{name} {theirs or 'absent'} (here {ours or 'absent'})"
-        for name, ours, theirs in pairs
-        if ours != theirs
-    ]
+def _find_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted({*here["versions"], *there["versions"]}):
+        ours, theirs = here["versions"].get(name), there["versions"].get(name)
+        if ours != theirs:
+            yield f"{name} {theirs or 'not installed'} (here {ours or 'not installed'})"
     if here["config"] != there["config"]:
         missing = there["config"] == "missing"
-        other.append("the config is missing there" if missing else "the config is another one")
-    return other
+        yield "the config is missing there" if missing else "the config is different there"

@@ -1,4 +1,4 @@
-"""What a host says of itself before anything is started on it, as one line of JSON."""
+"""Facts about the host that this runs on, printed as one line of JSON."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SIOCGIFADDR = 0x8915
 
 
 def probe(config: str | None, port: int = 0) -> dict[str, Any]:
-    """Return versions, the addresses of both ends of ssh, a free port, a config's hash.
+    """Return versions, the addresses of both ends of ssh, a free port and the hash of a config.
 
     Args:
-        config: a file, by its path here.
-        port: the one that has to be free, which is None in the answer if it is not; 0: any.
+        config: path of a file on this host; None: there is none.
+        port: port that must be free, else it is None in the result; 0: any free port.
     """
-    launcher, address = _ends()
+    launcher, address = _read_ssh_endpoints()
     versions = {"python": platform.python_version()}
     versions |= {name: found for name in PACKAGES if (found := installed(name))}
     digest = None
@@ -38,41 +38,40 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
     return {
         "address": address,
         "launcher": launcher,
-        "interface": _interface(address),
+        "interface": _find_interface(address),
         "port": free_port(port),
         "versions": versions,
         "config": digest,
-        "hostname": socket.gethostname(),
     }
 
 
-def free_port(wanted: int = 0) -> int | None:
-    """Return a port that nothing on this machine listens at: the wanted one, if that is free."""
+def free_port(port: int = 0) -> int | None:
+    """Return a port that is free on this host: the given one, or None if it is in use; 0: any."""
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does
         try:
-            free.bind(("", wanted))
+            free.bind(("", port))
             free.listen()
         except OSError:
             return None
-        port: int = free.getsockname()[1]
-        return port
+        bound: int = free.getsockname()[1]
+        return bound
 
 
-def _ends() -> tuple[str, str]:
-    """Return the addresses that ssh came from and to; names may resolve to loopback."""
+def _read_ssh_endpoints() -> tuple[str, str]:
+    """Return the addresses of the ssh client and of this host; names can resolve to loopback."""
     connection = os.environ.get("SSH_CONNECTION", "").split()
     return (connection[0], connection[2]) if len(connection) == 4 else ("127.0.0.1", "127.0.0.1")
 
 
-def _interface(address: str) -> str | None:
-    import fcntl  # not on Windows, where `doctor` reads this file all the same
+def _find_interface(address: str) -> str | None:
+    import fcntl  # not available on Windows, where `doctor` imports this module
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):
-                asked = struct.pack("256s", name.encode()[:15])
-                found = fcntl.ioctl(query.fileno(), _SIOCGIFADDR, asked)[20:24]
+                request = struct.pack("256s", name.encode()[:15])
+                found = fcntl.ioctl(query.fileno(), _SIOCGIFADDR, request)[20:24]
                 if socket.inet_ntoa(found) == address:
                     return name
     return None

@@ -1,49 +1,46 @@
-"""Whether one host reaches another at the port where their ranks are to meet."""
+"""Check whether a host reaches the port of the rendezvous."""
 
 from __future__ import annotations
 
 import socket
 import sys
 
-__all__ = ["HELD", "dial", "hold"]
+__all__ = ["connect", "listen", "main"]
 
-HELD = "held"
-"""What the holder of a port prints once it can be dialled."""
-
-_PATIENCE = 5.0
+_TIMEOUT = 5.0
 
 
-def hold(port: int) -> socket.socket:
-    """Return a socket that others can connect to; nobody need accept them.
+def listen(port: int) -> socket.socket:
+    """Return a socket that others can connect to; connections need not be accepted.
 
     Raises:
-        OSError: the port is taken.
+        OSError: if the port is in use.
     """
     return socket.create_server(("", port), backlog=128)
 
 
-def dial(address: str, port: int) -> str:
-    """Return why a port cannot be connected to; nothing if it can.
+def connect(address: str, port: int) -> str:
+    """Return why a port cannot be reached; an empty string if it can.
 
-    >>> with hold(0) as held:
-    ...     dial("127.0.0.1", held.getsockname()[1])
+    >>> with listen(0) as listener:
+    ...     connect("127.0.0.1", listener.getsockname()[1])
     ''
     """
     try:
-        socket.create_connection((address, port), timeout=_PATIENCE).close()
+        socket.create_connection((address, port), timeout=_TIMEOUT).close()
     except OSError as error:
         return str(error)
     return ""
 
 
 def main() -> None:
-    """Hold a port until the input ends (``PORT``), or dial one (``ADDRESS PORT``)."""
+    """Listen on ``PORT`` until the input ends, or connect to ``ADDRESS PORT``."""
     *address, port = sys.argv[1:]
     if address:
-        print(dial(address[0], int(port)))
+        print(connect(address[0], int(port)))
         return
-    with hold(int(port)):
-        print(HELD, flush=True)
+    with listen(int(port)):
+        print("listening", flush=True)
         sys.stdin.read()
 
 

@@ -1,10 +1,9 @@
-"""Starts the agents of a plan, passes on what they print, and stops all of them when one fails."""
+"""Runs a plan: starts the agents, prints what they print, and executes the machine's actions."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import queue
 import signal
 import subprocess
@@ -12,24 +11,21 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Any, Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import IO, Literal, NamedTuple
 
-from engine.launch.agent import BEGUN
+from engine.launch.agent import STARTED
+from engine.launch.failure import FAILURE_PREFIX, Failure, parse_failure
 from engine.launch.plan import LaunchPlan, NodePlan
-from engine.launch.torchrun import FAILURE
+from engine.launch.state_machine import Action, LaunchStateMachine, Outcome
 
-__all__ = ["NODE_LOST", "Outcome", "run"]
+__all__ = ["report_outcome", "run"]
 
-NODE_LOST = 75
-"""Exit status of a launch that lost a host (EX_TEMPFAIL): it can be started again."""
-
-_SSH_FAILED = 255
-_PING = 5.0
-_AGAIN = 2.0  # seconds until a lost host is called again
-_KEPT = 20  # last lines of each rank
-# Windows lacks the last.
+_PING_INTERVAL = 5.0
+_TICK = 0.1
+_KEPT_LINES = 20  # per rank
+# Windows lacks SIGHUP.
 _SIGNALS = tuple(
     signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 )
@@ -37,235 +33,182 @@ _SIGNALS = tuple(
 Console = Literal["all", "rank0", "none"]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a launch ended."""
-
-    status: int
-    """0 if all ranks were well, else that of the first rank that failed; 128 + n for a signal."""
-    reason: str = ""
-    last_lines: tuple[str, ...] = ()
-    """Of the rank that failed first."""
+class _Report(NamedTuple):
+    kind: Literal["started", "line", "ended"]
+    host: str
+    line: str = ""
+    returncode: int = 0
+    failure: Failure | None = None
 
 
-class _Node:
-    """An agent at work, and what it has printed."""
+class _Agent:
+    """The local process that runs the agent of a host or is connected to it."""
 
-    def __init__(self, plan: NodePlan, events: queue.Queue[tuple[str, _Node, Any]]) -> None:
-        self.plan = plan
-        self.failure: dict[str, Any] | None = None
-        self._events = events
-        self.process = subprocess.Popen(  # noqa: S603  # what the plan says
+    def __init__(self, plan: NodePlan, reports: queue.Queue[_Report]) -> None:
+        self._host = plan.host
+        self._reports = reports
+        self._process = subprocess.Popen(  # noqa: S603  # the plan's command
             plan.transport,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the launcher, which asks the agents to end
+            start_new_session=True,  # Ctrl-C goes to the launcher only, which tells the agents
         )
-        self.tell(json.dumps(plan.spec()))
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.send(json.dumps(plan.spec()))
+        threading.Thread(target=self._read, daemon=True).start()
 
-    def tell(self, word: str) -> None:
-        """Send a line to the agent, if it is still there."""
-        assert self.process.stdin is not None
+    def send(self, line: str) -> None:
+        """Send a line to the agent, if it still runs."""
+        assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
-            self.process.stdin.write(word.encode() + b"\n")
-            self.process.stdin.flush()
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+
+    def kill(self) -> None:
+        """Kill the local process."""
+        self._process.kill()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for raw in self.process.stdout:
+        assert self._process.stdout is not None
+        failure = None
+        for raw in self._process.stdout:
             line = raw.decode(errors="replace").rstrip("\n")
-            if line == BEGUN:
-                self._events.put(("begun", self, None))
-            elif FAILURE in line:
-                with contextlib.suppress(ValueError):  # a line that was cut off tells nothing
-                    self.failure = json.loads(line.partition(FAILURE)[2])
+            if line == STARTED:
+                self._reports.put(_Report("started", self._host))
+            elif FAILURE_PREFIX in line:
+                failure = parse_failure(line) or failure
             else:
-                self._events.put(("line", self, line))
-        status = self.process.wait()
-        with contextlib.suppress(OSError):  # the rest of a word that nobody will read
-            self.process.stdout.close()
-            if self.process.stdin is not None:
-                self.process.stdin.close()
-        self._events.put(("end", self, status))
+                self._reports.put(_Report("line", self._host, line))
+        returncode = self._process.wait()
+        with contextlib.suppress(OSError):  # closing flushes what the agent did not read
+            self._process.stdout.close()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        self._reports.put(_Report("ended", self._host, returncode=returncode, failure=failure))
+
+
+class _Output:
+    """Prints the lines of chosen ranks, and keeps the last lines of every rank and host."""
+
+    def __init__(self, console: Console, out: IO[str]) -> None:
+        self._console = console
+        self._out = out
+        self._kept: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=_KEPT_LINES))
+
+    def print(self, line: str, host: str) -> None:
+        """Print a line of a host's output, which names its rank as in ``[node0:r1] loss 2.3``."""
+        prefix = line[1:].partition("]")[0] if line.startswith("[") else ""
+        source = prefix if ":r" in prefix else host
+        self._kept[source].append(line)
+        is_first = source == host or source.endswith(":r0")
+        if self._console == "all" or (self._console == "rank0" and is_first):
+            print(line, file=self._out, flush=True)
+
+    def get_last_lines(self, source: str) -> tuple[str, ...]:
+        """Return the last lines of a rank (``node0:r1``) or of a host's other output."""
+        return tuple(self._kept[source])
+
+
+class _Runner:
+    """Reads what happens, reports it to the state machine, and executes its actions."""
+
+    def __init__(self, plan: LaunchPlan, console: Console, out: IO[str]) -> None:
+        self._machine = LaunchStateMachine(plan)
+        self._nodes = {node.host: node for node in plan.nodes}
+        self._agents: dict[str, _Agent] = {}
+        self._reports: queue.Queue[_Report] = queue.Queue()
+        self._output = _Output(console, out)
+
+    def run(self, signals: queue.SimpleQueue[int]) -> Outcome:
+        """Run until every host has ended.
+
+        Args:
+            signals: the numbers of signals to the launcher, as they arrive.
+        """
+        self._execute(Action("start", host) for host in self._nodes)
+        next_ping = time.monotonic() + _PING_INTERVAL
+        while not self._machine.is_over:
+            with contextlib.suppress(queue.Empty):
+                self._handle(self._reports.get(timeout=_TICK))
+            now = time.monotonic()
+            with contextlib.suppress(queue.Empty):
+                self._execute(self._machine.signal_received(signals.get_nowait(), now))
+            self._execute(self._machine.time_passed(now))
+            if now > next_ping:
+                next_ping = now + _PING_INTERVAL
+                for agent in self._agents.values():
+                    agent.send("ping")
+        outcome = self._machine.outcome
+        return replace(outcome, last_lines=self._output.get_last_lines(outcome.source))
+
+    def _handle(self, report: _Report) -> None:
+        now = time.monotonic()
+        if report.kind == "line":
+            self._output.print(report.line, report.host)
+        elif report.kind == "started":
+            self._execute(self._machine.host_started(report.host, now))
+        else:
+            ended = self._machine.host_ended(report.host, report.returncode, report.failure, now)
+            self._execute(ended)
+
+    def _execute(self, actions: Iterable[Action]) -> None:
+        for verb, host, text in actions:
+            if verb == "start":
+                self._agents[host] = _Agent(self._nodes[host], self._reports)
+            elif verb == "send":
+                self._agents[host].send(text)
+            elif verb == "kill":
+                self._agents[host].kill()
+            else:
+                self._output.print(text, host)
 
 
 def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
-    """Run a plan to its end.
+    """Run a plan until every host has ended.
 
     Args:
-        plan: what to start.
-        console: whose lines to print as they come; those of the others are kept for a failure.
-        out: where to print.
+        plan: what to start on which host.
+        console: the ranks whose lines are printed; the last lines of all are kept for a failure.
+        out: where lines are printed.
     """
-    return _Run(plan, console, out).outcome()
+    with _caught_signals() as signals, _served_store(plan.store_port):
+        return _Runner(plan, console, out).run(signals)
 
 
-class _Run:
-    def __init__(self, plan: LaunchPlan, console: Console, out: IO[str]) -> None:
-        self._plan = plan
-        self._console = console
-        self._out = out
-        self._events: queue.Queue[tuple[str, _Node, Any]] = queue.Queue()
-        self._kept: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=_KEPT))
-        self._asked: list[int] = []
-        self._outcome: Outcome | None = None
-        self._stopping = 0.0
-        self._failed_at = -math.inf  # a signal to the launcher comes before all
-        self._lost: dict[str, float] = {}  # since when
-        self._calls: list[tuple[float, NodePlan]] = []  # when to call a lost host again
-        self._given_up: set[str] = set()
-        self._is_over = False  # a host has ended well, and with it the job
-
-    def outcome(self) -> Outcome:
-        with self._signals():
-            store = _store(self._plan.store_port)
-            alive = [_Node(node, self._events) for node in self._plan.nodes]
-            pinged = time.monotonic()
-            while alive or self._calls:
-                with contextlib.suppress(queue.Empty):
-                    kind, node, value = self._events.get(timeout=0.1)
-                    if kind == "line":
-                        self._print(value, node.plan.host)
-                    elif kind == "begun":
-                        self._lost.pop(node.plan.host, None)
-                    else:
-                        alive.remove(node)
-                        self._ended(node, value, alive)
-                if time.monotonic() - pinged > _PING:
-                    pinged = time.monotonic()
-                    for node in alive:
-                        node.tell("ping")
-                self._answer(alive)
-                self._call_back(alive)
-            del store  # the hosts needed it until here
-        return self._outcome or Outcome(0)
-
-    def _call_back(self, alive: list[_Node]) -> None:
-        """Call lost hosts again, unless all is to end."""
-        if self._outcome is not None or self._is_over:
-            self._calls.clear()
-        for call in [call for call in self._calls if call[0] <= time.monotonic()]:
-            self._calls.remove(call)
-            alive.append(_Node(call[1], self._events))
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {
-            number: signal.signal(number, lambda caught, _: self._asked.append(caught))
-            for number in _SIGNALS
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _answer(self, alive: list[_Node]) -> None:
-        """Pass a signal on, and a second one with no patience."""
-        if not self._asked:
-            if self._stopping and time.monotonic() - self._stopping > self._patience:
-                for node in alive:
-                    node.process.kill()  # its host stops by itself when it hears no more
-            return
-        number = self._asked.pop(0)
-        again = self._stopping > 0
-        if self._outcome is None:
-            name = signal.Signals(number).name
-            self._outcome = Outcome(128 + number, f"the launcher got {name}")
-        self._stop(alive, "kill" if again else "term")
-
-    @property
-    def _patience(self) -> float:
-        return max(node.grace for node in self._plan.nodes) + 5.0
-
-    def _stop(self, alive: list[_Node], word: str = "term") -> None:
-        self._stopping = self._stopping or time.monotonic()
-        for node in alive:
-            node.tell(word)
-
-    def _ended(self, node: _Node, status: int, alive: list[_Node]) -> None:
-        if status == 0:
-            self._is_over = True
-            for other in alive:
-                if other.plan.host in self._lost:
-                    other.tell("kill")  # it has come back too late
-            return
-        if self._is_over and node.plan.host in self._lost:
-            return
-        if self._outcome is not None:
-            # A host may end later than another that its failing rank has brought down.
-            if (node.failure or {}).get("time", math.inf) < self._failed_at:
-                self._outcome = self._verdict(node, status, lost=False)
-                self._failed_at = (node.failure or {})["time"]
-            return
-        lost = status == _SSH_FAILED and node.failure is None and node.plan.transport[0] == "ssh"
-        if lost and self._waits_for(node.plan):
-            return
-        if lost:
-            self._given_up.add(node.plan.host)
-            left = len(self._plan.nodes) - len(self._given_up)
-            if left >= self._plan.least_nodes:
-                self._print(f"{node.plan.host} was lost; {left} hosts go on", node.plan.host)
-                return
-        self._outcome = self._verdict(node, status, lost=lost)
-        self._failed_at = (node.failure or {}).get("time", math.inf)
-        self._stop(alive)
-
-    def _waits_for(self, node: NodePlan) -> bool:
-        """Note that a host was lost, and whether it is going to be called again."""
-        now = time.monotonic()
-        if self._is_over:
-            return False
-        if self._plan.patience and node.host not in self._lost:
-            self._print(
-                f"{node.host} was lost; it has {self._plan.patience} s to come back", node.host
-            )
-        if now - self._lost.setdefault(node.host, now) >= self._plan.patience:
-            return False
-        self._calls.append((now + _AGAIN, node))
-        return True
-
-    def _verdict(self, node: _Node, status: int, *, lost: bool) -> Outcome:
-        host = node.plan.host
-        if lost:
-            return Outcome(NODE_LOST, f"{host} was lost: ssh ended", tuple(self._kept[host]))
-        status = status if status > 0 else 128 - status
-        failure = node.failure
-        if failure is None:
-            return Outcome(status, f"{host} ended with status {status}", tuple(self._kept[host]))
-        if failure["rank"] is None:
-            return Outcome(status, f"{host}: {failure['why']}", tuple(self._kept[host]))
-        rank = failure["rank"]
-        lines = tuple(self._kept[f"{host}:r{rank}"])
-        return Outcome(failure["status"], f"rank {rank} on {host} ended with {status}", lines)
-
-    def _print(self, line: str, host: str) -> None:
-        source = line[1:].partition("]")[0] if line.startswith("[") else ""
-        self._kept[source if ":r" in source else host].append(line)
-        first = source.endswith(":r0") or ":r" not in source
-        if self._console == "all" or (self._console == "rank0" and first):
-            print(line, file=self._out, flush=True)
-
-
-def _store(port: int | None) -> object:
-    """Keep the rendezvous here, for as long as the result is kept."""
-    if port is None:
-        return None
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public all the same
-
-    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-
-
-def ends_with(outcome: Outcome) -> int:
-    """Print why a launch failed, the failing rank's lines last but one; return the exit status."""
+def report_outcome(outcome: Outcome) -> int:
+    """Print to standard error why a launch failed, if it did; return its exit status."""
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:
         print(f"onecycle launch: first failure: {outcome.reason}", file=sys.stderr, flush=True)
     return outcome.status
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[queue.SimpleQueue[int]]:
+    """Put signals into a queue instead of ending the process; the main thread only."""
+    caught: queue.SimpleQueue[int] = queue.SimpleQueue()
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    handlers = {
+        number: signal.signal(number, lambda caught_number, _: caught.put(caught_number))
+        for number in _SIGNALS
+    }
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _served_store(port: int | None) -> Iterator[None]:
+    """Serve the rendezvous store from this process if a port is given."""
+    store = None
+    if port is not None:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public all the same
+
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    yield
+    del store

@@ -1,13 +1,21 @@
-"""A launch as one Slurm job: a script that needs nothing beside it."""
+"""A launch as one Slurm job: a self-contained sbatch script."""
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import signal
+import subprocess
 from collections.abc import Mapping
+from typing import NoReturn
 
-from engine.launch.plan import Wanted, environment_of
+from engine.distributed.environment import FAILURE_FILE, SAVED_AND_ENDED, to_exit_status
+from engine.errors import LaunchError
+from engine.launch.plan import build_environment
+from engine.launch.request import LaunchRequest
 
-__all__ = ["sbatch_of"]
+__all__ = ["build_sbatch", "is_in_allocation", "run_in_allocation", "submit"]
 
 _TEMPLATE = """\
 #!/bin/bash
@@ -19,8 +27,8 @@ export FIRST_ADDRESS=$(getent ahostsv4 "$first" | awk 'NR == 1 {{ print $1 }}')
 export RDZV_PORT=$((20000 + SLURM_JOB_ID % 20000))
 {exports}
 cd {cwd} || exit 1
-export ONECYCLE_FAILURE="$PWD/.onecycle-$SLURM_JOB_ID"
-rm -f "$ONECYCLE_FAILURE"
+export {failure}="$PWD/.onecycle-$SLURM_JOB_ID"
+rm -f "${failure}"
 
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
   address=$(getent ahostsv4 "$SLURMD_NODENAME" | awk "NR == 1 {{ print \\$1 }}")
@@ -33,60 +41,114 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bas
 ' {command}
 status=$?
 # srun ends with the highest status, be it of a task that it has killed; the first is the cause.
-if [ "$status" -ne 0 ] && [ -s "$ONECYCLE_FAILURE" ]; then
-  status=$(sort -s -n -k 1,1 "$ONECYCLE_FAILURE" | awk 'NR == 1 {{ print $2 }}')
+if [ "$status" -ne 0 ] && [ -s "${failure}" ]; then
+  status=$(sort -s -n -k 1,1 "${failure}" | awk 'NR == 1 {{ print $2 }}')
 fi
-rm -f "$ONECYCLE_FAILURE"
+rm -f "${failure}"
 {requeue}exit $status
 """
 
-_REQUEUE = """\
+_TERMINATED = to_exit_status(-signal.SIGTERM)
+_REQUEUE = f"""\
 # It was told to end and has saved: go on from there when there is room again.
-case $status in 75|143) scontrol requeue "$SLURM_JOB_ID" ;; esac
+case $status in {SAVED_AND_ENDED}|{_TERMINATED}) scontrol requeue "$SLURM_JOB_ID" ;; esac
 """
 
 
-def sbatch_of(wanted: Wanted, options: Mapping[str, str]) -> str:
-    """Return the text of an sbatch file.
+def build_sbatch(request: LaunchRequest, options: Mapping[str, str]) -> str:
+    """Return the text of an sbatch script.
 
     Args:
-        wanted: what to run on how many hosts; they are Slurm's to choose.
-        options: of ``#SBATCH``, by their long names; they win over the usual ones. ``requeue`` has
-            the job saved and queued again when it is preempted.
+        request: the launch; Slurm chooses the hosts.
+        options: ``#SBATCH`` options by long name, which override the defaults. With ``requeue`` the
+            job saves when it is preempted, and is queued again.
     """
-    chosen = {
+    defaults = {
         "job-name": "onecycle",
-        "nodes": str(len(wanted.hosts)),
+        "nodes": str(len(request.hosts)),
         "ntasks-per-node": "1",
         "output": "%x-%j.log",
         "open-mode": "append",
-        "signal": f"TERM@{max(60, wanted.grace)}",
-        **options,
+        "signal": f"TERM@{max(60, request.grace)}",
     }
     lines = [
         f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}"
-        for name, value in chosen.items()
+        for name, value in (defaults | dict(options)).items()
     ]
-    flags = ["--module"] * wanted.is_module + ["--no-python"] * wanted.is_command
-    if wanted.log_dir:
-        flags += ["--log-dir", f'"{wanted.log_dir}"']
-    interfaces = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if wanted.interface else ()
-    exports = {
-        **environment_of(wanted, wanted.hosts[0].size),
-        **dict.fromkeys(interfaces, str(wanted.interface)),
-        **wanted.env,
-    }
+    nodes = '"$SLURM_JOB_NUM_NODES"'
+    if request.min_nodes:
+        nodes = f'"{request.min_nodes}:$SLURM_JOB_NUM_NODES"'
     return _TEMPLATE.format(
         options="\n".join(lines),
-        exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
-        cwd=shlex.quote(wanted.cwd),
-        nproc=wanted.hosts[0].size,
-        nodes=f'"{wanted.least_nodes}:$SLURM_JOB_NUM_NODES"'
-        if wanted.least_nodes
-        else '"$SLURM_JOB_NUM_NODES"',
-        flags="".join(f"{flag} " for flag in flags),
-        restarts=wanted.max_restarts,
-        timeout=wanted.rendezvous_timeout,
-        command=shlex.join([wanted.python, *wanted.script]),
+        exports=_build_exports(request),
+        failure=FAILURE_FILE,
+        cwd=shlex.quote(request.cwd),
+        nproc=request.hosts[0].size,
+        nodes=nodes,
+        flags=_build_flags(request),
+        restarts=request.max_restarts,
+        timeout=request.rendezvous_timeout,
+        command=shlex.join([request.python, *request.script]),
         requeue=_REQUEUE if "requeue" in options else "",
     )
+
+
+def _build_exports(request: LaunchRequest) -> str:
+    interfaces = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if request.interface else ()
+    exports = {
+        **build_environment(request, request.hosts[0].size),
+        **dict.fromkeys(interfaces, str(request.interface)),
+        **request.env,
+    }
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in exports.items())
+
+
+def _build_flags(request: LaunchRequest) -> str:
+    flags = ["--module"] * request.is_module + ["--no-python"] * request.is_command
+    if request.log_dir:
+        flags += ["--log-dir", f'"{request.log_dir}"']
+    return "".join(f"{flag} " for flag in flags)
+
+
+def is_in_allocation() -> bool:
+    """Return whether this process is in an allocation of Slurm, but not in a step of one."""
+    return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
+
+
+def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> NoReturn:
+    """Replace this process by an sbatch script that runs in the current allocation.
+
+    Args:
+        script: text of the script.
+        nodes: number of nodes that the launch needs.
+        options: ``#SBATCH`` options, which must be empty.
+
+    Raises:
+        LaunchError: if the allocation does not match.
+    """
+    allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
+    if nodes != allocated:
+        raise LaunchError(
+            f"`--nnodes` must be {allocated}, the size of this allocation, got {nodes}."
+        )
+    if options:
+        raise LaunchError(
+            "`--slurm-opt` has no effect in an existing allocation. Pass the option to salloc."
+        )
+    # An exec, because signals then reach srun as they do from a shell.
+    os.execvp("bash", ["bash", "-c", script])  # noqa: S606, S607
+
+
+def submit(script: str) -> tuple[bool, str]:
+    """Submit an sbatch script; return whether sbatch accepted it, and what it printed.
+
+    Raises:
+        LaunchError: if sbatch is not installed.
+    """
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        raise LaunchError("sbatch is not installed here. Use `--write-sbatch` to write the script.")
+    done = subprocess.run(  # noqa: S603  # Slurm's own
+        [sbatch], input=script, text=True, capture_output=True, check=False
+    )
+    return done.returncode == 0, (done.stdout + done.stderr).strip()

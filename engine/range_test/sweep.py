@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["ENVIRONMENT", "RECORD", "Recorder", "Run", "Sweep", "SweepOver", "sweep_of_environment"]
+from engine.distributed.environment import LR_TEST
 
-ENVIRONMENT = "ONECYCLE_LR_TEST"
-"""The variable in which `onecycle lr-test` tells a script's `initialize` which test is on."""
+__all__ = ["RECORD", "Recorder", "Run", "Sweep", "SweepOver", "sweep_of_environment"]
 
 RECORD = "record.jsonl"
 """What a run notes: a line for what it is, a line an update, a line for how it ended."""
@@ -102,12 +101,12 @@ class Sweep:
 
     def environment(self) -> dict[str, str]:
         """Return what tells `initialize` of this test."""
-        return {ENVIRONMENT: json.dumps(asdict(self))}
+        return {LR_TEST: json.dumps(asdict(self))}
 
 
 def sweep_of_environment() -> Sweep | None:
     """Return the test that is on, if this process is a script under one."""
-    text = os.environ.get(ENVIRONMENT)
+    text = os.environ.get(LR_TEST)
     return Sweep(**json.loads(text)) if text else None
 
 

@@ -5,7 +5,7 @@ import sys
 import torch
 
 import engine
-from engine.distributed.ranks import disconnect
+from engine.distributed.ranks import destroy_distributed
 
 
 def main(backend):
@@ -29,7 +29,7 @@ def main(backend):
         trainer.backward((trainer(x) - x.sin().sum(1, keepdim=True)).pow(2).mean())
         trainer.step()
     assert trainer.lr_scheduler.decision is not None
-    disconnect()
+    destroy_distributed()
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ for i in $(seq 0 $last); do
   printf '%s\n' "ListenAddress 10.99.0.1$i" "HostKey $LAB/host$i" "AuthorizedKeysFile $LAB/key.pub" \
     'PidFile none' 'StrictModes no' 'UsePAM no' 'PasswordAuthentication no' \
     'KbdInteractiveAuthentication no' 'PermitRootLogin prohibit-password' 'UseDNS no' \
+    "SetEnv PYTHONPATH=${PYTHONPATH:-}" \
     > $LAB/sshd$i.conf
 done
 printf '%s\n' 'Host *' "IdentityFile $LAB/key" "UserKnownHostsFile $LAB/known_hosts" \

@@ -17,7 +17,7 @@ warnings.simplefilter("ignore")
 import engine  # noqa: E402
 from engine import initialization  # noqa: E402
 from engine.checkpoint import saving, state, storage  # noqa: E402
-from engine.distributed.ranks import disconnect  # noqa: E402
+from engine.distributed.ranks import destroy_distributed  # noqa: E402
 
 LRS = [0.01, 0.2]
 CYCLE = {
@@ -394,4 +394,4 @@ def wrong_config_of_one():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]]()
-    disconnect()
+    destroy_distributed()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from engine.checkpoint import storage
-from engine.cli.commands.arguments import INVALID, OK
+from engine.distributed.environment import INVALID, OK
 
 __all__ = ["add", "run"]
 

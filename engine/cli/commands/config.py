@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from engine.cli.commands.arguments import OK, positive
+from engine.cli.commands.arguments import positive
+from engine.distributed.environment import OK
 
 if TYPE_CHECKING:
     from engine.config.provenance import Entry

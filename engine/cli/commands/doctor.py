@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TextIO
 
-from engine.cli.commands.arguments import OK
+from engine.distributed.environment import OK
 from engine.launch.probe import PACKAGES
 from engine.versions import installed
 

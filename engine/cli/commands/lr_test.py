@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from engine.cli.commands.arguments import INVALID, OK, positive
+from engine.cli.commands.arguments import positive
+from engine.distributed.environment import INVALID, OK
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from engine.cli.commands.arguments import OK, positive
+from engine.cli.commands.arguments import positive
+from engine.distributed.environment import OK
 
 if TYPE_CHECKING:
     from schedules.core.controller import Evidence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TextIO
 
-from engine.cli.commands.arguments import OK
+from engine.distributed.environment import OK
 
 __all__ = ["add", "run"]
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TextIO
 
-from engine.cli.commands.arguments import OK
+from engine.distributed.environment import OK
 
 __all__ = ["add", "run"]
 

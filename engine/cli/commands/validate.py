@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from engine.cli.commands.arguments import INVALID, OK, USAGE, positive
+from engine.cli.commands.arguments import positive
 from engine.config import ConfigError, Problem, load_document
 from engine.config.edits import repair
 from engine.config.parser import Document, parse
 from engine.config.validate import check
 from engine.display.problem_reports import FORMATS, Report
+from engine.distributed.environment import INVALID, OK, USAGE
 
 __all__ = ["add", "run"]
 

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from engine.cli.commands.arguments import INVALID, OK, USAGE
 from engine.cli.main import main
+from engine.distributed.environment import INVALID, OK, USAGE
 from schedules import SCHEDULES, trace
 from tests.schedules.families.test_deepspeed import TUTORIAL
 

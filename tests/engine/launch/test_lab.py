@@ -183,7 +183,7 @@ def test_another_config_there_is_a_verdict(folder):
         folder,
     )
     assert done.status == 69, done.out
-    assert "node1: the config is another one" in done.out
+    assert "node1: the config is different there" in done.out
 
 
 def test_a_port_that_is_not_let_through_is_a_verdict(folder):
@@ -193,7 +193,7 @@ def test_a_port_that_is_not_let_through_is_a_verdict(folder):
         folder,
     )
     assert done.status == 69, done.out
-    assert "node1: does not reach 10.99.0.10, port 29513, where the ranks are to meet" in done.out
+    assert "node1: cannot connect to the rendezvous at 10.99.0.10, port 29513" in done.out
     assert "node0:" not in done.out
     assert not (folder / "pid.0").exists()
     assert done.seconds < 25
@@ -207,7 +207,7 @@ def test_a_port_that_is_taken_is_a_verdict(folder):
         folder,
     )
     assert done.status == 69, done.out
-    assert "node0: port 29513 is taken there; give another `--port`" in done.out
+    assert "node0: port 29513 is in use there; choose another with `--port`" in done.out
     assert "node1:" not in done.out
 
 
@@ -325,4 +325,4 @@ def test_an_elastic_job_goes_on_with_one_host(folder):
     ]
     updates = [int(line[0]) for line in lines if len(line) == 4 and line[0].isdecimal()]
     assert updates[-1] == 400
-    assert "node1 was lost; 1 hosts go on" in (folder / "run.txt").read_text()
+    assert "node1 was lost; continuing with 1 of 2 hosts" in (folder / "run.txt").read_text()

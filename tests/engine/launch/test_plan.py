@@ -16,25 +16,28 @@ from hypothesis import strategies as st
 
 from engine.cli.main import main
 from engine.errors import LaunchError
-from engine.launch import agent, runner
-from engine.launch.agent import BEGUN
-from engine.launch.hosts import Host, read_hostfile, selected
-from engine.launch.plan import HostFacts, LaunchPlan, Wanted, plan_of
+from engine.launch import state_machine
+from engine.launch.agent import STARTED, map_slots_to_devices
+from engine.launch.failure import Failure, format_failure
+from engine.launch.hosts import Host, read_hostfile, select_hosts
+from engine.launch.plan import HostFacts, LaunchPlan, build_plan
+from engine.launch.request import LaunchRequest
 from engine.launch.runner import run
-from engine.launch.slurm import sbatch_of
-from engine.launch.torchrun import FAILURE
+from engine.launch.slurm import build_sbatch
 from tests.testing.lab import ROOT
 
 HOSTS = (Host("node0", (0, 1)), Host("node1", (0, 1)))
-WANTED = Wanted(script=("train.py", "-4C"), hosts=HOSTS, is_local=False, cwd="/work", python="py")
+REQUEST = LaunchRequest(
+    script=("train.py", "-4C"), hosts=HOSTS, is_local=False, cwd="/work", python="py"
+)
 FACTS = {
     "node0": HostFacts("10.0.0.1", "eth0", 4242),
     "node1": HostFacts("10.0.0.2", "eth0", 5555),
 }
 
 
-def wanted(**changes):
-    return dataclasses.replace(WANTED, **changes)
+def request_with(**changes):
+    return dataclasses.replace(REQUEST, **changes)
 
 
 def flags(node):
@@ -58,7 +61,7 @@ def commands(folder, **texts):
 
 
 def test_every_host_is_told_who_it_is():
-    plan = plan_of(WANTED, FACTS, {})
+    plan = build_plan(REQUEST, FACTS, {})
     assert plan.world_size == 4
     assert [node.ranks for node in plan.nodes] == [(0, 1), (2, 3)]
     first, second = (flags(node) for node in plan.nodes)
@@ -75,7 +78,7 @@ def test_every_host_is_told_who_it_is():
 
 
 def test_one_machine_needs_no_addresses():
-    plan = plan_of(wanted(hosts=(Host("localhost", (0, 1)),), is_local=True), {}, {})
+    plan = build_plan(request_with(hosts=(Host("localhost", (0, 1)),), is_local=True), {}, {})
     [node] = plan.nodes
     assert "--standalone" in node.argv
     assert node.transport == ("py", "-m", "engine.launch.agent")
@@ -83,37 +86,37 @@ def test_one_machine_needs_no_addresses():
 
 
 def test_restarts_do_not_share_a_store():
-    env = plan_of(wanted(max_restarts=2), FACTS, {}).nodes[0].env
+    env = build_plan(request_with(max_restarts=2), FACTS, {}).nodes[0].env
     assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
-    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in plan_of(WANTED, FACTS, {}).nodes[0].env
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in build_plan(REQUEST, FACTS, {}).nodes[0].env
 
 
 def test_hosts_that_may_come_back_meet_at_the_launcher():
     seen = {"node0": "127.0.0.1", "node1": "10.0.0.9"}  # the first host is the launcher's own
     facts = {name: dataclasses.replace(of, launcher=seen[name]) for name, of in FACTS.items()}
-    asked = wanted(store=("hub", 4000), max_restarts=2, rendezvous_timeout=60)
-    plan = plan_of(asked, facts, {})
+    asked = request_with(store=("hub", 4000), max_restarts=2, rendezvous_timeout=60)
+    plan = build_plan(asked, facts, {})
     for node in plan.nodes:
         assert flags(node)["--rdzv-endpoint"] == f"{seen[node.host]}:4000"
         assert "is_host=false" in flags(node)["--rdzv-conf"]
     assert (plan.store_port, plan.patience) == (4000, 60)
     assert len({node.spec()["lock"] for node in plan.nodes}) == 2
-    with pytest.raises(LaunchError, match="`--rejoin` must come with `--max-restarts`"):
-        plan_of(wanted(store=("hub", 4000)), facts, {})
+    with pytest.raises(LaunchError, match="`--rejoin` must be used with `--max-restarts`"):
+        build_plan(request_with(store=("hub", 4000)), facts, {})
 
 
 def test_a_range_of_hosts():
-    plan = plan_of(wanted(least_nodes=1), FACTS, {})
-    assert plan.least_nodes == 1
+    plan = build_plan(request_with(min_nodes=1), FACTS, {})
+    assert plan.min_nodes == 1
     assert flags(plan.nodes[0])["--nnodes"] == "1:2"
     assert plan.nodes[0].env["ONECYCLE_ELASTIC"] == "1"
-    with pytest.raises(LaunchError, match="must be 1 to 2, but is 3"):
-        plan_of(wanted(least_nodes=3), FACTS, {})
+    with pytest.raises(LaunchError, match="must be 1 to 2, got 3"):
+        build_plan(request_with(min_nodes=3), FACTS, {})
 
 
 def test_what_is_passed_on():
     own = {"NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "3", "HOME": "/root", "MINE": "1"}
-    env = plan_of(wanted(pass_env=("MI*",), env={"ODD": "a b"}), FACTS, own).nodes[0].env
+    env = build_plan(request_with(pass_env=("MI*",), env={"ODD": "a b"}), FACTS, own).nodes[0].env
     assert env["NCCL_DEBUG"] == "INFO"
     assert (env["MINE"], env["ODD"]) == ("1", "a b")
     assert not {"CUDA_VISIBLE_DEVICES", "HOME"} & env.keys()
@@ -121,13 +124,15 @@ def test_what_is_passed_on():
 
 def test_a_choice_of_slots_is_a_choice_of_devices():
     chosen = (Host("node0", (1, 3)), Host("node1", (0, 1)))
-    first, second = plan_of(wanted(hosts=chosen), FACTS, {}).nodes
+    first, second = build_plan(request_with(hosts=chosen), FACTS, {}).nodes
     assert first.env["CUDA_VISIBLE_DEVICES"] == "1,3"
     assert "CUDA_VISIBLE_DEVICES" not in second.env
 
 
 def test_secrets_are_masked_where_they_are_shown_and_nowhere_else():
-    plan = plan_of(wanted(env={"HF_TOKEN": "s3cret", "AWS_SECRET_KEY": "s3cret"}), FACTS, {})
+    plan = build_plan(
+        request_with(env={"HF_TOKEN": "s3cret", "AWS_SECRET_KEY": "s3cret"}), FACTS, {}
+    )
     assert "s3cret" not in plan.describe()
     assert "s3cret" not in json.dumps(plan.to_json())
     assert plan.nodes[0].spec()["env"]["HF_TOKEN"] == "s3cret"
@@ -143,12 +148,12 @@ names = st.from_regex(r"X[A-Z0-9_]{1,8}", fullmatch=True)
 @given(argv=st.lists(text, max_size=5), env=st.dictionaries(names, text, max_size=3))
 @settings(deadline=None, max_examples=60)
 def test_argv_and_environment_survive_the_printed_command_and_the_spec(argv, env):
-    odd = wanted(script=("train.py", *argv), env=env)
-    node = plan_of(odd, FACTS, {}).nodes[0]
+    odd = request_with(script=("train.py", *argv), env=env)
+    node = build_plan(odd, FACTS, {}).nodes[0]
     spec = json.loads(json.dumps(node.spec()))
     assert tuple(spec["argv"][-len(argv) :] if argv else ()) == tuple(argv)
     assert env.items() <= spec["env"].items()
-    command = plan_of(odd, FACTS, {}).describe().partition("# node0")[2].partition(" && ")[2]
+    command = build_plan(odd, FACTS, {}).describe().partition("# node0")[2].partition(" && ")[2]
     words = shlex.split(command.rpartition("\n\n# node1")[0])
     assert tuple(words[-len(argv) :] if argv else ()) == tuple(argv)
     assert {f"{name}={value}" for name, value in env.items()} <= set(words)
@@ -188,7 +193,7 @@ def test_an_agent_waits_for_the_one_that_its_host_had_before(tmp_path):
     with subprocess.Popen(agent, **pipes) as old, subprocess.Popen(agent, **pipes) as new:
         old.stdin.write(json.dumps(first) + "\n")
         old.stdin.flush()
-        assert [old.stdout.readline() for _ in range(2)] == [f"{BEGUN}\n", "up\n"]
+        assert [old.stdout.readline() for _ in range(2)] == [f"{STARTED}\n", "up\n"]
         new.stdin.write(json.dumps(second) + "\n")
         new.stdin.flush()
         assert (new.wait(20), old.wait(20)) == (0, 0)
@@ -215,8 +220,8 @@ def test_argv_and_environment_arrive_through_the_job_of_slurm(tmp_path, argv, en
         "SLURM_NODEID": "0",
         "SLURMD_NODENAME": "localhost",
     }
-    job = sbatch_of(
-        wanted(script=("train.py", *argv), env=env, python=str(python), cwd=str(tmp_path)), {}
+    job = build_sbatch(
+        request_with(script=("train.py", *argv), env=env, python=str(python), cwd=str(tmp_path)), {}
     )
     done = subprocess.run(
         ["bash", "-s"], input=job, text=True, capture_output=True, check=True, env=slurm
@@ -231,10 +236,10 @@ def test_argv_and_environment_arrive_through_the_job_of_slurm(tmp_path, argv, en
     [
         ("", "must name at least one host"),
         ("# nobody\n\n", "must name at least one host"),
-        ("node0\n", ":1: must be `host slots=N`, but is 'node0'"),
-        ("node0 slots=2\nnode0 slots=1\n", ":2: node0 must be there once"),
-        ("node0 slots=0\n", "node0 must have at least 1 slot, but has 0"),
-        ("node0 slots=-1\n", "node0 must have at least 1 slot, but has -1"),
+        ("node0\n", ":1: must be `host slots=N`, got 'node0'"),
+        ("node0 slots=2\nnode0 slots=1\n", ":2: node0 is repeated"),
+        ("node0 slots=0\n", "node0 must have at least 1 slot, got 0"),
+        ("node0 slots=-1\n", "node0 must have at least 1 slot, got -1"),
         ("node0 slots=two\n", "must be `host slots=N`"),
     ],
 )
@@ -249,7 +254,7 @@ def test_a_wrong_hostfile(tmp_path, content, message):
 
 
 def test_a_host_that_is_named_twice_in_a_filter():
-    (left,) = selected([Host("node0", (0, 1, 2))], exclude="node0:0@node0:1")
+    (left,) = select_hosts([Host("node0", (0, 1, 2))], exclude="node0:0@node0:1")
     assert left == Host("node0", (2,))
 
 
@@ -262,38 +267,38 @@ def test_a_hostfile_with_comments_and_spaces(tmp_path):
 @pytest.mark.parametrize(
     "filters, message",
     [
-        ({"include": "node2"}, "must name a host of node0, node1"),
-        ({"include": "node0:5"}, "names 5"),
-        ({"include": "node0:x"}, "must list slots as 0,2-3"),
-        ({"include": "node1:1-0"}, "from low to high, but has 1-0"),
-        ({"exclude": "node0@node1"}, "leaves none"),
-        ({"include": "node0", "exclude": "node1"}, "must not be given together"),
+        ({"include": "node2"}, "unknown host 'node2'. Use one of node0, node1"),
+        ({"include": "node0:5"}, "unknown slot 5. node0 has slots 0 to 1"),
+        ({"include": "node0:x"}, "must list slots after the colon, such as 0,2-3"),
+        ({"include": "node1:1-0"}, "from low to high, got 1-0"),
+        ({"exclude": "node0@node1"}, "leaves no slot"),
+        ({"include": "node0", "exclude": "node1"}, "cannot be combined"),
     ],
 )
 def test_a_wrong_filter(filters, message):
     with pytest.raises(LaunchError, match=message):
-        selected(list(HOSTS), **filters)
+        select_hosts(list(HOSTS), **filters)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "a script must follow"),
-        (["missing.py"], "missing.py: there is no such script"),
+        ([], "The script is missing"),
+        (["missing.py"], "missing.py: no such script"),
         (["--hostfile", "none", __file__], "none: No such file"),
-        (["--nnodes", "2", __file__], "several hosts must be in a file"),
+        (["--nnodes", "2", __file__], "`--nnodes` needs `--hostfile` or `--slurm`"),
         (["--nnodes", "2:x", __file__], "must be a number or MIN:MAX"),
-        (["--nnodes", "3:2", "--write-sbatch", "job", __file__], "with MIN at most MAX"),
-        (["--nproc", "0", __file__], "must be a number from 1 on, or auto"),
-        (["--rejoin", __file__], "`--rejoin` must come with `--hostfile`"),
-        (["--port", "70000", __file__], "`--port` must be 0 to 65535, but is 70000"),
-        (["--port", "7000", __file__], "`--port` must come with `--hostfile`"),
-        (["--include", "node0", __file__], "`--include` must come with `--hostfile`"),
-        (["--ssh-opt=-v", __file__], "`--ssh-opt` must come with `--hostfile`"),
-        (["--slurm-opt", "a=b", __file__], "`--slurm-opt` must come with `--slurm`"),
-        (["--slurm", "--console", "all", __file__], "`--console` must be absent in a Slurm job"),
-        (["--slurm", "--pass-env", "W*", __file__], "`--pass-env` must be absent in a Slurm job"),
-        (["--slurm", "--hostfile", "h", __file__], "from `--hostfile` or from Slurm, but both"),
+        (["--nnodes", "3:2", "--write-sbatch", "job", __file__], "must be MIN:MAX with MIN <= MAX"),
+        (["--nproc", "0", __file__], "`--nproc` must be a number >= 1 or `auto`"),
+        (["--rejoin", __file__], "`--rejoin` needs `--hostfile`"),
+        (["--port", "70000", __file__], "`--port` must be 0 to 65535, got 70000"),
+        (["--port", "7000", __file__], "`--port` needs `--hostfile`"),
+        (["--include", "node0", __file__], "`--include` needs `--hostfile`"),
+        (["--ssh-opt=-v", __file__], "`--ssh-opt` needs `--hostfile`"),
+        (["--slurm-opt", "a=b", __file__], "`--slurm-opt` needs `--slurm`"),
+        (["--slurm", "--console", "all", __file__], "`--console` has no effect in a Slurm job"),
+        (["--slurm", "--pass-env", "W*", __file__], "`--pass-env` has no effect in a Slurm job"),
+        (["--slurm", "--hostfile", "h", __file__], "`--hostfile` and Slurm cannot be combined"),
         (["--env", "NOVALUE", __file__], "must be NAME=VALUE"),
     ],
 )
@@ -306,7 +311,7 @@ def test_wrong_usage(arguments, message):
 def test_json_without_a_plan_to_print():
     status, said = launch("--json", __file__)
     assert status == 2
-    assert "`--json` must come with `--dry-run`" in said
+    assert "`--json` needs `--dry-run`" in said
 
 
 @pytest.mark.parametrize(
@@ -323,25 +328,27 @@ def test_slots_are_those_that_the_host_lets_be_seen(monkeypatch, own, slots, see
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", own)
-    assert agent._with_own_mask({"CUDA_VISIBLE_DEVICES": slots, "A": "b"}) == {
+    assert map_slots_to_devices({"CUDA_VISIBLE_DEVICES": slots, "A": "b"}) == {
         "CUDA_VISIBLE_DEVICES": seen,
         "A": "b",
     }
-    assert agent._with_own_mask({"A": "b"}) == {"A": "b"}
+    assert map_slots_to_devices({"A": "b"}) == {"A": "b"}
 
 
 def test_a_slot_that_a_host_hides_is_refused(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    with pytest.raises(SystemExit, match=r"slot 2 must be one of the 2 devices .* \(4, 5\)"):
-        agent._with_own_mask({"CUDA_VISIBLE_DEVICES": "0,2"})
+    with pytest.raises(
+        SystemExit, match=r"Slot 2 does not exist: .* makes 2 devices visible \(4, 5\)"
+    ):
+        map_slots_to_devices({"CUDA_VISIBLE_DEVICES": "0,2"})
 
 
 def test_ranks_are_told_the_same_by_ssh_and_in_a_slurm_job():
-    asked = wanted(timeout=90, grace=7, max_restarts=1, least_nodes=1)
-    env = plan_of(asked, FACTS, {}).nodes[0].env
+    asked = request_with(timeout=90, grace=7, max_restarts=1, min_nodes=1)
+    env = build_plan(asked, FACTS, {}).nodes[0].env
     exports = {
         name: value
-        for line in sbatch_of(asked, {}).splitlines()
+        for line in build_sbatch(asked, {}).splitlines()
         for name, equals, value in [line.removeprefix("export ").partition("=")]
         if equals and line.startswith("export ")
     }
@@ -367,7 +374,7 @@ assert main(["doctor"], io.StringIO(), io.StringIO()) == 0
 sys.platform = "win32"
 err = io.StringIO()
 assert main(["launch", sys.argv[1]], io.StringIO(), err) == 2
-assert "must run on Linux" in err.getvalue(), err.getvalue()
+assert "requires Linux" in err.getvalue(), err.getvalue()
 """
     subprocess.run([sys.executable, "-c", code, __file__], check=True)
 
@@ -470,11 +477,11 @@ def test_the_agent_hears_what_came_with_the_job():
 
 def test_the_host_that_failed_first_is_named_though_it_ends_last():
     def node(host, rank, status, at, seconds):
-        failure = FAILURE + json.dumps({"rank": rank, "status": status, "time": at})
+        failure = format_failure(Failure(rank, status, at))
         script = (
             f"import time; time.sleep({seconds}); print({failure!r}); raise SystemExit({status})"
         )
-        made = plan_of(wanted(hosts=(Host(host, (0,)),), is_local=True), {}, {}).nodes[0]
+        made = build_plan(request_with(hosts=(Host(host, (0,)),), is_local=True), {}, {}).nodes[0]
         return dataclasses.replace(made, transport=(sys.executable, "-c", script), grace=10)
 
     nodes = (node("a", 0, 3, 100.0, 1.0), node("b", 1, 1, 200.0, 0.1))
@@ -487,15 +494,15 @@ def lab_of_two(tmp_path, monkeypatch, first, second, **plan):
     """A launch over two hosts whose ssh is a script here: what each does when it is called."""
     ssh = f"read -r job; case $1 in a) {first};; b) {second};; esac"
     monkeypatch.setenv("PATH", commands(tmp_path, ssh=ssh)["PATH"])
-    monkeypatch.setattr(runner, "_AGAIN", 0.1)
-    made = plan_of(wanted(), {}, {})
+    monkeypatch.setattr(state_machine, "RECALL_INTERVAL", 0.1)
+    made = build_plan(request_with(), {}, {})
     nodes = tuple(
         dataclasses.replace(node, host=host, transport=("ssh", host), grace=1)
         for node, host in zip(made.nodes, "ab", strict=True)
     )
     out = io.StringIO()
     begin = time.monotonic()
-    outcome = run(LaunchPlan(nodes, **{"least_nodes": 2, "world_size": 2} | plan), "rank0", out)
+    outcome = run(LaunchPlan(nodes, **{"min_nodes": 2, "world_size": 2} | plan), "rank0", out)
     return outcome, out.getvalue(), time.monotonic() - begin
 
 
@@ -514,7 +521,7 @@ def test_a_host_that_does_not_come_back_ends_the_launch_when_its_time_is_over(
 
 def test_a_run_that_ends_without_the_lost_host_is_a_good_one(tmp_path, monkeypatch):
     outcome, _, seconds = lab_of_two(
-        tmp_path, monkeypatch, "sleep 1; exit 0", "exit 255", patience=300, least_nodes=1
+        tmp_path, monkeypatch, "sleep 1; exit 0", "exit 255", patience=300, min_nodes=1
     )
     assert outcome.status == 0
     assert seconds < 8
@@ -522,7 +529,9 @@ def test_a_run_that_ends_without_the_lost_host_is_a_good_one(tmp_path, monkeypat
 
 def test_each_loss_of_a_host_has_a_time_of_its_own(tmp_path, monkeypatch):
     lost = tmp_path / "lost"
-    begins = f"printf '{BEGUN}\\n'; sleep 1; echo >> {lost}; [ $(wc -l < {lost}) = 4 ] || exit 255"
+    begins = (
+        f"printf '{STARTED}\\n'; sleep 1; echo >> {lost}; [ $(wc -l < {lost}) = 4 ] || exit 255"
+    )
     done = f"until [ -e {lost} ] && [ $(wc -l < {lost}) = 4 ]; do sleep 0.1; done"
     outcome, said, _ = lab_of_two(tmp_path, monkeypatch, done, begins, patience=2)
     assert outcome.status == 0
@@ -538,7 +547,7 @@ def test_fewer_processes_keep_the_chosen_slots(tmp_path):
     assert json.loads(said)["nodes"][0]["devices"] == [2]
     status, said = launch(*arguments, "--nproc", 3, __file__)
     assert status == 2
-    assert "asks for 3 processes, but node0 has fewer slots" in said
+    assert "`--nproc` is 3, but node0 has fewer slots" in said
 
 
 def test_a_job_of_a_module(tmp_path):

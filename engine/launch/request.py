@@ -1,0 +1,98 @@
+"""A launch as the user requests it, and the parts of it that options and files describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.errors import LaunchError
+from engine.launch.hosts import Host
+
+__all__ = ["LaunchRequest", "bind_to_cores", "find_config", "read_variables"]
+
+_CONFIG_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler"}
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """What to run, on which hosts, and how."""
+
+    script: tuple[str, ...]
+    """The script and its arguments, or with ``is_command`` any command."""
+    hosts: tuple[Host, ...]
+    is_local: bool = True
+    """Whether the only host is this machine; otherwise hosts are reached by ssh."""
+    is_command: bool = False
+    is_module: bool = False
+    min_nodes: int | None = None
+    """Minimum number of hosts with which the job continues; None: all of them."""
+    max_restarts: int = 0
+    timeout: int = 600
+    rendezvous_timeout: int = 300
+    store: tuple[str, int] | None = None
+    """Host name and port of a rendezvous in the launcher, which survives the loss of any host."""
+    port: int = 0
+    interface: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    pass_env: tuple[str, ...] = ()
+    cwd: str = "."
+    python: str = "python"
+    log_dir: str | None = None
+    grace: int = 30
+    ssh_options: tuple[str, ...] = ()
+    job: str = "onecycle"
+
+
+def bind_to_cores(
+    script: tuple[str, ...], python: str, *, is_module: bool, is_command: bool
+) -> tuple[str, ...]:
+    """Return a command that binds a rank to its own CPU cores and then runs the script."""
+    interpreter = () if is_command else (python, "-u", *(("-m",) if is_module else ()))
+    return (python, "-m", "engine.launch.affinity", *interpreter, *script)
+
+
+def find_config(script: tuple[str, ...], cwd: str) -> str | None:
+    """Return the first argument of a script that is a config: a JSON file with one of its keys.
+
+    Args:
+        script: the script and its arguments, such as `--config=ds_config.json`.
+        cwd: working directory of the script.
+    """
+    for argument in script[1:]:
+        path = Path(cwd, argument.rpartition("=")[2])
+        if path.suffix == ".json" and path.is_file():
+            from engine.config.resolve import load_document
+
+            value = load_document(path).value
+            if isinstance(value, dict) and _CONFIG_KEYS & value.keys():
+                return str(path if cwd == "." else path.resolve())
+    return None
+
+
+def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, str]:
+    """Return the environment variables to set for all ranks; later ones take precedence.
+
+    Args:
+        file: file with lines ``NAME=VALUE`` and ``#`` comments, read after `.deepspeed_env`.
+        assignments: further ``NAME=VALUE``.
+
+    Raises:
+        LaunchError: if a line or an assignment is not ``NAME=VALUE``.
+        OSError: if the file cannot be read.
+    """
+    default = Path(".deepspeed_env")
+    lines = []
+    for path in ([default] if default.is_file() else []) + ([file] if file else []):
+        lines += [
+            line
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.strip() and not line.lstrip().startswith("#")
+        ]
+    variables = {}
+    for line in (*lines, *assignments):
+        name, equals, value = line.partition("=")
+        if not equals or not name.strip():
+            raise LaunchError(f"An environment variable must be NAME=VALUE, got {line!r}.")
+        variables[name.strip()] = value
+    return variables

@@ -1,0 +1,286 @@
+"""The states of a launch, as a pure object that turns events into actions.
+
+It starts no process and reads no clock: every event comes with its time, and `runner.py` executes
+the actions. The table at the end of `LaunchStateMachine` is the whole behavior; the public methods
+only decide which of its events has happened.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar, Literal, NamedTuple
+
+from engine.distributed.environment import NODE_LOST, OK, SSH_FAILED, to_exit_status
+from engine.launch.failure import Failure
+from engine.launch.plan import LaunchPlan, NodePlan
+
+__all__ = ["RECALL_INTERVAL", "Action", "HostState", "LaunchState", "LaunchStateMachine", "Outcome"]
+
+RECALL_INTERVAL = 2.0
+"""Seconds until a lost host is called again."""
+
+_KILL_MARGIN = 5.0  # seconds that an agent needs beyond the grace period of its ranks
+
+
+class LaunchState(Enum):
+    """State of the whole launch."""
+
+    RUNNING = "the job runs; a lost host may come back"
+    FINISHING = "a host has succeeded, so the job is done; a lost host may not come back"
+    STOPPING = "the job failed or was interrupted; all hosts were told to stop"
+
+
+class HostState(Enum):
+    """State of one host."""
+
+    RUNNING = "its agent runs"
+    LOST = "the connection was lost; it will be called again"
+    RECALLED = "it was called again, and has not started the job yet"
+    DISMISSED = "it came back too late and is being killed; its exit status does not matter"
+    ENDED = "its agent has ended, and will not be started again"
+
+
+class _Event(Enum):
+    """An event, as the table distinguishes them."""
+
+    HOST_STARTED = "a host that was called again has started the job"
+    HOST_SUCCEEDED = "an agent ended with status 0"
+    HOST_FAILED = "an agent ended with another status"
+    HOST_LOST = "the connection to a host was lost, and there is time for it to come back"
+    HOST_GIVEN_UP = "a host was lost for good, and enough hosts are left"
+    TOO_FEW_HOSTS = "a host was lost for good, and too few hosts are left"
+    RECALL_DUE = "it is time to call a lost host again"
+    SIGNAL = "the launcher received a signal"
+    OVERDUE = "the time of hosts that were told to stop is over"
+
+
+class Action(NamedTuple):
+    """An order to the runner: what to do with which host."""
+
+    verb: Literal["start", "send", "kill", "print"]
+    """Start the agent, send it `text`, kill the process that connects to it, or print `text`."""
+    host: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a launch."""
+
+    status: int = OK
+    """0 if all ranks succeeded, else the status of the first failed rank; 128 + n for a signal."""
+    reason: str = ""
+    source: str = ""
+    """The host (`node0`) or rank (`node0:r1`) whose output explains the failure."""
+    last_lines: tuple[str, ...] = ()
+    """The last lines of the source."""
+
+
+class _Details(NamedTuple):
+    now: float
+    host: str = ""
+    outcome: Outcome = Outcome()
+    failed_at: float = math.inf
+
+
+_Step = Callable[["LaunchStateMachine", _Details], Iterable[Action]]
+_RUNNING, _FINISHING, _STOPPING = LaunchState
+
+
+@dataclass
+class _Host:
+    plan: NodePlan
+    state: HostState = HostState.RUNNING
+    lost_since: float | None = None
+    recall_at: float = math.inf
+
+    @property
+    def has_process(self) -> bool:
+        return self.state not in (HostState.LOST, HostState.ENDED)
+
+
+def _describe_end(host: str, returncode: int, failure: Failure | None) -> Outcome:
+    status = to_exit_status(returncode)
+    if failure is None:
+        return Outcome(status, f"{host} ended with status {status}", host)
+    if failure.rank is None:
+        return Outcome(status, f"{host}: {failure.reason}", host)
+    reason = f"rank {failure.rank} on {host} ended with {failure.status}"
+    return Outcome(failure.status, reason, f"{host}:r{failure.rank}")
+
+
+class LaunchStateMachine:
+    """The state of a launch and of each of its hosts, all of which were just started.
+
+    Each method that reports an event returns the actions to execute, in order.
+    """
+
+    def __init__(self, plan: LaunchPlan) -> None:
+        self.state = LaunchState.RUNNING
+        self.outcome = Outcome()
+        self._plan = plan
+        self._hosts = {node.host: _Host(node) for node in plan.nodes}
+        self._left = len(plan.nodes)  # hosts that were not given up
+        self._failed_at = math.inf
+        self._kill_at = math.inf
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every host has ended."""
+        return all(host.state is HostState.ENDED for host in self._hosts.values())
+
+    def get_host_state(self, name: str) -> HostState:
+        """Return the state of a host."""
+        return self._hosts[name].state
+
+    def host_started(self, name: str, now: float) -> list[Action]:
+        """Report that an agent has the lock of its host and starts the job."""
+        if self._hosts[name].state is not HostState.RECALLED:
+            return []
+        return self._apply(_Event.HOST_STARTED, _Details(now, name))
+
+    def host_ended(
+        self, name: str, returncode: int, failure: Failure | None, now: float
+    ) -> list[Action]:
+        """Report that the agent of a host, or the connection to it, has ended.
+
+        Args:
+            name: name of the host.
+            returncode: return code of the local process, as `subprocess` reports it.
+            failure: the failure that the host has reported, if any.
+            now: time in seconds, as for all methods.
+        """
+        host = self._hosts[name]
+        was_dismissed = host.state is HostState.DISMISSED
+        host.state = HostState.ENDED
+        if was_dismissed:
+            return []
+        outcome = _describe_end(name, returncode, failure)
+        uses_ssh = host.plan.transport[0] == "ssh"
+        if returncode == OK:
+            event = _Event.HOST_SUCCEEDED
+        elif uses_ssh and returncode == SSH_FAILED and failure is None:
+            event = self._classify_loss(host, now)
+            outcome = Outcome(NODE_LOST, f"{name} was lost: ssh ended", name)
+        else:
+            event = _Event.HOST_FAILED
+        failed_at = failure.time if failure else math.inf
+        return self._apply(event, _Details(now, name, outcome, failed_at))
+
+    def signal_received(self, number: int, now: float) -> list[Action]:
+        """Report that the launcher received a signal."""
+        reason = f"the launcher got {signal.Signals(number).name}"
+        outcome = Outcome(to_exit_status(-number), reason)
+        return self._apply(_Event.SIGNAL, _Details(now, outcome=outcome, failed_at=-math.inf))
+
+    def time_passed(self, now: float) -> list[Action]:
+        """Report the time; called several times per second."""
+        if now > self._kill_at:
+            return self._apply(_Event.OVERDUE, _Details(now))
+        due = [
+            name
+            for name, host in self._hosts.items()
+            if host.state is HostState.LOST and host.recall_at <= now
+        ]
+        return [
+            action for name in due for action in self._apply(_Event.RECALL_DUE, _Details(now, name))
+        ]
+
+    def _classify_loss(self, host: _Host, now: float) -> _Event:
+        elapsed = 0.0 if host.lost_since is None else now - host.lost_since
+        if self.state is LaunchState.RUNNING and elapsed < self._plan.patience:
+            return _Event.HOST_LOST
+        enough = self._left - 1 >= self._plan.min_nodes
+        return _Event.HOST_GIVEN_UP if enough else _Event.TOO_FEW_HOSTS
+
+    def _apply(self, event: _Event, details: _Details) -> list[Action]:
+        self.state, steps = self._TRANSITIONS.get((self.state, event), (self.state, ()))
+        return [action for step in steps for action in step(self, details)]
+
+    def _mark_running(self, details: _Details) -> Iterable[Action]:
+        host = self._hosts[details.host]
+        host.state, host.lost_since = HostState.RUNNING, None
+        return ()
+
+    def _wait_for_return(self, details: _Details) -> Iterable[Action]:
+        host = self._hosts[details.host]
+        is_new = host.lost_since is None
+        if is_new:
+            host.lost_since = details.now
+        host.state, host.recall_at = HostState.LOST, details.now + RECALL_INTERVAL
+        text = f"{details.host} was lost; it has {self._plan.patience} s to come back"
+        return [Action("print", details.host, text)] if is_new else []
+
+    def _recall(self, details: _Details) -> Iterable[Action]:
+        self._hosts[details.host].state = HostState.RECALLED
+        return [Action("start", details.host)]
+
+    def _give_up(self, details: _Details) -> Iterable[Action]:
+        self._left -= 1
+        text = f"{details.host} was lost; continuing with {self._left} of {len(self._hosts)} hosts"
+        return [Action("print", details.host, text)]
+
+    def _dismiss_late_hosts(self, details: _Details) -> Iterable[Action]:
+        del details
+        self._forget_lost_hosts()
+        late = [name for name, host in self._hosts.items() if host.state is HostState.RECALLED]
+        for name in late:
+            self._hosts[name].state = HostState.DISMISSED
+        return [Action("send", name, "kill") for name in late]
+
+    def _record_outcome(self, details: _Details) -> Iterable[Action]:
+        self.outcome, self._failed_at = details.outcome, details.failed_at
+        return ()
+
+    def _record_if_earlier(self, details: _Details) -> Iterable[Action]:
+        # The host of the first failed rank can end after the hosts that this rank brought down.
+        return self._record_outcome(details) if details.failed_at < self._failed_at else ()
+
+    def _stop_hosts(self, details: _Details) -> Iterable[Action]:
+        self._forget_lost_hosts()
+        grace = max(node.grace for node in self._plan.nodes)
+        self._kill_at = details.now + grace + _KILL_MARGIN
+        return self._order_all("send", "term")
+
+    def _kill_jobs(self, details: _Details) -> Iterable[Action]:
+        del details
+        return self._order_all("send", "kill")
+
+    def _kill_connections(self, details: _Details) -> Iterable[Action]:
+        del details
+        return self._order_all("kill")  # an agent without a connection stops by itself
+
+    def _forget_lost_hosts(self) -> None:
+        for host in self._hosts.values():
+            if host.state is HostState.LOST:
+                host.state = HostState.ENDED
+
+    def _order_all(self, verb: Literal["send", "kill"], text: str = "") -> list[Action]:
+        return [Action(verb, name, text) for name, host in self._hosts.items() if host.has_process]
+
+    # State and event -> next state and what to do. An absent pair changes nothing.
+    _TRANSITIONS: ClassVar[
+        dict[tuple[LaunchState, _Event], tuple[LaunchState, tuple[_Step, ...]]]
+    ] = {
+        (_RUNNING, _Event.HOST_STARTED): (_RUNNING, (_mark_running,)),
+        (_RUNNING, _Event.HOST_SUCCEEDED): (_FINISHING, (_dismiss_late_hosts,)),
+        (_RUNNING, _Event.HOST_FAILED): (_STOPPING, (_record_outcome, _stop_hosts)),
+        (_RUNNING, _Event.HOST_LOST): (_RUNNING, (_wait_for_return,)),
+        (_RUNNING, _Event.HOST_GIVEN_UP): (_RUNNING, (_give_up,)),
+        (_RUNNING, _Event.TOO_FEW_HOSTS): (_STOPPING, (_record_outcome, _stop_hosts)),
+        (_RUNNING, _Event.RECALL_DUE): (_RUNNING, (_recall,)),
+        (_RUNNING, _Event.SIGNAL): (_STOPPING, (_record_outcome, _stop_hosts)),
+        (_FINISHING, _Event.HOST_FAILED): (_STOPPING, (_record_outcome, _stop_hosts)),
+        (_FINISHING, _Event.HOST_GIVEN_UP): (_FINISHING, (_give_up,)),
+        (_FINISHING, _Event.TOO_FEW_HOSTS): (_STOPPING, (_record_outcome, _stop_hosts)),
+        (_FINISHING, _Event.SIGNAL): (_STOPPING, (_record_outcome, _stop_hosts)),
+        (_STOPPING, _Event.HOST_STARTED): (_STOPPING, (_mark_running,)),
+        (_STOPPING, _Event.HOST_SUCCEEDED): (_STOPPING, (_dismiss_late_hosts,)),
+        (_STOPPING, _Event.HOST_FAILED): (_STOPPING, (_record_if_earlier,)),
+        (_STOPPING, _Event.SIGNAL): (_STOPPING, (_kill_jobs,)),
+        (_STOPPING, _Event.OVERDUE): (_STOPPING, (_kill_connections,)),
+    }
