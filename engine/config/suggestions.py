@@ -5,7 +5,6 @@ None is better than a bad one: a suggestion that is wrong costs more than a seco
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import schemas
 from engine.config.pointers import pointer_to
 from engine.config.schema import SCHEMA, resolve_reference
 from engine.errors import Fix
+from schedules.core.spelling import edits, nearest
 
 __all__ = ["Suggestion", "edits", "nearest", "suggestion"]
 
@@ -62,29 +62,6 @@ def suggestion(
     return Suggestion("")
 
 
-def nearest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that is nearest in spelling, or None where none is near.
-
-    >>> nearest("stge", ["stage", "type"])
-    'stage'
-    """
-    folded = {other.lower(): other for other in known}
-    low = name.lower()
-    if low in folded:
-        return folded[low]
-    most = 1 if len(low) <= 4 else 2 if len(low) <= 9 else 3
-    found = [(edits(low, other, most), other) for other in folded]
-    near = [
-        (count, [-share for share in _alike(low, other)], other)
-        for count, other in found
-        if count <= most
-    ]
-    if near:
-        return folded[min(near)[-1]]
-    close = difflib.get_close_matches(low, folded, n=1, cutoff=0.82)
-    return folded[close[0]] if close else None
-
-
 def _only_near(name: str, known: Collection[str]) -> str | None:
     """Return the one known name that is two edits away and begins or ends alike."""
     near = [
@@ -103,38 +80,6 @@ def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
     return any(isinstance(value, _TYPES[name]) for name in names) and not (
         isinstance(value, bool) and "boolean" not in names
     )
-
-
-def _alike(one: str, other: str) -> tuple[float, float]:
-    """Return how much of the same letters two names have, and then of the same order."""
-    letters = len(set(one) & set(other)) / len(set(other))
-    return letters, difflib.SequenceMatcher(None, one, other).ratio()
-
-
-def edits(one: str, other: str, most: int) -> int:
-    """Return how many letters to insert, remove, replace or exchange with their neighbour.
-
-    Counting stops beyond ``most``.
-
-    >>> edits("wramup", "warmup", 2), edits("warmup", "cooldown", 2)
-    (1, 3)
-    """
-    if abs(len(one) - len(other)) > most:
-        return most + 1
-    before: list[int] = []
-    last = list(range(len(other) + 1))
-    for row, letter in enumerate(one, 1):
-        line = [row]
-        for column, wanted in enumerate(other, 1):
-            count = min(last[column] + 1, line[-1] + 1, last[column - 1] + (letter != wanted))
-            swapped = column > 1 and row > 1 and letter == other[column - 2]
-            if swapped and one[row - 2] == wanted:
-                count = min(count, before[column - 2] + 1)
-            line.append(count)
-        if min(line) > most:
-            return most + 1
-        before, last = last, line
-    return last[-1]
 
 
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
