@@ -9,6 +9,7 @@ from typing import TextIO
 
 from engine.checkpoint import storage
 from engine.cli.commands.arguments import INVALID, OK
+from engine.config.wording import count_noun
 
 __all__ = ["add", "run"]
 
@@ -44,7 +45,7 @@ def _list(args: argparse.Namespace, out: TextIO) -> int:
         raise FileNotFoundError(2, "holds no complete checkpoint", str(args.dir))
     width = max(len(place.name) for place, _ in whole)
     for place, manifest in whole:
-        ranks = f"{manifest.world_size} rank{'s' * (manifest.world_size > 1)}"
+        ranks = count_noun(manifest.world_size, "rank")
         size = f"{manifest.size / 2**20:,.1f} MiB"
         row = (f"{place.name:{width}}", f"update {manifest.step}", manifest.backend, ranks, size)
         part = () if manifest.frozen else ("without frozen parameters",)

@@ -293,7 +293,7 @@ def _config_among(script: tuple[str, ...], cwd: str) -> str | None:
     for argument in script[1:]:
         path = Path(cwd, argument.rpartition("=")[2])
         if path.suffix == ".json" and path.is_file():
-            from engine.config.resolve import load_document
+            from engine.config import load_document
 
             value = load_document(path).value
             known = {"train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler"}
