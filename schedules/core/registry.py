@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import json
@@ -14,8 +13,9 @@ from typing import Any, TypeVar, cast
 from schedules.core.durations import Horizon
 from schedules.core.fields import descriptions_of, fields_of, wanted
 from schedules.core.schedule import Fault, Schedule, ScheduleError
+from schedules.core.spelling import nearest
 
-__all__ = ["SCHEDULES", "find", "from_config", "nearest", "register"]
+__all__ = ["SCHEDULES", "find", "from_config", "register"]
 
 FAMILIES = (
     "families.deepspeed",
@@ -228,10 +228,3 @@ def _unknown(cls: type[Schedule[Any]], name: str) -> str:
     if owners:
         return f"{message} It is one of {' and '.join(owners)}."
     return f"{message} It has {', '.join(fields_of(cls))}."
-
-
-def nearest(name: str, known: Mapping[str, Any]) -> str | None:
-    """Return the known name that is nearest in spelling, or None rather than a bad guess."""
-    folded = {other.lower(): other for other in known}
-    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.72)
-    return folded[near[0]] if near else None
