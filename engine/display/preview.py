@@ -42,7 +42,7 @@ class Preview:
         """
         if not isinstance(self.schedule, FeedbackSchedule):
             raise ValueError(  # noqa: TRY004  # it is the config that is wrong
-                f"{self.schedule.type_name} must listen to a loss, but does not."
+                f"`--losses` needs a schedule with feedback; {self.schedule.type_name} has none."
             )
         done = replay(self.schedule, losses, base=self.base, horizon=self.horizon)
         columns = {name: [row[name][0] for row in done.rows] for name in self.schedule.drives}
