@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TextIO
+from typing import IO
 
 __all__ = ["supports_color"]
 
 
-def supports_color(stream: TextIO) -> bool:
+def supports_color(stream: IO[str]) -> bool:
     """Return whether a stream is a terminal whose user did not set ``NO_COLOR``.
 
     >>> import io
