@@ -4,7 +4,7 @@ from engine.backends.deepspeed_schedules import register_with_deepspeed
 from engine.config.overrides import add_config_arguments
 from engine.config.resolve import Config
 from engine.config.resolve import load_config
-from engine.config.resolve import validate
+from engine.config.validate import validate
 from engine.engine import Engine
 from engine.errors import CheckpointError
 from engine.errors import ConfigError

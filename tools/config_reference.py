@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import schemas
-from engine.config.schema import OPTIMIZERS, SCHEMA, resolve_reference
+from engine.config.pointers import dotted_name, key_at, parent_of, split_pointer
+from engine.config.schema import ABSENT, OPTIMIZERS, SCHEMA, SECTION, Member, walk
 from schedules.core.fields import wanted
 
 __all__ = ["config_reference"]
@@ -25,13 +26,15 @@ are parked: nobody reads them. Schedules have [a page of their own](schedules.md
 def config_reference() -> Iterator[str]:
     """Yield the lines of the page."""
     yield _INTRODUCTION
-    schema = schemas.read(SCHEMA)
-    resolved = {key: resolve_reference(below) for key, below in schema["properties"].items()}
+    members = list(walk({}, schemas.read(SCHEMA), fill=_unless_old_section))
     yield "\n## Top level\n"
-    yield from _table({key: of for key, of in resolved.items() if "properties" not in of})
-    for key, of in resolved.items():
-        if "properties" in of and not of.get("deprecated"):
-            yield from _section(key, of)
+    yield from _table(_keys_of("", members))
+    for member in members:
+        if member.is_section:
+            depth = min(1 + len(split_pointer(member.pointer)), 4)
+            yield f"\n{'#' * depth} {dotted_name(member.pointer)}\n"
+            yield f"{member.schema['description']}{_marks(member.schema)}\n"
+            yield from _table(_keys_of(member.pointer, members))
     yield "\n## optimizer.params\n\nBy `optimizer.type`, in any case."
     for name, of in OPTIMIZERS.items():
         if "x-removed" in of:
@@ -41,12 +44,17 @@ def config_reference() -> Iterator[str]:
             yield from _table(of["properties"])
 
 
-def _section(name: str, schema: Mapping[str, Any], depth: int = 2) -> Iterator[str]:
-    yield f"\n{'#' * depth} {name}\n\n{schema['description']}{_marks(schema)}\n"
-    yield from _table({k: of for k, of in schema["properties"].items() if "properties" not in of})
-    for key, of in schema["properties"].items():
-        if "properties" in of:
-            yield from _section(f"{name}.{key}", of, min(depth + 1, 4))
+def _unless_old_section(schema: Mapping[str, Any]) -> Any:
+    return ABSENT if "properties" in schema and schema.get("deprecated") else SECTION
+
+
+def _keys_of(section: str, members: Sequence[Member]) -> dict[str, Mapping[str, Any]]:
+    """Return the schemas of a section's keys that are no sections themselves."""
+    return {
+        key_at(member.pointer): member.schema
+        for member in members
+        if parent_of(member.pointer) == section and not member.is_section
+    }
 
 
 def _table(properties: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -11,7 +11,8 @@ from typing import Any
 import schemas
 from engine.config import Config
 from engine.config.batch_sizes import BATCH_KEYS
-from engine.config.schema import SCHEMA, is_parked, resolve_reference
+from engine.config.pointers import parent_of
+from engine.config.schema import ABSENT, SCHEMA, SECTION, default_of, is_parked, nest, walk
 
 __all__ = ["deepspeed_config"]
 
@@ -35,45 +36,36 @@ def deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[str, Any
         config: proved right.
         builds_optimizer: whether DeepSpeed is to build the config's optimizer itself.
     """
-    own = {key: value for key, value in config.own.items() if key not in _OURS}
+    own = {key: value for key, value in _without_parked(config.own).items() if key not in _OURS}
     if "bfloat16" in own:
         own["bf16"] = own.pop("bfloat16")
     if isinstance(own.get("zero_optimization"), bool):
-        own["zero_optimization"] = {"stage": int(own["zero_optimization"])}
-    properties = schemas.read(SCHEMA)["properties"]
-    settings = {
-        key: _spelled_out(value, resolve_reference(properties.get(key, {})))
-        for key, value in own.items()
-        if not is_parked(key)
-    }
+        own["zero_optimization"] = {"stage": config.zero_stage}
+    # Absent sections stay absent: the presence of some has an effect.
+    settings = nest(
+        member
+        for member in walk(own, schemas.read(SCHEMA), fill=_fill)
+        if member.is_given or parent_of(member.pointer)
+    )
     sizes = (config.batch.train, config.batch.micro, config.batch.accumulation)
     settings |= dict(zip(BATCH_KEYS, sizes, strict=True))
     settings["gradient_clipping"] = config.gradient_clipping
     if builds_optimizer and "optimizer" in config.own:
-        block = config.own["optimizer"]
-        settings["optimizer"] = {key: block[key] for key in block if not is_parked(key)}
+        settings["optimizer"] = _without_parked(config.own["optimizer"])
     else:
         # An optimizer that DeepSpeed did not build would be refused where states are offloaded.
         settings.setdefault("zero_force_ds_cpu_optimizer", False)
     return settings
 
 
-def _spelled_out(value: Any, schema: Mapping[str, Any]) -> Any:
+def _without_parked(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    properties = schema.get("properties", {})
-    filled = {
-        key: _spelled_out(below, properties.get(key, {}))
-        for key, below in value.items()
-        if not is_parked(key)
-    }
-    given = [properties.get(key, {}) for key in filled]
-    aliased = {of_key.get(name) for of_key in given for name in ("x-alias-of", "x-instead")}
-    for key, of_key in properties.items():
-        old = of_key.get("deprecated") or "x-alias-of" in of_key or "x-removed" in of_key
-        newer = "x-since" in of_key  # an installed DeepSpeed may be older than the key
-        if key in filled or key in aliased or old or newer:
-            continue
-        if of_key.get("default") is not None:
-            filled[key] = of_key["default"]
-    return filled
+    return {key: _without_parked(below) for key, below in value.items() if not is_parked(key)}
+
+
+def _fill(schema: Mapping[str, Any]) -> Any:
+    """Return the default that DeepSpeed is given for a key that a section lacks."""
+    default = default_of(schema, "deepspeed")
+    is_newer = "x-since" in schema  # the installed DeepSpeed may be older than the key
+    return ABSENT if default is None or default is SECTION or is_newer else default

@@ -1,6 +1,8 @@
-"""Configs: read with their places, proved right all at once, resolved. Nothing here needs torch."""
+"""Read, validate and resolve configs. Nothing here needs torch."""
 
-from engine.config.resolve import Config, LossScaling, Source, load_config, load_document, validate
+from engine.config.resolve import Config, LossScaling, load_config
+from engine.config.source import Source, load_document
+from engine.config.validate import validate
 from engine.errors import ConfigError, Problem
 
 __all__ = [

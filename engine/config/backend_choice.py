@@ -1,53 +1,58 @@
-"""Which backend runs a config, and why: chosen by rule, said once."""
+"""The backend that runs a config, and the reason for it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from engine.config.pointers import dotted_name, is_within
 from engine.config.schema import Member
 
-__all__ = ["Choice", "choose", "of_deepspeed_alone"]
+__all__ = ["BackendChoice", "choose_backend", "find_deepspeed_only", "zero_stage"]
 
 
-class Choice(NamedTuple):
+class BackendChoice(NamedTuple):
     """The backend, "torch" or "deepspeed", and the reason in words."""
 
     name: str
     reason: str
 
 
-def of_deepspeed_alone(members: Sequence[Member]) -> list[Member]:
-    """Return the keys that only DeepSpeed honours, outermost first."""
+def zero_stage(config: Mapping[str, Any]) -> int | str:
+    """Return the ZeRO stage of a config, 0 by default; it may be "auto".
+
+    >>> zero_stage({"zero_optimization": True}), zero_stage({"zero_optimization": {"stage": 2}})
+    (1, 2)
+    """
+    section = config.get("zero_optimization", {})
+    stage: int | str = int(section) if isinstance(section, bool) else section.get("stage", 0)
+    return stage
+
+
+def find_deepspeed_only(members: Sequence[Member]) -> list[Member]:
+    """Return the keys that only DeepSpeed supports, without the keys inside of them."""
     found: list[Member] = []
     for member in members:
-        inside = found and member.pointer.startswith(f"{found[-1].pointer}/")
+        inside = found and is_within(member.pointer, [found[-1].pointer])
         if member.schema.get("x-backend") == "deepspeed" and not inside:
             found.append(member)
     return found
 
 
-def _divides(members: Sequence[Member]) -> list[Member]:
-    """Return the ZeRO stage if it is one: PyTorch has it too, but is to be asked for it."""
-    return [
-        member
-        for member in members
-        if (member.pointer == "/zero_optimization/stage" and member.value not in (0, "auto"))
-        or (member.pointer == "/zero_optimization" and member.value is True)
-    ]
+def choose_backend(config: Mapping[str, Any], members: Sequence[Member]) -> BackendChoice:
+    """Return the backend of a config: the one that it names, or the one that supports its keys.
 
-
-def choose(config: Mapping[str, Any], members: Sequence[Member]) -> Choice:
-    """Return the backend of a config: the one that it names, or the one that honours its keys.
-
-    >>> choose({"train_batch_size": 8}, []).name
+    >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'
     """
     named = config.get("engine", {}).get("backend", "auto")
     if named != "auto":
-        return Choice(named, "`engine.backend` says so")
-    needed = [*_divides(members), *of_deepspeed_alone(members)]
-    if needed:
-        keys = ", ".join(member.pointer[1:].replace("/", ".") for member in needed[:3])
-        return Choice("deepspeed", f"{keys} mean{'s' * (len(needed) == 1)} DeepSpeed")
-    return Choice("torch", "plain data parallelism needs no more")
+        return BackendChoice(named, "`engine.backend` says so")
+    keys = [dotted_name(member.pointer) for member in find_deepspeed_only(members)]
+    if zero_stage(config) not in {0, "auto"}:
+        is_old = isinstance(config["zero_optimization"], bool)
+        keys.insert(0, "zero_optimization" if is_old else "zero_optimization.stage")
+    if keys:
+        verb = "means" if len(keys) == 1 else "mean"
+        return BackendChoice("deepspeed", f"{', '.join(keys[:3])} {verb} DeepSpeed")
+    return BackendChoice("torch", "plain data parallelism needs no more")

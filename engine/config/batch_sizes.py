@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from engine.config.wording import count_noun
+
 __all__ = ["BATCH_KEYS", "BatchError", "BatchSizes", "solve"]
 
 TRAIN = "train_batch_size"
@@ -25,7 +27,7 @@ class BatchSizes:
     def __str__(self) -> str:
         return (
             f"batch {self.train} = {self.micro} a rank x {self.accumulation} accumulated "
-            f"x {_ranks(self.world_size)}"
+            f"x {count_noun(self.world_size, 'rank')}"
         )
 
 
@@ -80,7 +82,7 @@ def _divided(train: int, by: int, world_size: int, factor: str) -> int:
         near = [size for size in (train - rest, train - rest + by * world_size) if size]
         raise BatchError(
             TRAIN,
-            f"`{TRAIN}` must be a multiple of {factor} x {_ranks(world_size)}, "
+            f"`{TRAIN}` must be a multiple of {factor} x {count_noun(world_size, 'rank')}, "
             f"but is {train} instead.",
             f"The nearest {'is' if len(near) == 1 else 'are'} {' and '.join(map(str, near))}.",
         )
@@ -92,10 +94,6 @@ def _no_product(train: int, micro: int, accumulation: int, world_size: int) -> B
     return BatchError(
         TRAIN,
         f"`{TRAIN}` must be `{MICRO}` ({micro}) x `{ACCUMULATION}` ({accumulation}) x "
-        f"{_ranks(world_size)} = {product}, but is {train} instead.",
+        f"{count_noun(world_size, 'rank')} = {product}, but is {train} instead.",
         f"Make it {product}, or leave one of the three out: it is derived then.",
     )
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank" if count == 1 else f"{count} ranks"

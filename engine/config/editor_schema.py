@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import schemas
-from engine.config.schema import OPTIMIZERS, SCHEMA, resolve_reference, schedule_schema
+from engine.config.pointers import key_at, parent_of
+from engine.config.schema import OPTIMIZERS, SCHEMA, SECTION, schedule_schema, walk
 from schedules import SCHEDULES
 
 __all__ = ["editor_schema"]
@@ -36,15 +37,23 @@ def editor_schema() -> dict[str, Any]:
 
 
 def _inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
-    resolved = {key: value for key, value in resolve_reference(schema).items() if key != "$ref"}
-    resolved.pop("$schema", None)
-    if "properties" in resolved:
-        resolved["properties"] = {
-            key: _inlined(below) for key, below in resolved["properties"].items()
-        }
-    if resolved.get("deprecated") or "x-removed" in resolved:
-        resolved["deprecationMessage"] = resolved.get("x-instead", "deprecated")
-    return resolved
+    """Return a schema with the files that it refers to in it."""
+    inlined = {"": _for_editors(schema)}
+    for member in walk({}, schema, fill=lambda _: SECTION):
+        inlined[member.pointer] = _for_editors(member.schema)
+        around = inlined[parent_of(member.pointer)]["properties"]
+        around[key_at(member.pointer)] = inlined[member.pointer]
+    return inlined[""]
+
+
+def _for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a schema with what editors show of a deprecated key."""
+    copy = {key: value for key, value in schema.items() if key not in {"$ref", "$schema"}}
+    if "properties" in copy:
+        copy["properties"] = {}
+    if copy.get("deprecated") or "x-removed" in copy:
+        copy["deprecationMessage"] = copy.get("x-instead", "deprecated")
+    return copy
 
 
 def _by_type(of_types: Mapping[str, Mapping[str, Any]], *, any_case: bool) -> dict[str, Any]:

@@ -1,16 +1,27 @@
-"""Mechanical repairs of a config's text: a key renamed, a value rewritten; all else stays."""
+"""Edit the text of a config: apply fixes and insert a scheduler block.
+
+Comments, order and spacing of everything else stay as they are.
+"""
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Mapping, Sequence
 from json import JSONDecoder
+from pathlib import Path
+from typing import Any
 
 from engine.config.parser import Document
+from engine.config.pointers import parent_of, pointer_to
+from engine.config.source import load_document
 from engine.errors import Problem
 
-__all__ = ["repair"]
+__all__ = ["put_scheduler", "repair", "with_scheduler"]
+
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|#[^\n]*|/\*.*?\*/|[{}\[\],]', re.DOTALL)
+_INDENT = 2
 
 
 def repair(document: Document, problems: Sequence[Problem]) -> tuple[str, list[Problem]]:
@@ -19,7 +30,6 @@ def repair(document: Document, problems: Sequence[Problem]) -> tuple[str, list[P
     Comments, order and spacing stay as they are. A key is not renamed where its new name is taken.
     """
     text = document.text
-    begins = [0, *itertools.accumulate(len(line) + 1 for line in text.split("\n"))]
     edits: list[tuple[int, int, str]] = []
     mended = []
     taken = set(document.places)
@@ -27,10 +37,9 @@ def repair(document: Document, problems: Sequence[Problem]) -> tuple[str, list[P
         place = document.places.get(problem.pointer)
         if problem.fix is None or place is None:
             continue
-        line, column = place.key if problem.fix.key else place.value
-        begin = begins[line - 1] + column - 1
+        begin = document.offset(place.key if problem.fix.key else place.value)
         if problem.fix.key:
-            new = f"{problem.pointer.rpartition('/')[0]}/{problem.fix.key}"
+            new = pointer_to(parent_of(problem.pointer), problem.fix.key)
             if new in taken:
                 continue
             taken.add(new)
@@ -42,3 +51,92 @@ def repair(document: Document, problems: Sequence[Problem]) -> tuple[str, list[P
     for begin, end, new in sorted(edits, reverse=True):
         text = text[:begin] + new + text[end:]
     return text, mended
+
+
+def put_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
+    """Write a scheduler block into a config file, and return the backup of what it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    document = load_document(path)
+    text = with_scheduler(document, block)
+    backup = path.with_name(f"{path.name}.bak")
+    shutil.copy2(path, backup)
+    path.write_bytes(document.encoded(text))
+    return backup
+
+
+def with_scheduler(document: Document, block: Mapping[str, Any]) -> str:
+    """Return a config's text with another scheduler block.
+
+    Where the old block is of the same type, only the values that differ are written anew, so that
+    comments in it stay as well.
+
+    >>> from engine.config.parser import parse
+    >>> text = '{"scheduler": {"type": "A", "params": {"x": 1}} // mine\\n}'
+    >>> print(with_scheduler(parse(text, "c.json"), {"type": "A", "params": {"x": 2}}))
+    {"scheduler": {"type": "A", "params": {"x": 2}} // mine
+    }
+    """
+    old = document.value.get("scheduler")
+    if old is None:
+        return _added(document, block)
+    params = old.get("params", {})
+    same = old.get("type") == block["type"] and params.keys() == block["params"].keys()
+    if not same:
+        return _replaced(document, {"/scheduler": block})
+    changed = {
+        f"/scheduler/params/{key}": value
+        for key, value in block["params"].items()
+        if params[key] != value
+    }
+    return _replaced(document, changed)
+
+
+def _replaced(document: Document, values: Mapping[str, Any]) -> str:
+    text = document.text
+    spans = [(*_span(document, pointer), value) for pointer, value in values.items()]
+    for begin, end, value in sorted(spans, key=lambda span: span[0], reverse=True):
+        text = text[:begin] + _indented(value, _INDENT) + text[end:]
+    return text
+
+
+def _added(document: Document, block: Mapping[str, Any]) -> str:
+    """Put the block before the brace that ends the config."""
+    text = document.text
+    tokens = [token for token in _TOKEN.finditer(text) if not _is_comment(token.group())]
+    close = tokens[-1].start()
+    member = f'"scheduler": {_indented(block, _INDENT)}'
+    if not document.value:
+        return f"{text[:close]}{member}{text[close:]}"
+    members = (pointer_to("", key) for key in document.value)
+    last = max(members, key=lambda at: _span(document, at)[1])
+    end = _span(document, last)[1]
+    comma = tokens[-2].start() if tokens[-2].group() == "," else None  # one that trails
+    at = end if comma is None else comma + 1
+    return f"{text[:at]}{',' if comma is None else ''}\n{' ' * _INDENT}{member}{text[at:]}"
+
+
+def _span(document: Document, pointer: str) -> tuple[int, int]:
+    """Return where a value's text begins and ends."""
+    text = document.text
+    begin = document.offset(document.places[pointer].value)
+    if text[begin] not in "{[":
+        plain = re.compile(r'"(?:[^"\\]|\\.)*"|[-+.\w]+').match(text, begin)
+        assert plain is not None
+        return begin, plain.end()
+    depth = 0
+    for token in _TOKEN.finditer(text, begin):
+        depth += (token.group() in "{[") - (token.group() in "}]")
+        if depth == 0:
+            return begin, token.end()
+    raise AssertionError("a config that was read has all its braces")
+
+
+def _is_comment(token: str) -> bool:
+    return token.startswith(("//", "#", "/*"))
+
+
+def _indented(value: Any, indent: int) -> str:
+    return json.dumps(value, indent=_INDENT).replace("\n", "\n" + " " * indent)

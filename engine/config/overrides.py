@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.parser import Document
-from engine.config.pointers import pointer_to
+from engine.config.pointers import pointer_to, split_pointer
 from schedules import Schedule
 from schedules.core.descriptions import descriptions_of
 from schedules.core.fields import fields_of, wanted
@@ -135,7 +135,7 @@ def override(document: Document, args: argparse.Namespace) -> tuple[Document, li
     if another and schedule.get("type") != given["lr_schedule"]:
         schedule.pop("params", None)  # they are the other schedule's
     for argument, pointer, new in _targets(given, value):
-        *sections, key = pointer.split("/")[1:]
+        *sections, key = split_pointer(pointer)
         around = value
         for section in sections:
             around = around.setdefault(section, {})

@@ -8,6 +8,7 @@ behind a problem wherever it can, so that one run finds them all.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from bisect import bisect_right
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from json import JSONDecoder
 from typing import Any, NoReturn
 
-from engine.config.pointers import pointer_to
+from engine.config.pointers import parent_of, pointer_to, split_pointer
 from engine.errors import Fix, Problem
 
 __all__ = ["Document", "is_finite", "parse"]
@@ -64,11 +65,19 @@ class Document:
         """The lines of the text, as places count them."""
         return [line.removesuffix("\r") for line in self.text.split("\n")]
 
+    def offset(self, place: tuple[int, int]) -> int:
+        """Return the index in the text of a line and column."""
+        line, column = place
+        return self._line_starts[line - 1] + column - 1
+
+    @functools.cached_property
+    def _line_starts(self) -> list[int]:
+        return [0, *itertools.accumulate(len(line) + 1 for line in self.text.split("\n"))]
+
     def at(self, pointer: str) -> Any:
         """Return the value at a JSON pointer."""
         value = self.value
-        for part in pointer.split("/")[1:]:
-            key = part.replace("~1", "/").replace("~0", "~")
+        for key in split_pointer(pointer):
             value = value[int(key)] if isinstance(value, list) else value[key]
         return value
 
@@ -87,7 +96,7 @@ class Document:
         """Return a problem at the place of a pointer, or of the nearest thing around it."""
         around = pointer
         while around and around not in self.places and around not in self.arguments:
-            around = around.rpartition("/")[0]
+            around = parent_of(around)
         place = self.places.get(around)
         if around in self.arguments:
             place, message = None, f"{message} It was given by {self.arguments[around]}."

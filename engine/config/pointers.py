@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["pointer_to"]
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+__all__ = [
+    "dotted_name",
+    "is_within",
+    "key_at",
+    "parent_of",
+    "pointer_to",
+    "split_pointer",
+    "without",
+]
 
 
 def pointer_to(parent: str, key: str | int) -> str:
@@ -12,3 +23,55 @@ def pointer_to(parent: str, key: str | int) -> str:
     '/engine/a~1b'
     """
     return f"{parent}/{str(key).replace('~', '~0').replace('/', '~1')}"
+
+
+def split_pointer(pointer: str) -> list[str]:
+    """Return the keys on the way to a value, outermost first.
+
+    >>> split_pointer("/engine/a~1b"), split_pointer("")
+    (['engine', 'a/b'], [])
+    """
+    return [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]]
+
+
+def dotted_name(pointer: str) -> str:
+    """Return the name of a key as messages show it.
+
+    >>> dotted_name("/fp16/enabled")
+    'fp16.enabled'
+    """
+    return ".".join(split_pointer(pointer))
+
+
+def key_at(pointer: str) -> str:
+    """Return the last key of a pointer."""
+    return split_pointer(pointer)[-1]
+
+
+def parent_of(pointer: str) -> str:
+    """Return the pointer of the object that holds a key."""
+    return pointer.rpartition("/")[0]
+
+
+def is_within(pointer: str, others: Iterable[str]) -> bool:
+    """Return whether a pointer is one of the others, or addresses a value inside of one.
+
+    >>> is_within("/fp16/enabled", ["/fp16"]), is_within("/fp16", ["/fp16/enabled"])
+    (True, False)
+    """
+    return any(pointer == other or pointer.startswith(f"{other}/") for other in others)
+
+
+def without(value: Any, pointers: Collection[str], pointer: str = "") -> Any:
+    """Return a copy of a value without the members of objects at some pointers.
+
+    >>> without({"fp16": {"enabled": 1, "hysteresis": 2}}, {"/fp16/enabled"})
+    {'fp16': {'hysteresis': 2}}
+    """
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: without(below, pointers, pointer_to(pointer, key))
+        for key, below in value.items()
+        if pointer_to(pointer, key) not in pointers
+    }

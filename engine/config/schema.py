@@ -1,23 +1,28 @@
-"""Which JSON schema holds for which part of a config, and what its annotations say."""
+"""The config schema: one walk over its keys, and one rule for the default of an absent key."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import schemas
-from engine.config.pointers import pointer_to
+from engine.config.pointers import pointer_to, split_pointer
 from schedules import SCHEDULES, Schedule
 from schedules.core.json_schema import json_schema_of
+from schedules.core.registry import find
 
 __all__ = [
+    "ABSENT",
     "OPTIMIZERS",
     "PARKED",
     "SCHEMA",
+    "SECTION",
     "Member",
+    "default_of",
     "is_parked",
-    "optimizer_members",
+    "nest",
     "optimizer_name",
     "optimizer_schema",
     "resolve_reference",
@@ -28,8 +33,13 @@ __all__ = [
 
 SCHEMA = "ds_config.schema.json"
 PARKED = ("x-", "//", "_")
-"""How a key begins that nobody reads: a note, or a setting put aside."""
+"""Prefixes of keys that are ignored: notes, and settings that are put aside."""
 OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
+
+ABSENT: Any = object()
+"""The value of a key that a config does not have."""
+SECTION: Mapping[str, Any] = {}
+"""The value of a section that a config does not have, but whose keys have defaults."""
 
 
 def is_parked(key: str) -> bool:
@@ -66,62 +76,130 @@ def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class Member(NamedTuple):
-    """A key that a schema knows, as a config has it."""
+    """A key of a config, or one that its schema has in addition."""
 
     pointer: str
     value: Any
     schema: Mapping[str, Any]
+    """What the value must be; empty for an unknown key."""
+    is_given: bool = True
+    """Whether the config has the key, so that the value is not filled in."""
+
+    @property
+    def is_section(self) -> bool:
+        """Whether the value is an object whose keys are members themselves."""
+        if "properties" not in self.schema:
+            return False
+        return isinstance(self.value, Mapping) if self.is_given else self.value is SECTION
 
 
-def walk(value: Any, schema: Mapping[str, Any], pointer: str = "") -> Iterator[Member]:
-    """Yield every key that is known, at every depth.
+def walk(
+    value: Any,
+    schema: Mapping[str, Any],
+    pointer: str = "",
+    *,
+    fill: Callable[[Mapping[str, Any]], Any] | None = None,
+) -> Iterator[Member]:
+    """Yield the keys of an object at every depth, sections before their keys.
+
+    The schema of a block's ``params`` is that of its ``type``. Parked keys are left out.
+
+    Args:
+        value: object that need not be valid.
+        schema: schema of the object.
+        pointer: JSON pointer of the object.
+        fill: function from the schema of an absent key to its value; `SECTION` fills in the keys
+            of a section, `ABSENT` leaves the key out. By default, absent keys are left out.
 
     >>> [member.pointer for member in walk({"fp16": {"enabled": True}}, schemas.read(SCHEMA))]
     ['/fp16', '/fp16/enabled']
     """
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return
     properties = schema.get("properties", {})
-    for key, below in value.items():
-        if key in properties:
-            resolved = resolve_reference(properties[key])
-            member = Member(pointer_to(pointer, key), below, resolved)
-            yield member
-            yield from walk(below, resolved, member.pointer)
+    replaced = _replaced_names(value, properties) if fill else ()
+    for key in {**properties, **value} if fill else value:
+        is_given = key in value
+        if is_parked(key) or (key in replaced and not is_given):
+            continue
+        below = pointer_to(pointer, key)
+        schema_of_key = _schema_of_member(properties.get(key, {}), below, value)
+        filled = value[key] if is_given else fill(schema_of_key) if fill else ABSENT
+        if filled is ABSENT:
+            continue
+        member = Member(below, filled, schema_of_key, is_given)
+        yield member
+        if member.is_section:
+            yield from walk(filled, schema_of_key, below, fill=fill)
 
 
-def optimizer_members(block: Mapping[str, Any]) -> Iterator[Member]:
-    """Yield an optimizer's type and params, if it is known; its schema is that of both.
+def _replaced_names(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
+    """Return the names of keys that are given under another name."""
+    given = [properties[key] for key in value if key in properties]
+    return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
 
-    >>> [member.pointer for member in optimizer_members({"type": "Lamb", "params": {"lr": 0.1}})]
-    ['/optimizer/type', '/optimizer/params/lr']
+
+def _schema_of_member(
+    schema: Mapping[str, Any], pointer: str, around: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return a key's schema with its reference resolved, or the one that the block's type has."""
+    name = around.get("type")
+    if isinstance(name, str):
+        if pointer in {"/optimizer/type", "/optimizer/params"}:
+            return OPTIMIZERS.get(optimizer_name(name) or "", schema)
+        if pointer == "/scheduler/params":
+            with contextlib.suppress(ValueError):
+                return schedule_schema(find(name))
+    return resolve_reference(schema)
+
+
+def default_of(schema: Mapping[str, Any], backend: str) -> Any:
+    """Return the value that a backend uses for an absent key.
+
+    Args:
+        schema: schema of the key.
+        backend: "torch" or "deepspeed".
+
+    Returns:
+        The default; `SECTION` for a section whose keys have defaults; `ABSENT` if there is none:
+        the key is required, an old name, or not read by the backend.
+
+    >>> default_of({"default": 2}, "torch")
+    2
     """
-    name = optimizer_name(block["type"])
-    if name is not None:
-        schema = optimizer_schema(name)
-        yield Member("/optimizer/type", name, schema)
-        yield from walk(block.get("params", {}), schema, "/optimizer/params")
+    is_old = bool(schema.get("deprecated")) or "x-alias-of" in schema or "x-removed" in schema
+    if is_old or (backend != "deepspeed" and schema.get("x-backend") == "deepspeed"):
+        return ABSENT
+    is_section = "properties" in schema and "required" not in schema
+    return schema.get("default", SECTION if is_section else ABSENT)
+
+
+def nest(members: Iterable[Member], pointer: str = "") -> dict[str, Any]:
+    """Return members as nested dicts.
+
+    Args:
+        members: keys in the order of `walk`.
+        pointer: JSON pointer of the object that holds them.
+
+    >>> nest([Member("/fp16/enabled", False, {})])
+    {'fp16': {'enabled': False}}
+    """
+    config: dict[str, Any] = {}
+    for member in members:
+        around = config
+        *path, key = split_pointer(member.pointer.removeprefix(pointer))
+        for part in path:
+            around = around.setdefault(part, {})
+        around[key] = {} if member.is_section else member.value
+    return config
 
 
 def with_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an object with the defaults of its schema in place of absent keys, parked keys gone.
+    """Return an object without its parked keys and with the defaults of its absent ones.
 
-    Sections that are absent altogether are filled in where all their keys have defaults.
+    Keys that only DeepSpeed reads get no default: it has its own.
 
     >>> with_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))["enabled"]
     True
     """
-    filled = {}
-    for key, schema_of_key in schema["properties"].items():
-        below = resolve_reference(schema_of_key)
-        if key in value and "properties" in below and isinstance(value[key], Mapping):
-            filled[key] = with_defaults(value[key], below)
-        elif key in value:
-            filled[key] = value[key]
-        elif below.get("x-backend") == "deepspeed" or below.get("deprecated"):
-            continue  # what this backend does not read needs no default here
-        elif "default" in below:
-            filled[key] = below["default"]
-        elif "properties" in below and "required" not in below:
-            filled[key] = with_defaults({}, below)
-    return filled
+    return nest(walk(value, schema, fill=partial(default_of, backend="torch")))

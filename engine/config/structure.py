@@ -1,10 +1,12 @@
-"""Each value of a config by itself, against its JSON schema."""
+"""Check each value of a config against its JSON schema, and construct its schedule."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
@@ -12,18 +14,77 @@ from referencing import Registry, Resource
 
 import schemas
 from engine.config.parser import Document
-from engine.config.pointers import pointer_to
-from engine.config.schema import is_parked, walk
+from engine.config.pointers import dotted_name, is_within, key_at, parent_of, pointer_to, without
+from engine.config.schedule_context import horizon_if_known
+from engine.config.schema import (
+    OPTIMIZERS,
+    SCHEMA,
+    Member,
+    is_parked,
+    optimizer_name,
+    optimizer_schema,
+    schedule_schema,
+    walk,
+)
 from engine.config.suggestions import suggestion
+from engine.config.wording import quote_value, shorten
 from engine.errors import Fix, Problem
-from schedules.core.fields import wanted
+from schedules import SCHEDULES, Schedule, ScheduleError, from_config
+from schedules.core.fields import fields_of, wanted
+from schedules.core.registry import find
+from schedules.core.spelling import nearest
 
-__all__ = ["against_schema", "meant_by", "remarks", "shown"]
+__all__ = ["Structure", "against_schema", "check_structure"]
 
 _RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
 _REGISTRY: Registry[Any] = Registry(
     retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # attrs field, renamed
 )
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the schemas say about a config, for the rules that compare its values."""
+
+    problems: Sequence[Problem]
+    config: Mapping[str, Any]
+    """The config without invalid values, and without each "auto" that an integration fills in."""
+    members: Sequence[Member]
+    """The config's keys, but for those that the config schema rejects."""
+    unsure: Collection[str]
+    """Pointers of what ``config`` lacks, and of keys that were probably meant by unknown ones."""
+    schedule: Schedule[Any] | None
+    """The schedule of ``config``; None if there is none, or if its parameters are at odds."""
+
+
+def check_structure(document: Document) -> Structure:
+    """Check each value of a config by itself, and construct its schedule.
+
+    Args:
+        document: config, which is an object.
+    """
+    schema = schemas.read(SCHEMA)
+    problems = list(against_schema(document, document.value, schema))
+    invalid = {problem.pointer for problem in problems} - {""}
+    config = without(document.value, invalid)
+    members = list(walk(config, schema))
+    for key, check_block in (("optimizer", _check_optimizer), ("scheduler", _check_scheduler)):
+        block = config.get(key)
+        if isinstance(block, dict) and "type" in block and f"/{key}/params" not in invalid:
+            problems += check_block(document, block)
+    problems += _find_old_names(document)
+    unsure = {each.pointer for each in members if each.value == "auto" and "x-auto" in each.schema}
+    unsure |= _pointers_of_errors(problems)
+    config = without(config, unsure)
+    schedule, of_schedule = _construct_schedule(document, config, unsure)
+    problems += of_schedule
+    unsure |= _pointers_of_errors(of_schedule)
+    return Structure(problems, without(config, unsure), members, frozenset(unsure), schedule)
+
+
+def _pointers_of_errors(problems: Sequence[Problem]) -> set[str]:
+    errors = [problem for problem in problems if problem.severity == "error"]
+    return {found for problem in errors for found in (problem.pointer, _meant_by(problem))} - {""}
 
 
 def against_schema(
@@ -45,24 +106,23 @@ def against_schema(
             below = pointer_to(below, part)
         problems += _problems_of(document, error, below)
     problems = list({(each.rule, each.pointer, each.message): each for each in problems}.values())
-    meant = {meant_by(problem) for problem in problems}
+    meant = {_meant_by(problem) for problem in problems}
     for problem in problems:
         # A key that is missing because it is misspelt is said once.
         if problem.rule != "missing-key" or problem.suggestion not in meant:
             yield problem
 
 
-def meant_by(problem: Problem) -> str:
+def _meant_by(problem: Problem) -> str:
     """Return the pointer of the key that was probably meant by an unknown one, or nothing."""
-    around = problem.pointer.rpartition("/")[0]
     found = problem.rule == "unknown-key" and problem.suggestion
-    return pointer_to(around, problem.suggestion) if found else ""
+    return pointer_to(parent_of(problem.pointer), problem.suggestion) if found else ""
 
 
 def _problems_of(
     document: Document, error: jsonschema.ValidationError, pointer: str
 ) -> Iterator[Problem]:
-    name = ".".join(pointer.split("/")[1:]) or "the config"
+    name = dotted_name(pointer) or "the config"
     keyword = str(error.validator)
     schema: Mapping[str, Any] = error.schema
     value = error.instance
@@ -90,7 +150,7 @@ def _problems_of(
             )
             yield document.problem("auto-nobody-fills", pointer, message, "Write the value.")
         case _ if keyword in {"type", "enum", "pattern"} | _RANGE:
-            message = f"`{name}` must be {wanted(schema)}, but is {shown(value)} instead."
+            message = f"`{name}` must be {wanted(schema)}, but is {quote_value(value)} instead."
             takes_auto = keyword == "pattern" and error.validator_value == "^auto$"
             kind = "wrong-type" if keyword == "type" or takes_auto else "out-of-range"
             hint, fix = _unquoted(value, schema) if kind == "wrong-type" else ("", None)
@@ -118,7 +178,7 @@ def _unknown_key(
     document: Document, pointer: str, key: str, known: Mapping[str, Any], present: Mapping[str, Any]
 ) -> Problem:
     found = suggestion(pointer, key, known, present)
-    message = f"`{shown_key(key)}` is no key that anything here reads."
+    message = f"`{shorten(key)}` is no key that anything here reads."
     return document.problem(
         "unknown-key",
         pointer_to(pointer, key),
@@ -130,27 +190,88 @@ def _unknown_key(
     )
 
 
-def remarks(document: Document, value: Any, schema: Mapping[str, Any]) -> Iterator[Problem]:
+def _find_old_names(document: Document) -> Iterator[Problem]:
     """Yield a note for each key that still works under an old name."""
-    for pointer, _, of_key in walk(value, schema):
-        if of_key.get("deprecated"):
-            key = pointer.rpartition("/")[2]
-            instead = of_key.get("x-instead", "")
+    for member in walk(document.value, schemas.read(SCHEMA)):
+        if member.schema.get("deprecated"):
+            instead = member.schema.get("x-instead", "")
             renamed = instead.isidentifier()
             hint = f"Write `{instead}`." if renamed or "." in instead[:-1] else instead
             fix = Fix(key=instead) if renamed else None
-            message = f"`{key}` is an old spelling, which DeepSpeed still reads."
+            message = f"`{key_at(member.pointer)}` is an old spelling, which DeepSpeed still reads."
             yield document.problem(
-                "deprecated-key", pointer, message, hint, at_key=True, severity="note", fix=fix
+                "deprecated-key",
+                member.pointer,
+                message,
+                hint,
+                at_key=True,
+                severity="note",
+                fix=fix,
             )
 
 
-def shown(value: Any) -> str:
-    """Return a value as a message shows it."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else text[:57] + "…"
+def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
+    name = optimizer_name(block["type"])
+    if name is None:
+        usable = [known for known, schema in OPTIMIZERS.items() if "x-removed" not in schema]
+        near = nearest(block["type"], OPTIMIZERS)
+        hint = f"Did you mean `{near}`?" if near else "Pass any other to `initialize(optimizer=…)`."
+        message = (
+            f"`optimizer.type` must be one of {', '.join(usable)}, "
+            f"but is {quote_value(block['type'])} instead."
+        )
+        yield document.problem("unknown-optimizer", "/optimizer/type", message, hint)
+        return
+    schema = optimizer_schema(name)
+    if "x-removed" in schema:
+        message = f"`optimizer.type` {name} was removed from DeepSpeed in {schema['x-removed']}."
+        yield document.problem("removed-key", "/optimizer/type", message, schema["x-instead"])
+        return
+    yield from against_schema(document, block.get("params", {}), schema, "/optimizer/params")
 
 
-def shown_key(key: str) -> str:
-    """Return a key as a message shows it."""
-    return key if len(key) <= 60 else key[:57] + "…"
+def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
+    try:
+        cls = find(block["type"])
+    except ValueError as error:
+        yield document.problem("unknown-scheduler", "/scheduler/type", str(error))
+        return
+    params, schema = block.get("params", {}), schedule_schema(cls)
+    for problem in against_schema(document, params, schema, "/scheduler/params"):
+        yield _with_owners(problem)
+
+
+def _with_owners(problem: Problem) -> Problem:
+    """Return the problem; if it is a parameter of other schedules, with their names."""
+    if problem.rule != "unknown-key" or "`" in problem.hint:
+        return problem
+    key = key_at(problem.pointer)
+    owners = [name for name, cls in SCHEDULES.items() if key in fields_of(cls)]
+    hint = f"It is a parameter of {' and '.join(owners[:5])}."
+    return dataclasses.replace(problem, hint=hint) if owners else problem
+
+
+def _construct_schedule(
+    document: Document, config: Mapping[str, Any], unsure: Collection[str]
+) -> tuple[Schedule[Any] | None, list[Problem]]:
+    """Return the config's schedule, and the problems of its parameters with one another.
+
+    Problems are only reported if all parameters are known: neither invalid nor "auto".
+    """
+    block = config.get("scheduler")
+    if not isinstance(block, Mapping) or "type" not in block:
+        return None, []
+    pointer = "/scheduler/params"
+    schedule = None
+    problems = []
+    try:
+        schedule = from_config({"type": block["type"], "params": block.get("params", {})})
+        horizon = horizon_if_known(schedule, config)
+        if horizon is not None:
+            schedule.resolve(horizon)
+    except ScheduleError as error:
+        for fault in error.faults:
+            below = pointer_to(pointer, fault.field) if fault.field else pointer
+            problems.append(document.problem("schedule", below, fault.message))
+    is_complete = not any(is_within(each, [pointer]) for each in unsure)
+    return schedule, problems if is_complete else []

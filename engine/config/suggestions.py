@@ -6,16 +6,16 @@ None is better than a bad one: a suggestion that is wrong costs more than a seco
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import schemas
-from engine.config.pointers import pointer_to
-from engine.config.schema import SCHEMA, resolve_reference
+from engine.config.pointers import key_at, parent_of
+from engine.config.schema import ABSENT, SCHEMA, SECTION, resolve_reference, walk
 from engine.errors import Fix
 from schedules.core.spelling import edits, nearest
 
-__all__ = ["Suggestion", "edits", "nearest", "suggestion"]
+__all__ = ["Suggestion", "suggestion"]
 
 
 class Suggestion(NamedTuple):
@@ -96,16 +96,13 @@ _ALIASES: Mapping[str, Mapping[str, str]] = schemas.read("aliases.json")
 
 @functools.cache
 def _places() -> dict[str, tuple[str, ...]]:
-    """Return the places at which each key is known, but for optimizers' and schedules' params."""
+    """Return the sections in which each key is known, except optimizers' and schedules' params."""
     places: dict[str, tuple[str, ...]] = {}
-    for key, pointer in _keys(schemas.read(SCHEMA), ""):
-        places[key] = (*places.get(key, ()), pointer)
+    for member in walk({}, schemas.read(SCHEMA), fill=_unless_old):
+        key = key_at(member.pointer)
+        places[key] = (*places.get(key, ()), parent_of(member.pointer))
     return places
 
 
-def _keys(schema: Mapping[str, Any], pointer: str) -> Iterator[tuple[str, str]]:
-    for key, below in schema.get("properties", {}).items():
-        resolved = resolve_reference(below)
-        if "x-removed" not in resolved and not resolved.get("deprecated"):
-            yield key, pointer
-            yield from _keys(resolved, pointer_to(pointer, key))
+def _unless_old(schema: Mapping[str, Any]) -> Any:
+    return ABSENT if "x-removed" in schema or schema.get("deprecated") else SECTION

@@ -1,179 +1,93 @@
-"""All that is wrong with a config: first each value against its schema, then values together.
+"""Validate a config: its text, then each value against its schema, then values together.
 
-A later phase runs on the parts that the earlier one found right, so that nobody reads of the
-consequences of a mistake beside the mistake.
+A later phase sees only what the earlier ones accepted, so that nobody reads about the consequences
+of a mistake beside the mistake.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-import schemas
-from engine.config.driven import resolved_if_known
 from engine.config.parser import Document
-from engine.config.pointers import pointer_to
-from engine.config.rules import RULES, Checked
-from engine.config.schema import (
-    OPTIMIZERS,
-    SCHEMA,
-    Member,
-    optimizer_members,
-    optimizer_name,
-    optimizer_schema,
-    schedule_schema,
-    walk,
-)
-from engine.config.structure import against_schema, meant_by, remarks, shown
-from engine.config.suggestions import nearest
+from engine.config.pointers import dotted_name
+from engine.config.rules import RULES, RuleContext
+from engine.config.source import Source, load_document
+from engine.config.structure import check_structure
+from engine.config.wording import quote_value
 from engine.errors import Problem
-from schedules import SCHEDULES, ScheduleError, from_config
-from schedules.core.fields import fields_of
-from schedules.core.registry import find
 
-__all__ = ["check"]
+__all__ = ["check", "examine", "validate"]
 
 SEVERITIES = ("error", "warning", "note")
 
 
-def check(document: Document, world_size: int | None, *, runs: bool = False) -> list[Problem]:
-    """Return every problem of a document, sorted by place.
+def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
+    """Return all problems of a config, in the order of their places; none if it is valid.
 
     Args:
-        document: the parsed config.
-        world_size: number of ranks to prove the batch sizes for; None proves what holds for any.
-        runs: whether the config is to run as it is, so that nobody comes to fill in an "auto".
+        config: path, or the config as a dict.
+        world_size: number of ranks to check the batch sizes for; None checks what holds for any.
+
+    Raises:
+        ConfigError: the file does not exist or is not text.
+
+    >>> [problem.rule for problem in validate({"train_batch_size": 8, "sheduler": {}})]
+    ['unknown-key']
+    """
+    return check(load_document(config), world_size)
+
+
+def check(document: Document, world_size: int | None, *, runs: bool = False) -> list[Problem]:
+    """Return every problem of a document, sorted by place; see `examine`."""
+    return examine(document, world_size, runs=runs)[0]
+
+
+def examine(
+    document: Document, world_size: int | None, *, runs: bool = False
+) -> tuple[list[Problem], RuleContext | None]:
+    """Return every problem of a document, sorted by place, and its valid part.
+
+    Args:
+        document: parsed config.
+        world_size: number of ranks to check the batch sizes for; None checks what holds for any.
+        runs: whether the config runs as it is, so that no integration fills in an "auto".
+
+    Returns:
+        The problems, and what the rules saw of the config; None if it is not even an object.
     """
     problems = list(document.problems)
+    context = None
     if not any(problem.rule == "syntax" for problem in problems):
         unread = {problem.pointer for problem in problems if problem.severity == "error"} - {""}
-        problems += [
-            problem
-            for problem in _check_values(document, world_size, runs=runs)
-            if problem.pointer not in unread
-        ]
-    return sorted(
-        problems,
-        key=lambda found: (
-            found.line,
-            found.column,
-            SEVERITIES.index(found.severity),
-            found.pointer,
-        ),
-    )
+        found, context = _examine_values(document, world_size, runs=runs)
+        problems += [problem for problem in found if problem.pointer not in unread]
+    return sorted(problems, key=_place), context
 
 
-def _check_values(document: Document, world_size: int | None, *, runs: bool) -> Iterator[Problem]:
-    config = document.value
-    if not isinstance(config, dict):
-        message = f"a config must be a JSON object, but is {shown(config)} instead."
-        yield document.problem("wrong-type", "", message)
-        return
-    schema = schemas.read(SCHEMA)
-    wrong = list(against_schema(document, config, schema))
-    pointers = frozenset(problem.pointer for problem in wrong) - {""}
-    parts = _without(config, pointers)
-    members = list(walk(parts, schema))
-    for key, of_params in (("optimizer", _check_optimizer), ("scheduler", _check_scheduler)):
-        block = parts.get(key)
-        if isinstance(block, dict) and "type" in block and f"/{key}/params" not in pointers:
-            wrong += of_params(document, parts, members)
-    yield from wrong
-    yield from remarks(document, config, schema)
-    autos = [member for member in members if member.value == "auto" and "x-auto" in member.schema]
-    if runs:
-        yield from _unresolved(document, autos)
-    errors = [problem for problem in wrong if problem.severity == "error"]
-    unsure = {member.pointer for member in autos}
-    unsure |= {found for problem in errors for found in (problem.pointer, meant_by(problem))} - {""}
-    right = _without(parts, frozenset(unsure))
-    checked = Checked(document, right, members, frozenset(unsure), world_size)
-    for rule in RULES:
-        yield from rule(checked)
+def _place(problem: Problem) -> tuple[int, int, int, str]:
+    severity = SEVERITIES.index(problem.severity)
+    return problem.line, problem.column, severity, problem.pointer
 
 
-def _unresolved(document: Document, autos: list[Member]) -> Iterator[Problem]:
-    for pointer, _, schema in autos:
-        name = ".".join(pointer.split("/")[1:])
-        who = schema["x-auto"].replace(", ", " and ")
-        message = f'`{name}` must have a value, but is "auto", which {who} would have to fill in.'
-        hint = "Write the value, or start the run from there."
-        yield document.problem("unresolved-auto", pointer, message, hint)
+def _examine_values(
+    document: Document, world_size: int | None, *, runs: bool
+) -> tuple[Iterable[Problem], RuleContext | None]:
+    if not isinstance(document.value, dict):
+        message = f"a config must be a JSON object, but is {quote_value(document.value)} instead."
+        return [document.problem("wrong-type", "", message)], None
+    structure = check_structure(document)
+    context = RuleContext(document, structure, world_size)
+    autos = _find_unresolved(context) if runs else ()
+    of_rules = (problem for rule in RULES for problem in rule(context))
+    return [*structure.problems, *autos, *of_rules], context
 
 
-def _without(value: Any, pointers: frozenset[str], pointer: str = "") -> Any:
-    """Return a copy without the members at some pointers, and what is left of their objects."""
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: _without(below, pointers, pointer_to(pointer, key))
-        for key, below in value.items()
-        if pointer_to(pointer, key) not in pointers
-    }
-
-
-def _check_optimizer(
-    document: Document, config: Mapping[str, Any], members: list[Member]
-) -> Iterator[Problem]:
-    block = config["optimizer"]
-    name = optimizer_name(block["type"])
-    if name is None:
-        near = nearest(block["type"], OPTIMIZERS)
-        hint = f"Did you mean `{near}`?" if near else "Pass any other to `initialize(optimizer=…)`."
-        message = (
-            f"`optimizer.type` must be one of {', '.join(_usable_optimizers())}, "
-            f"but is {shown(block['type'])} instead."
-        )
-        yield document.problem("unknown-optimizer", "/optimizer/type", message, hint)
-        return
-    schema = optimizer_schema(name)
-    if "x-removed" in schema:
-        message = f"`optimizer.type` {name} was removed from DeepSpeed in {schema['x-removed']}."
-        yield document.problem("removed-key", "/optimizer/type", message, schema["x-instead"])
-        return
-    params = block.get("params", {})
-    yield from against_schema(document, params, schema, "/optimizer/params")
-    members += optimizer_members(block)
-
-
-def _usable_optimizers() -> Iterator[str]:
-    return (name for name, schema in OPTIMIZERS.items() if "x-removed" not in schema)
-
-
-def _check_scheduler(
-    document: Document, config: Mapping[str, Any], members: list[Member]
-) -> Iterator[Problem]:
-    block = config["scheduler"]
-    name, params, pointer = block["type"], block.get("params", {}), "/scheduler/params"
-    given = document.value["scheduler"].get("params", {})
-    try:
-        cls = find(name)
-    except ValueError as error:
-        yield document.problem("unknown-scheduler", "/scheduler/type", str(error))
-        return
-    schema = schedule_schema(cls)
-    wrong = list(against_schema(document, params, schema, pointer))
-    yield from _with_owners(wrong)
-    members += walk(params, schema, pointer)
-    if wrong or "auto" in params.values() or len(params) < len(given):
-        return  # what "auto", or what is wrong, will be is not known here
-    try:
-        resolved_if_known(from_config({"type": name, "params": params}), config)
-    except ScheduleError as error:
-        for fault in error.faults:
-            below = pointer_to(pointer, fault.field) if fault.field else pointer
-            yield document.problem("schedule", below, fault.message)
-
-
-def _with_owners(problems: list[Problem]) -> Iterator[Problem]:
-    """Yield the problems, and say of a parameter of other schedules whose it is."""
-    for problem in problems:
-        key = problem.pointer.rpartition("/")[2]
-        known = problem.rule != "unknown-key" or "`" in problem.hint
-        owners = [] if known else [name for name, cls in SCHEDULES.items() if key in fields_of(cls)]
-        if owners:
-            hint = f"It is a parameter of {' and '.join(owners[:5])}."
-            yield dataclasses.replace(problem, hint=hint)
-        else:
-            yield problem
+def _find_unresolved(context: RuleContext) -> Iterator[Problem]:
+    for member in context.members:
+        if member.value == "auto" and "x-auto" in member.schema:
+            name, who = dotted_name(member.pointer), member.schema["x-auto"].replace(", ", " and ")
+            message = (
+                f'`{name}` must have a value, but is "auto", which {who} would have to fill in.'
+            )
+            hint = "Write the value, or start the run from there."
+            yield context.error("unresolved-auto", member.pointer, message, hint)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import ConfigError, Problem, Source, load_document
-from engine.config.driven import base_of
-from engine.config.horizon import horizon_of
-from engine.config.schema import is_parked
-from engine.config.validate import check
-from schedules import Horizon, Schedule, from_config
+from engine.config.pointers import split_pointer
+from engine.config.schedule_context import base_of, horizon_of, samples_if_known
+from engine.config.validate import examine
+from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves, Evidence
 from schedules.core.trace import replay
 
@@ -41,7 +40,9 @@ class Preview:
             ValueError: it listens to none.
         """
         if self.schedule.feedback is None:
-            raise ValueError(f"{self.schedule.type_name} must listen to a loss, but does not.")
+            raise ValueError(
+                f"`--losses` needs a schedule with feedback; {self.schedule.type_name} has none."
+            )
         done = replay(self.schedule, losses, base=self.base, horizon=self.horizon)
         columns = {name: [row[name][0] for row in done.rows] for name in self.schedule.drives}
         return columns, done.evidence
@@ -84,33 +85,34 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
     [(0, 0.0), (1, 0.0005), (2, 0.001)]
     """
     document = load_document(config)
-    sections = ("", "optimizer", "scheduler", "engine")
-    problems = [
-        problem
-        for problem in check(document, None)
-        if problem.severity == "error"
-        and problem.pointer.partition("/")[2].partition("/")[0] in sections
-        and problem.rule != "batch-sizes"
-    ]
-    if problems:
+    problems, context = examine(document, None, runs=True)
+    problems = [problem for problem in problems if _prevents_curve(problem)]
+    if problems or context is None:
         raise ConfigError(document.name, problems)
-    if "scheduler" not in document.value:
+    if context.schedule is None:
         message = "`scheduler` must be given for there to be a curve, but is missing."
         raise ConfigError(document.name, [Problem("missing-key", "error", "", 0, 0, message)])
-    values: dict[str, Any] = document.value
-    block = {key: of for key, of in values["scheduler"].items() if not is_parked(key)}
-    schedule = from_config(block)
-    size = values.get("train_batch_size")
+    schedule = context.schedule
     try:
         horizon = horizon_of(
-            values.get("engine", {}),
-            samples_per_step=size if type(size) is int and size > 0 else None,
+            context.section("engine"),
+            samples_per_step=samples_if_known(context.config),
             steps_per_epoch=steps_per_epoch,
         )
         resolved = schedule.resolve(horizon)
     except ValueError as error:
         problem = document.problem("schedule", "/scheduler/params", str(error))
         raise ConfigError(document.name, [problem]) from None
-    base = base_of(values, schedule)
+    base = base_of(context.config, schedule)
     curves = schedule.curves_for(base, horizon)
     return Preview(document.name, resolved, curves, horizon, base)
+
+
+def _prevents_curve(problem: Problem) -> bool:
+    """Return whether a schedule cannot be shown because of a problem, wherever it is to run."""
+    if problem.severity != "error" or problem.rule == "batch-sizes":
+        return False
+    section, *_ = [*split_pointer(problem.pointer), ""]
+    if problem.rule == "unresolved-auto":
+        return section == "scheduler"
+    return section in {"", "optimizer", "scheduler", "engine"}

@@ -58,7 +58,7 @@ def _github(report: Report) -> Iterator[str]:
 
 
 def _sarif(report: Report) -> Iterator[str]:
-    from engine.config.rulebook import RULEBOOK
+    from engine.config.rules.pages import RULEBOOK
 
     used = sorted({problem.rule for problem in report.problems})
     rules = [

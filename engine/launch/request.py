@@ -62,7 +62,7 @@ def find_config(script: tuple[str, ...], cwd: str) -> str | None:
     for argument in script[1:]:
         path = Path(cwd, argument.rpartition("=")[2])
         if path.suffix == ".json" and path.is_file():
-            from engine.config.resolve import load_document
+            from engine.config import load_document
 
             value = load_document(path).value
             if isinstance(value, dict) and _CONFIG_KEYS & value.keys():

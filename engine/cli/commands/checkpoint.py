@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TextIO
 
 from engine.checkpoint import storage
+from engine.config.wording import count_noun
 from engine.distributed.environment import INVALID, OK
+from engine.errors import CheckpointError
 
 __all__ = ["add", "run"]
 
@@ -44,7 +46,7 @@ def _list(args: argparse.Namespace, out: TextIO) -> int:
         raise FileNotFoundError(2, "holds no complete checkpoint", str(args.dir))
     width = max(len(place.name) for place, _ in whole)
     for place, manifest in whole:
-        ranks = f"{manifest.world_size} rank{'s' * (manifest.world_size > 1)}"
+        ranks = count_noun(manifest.world_size, "rank")
         size = f"{manifest.size / 2**20:,.1f} MiB"
         row = (f"{place.name:{width}}", f"update {manifest.step}", manifest.backend, ranks, size)
         part = () if manifest.frozen else ("without frozen parameters",)
@@ -61,7 +63,7 @@ def _verify(args: argparse.Namespace, out: TextIO) -> int:
         try:
             manifest = storage.read_manifest(args.dir / tag)
             wrong = list(storage.faults(args.dir / tag, manifest))
-        except storage.CheckpointError as error:
+        except CheckpointError as error:
             wrong = [str(error)]
         print(f"{tag}: {'; '.join(wrong) if wrong else 'whole'}", file=out)
         status = INVALID if wrong else status

@@ -53,14 +53,15 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def _resolved(name: str, world_size: int) -> list[Entry]:
     from engine.config import ConfigError, load_document
-    from engine.config.provenance import origins
-    from engine.config.validate import check
+    from engine.config.provenance import trace_origins
+    from engine.config.validate import examine
 
     document = load_document(name)
-    errors = [each for each in check(document, world_size) if each.severity == "error"]
-    if errors:
+    problems, context = examine(document, world_size)
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors or context is None:
         raise ConfigError(document.name, errors)
-    return list(origins(document, world_size))
+    return list(trace_origins(context))
 
 
 def _tell_difference(mine: Sequence[Entry], theirs: Sequence[Entry], out: TextIO) -> None:

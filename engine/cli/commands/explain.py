@@ -21,8 +21,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Print a rule's page, or all rules with a line each."""
-    from engine.config.rulebook import RULEBOOK
-    from engine.config.suggestions import nearest
+    from engine.config.rules.pages import RULEBOOK
+    from schedules.core.spelling import nearest
 
     if args.rule is None:
         width = max(map(len, RULEBOOK))

@@ -309,12 +309,13 @@ def _tell(
 ) -> int:
     import json
 
-    from engine.config.insertion import put_scheduler
+    from engine.config.edits import put_scheduler
+    from engine.display.terminal import supports_color
 
     picture, data = report.write(args.output)
-    colour = console.file.isatty() and "NO_COLOR" not in os.environ
+    terminal = console.file
     width = min(100, shutil.get_terminal_size().columns)
-    console.file.write(report.drawn_on_terminal(width, colour=colour) + "\n")
+    terminal.write(report.drawn_on_terminal(width, colour=supports_color(terminal)) + "\n")
     console.print(report.table())
     ends = ", ".join(run.end or "the script's own end" for run in report.runs)
     updates = ", ".join(str(len(run.lrs)) for run in report.runs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,13 +149,14 @@ def _write_csv(shown: _Shown, file: TextIO) -> None:
 
 def _draw_on_terminal(shown: _Shown, out: TextIO) -> None:
     from engine.display.plots import draw_on_terminal
+    from engine.display.terminal import supports_color
 
     drawn = draw_on_terminal(
         shown.columns,
         shown.title,
         curves=shown.curves,
         size=shutil.get_terminal_size(),
-        colour=out.isatty() and "NO_COLOR" not in os.environ,
+        colour=supports_color(out),
     )
     print(drawn, file=out)
 

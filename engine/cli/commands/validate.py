@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -15,7 +14,9 @@ from engine.config import ConfigError, Problem, load_document
 from engine.config.edits import repair
 from engine.config.parser import Document, parse
 from engine.config.validate import check
+from engine.config.wording import count_noun
 from engine.display.problem_reports import FORMATS, Report
+from engine.display.terminal import supports_color
 from engine.distributed.environment import INVALID, OK, USAGE
 
 __all__ = ["add", "run"]
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
-    colour = out.isatty() and "NO_COLOR" not in os.environ
+    colour = supports_color(out)
     try:
         document = load_document(name)
         problems = check(document, args.world_size, runs=args.no_auto)
@@ -101,8 +102,8 @@ def _verdict(problems: Sequence[Problem], world_size: int | None) -> str:
         severity: sum(problem.severity == severity for problem in problems)
         for severity in ("error", "warning")
     }
-    said = [f"{count} {word}{'s' * (count > 1)}" for word, count in counts.items() if count]
+    said = [count_noun(count, word) for word, count in counts.items() if count]
     if counts["error"]:
         return ", ".join(said)
-    ranks = f" for {world_size} ranks" if world_size else ""
+    ranks = f" for {count_noun(world_size, 'rank')}" if world_size else ""
     return f"right{ranks}{', ' if said else ''}{', '.join(said)}"

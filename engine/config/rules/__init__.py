@@ -1,19 +1,20 @@
 """What values of a config must be to one another, across its sections; one file a subject.
 
-A rule is a function from what was `Checked` to problems. It sees only what is right by itself.
+A rule is a function from a `RuleContext` to problems. It sees only values that are valid by
+themselves.
 """
 
 from engine.config.rules.activation_checkpointing import RULES as _ACTIVATION_CHECKPOINTING
 from engine.config.rules.backend import RULES as _BACKEND
 from engine.config.rules.batch_sizes import RULES as _BATCH_SIZES
 from engine.config.rules.checkpoint import RULES as _CHECKPOINT
-from engine.config.rules.context import Checked, Rule
+from engine.config.rules.context import Rule, RuleContext
 from engine.config.rules.optimizer import RULES as _OPTIMIZER
 from engine.config.rules.precision import RULES as _PRECISION
 from engine.config.rules.schedule import RULES as _SCHEDULE
 from engine.config.rules.zero import RULES as _ZERO
 
-__all__ = ["RULES", "Checked", "Rule"]
+__all__ = ["RULES", "Rule", "RuleContext"]
 
 RULES: tuple[Rule, ...] = (
     *_BATCH_SIZES,

@@ -6,17 +6,17 @@ import math
 from collections.abc import Iterator
 
 from engine.config.batch_sizes import BATCH_KEYS, BatchError, solve
-from engine.config.rules.context import Checked, Rule
+from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
 
 __all__ = ["RULES"]
 
 
-def _batch_sizes(checked: Checked) -> Iterator[Problem]:
-    if {f"/{key}" for key in BATCH_KEYS} & set(checked.unsure):
+def _batch_sizes(context: RuleContext) -> Iterator[Problem]:
+    if {f"/{key}" for key in BATCH_KEYS} & set(context.unsure):
         return
-    given = {key: checked.config[key] for key in BATCH_KEYS if key in checked.config}
-    world_size = checked.world_size
+    given = {key: context.config[key] for key in BATCH_KEYS if key in context.config}
+    world_size = context.world_size
     if world_size is None:
         train, *others = (given.get(key) for key in BATCH_KEYS)
         product = math.prod(other for other in others if other)
@@ -27,7 +27,7 @@ def _batch_sizes(checked: Checked) -> Iterator[Problem]:
         solve(given, world_size)
     except BatchError as error:
         pointer = f"/{error.key}" if error.key else ""
-        yield checked.error("batch-sizes", pointer, str(error), error.hint)
+        yield context.error("batch-sizes", pointer, str(error), error.hint)
 
 
 RULES: tuple[Rule, ...] = (_batch_sizes,)

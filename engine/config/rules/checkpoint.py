@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.config.rules.context import Checked, Rule
+from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
 
 __all__ = ["RULES"]
@@ -12,9 +12,9 @@ __all__ = ["RULES"]
 _PLACE = "/engine/checkpoint"
 
 
-def _without_dir(checked: Checked) -> Iterator[Problem]:
-    plan = checked.section("engine").get("checkpoint", {})
-    if plan.get("dir") is not None or not checked.lacks(f"{_PLACE}/dir"):
+def _without_dir(context: RuleContext) -> Iterator[Problem]:
+    plan = context.section("engine").get("checkpoint", {})
+    if plan.get("dir") is not None or not context.lacks(f"{_PLACE}/dir"):
         return
     for key in ("every", "keep", "keep_every", "resume"):
         if plan.get(key) is not None and plan[key] != "never":
@@ -23,7 +23,7 @@ def _without_dir(checked: Checked) -> Iterator[Problem]:
                 "there is none: nothing would be saved, nor gone on from."
             )
             hint = 'Add "dir": "checkpoints", or leave saving to the script and remove the key.'
-            yield checked.error("checkpoint-without-dir", f"{_PLACE}/{key}", message, hint)
+            yield context.error("checkpoint-without-dir", f"{_PLACE}/{key}", message, hint)
             return
 
 

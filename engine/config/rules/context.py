@@ -1,74 +1,111 @@
-"""What a rule is given."""
+"""What a rule receives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from engine.config.backend_choice import BackendChoice, choose_backend, zero_stage
 from engine.config.parser import Document
+from engine.config.pointers import is_within, split_pointer
+from engine.config.schedule_context import DrivenSchedule, drive
 from engine.config.schema import Member
+from engine.config.structure import Structure
 from engine.errors import Problem
+from schedules import SCHEDULES, Schedule
 
-__all__ = ["Checked", "Rule"]
+__all__ = ["Rule", "RuleContext"]
+
+# Schedules of these modules may need torch, or run the user's code.
+_OPAQUE = {"schedules.families.composites", "schedules.families.custom"}
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A config whose values are right by themselves.
-
-    ``config`` is without what is wrong, and without each "auto" that an integration fills in; their
-    JSON pointers are in ``unsure``, and so are those of keys that were probably meant by unknown
-    ones. ``members`` are all known keys, with their schemas. ``world_size`` is None for any number.
-    """
+class RuleContext:
+    """The valid part of a config; ``world_size`` is None for any number of ranks."""
 
     document: Document
-    config: Mapping[str, Any]
-    members: Sequence[Member]
-    unsure: Collection[str]
+    structure: Structure
     world_size: int | None
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The config without invalid values and without each "auto"."""
+        return self.structure.config
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """The config's keys, with their schemas."""
+        return self.structure.members
+
+    @property
+    def unsure(self) -> Collection[str]:
+        """Pointers of what is invalid, "auto", or probably meant by an unknown key."""
+        return self.structure.unsure
+
+    @property
+    def schedule(self) -> Schedule[Any] | None:
+        """The config's schedule, from the parameters that are valid and not "auto"."""
+        return self.structure.schedule
+
+    @cached_property
+    def backend(self) -> BackendChoice:
+        """The backend that runs the config."""
+        return choose_backend(self.config, self.members)
+
+    @cached_property
+    def stage(self) -> int | None:
+        """The ZeRO stage; None if it is invalid or "auto"."""
+        unknown = is_within("/zero_optimization/stage", self.unsure)
+        return None if unknown else int(zero_stage(self.config))
+
+    @cached_property
+    def driven(self) -> DrivenSchedule | None:
+        """The schedule's curves; None if they depend on more than the config."""
+        sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
+        if self.schedule is None or any(each.startswith(sections) for each in self.unsure):
+            return None
+        cls = SCHEDULES.get(self.section("scheduler")["type"])
+        if cls is None or cls.__module__ in _OPAQUE:
+            return None
+        try:
+            return drive(self.schedule, self.config)
+        except ValueError:  # reported as a problem of its own, or when the run starts
+            return None
+
     def section(self, name: str) -> Mapping[str, Any]:
-        """Return a section; an empty one where it is absent or no object."""
+        """Return a section; an empty one if it is absent or not an object."""
         value = self.config.get(name)
         return value if isinstance(value, Mapping) else {}
 
     def enabled(self, name: str) -> bool:
-        """Return whether a section is there and switched on."""
+        """Return whether a section is present and enabled."""
         return self.section(name).get("enabled") is True
 
     def lacks(self, pointer: str) -> bool:
-        """Return whether a key is absent, and not only wrong, misspelt or left to be filled in."""
-        if any(pointer == each or pointer.startswith(f"{each}/") for each in self.unsure):
+        """Return whether a key is absent, and not only invalid, misspelled or "auto"."""
+        if is_within(pointer, self.unsure):
             return False
         value: Any = self.config
-        for key in pointer.split("/")[1:]:
+        for key in split_pointer(pointer):
             if not isinstance(value, Mapping) or key not in value:
                 return True
             value = value[key]
         return False
 
-    @property
-    def stage(self) -> int | None:
-        """The ZeRO stage; None where what it will be is not known."""
-        zero = self.config.get("zero_optimization", {})
-        if isinstance(zero, bool):
-            return int(zero)
-        default = 0 if self.lacks("/zero_optimization/stage") else None
-        stage: int | None = zero.get("stage", default) if isinstance(zero, Mapping) else default
-        return stage
-
     def error(self, rule: str, pointer: str, message: str, hint: str = "", **more: Any) -> Problem:
-        """Return a problem that must be mended."""
+        """Return a problem that must be fixed."""
         return self.document.problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Return a problem that the run survives, but that is hardly meant."""
+        """Return a problem that does not stop the run, but is probably a mistake."""
         return self.document.problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Return what is worth knowing, and often meant."""
+        """Return a remark about something that is often intended."""
         return self.document.problem(rule, pointer, message, hint, severity="note")
 
 
-Rule = Callable[[Checked], Iterator[Problem]]
+Rule = Callable[[RuleContext], Iterator[Problem]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.config.rules.context import Checked, Rule
+from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
 
 __all__ = ["RULES"]
@@ -12,29 +12,29 @@ __all__ = ["RULES"]
 _NAMES = ("fp16", "bf16", "bfloat16", "torch_autocast")
 
 
-def _one_precision(checked: Checked) -> Iterator[Problem]:
-    on = [name for name in _NAMES if checked.enabled(name)]
+def _one_precision(context: RuleContext) -> Iterator[Problem]:
+    on = [name for name in _NAMES if context.enabled(name)]
     if len(on) > 1:
         both = " and ".join(f"`{name}.enabled`" for name in on)
         message = f"one precision must be on, but {both} are true."
-        yield checked.error(
+        yield context.error(
             "precision", f"/{on[0]}/enabled", message, "Set all but one of them to false."
         )
-    if "bf16" in checked.config and "bfloat16" in checked.config:
+    if "bf16" in context.config and "bfloat16" in context.config:
         message = "`bf16` must be given once, but is given as `bfloat16`, its old name, too."
-        yield checked.error("precision", "/bfloat16", message, "Remove the section `bfloat16`.")
+        yield context.error("precision", "/bfloat16", message, "Remove the section `bfloat16`.")
 
 
-def _master_weights(checked: Checked) -> Iterator[Problem]:
+def _master_weights(context: RuleContext) -> Iterator[Problem]:
     for name, key in (
         ("fp16", "fp16_master_weights_and_grads"),
         ("bf16", "bf16_master_weights_and_grads"),
         ("bf16", "bf16_optimizer_states"),
     ):
-        if checked.section(name).get(key) is True and checked.stage == 0:
+        if context.section(name).get(key) is True and context.stage == 0:
             message = f"`{name}.{key}` must go with ZeRO stage 1, 2 or 3, but the stage is 0."
             hint = 'Set "zero_optimization": {"stage": 1}, or remove the key.'
-            yield checked.error("precision", f"/{name}/{key}", message, hint)
+            yield context.error("precision", f"/{name}/{key}", message, hint)
 
 
 RULES: tuple[Rule, ...] = (_one_precision, _master_weights)

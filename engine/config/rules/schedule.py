@@ -2,89 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from engine.config.driven import base_of, horizon_if_known
-from engine.config.rules.context import Checked, Rule
+from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
-from schedules import SCHEDULES, Horizon, Schedule, from_config
+from schedules import SCHEDULES
 from schedules.core.fields import fields_of
-from schedules.core.schedule import Base, Curves
 
 __all__ = ["RULES"]
 
 _PARAMS = "/scheduler/params"
 _DEEPSPEEDS_PEAK = 0.001
-_OF_OTHERS = {"schedules.families.composites", "schedules.families.custom"}
-_MOST_PIECES = 5000
 _NEAR = 0.02  # of the run: so far apart two ends are one
 _NEXT_TO_NOTHING = 0.01  # of the peak
 
 
-@dataclass(frozen=True)
-class _Driven:
-    """A schedule and the curves that it follows for this config's optimizer and run."""
-
-    schedule: Schedule[Any]
-    horizon: Horizon
-    base: Base
-    curves: Curves
-
-    def ignores(self, name: str) -> bool:
-        """Return whether the curve of a hyperparameter is the same whatever the optimizer's is."""
-        other = {**self.base, name: tuple(value / 2 for value in self.base[name])}
-        there = self.schedule.curves_for(other, self.horizon)[name][0]
-        steps = range(0, self.schedule.span + 1, max(1, self.schedule.span // 20))
-        return all(self.curves[name][0](step) == there(step) for step in steps)
-
-    def range_of(self, name: str) -> tuple[float, float]:
-        """Return the lowest and the highest value of a curve, at the ends of its pieces."""
-        curve = self.curves[name][0]
-        span = max(int(self.schedule.span), 1)
-        pieces = itertools.islice(curve.pieces(0, span + 1), _MOST_PIECES)
-        values = [value for p in pieces for value in (p.at(p.begin), p.at(p.end - 1))]
-        return min(values), max(values)
-
-    @property
-    def end(self) -> int | None:
-        """The update from which on the learning rate stays; None if it never does."""
-        curve, step = self.curves["lr"][0], 0.0
-        for _ in range(_MOST_PIECES):
-            piece = curve.piece(math.ceil(step))
-            if math.isinf(piece.end):
-                stays = piece.line is not None and piece.line.rise == 0
-                return math.ceil(piece.begin) if stays else None
-            step = piece.end
-        return None
-
-
-def _driven(checked: Checked) -> _Driven | None:
-    """Return the curves of a schedule that this file alone tells; None where it does not."""
-    block = checked.section("scheduler")
-    sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
-    cls = SCHEDULES.get(block.get("type", ""))
-    of_others = cls is None or cls.__module__ in _OF_OTHERS  # which may need torch
-    if of_others or any(place.startswith(sections) for place in checked.unsure):
-        return None
-    try:
-        schedule = from_config({"type": block["type"], "params": block.get("params", {})})
-        horizon = horizon_if_known(schedule, checked.config)
-        if horizon is None or schedule.feedback is not None:
-            return None
-        base = base_of(checked.config, schedule)
-        resolved = schedule.resolve(horizon)
-        return _Driven(resolved, horizon, base, schedule.curves_for(base, horizon))
-    except ValueError:  # what is wrong with it is said elsewhere
-        return None
-
-
-def _params(checked: Checked, *types: str) -> Mapping[str, Any] | None:
-    block = checked.section("scheduler")
+def _params(context: RuleContext, *types: str) -> Mapping[str, Any] | None:
+    block = context.section("scheduler")
     return block.get("params", {}) if block.get("type") in types else None
 
 
@@ -92,20 +28,20 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _learning_rates(checked: Checked) -> Iterator[Problem]:
-    own = _number(checked.section("optimizer").get("params", {}).get("lr"))
+def _learning_rates(context: RuleContext) -> Iterator[Problem]:
+    own = _number(context.section("optimizer").get("params", {}).get("lr"))
     if own is None:
         return
     place = "/optimizer/params/lr"
-    warmup = _params(checked, "WarmupLR", "WarmupDecayLR")
+    warmup = _params(context, "WarmupLR", "WarmupDecayLR")
     if warmup is not None:
         peak = _number(warmup.get("warmup_max_lr"))
         if peak is not None and peak != own:
             message = f"the schedule's peak is `warmup_max_lr` {peak:g}: lr {own:g} is never used."
-            yield checked.note("lr-overruled", place, message)
+            yield context.note("lr-overruled", place, message)
         if (
-            checked.lacks(f"{_PARAMS}/warmup_max_lr")
-            and checked.section("scheduler").get("type") == "WarmupDecayLR"
+            context.lacks(f"{_PARAMS}/warmup_max_lr")
+            and context.section("scheduler").get("type") == "WarmupDecayLR"
             and own != _DEEPSPEEDS_PEAK
         ):
             message = (
@@ -113,21 +49,21 @@ def _learning_rates(checked: Checked) -> Iterator[Problem]:
                 f"whatever the optimizer's lr is ({own:g}); onecycle takes lr."
             )
             hint = f'Write "warmup_max_lr": {own:g}, which both understand.'
-            yield checked.warning("peak-by-default", _PARAMS, message, hint)
+            yield context.warning("peak-by-default", _PARAMS, message, hint)
 
 
-def _overruled(checked: Checked) -> Iterator[Problem]:
+def _overruled(context: RuleContext) -> Iterator[Problem]:
     """Yield what the optimizer is given and the schedule drives by values of its own."""
-    driven = _driven(checked)
+    driven = context.driven
     if driven is None:
         return
-    params = checked.section("optimizer").get("params", {})
+    params = context.section("optimizer").get("params", {})
     own = _number(params.get("lr"))
     if own is not None and driven.ignores("lr"):
         low, high = driven.range_of("lr")
         if not low <= own <= high:
             message = f"the schedule goes from {low:g} to {high:g}: lr {own:g} is never used."
-            yield checked.note("lr-overruled", "/optimizer/params/lr", message)
+            yield context.note("lr-overruled", "/optimizer/params/lr", message)
     for name in ("betas", "momentum"):
         if name in params and "momentum" in driven.schedule.drives and driven.ignores("momentum"):
             low, high = driven.range_of("momentum")
@@ -137,12 +73,12 @@ def _overruled(checked: Checked) -> Iterator[Problem]:
             )
             hint = "DeepSpeed also sets betas[1] to 0.99; onecycle leaves it."
             place = f"/optimizer/params/{name}"
-            yield checked.note("betas-overruled", place, message, hint if name == "betas" else "")
+            yield context.note("betas-overruled", place, message, hint if name == "betas" else "")
 
 
-def _ends(checked: Checked) -> Iterator[Problem]:
+def _ends(context: RuleContext) -> Iterator[Problem]:
     """Yield how the schedule's end lies to the run's, where the file tells of both."""
-    driven = _driven(checked)
+    driven = context.driven
     if driven is None or driven.horizon.scaled_steps is None or driven.end is None:
         return
     place, total, end = "/engine/max_duration", int(driven.horizon.scaled_steps), driven.end
@@ -156,7 +92,7 @@ def _ends(checked: Checked) -> Iterator[Problem]:
             f"is {curve(total):.3g} then, and not yet {last:.3g}."
         )
         hint = 'Write durations as shares of the run, as "1dur", or set `max_duration`.'
-        yield checked.warning("end-of-schedule", place, message, hint)
+        yield context.warning("end-of-schedule", place, message, hint)
     elif end < total and last < peak:
         message = (
             f"the schedule ends at update {end:g} of {total:g}: the learning rate stays at "
@@ -164,29 +100,29 @@ def _ends(checked: Checked) -> Iterator[Problem]:
         )
         hint = 'Write durations as shares of the run, as "1dur", or set `max_duration`.'
         idle = last <= _NEXT_TO_NOTHING * peak
-        say = checked.warning if idle else checked.note
+        say = context.warning if idle else context.note
         yield say("end-of-schedule", place, message, hint)
 
 
-def _flat_warmup(checked: Checked) -> Iterator[Problem]:
-    warmup = _params(checked, "WarmupLR", "WarmupDecayLR") or {}
+def _flat_warmup(context: RuleContext) -> Iterator[Problem]:
+    warmup = _params(context, "WarmupLR", "WarmupDecayLR") or {}
     low, high = warmup.get("warmup_min_lr"), warmup.get("warmup_max_lr")
     if _number(low) is not None and low == high and warmup.get("warmup_num_steps") != 0:
         message = f"`warmup_min_lr` and `warmup_max_lr` are both {low:g}: nothing warms up."
         hint = 'Write "warmup_min_lr": 0 for a warmup, or choose a schedule without one.'
-        yield checked.warning("flat-warmup", f"{_PARAMS}/warmup_min_lr", message, hint)
+        yield context.warning("flat-warmup", f"{_PARAMS}/warmup_min_lr", message, hint)
 
 
-def _log_warmup(checked: Checked) -> Iterator[Problem]:
-    warmup = _params(checked, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
-    if warmup is not None and checked.lacks(f"{_PARAMS}/warmup_type"):
+def _log_warmup(context: RuleContext) -> Iterator[Problem]:
+    warmup = _params(context, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+    if warmup is not None and context.lacks(f"{_PARAMS}/warmup_type"):
         message = "`warmup_type` is absent, so the warmup is logarithmic: half of it is over early."
         hint = 'Write "warmup_type": "linear" for a straight one; `plot --compare` shows both.'
-        yield checked.note("log-warmup", "/scheduler/type", message, hint)
+        yield context.note("log-warmup", "/scheduler/type", message, hint)
 
 
-def _stairs(checked: Checked) -> Iterator[Problem]:
-    cycle = _params(checked, "OneCycle")
+def _stairs(context: RuleContext) -> Iterator[Problem]:
+    cycle = _params(context, "OneCycle")
     if cycle is None:
         return
     first = cycle.get("cycle_first_step_size", _default("cycle_first_step_size"))
@@ -196,21 +132,21 @@ def _stairs(checked: Checked) -> Iterator[Problem]:
             message = (
                 f"`{key}` is as many as the half has updates: the stairs are too small to see."
             )
-            yield checked.note("inert-key", f"{_PARAMS}/{key}", message, "0 means the same.")
+            yield context.note("inert-key", f"{_PARAMS}/{key}", message, "0 means the same.")
 
 
-def _decay_interval(checked: Checked) -> Iterator[Problem]:
-    cycle = _params(checked, "OneCycle") or {}
+def _decay_interval(context: RuleContext) -> Iterator[Problem]:
+    cycle = _params(context, "OneCycle") or {}
     interval = cycle.get("decay_step_size") or cycle.get("post_cycle_decay_step_size")
     rates = [key for key in ("decay_lr_rate", "decay_mom_rate") if cycle.get(key)]
-    absent = checked.lacks(f"{_PARAMS}/decay_step_size") or interval == 0
+    absent = context.lacks(f"{_PARAMS}/decay_step_size") or interval == 0
     if rates and not interval and absent:
         message = f"`{rates[0]}` decays nothing without `decay_step_size`, the interval of it."
         hint = f'Write "decay_step_size": {first_of(cycle)}, or remove `{rates[0]}`.'
-        yield checked.warning("decay-without-interval", f"{_PARAMS}/{rates[0]}", message, hint)
+        yield context.warning("decay-without-interval", f"{_PARAMS}/{rates[0]}", message, hint)
     elif interval and not rates and "decay_step_size" in cycle:
         message = "`decay_step_size` decays nothing without `decay_lr_rate` or `decay_mom_rate`."
-        yield checked.note("inert-key", f"{_PARAMS}/decay_step_size", message)
+        yield context.note("inert-key", f"{_PARAMS}/decay_step_size", message)
 
 
 def _default(name: str) -> Any:
@@ -222,12 +158,12 @@ def first_of(cycle: Mapping[str, Any]) -> str:
     return json.dumps(cycle.get("cycle_first_step_size", _default("cycle_first_step_size")))
 
 
-def _report(checked: Checked) -> Iterator[Problem]:
-    kind = checked.section("scheduler").get("type")
-    wanted = checked.section("engine").get("report")
+def _report(context: RuleContext) -> Iterator[Problem]:
+    kind = context.section("scheduler").get("type")
+    wanted = context.section("engine").get("report")
     if wanted is not None and kind not in {"AutoWU", "LRRangeTest"}:
         message = "`engine.report` is read for AutoWU and LRRangeTest alone, which find things out."
-        yield checked.note("inert-key", "/engine/report", message)
+        yield context.note("inert-key", "/engine/report", message)
 
 
 RULES: tuple[Rule, ...] = (

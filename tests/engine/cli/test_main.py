@@ -285,3 +285,21 @@ def test_plot_shows_a_schedule_that_listens_on_recorded_losses(tmp_path):
     err = io.StringIO()
     assert main(["plot", str(config), "--losses", str(broken), "--csv", "-"], out, err) == 2
     assert "must hold a number at the end of each row" in err.getvalue()
+
+
+def test_plot_with_losses_of_a_schedule_without_feedback_is_refused(tutorial, tmp_path):
+    recorded = tmp_path / "losses.csv"
+    recorded.write_text("step,train_loss\n8,2.0\n")
+    status, out, err = run("plot", tutorial, "--losses", recorded, "--csv", "-")
+    assert (status, out) == (USAGE, "")
+    assert "OneCycle" in err
+    assert "--losses" in err
+
+
+def test_plot_of_a_schedule_with_auto_names_the_key(tmp_path):
+    path = tmp_path / "c.json"
+    warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}
+    path.write_text(json.dumps({"scheduler": warmup}))
+    status, out, _ = run("plot", path)
+    assert status == INVALID
+    assert "`scheduler.params.warmup_num_steps` must have a value" in out

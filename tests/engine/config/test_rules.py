@@ -8,7 +8,7 @@ import pytest
 
 import engine
 from engine.config.parser import parse
-from engine.config.rulebook import RULEBOOK
+from engine.config.rules.pages import RULEBOOK
 from engine.config.validate import check
 
 SOURCES = Path(engine.__file__).parent / "config"

@@ -9,7 +9,7 @@ import pytest
 import engine
 from engine import ConfigError, load_config
 from engine.config import load_document
-from engine.config.insertion import with_scheduler
+from engine.config.edits import with_scheduler
 from engine.config.parser import parse
 from engine.config.validate import check
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import schemas
 
-__all__ = ["RULEBOOK", "Page"]
+__all__ = ["RULEBOOK", "RulePage"]
 
 
 @dataclass(frozen=True)
-class Page:
+class RulePage:
     """What `onecycle explain` prints of a rule; ``wrong`` is a config that breaks it alone."""
 
     summary: str
@@ -20,7 +20,7 @@ class Page:
     cure: str
 
 
-RULEBOOK: Mapping[str, Page] = {
-    rule: Page(**page) for rule, page in schemas.read("rules.json").items()
+RULEBOOK: Mapping[str, RulePage] = {
+    rule: RulePage(**page) for rule, page in schemas.read("rules.json").items()
 }
 """Each rule's page, in alphabetical order."""

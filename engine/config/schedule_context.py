@@ -1,0 +1,152 @@
+"""The run and the optimizer of a config's schedule, as far as the config tells."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config.schema import optimizer_name, optimizer_schema, with_defaults
+from schedules import Horizon, Schedule
+from schedules.core.controller import Base, Curves
+from schedules.core.durations import DurationError, steps_of
+
+__all__ = [
+    "DrivenSchedule",
+    "base_of",
+    "drive",
+    "horizon_if_known",
+    "horizon_of",
+    "samples_if_known",
+]
+
+_MAX_PIECES = 5000
+
+
+def horizon_of(
+    engine: Mapping[str, Any], *, samples_per_step: int | None, steps_per_epoch: float | None
+) -> Horizon:
+    """Return the horizon of a config's section ``engine``.
+
+    Args:
+        engine: section, with or without its defaults.
+        samples_per_step: ``train_batch_size``, if it is known.
+        steps_per_epoch: optimizer steps in one pass over the data, if it is known.
+
+    Raises:
+        DurationError: ``max_duration`` is in epochs, and their length is not known.
+
+    >>> horizon_of({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
+    100
+    """
+    known = Horizon(samples_per_step=samples_per_step, steps_per_epoch=steps_per_epoch)
+    length = engine.get("max_duration")
+    total = None
+    if length is not None:
+        try:
+            total = steps_of(length, known, scaled=False)
+        except DurationError as error:
+            raise DurationError(f"`engine.max_duration`: {error}") from None
+    return Horizon(
+        total_steps=total,
+        steps_per_epoch=steps_per_epoch,
+        samples_per_step=samples_per_step,
+        scale_ratio=engine.get("scale_schedule_ratio", 1.0),
+        scale_warmup=engine.get("scale_warmup", False),
+        counts_samples=isinstance(length, str) and length.strip().lower().endswith("sp"),
+    )
+
+
+def horizon_if_known(schedule: Schedule[Any], config: Mapping[str, Any]) -> Horizon | None:
+    """Return the run that a schedule is resolved against; None if only the launch knows it.
+
+    Only the data loader knows the length of an epoch. If two of the three batch sizes are given,
+    only the launch knows ``train_batch_size``.
+    """
+    run = config.get("engine", {})
+    texts = f"{run.get('max_duration')} {list(vars(schedule).values())}".lower()
+    samples = samples_if_known(config)
+    if re.search(r"\d\s*ep\b", texts) or (samples is None and re.search(r"\d\s*sp\b", texts)):
+        return None
+    return horizon_of(run, samples_per_step=samples, steps_per_epoch=None)
+
+
+def samples_if_known(config: Mapping[str, Any]) -> int | None:
+    """Return ``train_batch_size``; None if it is absent or not known before launch."""
+    size = config.get("train_batch_size")
+    return size if isinstance(size, int) else None
+
+
+def base_of(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
+    """Return what the config's optimizer is built with, one value per group of the schedule.
+
+    Without an optimizer, these are the defaults of Adam.
+
+    Args:
+        config: config without "auto".
+        schedule: schedule whose lists have one value per group.
+    """
+    block = config.get("optimizer", {"type": "Adam"})
+    name = optimizer_name(block["type"])
+    assert name is not None
+    params = with_defaults(block.get("params", {}), optimizer_schema(name))
+    momentum = params.get("momentum", params["betas"][0] if "betas" in params else 0.0)
+    lists = [value for value in vars(schedule).values() if isinstance(value, tuple)]
+    groups = max(map(len, lists), default=1)
+    weight_decay = params.get("weight_decay", 0.0)
+    base = {"lr": params["lr"], "momentum": momentum, "weight_decay": weight_decay}
+    return {name: (value,) * groups for name, value in base.items()}
+
+
+@dataclass(frozen=True)
+class DrivenSchedule:
+    """A schedule and the curves that it follows for a config's optimizer and run."""
+
+    schedule: Schedule[Any]
+    horizon: Horizon
+    base: Base
+    curves: Curves
+
+    def ignores(self, name: str) -> bool:
+        """Return whether the optimizer's own value of a hyperparameter has no effect."""
+        other = {**self.base, name: tuple(value / 2 for value in self.base[name])}
+        there = self.schedule.curves_for(other, self.horizon)[name][0]
+        steps = range(0, self.schedule.span + 1, max(1, self.schedule.span // 20))
+        return all(self.curves[name][0](step) == there(step) for step in steps)
+
+    def range_of(self, name: str) -> tuple[float, float]:
+        """Return the lowest and the highest value of a curve, at the ends of its pieces."""
+        curve = self.curves[name][0]
+        span = max(int(self.schedule.span), 1)
+        pieces = itertools.islice(curve.pieces(0, span + 1), _MAX_PIECES)
+        values = [value for p in pieces for value in (p.at(p.begin), p.at(p.end - 1))]
+        return min(values), max(values)
+
+    @property
+    def end(self) -> int | None:
+        """The step from which on the learning rate is constant; None if it never is."""
+        curve, step = self.curves["lr"][0], 0.0
+        for _ in range(_MAX_PIECES):
+            piece = curve.piece(math.ceil(step))
+            if math.isinf(piece.end):
+                stays = piece.line is not None and piece.line.rise == 0
+                return math.ceil(piece.begin) if stays else None
+            step = piece.end
+        return None
+
+
+def drive(schedule: Schedule[Any], config: Mapping[str, Any]) -> DrivenSchedule | None:
+    """Return the curves of a schedule; None if they depend on more than the config.
+
+    Raises:
+        ValueError: the schedule does not fit the run or the optimizer.
+    """
+    horizon = horizon_if_known(schedule, config)
+    if horizon is None or schedule.feedback is not None:
+        return None
+    base = base_of(config, schedule)
+    curves = schedule.curves_for(base, horizon)
+    return DrivenSchedule(schedule.resolve(horizon), horizon, base, curves)

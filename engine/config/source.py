@@ -1,0 +1,102 @@
+"""Read a config from a file, standard input or a dict."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.config.parser import Document, is_finite, parse
+from engine.config.pointers import pointer_to
+from engine.errors import ConfigError, Problem
+
+__all__ = ["Source", "find_unserializable", "load_document"]
+
+# The largest real config that is known has some thousand bytes; gigabytes are a wrong path.
+_MAX_BYTES = 1_000_000
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
+
+
+def load_document(config: Source) -> Document:
+    """Return the document of a config file or dict.
+
+    Raises:
+        ConfigError: there is no such file, or it is no text.
+    """
+    if isinstance(config, Mapping):
+        return _from_mapping(config)
+    path = Path(config)
+    name = str(config)
+    try:
+        data = sys.stdin.buffer.read(_MAX_BYTES + 1) if name == "-" else _read(path)
+        if len(data) > _MAX_BYTES:
+            raise _unreadable(
+                name, f"a config must be at most {_MAX_BYTES:,} bytes, but is longer."
+            )
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _unreadable(
+            name, f"a config must be UTF-8 text, but byte {error.start} is not."
+        ) from None
+    except FileNotFoundError:
+        near = _nearest_file(path)
+        hint = f"The nearest is {near}." if near else f"{path.parent} holds no JSON file."
+        raise _unreadable(name, "a config must be a file, but there is none here.", hint) from None
+    except OSError as error:
+        raise _unreadable(
+            name, f"a config must be a readable file, but: {error.strerror}."
+        ) from None
+    return parse(text, name)
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MAX_BYTES + 1)
+
+
+def _from_mapping(config: Mapping[str, Any]) -> Document:
+    problems = tuple(find_unserializable(config, ""))
+    value = config
+    if not problems:
+        # A copy by way of JSON: what is checked is what a file would hold, and it stays so.
+        value = json.loads(json.dumps(config, default=dict))
+    return Document("config", value, problems=problems)
+
+
+def find_unserializable(value: Any, pointer: str) -> Iterator[Problem]:
+    """Yield what JSON cannot say: keys that are no strings, NaN, objects of other kinds."""
+    members: Any = ()
+    if isinstance(value, Mapping):
+        members = value.items()
+    elif isinstance(value, list | tuple):
+        members = enumerate(value)
+    elif isinstance(value, int | float) and not is_finite(value):
+        shown = value if isinstance(value, float) else "longer than any float"
+        message = f"`{pointer}` must be a finite number, but is {shown} instead."
+        yield Problem("not-finite", "error", pointer, 0, 0, message)
+    elif not isinstance(value, str | int | float | bool | None):
+        message = f"`{pointer}` must be a value that JSON has, but is {value!r} instead."
+        yield Problem("wrong-type", "error", pointer, 0, 0, message)
+    for key, below in members:
+        if isinstance(value, Mapping) and not isinstance(key, str):
+            message = f"a key of `{pointer or 'the config'}` must be a string, but is {key!r}."
+            yield Problem("wrong-type", "error", pointer, 0, 0, message)
+        yield from find_unserializable(below, pointer_to(pointer, key))
+
+
+def _unreadable(name: str, message: str, hint: str = "") -> ConfigError:
+    return ConfigError(name, [Problem("unreadable", "error", "", 0, 0, message, hint)])
+
+
+def _nearest_file(path: Path) -> Path | None:
+    folder = path.parent
+    if not folder.is_dir():
+        return None
+    names = sorted(other.name for other in folder.glob("*.json"))
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.3) or names[:1]
+    return folder / near[0] if near else None

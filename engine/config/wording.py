@@ -1,0 +1,33 @@
+"""Counts, values and keys as messages show them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+__all__ = ["count_noun", "quote_value", "shorten"]
+
+_WIDTH = 60
+
+
+def count_noun(count: int, noun: str) -> str:
+    """Return a count and a noun in its singular or plural.
+
+    >>> count_noun(1, "rank"), count_noun(8, "rank")
+    ('1 rank', '8 ranks')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def quote_value(value: Any) -> str:
+    """Return a value as JSON, shortened.
+
+    >>> quote_value({"stage": None})
+    '{"stage": null}'
+    """
+    return shorten(json.dumps(value, default=repr))
+
+
+def shorten(text: str) -> str:
+    """Return a text of at most 60 characters."""
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "…"
