@@ -103,7 +103,7 @@ def main() -> None:
 
     behind.save_checkpoint(folder / "first", tag="t")  # it has to find memory for its copy
     behind.wait_for_checkpoint()
-    held = behind._behind.arena
+    held = behind._checkpointer.async_saver.arena
     # Each writes where nothing was; removing it again is not measured.
     tables: dict[str, dict[str, Contender]] = {
         "save": {

@@ -100,7 +100,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     trainer = start(engine={"report": str(tmp_path / "report")})
     train(trainer, 200)
     assert trainer.lr_scheduler.decision is not None
-    assert "was not drawn, and training goes on" in caplog.text
+    assert "was not plotted, training continues" in caplog.text
 
 
 def test_skipped_updates_do_not_move_it():

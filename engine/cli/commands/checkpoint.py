@@ -9,6 +9,7 @@ from typing import TextIO
 
 from engine.checkpoint import storage
 from engine.cli.commands.arguments import INVALID, OK
+from engine.errors import CheckpointError
 
 __all__ = ["add", "run"]
 
@@ -61,7 +62,7 @@ def _verify(args: argparse.Namespace, out: TextIO) -> int:
         try:
             manifest = storage.read_manifest(args.dir / tag)
             wrong = list(storage.faults(args.dir / tag, manifest))
-        except storage.CheckpointError as error:
+        except CheckpointError as error:
             wrong = [str(error)]
         print(f"{tag}: {'; '.join(wrong) if wrong else 'whole'}", file=out)
         status = INVALID if wrong else status

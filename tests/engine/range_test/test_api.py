@@ -186,7 +186,7 @@ def test_wrong_calls():
     with pytest.raises(ValueError, match="is empty or used up"):
         engine.lr_range_test(trainer, [])
     train(trainer, loader, 1)
-    with pytest.raises(ValueError, match="must begin between updates"):
+    with pytest.raises(ValueError, match="must start between optimizer steps"):
         engine.lr_range_test(trainer, loader)
 
 
