@@ -161,7 +161,8 @@ def test_the_run_gives_the_epochs():
         "engine": {"max_duration": "30ep"},
     }
     trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(8, 1), training_data=data)
-    assert trainer.lr_scheduler._rule._total == 300
+    params = trainer.lr_scheduler.identity["params"]
+    assert (params["steps_per_epoch"], params["total_epochs"]) == (10, 30)
 
 
 def test_a_loss_that_the_engine_never_saw():
