@@ -104,7 +104,7 @@ def main() -> None:
 
     behind.save_checkpoint(folder / "first", tag="t")  # allocates the memory for its copy
     behind.wait_for_checkpoint()
-    held = behind._behind.arena
+    held = behind._checkpointer.async_saver.arena
     # Each contender writes to a new path. Removing the files is not measured.
     tables: dict[str, dict[str, Contender]] = {
         "save": {

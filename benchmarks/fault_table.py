@@ -31,7 +31,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import engine
-from engine.checkpoint import saving, storage
+from engine.checkpoint import collectives, storage
 from tests.engine.checkpoint.test_checkpoint import Bomb, damage
 from tests.engine.test_initialization import model, start, train
 
@@ -161,7 +161,7 @@ def of_ranks(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def as_rank(case: str, folder: str) -> None:
-    saving._PATIENCE = timedelta(seconds=5)
+    collectives._PATIENCE = timedelta(seconds=5)
     config = {"train_batch_size": 4, "optimizer": {"type": "AdamW"}}
     trainer, *_ = engine.initialize(config=config, model=model())
     trainer.backward(trainer(torch.ones(2, 4)).mean())

@@ -36,8 +36,8 @@ import images
 from train import lenet
 
 import engine
+from engine.range_test.recorder import Run
 from engine.range_test.report import LRRangeReport
-from engine.range_test.sweep import Run
 
 STEPS, REPEATS = 250, 3
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))

@@ -32,8 +32,9 @@ from engine.distributed.ranks import (
     world_size,
 )
 from engine.engine import Engine
+from engine.range_test.recorder import RECORD, Recorder
 from engine.range_test.suggestion import MIN_POINTS
-from engine.range_test.sweep import RECORD, Recorder, Sweep, sweep_of_environment
+from engine.range_test.sweep import Sweep, sweep_of_environment
 from engine.training.activation_checkpointing import blocks_of, recompute
 from engine.training.data import make_loader
 from engine.training.monitors import monitors_of
@@ -152,7 +153,7 @@ def initialize(
     if sweep is not None or isinstance(resolved.schedule, LRRangeTest):
         _record(engine, sweep)
     _announce(engine, backend)
-    engine.resume()
+    engine._resume()  # noqa: SLF001  # private to the package
     return engine, backend.optimizer, loader, scheduler
 
 
@@ -187,7 +188,7 @@ def _members(params: Any) -> list[Any]:
 
 def _under_test(config: Config, sweep: Sweep) -> Config:
     """Return the config of a script that `onecycle lr-test` runs."""
-    changed = config.rehearsal(from_config(sweep.scheduler))
+    changed = config.for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:
         torch.manual_seed(torch.initial_seed() + sweep.seed_offset)
     return replace(changed, seed=config.seed + sweep.seed_offset)
@@ -198,18 +199,19 @@ def _record(engine: Engine, sweep: Sweep | None) -> None:
     first = engine.global_rank == 0
     if sweep is None:
         recorder = Recorder(None, math.inf)
-        engine.record(recorder, rehearses=False)
+        engine._record_steps(recorder, is_trial=False)  # noqa: SLF001  # private to the package
         if first:
             atexit.register(_report, recorder, Path(engine.config.report or "lr_test"))
         return
     facts = {
-        "backend": engine.config.backend_choice.name,
+        "backend": engine.config.backend.name,
         "world_size": engine.world_size,
         "precision": engine.config.precision,
         "train_batch_size": engine.train_batch_size(),
     }
     path = Path(sweep.folder) / RECORD if sweep.folder and first else None
-    engine.record(Recorder(sweep.steps, sweep.divergence, path, facts), rehearses=True)
+    recorder = Recorder(sweep.steps, sweep.divergence, path, facts)
+    engine._record_steps(recorder, is_trial=True)  # noqa: SLF001  # private to the package
 
 
 def _report(recorder: Recorder, folder: Path) -> None:

@@ -1,235 +1,352 @@
-"""What an engine does about checkpoints: when to save, what of, and what to go on from."""
+"""Saving and resuming a run: when a save is due, what a checkpoint contains, what may resume it."""
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
+import os
+import platform
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from engine.checkpoint import saving, storage
-from engine.checkpoint.fingerprint import Identity
-from engine.deepspeed_names import DeepSpeedNames
-from engine.distributed import environment, signals
+from engine.checkpoint import storage
+from engine.checkpoint.async_saver import AsyncSaver
+from engine.checkpoint.collectives import check_same_tag, meet, together
+from engine.checkpoint.fingerprint import Identity, refuse_another_run
+from engine.checkpoint.plain_values import read_values, refuse_objects, write_values
+from engine.checkpoint.rng import load_random_state, random_state
+from engine.checkpoint.rollback import Rollback
+from engine.checkpoint.storage import Manifest
+from engine.config import Config
+from engine.distributed.environment import ELASTIC
+from engine.distributed.ranks import Ranks
+from engine.distributed.signals import SAVED_AND_ENDED, Signals
 from engine.training.data import RunLoader
 from engine.training.progress import Counters
+from engine.versions import installed
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpointer", "RunState", "SavedBackend"]
 
 log = logging.getLogger("onecycle")
 
+_ENGINE = "engine.pt"
 
-class Checkpoints(DeepSpeedNames):
-    """The part of an engine that saves and restores it, by DeepSpeed's names."""
 
-    lr_scheduler: LRScheduler | None
-    training_dataloader: DataLoader[Any] | None
-    _identity: Identity
-    _done: Counters
-    _rehearses: bool
-    _rollback: saving.Rollback | None
-    _behind: saving.Behind | None
-    _signals: signals.Signals | None
-    _updates_before: int  # those of earlier runs, when a checkpoint was loaded
+class SavedBackend(Protocol):
+    """The part of a backend that a checkpointer needs; `engine.backends.base` documents it."""
 
     @property
-    def _updates(self) -> int:
-        return self._done.update + 1
+    def ranks(self) -> Ranks:
+        """This process's rank among how many."""
+        ...
+
+    def save(self, place: Path, *, frozen: bool = True) -> None:
+        """Write model, optimizer and loss scale."""
+        ...
+
+    def save_behind(
+        self,
+        place: Path,
+        group: dist.ProcessGroup | None,
+        arena: dict[str, Any],
+        *,
+        frozen: bool = True,
+    ) -> Future[None]:
+        """Copy model, optimizer and loss scale, and write the copy in the background."""
+        ...
+
+    def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
+        """Restore what was saved."""
+        ...
+
+
+class RunState(Protocol):
+    """The part of a run's state that checkpoints contain; loading one assigns to it."""
+
+    is_trial: bool
+    """Whether this is an LR range test, which saves nothing."""
+    counters: Counters
+    steps_before: int
+    """Applied steps of earlier runs: those in the checkpoint that was loaded."""
+    rollback: Rollback | None
 
     @property
-    def global_steps(self) -> int:
-        """Whole batches so far, updates that were skipped included."""
-        return self._done.global_steps
+    def scheduler(self) -> LRScheduler | None:
+        """The scheduler, if there is one."""
+        ...
 
-    def save_if_due(self) -> None:
-        """Save as ``engine.checkpoint`` says, and before the process is told to end."""
-        wanted = self.config.checkpoint
-        if wanted.dir is None:
-            return
-        ends = self._signals is not None and self._signals.came_to_any(self._backend.ranks)
-        due = wanted.every is not None and self._done.global_steps % wanted.every == 0
-        if not (due or ends):
-            return
-        self.save_checkpoint(wanted.dir)
-        if ends:
-            self.wait_for_checkpoint()
-            log.warning("saved at update %d and ended, as a signal asked for", self._updates)
-            raise SystemExit(environment.SAVED_AND_ENDED)
 
-    def resume(self) -> bool:
-        """Go on from the newest checkpoint as ``engine.checkpoint.resume`` says; `initialize` does.
+class Checkpointer:
+    """Saves the checkpoints of a run and resumes from them; every rank calls each method.
 
-        Returns:
-            Whether there was one.
+    Args:
+        config: for ``engine.checkpoint``, the batch sizes and the backend's name.
+        backend: saves and loads model and optimizer.
+        identity: values that a run must share with the checkpoint that it resumes from.
+        loader: data loader; its position is saved if `initialize` made it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        backend: SavedBackend,
+        identity: Identity,
+        loader: DataLoader[Any] | None,
+    ) -> None:
+        self.async_saver = AsyncSaver() if config.checkpoint.behind else None
+        self._plan = config.checkpoint
+        self._batch = config.batch
+        self._backend_name = config.backend.name
+        self._backend = backend
+        self._ranks = backend.ranks
+        self._identity = identity
+        self._loader = loader if isinstance(loader, RunLoader) else None
+        self._signals: Signals | None = None
+
+    def resume(self, run: RunState) -> None:
+        """Resume from the newest checkpoint as ``engine.checkpoint.resume`` says.
+
+        From here on, signals that announce the end of the process ask for a save.
 
         Raises:
-            FileNotFoundError: there is none, and there must be; or there are damaged ones alone.
+            FileNotFoundError: there is none and there must be one, or all are damaged.
         """
-        wanted = self.config.checkpoint
-        if wanted.dir is not None and self._signals is None:
-            self._signals = signals.Signals()
-        if wanted.dir is None or wanted.resume == "never":
-            return False
-        # Of damaged checkpoints alone a run must not begin anew in silence, and write over them.
-        if wanted.resume == "auto" and not storage.is_begun(Path(wanted.dir)):
-            return False
-        path, _ = self.load_checkpoint(wanted.dir)
-        if self._backend.ranks.rank == 0:
-            log.info("goes on from %s, update %d", path, self._updates)
-        return True
+        plan = self._plan
+        if plan.dir is None:
+            return
+        if self._signals is None:
+            self._signals = Signals()
+        # If every checkpoint is damaged, starting from scratch would overwrite them: an error.
+        if plan.resume == "never" or (
+            plan.resume == "auto" and not storage.is_begun(Path(plan.dir))
+        ):
+            return
+        place, _ = self.load(run, Path(plan.dir))
+        if self._ranks.rank == 0:
+            log.info("resumes from %s, update %d", place, run.counters.applied_steps)
 
-    def save_checkpoint(
+    def save_if_due(self, run: RunState) -> None:
+        """Save every ``engine.checkpoint.every`` steps, and before a signal ends the process.
+
+        Raises:
+            SystemExit: a signal asked for the end, and the run is saved.
+        """
+        plan = self._plan
+        if plan.dir is None or run.is_trial:
+            return
+        is_last = self._signals is not None and self._signals.came_to_any(self._ranks)
+        is_due = plan.every is not None and run.counters.global_steps % plan.every == 0
+        if not (is_due or is_last):
+            return
+        self.save(run, Path(plan.dir))
+        if is_last:
+            self.wait()
+            log.warning("saved at update %d and exits: a signal", run.counters.applied_steps)
+            raise SystemExit(SAVED_AND_ENDED)
+
+    def save(
         self,
-        save_dir: str | Path,
+        run: RunState,
+        directory: Path,
         tag: str | None = None,
+        *,
         client_state: Mapping[str, Any] | None = None,
         save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Write everything that the run needs to go on; every rank calls it.
+        frozen: bool = True,
+    ) -> None:
+        """Write a checkpoint; see `Engine.save_checkpoint`.
 
         Args:
-            save_dir: the folder of all checkpoints of the run; made if it is absent.
-            tag: name of this one; by default ``global_step`` and the count of batches.
-            client_state: plain values and tensors of your own, which `load_checkpoint` returns.
-            save_latest: whether `load_checkpoint` without a tag is to find this one.
-            exclude_frozen_parameters: leave out parameters that need no gradients, as those of a
-                model that is being adapted; loading it leaves them as they are.
-
-        Raises:
-            OSError: there is no space, or the folder cannot be written; it keeps what it held.
-            RuntimeError: a rank did not come within seconds, or has failed.
-            ValueError: the ranks give it different tags, or ``client_state`` holds objects.
+            run: counters, scheduler and rollback to save.
+            directory: directory of the run's checkpoints.
+            tag: name of this one; default ``global_step`` and the number of batches.
+            client_state: plain values and tensors of the script.
+            save_latest: whether a load without a tag finds this one.
+            frozen: whether parameters without gradients are written.
         """
-        if self._rehearses:
-            log.info("no checkpoint is written in a range test")
-            return True
-        folder, tag = Path(save_dir), tag or f"global_step{self.global_steps}"
-        state = {
-            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
-            "counters": asdict(self._done),
-            "batch": asdict(self.config.batch),
-            "loader": self._loader_state(),
-            "client_state": dict(client_state or {}),
-        }
-        saving.save(
-            self._backend,
-            self.config,
-            self._identity,
-            folder,
-            tag,
-            self._updates,
-            state,
-            save_latest=save_latest,
-            frozen=not exclude_frozen_parameters,
-            behind=self._behind,
-            rollback=self._rollback,
+        if run.is_trial:
+            log.info("no checkpoint is written in an LR range test")
+            return
+        ranks, tag = self._ranks, tag or f"global_step{run.counters.global_steps}"
+        meet(ranks, f"save_checkpoint({str(directory)!r}, tag={tag!r})")
+        check_same_tag(tag, ranks.world_size)
+        self.wait()
+        partial = directory / f".{tag}.partial"
+        with together(ranks.world_size):
+            if ranks.rank == 0:
+                refuse_objects(client_state or {}, "client_state")
+                storage.begin(directory, tag)
+        with together(ranks.world_size):
+            write_values(partial / f"random.{ranks.rank}.pt", random_state())
+            if run.rollback is not None:
+                run.rollback.save(partial)
+            if ranks.rank == 0:
+                write_values(partial / _ENGINE, self._collect(run, client_state or {}))
+        manifest = Manifest(
+            tag=tag,
+            step=run.counters.applied_steps,
+            world_size=ranks.world_size,
+            backend=self._backend_name,
+            identity=self._identity,
+            versions=_versions(),
+            resumable=save_latest,
+            frozen=frozen,
+            created=dt.datetime.now(tz=dt.timezone.utc).isoformat(),
         )
-        return True
+        self._write_backend(partial, manifest)
 
-    def wait_for_checkpoint(self) -> None:
-        """Wait until no checkpoint is being written (``engine.checkpoint.async``).
+    def _collect(self, run: RunState, client_state: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "lr_scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
+            "counters": asdict(run.counters),
+            "batch": asdict(self._batch),
+            "loader": None if self._loader is None else self._loader.state_dict(),
+            "client_state": dict(client_state),
+        }
 
-        Every rank calls it.
+    def _write_backend(self, partial: Path, manifest: Manifest) -> None:
+        size, saver = self._ranks.world_size, self.async_saver
+        if saver is None:
+            with together(size):
+                self._backend.save(partial, frozen=manifest.frozen)
+            with together(size):
+                self._commit(partial, manifest)
+            return
+        with together(size):
+            written = self._backend.save_behind(
+                partial, saver.process_group(size), saver.arena, frozen=manifest.frozen
+            )
+        saver.commit_after(written, lambda: self._commit(partial, manifest))
 
-        Raises:
-            Exception: what writing the last one failed with, on any rank.
-        """
-        if self._behind is not None:
-            with saving.together(self._backend.ranks.world_size):
-                self._behind.wait()
+    def _commit(self, partial: Path, manifest: Manifest) -> None:
+        if self._ranks.rank != 0:
+            return
+        storage.commit(partial, manifest)
+        if self._plan.dir is not None and Path(self._plan.dir) == partial.parent:
+            storage.prune(partial.parent, self._plan.keep, self._plan.keep_every)
 
-    def _loader_state(self) -> dict[str, int] | None:
-        loader = self.training_dataloader
-        return loader.state_dict() if isinstance(loader, RunLoader) else None
-
-    def load_checkpoint(
+    def load(
         self,
-        load_dir: str | Path,
+        run: RunState,
+        directory: Path,
         tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-    ) -> tuple[str, dict[str, Any]]:
-        """Restore model, optimizer, loss scale, schedule and counters; every rank calls it.
+        *,
+        strict: bool = True,
+        optimizer: bool = True,
+        scheduler: bool = True,
+        counters: bool = True,
+    ) -> tuple[Path, dict[str, Any]]:
+        """Restore a checkpoint; see `Engine.load_checkpoint`.
 
         Args:
-            load_dir: the folder that was given to `save_checkpoint`.
-            tag: which one; by default the latest.
-            load_module_strict: whether the model must have exactly the saved parameters.
-            load_optimizer_states: whether to restore the optimizer and the loss scale.
-            load_lr_scheduler_states: whether to restore the schedule.
-            load_module_only: whether to restore the model alone.
+            run: counters, scheduler and rollback to restore.
+            directory: directory of the run's checkpoints.
+            tag: name of the checkpoint; default the newest complete one.
+            strict: whether the model must have exactly the saved parameters.
+            optimizer: whether to restore optimizer, loss scale and random numbers.
+            scheduler: whether to restore the scheduler.
+            counters: whether to restore counters and the position in the data.
 
         Returns:
-            The checkpoint's path and its ``client_state``.
-
-        Raises:
-            FileNotFoundError: there is none, so that nothing begins anew in silence.
-            CheckpointError: it is not whole, or of another run: another schedule, optimizer, batch,
-                precision or number of ranks. Nothing was changed then.
+            The checkpoint's directory and its ``client_state``.
         """
-        self.wait_for_checkpoint()
-        if load_module_only:
-            load_optimizer_states = load_lr_scheduler_states = False
-        override = self.config.checkpoint.override
-        path, state = saving.load(
-            self._backend,
-            self._identity,
-            Path(load_dir),
-            tag,
-            optimizer=load_optimizer_states,
-            strict=load_module_strict,
-            override=override,
-        )
-        if not load_module_only:
-            self._go_on(Counters(**state["counters"]), state["loader"], state.get("batch"))
-        if load_lr_scheduler_states and self.lr_scheduler is not None:
-            saved = state["lr_scheduler"]
-            if saved is None or override:
-                saved = self._joined(saved or {}, self.lr_scheduler.state_dict())
-            self.lr_scheduler.load_state_dict(saved)
-            if self._rollback is not None:
-                self._rollback.load(path)
-        return str(path), state["client_state"]
+        self.wait()
+        place, manifest = storage.find(directory, tag)
+        if optimizer and not self._plan.override:
+            refuse_another_run(place, manifest.identity, self._expected_identity(manifest))
+        if not manifest.frozen and self._ranks.rank == 0:
+            log.info("%s has no frozen parameters; the model keeps its own", place)
+        state: dict[str, Any] = read_values(place / _ENGINE)
+        self._backend.load(place, optimizer=optimizer, strict=strict, frozen=manifest.frozen)
+        own = place / f"random.{self._ranks.rank}.pt"
+        if optimizer and own.is_file() and manifest.world_size == self._ranks.world_size:
+            load_random_state(read_values(own))
+        if counters:
+            self._restore_counters(run, state)
+        if scheduler and run.scheduler is not None:
+            self._restore_scheduler(run, run.scheduler, state["lr_scheduler"])
+            if run.rollback is not None:
+                run.rollback.load(place)
+        return place, state["client_state"]
 
-    def _go_on(
-        self,
-        done: Counters,
-        position: dict[str, int] | None,
-        saved: Mapping[str, int] | None,
-    ) -> None:
-        """Take counters and place in the data, also of a run whose batches are cut otherwise."""
-        batch = self.config.batch
-        saved = saved or asdict(batch)
+    def _expected_identity(self, manifest: Manifest) -> Identity:
+        if not os.environ.get(ELASTIC):
+            return self._identity
+        # The batch is the same, and so is the schedule: only the ranks' parts of it differ.
+        return {**self._identity, "world_size": manifest.identity.get("world_size")}
+
+    def _restore_counters(self, run: RunState, state: Mapping[str, Any]) -> None:
+        """Restore counters and position, also of a run with other micro-batches per batch."""
+        batch = self._batch
+        saved = state.get("batch") or asdict(batch)
+        counters, position = Counters(**state["counters"]), state["loader"]
         if saved["accumulation"] != batch.accumulation:
-            done.micro_steps = done.global_steps * batch.accumulation
-        self._done = done
-        self._updates_before = self._updates
-        loader = self.training_dataloader
-        if not isinstance(loader, RunLoader) or position is None:
+            counters.micro_steps = counters.global_steps * batch.accumulation
+        run.counters = counters
+        run.steps_before = counters.applied_steps
+        if self._loader is None or position is None:
             return
         if (saved["accumulation"], saved["train"]) != (batch.accumulation, batch.train):
             samples = position["given"] // saved["accumulation"] * saved["train"]
             position = position | {"given": samples // batch.train * batch.accumulation}
-        loader.load_state_dict(position)
+        self._loader.load_state_dict(position)
 
-    def _joined(self, saved: Mapping[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        """Return a state for this run's schedule, which need not be the one that was saved.
+    def _restore_scheduler(
+        self, run: RunState, scheduler: LRScheduler, saved: Mapping[str, Any] | None
+    ) -> None:
+        if saved is None or self._plan.override:
+            saved = _adapt_schedule_state(
+                saved or {}, scheduler.state_dict(), run.counters.applied_steps
+            )
+        scheduler.load_state_dict(dict(saved))
 
-        The count of updates is all that another schedule goes on from; the same one, if it listens,
-        also has its memory.
+    def wait(self) -> None:
+        """Wait until no checkpoint is being written.
+
+        Raises:
+            Exception: the last one failed with it, on any rank.
         """
-        joined = own | {"step": self._updates}
-        if "state" in own:
-            if all(saved.get(name) == own[name] for name in ("type", "params")):
-                joined["state"] = saved["state"]
-            else:
-                log.warning("%s listens to the loss, and begins anew", own["type"])
-                joined["step"] = own["step"]
-        return joined
+        if self.async_saver is not None:
+            with together(self._ranks.world_size):
+                self.async_saver.wait()
+
+    def close(self) -> None:
+        """Restore the script's signal handlers, and wait for this rank's last checkpoint."""
+        if self._signals is not None:
+            self._signals.forget()
+        if self.async_saver is not None:
+            self.async_saver.close()
+
+
+def _adapt_schedule_state(
+    saved: Mapping[str, Any], own: dict[str, Any], applied_steps: int
+) -> dict[str, Any]:
+    """Return a state for this run's schedule, which may differ from the saved one.
+
+    A different schedule continues at the number of applied steps. The losses that a feedback
+    schedule has seen are of use only to the same schedule.
+    """
+    state = own | {"step": applied_steps}
+    if "state" in own:
+        if all(saved.get(name) == own[name] for name in ("type", "params")):
+            state["state"] = saved["state"]
+        else:
+            log.warning(
+                "%s depends on past losses that this checkpoint does not contain; it starts over",
+                own["type"],
+            )
+            state["step"] = own["step"]
+    return state
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    packages = ("onecycle", "torch", "deepspeed")
+    return versions | {name: found for name in packages if (found := installed(name))}

@@ -104,8 +104,8 @@ class Config:
     run: Mapping[str, Any]
     """``max_duration``, ``scale_schedule_ratio`` and ``scale_warmup`` of the section ``engine``."""
 
-    def rehearsal(self, schedule: Schedule[Any] | None) -> Config:
-        """Return the same training by another schedule, without any trace: nothing is written."""
+    def for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
+        """Return the config of a trial run by another schedule, which writes no files."""
         off = CheckpointPlan(None, None, None, None, behind=False, resume="never", override=False)
         silent = {name: {**section, "enabled": False} for name, section in self.monitors.items()}
         return replace(

@@ -1,4 +1,4 @@
-"""The range test as a call: on an engine of one's own, which is afterwards as it was before."""
+"""The LR range test as a function: on your engine, which is restored afterwards."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from engine.engine import Engine
+from engine.range_test.recorder import Recorder, Run, SweepOver
 from engine.range_test.refinement import refuse_updates
 from engine.range_test.report import LRRangeReport
-from engine.range_test.sweep import Recorder, Run, Shape, Sweep, SweepOver
+from engine.range_test.sweep import Shape, Sweep
 from engine.training.data import called_on
 from schedules import from_config
 
@@ -35,16 +36,17 @@ def lr_range_test(
 ) -> LRRangeReport:
     """Train for some updates at rising learning rates, suggest bounds, and put everything back.
 
-    Weights, buffers, optimizer, schedule, loss scale, counters and random numbers are afterwards
-    bit for bit what they were, also after an exception; a second call finds the same curve. Every
-    rank calls it: the loss is the mean over all of them.
+    Weights, buffers, optimizer, schedule, loss scale, counters and random numbers are restored bit
+    for bit, also after an exception; a second call finds the same curve. A boundary set by
+    `set_gradient_accumulation_boundary` does not hold inside. Every rank calls it: the loss is the
+    mean over all of them.
 
     With `refine`, 1Cycles of `steps` updates follow, to five maxima a factor of 2 apart around the
     suggestion (and to more, until the best lies among them): what a range test can only read from a
     curve is tried. That takes five to ten times as long.
 
     Args:
-        trainer: from `engine.initialize`, in any precision and on any backend, between updates.
+        trainer: from `engine.initialize`, in any precision and on any backend, between steps.
         batches: micro-batches; begun again when they end.
         loss_of: from the engine and a batch to the loss; by default the model returns it, called
             with the batch (a tuple or a mapping is taken apart into its arguments).
@@ -62,8 +64,8 @@ def lr_range_test(
         The curve, what it suggests and how sure that is; see `LRRangeReport`.
 
     Raises:
-        ValueError: there are no batches, the bounds do not rise, an update is begun, or
-            `updates` is given without `refine`.
+        ValueError: there are no batches, the bounds do not rise, an accumulation window has
+            started, or `updates` is given without `refine`.
 
     >>> import torch, engine
     >>> _ = torch.manual_seed(0)
@@ -80,9 +82,9 @@ def lr_range_test(
     refuse_updates(refine, updates)
     loss_of = loss_of or called_on
 
-    def rehearse(block: dict[str, Any], divergence: float) -> Run:
+    def run_trial(block: dict[str, Any], divergence: float) -> Run:
         recorder = Recorder(steps, divergence)
-        with trainer.rehearsal(recorder, from_config(block)):
+        with trainer._trial_run(recorder, from_config(block)):  # noqa: SLF001  # private to the package
             trainer.train()
             with contextlib.suppress(SweepOver):
                 for batch in _without_end(batches):
@@ -90,10 +92,10 @@ def lr_range_test(
                     trainer.step()
         return recorder.run
 
-    report = LRRangeReport((rehearse(sweep.scheduler, divergence),))
+    report = LRRangeReport((run_trial(sweep.scheduler, divergence),))
     if not refine:
         return report
-    return report.refined(lambda block, _: rehearse(block, math.inf), steps=steps, updates=updates)
+    return report.refined(lambda block, _: run_trial(block, math.inf), steps=steps, updates=updates)
 
 
 def _without_end(batches: Iterable[Any]) -> Iterator[Any]:

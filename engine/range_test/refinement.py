@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.range_test.sweep import Run
+from engine.range_test.recorder import Run
 
 __all__ = ["Refinement", "refine", "refuse_updates", "short_cycle"]
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.range_test.recorder import Run
 from engine.range_test.refinement import Refinement, refine, short_cycle
 from engine.range_test.suggestion import EDGE, Suggestion, suggest
-from engine.range_test.sweep import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 
-__all__ = ["GlobalBatchSampler", "RunLoader", "called_on", "make_loader"]
+__all__ = ["GlobalBatchSampler", "RunLoader", "call_on_batches", "called_on", "make_loader"]
 
 
 def called_on(model: Callable[..., Any], batch: Any) -> Any:
@@ -25,6 +25,22 @@ def called_on(model: Callable[..., Any], batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: int) -> Iterator[Any]:
+    """Yield what a model returns for each of the next batches.
+
+    Raises:
+        ValueError: there are fewer than ``count``.
+    """
+    for _ in range(count):
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError(
+                f"`data_iter` must give {count} micro-batches, but ended before; make it endless, "
+                "or stop at the end of an epoch."
+            )
+        yield called_on(model, batch)
 
 
 class GlobalBatchSampler(Sampler[list[int]]):

@@ -1,106 +1,157 @@
-"""What a run says of itself as it goes: lines in the log, and events for the monitors."""
+"""A run's progress: counters, the record of a step, lines in the log and events for monitors."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from engine.config import Config
-from engine.deepspeed_names import DeepSpeedNames
 from engine.training.monitors import Event, Monitor
 
-__all__ = ["Counters", "Progress"]
+__all__ = ["Counters", "ProgressReporter", "StepRecord", "StepRecorder"]
 
 log = logging.getLogger("onecycle")
 
 
 @dataclass
 class Counters:
-    """What an engine has done so far."""
+    """What a run has done so far; checkpoints contain these fields."""
 
     micro_steps: int = 0
     global_steps: int = 0
+    """Whole batches, skipped steps included."""
     skipped_steps: int = 0
     applied: bool = False
+    """Whether the last call of `Engine.step` updated the parameters."""
 
     @property
-    def update(self) -> int:
-        """The last update, counted from 0 as a plot counts them: only those that were applied."""
-        return self.global_steps - self.skipped_steps - 1
+    def applied_steps(self) -> int:
+        """Optimizer steps that were applied."""
+        return self.global_steps - self.skipped_steps
 
 
-class Progress:
-    """Keeps the losses that are asked for, and tells them with what the updates used.
+@dataclass(frozen=True)
+class StepRecord:
+    """What an optimizer step used and produced."""
+
+    step: int
+    """Index of the last applied step, from 0; a skipped step does not advance it."""
+    global_steps: int
+    is_applied: bool
+    skipped_steps: int
+    """Skipped steps so far."""
+    lr: Sequence[float]
+    """One value per param group, as are those of `momentum`."""
+    momentum: Sequence[float] | None
+    weight_decay: float | None
+    """Of the first param group."""
+    loss: float | None
+    """Mean over micro-batches and ranks; None if nothing needed it, or if it is not known."""
+    grad_norm: float | None
+    loss_scale: float | None
+    """None without fp16."""
+    batch_size: int
+
+
+class StepRecorder(Protocol):
+    """Receives the learning rate and the loss of each step; an LR range test has one."""
+
+    def note(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
+        """Record a step."""
+        ...
+
+    def stop_if_over(self) -> None:
+        """End the script if the test is over."""
+        ...
+
+
+class ProgressReporter:
+    """Writes the log lines and the monitors' events of a run.
 
     Args:
-        config: for ``steps_per_print`` and the sections of monitors.
-        monitors: rank 0's; the other ranks take part in the mean of the loss all the same.
+        config: for ``steps_per_print`` and the monitors' sections.
+        monitors: rank 0's; other ranks have none, but take part in the mean of the loss.
+        average: function that returns the mean of a number over the ranks.
+        writes_log: whether this rank writes the lines of the log.
     """
 
-    def __init__(self, config: Config, monitors: Sequence[Monitor]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        monitors: Sequence[Monitor],
+        average: Callable[[float], float],
+        *,
+        writes_log: bool,
+    ) -> None:
+        self.is_monitored = any(section["enabled"] for section in config.monitors.values())
         self._every = config.steps_per_print
         self._monitors = tuple(monitors)
-        self._is_watched = any(section["enabled"] for section in config.monitors.values())
+        self._average = average
+        self._writes_log = writes_log
         self._clock = time.perf_counter()
-        self._window: list[Tensor] = []  # of this update, for the monitors
-        self._sum: Tensor | float = 0.0  # since the last line of the log
+        # Losses since the last line of the log.
+        self._sum: Tensor | float = 0.0
         self._count = 0
 
     def add(self, loss: Tensor) -> None:
-        """Take a micro-batch's loss, if anybody will ask for it."""
-        if self._is_watched:
-            self._window.append(loss.detach())
+        """Add the loss of a micro-batch to the mean in the next log line."""
         if self._every:
             self._sum = self._sum + loss.detach().float()
             self._count += 1
 
-    def tell(self, engine: DeepSpeedNames, done: Counters) -> None:
-        """Tell of the update that is just over, before the schedule moves on from what it used."""
-        if self._is_watched:
-            self._write_events(engine, done)
-        if self._every and done.applied and done.global_steps % self._every == 0:
-            self._log(engine, done)
+    def needs_record(self, counters: Counters) -> bool:
+        """Return whether the step just finished is to be reported; else no record is collected."""
+        return self.is_monitored or self._is_line_due(counters.global_steps, counters.applied)
 
-    def _write_events(self, engine: DeepSpeedNames, done: Counters) -> None:
-        window, self._window = self._window, []
+    def report(self, record: StepRecord) -> None:
+        """Report a step, before the schedule moves on; every rank calls it."""
+        if self.is_monitored:
+            self._write_events(record)
+        if self._is_line_due(record.global_steps, record.is_applied):
+            self._write_line(record)
+
+    def _is_line_due(self, global_steps: int, is_applied: bool) -> bool:
+        if not self._every:
+            return False
+        return is_applied and global_steps % self._every == 0
+
+    def _write_events(self, record: StepRecord) -> None:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         values = {
-            "lr": engine.get_lr()[0],
-            "momentum": (engine.get_momentum() or (None,))[0],
-            "weight_decay": engine.optimizer.param_groups[0].get("weight_decay"),
-            "train_loss": engine.mean(torch.stack(window).mean().item()) if window else None,
-            "grad_norm": engine.get_global_grad_norm(),
-            "loss_scale": engine.loss_scale if engine.fp16_enabled() else None,
-            "samples_per_second": engine.train_batch_size() / max(seconds, 1e-9),
-            "skipped_updates": done.skipped_steps,
-            "update": done.update,
+            "lr": record.lr[0],
+            "momentum": record.momentum[0] if record.momentum else None,
+            "weight_decay": record.weight_decay,
+            "train_loss": record.loss,
+            "grad_norm": record.grad_norm,
+            "loss_scale": record.loss_scale,
+            "samples_per_second": record.batch_size / max(seconds, 1e-9),
+            "skipped_updates": record.skipped_steps,
+            "update": record.step,
         }
+        samples = record.global_steps * record.batch_size
         events = [
-            Event(
-                f"Train/Samples/{name}", float(value), done.global_steps * engine.train_batch_size()
-            )
+            Event(f"Train/Samples/{name}", float(value), samples)
             for name, value in values.items()
             if value is not None
         ]
         for monitor in self._monitors:
             monitor.write_events(events)
 
-    def _log(self, engine: DeepSpeedNames, done: Counters) -> None:
-        # None came here if the script called `loss.backward()` itself.
-        loss = engine.mean(float(self._sum) / self._count) if self._count else None
+    def _write_line(self, record: StepRecord) -> None:
+        # No loss was added if the script calls `loss.backward()` itself.
+        loss = self._average(float(self._sum) / self._count) if self._count else None
         self._sum, self._count = 0.0, 0
-        values = {"lr": engine.get_lr(), "momentum": engine.get_momentum()}
-        shown = [
-            f"{name} {' '.join(format(value, '.4g') for value in dict.fromkeys(of_groups))}"
-            for name, of_groups in values.items()
-            if of_groups
-        ]
-        if engine.global_rank == 0:
-            shown = shown if loss is None else [f"loss {loss:.4f}", *shown]
-            log.info("update %d: %s", done.update, ", ".join(shown))
+        if not self._writes_log:
+            return
+        shown = [] if loss is None else [f"loss {loss:.4f}"]
+        for name, values in (("lr", record.lr), ("momentum", record.momentum)):
+            if values:
+                different = [format(value, ".4g") for value in dict.fromkeys(values)]
+                shown.append(f"{name} {' '.join(different)}")
+        log.info("update %d: %s", record.step, ", ".join(shown))

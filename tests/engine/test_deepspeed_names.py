@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import engine
+from engine.errors import MisuseError
 from schedules import lr_schedules
 
 
@@ -116,6 +117,42 @@ def test_zero_grad_and_no_sync_and_what_torch_lacks():
     with pytest.raises(ValueError, match="`mpu` must be None on the PyTorch backend"):
         start_with_mpu = {"train_batch_size": 1, "optimizer": {"type": "SGD"}}
         engine.initialize(config=start_with_mpu, model=torch.nn.Linear(1, 1), mpu=object())
+
+
+def test_no_sync_at_zero_stage_2_is_refused():
+    trainer = start(zero_optimization={"stage": 2}, engine={"backend": "torch"})
+    refused = pytest.raises(MisuseError, match="incompatible with ZeRO stages 2 and")
+    with refused, trainer.no_sync():
+        pass
+
+
+def test_no_sync_inside_no_sync_is_refused():
+    trainer = start()
+    reentered = pytest.raises(MisuseError, match="reentry is unsupported")
+    with trainer.no_sync(), reentered, trainer.no_sync():
+        pass
+    with trainer.no_sync():  # the outer one was left all the same
+        pass
+
+
+def test_step_inside_no_sync_is_refused():
+    trainer = start()
+    trainer.backward(trainer(X[:2]).mean())
+    with trainer.no_sync(), pytest.raises(MisuseError, match="illegal to call"):
+        trainer.step()
+    assert trainer.micro_steps == 0
+    trainer.step()
+    assert trainer.micro_steps == 1
+
+
+def test_lr_scheduler_assigned_by_the_script_is_stepped():
+    trainer = start()
+    trainer.lr_scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 1, gamma=0.5)
+    lr = trainer.get_lr()[0]
+    for half in X.split(2):
+        trainer.backward(trainer(half).mean())
+        trainer.step()
+    assert trainer.get_lr() == [lr / 2]
 
 
 def test_an_optimizer_of_another_model_is_refused():

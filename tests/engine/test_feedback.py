@@ -100,7 +100,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     trainer = start(engine={"report": str(tmp_path / "report")})
     train(trainer, 200)
     assert trainer.lr_scheduler.decision is not None
-    assert "was not drawn, and training goes on" in caplog.text
+    assert "was not plotted, training continues" in caplog.text
 
 
 def test_skipped_updates_do_not_move_it():
@@ -161,7 +161,8 @@ def test_the_run_gives_the_epochs():
         "engine": {"max_duration": "30ep"},
     }
     trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(8, 1), training_data=data)
-    assert trainer.lr_scheduler._rule._total == 300
+    params = trainer.lr_scheduler.identity["params"]
+    assert (params["steps_per_epoch"], params["total_epochs"]) == (10, 30)
 
 
 def test_a_loss_that_the_engine_never_saw():

@@ -16,8 +16,8 @@ warnings.simplefilter("ignore")
 
 import engine  # noqa: E402
 from engine import initialization  # noqa: E402
-from engine.checkpoint import saving, state, storage  # noqa: E402
-from engine.distributed.ranks import destroy_distributed  # noqa: E402
+from engine.checkpoint import collectives, manager, state, storage  # noqa: E402
+from engine.distributed.ranks import disconnect  # noqa: E402
 
 LRS = [0.01, 0.2]
 CYCLE = {
@@ -226,7 +226,7 @@ def autocast_resume():
 
 
 def rank_0_only():
-    saving._PATIENCE = timedelta(seconds=3)
+    collectives._PATIENCE = timedelta(seconds=3)
     trainer, *_ = engine.initialize(model=net(), config=config())
     if trainer.global_rank == 0:
         trainer.save_checkpoint(tempfile.mkdtemp())
@@ -243,7 +243,7 @@ def one_rank_fails():
     trainer, *_ = engine.initialize(model=net(), config=config())
     folder = shared_folder()
     update(trainer)
-    write = saving.write_values
+    write = manager.write_values
     for name in ("random.1.pt", "values.pt"):
 
         def full(path, values, name=name):
@@ -251,10 +251,10 @@ def one_rank_fails():
                 raise OSError(28, "No space left on device")
             write(path, values)
 
-        saving.write_values = state.write_values = full
+        manager.write_values = state.write_values = full
         with pytest.raises((OSError, RuntimeError), match="No space left on device"):
             trainer.save_checkpoint(folder)
-    saving.write_values = state.write_values = write
+    manager.write_values = state.write_values = write
     update(trainer)
     trainer.save_checkpoint(folder)
     assert storage.find(Path(folder))[1].tag == "global_step2"
@@ -394,4 +394,4 @@ def wrong_config_of_one():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]]()
-    destroy_distributed()
+    disconnect()

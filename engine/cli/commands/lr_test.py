@@ -22,8 +22,9 @@ from engine.distributed.environment import INVALID, OK
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from engine.range_test.recorder import Run
     from engine.range_test.report import LRRangeReport
-    from engine.range_test.sweep import Run, Sweep
+    from engine.range_test.sweep import Sweep
 
 __all__ = ["add", "run"]
 
@@ -175,7 +176,7 @@ def _train(
     Raises:
         _NoTestError: it failed, or noted too little.
     """
-    from engine.range_test.sweep import RECORD, Run
+    from engine.range_test.recorder import RECORD, Run
 
     log = args.output / f"{name.replace(' ', '_')}.{sweep.seed_offset}.log"
     with tempfile.TemporaryDirectory(prefix="onecycle-") as folder:
@@ -228,7 +229,7 @@ def _follow(
     """Run the script to its end, with a bar of the updates that it has noted."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from engine.range_test.sweep import Run
+    from engine.range_test.recorder import Run
 
     bar = Progress(
         TextColumn("{task.description}"),

@@ -306,11 +306,80 @@ def test_the_scripts_own_optimizer_and_scheduler_are_guarded_too(tmp_path):
     assert again.get_lr() == trainer.get_lr()
     for other, message in (
         (of_script(length=1000), "`scheduler.params.T_max` was 10 and is 1000"),
-        (of_script(weight_decay=0.5), "`optimizer.groups` was .*0.1.* and is .*0.5"),
+        (of_script(weight_decay=0.5), r"`optimizer\.groups\.0\.weight_decay` was 0\.1 and is 0\.5"),
         (of_script(make=torch.optim.SGD), "`optimizer.type` was AdamW and is SGD"),
     ):
         with pytest.raises(CheckpointError, match=message):
             other.load_checkpoint(tmp_path)
+
+
+def with_tensors(kind, lr=0.1, gain=(1.0, 2.0)):
+    """An engine whose script's own optimizer and scheduler hold tensors and functions."""
+    net = model()
+    optimizer = getattr(torch.optim, kind)(net.parameters(), lr=torch.tensor(lr))
+
+    class Scheduler(torch.optim.lr_scheduler.LambdaLR):
+        def __init__(self):
+            self.gain = torch.as_tensor(gain)
+            super().__init__(optimizer, lambda step: 0.9**step)
+
+    return engine.initialize(
+        config={"train_batch_size": 8}, model=net, optimizer=optimizer, lr_scheduler=Scheduler()
+    )[0]
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_resume_with_another_tensor_lr_is_refused(tmp_path, kind):
+    trainer = with_tensors(kind)
+    trainer.save_checkpoint(tmp_path)
+    with_tensors(kind).load_checkpoint(tmp_path)
+    for other, message in (
+        (with_tensors(kind, lr=0.2), r"`optimizer\.groups\.0\.lr` was 0\.1\d* and is 0\.2\d*[;.]"),
+        (with_tensors(kind, gain=(1.0, 3.0)), r"`scheduler\.params\.gain\.1` was 2\.0 and is 3\.0"),
+        (
+            with_tensors(kind, gain=torch.ones(999)),
+            r"`scheduler\.params\.gain` was \[.*is [0-9a-f]",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            other.load_checkpoint(tmp_path)
+
+
+def rewrite_identity(place, change):
+    manifest = json.loads((place / "manifest.json").read_text())
+    change(manifest["identity"])
+    (place / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_resume_from_an_identity_without_tensors_compares_what_it_has(tmp_path):
+    """Earlier versions dropped every value that JSON cannot carry."""
+    trainer = with_tensors("SGD")
+    trainer.save_checkpoint(tmp_path)
+
+    def drop(identity):
+        del identity["optimizer"]["converted"], identity["scheduler"]["converted"]
+        for name in ("lr", "initial_lr"):
+            del identity["optimizer"]["groups"][0][name]
+        for name in ("gain", "lr_lambdas", "base_lrs"):
+            del identity["scheduler"]["params"][name]
+
+    place = tmp_path / "global_step0"
+    rewrite_identity(place, drop)
+    with_tensors("SGD", lr=0.2).load_checkpoint(tmp_path)
+
+    def change(identity):
+        identity["optimizer"]["groups"][0]["weight_decay"] = 0.5
+
+    rewrite_identity(place, change)
+    with pytest.raises(CheckpointError, match=r"`optimizer\.groups\.0\.weight_decay` was 0\.5"):
+        with_tensors("SGD").load_checkpoint(tmp_path)
+
+    def remove(identity):
+        del identity["optimizer"]["groups"][0]["weight_decay"]
+
+    rewrite_identity(place, remove)
+    with pytest.raises(CheckpointError, match=r"weight_decay` was absent and is 0"):
+        with_tensors("SGD").load_checkpoint(tmp_path)
 
 
 def test_a_replaced_tag_is_there_until_the_new_one_is_whole(saved, monkeypatch):
@@ -449,6 +518,15 @@ def test_the_command_lists_verifies_shows_and_exports(saved):
     status, out = run("checkpoint", "verify", saved)
     assert (status, "other content" in out) == (1, True)
     assert run("checkpoint", "ls", saved / "none")[0] == 2
+
+
+@pytest.mark.parametrize("directory", ["empty", "absent"])
+def test_checkpoint_verify_without_checkpoints_reports_it(tmp_path, directory):
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / directory
+    out, err = io.StringIO(), io.StringIO()
+    assert main(["checkpoint", "verify", str(path)], out, err) == 2
+    assert (out.getvalue(), err.getvalue()) == ("", f"onecycle: {path}: holds no checkpoint\n")
 
 
 def test_the_command_loads_no_torch(saved):

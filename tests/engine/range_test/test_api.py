@@ -186,7 +186,7 @@ def test_wrong_calls():
     with pytest.raises(ValueError, match="is empty or used up"):
         engine.lr_range_test(trainer, [])
     train(trainer, loader, 1)
-    with pytest.raises(ValueError, match="must begin between updates"):
+    with pytest.raises(ValueError, match="must start between optimizer steps"):
         engine.lr_range_test(trainer, loader)
 
 
@@ -209,3 +209,56 @@ def test_a_failure_of_every_gradient_has_a_reason():
     trainer, *_ = engine.initialize(config=config, model=Broken(4, 1))
     report = engine.lr_range_test(trainer, torch.randn(3, 4, 4))
     assert report.suggestion.reason == "there are 0 losses, and 20 must be"
+
+
+def test_lr_range_test_under_a_boundary_set_by_hand_ends_and_restores_it():
+    trainer, loader = start()
+    trainer.set_gradient_accumulation_boundary(is_boundary=False)
+    report = engine.lr_range_test(trainer, loader, max_lr=0.1, steps=25)
+    assert len(report.runs[0].lrs) == 25
+    assert not trainer.is_gradient_accumulation_boundary()
+    train(trainer, loader, 2)
+    assert trainer.global_steps == 0, "the boundary is still set by hand"
+    trainer.set_gradient_accumulation_boundary(is_boundary=True)
+    train(trainer, loader, 1)
+    assert trainer.global_steps == 1
+
+
+def test_lr_range_test_inside_a_window_of_hand_set_boundaries_is_refused():
+    trainer, loader = start(gradient_accumulation_steps=1)
+    trainer.set_gradient_accumulation_boundary(is_boundary=False)
+    train(trainer, loader, 1)
+    gradients = [p.grad.clone() for p in trainer.parameters()]
+    with pytest.raises(ValueError, match="whose gradients would be lost"):
+        engine.lr_range_test(trainer, loader)
+    kept = [p.grad for p in trainer.parameters()]
+    assert all(map(torch.equal, gradients, kept))
+
+
+def test_lr_range_test_leaves_a_pending_metric_to_the_next_step():
+    plateau = {"type": "ReduceLROnPlateau", "params": {"patience": 0, "factor": 0.5}}
+    trainer, loader = start(scheduler=plateau)
+    batches = iter(loader)
+    for metric in (1.0, None, 1.0):  # of a micro-batch that ends no step: kept for the next one
+        trainer.backward(trainer(*next(batches)))
+        trainer.step(metric=metric)
+        if trainer.micro_steps == 2:
+            trainer.set_gradient_accumulation_boundary(is_boundary=True)
+            engine.lr_range_test(trainer, [torch.randn(4, 4)], steps=5)
+    assert trainer.get_lr() == [0.005]
+
+
+def test_load_checkpoint_in_a_trial_run_is_undone(tmp_path):
+    trainer, loader = start()
+    train(trainer, loader, 4)
+    trainer.save_checkpoint(tmp_path)
+    train(trainer, loader, 2)
+    before = digest(trainer, loader)
+
+    def loss_of(trainer, batch):
+        if trainer.micro_steps == 0:
+            trainer.load_checkpoint(tmp_path, load_module_only=True)
+        return trainer(*batch)
+
+    engine.lr_range_test(trainer, loader, loss_of=loss_of, steps=5)
+    assert digest(trainer, loader) == before

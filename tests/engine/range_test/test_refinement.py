@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import schedules
+from engine.range_test.recorder import Run
 from engine.range_test.refinement import Refinement, refine, short_cycle
-from engine.range_test.sweep import Run
 
 
 def trainings(best, noise=0.0, diverges_from=math.inf):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from engine.range_test.recorder import Run
 from engine.range_test.report import LRRangeReport
 from engine.range_test.suggestion import MIN_POINTS, suggest
-from engine.range_test.sweep import Run
 from tests.testing.planted_losses import FAMILIES, flat, plant
 
 

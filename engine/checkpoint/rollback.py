@@ -1,0 +1,77 @@
+"""Return to the lowest loss of a warmup: for AutoWU with ``"rollback": true``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+from engine.checkpoint.plain_values import read_values, write_values
+from engine.distributed.ranks import Ranks
+from schedules import ScheduleBinder
+from schedules.feedback.autowu_controller import AutoWUController
+
+__all__ = ["Rollback"]
+
+log = logging.getLogger("onecycle")
+
+
+class RestorableBackend(Protocol):
+    """The part of a backend that a rollback needs."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process's rank among how many."""
+        ...
+
+    def snapshot(self) -> Any:
+        """Return a copy of everything that training changes."""
+        ...
+
+    def restore(self, snapshot: Any) -> None:
+        """Restore a snapshot, bit for bit."""
+        ...
+
+
+class Rollback:
+    """A snapshot of model and optimizer at the lowest loss so far, restored at AutoWU's switch."""
+
+    def __init__(self, backend: RestorableBackend) -> None:
+        self._backend = backend
+        self._ranks = backend.ranks
+        self._snapshot: Any = None
+
+    def follow(self, scheduler: object) -> None:
+        """Take a snapshot if the step just counted has the lowest loss; restore it at the switch.
+
+        Args:
+            scheduler: AutoWU's, after it received the step's loss.
+        """
+        assert isinstance(scheduler, ScheduleBinder)
+        assert isinstance(scheduler.controller, AutoWUController)
+        if scheduler.controller.is_lowest(scheduler.state):
+            self._snapshot = self._backend.snapshot()
+        if scheduler.just_decided and self._snapshot is not None:
+            self._backend.restore(self._snapshot)
+            self._snapshot = None
+            scheduler.write()  # the snapshot contains the learning rate of its step
+            log.info("model and optimizer are back at the lowest loss of the warmup")
+
+    def save(self, place: Path) -> None:
+        """Write this rank's snapshot to a checkpoint, if there is one."""
+        if self._snapshot is not None:
+            write_values(place / f"rollback.{self._ranks.rank}.pt", self._snapshot)
+
+    def load(self, place: Path) -> None:
+        """Read this rank's snapshot from a checkpoint, if the same number of ranks saved one."""
+        found = len(list(place.glob("rollback.*.pt")))
+        is_complete = found == self._ranks.world_size
+        path = place / f"rollback.{self._ranks.rank}.pt"
+        self._snapshot = read_values(path) if is_complete else None
+        if found and not is_complete:
+            log.warning(
+                "%s has the snapshots of %d ranks, not %d; rolling back starts over",
+                place,
+                found,
+                self._ranks.world_size,
+            )

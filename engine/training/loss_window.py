@@ -1,0 +1,72 @@
+"""The losses of the current accumulation window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["LossWindow", "check_loss"]
+
+
+def check_loss(loss: object) -> None:
+    """Reject anything but a scalar tensor that has a graph.
+
+    Raises:
+        ValueError: the loss is not a scalar tensor, or has no graph.
+    """
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+        return
+    shown = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+    raise ValueError(
+        f"`loss` must be a scalar tensor that the model computed with gradients, but is "
+        f"{shown}{'' if getattr(loss, 'requires_grad', True) else ' without a graph'} "
+        "instead; take its mean, and compute it outside of torch.no_grad()."
+    )
+
+
+class LossWindow:
+    """Keeps the losses of the micro-batches since the last optimizer step, if they are needed.
+
+    Args:
+        average: function that returns the mean of a number over the ranks.
+        is_kept: whether anything needs the losses: a feedback schedule, a monitor, a range test.
+    """
+
+    def __init__(self, average: Callable[[float], float], *, is_kept: bool) -> None:
+        self.is_kept = is_kept
+        self._average = average
+        self._losses: list[Tensor] = []
+        self._mean: float | None = None
+
+    def add(self, loss: Tensor) -> None:
+        """Add the loss of a micro-batch."""
+        if self.is_kept:
+            self._losses.append(loss.detach())
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether any loss was added; false if the script calls ``loss.backward()`` itself."""
+        return bool(self._losses)
+
+    def mean(self) -> float:
+        """Return the mean over micro-batches and ranks; every rank calls it.
+
+        Raises:
+            RuntimeError: the window has no losses.
+        """
+        if not self._losses:
+            raise RuntimeError(
+                "the loss must be known here, but this update's gradients came from the script's "
+                "own `loss.backward()`; call `engine.backward(loss)` instead."
+            )
+        if self._mean is None:
+            self._mean = self._average(float(torch.stack(self._losses).float().mean()))
+        return self._mean
+
+    def clear(self) -> None:
+        """Start the next window."""
+        if self._losses:
+            self._losses.clear()
+            self._mean = None

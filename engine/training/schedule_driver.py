@@ -1,0 +1,81 @@
+"""Steps the scheduler of a run, whichever kind it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from engine.training.loss_window import LossWindow
+from schedules import ScheduleBinder
+
+__all__ = ["ScheduleDriver"]
+
+log = logging.getLogger("onecycle")
+
+
+class ScheduleDriver:
+    """Steps a scheduler after each applied optimizer step, with the loss or metric that it needs.
+
+    Args:
+        scheduler: ours, one of torch's, or any object with a ``step`` method; None: no schedule.
+        average: function that returns the mean of a number over the ranks.
+        report: directory for a plot of a feedback schedule's decision; None: no plot.
+    """
+
+    def __init__(
+        self,
+        scheduler: LRScheduler | None,
+        average: Callable[[float], float],
+        report: str | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.metric: Tensor | float | None = None
+        """The last metric, until an applied step passes it to the scheduler."""
+        self._average = average
+        self._report = report
+
+    @property
+    def feedback(self) -> Literal["loss", "metric"] | None:
+        """What a feedback schedule of ours receives at each step."""
+        scheduler = self.scheduler
+        return scheduler.schedule.feedback if isinstance(scheduler, ScheduleBinder) else None
+
+    def step(self, window: LossWindow) -> None:
+        """Step the scheduler; every rank calls it after an optimizer step that was applied."""
+        scheduler = self.scheduler
+        if isinstance(scheduler, ScheduleBinder) and self.feedback is not None:
+            if self.feedback == "loss":
+                scheduler.step(window.mean())
+            else:
+                scheduler.step(metric=self._take_metric())
+            if scheduler.just_decided and self._report is not None:
+                self._plot_decision(scheduler, Path(self._report))
+        elif isinstance(scheduler, ReduceLROnPlateau):
+            metric = self._take_metric()
+            if metric is not None:
+                scheduler.step(metric)
+        elif scheduler is not None:
+            scheduler.step()
+
+    def _take_metric(self) -> float | None:
+        metric, self.metric = self.metric, None
+        return None if metric is None else self._average(float(metric))
+
+    def _plot_decision(self, binder: ScheduleBinder, directory: Path) -> None:
+        if binder.evidence is None:
+            return
+        from engine.display.plots import draw_decision
+
+        name = binder.schedule.type_name
+        path = directory / f"{name.lower()}.png"
+        try:
+            draw_decision(binder.evidence, path, name)
+        except Exception as error:  # noqa: BLE001  # a failed plot must not stop training
+            log.warning("%s was not plotted, training continues: %s", path, error)
+        else:
+            log.info("the evidence for the decision is plotted in %s", path)
