@@ -37,45 +37,31 @@ __all__ = ["FSDPBackend", "check_gradient_averaging", "shard"]
 class FSDPBackend(PyTorchBackend):
     """Trains a model whose parameters FSDP2 shards across ranks, ZeRO stages 1 to 3."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | OptimizerFactory | None,
-        config: Config,
-        ranks: Ranks,
-        *,
-        parameters: list[Any] | None = None,
-    ) -> None:
-        super().__init__(model, optimizer, config, ranks, parameters=parameters)
-        self._autocast = None  # the policy of `shard` casts
-        self._stage = config.zero_stage
-        check_gradient_averaging(ranks)
-
     @override
     def _prepare_optimizer(
         self,
         model: nn.Module,
         optimizer: Optimizer | OptimizerFactory | None,
-        config: Config,
         parameters: list[Any] | None,
     ) -> Optimizer:
         # Sharding replaces the model's parameters, so it has to come before the optimizer.
         if not isinstance(optimizer, Optimizer):
-            sharded = shard(model, config, parameters)
-            return super()._prepare_optimizer(model, optimizer, config, sharded)
-        groups = shard(model, config, optimizer.param_groups)
+            sharded = shard(model, self._config, parameters)
+            return super()._prepare_optimizer(model, optimizer, sharded)
+        groups = shard(model, self._config, optimizer.param_groups)
         for group, sharded_group in zip(optimizer.param_groups, groups, strict=True):
             group["params"] = sharded_group["params"]
         return optimizer
 
     @override
-    def _wrap(self) -> None:
-        return None
+    def _set_up_averaging(self) -> None:
+        check_gradient_averaging(self.ranks)  # FSDP averages, without a wrapper
 
     @override
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        # Stages 2 and 3 reduce in every micro-batch, since they hold no whole gradients.
-        if self._stage == 1:
+        # The policy of `shard` casts, so no autocast is needed. Stages 2 and 3 reduce gradients in
+        # every micro-batch, since they do not keep whole gradients.
+        if self._config.zero_stage == 1:
             assert isinstance(self.model, FSDPModule)
             self.model.set_requires_gradient_sync(last_micro_batch)
         return self._called(*args, **kwargs)
@@ -94,8 +80,8 @@ class FSDPBackend(PyTorchBackend):
     @override
     def describe(self) -> str:
         ranks = self.ranks
-        stage = f"FSDP2, stage {self._stage}, over {ranks.world_size} ranks"
-        return f"PyTorch, {stage}, {ranks.device}, {self._precision}"
+        stage = f"FSDP2, stage {self._config.zero_stage}, over {ranks.world_size} ranks"
+        return f"PyTorch, {stage}, {ranks.device}, {self._config.precision}"
 
 
 def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) -> list[Any]:

@@ -55,27 +55,25 @@ class PyTorchBackend(Backend):
         *,
         parameters: list[Any] | None = None,
     ) -> None:
+        self._config = config
         _prepare(model, config, ranks.device)
-        chosen = self._prepare_optimizer(model, optimizer, config, parameters)
+        chosen = self._prepare_optimizer(model, optimizer, parameters)
         groups = chosen.param_groups
         super().__init__(
             model, chosen, ranks, trained=sum(p.numel() for g in groups for p in g["params"])
         )
-        self._precision = config.precision
         self._autocast = DTYPES.get(config.precision)
-        self._finds_unused = config.finds_unused
         self._clipping = config.gradient_clipping
         self._scaler = LossScaler(config.loss_scaling) if config.loss_scaling else None
         self._keeps_gradients = False
         self._spent: list[Tensor] = []
-        self._parallel = self._wrap() if ranks.world_size > 1 else None
+        self._parallel = self._set_up_averaging() if ranks.world_size > 1 else None
         self._called: nn.Module = self._parallel or model
 
     def _prepare_optimizer(
         self,
         model: nn.Module,
         optimizer: Optimizer | OptimizerFactory | None,
-        config: Config,
         parameters: list[Any] | None,
     ) -> Optimizer:
         if isinstance(optimizer, Optimizer):
@@ -85,13 +83,14 @@ class PyTorchBackend(Backend):
             parameters = [p for p in model.parameters() if p.requires_grad]
         if optimizer is not None:
             return optimizer(parameters)
-        assert config.optimizer is not None
-        return build_optimizer(config.optimizer, parameters)
+        assert self._config.optimizer is not None
+        return build_optimizer(self._config.optimizer, parameters)
 
-    def _wrap(self) -> DistributedDataParallel | None:
+    def _set_up_averaging(self) -> DistributedDataParallel | None:
+        """Have gradients averaged over ranks; return the model's wrapper, if that takes one."""
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         return DistributedDataParallel(
-            self.model, device_ids=devices, find_unused_parameters=self._finds_unused
+            self.model, device_ids=devices, find_unused_parameters=self._config.finds_unused
         )
 
     @override
@@ -223,7 +222,7 @@ class PyTorchBackend(Backend):
     @override
     def describe(self) -> str:
         how = f"DDP over {self.ranks.world_size} ranks" if self._parallel else "one process"
-        return f"PyTorch, {how}, {self.ranks.device}, {self._precision}"
+        return f"PyTorch, {how}, {self.ranks.device}, {self._config.precision}"
 
 
 def _prepare(model: nn.Module, config: Config, device: torch.device) -> None:
