@@ -1,45 +1,36 @@
-"""``initialize``: proves a config right and puts a model to work by it."""
+"""``initialize``: validates a config and builds the engine that trains by it."""
 
 from __future__ import annotations
 
 import argparse
-import atexit
-import contextlib
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterable
+from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from engine import backends
 from engine.backends.base import Backend
-from engine.backends.pytorch import PyTorchBackend
 from engine.checkpoint.fingerprint import hyperparameters, identity_of
 from engine.config import Config, ConfigError, Source, load_config
 from engine.distributed.ranks import (
-    Ranks,
     check_configs_match,
     init_distributed,
     process_rank,
     world_size,
 )
 from engine.engine import Engine
-from engine.range_test.recorder import RECORD, Recorder
-from engine.range_test.suggestion import MIN_POINTS
-from engine.range_test.sweep import Sweep, sweep_of_environment
-from engine.training.activation_checkpointing import blocks_of, recompute
+from engine.range_test.script import apply_sweep, attach_recorder
+from engine.range_test.sweep import sweep_of_environment
 from engine.training.data import make_loader
-from engine.training.monitors import monitors_of
-from engine.training.optimizers import build_optimizer
-from schedules import LRRangeTest, ScheduleBinder, from_config
+from engine.training.monitors import build_monitors
+from engine.training.optimizers import OptimizerFactory
+from schedules import ScheduleBinder
 from schedules.torch_scheduler import bind
 
 __all__ = ["initialize"]
@@ -48,17 +39,16 @@ log = logging.getLogger("onecycle")
 
 _AFTER_RANK_0 = 10.0
 
-MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
-MakeScheduler = Callable[[Optimizer], LRScheduler]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 def initialize(
     args: argparse.Namespace | None = None,
     model: nn.Module | None = None,
-    optimizer: Optimizer | MakeOptimizer | None = None,
+    optimizer: Optimizer | OptimizerFactory | None = None,
     model_parameters: Iterable[Any] | None = None,
     training_data: Dataset[Any] | None = None,
-    lr_scheduler: LRScheduler | MakeScheduler | None = None,
+    lr_scheduler: LRScheduler | SchedulerFactory | None = None,
     distributed_port: int | None = None,
     mpu: Any = None,
     dist_init_required: bool | None = None,
@@ -66,38 +56,39 @@ def initialize(
     config: Source | None = None,
     mesh_param: Any = None,
     config_params: Source | None = None,
+    # `Any` in place of None: a caller knows whether it passed data and need not check.
 ) -> tuple[Engine, Optimizer, DataLoader[Any] | Any, LRScheduler | Any]:
-    """Prove a config right, and return a model ready to be trained by it.
+    """Validate a config and return an engine that trains the model by it.
 
-    The names, their order and the results are those of ``deepspeed.initialize``. Nothing is
-    changed, in the model or the optimizer, before the config is proved.
+    The arguments, their order and the results are those of ``deepspeed.initialize``. Neither the
+    model nor the optimizer is changed before the config is validated.
 
     Args:
-        args: a namespace with ``deepspeed_config``, for scripts that give no ``config``; one of
-            `add_config_arguments` wins over the config where both speak, and the log says so.
-        model: the module to train; it is moved to this rank's device.
-        optimizer: one of your own, or a function from parameters to one, in place of the config's.
-        model_parameters: parameters or param groups to train; by default all that need gradients.
-        training_data: a dataset, for which a loader is returned.
-        lr_scheduler: one of your own, or a function from the optimizer to one, in place of the
-            config's; it is stepped after each applied update.
-        distributed_port: port of rank 0, where the environment names none.
-        mpu: for the DeepSpeed backend alone, a model-parallelism unit.
-        dist_init_required: accepted as DeepSpeed does; a process group that is up is used, and one
-            that is needed is made.
-        collate_fn: makes a batch of samples, for the returned loader.
+        args: namespace with ``deepspeed_config``, for scripts that pass no ``config``; one of
+            `add_config_arguments` wins over the config where both set a value, which is logged.
+        model: module to train; it is moved to this rank's device.
+        optimizer: your own optimizer, or a function from parameters to one; default: the config's.
+        model_parameters: parameters or param groups to train; default: all that need gradients.
+        training_data: dataset, for which a loader is returned.
+        lr_scheduler: your own scheduler, or a function from the optimizer to one; default: the
+            config's. It is stepped after each step that was applied.
+        distributed_port: port of rank 0, if the environment sets none.
+        mpu: model-parallelism unit; DeepSpeed backend only.
+        dist_init_required: accepted for compatibility. An initialized process group is used; one
+            is created if it is needed.
+        collate_fn: function from a list of samples to a batch, for the returned loader.
         config: path of a ds_config.json, or the config as a dict.
-        mesh_param: for the DeepSpeed backend alone, the shape of its device mesh.
-        config_params: the old name of ``config``.
+        mesh_param: shape of the device mesh; DeepSpeed backend only.
+        config_params: old name of ``config``.
 
     Returns:
         The engine, the optimizer, the loader (None without ``training_data``) and the schedule
-        (None if there is none).
+        (None without one).
 
     Raises:
-        ConfigError: anything in the config is wrong; ``problems`` holds all of it.
-        ValueError: the arguments are at odds with the config, the optimizer with the schedule, or
-            the ranks with one another.
+        ConfigError: the config is invalid; ``problems`` holds every problem.
+        ValueError: the arguments do not match the config, the optimizer does not match the
+            schedule, or the ranks have different configs.
         ImportError: the config needs DeepSpeed, which is not installed.
 
     >>> import torch, engine
@@ -117,115 +108,42 @@ def initialize(
     if model is None:
         raise ValueError("`model` must be a torch.nn.Module, but is None instead.")
     sweep = sweep_of_environment()
+    source = sweep.config if sweep is not None else None
+    resolved = _load(source or _choose_source(args, config, config_params), args)
     if sweep is not None:
-        lr_scheduler = None
-    own = sweep.config if sweep is not None else None
-    source = own or _source(args, config, config_params)
-    with _told_by_rank_0():
-        resolved = load_config(source, world_size=world_size(), args=args)
-    if sweep is not None:
-        resolved = _under_test(resolved, sweep)
-    _refuse_two_sources(resolved, optimizer, lr_scheduler)
-    model_parameters = _listed(model_parameters)
-    deepspeed = resolved.backend.name == "deepspeed"
-    if not deepspeed:
-        _refuse_what_torch_lacks(mpu=mpu, mesh_param=mesh_param)
-    ranks = init_distributed(always_create_group=deepspeed, port=distributed_port)
+        resolved, lr_scheduler = apply_sweep(resolved, sweep), None
+    _check_sources(resolved, optimizer, lr_scheduler)
+    is_deepspeed = resolved.backend.name == "deepspeed"
+    ranks = init_distributed(always_create_group=is_deepspeed, port=distributed_port)
     check_configs_match(ranks, json.dumps(resolved.own, sort_keys=True))
     loader = None
     if training_data is not None:
         loader = make_loader(training_data, resolved, ranks, collate_fn)
-    backend: Backend
-    if deepspeed:
-        from engine.backends.deepspeed import DeepSpeedBackend
-
-        doors = {"mpu": mpu, "mesh_param": mesh_param}
-        backend = DeepSpeedBackend(model, optimizer, model_parameters, resolved, ranks, doors)
-    else:
-        backend = _on_torch(model, optimizer, model_parameters, resolved, ranks)
+    backend = backends.build(
+        model,
+        optimizer,
+        resolved,
+        ranks,
+        parameters=model_parameters,
+        mpu=mpu,
+        mesh_param=mesh_param,
+    )
+    # A schedule changes the param groups, so the user's optimizer is described before it is bound.
     of_script = None if resolved.optimizer else hyperparameters(backend.basic_optimizer)
-    scheduler = _scheduler(resolved, lr_scheduler, backend.optimizer, loader)
+    scheduler = _bind_schedule(resolved, lr_scheduler, backend.optimizer, loader)
     identity = identity_of(resolved, scheduler, of_script)
-    monitors = monitors_of(resolved.monitors, ranks)
+    monitors = build_monitors(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
     if loader is not None:
         loader.end_with(lambda: engine.run_is_over)
-    if sweep is not None or isinstance(resolved.schedule, LRRangeTest):
-        _record(engine, sweep)
-    _announce(engine, backend)
+    attach_recorder(engine, sweep)
+    if ranks.rank == 0:
+        _announce(engine, backend)
     engine._resume()  # noqa: SLF001  # private to the package
     return engine, backend.optimizer, loader, scheduler
 
 
-@contextlib.contextmanager
-def _told_by_rank_0() -> Iterator[None]:
-    """Have what is wrong with a config said once, not once by every rank."""
-    try:
-        yield
-    except ConfigError as error:
-        rank = process_rank()
-        if rank == 0:
-            raise
-        time.sleep(_AFTER_RANK_0)  # which ends the job, before this is said
-        raise SystemExit(
-            f"rank {rank} refuses the config; if rank 0 does not, their files differ: {error}"
-        ) from None
-
-
-def _listed(parameters: Iterable[Any] | None) -> list[Any] | None:
-    """Return parameters, or groups of them, as lists: a generator can be read once only."""
-    if parameters is None:
-        return None
-    return [
-        {**each, "params": _members(each["params"])} if isinstance(each, dict) else each
-        for each in parameters
-    ]
-
-
-def _members(params: Any) -> list[Any]:
-    return [params] if isinstance(params, torch.Tensor) else list(params)
-
-
-def _under_test(config: Config, sweep: Sweep) -> Config:
-    """Return the config of a script that `onecycle lr-test` runs."""
-    changed = config.for_trial_run(from_config(sweep.scheduler))
-    if sweep.seed_offset:
-        torch.manual_seed(torch.initial_seed() + sweep.seed_offset)
-    return replace(changed, seed=config.seed + sweep.seed_offset)
-
-
-def _record(engine: Engine, sweep: Sweep | None) -> None:
-    """Have a range test noted: one of `onecycle lr-test`, or the config's own, to its very end."""
-    first = engine.global_rank == 0
-    if sweep is None:
-        recorder = Recorder(None, math.inf)
-        engine._record_steps(recorder, is_trial=False)  # noqa: SLF001  # private to the package
-        if first:
-            atexit.register(_report, recorder, Path(engine.config.report or "lr_test"))
-        return
-    facts = {
-        "backend": engine.config.backend.name,
-        "world_size": engine.world_size,
-        "precision": engine.config.precision,
-        "train_batch_size": engine.train_batch_size(),
-    }
-    path = Path(sweep.folder) / RECORD if sweep.folder and first else None
-    recorder = Recorder(sweep.steps, sweep.divergence, path, facts)
-    engine._record_steps(recorder, is_trial=True)  # noqa: SLF001  # private to the package
-
-
-def _report(recorder: Recorder, folder: Path) -> None:
-    from engine.range_test.report import LRRangeReport
-
-    if len(recorder.run.curve[0]) >= MIN_POINTS:
-        report = LRRangeReport((recorder.run,))
-        picture, _ = report.write(folder)
-        found = report.suggestion
-        verdict = f"cycle_max_lr {found.max_lr:.2g}" if found.max_lr else f"none: {found.reason}"
-        log.info("LR range test: %s; %s", verdict, picture)
-
-
-def _source(args: argparse.Namespace | None, *configs: Source | None) -> Source:
+def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> Source:
     given = [config for config in (*configs, getattr(args, "deepspeed_config", None)) if config]
     if not given:
         raise ValueError("`config` must be a path or a dict, but is None instead.")
@@ -234,100 +152,21 @@ def _source(args: argparse.Namespace | None, *configs: Source | None) -> Source:
     return given[0]
 
 
-def _refuse_what_torch_lacks(**given: Any) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"`{name}` must be None on the PyTorch backend, which has no model parallelism, "
-                f'but is {value!r} instead; set "engine": {{"backend": "deepspeed"}}.'
-            )
+def _load(source: Source, args: argparse.Namespace | None) -> Config:
+    """Load and validate a config; report its problems on rank 0 only."""
+    try:
+        return load_config(source, world_size=world_size(), args=args)
+    except ConfigError as error:
+        rank = process_rank()
+        if rank == 0:
+            raise
+        time.sleep(_AFTER_RANK_0)  # rank 0's error ends the job before this one is printed
+        raise SystemExit(
+            f"rank {rank} refuses the config; if rank 0 does not, their files differ: {error}"
+        ) from None
 
 
-def _on_torch(
-    model: nn.Module,
-    optimizer: Optimizer | MakeOptimizer | None,
-    model_parameters: Iterable[Any] | None,
-    config: Config,
-    ranks: Ranks,
-) -> Backend:
-    model.to(ranks.device)
-    if config.recomputes is not None:
-        _recompute(model, config)
-    if config.compiles is not None:
-        known = torch.compiler.list_backends(exclude_tags=())
-        if config.compiles not in known:
-            raise ValueError(
-                f"`engine.compile` must be one of {', '.join(known)}, but is {config.compiles!r}."
-            )
-        model.compile(backend=config.compiles)
-    divides = config.zero_stage > 0 and ranks.world_size > 1
-    parameters: list[Any]
-    if divides:
-        from engine.backends.fsdp import ShardedBackend, shard
-
-        if isinstance(optimizer, Optimizer):
-            # Its parameters are about to become parts of themselves.
-            groups = shard(model, config, optimizer.param_groups)
-            for group, divided in zip(optimizer.param_groups, groups, strict=True):
-                group["params"] = divided["params"]
-            return ShardedBackend(model, optimizer, config, ranks)
-        parameters = shard(model, config, model_parameters)
-        return ShardedBackend(model, _made(optimizer, config, parameters), config, ranks)
-    if isinstance(optimizer, Optimizer):
-        _refuse_strange_parameters(model, optimizer)
-        return PyTorchBackend(model, optimizer, config, ranks)
-    if model_parameters is None:
-        model_parameters = (p for p in model.parameters() if p.requires_grad)
-    chosen = _made(optimizer, config, list(model_parameters))
-    return PyTorchBackend(model, chosen, config, ranks)
-
-
-def _scheduler(
-    config: Config,
-    given: LRScheduler | MakeScheduler | None,
-    optimizer: Optimizer,
-    loader: DataLoader[Any] | None,
-) -> LRScheduler | None:
-    if config.schedule is not None:
-        per_epoch = len(loader) / config.batch.accumulation if _is_sized(loader) else None
-        return bind(config.schedule, optimizer, horizon=config.horizon(per_epoch))
-    if given is None or isinstance(given, LRScheduler) or not callable(given):
-        return given  # it need not be one of torch
-    return given(optimizer)
-
-
-def _recompute(model: nn.Module, config: Config) -> None:
-    blocks = blocks_of(model, config.wrap)
-    if not blocks:
-        raise ValueError(
-            "`activation_checkpointing` must have blocks to compute again, but the model has no "
-            'list of modules of one class; name their classes in "engine": {"wrap": […]}.'
-        )
-    recompute(blocks, on_host=config.recomputes == "host")
-
-
-def _made(optimizer: MakeOptimizer | None, config: Config, parameters: list[Any]) -> Optimizer:
-    if optimizer is not None:
-        return optimizer(parameters)
-    assert config.optimizer is not None
-    return build_optimizer(config.optimizer, parameters)
-
-
-def _refuse_strange_parameters(model: nn.Module, optimizer: Optimizer) -> None:
-    own = {id(parameter) for parameter in model.parameters()}
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(id(parameter) in own for parameter in trained):
-        raise ValueError(
-            "`optimizer` must train parameters of `model`, but has none of them; build it from "
-            "`model.parameters()` after the model is on its device."
-        )
-
-
-def _is_sized(loader: DataLoader[Any] | None) -> TypeGuard[DataLoader[Any]]:
-    return loader is not None and not isinstance(loader.dataset, IterableDataset)
-
-
-def _refuse_two_sources(config: Config, optimizer: object, lr_scheduler: object) -> None:
+def _check_sources(config: Config, optimizer: object, lr_scheduler: object) -> None:
     for key, in_config, argument in (
         ("optimizer", config.optimizer, optimizer),
         ("scheduler", config.schedule, lr_scheduler),
@@ -340,35 +179,37 @@ def _refuse_two_sources(config: Config, optimizer: object, lr_scheduler: object)
                 f"`{name}` ({type(argument).__name__}). Remove one of them."
             )
     nothing_trains = config.optimizer is None and optimizer is None
-    if nothing_trains and config.backend.name != "deepspeed":  # which also only infers
+    if nothing_trains and config.backend.name != "deepspeed":  # an engine for inference needs none
         raise ValueError(
             f"an optimizer must be given, but {config.name} has no `optimizer` and the argument is "
             'None. Add "optimizer": {"type": "AdamW", "params": {"lr": 0.001}}.'
         )
 
 
+def _bind_schedule(
+    config: Config,
+    given: LRScheduler | SchedulerFactory | None,
+    optimizer: Optimizer,
+    loader: DataLoader[Any] | None,
+) -> LRScheduler | None:
+    if config.schedule is not None:
+        per_epoch = None
+        if loader is not None and not isinstance(loader.dataset, IterableDataset):
+            per_epoch = len(loader) / config.batch.accumulation
+        return bind(config.schedule, optimizer, horizon=config.horizon(per_epoch))
+    if given is None or isinstance(given, LRScheduler) or not callable(given):
+        return given  # not necessarily a subclass of torch's
+    return given(optimizer)
+
+
 def _announce(engine: Engine, backend: Backend) -> None:
-    """Say once, in the log of rank 0, what runs and by what."""
+    """Log the training setup, the config's warnings and its overrides."""
+    _show_log()
     config = engine.config
-    if backend.ranks.rank != 0:
-        return
-    # These few lines are to be seen, whether or not the script has configured logging, unless it
-    # has asked for less of this logger by its name.
-    if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
-    if log.level == logging.NOTSET:
-        log.setLevel(logging.INFO)
     for override in config.overrides:
         log.info("%s", override)
     for problem in config.warnings:
         log.warning("%s: %s", config.name, problem)
-    scheduler = engine.lr_scheduler
-    schedule = "no schedule"
-    if isinstance(scheduler, ScheduleBinder):
-        driven = " and ".join(scheduler.schedule.drives)
-        schedule = f"{type(scheduler.schedule).__name__} of {config.name} drives {driven}"
-    elif scheduler is not None:
-        schedule = f"{type(scheduler).__name__} of the script"
     norm = config.gradient_clipping
     log.info(
         "%s (%s); %s; %s updates %s parameters%s; %s",
@@ -378,5 +219,23 @@ def _announce(engine: Engine, backend: Backend) -> None:
         type(backend.basic_optimizer).__name__,
         f"{backend.trained:,}",
         f", gradients clipped at norm {norm:g}" if norm else "",
-        schedule,
+        _describe_schedule(engine.lr_scheduler, config.name),
     )
+
+
+def _show_log() -> None:
+    """Make info lines visible even if the script does not configure logging.
+
+    A level that the script has set on this logger by its name stays.
+    """
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
+
+
+def _describe_schedule(scheduler: LRScheduler | None, config_name: str) -> str:
+    if isinstance(scheduler, ScheduleBinder):
+        schedule = scheduler.schedule
+        return f"{type(schedule).__name__} of {config_name} drives {' and '.join(schedule.drives)}"
+    return "no schedule" if scheduler is None else f"{type(scheduler).__name__} of the script"

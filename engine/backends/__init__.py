@@ -1,1 +1,78 @@
-"""The libraries that train underneath an engine, one file each."""
+"""The libraries that train the model, one file each, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from engine.backends.base import Backend
+from engine.config import Config
+from engine.distributed.ranks import Ranks
+from engine.training.optimizers import OptimizerFactory
+
+__all__ = ["Backend", "build"]
+
+
+def build(
+    model: nn.Module,
+    optimizer: Optimizer | OptimizerFactory | None,
+    config: Config,
+    ranks: Ranks,
+    *,
+    parameters: Iterable[Any] | None = None,
+    mpu: Any = None,
+    mesh_param: Any = None,
+) -> Backend:
+    """Build the backend that a config selects; it takes over the model and the optimizer.
+
+    Args:
+        model: module to train. It is moved to the rank's device, and checkpointed, compiled,
+            sharded or wrapped as the config requires.
+        optimizer: the user's optimizer, or a function from parameters to one; None: the config's.
+        config: a validated config.
+        ranks: rank, world size and device of this process.
+        parameters: parameters or param groups to train; None: all that need gradients.
+        mpu: model-parallelism unit; DeepSpeed only.
+        mesh_param: shape of the device mesh; DeepSpeed only.
+
+    Raises:
+        ValueError: the model, the parameters or the optimizer do not match one another or the
+            config, or PyTorch is given an argument that only DeepSpeed supports.
+        ImportError: the config needs DeepSpeed, which is not installed.
+    """
+    groups = None if parameters is None else [_list_members(each) for each in parameters]
+    if config.backend.name == "deepspeed":
+        from engine.backends.deepspeed import DeepSpeedBackend
+
+        return DeepSpeedBackend(
+            model, optimizer, config, ranks, parameters=groups, mpu=mpu, mesh_param=mesh_param
+        )
+    _check_unset(mpu=mpu, mesh_param=mesh_param)
+    if config.zero_stage > 0 and ranks.world_size > 1:
+        from engine.backends.fsdp import FSDPBackend
+
+        return FSDPBackend(model, optimizer, config, ranks, parameters=groups)
+    from engine.backends.pytorch import PyTorchBackend
+
+    return PyTorchBackend(model, optimizer, config, ranks, parameters=groups)
+
+
+def _list_members(each: Any) -> Any:
+    """Return a param group with a list of parameters, since a generator can be read only once."""
+    if not isinstance(each, dict):
+        return each
+    params = each["params"]
+    return {**each, "params": [params] if isinstance(params, torch.Tensor) else list(params)}
+
+
+def _check_unset(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` must be None on the PyTorch backend, which has no model parallelism, "
+                f'but is {value!r} instead; set "engine": {{"backend": "deepspeed"}}.'
+            )

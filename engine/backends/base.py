@@ -1,10 +1,11 @@
-"""What an engine asks of the library that trains underneath."""
+"""The interface between the engine and the library that trains the model."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,70 +17,102 @@ from engine.distributed.ranks import Ranks
 __all__ = ["DTYPES", "Backend"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What a precision computes in, where it is not float32."""
+"""The dtype that each reduced precision computes in."""
 
 
-class Backend(Protocol):
-    """A model and an optimizer at work on one or many ranks, in one precision."""
+class Backend(ABC):
+    """A model and its optimizer, trained on one or more ranks in one precision."""
 
     ranks: Ranks
     model: nn.Module
-    """The user's own module, on its device, not wrapped."""
+    """The user's module, on its device, not wrapped."""
     optimizer: Optimizer
-    """What the schedule drives, and what updates the parameters."""
+    """The optimizer whose param groups the schedule drives."""
     basic_optimizer: Optimizer
-    """The one of these parameters, without what a library has wrapped around it."""
+    """The underlying torch optimizer, unwrapped."""
     trained: int
-    """How many numbers are updated, over all ranks."""
+    """Number of trained parameter elements, over all ranks."""
     grad_norm: float | None
-    """2-norm of all gradients of the last update, before clipping; None before the first."""
+    """2-norm of all gradients of the last step, before clipping; None before the first."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        ranks: Ranks,
+        *,
+        trained: int,
+        basic_optimizer: Optimizer | None = None,
+    ) -> None:
+        self.ranks = ranks
+        self.model = model
+        self.optimizer = optimizer
+        self.basic_optimizer = basic_optimizer or optimizer
+        self.trained = trained
+        self.grad_norm = None
+
+    @abstractmethod
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        """Call the model in the run's precision; ranks meet only in the last micro-batch."""
-        ...
-
-    def backward(self, loss: Tensor, accumulation: int, *, retain_graph: bool = False) -> None:
-        """Add the gradients of a loss, divided by the number of losses that an update averages."""
-        ...
-
-    def scale(self, loss: Tensor, accumulation: int) -> Tensor:
-        """Return a loss whose own ``.backward()`` adds what `backward` would have added."""
-        ...
-
-    def step(self, *, divide_by: int = 1) -> bool:
-        """Clip the gradients, update and clear them; return whether the update was applied.
+        """Call the model in the run's precision.
 
         Args:
-            divide_by: what the gradients are to be divided by first, where `backward` has not.
+            args: positional arguments of the model.
+            last_micro_batch: whether the next backward pass synchronizes gradients across ranks.
+            kwargs: keyword arguments of the model.
         """
-        ...
+
+    @abstractmethod
+    def backward(self, loss: Tensor, accumulation: int, *, retain_graph: bool = False) -> None:
+        """Accumulate the gradients of a loss.
+
+        Args:
+            loss: scalar tensor with a graph.
+            accumulation: number of losses that a step averages; the loss is divided by it.
+            retain_graph: whether to keep the graph for another backward pass.
+        """
+
+    @abstractmethod
+    def scale(self, loss: Tensor, accumulation: int) -> Tensor:
+        """Return a loss whose own ``.backward()`` accumulates the same gradients as `backward`."""
+
+    @abstractmethod
+    def step(self, *, divide_by: int = 1) -> bool:
+        """Clip the gradients, run the optimizer and clear the gradients.
+
+        Args:
+            divide_by: divisor of the gradients, if `backward` has not divided them.
+
+        Returns:
+            Whether the step was applied. A step with non-finite gradients is skipped.
+        """
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
-        ...
+        """Clear the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     @property
+    @abstractmethod
     def loss_scale(self) -> float:
-        """The factor on the loss that the next backward pass uses."""
-        ...
-
-    def barrier(self) -> None:
-        """Wait until every rank has come here."""
-        ...
+        """The factor on the loss in the next backward pass."""
 
     def mean(self, value: float) -> float:
-        """Return the mean of a number over the ranks."""
-        ...
+        """Return the mean of a number over the ranks; every rank calls it."""
+        if self.ranks.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.ranks.device)
+        dist.all_reduce(total)
+        return float(total) / self.ranks.world_size
 
+    @abstractmethod
     def save(self, place: Path, *, frozen: bool = True) -> None:
-        """Write model, optimizer and loss scale into a folder; every rank calls it.
+        """Write model, optimizer and loss scale into a directory; every rank calls it.
 
         Args:
-            place: the folder.
-            frozen: whether parameters that need no gradients are written as well.
+            place: the directory.
+            frozen: whether to write parameters that need no gradients too.
         """
-        ...
 
+    @abstractmethod
     def save_behind(
         self,
         place: Path,
@@ -88,48 +121,53 @@ class Backend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Do what `save` does while training goes on; at the most one at a time.
-
-        Raises:
-            ValueError: this backend cannot.
-        """
-        ...
-
-    def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
-        """Restore what `save` wrote, with or without the optimizer's part; every rank calls it.
+        """Do what `save` does, asynchronously; at most one such save runs at a time.
 
         Args:
-            place: the folder.
-            optimizer: whether to restore the optimizer and the loss scale.
-            strict: whether the model must have all that was saved.
-            frozen: whether parameters that need no gradients were saved; else they stay as they
-                are.
+            place: the directory.
+            group: a process group that nothing else uses meanwhile; None in one process.
+            arena: buffers for the copies, kept from save to save.
+            frozen: whether to write parameters that need no gradients too.
 
         Raises:
-            CheckpointError: it is another model's.
+            ValueError: this backend cannot save asynchronously.
         """
-        ...
 
+    @abstractmethod
+    def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
+        """Restore what `save` wrote; every rank calls it.
+
+        Args:
+            place: the directory.
+            optimizer: whether to restore the optimizer and the loss scale.
+            strict: whether the model must have every saved parameter.
+            frozen: whether parameters that need no gradients were saved; if not, they keep their
+                values.
+
+        Raises:
+            CheckpointError: the checkpoint does not match the model.
+        """
+
+    @abstractmethod
     def snapshot(self) -> Any:
-        """Return a copy of all that training changes, for `restore`; every rank calls it."""
-        ...
+        """Return a copy of everything that training changes; every rank calls it."""
 
+    @abstractmethod
     def restore(self, snapshot: Any) -> None:
-        """Put everything back, bit for bit; every rank calls it."""
-        ...
+        """Restore a `snapshot`, bit for bit; every rank calls it."""
 
+    @abstractmethod
     def describe(self) -> str:
-        """Return what trains here, in words, for the log."""
-        ...
+        """Return a human-readable description of the training setup for the log."""
 
     def attribute(self, name: str) -> Any:
-        """Return what an engine has under a name that is not its own.
+        """Return an attribute that the engine does not have itself: one of the model's.
 
         Raises:
-            AttributeError: there is nothing of that name.
+            AttributeError: there is no such attribute.
         """
-        ...
+        return getattr(self.model, name)
 
+    @abstractmethod
     def destroy(self) -> None:
-        """Let go of what would keep memory or hooks."""
-        ...
+        """Release memory and hooks; the model and the optimizer stay usable."""

@@ -1,4 +1,4 @@
-"""PyTorch with parameters, gradients and optimizer states divided among the ranks (FSDP2).
+"""PyTorch with parameters, gradients and optimizer states sharded across ranks (FSDP2).
 
 ZeRO's stages by PyTorch's own means: 3 gathers a block's parameters for the forward pass and again
 for the backward pass, 2 keeps them in between, 1 reduces gradients only once an update besides.
@@ -22,69 +22,84 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from engine.backends.base import DTYPES
 from engine.backends.pytorch import PyTorchBackend
 from engine.config import Config
 from engine.distributed.ranks import Ranks
-from engine.training.activation_checkpointing import blocks_of
+from engine.training.activation_checkpointing import find_blocks
+from engine.training.optimizers import OptimizerFactory
 
-__all__ = ["ShardedBackend", "shard"]
+__all__ = ["FSDPBackend", "check_gradient_averaging", "shard"]
 
 
-class ShardedBackend(PyTorchBackend):
-    """Trains a model that `shard` has divided; the optimizer is of its new parameters."""
+class FSDPBackend(PyTorchBackend):
+    """Trains a model whose parameters FSDP2 shards across ranks, ZeRO stages 1 to 3."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: Optimizer, config: Config, ranks: Ranks
-    ) -> None:
-        super().__init__(model, optimizer, config, ranks)
-        self._autocast = None  # the policy of `shard` casts
-        self._stage = config.zero_stage
-        _prove_averaging(ranks)
+    @override
+    def _prepare_optimizer(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | OptimizerFactory | None,
+        parameters: list[Any] | None,
+    ) -> Optimizer:
+        # Sharding replaces the model's parameters, so it has to come before the optimizer.
+        if not isinstance(optimizer, Optimizer):
+            sharded = shard(model, self._config, parameters)
+            return super()._prepare_optimizer(model, optimizer, sharded)
+        groups = shard(model, self._config, optimizer.param_groups)
+        for group, sharded_group in zip(optimizer.param_groups, groups, strict=True):
+            group["params"] = sharded_group["params"]
+        return optimizer
 
-    def _replicated(self) -> None:
-        return None
+    @override
+    def _set_up_averaging(self) -> None:
+        check_gradient_averaging(self.ranks)  # FSDP averages, without a wrapper
 
+    @override
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        """Call the model; in stage 1, ranks meet only in the last micro-batch."""
-        if self._stage == 1:
+        # The policy of `shard` casts, so no autocast is needed. Stages 2 and 3 reduce gradients in
+        # every micro-batch, since they do not keep whole gradients.
+        if self._config.zero_stage == 1:
             assert isinstance(self.model, FSDPModule)
             self.model.set_requires_gradient_sync(last_micro_batch)
         return self._called(*args, **kwargs)
 
+    @override
     def _gradients(self) -> list[Tensor]:
         return [_local(gradient) for gradient in super()._gradients()]
 
+    @override
     def _norm(self, gradients: list[Tensor]) -> float:
         own = super()._norm(gradients)
         squares = torch.tensor(own**2, dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(squares)
         return math.sqrt(float(squares))
 
+    @override
     def describe(self) -> str:
-        """Return what trains here, in words, for the log."""
         ranks = self.ranks
-        stage = f"FSDP2, stage {self._stage}, over {ranks.world_size} ranks"
-        return f"PyTorch, {stage}, {ranks.device}, {self._precision}"
+        stage = f"FSDP2, stage {self._config.zero_stage}, over {ranks.world_size} ranks"
+        return f"PyTorch, {stage}, {ranks.device}, {self._config.precision}"
 
 
 def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) -> list[Any]:
-    """Divide a model's parameters among the ranks, in place; return the parameters to train.
+    """Shard a model's parameters across ranks, in place, and return the parameters to train.
 
-    All ranks begin with rank 0's values, as under DDP.
+    All ranks start with rank 0's values, as under DDP.
 
     Args:
-        model: on its device.
+        model: module on its device.
         config: for the stage, the precision, offloading, and the classes of blocks in
             ``engine.wrap``.
-        parameters: what was to be trained, tensors or param groups; None: all that need gradients.
+        parameters: unsharded tensors or param groups to train; None: all that need gradients.
 
     Returns:
-        The same in terms of the divided parameters.
+        The sharded parameters to train, in the structure of ``parameters``.
 
     Raises:
-        ValueError: a parameter is none of the model's, or no module is of a class to wrap.
+        ValueError: a parameter is not the model's, or no module is of a class in ``engine.wrap``.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), src=0)
@@ -99,24 +114,24 @@ def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) ->
         "mp_policy": policy,
         "offload_policy": offload,
     }
-    for block in blocks_of(model, config.wrap):
+    for block in find_blocks(model, config.wrap):
         fully_shard(block, **settings)
     fully_shard(model, **settings)
-    divided = dict(model.named_parameters())
+    sharded = dict(model.named_parameters())
     if wanted is None:
-        return [parameter for parameter in divided.values() if parameter.requires_grad]
-    return [_translated(each, names, divided) for each in wanted]
+        return [parameter for parameter in sharded.values() if parameter.requires_grad]
+    return [_to_sharded(each, names, sharded) for each in wanted]
 
 
-def _translated(each: Any, names: dict[int, str], divided: dict[str, nn.Parameter]) -> Any:
+def _to_sharded(each: Any, names: dict[int, str], sharded: dict[str, nn.Parameter]) -> Any:
     if isinstance(each, dict):
-        return {**each, "params": [_translated(p, names, divided) for p in each["params"]]}
+        return {**each, "params": [_to_sharded(p, names, sharded) for p in each["params"]]}
     if id(each) not in names:
         raise ValueError(
             "`model_parameters` must be the model's own, but hold a tensor of shape "
             f"{tuple(each.shape)} that is none of them."
         )
-    return divided[names[id(each)]]
+    return sharded[names[id(each)]]
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -124,11 +139,11 @@ def _local(tensor: Tensor) -> Tensor:
     return local
 
 
-def _prove_averaging(ranks: Ranks) -> None:
-    """Prove on one weight that gradients are averaged over the ranks: libraries got it wrong.
+def check_gradient_averaging(ranks: Ranks) -> None:
+    """Check on one weight that FSDP averages gradients over the ranks, as not every torch does.
 
     Raises:
-        RuntimeError: the mean of the ranks' gradients is another number here.
+        RuntimeError: the result is not the mean of the ranks' gradients.
     """
     probe = nn.Linear(ranks.world_size, 1, bias=False, device=ranks.device)
     fully_shard(probe)

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["blocks_of", "recompute"]
+__all__ = ["checkpoint_activations", "find_blocks"]
 
 
-def recompute(blocks: Iterable[nn.Module], *, on_host: bool) -> int:
-    """Let each block keep its inputs alone, and run again in the backward pass; return how many.
+def checkpoint_activations(
+    model: nn.Module, wrap: Sequence[str] = (), *, on_host: bool = False
+) -> None:
+    """Let each block save only its inputs and recompute its forward pass in the backward pass.
 
-    Random numbers are drawn again as they were, so that dropout is the same.
+    The random state is restored for the recomputation, so that dropout is the same.
 
     Args:
-        blocks: modules, such as the layers of a transformer.
-        on_host: whether the inputs that are kept are moved to the host's memory.
+        model: module whose blocks are checkpointed, in place.
+        wrap: class names of the blocks, see `find_blocks`.
+        on_host: whether the saved inputs are moved to the host's memory.
+
+    Raises:
+        ValueError: the model has no blocks.
     """
-    count = 0
+    blocks = find_blocks(model, wrap)
+    if not blocks:
+        raise ValueError(
+            "`activation_checkpointing` must have blocks to compute again, but the model has no "
+            'list of modules of one class; name their classes in "engine": {"wrap": […]}.'
+        )
     for block in blocks:
-        block.forward = _recomputed(block.forward, on_host=on_host)
-        count += 1
-    return count
+        block.forward = _checkpointed(block.forward, on_host=on_host)
 
 
-def _recomputed(forward: Any, *, on_host: bool) -> Any:
+def _checkpointed(forward: Any, *, on_host: bool) -> Any:
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -42,17 +51,19 @@ def _recomputed(forward: Any, *, on_host: bool) -> Any:
     return run
 
 
-def blocks_of(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
-    """Return the modules that are gathered one at a time.
+def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
+    """Return a model's blocks, which are sharded or checkpointed one at a time.
 
-    They are of the classes that ``wrap`` names, or else the members of each list of two or more
-    modules of one class, which is how transformers keep their layers.
+    Args:
+        model: any module.
+        wrap: class names of the blocks; if empty, the blocks are the members of every ModuleList
+            that holds two or more modules of one class, such as the layers of a transformer.
 
     Raises:
         ValueError: no module is of a class in ``wrap``.
 
     >>> layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
-    >>> len(blocks_of(nn.Sequential(layers, nn.Tanh())))
+    >>> len(find_blocks(nn.Sequential(layers, nn.Tanh())))
     3
     """
     if wrap:

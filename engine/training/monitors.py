@@ -1,4 +1,4 @@
-"""Monitors by DeepSpeed's names: what each update used and gave, for TensorBoard, CSV and W&B."""
+"""Monitors under DeepSpeed's names: the values of each step for TensorBoard, CSV files and W&B."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 from engine.distributed.ranks import Ranks
 
-__all__ = ["Event", "Monitor", "monitors_of"]
+__all__ = ["CSVMonitor", "Event", "Monitor", "TensorBoardMonitor", "WandbMonitor", "build_monitors"]
 
 
 class Event(NamedTuple):
-    """A value, under the name that DeepSpeed's monitors have for it, at a count of samples."""
+    """A value under the name that DeepSpeed's monitors use, at a number of samples."""
 
     name: str
     value: float
@@ -22,10 +22,10 @@ class Event(NamedTuple):
 
 
 class Monitor(Protocol):
-    """Takes the events of an update."""
+    """Receives the events of every step."""
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Write them, so that they are there if the process dies next."""
+        """Write events to disk at once, so that they survive the end of the process."""
         ...
 
 
@@ -38,21 +38,21 @@ class TensorBoardMonitor:
         self._writer = SummaryWriter(str(_folder(section, "runs")))
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Write them and flush."""
+        """Write events and flush."""
         for event in events:
             self._writer.add_scalar(event.name, event.value, event.samples)
         self._writer.flush()
 
 
 class CSVMonitor:
-    """Writes a file a name into ``output_path/job_name``: columns step (samples) and the name."""
+    """Writes one CSV file per metric to ``output_path/job_name``: step (samples) and value."""
 
     def __init__(self, section: Mapping[str, Any]) -> None:
         self._folder = _folder(section, "csv_monitor")
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Append a row to each name's file."""
+        """Append a row to the file of each event's name."""
         for event in events:
             path = self._folder / f"{event.name.replace('/', '_')}.csv"
             new = not path.exists()
@@ -64,7 +64,7 @@ class CSVMonitor:
 
 
 class WandbMonitor:
-    """Logs to Weights & Biases; offline unless the environment says otherwise (WANDB_MODE)."""
+    """Logs to Weights & Biases, offline unless WANDB_MODE is set."""
 
     def __init__(self, section: Mapping[str, Any]) -> None:
         try:
@@ -82,7 +82,7 @@ class WandbMonitor:
         )
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Log them at their count of samples."""
+        """Log events, with the number of samples as the step."""
         for event in events:
             self._run.log({event.name: event.value}, step=event.samples)
 
@@ -94,15 +94,15 @@ _KINDS: Mapping[str, Callable[[Mapping[str, Any]], Monitor]] = {
 }
 
 
-def monitors_of(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> list[Monitor]:
-    """Return the monitors that a config switches on; rank 0's alone.
+def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> list[Monitor]:
+    """Build the monitors that a config enables; none on ranks other than 0.
 
     Args:
         sections: ``tensorboard``, ``csv_monitor`` and ``wandb``, with their defaults.
-        ranks: this process's place.
+        ranks: of this process.
 
     Raises:
-        ValueError: one cannot be had here.
+        ValueError: the package of a monitor is not installed.
     """
     if ranks.rank != 0:
         return []

@@ -1,8 +1,8 @@
-"""Optimizers by the names that configs call them, each with PyTorch's fastest implementation."""
+"""The optimizers that a config can name, each with PyTorch's fastest implementation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,17 +11,20 @@ from torch.optim import Optimizer
 from engine.config.resolve import OptimizerBlock
 from engine.config.schema import optimizer_name, optimizer_schema
 
-__all__ = ["build_optimizer", "is_buildable"]
+__all__ = ["OptimizerFactory", "build_optimizer", "is_buildable"]
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+"""A user's function from parameters, or param groups, to their optimizer."""
 
 _WITH_FUSED_KERNEL = {"Adam", "AdamW", "SGD"}
 
 
 def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimizer:
-    """Return the optimizer of a config's block.
+    """Build the optimizer described by the config's `optimizer` block.
 
     Args:
-        block: its name and all of its parameters.
-        parameters: tensors, or param groups, which may have values of their own.
+        block: type and parameters of the optimizer.
+        parameters: tensors or param groups; a group's own values win over the block's.
 
     >>> weight = torch.nn.Parameter(torch.ones(1))
     >>> params = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "dampening": 0.0}
@@ -34,7 +37,7 @@ def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimiz
         name = "AdamW"
     plain = params.pop("torch_adam", False)
     groups = list(parameters)
-    if name in _WITH_FUSED_KERNEL and not plain and _fusable(groups):
+    if name in _WITH_FUSED_KERNEL and not plain and _has_fused_kernel(groups):
         params["fused"] = True
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
@@ -43,7 +46,7 @@ def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimiz
 
 
 def is_buildable(block: Mapping[str, Any]) -> bool:
-    """Return whether PyTorch has a config's optimizer, with all of the parameters that it gives.
+    """Return whether PyTorch can build a config's `optimizer` block with all of its parameters.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)
@@ -57,7 +60,7 @@ def is_buildable(block: Mapping[str, Any]) -> bool:
     return "x-backend" not in schema and not of_deepspeed and not asks
 
 
-def _fusable(groups: list[Any]) -> bool:
+def _has_fused_kernel(groups: list[Any]) -> bool:
     tensors = [
         tensor
         for group in groups

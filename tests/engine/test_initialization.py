@@ -344,21 +344,6 @@ def test_a_wrong_config_is_refused_with_all_of_its_problems():
     assert {p.rule for p in error.value.problems} == {"unknown-key", "out-of-range"}
 
 
-@pytest.mark.parametrize(
-    ("loss", "message"),
-    [
-        (lambda x: x, "but is of shape (2,) instead"),
-        (lambda x: x.sum().detach(), "but is of shape () without a graph instead"),
-        (lambda x: 3.0, "but is 3.0 instead"),
-    ],
-)
-def test_a_loss_that_is_none(loss, message):
-    trainer, _ = start()
-    with pytest.raises(ValueError) as error:
-        trainer.backward(loss(torch.ones(2, requires_grad=True)))
-    assert message in str(error.value)
-
-
 def test_the_log_says_once_what_runs_and_then_what_each_update_used(caplog):
     with caplog.at_level(logging.INFO, "onecycle"):
         trainer, loader = start(steps_per_print=2)

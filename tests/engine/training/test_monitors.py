@@ -2,6 +2,8 @@
 
 import csv
 import gc
+import sys
+import types
 import warnings
 
 import pytest
@@ -73,6 +75,43 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     scalars = events.Scalars("Train/Samples/lr")
     assert [scalar.step for scalar in scalars] == [4, 8, 12]
     assert [scalar.value for scalar in scalars] == pytest.approx([u[0] for u in used])
+
+
+class WandbRun:
+    """The part of a wandb run that the monitor uses."""
+
+    def __init__(self, **settings):
+        self.settings = settings
+        self.logged = []
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+
+@pytest.mark.parametrize("mode", [None, "online"])
+def test_wandb_monitor_logs_each_step_at_its_samples(monkeypatch, mode):
+    runs = []
+
+    def init(**settings):
+        runs.append(WandbRun(**settings))
+        return runs[0]
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if mode is not None:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    used = train(3, wandb={"enabled": True, "project": "digits", "team": "us"})
+    (run,) = runs
+    assert run.settings == {
+        "project": "digits",
+        "group": None,
+        "entity": "us",
+        "mode": mode or "offline",
+    }
+    lrs = [(step, *values.values()) for step, values in run.logged if "Train/Samples/lr" in values]
+    assert lrs == [(4 * (k + 1), lr) for k, (lr, *_) in enumerate(used)]
 
 
 def test_a_monitor_that_is_not_installed_says_which_would_do():

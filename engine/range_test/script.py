@@ -1,0 +1,71 @@
+"""The range test inside a training script: `onecycle lr-test`, or a config's own sweep."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from engine.config import Config
+from engine.engine import Engine
+from engine.range_test.recorder import RECORD, Recorder
+from engine.range_test.suggestion import MIN_POINTS
+from engine.range_test.sweep import Sweep
+from schedules import LRRangeTest, from_config
+
+__all__ = ["apply_sweep", "attach_recorder"]
+
+log = logging.getLogger("onecycle")
+
+
+def apply_sweep(config: Config, sweep: Sweep) -> Config:
+    """Return the config of a script that `onecycle lr-test` runs: its schedule is the sweep."""
+    changed = config.for_trial_run(from_config(sweep.scheduler))
+    if sweep.seed_offset:
+        torch.manual_seed(torch.initial_seed() + sweep.seed_offset)
+    return replace(changed, seed=config.seed + sweep.seed_offset)
+
+
+def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
+    """Record the steps of a run whose schedule is a range test.
+
+    A sweep of `onecycle lr-test` ends the script when it is over. A config's own `LRRangeTest`
+    trains on, and its report is written when the process exits.
+
+    Args:
+        engine: at its first step.
+        sweep: the sweep that `onecycle lr-test` has requested; None: the config's own schedule,
+            recorded if it is an `LRRangeTest`.
+    """
+    is_first = engine.global_rank == 0
+    if sweep is not None:
+        facts = {
+            "backend": engine.config.backend.name,
+            "world_size": engine.world_size,
+            "precision": engine.config.precision,
+            "train_batch_size": engine.train_batch_size(),
+        }
+        path = Path(sweep.folder) / RECORD if sweep.folder and is_first else None
+        recorder = Recorder(sweep.steps, sweep.divergence, path, facts)
+        engine._record_steps(recorder, is_trial=True)  # noqa: SLF001  # private to the package
+    elif isinstance(engine.config.schedule, LRRangeTest):
+        recorder = Recorder(None, math.inf)
+        engine._record_steps(recorder, is_trial=False)  # noqa: SLF001  # private to the package
+        if is_first:
+            atexit.register(_write_report, recorder, Path(engine.config.report or "lr_test"))
+
+
+def _write_report(recorder: Recorder, directory: Path) -> None:
+    from engine.range_test.report import LRRangeReport
+
+    if len(recorder.run.curve[0]) < MIN_POINTS:
+        return
+    report = LRRangeReport((recorder.run,))
+    picture, _ = report.write(directory)
+    found = report.suggestion
+    verdict = f"cycle_max_lr {found.max_lr:.2g}" if found.max_lr else f"none: {found.reason}"
+    log.info("LR range test: %s; %s", verdict, picture)

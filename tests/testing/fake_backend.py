@@ -1,0 +1,137 @@
+"""An in-process backend for tests of the engine: real gradients, simulated ranks and overflows."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from typing_extensions import override
+
+from engine.backends.base import Backend
+from engine.checkpoint.fingerprint import identity_of
+from engine.config import load_config
+from engine.distributed.ranks import Ranks
+from engine.engine import Engine
+from schedules import bind
+
+CONFIG = {
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+    "engine": {"backend": "torch"},
+}
+
+
+class FakeBackend(Backend):
+    """Rank 0 of a simulated run that trains ``torch.nn.Linear(2, 1)`` on the CPU.
+
+    Args:
+        others: the values that the other ranks contribute to every mean; there are as many ranks.
+        loss_scale: factor on the loss.
+
+    Attributes:
+        calls: name and argument of every call that trains, in order.
+        overflows_next: whether the next step finds non-finite gradients and is skipped.
+    """
+
+    def __init__(self, *, others=(), loss_scale=1.0):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        ranks = Ranks(0, 0, 1 + len(others), torch.device("cpu"))
+        super().__init__(model, optimizer, ranks, trained=3)
+        self.calls = []
+        self.overflows_next = False
+        self._others = others
+        self._loss_scale = loss_scale
+
+    def arguments(self, name):
+        """Return the arguments of all calls of a method."""
+        return [argument for called, argument in self.calls if called == name]
+
+    @override
+    def forward(self, *args, last_micro_batch, **kwargs):
+        self.calls.append(("forward", last_micro_batch))
+        return self.model(*args, **kwargs)
+
+    @override
+    def backward(self, loss, accumulation, *, retain_graph=False):
+        self.calls.append(("backward", accumulation))
+        (loss * self._loss_scale / accumulation).backward(retain_graph=retain_graph)
+
+    @override
+    def scale(self, loss, accumulation):
+        self.calls.append(("scale", accumulation))
+        return loss * self._loss_scale / accumulation
+
+    @override
+    def step(self, *, divide_by=1):
+        self.calls.append(("step", divide_by))
+        applied, self.overflows_next = not self.overflows_next, False
+        if applied:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= self._loss_scale * divide_by
+            self.optimizer.step()
+        self.zero_grad()
+        return applied
+
+    @property
+    @override
+    def loss_scale(self):
+        return self._loss_scale
+
+    @override
+    def mean(self, value):
+        return (value + sum(self._others)) / self.ranks.world_size
+
+    @override
+    def save(self, place, *, frozen=True):
+        torch.save(self.snapshot(), place / "fake.pt")
+
+    @override
+    def save_behind(self, place, group, arena, *, frozen=True):
+        raise NotImplementedError
+
+    @override
+    def load(self, place, *, optimizer, strict, frozen=True):
+        self.restore(torch.load(place / "fake.pt"))
+
+    @override
+    def snapshot(self):
+        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
+
+    @override
+    def restore(self, snapshot):
+        model, optimizer = snapshot
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+
+    @override
+    def describe(self):
+        return "fake"
+
+    @override
+    def destroy(self):
+        self.calls.append(("destroy", None))
+
+
+def build_engine(backend=None, *, lr_scheduler=None, monitors=(), **sections):
+    """Return an engine on a fake backend, as `initialize` would build it.
+
+    Args:
+        backend: default: a `FakeBackend` of one rank.
+        lr_scheduler: function from the optimizer to a scheduler, if the config has none.
+        monitors: receivers of the events of every step.
+        sections: of the config; ``train_micro_batch_size_per_gpu`` is 2 unless given.
+    """
+    backend = backend or FakeBackend()
+    sections["engine"] = CONFIG["engine"] | sections.get("engine", {})
+    config = load_config(
+        CONFIG | {"train_micro_batch_size_per_gpu": 2} | sections,
+        world_size=backend.ranks.world_size,
+    )
+    if config.schedule is not None:
+        scheduler = bind(config.schedule, backend.optimizer, horizon=config.horizon(None))
+    else:
+        scheduler = lr_scheduler and lr_scheduler(backend.optimizer)
+    identity = identity_of(config, scheduler, None)
+    return Engine(config, backend, scheduler, None, identity, monitors)
