@@ -28,8 +28,9 @@ __all__ = ["RankError", "child_pids", "run_distributed_test", "server_pids"]
 
 IMPORTED_BY_SERVER = [
     "pytest",
+    "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
-    "torch._dynamo",
+    "safetensors.torch",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's compiler
     "setuptools",  # imported by DeepSpeed to look for its compiled operators
     "engine.initialization",

@@ -91,7 +91,9 @@ def test_fsdp_rejects_a_parameter_of_another_model():
 
 
 def initialize_with_unknown_class_to_wrap():
-    with pytest.raises(ValueError, match=r"`engine\.wrap` must name classes of the model's modules"):
+    with pytest.raises(
+        ValueError, match=r"`engine\.wrap` must name classes of the model's modules"
+    ):
         start(engine={"backend": "torch", "wrap": ["Nonsense"]})
 
 

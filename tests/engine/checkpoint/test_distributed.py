@@ -80,11 +80,10 @@ def save_or_reload(folder, is_first):
         train_step(trainer)
     else:
         trainer.load_checkpoint(folder)
-    states = torch.utils._pytree.tree_leaves(  # noqa: SLF001
-        [trainer.module.state_dict(), optimizer.state_dict()["state"]]
-    )
-    tensors = [value for value in states if isinstance(value, torch.Tensor)]
     trainer.save_checkpoint(folder)
+    tensors = list(trainer.module.state_dict().values())
+    for values in optimizer.state_dict()["state"].values():
+        tensors += values.values()
     return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
 
 
