@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
 
 def run_distributed_test(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
 ) -> list[Any]:
     """Call ``function(*args)`` on every rank, and return the ranks' results in order.
 

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -66,9 +65,13 @@ def test_initialize_with_an_invalid_config_raises_on_rank_0_only(monkeypatch):
     assert waits == [10.0]
 
 
-def test_torchrun_with_an_invalid_config_reports_it_once():
+def test_torchrun_with_an_invalid_config_reports_it_once(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import engine, torch\n"
+        "engine.initialize(model=torch.nn.Linear(2, 1), config={'train_batch_size': -1})\n"
+    )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = Path(__file__).parents[2] / "testing" / "invalid_config.py"
     done = subprocess.run([*torchrun, script], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stderr.count("`train_batch_size` must be") == 1
