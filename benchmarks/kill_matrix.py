@@ -2,6 +2,8 @@
 
     python benchmarks/kill_matrix.py --kills 200
 
+The exit status is 1 if anything was lost.
+
 A run saves every second update: in one process and in two, while training waits and behind it, on
 PyTorch and on DeepSpeed. All its processes are killed (SIGKILL) after a random time, and started
 again with the same config until the run is through; every update's learning rate, data and weights
@@ -153,6 +155,7 @@ def main() -> None:
     console.print(
         "{} kills in {} runs of {} updates: {} lost".format(*total[:2], args.updates, total[2])
     )
+    sys.exit(1 if total[2] else 0)
 
 
 if __name__ == "__main__":
