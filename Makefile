@@ -2,25 +2,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-# Two threads that wait for each other by spinning make small models crawl on a busy machine.
+# Threads that wait by spinning slow small models down on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all check format generate pictures clean help
+.PHONY: demo test test-all test-long check format generate pictures clean help
 
-help:  ## say what there is
+help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
 
-demo: $(READY)  ## train LeNet on real images from a JSON config, and show how it went
+demo: $(READY)  ## train LeNet on real images from a JSON config and plot the run
 	$(BIN)/onecycle validate examples/fashion_mnist/ds_config.json
 	$(BIN)/python examples/fashion_mnist/train.py
 
-test: $(READY)  ## run the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(READY)  ## run the fast tests (under 5 minutes)
+	$(BIN)/python -m pytest -m "not slow and not long and not gpu"
 
-test-all: $(READY)  ## run all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+test-all: $(READY)  ## run the fast and the slow tests
+	$(BIN)/python -m pytest -m "not long and not gpu"
 
-check: $(READY)  ## lint, types, layers, generated files, doctests
+test-long: $(READY)  ## run the tests that take hours: 200 kills, fuzzing with 20 times the examples
+	$(BIN)/python -m pytest -m "long and not gpu"
+	$(BIN)/python -m pytest -m "hypothesis and not gpu" --hypothesis-profile long
+
+check: $(READY)  ## check lint, types, import layers, generated files and doctests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -28,17 +32,17 @@ check: $(READY)  ## lint, types, layers, generated files, doctests
 	$(BIN)/python tools/generate.py --check
 	$(BIN)/python -m pytest --doctest-modules engine schedules schemas --durations=0
 
-format: $(READY)  ## format the code and mend what the linter can
+format: $(READY)  ## format the code and apply the linter's fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 generate: $(READY)  ## write the files that are generated from the code
 	$(BIN)/python tools/generate.py
 
-pictures: $(READY)  ## draw the pictures of the schedules' reference page
+pictures: $(READY)  ## draw the pictures of the schedule reference
 	$(BIN)/python tools/generate.py --pictures
 
-clean:  ## remove the virtual environment and what runs left
+clean:  ## remove the virtual environment and the output of runs
 	rm -rf $(VENV) run *.egg-info
 
 $(READY): pyproject.toml constraints.txt setup.py

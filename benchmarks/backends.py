@@ -10,7 +10,6 @@ the last loss.
 from __future__ import annotations
 
 import sys
-import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from rich.console import Console
 
 from schedules import trace
-from tests.testing.backend_matrix import SCHEDULER, launch, parity
+from tests.testing.backend_runs import SCHEDULER, launch, parity
 
 UPDATES = 40
 HEAD = """\
@@ -39,10 +38,10 @@ def main() -> None:
     expected = trace(SCHEDULER, UPDATES)
     print(HEAD.format(date=datetime.now(tz=timezone.utc).date()))
     reference: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder, progress.status("one rank") as status:
+    with progress.status("one rank") as status:
         for world_size in (1, 2):
             status.update(f"{world_size} rank{'s' * (world_size > 1)}")
-            for name, run in launch(Path(folder), parity(UPDATES), world_size).items():
+            for name, run in launch(parity(UPDATES), world_size).items():
                 model, precision, backend, stage = name.split()
                 if world_size == 1 and backend == "torch" and stage != "0":
                     continue  # A single process shards nothing, so this run would repeat stage 0.
@@ -56,7 +55,7 @@ def main() -> None:
                 cells = (
                     model,
                     precision,
-                    run["about"].rpartition(", cpu")[0],
+                    run["announcement"].partition(", cpu")[0],
                     "as scheduled" if same else "DIFFERENT",
                     f"{gap:.1e}",
                     f"{losses[0]:.4f}",

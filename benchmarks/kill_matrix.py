@@ -6,6 +6,8 @@ A run saves every second step: in one process and in two, synchronously and asyn
 PyTorch and on DeepSpeed. All of its processes are killed (SIGKILL) after a random time, and
 started again with the same config until the run is complete. The learning rate, data and weights
 (a hash) of every step are compared with those of an uninterrupted run.
+
+The exit status is 1 if a run lost anything.
 """
 
 from __future__ import annotations
@@ -155,6 +157,7 @@ def main() -> None:
     console.print(
         "{} kills in {} runs of {} steps: {} lost".format(*total[:2], args.updates, total[2])
     )
+    sys.exit(1 if total[2] else 0)
 
 
 if __name__ == "__main__":

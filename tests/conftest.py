@@ -1,42 +1,86 @@
-"""What every test may rely on: no test leaves an environment variable or a process group behind."""
+"""Checks around every test: nothing is left behind, and long tests run only when asked for."""
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-# Two threads that wait for each other by spinning make a small test crawl on a busy machine: one
-# does, here and in what the tests start.
+from tests.testing import distributed
+
+# Two threads that wait for each other by spinning slow a small test down on a busy machine, so each
+# process uses one, here and in the processes that the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+settings.register_profile("long", max_examples=20 * settings.default.max_examples, deadline=None)
 
-# What pytest, torch and DeepSpeed set for themselves when they are first used.
-SET_BY_OTHERS = {
+ROOT = Path(__file__).parent.parent
+SET_BY_LIBRARIES = {
     "KINETO_LOG_LEVEL",
     "PYTEST_CURRENT_TEST",
     "PYTORCH_NVML_BASED_CUDA_CHECK",
     "TORCHINDUCTOR_CACHE_DIR",
 }
+"""Environment variables that pytest, torch and DeepSpeed set when they are first used."""
+LIBRARY_THREADS = {"_AsyncWriterThread"}  # TensorBoard's, which lives as long as its engine
+CACHES = {".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
+PATIENCE = 2.0  # seconds that threads and processes have to end after a test
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests marked ``long`` unless ``-m`` names them."""
+    if "long" in config.getoption("markexpr"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    before = dict(os.environ)
+    """Fail a test that leaves variables, files, threads, processes or a process group behind."""
+    variables, files = dict(os.environ), set(ROOT.iterdir())
+    threads, processes = set(threading.enumerate()), distributed.child_pids()
     yield
     changed = {
         name
-        for name in before.keys() | os.environ.keys()
-        if before.get(name) != os.environ.get(name)
-    } - SET_BY_OTHERS
-    assert not changed, f"the test left other values in {sorted(changed)}"
-    if "torch" in sys.modules:
-        import torch.distributed as dist
+        for name in variables.keys() | os.environ.keys()
+        if variables.get(name) != os.environ.get(name)
+    }
+    assert changed <= SET_BY_LIBRARIES, f"the test changed the environment: {sorted(changed)}"
+    written = {path.name for path in set(ROOT.iterdir()) - files} - CACHES
+    assert not written, f"the test left files in {ROOT}: {sorted(written)}"
+    _check_process_group()
+    deadline = time.monotonic() + PATIENCE
+    while running := _running(threads, processes):
+        assert time.monotonic() < deadline, f"the test left running: {running}"
+        time.sleep(0.01)
 
-        left = dist.is_available() and dist.is_initialized()
-        if left:
-            dist.destroy_process_group()
-        assert not left, "the test left a process group behind"
+
+def _check_process_group() -> None:
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    is_left = dist.is_available() and dist.is_initialized()
+    if is_left:
+        dist.destroy_process_group()
+    assert not is_left, "the test left a process group behind"
+
+
+def _running(threads: set[threading.Thread], processes: set[int]) -> list[str]:
+    """Return the threads and child processes that have started since, except the server's."""
+    started = distributed.child_pids() - processes - distributed.server_pids
+    names = [
+        repr(thread)
+        for thread in threading.enumerate()
+        if thread not in threads and type(thread).__name__ not in LIBRARY_THREADS
+    ]
+    return names + [f"process {pid}" for pid in sorted(started)]

@@ -25,7 +25,7 @@ def meet(ranks: Ranks, what: str) -> None:
     if ranks.world_size == 1:
         return
     try:
-        dist.monitored_barrier(ranks.meeting, timeout=_PATIENCE, wait_all_ranks=True)
+        dist.monitored_barrier(ranks.control_group, timeout=_PATIENCE, wait_all_ranks=True)
     except RuntimeError as error:
         raise RuntimeError(
             f"every rank must come to {what}, but within {_PATIENCE.seconds} seconds not all did: "

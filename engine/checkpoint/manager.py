@@ -25,9 +25,9 @@ from engine.checkpoint.rng import load_random_state, random_state
 from engine.checkpoint.rollback import Rollback
 from engine.checkpoint.storage import Manifest
 from engine.config import Config
-from engine.distributed.environment import ELASTIC
+from engine.distributed.environment import ELASTIC, SAVED_AND_ENDED
 from engine.distributed.ranks import Ranks
-from engine.distributed.signals import SAVED_AND_ENDED, Signals
+from engine.distributed.signals import Signals
 from engine.training.data import RunLoader
 from engine.training.progress import Counters
 from engine.versions import installed

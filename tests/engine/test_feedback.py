@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +10,8 @@ import torch
 import engine
 from engine.cli.main import main
 from schedules import Horizon, ScheduleError, from_config
+from tests.testing.distributed import run_distributed_test
 
-SCRIPT = Path(__file__).parents[1] / "testing" / "feedback_run.py"
 AUTOWU = {"steps_per_epoch": 10, "total_epochs": 20, "test": "robust", "immediate_cooldown": True}
 
 
@@ -194,19 +191,33 @@ def test_rollback_on_deepspeed_is_refused():
         start(AUTOWU | {"rollback": True}, engine={"backend": "deepspeed"})
 
 
+def train_with_autowu(backend):
+    """Train past AutoWU's decision, and return the learning rate of each step."""
+    params = {"steps_per_epoch": 10, "total_epochs": 15, "test": "robust", "max_lr": 10.0}
+    trainer = start(params, optimizer={"type": "AdamW"}, engine={"backend": backend})
+    micro = trainer.train_micro_batch_size_per_gpu()
+    own = slice(trainer.global_rank * micro, (trainer.global_rank + 1) * micro)
+    lrs = []
+    for step in range(150):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))[own]
+        lrs.append(trainer.get_lr()[0])
+        trainer.backward((trainer(x) - x.sin().sum(1, keepdim=True)).pow(2).mean())
+        trainer.step()
+    assert trainer.lr_scheduler.decision is not None
+    return lrs
+
+
 @pytest.mark.slow
-def test_ranks_and_backends_have_one_trace():
-    traces = []
-    for backend, ranks in (("torch", 1), ("torch", 2), ("deepspeed", 1), ("deepspeed", 2)):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [sys.executable, *(launcher if ranks > 1 else []), SCRIPT, backend]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        rows = [line.split() for line in done.stdout.splitlines() if line.startswith("lr ")]
-        traces.append([float(lr) for _, lr in rows])
-    assert len(traces[0]) == 150
-    for trace in traces[1:]:
-        assert trace == pytest.approx(traces[0], rel=1e-5)
+def test_autowu_takes_the_same_steps_on_every_backend_and_world_size():
+    expected, *others = (
+        lrs
+        for backend in ("torch", "deepspeed")
+        for world_size in (1, 2)
+        for lrs in run_distributed_test(train_with_autowu, world_size, backend)
+    )
+    assert len(expected) == 150
+    for lrs in others:
+        assert lrs == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_override_keeps_the_memory_of_the_same_schedule(tmp_path):

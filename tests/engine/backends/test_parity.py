@@ -5,7 +5,7 @@ import math
 import pytest
 
 from schedules import trace
-from tests.testing.backend_matrix import SCHEDULER, launch, overflows, parity
+from tests.testing.backend_runs import SCHEDULER, launch, overflows, parity
 
 UPDATES = 40
 POISON = [2, 5]
@@ -14,18 +14,16 @@ WITHIN = {"fp32": 1e-5, "bf16": 0.05}
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("alone"), parity(UPDATES), 1)
+def alone():
+    return launch(parity(UPDATES), 1)
 
 
 two = pytest.param(2, marks=pytest.mark.slow, id="2 ranks")
 
 
 @pytest.fixture(scope="module", params=[pytest.param(1, id="1 rank"), two])
-def runs(request, alone, tmp_path_factory):
-    if request.param == 1:
-        return alone
-    return launch(tmp_path_factory.mktemp("two"), parity(UPDATES), request.param)
+def runs(request, alone):
+    return alone if request.param == 1 else launch(parity(UPDATES), request.param)
 
 
 @pytest.mark.parametrize("precision", WITHIN)
@@ -45,27 +43,26 @@ def test_every_backend_takes_the_same_forty_updates(runs, alone, precision):
         assert run["beta2"] == [0.999]
 
 
-def test_each_run_was_by_what_its_config_says(runs, request):
-    two = "2 ranks" in request.node.name
+def test_the_log_announces_backend_precision_and_optimizer(runs, request):
+    on_two = "2 ranks" in request.node.name
     for name, run in runs.items():
         _, precision, backend, stage = name.split()
         if backend == "deepspeed":
-            assert run["about"].startswith(f"DeepSpeed, ZeRO stage {stage}, ")
-        elif two and stage != "0":
-            assert run["about"].startswith(f"PyTorch, FSDP2, stage {stage}, over 2 ranks")
+            trained_by = f"DeepSpeed, ZeRO stage {stage}, {2 if on_two else 1} rank"
+        elif on_two and stage != "0":
+            trained_by = f"PyTorch, FSDP2, stage {stage}, over 2 ranks"
         else:
-            assert run["about"].startswith(
-                "PyTorch, DDP over 2 ranks" if two else "PyTorch, one process"
-            )
-        assert run["about"].endswith(precision)
-        # What the log says at the start, whatever a library has wrapped, flattened or divided.
-        assert (run["optimizer"], run["trained"]) == ("AdamW", run["parameters"]), name
+            trained_by = "PyTorch, DDP over 2 ranks" if on_two else "PyTorch, one process"
+        announced = next(line for line in run["announcement"].splitlines() if trained_by in line)
+        assert f", {precision} (" in announced, name
+        # Although a library may have wrapped, flattened or sharded both.
+        assert f"AdamW updates {run['parameters']:,} parameters" in announced, name
 
 
 @pytest.mark.parametrize("world_size", [1, two])
-def test_an_overflow_skips_and_leaves_the_schedule(tmp_path, world_size):
+def test_an_overflow_skips_and_leaves_the_schedule(world_size):
     expected = trace(SCHEDULER, 8)["lr"][:, 0]
-    for name, run in launch(tmp_path, overflows(8, POISON), world_size).items():
+    for name, run in launch(overflows(8, POISON), world_size).items():
         applied, losses, lrs, _ = zip(*run["rows"], strict=True)
         assert [update for update in range(8) if not applied[update]] == POISON, name
         assert (run["skipped"], run["updates"]) == (2, 6), name

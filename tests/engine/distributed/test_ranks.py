@@ -1,8 +1,18 @@
-"""Ranks and process groups as the launcher's environment describes them."""
+"""Ranks: the launcher's environment, the config on all ranks, and the timeout of collectives."""
+
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
+import torch.distributed as dist
 
+import engine
+from engine.distributed.environment import TIMEOUT
 from engine.distributed.ranks import init_distributed
+from tests.testing.distributed import run_distributed_test
+from tests.testing.small_model import start
 
 
 @pytest.mark.parametrize(
@@ -26,3 +36,58 @@ def test_init_distributed_missing_variables_are_named(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="RANK and MASTER_ADDR and MASTER_PORT are not set"):
         init_distributed()
+
+
+def initialize_with_another_lr():
+    dist.init_process_group("gloo")
+    lr = 0.001 * (dist.get_rank() + 1)
+    with pytest.raises(ValueError, match=r'-   "lr": 0\.001'):
+        start(optimizer={"type": "AdamW", "params": {"lr": lr}})
+
+
+def test_initialize_with_configs_that_differ_between_ranks_shows_the_difference():
+    run_distributed_test(initialize_with_another_lr, 2)
+
+
+def test_initialize_with_an_invalid_config_raises_on_rank_0_only(monkeypatch):
+    """Rank 0's error ends the launch; the others wait for that, so that it is reported once."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(engine.ConfigError, match="`train_batch_size` must be"):
+        start(train_batch_size=-1)
+    assert waits == []
+    monkeypatch.setenv("RANK", "1")
+    message = "rank 1 refuses the config; if rank 0 does not, their files differ"
+    with pytest.raises(SystemExit, match=message):
+        start(train_batch_size=-1)
+    assert waits == [10.0]
+
+
+def test_torchrun_with_an_invalid_config_reports_it_once(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import engine, torch\n"
+        "engine.initialize(model=torch.nn.Linear(2, 1), config={'train_batch_size': -1})\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, script], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("`train_batch_size` must be") == 1
+
+
+def wait_in_vain(finished):
+    """Rank 0 waits in a collective for rank 1, which does not take part."""
+    rank = start().global_rank
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="1000ms"):
+            dist.all_reduce(torch.ones(1))
+        finished.touch()
+    while not finished.exists():
+        time.sleep(0.01)
+
+
+def test_timeout_of_the_launch_is_the_timeout_of_collectives(tmp_path, monkeypatch):
+    monkeypatch.setenv(TIMEOUT, "1")
+    run_distributed_test(wait_in_vain, 2, tmp_path / "finished")

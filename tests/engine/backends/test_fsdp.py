@@ -1,0 +1,101 @@
+"""FSDP2: param groups, optimizers and activation checkpointing with sharded parameters."""
+
+import pytest
+import torch
+
+import engine
+from tests.testing.distributed import run_distributed_test
+from tests.testing.small_model import (
+    all_equal,
+    build_config,
+    build_model,
+    copy_parameters,
+    start,
+    train_step,
+)
+
+LRS = [0.01, 0.2]
+ONE_CYCLE = {
+    "type": "OneCycle",
+    "params": {
+        "cycle_min_lr": LRS,
+        "cycle_max_lr": [0.1, 0.5],
+        "cycle_first_step_size": 4,
+        "cycle_momentum": False,
+    },
+}
+
+
+def build_groups(model):
+    weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    return [
+        {"params": weights, "lr": LRS[0]},
+        {"params": biases, "lr": LRS[1], "weight_decay": 0.0, "betas": (0.8, 0.9)},
+    ]
+
+
+def train_with_param_groups():
+    model = build_model()
+    trainer, optimizer, *_ = engine.initialize(
+        model=model, config=build_config(scheduler=ONE_CYCLE), model_parameters=build_groups(model)
+    )
+    assert trainer.get_lr() == LRS
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert train_step(trainer)
+    assert trainer.get_lr() == [0.0325, 0.275]
+    assert [group["betas"][1] for group in optimizer.param_groups] == [0.999, 0.9]
+
+
+def test_fsdp_keeps_param_groups():
+    run_distributed_test(train_with_param_groups, 2)
+
+
+def train_with_client_optimizer():
+    model = build_model()
+    own = torch.optim.SGD(build_groups(model)[:1], lr=0.5, momentum=0.9)
+    config = build_config()
+    del config["optimizer"]
+    trainer, optimizer, *_ = engine.initialize(model=model, config=config, optimizer=own)
+    assert optimizer is own
+    before = copy_parameters(trainer)
+    assert train_step(trainer)
+    assert not all_equal(before, copy_parameters(trainer))
+
+
+def test_fsdp_trains_with_a_client_optimizer():
+    run_distributed_test(train_with_client_optimizer, 2)
+
+
+def train_with_and_without_checkpointing():
+    results = []
+    for section in ({}, {"activation_checkpointing": {"cpu_checkpointing": True}}):
+        trainer = start(**section, engine={"backend": "torch", "wrap": ["Linear"]})
+        train_step(trainer)
+        results.append(copy_parameters(trainer))
+    assert all_equal(*results)
+
+
+def test_fsdp_with_activation_checkpointing_changes_no_step():
+    run_distributed_test(train_with_and_without_checkpointing, 2)
+
+
+def initialize_with_foreign_parameter():
+    foreign = [torch.nn.Parameter(torch.ones(3))]
+    with pytest.raises(ValueError, match=r"hold a tensor of shape \(3,\) that is none of them"):
+        engine.initialize(model=build_model(), config=build_config(), model_parameters=foreign)
+
+
+def test_fsdp_rejects_a_parameter_of_another_model():
+    run_distributed_test(initialize_with_foreign_parameter, 2)
+
+
+def initialize_with_unknown_class_to_wrap():
+    with pytest.raises(
+        ValueError, match=r"`engine\.wrap` must name classes of the model's modules"
+    ):
+        start(engine={"backend": "torch", "wrap": ["Nonsense"]})
+
+
+def test_fsdp_rejects_a_class_to_wrap_that_the_model_lacks():
+    run_distributed_test(initialize_with_unknown_class_to_wrap, 2)

@@ -1,0 +1,243 @@
+"""Checkpoints of several ranks: resume, other world sizes, and ranks that fail or do not come."""
+
+import errno
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import engine
+from engine.checkpoint import saving, storage
+from tests.testing.distributed import run_distributed_test
+from tests.testing.small_model import (
+    all_equal,
+    build_config,
+    build_model,
+    copy_parameters,
+    start,
+    train_step,
+)
+
+ONE_CYCLE = {
+    "type": "OneCycle",
+    "params": {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 4},
+}
+
+
+def checkpointing(folder, backend="torch", **plan):
+    return {"engine": {"backend": backend, "checkpoint": {"dir": str(folder), **plan}}}
+
+
+def train(trainer, steps):
+    while trainer.global_steps < steps:
+        train_step(trainer)
+
+
+def resume(folder):
+    trainer = start()
+    train(trainer, 2)
+    trainer.save_checkpoint(folder)
+    train(trainer, 5)
+    resumed = start()
+    resumed.load_checkpoint(folder)
+    assert resumed.global_steps == 2
+    train(resumed, 5)
+    assert all_equal(copy_parameters(trainer), copy_parameters(resumed))
+
+
+def test_fsdp_resumed_run_equals_the_uninterrupted_run(tmp_path):
+    run_distributed_test(resume, 2, tmp_path)
+    assert (tmp_path / "latest").exists()
+
+
+def save_in_background(folder):
+    """Two ranks write through a process group of their own while they train."""
+    plan = checkpointing(folder, every=2, **{"async": True})
+    trainer = start(**plan)
+    train(trainer, 6)
+    expected = copy_parameters(trainer)
+    train(trainer, 7)
+    trainer.wait_for_checkpoint()
+    dist.barrier()
+    resumed = start(**plan)
+    assert resumed.global_steps == 6
+    assert all_equal(expected, copy_parameters(resumed))
+
+
+def test_fsdp_async_checkpoint_resumes(tmp_path):
+    run_distributed_test(save_in_background, 2, tmp_path)
+
+
+def save_or_reload(folder, is_first):
+    """Train and save, or load and save again; return the whole tensors of model and optimizer."""
+    section = {"backend": "torch", "checkpoint": {"override": True}}
+    config = build_config(engine=section, train_batch_size=6)
+    trainer, optimizer, *_ = engine.initialize(model=build_model(), config=config)
+    if is_first:
+        train_step(trainer)
+    else:
+        trainer.load_checkpoint(folder)
+    trainer.save_checkpoint(folder)
+    tensors = list(trainer.module.state_dict().values())
+    for values in optimizer.state_dict()["state"].values():
+        tensors += values.values()
+    return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
+
+
+def test_fsdp_state_is_the_same_at_every_world_size(tmp_path):
+    expected = None
+    for world_size in (2, 3, 1, 2):
+        for found in run_distributed_test(save_or_reload, world_size, tmp_path, expected is None):
+            expected = expected or found
+            assert all_equal(expected, found)
+
+
+def resume_on_deepspeed(folder):
+    zero = {"zero_optimization": {"stage": 2}, "scheduler": ONE_CYCLE}
+    trainer = start(**zero, **checkpointing(folder, "deepspeed", every=2, keep=None))
+    train(trainer, 5)
+    resumed = start(**zero, **checkpointing(folder, "deepspeed", resume="never"))
+    resumed.load_checkpoint(folder, tag="global_step2")
+    assert resumed.global_steps == 2
+    train(resumed, 5)
+    assert all_equal(copy_parameters(trainer), copy_parameters(resumed))
+    assert trainer.get_lr() == resumed.get_lr()
+
+
+def test_deepspeed_resumed_run_equals_the_uninterrupted_run(tmp_path):
+    run_distributed_test(resume_on_deepspeed, 2, tmp_path)
+    _, manifest = storage.find(tmp_path, "global_step4")
+    assert (manifest.backend, manifest.world_size) == ("deepspeed", 2)
+
+
+def loss_of(trainer, x):
+    return trainer(x).float().pow(2).mean()
+
+
+def resume_with_autocast(folder):
+    """Without ZeRO, DeepSpeed's autocast scales losses by torch's GradScaler."""
+    settings = {
+        "zero_optimization": {"stage": 0},
+        "torch_autocast": {"enabled": True, "dtype": "float16"},
+        "engine": {"backend": "deepspeed"},
+    }
+    trainer = start(**settings)
+    x = torch.ones(2, 6)
+    for factor in (float("inf"), 1.0):
+        trainer.backward(loss_of(trainer, x) * factor)
+        trainer.step()
+    scale = trainer.loss_scale
+    trainer.save_checkpoint(folder)
+    resumed = start(**settings)
+    assert resumed.loss_scale == 2 * scale
+    resumed.load_checkpoint(folder)
+    assert resumed.loss_scale == scale
+    first, second = (
+        engine.lr_range_test(resumed, [x], loss_of=loss_of, steps=30) for _ in range(2)
+    )
+    assert first.runs == second.runs
+    assert resumed.loss_scale == scale
+
+
+def test_deepspeed_autocast_resumes_its_loss_scale(tmp_path):
+    run_distributed_test(resume_with_autocast, 2, tmp_path)
+
+
+def resume_without_frozen_parameters(folder):
+    def adapted(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 1))
+        model[0].requires_grad_(requires_grad=False)
+        section = {"zero_optimization": {"stage": 1}, "engine": {"backend": "deepspeed"}}
+        return engine.initialize(model=model, config=build_config(**section))[0]
+
+    trainer = adapted(0)
+    train_step(trainer)
+    trainer.save_checkpoint(folder, exclude_frozen_parameters=True)
+    other = adapted(1)
+    frozen = other.module[0].weight.clone()
+    other.load_checkpoint(folder)
+    assert torch.equal(other.module[1].weight, trainer.module[1].weight)
+    assert torch.equal(other.module[0].weight, frozen)
+
+
+def test_deepspeed_loads_a_checkpoint_without_frozen_parameters(tmp_path):
+    run_distributed_test(resume_without_frozen_parameters, 2, tmp_path)
+
+
+def save_on_rank_0_only(folder):
+    trainer = start()
+    done = folder / "rank 0 is done"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "_PATIENCE", timedelta(seconds=1))
+        if trainer.global_rank == 0:
+            with pytest.raises(RuntimeError, match="every rank must come to save_checkpoint"):
+                trainer.save_checkpoint(folder)
+            done.touch()
+    while not done.exists():
+        time.sleep(0.01)
+
+
+def test_save_checkpoint_on_one_rank_only_is_an_error(tmp_path):
+    run_distributed_test(save_on_rank_0_only, 2, tmp_path)
+
+
+def save_with_different_tags(folder):
+    trainer = start()
+    message = r"`tag` must be the same on all ranks, but is \['tag0', 'tag1'\] instead"
+    with pytest.raises(ValueError, match=message):
+        trainer.save_checkpoint(folder, tag=f"tag{trainer.global_rank}")
+
+
+def test_save_checkpoint_with_different_tags_is_an_error(tmp_path):
+    run_distributed_test(save_with_different_tags, 2, tmp_path)
+
+
+class FullDisk(pytest.MonkeyPatch):
+    """Fails when a file of some name is written, or gets its final name."""
+
+    def fail(self, method, name):
+        original = getattr(Path, method)
+
+        def failing(path, *args):
+            if path.name == name:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(path, *args)
+
+        self.setattr(Path, method, failing)
+
+
+def save_without_space_on_one_rank(folder):
+    trainer = start()
+    train_step(trainer)
+    for name in ("random.1.pt", "values.pt"):
+        with FullDisk.context() as disk:
+            disk.fail("write_bytes", name)
+            with pytest.raises((OSError, RuntimeError), match="No space left on device"):
+                trainer.save_checkpoint(folder)
+    train_step(trainer)
+    trainer.save_checkpoint(folder)
+
+
+def test_save_checkpoint_that_fails_on_one_rank_raises_on_all(tmp_path):
+    run_distributed_test(save_without_space_on_one_rank, 2, tmp_path)
+    assert storage.find(tmp_path)[1].tag == "global_step2"
+
+
+def save_in_background_without_space(folder):
+    trainer = start(**checkpointing(folder, **{"async": True}))
+    with FullDisk.context() as disk:
+        disk.fail("rename", ".global_step0.partial")
+        trainer.save_checkpoint(folder)
+        with pytest.raises((OSError, RuntimeError), match="No space left on device"):
+            trainer.save_checkpoint(folder)
+    trainer.save_checkpoint(folder)
+    trainer.wait_for_checkpoint()
+
+
+def test_async_save_that_fails_on_rank_0_raises_on_all_at_the_next_save(tmp_path):
+    run_distributed_test(save_in_background_without_space, 2, tmp_path)
+    assert storage.find(tmp_path)[1].tag == "global_step0"
