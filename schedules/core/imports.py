@@ -22,15 +22,13 @@ def import_attribute(path: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(
-            f"{error.name}."
-        ):
-            reason = f"there is no module {error.name!r}. Put its directory on PYTHONPATH."
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            reason = f"there is no module {missing!r}. Put its directory on PYTHONPATH."
         else:
-            reason = (
-                f"the import of its module failed with {type(error).__name__}: {error} "
-                f"({_location(error)})."
-            )
+            text = error.msg if isinstance(error, SyntaxError) else error
+            kind, location = type(error).__name__, _location(error)
+            reason = f"the import of its module failed with {kind}: {text} ({location})."
         raise ValueError(f"{path!r} cannot be imported: {reason}") from error
     try:
         return getattr(module, attribute)

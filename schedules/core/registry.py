@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from schedules.core.descriptions import descriptions_of, read_index
 from schedules.core.durations import Horizon
-from schedules.core.fields import fields_of, wanted
+from schedules.core.fields import accepts, fields_of, wanted
 from schedules.core.imports import import_attribute
 from schedules.core.schedule import Fault, Schedule, ScheduleError
 from schedules.core.spelling import nearest
@@ -186,7 +186,7 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
     cls = find(block["type"])
     params = block.get("params", {})
     fields = fields_of(cls)
-    faults = [Fault(name, _unknown(cls, name)) for name in params if name not in fields]
+    faults = [Fault(name, _unknown(cls, name, params)) for name in params if name not in fields]
     faults += [
         Fault(None, f"`{name}` must be given, but is missing. It takes {wanted(field.schema)}.")
         for name, field in fields.items()
@@ -214,9 +214,11 @@ def _proved(path: str, found: Any) -> type[Schedule[Any]]:
     return cast("type[Schedule[Any]]", importlib.import_module(_CUSTOM).adapt(found, path))
 
 
-def _unknown(cls: type[Schedule[Any]], name: str) -> str:
+def _unknown(cls: type[Schedule[Any]], name: str, params: Mapping[str, Any]) -> str:
     message = f"`{name}` is no parameter of {cls.type_name}."
-    if near := nearest(name, fields_of(cls)):
+    absent = {other: field for other, field in fields_of(cls).items() if other not in params}
+    fitting = [other for other, field in absent.items() if accepts(field.schema, params[name])]
+    if near := nearest(name, fitting) or nearest(name, absent):
         return f"{message} Did you mean `{near}`?"
     owners = [other for other, known in SCHEDULES.items() if name in fields_of(known)]
     if owners:

@@ -130,5 +130,5 @@ def test_from_config_suggests_the_same_name_as_validate(name, meant):
         problems = validate(config)
     except ConfigError as refused:
         problems = refused.problems
-    hints = [re.search(r"Did you mean `(\w+)`", problem.hint) for problem in problems]
+    hints = [re.search(r"(?:Did you mean|It is) `(\w+)`", problem.hint) for problem in problems]
     assert [hint[1] for hint in hints if hint] == ([meant] if meant else [])
