@@ -60,6 +60,7 @@ def initialize(
     config: Source | None = None,
     mesh_param: Any = None,
     config_params: Source | None = None,
+    # `Any` in place of None: a caller knows whether it gave data, and need not check.
 ) -> tuple[Engine, Optimizer, DataLoader[Any] | Any, LRScheduler | Any]:
     """Prove a config right, and return a model ready to be trained by it.
 
