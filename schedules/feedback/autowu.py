@@ -95,11 +95,6 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
             yield Fault("min_lr", f"`min_lr` must be less than `max_lr`, {bounds}.")
 
     @property
-    def rolls_back(self) -> bool:
-        """Whether the engine is to put back weights at the switch."""
-        return self.rollback
-
-    @property
     def total_steps(self) -> int:
         """Updates of the run; 100 where it is not known, to be looked at."""
         return (self.steps_per_epoch or 10) * (self.total_epochs or 10)

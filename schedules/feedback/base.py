@@ -34,11 +34,6 @@ class FeedbackSchedule(Schedule[S]):
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = "loss"
 
-    @property
-    def rolls_back(self) -> bool:
-        """Whether the engine restores the weights of the lowest loss when a decision is made."""
-        return False
-
     @abstractmethod
     def controller(self, base: Base) -> FeedbackController[S]:
         """Return the rule, started from these base values; durations are resolved."""

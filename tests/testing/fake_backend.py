@@ -12,7 +12,7 @@ from engine.checkpoint.fingerprint import identity_of
 from engine.config import load_config
 from engine.distributed.ranks import Ranks
 from engine.engine import Engine
-from schedules import bind
+from schedules.torch_scheduler import bind
 
 CONFIG = {
     "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import engine
-from engine.checkpoint import saving, storage
+from engine.checkpoint import collectives, storage
 from tests.testing.distributed import run_distributed_test
 from tests.testing.small_model import (
     all_equal,
@@ -172,7 +172,7 @@ def save_on_rank_0_only(folder):
     trainer = start()
     done = folder / "rank 0 is done"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "_PATIENCE", timedelta(seconds=1))
+        patch.setattr(collectives, "_PATIENCE", timedelta(seconds=1))
         if trainer.global_rank == 0:
             with pytest.raises(RuntimeError, match="every rank must come to save_checkpoint"):
                 trainer.save_checkpoint(folder)
