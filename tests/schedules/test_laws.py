@@ -1,6 +1,8 @@
 """Laws that every registered schedule obeys, for whatever parameters it takes."""
 
+import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,13 +13,14 @@ from hypothesis import strategies as st
 import schedules
 from schedules import (
     SCHEDULES,
-    FeedbackSchedule,
     Horizon,
     ScheduleError,
     attach,
     from_config,
     trace,
 )
+from schedules.core.fields import Duration, fields_of
+from tests.testing.schedule_bounds import LR_LEVELS, UNBOUNDED, bounds_of
 from tests.testing.schedule_instances import instances
 
 STEPS = 150
@@ -25,12 +28,15 @@ HORIZON = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=4)
 BASE = {"lr": (0.1, 0.1), "momentum": (0.9, 0.9), "weight_decay": (0.01, 0.01)}
 
 
-def listens(cls):
-    """Whether a schedule has no shape of its own: it follows the loss."""
-    return issubclass(cls, FeedbackSchedule)
+NO_WARMUP = Duration(warmup=False)
 
 
 every_schedule = pytest.mark.parametrize("cls", SCHEDULES.values(), ids=SCHEDULES)
+every_schedule_without_feedback = pytest.mark.parametrize(
+    "cls",
+    [cls for cls in SCHEDULES.values() if cls.feedback is None],
+    ids=lambda cls: cls.type_name,
+)
 drawing = settings(
     max_examples=25,
     deadline=None,
@@ -41,15 +47,23 @@ drawing = settings(
 @every_schedule
 @drawing
 @given(data=st.data())
-def test_values_are_finite_and_in_range(cls, data):
+def test_values_are_finite_and_within_the_declared_bounds(cls, data):
     schedule = data.draw(instances(cls))
     values = trace(schedule, STEPS, base=BASE, horizon=HORIZON)
     assert tuple(values) == schedule.drives
+    resolved = schedule.resolve(HORIZON).per_group(2)[0]
     for name, array in values.items():
         assert array.shape == (STEPS, 2)
         assert np.isfinite(array).all()
         assert (array >= 0).all()
         assert name != "momentum" or (array < 1).all()
+        low, high = bounds_of(resolved, name, BASE["lr"][0])
+        assert low * (1 - 1e-9) <= array[:, 0].min()
+        assert array[:, 0].max() <= high * (1 + 1e-9)
+
+
+def test_bounds_are_declared_for_every_schedule():
+    assert LR_LEVELS.keys() | UNBOUNDED == set(SCHEDULES)
 
 
 OPTIMIZERS = {
@@ -63,9 +77,7 @@ def used(name, group):
     return group["betas"][0] if name == "momentum" and "betas" in group else group[name]
 
 
-@pytest.mark.parametrize(
-    "cls", [cls for cls in SCHEDULES.values() if not listens(cls)], ids=lambda cls: cls.type_name
-)
+@every_schedule_without_feedback
 @drawing
 @given(data=st.data(), optimizer=st.sampled_from(sorted(OPTIMIZERS)), groups=st.integers(1, 2))
 def test_one_update_at_a_time_equals_the_array_to_the_last_bit(cls, data, optimizer, groups):
@@ -92,17 +104,38 @@ def test_it_is_imported_by_its_name(cls):
     assert getattr(schedules, cls.type_name) is cls
 
 
-@every_schedule
-def test_groups_that_differ_are_kept_apart_or_refused(cls):
-    """One number for all of them would undo a split of learning rates, or decay what must not."""
-    unlike = {"lr": (1.0, 0.1), "momentum": (0.9, 0.9), "weight_decay": (0.1, 0.0)}
-    schedule = cls(**cls.example)
-    try:
-        values = trace(schedule, 50, base=unlike, horizon=HORIZON)
-    except ValueError:
-        with pytest.raises(ValueError, match="group"):
-            trace(schedule, 50, base=unlike, horizon=HORIZON)
+UNLIKE = {"lr": (1.0, 0.1), "momentum": (0.9, 0.9), "weight_decay": (0.1, 0.0)}
+
+
+def follow_advice(block, message):
+    """Change a block as the error of one number for unlike groups says."""
+    parts = [block, *block["params"].get("schedulers", ())]
+    refused = re.search(r"`(\w+)` must be a list of 2 numbers, one a param", message)
+    if refused is None:
+        assert '"relative": true' in message, message
+        (params,) = (part["params"] for part in parts if part["type"] == "Phases")
+        assert "relative" not in params
+        params["relative"] = True
         return
+    (params,) = (part["params"] for part in parts if refused[1] in part["params"])
+    params[refused[1]] = [params[refused[1]], params[refused[1]] / 10]
+
+
+def trace_unlike_groups(block, advised=0):
+    try:
+        return trace(block, 50, base=UNLIKE, horizon=HORIZON)
+    except ValueError as error:
+        assert advised < 10
+        follow_advice(block, str(error))
+        return trace_unlike_groups(block, advised + 1)
+
+
+@every_schedule
+def test_groups_that_differ_are_kept_apart(cls):
+    """One number for all of them would undo a split of learning rates, or decay what must not."""
+    block = copy.deepcopy({"type": cls.type_name, "params": dict(cls.example)})
+    assert len(trace(block, 50, base=BASE, horizon=HORIZON)["lr"]) == 50
+    values = trace_unlike_groups(block)
     for name in values.keys() - {"momentum"}:
         assert (values[name][:, 0] != values[name][:, 1]).any(), name
 
@@ -131,10 +164,10 @@ def test_json_to_schedule_to_json(cls, data):
     assert from_config(json.loads(text)) == schedule
 
 
-@pytest.mark.parametrize("cls", [cls for cls in SCHEDULES.values() if not listens(cls)])
+@every_schedule_without_feedback
 @drawing
 @given(data=st.data(), ratio=st.sampled_from([0.5, 2.0, 3.0]))
-def test_the_scale_schedule_dilates_all_but_the_warmup(cls, data, ratio):
+def test_scale_schedule_that_scales_the_warmup_dilates_the_whole(cls, data, ratio):
     """lr_r(t) == lr_1(t / r): exact where every scaled duration is whole."""
     schedule = data.draw(instances(cls, multiple=2))
     # A logarithm has no scale to dilate, and a growth that is no whole number truncates each cycle.
@@ -154,3 +187,40 @@ def test_the_scale_schedule_dilates_all_but_the_warmup(cls, data, ratio):
             if at == int(at):
                 expected = curves[0](step)
                 assert ours[name][0](int(at)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def warmup_fields(cls):
+    return [name for name, field in fields_of(cls).items() if (field.duration or NO_WARMUP).warmup]
+
+
+@pytest.mark.parametrize("cls", [cls for cls in SCHEDULES.values() if warmup_fields(cls)])
+@drawing
+@given(data=st.data(), ratio=st.sampled_from([0.5, 2.0, 3.0]))
+def test_scale_schedule_dilates_all_but_the_warmup(cls, data, ratio):
+    schedule = data.draw(instances(cls, multiple=2))
+    assume(not getattr(schedule, "scale_warmup", False))
+    # A warmup that is a fraction of the run follows the run.
+    assume(not any(str(getattr(schedule, name)).endswith("dur") for name in warmup_fields(cls)))
+    plain = schedule.resolve(HORIZON)
+    horizon = Horizon(**vars(HORIZON) | {"scale_ratio": ratio})
+    try:
+        scaled = schedule.resolve(horizon)
+    except ScheduleError:
+        assume(False)  # the scaled run is shorter than its warmup
+        raise
+    for name, field in fields_of(cls).items():
+        before, after = getattr(plain, name), getattr(scaled, name)
+        if cls.clock_is_step and field.duration is not None:
+            continue  # its curves are dilated after they are made
+        if field.duration is None or before is None or field.duration.warmup:
+            assert after == before
+        else:
+            steps = before if isinstance(before, tuple) else (before,)
+            expected = tuple(int(each * ratio) for each in steps)
+            assert after == (expected if isinstance(before, tuple) else expected[0])
+    end = max(getattr(plain, name) or 0 for name in warmup_fields(cls))
+    for name, curves in schedule.curves_for(BASE, horizon).items():
+        if name == "lr":
+            before = schedule.curves_for(BASE, HORIZON)[name][0]
+            expected = pytest.approx(list(before.values(end)), rel=1e-9, abs=1e-12)
+            assert list(curves[0].values(end)) == expected
