@@ -23,9 +23,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from schedules.feedback.autowu_controller import _Generator
 from schedules.feedback.gaussian_process import Hyperparameters
 from schedules.feedback.minimum_tests import published_test, robust_test
+from schedules.feedback.warmup_tests import TorchDraws
 from tests.schedules.feedback.test_autowu import CURVES, decided
 
 PUBLISHED = {70: 176.0, 1_000: 230.0, 10_000: 230.0}  # ms
@@ -53,7 +53,7 @@ def main() -> None:
         losses = random.normal(1, 0.1, count).astype(np.float32)
 
         def reference(losses: np.ndarray = losses) -> object:
-            return published_test(losses, Hyperparameters.initial(), _Generator(None).draw)
+            return published_test(losses, Hyperparameters.initial(), TorchDraws().draw)
 
         def robust(losses: np.ndarray = losses) -> object:
             return robust_test(losses)

@@ -24,8 +24,8 @@ from engine.range_test.sweep import Recorder
 from engine.training.data import RunLoader, called_on
 from engine.training.monitors import Monitor
 from engine.training.progress import Counters, Progress
-from schedules import FeedbackBinder, Schedule, bind
-from schedules.feedback.base import Evidence
+from schedules import Schedule, ScheduleBinder, bind
+from schedules.core.controller import Evidence
 
 __all__ = ["Engine"]
 
@@ -65,7 +65,7 @@ class Engine(Checkpoints, nn.Module):
         self._scaled_losses = 0  # in this window, by `backward` or `scale`
         self._recorder: Recorder | None = None
         self._rehearses = False  # a range test: it leaves nothing behind
-        hears = lr_scheduler.schedule.listens_to if isinstance(lr_scheduler, FeedbackBinder) else ""
+        hears = lr_scheduler.schedule.feedback if isinstance(lr_scheduler, ScheduleBinder) else None
         # Losses of this update, if anybody asks for them.
         self._window: list[Tensor] | None = [] if hears == "loss" else None
         self._metric: Tensor | float | None = None  # until an update is applied that takes it
@@ -206,13 +206,13 @@ class Engine(Checkpoints, nn.Module):
     def _tell(self, rollback: saving.Rollback) -> None:
         """Tell a schedule that listens of an update that was applied, and forget any other."""
         scheduler = self.lr_scheduler
-        assert isinstance(scheduler, FeedbackBinder)
+        assert isinstance(scheduler, ScheduleBinder)
         if not self._done.applied:
             if self._window is not None:
                 self._window.clear()
         elif self._window is not None:
             scheduler.step(self._mean_loss())
-            if scheduler.has_switched and self.global_rank == 0:
+            if scheduler.just_decided and self.global_rank == 0:
                 self._draw(scheduler.evidence)
             rollback.follow(scheduler)
         else:

@@ -33,7 +33,6 @@ from engine.training.data import make_loader
 from engine.training.monitors import monitors_of
 from engine.training.optimizers import build_optimizer
 from schedules import (
-    FeedbackBinder,
     LRRangeTest,
     ScheduleBinder,
     bind,
@@ -361,7 +360,7 @@ def _announce(engine: Engine, backend: Backend) -> None:
         log.warning("%s: %s", config.name, problem)
     scheduler = engine.lr_scheduler
     schedule = "no schedule"
-    if isinstance(scheduler, ScheduleBinder | FeedbackBinder):
+    if isinstance(scheduler, ScheduleBinder):
         driven = " and ".join(scheduler.schedule.drives)
         schedule = f"{type(scheduler.schedule).__name__} of {config.name} drives {driven}"
     elif scheduler is not None:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from schedules.core.controller import Base, Controller, OpenLoop
 from schedules.core.durations import Horizon
 from schedules.core.registry import SCHEDULES, find, from_config, register
-from schedules.core.schedule import Base, Controller, OpenLoop, Schedule, ScheduleError
+from schedules.core.schedule import Schedule, ScheduleError
 from schedules.core.trace import trace
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from schedules.feedback.autowu import AutoWU
     from schedules.feedback.base import FeedbackSchedule
     from schedules.feedback.plateau import ReduceLROnPlateau
-    from schedules.feedback_binder import FeedbackBinder
     from schedules.torch_scheduler import ScheduleBinder, attach, bind
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "ChainedScheduler",
     "Combined",
     "Controller",
-    "FeedbackBinder",
     "FeedbackSchedule",
     "Horizon",
     "LRRangeTest",
@@ -65,7 +64,6 @@ __all__ = [
 
 
 _HOMES = {
-    "FeedbackBinder": "feedback_binder",
     "FeedbackSchedule": "feedback.base",
     "ScheduleBinder": "torch_scheduler",
     "attach": "torch_scheduler",

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 from schedules.core.fields import fields_of
 from schedules.core.registry import find
-from schedules.feedback_binder import FeedbackBinder
 from schedules.torch_scheduler import ScheduleBinder, attach
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
@@ -47,7 +46,7 @@ _OURS = "post_cycle_decay_step_size"  # not in DeepSpeed's signature
 
 def _construct(
     type_name: str, optimizer: Optimizer, *positional: Any, **params: Any
-) -> ScheduleBinder | FeedbackBinder:
+) -> ScheduleBinder:
     """Return the schedule of that name at work on an optimizer.
 
     Raises:

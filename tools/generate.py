@@ -15,8 +15,9 @@ from engine.config.editor_schema import editor_schema
 from engine.display.catalog import EXAMPLE_STEPS, example_curves, page
 from engine.display.plots import draw
 from schedules import SCHEDULES
+from schedules.core.descriptions import INDEX, descriptions_in_source, read_index
 from schedules.core.json_schema import json_schema_of
-from schedules.core.registry import FAMILIES, INDEX, of_family
+from schedules.core.registry import FAMILIES, of_family
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,11 +31,20 @@ def generated() -> dict[Path, str]:
         for name, cls in of_family(family).items()
     }
     files[ROOT / "schemas" / schemas.EDITOR] = json.dumps(editor_schema(), indent=1) + "\n"
-    families = {name: family for family in FAMILIES for name in of_family(family)}
-    files[INDEX] = json.dumps(families, indent=2) + "\n"
+    files[INDEX] = index()
     files[ROOT / "docs" / "config.md"] = "\n".join(config_reference()) + "\n"
     files[ROOT / "docs" / "schedules.md"] = "\n".join(reference()) + "\n"
     return files
+
+
+def index() -> str:
+    """Return the index of the schedules: the family and the field descriptions of each."""
+    entries = {
+        name: {"family": family, "fields": descriptions_in_source(cls)}
+        for family in FAMILIES
+        for name, cls in of_family(family).items()
+    }
+    return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
 
 
 def reference() -> Iterator[str]:
@@ -69,6 +79,9 @@ def main() -> int:
     if args.pictures:
         draw_pictures()
     check = args.check
+    if not check:  # the other files are made of the descriptions in it
+        INDEX.write_text(index(), encoding="utf-8")
+        read_index.cache_clear()
     files = generated()
     stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
     folders = {path.parent for path in files if path.suffix == ".json"}

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from engine.config import Config
 from engine.errors import CheckpointError
-from schedules import FeedbackBinder, ScheduleBinder
+from schedules import ScheduleBinder
 
 __all__ = ["Identity", "hyperparameters", "identity_of", "refuse_another_run"]
 
@@ -30,7 +30,7 @@ def identity_of(config: Config, scheduler: object, optimizer: Identity | None) -
     block = config.optimizer
     return {
         "scheduler": scheduler.identity
-        if isinstance(scheduler, ScheduleBinder | FeedbackBinder)
+        if isinstance(scheduler, ScheduleBinder)
         else scheduler
         and {"type": type(scheduler).__name__, "params": _plain_attributes(scheduler)},
         "optimizer": {"type": block.type, "params": dict(block.params)} if block else optimizer,

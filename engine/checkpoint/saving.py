@@ -27,7 +27,8 @@ from engine.config import Config
 from engine.distributed.environment import ELASTIC
 from engine.distributed.ranks import Ranks
 from engine.versions import installed
-from schedules import FeedbackBinder, FeedbackSchedule
+from schedules import FeedbackSchedule, ScheduleBinder
+from schedules.feedback.autowu_controller import AutoWUController
 
 __all__ = ["Behind", "Rollback", "load", "save", "together"]
 
@@ -134,13 +135,14 @@ class Rollback:
         self._backend = backend
         self._snapshot: Any = None
 
-    def follow(self, scheduler: FeedbackBinder) -> None:
+    def follow(self, scheduler: ScheduleBinder) -> None:
         """Take a copy at each lowest loss, and put the last one back at the switch."""
         if not self._is_wanted:
             return
-        if scheduler.is_lowest:
+        controller = scheduler.controller
+        if isinstance(controller, AutoWUController) and controller.is_lowest(scheduler.state):
             self._snapshot = self._backend.snapshot()
-        if scheduler.has_switched and self._snapshot is not None:
+        if scheduler.just_decided and self._snapshot is not None:
             self._backend.restore(self._snapshot)
             self._snapshot = None
             scheduler.write()

@@ -16,7 +16,8 @@ from typing import Any
 from engine.config.parser import Document
 from engine.config.pointers import pointer_to, split_pointer
 from schedules import Schedule, find
-from schedules.core.fields import descriptions_of, fields_of, wanted
+from schedules.core.descriptions import descriptions_of
+from schedules.core.fields import fields_of, wanted
 from schedules.core.registry import of_family
 
 __all__ = ["Override", "add_config_arguments", "override"]

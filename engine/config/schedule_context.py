@@ -11,9 +11,8 @@ from typing import Any
 
 from engine.config.schema import optimizer_name, optimizer_schema, with_defaults
 from schedules import Horizon, Schedule
+from schedules.core.controller import Base, Curves
 from schedules.core.durations import DurationError, steps_of
-from schedules.core.schedule import Base, Curves
-from schedules.feedback.base import FeedbackSchedule
 
 __all__ = [
     "DrivenSchedule",
@@ -114,7 +113,7 @@ class DrivenSchedule:
     def ignores(self, name: str) -> bool:
         """Return whether the optimizer's own value of a hyperparameter has no effect."""
         other = {**self.base, name: tuple(value / 2 for value in self.base[name])}
-        there = self.schedule.bind(other, self.horizon).curves[name][0]
+        there = self.schedule.curves_for(other, self.horizon)[name][0]
         steps = range(0, self.schedule.span + 1, max(1, self.schedule.span // 20))
         return all(self.curves[name][0](step) == there(step) for step in steps)
 
@@ -146,8 +145,8 @@ def drive(schedule: Schedule[Any], config: Mapping[str, Any]) -> DrivenSchedule 
         ValueError: the schedule does not fit the run or the optimizer.
     """
     horizon = horizon_if_known(schedule, config)
-    if horizon is None or isinstance(schedule, FeedbackSchedule):
+    if horizon is None or schedule.feedback is not None:
         return None
     base = base_of(config, schedule)
-    curves = schedule.bind(base, horizon).curves
+    curves = schedule.curves_for(base, horizon)
     return DrivenSchedule(schedule.resolve(horizon), horizon, base, curves)

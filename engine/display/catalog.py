@@ -9,7 +9,8 @@ from typing import Any
 
 from schedules import SCHEDULES, Horizon, Schedule
 from schedules.core.curves import Curve
-from schedules.core.fields import descriptions_of, fields_of, wanted
+from schedules.core.descriptions import descriptions_of
+from schedules.core.fields import fields_of, wanted
 
 __all__ = ["EXAMPLE_RUN", "EXAMPLE_STEPS", "example_curves", "listing", "page", "summary"]
 
@@ -30,7 +31,7 @@ def summary(cls: type[Schedule[Any]]) -> str:
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
     """Return the curve of each hyperparameter in a schedule's example."""
-    curves = cls(**cls.example).bind(_BASE, EXAMPLE_RUN).curves
+    curves = cls(**cls.example).curves_for(_BASE, EXAMPLE_RUN)
     return {name: of_groups[0] for name, of_groups in curves.items()}
 
 

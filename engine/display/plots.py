@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from schedules.core.controller import Evidence
 from schedules.core.curves import Curve
-from schedules.feedback.base import Evidence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,9 +11,8 @@ from engine.config.pointers import split_pointer
 from engine.config.schedule_context import base_of, horizon_of, samples_if_known
 from engine.config.validate import examine
 from schedules import Horizon, Schedule
-from schedules.core.schedule import Base, Curves
+from schedules.core.controller import Base, Curves, Evidence
 from schedules.core.trace import replay
-from schedules.feedback.base import Evidence, FeedbackSchedule
 
 __all__ = ["Preview", "preview"]
 
@@ -31,7 +30,7 @@ class Preview:
     @property
     def title(self) -> str:
         """What is shown, and on which loss where the schedule listens to one."""
-        listens = " on a synthetic loss" if isinstance(self.schedule, FeedbackSchedule) else ""
+        listens = " on a synthetic loss" if self.schedule.feedback else ""
         return f"{self.schedule.type_name}{listens}"
 
     def told(self, losses: Sequence[float]) -> tuple[dict[str, list[float]], Evidence | None]:
@@ -40,10 +39,9 @@ class Preview:
         Raises:
             ValueError: it listens to none.
         """
-        if not isinstance(self.schedule, FeedbackSchedule):
-            raise ValueError(  # noqa: TRY004  # it is the config that is wrong
-                f"`--losses` needs a schedule with feedback; {self.schedule.type_name} has none."
-            )
+        if self.schedule.feedback is None:
+            name = self.schedule.type_name
+            raise ValueError(f"`--losses` needs a schedule with feedback; {name} has none.")
         done = replay(self.schedule, losses, base=self.base, horizon=self.horizon)
         columns = {name: [row[name][0] for row in done.rows] for name in self.schedule.drives}
         return columns, done.evidence
@@ -105,7 +103,7 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
         problem = document.problem("schedule", "/scheduler/params", str(error))
         raise ConfigError(document.name, [problem]) from None
     base = base_of(context.config, schedule)
-    curves = schedule.bind(base, horizon).curves
+    curves = schedule.curves_for(base, horizon)
     return Preview(document.name, resolved, curves, horizon, base)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import json
 import math
 import operator
@@ -44,7 +43,6 @@ __all__ = [
     "WarmupStepsOrZero",
     "WeightDecay",
     "accepts",
-    "descriptions_of",
     "fields_of",
     "wanted",
 ]
@@ -347,32 +345,3 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
         default=None if required else field.default,
         filled_in_by=said.filled_in_by,
     )
-
-
-def descriptions_of(schedule: type) -> dict[str, str]:
-    """Return what each field means: the string literal that stands under it in the class body."""
-    import ast
-    import textwrap
-
-    descriptions: dict[str, str] = {
-        field.name: field.metadata["description"]
-        for field in dataclasses.fields(schedule)
-        if "description" in field.metadata
-    }
-    for cls in reversed(schedule.__mro__):
-        if not dataclasses.is_dataclass(cls) or cls.__module__ == "builtins":
-            continue
-        try:
-            source = inspect.getsource(cls)
-        except (OSError, TypeError):
-            continue  # made by a function or typed at a prompt: there is no source to read
-        body = ast.parse(textwrap.dedent(source)).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for statement, below in zip(body.body, body.body[1:], strict=False):
-            match statement, below:
-                case (
-                    ast.AnnAssign(target=ast.Name(id=name)),
-                    ast.Expr(value=ast.Constant(value=str(text))),
-                ):
-                    descriptions[name] = " ".join(text.split())
-    return descriptions

@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from schedules.core.fields import Field, descriptions_of, fields_of
+from schedules.core.descriptions import descriptions_of
+from schedules.core.fields import Field, fields_of
 from schedules.core.schedule import Schedule
 
 __all__ = ["json_schema_of"]

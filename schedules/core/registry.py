@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import json
 from collections.abc import Iterator, Mapping, MutableMapping
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from schedules.core.descriptions import descriptions_of, read_index
 from schedules.core.durations import Horizon
-from schedules.core.fields import descriptions_of, fields_of, wanted
+from schedules.core.fields import accepts, fields_of, wanted
+from schedules.core.imports import import_attribute
 from schedules.core.schedule import Fault, Schedule, ScheduleError
 from schedules.core.spelling import nearest
 
@@ -31,9 +31,6 @@ FAMILIES = (
 )
 """The modules whose ``__all__`` are schedules, in the order in which they are listed."""
 
-INDEX = Path(__file__).parent / "index.json"
-"""Each schedule's name and family, generated from the families."""
-
 
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
     """All schedules by name; a family is imported when one of its schedules is first asked for.
@@ -43,7 +40,7 @@ class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
     """
 
     def __init__(self) -> None:
-        self._families: dict[str, str] = json.loads(INDEX.read_text(encoding="utf-8"))
+        self._families = {name: entry["family"] for name, entry in read_index().items()}
         self._loaded: dict[str, type[Schedule[Any]]] = {}
 
     def __getitem__(self, name: str) -> type[Schedule[Any]]:
@@ -88,7 +85,8 @@ def register(cls: C) -> C:
 
     Raises:
         ValueError: the name is taken, or the class is not a frozen, keyword-only dataclass with a
-            string under each field.
+            string under each field. The strings are not required if the source is not available,
+            as at a prompt.
 
     >>> import dataclasses, schedules
     >>> from schedules.core.curves import linear
@@ -188,7 +186,7 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
     cls = find(block["type"])
     params = block.get("params", {})
     fields = fields_of(cls)
-    faults = [Fault(name, _unknown(cls, name)) for name in params if name not in fields]
+    faults = [Fault(name, _unknown(cls, name, params)) for name in params if name not in fields]
     faults += [
         Fault(None, f"`{name}` must be given, but is missing. It takes {wanted(field.schema)}.")
         for name, field in fields.items()
@@ -202,14 +200,10 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
 
 @functools.cache
 def _load(path: str) -> type[Schedule[Any]]:
-    module_name, _, attribute = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # noqa: BLE001  # the module is the user's, and so are its errors
-        raise ValueError(
-            f"`scheduler.type` must name a class or function that can be imported, but {path!r} "
-            f"cannot: {type(error).__name__}: {error}. Put the folder of its module on PYTHONPATH."
-        ) from None
+        found = import_attribute(path)
+    except ValueError as error:
+        raise ValueError(f"`scheduler.type` {error}") from error
     return _proved(path, found)
 
 
@@ -220,9 +214,11 @@ def _proved(path: str, found: Any) -> type[Schedule[Any]]:
     return cast("type[Schedule[Any]]", importlib.import_module(_CUSTOM).adapt(found, path))
 
 
-def _unknown(cls: type[Schedule[Any]], name: str) -> str:
+def _unknown(cls: type[Schedule[Any]], name: str, params: Mapping[str, Any]) -> str:
     message = f"`{name}` is no parameter of {cls.type_name}."
-    if near := nearest(name, fields_of(cls)):
+    absent = {other: field for other, field in fields_of(cls).items() if other not in params}
+    fitting = [other for other, field in absent.items() if accepts(field.schema, params[name])]
+    if near := nearest(name, fitting) or nearest(name, absent):
         return f"{message} Did you mean `{near}`?"
     owners = [other for other, known in SCHEDULES.items() if name in fields_of(known)]
     if owners:

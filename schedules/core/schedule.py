@@ -1,7 +1,6 @@
-"""The nouns: `Schedule`, what it is given (`Base`), what it becomes (`Controller`).
+"""`Schedule`: the ``params`` of one ``scheduler.type``, validated when it is constructed.
 
-A schedule is data: the ``params`` of one ``scheduler.type``, proved when it is constructed. Bound
-to an optimizer's base values it becomes a controller, whose whole memory is an explicit state.
+Bound to an optimizer's base values it becomes a `schedules.core.controller.Controller`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ import functools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
 from schedules.core.combinators import dilate
+from schedules.core.controller import Base, Controller, Curves, OpenLoop, Values
 from schedules.core.curves import Curve
 from schedules.core.durations import FractionalSteps, Horizon, is_unresolved, steps_of
 from schedules.core.fields import Duration, PerGroup, fields_of
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Base",
-    "Controller",
     "Curves",
     "Fault",
     "LearningRateSchedule",
-    "OpenLoop",
     "Schedule",
     "ScheduleError",
     "Values",
@@ -38,15 +36,6 @@ __all__ = [
 ]
 
 S = TypeVar("S")
-
-Base = Mapping[str, tuple[float, ...]]
-"""A hyperparameter ("lr", "momentum", "weight_decay") to its value in each group as built."""
-
-Values = Mapping[str, tuple[float, ...]]
-"""A hyperparameter to the value that each group is to use."""
-
-Curves = Mapping[str, tuple[Curve, ...]]
-"""A hyperparameter to the curve that each group follows; groups may share one curve."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,57 +58,6 @@ class ScheduleError(ValueError):
         self.faults = tuple(faults)
 
 
-class Controller(Protocol[S]):
-    """A schedule bound to base values: a rule, with all that it remembers in a state of its own.
-
-    The state is made of plain numbers that JSON can carry, and no method changes it in place.
-    """
-
-    def init(self) -> S:
-        """Return the state before the first update."""
-        ...
-
-    def update(self, state: S, loss: float | None) -> S:
-        """Return the state after an optimizer update that was applied."""
-        ...
-
-    def values(self, state: S) -> Values:
-        """Return what the next optimizer update uses."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenLoop:
-    """The controller of every schedule without feedback; its state is the count of updates.
-
-    >>> import schedules
-    >>> warmup = schedules.WarmupLR(warmup_num_steps=2, warmup_type="linear")
-    >>> controller = warmup.bind({"lr": (0.1,)})
-    >>> state = controller.init()
-    >>> for _ in range(3):
-    ...     print(controller.values(state)["lr"])
-    ...     state = controller.update(state)
-    (0.0,)
-    (0.05,)
-    (0.1,)
-    """
-
-    curves: Curves
-
-    def init(self) -> int:
-        """Return 0: no update was applied yet."""
-        return 0
-
-    def update(self, state: int, loss: float | None = None) -> int:
-        """Return the count one higher; the loss is of no use here."""
-        del loss
-        return state + 1
-
-    def values(self, state: int) -> Values:
-        """Return each curve's value at the count of updates."""
-        return {name: tuple(curve(state) for curve in group) for name, group in self.curves.items()}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule(ABC, Generic[S]):
     """The parameters of one ``scheduler.type``: names, types, ranges, defaults and meanings.
@@ -136,6 +74,9 @@ class Schedule(ABC, Generic[S]):
 
     clock_is_step: ClassVar[bool] = False
     """Whether a parameter means "for each step", so that scaling dilates the curves as a whole."""
+
+    feedback: ClassVar[Literal["loss", "metric"] | None] = None
+    """The input that each step must give it; None if its values follow from the step alone."""
 
     example: ClassVar[Mapping[str, Any]] = {}
     """Parameters that show the shape in a run of 100 updates, 10 an epoch."""
@@ -221,6 +162,10 @@ class Schedule(ABC, Generic[S]):
         """Yield what is wrong between fields that are each right by themselves, and resolved."""
         yield from ()
 
+    def warnings(self) -> Iterator[str]:
+        """Yield warnings about a valid, resolved schedule that will hardly do what it is for."""
+        yield from ()
+
     @property
     def drives(self) -> tuple[str, ...]:
         """The hyperparameters that this schedule writes, "lr" first."""
@@ -247,12 +192,12 @@ class Schedule(ABC, Generic[S]):
                 were built with different learning rates.
         """
 
-    def bind(self, base: Base, horizon: Horizon | None = None) -> OpenLoop:
-        """Return the controller that runs this schedule from these base values.
+    def curves_for(self, base: Base, horizon: Horizon | None = None) -> Curves:
+        """Return the curves to preview: resolved and scaled; with feedback, on a synthetic loss.
 
         Args:
-            base: the optimizer's values, as it was built.
-            horizon: the run, where durations are time strings or are scaled.
+            base: values that the optimizer was built with.
+            horizon: length of the run, for time strings and scaling.
 
         Raises:
             ValueError: a duration cannot be resolved, or the base values do not fit.
@@ -263,7 +208,19 @@ class Schedule(ABC, Generic[S]):
                 name: tuple(dilate(curve, horizon.scale_ratio) for curve in group)
                 for name, group in curves.items()
             }
-        return OpenLoop(curves)
+        return curves
+
+    def bind(self, base: Base, horizon: Horizon | None = None) -> Controller[S]:
+        """Return the controller that runs this schedule from these base values.
+
+        Args:
+            base: values that the optimizer was built with.
+            horizon: length of the run, for time strings and scaling.
+
+        Raises:
+            ValueError: a duration cannot be resolved, or the base values do not fit.
+        """
+        return cast("Controller[S]", OpenLoop(self.curves_for(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
         """Return the schedule of each param group: a field's list has one number for each.

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from schedules.core.controller import Base, Evidence, Values
 from schedules.core.durations import Horizon
 from schedules.core.registry import from_config
-from schedules.core.schedule import Base, Schedule, Values
-from schedules.feedback.base import Evidence, FeedbackSchedule
+from schedules.core.schedule import Schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,7 @@ def trace(
     given: Base = {name: tuple(values) for name, values in (base or {"lr": (0.1,)}).items()}
     groups = len(given["lr"])
     defaults: Base = {"momentum": (0.9,) * groups, "weight_decay": (0.0,) * groups}
-    if losses is not None and isinstance(schedule, FeedbackSchedule):
+    if losses is not None and schedule.feedback is not None:
         told = itertools.islice(losses, steps - 1)
         rows = replay(schedule, told, base={**defaults, **given}, horizon=horizon).rows
         if len(rows) < steps:
@@ -59,7 +59,7 @@ def trace(
                 f"there must be a loss for each of {steps - 1} updates, but {len(rows) - 1} are."
             )
         return {name: np.array([row[name] for row in rows]) for name in schedule.drives}
-    curves = schedule.bind({**defaults, **given}, horizon).curves
+    curves = schedule.curves_for({**defaults, **given}, horizon)
     values = {}
     for name, of_groups in curves.items():
         arrays = {curve: curve.array(steps) for curve in set(of_groups)}
@@ -69,35 +69,36 @@ def trace(
 
 
 class Replay(NamedTuple):
-    """What a schedule that listens does on recorded losses."""
+    """The values of a schedule on recorded losses."""
 
     rows: list[Values]
-    """Of each update, and of the one that would come after the last loss."""
+    """Values of each step, and of the step after the last loss."""
     evidence: Evidence | None
-    """What its switch rests on, if there is one."""
+    """Data behind its last decision, if it made one."""
 
 
 def replay(
-    schedule: FeedbackSchedule[Any],
+    schedule: Schedule[Any],
     losses: Iterable[float],
     *,
     base: Base,
     horizon: Horizon | None = None,
 ) -> Replay:
-    """Tell a schedule recorded losses, in their order.
+    """Run a schedule on recorded losses.
 
     Args:
-        schedule: one that listens.
-        losses: of each update, or the metrics.
-        base: all that it drives, one value a param group.
-        horizon: the run, where durations are time strings or are scaled.
+        schedule: schedule to run, with feedback or without.
+        losses: loss (or metric) of each step.
+        base: value of each driven hyperparameter, one per param group.
+        horizon: length of the run, for time strings and scaling.
     """
-    rule = schedule.control(base, horizon)
-    state = rule.init()
-    rows, evidence = [rule.values(state)], None
+    controller = schedule.bind(base, horizon)
+    state = controller.init()
+    rows, evidence = [controller.values(state)], None
     for loss in losses:
-        before, state = state, rule.update(state, float(loss))
-        rows.append(rule.values(state))
-        if rule.switched(state):
-            evidence = rule.evidence(before, float(loss), state)
+        before, state = state, controller.update(state, float(loss))
+        rows.append(controller.values(state))
+        decision = controller.decision(state)
+        if decision is not None and decision.step == len(rows) - 1:
+            evidence = controller.evidence(before, float(loss), state)
     return Replay(rows, evidence)

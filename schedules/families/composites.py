@@ -14,8 +14,7 @@ from schedules.core.curves import Curve, constant
 from schedules.core.durations import Horizon
 from schedules.core.fields import Items, Milestones
 from schedules.core.registry import from_config
-from schedules.core.schedule import Base, Curves, Fault, OpenLoop, Schedule
-from schedules.feedback.base import FeedbackSchedule
+from schedules.core.schedule import Base, Curves, Fault, Schedule
 
 __all__ = ["ChainedScheduler", "Combined", "SequentialLR"]
 
@@ -51,10 +50,10 @@ class _Composite(Schedule[int]):
             except ValueError as error:
                 yield Fault("schedulers", f"`schedulers[{index}]`: {error}")
                 continue
-            if isinstance(part, FeedbackSchedule):
+            if part.feedback is not None:
                 message = (
                     f"`schedulers[{index}]` must follow from the count of updates alone, but "
-                    f"{part.type_name} listens to {part.listens_to}; let it be the schedule itself."
+                    f"{part.type_name} listens to {part.feedback}; let it be the schedule itself."
                 )
                 yield Fault("schedulers", message)
 
@@ -88,10 +87,10 @@ class _Composite(Schedule[int]):
     def curves(self, base: Base) -> Curves:
         return self.combined([part.curves(base) for part in self.parts], base)
 
-    def bind(self, base: Base, horizon: Horizon | None = None) -> OpenLoop:
-        # Each part is bound by itself: one whose parameters mean "for each step" dilates as such.
-        parts = [part.bind(base, horizon).curves for part in self.parts]
-        return OpenLoop(self.resolve(horizon).combined(parts, base))
+    def curves_for(self, base: Base, horizon: Horizon | None = None) -> Curves:
+        # Each part scales by itself: one whose parameters mean "for each step" is dilated.
+        parts = [part.curves_for(base, horizon) for part in self.parts]
+        return self.resolve(horizon).combined(parts, base)
 
     @abstractmethod
     def combined(self, parts: Sequence[Curves], base: Base) -> Curves:

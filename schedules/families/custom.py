@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import importlib
 import importlib.util
 import inspect
 import types
@@ -23,6 +22,7 @@ from typing import Annotated, Any, ClassVar, cast
 from schedules.core.curves import Curve, from_function
 from schedules.core.durations import Horizon
 from schedules.core.fields import AnyValue
+from schedules.core.imports import import_attribute
 from schedules.core.schedule import (
     Base,
     Curves,
@@ -178,12 +178,7 @@ def _imported(value: Any) -> Any:
         return [_imported(each) for each in value]
     if not isinstance(value, str) or ":" not in value:
         return value
-    module, _, attribute = value.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # noqa: BLE001  # the module is the user's, and so are its errors
-        message = f"{value!r} cannot be imported: {type(error).__name__}: {error}"
-        raise ValueError(message) from None
+    return import_attribute(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

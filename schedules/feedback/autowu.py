@@ -7,11 +7,14 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+from schedules.core.controller import Base
 from schedules.core.durations import Horizon
 from schedules.core.fields import Range
-from schedules.core.schedule import Base, Fault, ScheduleError
-from schedules.feedback.autowu_controller import AutoWURule, AutoWUState
+from schedules.core.schedule import Fault, ScheduleError
+from schedules.feedback.autowu_controller import AutoWUController, Decay
+from schedules.feedback.autowu_state import AutoWUState, Warmup
 from schedules.feedback.base import FeedbackSchedule
+from schedules.feedback.warmup_tests import PublishedTest, RobustTest, WarmupTest
 
 __all__ = ["AutoWU"]
 
@@ -92,7 +95,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
             yield Fault("min_lr", f"`min_lr` must be less than `max_lr`, {bounds}.")
 
     @property
-    def rolls_back(self) -> bool:  # type: ignore[override]
+    def rolls_back(self) -> bool:
         """Whether the engine is to put back weights at the switch."""
         return self.rollback
 
@@ -133,8 +136,51 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
             epochs = max(1, int(epochs * horizon.scale_ratio))
         return dataclasses.replace(self, steps_per_epoch=steps, total_epochs=epochs)
 
-    def controller(self, base: Base) -> AutoWURule:
-        return AutoWURule(self, base["lr"])
+    def bind(self, base: Base, horizon: Horizon | None = None) -> AutoWUController:
+        """Return the controller; the length of the run must be known.
+
+        Raises:
+            ScheduleError: neither the parameters nor the run have it.
+        """
+        resolved = self.resolve(horizon)
+        for name in ("steps_per_epoch", "total_epochs"):
+            if getattr(resolved, name) is None:
+                message = (
+                    f"`{name}` must be known, but neither the parameters nor the run say it. Set "
+                    'it, or give `initialize` the data and "engine": {"max_duration": "30ep"}.'
+                )
+                raise ScheduleError(self.type_name, [Fault(name, message)])
+        return resolved.controller(base)
+
+    def controller(self, base: Base) -> AutoWUController:
+        decay = Decay(
+            cooldown_type=self.cooldown_type,
+            cooldown_start=(1 - self.cooldown_fraction) * self.total_steps,
+            is_immediate=self.immediate_cooldown,
+            factor=self.decay_phase_factor,
+            watches_loss=self.decay_phase_stat == "loss",
+        )
+        return AutoWUController(self._warmup_test, decay, self.total_steps, base["lr"])
+
+    @property
+    def _warmup_test(self) -> WarmupTest:
+        per_epoch = self.steps_per_epoch or 10
+        steps = self.max_warmup_fraction * self.total_steps
+        warmup = Warmup(
+            steps=int(steps),
+            steps_per_epoch=per_epoch,
+            epochs=max(1, int(steps / per_epoch + 1e-9)),
+            min_lr=self.min_lr,
+            max_lr=self.max_lr,
+            unit=self.warmup_unit,
+            type=self.warmup_type,
+        )
+        return RobustTest(warmup) if self.test == "robust" else PublishedTest(warmup)
+
+    def warnings(self) -> Iterator[str]:
+        warning = self._warmup_test.warning()
+        if warning is not None:
+            yield warning
 
     def synthetic_loss(self, step: int, lr: float) -> float:
         del step

@@ -1,86 +1,68 @@
-"""AutoWU at work: warmup, test, switch and decay, as a rule with an explicit state."""
+"""The controller of AutoWU: warmup, test, decision and decay."""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 
-from schedules.core.schedule import Values
-from schedules.feedback.base import Band, Decision, Evidence, FeedbackController
-from schedules.feedback.gaussian_process import Hyperparameters
+from schedules.core.controller import Band, Decision, Evidence, Values
+from schedules.feedback.autowu_state import AutoWUState
+from schedules.feedback.base import FeedbackController
 from schedules.feedback.history import History
-from schedules.feedback.minimum_tests import (
-    CONFIDENCE,
-    published_band,
-    published_test,
-    robust_band,
-    robust_test,
-)
-from schedules.feedback.plateau import Plateau, PlateauState
+from schedules.feedback.plateau import Plateau
+from schedules.feedback.warmup_tests import WarmupTest
 
-if TYPE_CHECKING:
-    from schedules.feedback.autowu import AutoWU
+__all__ = ["AutoWUController", "Decay"]
 
-__all__ = ["AutoWURule", "AutoWUState"]
-
-_PATIENCE = 3
-_ROBUST_TESTS = 60  # a warmup
-_SHORTEST = 90  # updates of warmup, below which a test is hardly ever sure
 _DECAY_PATIENCE = 5  # epochs without a better loss
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoWUState:
-    """All that a run of AutoWU remembers."""
+class Decay:
+    """The phases after the warmup, as `schedules.AutoWU` describes them."""
 
-    step: int = 0
-    phase: Literal["warmup", "constant", "cooldown"] = "warmup"
-    losses: History = dataclasses.field(default_factory=History)
-    """Of the warmup, in their order."""
-    fit: Hyperparameters | None = None
-    draws: str | None = None
-    """State of the generator that draws losses, once it has drawn."""
-    votes: tuple[bool, ...] = ()
-    alone: int = 0
-    """Robust tests in a row that were sure of the present alone."""
-    chance: float = 0.0
-    """Probability of the last test."""
-    argmin: float = 1.0
-    lowest: float = math.inf
-    """Lowest mean loss between two tests."""
-    is_lowest: bool = False
-    peak: float = 0.0
-    begin: int = 0
-    length: int = 0
-    decay: PlateauState | None = None
-    epoch: tuple[float, ...] = ()
-    """Losses of this epoch, where the constant phase looks at their mean."""
-    decision: Decision | None = None
+    cooldown_type: Literal["cosine", "half_cosine"]
+    cooldown_start: float
+    """Step from which the run cools down at the latest."""
+    is_immediate: bool
+    """Whether the cooldown follows the warmup without a constant phase."""
+    factor: float
+    watches_loss: bool
+    """Whether the factor is applied when the loss stops improving, not at the decision."""
 
 
-class AutoWURule(FeedbackController[AutoWUState]):
-    """AutoWU at work; calls are counted from 1, as in the published code."""
+class AutoWUController(FeedbackController[AutoWUState]):
+    """AutoWU with the base learning rates of its param groups.
 
-    def __init__(self, params: AutoWU, lrs: tuple[float, ...]) -> None:
-        self._params = params
+    Steps are counted from 1, as in the published code.
+
+    Args:
+        test: test that can end the warmup, with the warmup.
+        decay: phases after the warmup.
+        total_steps: steps of the run.
+        lrs: learning rate that each group was built with; their ratios are kept.
+    """
+
+    def __init__(
+        self, test: WarmupTest, decay: Decay, total_steps: int, lrs: tuple[float, ...]
+    ) -> None:
+        self._test = test
+        self._warmup = test.warmup
+        self._decay = decay
+        self._total = total_steps
         self._ratios = tuple(lr / lrs[0] if lrs[0] else 1.0 for lr in lrs)
-        self._total = params.total_steps
-        self._epoch = params.steps_per_epoch or 10
-        self._warmup = int(params.max_warmup_fraction * self._total)
-        self._robust = params.test == "robust"
-        self._interval = max(1, self._warmup // _ROBUST_TESTS) if self._robust else self._epoch
-        self._plateau = Plateau(params.decay_phase_factor, _DECAY_PATIENCE)
+        self._plateau = Plateau(decay.factor, _DECAY_PATIENCE)
 
     def init(self) -> AutoWUState:
         state = AutoWUState(decay=self._plateau.init())
-        if self._warmup > 0:
+        if self._warmup.steps > 0:
             return state
-        whole = dataclasses.replace(state, peak=self._params.max_lr)
-        if not self._params.immediate_cooldown:
+        whole = dataclasses.replace(state, peak=self._warmup.max_lr)
+        if not self._decay.is_immediate:
             return dataclasses.replace(whole, phase="constant")
         return dataclasses.replace(whole, phase="cooldown", begin=0, length=self._total)
 
@@ -89,30 +71,17 @@ class AutoWURule(FeedbackController[AutoWUState]):
         return {"lr": tuple(lr * ratio for ratio in self._ratios)}
 
     def _lr(self, state: AutoWUState) -> float:
-        params = self._params
         if state.phase == "warmup":
-            return self._warm(state.step)
+            return self._warmup.lr(state.step)
         if state.phase == "constant":
-            return state.peak * self._multiplier(state)
+            factor = state.decay.factor if state.decay and self._decay.watches_loss else 1.0
+            return state.peak * factor
         done = min(state.step - state.begin, state.length)
         if not state.length:
             return state.peak
-        if params.cooldown_type == "cosine":
+        if self._decay.cooldown_type == "cosine":
             return state.peak * (1 + math.cos(math.pi * done / state.length)) / 2
         return state.peak * (0.5 + 0.5 * math.cos(0.5 * math.pi * (1 + done / state.length)))
-
-    def _warm(self, step: int) -> float:
-        params = self._params
-        share = step / self._warmup
-        if params.warmup_unit == "epoch":
-            epochs = max(1, int(params.max_warmup_fraction * self._total / self._epoch + 1e-9))
-            share = step // self._epoch / epochs
-        if params.warmup_type == "linear":
-            return params.min_lr + (params.max_lr - params.min_lr) * share
-        return float(params.min_lr * (params.max_lr / params.min_lr) ** share)
-
-    def _multiplier(self, state: AutoWUState) -> float:
-        return state.decay.factor if state.decay and self._params.decay_phase_stat else 1.0
 
     def update(self, state: AutoWUState, loss: float | None) -> AutoWUState:
         if loss is None:
@@ -120,115 +89,79 @@ class AutoWURule(FeedbackController[AutoWUState]):
                 "AutoWU must be told the loss of each update, but was told none; call "
                 "`step(loss=loss)`, or train through `engine.backward(loss)`."
             )
-        call = state.step + 1
-        state = dataclasses.replace(state, step=call, is_lowest=False)
-        cools = call >= (1 - self._params.cooldown_fraction) * self._total
-        if cools and state.phase != "cooldown" and not (self._robust and self._is_immediate):
-            lr = self._lr(dataclasses.replace(state, step=call - 1))
+        state = dataclasses.replace(state, step=state.step + 1, is_lowest=False)
+        if self._must_cool_down(state):
+            lr = self._lr(dataclasses.replace(state, step=state.step - 1))
             if state.phase == "warmup":
-                state = self._decided(state, lr, "the cooldown begins, and the warmup was not over")
-            return self._cool(state, lr)
+                why = "the cooldown begins, and the warmup was not over"
+                state = _with_decision(state, lr, why)
+            return self._start_cooldown(state, lr)
         if state.phase == "warmup":
-            return self._warm_up(state, loss)
-        if state.phase == "constant" and self._params.decay_phase_stat == "loss":
-            return self._watch(state, loss)
+            return self._continue_warmup(state, loss)
+        if state.phase == "constant" and self._decay.watches_loss:
+            return self._watch_loss(state, loss)
         return state
 
-    @property
-    def _is_immediate(self) -> bool:
-        return self._params.immediate_cooldown
-
-    def _cool(self, state: AutoWUState, peak: float) -> AutoWUState:
-        # The published code is a step ahead: its peak is never used, and its last update has lr 0.
-        begin = state.step - (0 if self._robust else 1)
-        length = max(self._total - state.step, 0)
-        return dataclasses.replace(
-            state, phase="cooldown", peak=peak, begin=begin, length=length, losses=History()
+    def _must_cool_down(self, state: AutoWUState) -> bool:
+        return (
+            state.step >= self._decay.cooldown_start
+            and state.phase != "cooldown"
+            and (self._test.enforces_cooldown or not self._decay.is_immediate)
         )
 
-    def _decay(self, state: AutoWUState, peak: float) -> AutoWUState:
-        if self._is_immediate:
-            return self._cool(state, peak)
+    def _start_cooldown(self, state: AutoWUState, peak: float) -> AutoWUState:
+        return dataclasses.replace(
+            state,
+            phase="cooldown",
+            peak=peak,
+            begin=state.step - self._test.cooldown_lead,
+            length=max(self._total - state.step, 0),
+            losses=History(),
+        )
+
+    def _start_decay(self, state: AutoWUState, peak: float) -> AutoWUState:
+        if self._decay.is_immediate:
+            return self._start_cooldown(state, peak)
         return dataclasses.replace(state, phase="constant", peak=peak, losses=History())
 
-    def _warm_up(self, state: AutoWUState, loss: float) -> AutoWUState:
-        if state.step >= self._warmup:
-            peak = self._warm(state.step - 1)
-            why = f"no minimum was found in the {self._warmup} updates that the warmup may last"
-            if self._robust and state.chance > 0.5:
-                peak = self._at(peak, state.argmin)
-                why += "; the likeliest was taken"
-            return self._decay(self._decided(state, peak, why), peak)
+    def _continue_warmup(self, state: AutoWUState, loss: float) -> AutoWUState:
+        if state.step >= self._warmup.steps:
+            return self._end_undecided(state)
         state = dataclasses.replace(state, losses=state.losses.with_loss(loss))
-        if state.step % self._interval or (self._robust and state.step < 2 * self._interval + 6):
+        if not self._test.is_due(state.step):
             return state
-        return self._test_robustly(state) if self._robust else self._test_as_published(state)
-
-    def _test_as_published(self, state: AutoWUState) -> AutoWUState:
-        losses = state.losses.array(np.float32)
-        generator = _Generator(state.draws)
-        found = published_test(losses, state.fit or Hyperparameters.initial(), generator.draw)
-        votes = (*state.votes, found.positive)[-_PATIENCE:]
-        state = dataclasses.replace(
-            self._noted(state, losses),
-            fit=found.fit,
-            draws=generator.state,
-            votes=votes,
-            chance=found.probability,
-        )
-        if sum(votes) < _PATIENCE:
-            return state
-        lr = self._warm(state.step - 1)
-        peak = sum(self._at(lr, argmin) for argmin in found.argmins) / len(found.argmins)
-        return self._found(state, peak, found.probability)
-
-    def _test_robustly(self, state: AutoWUState) -> AutoWUState:
-        losses = state.losses.array(np.float64)
-        found = robust_test(losses)
-        lost = not np.isfinite(losses[-self._interval :]).any()
-        votes = (*state.votes, True) if found.positive or lost else ()
-        alone = state.alone + 1 if found.now > CONFIDENCE else 0
-        state = dataclasses.replace(
-            self._noted(state, losses),
-            votes=votes,
-            alone=alone,
-            chance=found.now,
-            argmin=found.argmin,
-        )
-        patience = max(5, math.ceil(8 / self._interval))
-        if len(votes) < patience and alone < 3 * patience:
-            return state
-        peak = self._at(self._warm(state.step - 1), found.argmin)
-        return self._found(state, peak, found.now)
-
-    def _found(self, state: AutoWUState, peak: float, probability: float) -> AutoWUState:
-        state = self._decided(state, peak, "the loss has passed its minimum", probability)
-        state = self._decay(state, peak)
-        if state.phase == "constant" and self._params.decay_phase_stat is None:
-            return dataclasses.replace(state, peak=peak * self._params.decay_phase_factor)
+        losses = state.losses.array(self._test.dtype)
+        verdict = self._test.apply(self._with_lowest(state, losses), losses)
+        if not verdict.ends_warmup:
+            return verdict.state
+        lr = self._warmup.lr(state.step - 1)
+        peaks = [self._warmup.lr_between(lr, argmin) for argmin in verdict.argmins]
+        peak = sum(peaks) / len(peaks)
+        why = "the loss has passed its minimum"
+        state = _with_decision(verdict.state, peak, why, verdict.probability)
+        state = self._start_decay(state, peak)
+        if state.phase == "constant" and not self._decay.watches_loss:
+            return dataclasses.replace(state, peak=peak * self._decay.factor)
         return state
 
-    def _noted(self, state: AutoWUState, losses: np.ndarray[Any, Any]) -> AutoWUState:
-        mean = float(losses[-self._interval :].mean())
+    def _end_undecided(self, state: AutoWUState) -> AutoWUState:
+        peak = self._warmup.lr(state.step - 1)
+        why = f"no minimum was found in the {self._warmup.steps} updates that the warmup may last"
+        likely = self._test.likely_minimum(state)
+        if likely is not None:
+            peak = self._warmup.lr_between(peak, likely)
+            why += "; the likeliest was taken"
+        return self._start_decay(_with_decision(state, peak, why), peak)
+
+    def _with_lowest(self, state: AutoWUState, losses: np.ndarray[Any, Any]) -> AutoWUState:
+        mean = float(losses[-self._test.interval :].mean())
         if not mean < state.lowest:
             return state
         return dataclasses.replace(state, lowest=mean, is_lowest=True)
 
-    def _at(self, lr: float, share: float) -> float:
-        low = self._params.min_lr
-        if self._params.warmup_type == "linear":
-            return low + (lr - low) * share
-        return float(low * (lr / low) ** share)
-
-    def _decided(
-        self, state: AutoWUState, lr: float, why: str, probability: float | None = None
-    ) -> AutoWUState:
-        decision = Decision(state.step, lr, why, probability)
-        return dataclasses.replace(state, decision=decision, is_lowest=False)
-
-    def _watch(self, state: AutoWUState, loss: float) -> AutoWUState:
+    def _watch_loss(self, state: AutoWUState, loss: float) -> AutoWUState:
         epoch = (*state.epoch, loss)
-        if len(epoch) < self._epoch:
+        if len(epoch) < self._warmup.steps_per_epoch:
             return dataclasses.replace(state, epoch=epoch)
         assert state.decay is not None
         decay = self._plateau.update(state.decay, sum(epoch) / len(epoch))
@@ -237,88 +170,29 @@ class AutoWURule(FeedbackController[AutoWUState]):
     def decision(self, state: AutoWUState) -> Decision | None:
         return state.decision
 
-    def lowest(self, state: AutoWUState) -> bool:
+    def is_lowest(self, state: AutoWUState) -> bool:
+        """Return whether the last step ended an interval with the warmup's lowest mean loss."""
         return state.is_lowest
-
-    def switched(self, state: AutoWUState) -> bool:
-        return state.decision is not None and state.decision.step == state.step
 
     def evidence(self, before: AutoWUState, loss: float, after: AutoWUState) -> Evidence | None:
         if after.decision is None:
             return None
-        losses = before.losses.with_loss(loss).array(np.float64 if self._robust else np.float32)
+        losses = before.losses.with_loss(loss).array(self._test.dtype)
         band: Band | None = None
         if np.isfinite(losses).any():
-            if self._robust:
-                band = robust_band(losses)
-            elif after.fit is not None:
-                band = published_band(losses, after.fit)
-        lrs = [self._warm(step) for step in range(losses.size)]
+            band = self._test.band(losses, after)
+        lrs = [self._warmup.lr(step) for step in range(losses.size)]
         return Evidence(after.decision, lrs, losses.tolist(), band)
 
-    def warning(self) -> str | None:
-        """Return what is wrong with a run like this one, if anything is."""
-        if not self._robust and self._warmup <= _PATIENCE * self._epoch:
-            return (
-                f"AutoWU's warmup of at most {self._warmup} updates has no {_PATIENCE + 1} epochs "
-                f"of {self._epoch}, so that no test can end it: it will end at "
-                f"{self._warm(self._warmup):.2g} or before the cooldown. Train for more epochs, or "
-                'set "test": "robust".'
-            )
-        if self._robust and self._warmup < _SHORTEST:
-            return (
-                f"AutoWU's warmup of at most {self._warmup} updates is short; tests are hardly "
-                f"ever sure of fewer than {_SHORTEST} losses. Train for more updates."
-            )
-        return None
-
     def to_json(self, state: AutoWUState) -> dict[str, Any]:
-        fields = {
-            field.name: getattr(state, field.name) for field in dataclasses.fields(AutoWUState)
-        }
-        fields["losses"] = list(state.losses)
-        fields["fit"] = state.fit and dataclasses.asdict(state.fit)
-        fields["decay"] = state.decay and state.decay._asdict()
-        fields["decision"] = state.decision and list(state.decision)
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in fields.items()
-        }
+        return state.to_json()
 
-    def from_json(self, state: dict[str, Any]) -> AutoWUState:
-        fit, decay, decision = state["fit"], state["decay"], state["decision"]
-        return AutoWUState(
-            **state
-            | {
-                "losses": History.of(state["losses"]),
-                "votes": tuple(state["votes"]),
-                "epoch": tuple(state["epoch"]),
-                "fit": fit
-                and Hyperparameters(
-                    tuple(fit["raw"]), tuple(fit["first"]), tuple(fit["second"]), fit["steps"]
-                ),
-                "decay": decay and PlateauState(**decay),
-                "decision": decision and Decision(*decision),
-            }
-        )
+    def from_json(self, state: Mapping[str, Any]) -> AutoWUState:
+        return AutoWUState.from_json(state)
 
 
-class _Generator:
-    """Draws without replacement as the published code does: torch's generator, seeded with 0."""
-
-    def __init__(self, state: str | None) -> None:
-        self.state = state
-
-    def draw(self, count: int, wanted: int) -> Any:
-        """Return the sorted indices that are drawn."""
-        import torch
-
-        generator = torch.Generator()
-        if self.state is None:
-            generator.manual_seed(0)
-        else:
-            saved = bytearray(base64.b64decode(self.state))
-            generator.set_state(torch.frombuffer(saved, dtype=torch.uint8))
-        drawn = torch.ones(count).multinomial(wanted, generator=generator)
-        self.state = base64.b64encode(generator.get_state().numpy().tobytes()).decode()
-        return np.sort(drawn.numpy())
+def _with_decision(
+    state: AutoWUState, lr: float, why: str, probability: float | None = None
+) -> AutoWUState:
+    decision = Decision(state.step, lr, why, probability)
+    return dataclasses.replace(state, decision=decision, is_lowest=False)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from schedules.feedback.base import Band
+from schedules.core.controller import Band
 from schedules.feedback.gaussian_process import (
     Data,
     Hyperparameters,

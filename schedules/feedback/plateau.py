@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+from schedules.core.controller import Base, Decision, Values
 from schedules.core.fields import LearningRate, Range
-from schedules.core.schedule import Base, Fault, Values, broadcast
-from schedules.feedback.base import Decision, FeedbackController, FeedbackSchedule
+from schedules.core.schedule import Fault, broadcast
+from schedules.feedback.base import FeedbackController, FeedbackSchedule
 
 __all__ = ["ReduceLROnPlateau"]
 
@@ -107,7 +108,7 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     Source: ``torch.optim.lr_scheduler.ReduceLROnPlateau`` (2.13).
     """
 
-    listens_to: ClassVar[Literal["loss", "metric"]] = "metric"
+    feedback: ClassVar[Literal["loss", "metric"] | None] = "metric"
 
     mode: Literal["min", "max"] = "min"
     """Whether a smaller metric is better, or a larger one."""
@@ -134,15 +135,17 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     def span(self) -> int:
         return 100
 
-    def controller(self, base: Base) -> _Rule:
-        return _Rule(self, base["lr"])
+    def controller(self, base: Base) -> PlateauController:
+        return PlateauController(self, base["lr"])
 
     def synthetic_loss(self, step: int, lr: float) -> float:
         del lr
         return 1 - min(step, 20) / 20
 
 
-class _Rule(FeedbackController[_State]):
+class PlateauController(FeedbackController[_State]):
+    """`ReduceLROnPlateau` with the base learning rates of its param groups."""
+
     def __init__(self, params: ReduceLROnPlateau, lrs: tuple[float, ...]) -> None:
         self._lrs = lrs
         self._least = broadcast("min_lr", params.min_lr, lrs)
@@ -180,16 +183,6 @@ class _Rule(FeedbackController[_State]):
     def decision(self, state: _State) -> Decision | None:
         return state.decision
 
-    def lowest(self, state: _State) -> bool:
-        del state
-        return False
-
-    def switched(self, state: _State) -> bool:
-        return state.decision is not None and state.decision.step == state.step
-
-    def warning(self) -> None:
-        return None
-
     def to_json(self, state: _State) -> dict[str, Any]:
         return {
             "step": state.step,
@@ -198,7 +191,7 @@ class _Rule(FeedbackController[_State]):
             "decision": state.decision and list(state.decision),
         }
 
-    def from_json(self, state: dict[str, Any]) -> _State:
+    def from_json(self, state: Mapping[str, Any]) -> _State:
         decision = state["decision"] and Decision(*state["decision"])
         plateau = PlateauState(**state["plateau"])
         return _State(state["step"], plateau, tuple(state["lrs"]), decision)

@@ -113,7 +113,7 @@ def test_groups_that_differ_are_kept_apart_or_refused(cls):
 def test_a_walk_from_any_step_equals_the_walk_from_the_start(cls, data):
     schedule = data.draw(instances(cls))
     begin = data.draw(st.integers(0, STEPS - 1))
-    for curves in schedule.bind(BASE, HORIZON).curves.values():
+    for curves in schedule.curves_for(BASE, HORIZON).values():
         walked = [
             piece.at(step)
             for piece in curves[0].pieces(begin, STEPS)
@@ -142,11 +142,11 @@ def test_the_scale_schedule_dilates_all_but_the_warmup(cls, data, ratio):
     assume(float(getattr(schedule, "t_mult", 1)).is_integer())
     scaled = Horizon(**vars(HORIZON) | {"scale_ratio": ratio, "scale_warmup": True})
     try:
-        ours = schedule.bind(BASE, scaled).curves
+        ours = schedule.curves_for(BASE, scaled)
     except ScheduleError:
         assume(False)
         raise
-    plain = schedule.bind(BASE, HORIZON).curves
+    plain = schedule.curves_for(BASE, HORIZON)
     stride = max(1, int(1 / ratio))
     for name, curves in plain.items():
         for step in range(0, 60, stride * 2):

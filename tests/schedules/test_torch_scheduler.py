@@ -1,6 +1,7 @@
 """The binder: what it writes, what it leaves alone, and how it comes back from a state."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -16,6 +17,7 @@ CYCLE = {
     "cycle_min_mom": 0.8,
     "cycle_max_mom": 0.95,
 }
+AUTOWU = {"total_epochs": 20, "steps_per_epoch": 9}
 
 
 def weights(count=1):
@@ -302,11 +304,57 @@ def test_it_takes_its_turn_in_torchs_own_sequence():
     assert ours == pytest.approx(theirs)
 
 
-def test_a_schedule_that_listens_is_not_driven_by_a_made_up_loss():
+def test_binder_with_feedback_without_a_loss_refuses_the_step():
+    binder = attach("AutoWU", torch.optim.SGD(weights(), lr=0.1), **AUTOWU)
+    with pytest.raises(ValueError, match="must be told the loss"):
+        binder.step()
+    assert binder.last_epoch == 0
+
+
+def test_binder_without_feedback_ignores_a_metric():
+    binder = attach("WarmupLR", torch.optim.SGD(weights(), lr=0.1))
+    binder.step(metric=1.0)
+    assert binder.last_epoch == 1
+
+
+@pytest.mark.parametrize("type_name, params", [("OneCycle", CYCLE), ("AutoWU", AUTOWU)])
+def test_binder_pickled_continues_with_the_same_values(type_name, params):
+    optimizer = torch.optim.AdamW(weights(), lr=0.1)
+    binder = attach(type_name, optimizer, **params)
+    loss = [1.0] if type_name == "AutoWU" else []
+    binder.step(*loss)
+    copied = pickle.loads(pickle.dumps(binder))
+    for _ in range(4):
+        binder.step(*loss)
+        copied.step(*loss)
+    assert without_tensors(copied.optimizer) == without_tensors(optimizer)
+
+
+def test_binder_after_the_optimizer_loads_other_betas_keeps_them():
+    optimizer = torch.optim.AdamW(weights(), lr=0.1, betas=(0.9, 0.95))
+    other = torch.optim.AdamW(weights(), lr=0.1, betas=(0.9, 0.9999))
+    binder = attach("OneCycle", optimizer, **CYCLE)
+    optimizer.load_state_dict(other.state_dict())
+    binder.step()
+    assert optimizer.param_groups[0]["betas"][1] == 0.9999
+    assert binder.get_last_lr() != [0.1]
+
+
+def test_binder_with_a_tensor_lr_and_curves_per_group_fills_each_tensor():
+    rates = [torch.tensor(0.1, dtype=torch.float64) for _ in range(2)]
+    groups = [{"params": weights(), "lr": rate} for rate in rates]
+    optimizer = torch.optim.Adam(groups, lr=0.1)
+    binder = attach("OneCycle", optimizer, **CYCLE | {"cycle_max_lr": [0.5, 0.9]})
+    for _ in range(3):
+        binder.step()
+    assert [group["lr"] is rate for group, rate in zip(groups, rates, strict=True)] == [True, True]
+    assert [float(rate) for rate in rates] == [0.5, 0.9]
+
+
+def test_binder_with_feedback_restarts_in_torchs_sequence():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
-    schedule = schedules.from_config(
-        {"type": "AutoWU", "params": {"total_epochs": 9, "steps_per_epoch": 9}}
-    )
-    with pytest.raises(ValueError, match="AutoWU listens to the loss.*schedules.attach"):
-        ScheduleBinder(schedule, optimizer)
+    parts = [attach("WarmupLR", optimizer), attach("ReduceLROnPlateau", optimizer)]
+    sequence = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[2])
+    run(optimizer, sequence, 2)
+    assert parts[1].last_epoch == 0
     assert optimizer.param_groups[0]["lr"] == 0.1

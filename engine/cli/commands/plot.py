@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 from engine.cli.commands.arguments import OK, positive
 
 if TYPE_CHECKING:
+    from schedules.core.controller import Evidence
     from schedules.core.curves import Curve
-    from schedules.feedback.base import Evidence
 
 __all__ = ["add", "run"]
 

@@ -206,7 +206,7 @@ def test_a_resumed_run_has_the_same_trace(params, cut):
 
 
 def test_older_states_stay_as_they_were():
-    rule = schedules.AutoWU(steps_per_epoch=5, total_epochs=20).control({"lr": (0.1,)})
+    rule = schedules.AutoWU(steps_per_epoch=5, total_epochs=20).bind({"lr": (0.1,)})
     states = [rule.init()]
     for step in range(40):
         states.append(rule.update(states[-1], -float(step)))

@@ -1,0 +1,78 @@
+"""What each field of a schedule means: the string literal under it in the class body.
+
+The descriptions of onecycle's own schedules are in the generated index. Only for other classes the
+source is read at run time.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["INDEX", "descriptions_in_source", "descriptions_of", "read_index"]
+
+INDEX = Path(__file__).parent / "index.json"
+"""Each schedule's family and field descriptions by its name, written by ``tools/generate.py``."""
+
+
+@functools.cache
+def read_index() -> Mapping[str, Mapping[str, Any]]:
+    """Return the generated index."""
+    index: dict[str, dict[str, Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
+    return index
+
+
+def descriptions_of(schedule: type) -> dict[str, str]:
+    """Return the description of each field; "" if the source of its class is not available.
+
+    A field whose class has a source, but no string under the field, is left out.
+    """
+    return _descriptions(schedule, read_index())
+
+
+def descriptions_in_source(schedule: type) -> dict[str, str]:
+    """Return the same as `descriptions_of`, from the source only."""
+    return _descriptions(schedule, {})
+
+
+def _descriptions(schedule: type, index: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    descriptions: dict[str, str] = {}
+    for cls in schedule.__mro__:
+        known = index.get(vars(cls).get("type_name", ""))
+        if known is not None and cls.__module__ == f"schedules.{known['family']}":
+            descriptions = {**known["fields"], **descriptions}
+            break
+        if "__dataclass_fields__" in vars(cls):
+            descriptions = {**_read_source(cls), **descriptions}
+    fields = dataclasses.fields(schedule)
+    stored = {each.name: each.metadata.get("description") for each in fields}
+    found = {**stored, **descriptions}
+    return {each.name: text for each in fields if (text := found[each.name]) is not None}
+
+
+def _read_source(cls: type) -> dict[str, str]:
+    """Return the descriptions of the fields that a class itself adds."""
+    own = vars(cls).get("__annotations__", {})
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return dict.fromkeys(own, "")  # typed at a prompt, or made by a function
+    assert isinstance(body, ast.ClassDef)
+    descriptions = dict.fromkeys(own, "")
+    for statement, below in zip(body.body, [*body.body[1:], None], strict=True):
+        match statement, below:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                descriptions[name] = " ".join(text.split())
+            case ast.AnnAssign(target=ast.Name(id=name)), _:
+                descriptions.pop(name, None)
+    return descriptions

@@ -1,0 +1,190 @@
+"""The two tests that can end AutoWU's warmup, and when their results suffice."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schedules.core.controller import Band
+from schedules.feedback.autowu_state import AutoWUState, Warmup
+from schedules.feedback.gaussian_process import Hyperparameters
+from schedules.feedback.minimum_tests import (
+    CONFIDENCE,
+    published_band,
+    published_test,
+    robust_band,
+    robust_test,
+)
+
+__all__ = ["PublishedTest", "RobustTest", "TorchDraws", "Verdict", "WarmupTest"]
+
+_PATIENCE = 3  # votes in a row that the published test needs
+_ROBUST_TESTS = 60  # per warmup
+_SHORTEST = 90  # steps; in a shorter warmup the robust test is hardly ever confident
+
+
+class Verdict(NamedTuple):
+    """The result of a test."""
+
+    state: AutoWUState
+    """The state with the result in it."""
+    ends_warmup: bool
+    argmins: Sequence[float]
+    """Estimates of the minimum's position in the losses, 0 to 1."""
+    probability: float
+
+
+class WarmupTest(ABC):
+    """A test for whether the loss has passed its minimum, repeated during the warmup."""
+
+    dtype: ClassVar[type]
+    """Precision of the losses."""
+    cooldown_lead: ClassVar[int]
+    """Steps by which the cooldown is ahead of the step it starts at."""
+    enforces_cooldown: ClassVar[bool]
+    """Whether the last part of the run cools down even where the cooldown follows the warmup."""
+
+    def __init__(self, warmup: Warmup) -> None:
+        self.warmup = warmup
+
+    @property
+    @abstractmethod
+    def interval(self) -> int:
+        """Steps between two tests."""
+
+    @abstractmethod
+    def is_due(self, step: int) -> bool:
+        """Return whether the losses are tested after this step."""
+
+    @abstractmethod
+    def apply(self, state: AutoWUState, losses: NDArray[Any]) -> Verdict:
+        """Test the losses of the warmup so far."""
+
+    @abstractmethod
+    def likely_minimum(self, state: AutoWUState) -> float | None:
+        """Return where the minimum probably is, if the warmup ends undecided."""
+
+    @abstractmethod
+    def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:
+        """Return the Gaussian process of the test that led to a state."""
+
+    @abstractmethod
+    def warning(self) -> str | None:
+        """Return why this warmup is too short for the test, if it is."""
+
+
+class PublishedTest(WarmupTest):
+    """The test of the published code: once per epoch, three confident results in a row."""
+
+    dtype = np.float32
+    # The published code is a step ahead: its peak is never used, and its last step has lr 0.
+    cooldown_lead = 1
+    enforces_cooldown = True
+
+    @property
+    def interval(self) -> int:
+        return self.warmup.steps_per_epoch
+
+    def is_due(self, step: int) -> bool:
+        return step % self.interval == 0
+
+    def apply(self, state: AutoWUState, losses: NDArray[Any]) -> Verdict:
+        draws = TorchDraws(state.draws)
+        found = published_test(losses, state.fit or Hyperparameters.initial(), draws.draw)
+        votes = (*state.votes, found.positive)[-_PATIENCE:]
+        state = dataclasses.replace(
+            state, fit=found.fit, draws=draws.state, votes=votes, chance=found.probability
+        )
+        return Verdict(state, sum(votes) >= _PATIENCE, found.argmins, found.probability)
+
+    def likely_minimum(self, state: AutoWUState) -> None:
+        del state
+
+    def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:
+        return None if state.fit is None else published_band(losses, state.fit)
+
+    def warning(self) -> str | None:
+        steps = self.warmup.steps
+        if steps > _PATIENCE * self.interval:
+            return None
+        return (
+            f"AutoWU's warmup of at most {steps} updates has no {_PATIENCE + 1} epochs of "
+            f"{self.interval}, so that no test can end it: it will end at "
+            f"{self.warmup.lr(steps):.2g} or before the cooldown. Train for more epochs, or set "
+            '"test": "robust".'
+        )
+
+
+class RobustTest(WarmupTest):
+    """A test that the scale of the loss does not affect, sixty times per warmup."""
+
+    dtype = np.float64
+    cooldown_lead = 0
+    enforces_cooldown = False
+
+    @property
+    def interval(self) -> int:
+        return max(1, self.warmup.steps // _ROBUST_TESTS)
+
+    def is_due(self, step: int) -> bool:
+        return step % self.interval == 0 and step >= 2 * self.interval + 6
+
+    def apply(self, state: AutoWUState, losses: NDArray[Any]) -> Verdict:
+        found = robust_test(losses)
+        lost = not np.isfinite(losses[-self.interval :]).any()
+        votes = (*state.votes, True) if found.positive or lost else ()
+        alone = state.alone + 1 if found.now > CONFIDENCE else 0
+        state = dataclasses.replace(
+            state, votes=votes, alone=alone, chance=found.now, argmin=found.argmin
+        )
+        patience = max(5, math.ceil(8 / self.interval))
+        ends_warmup = len(votes) >= patience or alone >= 3 * patience
+        return Verdict(state, ends_warmup, (found.argmin,), found.now)
+
+    def likely_minimum(self, state: AutoWUState) -> float | None:
+        return state.argmin if state.chance > 0.5 else None
+
+    def band(self, losses: NDArray[Any], state: AutoWUState) -> Band:
+        del state
+        return robust_band(losses)
+
+    def warning(self) -> str | None:
+        steps = self.warmup.steps
+        if steps >= _SHORTEST:
+            return None
+        return (
+            f"AutoWU's warmup of at most {steps} updates is short; tests are hardly ever sure of "
+            f"fewer than {_SHORTEST} losses. Train for more updates."
+        )
+
+
+class TorchDraws:
+    """Draws without replacement as the published code does: torch's generator, seeded with 0.
+
+    Args:
+        state: `state` of an earlier instance, to continue from; None to start.
+    """
+
+    def __init__(self, state: str | None = None) -> None:
+        self.state = state
+
+    def draw(self, count: int, wanted: int) -> Any:
+        """Return ``wanted`` sorted indices below ``count``."""
+        import torch
+
+        generator = torch.Generator()
+        if self.state is None:
+            generator.manual_seed(0)
+        else:
+            saved = bytearray(base64.b64decode(self.state))
+            generator.set_state(torch.frombuffer(saved, dtype=torch.uint8))
+        drawn = torch.ones(count).multinomial(wanted, generator=generator)
+        self.state = base64.b64encode(generator.get_state().numpy().tobytes()).decode()
+        return np.sort(drawn.numpy())
