@@ -142,11 +142,17 @@ def _replaced_names(value: Mapping[str, Any], properties: Mapping[str, Any]) -> 
 def _schema_of_member(
     schema: Mapping[str, Any], pointer: str, around: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Return a key's schema with its reference resolved, or the one that the block's type has."""
+    """Return a key's schema with its reference resolved, or the one that the block's type has.
+
+    The annotations of an optimizer, such as its backend, are those of the key ``type``.
+    """
     name = around.get("type")
     if isinstance(name, str):
-        if pointer in {"/optimizer/type", "/optimizer/params"}:
-            return OPTIMIZERS.get(optimizer_name(name) or "", schema)
+        of_optimizer = OPTIMIZERS.get(optimizer_name(name) or "")
+        if pointer == "/optimizer/type" and of_optimizer:
+            return of_optimizer
+        if pointer == "/optimizer/params" and of_optimizer:
+            return {"properties": of_optimizer.get("properties", {})}
         if pointer == "/scheduler/params":
             with contextlib.suppress(ValueError):
                 return schedule_schema(find(name))

@@ -40,9 +40,8 @@ class Preview:
             ValueError: it listens to none.
         """
         if self.schedule.feedback is None:
-            raise ValueError(
-                f"`--losses` needs a schedule with feedback; {self.schedule.type_name} has none."
-            )
+            name = self.schedule.type_name
+            raise ValueError(f"`--losses` needs a schedule with feedback; {name} has none.")
         done = replay(self.schedule, losses, base=self.base, horizon=self.horizon)
         columns = {name: [row[name][0] for row in done.rows] for name in self.schedule.drives}
         return columns, done.evidence

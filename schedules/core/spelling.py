@@ -12,20 +12,19 @@ __all__ = ["edits", "nearest"]
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that is nearest in spelling, or None where none is near.
+    """Return the known name that is nearest in spelling, or None if none is near.
 
-    It is nearest to a name of several words if no other has all of them.
+    A single name that has one more word in front counts as near.
 
-    >>> nearest("stge", ["stage", "type"]), nearest("num_steps", ["warmup_num_steps", "steps"])
-    ('stage', 'warmup_num_steps')
+    >>> nearest("stge", ["stage", "type"])
+    'stage'
+    >>> nearest("num_steps", ["warmup_num_steps", "warmup_type"])
+    'warmup_num_steps'
     """
     folded = {other.lower(): other for other in known}
     low = name.lower()
     if low in folded:
         return folded[low]
-    longer = [other for other in folded if _has_words(other, low.split("_"))]
-    if len(longer) == 1:
-        return folded[longer[0]]
     most = 1 if len(low) <= 4 else 2 if len(low) <= 9 else 3
     found = [(edits(low, other, most), other) for other in folded]
     near = [
@@ -36,13 +35,10 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     if near:
         return folded[min(near)[-1]]
     close = difflib.get_close_matches(low, folded, n=1, cutoff=0.82)
-    return folded[close[0]] if close else None
-
-
-def _has_words(name: str, words: list[str]) -> bool:
-    """Return whether a name has all of several words, in their order."""
-    rest = iter(name.split("_"))
-    return len(words) > 1 and all(word in rest for word in words)
+    if close:
+        return folded[close[0]]
+    longer = [other for other in folded if "_" in low and other.partition("_")[2] == low]
+    return folded[longer[0]] if len(longer) == 1 else None
 
 
 def _alike(one: str, other: str) -> tuple[float, float]:

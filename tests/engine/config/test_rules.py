@@ -221,6 +221,14 @@ PAIRS = [
         [("removed-key", "error", "/optimizer/type")],
     ),
     (
+        {
+            "train_batch_size": 8,
+            "engine": {"backend": "torch"},
+            "optimizer": {"type": "Lamb", "params": {"max_coeff": 5.0}},
+        },
+        [("other-backend", "error", "/optimizer/type")],
+    ),
+    (
         {"engine": {"backend": "torch"}} | zero(stage=2, overlap_comm=True),
         [("other-backend", "error", "/zero_optimization/overlap_comm")],
     ),
