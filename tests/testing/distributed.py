@@ -203,7 +203,7 @@ def _run_rank(
     """Call the function in the process of a rank, and write its outcome."""
     import torch
 
-    from engine.distributed.ranks import disconnect
+    from engine.distributed.ranks import destroy_distributed
 
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -216,7 +216,7 @@ def _run_rank(
     torch.set_num_threads(1)
     try:
         outcome = Outcome(function(*args))
-        disconnect()
+        destroy_distributed()
     except BaseException as error:  # noqa: BLE001  # the test raises it
         outcome = Outcome(error=_picklable(error), traceback=traceback.format_exc())
     is_failed = bool(outcome.traceback)
