@@ -87,6 +87,7 @@ def save_or_reload(folder, is_first):
     return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
 
 
+@pytest.mark.slow
 def test_fsdp_state_is_the_same_at_every_world_size(tmp_path):
     expected = None
     for world_size in (2, 3, 1, 2):

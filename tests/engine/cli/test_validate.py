@@ -1,9 +1,10 @@
 """`onecycle validate`: formats, repairs, exit statuses, and input that is out to break it."""
 
+import cProfile
 import io
 import json
+import pstats
 import sys
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -178,16 +179,34 @@ HOSTILE = {
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("form", ["text", "sarif"])
-def test_hostile_input_is_a_clear_problem_in_bounded_time(tmp_path, content, form):
+def test_validate_hostile_input_reports_a_clear_problem(tmp_path, content, form):
     path = tmp_path / "c.json"
     path.write_bytes(content)
-    begin = time.process_time()
     status, out = run("validate", "--format", form, path)
-    assert time.process_time() - begin < 15
     assert status in {1, 2}
     assert "Traceback" not in out
     out.encode()
     assert max(map(len, out.splitlines() or [""])) < 1000
+
+
+@pytest.mark.parametrize(
+    "content_of",
+    [
+        lambda count: b"{" + b",".join(b'"k%d": 1' % n for n in range(count)) + b"}",
+        lambda count: b'{"x-a": [' + b"1," * count + b"1]}",
+    ],
+    ids=["unknown keys", "numbers"],
+)
+def test_validate_cost_grows_linearly_with_the_config(tmp_path, content_of):
+    def calls(count):
+        path = tmp_path / "c.json"
+        path.write_bytes(content_of(count))
+        profile = cProfile.Profile()
+        profile.runcall(run, "validate", path)
+        return pstats.Stats(profile).total_calls
+
+    calls(1)
+    assert calls(800) <= 2.1 * calls(400)
 
 
 JSON = st.recursive(
@@ -199,7 +218,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=settings.default.max_examples * 3 // 2)
 @given(st.data())
 def test_a_mutated_config_is_judged_and_never_breaks_the_checker(data):
     entry = data.draw(st.sampled_from(CLEAN))

@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -146,7 +145,7 @@ names = st.from_regex(r"X[A-Z0-9_]{1,8}", fullmatch=True)
 
 
 @given(argv=st.lists(text, max_size=5), env=st.dictionaries(names, text, max_size=3))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=settings.default.max_examples * 3 // 5)
 def test_argv_and_environment_survive_the_printed_command_and_the_spec(argv, env):
     odd = request_with(script=("train.py", *argv), env=env)
     node = build_plan(odd, FACTS, {}).nodes[0]
@@ -454,17 +453,14 @@ def test_a_local_launch_tells_of_the_first_failure(tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_leaves_the_others_in_a_collective_ends_the_launch(tmp_path, capsys):
     """It ends with 0; the rank that waits for it fails, and is the one to be named."""
-    begin = time.monotonic()
     worker = Path(__file__).parents[2] / "testing" / "worker.py"
     status, _ = launch("--nproc", 2, "--cwd", tmp_path, worker, "leave")
     assert status == 1
     assert "first failure: rank 0 on localhost ended with 1" in capsys.readouterr().err
-    assert time.monotonic() - begin < 60
 
 
 def test_the_agent_hears_what_came_with_the_job():
     spec = {"host": "h", "argv": ["sleep", "30"], "env": {}, "cwd": "/", "grace": 1}
-    begin = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "engine.launch.agent"],
         input=json.dumps(spec) + "\nterm\n",
@@ -472,7 +468,6 @@ def test_the_agent_hears_what_came_with_the_job():
         check=False,
     )
     assert done.returncode == 128 + 15
-    assert time.monotonic() - begin < 5
 
 
 def test_the_host_that_failed_first_is_named_though_it_ends_last():
@@ -501,9 +496,8 @@ def lab_of_two(tmp_path, monkeypatch, first, second, **plan):
         for node, host in zip(made.nodes, "ab", strict=True)
     )
     out = io.StringIO()
-    begin = time.monotonic()
     outcome = run(LaunchPlan(nodes, **{"min_nodes": 2, "world_size": 2} | plan), "rank0", out)
-    return outcome, out.getvalue(), time.monotonic() - begin
+    return outcome, out.getvalue()
 
 
 WAITS = "while read -r word; do [ $word = term ] && exit 143; done"
@@ -512,19 +506,17 @@ WAITS = "while read -r word; do [ $word = term ] && exit 143; done"
 def test_a_host_that_does_not_come_back_ends_the_launch_when_its_time_is_over(
     tmp_path, monkeypatch
 ):
-    outcome, said, seconds = lab_of_two(tmp_path, monkeypatch, WAITS, "exit 255", patience=2)
+    outcome, said = lab_of_two(tmp_path, monkeypatch, WAITS, "exit 255", patience=2)
     assert outcome.status == 75
     assert outcome.reason == "b was lost: ssh ended"
     assert said.count("b was lost; it has 2 s to come back") == 1
-    assert 2 < seconds < 8
 
 
 def test_a_run_that_ends_without_the_lost_host_is_a_good_one(tmp_path, monkeypatch):
-    outcome, _, seconds = lab_of_two(
+    outcome, _ = lab_of_two(
         tmp_path, monkeypatch, "sleep 1; exit 0", "exit 255", patience=300, min_nodes=1
     )
     assert outcome.status == 0
-    assert seconds < 8
 
 
 def test_each_loss_of_a_host_has_a_time_of_its_own(tmp_path, monkeypatch):
@@ -533,7 +525,7 @@ def test_each_loss_of_a_host_has_a_time_of_its_own(tmp_path, monkeypatch):
         f"printf '{STARTED}\\n'; sleep 1; echo >> {lost}; [ $(wc -l < {lost}) = 4 ] || exit 255"
     )
     done = f"until [ -e {lost} ] && [ $(wc -l < {lost}) = 4 ]; do sleep 0.1; done"
-    outcome, said, _ = lab_of_two(tmp_path, monkeypatch, done, begins, patience=2)
+    outcome, said = lab_of_two(tmp_path, monkeypatch, done, begins, patience=2)
     assert outcome.status == 0
     assert said.count("b was lost; it has 2 s to come back") == 3
 

@@ -32,7 +32,7 @@ def optimizers():
         }
     ),
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=2 * settings.default.max_examples)
 def test_it_is_torchs(metrics, params):
     mine, theirs = optimizers()
     ours = schedules.attach("ReduceLROnPlateau", mine, **params)
