@@ -62,7 +62,7 @@ def test_rollback_goes_back_to_the_weights_of_the_lowest_loss():
     lowest, weights = math.inf, None
     while trainer.lr_scheduler.decision is None:
         train(trainer, trainer.global_steps + 1)
-        if trainer.lr_scheduler.is_lowest:
+        if trainer.lr_scheduler.state.is_lowest:
             weights = [p.detach().clone() for p in trainer.parameters()]
             lowest = trainer.lr_scheduler.state.lowest
     assert lowest < 10
@@ -161,7 +161,8 @@ def test_the_run_gives_the_epochs():
         "engine": {"max_duration": "30ep"},
     }
     trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(8, 1), training_data=data)
-    assert trainer.lr_scheduler._rule._total == 300
+    assert trainer.lr_scheduler.identity["params"]["steps_per_epoch"] == 10
+    assert trainer.lr_scheduler.identity["params"]["total_epochs"] == 30
 
 
 def test_a_loss_that_the_engine_never_saw():
