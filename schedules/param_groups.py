@@ -106,9 +106,8 @@ class Stretch:
         self.last_group = groups[-1]
         """The object in the optimizer; another one after groups were added or loaded."""
         pieces = {name: [found[curve] for curve in of_groups] for name, of_groups in curves.items()}
+        self._lines = _lines_on_one_clock(groups, slots, pieces)
         self._shared = _shared(groups, slots, pieces)
-        lines = _lines_on_one_clock(groups, slots, pieces)
-        self._lines = None if self._shared and len(groups) > 1 else lines
         self._each = [
             (group, slot.write, piece.at)
             for name, of_groups in pieces.items()
@@ -120,6 +119,14 @@ class Stretch:
         if self._lines:
             origin, steps, rows = self._lines
             progress = (step - origin) / steps
+            if len(rows) == 1:
+                lr, lr_rise, beta, beta_rise, beta2 = rows[0]
+                lr += lr_rise * progress
+                betas = (beta + beta_rise * progress, beta2)
+                for group in groups:
+                    group["lr"] = lr
+                    group["betas"] = betas
+                return
             for group, row in zip(groups, rows):  # noqa: B905  # `strict` costs as much as a write
                 lr, lr_rise, beta, beta_rise, beta2 = row
                 group["lr"] = lr + lr_rise * progress
@@ -162,10 +169,13 @@ def _lines_on_one_clock(
     slots: Mapping[str, Sequence[Slot]],
     pieces: Mapping[str, Sequence[Piece]],
 ) -> tuple[float, float, list[tuple[float, ...]]] | None:
-    """Return the lines of 1Cycle on Adam, origin and steps and a row per group; else None.
+    """Return the lines of 1Cycle on Adam: origin, steps, and a row per group or one for all.
 
-    With bounds per group no curve is shared, but the fraction of the ramp is: with two formulas per
-    group, a step of 256 groups would cost as much as DeepSpeed's.
+    They share the fraction of the ramp, also with bounds per group: with two formulas per group, a
+    step of 256 groups would cost as much as DeepSpeed's.
+
+    Returns:
+        None if the curves are not straight, or the optimizer is not like Adam.
     """
     keys = {slot.key for of_groups in slots.values() for slot in of_groups}
     if keys != {"lr", "betas"} or len(pieces) != 2:
@@ -181,4 +191,4 @@ def _lines_on_one_clock(
         rows.append((*lr.line[:2], *beta.line[:2], group["betas"][1]))
     if len(clocks) > 1:
         return None
-    return (*clocks.pop(), rows)
+    return (*clocks.pop(), rows[:1] if len(set(rows)) == 1 else rows)

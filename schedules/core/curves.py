@@ -436,20 +436,14 @@ def linear_growth(begin_value: float, rate: float, steps: float) -> Curve:
     return _Shape(formula)
 
 
-class _Function(Curve):
-    def __init__(self, function: Callable[[float], float]) -> None:
-        self._function = function
-
-    def piece(self, step: float, origin: float = 0) -> Piece:
-        del step  # one piece for all
-        function = self._function
-        return Piece(origin, math.inf, lambda k: float(function(k - origin)), elementwise=True)
-
-
 def from_function(function: Callable[[float], float]) -> Curve:
     """Return the curve of any function of the step.
 
     >>> list(from_function(lambda k: 0.5**k).values(3))
     [1.0, 0.5, 0.25]
     """
-    return _Function(function)
+
+    def formula(origin: float) -> Formula:
+        return lambda k: float(function(k - origin))
+
+    return _Shape(formula, elementwise=True)

@@ -59,7 +59,7 @@ def test_rollback_goes_back_to_the_weights_of_the_lowest_loss():
     lowest, weights = math.inf, None
     while trainer.lr_scheduler.decision is None:
         train(trainer, trainer.global_steps + 1)
-        if trainer.lr_scheduler.is_lowest:
+        if trainer.lr_scheduler.state.is_lowest:
             weights = [p.detach().clone() for p in trainer.parameters()]
             lowest = trainer.lr_scheduler.state.lowest
     assert lowest < 10
