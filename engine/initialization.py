@@ -201,7 +201,7 @@ def _record(engine: Engine, sweep: Sweep | None) -> None:
             atexit.register(_report, recorder, Path(engine.config.report or "lr_test"))
         return
     facts = {
-        "backend": engine.config.backend_choice.name,
+        "backend": engine.config.backend.name,
         "world_size": engine.world_size,
         "precision": engine.config.precision,
         "train_batch_size": engine.train_batch_size(),
