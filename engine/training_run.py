@@ -106,7 +106,7 @@ class TrainingRun:
     @property
     def is_over(self) -> bool:
         """Whether the steps that ``engine.steps_this_run`` gives this run were applied."""
-        limit = self.config.steps_this_run
+        limit = self.config.run.get("steps_this_run")
         return limit is not None and self.counters.applied_steps - self.steps_before >= limit
 
     def is_boundary(self) -> bool:
@@ -127,7 +127,7 @@ class TrainingRun:
             self.recorder.stop_if_over()  # again, if the script caught the exception
         if self.is_over:
             raise RuntimeError(
-                f"the run must end after {self.config.steps_this_run} updates "
+                f"the run must end after {self.config.run['steps_this_run']} updates "
                 "(`engine.steps_this_run`), which are done; leave the loop when `run_is_over`."
             )
         if metric is not None:

@@ -96,3 +96,11 @@ def test_importing_changes_nothing():
         "assert not logging.getLogger('onecycle').handlers\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("package", [engine, schedules])
+def test_package_stays_small_at_the_top_and_in_every_file(package):
+    root = Path(package.__file__).parent
+    assert len(list(root.glob("*.py"))) <= 6
+    for path in root.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 450, path

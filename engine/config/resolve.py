@@ -38,7 +38,7 @@ class LossScaling:
 
 
 _LOSS_SCALING = tuple(field.name for field in fields(LossScaling))
-_RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup")
+_RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup", "steps_this_run")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,16 @@ class CheckpointPlan:
     """Whether training goes on while a checkpoint is written: the key ``async``."""
     resume: Literal["auto", "must", "never"]
     override: bool
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Settings of the data loader that `initialize` returns."""
+
+    seed: int
+    """Seed of the order of the samples."""
+    drop_last: bool
+    """Whether an incomplete last batch of an epoch is left out."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +100,7 @@ class Config:
     optimizer: OptimizerBlock | None
     schedule: Schedule[Any] | None
     steps_per_print: int | None
-    dataloader_drop_last: bool
-    seed: int
-    steps_this_run: int | None
+    data: DataSettings
     report: str | None
     """Folder for pictures of what a schedule has found out."""
     checkpoint: CheckpointPlan
@@ -102,7 +110,7 @@ class Config:
     warnings: tuple[Problem, ...]
     """What is not wrong, but hardly meant."""
     run: Mapping[str, Any]
-    """``max_duration``, ``scale_schedule_ratio`` and ``scale_warmup`` of the section ``engine``."""
+    """The keys of the section ``engine`` that set the length of the run."""
 
     def for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
         """Return the config of a trial run by another schedule, which writes no files."""
@@ -114,7 +122,7 @@ class Config:
             checkpoint=off,
             monitors=silent,
             steps_per_print=None,
-            steps_this_run=None,
+            run={**self.run, "steps_this_run": None},
             report=None,
         )
 
@@ -190,9 +198,7 @@ def _resolve(
         optimizer=_optimizer_block(value.get("optimizer")),
         schedule=context.schedule,
         steps_per_print=value["steps_per_print"],
-        dataloader_drop_last=value["dataloader_drop_last"],
-        seed=engine["seed"],
-        steps_this_run=engine["steps_this_run"],
+        data=DataSettings(engine["seed"], value["dataloader_drop_last"]),
         report=engine["report"],
         overrides=tuple(overrides),
         warnings=tuple(warnings),

@@ -27,7 +27,8 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
     changed = config.for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:
         torch.manual_seed(torch.initial_seed() + sweep.seed_offset)
-    return replace(changed, seed=config.seed + sweep.seed_offset)
+    data = replace(config.data, seed=config.data.seed + sweep.seed_offset)
+    return replace(changed, data=data)
 
 
 def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:

@@ -64,13 +64,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self._samples = samples
         self._sizes = config.batch
         self._rank = rank
-        self._seed = config.seed
+        self._seed = config.data.seed
         self.epoch = 0
         self.skips = 0
         whole = samples // config.batch.train
-        self.batches = (
-            whole if config.dataloader_drop_last else math.ceil(samples / config.batch.train)
-        )
+        self.batches = whole if config.data.drop_last else math.ceil(samples / config.batch.train)
         if self.batches == 0:
             cure = (
                 'set "dataloader_drop_last": false, or a smaller "train_batch_size"'
@@ -167,9 +165,9 @@ def make_loader(
         "generator": torch.Generator(),
     }
     if isinstance(dataset, IterableDataset):
-        settings |= {"batch_size": config.batch.micro, "drop_last": config.dataloader_drop_last}
+        settings |= {"batch_size": config.batch.micro, "drop_last": config.data.drop_last}
     else:
         settings["batch_sampler"] = GlobalBatchSampler(len(dataset), config, ranks.rank)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
     loader = RunLoader(dataset, **settings)
-    loader.begin(config.seed)
+    loader.begin(config.data.seed)
     return loader

@@ -100,7 +100,7 @@ def test_resolved_config_origins_and_deepspeed_config_agree_on_every_value():
         used = {
             "/gradient_clipping": config.gradient_clipping,
             "/steps_per_print": config.steps_per_print,
-            "/engine/seed": config.seed,
+            "/engine/seed": config.data.seed,
             "/train_batch_size": config.batch.train,
         }
         if config.optimizer is not None:
