@@ -19,6 +19,7 @@ from engine.backends.base import DTYPES, Backend
 from engine.backends.deepspeed_config import deepspeed_config
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
+from engine.config.wording import count_noun
 from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
 from engine.training.optimizers import OptimizerFactory, build_optimizer, is_buildable
@@ -206,7 +207,7 @@ class DeepSpeedBackend(Backend):
     def describe(self) -> str:
         ranks = self.ranks
         stage = f"ZeRO stage {self._config.zero_stage}"
-        count = f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)}"
+        count = count_noun(ranks.world_size, "rank")
         return f"DeepSpeed, {stage}, {count}, {ranks.device}, {self._config.precision}"
 
     @override

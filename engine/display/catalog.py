@@ -11,6 +11,7 @@ from schedules import SCHEDULES, Horizon, Schedule
 from schedules.core.curves import Curve
 from schedules.core.descriptions import descriptions_of
 from schedules.core.fields import fields_of, wanted
+from schedules.core.trace import DEFAULT_BASE
 
 __all__ = ["EXAMPLE_RUN", "EXAMPLE_STEPS", "example_curves", "listing", "page", "summary"]
 
@@ -21,7 +22,7 @@ EXAMPLE_STEPS = 120
 """How much of it is shown: what follows the end belongs to the shape."""
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_BASE = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.01,)}
+_BASE = {**DEFAULT_BASE, "weight_decay": (0.01,)}
 
 
 def summary(cls: type[Schedule[Any]]) -> str:

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Replay", "replay", "trace"]
+__all__ = ["DEFAULT_BASE", "Replay", "replay", "trace"]
+
+DEFAULT_BASE: Base = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.0,)}
+"""Base values of a single param group, for a schedule that is evaluated without an optimizer."""
 
 
 def trace(
@@ -48,9 +51,9 @@ def trace(
 
     if not isinstance(schedule, Schedule):
         schedule = from_config(schedule)
-    given: Base = {name: tuple(values) for name, values in (base or {"lr": (0.1,)}).items()}
+    given: Base = {name: tuple(values) for name, values in (base or DEFAULT_BASE).items()}
     groups = len(given["lr"])
-    defaults: Base = {"momentum": (0.9,) * groups, "weight_decay": (0.0,) * groups}
+    defaults: Base = {name: value * groups for name, value in DEFAULT_BASE.items()}
     if losses is not None and schedule.feedback is not None:
         told = itertools.islice(losses, steps - 1)
         rows = replay(schedule, told, base={**defaults, **given}, horizon=horizon).rows
