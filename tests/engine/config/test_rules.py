@@ -1,4 +1,4 @@
-"""The rules: each has its page, each page's example breaks it; and those of pairs of keys."""
+"""Test the rules: their pages, their examples, and combinations of keys."""
 
 import json
 import re
@@ -12,20 +12,20 @@ from engine.config.rules.pages import RULEBOOK
 from engine.config.validate import check
 
 SOURCES = Path(engine.__file__).parent / "config"
-RUNS_ALONE = {"unresolved-auto"}  # an integration may fill it in, where the config is only checked
-# What is worth a note beside the rule: a typo in the type leaves nothing else to say.
+RUNS_ALONE = {"unresolved-auto"}  # reported only if a run starts from the config
+# Rules that report notes.
 NOTES = {"betas-overruled", "deprecated-key", "inert-key", "log-warmup", "lr-overruled"}
 
 
 @pytest.mark.parametrize("rule", [rule for rule, page in RULEBOOK.items() if page.wrong])
-def test_the_example_of_a_rule_breaks_it_alone(rule):
+def test_rule_example_breaks_only_this_rule(rule):
     problems = check(parse(RULEBOOK[rule].wrong, "f"), 1, runs=rule in RUNS_ALONE)
     serious = {problem.rule for problem in problems if problem.severity != "note"}
     assert rule in {problem.rule for problem in problems}
     assert serious <= {rule}
 
 
-def test_every_rule_that_is_raised_has_its_page():
+def test_every_rule_id_in_the_code_has_a_page():
     names = r"([a-z0-9]+(?:-[a-z0-9]+)*)"
     calls = rf'(?:problem|error|warning|note)\(\s*"{names}"|Problem\(\s*"{names}"'
     raised = {
@@ -74,7 +74,7 @@ PAIRS = [
     (zero(stage=2, offload_param={"device": "none"}), []),
     (zero(stage=1, offload_param={"device": "cpu"}), [("offload-without-stage", "error", OFFLOAD)]),
     (zero(stage="auto", offload_param={"device": "cpu"}), []),
-    # A stage that is wrong or misspelt is said once, without its consequences.
+    # An invalid or misspelled stage is reported once, without errors that follow from it.
     (
         zero(stage=7, offload_param={"device": "cpu"}),
         [("out-of-range", "error", "/zero_optimization/stage")],
@@ -244,30 +244,30 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("config", "expected"), PAIRS)
-def test_pairs_of_keys(config, expected):
+def test_check_combination_of_keys_reports_the_expected_rules(config, expected):
     assert found(config) == expected
 
 
 @pytest.mark.parametrize(
     ("key", "where", "hint"),
     [
-        ("max_grad_norm", "", "It is `gradient_clipping` here."),
-        ("lr_scheduler", "", "It is `scheduler` here."),
-        ("warmup_steps", "", "Its place is `/scheduler/params/warmup_num_steps`."),
-        ("stage", "", "It belongs under `/zero_optimization`."),
+        ("max_grad_norm", "", "Use `gradient_clipping` instead."),
+        ("lr_scheduler", "", "Use `scheduler` instead."),
+        ("warmup_steps", "", "Use `/scheduler/params/warmup_num_steps` instead."),
+        ("stage", "", "Move it to `/zero_optimization`."),
         ("reduce_bucket_sizes", "zero_optimization", "Did you mean `reduce_bucket_size`?"),
-        ("find_unused_parameters", "zero_optimization", "It is `ignore_unused_parameters` here."),
-        ("completely_unheard_of", "", 'If it is a note, let it begin with "//" or "x-".'),
+        ("find_unused_parameters", "zero_optimization", "Use `ignore_unused_parameters` instead."),
+        ("completely_unheard_of", "", 'To keep it as a note, start the key with "//" or "x-".'),
     ],
 )
-def test_suggestions_by_spelling_by_alias_and_by_place(key, where, hint):
+def test_check_unknown_key_has_a_suggestion(key, where, hint):
     section = {"stage": 1, key: 1}
     config = {"train_batch_size": 8, where: section} if where else {"train_batch_size": 8, key: 1}
     (problem,) = check(parse(json.dumps(config), "f"), None)
     assert problem.hint == hint
 
 
-def test_a_key_that_is_newer_than_the_installed_deepspeed(monkeypatch):
+def test_check_key_newer_than_installed_deepspeed_warns(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.14.0")
     config = {"train_batch_size": 8, "compile": {"deepcompile": True}}
     assert found(config) == [("newer-key", "warning", "/compile")]

@@ -1,4 +1,4 @@
-"""The walk over the config schema, and the one rule for defaults."""
+"""Test the iteration over the config schema, and the defaults of absent keys."""
 
 from functools import partial
 
@@ -18,12 +18,12 @@ def pointers(value, **how):
     return [member.pointer for member in walk(value, schemas.read(SCHEMA), **how)]
 
 
-def test_walk_yields_the_given_keys_in_their_order_without_parked_ones():
+def test_walk_yields_given_keys_in_order_without_ignored_keys():
     config = {"fp16": {"x-note": 1, "enabled": True}, "//": 2, "train_batch_size": 8}
     assert pointers(config) == ["/fp16", "/fp16/enabled", "/train_batch_size"]
 
 
-def test_walk_resolves_params_by_the_type_of_their_block():
+def test_walk_chooses_the_schema_of_params_by_type():
     config = {
         "optimizer": {"type": "adamw", "params": {"lr": 0.1}},
         "scheduler": {"type": "OneCycle", "params": {"cycle_max_lr": 0.1}},
@@ -46,11 +46,11 @@ def test_walk_resolves_params_by_the_type_of_their_block():
         ({"fp16": None}, ["/fp16"]),
     ],
 )
-def test_walk_accepts_an_invalid_config(value, expected):
+def test_walk_invalid_config_is_accepted(value, expected):
     assert pointers(value) == expected
 
 
-def test_walk_does_not_fill_in_a_key_that_is_given_under_its_old_name():
+def test_walk_does_not_fill_in_a_key_given_under_its_deprecated_name():
     filled = pointers({"bfloat16": {"enabled": True}}, fill=partial(default_of, backend="torch"))
     assert "/bfloat16/enabled" in filled
     assert "/bf16" not in filled
@@ -71,7 +71,7 @@ def test_walk_does_not_fill_in_a_key_that_is_given_under_its_old_name():
         ({"properties": {}, "default": None}, "torch", None),
     ],
 )
-def test_default_of_an_absent_key_follows_from_its_schema(schema, backend, default):
+def test_default_of_absent_key_depends_on_schema_and_backend(schema, backend, default):
     assert default_of(schema, backend) is default
 
 
@@ -85,15 +85,15 @@ def leaves(value, pointer=""):
 
 
 def runnable():
-    """Yield each config of the corpus that can run as it is, and what was examined of it."""
+    """Yield each valid config of the corpus, resolved, with the context of its rules."""
     for entry in INDEX:
         problems, context = examine(load_document(path_of(entry)), 1, runs=True)
         if not any(problem.severity == "error" for problem in problems):
             yield load_config(path_of(entry)), context
 
 
-def test_resolved_config_origins_and_deepspeed_config_agree_on_every_value():
-    """What a run uses, what `onecycle config` prints, and what DeepSpeed receives."""
+def test_resolved_printed_and_deepspeed_values_agree():
+    """Compare the values that a run uses, `onecycle config` prints, and DeepSpeed receives."""
     compared = 0
     for config, context in runnable():
         printed = {entry.pointer: entry.value for entry in trace_origins(context)}
@@ -109,7 +109,7 @@ def test_resolved_config_origins_and_deepspeed_config_agree_on_every_value():
         if config.backend.name == "deepspeed":
             received = deepspeed_config(config, builds_optimizer=True)
             received.pop("optimizer", None)
-            # DeepSpeed is told so where the optimizer is ours, whatever the config says.
+            # The backend sets this key if it builds the optimizer, regardless of the config.
             received.pop("zero_force_ds_cpu_optimizer", None)
             used |= dict(leaves(received))
         for pointer, value in used.items():
