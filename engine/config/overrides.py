@@ -41,7 +41,7 @@ _RUN_ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
     "max_steps": (
         "N",
         int,
-        "steps of the whole run (`engine.max_duration` and `scheduler.params.max_steps`)",
+        "length of the whole run in steps (`engine.max_duration` and `scheduler.params.max_steps`)",
     ),
     "steps_this_run": (
         "N",

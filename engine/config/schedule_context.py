@@ -127,7 +127,7 @@ class DrivenSchedule:
 
     @property
     def end(self) -> int | None:
-        """The step after which the learning rate is constant; None if there is none."""
+        """The step after which the learning rate is constant; None if it never is."""
         curve, step = self.curves["lr"][0], 0.0
         for _ in range(_MAX_PIECES):
             piece = curve.piece(math.ceil(step))

@@ -68,7 +68,7 @@ def _check_tag_validation(context: RuleContext) -> Iterator[Problem]:
     wanted = context.section("checkpoint").get("tag_validation", "fail")
     if str(wanted).lower() != "fail":
         message = (
-            f'`checkpoint.tag_validation` has no effect, got "{wanted}". '
+            f'`checkpoint.tag_validation` is "{wanted}", which has no effect. '
             "A tag that differs between ranks is always an error."
         )
         yield context.note("inert-key", "/checkpoint/tag_validation", message)
