@@ -29,27 +29,28 @@ def config_reference() -> Iterator[str]:
     yield _INTRODUCTION
     members = list(walk({}, schemas.read(SCHEMA), fill=_skip_old_sections))
     yield "\n## Top level\n"
-    yield from _table(_keys_of("", members))
+    yield from _format_table(_select_keys("", members))
     for member in members:
         if member.is_section:
             depth = min(1 + len(split_pointer(member.pointer)), 4)
             yield f"\n{'#' * depth} {dotted_name(member.pointer)}\n"
-            yield f"{member.schema['description']}{_marks(member.schema)}\n"
-            yield from _table(_keys_of(member.pointer, members))
-    yield "\n## optimizer.params\n\nThe parameters depend on `optimizer.type`, which ignores case."
+            yield f"{member.schema['description']}{_format_marks(member.schema)}\n"
+            yield from _format_table(_select_keys(member.pointer, members))
+    yield "\n## optimizer.params\n"
+    yield "The parameters depend on `optimizer.type`, which is not case-sensitive."
     for name, of in OPTIMIZERS.items():
         if "x-removed" in of:
             yield f"\n### {name}\n\nRemoved in DeepSpeed {of['x-removed']}. {of['x-instead']}"
         else:
-            yield f"\n### {name}\n\n{of['description']}{_marks(of)}\n"
-            yield from _table(of["properties"])
+            yield f"\n### {name}\n\n{of['description']}{_format_marks(of)}\n"
+            yield from _format_table(of["properties"])
 
 
 def _skip_old_sections(schema: Mapping[str, Any]) -> Any:
     return ABSENT if "properties" in schema and schema.get("deprecated") else SECTION
 
 
-def _keys_of(section: str, members: Sequence[Member]) -> dict[str, Mapping[str, Any]]:
+def _select_keys(section: str, members: Sequence[Member]) -> dict[str, Mapping[str, Any]]:
     """Return the schemas of the keys in a section, excluding nested sections."""
     return {
         key_at(member.pointer): member.schema
@@ -58,13 +59,13 @@ def _keys_of(section: str, members: Sequence[Member]) -> dict[str, Mapping[str, 
     }
 
 
-def _table(properties: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _format_table(properties: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     usable = {key: of for key, of in properties.items() if "x-removed" not in of}
     if usable:
         yield "| key | accepts | default | meaning |\n|---|---|---|---|"
     for key, of in usable.items():
         default = f"`{json.dumps(of['default'])}`" if "default" in of else ""
-        meaning = f"{of['description']}{_marks(of)}"
+        meaning = f"{of['description']}{_format_marks(of)}"
         cells = (f"`{key}`", wanted(of) if "type" in of else "", default, meaning)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     removed = {key: of for key, of in properties.items() if "x-removed" in of}
@@ -74,7 +75,7 @@ def _table(properties: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield f"- `{key}` ({of['x-removed']}): {of['description']} {of['x-instead']}"
 
 
-def _marks(schema: Mapping[str, Any]) -> str:
+def _format_marks(schema: Mapping[str, Any]) -> str:
     marks = []
     if schema.get("x-backend") == "deepspeed":
         marks.append("**DeepSpeed**")

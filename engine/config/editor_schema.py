@@ -18,8 +18,8 @@ _DRAFT = "http://json-schema.org/draft-07/schema#"
 def editor_schema() -> dict[str, Any]:
     """Return the schema that gives editors completion, hover texts and error highlighting.
 
-    A config refers to it in ``$schema``. The schema accepts the same values as `check`, which also
-    checks combinations of values. The schema of ``params`` depends on ``type``.
+    A config refers to it in ``$schema``. Unlike `check`, it validates each value separately, and
+    not combinations of values. The schema of ``params`` depends on ``type``.
     """
     schema = _inline_references(schemas.read(SCHEMA))
     schema["$schema"] = _DRAFT

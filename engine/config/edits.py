@@ -96,7 +96,7 @@ def with_scheduler(document: Document, block: Mapping[str, Any]) -> str:
 
 def _replace_values(document: Document, values: Mapping[str, Any]) -> str:
     text = document.text
-    spans = [(*_span(document, pointer), value) for pointer, value in values.items()]
+    spans = [(*_find_span(document, pointer), value) for pointer, value in values.items()]
     for start, end, value in sorted(spans, key=lambda span: span[0], reverse=True):
         text = text[:start] + _format_json(value, _INDENT) + text[end:]
     return text
@@ -111,14 +111,14 @@ def _insert_block(document: Document, block: Mapping[str, Any]) -> str:
     if not document.value:
         return f"{text[:close]}{member}{text[close:]}"
     members = (pointer_to("", key) for key in document.value)
-    last = max(members, key=lambda at: _span(document, at)[1])
-    end = _span(document, last)[1]
+    last = max(members, key=lambda at: _find_span(document, at)[1])
+    end = _find_span(document, last)[1]
     comma = tokens[-2].start() if tokens[-2].group() == "," else None  # trailing comma
     at = end if comma is None else comma + 1
     return f"{text[:at]}{',' if comma is None else ''}\n{' ' * _INDENT}{member}{text[at:]}"
 
 
-def _span(document: Document, pointer: str) -> tuple[int, int]:
+def _find_span(document: Document, pointer: str) -> tuple[int, int]:
     """Return the start and end index of a value in the text."""
     text = document.text
     start = document.offset(document.places[pointer].value)

@@ -112,7 +112,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         default = "" if field.required else f" (default: {json.dumps(field.default)})"
         accepted = f"Accepts {wanted(field.schema)}{default}."
         text = f"{cls.type_name}: {descriptions_of(cls)[name]} {accepted}"
-        # A flag without a value means true, such as DeepSpeed's --cycle_momentum.
+        # A flag without a value means true, like DeepSpeed's --cycle_momentum.
         flag: dict[str, Any] = (
             {"nargs": "?", "const": True} if field.default in (True, False) else {}
         )
@@ -136,14 +136,14 @@ def override(document: Document, args: argparse.Namespace) -> tuple[Document, li
     schedule = value.get("scheduler")
     is_replaced = "lr_schedule" in given and isinstance(schedule, dict)
     if is_replaced and schedule.get("type") != given["lr_schedule"]:
-        schedule.pop("params", None)  # these belong to the old schedule
-    for argument, pointer, new in _targets(given, value):
+        schedule.pop("params", None)  # The params belong to the old schedule.
+    for argument, pointer, new in _list_targets(given, value):
         *sections, key = split_pointer(pointer)
         around = value
         for section in sections:
             around = around.setdefault(section, {})
             if not isinstance(around, dict):
-                break  # the check of the document reports this
+                break  # `check` reports this problem
         else:
             place = document.places.get(pointer)
             in_file = ""
@@ -156,14 +156,16 @@ def override(document: Document, args: argparse.Namespace) -> tuple[Document, li
     return replace(document, value=value, arguments=origins), changes
 
 
-def _targets(given: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def _list_targets(
+    given: Mapping[str, Any], config: Mapping[str, Any]
+) -> Iterator[tuple[str, str, Any]]:
     """Yield (argument, pointer, value), the type of the schedule first."""
     if "lr_schedule" in given:
         yield "lr_schedule", "/scheduler/type", given["lr_schedule"]
     schedule = config.get("scheduler")
     schedule = schedule if isinstance(schedule, dict) else {}
     params = schedule.get("params") or {}
-    fields = _fields_of_type(given.get("lr_schedule") or schedule.get("type"))
+    fields = _schedule_fields(given.get("lr_schedule") or schedule.get("type"))
     if "learning_rate" in given:
         if "optimizer" in config:
             yield "learning_rate", "/optimizer/params/lr", given["learning_rate"]
@@ -180,8 +182,8 @@ def _targets(given: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tu
             yield name, pointer_to("/scheduler/params", name), given[name]
 
 
-def _fields_of_type(name: object) -> Mapping[str, Any]:
+def _schedule_fields(name: object) -> Mapping[str, Any]:
     try:
         return fields_of(find(name)) if isinstance(name, str) else {}
     except ValueError:
-        return {}  # the check of the document reports the unknown type
+        return {}  # `check` reports the unknown type

@@ -36,7 +36,7 @@ _LITERALS = {"true": True, "false": False, "null": None}
 
 @dataclass(frozen=True)
 class Place:
-    """Start positions of a key and its value, as (line, column) counted from 1 in characters."""
+    """Start of a key and of its value, each as (line, column). Both count from 1."""
 
     key: tuple[int, int]
     value: tuple[int, int]
@@ -127,7 +127,7 @@ def is_finite(number: float) -> bool:
 
 
 def parse(text: str, name: str) -> Document:
-    """Parse a text. If its syntax is invalid, the value is None and a problem has the position."""
+    """Parse a text. If its syntax is invalid, the document has a problem and the value None."""
     marked = text.startswith(_MARK)
     text = text.removeprefix(_MARK)
     parser = _Parser(text)
@@ -236,7 +236,7 @@ class _Parser:
         return items
 
     def _closes(self, bracket: str, *, first: bool) -> bool:
-        """Skip the separator before the next member; return whether the object or array ends."""
+        """Skip the separator before the next member; return whether the closing bracket follows."""
         end = self.at
         self._space()
         if not first and not self.text.startswith(bracket, self.at):

@@ -41,7 +41,7 @@ def trace_origins(context: RuleContext) -> Iterator[Entry]:
         if member.pointer == "/engine/backend" and member.value == "auto":
             yield Entry(member.pointer, backend.name, f"derived: {backend.reason}")
         else:
-            origin = _origin(document, member) if member.is_given else "default"
+            origin = _describe_origin(document, member) if member.is_given else "default"
             yield Entry(member.pointer, member.value, origin)
 
 
@@ -59,12 +59,14 @@ def _batch_sizes(document: Document, world_size: int) -> Iterator[Entry]:
             )
     for key in BATCH_KEYS:
         if key in given:
-            yield Entry(f"/{key}", given[key], _origin(document, Member(f"/{key}", given[key], {})))
+            yield Entry(
+                f"/{key}", given[key], _describe_origin(document, Member(f"/{key}", given[key], {}))
+            )
         elif key in derived:
             yield Entry(f"/{key}", derived[key], f"derived for {count_noun(world_size, 'rank')}")
 
 
-def _origin(document: Document, member: Member) -> str:
+def _describe_origin(document: Document, member: Member) -> str:
     """Return the argument or line that set a value, and the integrations that replace "auto"."""
     filled_in = member.value == "auto" and "x-auto" in member.schema
     suffix = f", filled in by {member.schema['x-auto']}" if filled_in else ""

@@ -72,7 +72,7 @@ class Config:
     own: Mapping[str, Any]
     """The user's config, including command-line overrides, without defaults."""
     zero_stage: int
-    """0: no sharding; 1: optimizer states, 2: also gradients, 3: also parameters are sharded."""
+    """0: no sharding; 1: sharded optimizer states; 2: gradients as well; 3: parameters as well."""
     offloads: bool
     """Whether parameters or optimizer states are offloaded to CPU memory."""
     wrap: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The run and the optimizer that a config's schedule applies to, if the config specifies them."""
+"""Evaluate a config's schedule for the run and the optimizer that the config describes."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class DrivenSchedule:
 
 
 def drive(schedule: Schedule[Any], config: Mapping[str, Any]) -> DrivenSchedule | None:
-    """Return the curves of a schedule; None if they depend on more than the config.
+    """Return a schedule with its curves; None if they are not determined by the config.
 
     Raises:
         ValueError: the schedule does not match the run or the optimizer.

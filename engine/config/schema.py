@@ -62,7 +62,7 @@ def optimizer_schema(name: str) -> dict[str, Any]:
 
 
 def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
-    """Return the schema of a schedule's ``params``; that of a custom schedule is generated here."""
+    """Return the schema of a schedule's ``params``; for a custom schedule, generate it."""
     if SCHEDULES.get(cls.type_name) is cls:
         with contextlib.suppress(FileNotFoundError):
             return schemas.read(f"schedulers/{cls.type_name}.json")

@@ -35,18 +35,18 @@ def load_document(config: Source) -> Document:
     try:
         data = sys.stdin.buffer.read(_MAX_BYTES + 1) if name == "-" else _read(path)
         if len(data) > _MAX_BYTES:
-            raise _unreadable(name, f"The config must be at most {_MAX_BYTES:,} bytes long.")
+            raise _unreadable_error(name, f"The config must be at most {_MAX_BYTES:,} bytes long.")
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _unreadable(
+        raise _unreadable_error(
             name, f"The config must be UTF-8 text, but byte {error.start} is invalid."
         ) from None
     except FileNotFoundError:
         near = _nearest_file(path)
         hint = f"Did you mean {near}?" if near else f"{path.parent} contains no JSON file."
-        raise _unreadable(name, "File not found.", hint) from None
+        raise _unreadable_error(name, "File not found.", hint) from None
     except OSError as error:
-        raise _unreadable(name, f"The config cannot be read: {error.strerror}.") from None
+        raise _unreadable_error(name, f"The config cannot be read: {error.strerror}.") from None
     return parse(text, name)
 
 
@@ -86,7 +86,7 @@ def find_unserializable(value: Any, pointer: str) -> Iterator[Problem]:
         yield from find_unserializable(below, pointer_to(pointer, key))
 
 
-def _unreadable(name: str, message: str, hint: str = "") -> ConfigError:
+def _unreadable_error(name: str, message: str, hint: str = "") -> ConfigError:
     return ConfigError(name, [Problem("unreadable", "error", "", 0, 0, message, hint)])
 
 

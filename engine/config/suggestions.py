@@ -50,14 +50,16 @@ def suggestion(
     meant = _ALIASES.get(pointer, {}).get(key)
     if meant in absent:
         return Suggestion(f"Use `{meant}` instead.", meant, Fix(key=meant))
-    fitting = [name for name in absent if _fits(present[key], resolve_reference(known[name]))]
+    fitting = [
+        name for name in absent if _accepts_type(present[key], resolve_reference(known[name]))
+    ]
     # Short names may differ in two letters if the type of the value leaves only one candidate.
-    near = nearest(key, fitting) or nearest(key, absent) or _only_near(key, fitting)
+    near = nearest(key, fitting) or nearest(key, absent) or _find_only_near(key, fitting)
     if near:
         return Suggestion(f"Did you mean `{near}`?", near)
     if meant and meant.startswith("/"):
         return Suggestion(f"Use `{meant}` instead.")
-    places = [place for place in _places().get(key, ()) if place != pointer]
+    places = [place for place in _sections_by_key().get(key, ()) if place != pointer]
     if 0 < len(places) <= 3:
         where = " or ".join(f"`{place}`" if place else "the top level" for place in places)
         return Suggestion(f"Move it to {where}.")
@@ -66,7 +68,7 @@ def suggestion(
     return Suggestion("")
 
 
-def _only_near(name: str, known: Collection[str]) -> str | None:
+def _find_only_near(name: str, known: Collection[str]) -> str | None:
     """Return the only known name within two edits that has the same first or last letter."""
     near = [
         other
@@ -77,7 +79,7 @@ def _only_near(name: str, known: Collection[str]) -> str | None:
     return near[0] if len(near) == 1 and len(name) > 1 else None
 
 
-def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
+def _accepts_type(value: Any, schema: Mapping[str, Any]) -> bool:
     """Return whether a schema accepts the JSON type of a value."""
     wanted = schema.get("type", [])
     names = [wanted] if isinstance(wanted, str) else wanted
@@ -99,7 +101,7 @@ _ALIASES: Mapping[str, Mapping[str, str]] = schemas.read("aliases.json")
 
 
 @functools.cache
-def _places() -> dict[str, tuple[str, ...]]:
+def _sections_by_key() -> dict[str, tuple[str, ...]]:
     """Return the sections that have each key, excluding the params of optimizers and schedules."""
     places: dict[str, tuple[str, ...]] = {}
     for member in walk({}, schemas.read(SCHEMA), fill=_skip_old_keys):

@@ -31,7 +31,7 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
 
 
 def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error for each key that only the torch backend supports and that has an effect."""
+    """Yield an error for each key that only PyTorch supports, unless it has its default value."""
     for member in context.members:
         torch_only = member.schema.get("x-backend") == "torch"
         # AutoWU's rollback copies the training state, which is not possible with DeepSpeed.

@@ -63,7 +63,7 @@ class RuleContext:
 
     @cached_property
     def driven(self) -> DrivenSchedule | None:
-        """The schedule's curves; None if they depend on more than the config."""
+        """The schedule with its curves; None if they are not determined by the config."""
         sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
         if self.schedule is None or any(each.startswith(sections) for each in self.unsure):
             return None

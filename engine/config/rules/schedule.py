@@ -19,23 +19,23 @@ _NEAR = 0.02  # fraction of the run; closer ends count as equal
 _NEAR_ZERO = 0.01  # fraction of the peak
 
 
-def _params(context: RuleContext, *types: str) -> Mapping[str, Any] | None:
+def _params_of_type(context: RuleContext, *types: str) -> Mapping[str, Any] | None:
     block = context.section("scheduler")
     return block.get("params", {}) if block.get("type") in types else None
 
 
-def _number(value: Any) -> float | None:
+def _as_number(value: Any) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _check_warmup_peak(context: RuleContext) -> Iterator[Problem]:
-    own = _number(context.section("optimizer").get("params", {}).get("lr"))
+    own = _as_number(context.section("optimizer").get("params", {}).get("lr"))
     if own is None:
         return
     place = "/optimizer/params/lr"
-    warmup = _params(context, "WarmupLR", "WarmupDecayLR")
+    warmup = _params_of_type(context, "WarmupLR", "WarmupDecayLR")
     if warmup is not None:
-        peak = _number(warmup.get("warmup_max_lr"))
+        peak = _as_number(warmup.get("warmup_max_lr"))
         if peak is not None and peak != own:
             message = (
                 f"`lr` ({own:g}) is never used, because `warmup_max_lr` ({peak:g}) sets the peak."
@@ -60,7 +60,7 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
     if driven is None:
         return
     params = context.section("optimizer").get("params", {})
-    own = _number(params.get("lr"))
+    own = _as_number(params.get("lr"))
     if own is not None and driven.ignores("lr"):
         low, high = driven.range_of("lr")
         if not low <= own <= high:
@@ -79,7 +79,7 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_end(context: RuleContext) -> Iterator[Problem]:
-    """Yield a problem if the schedule and the run end at different steps, if both are known."""
+    """Yield a problem if the schedule and the run are known to end at different steps."""
     driven = context.driven
     if driven is None or driven.horizon.scaled_steps is None or driven.end is None:
         return
@@ -107,27 +107,27 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_flat_warmup(context: RuleContext) -> Iterator[Problem]:
-    warmup = _params(context, "WarmupLR", "WarmupDecayLR") or {}
+    warmup = _params_of_type(context, "WarmupLR", "WarmupDecayLR") or {}
     low, high = warmup.get("warmup_min_lr"), warmup.get("warmup_max_lr")
-    if _number(low) is not None and low == high and warmup.get("warmup_num_steps") != 0:
+    if _as_number(low) is not None and low == high and warmup.get("warmup_num_steps") != 0:
         message = f"`warmup_min_lr` and `warmup_max_lr` are both {low:g}, so there is no warmup."
         hint = 'Set "warmup_min_lr": 0, or choose a schedule without a warmup.'
         yield context.warning("flat-warmup", f"{_PARAMS}/warmup_min_lr", message, hint)
 
 
 def _check_log_warmup(context: RuleContext) -> Iterator[Problem]:
-    warmup = _params(context, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+    warmup = _params_of_type(context, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
     if warmup is not None and context.lacks(f"{_PARAMS}/warmup_type"):
-        message = "`warmup_type` is not set. The default is logarithmic: most of the rise is early."
+        message = "`warmup_type` is not set. The default is logarithmic: it rises quickly at first."
         hint = 'Set "warmup_type" to "linear" for a linear warmup, or to "log" to keep the default.'
         yield context.note("log-warmup", "/scheduler/type", message, hint)
 
 
 def _check_stair_count(context: RuleContext) -> Iterator[Problem]:
-    cycle = _params(context, "OneCycle")
+    cycle = _params_of_type(context, "OneCycle")
     if cycle is None:
         return
-    first = cycle.get("cycle_first_step_size", _default("cycle_first_step_size"))
+    first = cycle.get("cycle_first_step_size", _default_of_cycle("cycle_first_step_size"))
     for half, steps in (("first", first), ("second", cycle.get("cycle_second_step_size") or first)):
         key = f"cycle_{half}_stair_count"
         if cycle.get(key) and cycle[key] == steps:
@@ -140,7 +140,7 @@ def _check_stair_count(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
-    cycle = _params(context, "OneCycle") or {}
+    cycle = _params_of_type(context, "OneCycle") or {}
     interval = cycle.get("decay_step_size") or cycle.get("post_cycle_decay_step_size")
     rates = [key for key in ("decay_lr_rate", "decay_mom_rate") if cycle.get(key)]
     absent = context.lacks(f"{_PARAMS}/decay_step_size") or interval == 0
@@ -153,13 +153,15 @@ def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
         yield context.note("inert-key", f"{_PARAMS}/decay_step_size", message)
 
 
-def _default(name: str) -> Any:
+def _default_of_cycle(name: str) -> Any:
     return fields_of(SCHEDULES["OneCycle"])[name].default
 
 
 def first_of(cycle: Mapping[str, Any]) -> str:
     """Return the length of the first half of a cycle, as JSON."""
-    return json.dumps(cycle.get("cycle_first_step_size", _default("cycle_first_step_size")))
+    return json.dumps(
+        cycle.get("cycle_first_step_size", _default_of_cycle("cycle_first_step_size"))
+    )
 
 
 def _check_report(context: RuleContext) -> Iterator[Problem]:

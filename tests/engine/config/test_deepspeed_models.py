@@ -33,7 +33,7 @@ MODELS = {
     ("compile",): "compile.config:CompileConfig",
     ("tensor_parallel",): "runtime.tensor_parallel.config:TPTrainingConfig",
 }
-# Values that JSON cannot represent, or that nothing in DeepSpeed reads.
+# Keys whose values JSON cannot represent, or that only DeepSpeed's config model reads.
 NOT_IN_JSON = {"mpu", "tp_group", "dtype", "injection_policy_tuple"}
 NO_DEFAULT = {  # our default is described in text or computed
     "classes",

@@ -14,13 +14,13 @@ from engine.config.validate import examine
 from tests.testing.corpus import INDEX, path_of
 
 
-def pointers(value, **how):
+def walk_pointers(value, **how):
     return [member.pointer for member in walk(value, schemas.read(SCHEMA), **how)]
 
 
 def test_walk_yields_given_keys_in_order_without_ignored_keys():
     config = {"fp16": {"x-note": 1, "enabled": True}, "//": 2, "train_batch_size": 8}
-    assert pointers(config) == ["/fp16", "/fp16/enabled", "/train_batch_size"]
+    assert walk_pointers(config) == ["/fp16", "/fp16/enabled", "/train_batch_size"]
 
 
 def test_walk_chooses_the_schema_of_params_by_type():
@@ -47,11 +47,13 @@ def test_walk_chooses_the_schema_of_params_by_type():
     ],
 )
 def test_walk_invalid_config_is_accepted(value, expected):
-    assert pointers(value) == expected
+    assert walk_pointers(value) == expected
 
 
 def test_walk_does_not_fill_in_a_key_given_under_its_deprecated_name():
-    filled = pointers({"bfloat16": {"enabled": True}}, fill=partial(default_of, backend="torch"))
+    filled = walk_pointers(
+        {"bfloat16": {"enabled": True}}, fill=partial(default_of, backend="torch")
+    )
     assert "/bfloat16/enabled" in filled
     assert "/bf16" not in filled
 
@@ -75,16 +77,16 @@ def test_default_of_absent_key_depends_on_schema_and_backend(schema, backend, de
     assert default_of(schema, backend) is default
 
 
-def leaves(value, pointer=""):
+def flatten(value, pointer=""):
     """Yield the values of nested dicts by JSON pointer."""
     if isinstance(value, dict) and value:
         for key, below in value.items():
-            yield from leaves(below, pointer_to(pointer, key))
+            yield from flatten(below, pointer_to(pointer, key))
     else:
         yield pointer, value
 
 
-def runnable():
+def valid_configs():
     """Yield each valid config of the corpus, resolved, with the context of its rules."""
     for entry in INDEX:
         problems, context = examine(load_document(path_of(entry)), 1, runs=True)
@@ -95,7 +97,7 @@ def runnable():
 def test_resolved_printed_and_deepspeed_values_agree():
     """Compare the values that a run uses, `onecycle config` prints, and DeepSpeed receives."""
     compared = 0
-    for config, context in runnable():
+    for config, context in valid_configs():
         printed = {entry.pointer: entry.value for entry in trace_origins(context)}
         used = {
             "/gradient_clipping": config.gradient_clipping,
@@ -109,9 +111,9 @@ def test_resolved_printed_and_deepspeed_values_agree():
         if config.backend.name == "deepspeed":
             received = deepspeed_config(config, builds_optimizer=True)
             received.pop("optimizer", None)
-            # The backend sets this key if it builds the optimizer, regardless of the config.
+            # The engine sets this key itself if DeepSpeed does not build the optimizer.
             received.pop("zero_force_ds_cpu_optimizer", None)
-            used |= dict(leaves(received))
+            used |= dict(flatten(received))
         for pointer, value in used.items():
             if pointer in printed:
                 assert printed[pointer] == value, (config.name, pointer)

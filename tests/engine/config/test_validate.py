@@ -33,7 +33,7 @@ def validate(config, world_size=None, *, runs=False):
     return [problem for problem in problems if problem.severity != "note"]
 
 
-def changed(pointer, value):
+def config_with(pointer, value):
     """Return the valid config with one value set, or removed if the value is Ellipsis."""
     config = copy.deepcopy(GOOD)
     *path, key = pointer.split("/")[1:]
@@ -152,7 +152,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("pointer", "value", "rule", "place", "message"), MISTAKES)
 def test_validate_one_mistake_is_reported_once(pointer, value, rule, place, message):
-    config = changed(pointer, value)
+    config = config_with(pointer, value)
     (problem,) = validate(config, world_size=1, runs=True)
     assert (problem.rule, problem.severity) == (rule, "error")
     assert problem.pointer == (pointer if place is None else place)
@@ -215,7 +215,7 @@ def test_validate_durations_in_epochs_are_accepted(scheduler):
 
 
 def test_validate_momentum_schedule_requires_an_optimizer_with_momentum():
-    config = changed("/optimizer", {"type": "adagrad"})
+    config = config_with("/optimizer", {"type": "adagrad"})
     (problem,) = validate(config)
     assert problem.rule == "no-momentum"
     assert "Adagrad" in problem.message
@@ -294,7 +294,7 @@ def test_load_config_does_not_modify_or_share_the_dict():
 
 
 def test_load_config_fills_in_every_default():
-    resolved = engine.load_config(changed("/scheduler", ...), world_size=2)
+    resolved = engine.load_config(config_with("/scheduler", ...), world_size=2)
     assert resolved.schedule is None
     assert (resolved.batch.micro, resolved.batch.world_size) == (4, 2)
     assert resolved.precision == "fp16"
