@@ -11,7 +11,7 @@ def installed(package: str) -> str | None:
     >>> installed("no-such-package") is None
     True
     """
-    # Import here: this module alone takes longer to import than `onecycle validate` takes to run.
+    # Imported here because the import takes longer than a whole run of `onecycle validate`.
     from importlib.metadata import PackageNotFoundError, version
 
     try:

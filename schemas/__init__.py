@@ -8,7 +8,7 @@ schemas use:
 - ``x-backend``: the only backend that supports the key
 - ``x-instead``: replacement for a deprecated or removed key
 - ``x-removed`` and ``x-since``: DeepSpeed versions
-- ``x-alias-of``: the key that this key is another name for
+- ``x-alias-of``: the key with the same meaning
 
 ``aliases.json`` maps the key names of other tools to ours. ``rules.json`` holds the page of each
 rule.

@@ -98,7 +98,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     """
     config = parser.add_argument_group("config", "config file, as in DeepSpeed")
     config.add_argument(
-        "--deepspeed", action="store_true", help="accepted for compatibility; has no effect"
+        "--deepspeed", action="store_true", help="accepted for compatibility; ignored"
     )
     config.add_argument("--deepspeed_config", metavar="FILE", help="path of the config file")
     run = parser.add_argument_group("run", "override the config file, as in SambaFlow")

@@ -111,7 +111,7 @@ class DrivenSchedule:
     curves: Curves
 
     def ignores(self, name: str) -> bool:
-        """Return whether the optimizer's initial value of a hyperparameter has no effect."""
+        """Return whether the curve does not depend on the optimizer's value of a hyperparameter."""
         other = {**self.base, name: tuple(value / 2 for value in self.base[name])}
         changed = self.schedule.curves_for(other, self.horizon)[name][0]
         steps = range(0, self.schedule.span + 1, max(1, self.schedule.span // 20))

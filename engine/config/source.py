@@ -59,7 +59,7 @@ def _from_mapping(config: Mapping[str, Any]) -> Document:
     problems = tuple(find_unserializable(config, ""))
     value = config
     if not problems:
-        # Copy through JSON, so that later changes to the user's dict have no effect.
+        # Copy through JSON, so that later changes to the user's dict do not change the config.
         value = json.loads(json.dumps(config, default=dict))
     return Document("config", value, problems=problems)
 

@@ -54,7 +54,7 @@ class Structure:
     unsure: Collection[str]
     """Pointers of the values that ``config`` omits, and of keys that were probably misspelled."""
     schedule: Schedule[Any] | None
-    """The schedule of ``config``; None if it has no schedule, or if its parameters conflict."""
+    """The schedule of ``config``; None if it is absent or its parameters conflict."""
 
 
 def check_structure(document: Document) -> Structure:

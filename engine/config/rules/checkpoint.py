@@ -1,4 +1,4 @@
-"""Rule for the section ``engine.checkpoint``: keys that have no effect."""
+"""Rule for the section ``engine.checkpoint``: keys that require a directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for the optimizer: momentum for the schedule, and keys that have no effect."""
+"""Rules for the optimizer: momentum for the schedule, and unused keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of each rule: what it finds, why it matters, an example config, and the fix."""
+"""The page of each rule: a summary, the reason, an example config, and the fix."""
 
 from __future__ import annotations
 

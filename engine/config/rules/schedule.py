@@ -1,4 +1,4 @@
-"""Rules for the schedule: conflicts with the optimizer, and parameters without effect."""
+"""Rules for the schedule: conflicts with the optimizer, and unused parameters."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
     last, peak = curve(end), driven.range_of("lr")[1]
     if end > total and curve(total) != last:
         message = (
-            f"The schedule ends at step {end:g}, but the run ends at step {total:g}, where the "
-            f"learning rate is {curve(total):.3g} instead of {last:.3g}."
+            f"The schedule ends at step {end:g}, but the run ends at step {total:g} with a "
+            f"learning rate of {curve(total):.3g} instead of {last:.3g}."
         )
         hint = 'Set durations as fractions of the run, such as "1dur", or set `max_duration`.'
         yield context.warning("end-of-schedule", place, message, hint)
@@ -110,7 +110,7 @@ def _check_flat_warmup(context: RuleContext) -> Iterator[Problem]:
     warmup = _params_of_type(context, "WarmupLR", "WarmupDecayLR") or {}
     low, high = warmup.get("warmup_min_lr"), warmup.get("warmup_max_lr")
     if _as_number(low) is not None and low == high and warmup.get("warmup_num_steps") != 0:
-        message = f"`warmup_min_lr` and `warmup_max_lr` are both {low:g}, so there is no warmup."
+        message = f"`warmup_min_lr` and `warmup_max_lr` are both {low:g}, so the warmup is flat."
         hint = 'Set "warmup_min_lr": 0, or choose a schedule without a warmup.'
         yield context.warning("flat-warmup", f"{_PARAMS}/warmup_min_lr", message, hint)
 

@@ -1,4 +1,4 @@
-"""Rules for ZeRO: keys that need a stage, and keys without effect."""
+"""Rules for ZeRO: keys that require a stage, and unused keys."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning for offloading that has no effect on a single PyTorch process."""
+    """Yield a warning for offloading on a single PyTorch process, which does not offload."""
     if context.world_size != 1 or context.backend.name != "torch":
         return
     zero = context.section("zero_optimization")
