@@ -1,11 +1,11 @@
-"""Every exception that users catch, and the problems that a config error carries.
+"""Exceptions that users catch, and the problems of an invalid config.
 
 ::
 
     ValueError
-    ├── ConfigError        a config that cannot run
-    ├── CheckpointError    a checkpoint that cannot be used
-    └── LaunchError        a launch that cannot be started
+    ├── ConfigError        an invalid config
+    ├── CheckpointError    a checkpoint that cannot be saved or loaded
+    └── LaunchError        a launch that cannot start
     RuntimeError
     └── MisuseError        a method called at the wrong time
 """
@@ -21,7 +21,7 @@ __all__ = ["CheckpointError", "ConfigError", "Fix", "LaunchError", "MisuseError"
 
 @dataclass(frozen=True)
 class Fix:
-    """A change to a config that can be made mechanically: a new key, or a new value."""
+    """A change to a config that can be applied automatically: a new key or a new value."""
 
     key: str | None = None
     value: Any = None
@@ -29,11 +29,11 @@ class Fix:
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding about a config.
+    """One problem of a config.
 
-    ``rule`` is a stable id (`onecycle explain` prints its page), ``severity`` is "error", "warning"
+    ``rule`` is a stable ID (`onecycle explain` prints its page), ``severity`` is "error", "warning"
     or "note", ``pointer`` is a JSON pointer (RFC 6901; "" is the whole config). ``line`` and
-    ``column`` count from 1; they are 0 if the config is not a file.
+    ``column`` count from 1; they are 0 if the config is a dict.
     """
 
     rule: str
@@ -45,14 +45,14 @@ class Problem:
     hint: str = ""
     fix: Fix | None = None
     suggestion: str = ""
-    """The key that was probably meant, in the same object as the unknown key."""
+    """The key that the user probably meant, in the same object as the unknown key."""
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
 
 
 class ConfigError(ValueError):
-    """A config that cannot run; ``problems`` holds every problem that was found.
+    """An invalid config; ``problems`` holds every problem that was found.
 
     ValueError
     └── ConfigError
@@ -71,7 +71,7 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; nothing was changed.
+    """A checkpoint that cannot be saved or loaded. Nothing was changed.
 
     ValueError
     └── CheckpointError
@@ -79,7 +79,7 @@ class CheckpointError(ValueError):
 
 
 class LaunchError(ValueError):
-    """A launch that cannot be started; the message says which option to change.
+    """A launch that cannot start; the message names the option to change.
 
     ValueError
     └── LaunchError
@@ -89,7 +89,7 @@ class LaunchError(ValueError):
 class MisuseError(RuntimeError, AssertionError):
     """A method called at the wrong time.
 
-    Also an `AssertionError`, which DeepSpeed raises in these cases.
+    It is also an `AssertionError`, because DeepSpeed raises that in these cases.
 
     RuntimeError
     └── MisuseError

@@ -1,4 +1,4 @@
-"""Versions of what is installed, asked of the packages' own records: nothing is imported for it."""
+"""Versions of installed packages, read from their metadata without importing the packages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ __all__ = ["installed"]
 
 
 def installed(package: str) -> str | None:
-    """Return the version of a package; None if it is not installed.
+    """Return the installed version of a package, or None if it is not installed.
 
     >>> installed("no-such-package") is None
     True
     """
-    from importlib.metadata import PackageNotFoundError, version  # slower than a whole `validate`
+    # Imported here because the import takes longer than a whole run of `onecycle validate`.
+    from importlib.metadata import PackageNotFoundError, version
 
     try:
         return version(package)

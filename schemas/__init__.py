@@ -1,10 +1,17 @@
-"""JSON schemas, as data: ``ds_config.schema.json``, a file a section, a file a schedule.
+"""JSON schemas: ``ds_config.schema.json``, one file per config section, one per schedule.
 
-``schedulers/`` is generated from the dataclasses of the package `schedules` and ``editor/`` from
-all others, which are written by hand. Beside JSON Schema's keywords they use ``x-auto`` (who fills
-in "auto"), ``x-backend`` (the one backend that honours a key), ``x-instead`` (what to write in
-place of a deprecated or removed key), ``x-removed`` and ``x-since`` (DeepSpeed's versions) and
-``x-alias-of``. ``aliases.json`` has other tools' names of keys, ``rules.json`` each rule's page.
+``schedulers/`` is generated from the dataclasses of the package `schedules`, and ``editor/`` from
+all other schemas. The rest is written by hand. In addition to the keywords of JSON Schema, the
+schemas use:
+
+- ``x-auto``: integrations that replace the value "auto"
+- ``x-backend``: the only backend that supports the key
+- ``x-instead``: replacement for a deprecated or removed key
+- ``x-removed`` and ``x-since``: DeepSpeed versions
+- ``x-alias-of``: the key with the same meaning
+
+``aliases.json`` maps the key names of other tools to ours. ``rules.json`` holds the page of each
+rule.
 """
 
 from __future__ import annotations
@@ -17,17 +24,17 @@ from typing import Any
 __all__ = ["EDITOR", "read"]
 
 EDITOR = "editor/ds_config.draft-07.json"
-"""The whole as one draft-07 schema, generated from the others."""
+"""Name of the generated draft-07 schema that covers a whole config."""
 
-_FOLDER = Path(__file__).parent
+_DIRECTORY = Path(__file__).parent
 
 
 @functools.cache
 def read(name: str) -> dict[str, Any]:
-    """Return the schema in a file of this folder. It is shared: do not change it.
+    """Return the contents of a JSON file in this directory. Do not modify it: it is cached.
 
     >>> read("sections/bf16.json")["title"]
     'bf16'
     """
-    schema: dict[str, Any] = json.loads((_FOLDER / name).read_text(encoding="utf-8"))
+    schema: dict[str, Any] = json.loads((_DIRECTORY / name).read_text(encoding="utf-8"))
     return schema

@@ -2,8 +2,8 @@
 
     python tools/check_wording.py [PATH ...]
 
-Reads comments and strings of Python files, and all of Markdown. The phrases, with what to write
-instead, are in `[tool.wording]` of pyproject.toml; CONTRIBUTING.md gives the reasons.
+Checks the comments and strings of Python files, and the whole text of Markdown files. The phrases
+and their replacements are in `[tool.wording]` of pyproject.toml; CONTRIBUTING.md gives the reasons.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROSE = {tokenize.COMMENT, tokenize.STRING} | {
 
 
 def read_prose(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield line number and text of everything in a file that people read."""
+    """Yield (line number, text) for each comment, string or Markdown line of a file."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         yield from enumerate(text.splitlines(), start=1)
@@ -39,11 +39,11 @@ def read_prose(path: Path) -> Iterator[tuple[int, str]]:
 
 def find_phrases(path: Path) -> Iterator[str]:
     """Yield a message for each banned phrase of a file."""
-    for phrase, instead in SETTINGS["banned"].items():
+    for phrase, replacement in SETTINGS["banned"].items():
         pattern = re.compile(rf"\b(?:{phrase})\b", re.IGNORECASE)
         for line, text in read_prose(path):
             if found := pattern.search(text):
-                yield f"{path}:{line}: {found.group()!r}: write {instead}"
+                yield f"{path}:{line}: {found.group()!r}: write {replacement}"
 
 
 def main() -> int:

@@ -1,11 +1,11 @@
-"""Compare every schedule value of two checkouts, bit for bit, and load a checkpoint across them.
+"""Compare all schedule values of two checkouts bit by bit, and resume checkpoints across them.
 
     python tools/compare_values.py BEFORE AFTER
 
-BEFORE and AFTER are directories that hold a checkout. Each one evaluates the scheduler block of
-every golden vector and of every corpus config at each step, with one and with two param groups,
-and steps an SGD and an AdamW optimizer through it. Then BEFORE trains and saves a checkpoint with
-each kind of schedule, and AFTER resumes it. Exits with 1 if anything differs.
+BEFORE and AFTER are directories that contain a checkout. Each checkout evaluates the scheduler
+block of every golden vector and every corpus config at each step, with one and two param groups,
+and applies it to an SGD and an AdamW optimizer. Then BEFORE trains with several schedules and saves
+checkpoints, and AFTER resumes from them. The exit status is 1 if any value differs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Runs in each checkout; uses only names that are public in both.
+# This code runs in each checkout, so it uses only names that are public in both.
 EVALUATE = r"""
 import hashlib, json, sys, warnings
 from pathlib import Path
@@ -42,7 +42,7 @@ def cases():
     for path in sorted(Path("tests/golden").glob("*/*.json")):
         case = json.loads(path.read_text())
         if isinstance(case, dict) and "scheduler" in case:
-            yield golden(path.parent.name + "/" + path.stem, case)
+            yield read_golden(path.parent.name + "/" + path.stem, case)
     for path in sorted(Path("tests/corpus").glob("*/*.json")):
         try:
             config = json.loads(path.read_text())
@@ -54,7 +54,7 @@ def cases():
     for name, cls in schedules.SCHEDULES.items():
         yield Case(f"example/{name}", {"type": name, "params": dict(cls.example)})
 
-def golden(name, case):
+def read_golden(name, case):
     block = {"type": case["scheduler"], "params": case["params"]}
     lr = case["optimizer"].get("lr")
     lr = lr if isinstance(lr, float) else 0.1
@@ -71,7 +71,7 @@ def golden(name, case):
         )
     return Case(name, block, horizon, lr, case.get("loss"))
 
-def traced(case, groups):
+def trace(case, groups):
     one = {"lr": case.lr, "momentum": 0.9, "weight_decay": 0.01}
     base = {name: (value,) * groups for name, value in one.items()}
     steps = min(schedules.from_config(case.block).resolve(case.horizon).span + 100, LONGEST)
@@ -81,7 +81,7 @@ def traced(case, groups):
     values = schedules.trace(case.block, steps, base=base, horizon=case.horizon, losses=losses)
     return steps, {name: array.tobytes() for name, array in values.items()}
 
-def stepped(case, kind):
+def step_optimizer(case, kind):
     groups = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)]
     momentum = {"momentum": 0.9} if kind == "SGD" else {}
     optimizer = getattr(torch.optim, kind)(groups, lr=case.lr, weight_decay=0.01, **momentum)
@@ -98,8 +98,8 @@ def stepped(case, kind):
 result = {}
 for case in cases():
     for name, evaluate, argument in (
-        ("trace, 1 group", traced, 1), ("trace, 2 groups", traced, 2),
-        ("SGD", stepped, "SGD"), ("AdamW", stepped, "AdamW"),
+        ("trace, 1 group", trace, 1), ("trace, 2 groups", trace, 2),
+        ("SGD", step_optimizer, "SGD"), ("AdamW", step_optimizer, "AdamW"),
     ):
         try:
             steps, *values = evaluate(case, argument)
@@ -116,7 +116,7 @@ from pathlib import Path
 import torch, engine
 
 warnings.simplefilter("ignore")
-place, resumes = Path(sys.argv[1]), sys.argv[2] == "resume"
+root, resumes = Path(sys.argv[1]), sys.argv[2] == "resume"
 SCHEDULERS = {
     "OneCycle": {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 4},
     "WarmupDecayLR": {"total_num_steps": 12, "warmup_num_steps": 3, "warmup_max_lr": 0.1},
@@ -142,9 +142,9 @@ for name, params in SCHEDULERS.items():
         trainer, _, loader, _ = engine.initialize(
             config=config, model=torch.nn.Linear(3, 1), training_data=data
         )
-        folder = place / f"{name}.{kind}"
+        directory = root / f"{name}.{kind}"
         if resumes:
-            trainer.load_checkpoint(folder)
+            trainer.load_checkpoint(directory)
         batches = iter(loader)
         for step in range(5 if not resumes else 4):
             x, y = next(batches)
@@ -152,12 +152,12 @@ for name, params in SCHEDULERS.items():
             trainer.backward(loss)
             trainer.step(metric=1.0)
             if not resumes and step == 2:
-                trainer.save_checkpoint(folder)
+                trainer.save_checkpoint(directory)
             if resumes or step > 2:
-                rows.setdefault(folder.name, []).append(
+                rows.setdefault(directory.name, []).append(
                     [float(loss).hex(), *(float(lr).hex() for lr in trainer.get_lr())]
                 )
-        rows[folder.name] = rows[folder.name][:2]
+        rows[directory.name] = rows[directory.name][:2]
 Path(sys.argv[3]).write_text(json.dumps(rows))
 """
 
@@ -172,8 +172,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("before", type=Path, help="checkout to compare with")
-    parser.add_argument("after", type=Path, help="checkout to check")
+    parser.add_argument("before", type=Path, help="directory of the reference checkout")
+    parser.add_argument("after", type=Path, help="directory of the checkout to compare")
     args = parser.parse_args()
     before, after = args.before.resolve(), args.after.resolve()
     with tempfile.TemporaryDirectory() as scratch:
@@ -193,10 +193,12 @@ def main() -> int:
     different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     resumed = [name for name in losses[0] if losses[0][name] != losses[1][name]]
     print(
-        f"{len(old):,} evaluations, {evaluated:,} of them without an error ({steps:,} steps): "
+        f"{len(old):,} evaluations, {evaluated:,} without errors ({steps:,} steps): "
         f"{len(different)} differ"
     )
-    print(f"{len(losses[0])} checkpoints of BEFORE resumed by AFTER: {len(resumed)} differ")
+    print(
+        f"{len(losses[0])} checkpoints saved by BEFORE and resumed by AFTER: {len(resumed)} differ"
+    )
     for name in [*different, *resumed]:
         print(f"  {name}")
     return 1 if different or resumed else 0

@@ -1,4 +1,4 @@
-"""Print the shape of the import graph: directory arrows, longest chain, cycles, largest files.
+"""Print statistics of the import graph: edges, cycles, longest chain, largest files.
 
 python tools/import_graph.py [CHECKOUT]
 """
@@ -15,7 +15,7 @@ PACKAGES = ("engine", "schedules", "schemas")
 
 
 def build_graph(root: Path) -> nx.DiGraph[str]:
-    """Return the imports between the modules of a checkout, those in functions included."""
+    """Return the imports between the modules of a checkout, including imports inside functions."""
     sys.path.insert(0, str(root))
     imports = grimp.build_graph(*PACKAGES, cache_dir=None)
     edges = [
@@ -36,10 +36,10 @@ def main() -> None:
     modules = build_graph(root)
     pairs = {(name_directory(root, a), name_directory(root, b)) for a, b in modules.edges}
     directories = nx.DiGraph([(a, b) for a, b in pairs if a != b])
-    print(f"{directories.number_of_edges()} arrows between {len(directories)} directories")
-    for what, graph in (("modules", modules), ("directories", directories)):
+    print(f"{directories.number_of_edges()} import edges between {len(directories)} directories")
+    for kind, graph in (("modules", modules), ("directories", directories)):
         cycles = [sorted(part) for part in nx.strongly_connected_components(graph) if len(part) > 1]
-        print(f"{len(cycles)} cycles of {what}: {'; '.join(', '.join(cycle) for cycle in cycles)}")
+        print(f"{len(cycles)} cycles of {kind}: {'; '.join(', '.join(cycle) for cycle in cycles)}")
     chain = nx.dag_longest_path(nx.condensation(modules))
     print(f"longest import chain: {len(chain)} modules")
     for package in PACKAGES[:2]:

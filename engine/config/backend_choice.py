@@ -1,4 +1,4 @@
-"""The backend that runs a config, and the reason for it."""
+"""Choose the backend that runs a config."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["BackendChoice", "choose_backend", "find_deepspeed_only", "zero_stage
 
 
 class BackendChoice(NamedTuple):
-    """The backend, "torch" or "deepspeed", and the reason in words."""
+    """The backend ("torch" or "deepspeed"), and the reason for the choice as text."""
 
     name: str
     reason: str
 
 
 def zero_stage(config: Mapping[str, Any]) -> int | str:
-    """Return the ZeRO stage of a config, 0 by default; it may be "auto".
+    """Return the ZeRO stage of a config, which may be "auto". The default is 0.
 
     >>> zero_stage({"zero_optimization": True}), zero_stage({"zero_optimization": {"stage": 2}})
     (1, 2)
@@ -30,7 +30,7 @@ def zero_stage(config: Mapping[str, Any]) -> int | str:
 
 
 def find_deepspeed_only(members: Sequence[Member]) -> list[Member]:
-    """Return the keys that only DeepSpeed supports, without the keys inside of them."""
+    """Return the keys and sections that only DeepSpeed supports, without their nested keys."""
     found: list[Member] = []
     for member in members:
         inside = found and is_within(member.pointer, [found[-1].pointer])
@@ -40,19 +40,18 @@ def find_deepspeed_only(members: Sequence[Member]) -> list[Member]:
 
 
 def choose_backend(config: Mapping[str, Any], members: Sequence[Member]) -> BackendChoice:
-    """Return the backend of a config: the one that it names, or the one that supports its keys.
+    """Return the backend that the config names, or else the one that supports its keys.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'
     """
     named = config.get("engine", {}).get("backend", "auto")
     if named != "auto":
-        return BackendChoice(named, "`engine.backend` says so")
+        return BackendChoice(named, "set by `engine.backend`")
     keys = [dotted_name(member.pointer) for member in find_deepspeed_only(members)]
     if zero_stage(config) not in {0, "auto"}:
         is_old = isinstance(config["zero_optimization"], bool)
         keys.insert(0, "zero_optimization" if is_old else "zero_optimization.stage")
     if keys:
-        verb = "means" if len(keys) == 1 else "mean"
-        return BackendChoice("deepspeed", f"{', '.join(keys[:3])} {verb} DeepSpeed")
-    return BackendChoice("torch", "plain data parallelism needs no more")
+        return BackendChoice("deepspeed", f"selected by {', '.join(keys[:3])}")
+    return BackendChoice("torch", "no key selects DeepSpeed")

@@ -1,4 +1,4 @@
-"""Batch arithmetic: train batch size = micro-batch size x accumulation steps x number of ranks."""
+"""Solve: train batch size = micro-batch size x gradient accumulation steps x world size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ BATCH_KEYS = (TRAIN, MICRO, ACCUMULATION)
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Samples of an optimizer update over all ranks, of a forward pass on one, and their ratio."""
+    """The batch sizes of a run.
+
+    ``train`` is the number of samples per optimizer step over all ranks, ``micro`` the number of
+    samples per forward pass on one rank, and ``accumulation`` the number of micro-batches per step.
+    """
 
     train: int
     micro: int
@@ -26,13 +30,14 @@ class BatchSizes:
 
     def __str__(self) -> str:
         return (
-            f"batch {self.train} = {self.micro} a rank x {self.accumulation} accumulated "
+            f"batch size {self.train} = {self.micro} per rank "
+            f"x {count_noun(self.accumulation, 'accumulation step')} "
             f"x {count_noun(self.world_size, 'rank')}"
         )
 
 
 class BatchError(ValueError):
-    """Batch sizes that do not multiply; ``key`` is the one to change and ``hint`` says to what."""
+    """Inconsistent batch sizes; ``key`` is the key to change and ``hint`` describes the fix."""
 
     def __init__(self, key: str, message: str, hint: str) -> None:
         super().__init__(message)
@@ -41,24 +46,25 @@ class BatchError(ValueError):
 
 
 def solve(given: Mapping[str, int], world_size: int) -> BatchSizes:
-    """Return the batch sizes, deriving what is not given.
+    """Return the batch sizes, deriving those that are not given.
 
-    Two of the three give the third; of one alone, accumulation is 1 (as in DeepSpeed).
+    Two of the three sizes determine the third. If accumulation cannot be derived, it is 1, as in
+    DeepSpeed.
 
     Args:
-        given: any of `BATCH_KEYS` to its value, each 1 or more.
-        world_size: number of ranks, 1 or more.
+        given: dict from any of `BATCH_KEYS` to its value, at least 1.
+        world_size: number of ranks, at least 1.
 
     Raises:
-        BatchError: the sizes do not multiply, or none of them is given.
+        BatchError: the sizes are inconsistent, or both batch sizes are missing.
 
     >>> print(solve({"train_batch_size": 32, "gradient_accumulation_steps": 2}, world_size=4))
-    batch 32 = 4 a rank x 2 accumulated x 4 ranks
+    batch size 32 = 4 per rank x 2 accumulation steps x 4 ranks
     """
     train, micro, accumulation = (given.get(key) for key in BATCH_KEYS)
     if train is None and micro is None:
         raise BatchError(
-            "", f"`{TRAIN}` or `{MICRO}` must be given, but neither is.", f'Add "{TRAIN}": 32.'
+            "", f"`{TRAIN}` or `{MICRO}` must be set.", f'Add, for example, "{TRAIN}": 32.'
         )
     if train is None:
         assert micro is not None
@@ -66,34 +72,34 @@ def solve(given: Mapping[str, int], world_size: int) -> BatchSizes:
         return BatchSizes(micro * accumulation * world_size, micro, accumulation, world_size)
     if micro is not None and accumulation is not None:
         if train != micro * accumulation * world_size:
-            raise _no_product(train, micro, accumulation, world_size)
+            raise _mismatch_error(train, micro, accumulation, world_size)
         return BatchSizes(train, micro, accumulation, world_size)
     if micro is not None:
-        rest = _divided(train, micro, world_size, f"`{MICRO}` ({micro})")
+        rest = _divide(train, micro, world_size, f"`{MICRO}` ({micro})")
         return BatchSizes(train, micro, rest, world_size)
     accumulation = accumulation or 1
-    rest = _divided(train, accumulation, world_size, f"`{ACCUMULATION}` ({accumulation})")
+    rest = _divide(train, accumulation, world_size, f"`{ACCUMULATION}` ({accumulation})")
     return BatchSizes(train, rest, accumulation, world_size)
 
 
-def _divided(train: int, by: int, world_size: int, factor: str) -> int:
+def _divide(train: int, by: int, world_size: int, factor: str) -> int:
     whole, rest = divmod(train, by * world_size)
     if rest:
         near = [size for size in (train - rest, train - rest + by * world_size) if size]
         raise BatchError(
             TRAIN,
             f"`{TRAIN}` must be a multiple of {factor} x {count_noun(world_size, 'rank')}, "
-            f"but is {train} instead.",
-            f"The nearest {'is' if len(near) == 1 else 'are'} {' and '.join(map(str, near))}.",
+            f"got {train}.",
+            f"Set it to {' or '.join(map(str, near))}.",
         )
     return whole
 
 
-def _no_product(train: int, micro: int, accumulation: int, world_size: int) -> BatchError:
+def _mismatch_error(train: int, micro: int, accumulation: int, world_size: int) -> BatchError:
     product = micro * accumulation * world_size
     return BatchError(
         TRAIN,
         f"`{TRAIN}` must be `{MICRO}` ({micro}) x `{ACCUMULATION}` ({accumulation}) x "
-        f"{count_noun(world_size, 'rank')} = {product}, but is {train} instead.",
-        f"Make it {product}, or leave one of the three out: it is derived then.",
+        f"{count_noun(world_size, 'rank')} = {product}, got {train}.",
+        f"Set it to {product}, or remove one of the three keys to have it derived.",
     )

@@ -1,4 +1,4 @@
-"""One JSON schema of a whole config, for editors: draft-07, and nothing outside of it."""
+"""Build one self-contained draft-07 JSON schema of a whole config, for editors."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ _DRAFT = "http://json-schema.org/draft-07/schema#"
 
 
 def editor_schema() -> dict[str, Any]:
-    """Return the schema that gives completion, hover and squiggles through ``$schema``.
+    """Return the schema that gives editors completion, hover texts and error highlighting.
 
-    It gives the verdict of the first phase of `check`: what each value must be by itself. The
-    parameters of optimizers and schedules follow their ``type``.
+    A config refers to it in ``$schema``. Unlike `check`, it validates each value separately, and
+    not combinations of values. The schema of ``params`` depends on ``type``.
     """
-    schema = _inlined(schemas.read(SCHEMA))
+    schema = _inline_references(schemas.read(SCHEMA))
     schema["$schema"] = _DRAFT
-    usable = {name: of for name, of in OPTIMIZERS.items() if "x-removed" not in of}
+    usable = {name: params for name, params in OPTIMIZERS.items() if "x-removed" not in params}
     properties = schema["properties"]
-    properties["optimizer"] |= _by_type(usable, any_case=True)
-    own = {"pattern": ":"}  # a schedule of one's own, as module:attribute
-    of_schedules = {name: schedule_schema(cls) for name, cls in SCHEDULES.items()}
-    properties["scheduler"] |= _by_type(of_schedules, any_case=False)
+    properties["optimizer"] |= _branch_on_type(usable, any_case=True)
+    custom = {"pattern": ":"}  # a custom schedule, as module:attribute
+    by_schedule = {name: schedule_schema(cls) for name, cls in SCHEDULES.items()}
+    properties["scheduler"] |= _branch_on_type(by_schedule, any_case=False)
     for block, names in ((properties["optimizer"], usable), (properties["scheduler"], SCHEDULES)):
         of_type = block["properties"]["type"]
-        spelt = [{"pattern": _in_any_case(name)} for name in names] if names is usable else [own]
-        of_type["anyOf"] = [{"enum": list(names)}, *spelt]
+        any_case = [{"pattern": _ignore_case(name)} for name in names]
+        patterns = any_case if names is usable else [custom]
+        of_type["anyOf"] = [{"enum": list(names)}, *patterns]
     return schema
 
 
-def _inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema with the files that it refers to in it."""
-    inlined = {"": _for_editors(schema)}
+def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema with all referenced files inlined."""
+    inlined = {"": _copy_for_editors(schema)}
     for member in walk({}, schema, fill=lambda _: SECTION):
-        inlined[member.pointer] = _for_editors(member.schema)
+        inlined[member.pointer] = _copy_for_editors(member.schema)
         around = inlined[parent_of(member.pointer)]["properties"]
         around[key_at(member.pointer)] = inlined[member.pointer]
     return inlined[""]
 
 
-def _for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a schema with what editors show of a deprecated key."""
+def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a schema with the messages that editors show for deprecated keys."""
     copy = {key: value for key, value in schema.items() if key not in {"$ref", "$schema"}}
     if "properties" in copy:
         copy["properties"] = {}
@@ -56,12 +57,12 @@ def _for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def _by_type(of_types: Mapping[str, Mapping[str, Any]], *, any_case: bool) -> dict[str, Any]:
-    """Return what chooses the schema of ``params`` by ``type``: a branch a type, never a oneOf."""
+def _branch_on_type(of_types: Mapping[str, Mapping[str, Any]], *, any_case: bool) -> dict[str, Any]:
+    """Return one if/then branch per ``type`` that selects the schema of ``params``."""
     branches = []
     for name, schema in of_types.items():
-        of_type = {"pattern": _in_any_case(name)} if any_case else {"const": name}
-        params = _inlined(schema)
+        of_type = {"pattern": _ignore_case(name)} if any_case else {"const": name}
+        params = _inline_references(schema)
         then: dict[str, Any] = {"properties": {"params": params}}
         if params.get("required"):
             then["required"] = ["params"]
@@ -70,6 +71,6 @@ def _by_type(of_types: Mapping[str, Mapping[str, Any]], *, any_case: bool) -> di
     return {"allOf": branches}
 
 
-def _in_any_case(name: str) -> str:
+def _ignore_case(name: str) -> str:
     letters = (f"[{c.upper()}{c.lower()}]" if c.isalpha() else c for c in name)
     return f"^{''.join(letters)}$"

@@ -1,6 +1,6 @@
 """Edit the text of a config: apply fixes and insert a scheduler block.
 
-Comments, order and spacing of everything else stay as they are.
+Comments, order and spacing of everything else are kept.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ _INDENT = 2
 
 
 def repair(document: Document, problems: Sequence[Problem]) -> tuple[str, list[Problem]]:
-    """Return the text with every repair made that needs no thought, and the problems so mended.
+    """Apply every automatic fix; return the new text and the problems that it solves.
 
-    Comments, order and spacing stay as they are. A key is not renamed where its new name is taken.
+    Comments, order and spacing are kept. A key is not renamed if its new name is already used.
     """
     text = document.text
     edits: list[tuple[int, int, str]] = []
-    mended = []
+    fixed = []
     taken = set(document.places)
     for problem in problems:
         place = document.places.get(problem.pointer)
         if problem.fix is None or place is None:
             continue
-        begin = document.offset(place.key if problem.fix.key else place.value)
+        start = document.offset(place.key if problem.fix.key else place.value)
         if problem.fix.key:
             new = pointer_to(parent_of(problem.pointer), problem.fix.key)
             if new in taken:
                 continue
             taken.add(new)
-        if not text.startswith('"', begin):
+        if not text.startswith('"', start):
             continue
-        _, end = JSONDecoder().raw_decode(text, begin)
-        edits.append((begin, end, json.dumps(problem.fix.key or problem.fix.value)))
-        mended.append(problem)
-    for begin, end, new in sorted(edits, reverse=True):
-        text = text[:begin] + new + text[end:]
-    return text, mended
+        _, end = JSONDecoder().raw_decode(text, start)
+        edits.append((start, end, json.dumps(problem.fix.key or problem.fix.value)))
+        fixed.append(problem)
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new + text[end:]
+    return text, fixed
 
 
 def put_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
-    """Write a scheduler block into a config file, and return the backup of what it was.
+    """Write a scheduler block into a config file; return the path of the backup.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the config or the backup cannot be written.
     """
     document = load_document(path)
     text = with_scheduler(document, block)
@@ -68,10 +68,10 @@ def put_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
 
 
 def with_scheduler(document: Document, block: Mapping[str, Any]) -> str:
-    """Return a config's text with another scheduler block.
+    """Return the text of a config with a new scheduler block.
 
-    Where the old block is of the same type, only the values that differ are written anew, so that
-    comments in it stay as well.
+    If the old block has the same type and keys, only the changed values are replaced, so that
+    comments in the block are kept as well.
 
     >>> from engine.config.parser import parse
     >>> text = '{"scheduler": {"type": "A", "params": {"x": 1}} // mine\\n}'
@@ -81,62 +81,62 @@ def with_scheduler(document: Document, block: Mapping[str, Any]) -> str:
     """
     old = document.value.get("scheduler")
     if old is None:
-        return _added(document, block)
+        return _insert_block(document, block)
     params = old.get("params", {})
     same = old.get("type") == block["type"] and params.keys() == block["params"].keys()
     if not same:
-        return _replaced(document, {"/scheduler": block})
+        return _replace_values(document, {"/scheduler": block})
     changed = {
         f"/scheduler/params/{key}": value
         for key, value in block["params"].items()
         if params[key] != value
     }
-    return _replaced(document, changed)
+    return _replace_values(document, changed)
 
 
-def _replaced(document: Document, values: Mapping[str, Any]) -> str:
+def _replace_values(document: Document, values: Mapping[str, Any]) -> str:
     text = document.text
-    spans = [(*_span(document, pointer), value) for pointer, value in values.items()]
-    for begin, end, value in sorted(spans, key=lambda span: span[0], reverse=True):
-        text = text[:begin] + _indented(value, _INDENT) + text[end:]
+    spans = [(*_find_span(document, pointer), value) for pointer, value in values.items()]
+    for start, end, value in sorted(spans, key=lambda span: span[0], reverse=True):
+        text = text[:start] + _format_json(value, _INDENT) + text[end:]
     return text
 
 
-def _added(document: Document, block: Mapping[str, Any]) -> str:
-    """Put the block before the brace that ends the config."""
+def _insert_block(document: Document, block: Mapping[str, Any]) -> str:
+    """Insert the block before the closing brace of the config."""
     text = document.text
     tokens = [token for token in _TOKEN.finditer(text) if not _is_comment(token.group())]
     close = tokens[-1].start()
-    member = f'"scheduler": {_indented(block, _INDENT)}'
+    member = f'"scheduler": {_format_json(block, _INDENT)}'
     if not document.value:
         return f"{text[:close]}{member}{text[close:]}"
     members = (pointer_to("", key) for key in document.value)
-    last = max(members, key=lambda at: _span(document, at)[1])
-    end = _span(document, last)[1]
-    comma = tokens[-2].start() if tokens[-2].group() == "," else None  # one that trails
+    last = max(members, key=lambda at: _find_span(document, at)[1])
+    end = _find_span(document, last)[1]
+    comma = tokens[-2].start() if tokens[-2].group() == "," else None  # trailing comma
     at = end if comma is None else comma + 1
     return f"{text[:at]}{',' if comma is None else ''}\n{' ' * _INDENT}{member}{text[at:]}"
 
 
-def _span(document: Document, pointer: str) -> tuple[int, int]:
-    """Return where a value's text begins and ends."""
+def _find_span(document: Document, pointer: str) -> tuple[int, int]:
+    """Return the start and end index of a value in the text."""
     text = document.text
-    begin = document.offset(document.places[pointer].value)
-    if text[begin] not in "{[":
-        plain = re.compile(r'"(?:[^"\\]|\\.)*"|[-+.\w]+').match(text, begin)
+    start = document.offset(document.places[pointer].value)
+    if text[start] not in "{[":
+        plain = re.compile(r'"(?:[^"\\]|\\.)*"|[-+.\w]+').match(text, start)
         assert plain is not None
-        return begin, plain.end()
+        return start, plain.end()
     depth = 0
-    for token in _TOKEN.finditer(text, begin):
+    for token in _TOKEN.finditer(text, start):
         depth += (token.group() in "{[") - (token.group() in "}]")
         if depth == 0:
-            return begin, token.end()
-    raise AssertionError("a config that was read has all its braces")
+            return start, token.end()
+    raise AssertionError("a parsed config has balanced braces")
 
 
 def _is_comment(token: str) -> bool:
     return token.startswith(("//", "#", "/*"))
 
 
-def _indented(value: Any, indent: int) -> str:
+def _format_json(value: Any, indent: int) -> str:
     return json.dumps(value, indent=_INDENT).replace("\n", "\n" + " " * indent)

@@ -1,7 +1,7 @@
-"""Command-line arguments of training scripts that win over the config file.
+"""Command-line arguments of training scripts that override the config file.
 
-SambaFlow's (``--learning_rate``, ``--max_steps``, …) and DeepSpeed's (``--deepspeed_config``, and
-the parameters of its schedules), with the meanings that they have there.
+The arguments have the names and meanings of SambaFlow's (``--learning_rate``, ``--max_steps``, …)
+and DeepSpeed's (``--deepspeed_config``, and the parameters of its schedules).
 """
 
 from __future__ import annotations
@@ -23,38 +23,42 @@ from schedules.core.registry import find, of_family
 __all__ = ["Override", "add_config_arguments", "override"]
 
 
-def _json(text: str) -> Any:
+def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-_OF_RUN: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
-    "learning_rate": ("LR", float, "learning rate of the optimizer: `optimizer.params.lr`"),
-    "lr_schedule": ("TYPE", str, "schedule: `scheduler.type`; see `onecycle schedules`"),
-    "warmup_steps": ("N", _json, "length of the warmup: `scheduler.params.warmup_steps`"),
+_RUN_ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
+    "learning_rate": ("LR", float, "learning rate of the optimizer (`optimizer.params.lr`)"),
+    "lr_schedule": (
+        "TYPE",
+        str,
+        "type of the schedule (`scheduler.type`); see `onecycle schedules`",
+    ),
+    "warmup_steps": ("N", _parse_json, "length of the warmup (`scheduler.params.warmup_steps`)"),
     "max_steps": (
         "N",
         int,
-        "length that shapes the schedule: `engine.max_duration` and `scheduler.params.max_steps`",
+        "length of the whole run in steps (`engine.max_duration` and `scheduler.params.max_steps`)",
     ),
     "steps_this_run": (
         "N",
         int,
-        "updates after which this run ends, wherever the schedule is: `engine.steps_this_run`",
+        "stop after this many steps without shortening the schedule (`engine.steps_this_run`)",
     ),
     "end_lr_ratio": (
         "R",
         float,
-        "share of the learning rate at the end: `scheduler.params.end_lr_ratio`",
+        "final learning rate as a fraction of the peak (`scheduler.params.end_lr_ratio`)",
     ),
 }
 
 
 @functools.cache
-def _of_schedules() -> dict[str, type[Schedule[Any]]]:
-    """Return each parameter of DeepSpeed's schedules, and the last schedule that has it."""
+def _schedule_parameters() -> dict[str, type[Schedule[Any]]]:
+    """Map each parameter of DeepSpeed's schedules to the last schedule that has it."""
     return {
         name: cls
         for cls in of_family("families.deepspeed").values()
@@ -63,14 +67,14 @@ def _of_schedules() -> dict[str, type[Schedule[Any]]]:
     }
 
 
-# A script may have arguments of the same names for purposes of its own: only those of a parser that
-# `add_config_arguments` has seen are taken for ours.
+# A script may define arguments with the same names for its own purposes. This attribute marks the
+# namespaces of parsers that were passed to `add_config_arguments`.
 _MARK = "config_arguments"
 
 
 @dataclass(frozen=True)
 class Override:
-    """A value that an argument put into a config, and what the file had there, if it had any."""
+    """A config value set by an argument; ``in_file`` is the value that it replaces, if any."""
 
     argument: str
     pointer: str
@@ -78,52 +82,51 @@ class Override:
     in_file: str
 
     def __str__(self) -> str:
-        instead = f", not {self.in_file}" if self.in_file else ""
-        return f"`{self.pointer}` is {json.dumps(self.value)} by {self.argument}{instead}"
+        replaced = f", overriding {self.in_file}" if self.in_file else ""
+        return f"`{self.pointer}` is set to {json.dumps(self.value)} by {self.argument}{replaced}"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the arguments that name a config and that win over it; return the parser.
+    """Add arguments that specify a config file and override its values; return the parser.
 
-    Give the parsed namespace to ``initialize(args=…)``. An argument that is not given changes
-    nothing.
+    Pass the parsed namespace to ``initialize(args=…)``. An absent argument overrides nothing.
 
     >>> parser = add_config_arguments(argparse.ArgumentParser())
     >>> args = parser.parse_args(["--deepspeed_config", "ds_config.json", "--max_steps", "100"])
     >>> args.deepspeed_config, args.max_steps, args.learning_rate
     ('ds_config.json', 100, None)
     """
-    config = parser.add_argument_group("config", "what runs; as in DeepSpeed")
-    config.add_argument("--deepspeed", action="store_true", help="accepted, and of no effect here")
-    config.add_argument("--deepspeed_config", metavar="FILE", help="the ds_config.json")
-    run = parser.add_argument_group("run", "each wins over the config file; as in SambaFlow")
-    for name, (metavar, kind, text) in _OF_RUN.items():
+    config = parser.add_argument_group("config", "config file, as in DeepSpeed")
+    config.add_argument(
+        "--deepspeed", action="store_true", help="accepted for compatibility; ignored"
+    )
+    config.add_argument("--deepspeed_config", metavar="FILE", help="path of the config file")
+    run = parser.add_argument_group("run", "override the config file, as in SambaFlow")
+    for name, (metavar, kind, text) in _RUN_ARGUMENTS.items():
         run.add_argument(f"--{name}", metavar=metavar, type=kind, help=text)
     tuning = parser.add_argument_group(
-        "schedule", "parameters of DeepSpeed's schedules; each wins over `scheduler.params`"
+        "schedule", "parameters of DeepSpeed's schedules; override `scheduler.params`"
     )
-    for name, cls in _of_schedules().items():
+    for name, cls in _schedule_parameters().items():
         field = fields_of(cls)[name]
         default = "" if field.required else f" (default: {json.dumps(field.default)})"
-        text = (
-            f"{cls.type_name}: {descriptions_of(cls)[name]} Takes {wanted(field.schema)}{default}."
-        )
-        # A flag alone is true, as DeepSpeed's --cycle_momentum.
+        accepted = f"Accepts {wanted(field.schema)}{default}."
+        text = f"{cls.type_name}: {descriptions_of(cls)[name]} {accepted}"
+        # A flag without a value means true, like DeepSpeed's --cycle_momentum.
         flag: dict[str, Any] = (
             {"nargs": "?", "const": True} if field.default in (True, False) else {}
         )
         tuning.add_argument(
-            f"--{name}", metavar="VALUE", type=_json, help=text.replace("%", "%%"), **flag
+            f"--{name}", metavar="VALUE", type=_parse_json, help=text.replace("%", "%%"), **flag
         )
     parser.set_defaults(**{_MARK: True})
     return parser
 
 
 def override(document: Document, args: argparse.Namespace) -> tuple[Document, list[Override]]:
-    """Return the document with the values of a namespace's arguments, and what they changed.
+    """Apply the arguments in a namespace; return the new document and the overrides.
 
-    The namespace is one of a parser that `add_config_arguments` has seen; any other changes
-    nothing.
+    A namespace overrides values only if its parser was passed to `add_config_arguments`.
     """
     if not getattr(args, _MARK, False) or not isinstance(document.value, dict):
         return document, []
@@ -131,36 +134,38 @@ def override(document: Document, args: argparse.Namespace) -> tuple[Document, li
     changes: list[Override] = []
     given = {name: each for name, each in vars(args).items() if each is not None}
     schedule = value.get("scheduler")
-    another = "lr_schedule" in given and isinstance(schedule, dict)
-    if another and schedule.get("type") != given["lr_schedule"]:
-        schedule.pop("params", None)  # they are the other schedule's
-    for argument, pointer, new in _targets(given, value):
+    is_replaced = "lr_schedule" in given and isinstance(schedule, dict)
+    if is_replaced and schedule.get("type") != given["lr_schedule"]:
+        schedule.pop("params", None)  # The params belong to the old schedule.
+    for argument, pointer, new in _list_targets(given, value):
         *sections, key = split_pointer(pointer)
         around = value
         for section in sections:
             around = around.setdefault(section, {})
             if not isinstance(around, dict):
-                break  # what is wrong with it is said when the document is checked
+                break  # `check` reports this problem
         else:
             place = document.places.get(pointer)
             in_file = ""
             if place is not None and around.get(key) != new:
-                had = json.dumps(document.at(pointer))
-                in_file = f"{had} as at {document.name}:{place.value[0]}:{place.value[1]}"
+                old = json.dumps(document.at(pointer))
+                in_file = f"{old} at {document.name}:{place.value[0]}:{place.value[1]}"
             around[key] = new
             changes.append(Override(f"--{argument}", pointer, new, in_file))
     origins = {change.pointer: change.argument for change in changes}
     return replace(document, value=value, arguments=origins), changes
 
 
-def _targets(given: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield argument, pointer and value, the schedule's type first."""
+def _list_targets(
+    given: Mapping[str, Any], config: Mapping[str, Any]
+) -> Iterator[tuple[str, str, Any]]:
+    """Yield (argument, pointer, value), the type of the schedule first."""
     if "lr_schedule" in given:
         yield "lr_schedule", "/scheduler/type", given["lr_schedule"]
     schedule = config.get("scheduler")
     schedule = schedule if isinstance(schedule, dict) else {}
     params = schedule.get("params") or {}
-    fields = _fields_of_type(given.get("lr_schedule") or schedule.get("type"))
+    fields = _schedule_fields(given.get("lr_schedule") or schedule.get("type"))
     if "learning_rate" in given:
         if "optimizer" in config:
             yield "learning_rate", "/optimizer/params/lr", given["learning_rate"]
@@ -172,13 +177,13 @@ def _targets(given: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tu
             yield "max_steps", "/scheduler/params/max_steps", given["max_steps"]
     if "steps_this_run" in given:
         yield "steps_this_run", "/engine/steps_this_run", given["steps_this_run"]
-    for name in ("warmup_steps", "end_lr_ratio", *_of_schedules()):
+    for name in ("warmup_steps", "end_lr_ratio", *_schedule_parameters()):
         if name in given:
             yield name, pointer_to("/scheduler/params", name), given[name]
 
 
-def _fields_of_type(name: object) -> Mapping[str, Any]:
+def _schedule_fields(name: object) -> Mapping[str, Any]:
     try:
         return fields_of(find(name)) if isinstance(name, str) else {}
     except ValueError:
-        return {}  # an unknown type is a problem of the document's
+        return {}  # `check` reports the unknown type

@@ -1,8 +1,8 @@
-"""Text of a config to values, with the place of every key and value.
+"""Parse the text of a config into values, with the position of every key and value.
 
-Read as DeepSpeed reads it: JSON, and hjson's comments and trailing commas. What such readers let
-pass in silence is a problem here: a key given twice, NaN, text without quotes. Reading goes on
-behind a problem wherever it can, so that one run finds them all.
+The parser accepts what DeepSpeed accepts: JSON, plus the comments and trailing commas of hjson. It
+reports problems that such parsers silently accept: duplicate keys, NaN, text without quotes. It
+continues after a problem if possible, so that one run finds all of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LITERALS = {"true": True, "false": False, "null": None}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a key and its value begin; line and column count from 1, columns in characters."""
+    """Start of a key and of its value, each as (line, column). Both count from 1."""
 
     key: tuple[int, int]
     value: tuple[int, int]
@@ -44,7 +44,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Document:
-    """A config's values, the place of each by JSON pointer, and what was wrong with its text."""
+    """A config's values, their positions by JSON pointer, and the problems of its text."""
 
     name: str
     value: Any
@@ -52,21 +52,21 @@ class Document:
     problems: tuple[Problem, ...] = ()
     text: str = ""
     marked: bool = False
-    """Whether a byte order mark stands before the text."""
+    """Whether the file starts with a byte order mark."""
     arguments: Mapping[str, str] = field(default_factory=dict)
-    """The command-line argument that gave the value at a JSON pointer, where one did."""
+    """Maps a JSON pointer to the command-line argument that set its value."""
 
     def encoded(self, text: str) -> bytes:
-        """Return a text as the file has it: UTF-8, with its byte order mark if it has one."""
+        """Encode a text as UTF-8, with a byte order mark if the file has one."""
         return (_MARK + text if self.marked else text).encode()
 
     @property
     def lines(self) -> list[str]:
-        """The lines of the text, as places count them."""
+        """The lines of the text, without line endings."""
         return [line.removesuffix("\r") for line in self.text.split("\n")]
 
     def offset(self, place: tuple[int, int]) -> int:
-        """Return the index in the text of a line and column."""
+        """Return the index of a (line, column) position in the text."""
         line, column = place
         return self._line_starts[line - 1] + column - 1
 
@@ -93,13 +93,13 @@ class Document:
         fix: Fix | None = None,
         suggestion: str = "",
     ) -> Problem:
-        """Return a problem at the place of a pointer, or of the nearest thing around it."""
+        """Return a problem at the position of a pointer, or of the nearest enclosing value."""
         around = pointer
         while around and around not in self.places and around not in self.arguments:
             around = parent_of(around)
         place = self.places.get(around)
         if around in self.arguments:
-            place, message = None, f"{message} It was given by {self.arguments[around]}."
+            place, message = None, f"{message} The value was set by {self.arguments[around]}."
         line, column = (0, 0) if place is None else place.key if at_key else place.value
         return Problem(
             rule=rule,
@@ -115,7 +115,7 @@ class Document:
 
 
 def is_finite(number: float) -> bool:
-    """Return whether a number is finite, also as a float: whole ones can be too long for that.
+    """Return whether a number is finite as a float. Large integers are not.
 
     >>> is_finite(10**300), is_finite(10**400), is_finite(float("nan"))
     (True, False, False)
@@ -127,27 +127,27 @@ def is_finite(number: float) -> bool:
 
 
 def parse(text: str, name: str) -> Document:
-    """Return the document of a text; one whose syntax is broken has no value but a problem."""
+    """Parse a text. If its syntax is invalid, the document has a problem and the value None."""
     marked = text.startswith(_MARK)
     text = text.removeprefix(_MARK)
     parser = _Parser(text)
     try:
         value = parser.document()
-    except _BrokenSyntaxError as fault:
-        line, column = parser.place(fault.at)
-        broken = Problem("syntax", "error", "", line, column, fault.message, fault.hint)
+    except _BrokenSyntaxError as error:
+        line, column = parser.place(error.at)
+        broken = Problem("syntax", "error", "", line, column, error.message, error.hint)
         return Document(name, None, parser.places, (*parser.problems, broken), text, marked)
     return Document(name, value, parser.places, tuple(parser.problems), text, marked)
 
 
 @functools.cache
 def _unquoted() -> re.Pattern[str]:
-    """Return what matches text without double quotes; few files have any."""
+    """Return the pattern of text without double quotes, compiled on first use."""
     return re.compile(
         r"""
-        '[^'\n]*'                                       # in single quotes
-        | [A-Za-z_$][\w.$/-]*(?=\s*[,:}\]\n]|\s*$)      # one word
-        | [A-Za-z_$/~.][^\n"{}\[\]]*?                   # the rest of the line, as hjson has it
+        '[^'\n]*'                                       # text in single quotes
+        | [A-Za-z_$][\w.$/-]*(?=\s*[,:}\]\n]|\s*$)      # a single word
+        | [A-Za-z_$/~.][^\n"{}\[\]]*?                   # the rest of the line, as in hjson
           (?=\s*,?\s*(?:\n|$|[}\]]))
         """,
         re.VERBOSE,
@@ -168,17 +168,17 @@ class _Parser:
         self.at = 0
         self.places: dict[str, Place] = {}
         self.problems: list[Problem] = []
-        self._line_begins = [0, *(match.end() for match in re.finditer(r"\n", text))]
+        self._line_starts = [0, *(match.end() for match in re.finditer(r"\n", text))]
         self._lenient = False
 
     def place(self, at: int) -> tuple[int, int]:
-        line = bisect_right(self._line_begins, at)
-        return line, at - self._line_begins[line - 1] + 1
+        line = bisect_right(self._line_starts, at)
+        return line, at - self._line_starts[line - 1] + 1
 
     def document(self) -> Any:
         self._space()
         if self.at == len(self.text):
-            raise _BrokenSyntaxError(self.at, "the config must hold a JSON object, but is empty.")
+            raise _BrokenSyntaxError(self.at, "The config must be a JSON object, got empty text.")
         value = self._value("", self.place(self.at), depth=0)
         self._space()
         if self.at < len(self.text):
@@ -189,7 +189,9 @@ class _Parser:
         place = self.place(self.at)
         self.places[pointer] = Place(key, place)
         if depth > MAX_DEPTH:
-            raise _BrokenSyntaxError(self.at, f"values must nest at most {MAX_DEPTH} deep.")
+            raise _BrokenSyntaxError(
+                self.at, f"Values can be nested at most {MAX_DEPTH} levels deep."
+            )
         match self.text[self.at : self.at + 1]:
             case "{":
                 return self._object(pointer, depth)
@@ -215,8 +217,8 @@ class _Parser:
                         "error",
                         below,
                         *key_place,
-                        f"`{key}` must be given once, but is given on line {first} already.",
-                        "Remove one of the two; readers differ in which they take.",
+                        f"Duplicate key `{key}`, already set on line {first}.",
+                        "Remove one of the two; JSON parsers differ in which one they use.",
                     )
                 )
             self._space()
@@ -234,18 +236,18 @@ class _Parser:
         return items
 
     def _closes(self, bracket: str, *, first: bool) -> bool:
-        """Step over what separates members, and say whether the bracket came instead."""
+        """Skip the separator before the next member; return whether the closing bracket follows."""
         end = self.at
         self._space()
         if not first and not self.text.startswith(bracket, self.at):
             comma = self.at
             if not self.text.startswith(",", comma) and "\n" in self.text[end:comma]:
-                self._not_strict(end, "a line's end in place of a comma")
+                self._report_not_strict(end, "Line breaks instead of commas", "Add commas.")
                 return False
             self._take(",", f'"," or "{bracket}"')
             self._space()
             if self.text.startswith(bracket, self.at):
-                self._not_strict(comma, "a comma behind the last member")
+                self._report_not_strict(comma, "Trailing commas", "Remove them.")
         if not self.text.startswith(bracket, self.at):
             return False
         self.at += 1
@@ -257,32 +259,33 @@ class _Parser:
         bare = _unquoted().match(self.text, self.at)
         if bare is None:
             self._expected('a key in double quotes or "}"')
-        self._not_quoted("", bare[0])
+        self._report_unquoted("", bare[0])
         self.at = bare.end()
         return bare[0].strip("'")
 
-    def _not_quoted(self, pointer: str, shown: str) -> None:
+    def _report_unquoted(self, pointer: str, shown: str) -> None:
         value = _PYTHONS.get(shown)
-        what = f"{shown} is Python's" if value else f"{shown[:40]} must stand in double quotes"
-        cure = f"Write {value}." if value else f'Write "{shown[:40].strip(_QUOTE)}".'
+        if value:
+            message = f"`{shown}` is Python syntax, not JSON."
+            hint = f"Write {value}."
+        else:
+            message = f"`{shown[:40]}` must be in double quotes."
+            hint = f'Write "{shown[:40].strip(_QUOTE)}".'
         place = self.place(self.at)
-        message = f"{what}; JSON has no text without them." if not value else f"{what}, not JSON's."
-        self.problems.append(Problem("unquoted", "error", pointer, *place, message, cure))
+        self.problems.append(Problem("unquoted", "error", pointer, *place, message, hint))
 
     def _string(self) -> str:
-        begin = self.at
+        start = self.at
         try:
             string: str
-            string, self.at = _STRINGS.raw_decode(self.text, begin)
+            string, self.at = _STRINGS.raw_decode(self.text, start)
         except ValueError as error:
-            raise _BrokenSyntaxError(
-                begin, f"the string that begins here is broken: {error}."
-            ) from None
+            raise _BrokenSyntaxError(start, f"Invalid string: {error}.") from None
         try:
             string.encode()
         except UnicodeEncodeError:
-            message = "a string must be whole characters, but holds half of a surrogate pair."
-            place = self.place(begin)
+            message = "Strings must be valid Unicode, got an unpaired surrogate."
+            place = self.place(start)
             self.problems.append(Problem("half-character", "error", "", *place, message))
             string = string.encode(errors="replace").decode()
         return string
@@ -296,7 +299,7 @@ class _Parser:
                 if is_finite(value):
                     return value
             shown = number[0] if len(number[0]) < 40 else number[0][:36] + "…"
-            self._not_finite(pointer, place, shown)
+            self._report_not_finite(pointer, place, shown)
             return None
         word = _WORD.match(self.text, self.at)
         if word is None:
@@ -306,16 +309,16 @@ class _Parser:
             return _LITERALS[word[0]]
         if word[0].lstrip("+-").lower() in {"nan", "inf", "infinity"}:
             self.at = word.end()
-            self._not_finite(pointer, place, word[0])
+            self._report_not_finite(pointer, place, word[0])
             return None
         if bare := _unquoted().match(self.text, self.at):
-            self._not_quoted(pointer, bare[0])
+            self._report_unquoted(pointer, bare[0])
             self.at = bare.end()
             return bare[0].strip(_QUOTE) if bare[0] not in _PYTHONS else None
         return self._expected("a value")
 
-    def _not_finite(self, pointer: str, place: tuple[int, int], shown: str) -> None:
-        message = f"`{pointer}` must be a finite number, but is {shown} instead."
+    def _report_not_finite(self, pointer: str, place: tuple[int, int], shown: str) -> None:
+        message = f"`{pointer}` must be a finite number, got {shown}."
         self.problems.append(Problem("not-finite", "error", pointer, *place, message))
 
     def _space(self) -> None:
@@ -323,14 +326,14 @@ class _Parser:
         assert match is not None
         comment = _COMMENT.search(match[0])
         if comment:
-            self._not_strict(self.at + comment.start(), "a comment")
+            hint = 'Move each comment to a key that starts with "//".'
+            self._report_not_strict(self.at + comment.start(), "Comments", hint)
         self.at = match.end()
 
-    def _not_strict(self, at: int, what: str) -> None:
+    def _report_not_strict(self, at: int, what: str, hint: str) -> None:
         if not self._lenient:
             self._lenient = True
-            message = f"{what} is no JSON: DeepSpeed reads it, but accelerate and others will not."
-            hint = 'To park a note in strict JSON, give it a key that begins with "//".'
+            message = f"{what} are not valid JSON. DeepSpeed accepts them; accelerate does not."
             self.problems.append(
                 Problem("not-strict-json", "note", "", *self.place(at), message, hint)
             )
@@ -344,5 +347,5 @@ class _Parser:
         found = _WORD.match(self.text, self.at)
         shown = found[0][:40] if found else self.text[self.at : self.at + 1]
         instead = f'"{shown}"' if shown else "the end of the file"
-        hint = "Strings stand in double quotes." if shown[:1] == "'" else ""
-        raise _BrokenSyntaxError(self.at, f"here must be {wanted}, but is {instead} instead.", hint)
+        hint = "Use double quotes for strings." if shown[:1] == "'" else ""
+        raise _BrokenSyntaxError(self.at, f"Expected {wanted}, got {instead}.", hint)

@@ -1,4 +1,4 @@
-"""JSON pointers (RFC 6901): the address of each key of a config."""
+"""JSON pointers (RFC 6901), which address the keys of a config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pointer_to(parent: str, key: str | int) -> str:
 
 
 def split_pointer(pointer: str) -> list[str]:
-    """Return the keys on the way to a value, outermost first.
+    """Return the keys in a pointer, outermost first.
 
     >>> split_pointer("/engine/a~1b"), split_pointer("")
     (['engine', 'a/b'], [])
@@ -35,7 +35,7 @@ def split_pointer(pointer: str) -> list[str]:
 
 
 def dotted_name(pointer: str) -> str:
-    """Return the name of a key as messages show it.
+    """Return the dotted name of a key, as shown in messages.
 
     >>> dotted_name("/fp16/enabled")
     'fp16.enabled'
@@ -54,7 +54,7 @@ def parent_of(pointer: str) -> str:
 
 
 def is_within(pointer: str, others: Iterable[str]) -> bool:
-    """Return whether a pointer is one of the others, or addresses a value inside of one.
+    """Return whether a pointer equals one of the others or addresses a value inside one of them.
 
     >>> is_within("/fp16/enabled", ["/fp16"]), is_within("/fp16", ["/fp16/enabled"])
     (True, False)
@@ -63,7 +63,7 @@ def is_within(pointer: str, others: Iterable[str]) -> bool:
 
 
 def without(value: Any, pointers: Collection[str], pointer: str = "") -> Any:
-    """Return a copy of a value without the members of objects at some pointers.
+    """Return a copy of a value without the object members at the given pointers.
 
     >>> without({"fp16": {"enabled": 1, "hysteresis": 2}}, {"/fp16/enabled"})
     {'fp16': {'hysteresis': 2}}

@@ -1,4 +1,4 @@
-"""Find every value that a run uses, and where it comes from."""
+"""List every value that a run uses, with its origin."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Entry", "as_config", "trace_origins"]
 
 
 class Entry(NamedTuple):
-    """A value of the resolved config."""
+    """A value of the resolved config, with its origin as text."""
 
     pointer: str
     value: Any
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The place in dots, as ``fp16.enabled``."""
+        """The dotted name, such as ``fp16.enabled``."""
         return dotted_name(self.pointer)
 
 
@@ -41,7 +41,7 @@ def trace_origins(context: RuleContext) -> Iterator[Entry]:
         if member.pointer == "/engine/backend" and member.value == "auto":
             yield Entry(member.pointer, backend.name, f"derived: {backend.reason}")
         else:
-            origin = _origin(document, member) if member.is_given else "default"
+            origin = _describe_origin(document, member) if member.is_given else "default"
             yield Entry(member.pointer, member.value, origin)
 
 
@@ -51,7 +51,7 @@ def _batch_sizes(document: Document, world_size: int) -> Iterator[Entry]:
     if "auto" not in given.values():
         try:
             sizes = solve(given, world_size)
-        except BatchError:  # valid for another number of ranks
+        except BatchError:  # the sizes fit a different number of ranks
             sizes = None
         if sizes:
             derived = dict(
@@ -59,13 +59,15 @@ def _batch_sizes(document: Document, world_size: int) -> Iterator[Entry]:
             )
     for key in BATCH_KEYS:
         if key in given:
-            yield Entry(f"/{key}", given[key], _origin(document, Member(f"/{key}", given[key], {})))
+            yield Entry(
+                f"/{key}", given[key], _describe_origin(document, Member(f"/{key}", given[key], {}))
+            )
         elif key in derived:
             yield Entry(f"/{key}", derived[key], f"derived for {count_noun(world_size, 'rank')}")
 
 
-def _origin(document: Document, member: Member) -> str:
-    """Return the argument or the line that gave a value, and who fills in an "auto"."""
+def _describe_origin(document: Document, member: Member) -> str:
+    """Return the argument or line that set a value, and the integrations that replace "auto"."""
     filled_in = member.value == "auto" and "x-auto" in member.schema
     suffix = f", filled in by {member.schema['x-auto']}" if filled_in else ""
     place = document.places.get(member.pointer)

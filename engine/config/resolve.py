@@ -1,4 +1,4 @@
-"""A config that was proved right, resolved: every value in place, ready to run."""
+"""Validate a config and resolve it: fill in every default and derived value."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Config", "LossScaling", "load_config"]
 
 @dataclass(frozen=True)
 class LossScaling:
-    """How the loss of a float16 run is scaled, by the keys of the section ``fp16``."""
+    """Loss scaling of an fp16 run; the fields are keys of the section ``fp16``."""
 
     loss_scale: float
     initial_scale_power: int
@@ -43,14 +43,14 @@ _RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup", "steps_this_run"
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """The section ``engine.checkpoint``; without ``dir`` only the script saves and loads."""
+    """The section ``engine.checkpoint``; without ``dir``, the engine does not save or resume."""
 
     dir: str | None
     every: int | None
     keep: int | None
     keep_every: int | None
     behind: bool
-    """Whether training goes on while a checkpoint is written: the key ``async``."""
+    """Whether checkpoints are written in the background: the key ``async``."""
     resume: Literal["auto", "must", "never"]
     override: bool
 
@@ -67,7 +67,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class OptimizerBlock:
-    """An optimizer's proper name and all of its parameters."""
+    """The canonical name of an optimizer, with all of its parameters."""
 
     type: str
     params: Mapping[str, Any]
@@ -75,24 +75,24 @@ class OptimizerBlock:
 
 @dataclass(frozen=True)
 class Config:
-    """A config that was proved right; defaults are filled in, derived values derived."""
+    """A valid config with all defaults and derived values filled in."""
 
     name: str
     backend: BackendChoice
     own: Mapping[str, Any]
-    """The user's config as it was given, arguments included."""
+    """The user's config, including command-line overrides, without defaults."""
     zero_stage: int
-    """0 replicates; 1, 2 and 3 divide optimizer states, gradients, and parameters."""
+    """0: no sharding; 1: sharded optimizer states; 2: gradients as well; 3: parameters as well."""
     offloads: bool
-    """Whether parameters and optimizer states live in the host's memory."""
+    """Whether parameters or optimizer states are offloaded to CPU memory."""
     wrap: tuple[str, ...]
-    """Classes of the modules that are gathered, or computed again, one at a time."""
+    """Class names of the modules that are the units of sharding and activation checkpointing."""
     recomputes: Literal["device", "host"] | None
-    """Where blocks that are computed again keep their inputs; None: none are."""
+    """Where activation checkpointing stores the inputs of blocks; None: it is disabled."""
     compiles: str | None
-    """The backend of torch.compile; None: the model runs as it is."""
+    """The backend of torch.compile; None: the model is not compiled."""
     finds_unused: bool
-    """Whether data parallelism looks for parameters that a forward pass left out."""
+    """Whether data parallelism searches for parameters that the forward pass did not use."""
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -102,18 +102,18 @@ class Config:
     steps_per_print: int | None
     data: DataSettings
     report: str | None
-    """Folder for pictures of what a schedule has found out."""
+    """Directory for plots of the results of AutoWU or LRRangeTest; None: the default."""
     checkpoint: CheckpointPlan
     monitors: Mapping[str, Mapping[str, Any]]
     """The sections ``tensorboard``, ``csv_monitor`` and ``wandb``."""
     overrides: tuple[Override, ...]
     warnings: tuple[Problem, ...]
-    """What is not wrong, but hardly meant."""
+    """Problems of severity "warning": probably mistakes, but the config can run."""
     run: Mapping[str, Any]
     """The keys of the section ``engine`` that set the length of the run."""
 
     def for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
-        """Return the config of a trial run by another schedule, which writes no files."""
+        """Return the config of a trial run with another schedule; it writes no files."""
         off = CheckpointPlan(None, None, None, None, behind=False, resume="never", override=False)
         silent = {name: {**section, "enabled": False} for name, section in self.monitors.items()}
         return replace(
@@ -127,10 +127,13 @@ class Config:
         )
 
     def horizon(self, steps_per_epoch: float | None) -> Horizon:
-        """Return the run that durations are a part of.
+        """Return the horizon that the schedule's durations refer to.
+
+        Args:
+            steps_per_epoch: optimizer steps per pass over the data; None if unknown.
 
         Raises:
-            DurationError: the length of the run is in epochs, whose length is not known.
+            DurationError: ``max_duration`` is in epochs and ``steps_per_epoch`` is None.
         """
         return horizon_of(
             self.run, samples_per_step=self.batch.train, steps_per_epoch=steps_per_epoch
@@ -140,18 +143,18 @@ class Config:
 def load_config(
     config: Source, *, world_size: int = 1, args: argparse.Namespace | None = None
 ) -> Config:
-    """Return a config, proved right and resolved.
+    """Validate a config and fill in all defaults and derived values.
 
     Args:
-        config: a path, or the config as a dict, which is not changed.
-        world_size: number of ranks that the run has.
-        args: a namespace of `add_config_arguments`, whose arguments win over the config.
+        config: path, or the config as a dict, which is not modified.
+        world_size: number of ranks of the run.
+        args: namespace of a parser with `add_config_arguments`; it overrides the config.
 
     Raises:
-        ConfigError: anything is wrong with it; ``problems`` holds all of it.
+        ConfigError: the config is invalid; ``problems`` lists every error.
 
     >>> print(load_config({"train_batch_size": 8}, world_size=2).batch)
-    batch 8 = 4 a rank x 1 accumulated x 2 ranks
+    batch size 8 = 4 per rank x 1 accumulation step x 2 ranks
     """
     document = load_document(config)
     overrides: Sequence[Override] = ()
@@ -186,9 +189,9 @@ def _resolve(
         backend=context.backend,
         own=own,
         zero_stage=int(zero_stage(own)),
-        offloads=_offloads(context.section("zero_optimization")),
+        offloads=_is_offloading(context.section("zero_optimization")),
         wrap=tuple(engine["wrap"]),
-        recomputes=_recomputes(own.get("activation_checkpointing")),
+        recomputes=_input_storage(own.get("activation_checkpointing")),
         compiles=engine["compile"],
         finds_unused=engine["find_unused_parameters"],
         batch=solve({key: value[key] for key in BATCH_KEYS if key in value}, world_size),
@@ -218,15 +221,15 @@ def _optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | None:
 
 def _checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:
     plan = dict(section)
-    return CheckpointPlan(behind=plan.pop("async"), **plan)  # async is a word of Python
+    return CheckpointPlan(behind=plan.pop("async"), **plan)  # async is a Python keyword
 
 
-def _recomputes(section: Mapping[str, Any] | None) -> Literal["device", "host"] | None:
+def _input_storage(section: Mapping[str, Any] | None) -> Literal["device", "host"] | None:
     if section is None:
         return None
     return "host" if section.get("cpu_checkpointing") else "device"
 
 
-def _offloads(zero: Mapping[str, Any]) -> bool:
+def _is_offloading(zero: Mapping[str, Any]) -> bool:
     blocks = (zero.get(name) or {} for name in ("offload_param", "offload_optimizer"))
     return any(block.get("device", "none") != "none" for block in blocks)

@@ -1,4 +1,4 @@
-"""The run and the optimizer of a config's schedule, as far as the config tells."""
+"""Evaluate a config's schedule for the run and the optimizer that the config describes."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _MAX_PIECES = 5000
 def horizon_of(
     engine: Mapping[str, Any], *, samples_per_step: int | None, steps_per_epoch: float | None
 ) -> Horizon:
-    """Return the horizon of a config's section ``engine``.
+    """Return the horizon described by a config's section ``engine``.
 
     Args:
-        engine: section, with or without its defaults.
-        samples_per_step: ``train_batch_size``, if it is known.
-        steps_per_epoch: optimizer steps in one pass over the data, if it is known.
+        engine: the section, with or without defaults.
+        samples_per_step: ``train_batch_size``; None if unknown.
+        steps_per_epoch: optimizer steps per pass over the data; None if unknown.
 
     Raises:
-        DurationError: ``max_duration`` is in epochs, and their length is not known.
+        DurationError: ``max_duration`` is in epochs and ``steps_per_epoch`` is None.
 
     >>> horizon_of({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
     100
@@ -61,10 +61,10 @@ def horizon_of(
 
 
 def horizon_if_known(schedule: Schedule[Any], config: Mapping[str, Any]) -> Horizon | None:
-    """Return the run that a schedule is resolved against; None if only the launch knows it.
+    """Return the horizon of a schedule; None if it is not known before launch.
 
-    Only the data loader knows the length of an epoch. If two of the three batch sizes are given,
-    only the launch knows ``train_batch_size``.
+    The length of an epoch depends on the data loader. If ``train_batch_size`` is absent, it depends
+    on the number of ranks.
     """
     run = config.get("engine", {})
     texts = f"{run.get('max_duration')} {list(vars(schedule).values())}".lower()
@@ -81,13 +81,13 @@ def samples_if_known(config: Mapping[str, Any]) -> int | None:
 
 
 def base_of(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
-    """Return what the config's optimizer is built with, one value per group of the schedule.
+    """Return the initial hyperparameters of the config's optimizer, one value per param group.
 
-    Without an optimizer, these are the defaults of Adam.
+    Without an optimizer, the defaults of Adam are used.
 
     Args:
-        config: config without "auto".
-        schedule: schedule whose lists have one value per group.
+        config: config without "auto" values.
+        schedule: schedule; its lists determine the number of param groups.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
@@ -103,7 +103,7 @@ def base_of(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
 
 @dataclass(frozen=True)
 class DrivenSchedule:
-    """A schedule and the curves that it follows for a config's optimizer and run."""
+    """A schedule and its curves for a config's optimizer and run."""
 
     schedule: Schedule[Any]
     horizon: Horizon
@@ -111,14 +111,14 @@ class DrivenSchedule:
     curves: Curves
 
     def ignores(self, name: str) -> bool:
-        """Return whether the optimizer's own value of a hyperparameter has no effect."""
+        """Return whether the curve does not depend on the optimizer's value of a hyperparameter."""
         other = {**self.base, name: tuple(value / 2 for value in self.base[name])}
-        there = self.schedule.curves_for(other, self.horizon)[name][0]
+        changed = self.schedule.curves_for(other, self.horizon)[name][0]
         steps = range(0, self.schedule.span + 1, max(1, self.schedule.span // 20))
-        return all(self.curves[name][0](step) == there(step) for step in steps)
+        return all(self.curves[name][0](step) == changed(step) for step in steps)
 
     def range_of(self, name: str) -> tuple[float, float]:
-        """Return the lowest and the highest value of a curve, at the ends of its pieces."""
+        """Return the lowest and highest value of a curve, evaluated at the ends of its pieces."""
         curve = self.curves[name][0]
         span = max(int(self.schedule.span), 1)
         pieces = itertools.islice(curve.pieces(0, span + 1), _MAX_PIECES)
@@ -127,22 +127,22 @@ class DrivenSchedule:
 
     @property
     def end(self) -> int | None:
-        """The step from which on the learning rate is constant; None if it never is."""
+        """The step after which the learning rate is constant; None if it never is."""
         curve, step = self.curves["lr"][0], 0.0
         for _ in range(_MAX_PIECES):
             piece = curve.piece(math.ceil(step))
             if math.isinf(piece.end):
-                stays = piece.line is not None and piece.line.rise == 0
-                return math.ceil(piece.begin) if stays else None
+                is_constant = piece.line is not None and piece.line.rise == 0
+                return math.ceil(piece.begin) if is_constant else None
             step = piece.end
         return None
 
 
 def drive(schedule: Schedule[Any], config: Mapping[str, Any]) -> DrivenSchedule | None:
-    """Return the curves of a schedule; None if they depend on more than the config.
+    """Return a schedule with its curves; None if they are not determined by the config.
 
     Raises:
-        ValueError: the schedule does not fit the run or the optimizer.
+        ValueError: the schedule does not match the run or the optimizer.
     """
     horizon = horizon_if_known(schedule, config)
     if horizon is None or schedule.feedback is not None:

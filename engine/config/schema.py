@@ -1,4 +1,4 @@
-"""The config schema: one walk over its keys, and one rule for the default of an absent key."""
+"""The config schema: iterate over its keys, and look up the default of an absent key."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 
 SCHEMA = "ds_config.schema.json"
 PARKED = ("x-", "//", "_")
-"""Prefixes of keys that are ignored: notes, and settings that are put aside."""
+"""Prefixes of keys that are ignored, such as notes and disabled settings."""
 OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
 
 ABSENT: Any = object()
@@ -43,7 +43,7 @@ SECTION: Mapping[str, Any] = {}
 
 
 def is_parked(key: str) -> bool:
-    """Return whether a key is parked.
+    """Return whether a key is ignored because of its prefix.
 
     >>> is_parked("_comment"), is_parked("fp16")
     (True, False)
@@ -52,7 +52,7 @@ def is_parked(key: str) -> bool:
 
 
 def optimizer_name(name: str) -> str | None:
-    """Return an optimizer's proper name from its name in any case; None for an unknown one."""
+    """Return the canonical name of an optimizer, ignoring case; None if it is unknown."""
     return {known.lower(): known for known in OPTIMIZERS}.get(name.lower())
 
 
@@ -62,7 +62,7 @@ def optimizer_schema(name: str) -> dict[str, Any]:
 
 
 def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
-    """Return the schema of a schedule's ``params``, generated now for one of the user's own."""
+    """Return the schema of a schedule's ``params``; for a custom schedule, generate it."""
     if SCHEDULES.get(cls.type_name) is cls:
         with contextlib.suppress(FileNotFoundError):
             return schemas.read(f"schedulers/{cls.type_name}.json")
@@ -70,24 +70,24 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
 
 
 def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a schema itself, or the file that it refers to, with what it adds."""
+    """Return a schema, merged with the file that it references, if any."""
     reference = schema.get("$ref")
     return {**schemas.read(reference), **schema} if reference else schema
 
 
 class Member(NamedTuple):
-    """A key of a config, or one that its schema has in addition."""
+    """A key of a config, given or filled in from the schema."""
 
     pointer: str
     value: Any
     schema: Mapping[str, Any]
-    """What the value must be; empty for an unknown key."""
+    """JSON schema of the value; empty for an unknown key."""
     is_given: bool = True
-    """Whether the config has the key, so that the value is not filled in."""
+    """Whether the config has the key; if not, the value is filled in."""
 
     @property
     def is_section(self) -> bool:
-        """Whether the value is an object whose keys are members themselves."""
+        """Whether the value is an object whose keys are also members."""
         if "properties" not in self.schema:
             return False
         return isinstance(self.value, Mapping) if self.is_given else self.value is SECTION
@@ -100,16 +100,16 @@ def walk(
     *,
     fill: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> Iterator[Member]:
-    """Yield the keys of an object at every depth, sections before their keys.
+    """Yield the keys of an object at every depth, each section before its keys.
 
-    The schema of a block's ``params`` is that of its ``type``. Parked keys are left out.
+    The schema of ``params`` is chosen by ``type``. Keys with an ignored prefix are skipped.
 
     Args:
-        value: object that need not be valid.
+        value: object, valid or not.
         schema: schema of the object.
         pointer: JSON pointer of the object.
         fill: function from the schema of an absent key to its value; `SECTION` fills in the keys
-            of a section, `ABSENT` leaves the key out. By default, absent keys are left out.
+            of a section, `ABSENT` skips the key. By default, absent keys are skipped.
 
     >>> [member.pointer for member in walk({"fp16": {"enabled": True}}, schemas.read(SCHEMA))]
     ['/fp16', '/fp16/enabled']
@@ -134,7 +134,7 @@ def walk(
 
 
 def _replaced_names(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
-    """Return the names of keys that are given under another name."""
+    """Return the names of keys that the object sets under a deprecated or alternative name."""
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
 
@@ -142,9 +142,10 @@ def _replaced_names(value: Mapping[str, Any], properties: Mapping[str, Any]) -> 
 def _schema_of_member(
     schema: Mapping[str, Any], pointer: str, around: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Return a key's schema with its reference resolved, or the one that the block's type has.
+    """Return the schema of a key, with references resolved and ``params`` chosen by ``type``.
 
-    The annotations of an optimizer, such as its backend, are those of the key ``type``.
+    The schema of an optimizer's ``type`` key also has the annotations of that optimizer, such as
+    its backend.
     """
     name = around.get("type")
     if isinstance(name, str):
@@ -167,8 +168,8 @@ def default_of(schema: Mapping[str, Any], backend: str) -> Any:
         backend: "torch" or "deepspeed".
 
     Returns:
-        The default; `SECTION` for a section whose keys have defaults; `ABSENT` if there is none:
-        the key is required, an old name, or not read by the backend.
+        The default; `SECTION` for a section whose keys have defaults; `ABSENT` if the key has no
+        default, is deprecated or removed, or is not supported by the backend.
 
     >>> default_of({"default": 2}, "torch")
     2
@@ -184,8 +185,8 @@ def nest(members: Iterable[Member], pointer: str = "") -> dict[str, Any]:
     """Return members as nested dicts.
 
     Args:
-        members: keys in the order of `walk`.
-        pointer: JSON pointer of the object that holds them.
+        members: keys in the order in which `walk` yields them.
+        pointer: JSON pointer of the object that contains them.
 
     >>> nest([Member("/fp16/enabled", False, {})])
     {'fp16': {'enabled': False}}
@@ -201,9 +202,9 @@ def nest(members: Iterable[Member], pointer: str = "") -> dict[str, Any]:
 
 
 def with_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an object without its parked keys and with the defaults of its absent ones.
+    """Return an object with defaults for absent keys and without ignored keys.
 
-    Keys that only DeepSpeed reads get no default: it has its own.
+    Keys that only DeepSpeed supports get no default, because DeepSpeed applies its own.
 
     >>> with_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))["enabled"]
     True

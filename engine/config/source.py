@@ -16,17 +16,17 @@ from engine.errors import ConfigError, Problem
 
 __all__ = ["Source", "find_unserializable", "load_document"]
 
-# The largest real config that is known has some thousand bytes; gigabytes are a wrong path.
+# Real configs have a few thousand bytes. A much larger file is probably a wrong path.
 _MAX_BYTES = 1_000_000
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
 def load_document(config: Source) -> Document:
-    """Return the document of a config file or dict.
+    """Read a config from a file, standard input ("-") or a dict.
 
     Raises:
-        ConfigError: there is no such file, or it is no text.
+        ConfigError: the file does not exist, cannot be read, or is not text.
     """
     if isinstance(config, Mapping):
         return _from_mapping(config)
@@ -35,22 +35,18 @@ def load_document(config: Source) -> Document:
     try:
         data = sys.stdin.buffer.read(_MAX_BYTES + 1) if name == "-" else _read(path)
         if len(data) > _MAX_BYTES:
-            raise _unreadable(
-                name, f"a config must be at most {_MAX_BYTES:,} bytes, but is longer."
-            )
+            raise _unreadable_error(name, f"The config must be at most {_MAX_BYTES:,} bytes long.")
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _unreadable(
-            name, f"a config must be UTF-8 text, but byte {error.start} is not."
+        raise _unreadable_error(
+            name, f"The config must be UTF-8 text, but byte {error.start} is invalid."
         ) from None
     except FileNotFoundError:
         near = _nearest_file(path)
-        hint = f"The nearest is {near}." if near else f"{path.parent} holds no JSON file."
-        raise _unreadable(name, "a config must be a file, but there is none here.", hint) from None
+        hint = f"Did you mean {near}?" if near else f"{path.parent} contains no JSON file."
+        raise _unreadable_error(name, "File not found.", hint) from None
     except OSError as error:
-        raise _unreadable(
-            name, f"a config must be a readable file, but: {error.strerror}."
-        ) from None
+        raise _unreadable_error(name, f"The config cannot be read: {error.strerror}.") from None
     return parse(text, name)
 
 
@@ -63,40 +59,41 @@ def _from_mapping(config: Mapping[str, Any]) -> Document:
     problems = tuple(find_unserializable(config, ""))
     value = config
     if not problems:
-        # A copy by way of JSON: what is checked is what a file would hold, and it stays so.
+        # Copy through JSON, so that later changes to the user's dict do not change the config.
         value = json.loads(json.dumps(config, default=dict))
     return Document("config", value, problems=problems)
 
 
 def find_unserializable(value: Any, pointer: str) -> Iterator[Problem]:
-    """Yield what JSON cannot say: keys that are no strings, NaN, objects of other kinds."""
+    """Yield a problem for each key or value that JSON cannot represent, such as NaN."""
     members: Any = ()
     if isinstance(value, Mapping):
         members = value.items()
     elif isinstance(value, list | tuple):
         members = enumerate(value)
     elif isinstance(value, int | float) and not is_finite(value):
-        shown = value if isinstance(value, float) else "longer than any float"
-        message = f"`{pointer}` must be a finite number, but is {shown} instead."
+        shown = value if isinstance(value, float) else "an integer that is too large for a float"
+        message = f"`{pointer}` must be a finite number, got {shown}."
         yield Problem("not-finite", "error", pointer, 0, 0, message)
     elif not isinstance(value, str | int | float | bool | None):
-        message = f"`{pointer}` must be a value that JSON has, but is {value!r} instead."
+        message = f"`{pointer}` must be a JSON value, got {value!r}."
         yield Problem("wrong-type", "error", pointer, 0, 0, message)
     for key, below in members:
         if isinstance(value, Mapping) and not isinstance(key, str):
-            message = f"a key of `{pointer or 'the config'}` must be a string, but is {key!r}."
+            name = f"`{pointer}`" if pointer else "the config"
+            message = f"Keys of {name} must be strings, got {key!r}."
             yield Problem("wrong-type", "error", pointer, 0, 0, message)
         yield from find_unserializable(below, pointer_to(pointer, key))
 
 
-def _unreadable(name: str, message: str, hint: str = "") -> ConfigError:
+def _unreadable_error(name: str, message: str, hint: str = "") -> ConfigError:
     return ConfigError(name, [Problem("unreadable", "error", "", 0, 0, message, hint)])
 
 
 def _nearest_file(path: Path) -> Path | None:
-    folder = path.parent
-    if not folder.is_dir():
+    directory = path.parent
+    if not directory.is_dir():
         return None
-    names = sorted(other.name for other in folder.glob("*.json"))
+    names = sorted(other.name for other in directory.glob("*.json"))
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.3) or names[:1]
-    return folder / near[0] if near else None
+    return directory / near[0] if near else None

@@ -44,24 +44,24 @@ _REGISTRY: Registry[Any] = Registry(
 
 @dataclass(frozen=True)
 class Structure:
-    """What the schemas say about a config, for the rules that compare its values."""
+    """Result of checking a config against its schemas, for the rules that compare values."""
 
     problems: Sequence[Problem]
     config: Mapping[str, Any]
-    """The config without invalid values, and without each "auto" that an integration fills in."""
+    """The config without invalid values and without "auto" values."""
     members: Sequence[Member]
-    """The config's keys, but for those that the config schema rejects."""
+    """The config's keys, except those that the config schema rejects."""
     unsure: Collection[str]
-    """Pointers of what ``config`` lacks, and of keys that were probably meant by unknown ones."""
+    """Pointers of the values that ``config`` omits, and of keys that were probably misspelled."""
     schedule: Schedule[Any] | None
-    """The schedule of ``config``; None if there is none, or if its parameters are at odds."""
+    """The schedule of ``config``; None if it is absent or its parameters conflict."""
 
 
 def check_structure(document: Document) -> Structure:
-    """Check each value of a config by itself, and construct its schedule.
+    """Check each value of a config separately, and construct the config's schedule.
 
     Args:
-        document: config, which is an object.
+        document: parsed config; its value must be an object.
     """
     schema = schemas.read(SCHEMA)
     problems = list(against_schema(document, document.value, schema))
@@ -72,31 +72,33 @@ def check_structure(document: Document) -> Structure:
         block = config.get(key)
         if isinstance(block, dict) and "type" in block and f"/{key}/params" not in invalid:
             problems += check_block(document, block)
-    problems += _find_old_names(document)
+    problems += _find_deprecated(document)
     unsure = {each.pointer for each in members if each.value == "auto" and "x-auto" in each.schema}
     unsure |= _pointers_of_errors(problems)
     config = without(config, unsure)
-    schedule, of_schedule = _construct_schedule(document, config, unsure)
-    problems += of_schedule
-    unsure |= _pointers_of_errors(of_schedule)
+    schedule, from_schedule = _construct_schedule(document, config, unsure)
+    problems += from_schedule
+    unsure |= _pointers_of_errors(from_schedule)
     return Structure(problems, without(config, unsure), members, frozenset(unsure), schedule)
 
 
 def _pointers_of_errors(problems: Sequence[Problem]) -> set[str]:
     errors = [problem for problem in problems if problem.severity == "error"]
-    return {found for problem in errors for found in (problem.pointer, _meant_by(problem))} - {""}
+    return {
+        found for problem in errors for found in (problem.pointer, _suggested_pointer(problem))
+    } - {""}
 
 
 def against_schema(
     document: Document, value: Any, schema: Mapping[str, Any], pointer: str = ""
 ) -> Iterator[Problem]:
-    """Yield what is wrong with a value and all below it, each thing by itself.
+    """Yield one problem per schema violation in a value and its nested values.
 
     Args:
-        document: where the places come from.
-        value: a part of its value.
-        schema: what that part must be.
-        pointer: where the part is.
+        document: parsed config, used to locate problems.
+        value: part of the document's value.
+        schema: JSON schema of that part.
+        pointer: JSON pointer of that part.
     """
     validator = jsonschema.Draft202012Validator(schema, registry=_REGISTRY)
     problems: list[Problem] = []
@@ -104,22 +106,22 @@ def against_schema(
         below = pointer
         for part in error.absolute_path:
             below = pointer_to(below, part)
-        problems += _problems_of(document, error, below)
+        problems += _convert_error(document, error, below)
     problems = list({(each.rule, each.pointer, each.message): each for each in problems}.values())
-    meant = {_meant_by(problem) for problem in problems}
+    meant = {_suggested_pointer(problem) for problem in problems}
     for problem in problems:
-        # A key that is missing because it is misspelt is said once.
+        # A misspelled required key is reported only as unknown, not also as missing.
         if problem.rule != "missing-key" or problem.suggestion not in meant:
             yield problem
 
 
-def _meant_by(problem: Problem) -> str:
-    """Return the pointer of the key that was probably meant by an unknown one, or nothing."""
+def _suggested_pointer(problem: Problem) -> str:
+    """Return the pointer of the key that an unknown key probably stands for, or an empty string."""
     found = problem.rule == "unknown-key" and problem.suggestion
     return pointer_to(parent_of(problem.pointer), problem.suggestion) if found else ""
 
 
-def _problems_of(
+def _convert_error(
     document: Document, error: jsonschema.ValidationError, pointer: str
 ) -> Iterator[Problem]:
     name = dotted_name(pointer) or "the config"
@@ -133,34 +135,34 @@ def _problems_of(
                 if key not in known and not is_parked(key):
                     yield _unknown_key(document, pointer, key, known, value)
         case "required":
-            # jsonschema has an error for each, and none of them says which it is of.
+            # jsonschema yields one error per missing key, but does not name the key.
             for missing in (key for key in error.validator_value if key not in value):
                 takes = wanted(schema["properties"][missing])
-                message = f"`{missing}` must be given in {name}, but is missing."
+                message = f"Missing key `{missing}` in {name}."
                 below = pointer_to(pointer, missing)
-                hint = f"It takes {takes}."
+                hint = f"It accepts {takes}."
                 yield document.problem("missing-key", pointer, message, hint, suggestion=below)
         case "not":
-            message = f"`{name}` was removed from DeepSpeed in {schema['x-removed']}."
+            message = f"`{name}` was removed in DeepSpeed {schema['x-removed']}."
             hint = schema["x-instead"]
             yield document.problem("removed-key", pointer, message, hint, at_key=True)
         case _ if value == "auto":
             message = (
-                f'`{name}` must be {wanted(schema)}, but is "auto", which nobody fills in here.'
+                f'`{name}` must be {wanted(schema)}, got "auto", which no integration replaces.'
             )
-            yield document.problem("auto-nobody-fills", pointer, message, "Write the value.")
+            yield document.problem("auto-nobody-fills", pointer, message, "Set a value.")
         case _ if keyword in {"type", "enum", "pattern"} | _RANGE:
-            message = f"`{name}` must be {wanted(schema)}, but is {quote_value(value)} instead."
+            message = f"`{name}` must be {wanted(schema)}, got {quote_value(value)}."
             takes_auto = keyword == "pattern" and error.validator_value == "^auto$"
             kind = "wrong-type" if keyword == "type" or takes_auto else "out-of-range"
-            hint, fix = _unquoted(value, schema) if kind == "wrong-type" else ("", None)
+            hint, fix = _suggest_unquoting(value, schema) if kind == "wrong-type" else ("", None)
             yield document.problem(kind, pointer, message, hint, fix=fix)
         case _:
-            raise AssertionError(f"a schema uses {keyword}, which has no message")
+            raise AssertionError(f"no message is defined for the schema keyword {keyword}")
 
 
-def _unquoted(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:
-    """Return the cure of a number or truth value in quotes, in any spelling of the latter."""
+def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:
+    """Return the hint and fix for a number or boolean in quotes; booleans match in any case."""
     if not isinstance(value, str):
         return "", None
     try:
@@ -168,37 +170,37 @@ def _unquoted(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:
     except ValueError:
         return "", None
     validator = jsonschema.Draft202012Validator(schema, registry=_REGISTRY)
-    endless = isinstance(meant, float) and not math.isfinite(meant)
-    if endless or not validator.is_valid(meant):
+    is_infinite = isinstance(meant, float) and not math.isfinite(meant)
+    if is_infinite or not validator.is_valid(meant):
         return "", None
-    return f"Write {json.dumps(meant)}, without the quotes.", Fix(value=meant)
+    return f"Write {json.dumps(meant)} without quotes.", Fix(value=meant)
 
 
 def _unknown_key(
     document: Document, pointer: str, key: str, known: Mapping[str, Any], present: Mapping[str, Any]
 ) -> Problem:
     found = suggestion(pointer, key, known, present)
-    message = f"`{shorten(key)}` is no key that anything here reads."
+    message = f"Unknown key `{shorten(key)}`."
     return document.problem(
         "unknown-key",
         pointer_to(pointer, key),
         message,
-        found.hint or 'If it is a note, let it begin with "//" or "x-".',
+        found.hint or 'To keep it as a note, start the key with "//" or "x-".',
         at_key=True,
         fix=found.fix,
         suggestion=found.meant,
     )
 
 
-def _find_old_names(document: Document) -> Iterator[Problem]:
-    """Yield a note for each key that still works under an old name."""
+def _find_deprecated(document: Document) -> Iterator[Problem]:
+    """Yield a note for each deprecated key."""
     for member in walk(document.value, schemas.read(SCHEMA)):
         if member.schema.get("deprecated"):
             instead = member.schema.get("x-instead", "")
             renamed = instead.isidentifier()
-            hint = f"Write `{instead}`." if renamed or "." in instead[:-1] else instead
+            hint = f"Use `{instead}`." if instead and " " not in instead else instead
             fix = Fix(key=instead) if renamed else None
-            message = f"`{key_at(member.pointer)}` is an old spelling, which DeepSpeed still reads."
+            message = f"`{key_at(member.pointer)}` is deprecated."
             yield document.problem(
                 "deprecated-key",
                 member.pointer,
@@ -215,16 +217,20 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
     if name is None:
         usable = [known for known, schema in OPTIMIZERS.items() if "x-removed" not in schema]
         near = nearest(block["type"], OPTIMIZERS)
-        hint = f"Did you mean `{near}`?" if near else "Pass any other to `initialize(optimizer=…)`."
+        hint = (
+            f"Did you mean `{near}`?"
+            if near
+            else "Pass any other optimizer to `initialize(optimizer=…)`."
+        )
         message = (
             f"`optimizer.type` must be one of {', '.join(usable)}, "
-            f"but is {quote_value(block['type'])} instead."
+            f"got {quote_value(block['type'])}."
         )
         yield document.problem("unknown-optimizer", "/optimizer/type", message, hint)
         return
     schema = optimizer_schema(name)
     if "x-removed" in schema:
-        message = f"`optimizer.type` {name} was removed from DeepSpeed in {schema['x-removed']}."
+        message = f"The optimizer {name} was removed in DeepSpeed {schema['x-removed']}."
         yield document.problem("removed-key", "/optimizer/type", message, schema["x-instead"])
         return
     yield from against_schema(document, block.get("params", {}), schema, "/optimizer/params")
@@ -238,25 +244,25 @@ def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[P
         return
     params, schema = block.get("params", {}), schedule_schema(cls)
     for problem in against_schema(document, params, schema, "/scheduler/params"):
-        yield _with_owners(problem)
+        yield _add_owners(problem)
 
 
-def _with_owners(problem: Problem) -> Problem:
-    """Return the problem; if it is a parameter of other schedules, with their names."""
+def _add_owners(problem: Problem) -> Problem:
+    """Add a hint to an unknown parameter if other schedules have a parameter of that name."""
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem
     key = key_at(problem.pointer)
     owners = [name for name, cls in SCHEDULES.items() if key in fields_of(cls)]
-    hint = f"It is a parameter of {' and '.join(owners[:5])}."
+    hint = f"It is a parameter of {', '.join(owners[:5])}."
     return dataclasses.replace(problem, hint=hint) if owners else problem
 
 
 def _construct_schedule(
     document: Document, config: Mapping[str, Any], unsure: Collection[str]
 ) -> tuple[Schedule[Any] | None, list[Problem]]:
-    """Return the config's schedule, and the problems of its parameters with one another.
+    """Return the config's schedule, and the conflicts between its parameters.
 
-    Problems are only reported if all parameters are known: neither invalid nor "auto".
+    Conflicts are reported only if no parameter is invalid or "auto".
     """
     block = config.get("scheduler")
     if not isinstance(block, Mapping) or "type" not in block:

@@ -1,6 +1,6 @@
-"""What was probably meant by an unknown key: by spelling, by another tool's name, by place.
+"""Suggest a known key for an unknown one: by spelling, by another tool's name, by section.
 
-None is better than a bad one: a suggestion that is wrong costs more than a second look.
+No suggestion is better than a bad one, which costs the user more time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ __all__ = ["Suggestion", "suggestion"]
 
 
 class Suggestion(NamedTuple):
-    """The hint for an unknown key, the key beside it that was meant, the repair without a doubt."""
+    """A suggestion for an unknown key.
+
+    ``hint`` is the text for the message. ``meant`` is the key in the same object that was probably
+    meant. ``fix`` is set only if the replacement is certain.
+    """
 
     hint: str
     meant: str = ""
@@ -29,13 +33,13 @@ class Suggestion(NamedTuple):
 def suggestion(
     pointer: str, key: str, known: Mapping[str, Any], present: Mapping[str, Any]
 ) -> Suggestion:
-    """Return what is to be said about an unknown key.
+    """Return a suggestion for an unknown key.
 
     Args:
-        pointer: the JSON pointer of the object that holds it.
-        key: the key.
-        known: the properties of that object's schema.
-        present: the object.
+        pointer: JSON pointer of the object that contains the key.
+        key: unknown key.
+        known: properties of the object's schema.
+        present: the object itself.
 
     >>> known = {"gradient_clipping": {"type": "number"}}
     >>> suggestion("", "gradient_cliping", known, {"gradient_cliping": 1.0}).hint
@@ -45,25 +49,27 @@ def suggestion(
     absent = [name for name in usable if name not in present]
     meant = _ALIASES.get(pointer, {}).get(key)
     if meant in absent:
-        return Suggestion(f"It is `{meant}` here.", meant, Fix(key=meant))
-    fitting = [name for name in absent if _fits(present[key], resolve_reference(known[name]))]
-    # Of short names two letters may be wrong, where the value points to one all the same.
-    near = nearest(key, fitting) or nearest(key, absent) or _only_near(key, fitting)
+        return Suggestion(f"Use `{meant}` instead.", meant, Fix(key=meant))
+    fitting = [
+        name for name in absent if _accepts_type(present[key], resolve_reference(known[name]))
+    ]
+    # Short names may differ in two letters if the type of the value leaves only one candidate.
+    near = nearest(key, fitting) or nearest(key, absent) or _find_only_near(key, fitting)
     if near:
         return Suggestion(f"Did you mean `{near}`?", near)
     if meant and meant.startswith("/"):
-        return Suggestion(f"Its place is `{meant}`.")
-    places = [place for place in _places().get(key, ()) if place != pointer]
+        return Suggestion(f"Use `{meant}` instead.")
+    places = [place for place in _sections_by_key().get(key, ()) if place != pointer]
     if 0 < len(places) <= 3:
         where = " or ".join(f"`{place}`" if place else "the top level" for place in places)
-        return Suggestion(f"It belongs under {where}.")
+        return Suggestion(f"Move it to {where}.")
     if near := nearest(key, [name for name in usable if name in present]):
-        return Suggestion(f"Did you mean `{near}`, which is given already?")
+        return Suggestion(f"Did you mean `{near}`, which is already set?")
     return Suggestion("")
 
 
-def _only_near(name: str, known: Collection[str]) -> str | None:
-    """Return the one known name that is two edits away and begins or ends alike."""
+def _find_only_near(name: str, known: Collection[str]) -> str | None:
+    """Return the only known name within two edits that has the same first or last letter."""
     near = [
         other
         for other in known
@@ -73,8 +79,8 @@ def _only_near(name: str, known: Collection[str]) -> str | None:
     return near[0] if len(near) == 1 and len(name) > 1 else None
 
 
-def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Return whether a value is of a type that a schema takes, in JSON's terms."""
+def _accepts_type(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Return whether a schema accepts the JSON type of a value."""
     wanted = schema.get("type", [])
     names = [wanted] if isinstance(wanted, str) else wanted
     return any(isinstance(value, _TYPES[name]) for name in names) and not (
@@ -95,14 +101,14 @@ _ALIASES: Mapping[str, Mapping[str, str]] = schemas.read("aliases.json")
 
 
 @functools.cache
-def _places() -> dict[str, tuple[str, ...]]:
-    """Return the sections in which each key is known, except optimizers' and schedules' params."""
+def _sections_by_key() -> dict[str, tuple[str, ...]]:
+    """Return the sections that have each key, excluding the params of optimizers and schedules."""
     places: dict[str, tuple[str, ...]] = {}
-    for member in walk({}, schemas.read(SCHEMA), fill=_unless_old):
+    for member in walk({}, schemas.read(SCHEMA), fill=_skip_old_keys):
         key = key_at(member.pointer)
         places[key] = (*places.get(key, ()), parent_of(member.pointer))
     return places
 
 
-def _unless_old(schema: Mapping[str, Any]) -> Any:
+def _skip_old_keys(schema: Mapping[str, Any]) -> Any:
     return ABSENT if "x-removed" in schema or schema.get("deprecated") else SECTION

@@ -1,7 +1,7 @@
-"""Validate a config: its text, then each value against its schema, then values together.
+"""Validate a config: its text, then each value against its schema, then combinations of values.
 
-A later phase sees only what the earlier ones accepted, so that nobody reads about the consequences
-of a mistake beside the mistake.
+Each phase sees only the values that the earlier phases accepted. A mistake is therefore reported
+without the errors that would follow from it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SEVERITIES = ("error", "warning", "note")
 
 
 def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
-    """Return all problems of a config, in the order of their places; none if it is valid.
+    """Return all problems of a config, sorted by position; an empty list if it is valid.
 
     Args:
         config: path, or the config as a dict.
-        world_size: number of ranks to check the batch sizes for; None checks what holds for any.
+        world_size: number of ranks that the batch sizes must fit; None accepts any number.
 
     Raises:
         ConfigError: the file does not exist or is not text.
@@ -38,33 +38,34 @@ def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
 
 
 def check(document: Document, world_size: int | None, *, runs: bool = False) -> list[Problem]:
-    """Return every problem of a document, sorted by place; see `examine`."""
+    """Return every problem of a document, sorted by position; see `examine`."""
     return examine(document, world_size, runs=runs)[0]
 
 
 def examine(
     document: Document, world_size: int | None, *, runs: bool = False
 ) -> tuple[list[Problem], RuleContext | None]:
-    """Return every problem of a document, sorted by place, and its valid part.
+    """Return every problem of a document, sorted by position, and its valid part.
 
     Args:
         document: parsed config.
-        world_size: number of ranks to check the batch sizes for; None checks what holds for any.
-        runs: whether the config runs as it is, so that no integration fills in an "auto".
+        world_size: number of ranks that the batch sizes must fit; None accepts any number.
+        runs: whether a run starts from this config, so that no integration replaces "auto".
 
     Returns:
-        The problems, and what the rules saw of the config; None if it is not even an object.
+        The problems, and the context that the rules received; None if the text cannot be parsed or
+        is not an object.
     """
     problems = list(document.problems)
     context = None
     if not any(problem.rule == "syntax" for problem in problems):
-        unread = {problem.pointer for problem in problems if problem.severity == "error"} - {""}
+        invalid = {problem.pointer for problem in problems if problem.severity == "error"} - {""}
         found, context = _examine_values(document, world_size, runs=runs)
-        problems += [problem for problem in found if problem.pointer not in unread]
-    return sorted(problems, key=_place), context
+        problems += [problem for problem in found if problem.pointer not in invalid]
+    return sorted(problems, key=_sort_key), context
 
 
-def _place(problem: Problem) -> tuple[int, int, int, str]:
+def _sort_key(problem: Problem) -> tuple[int, int, int, str]:
     severity = SEVERITIES.index(problem.severity)
     return problem.line, problem.column, severity, problem.pointer
 
@@ -73,21 +74,19 @@ def _examine_values(
     document: Document, world_size: int | None, *, runs: bool
 ) -> tuple[Iterable[Problem], RuleContext | None]:
     if not isinstance(document.value, dict):
-        message = f"a config must be a JSON object, but is {quote_value(document.value)} instead."
+        message = f"The config must be a JSON object, got {quote_value(document.value)}."
         return [document.problem("wrong-type", "", message)], None
     structure = check_structure(document)
     context = RuleContext(document, structure, world_size)
     autos = _find_unresolved(context) if runs else ()
-    of_rules = (problem for rule in RULES for problem in rule(context))
-    return [*structure.problems, *autos, *of_rules], context
+    from_rules = (problem for rule in RULES for problem in rule(context))
+    return [*structure.problems, *autos, *from_rules], context
 
 
 def _find_unresolved(context: RuleContext) -> Iterator[Problem]:
     for member in context.members:
         if member.value == "auto" and "x-auto" in member.schema:
-            name, who = dotted_name(member.pointer), member.schema["x-auto"].replace(", ", " and ")
-            message = (
-                f'`{name}` must have a value, but is "auto", which {who} would have to fill in.'
-            )
-            hint = "Write the value, or start the run from there."
+            name, who = dotted_name(member.pointer), member.schema["x-auto"].replace(", ", " or ")
+            message = f'`{name}` must be set, got "auto", which only {who} can replace.'
+            hint = f"Set a value, or start the run with {who}."
             yield context.error("unresolved-auto", member.pointer, message, hint)

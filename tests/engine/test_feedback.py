@@ -187,7 +187,7 @@ def test_torchs_own_plateau_is_told_of_the_metric():
 
 
 def test_rollback_on_deepspeed_is_refused():
-    with pytest.raises(engine.ConfigError, match=r"rollback` is honoured on PyTorch alone"):
+    with pytest.raises(engine.ConfigError, match="rollback` is not supported by DeepSpeed"):
         start(AUTOWU | {"rollback": True}, engine={"backend": "deepspeed"})
 
 

@@ -350,8 +350,8 @@ def test_the_log_says_once_what_runs_and_then_what_each_update_used(caplog):
         seen = train(trainer, loader, 4)
     first, *progress = [record.getMessage() for record in caplog.records]
     assert first == (
-        "PyTorch, one process, cpu, fp32 (plain data parallelism needs no more); "
-        "batch 8 = 8 a rank x 1 accumulated x 1 rank; "
+        "PyTorch, one process, cpu, fp32 (no key selects DeepSpeed); "
+        "batch size 8 = 8 per rank x 1 accumulation step x 1 rank; "
         "SGD updates 49 parameters, gradients clipped at norm 1; "
         "OneCycle of config drives lr and momentum"
     )
@@ -369,7 +369,7 @@ def test_what_is_hardly_meant_is_logged_at_the_start(caplog):
     with caplog.at_level(logging.WARNING, "onecycle"):
         start(scheduler=decay, engine={"max_duration": 1000})
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "the schedule ends at update 50 of 1000" in caplog.text
+    assert "The schedule ends at step 50 of 1000" in caplog.text
 
 
 @pytest.mark.parametrize("level", ["NOTSET", pytest.param("ERROR", marks=pytest.mark.slow)])

@@ -1,7 +1,7 @@
-"""What values of a config must be to one another, across its sections; one file a subject.
+"""Rules for combinations of values across the sections of a config; one file per subject.
 
-A rule is a function from a `RuleContext` to problems. It sees only values that are valid by
-themselves.
+A rule is a function from a `RuleContext` to problems. It receives only values that are valid
+individually.
 """
 
 from engine.config.rules.activation_checkpointing import RULES as _ACTIVATION_CHECKPOINTING

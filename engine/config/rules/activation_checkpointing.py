@@ -1,4 +1,4 @@
-"""Activation checkpointing: keys that need one another."""
+"""Rules for activation checkpointing: keys that require other keys."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from engine.errors import Problem
 __all__ = ["RULES"]
 
 _KEY = "contiguous_memory_optimization"
-_BESIDE = ("partition_activations", "number_checkpoints")
+_REQUIRED = ("partition_activations", "number_checkpoints")
 _PLACE = f"/activation_checkpointing/{_KEY}"
 
 
-def _contiguous_memory(context: RuleContext) -> Iterator[Problem]:
+def _check_contiguous_memory(context: RuleContext) -> Iterator[Problem]:
     section = context.section("activation_checkpointing")
     if section.get(_KEY) is not True:
         return
-    partition, number = (f"/activation_checkpointing/{key}" for key in _BESIDE)
+    partition, number = (f"/activation_checkpointing/{key}" for key in _REQUIRED)
     if section.get("partition_activations") is False or context.lacks(partition):
-        message = f"`{_KEY}` must go with `partition_activations`, but that is not true."
+        message = f"`{_KEY}` requires `partition_activations`, which is not enabled."
         hint = f'Set "partition_activations": true, or remove `{_KEY}`.'
         yield context.error("contiguous-without-partition", _PLACE, message, hint)
     elif not section.get("number_checkpoints") and number not in context.unsure:
-        message = f"`{_KEY}` needs `number_checkpoints`, here or from the script."
+        message = f"`{_KEY}` requires `number_checkpoints`. Set it here or in the script."
         yield context.note("contiguous-without-number", _PLACE, message)
 
 
-RULES: tuple[Rule, ...] = (_contiguous_memory,)
+RULES: tuple[Rule, ...] = (_check_contiguous_memory,)

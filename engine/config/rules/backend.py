@@ -1,4 +1,4 @@
-"""Keys that the backend which the config names does not honour."""
+"""Rules for keys that the config's backend does not support."""
 
 from __future__ import annotations
 
@@ -13,64 +13,65 @@ from engine.versions import installed
 __all__ = ["RULES"]
 
 
-def _honoured(context: RuleContext) -> Iterator[Problem]:
+def _check_support(context: RuleContext) -> Iterator[Problem]:
     if context.backend.name == "deepspeed":
-        yield from _of_torch_alone(context)
+        yield from _find_torch_only(context)
         return
     for member in context.members:
         if key_at(member.pointer) == "device" and member.value == "nvme":
-            message = '"nvme" is offered by DeepSpeed alone, but `engine.backend` is torch.'
-            hint = 'Write "cpu", or set "backend": "deepspeed".'
+            name = dotted_name(member.pointer)
+            message = f'`{name}` must be "none" or "cpu" on the torch backend, got "nvme".'
+            hint = 'Use "cpu", or set "backend": "deepspeed".'
             yield context.error("other-backend", member.pointer, message, hint)
     for member in find_deepspeed_only(context.members):
         name = dotted_name(member.pointer)
-        message = f"`{name}` is honoured by DeepSpeed alone, but `engine.backend` is torch."
+        message = f'`{name}` is supported only by DeepSpeed, but `engine.backend` is "torch".'
         hint = 'Remove it, or set "backend": "deepspeed".'
         yield context.error("other-backend", member.pointer, message, hint, at_key=True)
 
 
-def _of_torch_alone(context: RuleContext) -> Iterator[Problem]:
-    """Yield the keys that PyTorch alone honours, where they ask for something."""
+def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
+    """Yield an error for each key that only PyTorch supports, unless it has its default value."""
     for member in context.members:
-        of_torch = member.schema.get("x-backend") == "torch"
-        # AutoWU's: DeepSpeed's states are nobody else's to copy.
-        of_torch |= member.pointer == "/scheduler/params/rollback"
-        if of_torch and member.value not in (member.schema.get("default"), None):
+        torch_only = member.schema.get("x-backend") == "torch"
+        # AutoWU's rollback copies the training state, which is not possible with DeepSpeed.
+        torch_only |= member.pointer == "/scheduler/params/rollback"
+        if torch_only and member.value not in (member.schema.get("default"), None):
             name = dotted_name(member.pointer)
             reason = context.backend.reason
-            message = f"`{name}` is honoured on PyTorch alone, but DeepSpeed runs this: {reason}."
-            hint = 'Remove it, or set "backend": "torch" and remove what is DeepSpeed\'s.'
+            message = f"`{name}` is not supported by DeepSpeed, the backend of this run ({reason})."
+            hint = 'Remove it, or set "backend": "torch" and remove all keys that need DeepSpeed.'
             yield context.error("other-backend", member.pointer, message, hint, at_key=True)
 
 
-def _known_to_the_installed(context: RuleContext) -> Iterator[Problem]:
+def _check_installed_version(context: RuleContext) -> Iterator[Problem]:
     newer = [member for member in context.members if "x-since" in member.schema]
-    there = installed("deepspeed") if newer else None
-    if there is None:
+    version = installed("deepspeed") if newer else None
+    if version is None:
         return
     for member in newer:
         since = member.schema["x-since"]
-        if _numbers(since) > _numbers(there):
+        if _parse_version(since) > _parse_version(version):
             name = dotted_name(member.pointer)
-            message = f"`{name}` is known since DeepSpeed {since}, but {there} is installed."
-            hint = "Install a newer one, or remove the key."
+            message = f"`{name}` requires DeepSpeed {since} or newer, but {version} is installed."
+            hint = "Upgrade DeepSpeed, or remove the key."
             yield context.warning("newer-key", member.pointer, message, hint)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _parse_version(version: str) -> tuple[int, ...]:
     return tuple(
         int(part) for part in version.split("+", maxsplit=1)[0].split(".") if part.isdecimal()
     )
 
 
-def _tags(context: RuleContext) -> Iterator[Problem]:
+def _check_tag_validation(context: RuleContext) -> Iterator[Problem]:
     wanted = context.section("checkpoint").get("tag_validation", "fail")
     if str(wanted).lower() != "fail":
         message = (
-            f"`tag_validation` is {wanted!r}, but ranks that give a checkpoint different tags are "
-            "an error here with every value: no part of them would be a checkpoint."
+            f'`checkpoint.tag_validation` is "{wanted}", which has no effect. '
+            "A tag that differs between ranks is always an error."
         )
         yield context.note("inert-key", "/checkpoint/tag_validation", message)
 
 
-RULES: tuple[Rule, ...] = (_honoured, _known_to_the_installed, _tags)
+RULES: tuple[Rule, ...] = (_check_support, _check_installed_version, _check_tag_validation)

@@ -1,4 +1,4 @@
-"""Batch sizes: train batch = micro-batch x accumulation x ranks."""
+"""Rule for batch sizes: train batch size = micro-batch size x accumulation x world size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.errors import Problem
 __all__ = ["RULES"]
 
 
-def _batch_sizes(context: RuleContext) -> Iterator[Problem]:
+def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
     if {f"/{key}" for key in BATCH_KEYS} & set(context.unsure):
         return
     given = {key: context.config[key] for key in BATCH_KEYS if key in context.config}
@@ -20,7 +20,7 @@ def _batch_sizes(context: RuleContext) -> Iterator[Problem]:
     if world_size is None:
         train, *others = (given.get(key) for key in BATCH_KEYS)
         product = math.prod(other for other in others if other)
-        # Some number of ranks fits whenever the batch is a multiple of both other sizes.
+        # If train_batch_size is a multiple of the product, some number of ranks fits.
         fits = train is not None and all(others) and train % product == 0
         world_size = train // product if train is not None and fits else 1
     try:
@@ -30,4 +30,4 @@ def _batch_sizes(context: RuleContext) -> Iterator[Problem]:
         yield context.error("batch-sizes", pointer, str(error), error.hint)
 
 
-RULES: tuple[Rule, ...] = (_batch_sizes,)
+RULES: tuple[Rule, ...] = (_check_batch_sizes,)

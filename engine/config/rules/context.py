@@ -1,4 +1,4 @@
-"""What a rule receives."""
+"""The input of a rule: the valid part of a config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from schedules import SCHEDULES, Schedule
 
 __all__ = ["Rule", "RuleContext"]
 
-# Schedules of these modules may need torch, or run the user's code.
+# Schedules in these modules may import torch or run user code.
 _OPAQUE = {"schedules.families.composites", "schedules.families.custom"}
 
 
@@ -32,7 +32,7 @@ class RuleContext:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The config without invalid values and without each "auto"."""
+        """The config without invalid values and without "auto" values."""
         return self.structure.config
 
     @property
@@ -42,17 +42,17 @@ class RuleContext:
 
     @property
     def unsure(self) -> Collection[str]:
-        """Pointers of what is invalid, "auto", or probably meant by an unknown key."""
+        """Pointers of invalid values, "auto" values, and probably misspelled keys."""
         return self.structure.unsure
 
     @property
     def schedule(self) -> Schedule[Any] | None:
-        """The config's schedule, from the parameters that are valid and not "auto"."""
+        """The config's schedule, constructed from the parameters that are valid and not "auto"."""
         return self.structure.schedule
 
     @cached_property
     def backend(self) -> BackendChoice:
-        """The backend that runs the config."""
+        """The backend that runs the config, with the reason."""
         return choose_backend(self.config, self.members)
 
     @cached_property
@@ -63,7 +63,7 @@ class RuleContext:
 
     @cached_property
     def driven(self) -> DrivenSchedule | None:
-        """The schedule's curves; None if they depend on more than the config."""
+        """The schedule with its curves; None if they are not determined by the config."""
         sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
         if self.schedule is None or any(each.startswith(sections) for each in self.unsure):
             return None
@@ -72,7 +72,7 @@ class RuleContext:
             return None
         try:
             return drive(self.schedule, self.config)
-        except ValueError:  # reported as a problem of its own, or when the run starts
+        except ValueError:  # reported by another check, or when the run starts
             return None
 
     def section(self, name: str) -> Mapping[str, Any]:
@@ -85,7 +85,7 @@ class RuleContext:
         return self.section(name).get("enabled") is True
 
     def lacks(self, pointer: str) -> bool:
-        """Return whether a key is absent, and not only invalid, misspelled or "auto"."""
+        """Return whether a key is absent, as opposed to invalid, misspelled or "auto"."""
         if is_within(pointer, self.unsure):
             return False
         value: Any = self.config
@@ -104,7 +104,7 @@ class RuleContext:
         return self.document.problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Return a remark about something that is often intended."""
+        """Return a note about something that is often intended."""
         return self.document.problem(rule, pointer, message, hint, severity="note")
 
 

@@ -1,4 +1,4 @@
-"""The page of every rule: what it finds, why that matters, a config that has it, and its cure."""
+"""The page of each rule: a summary, the reason, an example config, and the fix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["RULEBOOK", "RulePage"]
 
 @dataclass(frozen=True)
 class RulePage:
-    """What `onecycle explain` prints of a rule; ``wrong`` is a config that breaks it alone."""
+    """The page that `onecycle explain` prints; ``wrong`` is a config that breaks only this rule."""
 
     summary: str
     why: str
@@ -23,4 +23,4 @@ class RulePage:
 RULEBOOK: Mapping[str, RulePage] = {
     rule: RulePage(**page) for rule, page in schemas.read("rules.json").items()
 }
-"""Each rule's page, in alphabetical order."""
+"""The pages by rule ID, in alphabetical order."""

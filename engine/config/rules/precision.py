@@ -1,4 +1,4 @@
-"""Precision: one of fp16, bf16 and autocast."""
+"""Rules for precision: only one of fp16, bf16 and torch_autocast."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ __all__ = ["RULES"]
 _NAMES = ("fp16", "bf16", "bfloat16", "torch_autocast")
 
 
-def _one_precision(context: RuleContext) -> Iterator[Problem]:
+def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
     on = [name for name in _NAMES if context.enabled(name)]
     if len(on) > 1:
         both = " and ".join(f"`{name}.enabled`" for name in on)
-        message = f"one precision must be on, but {both} are true."
+        message = f"Only one precision can be enabled, but {both} are true."
         yield context.error(
             "precision", f"/{on[0]}/enabled", message, "Set all but one of them to false."
         )
     if "bf16" in context.config and "bfloat16" in context.config:
-        message = "`bf16` must be given once, but is given as `bfloat16`, its old name, too."
+        message = "The config has both `bf16` and its deprecated name `bfloat16`."
         yield context.error("precision", "/bfloat16", message, "Remove the section `bfloat16`.")
 
 
-def _master_weights(context: RuleContext) -> Iterator[Problem]:
+def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
     for name, key in (
         ("fp16", "fp16_master_weights_and_grads"),
         ("bf16", "bf16_master_weights_and_grads"),
         ("bf16", "bf16_optimizer_states"),
     ):
         if context.section(name).get(key) is True and context.stage == 0:
-            message = f"`{name}.{key}` must go with ZeRO stage 1, 2 or 3, but the stage is 0."
+            message = f"`{name}.{key}` requires ZeRO stage 1, 2 or 3, got stage 0."
             hint = 'Set "zero_optimization": {"stage": 1}, or remove the key.'
             yield context.error("precision", f"/{name}/{key}", message, hint)
 
 
-RULES: tuple[Rule, ...] = (_one_precision, _master_weights)
+RULES: tuple[Rule, ...] = (_check_single_precision, _check_master_weights)

@@ -1,4 +1,4 @@
-"""The schedule beside the optimizer, and parameters that come to nothing."""
+"""Rules for the schedule: conflicts with the optimizer, and unused parameters."""
 
 from __future__ import annotations
 
@@ -14,70 +14,72 @@ from schedules.core.fields import fields_of
 __all__ = ["RULES"]
 
 _PARAMS = "/scheduler/params"
-_DEEPSPEEDS_PEAK = 0.001
-_NEAR = 0.02  # of the run: so far apart two ends are one
-_NEXT_TO_NOTHING = 0.01  # of the peak
+_DEEPSPEED_PEAK = 0.001
+_NEAR = 0.02  # fraction of the run; closer ends count as equal
+_NEAR_ZERO = 0.01  # fraction of the peak
 
 
-def _params(context: RuleContext, *types: str) -> Mapping[str, Any] | None:
+def _params_of_type(context: RuleContext, *types: str) -> Mapping[str, Any] | None:
     block = context.section("scheduler")
     return block.get("params", {}) if block.get("type") in types else None
 
 
-def _number(value: Any) -> float | None:
+def _as_number(value: Any) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _learning_rates(context: RuleContext) -> Iterator[Problem]:
-    own = _number(context.section("optimizer").get("params", {}).get("lr"))
+def _check_warmup_peak(context: RuleContext) -> Iterator[Problem]:
+    own = _as_number(context.section("optimizer").get("params", {}).get("lr"))
     if own is None:
         return
     place = "/optimizer/params/lr"
-    warmup = _params(context, "WarmupLR", "WarmupDecayLR")
+    warmup = _params_of_type(context, "WarmupLR", "WarmupDecayLR")
     if warmup is not None:
-        peak = _number(warmup.get("warmup_max_lr"))
+        peak = _as_number(warmup.get("warmup_max_lr"))
         if peak is not None and peak != own:
-            message = f"the schedule's peak is `warmup_max_lr` {peak:g}: lr {own:g} is never used."
+            message = (
+                f"`lr` ({own:g}) is never used, because `warmup_max_lr` ({peak:g}) sets the peak."
+            )
             yield context.note("lr-overruled", place, message)
         if (
             context.lacks(f"{_PARAMS}/warmup_max_lr")
             and context.section("scheduler").get("type") == "WarmupDecayLR"
-            and own != _DEEPSPEEDS_PEAK
+            and own != _DEEPSPEED_PEAK
         ):
             message = (
-                f"`warmup_max_lr` is absent: DeepSpeed takes {_DEEPSPEEDS_PEAK:g} for the peak, "
-                f"whatever the optimizer's lr is ({own:g}); onecycle takes lr."
+                "`warmup_max_lr` is not set. DeepSpeed uses a peak of "
+                f"{_DEEPSPEED_PEAK:g}; onecycle uses the optimizer's lr ({own:g})."
             )
-            hint = f'Write "warmup_max_lr": {own:g}, which both understand.'
+            hint = f'Set "warmup_max_lr": {own:g}, so that both use the same peak.'
             yield context.warning("peak-by-default", _PARAMS, message, hint)
 
 
-def _overruled(context: RuleContext) -> Iterator[Problem]:
-    """Yield what the optimizer is given and the schedule drives by values of its own."""
+def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
+    """Yield a note for each optimizer parameter that the schedule overwrites."""
     driven = context.driven
     if driven is None:
         return
     params = context.section("optimizer").get("params", {})
-    own = _number(params.get("lr"))
+    own = _as_number(params.get("lr"))
     if own is not None and driven.ignores("lr"):
         low, high = driven.range_of("lr")
         if not low <= own <= high:
-            message = f"the schedule goes from {low:g} to {high:g}: lr {own:g} is never used."
+            message = (
+                f"`lr` ({own:g}) is never used; the schedule sets it from {low:g} to {high:g}."
+            )
             yield context.note("lr-overruled", "/optimizer/params/lr", message)
     for name in ("betas", "momentum"):
         if name in params and "momentum" in driven.schedule.drives and driven.ignores("momentum"):
             low, high = driven.range_of("momentum")
             what = "betas[0]" if name == "betas" else name
-            message = (
-                f"the schedule drives {what} between {low:g} and {high:g}, whatever it is here."
-            )
-            hint = "DeepSpeed also sets betas[1] to 0.99; onecycle leaves it."
+            message = f"The schedule overwrites `{what}` with values from {low:g} to {high:g}."
+            hint = "DeepSpeed also sets betas[1] to 0.99; onecycle does not change it."
             place = f"/optimizer/params/{name}"
             yield context.note("betas-overruled", place, message, hint if name == "betas" else "")
 
 
-def _ends(context: RuleContext) -> Iterator[Problem]:
-    """Yield how the schedule's end lies to the run's, where the file tells of both."""
+def _check_end(context: RuleContext) -> Iterator[Problem]:
+    """Yield a problem if the schedule and the run are known to end at different steps."""
     driven = context.driven
     if driven is None or driven.horizon.scaled_steps is None or driven.end is None:
         return
@@ -88,91 +90,95 @@ def _ends(context: RuleContext) -> Iterator[Problem]:
     last, peak = curve(end), driven.range_of("lr")[1]
     if end > total and curve(total) != last:
         message = (
-            f"the schedule ends at update {end:g}, but the run after {total:g}: the learning rate "
-            f"is {curve(total):.3g} then, and not yet {last:.3g}."
+            f"The schedule ends at step {end:g}, but the run ends at step {total:g} with a "
+            f"learning rate of {curve(total):.3g} instead of {last:.3g}."
         )
-        hint = 'Write durations as shares of the run, as "1dur", or set `max_duration`.'
+        hint = 'Set durations as fractions of the run, such as "1dur", or set `max_duration`.'
         yield context.warning("end-of-schedule", place, message, hint)
     elif end < total and last < peak:
         message = (
-            f"the schedule ends at update {end:g} of {total:g}: the learning rate stays at "
-            f"{last:.3g} from there on."
+            f"The schedule ends at step {end:g} of {total:g}. The learning rate then stays at "
+            f"{last:.3g}."
         )
-        hint = 'Write durations as shares of the run, as "1dur", or set `max_duration`.'
-        idle = last <= _NEXT_TO_NOTHING * peak
-        say = context.warning if idle else context.note
-        yield say("end-of-schedule", place, message, hint)
+        hint = 'Set durations as fractions of the run, such as "1dur", or set `max_duration`.'
+        is_idle = last <= _NEAR_ZERO * peak
+        report = context.warning if is_idle else context.note
+        yield report("end-of-schedule", place, message, hint)
 
 
-def _flat_warmup(context: RuleContext) -> Iterator[Problem]:
-    warmup = _params(context, "WarmupLR", "WarmupDecayLR") or {}
+def _check_flat_warmup(context: RuleContext) -> Iterator[Problem]:
+    warmup = _params_of_type(context, "WarmupLR", "WarmupDecayLR") or {}
     low, high = warmup.get("warmup_min_lr"), warmup.get("warmup_max_lr")
-    if _number(low) is not None and low == high and warmup.get("warmup_num_steps") != 0:
-        message = f"`warmup_min_lr` and `warmup_max_lr` are both {low:g}: nothing warms up."
-        hint = 'Write "warmup_min_lr": 0 for a warmup, or choose a schedule without one.'
+    if _as_number(low) is not None and low == high and warmup.get("warmup_num_steps") != 0:
+        message = f"`warmup_min_lr` and `warmup_max_lr` are both {low:g}, so the warmup is flat."
+        hint = 'Set "warmup_min_lr": 0, or choose a schedule without a warmup.'
         yield context.warning("flat-warmup", f"{_PARAMS}/warmup_min_lr", message, hint)
 
 
-def _log_warmup(context: RuleContext) -> Iterator[Problem]:
-    warmup = _params(context, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+def _check_log_warmup(context: RuleContext) -> Iterator[Problem]:
+    warmup = _params_of_type(context, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
     if warmup is not None and context.lacks(f"{_PARAMS}/warmup_type"):
-        message = "`warmup_type` is absent, so the warmup is logarithmic: half of it is over early."
-        hint = 'Write "warmup_type": "linear" for a straight one; `plot --compare` shows both.'
+        message = "`warmup_type` is not set. The default is logarithmic: it rises quickly at first."
+        hint = 'Set "warmup_type" to "linear" for a linear warmup, or to "log" to keep the default.'
         yield context.note("log-warmup", "/scheduler/type", message, hint)
 
 
-def _stairs(context: RuleContext) -> Iterator[Problem]:
-    cycle = _params(context, "OneCycle")
+def _check_stair_count(context: RuleContext) -> Iterator[Problem]:
+    cycle = _params_of_type(context, "OneCycle")
     if cycle is None:
         return
-    first = cycle.get("cycle_first_step_size", _default("cycle_first_step_size"))
+    first = cycle.get("cycle_first_step_size", _default_of_cycle("cycle_first_step_size"))
     for half, steps in (("first", first), ("second", cycle.get("cycle_second_step_size") or first)):
         key = f"cycle_{half}_stair_count"
         if cycle.get(key) and cycle[key] == steps:
             message = (
-                f"`{key}` is as many as the half has updates: the stairs are too small to see."
+                f"`{key}` equals the number of steps in that half, so the staircase is a "
+                "continuous ramp."
             )
-            yield context.note("inert-key", f"{_PARAMS}/{key}", message, "0 means the same.")
+            hint = "Use fewer stairs, or 0 for a continuous ramp."
+            yield context.note("inert-key", f"{_PARAMS}/{key}", message, hint)
 
 
-def _decay_interval(context: RuleContext) -> Iterator[Problem]:
-    cycle = _params(context, "OneCycle") or {}
+def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
+    cycle = _params_of_type(context, "OneCycle") or {}
     interval = cycle.get("decay_step_size") or cycle.get("post_cycle_decay_step_size")
     rates = [key for key in ("decay_lr_rate", "decay_mom_rate") if cycle.get(key)]
     absent = context.lacks(f"{_PARAMS}/decay_step_size") or interval == 0
     if rates and not interval and absent:
-        message = f"`{rates[0]}` decays nothing without `decay_step_size`, the interval of it."
-        hint = f'Write "decay_step_size": {first_of(cycle)}, or remove `{rates[0]}`.'
+        message = f"`{rates[0]}` has no effect without `decay_step_size`, the decay interval."
+        hint = f'Set "decay_step_size": {first_of(cycle)}, or remove `{rates[0]}`.'
         yield context.warning("decay-without-interval", f"{_PARAMS}/{rates[0]}", message, hint)
     elif interval and not rates and "decay_step_size" in cycle:
-        message = "`decay_step_size` decays nothing without `decay_lr_rate` or `decay_mom_rate`."
+        message = "`decay_step_size` has no effect without `decay_lr_rate` or `decay_mom_rate`."
         yield context.note("inert-key", f"{_PARAMS}/decay_step_size", message)
 
 
-def _default(name: str) -> Any:
+def _default_of_cycle(name: str) -> Any:
     return fields_of(SCHEDULES["OneCycle"])[name].default
 
 
 def first_of(cycle: Mapping[str, Any]) -> str:
-    """Return the length of a cycle's first half, as a config spells it."""
-    return json.dumps(cycle.get("cycle_first_step_size", _default("cycle_first_step_size")))
+    """Return the length of the first half of a cycle, as JSON."""
+    return json.dumps(
+        cycle.get("cycle_first_step_size", _default_of_cycle("cycle_first_step_size"))
+    )
 
 
-def _report(context: RuleContext) -> Iterator[Problem]:
+def _check_report(context: RuleContext) -> Iterator[Problem]:
     kind = context.section("scheduler").get("type")
     wanted = context.section("engine").get("report")
     if wanted is not None and kind not in {"AutoWU", "LRRangeTest"}:
-        message = "`engine.report` is read for AutoWU and LRRangeTest alone, which find things out."
+        message = "`engine.report` has an effect only with AutoWU and LRRangeTest."
         yield context.note("inert-key", "/engine/report", message)
 
 
 RULES: tuple[Rule, ...] = (
-    _learning_rates,
-    _overruled,
-    _ends,
-    _flat_warmup,
-    _log_warmup,
-    _stairs,
-    _decay_interval,
-    _report,
+    _check_warmup_peak,
+    _check_overwritten,
+    _check_end,
+    _check_flat_warmup,
+    _check_log_warmup,
+    _check_stair_count,
+    _check_decay_interval,
+    _check_report,
 )

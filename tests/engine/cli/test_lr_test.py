@@ -249,7 +249,7 @@ def test_a_config_is_proved_for_the_ranks_of_the_test(tmp_path):
     sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
     path.write_text(json.dumps({"train_batch_size": 8, **sizes}))
     assert _read_block(path, 2) is None
-    with pytest.raises(ConfigError, match="but is 8"):
+    with pytest.raises(ConfigError, match="got 8"):
         _read_block(path, 1)
 
 

@@ -1,4 +1,4 @@
-"""Batch arithmetic: any two sizes give the third, and what does not multiply is refused."""
+"""Test the batch sizes: derivation of missing sizes and rejection of inconsistent ones."""
 
 import pytest
 from hypothesis import given
@@ -17,7 +17,7 @@ TRAIN, MICRO, ACCUMULATION = BATCH_KEYS
         [{MICRO, ACCUMULATION}, {TRAIN, MICRO}, {TRAIN, ACCUMULATION}, set(BATCH_KEYS)]
     ),
 )
-def test_any_two_give_the_third(micro, accumulation, world_size, keys):
+def test_solve_two_sizes_determine_the_third(micro, accumulation, world_size, keys):
     sizes = {TRAIN: micro * accumulation * world_size, MICRO: micro, ACCUMULATION: accumulation}
     solved = solve({key: sizes[key] for key in keys}, world_size)
     assert (solved.train, solved.micro, solved.accumulation) == tuple(sizes.values())
@@ -31,7 +31,7 @@ def test_any_two_give_the_third(micro, accumulation, world_size, keys):
         ({MICRO: 8, ACCUMULATION: 2}, 4, (64, 8, 2)),
     ],
 )
-def test_accumulation_is_one_where_nothing_determines_it(given_sizes, world_size, expected):
+def test_solve_undetermined_accumulation_is_one(given_sizes, world_size, expected):
     solved = solve(given_sizes, world_size)
     assert (solved.train, solved.micro, solved.accumulation) == expected
 
@@ -39,26 +39,26 @@ def test_accumulation_is_one_where_nothing_determines_it(given_sizes, world_size
 @pytest.mark.parametrize(
     ("given_sizes", "world_size", "key", "message", "hint"),
     [
-        ({}, 1, "", "but neither is.", 'Add "train_batch_size": 32.'),
-        ({ACCUMULATION: 2}, 1, "", "but neither is.", 'Add "train_batch_size": 32.'),
+        ({}, 1, "", "must be set", 'Add, for example, "train_batch_size": 32.'),
+        ({ACCUMULATION: 2}, 1, "", "must be set", 'Add, for example, "train_batch_size": 32.'),
         (
             {TRAIN: 32, MICRO: 5},
             2,
             TRAIN,
-            "must be a multiple of `train_micro_batch_size_per_gpu` (5) x 2 ranks, but is 32",
-            "The nearest are 30 and 40.",
+            "must be a multiple of `train_micro_batch_size_per_gpu` (5) x 2 ranks, got 32",
+            "Set it to 30 or 40.",
         ),
-        ({TRAIN: 2}, 4, TRAIN, "but is 2 instead.", "The nearest is 4."),
+        ({TRAIN: 2}, 4, TRAIN, "got 2.", "Set it to 4."),
         (
             {TRAIN: 33, MICRO: 4, ACCUMULATION: 2},
             4,
             TRAIN,
-            "(4) x `gradient_accumulation_steps` (2) x 4 ranks = 32, but is 33 instead.",
-            "Make it 32, or leave one of the three out: it is derived then.",
+            "(4) x `gradient_accumulation_steps` (2) x 4 ranks = 32, got 33.",
+            "Set it to 32, or remove one of the three keys to have it derived.",
         ),
     ],
 )
-def test_what_does_not_multiply(given_sizes, world_size, key, message, hint):
+def test_solve_inconsistent_sizes_raises_with_the_fix(given_sizes, world_size, key, message, hint):
     with pytest.raises(BatchError) as error:
         solve(given_sizes, world_size)
     assert error.value.key == key

@@ -1,4 +1,4 @@
-"""Real configs: nothing is said against the clean ones, each known mistake is found in place."""
+"""Test validation on real configs: clean ones have only notes, known mistakes are located."""
 
 import json
 import random
@@ -17,21 +17,21 @@ from tests.testing.corpus import CLEAN, INDEX, OTHER, path_of, problems_of
 ids = pytest.mark.parametrize
 
 
-def test_nothing_but_notes_is_said_of_clean_configs():
-    said = {
+def test_check_clean_configs_have_only_notes():
+    reported = {
         (entry["file"], problem.rule, problem.line)
         for entry in CLEAN
         for problem in problems_of(entry)
         if problem.severity != "note"
     }
-    assert said == set()
+    assert reported == set()
 
 
 def pointer_of(finding):
     return "/" + finding["key"].replace(".[]", "").replace(".", "/") if finding["key"] else ""
 
 
-def test_every_known_mistake_is_found_at_its_place():
+def test_check_every_known_mistake_is_located():
     missed = []
     for entry in OTHER:
         serious = [problem for problem in problems_of(entry) if problem.severity != "note"]
@@ -46,7 +46,7 @@ def test_every_known_mistake_is_found_at_its_place():
     assert missed == []
 
 
-def test_an_observation_is_at_most_a_note():
+def test_check_observations_are_at_most_notes():
     over = []
     for entry in INDEX:
         mistakes = {f["line"] for f in entry["findings"] if f["kind"] == "mistake"}
@@ -58,8 +58,8 @@ def test_an_observation_is_at_most_a_note():
     assert over == []
 
 
-def test_the_schema_for_editors_gives_the_same_verdict():
-    """Both judge each value by itself; what values are to one another is the checker's alone."""
+def test_editor_schema_agrees_with_check_on_single_values():
+    """The schema cannot express the rules for combinations of values, so these are excluded."""
     editor = schemas.read(schemas.EDITOR)
     jsonschema.Draft7Validator.check_schema(editor)
     validator = jsonschema.Draft7Validator(editor)
@@ -84,8 +84,8 @@ def test_the_schema_for_editors_gives_the_same_verdict():
     assert compared > 600
 
 
-def misspelt(key, randomness):
-    """The key after one or two edits."""
+def misspell(key, randomness):
+    """Return the key after one or two random edits."""
     letters = list(key)
     for _ in range(randomness.choice((1, 2))):
         at = randomness.randrange(len(letters))
@@ -102,7 +102,7 @@ def misspelt(key, randomness):
 
 
 def known_keys(document):
-    """The keys of a clean config that a schema knows, by pointer."""
+    """Return the pointers of the keys in a clean config that a schema defines."""
     free = ("/autotuning/arg_mappings", "/pipeline", "curriculum_metrics", "schedule_config")
     return [
         pointer
@@ -115,40 +115,40 @@ def known_keys(document):
     ]
 
 
-def test_misspelt_keys_are_found_and_put_right():
+def test_check_misspelled_keys_are_found_and_corrected():
     randomness = random.Random(20220)
-    found = right = 0
-    wrong = []
+    found = corrected = 0
+    missed = []
     count = 1000
     while found < count:
         entry = randomness.choice(CLEAN)
         document = load_document(path_of(entry))
         pointer = randomness.choice(known_keys(document))
         key = pointer.rpartition("/")[2]
-        typo = misspelt(key, randomness)
+        typo = misspell(key, randomness)
         line, column = document.places[pointer].key
         lines = document.text.splitlines(keepends=True)
         around = json.loads(json.dumps(document.at(pointer.rpartition("/")[0])))
         if typo in around or is_parked(typo) or typo == key:
             continue
-        begin = column - 1
+        start = column - 1
         lines[line - 1] = (
-            lines[line - 1][:begin] + f'"{typo}"' + lines[line - 1][begin + len(key) + 2 :]
+            lines[line - 1][:start] + f'"{typo}"' + lines[line - 1][start + len(key) + 2 :]
         )
         changed = parse("".join(lines), entry["file"])
         here = [p for p in check(changed, None) if p.rule == "unknown-key" and p.line == line]
-        if known_by_another_name(changed, pointer, typo):
+        if is_valid_key(changed, pointer, typo):
             continue
         assert here, (entry["file"], pointer, typo)
         found += 1
-        right += f"`{key}`" in here[0].hint
+        corrected += f"`{key}`" in here[0].hint
         if f"`{key}`" not in here[0].hint:
-            wrong.append((key, typo, here[0].hint))
-    assert right >= 0.95 * count, wrong
+            missed.append((key, typo, here[0].hint))
+    assert corrected >= 0.95 * count, missed
 
 
-def known_by_another_name(document, pointer, typo):
-    """Whether the edits made another key that is known there, as `param` of `params`."""
+def is_valid_key(document, pointer, typo):
+    """Return whether the edited key is a valid key of the same object."""
     below = f"{pointer.rpartition('/')[0]}/{typo}"
     problems = against_schema(document, document.value, schemas.read("ds_config.schema.json"))
     return below not in {p.pointer for p in problems} and not below.startswith(

@@ -1,4 +1,4 @@
-"""The sections' schemas beside the installed DeepSpeed's models: the same keys and defaults."""
+"""Test that the section schemas have the keys and defaults of the installed DeepSpeed."""
 
 import importlib
 import warnings
@@ -33,9 +33,9 @@ MODELS = {
     ("compile",): "compile.config:CompileConfig",
     ("tensor_parallel",): "runtime.tensor_parallel.config:TPTrainingConfig",
 }
-# What JSON cannot carry, or a model takes but nothing else does.
+# Keys whose values JSON cannot represent, or that only DeepSpeed's config model reads.
 NOT_IN_JSON = {"mpu", "tp_group", "dtype", "injection_policy_tuple"}
-NO_DEFAULT = {  # our default is said in words, or is worked out
+NO_DEFAULT = {  # our default is described in text or computed
     "classes",
     "model_persistence_threshold",
     "stage3_model_persistence_threshold",
@@ -58,7 +58,7 @@ def schema_of(path):
 
 
 @pytest.mark.parametrize(("path", "model"), MODELS.items(), ids=map("/".join, MODELS))
-def test_a_section_has_the_keys_and_defaults_of_deepspeeds_model(path, model):
+def test_section_schema_matches_the_deepspeed_model(path, model):
     properties = {
         key: schema
         for key, schema in schema_of(path)["properties"].items()
@@ -72,37 +72,37 @@ def test_a_section_has_the_keys_and_defaults_of_deepspeeds_model(path, model):
         if key not in NOT_IN_JSON
     }
     difference = {
-        "in DeepSpeed alone": sorted(accepted.keys() - properties.keys() - NOT_IN_JSON),
-        "here alone": sorted(properties.keys() - accepted.keys() - NOT_IN_JSON),
+        "only in DeepSpeed": sorted(accepted.keys() - properties.keys() - NOT_IN_JSON),
+        "only in our schema": sorted(properties.keys() - accepted.keys() - NOT_IN_JSON),
         "defaults": {
             key: (ours["default"], theirs)
             for key, ours in properties.items()
             if key in accepted
             and key not in NO_DEFAULT
             and "default" in ours
-            and ours["default"] != (theirs := plain(accepted[key]))
+            and ours["default"] != (theirs := json_default(accepted[key]))
         },
     }
-    assert difference == {"in DeepSpeed alone": [], "here alone": [], "defaults": {}}
+    assert difference == {"only in DeepSpeed": [], "only in our schema": [], "defaults": {}}
 
 
-def plain(field):
-    """A model's default as JSON has it."""
+def json_default(field):
+    """Return the default of a model's field as a JSON value."""
     default = field.get_default(call_default_factory=True)
     if hasattr(default, "value"):
         default = default.value
     return default
 
 
-def test_removed_keys_are_those_that_deepspeed_refuses():
+def test_removed_keys_are_those_that_deepspeed_rejects():
     config = model_of("runtime.config:DeepSpeedConfig")
     module = importlib.import_module(config.__module__)
-    for path, refused in (
+    for path, removed in (
         ((), module._REMOVED_TOP_LEVEL_CONFIG_KEYS),
         (("zero_optimization",), module._REMOVED_ZERO_CONFIG_KEYS),
     ):
         properties = schema_of(path)["properties"]
-        assert {key for key, of in properties.items() if "x-removed" in of} == set(refused)
+        assert {key for key, of in properties.items() if "x-removed" in of} == set(removed)
 
 
 OPTIMIZER = {"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}}
@@ -112,8 +112,8 @@ ZERO = schema_of(("zero_optimization",))["properties"]
 @pytest.mark.parametrize(
     "key", [key for key, of in ZERO.items() if "default" in of and "x-removed" not in of]
 )
-def test_deepspeed_takes_what_is_spelled_out_for_it(key):
-    """Whichever of its names the user has given a key: the others are not to contradict it."""
+def test_deepspeed_accepts_the_complete_zero_section(key):
+    """If a key has several names, the defaults of the others must not contradict the one given."""
     zero = {"stage": 3, key: ZERO[key]["default"]}
     config = load_config({"train_batch_size": 8, "zero_optimization": zero, **OPTIMIZER})
     settings = deepspeed_config(config, builds_optimizer=False)

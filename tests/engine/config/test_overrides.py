@@ -1,4 +1,4 @@
-"""Arguments of training scripts: they win over the file, and both origins are said."""
+"""Test the command-line arguments that override the config file."""
 
 import argparse
 import json
@@ -28,32 +28,32 @@ def parse(*arguments):
     return engine.add_config_arguments(argparse.ArgumentParser()).parse_args(list(arguments))
 
 
-def test_an_argument_wins_and_both_origins_are_said(path):
+def test_load_config_arguments_override_the_file_and_report_both_values(path):
     args = parse("--learning_rate", "0.5", "--max_steps", "20", "--end_lr_ratio", "0.2")
     config = load_config(path, args=args)
     assert config.optimizer.params["lr"] == 0.5
     assert (config.schedule.max_steps, config.schedule.end_lr_ratio) == (20, 0.2)
     assert config.horizon(None).total_steps == 20
     assert [str(override) for override in config.overrides] == [
-        f"`/optimizer/params/lr` is 0.5 by --learning_rate, not 0.1 as at {path}:6:13",
-        "`/engine/max_duration` is 20 by --max_steps",
-        f"`/scheduler/params/max_steps` is 20 by --max_steps, not 10 as at {path}:13:20",
-        "`/scheduler/params/end_lr_ratio` is 0.2 by --end_lr_ratio",
+        f"`/optimizer/params/lr` is set to 0.5 by --learning_rate, overriding 0.1 at {path}:6:13",
+        "`/engine/max_duration` is set to 20 by --max_steps",
+        f"`/scheduler/params/max_steps` is set to 20 by --max_steps, overriding 10 at {path}:13:20",
+        "`/scheduler/params/end_lr_ratio` is set to 0.2 by --end_lr_ratio",
     ]
 
 
-def test_no_argument_changes_nothing(path):
+def test_load_config_no_arguments_changes_nothing(path):
     assert load_config(path, args=parse()) == load_config(path)
     assert json.loads(path.read_text()) == CONFIG
 
 
-def test_another_schedule_leaves_the_params_of_the_old_one(path):
+def test_lr_schedule_argument_drops_params_of_the_old_schedule(path):
     args = parse("--lr_schedule", "OneCycle", "--cycle_min_lr", "0.1", "--cycle_max_lr", "[0.5]")
     schedule = load_config(path, args=args).schedule
     assert (type(schedule).__name__, schedule.cycle_max_lr) == ("OneCycle", (0.5,))
 
 
-def test_a_flag_alone_is_true(path):
+def test_boolean_argument_without_value_is_true(path):
     arguments = ("--lr_schedule", "LRRangeTest", "--lr_range_test_staircase")
     assert load_config(path, args=parse(*arguments)).schedule.lr_range_test_staircase is True
     arguments = (*arguments, "false")
@@ -63,26 +63,29 @@ def test_a_flag_alone_is_true(path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--learning_rate", "-1"], "but is -1.0 instead. It was given by --learning_rate."),
-        (["--lr_schedule", "OneCicle"], "Did you mean `OneCycle`? It was given by --lr_schedule."),
-        (["--warmup_steps", "20"], "`warmup_steps` must be at most `max_steps` (10), but is 20"),
-        (["--cycle_min_lr", "0.1"], "`cycle_min_lr` is no key"),
-        (["--learning_rate", "nan"], "must be a finite number, but is nan"),
-        (["--steps_this_run", "0"], "It was given by --steps_this_run."),
+        (["--learning_rate", "-1"], "-1.0. The value was set by --learning_rate."),
+        (
+            ["--lr_schedule", "OneCicle"],
+            "Did you mean `OneCycle`? The value was set by --lr_schedule.",
+        ),
+        (["--warmup_steps", "20"], "`warmup_steps` must be"),
+        (["--cycle_min_lr", "0.1"], "Unknown key `cycle_min_lr`"),
+        (["--learning_rate", "nan"], "must be a finite number"),
+        (["--steps_this_run", "0"], "set by --steps_this_run."),
     ],
 )
-def test_a_wrong_argument_is_named(path, arguments, message):
+def test_invalid_argument_is_named_in_the_error(path, arguments, message):
     with pytest.raises(engine.ConfigError) as raised:
         load_config(path, args=parse(*arguments))
     assert message in str(raised.value)
 
 
-def test_a_namespace_of_the_scripts_own_is_left_alone(path):
+def test_namespace_of_another_parser_overrides_nothing(path):
     args = argparse.Namespace(learning_rate=7.0, deepspeed_config=str(path))
     assert load_config(path, args=args).optimizer.params["lr"] == 0.1
 
 
-def test_deepspeeds_parser_and_its_groups_can_be_told_to_help(capsys):
+def test_help_lists_every_group_of_arguments(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = capsys.readouterr().out
@@ -90,7 +93,7 @@ def test_deepspeeds_parser_and_its_groups_can_be_told_to_help(capsys):
         assert name in text
 
 
-def test_steps_this_run_stops_the_run_and_leaves_the_curve(path):
+def test_steps_this_run_ends_the_run_without_changing_the_schedule(path):
     model = torch.nn.Linear(2, 1)
     data = [torch.ones(2) for _ in range(12)]
     args = parse("--deepspeed_config", str(path), "--steps_this_run", "5")

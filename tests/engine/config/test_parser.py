@@ -1,4 +1,4 @@
-"""Reading: values as JSON has them, places as editors count them, and what is refused."""
+"""Test the parser: values, positions, and rejected texts."""
 
 import json
 
@@ -26,7 +26,7 @@ def rules(document):
         ('{ // note\n "a": 1}', "/a", (2, 2), (2, 7)),
     ],
 )
-def test_places(text, pointer, key, value):
+def test_parse_positions_of_keys_and_values_are_exact(text, pointer, key, value):
     place = parse(text, "f").places[pointer]
     assert (place.key, place.value) == (key, value)
 
@@ -44,14 +44,14 @@ def test_places(text, pointer, key, value):
     st.sampled_from([None, 1, "\t"]),
     st.booleans(),
 )
-def test_json_is_read_as_json_reads_it(value, indent, ascii_only):
+def test_parse_strict_json_agrees_with_the_json_module(value, indent, ascii_only):
     document = parse(json.dumps(value, indent=indent, ensure_ascii=ascii_only), "f")
     assert document.value == value
     assert not document.problems
 
 
 @given(st.text(alphabet='{}[]",:0123456789.eE+-#/*\\ntrufalse \n\ufeff', max_size=60))
-def test_any_text_is_read_or_refused_with_its_place(text):
+def test_parse_any_text_returns_problems_with_positions(text):
     document = parse(text, "f")
     for problem in document.problems:
         assert problem.line >= 1
@@ -68,13 +68,13 @@ def test_any_text_is_read_or_refused_with_its_place(text):
         '{"a": 1,}',
     ],
 )
-def test_what_hjson_reads_is_read_with_a_note(text):
+def test_parse_comment_or_trailing_comma_is_accepted_with_a_note(text):
     document = parse(text, "f")
     assert document.value == {"a": 1}
     assert [p.severity for p in document.problems] == ["note"]
 
 
-def test_a_lines_end_stands_for_a_comma_as_hjson_has_it():
+def test_parse_line_break_instead_of_comma_is_accepted_with_a_note():
     document = parse('{"a": [2\n3]\n"b": 1}', "f")
     assert document.value == {"a": [2, 3], "b": 1}
     (problem,) = document.problems
@@ -84,33 +84,33 @@ def test_a_lines_end_stands_for_a_comma_as_hjson_has_it():
 @pytest.mark.parametrize(
     ("text", "expected", "message"),
     [
-        ("", [("syntax", 1, 1)], "must hold a JSON object, but is empty"),
-        ("  \n ", [("syntax", 2, 2)], "is empty"),
-        ('{"a": 1', [("syntax", 1, 8)], 'here must be "," or "}", but is the end of the file'),
-        ('{"a" 1}', [("syntax", 1, 6)], 'here must be ":", but is "1" instead'),
-        ('{"a": }', [("syntax", 1, 7)], "here must be a value"),
+        ("", [("syntax", 1, 1)], "must be a JSON object"),
+        ("  \n ", [("syntax", 2, 2)], "empty text"),
+        ('{"a": 1', [("syntax", 1, 8)], 'Expected "," or "}", got the end of the file'),
+        ('{"a" 1}', [("syntax", 1, 6)], 'Expected ":", got "1"'),
+        ('{"a": }', [("syntax", 1, 7)], "Expected a value"),
         ('{"a": yes}', [("unquoted", 1, 7)], 'Write "yes".'),
         ('{"a": True, "b": None}', [("unquoted", 1, 7), ("unquoted", 1, 18)], "Write true."),
         ('{"a": /tmp/x y\n}', [("unquoted", 1, 7)], 'Write "/tmp/x y".'),
         ("{'a': 1}", [("unquoted", 1, 2)], 'Write "a".'),
-        ("{a: 'b'}", [("unquoted", 1, 2), ("unquoted", 1, 5)], "must stand in double quotes"),
-        ('{"a": "\\ud800"}', [("half-character", 1, 7)], "half of a surrogate pair"),
-        ('{"a": 01}', [("syntax", 1, 7)], "here must be a value"),
-        ('{"a": "b\nc"}', [("syntax", 1, 7)], "the string that begins here is broken"),
-        ('{"a": 1} {}', [("syntax", 1, 10)], "here must be the end of the file"),
-        ("[" * 5000, [("syntax", 1, 102)], "must nest at most 100 deep"),
-        ('{"a": NaN}', [("not-finite", 1, 7)], "`/a` must be a finite number, but is NaN"),
-        ('{"a": -Infinity}', [("not-finite", 1, 7)], "but is -Infinity instead"),
-        ('{"a": 1e999}', [("not-finite", 1, 7)], "but is 1e999 instead"),
-        ('{"a": ' + "9" * 10_000 + "}", [("not-finite", 1, 7)], "but is 99999"),
+        ("{a: 'b'}", [("unquoted", 1, 2), ("unquoted", 1, 5)], "must be in double quotes"),
+        ('{"a": "\\ud800"}', [("half-character", 1, 7)], "unpaired surrogate"),
+        ('{"a": 01}', [("syntax", 1, 7)], "Expected a value"),
+        ('{"a": "b\nc"}', [("syntax", 1, 7)], "Invalid string"),
+        ('{"a": 1} {}', [("syntax", 1, 10)], "Expected the end of the file"),
+        ("[" * 5000, [("syntax", 1, 102)], "at most 100 levels deep"),
+        ('{"a": NaN}', [("not-finite", 1, 7)], "`/a` must be a finite number"),
+        ('{"a": -Infinity}', [("not-finite", 1, 7)], "got -Infinity"),
+        ('{"a": 1e999}', [("not-finite", 1, 7)], "got 1e999"),
+        ('{"a": ' + "9" * 10_000 + "}", [("not-finite", 1, 7)], "got 99999"),
         (
             '{"a": 1,\n "b": 2, "a": 3}',
             [("duplicate-key", 2, 10)],
-            "`a` must be given once, but is given on line 1 already.",
+            "Duplicate key `a`, already set on line 1.",
         ),
     ],
 )
-def test_what_no_config_may_hold(text, expected, message):
+def test_parse_invalid_text_returns_the_problem_and_its_position(text, expected, message):
     document = parse(text, "f")
     assert rules(document) == expected
     assert message in str(document.problems[0])

@@ -1,4 +1,4 @@
-"""The rules: each has its page, each page's example breaks it; and those of pairs of keys."""
+"""Test the rules: their pages, their examples, and combinations of keys."""
 
 import json
 import re
@@ -12,20 +12,20 @@ from engine.config.rules.pages import RULEBOOK
 from engine.config.validate import check
 
 SOURCES = Path(engine.__file__).parent / "config"
-RUNS_ALONE = {"unresolved-auto"}  # an integration may fill it in, where the config is only checked
-# What is worth a note beside the rule: a typo in the type leaves nothing else to say.
+RUNS_ALONE = {"unresolved-auto"}  # reported only if a run starts from the config
+# Rules that report notes.
 NOTES = {"betas-overruled", "deprecated-key", "inert-key", "log-warmup", "lr-overruled"}
 
 
 @pytest.mark.parametrize("rule", [rule for rule, page in RULEBOOK.items() if page.wrong])
-def test_the_example_of_a_rule_breaks_it_alone(rule):
+def test_rule_example_breaks_only_this_rule(rule):
     problems = check(parse(RULEBOOK[rule].wrong, "f"), 1, runs=rule in RUNS_ALONE)
     serious = {problem.rule for problem in problems if problem.severity != "note"}
     assert rule in {problem.rule for problem in problems}
     assert serious <= {rule}
 
 
-def test_every_rule_that_is_raised_has_its_page():
+def test_every_rule_id_in_the_code_has_a_page():
     names = r"([a-z0-9]+(?:-[a-z0-9]+)*)"
     calls = rf'(?:problem|error|warning|note)\(\s*"{names}"|Problem\(\s*"{names}"'
     raised = {
@@ -39,65 +39,68 @@ def test_every_rule_that_is_raised_has_its_page():
     assert {"unknown-key", "offload-without-stage", "unquoted"} <= raised
 
 
-def found(config, world_size=None):
+def find_problems(config, world_size=None):
     return [
         (p.rule, p.severity, p.pointer) for p in check(parse(json.dumps(config), "f"), world_size)
     ]
 
 
-def zero(**section):
+def zero_config(**section):
     return {"train_batch_size": 8, "zero_optimization": section}
 
 
-def scheduled(type_name, lr=0.01, **params):
+def schedule_config(type_name, lr=0.01, **params):
     optimizer = {"type": "Adam", "params": {"lr": lr}}
     scheduler = {"type": type_name, "params": params}
     return {"train_batch_size": 8, "optimizer": optimizer, "scheduler": scheduler}
 
 
-def lasting(length, **params):
+def config_with_length(length, **params):
     block = {"type": "CosineAnnealingScheduler", "params": {"t_max": params.pop("T_max"), **params}}
-    return scheduled("WarmupLR") | {"scheduler": block, "engine": {"max_duration": length}}
+    return schedule_config("WarmupLR") | {"scheduler": block, "engine": {"max_duration": length}}
 
 
 CYCLE = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.1}
 OFFLOAD = "/zero_optimization/offload_param"
 
 
-def elastic(stage, optimizer, **params):
+def elastic_config(stage, optimizer, **params):
     block = {"optimizer": {"type": optimizer, "params": params}}
-    return zero(stage=stage, elastic_checkpoint=True) | block
+    return zero_config(stage=stage, elastic_checkpoint=True) | block
 
 
 PAIRS = [
-    (zero(stage=3, offload_param={"device": "cpu"}), []),
-    (zero(stage=2, offload_param={"device": "none"}), []),
-    (zero(stage=1, offload_param={"device": "cpu"}), [("offload-without-stage", "error", OFFLOAD)]),
-    (zero(stage="auto", offload_param={"device": "cpu"}), []),
-    # A stage that is wrong or misspelt is said once, without its consequences.
+    (zero_config(stage=3, offload_param={"device": "cpu"}), []),
+    (zero_config(stage=2, offload_param={"device": "none"}), []),
     (
-        zero(stage=7, offload_param={"device": "cpu"}),
+        zero_config(stage=1, offload_param={"device": "cpu"}),
+        [("offload-without-stage", "error", OFFLOAD)],
+    ),
+    (zero_config(stage="auto", offload_param={"device": "cpu"}), []),
+    # An invalid or misspelled stage is reported once, without errors that follow from it.
+    (
+        zero_config(stage=7, offload_param={"device": "cpu"}),
         [("out-of-range", "error", "/zero_optimization/stage")],
     ),
     (
-        zero(stge=2, offload_param={"device": "cpu"}),
+        zero_config(stge=2, offload_param={"device": "cpu"}),
         [("unknown-key", "error", "/zero_optimization/stge")],
     ),
-    (zero(stage=3, offload_param={"device": "nvme", "nvme_path": "/x"}), []),
+    (zero_config(stage=3, offload_param={"device": "nvme", "nvme_path": "/x"}), []),
     (
-        zero(stage=3, offload_param={"device": "cpu", "nvme_path": "/x"}),
+        zero_config(stage=3, offload_param={"device": "cpu", "nvme_path": "/x"}),
         [("inert-key", "note", f"{OFFLOAD}/nvme_path")],
     ),
     (
-        zero(stage=2, offload_optimizer={"device": "cpu", "ratio": 0.5}),
+        zero_config(stage=2, offload_optimizer={"device": "cpu", "ratio": 0.5}),
         [("offload-without-stage", "error", "/zero_optimization/offload_optimizer/ratio")],
     ),
     (
-        {"engine": {"report": "run"}} | scheduled("OneCycle", **CYCLE),
+        {"engine": {"report": "run"}} | schedule_config("OneCycle", **CYCLE),
         [("inert-key", "note", "/engine/report")],
     ),
     (
-        {"engine": {"report": "run"}} | scheduled("LRRangeTest"),
+        {"engine": {"report": "run"}} | schedule_config("LRRangeTest"),
         [("lr-overruled", "note", "/optimizer/params/lr")],
     ),
     (
@@ -106,13 +109,13 @@ PAIRS = [
     ),
     ({"train_batch_size": 8, "checkpoint": {"tag_validation": "FAIL"}}, []),
     (
-        elastic(1, "AdamW"),
+        elastic_config(1, "AdamW"),
         [("elastic-checkpoint", "error", "/zero_optimization/elastic_checkpoint")],
     ),
-    (elastic(1, "AdamW", torch_adam=False), []),
-    (elastic(3, "AdamW"), []),
+    (elastic_config(1, "AdamW", torch_adam=False), []),
+    (elastic_config(3, "AdamW"), []),
     (
-        elastic(2, "SGD") | {"zero_allow_untested_optimizer": True},
+        elastic_config(2, "SGD") | {"zero_allow_untested_optimizer": True},
         [("elastic-checkpoint", "error", "/zero_optimization/elastic_checkpoint")],
     ),
     (
@@ -120,7 +123,7 @@ PAIRS = [
         [("deprecated-key", "note", "/zero_optimization")],
     ),
     (
-        zero(stage=1, mics_shard_size=2),
+        zero_config(stage=1, mics_shard_size=2),
         [("removed-key", "error", "/zero_optimization/mics_shard_size")],
     ),
     (
@@ -131,17 +134,23 @@ PAIRS = [
         {"train_batch_size": 8, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
         [("precision", "error", "/bf16/bf16_master_weights_and_grads")],
     ),
-    (scheduled("OneCycle", **CYCLE), []),
-    (scheduled("OneCycle", lr=1.0, **CYCLE), [("lr-overruled", "note", "/optimizer/params/lr")]),
+    (schedule_config("OneCycle", **CYCLE), []),
+    (
+        schedule_config("OneCycle", lr=1.0, **CYCLE),
+        [("lr-overruled", "note", "/optimizer/params/lr")],
+    ),
     *(
-        (scheduled(name, lr=0.5, **params), [("lr-overruled", "note", "/optimizer/params/lr")])
+        (
+            schedule_config(name, lr=0.5, **params),
+            [("lr-overruled", "note", "/optimizer/params/lr")],
+        )
         for name, params in (
             ("OneCycleLR", {"max_lr": 0.1, "total_steps": 100}),
             ("CyclicLR", {"base_lr": 0.01, "max_lr": 0.1, "cycle_momentum": False}),
             ("PolyScheduler", {"base_lr": 0.1, "final_lr": 0.01, "max_update": 9}),
         )
     ),
-    (scheduled("CosineAnnealingLR", lr=0.5, T_max=10), []),
+    (schedule_config("CosineAnnealingLR", lr=0.5, T_max=10), []),
     (
         {
             "train_batch_size": 8,
@@ -151,24 +160,27 @@ PAIRS = [
         [("betas-overruled", "note", "/optimizer/params/momentum")],
     ),
     *(
-        (lasting(length, T_max=100), [("end-of-schedule", severity, "/engine/max_duration")])
+        (
+            config_with_length(length, T_max=100),
+            [("end-of-schedule", severity, "/engine/max_duration")],
+        )
         for length, severity in ((50, "warning"), (1000, "warning"), ("320sp", "warning"))
     ),
     (
-        lasting(1000, T_max=100, alpha_f=0.5),
+        config_with_length(1000, T_max=100, alpha_f=0.5),
         [("end-of-schedule", "note", "/engine/max_duration")],
     ),
-    *((lasting(length, T_max=100), []) for length in (99, 100, "10ep")),
-    (lasting(1000, T_max="1dur"), []),
+    *((config_with_length(length, T_max=100), []) for length in (99, 100, "10ep")),
+    (config_with_length(1000, T_max="1dur"), []),
     (
-        scheduled("OneCycle", **CYCLE, decay_lr_rate=0.1),
+        schedule_config("OneCycle", **CYCLE, decay_lr_rate=0.1),
         [("decay-without-interval", "warning", "/scheduler/params/decay_lr_rate")],
     ),
     (
-        scheduled("OneCycle", **CYCLE, cycle_first_step_size="1ep", decay_lr_rate=0.1),
+        schedule_config("OneCycle", **CYCLE, cycle_first_step_size="1ep", decay_lr_rate=0.1),
         [("decay-without-interval", "warning", "/scheduler/params/decay_lr_rate")],
     ),
-    (scheduled("OneCycle", **CYCLE, decay_lr_rate=0.1, decay_step_size=10), []),
+    (schedule_config("OneCycle", **CYCLE, decay_lr_rate=0.1, decay_step_size=10), []),
     *(
         (
             {"train_batch_size": 8, "engine": {"backend": "deepspeed", key: value}},
@@ -188,7 +200,7 @@ PAIRS = [
         [("other-backend", "error", "/engine/checkpoint/async")],
     ),
     (
-        scheduled("AutoWU", rollback=True, total_epochs=9, steps_per_epoch=9)
+        schedule_config("AutoWU", rollback=True, total_epochs=9, steps_per_epoch=9)
         | {"engine": {"backend": "deepspeed"}},
         [("other-backend", "error", "/scheduler/params/rollback")],
     ),
@@ -198,20 +210,20 @@ PAIRS = [
     ),
     ({"train_batch_size": 8, "engine": {"checkpoint": {"async": True, "resume": "never"}}}, []),
     (
-        scheduled("OneCycle", **CYCLE, cycle_first_step_size=9, cycle_first_stair_count=9),
+        schedule_config("OneCycle", **CYCLE, cycle_first_step_size=9, cycle_first_stair_count=9),
         [("inert-key", "note", "/scheduler/params/cycle_first_stair_count")],
     ),
     (
-        scheduled("WarmupDecayLR", total_num_steps=2000, warmup_type="linear"),
+        schedule_config("WarmupDecayLR", total_num_steps=2000, warmup_type="linear"),
         [("peak-by-default", "warning", "/scheduler/params")],
     ),
     (
-        scheduled(
+        schedule_config(
             "WarmupDecayLR", total_num_steps=2000, warmup_type="linear", warmup_max_lr="auto"
         ),
         [],
     ),
-    (scheduled("WarmupLR"), [("log-warmup", "note", "/scheduler/type")]),
+    (schedule_config("WarmupLR"), [("log-warmup", "note", "/scheduler/type")]),
     (
         {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}},
         [("inert-key", "error", "/optimizer/params/adam_w_mode")],
@@ -229,11 +241,11 @@ PAIRS = [
         [("other-backend", "error", "/optimizer/type")],
     ),
     (
-        {"engine": {"backend": "torch"}} | zero(stage=2, overlap_comm=True),
+        {"engine": {"backend": "torch"}} | zero_config(stage=2, overlap_comm=True),
         [("other-backend", "error", "/zero_optimization/overlap_comm")],
     ),
     (
-        {"engine": {"backend": "torch"}} | zero(stage=3, offload_param={"device": "nvme"}),
+        {"engine": {"backend": "torch"}} | zero_config(stage=3, offload_param={"device": "nvme"}),
         [
             ("nvme-without-path", "error", "/zero_optimization/offload_param"),
             ("other-backend", "error", "/zero_optimization/offload_param/device"),
@@ -244,32 +256,32 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("config", "expected"), PAIRS)
-def test_pairs_of_keys(config, expected):
-    assert found(config) == expected
+def test_check_combination_of_keys_reports_the_expected_rules(config, expected):
+    assert find_problems(config) == expected
 
 
 @pytest.mark.parametrize(
     ("key", "where", "hint"),
     [
-        ("max_grad_norm", "", "It is `gradient_clipping` here."),
-        ("lr_scheduler", "", "It is `scheduler` here."),
-        ("warmup_steps", "", "Its place is `/scheduler/params/warmup_num_steps`."),
-        ("stage", "", "It belongs under `/zero_optimization`."),
+        ("max_grad_norm", "", "Use `gradient_clipping` instead."),
+        ("lr_scheduler", "", "Use `scheduler` instead."),
+        ("warmup_steps", "", "Use `/scheduler/params/warmup_num_steps` instead."),
+        ("stage", "", "Move it to `/zero_optimization`."),
         ("reduce_bucket_sizes", "zero_optimization", "Did you mean `reduce_bucket_size`?"),
-        ("find_unused_parameters", "zero_optimization", "It is `ignore_unused_parameters` here."),
-        ("completely_unheard_of", "", 'If it is a note, let it begin with "//" or "x-".'),
+        ("find_unused_parameters", "zero_optimization", "Use `ignore_unused_parameters` instead."),
+        ("completely_unheard_of", "", 'To keep it as a note, start the key with "//" or "x-".'),
     ],
 )
-def test_suggestions_by_spelling_by_alias_and_by_place(key, where, hint):
+def test_check_unknown_key_has_a_suggestion(key, where, hint):
     section = {"stage": 1, key: 1}
     config = {"train_batch_size": 8, where: section} if where else {"train_batch_size": 8, key: 1}
     (problem,) = check(parse(json.dumps(config), "f"), None)
     assert problem.hint == hint
 
 
-def test_a_key_that_is_newer_than_the_installed_deepspeed(monkeypatch):
+def test_check_key_newer_than_installed_deepspeed_warns(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.14.0")
     config = {"train_batch_size": 8, "compile": {"deepcompile": True}}
-    assert found(config) == [("newer-key", "warning", "/compile")]
+    assert find_problems(config) == [("newer-key", "warning", "/compile")]
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.19.8")
-    assert found(config) == []
+    assert find_problems(config) == []

@@ -1,4 +1,4 @@
-"""The walk over the config schema, and the one rule for defaults."""
+"""Test the iteration over the config schema, and the defaults of absent keys."""
 
 from functools import partial
 
@@ -14,16 +14,16 @@ from engine.config.validate import examine
 from tests.testing.corpus import INDEX, path_of
 
 
-def pointers(value, **how):
+def walk_pointers(value, **how):
     return [member.pointer for member in walk(value, schemas.read(SCHEMA), **how)]
 
 
-def test_walk_yields_the_given_keys_in_their_order_without_parked_ones():
+def test_walk_yields_given_keys_in_order_without_ignored_keys():
     config = {"fp16": {"x-note": 1, "enabled": True}, "//": 2, "train_batch_size": 8}
-    assert pointers(config) == ["/fp16", "/fp16/enabled", "/train_batch_size"]
+    assert walk_pointers(config) == ["/fp16", "/fp16/enabled", "/train_batch_size"]
 
 
-def test_walk_resolves_params_by_the_type_of_their_block():
+def test_walk_chooses_the_schema_of_params_by_type():
     config = {
         "optimizer": {"type": "adamw", "params": {"lr": 0.1}},
         "scheduler": {"type": "OneCycle", "params": {"cycle_max_lr": 0.1}},
@@ -46,12 +46,14 @@ def test_walk_resolves_params_by_the_type_of_their_block():
         ({"fp16": None}, ["/fp16"]),
     ],
 )
-def test_walk_accepts_an_invalid_config(value, expected):
-    assert pointers(value) == expected
+def test_walk_invalid_config_is_accepted(value, expected):
+    assert walk_pointers(value) == expected
 
 
-def test_walk_does_not_fill_in_a_key_that_is_given_under_its_old_name():
-    filled = pointers({"bfloat16": {"enabled": True}}, fill=partial(default_of, backend="torch"))
+def test_walk_does_not_fill_in_a_key_given_under_its_deprecated_name():
+    filled = walk_pointers(
+        {"bfloat16": {"enabled": True}}, fill=partial(default_of, backend="torch")
+    )
     assert "/bfloat16/enabled" in filled
     assert "/bf16" not in filled
 
@@ -71,31 +73,31 @@ def test_walk_does_not_fill_in_a_key_that_is_given_under_its_old_name():
         ({"properties": {}, "default": None}, "torch", None),
     ],
 )
-def test_default_of_an_absent_key_follows_from_its_schema(schema, backend, default):
+def test_default_of_absent_key_depends_on_schema_and_backend(schema, backend, default):
     assert default_of(schema, backend) is default
 
 
-def leaves(value, pointer=""):
+def flatten(value, pointer=""):
     """Yield the values of nested dicts by JSON pointer."""
     if isinstance(value, dict) and value:
         for key, below in value.items():
-            yield from leaves(below, pointer_to(pointer, key))
+            yield from flatten(below, pointer_to(pointer, key))
     else:
         yield pointer, value
 
 
-def runnable():
-    """Yield each config of the corpus that can run as it is, and what was examined of it."""
+def valid_configs():
+    """Yield each valid config of the corpus, resolved, with the context of its rules."""
     for entry in INDEX:
         problems, context = examine(load_document(path_of(entry)), 1, runs=True)
         if not any(problem.severity == "error" for problem in problems):
             yield load_config(path_of(entry)), context
 
 
-def test_resolved_config_origins_and_deepspeed_config_agree_on_every_value():
-    """What a run uses, what `onecycle config` prints, and what DeepSpeed receives."""
+def test_resolved_printed_and_deepspeed_values_agree():
+    """Compare the values that a run uses, `onecycle config` prints, and DeepSpeed receives."""
     compared = 0
-    for config, context in runnable():
+    for config, context in valid_configs():
         printed = {entry.pointer: entry.value for entry in trace_origins(context)}
         used = {
             "/gradient_clipping": config.gradient_clipping,
@@ -109,9 +111,9 @@ def test_resolved_config_origins_and_deepspeed_config_agree_on_every_value():
         if config.backend.name == "deepspeed":
             received = deepspeed_config(config, builds_optimizer=True)
             received.pop("optimizer", None)
-            # DeepSpeed is told so where the optimizer is ours, whatever the config says.
+            # The engine sets this key itself if DeepSpeed does not build the optimizer.
             received.pop("zero_force_ds_cpu_optimizer", None)
-            used |= dict(leaves(received))
+            used |= dict(flatten(received))
         for pointer, value in used.items():
             if pointer in printed:
                 assert printed[pointer] == value, (config.name, pointer)
