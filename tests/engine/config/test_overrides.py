@@ -65,7 +65,7 @@ def test_a_flag_alone_is_true(path):
     [
         (["--learning_rate", "-1"], "but is -1.0 instead. It was given by --learning_rate."),
         (["--lr_schedule", "OneCicle"], "Did you mean `OneCycle`? It was given by --lr_schedule."),
-        (["--warmup_steps", "20"], "`warmup_steps` must be at most `max_steps` (10), but is 20"),
+        (["--warmup_steps", "20"], "`warmup_steps` must be at most `max_steps` (10), got 20"),
         (["--cycle_min_lr", "0.1"], "`cycle_min_lr` is no key"),
         (["--learning_rate", "nan"], "must be a finite number, but is nan"),
         (["--steps_this_run", "0"], "It was given by --steps_this_run."),

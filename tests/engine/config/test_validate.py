@@ -96,7 +96,7 @@ MISTAKES = [
         11,
         "schedule",
         None,
-        "0 makes the half continuous",
+        "`cycle_first_stair_count`",
     ),
     (
         "/scheduler/params/cycle_first_step_size",
@@ -170,7 +170,7 @@ def test_one_mistake_is_one_problem(pointer, value, rule, place, message):
         (
             ("LinearWithWarmupScheduler", {"t_warmup": "60ba"}),
             {"max_duration": 50},
-            "`t_warmup` must be at most `t_max` (50 updates), but is 60 updates instead",
+            "`t_warmup` must be at most `t_max` (50 steps), got 60",
         ),
         (
             ("StepScheduler", {"step_size": 4}),
