@@ -99,7 +99,7 @@ class ConstantScheduler(_Scheduler, example={"alpha": 0.5, "t_max": "0.5dur"}):
     alpha: Factor = 1.0
     """Multiplier of the learning rate until `t_max`."""
     t_max: Steps = "1dur"
-    """Time at which the multiplier returns to 1."""
+    """Step at which the multiplier returns to 1."""
 
     def _body(self, lr: float, start: float) -> Curve:
         end = as_number(self.t_max) - start
@@ -166,7 +166,7 @@ class MultiStepScheduler(
     """
 
     milestones: Milestones
-    """Times at which `gamma` is applied, in ascending order. They may have different units."""
+    """Steps at which `gamma` is applied, in ascending order. Their units may differ."""
     gamma: Factor = 0.1
     """Factor applied at each milestone."""
 
@@ -213,11 +213,11 @@ class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """
 
     alpha_i: Factor = 1.0
-    """Multiplier at the start."""
+    """Multiplier at the start of the linear change."""
     alpha_f: Factor = 0.0
-    """Multiplier at the end."""
+    """Multiplier at `t_max` and afterwards."""
     t_max: Steps = "1dur"
-    """Time at which `alpha_f` is reached."""
+    """Step at which `alpha_f` is reached."""
 
     def _peak(self, lr: float) -> float:
         return self.alpha_i * lr
@@ -242,7 +242,7 @@ class LinearWithWarmupScheduler(_WithWarmup, LinearScheduler, example={"t_warmup
 
 @schedule_class
 class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
-    """Exponential decay, applied at every step.
+    """Exponential decay by ``gamma`` per ``decay_period``, applied at every step.
 
     ::
 
@@ -273,9 +273,9 @@ class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """
 
     t_max: Steps = "1dur"
-    """Time at which `alpha_f` is reached."""
+    """Step at which `alpha_f` is reached."""
     alpha_f: Factor = 0.0
-    """Multiplier at the end."""
+    """Multiplier at `t_max` and afterwards."""
 
     def _body(self, lr: float, start: float) -> Curve:
         return cosine(lr, self.alpha_f * lr, as_number(self.t_max) - start)
@@ -336,9 +336,9 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
     power: Power
     """Exponent of the polynomial."""
     t_max: Steps = "1dur"
-    """Time at which `alpha_f` is reached."""
+    """Step at which `alpha_f` is reached."""
     alpha_f: Factor = 0.0
-    """Multiplier at the end."""
+    """Multiplier at `t_max` and afterwards."""
 
     def _body(self, lr: float, start: float) -> Curve:
         return polynomial(lr, self.alpha_f * lr, as_number(self.t_max) - start, self.power)

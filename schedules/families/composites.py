@@ -70,9 +70,9 @@ class _Composite(Schedule[int]):
 
     def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield from super()._durations(horizon)
-        yield "schedulers", functools.partial(self._resolved_blocks, horizon)
+        yield "schedulers", functools.partial(self._resolve_blocks, horizon)
 
-    def _resolved_blocks(self, horizon: Horizon) -> tuple[Any, ...]:
+    def _resolve_blocks(self, horizon: Horizon) -> tuple[Any, ...]:
         blocks = []
         for index, part in enumerate(self.parts):
             try:
@@ -116,7 +116,7 @@ class SequentialLR(
     """
 
     milestones: Milestones
-    """Times at which the second and later schedules start, in ascending order."""
+    """Steps at which the second and later schedules start, in ascending order."""
 
     def faults(self) -> Iterator[Fault]:
         if list(self.milestones) != sorted(self.milestones):

@@ -116,7 +116,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
     The factor is applied every ``step`` steps, as in MXNet. If ``step`` is null, it is applied
     before every step, including the first, as in the book::
 
-        lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))
+        lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))    step is set
         lr(k) = max(stop_factor_lr, base_lr * factor ** (k + 1))            step is null
 
     Source: ``FactorScheduler`` in "Dive into Deep Learning" and in python/mxnet/lr_scheduler.py.
@@ -129,7 +129,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
     stop_factor_lr: LearningRate = 1e-8
     """Minimum learning rate."""
     step: Steps | None = None
-    """Time between two decays; null decays before every step."""
+    """Number of steps between two decays; null decays before every step."""
 
     def faults(self) -> Iterator[Fault]:
         yield from super().faults()
@@ -191,7 +191,7 @@ class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10})
     """
 
     max_update: Steps
-    """Time at which the final learning rate is reached, including the warmup."""
+    """Step at which `final_lr` is reached, counted from the start of the warmup."""
     pwr: Power = 2.0
     """Exponent of the polynomial."""
     final_lr: LearningRate = 0.0
@@ -215,7 +215,7 @@ class CosineScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10
     """
 
     max_update: Steps
-    """Time at which the final learning rate is reached, including the warmup."""
+    """Step at which `final_lr` is reached, counted from the start of the warmup."""
     final_lr: LearningRate = 0.0
     """Learning rate at the end of the decay."""
 

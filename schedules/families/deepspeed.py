@@ -82,8 +82,8 @@ class OneCycle(
                       max_mom / (1 + decay_mom_rate * (k - T) / decay_step_size)    k > T
 
     The peak is exactly ``cycle_max_lr``, at k = first. Momentum starts at ``cycle_max_mom`` and
-    decreases in the decay. DeepSpeed differs: momentum is ``cycle_min_mom`` in the first step and
-    increases in the decay, above 1 in a long run, and beta2 is set to 0.99.
+    decreases in the decay. In DeepSpeed, momentum is ``cycle_min_mom`` in the first step and
+    increases in the decay, above 1 in a long run; beta2 is set to 0.99.
 
     >>> cycle = OneCycle(cycle_min_lr=0.1, cycle_max_lr=0.5, cycle_first_step_size=2)
     >>> curves = cycle.curves({"lr": (0.1,), "momentum": (0.9,)})
@@ -113,8 +113,8 @@ class OneCycle(
     """Number of equal stairs in the second half; 0 makes it continuous, null uses
     `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
-    """Time in which the divisor of the decay after the cycle increases by the decay rate; 0 or null
-    disables the decay."""
+    """Number of steps in which the divisor of the decay after the cycle increases by the decay
+    rate; 0 or null disables the decay."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size` that DeepSpeed's tutorial uses. Set only one of the two."""
     cycle_momentum: bool = True
@@ -240,7 +240,7 @@ class LRRangeTest(
     lr_range_test_min_lr: LearningRate = 1e-3
     """Learning rate at the first step."""
     lr_range_test_step_size: Steps = 2000
-    """Time in which the learning rate increases by `lr_range_test_step_rate` times
+    """Number of steps in which the learning rate increases by `lr_range_test_step_rate` times
     `lr_range_test_min_lr`."""
     lr_range_test_step_rate: Rate = 1.0
     """Increase of the learning rate every `lr_range_test_step_size` steps, as a multiple of
@@ -273,8 +273,8 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     With N = ``warmup_num_steps``::
 
         lr(k) = min_lr + (max_lr - min_lr) * g(k)
-        g(k)  = ln(1 + k) / ln(max(2, N))   "log"     at most 1
-                k / N                       "linear"  at most 1
+        g(k)  = min(1, ln(1 + k) / ln(max(2, N)))     "log"
+                min(1, k / N)                         "linear"
 
     The linear ramp reaches the maximum at k = N, the logarithmic one at k = N - 1. DeepSpeed is one
     step late: its first two steps both use the minimum.
@@ -397,11 +397,12 @@ class WarmupCosineLR(
     total_num_steps: Annotated[Steps, _AUTO]
     """Length of the run, including the warmup."""
     warmup_min_ratio: Ratio = 0.0
-    """Fraction of the param group's learning rate at the first step."""
+    """Learning rate at the first step, as a fraction of the param group's learning rate."""
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     cos_min_ratio: Ratio = 0.0001
-    """Fraction of the param group's learning rate at the end of the run, kept afterwards."""
+    """Learning rate at the end of the run and afterwards, as a fraction of the param group's
+    learning rate."""
     warmup_type: WarmupType = "log"
     """Shape of the warmup; "log" rises fastest in the first steps."""
 

@@ -245,7 +245,7 @@ class WarmupStableDecay(
     decay_type: Literal["linear", "cosine", "1-sqrt", "half-life"] = "linear"
     """Shape of the decay."""
     min_lr_ratio: Ratio = 0.0
-    """Fraction of the param group's learning rate at the end of the decay."""
+    """Learning rate at the end of the decay, as a fraction of the param group's learning rate."""
 
     def faults(self) -> Iterator[Fault]:
         needed, total = self._warmup + self._decay, as_number(self.total_steps)
@@ -293,8 +293,8 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
     timescale: Steps | None = None
-    """Time after the warmup in which the learning rate falls to 1 / sqrt(2); null uses
-    `warmup_steps`."""
+    """Number of steps after the warmup in which the learning rate falls to 1 / sqrt(2) of its peak;
+    null uses `warmup_steps`."""
 
     def faults(self) -> Iterator[Fault]:
         if not (self.timescale or self.warmup_steps):

@@ -81,7 +81,7 @@ class OptimizerParamScheduler(
     end_wd: WeightDecay = 0.0
     """Weight decay at the end."""
     wd_incr_steps: StepsOrZero = 0
-    """Time at which the weight decay reaches `end_wd`."""
+    """Step at which the weight decay reaches `end_wd`."""
     wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the weight decay's increase."""
 

@@ -85,7 +85,7 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
     """
 
     milestones: Milestones
-    """Times at which `gamma` is applied, in any order, as in PyTorch."""
+    """Steps at which `gamma` is applied, in any order, as in PyTorch."""
     gamma: Factor = 0.1
     """Factor applied at each milestone."""
 
@@ -109,7 +109,7 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
     factor: Factor = 1 / 3
     """Factor applied to the learning rate until `total_iters`."""
     total_iters: Steps = 5
-    """Time at which the factor returns to 1."""
+    """Step at which the factor returns to 1."""
 
     def curve(self, lr: float) -> Curve:
         end = as_number(self.total_iters)
@@ -130,9 +130,9 @@ class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
     start_factor: Factor = 1 / 3
     """Factor applied to the learning rate at the start."""
     end_factor: Factor = 1.0
-    """Factor applied to the learning rate at the end."""
+    """Factor applied to the learning rate at `total_iters` and afterwards."""
     total_iters: Steps = 5
-    """Time at which `end_factor` is reached."""
+    """Step at which `end_factor` is reached."""
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.total_iters)
@@ -171,7 +171,7 @@ class PolynomialLR(LearningRateSchedule, example={"total_iters": 80, "power": 2.
     """
 
     total_iters: Steps = 5
-    """Time at which the learning rate reaches 0."""
+    """Step at which the learning rate reaches 0."""
     power: Power = 1.0
     """Exponent of the polynomial."""
 
@@ -193,7 +193,7 @@ class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0
     """
 
     T_max: Steps
-    """Time at which `eta_min` is reached."""
+    """Step at which `eta_min` is reached."""
     eta_min: LearningRate = 0.0
     """Minimum learning rate."""
 
@@ -396,14 +396,14 @@ class CyclicLR(
 
     @property
     def span(self) -> int:
-        return 3 * int(self._up + self._down)
+        return 3 * int(self._rise_steps + self._fall_steps)
 
     @property
-    def _up(self) -> float:
+    def _rise_steps(self) -> float:
         return as_number(self.step_size_up)
 
     @property
-    def _down(self) -> float:
+    def _fall_steps(self) -> float:
         return float(as_number(self.step_size_down or self.step_size_up))
 
     def curves(self, base: Base) -> Curves:
@@ -426,7 +426,7 @@ class CyclicLR(
 
     def _triangles(self, foot: float, top: float) -> Curve:
         height = top - foot
-        triangles = repeat(partial(self._triangle, height), self._up + self._down)
+        triangles = repeat(partial(self._triangle, height), self._rise_steps + self._fall_steps)
         if self.mode == "exp_range":
             triangles = pointwise(operator.mul, triangles, exponential(1.0, self.gamma, steps=1))
         return pointwise(operator.add, constant(foot), triangles)
@@ -434,5 +434,5 @@ class CyclicLR(
     def _triangle(self, height: float, cycle: int, steps: float) -> Curve:
         del steps
         top = height * _AMPLITUDES[self.mode] ** cycle
-        up, down = linear(0.0, top, self._up), linear(top, 0.0, self._down)
-        return join([up, down], boundaries=[self._up])
+        up, down = linear(0.0, top, self._rise_steps), linear(top, 0.0, self._fall_steps)
+        return join([up, down], boundaries=[self._rise_steps])

@@ -55,7 +55,7 @@ class _WarmupAndDecay(_PeakSchedule):
     max_steps: Steps
     """Length of the run, including the warmup. It shapes the curve; it does not end training."""
     end_lr_ratio: Ratio = 0.1
-    """Fraction of the peak learning rate at the end, kept afterwards."""
+    """Learning rate at the end and afterwards, as a fraction of the peak learning rate."""
 
     def faults(self) -> Iterator[Fault]:
         if as_number(self.warmup_steps) > as_number(self.max_steps):
@@ -115,7 +115,7 @@ class PolynomialDecayScheduleWithWarmup(
     """
 
     end_lr_ratio: Ratio = 0.0
-    """Fraction of the peak learning rate at the end, kept afterwards."""
+    """Learning rate at the end and afterwards, as a fraction of the peak learning rate."""
 
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
         return linear(lr, end, steps)
@@ -147,7 +147,7 @@ class StepSchedule(
     """
 
     decay_steps: Steps = 100
-    """Time between two decays."""
+    """Number of steps between two decays."""
     gamma: Factor = 0.5
     """Factor applied at each decay."""
 

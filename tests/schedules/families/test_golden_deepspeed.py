@@ -22,7 +22,7 @@ INVALID = {
 }
 
 
-def params_of(name):
+def case_params(name):
     """Return the case's parameters, with the values that DeepSpeed silently replaces."""
     params = dict(CASES[name]["params"])
     if params.get("warmup_num_steps") == 1:
@@ -40,7 +40,7 @@ def index_map(name, steps):
     if scheduler in {"OneCycle", "LRRangeTest"}:
         return indices
     if scheduler == "WarmupCosineLR":
-        return np.where(indices > params_of(name)["warmup_num_steps"], indices, lagging)
+        return np.where(indices > case_params(name)["warmup_num_steps"], indices, lagging)
     return lagging
 
 
@@ -50,7 +50,7 @@ def test_deepspeed_lr_matches_golden_values(name):
     groups = case["optimizer"]["n_param_groups"]
     base = np.broadcast_to(case["optimizer"]["lr"], groups).tolist()
     at = index_map(name, case["n_steps"])
-    block = {"type": case["scheduler"], "params": params_of(name)}
+    block = {"type": case["scheduler"], "params": case_params(name)}
     ours = trace(block, int(at.max()) + 1, base={"lr": base})
     theirs = np.array(case["lr"]).reshape(case["n_steps"], groups)
     first = 0
