@@ -243,7 +243,7 @@ class LRRangeTest(
     """Number of steps in which the learning rate increases by `lr_range_test_step_rate` times
     `lr_range_test_min_lr`."""
     lr_range_test_step_rate: Rate = 1.0
-    """Increase of the learning rate every `lr_range_test_step_size` steps, as a multiple of
+    """Increase of the learning rate every `lr_range_test_step_size` steps, in multiples of
     `lr_range_test_min_lr`."""
     lr_range_test_staircase: bool = False
     """Whether the learning rate increases once every `lr_range_test_step_size` steps instead of at
@@ -397,12 +397,12 @@ class WarmupCosineLR(
     total_num_steps: Annotated[Steps, _AUTO]
     """Length of the run, including the warmup."""
     warmup_min_ratio: Ratio = 0.0
-    """Learning rate at the first step, as a fraction of the param group's learning rate."""
+    """Ratio of the learning rate at the first step to the param group's learning rate."""
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     cos_min_ratio: Ratio = 0.0001
-    """Learning rate at the end of the run and afterwards, as a fraction of the param group's
-    learning rate."""
+    """Ratio of the learning rate at the end of the run and afterwards to the param group's learning
+    rate."""
     warmup_type: WarmupType = "log"
     """Shape of the warmup; "log" rises fastest in the first steps."""
 

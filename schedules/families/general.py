@@ -245,7 +245,7 @@ class WarmupStableDecay(
     decay_type: Literal["linear", "cosine", "1-sqrt", "half-life"] = "linear"
     """Shape of the decay."""
     min_lr_ratio: Ratio = 0.0
-    """Learning rate at the end of the decay, as a fraction of the param group's learning rate."""
+    """Ratio of the learning rate at the end of the decay to the param group's learning rate."""
 
     def faults(self) -> Iterator[Fault]:
         needed, total = self._warmup + self._decay, as_number(self.total_steps)

@@ -55,7 +55,7 @@ class _WarmupAndDecay(_PeakSchedule):
     max_steps: Steps
     """Length of the run, including the warmup. It shapes the curve; it does not end training."""
     end_lr_ratio: Ratio = 0.1
-    """Learning rate at the end and afterwards, as a fraction of the peak learning rate."""
+    """Ratio of the learning rate at the end of the run and afterwards to the peak."""
 
     def faults(self) -> Iterator[Fault]:
         if as_number(self.warmup_steps) > as_number(self.max_steps):
@@ -115,7 +115,7 @@ class PolynomialDecayScheduleWithWarmup(
     """
 
     end_lr_ratio: Ratio = 0.0
-    """Learning rate at the end and afterwards, as a fraction of the peak learning rate."""
+    """Ratio of the learning rate at the end of the run and afterwards to the peak."""
 
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
         return linear(lr, end, steps)
