@@ -1,1 +1,1 @@
-"""Schedules without feedback: one module per system, under that system's names."""
+"""Schedules that depend only on the step: one module per system, with that system's names."""

@@ -1,8 +1,8 @@
-"""Composer's schedulers, by its names: multipliers of each group's own learning rate.
+"""Composer's schedulers under Composer's names: multipliers of each param group's learning rate.
 
-Durations are time strings or counts of updates. Formulas and defaults are those of
-composer/optim/scheduler.py (0.32), as functions of the update; what its trainer does with them a
-step later, and what it does to warmups, is in docs/decisions/0005-composer-schedules.md.
+Durations are time strings or numbers of steps. Formulas and defaults match
+composer/optim/scheduler.py (0.32), as functions of the step. Composer's trainer applies each value
+one step later and scales warmups differently: docs/decisions/0005-composer-schedules.md.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ __all__ = [
 
 
 class _Scheduler(LearningRateSchedule):
-    """A body that can begin at once, or behind a warmup that takes away from its length."""
+    """Base class of the schedulers, whose curve starts at step 0 or after a warmup."""
 
     def curve(self, lr: float) -> Curve:
-        return self._body(lr, begin=0)
+        return self._body(lr, start=0)
 
     @abstractmethod
-    def _body(self, lr: float, begin: float) -> Curve:
-        """Return the curve from update ``begin`` on, on a clock that begins there."""
+    def _body(self, lr: float, start: float) -> Curve:
+        """Return the curve from step ``start`` on; its step 0 is the run's step ``start``."""
 
     def _peak(self, lr: float) -> float:
-        """Return the learning rate that a warmup climbs to."""
+        """Return the learning rate at the end of the warmup."""
         return lr
 
 
 @schedule_class
 class _WithWarmup(_Scheduler):
-    """Puts a straight warmup from 0 in front of the body of the class beside it."""
+    """Mixin that adds a linear warmup from 0 before the curve of the other base class."""
 
     t_warmup: WarmupStepsOrZero
-    """Length of the warmup, in which the learning rate climbs from 0; a scale schedule ratio leaves
-    it as it is, unless it is a share of the run (`dur`)."""
+    """Length of the linear warmup from 0. `engine.scale_schedule_ratio` scales it only if it is a
+    fraction of the run (such as "0.1dur") or if `scale_warmup` is true."""
     scale_warmup: bool = False
-    """Whether the scale schedule ratio applies to the warmup too."""
+    """Whether `engine.scale_schedule_ratio` also scales the warmup."""
 
     def faults(self) -> Iterator[Fault]:
         yield from super().faults()
@@ -73,80 +73,81 @@ class _WithWarmup(_Scheduler):
         if warmup > end:
             yield Fault(
                 "t_warmup",
-                f"`t_warmup` must be at most `t_max` ({end:g} updates), but is "
-                f"{warmup:g} updates instead; nothing would be left for the schedule.",
+                f"`t_warmup` must be at most `t_max` ({end:g} steps), got {warmup:g} steps. "
+                "Shorten the warmup or increase `t_max`.",
             )
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.t_warmup)
         warmup = linear(0.0, self._peak(lr), steps)
-        body = self._body(lr, begin=steps)
+        body = self._body(lr, start=steps)
         return join([warmup, body], boundaries=[steps], names=("warmup", "schedule"))
 
 
 @schedule_class
 class ConstantScheduler(_Scheduler, example={"alpha": 0.5, "t_max": "0.5dur"}):
-    """A constant multiplier, and the learning rate itself after it.
+    """Multiply the learning rate by ``alpha`` until ``t_max``, and by 1 afterwards.
 
     ::
 
         lr(k) = lr * alpha   k < t_max
-                lr           after
+                lr           k >= t_max
 
-    Source: ``ConstantScheduler`` of composer/optim/scheduler.py.
+    Source: ``ConstantScheduler`` in composer/optim/scheduler.py.
     """
 
     alpha: Factor = 1.0
-    """Multiplier of the learning rate."""
+    """Multiplier of the learning rate until `t_max`."""
     t_max: Steps = "1dur"
-    """How long the multiplier holds."""
+    """Step at which the multiplier returns to 1."""
 
-    def _body(self, lr: float, begin: float) -> Curve:
-        end = as_number(self.t_max) - begin
+    def _body(self, lr: float, start: float) -> Curve:
+        end = as_number(self.t_max) - start
         return join([constant(self.alpha * lr), constant(lr)], boundaries=[end])
 
 
 @schedule_class
 class ConstantWithWarmupScheduler(_WithWarmup, example={"t_warmup": "0.2dur", "alpha": 0.5}):
-    """A straight warmup to a constant multiplier, which holds for ever.
+    """Linear warmup to a constant multiple of the learning rate, which is kept indefinitely.
 
     ::
 
         lr(k) = lr * alpha * min(1, k / t_warmup)
 
-    Source: ``ConstantWithWarmupScheduler`` of composer/optim/scheduler.py, whose ``t_max`` changes
-    nothing.
+    Composer's ``t_max`` is not a parameter here, because it has no effect.
+
+    Source: ``ConstantWithWarmupScheduler`` in composer/optim/scheduler.py.
     """
 
     alpha: Factor = 1.0
-    """Multiplier of the learning rate."""
+    """Multiplier of the learning rate after the warmup."""
 
     def _peak(self, lr: float) -> float:
         return self.alpha * lr
 
-    def _body(self, lr: float, begin: float) -> Curve:
-        del begin
+    def _body(self, lr: float, start: float) -> Curve:
+        del start
         return constant(self.alpha * lr)
 
 
 @schedule_class
 class StepScheduler(_Scheduler, example={"step_size": "0.2dur", "gamma": 0.5}):
-    """Multiplies the learning rate by a factor after each of equal periods.
+    """Multiply the learning rate by ``gamma`` every ``step_size`` steps.
 
     ::
 
         lr(k) = lr * gamma ** floor(k / step_size)
 
-    Source: ``StepScheduler`` of composer/optim/scheduler.py.
+    Source: ``StepScheduler`` in composer/optim/scheduler.py.
     """
 
     step_size: Steps
-    """Length of a period."""
+    """Length of each period."""
     gamma: Factor = 0.1
-    """Factor after each period."""
+    """Factor applied at the end of each period."""
 
-    def _body(self, lr: float, begin: float) -> Curve:
-        del begin
+    def _body(self, lr: float, start: float) -> Curve:
+        del start
         steps = as_number(self.step_size)
         return stairs(exponential(lr, self.gamma, steps), steps, count=1)
 
@@ -155,32 +156,32 @@ class StepScheduler(_Scheduler, example={"step_size": "0.2dur", "gamma": 0.5}):
 class MultiStepScheduler(
     _Scheduler, example={"milestones": ["3ep", "60ba", "0.8dur"], "gamma": 0.5}
 ):
-    """Multiplies the learning rate by a factor at each milestone.
+    """Multiply the learning rate by ``gamma`` at each milestone.
 
     ::
 
         lr(k) = lr * gamma ** (number of milestones m with m <= k)
 
-    Source: ``MultiStepScheduler`` of composer/optim/scheduler.py.
+    Source: ``MultiStepScheduler`` in composer/optim/scheduler.py.
     """
 
     milestones: Milestones
-    """Times at which the factor applies, in ascending order; units may differ."""
+    """Steps at which `gamma` is applied, in ascending order. Their units may differ."""
     gamma: Factor = 0.1
-    """Factor at each milestone."""
+    """Factor applied at each milestone."""
 
     def faults(self) -> Iterator[Fault]:
         yield from super().faults()
         if list(self.milestones) != sorted(self.milestones):
             yield Fault(
                 "milestones",
-                f"`milestones` must ascend, but are {list(self.milestones)} in updates instead; "
-                "put them in order.",
+                "`milestones` must be in ascending order, got "
+                f"{list(self.milestones)} steps. Sort them.",
             )
 
-    def _body(self, lr: float, begin: float) -> Curve:
+    def _body(self, lr: float, start: float) -> Curve:
         levels = [constant(lr * self.gamma**passed) for passed in range(len(self.milestones) + 1)]
-        return delay(join(levels, boundaries=map(as_number, self.milestones)), -begin)
+        return delay(join(levels, boundaries=map(as_number, self.milestones)), -start)
 
 
 @schedule_class
@@ -189,173 +190,174 @@ class MultiStepWithWarmupScheduler(
     MultiStepScheduler,
     example={"t_warmup": "0.2dur", "milestones": ["5ep", "0.8dur"], "gamma": 0.5},
 ):
-    """`MultiStepScheduler` behind a straight warmup; milestones count from the start of the run.
+    """Linear warmup followed by `MultiStepScheduler`; milestones count from the start of the run.
 
     ::
 
-        lr(k) = lr * k / t_warmup                      k < t_warmup
-                that of MultiStepScheduler at k        after
+        lr(k) = lr * k / t_warmup                                      k < t_warmup
+                lr * gamma ** (number of milestones m with m <= k)     k >= t_warmup
 
-    Source: ``MultiStepWithWarmupScheduler`` of composer/optim/scheduler.py.
+    Source: ``MultiStepWithWarmupScheduler`` in composer/optim/scheduler.py.
     """
 
 
 @schedule_class
 class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
-    """A straight line from one multiplier to another, held from its end on.
+    """Linear change from one multiplier to another, which is reached at ``t_max`` and then kept.
 
     ::
 
         lr(k) = lr * (alpha_i + (alpha_f - alpha_i) * min(1, k / t_max))
 
-    Source: ``LinearScheduler`` of composer/optim/scheduler.py.
+    Source: ``LinearScheduler`` in composer/optim/scheduler.py.
     """
 
     alpha_i: Factor = 1.0
-    """Multiplier at the start."""
+    """Multiplier at the start of the linear change."""
     alpha_f: Factor = 0.0
-    """Multiplier at the end."""
+    """Multiplier at `t_max` and afterwards."""
     t_max: Steps = "1dur"
-    """Time at which the end is reached."""
+    """Step at which `alpha_f` is reached."""
 
     def _peak(self, lr: float) -> float:
         return self.alpha_i * lr
 
-    def _body(self, lr: float, begin: float) -> Curve:
-        return linear(self.alpha_i * lr, self.alpha_f * lr, as_number(self.t_max) - begin)
+    def _body(self, lr: float, start: float) -> Curve:
+        return linear(self.alpha_i * lr, self.alpha_f * lr, as_number(self.t_max) - start)
 
 
 @schedule_class
 class LinearWithWarmupScheduler(_WithWarmup, LinearScheduler, example={"t_warmup": "0.2dur"}):
-    """`LinearScheduler` behind a straight warmup to its first multiplier.
+    """Linear warmup to ``alpha_i``, followed by `LinearScheduler`.
 
     ::
 
         lr(k) = lr * alpha_i * k / t_warmup                               k < t_warmup
-                lr * (alpha_i + (alpha_f - alpha_i) * min(1, x))          after,
+                lr * (alpha_i + (alpha_f - alpha_i) * min(1, x))          k >= t_warmup,
                 x = (k - t_warmup) / (t_max - t_warmup)
 
-    Source: ``LinearWithWarmupScheduler`` of composer/optim/scheduler.py.
+    Source: ``LinearWithWarmupScheduler`` in composer/optim/scheduler.py.
     """
 
 
 @schedule_class
 class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
-    """Exponential decay, smooth from update to update.
+    """Exponential decay by ``gamma`` per ``decay_period``, applied at every step.
 
     ::
 
         lr(k) = lr * gamma ** (k / decay_period)
 
-    Source: ``ExponentialScheduler`` of composer/optim/scheduler.py.
+    Source: ``ExponentialScheduler`` in composer/optim/scheduler.py.
     """
 
     gamma: Annotated[float, Range(above=0)]
-    """Factor in each period."""
+    """Factor per period."""
     decay_period: Steps = "1ep"
-    """Length of a period."""
+    """Length of each period."""
 
-    def _body(self, lr: float, begin: float) -> Curve:
-        del begin
+    def _body(self, lr: float, start: float) -> Curve:
+        del start
         return exponential(lr, self.gamma, as_number(self.decay_period))
 
 
 @schedule_class
 class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
-    """Half a cosine wave from the learning rate to a multiple of it, held from its end on.
+    """Cosine decay from the learning rate to a multiple of it, kept after ``t_max``.
 
     ::
 
         lr(k) = lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * min(1, k / t_max))) / 2)
 
-    Source: ``CosineAnnealingScheduler`` of composer/optim/scheduler.py.
+    Source: ``CosineAnnealingScheduler`` in composer/optim/scheduler.py.
     """
 
     t_max: Steps = "1dur"
-    """Time at which the end is reached."""
+    """Step at which `alpha_f` is reached."""
     alpha_f: Factor = 0.0
-    """Multiplier at the end."""
+    """Multiplier at `t_max` and afterwards."""
 
-    def _body(self, lr: float, begin: float) -> Curve:
-        return cosine(lr, self.alpha_f * lr, as_number(self.t_max) - begin)
+    def _body(self, lr: float, start: float) -> Curve:
+        return cosine(lr, self.alpha_f * lr, as_number(self.t_max) - start)
 
 
 @schedule_class
 class CosineAnnealingWithWarmupScheduler(
     _WithWarmup, CosineAnnealingScheduler, example={"t_warmup": "0.2dur"}
 ):
-    """`CosineAnnealingScheduler` behind a straight warmup.
+    """Linear warmup followed by `CosineAnnealingScheduler`.
 
     ::
 
         lr(k) = lr * k / t_warmup                                             k < t_warmup
-                lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * min(1, x))) / 2)      after,
+                lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * min(1, x))) / 2)        k >= t_warmup,
                 x = (k - t_warmup) / (t_max - t_warmup)
 
-    Source: ``CosineAnnealingWithWarmupScheduler`` of composer/optim/scheduler.py.
+    Source: ``CosineAnnealingWithWarmupScheduler`` in composer/optim/scheduler.py.
     """
 
 
 @schedule_class
 class CosineAnnealingWarmRestartsScheduler(_Scheduler, example={"t_0": "2ep", "t_mult": 2.0}):
-    """Half a cosine wave again and again, each cycle longer than the last one.
+    """Cosine annealing with warm restarts; each cycle is ``t_mult`` times as long as the last.
 
-    Cycle i is ``T_i`` updates long, ``T_0 = t_0`` and ``T_{i+1} = int(t_mult * T_i)``; at x of it::
+    Cycle i has ``T_i`` steps, with ``T_0 = t_0`` and ``T_{i+1} = int(t_mult * T_i)``. At the
+    fraction x of a cycle::
 
-        lr = lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * x)) / 2)
+        lr(x) = lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * x)) / 2)
 
-    Source: ``CosineAnnealingWarmRestartsScheduler`` of composer/optim/scheduler.py.
+    Source: ``CosineAnnealingWarmRestartsScheduler`` in composer/optim/scheduler.py.
     """
 
     t_0: Steps
     """Length of the first cycle."""
     t_mult: Annotated[float, Range(at_least=1)] = 1.0
-    """How many times as long each cycle is as the one before."""
+    """Length of each cycle divided by the length of the previous one."""
     alpha_f: Factor = 0.0
     """Multiplier at the end of each cycle."""
 
-    def _body(self, lr: float, begin: float) -> Curve:
-        del begin
+    def _body(self, lr: float, start: float) -> Curve:
+        del start
         end = self.alpha_f * lr
         return repeat(lambda cycle, steps: cosine(lr, end, steps), as_number(self.t_0), self.t_mult)
 
 
 @schedule_class
 class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
-    """Polynomial decay from the learning rate to a multiple of it, held from its end on.
+    """Polynomial decay from the learning rate to a multiple of it, kept after ``t_max``.
 
     ::
 
         lr(k) = lr * (alpha_f + (1 - alpha_f) * (1 - min(1, k / t_max)) ** power)
 
-    Source: ``PolynomialScheduler`` of composer/optim/scheduler.py.
+    Source: ``PolynomialScheduler`` in composer/optim/scheduler.py.
     """
 
     power: Power
-    """Exponent."""
+    """Exponent of the polynomial."""
     t_max: Steps = "1dur"
-    """Time at which the end is reached."""
+    """Step at which `alpha_f` is reached."""
     alpha_f: Factor = 0.0
-    """Multiplier at the end."""
+    """Multiplier at `t_max` and afterwards."""
 
-    def _body(self, lr: float, begin: float) -> Curve:
-        return polynomial(lr, self.alpha_f * lr, as_number(self.t_max) - begin, self.power)
+    def _body(self, lr: float, start: float) -> Curve:
+        return polynomial(lr, self.alpha_f * lr, as_number(self.t_max) - start, self.power)
 
 
 @schedule_class
 class PolynomialWithWarmupScheduler(
     _WithWarmup, PolynomialScheduler, example={"t_warmup": "0.2dur"}
 ):
-    """`PolynomialScheduler` behind a straight warmup, quadratic by default.
+    """Linear warmup followed by `PolynomialScheduler`; quadratic by default.
 
     ::
 
         lr(k) = lr * k / t_warmup                                             k < t_warmup
-                lr * (alpha_f + (1 - alpha_f) * (1 - min(1, x)) ** power)     after,
+                lr * (alpha_f + (1 - alpha_f) * (1 - min(1, x)) ** power)     k >= t_warmup,
                 x = (k - t_warmup) / (t_max - t_warmup)
 
-    Source: ``PolynomialWithWarmupScheduler`` of composer/optim/scheduler.py.
+    Source: ``PolynomialWithWarmupScheduler`` in composer/optim/scheduler.py.
     """
 
     power: Power = 2.0
-    """Exponent."""
+    """Exponent of the polynomial."""

@@ -1,4 +1,4 @@
-"""Schedules made of schedules: one after the other, multiplied, or side by side."""
+"""Schedules composed of other schedules: in sequence, multiplied, or in parallel."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ Blocks = Annotated[Sequence[Mapping[str, Any]], Items(_BLOCK)]
 @schedule_class
 class _Composite(Schedule[int]):
     schedulers: Blocks
-    """The parts, each a block ``{"type": …, "params": {…}}`` of its own."""
+    """List of schedules, each a block ``{"type": …, "params": {…}}``."""
 
     @functools.cached_property
     def parts(self) -> tuple[Schedule[Any], ...]:
-        """The schedules of the blocks."""
+        """The schedules built from `schedulers`."""
         return tuple(from_config(block) for block in self.schedulers)
 
     def _convert_fields(self) -> Iterator[Fault]:
-        wrong = list(super()._convert_fields())
-        yield from wrong
-        if any(fault.field == "schedulers" for fault in wrong):
+        problems = list(super()._convert_fields())
+        yield from problems
+        if any(fault.field == "schedulers" for fault in problems):
             return
         for index, block in enumerate(self.schedulers):
             try:
@@ -50,8 +50,8 @@ class _Composite(Schedule[int]):
                 continue
             if part.feedback is not None:
                 message = (
-                    f"`schedulers[{index}]` must follow from the count of updates alone, but "
-                    f"{part.type_name} listens to {part.feedback}; let it be the schedule itself."
+                    f"`schedulers[{index}]` must not depend on the {part.feedback}, got "
+                    f"{part.type_name}. Use it as the `scheduler` itself instead."
                 )
                 yield Fault("schedulers", message)
 
@@ -70,15 +70,15 @@ class _Composite(Schedule[int]):
 
     def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield from super()._durations(horizon)
-        yield "schedulers", functools.partial(self._resolved_blocks, horizon)
+        yield "schedulers", functools.partial(self._resolve_blocks, horizon)
 
-    def _resolved_blocks(self, horizon: Horizon) -> tuple[Any, ...]:
+    def _resolve_blocks(self, horizon: Horizon) -> tuple[Any, ...]:
         blocks = []
         for index, part in enumerate(self.parts):
             try:
                 params = part.resolve(horizon).params()
             except ValueError as error:
-                raise ValueError(f"part {index}: {error}") from None
+                raise ValueError(f"schedule {index}: {error}") from None
             blocks.append({"type": part.type_name, "params": params})
         return tuple(blocks)
 
@@ -86,13 +86,14 @@ class _Composite(Schedule[int]):
         return self.combined([part.curves(base) for part in self.parts], base)
 
     def curves_for(self, base: Base, horizon: Horizon | None = None) -> Curves:
-        # Each part scales by itself: one whose parameters mean "for each step" is dilated.
+        # Each schedule scales itself, because one with per-step parameters (`clock_is_step`) needs
+        # its whole curve stretched.
         parts = [part.curves_for(base, horizon) for part in self.parts]
         return self.resolve(horizon).combined(parts, base)
 
     @abstractmethod
     def combined(self, parts: Sequence[Curves], base: Base) -> Curves:
-        """Return what the parts come to together."""
+        """Combine the curves of the schedules."""
 
 
 @schedule_class
@@ -107,25 +108,29 @@ class SequentialLR(
         "milestones": [20, 80],
     },
 ):
-    """One schedule after the other, each on a clock of its own from its milestone on.
+    """Run several schedules one after another; each starts at its milestone and counts from there.
 
-    What a part does not drive keeps the group's own value in it.
+    A hyperparameter that the current schedule does not set has the param group's initial value.
 
-    Source: ``SequentialLR`` of torch/optim/lr_scheduler.py.
+    Source: ``SequentialLR`` in torch/optim/lr_scheduler.py.
     """
 
     milestones: Milestones
-    """Time at which each part but the first begins, in ascending order."""
+    """Steps at which the second and later schedules start, in ascending order."""
 
     def faults(self) -> Iterator[Fault]:
         if list(self.milestones) != sorted(self.milestones):
-            shown = list(self.milestones)
-            yield Fault("milestones", f"`milestones` must ascend, but are {shown} instead.")
+            yield Fault(
+                "milestones",
+                "`milestones` must be in ascending order, got "
+                f"{list(self.milestones)} steps. Sort them.",
+            )
         if len(self.milestones) != len(self.schedulers) - 1:
             yield Fault(
                 "milestones",
-                f"`milestones` must be one fewer than the {len(self.schedulers)} `schedulers`, but "
-                f"are {len(self.milestones)} instead.",
+                "`milestones` must have one item fewer than `schedulers` "
+                f"({len(self.schedulers)}), got {len(self.milestones)} items. Set one for each "
+                "schedule after the first.",
             )
 
     @property
@@ -156,13 +161,13 @@ class ChainedScheduler(
         ]
     },
 ):
-    """Several schedules multiplied: each gives a share of the group's own value.
+    """Multiply several schedules: each contributes a factor relative to the param group's value.
 
-    ::
+    With lr_i(k) as the learning rate of schedule i::
 
-        lr(k) = lr * product of (part's lr(k) / lr)
+        lr(k) = lr * product over i of (lr_i(k) / lr)
 
-    Source: ``ChainedScheduler`` of torch/optim/lr_scheduler.py.
+    Source: ``ChainedScheduler`` in torch/optim/lr_scheduler.py.
     """
 
     def combined(self, parts: Sequence[Curves], base: Base) -> Curves:
@@ -178,8 +183,8 @@ class ChainedScheduler(
 def _product(curves: Sequence[Curve], own: float) -> Curve:
     if own == 0:
         return constant(0.0)
-    share_of = functools.partial(pointwise, lambda total, value: total * (value / own))
-    return functools.reduce(share_of, curves)
+    multiply = functools.partial(pointwise, lambda total, value: total * (value / own))
+    return functools.reduce(multiply, curves)
 
 
 @schedule_class
@@ -195,9 +200,9 @@ class Combined(
         ]
     },
 ):
-    """Several schedules side by side: one drives the learning rate, another the weight decay.
+    """Run several schedules in parallel, each for different hyperparameters.
 
-    A schedule of the weight decay beside any schedule of the learning rate::
+    For example, a weight decay schedule together with any learning rate schedule::
 
         {"type": "Combined", "params": {"schedulers": [
             {"type": "OneCycle", "params": {…}},
@@ -212,10 +217,11 @@ class Combined(
                 if seen.setdefault(name, index) != index:
                     yield Fault(
                         "schedulers",
-                        f"`schedulers` must drive each hyperparameter once, but {seen[name]} and "
-                        f"{index} both drive {name}; ChainedScheduler multiplies two.",
+                        f"`schedulers` must set each hyperparameter only once, but schedules "
+                        f"{seen[name]} and {index} both set {name}. Use ChainedScheduler to "
+                        "multiply them.",
                     )
 
     def combined(self, parts: Sequence[Curves], base: Base) -> Curves:
-        del base  # each part has its share of it already
+        del base  # `curves` already passed it to each schedule.
         return functools.reduce(operator.or_, (dict(part) for part in parts))

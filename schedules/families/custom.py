@@ -53,18 +53,18 @@ def torch_scheduler_names() -> frozenset[str]:
 
 
 def adapt(found: Any, path: str) -> type[Schedule[Any]]:
-    """Return the schedule class for a function or a scheduler class with PyTorch's interface.
+    """Return a schedule class for a function or for a scheduler class with PyTorch's interface.
 
     Raises:
-        ValueError: it is neither, or the class needs more than the step count.
+        ValueError: ``found`` is neither, or the class's ``step`` requires arguments.
     """
     if isinstance(found, type) and _is_torch_scheduler(found):
         return wrap(found, path)
     if callable(found) and not isinstance(found, type):
         return FunctionSchedule.of(path, found)
     raise ValueError(
-        f"`scheduler.type` must name a schedule's class or a function of the update, but {path!r} "
-        f"is {found!r} instead."
+        "`scheduler.type` must name a scheduler class or a function of the step, but "
+        f"{path!r} is {found!r}."
     )
 
 
@@ -74,13 +74,13 @@ def _is_torch_scheduler(cls: type) -> bool:
 
 
 def wrap(cls: type[Any], name: str) -> type[WrappedScheduler]:
-    """Return the schedule that runs a class in the manner of torch's, under a config's name for it.
+    """Return a schedule class, called ``name`` in a config, that runs a PyTorch-style scheduler.
 
-    Its parameters are the constructor's, but for the optimizer. A string ``module:attribute`` in
-    place of a function is imported.
+    Its parameters are those of the scheduler's constructor, except the optimizer. A string such as
+    "module:attribute" is imported, for parameters that are functions.
 
     Raises:
-        ValueError: the class needs more than the count of updates, or its constructor's parameters
+        ValueError: the scheduler's ``step`` requires arguments, or its constructor's parameters
             cannot be read.
     """
     required = [
@@ -91,8 +91,8 @@ def wrap(cls: type[Any], name: str) -> type[WrappedScheduler]:
     ]
     if required:
         raise ValueError(
-            f"`scheduler.type` {name!r} must step by the count of updates alone, but needs "
-            f"`{required[0]}` at each step."
+            f"`scheduler.type` {name!r} must depend only on the step, but its `step` method "
+            f"requires `{required[0]}`. Use a scheduler whose `step` takes no arguments."
         )
     fields = [
         (
@@ -102,81 +102,82 @@ def wrap(cls: type[Any], name: str) -> type[WrappedScheduler]:
                 default=dataclasses.MISSING
                 if parameter.default is parameter.empty
                 else parameter.default,
-                metadata={"description": f"As {cls.__name__} takes it."},
+                metadata={"description": f"Passed to {cls.__name__}."},
             ),
         )
         for parameter in list(inspect.signature(cls).parameters.values())[1:]
         if parameter.name not in {"last_epoch", "verbose"}
     ]
-    made: Any = dataclasses.make_dataclass(
+    schedule: Any = dataclasses.make_dataclass(
         cls.__name__,
         fields,
         bases=(WrappedScheduler,),
         frozen=True,
         kw_only=True,
-        namespace={"wrapped": cls, "__doc__": f"{TORCH_MODULE}'s way: {inspect.getdoc(cls)}"},
+        namespace={"wrapped": cls, "__doc__": f"PyTorch scheduler: {inspect.getdoc(cls)}"},
     )
-    made.type_name = name
-    return cast("type[WrappedScheduler]", made)
+    schedule.type_name = name
+    return cast("type[WrappedScheduler]", schedule)
 
 
 @schedule_class
 class WrappedScheduler(Schedule[int]):
-    """The learning rates of a scheduler class in PyTorch's manner, update by update."""
+    """Schedule with the learning rates that a PyTorch-style scheduler class sets at each step."""
 
     wrapped: ClassVar[type[Any]]
 
     def faults(self) -> Iterator[Fault]:
         try:
-            _Walk(self, (0.1,))
+            _Recorder(self, (0.1,))
         except (TypeError, ValueError) as error:
-            yield Fault(None, f"{self.wrapped.__name__} refuses its parameters: {error}.")
+            yield Fault(None, f"{self.wrapped.__name__} rejects its parameters: {error}.")
 
     def resolve(self, horizon: Horizon | None = None) -> WrappedScheduler:
-        """Return the schedule itself; it has no durations that could be scaled."""
+        """Return the schedule itself; its durations are step counts and cannot be scaled."""
         if horizon is not None and horizon.scale_ratio != 1:
             message = (
-                f"`engine.scale_schedule_ratio` must be 1 with {self.type_name}, whose durations "
-                f"are its own affair, but is {horizon.scale_ratio:g} instead."
+                f"`engine.scale_schedule_ratio` must be 1 with {self.type_name}, got "
+                f"{horizon.scale_ratio:g}. Scale the parameters of {self.type_name} instead."
             )
             raise ScheduleError(self.type_name, [Fault(None, message)])
         return self
 
     def curves(self, base: Base) -> Curves:
-        walk = _Walk(self, base["lr"])
+        recorder = _Recorder(self, base["lr"])
         return {
             "lr": tuple(
-                from_function(functools.partial(walk.lr, group)) for group in range(len(base["lr"]))
+                from_function(functools.partial(recorder.lr, group))
+                for group in range(len(base["lr"]))
             )
         }
 
 
-class _Walk:
-    """A scheduler at work on an optimizer of its own, and the learning rates that it came by."""
+class _Recorder:
+    """Runs a scheduler on a private optimizer and records the learning rate of every step."""
 
     def __init__(self, schedule: WrappedScheduler, lrs: tuple[float, ...]) -> None:
         import torch
 
         groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs]
         self._optimizer = torch.optim.SGD(groups, lr=lrs[0])
-        params = {name: _imported(value) for name, value in schedule.params().items()}
+        params = {name: _import_functions(value) for name, value in schedule.params().items()}
         self._scheduler = schedule.wrapped(self._optimizer, **params)
-        self._lrs = [self._written()]
+        self._lrs = [self._current_lrs()]
 
-    def _written(self) -> list[float]:
+    def _current_lrs(self) -> list[float]:
         return [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def lr(self, group: int, step: float) -> float:
         while len(self._lrs) <= step:
             self._optimizer.step()
             self._scheduler.step()
-            self._lrs.append(self._written())
+            self._lrs.append(self._current_lrs())
         return self._lrs[int(step)][group]
 
 
-def _imported(value: Any) -> Any:
+def _import_functions(value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return [_imported(each) for each in value]
+        return [_import_functions(each) for each in value]
     if not isinstance(value, str) or ":" not in value:
         return value
     return import_attribute(value)
@@ -184,26 +185,29 @@ def _imported(value: Any) -> Any:
 
 @schedule_class
 class FunctionSchedule(LearningRateSchedule):
-    """``lr(k) = lr * function(k)``; a scale schedule ratio r makes it ``lr * function(k / r)``."""
+    """Multiply the learning rate by a function of the step: ``lr(k) = lr * function(k)``.
+
+    With r = ``engine.scale_schedule_ratio`` it is ``lr(k) = lr * function(k / r)``.
+    """
 
     clock_is_step = True
     function: ClassVar[Any]
 
     @staticmethod
     def of(name: str, function: Callable[[float], float]) -> type[FunctionSchedule]:
-        """Return the schedule of a function, under the name by which a config calls it.
+        """Return a schedule class, called ``name`` in a config, for a function of the step.
 
         >>> halving = FunctionSchedule.of("halving", lambda k: 0.5 ** (k // 100))
         >>> halving().curves({"lr": (0.1,)})["lr"][0](250)
         0.025
         """
         body: dict[str, Any] = {"function": staticmethod(function), "__doc__": function.__doc__}
-        name_of_function = getattr(function, "__name__", name)
+        class_name = getattr(function, "__name__", name)
         cls = types.new_class(
-            name_of_function,
+            class_name,
             (FunctionSchedule,),
             {"type_name": name},
-            lambda into: into.update(body),
+            lambda namespace: namespace.update(body),
         )
         return cast("type[FunctionSchedule]", cls)
 

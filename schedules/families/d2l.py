@@ -1,9 +1,8 @@
-"""The schedulers of "Dive into Deep Learning", by its names, with the warmup of its library, MXNet.
+"""The schedulers of the book "Dive into Deep Learning" under its names, with MXNet's warmup.
 
-Every learning rate is absolute, and every schedule can begin with a warmup, straight or constant.
-Values are those of the chapter's classes at the update k:
-https://d2l.ai/chapter_optimization/lr-scheduler.html; MXNet's trainer asks for k + 1, see
-docs/decisions/0007-d2l-schedules.md.
+Learning rates are absolute. Every schedule can start with a linear or constant warmup. The value at
+step k is that of the book's class at k: https://d2l.ai/chapter_optimization/lr-scheduler.html.
+MXNet's trainer uses the value at k + 1, see docs/decisions/0007-d2l-schedules.md.
 """
 
 from __future__ import annotations
@@ -53,55 +52,55 @@ __all__ = [
 
 @schedule_class
 class _WithWarmup(Schedule[int]):
-    """What all five have: the learning rate that they start from, and a warmup before it."""
+    """Base class of the five schedules; holds the learning rate and the warmup."""
 
     base_lr: LearningRate | None = None
-    """Learning rate that the schedule starts from; null means each group's own."""
+    """Learning rate after the warmup; null uses each param group's learning rate."""
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
     warmup_begin_lr: LearningRate = 0.0
-    """Learning rate at the first update of the warmup."""
+    """Learning rate at the first step of the warmup."""
     warmup_mode: Literal["linear", "constant"] = "linear"
-    """Whether the warmup climbs in a straight line, or stays where it begins."""
+    """Shape of the warmup; "constant" keeps `warmup_begin_lr` until the warmup ends."""
 
     def faults(self) -> Iterator[Fault]:
         end = getattr(self, "max_update", None)
         if end is not None and self.warmup_steps >= end:
             yield Fault(
                 "warmup_steps",
-                f"`warmup_steps` must be less than `max_update` ({end:g}), but is "
-                f"{self.warmup_steps:g} instead; nothing would be left for the schedule.",
+                f"`warmup_steps` must be less than `max_update` ({end:g}), got "
+                f"{self.warmup_steps:g}. Shorten the warmup or increase `max_update`.",
             )
 
     def curves(self, base: Base) -> Curves:
         own = base["lr"]
         starts = own if self.base_lr is None else spread("base_lr", self.base_lr, own)
-        begins = broadcast("warmup_begin_lr", self.warmup_begin_lr, own)
+        warmup_starts = broadcast("warmup_begin_lr", self.warmup_begin_lr, own)
         each = self.per_group(len(own))
-        return {"lr": curve_per_group(_WithWarmup._warmed, each, starts, begins)}
+        return {"lr": curve_per_group(_WithWarmup._curve, each, starts, warmup_starts)}
 
-    def _warmed(self, lr: float, begin: float) -> Curve:
+    def _curve(self, lr: float, start: float) -> Curve:
         steps = as_number(self.warmup_steps)
-        ramp = linear(begin, lr, steps)
-        warmup = ramp if self.warmup_mode == "linear" else constant(begin)
-        # Each body's clock includes the warmup, as in MXNet.
+        ramp = linear(start, lr, steps)
+        warmup = ramp if self.warmup_mode == "linear" else constant(start)
+        # The curve after the warmup counts from the start of the run, as in MXNet.
         body = delay(self._body(lr), -steps)
         return join([warmup, body], boundaries=[steps], names=("warmup", "schedule"))
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:
-        """Return the curve without the warmup, on the clock of the run."""
+        """Return the curve without the warmup; its step 0 is the start of the run."""
 
 
 @schedule_class
 class SquareRootScheduler(_WithWarmup, example={}):
-    """The learning rate over the square root of the count of updates.
+    """Divide the learning rate by the square root of the number of steps.
 
     ::
 
         lr(k) = base_lr / sqrt(k + 1)
 
-    Source: ``SquareRootScheduler`` of the chapter.
+    Source: ``SquareRootScheduler`` in "Dive into Deep Learning".
     """
 
     clock_is_step = True
@@ -112,32 +111,32 @@ class SquareRootScheduler(_WithWarmup, example={}):
 
 @schedule_class
 class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.02}):
-    """Multiplies the learning rate by a factor, down to a floor.
+    """Multiply the learning rate by a factor at regular intervals, down to a minimum.
 
-    With ``step``, as MXNet: after each ``step`` updates. Without it, as the chapter: before each
-    update, the first included::
+    The factor is applied every ``step`` steps, as in MXNet. If ``step`` is null, it is applied
+    before every step, including the first, as in the book::
 
-        lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))
-        lr(k) = max(stop_factor_lr, base_lr * factor ** (k + 1))
+        lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))    step is set
+        lr(k) = max(stop_factor_lr, base_lr * factor ** (k + 1))            step is null
 
-    Source: ``FactorScheduler`` of the chapter and of python/mxnet/lr_scheduler.py.
+    Source: ``FactorScheduler`` in "Dive into Deep Learning" and in python/mxnet/lr_scheduler.py.
     """
 
     clock_is_step = True
 
     factor: Factor = 1.0
-    """Factor on the learning rate."""
+    """Factor applied at each decay."""
     stop_factor_lr: LearningRate = 1e-8
-    """The floor."""
+    """Minimum learning rate."""
     step: Steps | None = None
-    """Updates between two decays; null decays before each update."""
+    """Number of steps between two decays; null decays before every step."""
 
     def faults(self) -> Iterator[Fault]:
         yield from super().faults()
         if not 0 < self.factor <= 1:
             yield Fault(
                 "factor",
-                f"`factor` must be more than 0 and at most 1, but is {self.factor:g} instead.",
+                f"`factor` must be more than 0 and at most 1, got {self.factor:g}.",
             )
 
     def _body(self, lr: float) -> Curve:
@@ -151,24 +150,29 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
 
 @schedule_class
 class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5}):
-    """Multiplies the learning rate by a factor at each of some updates.
+    """Multiply the learning rate by a factor at each of the given steps.
 
     ::
 
         lr(k) = base_lr * factor ** (number of steps s with s <= k)
 
-    Source: ``MultiFactorScheduler`` of the chapter and of python/mxnet/lr_scheduler.py.
+    Source: ``MultiFactorScheduler`` in "Dive into Deep Learning" and in
+    python/mxnet/lr_scheduler.py.
     """
 
     step: Milestones
-    """Updates at which the factor applies, in ascending order."""
+    """Steps at which `factor` is applied, in ascending order."""
     factor: Factor = 1.0
-    """Factor at each of them."""
+    """Factor applied at each of these steps."""
 
     def faults(self) -> Iterator[Fault]:
         yield from super().faults()
         if list(self.step) != sorted(set(self.step)):
-            yield Fault("step", f"`step` must ascend, but is {list(self.step)}; put it in order.")
+            yield Fault(
+                "step",
+                f"`step` must be in ascending order without duplicates, got {list(self.step)}. "
+                "Sort it and remove duplicates.",
+            )
 
     def _body(self, lr: float) -> Curve:
         levels = [constant(lr * self.factor**passed) for passed in range(len(self.step) + 1)]
@@ -177,45 +181,45 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
 
 @schedule_class
 class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
-    """Polynomial decay to a final learning rate, held from its end on.
+    """Polynomial decay to a final learning rate, kept after ``max_update``.
 
     With W = ``warmup_steps``::
 
         lr(k) = final_lr + (base_lr - final_lr) * (1 - min(1, (k - W) / (max_update - W))) ** pwr
 
-    Source: ``PolyScheduler`` of python/mxnet/lr_scheduler.py.
+    Source: ``PolyScheduler`` in python/mxnet/lr_scheduler.py.
     """
 
     max_update: Steps
-    """Time at which the final learning rate is reached, warmup included."""
+    """Step at which `final_lr` is reached, counted from the start of the warmup."""
     pwr: Power = 2.0
-    """Exponent."""
+    """Exponent of the polynomial."""
     final_lr: LearningRate = 0.0
-    """Learning rate at the end."""
+    """Learning rate at the end of the decay."""
 
     def _body(self, lr: float) -> Curve:
-        begin = as_number(self.warmup_steps)
-        steps = as_number(self.max_update) - begin
-        return delay(polynomial(lr, as_number(self.final_lr), steps, self.pwr), begin)
+        warmup = as_number(self.warmup_steps)
+        steps = as_number(self.max_update) - warmup
+        return delay(polynomial(lr, as_number(self.final_lr), steps, self.pwr), warmup)
 
 
 @schedule_class
 class CosineScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
-    """Half a cosine wave to a final learning rate, held from its end on.
+    """Cosine decay to a final learning rate, kept after ``max_update``.
 
     With W = ``warmup_steps`` and x = min(1, (k - W) / (max_update - W))::
 
         lr(k) = final_lr + (base_lr - final_lr) * (1 + cos(pi * x)) / 2
 
-    Source: ``CosineScheduler`` of the chapter and of python/mxnet/lr_scheduler.py.
+    Source: ``CosineScheduler`` in "Dive into Deep Learning" and in python/mxnet/lr_scheduler.py.
     """
 
     max_update: Steps
-    """Time at which the final learning rate is reached, warmup included."""
+    """Step at which `final_lr` is reached, counted from the start of the warmup."""
     final_lr: LearningRate = 0.0
-    """Learning rate at the end."""
+    """Learning rate at the end of the decay."""
 
     def _body(self, lr: float) -> Curve:
-        begin = as_number(self.warmup_steps)
-        steps = as_number(self.max_update) - begin
-        return delay(cosine(lr, as_number(self.final_lr), steps), begin)
+        warmup = as_number(self.warmup_steps)
+        steps = as_number(self.max_update) - warmup
+        return delay(cosine(lr, as_number(self.final_lr), steps), warmup)

@@ -1,7 +1,7 @@
-"""DeepSpeed's schedules, by its names: OneCycle, LRRangeTest and the three warmups.
+"""DeepSpeed's schedules under DeepSpeed's names: OneCycle, LRRangeTest and the three warmups.
 
-Parameters, defaults and shapes are those of deepspeed/runtime/lr_schedules.py (0.19). Where they
-differ in a value, the class says so, and docs/decisions/0003-deepspeed-schedules.md says why.
+Parameters, defaults and shapes match deepspeed/runtime/lr_schedules.py (0.19). If values differ,
+the class docstring describes how, and docs/decisions/0003-deepspeed-schedules.md explains why.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from schedules.core.schedule import (
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
-LastBatch = Annotated[int, Range(at_least=-1), "optimizer updates"]
+LastBatch = Annotated[int, Range(at_least=-1), "optimizer steps"]
 _AUTO = FilledIn("transformers, accelerate")
 _CYCLE = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 30}
 
 
 @schedule_class
 class _DeepSpeedSchedule(Schedule[int]):
-    """What all five have: the position to begin at."""
+    """Base class of the five DeepSpeed schedules; holds the starting step."""
 
     last_batch_iteration: LastBatch = -1
-    """Index of the last update already done: the run begins at the next one. -1 begins at 0."""
+    """Index of the last completed step. The run starts at the next step; -1 starts at step 0."""
 
     def curves(self, base: Base) -> Curves:
         done = self.last_batch_iteration + 1
@@ -62,7 +62,7 @@ class _DeepSpeedSchedule(Schedule[int]):
 
     @abstractmethod
     def _curves(self, base: Base) -> Curves:
-        """Return the curves as they are from update 0."""
+        """Return the curves of a run that starts at step 0."""
 
 
 @schedule_class
@@ -70,18 +70,20 @@ class OneCycle(
     _DeepSpeedSchedule,
     example=_CYCLE | {"cycle_first_stair_count": 6, "decay_step_size": 10, "decay_lr_rate": 0.5},
 ):
-    """1Cycle: the learning rate climbs and descends once, momentum mirrors it, then both decay.
+    """1Cycle: the learning rate rises and falls once, momentum does the opposite, then both decay.
 
-    With s climbing from 0 to 1 over ``first = cycle_first_step_size`` updates and back to 0 over
-    ``second`` (continuously, or in equal stairs), and ``T = first + second``::
+    s rises from 0 to 1 in ``first = cycle_first_step_size`` steps and falls back to 0 in
+    ``second = cycle_second_step_size`` steps, continuously or in equal stairs. With
+    ``T = first + second``::
 
-        lr(k)       = min_lr + (max_lr - min_lr) * s(k)                      k <= T
-                      min_lr / (1 + decay_lr_rate * (k - T) / decay_step_size)      after
-        momentum(k) = max_mom - (max_mom - min_mom) * s(k)                   k <= T
-                      max_mom / (1 + decay_mom_rate * (k - T) / decay_step_size)    after
+        lr(k)       = min_lr + (max_lr - min_lr) * s(k)                             k <= T
+                      min_lr / (1 + decay_lr_rate * (k - T) / decay_step_size)      k > T
+        momentum(k) = max_mom - (max_mom - min_mom) * s(k)                          k <= T
+                      max_mom / (1 + decay_mom_rate * (k - T) / decay_step_size)    k > T
 
-    The peak is ``cycle_max_lr`` exactly, at k = first. Momentum starts at its maximum and decays
-    downwards; DeepSpeed starts one update at its minimum, raises it past 1, and sets beta2 to 0.99.
+    The peak is exactly ``cycle_max_lr``, at k = first. Momentum starts at ``cycle_max_mom`` and
+    decreases in the decay. In DeepSpeed, momentum is ``cycle_min_mom`` in the first step and
+    increases in the decay, above 1 in a long run; beta2 is set to 0.99.
 
     >>> cycle = OneCycle(cycle_min_lr=0.1, cycle_max_lr=0.5, cycle_first_step_size=2)
     >>> curves = cycle.curves({"lr": (0.1,), "momentum": (0.9,)})
@@ -97,61 +99,61 @@ class OneCycle(
     cycle_min_lr: LearningRate
     """Learning rate at the start and at the end of the cycle."""
     cycle_max_lr: LearningRate
-    """Learning rate at the peak, reached exactly after `cycle_first_step_size` updates."""
+    """Learning rate at the peak, reached after exactly `cycle_first_step_size` steps."""
     decay_lr_rate: Rate = 0.0
-    """What the learning rate's divisor, 1 at first, gains in each `decay_step_size` updates after
-    the cycle."""
+    """Decay rate of the learning rate after the cycle: its divisor starts at 1 and increases by
+    this rate every `decay_step_size` steps."""
     cycle_first_step_size: Steps = 2000
-    """Length of the first half, in which the learning rate climbs."""
+    """Length of the first half of the cycle, in which the learning rate rises."""
     cycle_second_step_size: Steps | None = None
-    """Length of the second half; null means as long as the first."""
+    """Length of the second half of the cycle; null uses `cycle_first_step_size`."""
     cycle_first_stair_count: StairCount = 0
-    """Number of equal stairs in the first half; 0 climbs continuously."""
+    """Number of equal stairs in the first half; 0 makes it continuous."""
     cycle_second_stair_count: StairCount | None = None
-    """Number of equal stairs in the second half; 0 descends continuously, null means as many as in
-    the first."""
+    """Number of equal stairs in the second half; 0 makes it continuous, null uses
+    `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
-    """Updates in which the divisor of the decay after the cycle grows by the rate; 0 or null: no
-    decay."""
+    """Number of steps in which the divisor of the decay after the cycle increases by the decay
+    rate; 0 or null disables the decay."""
     post_cycle_decay_step_size: StepsOrZero | None = None
-    """Another name of `decay_step_size`, the one that DeepSpeed's tutorial uses."""
+    """Alias of `decay_step_size` that DeepSpeed's tutorial uses. Set only one of the two."""
     cycle_momentum: bool = True
-    """Whether momentum (betas[0] where an optimizer has betas) is cycled, inversely to the learning
+    """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""
     cycle_min_mom: Momentum = 0.8
     """Momentum at the peak of the learning rate."""
     cycle_max_mom: Momentum = 0.9
     """Momentum at the start and at the end of the cycle."""
     decay_mom_rate: Rate = 0.0
-    """What the momentum's divisor, 1 at first, gains in each `decay_step_size` updates after the
-    cycle."""
+    """Decay rate of momentum after the cycle: its divisor starts at 1 and increases by this rate
+    every `decay_step_size` steps."""
 
     def faults(self) -> Iterator[Fault]:
         for low, high in (("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")):
             if exceeds(getattr(self, low), getattr(self, high)):
                 yield Fault(
                     high,
-                    f"`{high}` must be at least `{low}` ({_shown(getattr(self, low))}), but is "
-                    f"{_shown(getattr(self, high))} instead; exchange the two.",
+                    f"`{high}` must be at least `{low}` ({_format_value(getattr(self, low))}), "
+                    f"got {_format_value(getattr(self, high))}. Swap the two values.",
                 )
         halves = [
             ("cycle_first_stair_count", self.cycle_first_stair_count, self._first_steps),
             ("cycle_second_stair_count", self._second_stairs, self._second_steps),
         ]
-        wrong = [half for half in halves if half[1] > half[2]]
-        if len(wrong) == 2 and self.cycle_second_stair_count is None:
-            del wrong[1]  # a consequence of the first
-        for name, count, steps in wrong:
+        invalid = [half for half in halves if half[1] > half[2]]
+        if len(invalid) == 2 and self.cycle_second_stair_count is None:
+            del invalid[1]  # The second count defaults to the first, so it is the same problem.
+        for name, count, steps in invalid:
             yield Fault(
                 name,
-                f"`{name}` must be at most the {steps} updates of its half, but is {count} "
-                "instead; 0 makes the half continuous.",
+                f"`{name}` must be at most {steps}, the number of steps in that half, got {count}. "
+                "Set it to 0 to make the half continuous.",
             )
         if self.decay_step_size is not None and self.post_cycle_decay_step_size is not None:
             yield Fault(
                 "post_cycle_decay_step_size",
-                "`post_cycle_decay_step_size` must be absent where `decay_step_size` is given, of "
-                "which it is another name, but both are given; keep one of them.",
+                "`post_cycle_decay_step_size` is an alias of `decay_step_size`, but both are set. "
+                "Remove one of them.",
             )
 
     @property
@@ -201,16 +203,16 @@ class OneCycle(
 
     def _cycle(self, decay_rate: float, ends: float, middle: float) -> Curve:
         first, second = self._first_steps, self._second_steps
-        there, back = linear(ends, middle, first), linear(middle, ends, second)
+        rise, fall = linear(ends, middle, first), linear(middle, ends, second)
         if self.cycle_first_stair_count:
-            there = stairs(there, first, self.cycle_first_stair_count)
+            rise = stairs(rise, first, self.cycle_first_stair_count)
         if self._second_stairs:
-            back = stairs(back, second, self._second_stairs, rounds_up=True)
+            fall = stairs(fall, second, self._second_stairs, rounds_up=True)
         after = constant(ends)
         if self._decay_steps and decay_rate:
             after = inverse_time(ends, decay_rate, self._decay_steps)
         names = ("first half", "second half", "after the cycle")
-        return join([there, back, after], boundaries=[first, first + second], names=names)
+        return join([rise, fall, after], boundaries=[first, first + second], names=names)
 
 
 @schedule_class
@@ -218,13 +220,14 @@ class LRRangeTest(
     _DeepSpeedSchedule,
     example={"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 20},
 ):
-    """LR range test: the learning rate grows from small to too large, to see where training breaks.
+    """LR range test: increase the learning rate from a small value until training diverges.
 
-    Continuously, or in one stair for each ``lr_range_test_step_size`` updates (x rounded down)::
+    It increases at every step, or in one stair every ``lr_range_test_step_size`` steps (then x is
+    rounded down)::
 
         lr(k) = min_lr * (1 + step_rate * x),   x = k / step_size
 
-    It has no end: whoever runs it decides when to stop.
+    The schedule has no end; the training loop decides when to stop.
 
     >>> test = LRRangeTest(lr_range_test_min_lr=0.1, lr_range_test_step_size=2)
     >>> [round(lr, 6) for lr in test.curves({"lr": (0.1,)})["lr"][0].values(5)]
@@ -235,15 +238,16 @@ class LRRangeTest(
     """
 
     lr_range_test_min_lr: LearningRate = 1e-3
-    """Learning rate at the first update."""
+    """Learning rate at the first step."""
     lr_range_test_step_size: Steps = 2000
-    """Updates in which the learning rate grows by `lr_range_test_step_rate` times its minimum."""
+    """Number of steps in which the learning rate increases by `lr_range_test_step_rate` times
+    `lr_range_test_min_lr`."""
     lr_range_test_step_rate: Rate = 1.0
-    """How many times its minimum the learning rate gains in each `lr_range_test_step_size`
-    updates."""
+    """Increase of the learning rate every `lr_range_test_step_size` steps, in multiples of
+    `lr_range_test_min_lr`."""
     lr_range_test_staircase: bool = False
-    """Whether it grows in one stair for each `lr_range_test_step_size` updates instead of at each
-    update."""
+    """Whether the learning rate increases once every `lr_range_test_step_size` steps instead of at
+    every step."""
 
     @property
     def span(self) -> int:
@@ -264,39 +268,40 @@ WarmupType = Literal["log", "linear"]
 
 @schedule_class
 class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type": "linear"}):
-    """Warmup: the learning rate climbs from a minimum to a maximum and stays there.
+    """Warmup: increase the learning rate from a minimum to a maximum, then keep the maximum.
 
     With N = ``warmup_num_steps``::
 
         lr(k) = min_lr + (max_lr - min_lr) * g(k)
-        g(k)  = ln(1 + k) / ln(max(2, N))   "log"     at most 1
-                k / N                       "linear"  at most 1
+        g(k)  = min(1, ln(1 + k) / ln(max(2, N)))     "log"
+                min(1, k / N)                         "linear"
 
-    The linear ramp is at its maximum at k = N exactly, the logarithmic one from k = N - 1 on.
-    DeepSpeed is one update late: its first two updates both run at the minimum.
+    The linear ramp reaches the maximum at k = N, the logarithmic one at k = N - 1. DeepSpeed is one
+    step late: its first two steps both use the minimum.
 
     >>> warmup = WarmupLR(warmup_max_lr=1.0, warmup_num_steps=4, warmup_type="linear")
     >>> list(warmup.curves({"lr": (1.0,)})["lr"][0].values(6))
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
-    Source: ``WarmupLR`` of deepspeed/runtime/lr_schedules.py.
+    Source: ``WarmupLR`` in deepspeed/runtime/lr_schedules.py.
     """
 
     warmup_min_lr: Annotated[LearningRate, _AUTO] = 0.0
-    """Learning rate at the first update."""
+    """Learning rate at the first step."""
     warmup_max_lr: Annotated[LearningRate | None, _AUTO] = None
-    """Learning rate after the warmup; null means each group's own."""
+    """Learning rate after the warmup; null uses each param group's learning rate."""
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     warmup_type: WarmupType = "log"
-    """Shape of the warmup. "log" climbs most of the way in its first few updates."""
+    """Shape of the warmup; "log" rises fastest in the first steps."""
 
     def faults(self) -> Iterator[Fault]:
         if self.warmup_max_lr is not None and exceeds(self.warmup_min_lr, self.warmup_max_lr):
             yield Fault(
                 "warmup_min_lr",
-                f"`warmup_min_lr` must be at most `warmup_max_lr` ({_shown(self.warmup_max_lr)}), "
-                f"but is {_shown(self.warmup_min_lr)} instead; exchange the two.",
+                "`warmup_min_lr` must be at most `warmup_max_lr` "
+                f"({_format_value(self.warmup_max_lr)}), got {_format_value(self.warmup_min_lr)}. "
+                "Swap the two values.",
             )
 
     @property
@@ -309,11 +314,11 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
         maxima = own
         if self.warmup_max_lr is not None:
             maxima = spread("warmup_max_lr", self.warmup_max_lr, own)
-        return {"lr": curve_per_group(self._from_to, minima, maxima)}
+        return {"lr": curve_per_group(self._curve, minima, maxima)}
 
-    def _from_to(self, minimum: float, maximum: float) -> Curve:
+    def _curve(self, minimum: float, maximum: float) -> Curve:
         return join(
-            [self._warmup(minimum, maximum), self._after(minimum, maximum)],
+            [self._warmup(minimum, maximum), self._curve_after_warmup(minimum, maximum)],
             boundaries=[as_number(self.warmup_num_steps)],
             names=("warmup", "after the warmup"),
         )
@@ -322,7 +327,7 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
         ramp = log if self.warmup_type == "log" else linear
         return ramp(minimum, maximum, as_number(self.warmup_num_steps))
 
-    def _after(self, minimum: float, maximum: float) -> Curve:
+    def _curve_after_warmup(self, minimum: float, maximum: float) -> Curve:
         del minimum
         return constant(maximum)
 
@@ -331,27 +336,29 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
 class WarmupDecayLR(
     WarmupLR, example={"total_num_steps": "1dur", "warmup_num_steps": 20, "warmup_type": "linear"}
 ):
-    """Warmup, then a straight decay to the minimum at the end of the run, held from there on.
+    """Warmup, then linear decay to the minimum at the end of the run; the minimum is then kept.
 
-    With N = ``warmup_num_steps`` and T = ``total_num_steps``, after the warmup of `WarmupLR`::
+    The warmup is that of `WarmupLR`. With N = ``warmup_num_steps`` and T = ``total_num_steps``, the
+    decay is::
 
         lr(k) = max_lr + (min_lr - max_lr) * (k - N) / (T - N),   N <= k <= T
+
+    If ``warmup_max_lr`` is null, the maximum is the param group's learning rate; in DeepSpeed it is
+    0.001.
 
     >>> decay = WarmupDecayLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> list(decay.curves({"lr": (1.0,)})["lr"][0].values(8))
     [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
-    An absent ``warmup_max_lr`` is the group's own learning rate; DeepSpeed's is 0.001.
-
-    Source: ``WarmupDecayLR`` of deepspeed/runtime/lr_schedules.py.
+    Source: ``WarmupDecayLR`` in deepspeed/runtime/lr_schedules.py.
     """
 
     total_num_steps: Annotated[Steps, _AUTO]
-    """Length of the run, warmup included."""
+    """Length of the run, including the warmup."""
 
     def faults(self) -> Iterator[Fault]:
         yield from super().faults()
-        yield from _warmup_outlasts(
+        yield from _check_warmup_length(
             as_number(self.warmup_num_steps), as_number(self.total_num_steps)
         )
 
@@ -359,7 +366,7 @@ class WarmupDecayLR(
     def span(self) -> int:
         return int(self.total_num_steps) + 1
 
-    def _after(self, minimum: float, maximum: float) -> Curve:
+    def _curve_after_warmup(self, minimum: float, maximum: float) -> Curve:
         steps = as_number(self.total_num_steps) - as_number(self.warmup_num_steps)
         return linear(maximum, minimum, steps)
 
@@ -369,37 +376,38 @@ class WarmupCosineLR(
     _DeepSpeedSchedule,
     example={"total_num_steps": "1dur", "warmup_num_steps": 20, "warmup_type": "linear"},
 ):
-    """Warmup, then half a cosine wave down to a share of each group's own learning rate.
+    """Warmup, then cosine decay to a fraction of each param group's learning rate.
 
-    With N = ``warmup_num_steps``, T = ``total_num_steps``, c = ``cos_min_ratio``, and the warmup's
-    g(k) of `WarmupLR`, every group's own learning rate is multiplied by::
+    With N = ``warmup_num_steps``, T = ``total_num_steps``, c = ``cos_min_ratio`` and the function
+    g(k) of `WarmupLR`, each param group's learning rate is multiplied by::
 
         ratio(k) = warmup_min_ratio + (1 - warmup_min_ratio) * g(k)              k <= N
                    c + (1 - c) * (1 + cos(pi * (k - N) / (T - N))) / 2           N <= k <= T
 
-    The peak, ratio 1, is in force at k = N. DeepSpeed never comes to it with a linear warmup, and
-    starts at 0 whatever ``warmup_min_ratio`` says.
+    The peak (ratio 1) is reached at k = N. DeepSpeed never reaches it with a linear warmup, and its
+    first step uses ratio 0, ignoring ``warmup_min_ratio``.
 
     >>> decay = WarmupCosineLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> [round(lr, 6) for lr in decay.curves({"lr": (1.0,)})["lr"][0].values(7)]
     [0.0, 0.5, 1.0, 0.853568, 0.50005, 0.146532, 0.0001]
 
-    Source: ``WarmupCosineLR`` of deepspeed/runtime/lr_schedules.py.
+    Source: ``WarmupCosineLR`` in deepspeed/runtime/lr_schedules.py.
     """
 
     total_num_steps: Annotated[Steps, _AUTO]
-    """Length of the run, warmup included."""
+    """Length of the run, including the warmup."""
     warmup_min_ratio: Ratio = 0.0
-    """Share of the learning rate at the first update."""
+    """Ratio of the learning rate at the first step to the param group's learning rate."""
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     cos_min_ratio: Ratio = 0.0001
-    """Share of the learning rate at the end, held from there on."""
+    """Ratio of the learning rate at the end of the run and afterwards to the param group's learning
+    rate."""
     warmup_type: WarmupType = "log"
-    """Shape of the warmup. "log" climbs most of the way in its first few updates."""
+    """Shape of the warmup; "log" rises fastest in the first steps."""
 
     def faults(self) -> Iterator[Fault]:
-        yield from _warmup_outlasts(
+        yield from _check_warmup_length(
             as_number(self.warmup_num_steps), as_number(self.total_num_steps)
         )
 
@@ -408,9 +416,9 @@ class WarmupCosineLR(
         return int(self.total_num_steps) + 1
 
     def _curves(self, base: Base) -> Curves:
-        return {"lr": curve_per_group(self._from_peak, base["lr"])}
+        return {"lr": curve_per_group(self._curve, base["lr"])}
 
-    def _from_peak(self, peak: float) -> Curve:
+    def _curve(self, peak: float) -> Curve:
         ramp = log if self.warmup_type == "log" else linear
         warmup = as_number(self.warmup_num_steps)
         steps = as_number(self.total_num_steps) - warmup
@@ -424,14 +432,14 @@ class WarmupCosineLR(
         )
 
 
-def _shown(value: PerGroup) -> str:
+def _format_value(value: PerGroup) -> str:
     return str(list(value)) if isinstance(value, tuple) else f"{value:g}"
 
 
-def _warmup_outlasts(warmup: float, total: float) -> Iterator[Fault]:
+def _check_warmup_length(warmup: float, total: float) -> Iterator[Fault]:
     if warmup > total:
         yield Fault(
             "warmup_num_steps",
-            f"`warmup_num_steps` must be at most `total_num_steps` ({total}), but is {warmup} "
-            "instead; the run would end before its warmup.",
+            f"`warmup_num_steps` must be at most `total_num_steps` ({total}), got {warmup}. "
+            "Shorten the warmup or lengthen the run.",
         )

@@ -1,4 +1,4 @@
-"""General schedules: phases, warmup-stable-decay and the inverse square root."""
+"""General schedules: phases, warmup-stable-decay and inverse square root."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ __all__ = [
 Ramp = Callable[[float, float, float], Curve]
 
 
-def _square(begin: float, end: float, steps: float) -> Curve:
-    return polynomial(begin, end, steps, power=2.0)
+def _quadratic(start: float, end: float, steps: float) -> Curve:
+    return polynomial(start, end, steps, power=2.0)
 
 
 SHAPES: Mapping[str, Ramp] = {
-    "constant": lambda begin, end, steps: constant(begin),
+    "constant": lambda start, end, steps: constant(start),
     "linear": linear,
     "cosine": cosine,
-    "polynomial": _square,
+    "polynomial": _quadratic,
     "exponential": geometric,
     "half-life": half_life,
     "1-sqrt": one_minus_sqrt,
 }
-"""The shapes of a phase: from its first value to its last in some steps."""
+"""Functions that build a phase from its first value, last value and number of steps, by shape."""
 
 _PHASE = {
     "type": "object",
@@ -87,12 +87,14 @@ class Phases(
         "weight_decay": [{"from": 0.0, "to": 0.1, "duration": "1dur"}],
     },
 ):
-    """Any curve, phase by phase: each from one value to another in a shape, for a duration.
+    """Build any curve from a list of phases, each with a shape, a first value and a last value.
 
-    A phase is ``{"shape": …, "from": …, "to": …, "duration": …}``. The shape is "linear" unless it
-    says "constant", "cosine", "polynomial" (squared), "exponential" (straight on a log scale),
-    "half-life" or "1-sqrt". "from" is where the phase before ended, or the group's own value; "to"
-    is "from". ``"warmup": true`` keeps a scale schedule ratio from the phase. The end is held.
+    A phase is ``{"shape": …, "from": …, "to": …, "duration": …}``. "shape" is "linear" (the
+    default), "constant", "cosine", "polynomial" (quadratic), "exponential" (linear on a log scale),
+    "half-life" or "1-sqrt". "from" defaults to the last value of the previous phase; in the first
+    phase, to the param group's value. "to" defaults to "from". With ``"warmup": true``,
+    ``engine.scale_schedule_ratio`` does not scale the phase. After the last phase, the value stays
+    constant.
 
     >>> phases = Phases(lr=[{"from": 0, "to": 1, "duration": 2}, {"to": 0, "duration": 4}])
     >>> list(phases.curves({"lr": (0.1,)})["lr"][0].values(8))
@@ -102,16 +104,20 @@ class Phases(
     lr: PhaseList | None = None
     """Phases of the learning rate."""
     momentum: PhaseList | None = None
-    """Phases of momentum (betas[0] where an optimizer has betas)."""
+    """Phases of momentum (betas[0] if the optimizer has betas)."""
     weight_decay: PhaseList | None = None
     """Phases of the weight decay."""
     relative: bool = False
-    """Whether "from" and "to" are multipliers of each group's own value instead of values."""
+    """Whether "from" and "to" are multiples of the param group's value instead of absolute."""
 
     def _convert_fields(self) -> Iterator[Fault]:
         yield from super()._convert_fields()
         if not self.drives:
-            yield Fault(None, "`lr`, `momentum` or `weight_decay` must have phases, but none has.")
+            yield Fault(
+                None,
+                "`lr`, `momentum` or `weight_decay` must be set, but all are null. "
+                "Set at least one to a list of phases.",
+            )
 
     @property
     def drives(self) -> tuple[str, ...]:
@@ -133,63 +139,70 @@ class Phases(
 
     def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
         for name in self.drives:
-            yield name, partial(_phases_in_steps, getattr(self, name), horizon)
+            yield name, partial(_resolve_durations, getattr(self, name), horizon)
 
     def faults(self) -> Iterator[Fault]:
         for name in self.drives:
-            before = None  # the group's own value, which is not known here
+            previous = None  # The param group's value, which is not known yet.
             for index, phase in enumerate(getattr(self, name)):
-                begin = phase.get("from", before)
-                before = phase.get("to", begin)
-                ends = [end for end in (begin, before) if end is not None]
+                start = phase.get("from", previous)
+                previous = phase.get("to", start)
+                ends = [end for end in (start, previous) if end is not None]
                 yield from self._phase_faults(f"{name}[{index}]", name, phase, ends)
 
     def _phase_faults(
-        self, where: str, name: str, phase: Mapping[str, Any], ends: Sequence[float]
+        self, path: str, name: str, phase: Mapping[str, Any], ends: Sequence[float]
     ) -> Iterator[Fault]:
         if phase["duration"] <= 0:
-            yield Fault(name, f"`{where}.duration` must be at least 1 update, but is 0 instead.")
+            yield Fault(
+                name, f"`{path}.duration` must be at least 1 step, got 0. Set a longer duration."
+            )
         if name == "momentum" and not self.relative and any(end >= 1 for end in ends):
-            yield Fault(name, f"`{where}` must stay below 1, but goes to {max(ends):g} instead.")
+            yield Fault(
+                name, f"`{path}` must be less than 1, got {max(ends):g}. Lower `from` or `to`."
+            )
         if phase.get("shape") == "exponential" and 0 in ends:
             yield Fault(
-                name, f"`{where}` is exponential and must not touch 0; choose a small value."
+                name,
+                f"`{path}` must not start or end at 0, because its shape is exponential. "
+                "Use a small positive value.",
             )
 
     def curves(self, base: Base) -> Curves:
         for name in self.drives:
             if not self.relative and any("to" in phase for phase in getattr(self, name)):
-                self._refuse_to_flatten(name, base[name])
+                self._check_groups_stay_different(name, base[name])
         return {
-            name: tuple(self._joined(name, getattr(self, name), own) for own in base[name])
+            name: tuple(self._join_phases(name, getattr(self, name), own) for own in base[name])
             for name in self.drives
         }
 
-    def _refuse_to_flatten(self, name: str, own: tuple[float, ...]) -> None:
+    def _check_groups_stay_different(self, name: str, own: tuple[float, ...]) -> None:
         if len(set(own)) > 1:
             groups = ", ".join(f"group {index}: {value:g}" for index, value in enumerate(own))
             raise ValueError(
-                f"`{name}` must be relative where the param groups differ ({groups}), but goes to "
-                'one value for all of them; write multiples of their own, and "relative": true.'
+                f"`{name}` must be relative, because the param groups have different values "
+                f'({groups}). Set "relative": true and write "from" and "to" as multiples of them.'
             )
 
-    def _joined(self, name: str, phases: Sequence[Mapping[str, Any]], own: float) -> Curve:
+    def _join_phases(self, name: str, phases: Sequence[Mapping[str, Any]], own: float) -> Curve:
         unit = own if self.relative else 1.0
         value, parts = own, []
         for phase in phases:
-            begin = phase["from"] * unit if "from" in phase else value
-            value = phase["to"] * unit if "to" in phase else begin
-            if phase.get("shape") == "exponential" and 0 in (begin, value):
+            start = phase["from"] * unit if "from" in phase else value
+            value = phase["to"] * unit if "to" in phase else start
+            if phase.get("shape") == "exponential" and 0 in (start, value):
                 raise ValueError(
-                    f"a phase of `{name}` is exponential and must not touch 0, but goes from "
-                    f"{begin:g} to {value:g} instead: a group's own value is {own:g}."
+                    f"An exponential phase of `{name}` must not start or end at 0, got {start:g} "
+                    f"to {value:g} for a param group with the value {own:g}. Use small positive "
+                    "values."
                 )
-            if name == "momentum" and max(begin, value) >= 1:
+            if name == "momentum" and max(start, value) >= 1:
                 raise ValueError(
-                    f"a phase of `momentum` must stay below 1, but goes from {begin:g} to "
-                    f"{value:g} instead: a group's own value is {own:g}."
+                    f"`momentum` must be less than 1, got a phase from {start:g} to {value:g} for "
+                    f"a param group with momentum {own:g}. Lower `from` or `to`."
                 )
-            parts.append(SHAPES[phase.get("shape", "linear")](begin, value, phase["duration"]))
+            parts.append(SHAPES[phase.get("shape", "linear")](start, value, phase["duration"]))
         boundaries = itertools.accumulate(phase["duration"] for phase in phases[:-1])
         names = [
             "constant" if phase.get("to") is None else phase.get("shape", "linear")
@@ -198,7 +211,7 @@ class Phases(
         return join(parts, boundaries=boundaries, names=names)
 
 
-def _phases_in_steps(phases: Sequence[Mapping[str, Any]], horizon: Horizon) -> tuple[Any, ...]:
+def _resolve_durations(phases: Sequence[Mapping[str, Any]], horizon: Horizon) -> tuple[Any, ...]:
     resolved = []
     for phase in phases:
         scaled = horizon.scale_warmup or not phase.get("warmup", False)
@@ -211,10 +224,10 @@ class WarmupStableDecay(
     LearningRateSchedule,
     example={"warmup_steps": 10, "total_steps": "1dur", "decay_steps": "0.3dur"},
 ):
-    """Warmup-stable-decay (WSD): a straight warmup, the learning rate itself, a decay at the end.
+    """Warmup-stable-decay (WSD): linear warmup, constant learning rate, and decay at the end.
 
-    The decay takes the last ``decay_steps`` of ``total_steps``, in the shape "linear", "cosine",
-    "1-sqrt" or "half-life", down to a share of the learning rate, which is held.
+    The decay takes the last ``decay_steps`` of ``total_steps``. It ends at ``min_lr_ratio`` times
+    the learning rate, which is then kept.
 
     >>> wsd = WarmupStableDecay(warmup_steps=2, total_steps=8, decay_steps=4)
     >>> list(wsd.curves({"lr": (1.0,)})["lr"][0].values(9))
@@ -226,21 +239,21 @@ class WarmupStableDecay(
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
     total_steps: Steps
-    """Length of the run, warmup and decay included."""
+    """Length of the run, including the warmup and the decay."""
     decay_steps: Steps
     """Length of the decay."""
     decay_type: Literal["linear", "cosine", "1-sqrt", "half-life"] = "linear"
     """Shape of the decay."""
     min_lr_ratio: Ratio = 0.0
-    """Share of the learning rate at the end."""
+    """Ratio of the learning rate at the end of the decay to the param group's learning rate."""
 
     def faults(self) -> Iterator[Fault]:
         needed, total = self._warmup + self._decay, as_number(self.total_steps)
         if needed > total:
             yield Fault(
                 "decay_steps",
-                f"`warmup_steps` and `decay_steps` must fit into `total_steps` "
-                f"({total:g}), but come to {needed:g} instead; shorten one of them.",
+                "`warmup_steps` plus `decay_steps` must be at most `total_steps` "
+                f"({total:g}), got {needed:g}. Shorten one of them.",
             )
 
     @property
@@ -252,39 +265,42 @@ class WarmupStableDecay(
         return as_number(self.decay_steps)
 
     def curve(self, lr: float) -> Curve:
-        decay_begins = as_number(self.total_steps) - self._decay
+        decay_start = as_number(self.total_steps) - self._decay
         return join(
             [
                 linear(0.0, lr, self._warmup),
                 constant(lr),
                 SHAPES[self.decay_type](lr, self.min_lr_ratio * lr, self._decay),
             ],
-            boundaries=[self._warmup, decay_begins],
+            boundaries=[self._warmup, decay_start],
             names=("warmup", "stable", "decay"),
         )
 
 
 @schedule_class
 class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
-    """A straight warmup, then the inverse square root of time, for ever.
+    """Linear warmup, then decay with the inverse square root of the step, indefinitely.
 
     ::
 
         lr(k) = lr * k / warmup_steps                                k < warmup_steps
-                lr / sqrt(1 + (k - warmup_steps) / timescale)        after
+                lr / sqrt(1 + (k - warmup_steps) / timescale)        k >= warmup_steps
 
     Source: Zhai et al., Scaling vision transformers, https://arxiv.org/abs/2106.04560; Vaswani et
-    al., https://arxiv.org/abs/1706.03762, where the time scale is the warmup.
+    al., https://arxiv.org/abs/1706.03762, whose timescale is the length of the warmup.
     """
 
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
     timescale: Steps | None = None
-    """Updates after the warmup in which 1 is added under the root; null means `warmup_steps`."""
+    """Number of steps after the warmup in which the learning rate falls to 1 / sqrt(2) of its peak;
+    null uses `warmup_steps`."""
 
     def faults(self) -> Iterator[Fault]:
         if not (self.timescale or self.warmup_steps):
-            yield Fault("timescale", "`timescale` must be given where there is no warmup.")
+            yield Fault(
+                "timescale", "`timescale` must be set if `warmup_steps` is 0. Set one of them."
+            )
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.warmup_steps)

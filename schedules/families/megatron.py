@@ -1,4 +1,4 @@
-"""Megatron-LM's scheduler, under its own parameter names."""
+"""Megatron-LM's scheduler with Megatron-LM's parameter names."""
 
 from __future__ import annotations
 
@@ -49,18 +49,19 @@ class OptimizerParamScheduler(
         "wd_incr_steps": 90,
     },
 ):
-    """Megatron-LM's: warmup and decay of the learning rate, and a growing weight decay.
+    """Megatron-LM's scheduler: warmup and decay of the learning rate, increase of the weight decay.
 
-    The clock is the update, where Megatron counts samples. The decay ends at ``lr_decay_steps`` of
-    the run, warmup included, and holds ``min_lr``; "WSD" decays in the last ``wsd_decay_steps``.
+    Durations are steps; in Megatron-LM they are samples. The decay ends at step ``lr_decay_steps``
+    of the run, and ``min_lr`` is then kept. The style "WSD" is constant after the warmup and decays
+    in the last ``wsd_decay_steps``.
 
-    Source: ``OptimizerParamScheduler`` of megatron/core/optimizer_param_scheduler.py.
+    Source: ``OptimizerParamScheduler`` in megatron/core/optimizer_param_scheduler.py.
     """
 
     clock_is_step = True
 
     init_lr: LearningRate = 0.0
-    """Learning rate at the first update of the warmup."""
+    """Learning rate at the first step of the warmup."""
     max_lr: LearningRate
     """Learning rate after the warmup."""
     min_lr: LearningRate = 0.0
@@ -68,21 +69,21 @@ class OptimizerParamScheduler(
     lr_warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
     lr_decay_steps: Steps
-    """Length of warmup and decay together."""
+    """Length of the warmup and the decay together."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
-    """Shape of the decay."""
+    """Shape of the decay after the warmup."""
     wsd_decay_steps: Steps | None = None
-    """Length of the decay, in the style "WSD"."""
+    """Length of the decay in the style "WSD"; null in the other styles."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
-    """Shape of the decay, in the style "WSD"."""
+    """Shape of the decay in the style "WSD"."""
     start_wd: WeightDecay = 0.0
     """Weight decay at the start."""
     end_wd: WeightDecay = 0.0
     """Weight decay at the end."""
     wd_incr_steps: StepsOrZero = 0
-    """Time at which the weight decay reaches its end."""
+    """Step at which the weight decay reaches `end_wd`."""
     wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of its growth."""
+    """Shape of the weight decay's increase."""
 
     @property
     def drives(self) -> tuple[str, ...]:
@@ -93,22 +94,33 @@ class OptimizerParamScheduler(
         if warmup >= end:
             yield Fault(
                 "lr_warmup_steps",
-                f"`lr_warmup_steps` must be less than `lr_decay_steps` ({end:g}), "
-                f"but is {warmup:g} instead.",
+                f"`lr_warmup_steps` must be less than `lr_decay_steps` ({end:g}), got {warmup:g}. "
+                "Shorten the warmup or increase `lr_decay_steps`.",
             )
         if exceeds(self.init_lr, self.max_lr) or exceeds(self.min_lr, self.max_lr):
-            yield Fault("max_lr", "`max_lr` must be at least `init_lr` and `min_lr`, but is less.")
+            yield Fault(
+                "max_lr",
+                "`max_lr` must be at least `init_lr` and `min_lr`. "
+                "Increase it or lower the other two.",
+            )
         if exceeds(self.start_wd, self.end_wd):
-            yield Fault("end_wd", "`end_wd` must be at least `start_wd`, but is less.")
+            yield Fault("end_wd", "`end_wd` must be at least `start_wd`. Swap the two values.")
         if self.wd_incr_style == "constant" and self.start_wd != self.end_wd:
-            yield Fault("wd_incr_style", "`wd_incr_style` constant needs `start_wd` = `end_wd`.")
+            yield Fault(
+                "wd_incr_style",
+                '`wd_incr_style` must not be "constant" if `start_wd` and `end_wd` differ. '
+                'Set it to "linear" or "cosine".',
+            )
         if (self.wsd_decay_steps is not None) != (self.lr_decay_style == "WSD"):
-            yield Fault("wsd_decay_steps", '`wsd_decay_steps` goes with the style "WSD" alone.')
+            yield Fault(
+                "wsd_decay_steps",
+                '`wsd_decay_steps` must be set if `lr_decay_style` is "WSD", and only then.',
+            )
         elif (anneal := as_number(self.wsd_decay_steps or 0)) and anneal > end - warmup:
             yield Fault(
                 "wsd_decay_steps",
-                "`wsd_decay_steps` must fit between `lr_warmup_steps` and `lr_decay_steps`, but is "
-                f"{anneal:g} instead.",
+                f"`wsd_decay_steps` must be at most {end - warmup:g}, the difference between "
+                f"`lr_decay_steps` and `lr_warmup_steps`, got {anneal:g}. Shorten the decay.",
             )
 
     def curves(self, base: Base) -> Curves:
@@ -116,17 +128,17 @@ class OptimizerParamScheduler(
         spread("max_lr", self.max_lr, base["lr"])
         spread("end_wd", self.end_wd, base["weight_decay"])
         return {
-            "lr": curve_per_group(OptimizerParamScheduler._of_lr, each),
-            "weight_decay": curve_per_group(OptimizerParamScheduler._of_wd, each),
+            "lr": curve_per_group(OptimizerParamScheduler._lr_curve, each),
+            "weight_decay": curve_per_group(OptimizerParamScheduler._weight_decay_curve, each),
         }
 
-    def _of_wd(self) -> Curve:
+    def _weight_decay_curve(self) -> Curve:
         shape = cosine if self.wd_incr_style == "cosine" else linear
         return shape(
             as_number(self.start_wd), as_number(self.end_wd), as_number(self.wd_incr_steps)
         )
 
-    def _of_lr(self) -> Curve:
+    def _lr_curve(self) -> Curve:
         warmup, end = as_number(self.lr_warmup_steps), as_number(self.lr_decay_steps)
         high, low = as_number(self.max_lr), as_number(self.min_lr)
         steps = end - warmup
@@ -150,9 +162,10 @@ class OptimizerParamScheduler(
                 decay = shape(high, low, anneal)
                 parts = [climb, constant(high), decay]
                 return join(parts, [warmup, end - anneal], names=("warmup", "stable", "decay"))
-        # Megatron's root is 1 where the warmup ends,
+        # In Megatron-LM, the factor 1 / sqrt(…) is 1 at the end of the warmup.
         scale = max(warmup, 1)
         root = inverse_sqrt(high, steps=scale)
-        # and it still has its value at the end itself, where the other styles are at their minimum.
+        # At step `end`, Megatron-LM still uses this factor; `min_lr` starts at the next step. The
+        # other styles reach `min_lr` at `end`.
         parts = [climb, pointwise(max, root, constant(low)), constant(low)]
         return join(parts, [warmup, end + 1], names=("warmup", "decay", "end"))

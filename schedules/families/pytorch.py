@@ -1,8 +1,8 @@
-"""PyTorch's schedulers, by its names, as functions of the update.
+"""PyTorch's schedulers under PyTorch's names, as functions of the step.
 
-Formulas and defaults are those of torch/optim/lr_scheduler.py (2.13), which computes most of them
-from the last value; these follow from k alone, and hold their end where torch's cosine climbs
-again: docs/decisions/0006-pytorch-schedules.md.
+Formulas and defaults match torch/optim/lr_scheduler.py (2.13). PyTorch computes most values from
+the previous value; here each value depends only on the step k. At the end, the last value is kept,
+while PyTorch's cosine rises again: docs/decisions/0006-pytorch-schedules.md.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ Divisor = Annotated[float, Range(above=0)]
 
 @schedule_class
 class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
-    """Multiplies the learning rate by a factor after each ``step_size`` updates.
+    """Multiply the learning rate by ``gamma`` every ``step_size`` steps.
 
     ::
 
         lr(k) = lr * gamma ** floor(k / step_size)
 
-    Source: ``StepLR`` of torch/optim/lr_scheduler.py.
+    Source: ``StepLR`` in torch/optim/lr_scheduler.py.
     """
 
     step_size: Steps
-    """Length of a period."""
+    """Length of each period."""
     gamma: Factor = 0.1
-    """Factor after each period."""
+    """Factor applied at the end of each period."""
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.step_size)
@@ -75,19 +75,19 @@ class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
 
 @schedule_class
 class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "gamma": 0.5}):
-    """Multiplies the learning rate by a factor at each milestone, twice at one that is given twice.
+    """Multiply the learning rate by ``gamma`` at each milestone; a repeated milestone counts twice.
 
     ::
 
         lr(k) = lr * gamma ** (number of milestones m with m <= k)
 
-    Source: ``MultiStepLR`` of torch/optim/lr_scheduler.py.
+    Source: ``MultiStepLR`` in torch/optim/lr_scheduler.py.
     """
 
     milestones: Milestones
-    """Times at which the factor applies, in any order, as in PyTorch."""
+    """Steps at which `gamma` is applied, in any order, as in PyTorch."""
     gamma: Factor = 0.1
-    """Factor at each milestone."""
+    """Factor applied at each milestone."""
 
     def curve(self, lr: float) -> Curve:
         levels = [constant(lr * self.gamma**passed) for passed in range(len(self.milestones) + 1)]
@@ -96,20 +96,20 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
 
 @schedule_class
 class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40}):
-    """A factor on the learning rate for some updates, and the learning rate itself after them.
+    """Multiply the learning rate by ``factor`` until ``total_iters``, and by 1 afterwards.
 
     ::
 
         lr(k) = lr * factor   k < total_iters
-                lr            after
+                lr            k >= total_iters
 
-    Source: ``ConstantLR`` of torch/optim/lr_scheduler.py.
+    Source: ``ConstantLR`` in torch/optim/lr_scheduler.py.
     """
 
     factor: Factor = 1 / 3
-    """Factor on the learning rate."""
+    """Factor applied to the learning rate until `total_iters`."""
     total_iters: Steps = 5
-    """How long the factor holds."""
+    """Step at which the factor returns to 1."""
 
     def curve(self, lr: float) -> Curve:
         end = as_number(self.total_iters)
@@ -118,21 +118,21 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
 
 @schedule_class
 class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
-    """A straight line from one factor on the learning rate to another, held from its end on.
+    """Linear change from one factor to another, which is reached at ``total_iters`` and then kept.
 
     ::
 
-        lr(k) = lr * (start + (end - start) * min(1, k / total_iters))
+        lr(k) = lr * (start_factor + (end_factor - start_factor) * min(1, k / total_iters))
 
-    Source: ``LinearLR`` of torch/optim/lr_scheduler.py.
+    Source: ``LinearLR`` in torch/optim/lr_scheduler.py.
     """
 
     start_factor: Factor = 1 / 3
-    """Factor at the start."""
+    """Factor applied to the learning rate at the start."""
     end_factor: Factor = 1.0
-    """Factor at the end."""
+    """Factor applied to the learning rate at `total_iters` and afterwards."""
     total_iters: Steps = 5
-    """Time at which the end is reached."""
+    """Step at which `end_factor` is reached."""
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.total_iters)
@@ -141,19 +141,19 @@ class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
 
 @schedule_class
 class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
-    """Multiplies the learning rate by a factor after each update.
+    """Multiply the learning rate by ``gamma`` after every step.
 
     ::
 
         lr(k) = lr * gamma ** k
 
-    Source: ``ExponentialLR`` of torch/optim/lr_scheduler.py.
+    Source: ``ExponentialLR`` in torch/optim/lr_scheduler.py.
     """
 
     clock_is_step = True
 
     gamma: Gamma
-    """Factor after each update."""
+    """Factor applied after every step."""
 
     def curve(self, lr: float) -> Curve:
         return exponential(lr, self.gamma, steps=1)
@@ -161,19 +161,19 @@ class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
 
 @schedule_class
 class PolynomialLR(LearningRateSchedule, example={"total_iters": 80, "power": 2.0}):
-    """Polynomial decay to 0, held from its end on.
+    """Polynomial decay to 0, which is reached at ``total_iters`` and then kept.
 
     ::
 
         lr(k) = lr * (1 - min(1, k / total_iters)) ** power
 
-    Source: ``PolynomialLR`` of torch/optim/lr_scheduler.py.
+    Source: ``PolynomialLR`` in torch/optim/lr_scheduler.py.
     """
 
     total_iters: Steps = 5
-    """Time at which 0 is reached."""
+    """Step at which the learning rate reaches 0."""
     power: Power = 1.0
-    """Exponent."""
+    """Exponent of the polynomial."""
 
     def curve(self, lr: float) -> Curve:
         return polynomial(lr, 0.0, as_number(self.total_iters), self.power)
@@ -181,21 +181,21 @@ class PolynomialLR(LearningRateSchedule, example={"total_iters": 80, "power": 2.
 
 @schedule_class
 class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0.01}):
-    """Half a cosine wave from the learning rate to a minimum, held from its end on.
+    """Cosine decay from the learning rate to ``eta_min``, kept after ``T_max``.
 
     ::
 
         lr(k) = eta_min + (lr - eta_min) * (1 + cos(pi * min(1, k / T_max))) / 2
 
-    PyTorch's goes on past ``T_max`` and climbs back to the learning rate.
+    PyTorch's class continues past ``T_max`` and rises back to the learning rate.
 
-    Source: ``CosineAnnealingLR`` of torch/optim/lr_scheduler.py.
+    Source: ``CosineAnnealingLR`` in torch/optim/lr_scheduler.py.
     """
 
     T_max: Steps
-    """Time at which the minimum is reached."""
+    """Step at which `eta_min` is reached."""
     eta_min: LearningRate = 0.0
-    """The minimum."""
+    """Minimum learning rate."""
 
     def curve(self, lr: float) -> Curve:
         return cosine(lr, as_number(self.eta_min), as_number(self.T_max))
@@ -203,21 +203,21 @@ class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0
 
 @schedule_class
 class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_mult": 2}):
-    """Half a cosine wave again and again, each cycle ``T_mult`` times as long as the last one.
+    """Cosine annealing with warm restarts; each cycle is ``T_mult`` times as long as the last.
 
-    At x of a cycle::
+    At the fraction x of a cycle::
 
-        lr = eta_min + (lr - eta_min) * (1 + cos(pi * x)) / 2
+        lr(x) = eta_min + (lr - eta_min) * (1 + cos(pi * x)) / 2
 
-    Source: ``CosineAnnealingWarmRestarts`` of torch/optim/lr_scheduler.py.
+    Source: ``CosineAnnealingWarmRestarts`` in torch/optim/lr_scheduler.py.
     """
 
     T_0: Steps
     """Length of the first cycle."""
     T_mult: Annotated[int, Range(at_least=1)] = 1
-    """How many times as long each cycle is as the one before."""
+    """Length of each cycle divided by the length of the previous one."""
     eta_min: LearningRate = 0.0
-    """The minimum, at the end of each cycle."""
+    """Minimum learning rate, at the end of each cycle."""
 
     def curve(self, lr: float) -> Curve:
         low, first = as_number(self.eta_min), as_number(self.T_0)
@@ -226,14 +226,15 @@ class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_m
 
 @schedule_class
 class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
-    """PyTorch's 1cycle: up to a maximum, then far below the start, momentum mirrored.
+    """PyTorch's 1cycle: rise to a maximum, fall far below the start; momentum does the opposite.
 
-    With n = ``total_steps``, a climb from ``max_lr / div_factor`` until ``pct_start * n - 1`` and a
-    descent to ``max_lr / div_factor / final_div_factor`` until ``n - 1``; ``three_phase`` comes
-    down as it went up first. Each phase is a cosine or a straight line. Momentum goes from
-    ``max_momentum`` to ``base_momentum`` and back. The end is held; PyTorch raises an error there.
+    With n = ``total_steps``, the learning rate rises from ``max_lr / div_factor`` until step
+    ``pct_start * n - 1``, then falls to ``max_lr / div_factor / final_div_factor`` until step
+    ``n - 1``. With ``three_phase``, it first falls back to ``max_lr / div_factor`` in as many steps
+    as it rose. Each phase is a cosine or a line. Momentum goes from ``max_momentum`` to
+    ``base_momentum`` and back. After the end, the last value is kept; PyTorch raises an error.
 
-    Source: ``OneCycleLR`` of torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
+    Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
     https://arxiv.org/abs/1708.07120.
     """
 
@@ -242,44 +243,45 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     max_lr: LearningRate
     """Learning rate at the peak."""
     total_steps: Steps | None = None
-    """Length of the cycle; null means `epochs` times `steps_per_epoch`."""
+    """Length of the cycle; null uses `epochs` times `steps_per_epoch`."""
     epochs: Annotated[int, Range(at_least=1), "epochs"] | None = None
-    """Number of epochs, where `total_steps` is absent."""
+    """Number of epochs, if `total_steps` is null."""
     steps_per_epoch: Steps | None = None
-    """Updates in an epoch, where `total_steps` is absent."""
-    pct_start: Annotated[float, Range(above=0, below=1), "share of the cycle"] = 0.3
-    """Share of the cycle in which the learning rate climbs."""
+    """Number of steps per epoch, if `total_steps` is null."""
+    pct_start: Annotated[float, Range(above=0, below=1), "fraction of the cycle"] = 0.3
+    """Fraction of the cycle in which the learning rate rises."""
     anneal_strategy: Literal["cos", "linear"] = "cos"
     """Shape of each phase."""
     cycle_momentum: bool = True
-    """Whether momentum (betas[0] where an optimizer has betas) is cycled inversely."""
+    """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
+    rate."""
     base_momentum: Momentum = 0.85
     """Momentum at the peak of the learning rate."""
     max_momentum: Momentum = 0.95
-    """Momentum at the start and at the end."""
+    """Momentum at the start and at the end of the cycle."""
     div_factor: Divisor = 25.0
-    """The peak over the learning rate at the start."""
+    """Ratio of the peak learning rate to the initial one."""
     final_div_factor: Divisor = 1e4
-    """The learning rate at the start over the one at the end."""
+    """Ratio of the initial learning rate to the final one."""
     three_phase: bool = False
-    """Whether the learning rate comes back to its start before it falls to its end."""
+    """Whether the learning rate returns to its initial value before it falls to its final one."""
 
     def faults(self) -> Iterator[Fault]:
         by_epochs = (self.epochs is not None) + (self.steps_per_epoch is not None)
         if by_epochs != (2 if self.total_steps is None else 0):
             yield Fault(
                 "total_steps",
-                "`total_steps` or both `epochs` and `steps_per_epoch` must be given, and not both "
-                'kinds; "1dur" is the length of the run.',
+                "Either only `total_steps` or both `epochs` and `steps_per_epoch` must be set. "
+                'Set `total_steps` to "1dur" to use the length of the run.',
             )
             return
-        knots = self._knots
-        if sorted(set(knots)) != list(knots) or knots[0] <= 0:
+        ends = self._phase_ends
+        if sorted(set(ends)) != list(ends) or ends[0] <= 0:
             yield Fault(
                 "pct_start",
-                f"`pct_start` must leave each phase some of the {self._steps:g} updates, but the "
-                f"phases end at {', '.join(f'{knot:g}' for knot in knots)} instead; lengthen the "
-                "cycle, or change the share.",
+                f"`pct_start` must leave every phase part of the {self._steps:g} steps, but the "
+                f"phases end at steps {', '.join(f'{end:g}' for end in ends)}. Lengthen the cycle "
+                "or change `pct_start`.",
             )
 
     @property
@@ -297,7 +299,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
         return float((self.epochs or 0) * as_number(self.steps_per_epoch or 0))
 
     @property
-    def _knots(self) -> tuple[float, ...]:
+    def _phase_ends(self) -> tuple[float, ...]:
         climb, steps = self.pct_start * self._steps, self._steps
         if self.three_phase:
             return (climb - 1, 2 * climb - 2, steps - 1)
@@ -305,33 +307,36 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
 
     def curves(self, base: Base) -> Curves:
         curves = {
-            "lr": curve_per_group(self._of_lr, spread("max_lr", self.max_lr, base["lr"])),
+            "lr": curve_per_group(self._lr_curve, spread("max_lr", self.max_lr, base["lr"])),
         }
         if self.cycle_momentum:
             curves["momentum"] = curve_per_group(
-                self._of_momentum,
+                self._momentum_curve,
                 spread("base_momentum", self.base_momentum, base["momentum"]),
                 spread("max_momentum", self.max_momentum, base["momentum"]),
             )
         return curves
 
-    def _of_lr(self, peak: float) -> Curve:
+    def _lr_curve(self, peak: float) -> Curve:
         start = peak / self.div_factor
         end = start / self.final_div_factor
-        return self._through([start, peak, start, end] if self.three_phase else [start, peak, end])
+        return self._join_phases(
+            [start, peak, start, end] if self.three_phase else [start, peak, end]
+        )
 
-    def _of_momentum(self, low: float, high: float) -> Curve:
-        return self._through([high, low, high, high] if self.three_phase else [high, low, high])
+    def _momentum_curve(self, low: float, high: float) -> Curve:
+        values = [high, low, high, high] if self.three_phase else [high, low, high]
+        return self._join_phases(values)
 
-    def _through(self, values: list[float]) -> Curve:
+    def _join_phases(self, values: list[float]) -> Curve:
         ramp = cosine if self.anneal_strategy == "cos" else linear
-        begins = (0.0, *self._knots)
+        starts = (0.0, *self._phase_ends)
         phases = [
-            ramp(values[at], values[at + 1], begins[at + 1] - begins[at])
-            for at in range(len(self._knots))
+            ramp(values[at], values[at + 1], starts[at + 1] - starts[at])
+            for at in range(len(self._phase_ends))
         ]
         names = ("climb", "descent", "annihilation")[: len(phases)]
-        return join(phases, boundaries=self._knots[:-1], names=names)
+        return join(phases, boundaries=self._phase_ends[:-1], names=names)
 
 
 _AMPLITUDES = {"triangular": 1.0, "triangular2": 0.5, "exp_range": 1.0}
@@ -342,35 +347,36 @@ class CyclicLR(
     Schedule[int],
     example={"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 15, "mode": "triangular2"},
 ):
-    """Triangles between two learning rates, for ever, momentum mirrored.
+    """Triangular cycles between two learning rates, repeated; momentum does the opposite.
 
-    With s climbing from 0 to 1 in ``step_size_up`` updates and falling back in ``step_size_down``::
+    s rises from 0 to 1 in ``step_size_up`` steps and falls back to 0 in ``step_size_down`` steps::
 
         lr(k)       = base_lr + (max_lr - base_lr) * s(k) * A
         momentum(k) = max_momentum - (max_momentum - base_momentum) * s(k) * A
 
-    where A is 1 ("triangular"), halved after each cycle ("triangular2"), or ``gamma ** k``
-    ("exp_range").
+    In the mode "triangular", A is 1. In "triangular2", A is halved after each cycle. In
+    "exp_range", A is ``gamma ** k``.
 
-    Source: ``CyclicLR`` of torch/optim/lr_scheduler.py; Smith, https://arxiv.org/abs/1506.01186.
+    Source: ``CyclicLR`` in torch/optim/lr_scheduler.py; Smith, https://arxiv.org/abs/1506.01186.
     """
 
     clock_is_step = True
 
     base_lr: LearningRate
-    """Learning rate at the bottom."""
+    """Learning rate at the bottom of the triangles."""
     max_lr: LearningRate
     """Learning rate at the top of the first triangle."""
     step_size_up: Steps = 2000
-    """Length of a climb."""
+    """Length of the rising part of each triangle."""
     step_size_down: Steps | None = None
-    """Length of a descent; null means as long as the climb."""
+    """Length of the falling part of each triangle; null uses `step_size_up`."""
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
-    """How the triangles shrink."""
+    """How the height of the triangles changes over time."""
     gamma: Gamma = 1.0
-    """Factor on the height after each update, in the mode "exp_range"."""
+    """Factor applied to the height after every step in the mode "exp_range"."""
     cycle_momentum: bool = True
-    """Whether momentum (betas[0] where an optimizer has betas) is cycled inversely."""
+    """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
+    rate."""
     base_momentum: Momentum = 0.8
     """Momentum at the top of the first triangle."""
     max_momentum: Momentum = 0.9
@@ -379,7 +385,9 @@ class CyclicLR(
     def faults(self) -> Iterator[Fault]:
         if self.gamma > 1:
             yield Fault(
-                "gamma", f"`gamma` must be at most 1, but is {self.gamma:g}: triangles would grow."
+                "gamma",
+                f"`gamma` must be at most 1, got {self.gamma:g}. Larger values make the triangles "
+                "grow.",
             )
 
     @property
@@ -388,14 +396,14 @@ class CyclicLR(
 
     @property
     def span(self) -> int:
-        return 3 * int(self._up + self._down)
+        return 3 * int(self._rise_steps + self._fall_steps)
 
     @property
-    def _up(self) -> float:
+    def _rise_steps(self) -> float:
         return as_number(self.step_size_up)
 
     @property
-    def _down(self) -> float:
+    def _fall_steps(self) -> float:
         return float(as_number(self.step_size_down or self.step_size_up))
 
     def curves(self, base: Base) -> Curves:
@@ -418,7 +426,7 @@ class CyclicLR(
 
     def _triangles(self, foot: float, top: float) -> Curve:
         height = top - foot
-        triangles = repeat(partial(self._triangle, height), self._up + self._down)
+        triangles = repeat(partial(self._triangle, height), self._rise_steps + self._fall_steps)
         if self.mode == "exp_range":
             triangles = pointwise(operator.mul, triangles, exponential(1.0, self.gamma, steps=1))
         return pointwise(operator.add, constant(foot), triangles)
@@ -426,5 +434,5 @@ class CyclicLR(
     def _triangle(self, height: float, cycle: int, steps: float) -> Curve:
         del steps
         top = height * _AMPLITUDES[self.mode] ** cycle
-        up, down = linear(0.0, top, self._up), linear(top, 0.0, self._down)
-        return join([up, down], boundaries=[self._up])
+        up, down = linear(0.0, top, self._rise_steps), linear(top, 0.0, self._fall_steps)
+        return join([up, down], boundaries=[self._rise_steps])

@@ -1,7 +1,8 @@
-"""SambaFlow's schedules, by its names, and with the names of its command-line arguments.
+"""SambaFlow's schedules under its names; parameters are named after its command-line arguments.
 
-Its source is not public: shapes and defaults are those of its documentation, and where that is
-silent (the first value of a warmup, what follows the end) those of its neighbour transformers.
+SambaFlow's source is not public, so shapes and defaults follow its documentation. Details that the
+documentation does not specify (the first value of a warmup, the values after the end) follow
+Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ __all__ = [
 
 
 @schedule_class
-class _OfLearningRate(Schedule[int]):
+class _PeakSchedule(Schedule[int]):
     learning_rate: LearningRate | None = None
-    """The learning rate, at its highest; null means each group's own."""
+    """Peak learning rate; null uses each param group's learning rate."""
 
     def curves(self, base: Base) -> Curves:
         own = base["lr"]
@@ -44,24 +45,24 @@ class _OfLearningRate(Schedule[int]):
 
     @abstractmethod
     def curve(self, lr: float) -> Curve:
-        """Return the curve of a group whose highest learning rate this is."""
+        """Return the curve with the peak learning rate ``lr``."""
 
 
 @schedule_class
-class _WarmupAndDecay(_OfLearningRate):
+class _WarmupAndDecay(_PeakSchedule):
     warmup_steps: WarmupStepsOrZero = 0
-    """Length of the warmup from 0."""
+    """Length of the linear warmup from 0."""
     max_steps: Steps
-    """Length of the run, warmup included; it shapes the curve, and stops nothing."""
+    """Length of the run, including the warmup. It shapes the curve; it does not end training."""
     end_lr_ratio: Ratio = 0.1
-    """Share of the learning rate at the end, held from there on."""
+    """Ratio of the learning rate at the end of the run and afterwards to the peak."""
 
     def faults(self) -> Iterator[Fault]:
         if as_number(self.warmup_steps) > as_number(self.max_steps):
             yield Fault(
                 "warmup_steps",
-                f"`warmup_steps` must be at most `max_steps` ({self.max_steps:g}), but is "
-                f"{self.warmup_steps:g} instead; the run would end before its warmup.",
+                f"`warmup_steps` must be at most `max_steps` ({self.max_steps:g}), got "
+                f"{self.warmup_steps:g}. Shorten the warmup or increase `max_steps`.",
             )
 
     def curve(self, lr: float) -> Curve:
@@ -72,7 +73,7 @@ class _WarmupAndDecay(_OfLearningRate):
 
     @abstractmethod
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
-        """Return what follows the warmup."""
+        """Return the curve after the warmup."""
 
 
 @schedule_class
@@ -81,12 +82,12 @@ class CosineScheduleWithWarmup(
     type_name="cosine_schedule_with_warmup",
     example={"warmup_steps": 20, "max_steps": "1dur"},
 ):
-    """A straight warmup, then half a cosine wave to a share of the learning rate.
+    """Linear warmup, then cosine decay to a fraction of the learning rate.
 
-    With x = (k - warmup_steps) / (max_steps - warmup_steps)::
+    With x = (k - warmup_steps) / (max_steps - warmup_steps) and r = end_lr_ratio::
 
         lr(k) = lr * k / warmup_steps                                       k < warmup_steps
-                lr * (r + (1 - r) * (1 + cos(pi * min(1, x))) / 2)          after, r = end_lr_ratio
+                lr * (r + (1 - r) * (1 + cos(pi * min(1, x))) / 2)          k >= warmup_steps
 
     Source: SambaFlow's documentation, "Learning rate schedules".
     """
@@ -101,26 +102,28 @@ class PolynomialDecayScheduleWithWarmup(
     type_name="polynomial_decay_schedule_with_warmup",
     example={"warmup_steps": 20, "max_steps": "1dur"},
 ):
-    """A straight warmup, then a straight decay to a share of the learning rate.
+    """Linear warmup, then linear decay to a fraction of the learning rate.
 
-    With x = (k - warmup_steps) / (max_steps - warmup_steps)::
+    With x = (k - warmup_steps) / (max_steps - warmup_steps) and r = end_lr_ratio::
 
         lr(k) = lr * k / warmup_steps                         k < warmup_steps
-                lr * (r + (1 - r) * (1 - min(1, x)))          after, r = end_lr_ratio
+                lr * (r + (1 - r) * (1 - min(1, x)))          k >= warmup_steps
 
-    Source: SambaFlow's documentation, "Learning rate schedules"; the polynomial is always linear.
+    Despite its name, the polynomial is always linear.
+
+    Source: SambaFlow's documentation, "Learning rate schedules".
     """
 
     end_lr_ratio: Ratio = 0.0
-    """Share of the learning rate at the end, held from there on."""
+    """Ratio of the learning rate at the end of the run and afterwards to the peak."""
 
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
         return linear(lr, end, steps)
 
 
 @schedule_class
-class FixedLr(_OfLearningRate, type_name="fixed_lr"):
-    """The learning rate, for ever.
+class FixedLr(_PeakSchedule, type_name="fixed_lr"):
+    """Keep the learning rate constant.
 
     Source: SambaFlow's documentation, "Learning rate schedules".
     """
@@ -131,21 +134,22 @@ class FixedLr(_OfLearningRate, type_name="fixed_lr"):
 
 @schedule_class
 class StepSchedule(
-    _OfLearningRate, type_name="step_schedule", example={"decay_steps": 25, "gamma": 0.5}
+    _PeakSchedule, type_name="step_schedule", example={"decay_steps": 25, "gamma": 0.5}
 ):
-    """Multiplies the learning rate by a factor after each ``decay_steps`` updates.
+    """Multiply the learning rate by ``gamma`` every ``decay_steps`` steps.
 
     ::
 
         lr(k) = lr * gamma ** floor(k / decay_steps)
 
-    Source: the custom schedule of SambaFlow's documentation, which halves every 100 steps.
+    Source: the example of a custom schedule in SambaFlow's documentation, which halves the learning
+    rate every 100 steps.
     """
 
     decay_steps: Steps = 100
-    """Updates between two decays."""
+    """Number of steps between two decays."""
     gamma: Factor = 0.5
-    """Factor at each of them."""
+    """Factor applied at each decay."""
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.decay_steps)

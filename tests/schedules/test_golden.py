@@ -342,8 +342,8 @@ TESTS = {
     "d2l": [test_d2l],
     "deepspeed": [
         test_deepspeeds_variable_batches_scale_a_schedule_of_ours,
-        test_golden_deepspeed.test_refused,
-        test_golden_deepspeed.test_values,
+        test_golden_deepspeed.test_golden_case_with_invalid_parameters_is_rejected,
+        test_golden_deepspeed.test_deepspeed_lr_matches_golden_values,
     ],
     "megatron": [test_megatron],
     "mxnet": [test_mxnet],

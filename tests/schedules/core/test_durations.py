@@ -66,14 +66,18 @@ def test_a_ratio_that_is_not_positive(ratio):
     ("block", "field", "message"),
     [
         (("LinearWithWarmupScheduler", {"t_warmup": "2dur"}), "t_warmup", "at most `t_max`"),
-        (("MultiStepScheduler", {"milestones": ["5ep", "20ba"]}), "milestones", "must ascend"),
+        (("MultiStepScheduler", {"milestones": ["5ep", "20ba"]}), "milestones", "got [50, 20]"),
         (("StepScheduler", {"step_size": "0.001dur"}), "step_size", "at least 1, but is 0"),
         (("CosineAnnealingLR", {"T_max": 0}), "T_max", "at least 1, but is 0"),
-        (("Phases", {"lr": [{"to": 1.0, "duration": "0.001dur"}]}), "lr", "at least 1 update"),
-        (("Phases", {"momentum": [{"to": 1.0, "duration": 5}]}), "momentum", "must stay below 1"),
-        (("Phases", {}), None, "must have phases, but none has"),
-        (("WarmupStableDecay", {"total_steps": 10, "decay_steps": 20}), "decay_steps", "fit into"),
-        (("OneCycleLR", {"max_lr": 0.1, "total_steps": 3}), "pct_start", "leave each phase some"),
+        (("Phases", {"lr": [{"to": 1.0, "duration": "0.001dur"}]}), "lr", "`lr[0].duration`"),
+        (("Phases", {"momentum": [{"to": 1.0, "duration": 5}]}), "momentum", "`momentum[0]`"),
+        (("Phases", {}), None, "`weight_decay` must be set"),
+        (
+            ("WarmupStableDecay", {"total_steps": 10, "decay_steps": 20}),
+            "decay_steps",
+            "`total_steps` (10)",
+        ),
+        (("OneCycleLR", {"max_lr": 0.1, "total_steps": 3}), "pct_start", "`pct_start`"),
         (("OneCycleLR", {"max_lr": 0.1}), "total_steps", "both `epochs` and `steps_per_epoch`"),
     ],
 )
@@ -104,7 +108,7 @@ def test_a_function_of_ones_own_by_its_path():
     [
         ("no_such_module:f", "there is no module 'no_such_module'"),
         (f"{__name__}:nothing", "has no attribute 'nothing'"),
-        (f"{__name__}:RUN", "must name a schedule's class or a function of the update"),
+        (f"{__name__}:RUN", "`scheduler.type` must name a scheduler class"),
     ],
 )
 def test_a_path_that_names_no_schedule(path, message):

@@ -1,4 +1,4 @@
-"""DeepSpeed's schedules: values that can be checked by hand, and what their parameters must be."""
+"""DeepSpeed's schedules: values computed by hand, and the checks of their parameters."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ TUTORIAL = {
 CYCLE = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.5, "cycle_first_step_size": 4}
 
 
-def test_the_tutorials_block():
+def test_onecycle_tutorial_block_matches_the_formula():
     values = trace(TUTORIAL, 4001)
     lr, momentum = values["lr"][:, 0], values["momentum"][:, 0]
     assert lr[[0, 1]].tolist() == [1e-4, 1e-4]
@@ -36,8 +36,8 @@ def test_the_tutorials_block():
     after = np.arange(2000, 4001)
     assert lr[after] == pytest.approx(1e-4 / (1 + 0.001 * (after - 2000) / 1000), rel=1e-15)
     assert momentum[[0, 1000, 2000, 4000]].tolist() == [0.99, 0.85, 0.99, 0.99]
-    climbed = (lr[:2001] - 1e-4) / 9e-4
-    assert momentum[:2001] == pytest.approx(0.99 - 0.14 * climbed, abs=1e-12)
+    progress = (lr[:2001] - 1e-4) / 9e-4
+    assert momentum[:2001] == pytest.approx(0.99 - 0.14 * progress, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_the_tutorials_block():
         ({"last_batch_iteration": 3}, [0.5, 0.4, 0.3, 0.2, 0.1, 0.1]),
     ],
 )
-def test_one_cycle(params, lr):
+def test_onecycle_values_match_hand_computed_values(params, lr):
     values = trace({"type": "OneCycle", "params": CYCLE | params}, len(lr))
     assert values["lr"][:, 0] == pytest.approx(lr, rel=1e-12)
 
 
-def test_momentum_decays_downwards():
+def test_onecycle_momentum_decreases_in_the_decay():
     params = {"cycle_max_mom": 0.9, "decay_mom_rate": 1.0, "decay_step_size": 1}
     momentum = trace({"type": "OneCycle", "params": CYCLE | params}, 1000)["momentum"][:, 0]
     assert momentum[8:11] == pytest.approx([0.9, 0.45, 0.3])
@@ -74,7 +74,7 @@ def test_momentum_decays_downwards():
     assert momentum.min() > 0
 
 
-def test_without_momentum_only_the_learning_rate_is_driven():
+def test_onecycle_without_cycle_momentum_sets_only_lr():
     values = trace({"type": "OneCycle", "params": CYCLE | {"cycle_momentum": False}}, 3)
     assert list(values) == ["lr"]
 
@@ -121,78 +121,72 @@ def test_without_momentum_only_the_learning_rate_is_driven():
         ),
     ],
 )
-def test_range_test_and_warmups(type_name, params, lr):
+def test_range_test_and_warmups_match_hand_computed_values(type_name, params, lr):
     values = trace({"type": type_name, "params": params}, len(lr), base={"lr": (0.6,)})
     assert values["lr"][:, 0] == pytest.approx(lr, rel=1e-12, abs=1e-15)
 
 
-def test_a_list_gives_one_value_to_each_group():
+def test_onecycle_lists_set_one_value_per_param_group():
     params = CYCLE | {"cycle_min_lr": [0.1, 1.0], "cycle_max_lr": [0.5, 2.0]}
     values = trace({"type": "OneCycle", "params": params}, 5, base={"lr": (0.1, 0.2)})
     assert values["lr"][4].tolist() == [0.5, 2.0]
     assert values["lr"].shape == (5, 2)
 
 
-def test_groups_keep_their_own_learning_rates_where_no_maximum_is_given():
+def test_warmup_without_maximum_reaches_each_groups_lr():
     values = trace(
         {"type": "WarmupLR", "params": {"warmup_num_steps": 2}}, 3, base={"lr": (1e-2, 1e-4)}
     )
     assert values["lr"][2].tolist() == [1e-2, 1e-4]
 
 
-def test_one_number_for_groups_that_differ_is_refused_by_name():
+def test_warmup_one_maximum_for_different_groups_is_an_error():
     schedule = from_config({"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}})
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="`warmup_max_lr` must be a list of 2 numbers") as error:
         schedule.curves({"lr": (1e-2, 1e-4)})
-    assert str(error.value) == (
-        "`warmup_max_lr` must be a list of 2 numbers, one a param group, but is 0.1 instead, which "
-        "would give all groups the same value (group 0: 0.01, group 1: 0.0001)."
-    )
+    assert "group 0: 0.01, group 1: 0.0001" in str(error.value)
 
 
-REFUSED = [
-    ({"cycle_min_lr": 0.6}, "cycle_max_lr", "must be at least `cycle_min_lr` (0.6), but is 0.5"),
-    ({"cycle_min_lr": [0.1, 0.9]}, "cycle_max_lr", "at least `cycle_min_lr` ([0.1, 0.9])"),
-    ({"cycle_min_mom": 0.95}, "cycle_max_mom", "at least `cycle_min_mom` (0.95), but is 0.9"),
-    ({"cycle_max_mom": 1.0}, "cycle_max_mom", "at least 0 and less than 1, but is 1.0 instead"),
-    ({"cycle_min_mom": -0.1}, "cycle_min_mom", "but is -0.1 instead"),
-    ({"decay_mom_rate": -1}, "decay_mom_rate", "at least 0, but is -1 instead"),
-    ({"cycle_first_step_size": 0}, "cycle_first_step_size", "at least 1, but is 0 instead"),
-    ({"cycle_first_step_size": -5}, "cycle_first_step_size", "at least 1, but is -5 instead"),
-    ({"cycle_first_step_size": 2.5}, "cycle_first_step_size", "a whole number"),
-    ({"cycle_first_step_size": True}, "cycle_first_step_size", "but is True instead"),
-    ({"cycle_second_step_size": 0}, "cycle_second_step_size", "at least 1, but is 0 instead"),
-    (
-        {"cycle_first_stair_count": 5},
-        "cycle_first_stair_count",
-        "at most the 4 updates of its half",
-    ),
-    ({"cycle_second_stair_count": 9}, "cycle_second_stair_count", "0 makes the half continuous"),
-    ({"cycle_max_lr": float("nan")}, "cycle_max_lr", "but is nan instead"),
-    ({"cycle_max_lr": float("inf")}, "cycle_max_lr", "but is inf instead"),
-    ({"cycle_max_lr": "0.1"}, "cycle_max_lr", "but is '0.1' instead"),
-    ({"cycle_max_lr": None}, "cycle_max_lr", "but is None instead"),
-    ({"cycle_max_lr": []}, "cycle_max_lr", "but is () instead"),
-    ({"cycle_momentum": 1}, "cycle_momentum", "true or false, but is 1 instead"),
-    ({"last_batch_iteration": -2}, "last_batch_iteration", "at least -1"),
+INVALID_PARAMETERS = [
+    ({"cycle_min_lr": 0.6}, "cycle_max_lr", ["`cycle_min_lr` (0.6)", "0.5"]),
+    ({"cycle_min_lr": [0.1, 0.9]}, "cycle_max_lr", ["`cycle_min_lr` ([0.1, 0.9])"]),
+    ({"cycle_min_mom": 0.95}, "cycle_max_mom", ["`cycle_min_mom` (0.95)", "0.9"]),
+    ({"cycle_max_mom": 1.0}, "cycle_max_mom", ["0", "1", "1.0"]),
+    ({"cycle_min_mom": -0.1}, "cycle_min_mom", ["-0.1"]),
+    ({"decay_mom_rate": -1}, "decay_mom_rate", ["0", "-1"]),
+    ({"cycle_first_step_size": 0}, "cycle_first_step_size", ["1", "0"]),
+    ({"cycle_first_step_size": -5}, "cycle_first_step_size", ["1", "-5"]),
+    ({"cycle_first_step_size": 2.5}, "cycle_first_step_size", ["2.5"]),
+    ({"cycle_first_step_size": True}, "cycle_first_step_size", ["True"]),
+    ({"cycle_second_step_size": 0}, "cycle_second_step_size", ["1", "0"]),
+    ({"cycle_first_stair_count": 5}, "cycle_first_stair_count", ["at most 4", "got 5"]),
+    ({"cycle_second_stair_count": 9}, "cycle_second_stair_count", ["at most 4", "Set it to 0"]),
+    ({"cycle_max_lr": float("nan")}, "cycle_max_lr", ["nan"]),
+    ({"cycle_max_lr": float("inf")}, "cycle_max_lr", ["inf"]),
+    ({"cycle_max_lr": "0.1"}, "cycle_max_lr", ["'0.1'"]),
+    ({"cycle_max_lr": None}, "cycle_max_lr", ["None"]),
+    ({"cycle_max_lr": []}, "cycle_max_lr", ["()"]),
+    ({"cycle_momentum": 1}, "cycle_momentum", ["true or false", "1"]),
+    ({"last_batch_iteration": -2}, "last_batch_iteration", ["-1", "-2"]),
     (
         {"decay_step_size": 1, "post_cycle_decay_step_size": 1},
         "post_cycle_decay_step_size",
-        "keep one of them",
+        ["alias of `decay_step_size`"],
     ),
 ]
 
 
-@pytest.mark.parametrize(("params", "field", "message"), REFUSED)
-def test_refused_with_the_field_and_the_cure(params, field, message):
+@pytest.mark.parametrize(("params", "field", "parts"), INVALID_PARAMETERS)
+def test_onecycle_invalid_parameter_is_named_with_its_value(params, field, parts):
     with pytest.raises(ScheduleError) as error:
         OneCycle(**(CYCLE | params))
     (fault,) = error.value.faults
     assert fault.field == field
-    assert message in fault.message
+    for part in (f"`{field}`", *parts):
+        assert part in fault.message
 
 
-def test_every_wrong_field_is_reported_at_once():
+def test_onecycle_several_invalid_fields_are_all_reported():
     with pytest.raises(ScheduleError) as error:
         OneCycle(cycle_min_lr=-1, cycle_max_lr="x", cycle_max_mom=2)
     assert [fault.field for fault in error.value.faults] == [
@@ -202,9 +196,7 @@ def test_every_wrong_field_is_reported_at_once():
     ]
 
 
-def test_a_warmup_longer_than_the_run_is_refused():
+def test_warmup_longer_than_the_run_is_an_error():
     for name in ("WarmupDecayLR", "WarmupCosineLR"):
-        with pytest.raises(
-            ScheduleError, match="must be at most `total_num_steps` \\(5\\), but is 6"
-        ):
+        with pytest.raises(ScheduleError, match=r"must be at most `total_num_steps` \(5\), got 6"):
             getattr(schedules, name)(total_num_steps=5, warmup_num_steps=6)

@@ -1,7 +1,8 @@
-"""DeepSpeed's own values: equal through its clock, and each difference pinned.
+"""Compare the values with DeepSpeed's, after mapping steps; each difference has its own assertion.
 
-DeepSpeed's clock (docs/decisions/0003-deepspeed-schedules.md): OneCycle and LRRangeTest use update
-t's value at t, as we do; the warmups lag one update, but WarmupCosineLR's cosine does not.
+Steps map as follows (docs/decisions/0003-deepspeed-schedules.md): in DeepSpeed, OneCycle and
+LRRangeTest use the value of step t at step t, as here. The warmups lag by one step, but the cosine
+of WarmupCosineLR does not.
 """
 
 import numpy as np
@@ -12,17 +13,17 @@ from tests.testing.golden import cases
 
 CASES = {name: case for name, case in cases("deepspeed").items() if not name.startswith("varbatch")}
 
-REFUSED = {
-    "onecycle_decay_mom_only": "decay_mom_rate",  # -0.02: DeepSpeed's only way to decay momentum
+INVALID = {
+    "onecycle_decay_mom_only": "decay_mom_rate",  # DeepSpeed needs a negative rate (-0.02) here
     "onecycle_inverted_min_gt_max": "cycle_max_lr",
-    "onecycle_second_size_zero": "cycle_second_step_size",  # never comes to its peak
+    "onecycle_second_size_zero": "cycle_second_step_size",  # DeepSpeed never reaches the peak
     "onecycle_stair_more_than_steps": "cycle_first_stair_count",
     "warmupcosinelr_total_lt_warmup": "warmup_num_steps",
 }
 
 
-def params_of(name):
-    """The case's parameters, with what DeepSpeed puts in place of them written out."""
+def case_params(name):
+    """Return the case's parameters, with the values that DeepSpeed silently replaces."""
     params = dict(CASES[name]["params"])
     if params.get("warmup_num_steps") == 1:
         params["warmup_num_steps"] = 2
@@ -32,54 +33,54 @@ def params_of(name):
 
 
 def index_map(name, steps):
-    """The count of ours whose value DeepSpeed uses at each of its updates."""
-    updates = np.arange(steps)
-    lagging = np.maximum(updates - 1, 0)
+    """Return, for each of DeepSpeed's steps, the step at which this package has the same value."""
+    indices = np.arange(steps)
+    lagging = np.maximum(indices - 1, 0)
     scheduler = CASES[name]["scheduler"]
     if scheduler in {"OneCycle", "LRRangeTest"}:
-        return updates
+        return indices
     if scheduler == "WarmupCosineLR":
-        return np.where(updates > params_of(name)["warmup_num_steps"], updates, lagging)
+        return np.where(indices > case_params(name)["warmup_num_steps"], indices, lagging)
     return lagging
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in REFUSED])
-def test_values(name):
+@pytest.mark.parametrize("name", [name for name in CASES if name not in INVALID])
+def test_deepspeed_lr_matches_golden_values(name):
     case = CASES[name]
     groups = case["optimizer"]["n_param_groups"]
     base = np.broadcast_to(case["optimizer"]["lr"], groups).tolist()
     at = index_map(name, case["n_steps"])
-    block = {"type": case["scheduler"], "params": params_of(name)}
+    block = {"type": case["scheduler"], "params": case_params(name)}
     ours = trace(block, int(at.max()) + 1, base={"lr": base})
     theirs = np.array(case["lr"]).reshape(case["n_steps"], groups)
     first = 0
     if case["scheduler"] == "WarmupCosineLR" and case["params"].get("warmup_min_ratio"):
         first = 1
-        assert theirs[0] == 0 < ours["lr"][0]  # DeepSpeed's first update ignores warmup_min_ratio
+        assert theirs[0] == 0 < ours["lr"][0]  # DeepSpeed's first step ignores the ratio
     np.testing.assert_allclose(ours["lr"][at][first:], theirs[first:], rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if "betas" in CASES[name] and name not in REFUSED]
+    "name", [name for name in CASES if "betas" in CASES[name] and name not in INVALID]
 )
-def test_momentum(name):
+def test_onecycle_momentum_matches_golden_values_after_first_step(name):
     case = CASES[name]
     ours = trace({"type": "OneCycle", "params": case["params"]}, case["n_steps"])["momentum"][:, 0]
     theirs = np.array(case["betas"])
     np.testing.assert_allclose(ours[1:], theirs[1:, 0], rtol=1e-9)
-    # DeepSpeed's first update runs at the minimum of the cycle, and its beta2 is 0.99 for good.
+    # DeepSpeed uses the minimum momentum in the first step, and beta2 = 0.99 in every step.
     assert ours[0] == case["params"].get("cycle_max_mom", 0.9)
     assert theirs[0, 0] == case["params"].get("cycle_min_mom", 0.8)
     assert (theirs[:, 1] == 0.99).all()
 
 
-@pytest.mark.parametrize(("name", "field"), REFUSED.items())
-def test_refused(name, field):
+@pytest.mark.parametrize(("name", "field"), INVALID.items())
+def test_golden_case_with_invalid_parameters_is_rejected(name, field):
     with pytest.raises(ScheduleError) as error:
         from_config({"type": CASES[name]["scheduler"], "params": CASES[name]["params"]})
     assert field in [fault.field for fault in error.value.faults]
 
 
-def test_every_schedule_of_deepspeed_is_covered():
-    covered = {case["scheduler"] for name, case in CASES.items() if name not in REFUSED}
+def test_golden_cases_cover_every_deepspeed_schedule():
+    covered = {case["scheduler"] for name, case in CASES.items() if name not in INVALID}
     assert covered == {"LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"}
