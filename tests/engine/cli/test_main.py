@@ -1,4 +1,4 @@
-"""The command: what it prints, what it writes, how it exits."""
+"""The ``onecycle`` command: output, files and exit statuses."""
 
 import csv
 import importlib.metadata
@@ -26,7 +26,7 @@ def tutorial(tmp_path):
     return path
 
 
-def test_validate_says_that_a_config_is_right(tmp_path):
+def test_validate_valid_config_prints_the_verdict(tmp_path):
     path = tmp_path / "good.json"
     path.write_text('{"train_batch_size": 8}')
     assert run("validate", path) == (OK, f"{path}: valid\n", "")
@@ -36,7 +36,7 @@ def test_validate_says_that_a_config_is_right(tmp_path):
     assert "6 and 9" in out
 
 
-def test_validate_shows_the_place(tmp_path):
+def test_validate_prints_line_and_column(tmp_path):
     path = tmp_path / "bad.json"
     path.write_text('{\n  "train_batch_size": 8,\n\t"gradient_cliping": 1\n}\n')
     status, out, err = run("validate", path)
@@ -48,7 +48,7 @@ def test_validate_shows_the_place(tmp_path):
     assert rest == ['   "gradient_cliping": 1', "   ^", f"{path}: 1 error"]
 
 
-def test_a_note_does_not_make_a_config_wrong(tmp_path):
+def test_validate_config_with_only_a_note_is_valid(tmp_path):
     path = tmp_path / "c.json"
     path.write_text('{"train_batch_size": 8} // note\n')
     status, out, _ = run("validate", path)
@@ -56,13 +56,13 @@ def test_a_note_does_not_make_a_config_wrong(tmp_path):
     assert "note[not-strict-json]" in out
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_validate_missing_file_exits_with_2(tmp_path):
     status, out, _ = run("validate", tmp_path / "none.json")
     assert status == USAGE
     assert "none.json: error[unreadable]: " in out
 
 
-def test_plot_writes_the_trace_as_csv(tutorial):
+def test_plot_csv_equals_the_trace(tutorial):
     status, out, err = run("plot", tutorial, "--csv", "-", "--steps", 2500)
     assert (status, err) == (OK, "")
     header, *rows = csv.reader(io.StringIO(out))
@@ -73,7 +73,7 @@ def test_plot_writes_the_trace_as_csv(tutorial):
     assert [float(row[2]) for row in rows] == expected["momentum"][:, 0].tolist()
 
 
-def test_plot_gives_groups_that_differ_columns_of_their_own(tmp_path):
+def test_plot_different_param_groups_have_separate_columns(tmp_path):
     path, table = tmp_path / "c.json", tmp_path / "c.csv"
     params = {"lr_range_test_min_lr": [0.1, 0.2], "lr_range_test_step_size": 2}
     path.write_text(json.dumps({"scheduler": {"type": "LRRangeTest", "params": params}}))
@@ -84,7 +84,7 @@ def test_plot_gives_groups_that_differ_columns_of_their_own(tmp_path):
     )
 
 
-def test_plot_starts_from_the_optimizers_learning_rate(tmp_path):
+def test_plot_uses_the_learning_rate_of_the_optimizer(tmp_path):
     path = tmp_path / "c.json"
     config = {
         "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
@@ -94,7 +94,7 @@ def test_plot_starts_from_the_optimizers_learning_rate(tmp_path):
     assert run("plot", path, "--csv", "-", "--steps", 2)[1] == "step,lr\n0,0.0\n1,0.5\n"
 
 
-def test_plot_draws(tutorial, tmp_path, monkeypatch):
+def test_plot_writes_an_image(tutorial, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = run("plot", tutorial)
     assert (status, out) == (OK, "ds_config.png: 3000 steps of OneCycle\n")
@@ -104,7 +104,7 @@ def test_plot_draws(tutorial, tmp_path, monkeypatch):
     assert err.startswith("onecycle: ")
 
 
-def test_plot_on_a_terminal_names_the_phases(tutorial):
+def test_plot_terminal_names_the_phases(tutorial):
     status, out, _ = run("plot", tutorial, "--terminal")
     assert status == OK
     assert out.startswith(f"OneCycle of {tutorial}\n")
@@ -114,7 +114,7 @@ def test_plot_on_a_terminal_names_the_phases(tutorial):
     assert "\x1b" not in out
 
 
-def test_plot_draws_others_over_it(tutorial, tmp_path, monkeypatch):
+def test_plot_compare_draws_all_configs(tutorial, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
         "engine.display.plots.draw", lambda columns, *_, **__: drawn.update(columns)
@@ -123,10 +123,10 @@ def test_plot_draws_others_over_it(tutorial, tmp_path, monkeypatch):
     warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     other.write_text(json.dumps({"scheduler": warmup}))
     epochs = {"type": "CosineAnnealingScheduler", "params": {"t_max": "2ep"}}
-    of_epochs = tmp_path / "epochs.json"
-    of_epochs.write_text(json.dumps({"scheduler": epochs}))
-    known = ("--steps-per-epoch", 10, "--compare", of_epochs)
-    assert run("plot", of_epochs, *known)[0] == OK
+    in_epochs = tmp_path / "epochs.json"
+    in_epochs.write_text(json.dumps({"scheduler": epochs}))
+    arguments = ("--steps-per-epoch", 10, "--compare", in_epochs)
+    assert run("plot", in_epochs, *arguments)[0] == OK
     drawn.clear()
     status, _, _ = run("plot", tutorial, "--steps", 3, "--compare", other, "LinearScheduler")
     assert status == OK
@@ -152,7 +152,7 @@ def test_plot_draws_others_over_it(tutorial, tmp_path, monkeypatch):
         ([], "JSON object"),
     ],
 )
-def test_plot_of_what_has_no_curve(tmp_path, config, message):
+def test_plot_config_without_valid_schedule_reports_the_problem(tmp_path, config, message):
     path = tmp_path / "c.json"
     path.write_text(json.dumps(config))
     status, out, _ = run("plot", path)
@@ -160,7 +160,7 @@ def test_plot_of_what_has_no_curve(tmp_path, config, message):
     assert message in out
 
 
-def test_plot_of_a_config_that_another_library_completes(tmp_path):
+def test_plot_config_with_auto_values_succeeds(tmp_path):
     warmup = {"warmup_num_steps": 2, "warmup_type": "linear"}
     config = {
         "train_batch_size": "auto",
@@ -172,7 +172,7 @@ def test_plot_of_a_config_that_another_library_completes(tmp_path):
     assert run("plot", path, "--csv", "-", "--steps", 3)[::2] == (OK, "")
 
 
-def test_schedules_lists_every_type_with_a_curve():
+def test_schedules_lists_every_type_with_a_plot():
     status, out, _ = run("schedules")
     lines = out.splitlines()
     assert status == OK
@@ -183,7 +183,7 @@ def test_schedules_lists_every_type_with_a_curve():
     assert (curves["WarmupLR"][0], curves["WarmupLR"][-1]) == ("▁", "█")
 
 
-def test_schedules_prints_all_about_one():
+def test_schedules_type_prints_its_documentation():
     status, out, _ = run("schedules", "StepLR")
     assert status == OK
     assert "lr(k) = lr * gamma ** floor(k / step_size)" in out
@@ -206,7 +206,7 @@ DURATIONS = {
 }
 
 
-def test_plot_resolves_durations_against_the_run(tmp_path):
+def test_plot_converts_durations_to_steps(tmp_path):
     path = tmp_path / "c.json"
     path.write_text(json.dumps(DURATIONS))
     status, out, _ = run("plot", path, "--csv", "-", "--steps-per-epoch", 2)
@@ -215,7 +215,7 @@ def test_plot_resolves_durations_against_the_run(tmp_path):
     assert [float(lr) for _, lr in rows] == pytest.approx([0.1 * (1 - k / 10) for k in range(10)])
 
 
-def test_plot_says_what_a_duration_needs(tmp_path):
+def test_plot_duration_in_epochs_without_epoch_length_reports_the_fix(tmp_path):
     path = tmp_path / "c.json"
     path.write_text(json.dumps(DURATIONS))
     status, out, _ = run("plot", path)
@@ -225,7 +225,7 @@ def test_plot_says_what_a_duration_needs(tmp_path):
     assert "--steps-per-epoch" in out
 
 
-def test_schema(tmp_path):
+def test_schema_prints_the_schema_of_configs_and_schedules(tmp_path):
     assert json.loads(run("schema")[1])["title"] == "ds_config.json"
     assert json.loads(run("schema", "OneCycle")[1])["required"] == ["cycle_min_lr", "cycle_max_lr"]
     status, out, err = run("schema", "OneCicle")
@@ -234,14 +234,14 @@ def test_schema(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["plot", "f", "--steps", "0"], ["nonsense"], []])
-def test_wrong_usage_exits_with_2(arguments, capsys):
+def test_main_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == USAGE
     assert "usage: onecycle" in capsys.readouterr().err
 
 
-def test_plot_draws_on_the_terminal_and_into_a_file_if_both_are_asked_for(tutorial, tmp_path):
+def test_plot_terminal_and_output_writes_both(tutorial, tmp_path):
     path = tmp_path / "x.png"
     status, out, _ = run("plot", tutorial, "-t", "-o", path)
     assert status == OK
@@ -249,21 +249,21 @@ def test_plot_draws_on_the_terminal_and_into_a_file_if_both_are_asked_for(tutori
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_plot_writes_all_that_is_compared_into_the_table(tutorial):
+def test_plot_compare_writes_all_columns_to_the_csv(tutorial):
     status, out, _ = run("plot", tutorial, "--csv", "-", "--compare", "LinearScheduler")
     assert status == OK
     header = "step,lr.ds_config.json,momentum.ds_config.json,lr.LinearScheduler"
     assert out.splitlines()[0] == header
 
 
-def test_the_version_is_told(capsys):
+def test_version_prints_installed_versions(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0
     assert f"torch {importlib.metadata.version('torch')}" in capsys.readouterr().out
 
 
-def test_plot_shows_a_schedule_that_listens_on_recorded_losses(tmp_path):
+def test_plot_losses_drive_a_loss_driven_schedule(tmp_path):
     block = {"type": "ReduceLROnPlateau", "params": {"patience": 0, "factor": 0.5}}
     optimizer = {"type": "SGD", "params": {"lr": 0.4}}
     config = tmp_path / "c.json"
@@ -290,7 +290,7 @@ def test_plot_shows_a_schedule_that_listens_on_recorded_losses(tmp_path):
     assert "the last column of each row must be a number" in err.getvalue()
 
 
-def test_plot_with_losses_of_a_schedule_without_feedback_is_refused(tutorial, tmp_path):
+def test_plot_losses_with_other_schedule_exits_with_2(tutorial, tmp_path):
     recorded = tmp_path / "losses.csv"
     recorded.write_text("step,train_loss\n8,2.0\n")
     status, out, err = run("plot", tutorial, "--losses", recorded, "--csv", "-")
@@ -299,7 +299,7 @@ def test_plot_with_losses_of_a_schedule_without_feedback_is_refused(tutorial, tm
     assert "--losses" in err
 
 
-def test_plot_of_a_schedule_with_auto_names_the_key(tmp_path):
+def test_plot_schedule_with_auto_names_the_key(tmp_path):
     path = tmp_path / "c.json"
     warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}
     path.write_text(json.dumps({"scheduler": warmup}))

@@ -79,7 +79,7 @@ def test_a_failing_rank_stops_the_others_and_its_status_is_ours(folder):
     done = lab(f"$ONECYCLE launch --hostfile hosts worker.py fail; s=$?; {LEFT}; exit $s", folder)
     assert done.status == 7, done.out
     assert "[node1:r1] about to fail" in done.out
-    assert "first failure: rank 1 on node1 ended with 7" in done.out
+    assert "first failure: rank 1 on node1 exited with status 7" in done.out
     assert "LEFT" not in done.out
     assert done.seconds < 30
 
@@ -119,7 +119,7 @@ def test_a_killed_launcher_leaves_nothing_behind(folder):
 @pytest.mark.parametrize(
     ("process", "status", "said"),
     [
-        ("engine.launch.torchrun", 137, "first failure: node1 ended with status 137"),
+        ("engine.launch.torchrun", 137, "first failure: node1 exited with status 137"),
         ("engine.launch.agent", 75, "first failure: node1 was lost"),
     ],
     ids=["torchrun", "agent"],
@@ -184,7 +184,7 @@ def test_another_config_there_is_a_verdict(folder):
         folder,
     )
     assert done.status == 69, done.out
-    assert "node1: the config is different there" in done.out
+    assert "node1: the config differs from the launcher's" in done.out
 
 
 def test_a_port_that_is_not_let_through_is_a_verdict(folder):
@@ -208,7 +208,7 @@ def test_a_port_that_is_taken_is_a_verdict(folder):
         folder,
     )
     assert done.status == 69, done.out
-    assert "node0: port 29513 is in use there; choose another with `--port`" in done.out
+    assert "node0: port 29513 is already in use; choose another with `--port`" in done.out
     assert "node1:" not in done.out
 
 
@@ -287,7 +287,7 @@ def test_the_first_host_can_be_rebooted(folder):
     )
     said = (folder / "run.txt").read_text()
     assert done.status == 0, done.out + said[-3000:]
-    assert "node0 was lost; it has 300 s to come back" in said
+    assert "node0 was lost; waiting up to 300 s for it to come back" in said
     rows = {tuple(row) for row in rows_of(folder / "run.txt")}
     assert len({step for step, *_ in rows}) == len(rows), "it went on from where it had saved"
     assert {int(step) for step, *_ in rows} >= {*range(280, 301)}

@@ -233,8 +233,8 @@ def test_argv_and_environment_arrive_through_the_job_of_slurm(tmp_path, argv, en
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "must name at least one host"),
-        ("# nobody\n\n", "must name at least one host"),
+        ("", "must list at least one host"),
+        ("# nobody\n\n", "must list at least one host"),
         ("node0\n", ":1: must be `host slots=N`, got 'node0'"),
         ("node0 slots=2\nnode0 slots=1\n", ":2: node0 is repeated"),
         ("node0 slots=0\n", "node0 must have at least 1 slot, got 0"),
@@ -270,7 +270,7 @@ def test_a_hostfile_with_comments_and_spaces(tmp_path):
         ({"include": "node0:5"}, "unknown slot 5. node0 has slots 0 to 1"),
         ({"include": "node0:x"}, "must list slots after the colon, such as 0,2-3"),
         ({"include": "node1:1-0"}, "from low to high, got 1-0"),
-        ({"exclude": "node0@node1"}, "leaves no slot"),
+        ({"exclude": "node0@node1"}, "selects no slots"),
         ({"include": "node0", "exclude": "node1"}, "cannot be combined"),
     ],
 )
@@ -446,7 +446,7 @@ def test_a_local_launch_tells_of_the_first_failure(tmp_path):
     )  # fmt: skip
     assert done.returncode == 9
     assert "[localhost:r1] about to fail" in done.stderr
-    assert "first failure: rank 1 on localhost ended with 9" in done.stderr
+    assert "first failure: rank 1 on localhost exited with status 9" in done.stderr
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 1
 
 
@@ -456,7 +456,7 @@ def test_a_rank_that_leaves_the_others_in_a_collective_ends_the_launch(tmp_path,
     worker = Path(__file__).parents[2] / "testing" / "worker.py"
     status, _ = launch("--nproc", 2, "--cwd", tmp_path, worker, "leave")
     assert status == 1
-    assert "first failure: rank 0 on localhost ended with 1" in capsys.readouterr().err
+    assert "first failure: rank 0 on localhost exited with status 1" in capsys.readouterr().err
 
 
 def test_the_agent_hears_what_came_with_the_job():
@@ -482,7 +482,7 @@ def test_the_host_that_failed_first_is_named_though_it_ends_last():
     nodes = (node("a", 0, 3, 100.0, 1.0), node("b", 1, 1, 200.0, 0.1))
     outcome = run(LaunchPlan(nodes, 2, 2), "none", io.StringIO())
     assert outcome.status == 3
-    assert outcome.reason == "rank 0 on a ended with 3"
+    assert outcome.reason == "rank 0 on a exited with status 3"
 
 
 def lab_of_two(tmp_path, monkeypatch, first, second, **plan):
@@ -508,8 +508,8 @@ def test_a_host_that_does_not_come_back_ends_the_launch_when_its_time_is_over(
 ):
     outcome, said = lab_of_two(tmp_path, monkeypatch, WAITS, "exit 255", patience=2)
     assert outcome.status == 75
-    assert outcome.reason == "b was lost: ssh ended"
-    assert said.count("b was lost; it has 2 s to come back") == 1
+    assert outcome.reason == "b was lost: the ssh connection ended"
+    assert said.count("b was lost; waiting up to 2 s for it to come back") == 1
 
 
 def test_a_run_that_ends_without_the_lost_host_is_a_good_one(tmp_path, monkeypatch):
@@ -527,7 +527,7 @@ def test_each_loss_of_a_host_has_a_time_of_its_own(tmp_path, monkeypatch):
     done = f"until [ -e {lost} ] && [ $(wc -l < {lost}) = 4 ]; do sleep 0.1; done"
     outcome, said = lab_of_two(tmp_path, monkeypatch, done, begins, patience=2)
     assert outcome.status == 0
-    assert said.count("b was lost; it has 2 s to come back") == 3
+    assert said.count("b was lost; waiting up to 2 s for it to come back") == 3
 
 
 def test_fewer_processes_keep_the_chosen_slots(tmp_path):
