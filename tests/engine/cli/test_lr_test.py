@@ -50,14 +50,14 @@ CATCH_STOP = """
 """
 
 
-def write_script(folder, body="trainer.step()", scale=""):
-    path = folder / "train.py"
+def write_script(directory, body="trainer.step()", scale=""):
+    path = directory / "train.py"
     path.write_text(SCRIPT.replace("BODY", body.strip()).replace("SCALE", scale))
     return str(path)
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -72,32 +72,32 @@ def read_report():
     return json.loads(Path("lr_test/report.json").read_text())
 
 
-def test_lr_test_stops_the_script_and_writes_only_its_results(folder):
-    status, out, _ = lr_test("--min", 1e-5, "--", write_script(folder), 1000)
+def test_lr_test_stops_the_script_and_writes_only_its_results(directory):
+    status, out, _ = lr_test("--min", 1e-5, "--", write_script(directory), 1000)
     assert status == 0, out
     assert '"type": "OneCycle"' in out
     found = read_report()
     assert 0.001 < found["suggestion"]["max_lr"] < 1
     assert found["runs"][0]["end"] == "divergence"
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in directory.iterdir()}
     assert names == {"train.py", "lr_test"}
-    written = {path.name for path in (folder / "lr_test").iterdir()}
+    written = {path.name for path in (directory / "lr_test").iterdir()}
     assert written == {"lr_range.png", "report.json", "sweep.0.log"}
 
 
 @pytest.mark.slow
-def test_lr_test_script_that_catches_the_stop_is_killed(folder):
-    path = write_script(folder, CATCH_STOP)
+def test_lr_test_script_that_catches_the_stop_is_killed(directory):
+    path = write_script(directory, CATCH_STOP)
     status, out, _ = lr_test("--min", 1e-5, "--", path, 1000)
     assert status == 0, out
     assert not Path("after").exists()
 
 
 @pytest.mark.slow
-def test_lr_test_write_changes_only_the_scheduler_block(folder):
-    config = folder / "ds_config.json"
+def test_lr_test_write_changes_only_the_scheduler_block(directory):
+    config = directory / "ds_config.json"
     config.write_text('{\n  // user comment\n  "train_batch_size": 8,\n}\n')
-    status, out, _ = lr_test("--min", 1e-5, "--write", config, "--", write_script(folder), 1000)
+    status, out, _ = lr_test("--min", 1e-5, "--write", config, "--", write_script(directory), 1000)
     assert status == 0, out
     text = config.read_text()
     assert "// user comment" in text
@@ -111,9 +111,9 @@ def test_lr_test_write_changes_only_the_scheduler_block(folder):
 
 
 @pytest.mark.slow
-def test_lr_test_refine_suggests_the_maximum_of_the_best_cycle(folder):
+def test_lr_test_refine_suggests_the_maximum_of_the_best_cycle(directory):
     arguments = ("--min", 1e-5, "--steps", 60, "--refine", "--updates", 600)
-    status, out, _ = lr_test(*arguments, "--", write_script(folder), 1000)
+    status, out, _ = lr_test(*arguments, "--", write_script(directory), 1000)
     assert status == 0, out
     found = read_report()
     cycles = found["refinement"]["cycles"]
@@ -129,16 +129,16 @@ def test_lr_test_refine_suggests_the_maximum_of_the_best_cycle(folder):
 
 
 @pytest.mark.slow
-def test_lr_test_refine_script_too_short_reports_the_step(folder):
+def test_lr_test_refine_script_too_short_reports_the_step(directory):
     arguments = ("--min", 1e-4, "--max", 1, "--steps", 60, "--refine")
-    status, out, _ = lr_test(*arguments, "--", write_script(folder), 50)
+    status, out, _ = lr_test(*arguments, "--", write_script(directory), 50)
     assert status == 1
     assert "ended after 50 of the 60 steps of a short cycle" in out
 
 
 @pytest.mark.slow
-def test_lr_test_repeat_with_linear_shape_runs_twice(folder):
-    path = write_script(folder)
+def test_lr_test_repeat_with_linear_shape_runs_twice(directory):
+    path = write_script(directory)
     arguments = ("--repeat", 2, "--shape", "linear", "--min", 1e-4, "--max", 2, "--steps", 100)
     lr_test(*arguments, "--", path, 1000)
     runs = read_report()["runs"]
@@ -148,21 +148,21 @@ def test_lr_test_repeat_with_linear_shape_runs_twice(folder):
 
 
 @pytest.mark.slow
-def test_lr_test_config_with_range_test_defines_the_sweep(folder):
+def test_lr_test_config_with_range_test_defines_the_sweep(directory):
     params = {"lr_range_test_min_lr": 1e-3, "lr_range_test_step_size": 5}
     params |= {"lr_range_test_step_rate": 5.0, "lr_range_test_staircase": True}
     config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
     config["scheduler"] = {"type": "LRRangeTest", "params": params}
     Path("c.json").write_text(json.dumps(config))
-    lr_test("--config", "c.json", "--", write_script(folder), 1000)
+    lr_test("--config", "c.json", "--", write_script(directory), 1000)
     lrs = read_report()["runs"][0]["lr"]
     assert lrs[:11] == pytest.approx([0.001] * 5 + [0.006] * 5 + [0.011])
 
 
 @pytest.mark.slow
-def test_range_test_in_config_writes_the_report_without_lr_test(folder):
+def test_range_test_in_config_writes_the_report_without_lr_test(directory):
     body = "trainer.step()\n    print(trainer.get_lr()[0])"
-    path = Path(write_script(folder, body))
+    path = Path(write_script(directory, body))
     block = '{"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 1e-3, '
     block += '"lr_range_test_step_size": 2}}'
     path.write_text(path.read_text().replace('{"type": "WarmupLR"}', block))
@@ -177,34 +177,34 @@ def test_range_test_in_config_writes_the_report_without_lr_test(folder):
     [
         (write_script, [5], "ended after 5 steps"),
         pytest.param(
-            lambda folder: write_script(folder, scale="* 0"),
+            lambda directory: write_script(directory, scale="* 0"),
             [999],
             "loss",
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            lambda folder: write_script(folder, scale="* float('nan')"),
+            lambda directory: write_script(directory, scale="* float('nan')"),
             [999],
             "loss",
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            lambda folder: write_script(folder, "1 / 0"),
+            lambda directory: write_script(directory, "1 / 0"),
             [999],
             "ZeroDivisionError",
             marks=pytest.mark.slow,
         ),
     ],
 )
-def test_lr_test_without_suggestion_prints_the_reason(folder, make, arguments, message):
-    status, out, _ = lr_test("--steps", 60, "--", make(folder), *arguments)
+def test_lr_test_without_suggestion_prints_the_reason(directory, make, arguments, message):
+    status, out, _ = lr_test("--steps", 60, "--", make(directory), *arguments)
     assert status == 1
     assert "no suggestion" in out
     assert message in out
 
 
-def test_lr_test_script_without_initialize_prints_the_reason(folder):
-    (folder / "train.py").write_text("print('hello')")
+def test_lr_test_script_without_initialize_prints_the_reason(directory):
+    (directory / "train.py").write_text("print('hello')")
     status, out, _ = lr_test("--", "train.py")
     assert status == 1
     assert "train.py ended without calling engine.initialize" in out
@@ -219,8 +219,8 @@ def test_lr_test_script_without_initialize_prints_the_reason(folder):
         (["--", "missing.py"], "missing.py: no such script"),
     ],
 )
-def test_lr_test_wrong_usage_exits_with_2(folder, arguments, message):
-    (folder / "train.py").write_text("")
+def test_lr_test_wrong_usage_exits_with_2(directory, arguments, message):
+    (directory / "train.py").write_text("")
     status, _, err = lr_test(*arguments)
     assert status == 2
     assert message in err
@@ -255,24 +255,24 @@ def test_read_block_validates_the_config_for_the_number_of_ranks(tmp_path):
 
 
 @pytest.mark.slow
-def test_lr_test_suggestion_is_the_same_on_backends_and_ranks(folder):
-    path = Path(write_script(folder))
-    other = folder / "on_deepspeed.py"
+def test_lr_test_suggestion_is_the_same_on_backends_and_ranks(directory):
+    path = Path(write_script(directory))
+    other = directory / "on_deepspeed.py"
     other.write_text(path.read_text().replace('"engine": {', '"engine": {"backend": "deepspeed", '))
     found = []
-    for path_of_script, processes in ((path, 1), (path, 2), (other, 1), (other, 2)):
-        status, out, _ = lr_test("--min", 1e-5, "--nproc", processes, "--", path_of_script, 1000)
+    for script_path, processes in ((path, 1), (path, 2), (other, 1), (other, 2)):
+        status, out, _ = lr_test("--min", 1e-5, "--nproc", processes, "--", script_path, 1000)
         assert status == 0, out
         facts = read_report()["runs"][0]["facts"]
         assert facts["world_size"] == processes
-        assert facts["backend"] == ("torch" if path_of_script is path else "deepspeed")
+        assert facts["backend"] == ("torch" if script_path is path else "deepspeed")
         found.append(read_report()["suggestion"]["max_lr"])
     assert found == pytest.approx([found[0]] * 4)
 
 
 @pytest.mark.slow
-def test_lr_test_example_gets_a_suggestion(folder):
+def test_lr_test_example_gets_a_suggestion(directory):
     status, out, _ = lr_test("--", EXAMPLE / "train.py")
     assert status == 0, out
     assert 0.001 < read_report()["suggestion"]["max_lr"] < 0.1
-    assert {path.name for path in folder.iterdir()} == {"lr_test"}
+    assert {path.name for path in directory.iterdir()} == {"lr_test"}
