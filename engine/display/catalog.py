@@ -18,7 +18,7 @@ EXAMPLE_RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
 """Length of the run that every schedule's example parameters assume."""
 
 EXAMPLE_STEPS = 120
-"""Number of steps to plot; more than the run, to show the value after its end."""
+"""Number of steps to plot; more than the run, to show the values after its end."""
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _BASE = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.01,)}

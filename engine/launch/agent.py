@@ -170,7 +170,7 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Return the first line and any input after it; read unbuffered, because of `select`."""
+    """Return the first line and any input after it; read unbuffered, so that `select` works."""
     read = b""
     while b"\n" not in read:
         more = os.read(descriptor, 65536)

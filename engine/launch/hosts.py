@@ -113,7 +113,9 @@ def limit_hosts(hosts: Sequence[Host], nnodes: int | None, nproc: str) -> tuple[
             )
         hosts = [Host(host.name, host.slots[:size]) for host in hosts]
     if nnodes is not None and nnodes > len(hosts):
-        raise LaunchError(f"`--nnodes` is {nnodes}, but only {len(hosts)} hosts are selected.")
+        raise LaunchError(
+            f"`--nnodes` is {nnodes}, but only {len(hosts)} hosts are selected. Reduce `--nnodes`."
+        )
     return tuple(hosts[:nnodes])
 
 

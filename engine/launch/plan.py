@@ -168,7 +168,9 @@ def build_plan(
 
 def _check_request(request: LaunchRequest, min_nodes: int) -> None:
     if request.min_nodes is not None and len({host.size for host in request.hosts}) > 1:
-        raise LaunchError("All hosts must have the same number of slots with `--nnodes MIN:MAX`.")
+        raise LaunchError(
+            "With `--nnodes MIN:MAX`, all hosts must have the same number of slots. Set `--nproc`."
+        )
     if not 1 <= min_nodes <= len(request.hosts):
         raise LaunchError(
             f"The MIN of `--nnodes MIN:MAX` must be 1 to {len(request.hosts)}, got {min_nodes}."

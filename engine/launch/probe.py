@@ -59,7 +59,7 @@ def free_port(port: int = 0) -> int | None:
 
 
 def _read_ssh_endpoints() -> tuple[str, str]:
-    """Return the addresses of the ssh client and of this host, because names can be loopback."""
+    """Return the addresses of the ssh client and of this host; names can resolve to loopback."""
     connection = os.environ.get("SSH_CONNECTION", "").split()
     return (connection[0], connection[2]) if len(connection) == 4 else ("127.0.0.1", "127.0.0.1")
 

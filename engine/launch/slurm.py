@@ -40,7 +40,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bas
     --rdzv-conf "is_host=$is_host,join_timeout={timeout}" --local-addr "$address" "$@"
 ' {command}
 status=$?
-# srun returns the highest status, even that of a task it killed; use the first failed rank's.
+# srun returns the highest status, even of a task that it killed; report the first failed rank.
 if [ "$status" -ne 0 ] && [ -s "${failure}" ]; then
   status=$(sort -s -n -k 1,1 "${failure}" | awk 'NR == 1 {{ print $2 }}')
 fi

@@ -39,7 +39,7 @@ class HostState(Enum):
 
     RUNNING = "its agent runs"
     LOST = "the connection was lost; the launcher will reconnect"
-    RECALLED = "the launcher has reconnected, and the job has not started there yet"
+    RECALLED = "the launcher is reconnecting; the job has not started there yet"
     DISMISSED = "it came back too late and is being killed; its exit status is ignored"
     ENDED = "its agent has exited and will not be started again"
 
@@ -130,7 +130,7 @@ class LaunchStateMachine:
 
     @property
     def is_over(self) -> bool:
-        """Whether every host has ended."""
+        """Whether the agent of every host has exited."""
         return all(host.state is HostState.ENDED for host in self._hosts.values())
 
     def get_host_state(self, name: str) -> HostState:

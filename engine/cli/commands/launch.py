@@ -86,7 +86,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     _add_launcher_arguments(parser.add_argument_group("launcher"))
     script = parser.add_argument_group("script")
     script.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module name")
-    script.add_argument("--no-python", action="store_true", help="SCRIPT is any command")
+    script.add_argument(
+        "--no-python", action="store_true", help="SCRIPT is a command, not a Python file"
+    )
     script.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS")
 
 
@@ -96,10 +98,12 @@ def _add_host_arguments(group: argparse._ArgumentGroup) -> None:
     add("--include", default="", metavar="H", help="hosts and slots to use: node0@node1:0,2-3")
     add("--exclude", default="", metavar="H", help="hosts and slots to leave out")
     add("--nproc", default="auto", metavar="N", help="processes per host (default: one per GPU)")
-    add("--nnodes", metavar="N|MIN:MAX", help="number of hosts; continue with at least MIN")
+    nnodes_help = "number of hosts; with MIN:MAX, the job continues while MIN hosts are left"
+    add("--nnodes", metavar="N|MIN:MAX", help=nnodes_help)
     add("--slurm", action="store_true", help="submit a Slurm job, or run in the current allocation")
     add("--write-sbatch", type=Path, metavar="F", help="write the Slurm job script to a file")
-    add("--slurm-opt", action="append", default=[], metavar="K=V", help="an #SBATCH option")
+    option_help = "#SBATCH option, such as time=30"
+    add("--slurm-opt", action="append", default=[], metavar="K=V", help=option_help)
     add(
         "--ssh-opt",
         action="append",
@@ -126,7 +130,8 @@ def _add_rank_arguments(group: argparse._ArgumentGroup) -> None:
     add("--python", default=sys.executable, metavar="EXE", help=python_help)
     add("--bind-cores", action="store_true", help="bind each rank to its own CPU cores")
     add("--log-dir", metavar="D", help="directory for one log file per rank")
-    add("--max-restarts", type=int, default=0, metavar="R", help="maximum number (default: 0)")
+    restarts_help = "maximum number of restarts (default: 0)"
+    add("--max-restarts", type=int, default=0, metavar="R", help=restarts_help)
     timeout_help = "timeout of collectives (default: 600)"
     add("--timeout", type=positive, default=600, metavar="S", help=timeout_help)
     grace_help = "time for ranks to save before they are killed (default: 30)"
@@ -293,7 +298,7 @@ def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: Text
     script = build_sbatch(request, options)
     if args.write_sbatch:
         args.write_sbatch.write_text(script, encoding="utf-8")
-        print(f"{args.write_sbatch}: submit it with sbatch", file=out)
+        print(f"{args.write_sbatch}: written; submit it with sbatch", file=out)
         return OK
     if args.dry_run:
         print(json.dumps({"sbatch": script}) if args.json else script, file=out)

@@ -35,10 +35,9 @@ _GRACE = 30.0  # seconds that a script gets to exit after the test
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Run an unmodified training script while the learning rate rises from small to too large, "
-        "and suggest bounds for a cycle. During the test, `engine.initialize` replaces the "
-        "schedule by the sweep and writes no checkpoints. The script is stopped when the loss "
-        "diverges or the sweep ends."
+        "Run an unmodified training script while the learning rate rises from small to too large,\n"
+        "and suggest bounds for a cycle. During the test, the sweep replaces the schedule, and no\n"
+        "checkpoints are written. The script is stopped when the loss diverges or the sweep ends."
     )
     parser.epilog = (
         "exit status: 0 a suggestion was found; 1 no suggestion; 2 wrong usage\n\nexamples:\n"

@@ -136,7 +136,7 @@ def _replay_losses(args: argparse.Namespace) -> _Shown:
     steps = args.steps or len(losses) + 1  # the last loss sets the values of the step after it
     columns = {name: column[:steps] for name, column in (values | {"loss": losses}).items()}
     name = shown.schedule.type_name
-    title = f"{name} of {args.file} on the losses of {args.losses}"
+    title = f"{name} of {args.file} on losses from {args.losses}"
     return _Shown(title, columns, {}, evidence, f"{name} on {len(losses)} losses")
 
 
