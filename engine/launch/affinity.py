@@ -32,7 +32,7 @@ def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
     return cpus[rank * len(cpus) // ranks : (rank + 1) * len(cpus) // ranks]
 
 
-def _core_of(cpu: int) -> int:
+def _find_core(cpu: int) -> int:
     """Return the first logical CPU of the core that contains this one."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
@@ -43,7 +43,7 @@ def _core_of(cpu: int) -> int:
 
 def main(command: list[str]) -> None:
     """Bind this process according to torchrun's ``LOCAL_RANK`` and run a command in it."""
-    cpus = sort_by_core(os.sched_getaffinity(0), _core_of)
+    cpus = sort_by_core(os.sched_getaffinity(0), _find_core)
     own = select_cpus(cpus, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     os.sched_setaffinity(0, own)
     os.execvp(command[0], command)  # noqa: S606  # the rank's own command

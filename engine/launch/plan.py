@@ -25,8 +25,17 @@ __all__ = [
     "build_ssh_command",
 ]
 
-_PASSED = ("NCCL_*", "GLOO_*", "TORCH_*", "OMP_*", "HF_*", "CUDA_*", f"{PREFIX}*", "PYTHONPATH")
-_NEVER_PASSED = ("CUDA_VISIBLE_DEVICES",)
+_PASSED_PATTERNS = (
+    "NCCL_*",
+    "GLOO_*",
+    "TORCH_*",
+    "OMP_*",
+    "HF_*",
+    "CUDA_*",
+    f"{PREFIX}*",
+    "PYTHONPATH",
+)
+_NEVER_PASSED_NAMES = ("CUDA_VISIBLE_DEVICES",)
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|CREDENTIAL|PRIVATE", re.IGNORECASE)
 _DEFAULT_PORT = 29400
 
@@ -238,11 +247,11 @@ def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
 def _build_node_environment(
     request: LaunchRequest, host: Host, own: HostFacts, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    patterns = (*_PASSED, *request.pass_env)
+    patterns = (*_PASSED_PATTERNS, *request.pass_env)
     passed = {
         name: value
         for name, value in environment.items()
-        if name not in _NEVER_PASSED and any(fnmatch(name, pattern) for pattern in patterns)
+        if name not in _NEVER_PASSED_NAMES and any(fnmatch(name, pattern) for pattern in patterns)
     }
     env = {
         **passed,

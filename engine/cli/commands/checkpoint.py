@@ -77,8 +77,8 @@ def _list_tags(directory: Path) -> list[str]:
 
 def _show(args: argparse.Namespace, out: TextIO) -> int:
     path, manifest = storage.find(args.dir, args.tag)
-    shown = {**vars(manifest), "place": str(path), "size": manifest.size}
-    print(json.dumps(shown, indent=2), file=out)
+    fields = {**vars(manifest), "place": str(path), "size": manifest.size}
+    print(json.dumps(fields, indent=2), file=out)
     return OK
 
 

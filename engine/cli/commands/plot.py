@@ -74,7 +74,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class _Shown(NamedTuple):
+class _PlotData(NamedTuple):
     """The data to plot or to write as CSV."""
 
     title: str
@@ -89,25 +89,25 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     """Plot the curves of a config or write them as CSV."""
     if args.losses and args.compare:
         raise ValueError("`--losses` and `--compare` cannot be combined. Use one of them.")
-    shown = _replay_losses(args) if args.losses else _preview_configs(args)
+    data = _replay_losses(args) if args.losses else _preview_configs(args)
     if args.csv == "-":
-        _write_csv(shown, out)
+        _write_csv(data, out)
     elif args.csv:
         with Path(args.csv).open("w", encoding="utf-8") as file:
-            _write_csv(shown, file)
+            _write_csv(data, file)
     if args.terminal:
-        _draw_on_terminal(shown, out)
+        _draw_on_terminal(data, out)
     if args.output or not (args.csv or args.terminal):
         from engine.display.plots import draw
 
         path = args.output or Path(Path(args.file).name).with_suffix(".png")
-        draw(shown.columns, path, shown.title, curves=shown.curves, evidence=shown.evidence)
+        draw(data.columns, path, data.title, curves=data.curves, evidence=data.evidence)
         if args.csv != "-":
-            print(f"{path}: {shown.summary}", file=out)
+            print(f"{path}: {data.summary}", file=out)
     return OK
 
 
-def _preview_configs(args: argparse.Namespace) -> _Shown:
+def _preview_configs(args: argparse.Namespace) -> _PlotData:
     """Return the values of each step for a config and the configs to compare it with."""
     from engine.display.preview import preview
 
@@ -123,38 +123,38 @@ def _preview_configs(args: argparse.Namespace) -> _Shown:
     columns = {name: list(curve.values(steps)) for name, curve in curves.items()}
     title = " and ".join((f"{previews[0].title} of {args.file}", *args.compare))
     summary = f"{steps} steps of {previews[0].schedule.type_name}"
-    return _Shown(title, columns, curves, None, summary)
+    return _PlotData(title, columns, curves, None, summary)
 
 
-def _replay_losses(args: argparse.Namespace) -> _Shown:
+def _replay_losses(args: argparse.Namespace) -> _PlotData:
     """Return the values that a loss-driven schedule computes from recorded losses."""
     from engine.display.preview import preview
 
-    shown = preview(args.file, steps_per_epoch=args.steps_per_epoch)
+    data = preview(args.file, steps_per_epoch=args.steps_per_epoch)
     losses = _read_losses(args.losses)
-    values, evidence = shown.told(losses)
+    values, evidence = data.told(losses)
     steps = args.steps or len(losses) + 1  # the last loss sets the values of the step after it
     columns = {name: column[:steps] for name, column in (values | {"loss": losses}).items()}
-    name = shown.schedule.type_name
+    name = data.schedule.type_name
     title = f"{name} of {args.file} on losses from {args.losses}"
-    return _Shown(title, columns, {}, evidence, f"{name} on {len(losses)} losses")
+    return _PlotData(title, columns, {}, evidence, f"{name} on {len(losses)} losses")
 
 
-def _write_csv(shown: _Shown, file: TextIO) -> None:
-    print(",".join(("step", *shown.columns)), file=file)
-    for step, row in enumerate(itertools.zip_longest(*shown.columns.values())):
+def _write_csv(data: _PlotData, file: TextIO) -> None:
+    print(",".join(("step", *data.columns)), file=file)
+    for step, row in enumerate(itertools.zip_longest(*data.columns.values())):
         known = ("" if value is None else repr(value) for value in row)
         print(step, *known, sep=",", file=file)
 
 
-def _draw_on_terminal(shown: _Shown, out: TextIO) -> None:
+def _draw_on_terminal(data: _PlotData, out: TextIO) -> None:
     from engine.display.plots import draw_on_terminal
     from engine.display.terminal import supports_color
 
     drawn = draw_on_terminal(
-        shown.columns,
-        shown.title,
-        curves=shown.curves,
+        data.columns,
+        data.title,
+        curves=data.curves,
         size=shutil.get_terminal_size(),
         colour=supports_color(out),
     )
