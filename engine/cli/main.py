@@ -1,4 +1,4 @@
-"""The command ``onecycle``: a thin shell over the library."""
+"""The ``onecycle`` command: select a subcommand, run it, and report errors."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import NoReturn, TextIO
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
-    "validate": "say all that is wrong with a config",
-    "explain": "say what a rule finds, why, and what mends it",
-    "config": "print every value that a run would use, and where it comes from",
-    "plot": "show the learning rate and momentum that every update will use",
-    "schedules": "list every schedule, or print all about one",
-    "lr-test": "find the learning rates to cycle between, by a range test of a script",
-    "launch": "start a script on one machine or many, and stop all of it when a part fails",
-    "doctor": "say what runs here, and why the rest does not",
+    "validate": "report every problem of a config and how to fix it",
+    "explain": "print what a validation rule checks, why, and how to fix it",
+    "config": "print every value that a run would use and its origin",
+    "plot": "plot the learning rate and momentum of every step",
+    "schedules": "list every schedule, or print the documentation of one",
+    "lr-test": "run an LR range test on a script and suggest learning-rate bounds",
+    "launch": "start a script on one host or several, and stop all ranks if one fails",
+    "doctor": "report which features work on this machine, and why others do not",
     "checkpoint": "list, verify, show or export the checkpoints of a run",
-    "schema": "print the JSON schema of configs, or of one schedule's params",
+    "schema": "print the JSON Schema of configs, or of one schedule's params",
 }
-"""Each command, which is a module of `engine.cli.commands`, and what it does in a line."""
+"""Name of each command, which is a module of `engine.cli.commands`, and its one-line help."""
 
 _EPILOG = """\
-exit status: 0 done, 1 the config is wrong, 2 wrong usage, or a file that cannot be read or written;
-lr-test and launch have more, see their own --help
+exit status: 0 success; 1 the config is invalid; 2 wrong usage, or a file cannot be read or written.
+lr-test and launch have additional statuses, see their --help.
 
 examples:
   onecycle validate ds_config.json --world-size 8
@@ -50,25 +50,25 @@ def main(
     """Run the command and return its exit status.
 
     Args:
-        arguments: those of the command line; by default the process's own.
-        out: where findings and results go; by default standard output.
-        err: where trouble of the tool itself goes; by default standard error.
+        arguments: command-line arguments (default: those of this process).
+        out: stream for results and config problems (default: standard output).
+        err: stream for usage errors and unreadable files (default: standard error).
     """
     out, err = out or sys.stdout, err or sys.stderr
-    # Most commands are over before the collector of garbage would have anything to collect.
-    collects = gc.isenabled()
+    # Most commands end before the garbage collector would free anything.
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         return _run(sys.argv[1:] if arguments is None else arguments, out, err)
     finally:
-        if collects:
+        if was_enabled:
             gc.enable()
 
 
 def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     if not arguments or arguments[0] not in COMMANDS:
-        _refuse(arguments)
-    # A command's module is loaded when it is named: `validate` is to start in no time.
+        _print_help_or_error(arguments)
+    # Import only the module of the requested command, so that `validate` starts fast.
     name = arguments[0].replace("-", "_")
     command = importlib.import_module(f"engine.cli.commands.{name}")
     parser = argparse.ArgumentParser(prog=f"onecycle {arguments[0]}")
@@ -89,18 +89,18 @@ def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         print(f"onecycle: {error}", file=err)
         return USAGE
     except BrokenPipeError:
-        # The reader of a pipe has enough (`… --csv - | head`); nothing is left to be written.
+        # The reader closed the pipe, as in `… --csv - | head`.
         sys.stderr.close()
         return OK
     except OSError as error:
-        of_system = f"{error.filename or 'output'}: {error.strerror}"
-        print(f"onecycle: {of_system if error.strerror else error}", file=err)
+        message = f"{error.filename or 'output'}: {error.strerror}"
+        print(f"onecycle: {message if error.strerror else error}", file=err)
         return USAGE
     return status
 
 
 class _Version(argparse.Action):
-    """Prints the versions that a report of trouble should name."""
+    """Prints the versions to include in a bug report."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from engine.versions import installed
@@ -110,20 +110,20 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _refuse(arguments: Sequence[str]) -> NoReturn:
-    """Print the help that is asked for, or say which commands there are, and end the process."""
+def _print_help_or_error(arguments: Sequence[str]) -> NoReturn:
+    """Print the requested help or a usage error, then exit."""
     parser = argparse.ArgumentParser(
         prog="onecycle",
-        description="Prove a ds_config.json right and see its schedule, before anything runs.",
+        description="Validate a ds_config.json and preview its schedule before launch.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print versions, and end")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)
     parser.parse_args(arguments)
-    raise AssertionError("the parser has refused what is no command")
+    raise AssertionError("the parser exits on every input without a valid command")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What people look at: previews, plots, the schedule catalog, problem reports."""
+"""Output for users: previews, plots, the schedule catalog and problem reports."""

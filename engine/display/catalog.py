@@ -1,4 +1,4 @@
-"""Every schedule as people look at it: a line in a list, a page of its own, a picture."""
+"""Text for `onecycle schedules`: the list of all schedules, and the documentation of each one."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from schedules.core.trace import DEFAULT_BASE
 __all__ = ["EXAMPLE_RUN", "EXAMPLE_STEPS", "example_curves", "listing", "page", "summary"]
 
 EXAMPLE_RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
-"""The run of every schedule's example."""
+"""Length of the run that every schedule's example parameters assume."""
 
 EXAMPLE_STEPS = 120
-"""How much of it is shown: what follows the end belongs to the shape."""
+"""Number of steps to plot; more than the run, to show the values after its end."""
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _BASE = {**DEFAULT_BASE, "weight_decay": (0.01,)}
 
 
 def summary(cls: type[Schedule[Any]]) -> str:
-    """Return a schedule's description in one line."""
+    """Return the first line of a schedule's docstring."""
     return (inspect.getdoc(cls) or "").partition("\n")[0]
 
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
-    """Return the curve of each hyperparameter in a schedule's example."""
+    """Return the curve of each hyperparameter for a schedule's example parameters."""
     curves = cls(**cls.example).curves_for(_BASE, EXAMPLE_RUN)
-    return {name: of_groups[0] for name, of_groups in curves.items()}
+    return {name: groups[0] for name, groups in curves.items()}
 
 
 def listing() -> Iterator[str]:
-    """Yield a line for each schedule: name, learning rate as a little curve, summary."""
+    """Yield one line per schedule: its name, a small plot of its learning rate, its summary."""
     width = max(map(len, SCHEDULES))
     for name, cls in SCHEDULES.items():
         yield f"{name:{width}}  {_sparkline(example_curves(cls)['lr'])}  {summary(cls)}"
 
 
 def page(cls: type[Schedule[Any]]) -> Iterator[str]:
-    """Yield the lines of a schedule's page: formula, parameters, an example block, its curves."""
+    """Yield a schedule's documentation line by line: formula, parameters, example, curves."""
     yield cls.type_name
     yield ""
     yield (inspect.getdoc(cls) or "").partition("\n\n>>>")[0]

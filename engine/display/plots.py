@@ -1,4 +1,4 @@
-"""Curves as pictures: a panel for each hyperparameter, in a file or on the terminal."""
+"""Plots of curves with one panel per hyperparameter, in a file or in the terminal."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["LABELS", "draw", "draw_decision", "draw_on_terminal", "panels_of"]
 
 LABELS = {"lr": "learning rate", "momentum": "momentum", "weight_decay": "weight decay"}
 _LOSS = "loss"
-_MOST = 1e200
+_MAX_PLOTTED = 1e200
 
 
 def panels_of(columns: Iterable[str]) -> dict[str, list[str]]:
-    """Return the columns of each panel: ``lr.0`` and ``lr.1`` share the panel ``lr``.
+    """Group columns by panel: ``lr.0`` and ``lr.1`` share the panel ``lr``.
 
     >>> panels_of(["lr.0", "lr.1", "momentum"])
     {'lr': ['lr.0', 'lr.1'], 'momentum': ['momentum']}
@@ -33,8 +33,8 @@ def panels_of(columns: Iterable[str]) -> dict[str, list[str]]:
     return panels
 
 
-def _phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
-    """Return the named phases of a panel of one curve; over several curves they would be noise."""
+def _find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
+    """Return phase names by first step; empty if the panel has several curves."""
     if len(panel) > 1 or panel[0] not in curves:
         return {}
     named = curves[panel[0]].phases()
@@ -50,16 +50,16 @@ def draw(
     evidence: Evidence | None = None,
     dpi: int = 150,
 ) -> None:
-    """Draw columns over the step into a PNG (or SVG, PDF), one panel for each hyperparameter.
+    """Plot columns over the step in an image file, with one panel per hyperparameter.
 
     Args:
-        columns: a column's name, as in `Preview.columns` or any other, to its values.
-        path: where to write; its suffix chooses the format.
-        title: what stands above the panels.
-        curves: the curves of the columns, whose phases are named in the panels.
-        evidence: why a schedule that listens has switched; drawn below, with the column ``loss`` if
-            there is one.
-        dpi: dots an inch.
+        columns: values by column name, one value per step; names as in `Preview.columns`.
+        path: output file; its suffix sets the format, such as ``.png``, ``.svg`` or ``.pdf``.
+        title: title of the figure.
+        curves: curves of the columns; their phases are labeled in the panels.
+        evidence: data behind the switch of a loss-driven schedule; plotted in the last panel with
+            the column ``loss``, if present.
+        dpi: dots per inch.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -70,10 +70,10 @@ def draw(
     axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     if evidence is not None:
         _draw_loss(axes[-1], columns.get(_LOSS, evidence.losses), evidence)
-    for axis, (name, of_panel) in zip(axes, panels.items(), strict=False):
-        for column in of_panel:
+    for axis, (name, panel_columns) in zip(axes, panels.items(), strict=False):
+        for column in panel_columns:
             values = columns[column]
-            # A step's value holds for the whole update: stairs are to look like stairs.
+            # The value is constant during a step, so plot a staircase.
             axis.plot(
                 range(len(values)),
                 values,
@@ -81,17 +81,19 @@ def draw(
                 linewidth=1.2,
                 label=column.partition(".")[2],
             )
-        for begin, phase in _phases(curves or {}, of_panel, len(columns[of_panel[0]])).items():
-            axis.axvline(begin, color="grey", linestyle=":", linewidth=0.8)
-            place = ((begin, 1.0), axis.get_xaxis_transform())
+        for start, phase in _find_phases(
+            curves or {}, panel_columns, len(columns[panel_columns[0]])
+        ).items():
+            axis.axvline(start, color="grey", linestyle=":", linewidth=0.8)
+            position = ((start, 1.0), axis.get_xaxis_transform())
             axis.annotate(
-                phase, place[0], (3, 2), place[1], "offset points", fontsize=7, color="grey"
+                phase, position[0], (3, 2), position[1], "offset points", fontsize=7, color="grey"
             )
         axis.set_ylabel(LABELS.get(name, name))
         axis.grid(alpha=0.3)
-        if len(of_panel) > 1:
+        if len(panel_columns) > 1:
             axis.legend(fontsize="small")
-    axes[-1].set_xlabel("optimizer updates applied (k)")
+    axes[-1].set_xlabel("step (k)")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,34 +101,34 @@ def draw(
 
 
 def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
-    """Draw losses, and what the process behind a decision thinks of those of the warmup."""
+    """Plot losses and the Gaussian process that was fitted to those of the warmup."""
     axis.plot(range(len(losses)), losses, ".", markersize=2, color="tab:blue", alpha=0.4)
     axis.set_ylabel(_LOSS)
     axis.grid(alpha=0.3)
     if evidence.band is None:
         return
     band, count = evidence.band, len(evidence.losses)
-    steps = [place * count for place in band.places]
+    steps = [position * count for position in band.places]
     axis.plot(steps, band.mean, color="black", linewidth=1.2, label="Gaussian process")
     axis.fill_between(steps, band.low, band.high, color="black", alpha=0.15, linewidth=0)
-    lowest = min(range(len(steps)), key=lambda place: band.mean[place])
+    lowest = min(range(len(steps)), key=lambda index: band.mean[index])
     axis.axvline(steps[lowest], color="tab:green", linewidth=1, label="its minimum")
     axis.axvline(evidence.decision.step, color="tab:red", linewidth=1, label="switch")
     finite = [loss for loss in losses if math.isfinite(loss)]
     start, below = statistics.median(finite[: len(finite) // 20 + 1]), min(finite)
-    if start > below:  # what explodes is not to hide the rest
+    if start > below:  # limit the axis, so that a diverging loss does not hide the rest
         axis.set_ylim(below - 0.1 * (start - below), start + 0.5 * (start - below))
     axis.legend(fontsize="small")
 
 
 def draw_decision(evidence: Evidence, path: Path, title: str) -> None:
-    """Draw the warmup that a decision ended: its learning rate, its losses, and why it did."""
-    step, lr, why, probability = evidence.decision
-    sure = "" if probability is None else f" (probability {probability:.3f})"
+    """Plot the warmup up to a switch: learning rate, losses, and the reason for the switch."""
+    step, lr, reason, probability = evidence.decision
+    confidence = "" if probability is None else f" (probability {probability:.3f})"
     draw(
         {"lr": evidence.lrs},
         path,
-        f"{title}, update {step}: lr {lr:.4g}\n{why}{sure}",
+        f"{title}, step {step}: lr {lr:.4g}\n{reason}{confidence}",
         evidence=evidence,
     )
 
@@ -139,35 +141,35 @@ def draw_on_terminal(
     size: tuple[int, int] = (80, 24),
     colour: bool = False,
 ) -> str:
-    """Return columns over the step drawn in characters, one panel for each hyperparameter.
+    """Plot columns over the step as text, with one panel per hyperparameter.
 
     Args:
         columns: as for `draw`.
-        title: what stands above the panels.
-        curves: the curves of the columns, whose phases are listed below each panel.
+        title: line above the panels.
+        curves: curves of the columns; their phases are listed below each panel.
         size: width and height of the terminal in characters.
-        colour: whether it understands colours.
+        colour: whether the terminal supports color.
     """
     import plotext
 
     panels = panels_of(columns)
     width, height = size[0], max(9, (size[1] - 2) // len(panels))
     text = [title]
-    for name, of_panel in panels.items():
+    for name, panel_columns in panels.items():
         plotext.clear_figure()
         plotext.theme("pro" if colour else "clear")
         plotext.plotsize(width, height)
-        for column in of_panel:
+        for column in panel_columns:
             label = column.partition(".")[2] or None
-            # plotext multiplies, and takes nothing infinite.
-            drawn = [value if abs(value) < _MOST else math.nan for value in columns[column]]
+            # plotext fails on infinite values, and overflows on values near the largest float.
+            drawn = [value if abs(value) < _MAX_PLOTTED else math.nan for value in columns[column]]
             plotext.plot(drawn, marker="braille", label=label)
-        phases = _phases(curves or {}, of_panel, len(columns[of_panel[0]]))
-        for begin in phases:
-            plotext.vline(begin)
+        phases = _find_phases(curves or {}, panel_columns, len(columns[panel_columns[0]]))
+        for start in phases:
+            plotext.vline(start)
         plotext.title(LABELS.get(name, name))
-        picture = plotext.build()
-        text.append(picture if colour else plotext.uncolorize(picture))
+        panel = plotext.build()
+        text.append(panel if colour else plotext.uncolorize(panel))
         if phases:
-            text.append("  ".join(f"{begin}: {phase}" for begin, phase in phases.items()))
+            text.append("  ".join(f"{start}: {phase}" for start, phase in phases.items()))
     return "\n".join(text)

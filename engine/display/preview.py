@@ -1,4 +1,4 @@
-"""What a config's schedule will give to each update, before anything runs."""
+"""The values that a config's schedule will use in each step, computed before launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Preview", "preview"]
 
 @dataclass(frozen=True)
 class Preview:
-    """A config's schedule and the curves that it follows for this config's optimizer."""
+    """The schedule of a config and its curves for the config's optimizer."""
 
     name: str
     schedule: Schedule[Any]
@@ -29,31 +29,31 @@ class Preview:
 
     @property
     def title(self) -> str:
-        """What is shown, and on which loss where the schedule listens to one."""
-        listens = " on a synthetic loss" if self.schedule.feedback else ""
-        return f"{self.schedule.type_name}{listens}"
+        """The type of the schedule, marked if it was computed from a synthetic loss."""
+        note = " on a synthetic loss" if self.schedule.feedback else ""
+        return f"{self.schedule.type_name}{note}"
 
     def told(self, losses: Sequence[float]) -> tuple[dict[str, list[float]], Evidence | None]:
-        """Return what a schedule that listens answers to losses: columns, and why it switched.
+        """Run a loss-driven schedule on losses; return its columns and the data behind its switch.
 
         Raises:
-            ValueError: it listens to none.
+            ValueError: if the schedule does not depend on the loss.
         """
         if self.schedule.feedback is None:
             name = self.schedule.type_name
-            raise ValueError(f"`--losses` needs a schedule with feedback; {name} has none.")
+            raise ValueError(f"`--losses` requires a loss-driven schedule, got {name}.")
         done = replay(self.schedule, losses, base=self.base, horizon=self.horizon)
         columns = {name: [row[name][0] for row in done.rows] for name in self.schedule.drives}
         return columns, done.evidence
 
     @property
     def span(self) -> int:
-        """How many updates to show: the run, where its length is known, else the schedule's."""
+        """Number of steps to plot: those of the run if known, else those of the schedule."""
         return int(self.horizon.scaled_steps or 0) or self.schedule.span
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The curves by column name: ``lr``, or ``lr.0``, ``lr.1``, … where groups differ."""
+        """Curves by column name: ``lr``, or ``lr.0``, ``lr.1``, … if the param groups differ."""
         columns = {}
         for name, curves in self.curves.items():
             if len(set(curves)) == 1:
@@ -63,21 +63,21 @@ class Preview:
         return columns
 
     def rows(self, steps: int) -> Iterator[tuple[float, ...]]:
-        """Yield the step and the value of each column for each update, in pure Python."""
+        """Yield the step and the value of each column, one row per step."""
         values = [curve.values(steps) for curve in self.columns.values()]
         return zip(range(steps), *values, strict=True)
 
 
 def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
-    """Return the schedule of a config, proved right; the rest of the config may be absent or wrong.
+    """Validate the schedule of a config and return its preview; other sections may be invalid.
 
     Args:
-        config: a path or a dict: a whole config, or one that holds a ``scheduler`` alone.
-        steps_per_epoch: updates in one pass over the data, for durations in epochs.
+        config: path or dict of a config; only its ``scheduler`` is required.
+        steps_per_epoch: steps per epoch; required for durations in epochs.
 
     Raises:
-        ConfigError: there is no such file, its text is broken, it has no ``scheduler``, or its
-            ``scheduler`` or ``optimizer`` is wrong.
+        ConfigError: if the file cannot be read or parsed, has no ``scheduler``, or its
+            ``scheduler`` or ``optimizer`` is invalid.
 
     >>> warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     >>> list(preview({"scheduler": warmup}).rows(3))
@@ -89,7 +89,7 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
     if problems or context is None:
         raise ConfigError(document.name, problems)
     if context.schedule is None:
-        message = "`scheduler` must be given for there to be a curve, but is missing."
+        message = "`scheduler` is missing. Add a `scheduler` section to preview it."
         raise ConfigError(document.name, [Problem("missing-key", "error", "", 0, 0, message)])
     schedule = context.schedule
     try:
@@ -108,7 +108,7 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
 
 
 def _prevents_curve(problem: Problem) -> bool:
-    """Return whether a schedule cannot be shown because of a problem, wherever it is to run."""
+    """Return whether a problem prevents the preview of the schedule."""
     if problem.severity != "error" or problem.rule == "batch-sizes":
         return False
     section, *_ = [*split_pointer(problem.pointer), ""]

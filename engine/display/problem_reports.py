@@ -1,4 +1,4 @@
-"""Problems as people and programs read them: text with the source line, JSON, GitHub, SARIF."""
+"""Reports of config problems: text with the source line, JSON, GitHub annotations, SARIF."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Report:
-    """The problems of a document, and whether the reader understands colours."""
+    """The problems of a document, and whether to print them in color."""
 
     document: Document
     problems: Sequence[Problem]
@@ -29,16 +29,16 @@ class Report:
 def _text(report: Report) -> Iterator[str]:
     lines = report.document.lines
     for problem in report.problems:
-        place = f":{problem.line}:{problem.column}" if problem.line else ""
+        location = f":{problem.line}:{problem.column}" if problem.line else ""
         head = f"{problem.severity}[{problem.rule}]"
         if report.colour:
             head = f"\033[1;{_COLOURS[problem.severity]}m{head}\033[0m"
-        yield f"{report.document.name}{place}: {head}: {problem}"
+        yield f"{report.document.name}{location}: {head}: {problem}"
         if problem.line and problem.line <= len(lines):
             source = lines[problem.line - 1].replace("\t", " ")
-            begin = max(0, problem.column - _WIDTH // 2) if len(source) > _WIDTH else 0
-            yield f"  {source[begin : begin + _WIDTH]}"
-            yield f"  {' ' * (problem.column - 1 - begin)}^"
+            start = max(0, problem.column - _WIDTH // 2) if len(source) > _WIDTH else 0
+            yield f"  {source[start : start + _WIDTH]}"
+            yield f"  {' ' * (problem.column - 1 - start)}^"
 
 
 def _json(report: Report) -> Iterator[str]:
@@ -52,9 +52,9 @@ def _json(report: Report) -> Iterator[str]:
 def _github(report: Report) -> Iterator[str]:
     for problem in report.problems:
         command = "notice" if problem.severity == "note" else problem.severity
-        place = f",line={problem.line},col={problem.column}" if problem.line else ""
+        location = f",line={problem.line},col={problem.column}" if problem.line else ""
         message = str(problem).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-        yield f"::{command} file={report.document.name}{place},title={problem.rule}::{message}"
+        yield f"::{command} file={report.document.name}{location},title={problem.rule}::{message}"
 
 
 def _sarif(report: Report) -> Iterator[str]:
@@ -98,7 +98,7 @@ def _location(name: str, problem: Problem) -> dict[str, Any]:
 
 
 def write_error(error: ConfigError, out: TextIO) -> None:
-    """Write what a `ConfigError` holds, as text."""
+    """Write the problems of a `ConfigError` as text."""
     for line in _text(Report(Document(error.name, None), error.problems)):
         print(line, file=out)
 
@@ -109,4 +109,4 @@ FORMATS: Mapping[str, Callable[[Report], Iterator[str]]] = {
     "github": _github,
     "sarif": _sarif,
 }
-"""Each format that `onecycle validate` knows, by name: a report to its lines."""
+"""Formats of `onecycle validate` by name; each turns a report into lines."""

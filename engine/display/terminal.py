@@ -1,4 +1,4 @@
-"""What an output stream can show."""
+"""Capabilities of output streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["supports_color"]
 
 
 def supports_color(stream: IO[str]) -> bool:
-    """Return whether a stream is a terminal whose user did not set ``NO_COLOR``.
+    """Return whether a stream is a terminal and ``NO_COLOR`` is not set.
 
     >>> import io
     >>> supports_color(io.StringIO())

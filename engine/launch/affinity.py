@@ -1,4 +1,4 @@
-"""Bind a rank to its own CPU cores, then replace this process by the rank's command."""
+"""Bind a rank to its own CPU cores, then replace this process with the rank's command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["main", "select_cpus", "sort_by_core"]
 
 
 def sort_by_core(cpus: Iterable[int], core_of: Callable[[int], int]) -> list[int]:
-    """Return logical CPUs ordered so that those of one core are adjacent.
+    """Sort logical CPUs so that those of one core are adjacent.
 
     >>> sort_by_core([0, 1, 2, 3], core_of=lambda cpu: cpu % 2)
     [0, 2, 1, 3]
@@ -20,7 +20,7 @@ def sort_by_core(cpus: Iterable[int], core_of: Callable[[int], int]) -> list[int
 
 
 def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
-    """Return the CPUs of a rank: an even, contiguous part; all CPUs if there are fewer than ranks.
+    """Return a rank's even, contiguous part of the CPUs, or all CPUs if there are more ranks.
 
     >>> select_cpus([0, 1, 2, 3, 8], rank=1, ranks=2)
     [2, 3, 8]
@@ -32,8 +32,8 @@ def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
     return cpus[rank * len(cpus) // ranks : (rank + 1) * len(cpus) // ranks]
 
 
-def _core_of(cpu: int) -> int:
-    """Return the first logical CPU of the core that this one belongs to."""
+def _find_core(cpu: int) -> int:
+    """Return the first logical CPU of the core that contains this one."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return int(topology.read_text().replace("-", ",").partition(",")[0])
@@ -43,7 +43,7 @@ def _core_of(cpu: int) -> int:
 
 def main(command: list[str]) -> None:
     """Bind this process according to torchrun's ``LOCAL_RANK`` and run a command in it."""
-    cpus = sort_by_core(os.sched_getaffinity(0), _core_of)
+    cpus = sort_by_core(os.sched_getaffinity(0), _find_core)
     own = select_cpus(cpus, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     os.sched_setaffinity(0, own)
     os.execvp(command[0], command)  # noqa: S606  # the rank's own command

@@ -1,8 +1,8 @@
-"""The agent of one host: runs a group of workers and leaves no process behind.
+"""The agent of one host: runs its workers, and kills all their processes at the end.
 
-The first line of standard input is the job as JSON; ``ping``, ``term`` and ``kill`` follow. The
-agent stops the job on ``term``, on a signal, when its input ends (the launcher died) and after 30
-seconds without input (the launcher is unreachable). It prints the job's output.
+The first line of standard input is the job as JSON; later lines are ``ping``, ``term`` or ``kill``.
+The agent stops the job on ``term``, on a signal, when its input ends (the launcher exited), and
+after 30 seconds without input (the launcher is unreachable). It prints the job's output.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from engine.distributed.environment import to_exit_status
 __all__ = ["STARTED", "descendants", "main", "map_slots_to_devices"]
 
 STARTED = "\x1eonecycle-started"
-"""Line that an agent with a lock prints once it holds the lock and starts the job."""
+"""Line that an agent prints once it holds the lock and starts the job."""
 
 _MAX_SILENCE = 30.0
 _MASK = "CUDA_VISIBLE_DEVICES"
-_SUBREAPER, _PARENT_DEATH = 36, 1  # prctl's
+_SUBREAPER, _PARENT_DEATH = 36, 1  # constants of prctl
 
 
 class _Job:
@@ -44,18 +44,18 @@ class _Job:
             cwd=spec["cwd"],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  # no threads are here
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  # this process has no threads
         )
 
     def stop(self) -> None:
-        """Terminate the job; workers may save first."""
+        """Send SIGTERM to the job; workers may save a checkpoint before they exit."""
         if self._stopping_since is None:
             self._stopping_since = time.monotonic()
             with contextlib.suppress(ProcessLookupError):
                 self.process.terminate()
 
     def kill_if_overdue(self) -> None:
-        """Kill the job if it was stopped longer ago than the grace period."""
+        """Kill the job if the grace period since `stop` is over."""
         since = self._stopping_since
         if since is not None and time.monotonic() - since > self._grace:
             self.kill()
@@ -69,17 +69,17 @@ class _Job:
             time.sleep(0.02)
             self.process.poll()
             for pid in left:
-                if pid != self.process.pid:  # its status is needed
+                if pid != self.process.pid:  # its exit status is still needed
                     with contextlib.suppress(ChildProcessError):
                         os.waitpid(pid, os.WNOHANG)
 
 
 def main() -> int:
-    """Run the job that standard input describes; return its status."""
+    """Run the job that standard input describes; return its exit status."""
     _prctl(_SUBREAPER)
     line, words = _read_first_line(sys.stdin.fileno())
     if not line:
-        return to_exit_status(-signal.SIGTERM)  # the launcher ended before it sent the job
+        return to_exit_status(-signal.SIGTERM)  # the launcher exited before it sent the job
     spec = json.loads(line)
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -88,7 +88,7 @@ def main() -> int:
     if signals:
         return to_exit_status(-signals[0])
     if lock is not None:
-        # Unbuffered, so that the line is whole and precedes the job's output.
+        # Write without buffering, so that the line is complete and precedes the job's output.
         os.write(sys.stdout.fileno(), f"{STARTED}\n".encode())
     job = _Job(spec)
     _watch(job, words, signals)
@@ -98,11 +98,11 @@ def main() -> int:
 
 
 def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
-    """Wait until the job has ended, and stop it when the launcher says so or is gone.
+    """Wait until the job has exited; stop it if the launcher requests it or disappears.
 
     Args:
         job: the running job.
-        words: input that was read already.
+        words: input that was already read.
         signals: signals received so far; a handler appends to it.
     """
     last_input = time.monotonic()
@@ -117,7 +117,7 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
         if ready:
             last_input = time.monotonic()
             words = os.read(ready[0], 4096)
-            if not words:  # the launcher is gone
+            if not words:  # the launcher exited
                 job.stop()
                 inputs = []
         if signals or time.monotonic() - last_input > _MAX_SILENCE:
@@ -126,17 +126,17 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
 
 
 def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
-    """Wait until a previous agent of this host, cut off from the launcher, has ended.
+    """Wait until a previous agent of this host, which lost its launcher, has exited.
 
-    The file is never deleted, because a lock on a deleted file excludes nobody.
+    The lock file is never deleted: a lock on a deleted file does not exclude other processes.
 
     Args:
         name: name of the lock; None: do not wait.
-        signals: signals received; SIGTERM is added if the launcher stops the job or ends meanwhile.
+        signals: signals received; SIGTERM is appended if the launcher stops the job or exits.
     """
     if name is None:
         return None
-    file = Path(tempfile.gettempdir(), f"{name}.lock").open("w")  # noqa: SIM115  # held to the end
+    file = Path(tempfile.gettempdir(), f"{name}.lock").open("w")  # noqa: SIM115  # held until the process exits
     while not signals and not _try_lock(file):
         ready, _, _ = select.select([sys.stdin.fileno()], [], [], 0.1)
         words = os.read(ready[0], 4096) if ready else b"ping"
@@ -146,7 +146,7 @@ def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
 
 
 def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
-    """Replace slots in `CUDA_VISIBLE_DEVICES` by the devices that this host makes visible."""
+    """Map the slots in `CUDA_VISIBLE_DEVICES` to the devices that are visible on this host."""
     own = [each.strip() for each in os.environ.get(_MASK, "").split(",") if each.strip()]
     if not own or _MASK not in env:
         return env
@@ -154,7 +154,7 @@ def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
     if max(slots) >= len(own):
         raise SystemExit(
             f"Slot {max(slots)} does not exist: {_MASK} on this host makes {len(own)} devices "
-            f"visible ({', '.join(own)}). Include fewer slots, or unset the variable there."
+            f"visible ({', '.join(own)}). Include fewer slots, or unset the variable on this host."
         )
     return env | {_MASK: ",".join(own[slot] for slot in slots)}
 
@@ -170,7 +170,7 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Return the first line and the input after it, unbuffered: `select` sees no buffer."""
+    """Return the first line and any input after it; read unbuffered, so that `select` works."""
     read = b""
     while b"\n" not in read:
         more = os.read(descriptor, 65536)
@@ -191,7 +191,7 @@ def _prctl(option: int, value: int = 1) -> None:
 
 
 def descendants(root: int) -> list[int]:
-    """Return all descendants of a process, in every session; none without ``/proc``."""
+    """Return all descendants of a process, in every session; empty without ``/proc``."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):
@@ -201,9 +201,9 @@ def descendants(root: int) -> list[int]:
     found = {root}
     grown = True
     while grown:
-        below = {pid for pid, parent in parents.items() if parent in found} - found
-        grown = bool(below)
-        found |= below
+        children = {pid for pid, parent in parents.items() if parent in found} - found
+        grown = bool(children)
+        found |= children
     return sorted(found - {root})
 
 

@@ -1,4 +1,4 @@
-"""The first failure of a host's ranks: one line of output, written there and read by the runner."""
+"""The first failure of a host's ranks, reported to the runner as one line of output."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Failure:
     """The first failure among the ranks of one host."""
 
     rank: int | None
-    """The failed rank; None: torchrun itself failed."""
+    """Failed rank; None: torchrun itself failed."""
     status: int
     """Exit status of the rank: 128 + n for signal n."""
     time: float = math.inf
     """Seconds since the epoch."""
     reason: str = ""
-    """Why torchrun failed."""
+    """Reason why torchrun failed."""
 
 
 def format_failure(failure: Failure) -> str:

@@ -16,7 +16,7 @@ _LINE = re.compile(r"(?P<name>[^\s#]+)\s+slots\s*=\s*(?P<slots>-?\d+)\s*(?:#.*)?
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and the slots to use on it: each is a process, with a GPU if there are GPUs.
+    """A machine and its slots to use; each slot runs one process, on its own GPU if there are GPUs.
 
     >>> Host("node0", (0, 1, 3)).size
     3
@@ -35,8 +35,8 @@ def read_hostfile(path: Path) -> list[Host]:
     """Read a hostfile in DeepSpeed's format: lines ``host slots=N``, and ``#`` comments.
 
     Raises:
-        LaunchError: if a line has another format, a host is repeated or has no slots, or there is
-            no host.
+        LaunchError: if a line is malformed, a host is repeated or has no slots, or no host is
+            listed.
         OSError: if the file cannot be read.
     """
     hosts: dict[str, Host] = {}
@@ -55,7 +55,7 @@ def read_hostfile(path: Path) -> list[Host]:
             )
         hosts[name] = Host(name, tuple(range(slots)))
     if not hosts:
-        raise LaunchError(f"{path} must name at least one host, such as `node0 slots=2`.")
+        raise LaunchError(f"{path} must list at least one host, such as `node0 slots=2`.")
     return list(hosts.values())
 
 
@@ -64,11 +64,11 @@ def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") ->
 
     Args:
         hosts: the hosts of the hostfile.
-        include: ``node0@node1:0,2-3``: only these hosts, or only these slots of a host.
+        include: ``node0@node1:0,2-3``: use only these hosts, or only these slots of a host.
         exclude: hosts or slots to leave out, in the same format.
 
     Raises:
-        LaunchError: if both are given, one names an unknown host or slot, or nothing is left.
+        LaunchError: if both filters are given, a host or slot is unknown, or no slot is left.
 
     >>> hosts = [Host("node0", (0, 1)), Host("node1", (0, 1))]
     >>> select_hosts(hosts, include="node1:1")
@@ -89,7 +89,7 @@ def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") ->
         if slots:
             left.append(Host(host.name, slots))
     if not left:
-        raise LaunchError(f"`{include or exclude}` leaves no slot. Include at least one.")
+        raise LaunchError(f"`{include or exclude}` selects no slots. Select at least one.")
     return left
 
 
@@ -102,21 +102,25 @@ def limit_hosts(hosts: Sequence[Host], nnodes: int | None, nproc: str) -> tuple[
         nproc: processes per host; ``auto``: all slots.
 
     Raises:
-        LaunchError: if there are fewer hosts, or a host has fewer slots.
+        LaunchError: if too few hosts are selected, or a host has too few slots.
     """
     if nproc != "auto":
         size = parse_nproc(nproc)
         small = [host.name for host in hosts if host.size < size]
         if small:
-            raise LaunchError(f"`--nproc` is {size}, but {small[0]} has fewer slots.")
+            raise LaunchError(
+                f"`--nproc` is {size}, but {small[0]} has fewer slots. Reduce `--nproc`."
+            )
         hosts = [Host(host.name, host.slots[:size]) for host in hosts]
     if nnodes is not None and nnodes > len(hosts):
-        raise LaunchError(f"`--nnodes` is {nnodes}, but there are only {len(hosts)} hosts.")
+        raise LaunchError(
+            f"`--nnodes` is {nnodes}, but only {len(hosts)} hosts are selected. Reduce `--nnodes`."
+        )
     return tuple(hosts[:nnodes])
 
 
 def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
-    """Return the minimum and the number of hosts; None where the text does not set them.
+    """Return the minimum and the number of hosts; None if not set.
 
     Raises:
         LaunchError: if the text is neither a number nor MIN:MAX.
@@ -135,7 +139,7 @@ def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
 
 
 def parse_nproc(text: str) -> int:
-    """Return the number of processes per host; for ``auto`` that of this machine's GPUs, or 1.
+    """Return the number of processes per host; ``auto`` is this machine's GPU count, at least 1.
 
     Raises:
         LaunchError: if the text is neither ``auto`` nor a number >= 1.

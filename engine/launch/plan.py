@@ -1,4 +1,4 @@
-"""What a launch starts where, as data: a pure function of the request and of facts about hosts."""
+"""The plan of a launch: a pure function of the request and of facts about the hosts."""
 
 from __future__ import annotations
 
@@ -25,42 +25,51 @@ __all__ = [
     "build_ssh_command",
 ]
 
-_PASSED = ("NCCL_*", "GLOO_*", "TORCH_*", "OMP_*", "HF_*", "CUDA_*", f"{PREFIX}*", "PYTHONPATH")
-_NEVER_PASSED = ("CUDA_VISIBLE_DEVICES",)
+_PASSED_PATTERNS = (
+    "NCCL_*",
+    "GLOO_*",
+    "TORCH_*",
+    "OMP_*",
+    "HF_*",
+    "CUDA_*",
+    f"{PREFIX}*",
+    "PYTHONPATH",
+)
+_NEVER_PASSED_NAMES = ("CUDA_VISIBLE_DEVICES",)
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|CREDENTIAL|PRIVATE", re.IGNORECASE)
 _DEFAULT_PORT = 29400
 
 
 @dataclass(frozen=True)
 class HostFacts:
-    """Facts that a host reported about itself."""
+    """Facts that a host reported during the preflight check."""
 
     address: str
     interface: str | None = None
     port: int | None = None
     launcher: str | None = None
-    """The launcher's address as this host sees it."""
+    """Address at which this host reaches the launcher."""
 
 
 @dataclass(frozen=True)
 class NodePlan:
-    """What to start on one host."""
+    """The commands and environment of one host."""
 
     host: str
     transport: tuple[str, ...]
-    """The command that starts the agent; the rest goes to its standard input."""
+    """Command that starts the agent, which reads the job from its standard input."""
     argv: tuple[str, ...]
-    """The command that the agent runs: torchrun with its arguments."""
+    """Command that the agent runs: torchrun with its arguments."""
     env: Mapping[str, str]
     cwd: str
     ranks: tuple[int, ...]
     devices: tuple[int, ...]
     grace: int
     lock: str | None = None
-    """Held by one agent of the job: a host that comes back may still run its old agent."""
+    """Lock that only one agent can hold: a host that comes back may still run its old agent."""
 
     def spec(self) -> dict[str, Any]:
-        """Return the job as the agent reads it."""
+        """Return the job in the format that the agent reads."""
         return {
             "host": self.host,
             "argv": list(self.argv),
@@ -73,15 +82,15 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What to start on all hosts."""
+    """The plans of all hosts and of the rendezvous."""
 
     nodes: tuple[NodePlan, ...]
     min_nodes: int
     world_size: int
     store_port: int | None = None
-    """Port of a rendezvous in the launcher; None: the first host runs the rendezvous."""
+    """Port of the rendezvous on the launcher; None: the first host runs the rendezvous."""
     patience: int = 0
-    """Seconds that a lost host has to come back; 0: it is not called again."""
+    """Seconds to wait for a lost host to come back; 0: do not reconnect."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values, with secrets masked."""
@@ -103,7 +112,7 @@ class LaunchPlan:
         }
 
     def describe(self, *, as_json: bool = False) -> str:
-        """Return the plan as text: the ranks of each host and the command to run there by hand.
+        """Return the plan as text: the ranks of each host and its command to run by hand.
 
         Args:
             as_json: whether to return indented JSON instead.
@@ -126,15 +135,15 @@ class LaunchPlan:
 def build_plan(
     request: LaunchRequest, facts: Mapping[str, HostFacts], environment: Mapping[str, str]
 ) -> LaunchPlan:
-    """Return what to start where.
+    """Build the plan of a launch.
 
     Args:
-        request: the launch to plan.
-        facts: facts about hosts by name; a host without facts is reached by its name.
-        environment: the launcher's environment, of which some variables are passed on.
+        request: launch to plan.
+        facts: facts by host name; a host without facts is addressed by its name.
+        environment: environment variables of the launcher; some are passed on.
 
     Raises:
-        LaunchError: if the request contradicts itself.
+        LaunchError: if options of the request contradict each other.
     """
     min_nodes = request.min_nodes or len(request.hosts)
     _check_request(request, min_nodes)
@@ -168,7 +177,9 @@ def build_plan(
 
 def _check_request(request: LaunchRequest, min_nodes: int) -> None:
     if request.min_nodes is not None and len({host.size for host in request.hosts}) > 1:
-        raise LaunchError("All hosts must have the same number of slots with `--nnodes MIN:MAX`.")
+        raise LaunchError(
+            "With `--nnodes MIN:MAX`, all hosts must have the same number of slots. Set `--nproc`."
+        )
     if not 1 <= min_nodes <= len(request.hosts):
         raise LaunchError(
             f"The MIN of `--nnodes MIN:MAX` must be 1 to {len(request.hosts)}, got {min_nodes}."
@@ -176,7 +187,7 @@ def _check_request(request: LaunchRequest, min_nodes: int) -> None:
     if request.store is not None and not request.max_restarts:
         raise LaunchError(
             "`--rejoin` must be used with `--max-restarts`: the other ranks restart when a host is "
-            "lost, and again when it is back."
+            "lost and when it is back."
         )
 
 
@@ -191,7 +202,7 @@ def _rendezvous_options(
     endpoint = f"{first.address}:{request.port or first.port or _DEFAULT_PORT}"
     if request.store is not None:
         endpoint = f"{own.launcher or request.store[0]}:{request.store[1]}"
-    # Without `is_host`, torchrun guesses it from names, which can resolve to loopback.
+    # Without `is_host`, torchrun derives it from host names, which can resolve to loopback.
     is_host = host is request.hosts[0] and request.store is None
     conf = f"is_host={str(is_host).lower()},join_timeout={request.rendezvous_timeout}"
     yield from ("--nnodes", str(count) if min_nodes == count else f"{min_nodes}:{count}")
@@ -212,10 +223,10 @@ def _script_options(request: LaunchRequest, host: Host) -> Iterator[str]:
 
 
 def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
-    """Return the variables that every rank gets, started by ssh or in a Slurm job.
+    """Return the environment variables of every rank, for launches by ssh and by Slurm.
 
     Args:
-        request: the launch.
+        request: launch.
         size: number of ranks per host.
     """
     env = {
@@ -226,7 +237,7 @@ def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(request.grace),
     }
     if request.max_restarts:
-        # Otherwise a restarted rank reads the old address of its peer (pytorch#135712).
+        # Otherwise a restarted rank reads the old address of another rank (pytorch#135712).
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if request.min_nodes is not None and request.min_nodes < len(request.hosts):
         env[ELASTIC] = "1"
@@ -236,11 +247,11 @@ def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
 def _build_node_environment(
     request: LaunchRequest, host: Host, own: HostFacts, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    patterns = (*_PASSED, *request.pass_env)
+    patterns = (*_PASSED_PATTERNS, *request.pass_env)
     passed = {
         name: value
         for name, value in environment.items()
-        if name not in _NEVER_PASSED and any(fnmatch(name, pattern) for pattern in patterns)
+        if name not in _NEVER_PASSED_NAMES and any(fnmatch(name, pattern) for pattern in patterns)
     }
     env = {
         **passed,
@@ -264,7 +275,7 @@ def _build_transport(request: LaunchRequest, host: Host) -> tuple[str, ...]:
 
 
 def build_ssh_command(request: LaunchRequest, host: Host) -> tuple[str, ...]:
-    """Return the ssh command for a host, without the remote command at its end."""
+    """Return the ssh command for a host; the remote command is to be appended."""
     # ssh uses the first value of an option, so the user's options take precedence.
     options = (
         *request.ssh_options,

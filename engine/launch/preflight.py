@@ -1,6 +1,7 @@
-"""Check every host before anything is started.
+"""Check every host before launch.
 
-A host must answer, have the launcher's versions and config, and reach the rendezvous port.
+Each host must be reachable, have the launcher's package versions and config, and be able to connect
+to the rendezvous port.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
     """Check all hosts in parallel; takes at most about 20 seconds.
 
     Args:
-        request: the launch, which names the hosts and how to reach them.
-        config: path of a file that must be the same on all hosts.
+        request: launch to check.
+        config: path of the config, which must be the same on all hosts; None: no config.
     """
     if request.is_local:
         return [HostCheck(host.name, HostFacts("127.0.0.1")) for host in request.hosts]
@@ -60,7 +61,7 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 def _open_rendezvous_port(
     request: LaunchRequest, first: HostCheck
 ) -> Iterator[tuple[str | None, int]]:
-    """Listen on the rendezvous port; yield address and port, without an address on the launcher."""
+    """Listen on the rendezvous port; yield its address (None: the launcher's) and the port."""
     if request.store is not None:
         with reachability.listen(request.store[1]):
             yield None, request.store[1]
@@ -75,12 +76,12 @@ def _open_rendezvous_port(
         text=True,
     ) as listener:
         assert listener.stdout is not None
-        listener.stdout.readline()  # if it cannot listen, the hosts report that they cannot connect
+        listener.stdout.readline()  # if it cannot listen, the hosts report the problem
         try:
             yield first.facts.address, port
         finally:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                listener.communicate(timeout=_TIMEOUT)  # it ends with its input
+                listener.communicate(timeout=_TIMEOUT)  # it exits when its input ends
             listener.kill()
 
 
@@ -132,16 +133,20 @@ def _probe_host(
     except subprocess.TimeoutExpired:
         return HostCheck(host.name, None, f"did not answer within {_TIMEOUT:.0f} seconds")
     except FileNotFoundError:
-        return HostCheck(host.name, None, "cannot be reached: ssh is not installed here")
+        return HostCheck(host.name, None, "cannot be reached: ssh is not installed on the launcher")
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it printed no error"]
-        answer = "cannot be reached" if done.returncode == SSH_FAILED else "answered, but failed"
+        lines = done.stderr.strip().splitlines() or ["no error message"]
+        answer = (
+            "cannot be reached"
+            if done.returncode == SSH_FAILED
+            else "can be reached, but the check failed there"
+        )
         return HostCheck(host.name, None, f"{answer}: {lines[-1]}")
     there = json.loads(done.stdout.splitlines()[-1])
     facts = HostFacts(*(there[name] for name in ("address", "interface", "port", "launcher")))
     problems = list(_find_differences(here, there))
     if not there["port"]:
-        problems.insert(0, f"port {request.port} is in use there; choose another with `--port`")
+        problems.insert(0, f"port {request.port} is already in use; choose another with `--port`")
     return HostCheck(host.name, facts, "; ".join(problems))
 
 
@@ -149,7 +154,7 @@ def _find_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iter
     for name in sorted({*here["versions"], *there["versions"]}):
         ours, theirs = here["versions"].get(name), there["versions"].get(name)
         if ours != theirs:
-            yield f"{name} {theirs or 'not installed'} (here {ours or 'not installed'})"
+            yield f"{name} {theirs or 'not installed'} (launcher: {ours or 'not installed'})"
     if here["config"] != there["config"]:
         missing = there["config"] == "missing"
-        yield "the config is missing there" if missing else "the config is different there"
+        yield "the config does not exist" if missing else "the config differs from the launcher's"

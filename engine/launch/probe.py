@@ -1,4 +1,4 @@
-"""Facts about the host that this runs on, printed as one line of JSON."""
+"""Report facts about this host as one line of JSON."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _SIOCGIFADDR = 0x8915
 
 
 def probe(config: str | None, port: int = 0) -> dict[str, Any]:
-    """Return versions, the addresses of both ends of ssh, a free port and the hash of a config.
+    """Return package versions, both addresses of the ssh connection, a free port and a config hash.
 
     Args:
-        config: path of a file on this host; None: there is none.
-        port: port that must be free, else it is None in the result; 0: any free port.
+        config: path of the config on this host; None: no config.
+        port: port to check: None in the result if it is in use; 0: any free port.
     """
     launcher, address = _read_ssh_endpoints()
     versions = {"python": platform.python_version()}
@@ -46,9 +46,9 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
 
 
 def free_port(port: int = 0) -> int | None:
-    """Return a port that is free on this host: the given one, or None if it is in use; 0: any."""
+    """Return the port if it is free on this host, else None; for 0, return any free port."""
     with socket.socket() as free:
-        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like TCPStore
         try:
             free.bind(("", port))
             free.listen()

@@ -11,7 +11,7 @@ _TIMEOUT = 5.0
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that others can connect to; connections need not be accepted.
+    """Return a listening socket; clients can connect without `accept`.
 
     Raises:
         OSError: if the port is in use.
@@ -20,7 +20,7 @@ def listen(port: int) -> socket.socket:
 
 
 def connect(address: str, port: int) -> str:
-    """Return why a port cannot be reached; an empty string if it can.
+    """Connect to a port; return the error message, or an empty string on success.
 
     >>> with listen(0) as listener:
     ...     connect("127.0.0.1", listener.getsockname()[1])
@@ -34,7 +34,7 @@ def connect(address: str, port: int) -> str:
 
 
 def main() -> None:
-    """Listen on ``PORT`` until the input ends, or connect to ``ADDRESS PORT``."""
+    """Listen on ``PORT`` until standard input ends, or connect to ``ADDRESS PORT``."""
     *address, port = sys.argv[1:]
     if address:
         print(connect(address[0], int(port)))

@@ -1,4 +1,4 @@
-"""A launch as the user requests it, and the parts of it that options and files describe."""
+"""The launch that the user requests, built from options and files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _CONFIG_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "optimizer
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """What to run, on which hosts, and how."""
+    """The script to run, the hosts to run it on, and all options."""
 
     script: tuple[str, ...]
-    """The script and its arguments, or with ``is_command`` any command."""
+    """Script and its arguments; with ``is_command``, any command."""
     hosts: tuple[Host, ...]
     is_local: bool = True
-    """Whether the only host is this machine; otherwise hosts are reached by ssh."""
+    """Whether the only host is this machine; otherwise ssh connects to the hosts."""
     is_command: bool = False
     is_module: bool = False
     min_nodes: int | None = None
@@ -31,7 +31,7 @@ class LaunchRequest:
     timeout: int = 600
     rendezvous_timeout: int = 300
     store: tuple[str, int] | None = None
-    """Host name and port of a rendezvous in the launcher, which survives the loss of any host."""
+    """Host name and port of a rendezvous on the launcher, which survives the loss of any host."""
     port: int = 0
     interface: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
@@ -47,13 +47,13 @@ class LaunchRequest:
 def bind_to_cores(
     script: tuple[str, ...], python: str, *, is_module: bool, is_command: bool
 ) -> tuple[str, ...]:
-    """Return a command that binds a rank to its own CPU cores and then runs the script."""
+    """Build the command that binds a rank to its own CPU cores and then runs the script."""
     interpreter = () if is_command else (python, "-u", *(("-m",) if is_module else ()))
     return (python, "-m", "engine.launch.affinity", *interpreter, *script)
 
 
 def find_config(script: tuple[str, ...], cwd: str) -> str | None:
-    """Return the first argument of a script that is a config: a JSON file with one of its keys.
+    """Return the first argument of a script that is a config (JSON with a config key), or None.
 
     Args:
         script: the script and its arguments, such as `--config=ds_config.json`.
@@ -71,11 +71,11 @@ def find_config(script: tuple[str, ...], cwd: str) -> str | None:
 
 
 def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, str]:
-    """Return the environment variables to set for all ranks; later ones take precedence.
+    """Read the environment variables to set on all ranks; later values take precedence.
 
     Args:
         file: file with lines ``NAME=VALUE`` and ``#`` comments, read after `.deepspeed_env`.
-        assignments: further ``NAME=VALUE``.
+        assignments: additional ``NAME=VALUE`` strings.
 
     Raises:
         LaunchError: if a line or an assignment is not ``NAME=VALUE``.

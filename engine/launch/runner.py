@@ -1,4 +1,4 @@
-"""Runs a plan: starts the agents, prints what they print, and executes the machine's actions."""
+"""Run a plan: start the agents, print their output, execute the state machine's actions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Report(NamedTuple):
 
 
 class _Agent:
-    """The local process that runs the agent of a host or is connected to it."""
+    """The local process of a host: its agent, or the ssh connection to it."""
 
     def __init__(self, plan: NodePlan, reports: queue.Queue[_Report]) -> None:
         self._host = plan.host
@@ -52,13 +52,13 @@ class _Agent:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C goes to the launcher only, which tells the agents
+            start_new_session=True,  # Ctrl-C reaches only the launcher, which stops the agents
         )
         self.send(json.dumps(plan.spec()))
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, line: str) -> None:
-        """Send a line to the agent, if it still runs."""
+        """Send a line to the agent; ignored if it has exited."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
             self._process.stdin.write(line.encode() + b"\n")
@@ -80,7 +80,7 @@ class _Agent:
             else:
                 self._reports.put(_Report("line", self._host, line))
         returncode = self._process.wait()
-        with contextlib.suppress(OSError):  # closing flushes what the agent did not read
+        with contextlib.suppress(OSError):  # close() flushes unread input, which can fail
             self._process.stdout.close()
             if self._process.stdin is not None:
                 self._process.stdin.close()
@@ -88,7 +88,7 @@ class _Agent:
 
 
 class _Output:
-    """Prints the lines of chosen ranks, and keeps the last lines of every rank and host."""
+    """Prints the output of the selected ranks; keeps the last lines of every rank and host."""
 
     def __init__(self, console: Console, out: IO[str]) -> None:
         self._console = console
@@ -96,7 +96,7 @@ class _Output:
         self._kept: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=_KEPT_LINES))
 
     def print(self, line: str, host: str) -> None:
-        """Print a line of a host's output, which names its rank as in ``[node0:r1] loss 2.3``."""
+        """Print a line of a host's output; a prefix such as ``[node0:r1]`` names the rank."""
         prefix = line[1:].partition("]")[0] if line.startswith("[") else ""
         source = prefix if ":r" in prefix else host
         self._kept[source].append(line)
@@ -105,12 +105,12 @@ class _Output:
             print(line, file=self._out, flush=True)
 
     def get_last_lines(self, source: str) -> tuple[str, ...]:
-        """Return the last lines of a rank (``node0:r1``) or of a host's other output."""
+        """Return the last lines of a rank (``node0:r1``) or of a host (``node0``)."""
         return tuple(self._kept[source])
 
 
 class _Runner:
-    """Reads what happens, reports it to the state machine, and executes its actions."""
+    """Reports events to the state machine and executes its actions."""
 
     def __init__(self, plan: LaunchPlan, console: Console, out: IO[str]) -> None:
         self._machine = LaunchStateMachine(plan)
@@ -120,10 +120,10 @@ class _Runner:
         self._output = _Output(console, out)
 
     def run(self, signals: queue.SimpleQueue[int]) -> Outcome:
-        """Run until every host has ended.
+        """Run until the agent of every host has exited.
 
         Args:
-            signals: the numbers of signals to the launcher, as they arrive.
+            signals: queue that receives the numbers of signals to the launcher.
         """
         self._execute(Action("start", host) for host in self._nodes)
         next_ping = time.monotonic() + _PING_INTERVAL
@@ -164,19 +164,19 @@ class _Runner:
 
 
 def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
-    """Run a plan until every host has ended.
+    """Run a plan until the agent of every host has exited.
 
     Args:
-        plan: what to start on which host.
-        console: the ranks whose lines are printed; the last lines of all are kept for a failure.
-        out: where lines are printed.
+        plan: plan to run.
+        console: ranks whose output is printed; the last lines of every rank are kept for failures.
+        out: stream to print to.
     """
-    with _caught_signals() as signals, _served_store(plan.store_port):
+    with _catch_signals() as signals, _serve_store(plan.store_port):
         return _Runner(plan, console, out).run(signals)
 
 
 def report_outcome(outcome: Outcome) -> int:
-    """Print to standard error why a launch failed, if it did; return its exit status."""
+    """Print the reason of a failure to standard error; return the exit status of the launch."""
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:
@@ -185,8 +185,8 @@ def report_outcome(outcome: Outcome) -> int:
 
 
 @contextlib.contextmanager
-def _caught_signals() -> Iterator[queue.SimpleQueue[int]]:
-    """Put signals into a queue instead of ending the process; the main thread only."""
+def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
+    """Collect signals in a queue instead of exiting; only works in the main thread."""
     caught: queue.SimpleQueue[int] = queue.SimpleQueue()
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -203,11 +203,11 @@ def _caught_signals() -> Iterator[queue.SimpleQueue[int]]:
 
 
 @contextlib.contextmanager
-def _served_store(port: int | None) -> Iterator[None]:
-    """Serve the rendezvous store from this process if a port is given."""
+def _serve_store(port: int | None) -> Iterator[None]:
+    """Run the rendezvous store in this process if a port is given."""
     store = None
     if port is not None:
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public all the same
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but missing from the stubs
 
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     yield

@@ -1,4 +1,4 @@
-"""A launch as one Slurm job: a self-contained sbatch script."""
+"""Run a launch as one Slurm job, described by a self-contained sbatch script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["build_sbatch", "is_in_allocation", "run_in_allocation", "submit"]
 _TEMPLATE = """\
 #!/bin/bash
 {options}
-# One torchrun a node; $SLURM_NODEID is known inside of a task only, so the last part is quoted.
+# One torchrun per node. $SLURM_NODEID is set only inside a task, so the srun command is quoted.
 set -u
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export FIRST_ADDRESS=$(getent ahostsv4 "$first" | awk 'NR == 1 {{ print $1 }}')
@@ -40,7 +40,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bas
     --rdzv-conf "is_host=$is_host,join_timeout={timeout}" --local-addr "$address" "$@"
 ' {command}
 status=$?
-# srun ends with the highest status, be it of a task that it has killed; the first is the cause.
+# srun returns the highest status, even of a task that it killed; report the first failed rank.
 if [ "$status" -ne 0 ] && [ -s "${failure}" ]; then
   status=$(sort -s -n -k 1,1 "${failure}" | awk 'NR == 1 {{ print $2 }}')
 fi
@@ -50,18 +50,18 @@ rm -f "${failure}"
 
 _TERMINATED = to_exit_status(-signal.SIGTERM)
 _REQUEUE = f"""\
-# It was told to end and has saved: go on from there when there is room again.
+# The job was asked to stop and has saved a checkpoint: requeue it so that it resumes later.
 case $status in {SAVED_AND_ENDED}|{_TERMINATED}) scontrol requeue "$SLURM_JOB_ID" ;; esac
 """
 
 
 def build_sbatch(request: LaunchRequest, options: Mapping[str, str]) -> str:
-    """Return the text of an sbatch script.
+    """Build the text of an sbatch script.
 
     Args:
-        request: the launch; Slurm chooses the hosts.
-        options: ``#SBATCH`` options by long name, which override the defaults. With ``requeue`` the
-            job saves when it is preempted, and is queued again.
+        request: launch to run; Slurm chooses the hosts.
+        options: ``#SBATCH`` options by long name, which override the defaults. With ``requeue``, a
+            preempted job saves a checkpoint and is queued again.
     """
     defaults = {
         "job-name": "onecycle",
@@ -111,20 +111,20 @@ def _build_flags(request: LaunchRequest) -> str:
 
 
 def is_in_allocation() -> bool:
-    """Return whether this process is in an allocation of Slurm, but not in a step of one."""
+    """Return whether this process runs in a Slurm allocation, but not in one of its steps."""
     return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
 
 
 def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> NoReturn:
-    """Replace this process by an sbatch script that runs in the current allocation.
+    """Replace this process with bash, which runs the script in the current allocation.
 
     Args:
         script: text of the script.
-        nodes: number of nodes that the launch needs.
+        nodes: number of nodes of the launch.
         options: ``#SBATCH`` options, which must be empty.
 
     Raises:
-        LaunchError: if the allocation does not match.
+        LaunchError: if the allocation has a different size, or options are given.
     """
     allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
     if nodes != allocated:
@@ -135,20 +135,22 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
         raise LaunchError(
             "`--slurm-opt` has no effect in an existing allocation. Pass the option to salloc."
         )
-    # An exec, because signals then reach srun as they do from a shell.
+    # Replace this process, so that signals reach srun directly.
     os.execvp("bash", ["bash", "-c", script])  # noqa: S606, S607
 
 
 def submit(script: str) -> tuple[bool, str]:
-    """Submit an sbatch script; return whether sbatch accepted it, and what it printed.
+    """Submit an sbatch script; return whether sbatch accepted it, and its output.
 
     Raises:
         LaunchError: if sbatch is not installed.
     """
     sbatch = shutil.which("sbatch")
     if sbatch is None:
-        raise LaunchError("sbatch is not installed here. Use `--write-sbatch` to write the script.")
-    done = subprocess.run(  # noqa: S603  # Slurm's own
+        raise LaunchError(
+            "sbatch is not installed on this host. Write the script with `--write-sbatch` instead."
+        )
+    done = subprocess.run(  # noqa: S603  # sbatch is Slurm's command
         [sbatch], input=script, text=True, capture_output=True, check=False
     )
     return done.returncode == 0, (done.stdout + done.stderr).strip()

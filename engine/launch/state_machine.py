@@ -1,8 +1,8 @@
-"""The states of a launch, as a pure object that turns events into actions.
+"""State machine of a launch: turns events into actions, without side effects.
 
-It starts no process and reads no clock: every event comes with its time, and `runner.py` executes
-the actions. The table at the end of `LaunchStateMachine` is the whole behavior; the public methods
-only decide which of its events has happened.
+It starts no process and reads no clock: every event includes its time, and `runner.py` executes the
+actions. The table at the end of `LaunchStateMachine` defines the behavior; the public methods only
+map their arguments to an event of the table.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from engine.launch.plan import LaunchPlan, NodePlan
 __all__ = ["RECALL_INTERVAL", "Action", "HostState", "LaunchState", "LaunchStateMachine", "Outcome"]
 
 RECALL_INTERVAL = 2.0
-"""Seconds until a lost host is called again."""
+"""Seconds between two attempts to reconnect to a lost host."""
 
-_KILL_MARGIN = 5.0  # seconds that an agent needs beyond the grace period of its ranks
+_KILL_MARGIN = 5.0  # seconds that an agent may take longer than the grace period of its ranks
 
 
 class LaunchState(Enum):
@@ -31,35 +31,35 @@ class LaunchState(Enum):
 
     RUNNING = "the job runs; a lost host may come back"
     FINISHING = "a host has succeeded, so the job is done; a lost host may not come back"
-    STOPPING = "the job failed or was interrupted; all hosts were told to stop"
+    STOPPING = "the job failed or was interrupted; all hosts are stopping"
 
 
 class HostState(Enum):
     """State of one host."""
 
     RUNNING = "its agent runs"
-    LOST = "the connection was lost; it will be called again"
-    RECALLED = "it was called again, and has not started the job yet"
-    DISMISSED = "it came back too late and is being killed; its exit status does not matter"
-    ENDED = "its agent has ended, and will not be started again"
+    LOST = "the connection was lost; the launcher will reconnect"
+    RECALLED = "the launcher is reconnecting; the job has not started there yet"
+    DISMISSED = "it came back too late and is being killed; its exit status is ignored"
+    ENDED = "its agent has exited and will not be started again"
 
 
 class _Event(Enum):
-    """An event, as the table distinguishes them."""
+    """An event in the transition table."""
 
-    HOST_STARTED = "a host that was called again has started the job"
-    HOST_SUCCEEDED = "an agent ended with status 0"
-    HOST_FAILED = "an agent ended with another status"
-    HOST_LOST = "the connection to a host was lost, and there is time for it to come back"
-    HOST_GIVEN_UP = "a host was lost for good, and enough hosts are left"
-    TOO_FEW_HOSTS = "a host was lost for good, and too few hosts are left"
-    RECALL_DUE = "it is time to call a lost host again"
+    HOST_STARTED = "a reconnected host has started the job"
+    HOST_SUCCEEDED = "an agent exited with status 0"
+    HOST_FAILED = "an agent exited with a nonzero status"
+    HOST_LOST = "the connection to a host was lost, and the host may still come back"
+    HOST_GIVEN_UP = "a host was lost permanently, and enough hosts are left"
+    TOO_FEW_HOSTS = "a host was lost permanently, and too few hosts are left"
+    RECALL_DUE = "it is time to reconnect to a lost host"
     SIGNAL = "the launcher received a signal"
-    OVERDUE = "the time of hosts that were told to stop is over"
+    OVERDUE = "the grace period of stopping hosts is over"
 
 
 class Action(NamedTuple):
-    """An order to the runner: what to do with which host."""
+    """An instruction to the runner for one host."""
 
     verb: Literal["start", "send", "kill", "print"]
     """Start the agent, send it `text`, kill the process that connects to it, or print `text`."""
@@ -75,7 +75,7 @@ class Outcome:
     """0 if all ranks succeeded, else the status of the first failed rank; 128 + n for a signal."""
     reason: str = ""
     source: str = ""
-    """The host (`node0`) or rank (`node0:r1`) whose output explains the failure."""
+    """Host (`node0`) or rank (`node0:r1`) whose output explains the failure."""
     last_lines: tuple[str, ...] = ()
     """The last lines of the source."""
 
@@ -106,15 +106,15 @@ class _Host:
 def _describe_end(host: str, returncode: int, failure: Failure | None) -> Outcome:
     status = to_exit_status(returncode)
     if failure is None:
-        return Outcome(status, f"{host} ended with status {status}", host)
+        return Outcome(status, f"{host} exited with status {status}", host)
     if failure.rank is None:
         return Outcome(status, f"{host}: {failure.reason}", host)
-    reason = f"rank {failure.rank} on {host} ended with {failure.status}"
+    reason = f"rank {failure.rank} on {host} exited with status {failure.status}"
     return Outcome(failure.status, reason, f"{host}:r{failure.rank}")
 
 
 class LaunchStateMachine:
-    """The state of a launch and of each of its hosts, all of which were just started.
+    """The state of a launch and of each of its hosts; initially, all hosts have just started.
 
     Each method that reports an event returns the actions to execute, in order.
     """
@@ -124,13 +124,13 @@ class LaunchStateMachine:
         self.outcome = Outcome()
         self._plan = plan
         self._hosts = {node.host: _Host(node) for node in plan.nodes}
-        self._left = len(plan.nodes)  # hosts that were not given up
+        self._left = len(plan.nodes)  # hosts that are not lost permanently
         self._failed_at = math.inf
         self._kill_at = math.inf
 
     @property
     def is_over(self) -> bool:
-        """Whether every host has ended."""
+        """Whether the agent of every host has exited."""
         return all(host.state is HostState.ENDED for host in self._hosts.values())
 
     def get_host_state(self, name: str) -> HostState:
@@ -138,7 +138,7 @@ class LaunchStateMachine:
         return self._hosts[name].state
 
     def host_started(self, name: str, now: float) -> list[Action]:
-        """Report that an agent has the lock of its host and starts the job."""
+        """Report that an agent holds the lock of its host and is starting the job."""
         if self._hosts[name].state is not HostState.RECALLED:
             return []
         return self._apply(_Event.HOST_STARTED, _Details(now, name))
@@ -146,13 +146,13 @@ class LaunchStateMachine:
     def host_ended(
         self, name: str, returncode: int, failure: Failure | None, now: float
     ) -> list[Action]:
-        """Report that the agent of a host, or the connection to it, has ended.
+        """Report that the agent of a host has exited, or the connection to it was lost.
 
         Args:
             name: name of the host.
             returncode: return code of the local process, as `subprocess` reports it.
-            failure: the failure that the host has reported, if any.
-            now: time in seconds, as for all methods.
+            failure: failure that the host reported, or None.
+            now: time in seconds on a monotonic clock, as for all methods.
         """
         host = self._hosts[name]
         was_dismissed = host.state is HostState.DISMISSED
@@ -165,7 +165,7 @@ class LaunchStateMachine:
             event = _Event.HOST_SUCCEEDED
         elif uses_ssh and returncode == SSH_FAILED and failure is None:
             event = self._classify_loss(host, now)
-            outcome = Outcome(NODE_LOST, f"{name} was lost: ssh ended", name)
+            outcome = Outcome(NODE_LOST, f"{name} was lost: the ssh connection ended", name)
         else:
             event = _Event.HOST_FAILED
         failed_at = failure.time if failure else math.inf
@@ -173,12 +173,12 @@ class LaunchStateMachine:
 
     def signal_received(self, number: int, now: float) -> list[Action]:
         """Report that the launcher received a signal."""
-        reason = f"the launcher got {signal.Signals(number).name}"
+        reason = f"the launcher received {signal.Signals(number).name}"
         outcome = Outcome(to_exit_status(-number), reason)
         return self._apply(_Event.SIGNAL, _Details(now, outcome=outcome, failed_at=-math.inf))
 
     def time_passed(self, now: float) -> list[Action]:
-        """Report the time; called several times per second."""
+        """Report the current time; called several times per second."""
         if now > self._kill_at:
             return self._apply(_Event.OVERDUE, _Details(now))
         due = [
@@ -212,7 +212,7 @@ class LaunchStateMachine:
         if is_new:
             host.lost_since = details.now
         host.state, host.recall_at = HostState.LOST, details.now + RECALL_INTERVAL
-        text = f"{details.host} was lost; it has {self._plan.patience} s to come back"
+        text = f"{details.host} was lost; waiting up to {self._plan.patience} s for it to come back"
         return [Action("print", details.host, text)] if is_new else []
 
     def _recall(self, details: _Details) -> Iterable[Action]:
@@ -237,7 +237,7 @@ class LaunchStateMachine:
         return ()
 
     def _record_if_earlier(self, details: _Details) -> Iterable[Action]:
-        # The host of the first failed rank can end after the hosts that this rank brought down.
+        # The host of the first failed rank can exit after hosts that failed because of that rank.
         return self._record_outcome(details) if details.failed_at < self._failed_at else ()
 
     def _stop_hosts(self, details: _Details) -> Iterable[Action]:
@@ -252,7 +252,7 @@ class LaunchStateMachine:
 
     def _kill_connections(self, details: _Details) -> Iterable[Action]:
         del details
-        return self._order_all("kill")  # an agent without a connection stops by itself
+        return self._order_all("kill")  # an agent without a connection stops on its own
 
     def _forget_lost_hosts(self) -> None:
         for host in self._hosts.values():
@@ -262,7 +262,7 @@ class LaunchStateMachine:
     def _order_all(self, verb: Literal["send", "kill"], text: str = "") -> list[Action]:
         return [Action(verb, name, text) for name, host in self._hosts.items() if host.has_process]
 
-    # State and event -> next state and what to do. An absent pair changes nothing.
+    # (state, event) -> (next state, steps to take). An absent pair changes nothing.
     _TRANSITIONS: ClassVar[
         dict[tuple[LaunchState, _Event], tuple[LaunchState, tuple[_Step, ...]]]
     ] = {

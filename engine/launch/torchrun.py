@@ -1,7 +1,7 @@
-"""torchrun in this process, so that the first failed rank and its exit status are known.
+"""Run torchrun in this process, to report the first failed rank and its exit status.
 
-The command ``torchrun`` always fails with status 1. This one fails with the status of the rank that
-failed first (128 + n for a signal), and prints which rank that was as its last line.
+The ``torchrun`` command exits with status 1 for every failure. This module exits with the status of
+the rank that failed first (128 + n for signal n) and reports that rank in its last line of output.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     try:
-        run(parse_args(arguments))  # type: ignore[no-untyped-call]  # torch's own
+        run(parse_args(arguments))  # type: ignore[no-untyped-call]  # untyped in torch
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        # torch has the return code 1 or more, or -n for signal n; 0 is not a failure.
+        # torch reports -n for signal n. A failed rank with exit code 0 counts as status 128.
         status = to_exit_status(failure.exitcode) or 128
         _print_failure(Failure(rank, status, failure.timestamp))
         return _append_to_file(status, failure.timestamp)
     except SignalException as error:
         return _append_to_file(to_exit_status(-error.sigval), time.time())
-    except Exception as error:  # noqa: BLE001  # the rendezvous raises many types
+    except Exception as error:  # noqa: BLE001  # the rendezvous raises many error types
         status = TIMED_OUT if "Timeout" in type(error).__name__ else 1
         _print_failure(Failure(None, status, reason=f"{type(error).__name__}: {error}"))
         return _append_to_file(status, time.time())
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _append_to_file(status: int, seconds: float) -> int:
-    """Append time and status to the file in which a Slurm job looks for the first failure."""
+    """Append time and status to the file from which a Slurm job reads the first failure."""
     path = os.environ.get(FAILURE_FILE)
     if path:
         with contextlib.suppress(OSError), Path(path).open("a") as file:

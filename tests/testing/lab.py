@@ -1,4 +1,4 @@
-"""Runs a bash script on the login node of a lab of hosts; see lab.sh."""
+"""Run a bash script on the login node of a lab of hosts; see lab.sh."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ ROOT = LAB.parents[2]
 
 
 def missing():
-    """Why there can be no lab here; nothing where there can."""
+    """Return why the lab cannot run on this machine; an empty string if it can."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "network namespaces need root"
     tools = ("unshare", "nsenter", "ip", "ssh-keygen", "/usr/sbin/sshd")
@@ -30,23 +30,23 @@ def missing():
 
 
 def needs_lab():
-    """A mark that skips, loudly, where there can be no lab; with REQUIRE_LAB=1 it does not."""
+    """Return a mark that skips a test if the lab cannot run; never with REQUIRE_LAB=1."""
     reason = "" if os.environ.get("REQUIRE_LAB") == "1" else missing()
     return pytest.mark.skipif(bool(reason), reason=f"NO LAB: {reason}")
 
 
 class Done:
-    """What a script did."""
+    """The exit status, output and duration of a script."""
 
     def __init__(self, process, seconds):
         self.status, self.out, self.seconds = process.returncode, process.stdout, seconds
 
 
-def lab(script, folder, *, hosts=2, limit=120, **environment):
-    """Run a script on the login node, in a folder; `$ONECYCLE` is the command."""
-    path = folder / "scenario.sh"
-    path.write_text(f"cd {folder}\nONECYCLE='{' '.join(ONECYCLE)}'\n{script}")
-    begin = time.monotonic()
+def lab(script, directory, *, hosts=2, limit=120, **environment):
+    """Run a script on the login node, in a directory; `$ONECYCLE` is the command."""
+    path = directory / "scenario.sh"
+    path.write_text(f"cd {directory}\nONECYCLE='{' '.join(ONECYCLE)}'\n{script}")
+    start = time.monotonic()
     process = subprocess.run(
         ["timeout", "-s", "KILL", str(limit), "bash", str(LAB), str(hosts), "bash", str(path)],
         stdout=subprocess.PIPE,
@@ -57,4 +57,4 @@ def lab(script, folder, *, hosts=2, limit=120, **environment):
         | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         | environment,
     )
-    return Done(process, time.monotonic() - begin)
+    return Done(process, time.monotonic() - start)

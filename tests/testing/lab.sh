@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# lab.sh HOSTS COMMAND…: run a command on a login node that is joined to some hosts, all made of
-# namespaces of this machine: each host has its own network, processes, name and sshd. Nothing
-# inside can reach the world, and the kernel ends all of it when this script ends, however it does.
+# lab.sh HOSTS COMMAND…: run a command on a login node that is connected to HOSTS hosts. All of them
+# are namespaces of this machine; each host has its own network, processes, name and sshd. The lab
+# has no external network, and the kernel kills all its processes when this script exits.
 #
-#   on HOST COMMAND…   run a command on host 0, 1, …      cable HOST up|down   pull its cable, or not
-#   power HOST off|on  its processes die at once, or boot
+#   on HOST COMMAND…     run a command on host 0, 1, …
+#   cable HOST up|down   connect or disconnect its network
+#   power HOST off|on    kill all its processes, or boot it
 #
-# DEBIAN_HOSTS=1 gives each host the line `127.0.1.1 nodeN` that Debian's installer writes.
+# DEBIAN_HOSTS=1 adds the line `127.0.1.1 nodeN` to /etc/hosts of each host, as Debian does.
 set -euo pipefail
 if [ "${IN_LAB:-}" != 1 ]; then
   exec env IN_LAB=1 unshare --net --mount --pid --uts --ipc --fork --kill-child=KILL \

@@ -1,5 +1,5 @@
-# Sourced inside of the lab: a controller on the login node and a daemon on each host. Debian's
-# slurm-wlm 22.05; each setting that is not a default is needed for namespaces, or for speed.
+# Source this file inside the lab: it starts a controller on the login node and a daemon on each host,
+# with Debian's slurm-wlm 22.05. Settings differ from the defaults for namespaces or for speed.
 export SLURM_CONF=$LAB/slurm.conf
 mkdir -p $LAB/state $LAB/munge
 head -c 1024 /dev/urandom > $LAB/munge/key
@@ -30,6 +30,6 @@ for i in $(seq 0 $((count - 1))); do
 done
 for _ in $(seq 150); do [ "$(sinfo -h -t idle -o %D)" = $count ] && break; sleep 0.1; done
 
-# state JOB: what Slurm says of it.   until_state JOB STATE: wait for it, a minute at the most
+# state JOB: print the state of a job.   until_state JOB STATE: wait for a state, at most a minute
 state() { scontrol show job $1 -o | grep -o 'JobState=[A-Z_]*' | cut -d= -f2; }
 until_state() { for _ in $(seq 600); do [ "$(state $1)" = $2 ] && return; sleep 0.1; done; return 1; }

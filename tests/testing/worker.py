@@ -1,4 +1,4 @@
-"""A rank that says what it got, and then does as it is told."""
+"""A rank for launch tests; the first argument selects what it does, by default wait."""
 
 import json
 import os
@@ -11,38 +11,38 @@ import torch
 import torch.distributed as dist
 
 
-def main(what, *rest):
+def main(mode, *rest):
     rank = int(os.environ["RANK"])
     Path(f"pid.{rank}").write_text(str(os.getpid()))
-    if what == "say":
+    if mode == "print":
         print(json.dumps({"rank": rank, "argv": rest, "odd": os.environ.get("ODD")}), flush=True)  # noqa: T201
-    elif what == "fail" and rank == 1:
+    elif mode == "fail" and rank == 1:
         print("about to fail", flush=True)  # noqa: T201
         sys.exit(7)
-    elif what == "sum":
+    elif mode == "sum":
         dist.init_process_group("gloo")
         total = torch.ones(1)
         dist.all_reduce(total)
         print("sum", int(total), flush=True)  # noqa: T201
         dist.destroy_process_group()
-    elif what == "leave":
+    elif mode == "leave":
         dist.init_process_group("gloo")
         dist.barrier()
         if rank == 0:
             dist.all_reduce(torch.ones(1))
-    elif what == "late":
-        first = not Path(f"life.{rank}").exists()
-        Path(f"life.{rank}").write_text("")
-        if not first and rank == 0:
+    elif mode == "late":
+        is_first = not Path(f"started.{rank}").exists()
+        Path(f"started.{rank}").write_text("")
+        if not is_first and rank == 0:
             time.sleep(4)
         dist.init_process_group("gloo")
         total = torch.ones(1)
         dist.all_reduce(total)
-        if first:
+        if is_first:
             sys.exit(1) if rank else time.sleep(60)
         print("sum", int(total), flush=True)  # noqa: T201
         dist.destroy_process_group()
-    elif what == "saves":
+    elif mode == "save":
         signal.signal(
             signal.SIGTERM, lambda *_: (Path(f"saved.{rank}").write_text(""), sys.exit(0))
         )

@@ -1,1 +1,1 @@
-"""The commands of ``onecycle``, one file each: its arguments in `add`, its work in `run`."""
+"""One module per subcommand of ``onecycle``: `add` defines its arguments, `run` executes it."""

@@ -1,4 +1,4 @@
-"""Argument types that several commands share."""
+"""Argument types shared by several commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["positive"]
 
 
 def positive(text: str) -> int:
-    """Parse an integer >= 1; for the `type` of an argparse argument."""
+    """Parse an integer >= 1; use as the `type` of an argparse argument."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, but is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
     return int(text)

@@ -1,4 +1,4 @@
-"""``onecycle checkpoint``: what checkpoints are there, whether they are whole, what is in them."""
+"""``onecycle checkpoint``: list, verify, show and export the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -18,82 +18,80 @@ __all__ = ["add", "run"]
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Look at the checkpoints of a run: list them (ls), prove all hashes (verify), print what "
-        "one says of itself (show), or write its weights as one safetensors file (export). All but "
-        "export need no torch."
+        "List the checkpoints of a run (ls), verify their hashes (verify), print the manifest of a "
+        "checkpoint (show), or export its weights to one safetensors file (export). Only export "
+        "requires torch."
     )
     parser.add_argument("action", choices=["ls", "verify", "show", "export"])
-    parser.add_argument("dir", metavar="DIR", type=Path, help="folder of the run's checkpoints")
-    parser.add_argument("--tag", help="which one (default: all for verify, else the newest)")
+    parser.add_argument("dir", metavar="DIR", type=Path, help="checkpoint directory of the run")
+    parser.add_argument("--tag", help="checkpoint to use (default: newest; verify: all)")
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="FILE",
-        help="for export: where to write (default: TAG.safetensors in this folder)",
+        help="output file of export (default: TAG.safetensors in the current directory)",
     )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Do what is asked for."""
+    """Run the requested action and return the exit status."""
     actions = {"ls": _list, "verify": _verify, "show": _show, "export": _export}
     return actions[args.action](args, out)
 
 
 def _list(args: argparse.Namespace, out: TextIO) -> int:
-    whole = storage.checkpoints(args.dir)
-    if not whole:
-        raise FileNotFoundError(2, "holds no complete checkpoint", str(args.dir))
-    width = max(len(place.name) for place, _ in whole)
-    for place, manifest in whole:
+    complete = storage.checkpoints(args.dir)
+    if not complete:
+        raise FileNotFoundError(2, "contains no complete checkpoint", str(args.dir))
+    width = max(len(path.name) for path, _ in complete)
+    for path, manifest in complete:
         ranks = count_noun(manifest.world_size, "rank")
         size = f"{manifest.size / 2**20:,.1f} MiB"
-        row = (f"{place.name:{width}}", f"update {manifest.step}", manifest.backend, ranks, size)
-        part = () if manifest.frozen else ("without frozen parameters",)
-        print("  ".join((*row, manifest.created[:19], *part)), file=out)
+        row = (f"{path.name:{width}}", f"step {manifest.step}", manifest.backend, ranks, size)
+        note = () if manifest.frozen else ("without frozen parameters",)
+        print("  ".join((*row, manifest.created[:19], *note)), file=out)
     return OK
 
 
 def _verify(args: argparse.Namespace, out: TextIO) -> int:
-    tags = [args.tag] if args.tag else _tags(args.dir)
+    tags = [args.tag] if args.tag else _list_tags(args.dir)
     if not tags:
-        raise FileNotFoundError(2, "holds no checkpoint", str(args.dir))
+        raise FileNotFoundError(2, "contains no checkpoint", str(args.dir))
     status = OK
     for tag in tags:
         try:
             manifest = storage.read_manifest(args.dir / tag)
-            wrong = list(storage.faults(args.dir / tag, manifest))
+            problems = list(storage.faults(args.dir / tag, manifest))
         except CheckpointError as error:
-            wrong = [str(error)]
-        print(f"{tag}: {'; '.join(wrong) if wrong else 'whole'}", file=out)
-        status = INVALID if wrong else status
+            problems = [str(error)]
+        print(f"{tag}: {'; '.join(problems) if problems else 'valid'}", file=out)
+        status = INVALID if problems else status
     return status
 
 
-def _tags(folder: Path) -> list[str]:
-    places = folder.iterdir() if folder.is_dir() else ()
-    return sorted(
-        place.name for place in places if place.is_dir() and not place.name.startswith(".")
-    )
+def _list_tags(directory: Path) -> list[str]:
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return sorted(path.name for path in paths if path.is_dir() and not path.name.startswith("."))
 
 
 def _show(args: argparse.Namespace, out: TextIO) -> int:
-    place, manifest = storage.find(args.dir, args.tag)
-    shown = {**vars(manifest), "place": str(place), "size": manifest.size}
-    print(json.dumps(shown, indent=2), file=out)
+    path, manifest = storage.find(args.dir, args.tag)
+    fields = {**vars(manifest), "place": str(path), "size": manifest.size}
+    print(json.dumps(fields, indent=2), file=out)
     return OK
 
 
 def _export(args: argparse.Namespace, out: TextIO) -> int:
-    place, manifest = storage.find(args.dir, args.tag)
+    path, manifest = storage.find(args.dir, args.tag)
     if manifest.backend != "torch":
         raise ValueError(
-            f"export must be of a checkpoint of the PyTorch backend, but {place} is of "
-            f"{manifest.backend}; use DeepSpeed's zero_to_fp32.py, which lies in it."
+            f"`export` supports only checkpoints of the PyTorch backend; {path} was written by "
+            f"{manifest.backend}. Run DeepSpeed's zero_to_fp32.py, which is in that directory."
         )
     from engine.checkpoint.state import export
 
-    path = args.output or Path(f"{place.name}.safetensors")
-    count, size = export(place, path)
-    print(f"{path}: {count:,} tensors, {size / 2**20:,.1f} MiB", file=out)
+    output = args.output or Path(f"{path.name}.safetensors")
+    count, size = export(path, output)
+    print(f"{output}: {count:,} tensors, {size / 2**20:,.1f} MiB", file=out)
     return OK

@@ -1,4 +1,4 @@
-"""``onecycle config``: every value that a run would use, and where it comes from."""
+"""``onecycle config``: print every value that a run would use and its origin."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ __all__ = ["add", "run"]
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Print the resolved config: every value that a run would use, from the file, "
-        "by default, or derived."
+        "Print the resolved config: every value that a run would use and its origin (a line of the "
+        "file, a default, or a derived value)."
     )
-    parser.add_argument("file", metavar="FILE", help="a ds_config.json; - for stdin")
+    parser.add_argument("file", metavar="FILE", help="a ds_config.json; - for standard input")
     parser.add_argument(
         "--world-size", type=positive, default=1, metavar="N", help="number of ranks (default: 1)"
     )
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print it as a config of its own")
+    how.add_argument("--json", action="store_true", help="print the values as a complete config")
     how.add_argument(
         "--diff",
         metavar="OTHER",
-        help="print the keys alone whose values differ from those of another config, its values "
-        "last; - where one has none",
+        help="print only the keys whose values differ from those of another config, with the other "
+        "config's value last; - marks a missing key",
     )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the values and their origins, or what differs from another config's."""
+    """Print the values and their origins, or the differences from another config."""
     from engine.config.provenance import as_config
 
-    entries = _resolved(args.file, args.world_size)
+    entries = _resolve(args.file, args.world_size)
     if args.diff is not None:
-        _tell_difference(entries, _resolved(args.diff, args.world_size), out)
+        _print_differences(entries, _resolve(args.diff, args.world_size), out)
     elif args.json:
         print(json.dumps(as_config(entries), indent=2), file=out)
     else:
         rows = [(entry.name, json.dumps(entry.value), entry.origin) for entry in entries]
-        _tabulate(rows, out)
+        _print_table(rows, out)
     return OK
 
 
-def _resolved(name: str, world_size: int) -> list[Entry]:
+def _resolve(name: str, world_size: int) -> list[Entry]:
     from engine.config import ConfigError, load_document
     from engine.config.provenance import trace_origins
     from engine.config.validate import examine
@@ -64,16 +64,16 @@ def _resolved(name: str, world_size: int) -> list[Entry]:
     return list(trace_origins(context))
 
 
-def _tell_difference(mine: Sequence[Entry], theirs: Sequence[Entry], out: TextIO) -> None:
-    """Print the keys whose values differ, a default of one and a word of the other included."""
+def _print_differences(mine: Sequence[Entry], theirs: Sequence[Entry], out: TextIO) -> None:
+    """Print the keys whose values differ, whether a value is a default or was set."""
     here, there = (
         {each.name: json.dumps(each.value) for each in entries} for entries in (mine, theirs)
     )
     names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
-    _tabulate([(name, here.get(name, "-"), there.get(name, "-")) for name in names], out)
+    _print_table([(name, here.get(name, "-"), there.get(name, "-")) for name in names], out)
 
 
-def _tabulate(rows: Sequence[tuple[str, str, str]], out: TextIO) -> None:
+def _print_table(rows: Sequence[tuple[str, str, str]], out: TextIO) -> None:
     first = max((len(row[0]) for row in rows), default=0)
     second = min(40, max((len(row[1]) for row in rows), default=0))
     for name, value, last in rows:

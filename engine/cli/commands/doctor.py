@@ -1,4 +1,4 @@
-"""``onecycle doctor``: what runs here, and why the rest does not."""
+"""``onecycle doctor``: report which features work on this machine, and why others do not."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class _Finding(NamedTuple):
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Say what can be used on this machine: torch and its devices, process groups, DeepSpeed "
-        "and which of its ops could be built, ssh and Slurm; and of what cannot, why."
+        "Report which features work on this machine: torch and its devices, process groups, "
+        "DeepSpeed and its ops, ssh and Slurm. Print the reason for each one that does not work."
     )
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Look at everything, and print it."""
+    """Run all checks and print their results."""
     checks: tuple[Callable[[], Iterator[_Finding]], ...] = (_packages, _torch, _deepspeed, _tools)
     findings = [finding for check in checks for finding in check()]
     if args.json:
@@ -66,19 +66,20 @@ def _torch() -> Iterator[_Finding]:
         yield _Finding("CUDA", True, names)
     else:
         built = torch.version.cuda
-        why = "no GPU is seen" if built else f"torch {torch.__version__} is built for CPU"
+        why = "torch finds no GPU" if built else f"torch {torch.__version__} is a CPU-only build"
         yield _Finding("CUDA", False, why)
     if not dist.is_available():
-        yield _Finding("process groups", False, "torch is built without torch.distributed")
+        yield _Finding("process groups", False, "this build of torch lacks torch.distributed")
         return
     yield _Finding("gloo", dist.is_gloo_available(), "process groups on CPU")
     nccl = dist.is_nccl_available()
-    yield _Finding("nccl", nccl, "process groups on GPUs" if nccl else "torch is built without it")
+    detail = "process groups on GPUs" if nccl else "this build of torch lacks NCCL"
+    yield _Finding("nccl", nccl, detail)
 
 
 def _deepspeed() -> Iterator[_Finding]:
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it has much to say of this machine
+        with contextlib.redirect_stdout(io.StringIO()):  # the import prints warnings
             from deepspeed.ops.op_builder.all_ops import ALL_OPS
     except ImportError as error:
         yield _Finding("DeepSpeed's ops", False, str(error))
@@ -87,12 +88,12 @@ def _deepspeed() -> Iterator[_Finding]:
     why = "" if compiler else "no C++ compiler (Debian: g++)"
     ninja = shutil.which("ninja") is not None or installed("ninja") is not None
     why = why or ("" if ninja else "ninja is not installed: pip install ninja")
-    yield _Finding("DeepSpeed can build", not why, why or f"by {compiler}")
+    yield _Finding("DeepSpeed can build", not why, why or f"with {compiler}")
     for name, builder in sorted(ALL_OPS.items()):
         try:
             fits = builder.is_compatible(verbose=False)
-            detail = "could be built" if fits else "not for this machine"
-        except Exception as error:  # noqa: BLE001  # each op has its own way to say no
+            detail = "can be built" if fits else "not supported on this machine"
+        except Exception as error:  # noqa: BLE001  # each op raises a different error
             fits, detail = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
         yield _Finding(f"DeepSpeed's {name}", bool(fits), detail)
 
@@ -101,7 +102,7 @@ def _tools() -> Iterator[_Finding]:
     for tool, needed in (
         ("ssh", "`onecycle launch --hostfile`; Debian: openssh-client"),
         ("sbatch", "`onecycle launch --slurm`"),
-        ("srun", "jobs of several nodes under Slurm"),
+        ("srun", "Slurm jobs on several nodes"),
     ):
         path = shutil.which(tool)
         yield _Finding(tool, path is not None, path or f"not installed; needed for {needed}")

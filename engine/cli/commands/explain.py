@@ -1,4 +1,4 @@
-"""``onecycle explain``: the page of a rule."""
+"""``onecycle explain``: print the documentation of a validation rule."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["add", "run"]
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Print the page of a rule, as `onecycle validate` names it in brackets, or the "
-        "list of all rules."
+        "Print what a validation rule checks, why, and how to fix it. Without RULE, list all "
+        "rules. `onecycle validate` prints the rule of each problem in brackets."
     )
-    parser.add_argument("rule", metavar="RULE", nargs="?", help="a rule, such as unknown-key")
+    parser.add_argument("rule", metavar="RULE", nargs="?", help="rule name, such as unknown-key")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print a rule's page, or all rules with a line each."""
+    """Print the documentation of a rule, or one line per rule."""
     from engine.config.rules.pages import RULEBOOK
     from schedules.core.spelling import nearest
 
@@ -31,8 +31,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         return OK
     if args.rule not in RULEBOOK:
         near = nearest(args.rule, RULEBOOK)
-        cure = f"Did you mean `{near}`?" if near else "`onecycle explain` lists all rules."
-        raise ValueError(f"{args.rule!r} is no rule. {cure}")
+        fix = f"Did you mean `{near}`?" if near else "Run `onecycle explain` to list all rules."
+        raise ValueError(f"Unknown rule `{args.rule}`. {fix}")
     page = RULEBOOK[args.rule]
     example = f"\n\nFor example:\n  {page.wrong}" if page.wrong else ""
     print(f"{args.rule}: {page.summary}\n\n{page.why}{example}\n\n{page.cure}", file=out)

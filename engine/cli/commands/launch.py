@@ -1,4 +1,4 @@
-"""``onecycle launch``: start, watch and stop a script on one host or many."""
+"""``onecycle launch``: start, monitor and stop a script on one host or several."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ from engine.launch.slurm import build_sbatch, is_in_allocation, run_in_allocatio
 
 __all__ = ["add", "run"]
 
-_NEEDS_HOSTFILE = "needs `--hostfile`, whose hosts it refers to."
-# The kinds of launch on which an option has an effect, and the error for the other kinds.
+_NEEDS_HOSTFILE = "needs `--hostfile`. Add it, or remove this option."
+# The kinds of launch that use an option, and the error for the other kinds.
 _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     "include": ({"ssh"}, _NEEDS_HOSTFILE),
     "exclude": ({"ssh"}, _NEEDS_HOSTFILE),
     "ssh_opt": ({"ssh"}, _NEEDS_HOSTFILE),
-    "port": ({"ssh"}, "needs `--hostfile`. Other launches choose a port themselves."),
-    "rejoin": ({"ssh"}, "needs `--hostfile`. Slurm itself queues a job again that lost a node."),
+    "port": ({"ssh"}, "needs `--hostfile`. Without it, a free port is chosen."),
+    "rejoin": ({"ssh"}, "needs `--hostfile`. Slurm requeues a job that lost a node."),
     "slurm_opt": ({"slurm"}, "needs `--slurm` or `--write-sbatch`."),
     "console": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, whose log has the lines of all ranks.",
+        "has no effect in a Slurm job: its log contains the output of all ranks.",
     ),
     "pass_env": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, which gets the whole environment it is submitted from.",
+        "has no effect in a Slurm job, which inherits the whole environment of sbatch.",
     ),
     "no_preflight": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, whose hosts are not known before it starts.",
+        "has no effect in a Slurm job: its hosts are not known before it starts.",
     ),
 }
 
@@ -60,8 +60,8 @@ Times S are in seconds.
 
 exit status: 0 all ranks succeeded; the status of the first failed rank (128 + n: signal n);
 128 + n: the launcher received signal n; 1 the config is invalid; 2 wrong usage; 69 a host is
-unreachable or has other versions; 75 a host was lost, or a signal asked the run to save and end;
-124 the hosts did not find each other in time
+unreachable or has different package versions; 75 a host was lost, or the run saved and exited
+after a signal; 124 the rendezvous timed out
 
 examples:
   onecycle launch --nproc 2 train.py --epochs 3
@@ -78,7 +78,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
         "Start a script on this machine, on the hosts of a hostfile by ssh, or as a Slurm job.\n"
-        "torchrun provides ranks, rendezvous and restarts; if a rank fails, all others are stopped."
+        "torchrun provides ranks, rendezvous and restarts. If one rank fails, all others stop."
     )
     parser.epilog = _EPILOG
     _add_host_arguments(parser.add_argument_group("hosts"))
@@ -86,56 +86,74 @@ def add(parser: argparse.ArgumentParser) -> None:
     _add_launcher_arguments(parser.add_argument_group("launcher"))
     script = parser.add_argument_group("script")
     script.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module name")
-    script.add_argument("--no-python", action="store_true", help="SCRIPT is any command")
+    script.add_argument(
+        "--no-python", action="store_true", help="SCRIPT is a command, not a Python file"
+    )
     script.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS")
 
 
 def _add_host_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--hostfile", type=Path, metavar="F", help="file with lines `host slots=N`; uses ssh")
-    add("--include", default="", metavar="H", help="node0@node1:0,2-3: only these hosts and slots")
-    add("--exclude", default="", metavar="H", help="all hosts and slots but these")
+    add("--include", default="", metavar="H", help="hosts and slots to use: node0@node1:0,2-3")
+    add("--exclude", default="", metavar="H", help="hosts and slots to leave out")
     add("--nproc", default="auto", metavar="N", help="processes per host (default: one per GPU)")
-    add("--nnodes", metavar="N|MIN:MAX", help="number of hosts; with MIN some may be lost")
-    add("--slurm", action="store_true", help="submit a Slurm job; in an allocation, run it there")
-    add("--write-sbatch", type=Path, metavar="F", help="write the Slurm job's script to a file")
-    add("--slurm-opt", action="append", default=[], metavar="K=V", help="an #SBATCH option")
-    add("--ssh-opt", action="append", default=[], metavar="O", help="such as ProxyJump=gate")
+    nnodes_help = "number of hosts; with MIN:MAX, the job continues while MIN hosts are left"
+    add("--nnodes", metavar="N|MIN:MAX", help=nnodes_help)
+    add("--slurm", action="store_true", help="submit a Slurm job, or run in the current allocation")
+    add("--write-sbatch", type=Path, metavar="F", help="write the Slurm job script to a file")
+    option_help = "#SBATCH option, such as time=30"
+    add("--slurm-opt", action="append", default=[], metavar="K=V", help=option_help)
+    add(
+        "--ssh-opt",
+        action="append",
+        default=[],
+        metavar="O",
+        help="ssh option, such as ProxyJump=gate",
+    )
 
 
 def _add_rank_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--env", action="append", default=[], metavar="K=V", help="variable for all ranks")
-    add("--env-file", type=Path, metavar="F", help="file with lines K=V, and # comments")
-    pattern_help = "also pass on variables such as WANDB_* (NCCL_*, HF_* and others always are)"
+    add(
+        "--env",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="environment variable to set",
+    )
+    add("--env-file", type=Path, metavar="F", help="file with lines K=V and # comments")
+    pattern_help = "variables to pass on, such as WANDB_* (NCCL_*, HF_* and others always are)"
     add("--pass-env", action="append", default=[], metavar="PATTERN", help=pattern_help)
     add("--cwd", default=".", metavar="D", help="working directory on every host")
     python_help = "interpreter on every host (default: this one)"
     add("--python", default=sys.executable, metavar="EXE", help=python_help)
     add("--bind-cores", action="store_true", help="bind each rank to its own CPU cores")
     add("--log-dir", metavar="D", help="directory for one log file per rank")
-    add("--max-restarts", type=int, default=0, metavar="R", help="(default: 0)")
-    add("--timeout", type=positive, default=600, metavar="S", help="of collectives (default: 600)")
-    add(
-        "--grace",
-        type=positive,
-        default=30,
-        metavar="S",
-        help="to save before a kill (default: 30)",
-    )
+    restarts_help = "maximum number of restarts (default: 0)"
+    add("--max-restarts", type=int, default=0, metavar="R", help=restarts_help)
+    timeout_help = "timeout of collectives (default: 600)"
+    add("--timeout", type=positive, default=600, metavar="S", help=timeout_help)
+    grace_help = "time for ranks to save before they are killed (default: 30)"
+    add("--grace", type=positive, default=30, metavar="S", help=grace_help)
 
 
 def _add_launcher_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--config", metavar="F", help="validated before launch (default: a .json among ARGS)")
-    rejoin_help = "call a lost host again until it is back, at most for --rdzv-timeout"
+    add(
+        "--config",
+        metavar="F",
+        help="config to validate before launch (default: a .json among ARGS)",
+    )
+    rejoin_help = "reconnect to a lost host for up to --rdzv-timeout"
     add("--rejoin", action="store_true", help=rejoin_help)
-    rendezvous_help = "of the rendezvous (default: 300)"
+    rendezvous_help = "timeout of the rendezvous (default: 300)"
     add("--rdzv-timeout", type=positive, default=300, metavar="S", help=rendezvous_help)
-    add("--port", type=int, default=0, metavar="P", help="of the rendezvous (default: a free port)")
-    add("--iface", metavar="NAME", help="network interface (default: that of ssh)")
+    port_help = "port of the rendezvous (default: a free port)"
+    add("--port", type=int, default=0, metavar="P", help=port_help)
+    add("--iface", metavar="NAME", help="network interface (default: the one that ssh uses)")
     choices = ["all", "rank0", "none"]
-    console_help = "ranks to print (default: rank0; the last lines of a failed rank always are)"
+    console_help = "ranks to print (default: rank0, and the last lines of a failed rank)"
     add("--console", choices=choices, default="rank0", help=console_help)
     add("--dry-run", action="store_true", help="print the plan without contacting a host")
     add("--json", action="store_true", help="print the plan as JSON")
@@ -143,7 +161,7 @@ def _add_launcher_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Launch the script, or report why it cannot be launched."""
+    """Validate the config, check the hosts, and launch the script."""
     script = tuple(args.script[1:] if args.script[:1] == ["--"] else args.script)
     _check_script(args, script)
     _check_options(args)
@@ -173,8 +191,8 @@ def _check_script(args: argparse.Namespace, script: tuple[str, ...]) -> None:
         raise FileNotFoundError(2, "no such script", script[0])
     if sys.platform != "linux":
         raise LaunchError(
-            "`onecycle launch` requires Linux, which ends every process of a job reliably. "
-            "Start the script with torchrun here."
+            "`onecycle launch` requires Linux, where it can kill every process of a job. "
+            "On other systems, start the script with torchrun."
         )
 
 
@@ -183,7 +201,7 @@ def _is_slurm(args: argparse.Namespace) -> bool:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Reject values out of range, and options without effect on this kind of launch."""
+    """Reject values out of range, and options that this kind of launch ignores."""
     if not 0 <= args.port < 2**16:
         raise LaunchError(f"`--port` must be 0 to 65535, got {args.port}.")
     if args.hostfile and _is_slurm(args):
@@ -194,7 +212,7 @@ def _check_options(args: argparse.Namespace) -> None:
         if kind not in supported and not is_default:
             raise LaunchError(f"`--{option.replace('_', '-')}` {error}")
     if args.json and not args.dry_run:
-        raise LaunchError("`--json` needs `--dry-run`, whose plan it prints.")
+        raise LaunchError("`--json` needs `--dry-run`: it prints the plan as JSON.")
 
 
 def _build_request(args: argparse.Namespace, script: tuple[str, ...]) -> LaunchRequest:
@@ -245,7 +263,7 @@ def _build_hosts(args: argparse.Namespace, nnodes: int | None) -> tuple[Host, ..
 def _find_port(port: int) -> int:
     found = free_port(port)
     if found is None:
-        raise LaunchError(f"Port {port} is already in use here; choose another with `--port`.")
+        raise LaunchError(f"Port {port} is in use on this host. Choose another with `--port`.")
     return found
 
 
@@ -263,7 +281,7 @@ def _is_valid(config: str, world_size: int, out: TextIO) -> bool:
 def _run_preflight(
     request: LaunchRequest, config: str | None, out: TextIO
 ) -> dict[str, HostFacts] | None:
-    """Return facts about every host; print the problems and return None if there are any."""
+    """Check every host and return its facts; if a check fails, print why and return None."""
     checks = check_hosts(request, config and str(Path(config).resolve()))
     failed = [check for check in checks if check.problem]
     for check in failed:
@@ -280,7 +298,7 @@ def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: Text
     script = build_sbatch(request, options)
     if args.write_sbatch:
         args.write_sbatch.write_text(script, encoding="utf-8")
-        print(f"{args.write_sbatch}: submit it with sbatch", file=out)
+        print(f"{args.write_sbatch}: written; submit it with sbatch", file=out)
         return OK
     if args.dry_run:
         print(json.dumps({"sbatch": script}) if args.json else script, file=out)

@@ -1,4 +1,4 @@
-"""``onecycle lr-test``: the LR range test of an unmodified training script."""
+"""``onecycle lr-test``: run an LR range test on an unmodified training script."""
 
 from __future__ import annotations
 
@@ -29,19 +29,18 @@ if TYPE_CHECKING:
 __all__ = ["add", "run"]
 
 _LINES_OF_FAILURE = 15
-_GRACE = 30.0  # seconds for a script to write what it writes at its end
+_GRACE = 30.0  # seconds that a script gets to exit after the test
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Run a training script, unchanged, at learning rates that rise from small to too large, "
-        "and say between which to cycle. Its `engine.initialize` sees that a test is on: the sweep "
-        "takes the scheduler's place, no checkpoint is written, and the script is ended when the "
-        "loss diverges or the sweep is through."
+        "Run an unmodified training script while the learning rate rises from small to too large,\n"
+        "and suggest bounds for a cycle. During the test, the sweep replaces the schedule, and no\n"
+        "checkpoints are written. The script is stopped when the loss diverges or the sweep ends."
     )
     parser.epilog = (
-        "exit status: 0 a suggestion, 1 none, 2 wrong usage\n\nexamples:\n"
+        "exit status: 0 a suggestion was found; 1 no suggestion; 2 wrong usage\n\nexamples:\n"
         "  onecycle lr-test -- train.py --epochs 1\n"
         "  onecycle lr-test --repeat 3 --write ds_config.json -- train.py\n"
         "  onecycle lr-test --refine --updates 20000 -- train.py\n"
@@ -51,56 +50,64 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="a config in place of the script's; its block is swept by if it is an LRRangeTest",
+        help="config that replaces the script's; if its schedule is an LRRangeTest, the sweep "
+        "follows it",
     )
-    parser.add_argument("--min", type=float, default=1e-6, metavar="LR", help="(default: 1e-6)")
-    parser.add_argument("--max", type=float, default=10.0, metavar="LR", help="(default: 10)")
-    parser.add_argument("--steps", type=positive, default=250, help="updates (default: 250)")
+    parser.add_argument(
+        "--min", type=float, default=1e-6, metavar="LR", help="first learning rate (default: 1e-6)"
+    )
+    parser.add_argument(
+        "--max", type=float, default=10.0, metavar="LR", help="last learning rate (default: 10)"
+    )
+    parser.add_argument(
+        "--steps", type=positive, default=250, help="steps of the sweep (default: 250)"
+    )
     parser.add_argument(
         "--shape",
         choices=["exponential", "linear", "staircase"],
         default="exponential",
-        help="how the learning rate rises (default: by the same factor in every update)",
+        help="shape of the sweep (default: exponential, the same factor in every step)",
     )
     parser.add_argument(
         "--momentum",
         nargs=2,
         type=float,
         metavar=("FROM", "TO"),
-        help="let momentum fall meanwhile, as in a cycle's first half: 0.95 0.85",
+        help="momentum at both ends of the sweep, such as 0.95 0.85 (default: constant)",
     )
     parser.add_argument(
         "--divergence",
         type=float,
         default=4.0,
         metavar="X",
-        help="end when the smoothed loss is X times the lowest (default: 4)",
+        help="stop when the smoothed loss is X times its minimum (default: 4)",
     )
-    parser.add_argument(
-        "--repeat", type=positive, default=1, metavar="N", help="runs, each with a seed of its own"
-    )
+    repeat_help = "number of runs, each with a different seed (default: 1)"
+    parser.add_argument("--repeat", type=positive, default=1, metavar="N", help=repeat_help)
     parser.add_argument(
         "--refine",
         action="store_true",
-        help="then train short 1Cycles of --steps updates each, to five maxima a factor of 2 apart "
-        "around the suggestion (to more, until the best lies among them), and suggest the one that "
-        "ends lowest; takes five to ten times as long",
+        help="after the sweep, train short 1Cycle runs of --steps steps each, with five maxima a "
+        "factor of 2 apart around the suggestion, and suggest the one with the lowest final loss. "
+        "If the best is the first or the last, more maxima are tried. Takes five to ten times as "
+        "long.",
     )
     parser.add_argument(
         "--updates",
         type=positive,
         metavar="N",
-        help="with --refine: length of the training that is to follow; longer ones bear less, by "
-        "(steps / N)**0.32 (https://arxiv.org/abs/2409.19913)",
+        help="with --refine: number of steps of the planned training. The suggestion is scaled by "
+        "(steps / N)**0.32, because longer training needs a smaller learning rate "
+        "(https://arxiv.org/abs/2409.19913)",
     )
     parser.add_argument(
-        "--nproc", type=positive, default=1, metavar="N", help="processes on this machine"
+        "--nproc", type=positive, default=1, metavar="N", help="number of ranks (default: 1)"
     )
     parser.add_argument(
         "--write",
         type=Path,
         metavar="FILE",
-        help="put the OneCycle block into this config; the old file stays as FILE.bak",
+        help="config to write the OneCycle block to; the old file is kept as FILE.bak",
     )
     parser.add_argument(
         "-o",
@@ -108,20 +115,20 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("lr_test"),
         metavar="DIR",
-        help="for lr_range.png, report.json and the script's logs (default: lr_test)",
+        help="directory for lr_range.png, report.json and the script's logs (default: lr_test)",
     )
     parser.add_argument("script", nargs=argparse.REMAINDER, help="-- SCRIPT ARGS, or -- COMMAND")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Run the script, and say what the test found."""
+    """Run the test and print its suggestion."""
     from rich.console import Console
 
     from engine.range_test.refinement import refuse_updates
     from engine.range_test.report import LRRangeReport
     from engine.range_test.sweep import Sweep
 
-    command = _command(args)
+    command = _build_command(args)
     refuse_updates(args.refine, args.updates)
     sweep = Sweep(
         args.min,
@@ -129,13 +136,13 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         args.steps,
         args.shape,
         tuple(args.momentum) if args.momentum else None,
-        _block_of(args.config, args.nproc),
+        _read_range_test_block(args.config, args.nproc),
         args.divergence,
         config=args.config and str(Path(args.config).resolve()),
     )
     target = args.write or args.config
-    # What cannot be written to is known before the test.
-    known = _read_block(Path(target), args.nproc) if target else None
+    # Read the config first: an unreadable file must fail before the test, not after it.
+    current = _read_block(Path(target), args.nproc) if target else None
     console = Console(file=out, soft_wrap=True)
     args.output.mkdir(parents=True, exist_ok=True)
 
@@ -147,9 +154,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         name = f"cycle to {block['params']['cycle_max_lr']:.2g}"
         run = _train(command, cycle, name, args, console)
         if not run.end:
-            raise _NoTestError(
-                f"the script ended after {len(run.lrs)} of the {args.steps} updates of a short "
-                "cycle; let it train for more epochs, or give fewer --steps."
+            raise _TestFailedError(
+                f"the script ended after {len(run.lrs)} of the {args.steps} steps of a short "
+                "cycle. Train for more epochs, or reduce --steps."
             )
         return run
 
@@ -157,45 +164,45 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         report = LRRangeReport(tuple(sweep_once(repeat) for repeat in range(args.repeat)))
         if args.refine:
             steps, updates = args.steps, args.updates
-            report = report.refined(cycle_once, steps=steps, updates=updates, known=known)
-    except _NoTestError as trouble:
-        console.print(f"no suggestion: {trouble}", markup=False)
+            report = report.refined(cycle_once, steps=steps, updates=updates, known=current)
+    except _TestFailedError as error:
+        console.print(f"no suggestion: {error}", markup=False)
         return INVALID
-    return _tell(report, known, args, console)
+    return _print_result(report, current, args, console)
 
 
-class _NoTestError(Exception):
-    """A run of the script carries no test; the message says why, and what would help."""
+class _TestFailedError(Exception):
+    """A run of the script gave no usable test; the message contains the reason and the fix."""
 
 
 def _train(
     command: Sequence[str], sweep: Sweep, name: str, args: argparse.Namespace, console: Console
 ) -> Run:
-    """Run the script by a sweep, and return what it noted.
+    """Run the script with a sweep and return its record.
 
     Raises:
-        _NoTestError: it failed, or noted too little.
+        _TestFailedError: if the script failed or recorded too few steps.
     """
     from engine.range_test.recorder import RECORD, Run
 
     log = args.output / f"{name.replace(' ', '_')}.{sweep.seed_offset}.log"
-    with tempfile.TemporaryDirectory(prefix="onecycle-") as folder:
-        record = Path(folder, RECORD)
-        environment = replace(sweep, folder=folder).environment()
-        status = _follow(command, environment, record, log, name, args, console)
+    with tempfile.TemporaryDirectory(prefix="onecycle-") as directory:
+        record = Path(directory, RECORD)
+        environment = replace(sweep, folder=directory).environment()
+        status = _run_with_progress(command, environment, record, log, name, args, console)
         run = Run.read(record) if record.is_file() else Run()
-    trouble = _trouble(status, run, log, args)
-    if trouble:
-        raise _NoTestError(trouble)
+    problem = _find_problem(status, run, log, args)
+    if problem:
+        raise _TestFailedError(problem)
     return run
 
 
-def _command(args: argparse.Namespace) -> list[str]:
+def _build_command(args: argparse.Namespace) -> list[str]:
     script = args.script[1:] if args.script[:1] == ["--"] else args.script
     if not script:
-        raise ValueError("a script must follow: `onecycle lr-test -- train.py ARGS`.")
+        raise ValueError("The script is missing: `onecycle lr-test -- train.py ARGS`.")
     if script[0].endswith(".py") and not Path(script[0]).is_file():
-        raise FileNotFoundError(2, "there is no such script", script[0])
+        raise FileNotFoundError(2, "no such script", script[0])
     python = [sys.executable] if script[0].endswith(".py") else []
     if args.nproc == 1:
         return [*python, *script]
@@ -204,8 +211,8 @@ def _command(args: argparse.Namespace) -> list[str]:
     return [*launcher, "--nproc_per_node", str(args.nproc), *flags, *script]
 
 
-def _block_of(config: str | None, nproc: int) -> Any:
-    """Return the config's own range test, if that is its schedule."""
+def _read_range_test_block(config: str | None, nproc: int) -> Any:
+    """Return the config's schedule block if it is an LRRangeTest, else None."""
     block = _read_block(Path(config), nproc) if config else None
     return block if block and block.get("type") == "LRRangeTest" else None
 
@@ -217,7 +224,7 @@ def _read_block(path: Path, nproc: int) -> dict[str, Any] | None:
     return None if block is None else dict(block)
 
 
-def _follow(
+def _run_with_progress(
     command: Sequence[str],
     environment: dict[str, str],
     record: Path,
@@ -226,7 +233,7 @@ def _follow(
     args: argparse.Namespace,
     console: Console,
 ) -> int:
-    """Run the script to its end, with a bar of the updates that it has noted."""
+    """Run the script until it ends, with a progress bar; return its exit status."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from engine.range_test.recorder import Run
@@ -241,7 +248,7 @@ def _follow(
     )
     with log.open("wb") as file, bar:
         task = bar.add_task(name, total=args.steps, lr=args.min, loss=float("nan"))
-        process = subprocess.Popen(  # noqa: S603  # what the user asks for
+        process = subprocess.Popen(  # noqa: S603  # the user's command
             command,
             env=os.environ | environment,
             stdout=file,
@@ -262,49 +269,49 @@ def _follow(
         except KeyboardInterrupt:
             _kill(process)
             raise
-    # One that catches the stop, and goes on elsewhere, has told all that it had to tell.
+    # The test is complete even if the script caught the stop and had to be killed.
     return 0 if ended_at is not None and process.returncode < 0 else process.returncode
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a script and all that it has started: torchrun's workers have sessions of their own."""
+    """Kill a script and all its descendants: torchrun starts each worker in a separate session."""
     import signal
 
     from engine.launch.agent import descendants
 
-    below = descendants(process.pid)
+    children = descendants(process.pid)
     os.killpg(process.pid, signal.SIGKILL)
-    for pid in below:
+    for pid in children:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
-def _trouble(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
-    """Return why a run carries no test, and what would help."""
+def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
+    """Return why a run gave no usable test and how to fix it; empty if it is usable."""
     from engine.range_test.suggestion import MIN_POINTS
 
     name = " ".join(args.script).removeprefix("-- ")
     if status != 0 and not run.end:
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()
         lines = "\n".join(last[-_LINES_OF_FAILURE:])
-        return f"{name} failed with status {status}; its last lines ({log} has all):\n{lines}"
+        return f"{name} failed with status {status}. Its last lines (full output: {log}):\n{lines}"
     if not run.facts:
         return (
-            f"{name} ended without a call of engine.initialize; have it train through the engine "
-            f"({log} has what it printed)."
+            f"{name} ended without calling engine.initialize. Train with the engine "
+            f"(output of the script: {log})."
         )
     if len(run.curve[0]) < MIN_POINTS and not run.end:
         return (
-            f"{name} ended after {len(run.lrs)} updates, and {MIN_POINTS + 1} must be; let it "
-            "train for more epochs, or on smaller batches."
+            f"{name} ended after {len(run.lrs)} steps, but the test needs {MIN_POINTS + 1}. Train "
+            "for more epochs, or use smaller batches."
         )
     return ""
 
 
-def _tell(
+def _print_result(
     report: LRRangeReport,
-    known: dict[str, Any] | None,
+    current: dict[str, Any] | None,
     args: argparse.Namespace,
     console: Console,
 ) -> int:
@@ -318,15 +325,15 @@ def _tell(
     width = min(100, shutil.get_terminal_size().columns)
     terminal.write(report.drawn_on_terminal(width, colour=supports_color(terminal)) + "\n")
     console.print(report.table())
-    ends = ", ".join(run.end or "the script's own end" for run in report.runs)
-    updates = ", ".join(str(len(run.lrs)) for run in report.runs)
-    console.print(f"{updates} updates, ended by {ends}; {picture}, {data}", markup=False)
+    ends = ", ".join(run.end or "the end of the script" for run in report.runs)
+    steps = ", ".join(str(len(run.lrs)) for run in report.runs)
+    console.print(f"{steps} steps, ended by {ends}; {picture}, {data}", markup=False)
     if report.max_lr is None:
         console.print(f"no suggestion: {report.suggestion.reason}", markup=False)
         return INVALID
-    block = report.block(known)
+    block = report.block(current)
     console.print_json(json.dumps({"scheduler": block}))
     if args.write is not None:
         backup = put_scheduler(args.write, block)
-        console.print(f"written into {args.write}; as it was: {backup}", markup=False)
+        console.print(f"written to {args.write}; backup of the old file: {backup}", markup=False)
     return OK

@@ -1,4 +1,4 @@
-"""``onecycle plot``: the learning rate and momentum that every update will use."""
+"""``onecycle plot``: plot the learning rate and momentum of every step."""
 
 from __future__ import annotations
 
@@ -23,92 +23,92 @@ __all__ = ["add", "run"]
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Show the learning rate and momentum that every update will use. Needs no "
-        "batch size and no model: a file that holds a scheduler alone will do."
+        "Plot the learning rate and momentum of every step. The config needs only a `scheduler` "
+        "section; batch sizes and a model are not required."
     )
     parser.add_argument("file", metavar="FILE", help="a ds_config.json")
     parser.add_argument(
         "--steps",
         type=positive,
         metavar="N",
-        help="number of updates to show (default: enough to see the whole schedule)",
+        help="number of steps to plot (default: the run or the whole schedule)",
     )
     parser.add_argument(
         "--steps-per-epoch",
         type=positive,
         metavar="N",
-        help="updates in one pass over the data, for durations in epochs",
+        help="steps per epoch; required if the config has durations in epochs",
     )
     parser.add_argument(
         "--csv",
         metavar="FILE",
-        help="write one row an update, columns step,lr,momentum,…; - for standard output",
+        help="write one CSV row per step, columns step,lr,momentum,…; - for standard output",
     )
     parser.add_argument(
         "--compare",
         nargs="+",
         default=[],
         metavar="FILE|TYPE",
-        help="other configs, or schedules by their names with their examples, to draw over it",
+        help="configs, or schedule types with their example parameters, to add to the plot",
     )
     parser.add_argument(
         "--losses",
         type=Path,
         metavar="CSV",
-        help="what a recorded run told a schedule that listens: the last column of each row, as "
-        "csv_monitor writes it (default: a synthetic loss)",
+        help="recorded losses for a loss-driven schedule, in the last column of a CSV file such as "
+        "csv_monitor writes (default: a synthetic loss)",
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="PNG",
-        help="where to draw (default, unless there is --csv or -t: FILE with the suffix .png, in "
-        "this folder)",
+        help="output image; its suffix sets the format (default without --csv and -t: FILE with "
+        "the suffix .png, in the current directory)",
     )
     parser.add_argument(
         "-t",
         "--terminal",
         action="store_true",
-        help="draw on the terminal, and into a file only with --output",
+        help="plot in the terminal; write an image only with --output",
     )
 
 
-class _Shown(NamedTuple):
-    """What is to be drawn, or written as a table."""
+class _PlotData(NamedTuple):
+    """The data to plot or to write as CSV."""
 
     title: str
     columns: dict[str, list[float]]
     curves: Mapping[str, Curve]
-    """The same as formulas, with the names of their phases; none where a loss was listened to."""
+    """The columns as functions of the step, with named phases; empty for recorded losses."""
     evidence: Evidence | None
-    what: str
+    summary: str
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Draw, or print, the curves of a config."""
+    """Plot the curves of a config or write them as CSV."""
     if args.losses and args.compare:
-        raise ValueError("`--losses` must come without `--compare`: only one run has had them.")
-    shown = _on_losses(args) if args.losses else _beforehand(args)
+        raise ValueError("`--losses` and `--compare` cannot be combined. Use one of them.")
+    data = _replay_losses(args) if args.losses else _preview_configs(args)
     if args.csv == "-":
-        _write_csv(shown, out)
+        _write_csv(data, out)
     elif args.csv:
         with Path(args.csv).open("w", encoding="utf-8") as file:
-            _write_csv(shown, file)
+            _write_csv(data, file)
     if args.terminal:
-        _draw_on_terminal(shown, out)
+        _draw_on_terminal(data, out)
     if args.output or not (args.csv or args.terminal):
         from engine.display.plots import draw
 
         path = args.output or Path(Path(args.file).name).with_suffix(".png")
-        draw(shown.columns, path, shown.title, curves=shown.curves, evidence=shown.evidence)
+        draw(data.columns, path, data.title, curves=data.curves, evidence=data.evidence)
         if args.csv != "-":
-            print(f"{path}: {shown.what}", file=out)
+            print(f"{path}: {data.summary}", file=out)
     return OK
 
 
-def _beforehand(args: argparse.Namespace) -> _Shown:
-    """Return what a config, and others to compare it with, will give to each update."""
+def _preview_configs(args: argparse.Namespace) -> _PlotData:
+    """Return the values of each step for a config and the configs to compare it with."""
     from engine.display.preview import preview
 
     sources = [args.file, *map(_config_or_example, args.compare)]
@@ -122,46 +122,46 @@ def _beforehand(args: argparse.Namespace) -> _Shown:
     }
     columns = {name: list(curve.values(steps)) for name, curve in curves.items()}
     title = " and ".join((f"{previews[0].title} of {args.file}", *args.compare))
-    what = f"{steps} updates of {previews[0].schedule.type_name}"
-    return _Shown(title, columns, curves, None, what)
+    summary = f"{steps} steps of {previews[0].schedule.type_name}"
+    return _PlotData(title, columns, curves, None, summary)
 
 
-def _on_losses(args: argparse.Namespace) -> _Shown:
-    """Return what a schedule that listens answers to the losses of a run."""
+def _replay_losses(args: argparse.Namespace) -> _PlotData:
+    """Return the values that a loss-driven schedule computes from recorded losses."""
     from engine.display.preview import preview
 
-    shown = preview(args.file, steps_per_epoch=args.steps_per_epoch)
-    losses = _losses(args.losses)
-    told, evidence = shown.told(losses)
-    steps = args.steps or len(losses) + 1  # what the last one led to is for the update after it
-    columns = {name: of[:steps] for name, of in (told | {"loss": losses}).items()}
-    name = shown.schedule.type_name
-    title = f"{name} of {args.file} on the losses of {args.losses}"
-    return _Shown(title, columns, {}, evidence, f"{len(losses)} losses told to {name}")
+    data = preview(args.file, steps_per_epoch=args.steps_per_epoch)
+    losses = _read_losses(args.losses)
+    values, evidence = data.told(losses)
+    steps = args.steps or len(losses) + 1  # the last loss sets the values of the step after it
+    columns = {name: column[:steps] for name, column in (values | {"loss": losses}).items()}
+    name = data.schedule.type_name
+    title = f"{name} of {args.file} on losses from {args.losses}"
+    return _PlotData(title, columns, {}, evidence, f"{name} on {len(losses)} losses")
 
 
-def _write_csv(shown: _Shown, file: TextIO) -> None:
-    print(",".join(("step", *shown.columns)), file=file)
-    for step, row in enumerate(itertools.zip_longest(*shown.columns.values())):
+def _write_csv(data: _PlotData, file: TextIO) -> None:
+    print(",".join(("step", *data.columns)), file=file)
+    for step, row in enumerate(itertools.zip_longest(*data.columns.values())):
         known = ("" if value is None else repr(value) for value in row)
         print(step, *known, sep=",", file=file)
 
 
-def _draw_on_terminal(shown: _Shown, out: TextIO) -> None:
+def _draw_on_terminal(data: _PlotData, out: TextIO) -> None:
     from engine.display.plots import draw_on_terminal
     from engine.display.terminal import supports_color
 
     drawn = draw_on_terminal(
-        shown.columns,
-        shown.title,
-        curves=shown.curves,
+        data.columns,
+        data.title,
+        curves=data.curves,
         size=shutil.get_terminal_size(),
         colour=supports_color(out),
     )
     print(drawn, file=out)
 
 
-def _losses(path: Path) -> list[float]:
+def _read_losses(path: Path) -> list[float]:
     """Return the last column of a CSV file with a header."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file) if row][1:]
@@ -169,12 +169,12 @@ def _losses(path: Path) -> list[float]:
         return [float(row[-1]) for row in rows]
     except ValueError as error:
         raise ValueError(
-            f"{path} must hold a number at the end of each row, but: {error}."
+            f"{path}: the last column of each row must be a number: {error}."
         ) from None
 
 
 def _config_or_example(name: str) -> str | dict[str, Any]:
-    """Return a path as it is, and the name of a schedule as a config with its example."""
+    """Return a path unchanged, or a config with the example parameters of a schedule type."""
     from schedules import SCHEDULES
 
     if name not in SCHEDULES:

@@ -1,4 +1,4 @@
-"""``onecycle schedules``: every schedule, or all about one."""
+"""``onecycle schedules``: list all schedules, or print the documentation of one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ __all__ = ["add", "run"]
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "List every schedule with a little curve of its learning rate, or print one's "
-        "parameters, units, defaults, formula and an example block."
+        "List every schedule with a small plot of its learning rate. With TYPE, print the formula, "
+        "parameters, units, defaults and an example block of one schedule."
     )
-    parser.add_argument(
-        "type", metavar="TYPE", nargs="?", help="a scheduler type, such as OneCycle"
-    )
+    parser.add_argument("type", metavar="TYPE", nargs="?", help="schedule type, such as OneCycle")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """List all schedules, or print one's page."""
+    """List all schedules, or print the documentation of one."""
     from engine.display.catalog import listing, page
     from schedules.core.registry import find
 

@@ -1,4 +1,4 @@
-"""``onecycle schema``: the JSON schema of configs, or of one schedule's params."""
+"""``onecycle schema``: print the JSON Schema of configs, or of one schedule's params."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ __all__ = ["add", "run"]
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Print the JSON Schema (draft 2020-12) of configs, or of a schedule's params."
+        "Print the JSON Schema (draft 2020-12) of configs. With TYPE, print the schema of that "
+        "schedule's `params`."
     )
-    parser.add_argument(
-        "type", metavar="TYPE", nargs="?", help="a scheduler type, such as OneCycle"
-    )
+    parser.add_argument("type", metavar="TYPE", nargs="?", help="schedule type, such as OneCycle")
     parser.add_argument(
         "--editor",
         action="store_true",
-        help="print one self-contained draft-07 schema for editors: save it, and let a config "
-        'begin with "$schema": "./ds_config.draft-07.json" for completion and hover',
+        help="print a self-contained draft-07 schema for editors. Save it and start the config "
+        'with "$schema": "./ds_config.draft-07.json" to get completion and documentation.',
     )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print a schema."""
+    """Print the schema of configs, or of a schedule's `params`."""
     import schemas
     from engine.config.schema import SCHEMA, schedule_schema
     from schedules.core.registry import find

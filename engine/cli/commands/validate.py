@@ -1,4 +1,4 @@
-"""``onecycle validate``: all that is wrong with configs, each thing with its place and its cure."""
+"""``onecycle validate``: report every problem of a config, its location and how to fix it."""
 
 from __future__ import annotations
 
@@ -25,31 +25,41 @@ __all__ = ["add", "run"]
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Say all that is wrong with configs, each thing with its place and its cure. "
-        'What an integration fills in may be "auto".'
+        "Validate configs and report every problem with its location and how to fix it. "
+        'Values that Hugging Face or another integration fills in may be "auto".'
     )
-    parser.epilog = "`onecycle explain RULE` says more about the rule in brackets."
-    parser.add_argument("files", metavar="FILE", nargs="+", help="a ds_config.json; - for stdin")
+    parser.epilog = "`onecycle explain RULE` explains the rule that a problem names in brackets."
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", help="path of a ds_config.json; - for standard input"
+    )
     parser.add_argument(
         "--world-size",
         type=positive,
         metavar="N",
-        help="number of ranks to prove the batch sizes for (default: what holds for any number)",
+        help="number of ranks to validate the batch sizes for (default: any number)",
     )
-    parser.add_argument("--strict", action="store_true", help="count warnings as errors")
+    parser.add_argument("--strict", action="store_true", help="treat warnings as errors")
     parser.add_argument(
-        "--no-auto", action="store_true", help='count every "auto" as an error, as a run would'
+        "--no-auto", action="store_true", help='treat every "auto" as an error, as a run does'
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="leave out notes and verdicts")
-    parser.add_argument("--format", choices=FORMATS, default="text", help="(default: text)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="omit notes and verdicts")
     parser.add_argument(
-        "--fix", action="store_true", help="write mechanical repairs, as old names, into the file"
+        "--format", choices=FORMATS, default="text", help="output format (default: text)"
     )
-    parser.add_argument("--diff", action="store_true", help="show repairs instead of writing them")
+    parser.add_argument(
+        "--fix",
+        action="store_true",
+        help="apply automatic fixes, such as renaming deprecated keys, to the file",
+    )
+    parser.add_argument(
+        "--diff",
+        action="store_true",
+        help="print the automatic fixes as a diff and leave the file unchanged",
+    )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Check the files, and return the worst of their statuses."""
+    """Validate the files and return the highest of their exit statuses."""
     return max(_validate(name, args, out) for name in args.files)
 
 
@@ -58,33 +68,33 @@ def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
     try:
         document = load_document(name)
         problems = check(document, args.world_size, runs=args.no_auto)
-    except ConfigError as error:  # no such file, or no text
+    except ConfigError as error:  # the file cannot be read
         for line in FORMATS[args.format](Report(Document(name, None), error.problems, colour)):
             print(line, file=out)
         return USAGE
     if args.fix or args.diff:
-        document, problems = _repaired(document, problems, args, out)
+        document, problems = _apply_fixes(document, problems, args, out)
     if args.strict:
-        problems = [_promoted(problem) for problem in problems]
+        problems = [_as_error(problem) for problem in problems]
     if args.quiet:
         problems = [problem for problem in problems if problem.severity != "note"]
     for line in FORMATS[args.format](Report(document, problems, colour)):
         print(line, file=out)
     if args.format == "text" and not args.quiet:
-        print(f"{name}: {_verdict(problems, args.world_size)}", file=out)
+        print(f"{name}: {_build_verdict(problems, args.world_size)}", file=out)
     return INVALID if any(problem.severity == "error" for problem in problems) else OK
 
 
-def _repaired(
+def _apply_fixes(
     document: Document, problems: list[Problem], args: argparse.Namespace, out: TextIO
 ) -> tuple[Document, list[Problem]]:
-    text, mended = repair(document, problems)
+    text, fixes = repair(document, problems)
     name = document.name
-    if not mended:
+    if not fixes:
         return document, problems
     if args.diff:
         before, after = document.text.splitlines(keepends=True), text.splitlines(keepends=True)
-        out.writelines(difflib.unified_diff(before, after, name, f"{name} (repaired)"))
+        out.writelines(difflib.unified_diff(before, after, name, f"{name} (fixed)"))
         return document, problems
     if name != "-":
         Path(name).write_bytes(document.encoded(text))
@@ -92,18 +102,18 @@ def _repaired(
     return document, check(document, args.world_size, runs=args.no_auto)
 
 
-def _promoted(problem: Problem) -> Problem:
-    warns = problem.severity == "warning"
-    return dataclasses.replace(problem, severity="error") if warns else problem
+def _as_error(problem: Problem) -> Problem:
+    is_warning = problem.severity == "warning"
+    return dataclasses.replace(problem, severity="error") if is_warning else problem
 
 
-def _verdict(problems: Sequence[Problem], world_size: int | None) -> str:
+def _build_verdict(problems: Sequence[Problem], world_size: int | None) -> str:
     counts = {
         severity: sum(problem.severity == severity for problem in problems)
         for severity in ("error", "warning")
     }
-    said = [count_noun(count, word) for word, count in counts.items() if count]
+    parts = [count_noun(count, word) for word, count in counts.items() if count]
     if counts["error"]:
-        return ", ".join(said)
+        return ", ".join(parts)
     ranks = f" for {count_noun(world_size, 'rank')}" if world_size else ""
-    return f"right{ranks}{', ' if said else ''}{', '.join(said)}"
+    return ", ".join((f"valid{ranks}", *parts))

@@ -496,10 +496,10 @@ def test_the_command_lists_verifies_shows_and_exports(saved):
     status, out = run("checkpoint", "ls", saved)
     assert status == 0
     assert [line.split()[0] for line in out.splitlines()] == whole(saved)
-    assert "update 6  torch  1 rank" in out
+    assert "step 6  torch  1 rank" in out
     assert run("checkpoint", "verify", saved) == (
         0,
-        "global_step2: whole\nglobal_step4: whole\nglobal_step6: whole\n",
+        "global_step2: valid\nglobal_step4: valid\nglobal_step6: valid\n",
     )
     status, out = run("checkpoint", "show", saved)
     assert json.loads(out)["identity"]["scheduler"]["type"] == "OneCycle"
@@ -526,7 +526,7 @@ def test_checkpoint_verify_without_checkpoints_reports_it(tmp_path, directory):
     path = tmp_path / directory
     out, err = io.StringIO(), io.StringIO()
     assert main(["checkpoint", "verify", str(path)], out, err) == 2
-    assert (out.getvalue(), err.getvalue()) == ("", f"onecycle: {path}: holds no checkpoint\n")
+    assert (out.getvalue(), err.getvalue()) == ("", f"onecycle: {path}: contains no checkpoint\n")
 
 
 def test_the_command_loads_no_torch(saved):

@@ -1,4 +1,4 @@
-"""``onecycle lr-test``: unmodified scripts under it, and what it says when one will not do."""
+"""``onecycle lr-test`` on unmodified scripts, and its errors for unusable scripts."""
 
 import io
 import json
@@ -36,11 +36,11 @@ for step in range(int(sys.argv[1])):
     x = x[trainer.global_rank * micro :][:micro]
     trainer.backward((trainer(x) - x.sum(1, keepdim=True)).pow(2).mean() SCALE)
     BODY
-trainer.save_checkpoint("mine")
+trainer.save_checkpoint("manual")
 open("after", "w").close()
 """
 
-CATCHES = """
+CATCH_STOP = """
     while True:
         try:
             trainer.step()
@@ -50,14 +50,14 @@ CATCHES = """
 """
 
 
-def script(folder, body="trainer.step()", scale=""):
-    path = folder / "train.py"
+def write_script(directory, body="trainer.step()", scale=""):
+    path = directory / "train.py"
     path.write_text(SCRIPT.replace("BODY", body.strip()).replace("SCALE", scale))
     return str(path)
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -68,53 +68,54 @@ def lr_test(*arguments):
     return status, out.getvalue(), err.getvalue()
 
 
-def report():
+def read_report():
     return json.loads(Path("lr_test/report.json").read_text())
 
 
-def test_a_script_is_swept_stopped_and_leaves_nothing_behind(folder):
-    status, out, _ = lr_test("--min", 1e-5, "--", script(folder), 1000)
+def test_lr_test_stops_the_script_and_writes_only_its_results(directory):
+    status, out, _ = lr_test("--min", 1e-5, "--", write_script(directory), 1000)
     assert status == 0, out
     assert '"type": "OneCycle"' in out
-    found = report()
+    found = read_report()
     assert 0.001 < found["suggestion"]["max_lr"] < 1
     assert found["runs"][0]["end"] == "divergence"
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in directory.iterdir()}
     assert names == {"train.py", "lr_test"}
-    written = {path.name for path in (folder / "lr_test").iterdir()}
+    written = {path.name for path in (directory / "lr_test").iterdir()}
     assert written == {"lr_range.png", "report.json", "sweep.0.log"}
 
 
 @pytest.mark.slow
-def test_a_script_that_catches_the_stop_is_cut_off(folder):
-    path = script(folder, CATCHES)
+def test_lr_test_script_that_catches_the_stop_is_killed(directory):
+    path = write_script(directory, CATCH_STOP)
     status, out, _ = lr_test("--min", 1e-5, "--", path, 1000)
     assert status == 0, out
     assert not Path("after").exists()
 
 
 @pytest.mark.slow
-def test_the_block_is_written_and_all_else_stays(folder):
-    config = folder / "ds_config.json"
-    config.write_text('{\n  // of mine\n  "train_batch_size": 8,\n}\n')
-    status, out, _ = lr_test("--min", 1e-5, "--write", config, "--", script(folder), 1000)
+def test_lr_test_write_changes_only_the_scheduler_block(directory):
+    config = directory / "ds_config.json"
+    config.write_text('{\n  // user comment\n  "train_batch_size": 8,\n}\n')
+    status, out, _ = lr_test("--min", 1e-5, "--write", config, "--", write_script(directory), 1000)
     assert status == 0, out
     text = config.read_text()
-    assert "// of mine" in text
+    assert "// user comment" in text
     assert (
-        Path("ds_config.json.bak").read_text() == '{\n  // of mine\n  "train_batch_size": 8,\n}\n'
+        Path("ds_config.json.bak").read_text()
+        == '{\n  // user comment\n  "train_batch_size": 8,\n}\n'
     )
     assert main(["validate", str(config)], io.StringIO(), io.StringIO()) == 0
-    highest = report()["suggestion"]["max_lr"]
+    highest = read_report()["suggestion"]["max_lr"]
     assert f'"cycle_max_lr": {highest}' in text
 
 
 @pytest.mark.slow
-def test_short_cycles_refine_the_suggestion(folder):
+def test_lr_test_refine_suggests_the_maximum_of_the_best_cycle(directory):
     arguments = ("--min", 1e-5, "--steps", 60, "--refine", "--updates", 600)
-    status, out, _ = lr_test(*arguments, "--", script(folder), 1000)
+    status, out, _ = lr_test(*arguments, "--", write_script(directory), 1000)
     assert status == 0, out
-    found = report()
+    found = read_report()
     cycles = found["refinement"]["cycles"]
     maxima = [cycle["max_lr"] for cycle in cycles]
     assert maxima == pytest.approx([maxima[0] * 2**k for k in range(len(maxima))])
@@ -128,105 +129,105 @@ def test_short_cycles_refine_the_suggestion(folder):
 
 
 @pytest.mark.slow
-def test_a_script_too_short_for_a_cycle_is_told_so(folder):
+def test_lr_test_refine_script_too_short_reports_the_step(directory):
     arguments = ("--min", 1e-4, "--max", 1, "--steps", 60, "--refine")
-    status, out, _ = lr_test(*arguments, "--", script(folder), 50)
+    status, out, _ = lr_test(*arguments, "--", write_script(directory), 50)
     assert status == 1
-    assert "ended after 50 of the 60 updates of a short cycle" in out
+    assert "ended after 50 of the 60 steps of a short cycle" in out
 
 
 @pytest.mark.slow
-def test_several_seeds_and_another_shape(folder):
-    path = script(folder)
+def test_lr_test_repeat_with_linear_shape_runs_twice(directory):
+    path = write_script(directory)
     arguments = ("--repeat", 2, "--shape", "linear", "--min", 1e-4, "--max", 2, "--steps", 100)
     lr_test(*arguments, "--", path, 1000)
-    runs = report()["runs"]
+    runs = read_report()["runs"]
     assert len(runs) == 2
     steps = [b - a for a, b in zip(runs[0]["lr"], runs[0]["lr"][1:], strict=False)]
     assert steps == pytest.approx([steps[0]] * len(steps))
 
 
 @pytest.mark.slow
-def test_the_configs_own_range_test_is_swept_by(folder):
+def test_lr_test_config_with_range_test_defines_the_sweep(directory):
     params = {"lr_range_test_min_lr": 1e-3, "lr_range_test_step_size": 5}
     params |= {"lr_range_test_step_rate": 5.0, "lr_range_test_staircase": True}
     config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
     config["scheduler"] = {"type": "LRRangeTest", "params": params}
     Path("c.json").write_text(json.dumps(config))
-    lr_test("--config", "c.json", "--", script(folder), 1000)
-    lrs = report()["runs"][0]["lr"]
+    lr_test("--config", "c.json", "--", write_script(directory), 1000)
+    lrs = read_report()["runs"][0]["lr"]
     assert lrs[:11] == pytest.approx([0.001] * 5 + [0.006] * 5 + [0.011])
 
 
 @pytest.mark.slow
-def test_the_configs_own_range_test_reports_in_an_ordinary_run(folder):
+def test_range_test_in_config_writes_the_report_without_lr_test(directory):
     body = "trainer.step()\n    print(trainer.get_lr()[0])"
-    path = Path(script(folder, body))
+    path = Path(write_script(directory, body))
     block = '{"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 1e-3, '
     block += '"lr_range_test_step_size": 2}}'
     path.write_text(path.read_text().replace('{"type": "WarmupLR"}', block))
     done = subprocess.run([sys.executable, path, "30"], check=True, capture_output=True, text=True)
-    assert "LR range test: " in done.stderr
-    assert Path("after").exists(), "an ordinary run goes on to its end"
-    assert len(report()["runs"][0]["lr"]) == 30
+    assert "LR range test" in done.stderr
+    assert Path("after").exists(), "the script must not be stopped"
+    assert len(read_report()["runs"][0]["lr"]) == 30
 
 
 @pytest.mark.parametrize(
     "make, arguments, message",
     [
-        (script, [5], "ended after 5 updates, and 21 must be"),
+        (write_script, [5], "ended after 5 steps"),
         pytest.param(
-            lambda folder: script(folder, scale="* 0"),
+            lambda directory: write_script(directory, scale="* 0"),
             [999],
-            "the loss does not fall",
+            "loss",
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            lambda folder: script(folder, scale="* float('nan')"),
+            lambda directory: write_script(directory, scale="* float('nan')"),
             [999],
-            "there are 0 losses, and 20 must be",
+            "loss",
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            lambda folder: script(folder, "1 / 0"),
+            lambda directory: write_script(directory, "1 / 0"),
             [999],
             "ZeroDivisionError",
             marks=pytest.mark.slow,
         ),
     ],
 )
-def test_no_suggestion_says_why(folder, make, arguments, message):
-    status, out, _ = lr_test("--steps", 60, "--", make(folder), *arguments)
+def test_lr_test_without_suggestion_prints_the_reason(directory, make, arguments, message):
+    status, out, _ = lr_test("--steps", 60, "--", make(directory), *arguments)
     assert status == 1
     assert "no suggestion" in out
     assert message in out
 
 
-def test_a_script_that_never_calls_the_engine(folder):
-    (folder / "train.py").write_text("print('hello')")
+def test_lr_test_script_without_initialize_prints_the_reason(directory):
+    (directory / "train.py").write_text("print('hello')")
     status, out, _ = lr_test("--", "train.py")
     assert status == 1
-    assert "train.py ended without a call of engine.initialize" in out
+    assert "train.py ended without calling engine.initialize" in out
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "a script must follow"),
-        (["--min", "1", "--max", "0.5", "--", "train.py"], "must go from a learning rate above 0"),
-        (["--updates", "9", "--", "train.py"], "`updates` must be given with `refine` alone"),
-        (["--", "missing.py"], "missing.py: there is no such script"),
+        ([], "The script is missing"),
+        (["--min", "1", "--max", "0.5", "--", "train.py"], "learning rate"),
+        (["--updates", "9", "--", "train.py"], "`updates`"),
+        (["--", "missing.py"], "missing.py: no such script"),
     ],
 )
-def test_wrong_usage(folder, arguments, message):
-    (folder / "train.py").write_text("")
+def test_lr_test_wrong_usage_exits_with_2(directory, arguments, message):
+    (directory / "train.py").write_text("")
     status, _, err = lr_test(*arguments)
     assert status == 2
     assert message in err
 
 
-def test_all_that_a_script_has_started_is_killed_with_it():
-    """torchrun starts each rank in a session of its own, out of reach of a group's signal."""
+def test_kill_ends_descendants_in_other_sessions():
+    """torchrun starts ranks in separate sessions, which a signal to the group does not reach."""
     rank = "import time; time.sleep(60)"
     launcher = f"""import subprocess, sys, time
 rank = subprocess.Popen([sys.executable, "-c", {rank!r}], start_new_session=True)
@@ -241,37 +242,37 @@ time.sleep(60)"""
         if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
             return
         time.sleep(0.05)
-    raise AssertionError("the rank lives on")
+    raise AssertionError("the rank still runs")
 
 
-def test_a_config_is_proved_for_the_ranks_of_the_test(tmp_path):
+def test_read_block_validates_the_config_for_the_number_of_ranks(tmp_path):
     path = tmp_path / "ds_config.json"
     sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
     path.write_text(json.dumps({"train_batch_size": 8, **sizes}))
     assert _read_block(path, 2) is None
-    with pytest.raises(ConfigError, match="got 8"):
+    with pytest.raises(ConfigError, match="`train_batch_size`"):
         _read_block(path, 1)
 
 
 @pytest.mark.slow
-def test_one_and_two_processes_and_both_backends_suggest_the_same(folder):
-    path = Path(script(folder))
-    other = folder / "on_deepspeed.py"
+def test_lr_test_suggestion_is_the_same_on_backends_and_ranks(directory):
+    path = Path(write_script(directory))
+    other = directory / "on_deepspeed.py"
     other.write_text(path.read_text().replace('"engine": {', '"engine": {"backend": "deepspeed", '))
     found = []
-    for script_of, processes in ((path, 1), (path, 2), (other, 1), (other, 2)):
-        status, out, _ = lr_test("--min", 1e-5, "--nproc", processes, "--", script_of, 1000)
+    for script_path, processes in ((path, 1), (path, 2), (other, 1), (other, 2)):
+        status, out, _ = lr_test("--min", 1e-5, "--nproc", processes, "--", script_path, 1000)
         assert status == 0, out
-        facts = report()["runs"][0]["facts"]
+        facts = read_report()["runs"][0]["facts"]
         assert facts["world_size"] == processes
-        assert facts["backend"] == ("torch" if script_of is path else "deepspeed")
-        found.append(report()["suggestion"]["max_lr"])
+        assert facts["backend"] == ("torch" if script_path is path else "deepspeed")
+        found.append(read_report()["suggestion"]["max_lr"])
     assert found == pytest.approx([found[0]] * 4)
 
 
 @pytest.mark.slow
-def test_the_example_runs_under_it(folder):
+def test_lr_test_example_gets_a_suggestion(directory):
     status, out, _ = lr_test("--", EXAMPLE / "train.py")
     assert status == 0, out
-    assert 0.001 < report()["suggestion"]["max_lr"] < 0.1
-    assert {path.name for path in folder.iterdir()} == {"lr_test"}
+    assert 0.001 < read_report()["suggestion"]["max_lr"] < 0.1
+    assert {path.name for path in directory.iterdir()} == {"lr_test"}

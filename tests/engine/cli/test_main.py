@@ -1,4 +1,4 @@
-"""The command: what it prints, what it writes, how it exits."""
+"""The ``onecycle`` command: output, files and exit statuses."""
 
 import csv
 import importlib.metadata
@@ -26,31 +26,29 @@ def tutorial(tmp_path):
     return path
 
 
-def test_validate_says_that_a_config_is_right(tmp_path):
+def test_validate_valid_config_prints_the_verdict(tmp_path):
     path = tmp_path / "good.json"
     path.write_text('{"train_batch_size": 8}')
-    assert run("validate", path) == (OK, f"{path}: right\n", "")
-    assert run("validate", path, "--world-size", 4) == (OK, f"{path}: right for 4 ranks\n", "")
+    assert run("validate", path) == (OK, f"{path}: valid\n", "")
+    assert run("validate", path, "--world-size", 4) == (OK, f"{path}: valid for 4 ranks\n", "")
     status, out, _ = run("validate", path, "--world-size", 3)
     assert status == INVALID
     assert "Set it to 6 or 9." in out
 
 
-def test_validate_shows_the_place(tmp_path):
+def test_validate_prints_line_and_column(tmp_path):
     path = tmp_path / "bad.json"
     path.write_text('{\n  "train_batch_size": 8,\n\t"gradient_cliping": 1\n}\n')
     status, out, err = run("validate", path)
     assert (status, err) == (INVALID, "")
-    assert out == (
-        f"{path}:3:2: error[unknown-key]: Unknown key `gradient_cliping`. "
-        "Did you mean `gradient_clipping`?\n"
-        '   "gradient_cliping": 1\n'
-        "   ^\n"
-        f"{path}: 1 error\n"
-    )
+    problem, *rest = out.splitlines()
+    assert problem.startswith(f"{path}:3:2: error[unknown-key]: ")
+    assert "`gradient_cliping`" in problem
+    assert "Did you mean `gradient_clipping`?" in problem
+    assert rest == ['   "gradient_cliping": 1', "   ^", f"{path}: 1 error"]
 
 
-def test_a_note_does_not_make_a_config_wrong(tmp_path):
+def test_validate_config_with_only_a_note_is_valid(tmp_path):
     path = tmp_path / "c.json"
     path.write_text('{"train_batch_size": 8} // note\n')
     status, out, _ = run("validate", path)
@@ -58,13 +56,13 @@ def test_a_note_does_not_make_a_config_wrong(tmp_path):
     assert "note[not-strict-json]" in out
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_validate_missing_file_exits_with_2(tmp_path):
     status, out, _ = run("validate", tmp_path / "none.json")
     assert status == USAGE
-    assert "none.json: error[unreadable]: File not found." in out
+    assert "none.json: error[unreadable]: " in out
 
 
-def test_plot_writes_the_trace_as_csv(tutorial):
+def test_plot_csv_equals_the_trace(tutorial):
     status, out, err = run("plot", tutorial, "--csv", "-", "--steps", 2500)
     assert (status, err) == (OK, "")
     header, *rows = csv.reader(io.StringIO(out))
@@ -75,7 +73,7 @@ def test_plot_writes_the_trace_as_csv(tutorial):
     assert [float(row[2]) for row in rows] == expected["momentum"][:, 0].tolist()
 
 
-def test_plot_gives_groups_that_differ_columns_of_their_own(tmp_path):
+def test_plot_different_param_groups_have_separate_columns(tmp_path):
     path, table = tmp_path / "c.json", tmp_path / "c.csv"
     params = {"lr_range_test_min_lr": [0.1, 0.2], "lr_range_test_step_size": 2}
     path.write_text(json.dumps({"scheduler": {"type": "LRRangeTest", "params": params}}))
@@ -86,7 +84,7 @@ def test_plot_gives_groups_that_differ_columns_of_their_own(tmp_path):
     )
 
 
-def test_plot_starts_from_the_optimizers_learning_rate(tmp_path):
+def test_plot_uses_the_learning_rate_of_the_optimizer(tmp_path):
     path = tmp_path / "c.json"
     config = {
         "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
@@ -96,17 +94,17 @@ def test_plot_starts_from_the_optimizers_learning_rate(tmp_path):
     assert run("plot", path, "--csv", "-", "--steps", 2)[1] == "step,lr\n0,0.0\n1,0.5\n"
 
 
-def test_plot_draws(tutorial, tmp_path, monkeypatch):
+def test_plot_writes_an_image(tutorial, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = run("plot", tutorial)
-    assert (status, out) == (OK, "ds_config.png: 3000 updates of OneCycle\n")
+    assert (status, out) == (OK, "ds_config.png: 3000 steps of OneCycle\n")
     assert (tmp_path / "ds_config.png").read_bytes().startswith(b"\x89PNG")
     status, _, err = run("plot", tutorial, "-o", "/proc/none/x.png")
     assert status == USAGE
     assert err.startswith("onecycle: ")
 
 
-def test_plot_on_a_terminal_names_the_phases(tutorial):
+def test_plot_terminal_names_the_phases(tutorial):
     status, out, _ = run("plot", tutorial, "--terminal")
     assert status == OK
     assert out.startswith(f"OneCycle of {tutorial}\n")
@@ -116,7 +114,7 @@ def test_plot_on_a_terminal_names_the_phases(tutorial):
     assert "\x1b" not in out
 
 
-def test_plot_draws_others_over_it(tutorial, tmp_path, monkeypatch):
+def test_plot_compare_draws_all_configs(tutorial, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
         "engine.display.plots.draw", lambda columns, *_, **__: drawn.update(columns)
@@ -125,10 +123,10 @@ def test_plot_draws_others_over_it(tutorial, tmp_path, monkeypatch):
     warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     other.write_text(json.dumps({"scheduler": warmup}))
     epochs = {"type": "CosineAnnealingScheduler", "params": {"t_max": "2ep"}}
-    of_epochs = tmp_path / "epochs.json"
-    of_epochs.write_text(json.dumps({"scheduler": epochs}))
-    known = ("--steps-per-epoch", 10, "--compare", of_epochs)
-    assert run("plot", of_epochs, *known)[0] == OK
+    in_epochs = tmp_path / "epochs.json"
+    in_epochs.write_text(json.dumps({"scheduler": epochs}))
+    arguments = ("--steps-per-epoch", 10, "--compare", in_epochs)
+    assert run("plot", in_epochs, *arguments)[0] == OK
     drawn.clear()
     status, _, _ = run("plot", tutorial, "--steps", 3, "--compare", other, "LinearScheduler")
     assert status == OK
@@ -145,13 +143,16 @@ def test_plot_draws_others_over_it(tutorial, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"train_batch_size": 8}, "`scheduler` must be given for there to be a curve"),
+        ({"train_batch_size": 8}, "`scheduler` is missing"),
         ({"scheduler": {"type": "OneCicle"}}, "Did you mean `OneCycle`?"),
-        ({"scheduler": TUTORIAL, "optimizer": {"type": "SGD", "params": {"lr": -1}}}, "-1."),
-        ([], "must be a JSON object"),
+        (
+            {"scheduler": TUTORIAL, "optimizer": {"type": "SGD", "params": {"lr": -1}}},
+            "`optimizer.params.lr`",
+        ),
+        ([], "JSON object"),
     ],
 )
-def test_plot_of_what_has_no_curve(tmp_path, config, message):
+def test_plot_config_without_valid_schedule_reports_the_problem(tmp_path, config, message):
     path = tmp_path / "c.json"
     path.write_text(json.dumps(config))
     status, out, _ = run("plot", path)
@@ -159,7 +160,7 @@ def test_plot_of_what_has_no_curve(tmp_path, config, message):
     assert message in out
 
 
-def test_plot_of_a_config_that_another_library_completes(tmp_path):
+def test_plot_config_with_auto_values_succeeds(tmp_path):
     warmup = {"warmup_num_steps": 2, "warmup_type": "linear"}
     config = {
         "train_batch_size": "auto",
@@ -171,7 +172,7 @@ def test_plot_of_a_config_that_another_library_completes(tmp_path):
     assert run("plot", path, "--csv", "-", "--steps", 3)[::2] == (OK, "")
 
 
-def test_schedules_lists_every_type_with_a_curve():
+def test_schedules_lists_every_type_with_a_plot():
     status, out, _ = run("schedules")
     lines = out.splitlines()
     assert status == OK
@@ -182,11 +183,12 @@ def test_schedules_lists_every_type_with_a_curve():
     assert (curves["WarmupLR"][0], curves["WarmupLR"][-1]) == ("▁", "█")
 
 
-def test_schedules_prints_all_about_one():
+def test_schedules_type_prints_its_documentation():
     status, out, _ = run("schedules", "StepLR")
     assert status == OK
     assert "lr(k) = lr * gamma ** floor(k / step_size)" in out
-    assert "  gamma  (a number, at least 0; default 0.1)" in out
+    assert "  gamma  (" in out
+    assert "default 0.1)" in out
     block = out[out.index("{\n") : out.rindex("}") + 1]
     assert json.loads(block) == {
         "scheduler": {"type": "StepLR", "params": {"step_size": 20, "gamma": 0.5}}
@@ -204,7 +206,7 @@ DURATIONS = {
 }
 
 
-def test_plot_resolves_durations_against_the_run(tmp_path):
+def test_plot_converts_durations_to_steps(tmp_path):
     path = tmp_path / "c.json"
     path.write_text(json.dumps(DURATIONS))
     status, out, _ = run("plot", path, "--csv", "-", "--steps-per-epoch", 2)
@@ -213,16 +215,17 @@ def test_plot_resolves_durations_against_the_run(tmp_path):
     assert [float(lr) for _, lr in rows] == pytest.approx([0.1 * (1 - k / 10) for k in range(10)])
 
 
-def test_plot_says_what_a_duration_needs(tmp_path):
+def test_plot_duration_in_epochs_without_epoch_length_reports_the_fix(tmp_path):
     path = tmp_path / "c.json"
     path.write_text(json.dumps(DURATIONS))
     status, out, _ = run("plot", path)
     assert status == INVALID
-    assert "`engine.max_duration`: '10ep' needs the length of an epoch" in out
-    assert "--steps-per-epoch to the command" in out
+    assert "`engine.max_duration`" in out
+    assert "'10ep'" in out
+    assert "--steps-per-epoch" in out
 
 
-def test_schema(tmp_path):
+def test_schema_prints_the_schema_of_configs_and_schedules(tmp_path):
     assert json.loads(run("schema")[1])["title"] == "ds_config.json"
     assert json.loads(run("schema", "OneCycle")[1])["required"] == ["cycle_min_lr", "cycle_max_lr"]
     status, out, err = run("schema", "OneCicle")
@@ -231,14 +234,14 @@ def test_schema(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["plot", "f", "--steps", "0"], ["nonsense"], []])
-def test_wrong_usage_exits_with_2(arguments, capsys):
+def test_main_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == USAGE
     assert "usage: onecycle" in capsys.readouterr().err
 
 
-def test_plot_draws_on_the_terminal_and_into_a_file_if_both_are_asked_for(tutorial, tmp_path):
+def test_plot_terminal_and_output_writes_both(tutorial, tmp_path):
     path = tmp_path / "x.png"
     status, out, _ = run("plot", tutorial, "-t", "-o", path)
     assert status == OK
@@ -246,21 +249,21 @@ def test_plot_draws_on_the_terminal_and_into_a_file_if_both_are_asked_for(tutori
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_plot_writes_all_that_is_compared_into_the_table(tutorial):
+def test_plot_compare_writes_all_columns_to_the_csv(tutorial):
     status, out, _ = run("plot", tutorial, "--csv", "-", "--compare", "LinearScheduler")
     assert status == OK
     header = "step,lr.ds_config.json,momentum.ds_config.json,lr.LinearScheduler"
     assert out.splitlines()[0] == header
 
 
-def test_the_version_is_told(capsys):
+def test_version_prints_installed_versions(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0
     assert f"torch {importlib.metadata.version('torch')}" in capsys.readouterr().out
 
 
-def test_plot_shows_a_schedule_that_listens_on_recorded_losses(tmp_path):
+def test_plot_losses_drive_a_loss_driven_schedule(tmp_path):
     block = {"type": "ReduceLROnPlateau", "params": {"patience": 0, "factor": 0.5}}
     optimizer = {"type": "SGD", "params": {"lr": 0.4}}
     config = tmp_path / "c.json"
@@ -284,10 +287,10 @@ def test_plot_shows_a_schedule_that_listens_on_recorded_losses(tmp_path):
     broken.write_text("step,train_loss\n8,much\n")
     err = io.StringIO()
     assert main(["plot", str(config), "--losses", str(broken), "--csv", "-"], out, err) == 2
-    assert "must hold a number at the end of each row" in err.getvalue()
+    assert "the last column of each row must be a number" in err.getvalue()
 
 
-def test_plot_with_losses_of_a_schedule_without_feedback_is_refused(tutorial, tmp_path):
+def test_plot_losses_with_other_schedule_exits_with_2(tutorial, tmp_path):
     recorded = tmp_path / "losses.csv"
     recorded.write_text("step,train_loss\n8,2.0\n")
     status, out, err = run("plot", tutorial, "--losses", recorded, "--csv", "-")
@@ -296,10 +299,10 @@ def test_plot_with_losses_of_a_schedule_without_feedback_is_refused(tutorial, tm
     assert "--losses" in err
 
 
-def test_plot_of_a_schedule_with_auto_names_the_key(tmp_path):
+def test_plot_schedule_with_auto_names_the_key(tmp_path):
     path = tmp_path / "c.json"
     warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}
     path.write_text(json.dumps({"scheduler": warmup}))
     status, out, _ = run("plot", path)
     assert status == INVALID
-    assert "`scheduler.params.warmup_num_steps` must be set" in out
+    assert "`scheduler.params.warmup_num_steps`" in out

@@ -1,4 +1,4 @@
-"""`onecycle validate`: formats, repairs, exit statuses, and input that is out to break it."""
+"""`onecycle validate`, `explain` and `config`: formats, fixes, exit statuses, hostile input."""
 
 import cProfile
 import io
@@ -49,7 +49,7 @@ def file(tmp_path):
     return write
 
 
-def test_ten_mistakes_are_ten_problems_of_three_lines(file):
+def test_validate_ten_mistakes_print_three_lines_each(file):
     path = file(TEN_MISTAKES)
     status, out = run("validate", "--quiet", path)
     lines = out.splitlines()
@@ -70,7 +70,7 @@ def test_ten_mistakes_are_ten_problems_of_three_lines(file):
     assert len(lines) == 3 * len(heads)
 
 
-def test_json_github_and_sarif_say_the_same(file):
+def test_validate_formats_contain_the_same_problems(file):
     path = file(TEN_MISTAKES)
     found = json.loads(run("validate", "-q", "--format", "json", path)[1])
     assert {"file", "rule", "severity", "pointer", "line", "column", "message", "hint"} <= found[
@@ -86,64 +86,64 @@ def test_json_github_and_sarif_say_the_same(file):
     assert sarif["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] == result["ruleId"]
 
 
-OLD = """{ // kept
+DEPRECATED = """{ // comment
   "train_batch_size": "8",
   "bfloat16": {"enabled": "True"},\t"lr_scheduler": {"type": "fixed_lr"}
 }
 """
 
 
-def test_fix_repairs_what_needs_no_thought_and_keeps_the_rest(file):
-    path = file("\ufeff" + OLD)
+def test_validate_fix_changes_only_deprecated_keys_and_types(file):
+    path = file("\ufeff" + DEPRECATED)
     status, out = run("validate", "--fix", path)
     assert status == 0
-    assert out.endswith(": right\n")
+    assert out.endswith(": valid\n")
     assert path.read_bytes().startswith(b"\xef\xbb\xbf")
-    new = OLD.replace('"8"', "8").replace("bfloat16", "bf16").replace('"True"', "true")
-    assert path.read_text(encoding="utf-8-sig") == new.replace("lr_scheduler", "scheduler")
+    fixed = DEPRECATED.replace('"8"', "8").replace("bfloat16", "bf16").replace('"True"', "true")
+    assert path.read_text(encoding="utf-8-sig") == fixed.replace("lr_scheduler", "scheduler")
 
 
-def test_diff_shows_repairs_and_writes_nothing(file):
-    path = file(OLD)
+def test_validate_diff_prints_fixes_without_writing(file):
+    path = file(DEPRECATED)
     status, out = run("validate", "--diff", path)
     assert status == 1
     assert '\n-  "train_batch_size": "8",\n' in out
     assert '\n+  "train_batch_size": 8,\n' in out
-    assert path.read_text() == OLD
+    assert path.read_text() == DEPRECATED
 
 
-def test_no_repair_takes_the_place_of_another_key(file):
+def test_validate_fix_does_not_overwrite_an_existing_key(file):
     text = '{"train_batch_size": 8, "bf16": {"enabled": true}, "bfloat16": {"enabled": false}}'
     path = file(text)
     assert run("validate", "--fix", path)[0] == 1
     assert path.read_text() == text
 
 
-def test_strict_counts_warnings_as_errors(file):
+def test_validate_strict_treats_warnings_as_errors(file):
     flat = {"warmup_min_lr": 0.1, "warmup_max_lr": 0.1, "warmup_type": "linear"}
     scheduler = {"type": "WarmupLR", "params": flat}
     path = file(json.dumps({"train_batch_size": 8, "scheduler": scheduler}))
     status, out = run("validate", path)
-    assert (status, out.splitlines()[-1]) == (0, f"{path}: right, 1 warning")
+    assert (status, out.splitlines()[-1]) == (0, f"{path}: valid, 1 warning")
     assert run("validate", "--strict", path)[0] == 1
 
 
-def test_standard_input_and_several_files(file, monkeypatch):
+def test_validate_accepts_standard_input_and_several_files(file, monkeypatch):
     text = '{"train_batch_size": "auto"}'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    assert run("validate", "-") == (0, "-: right\n")
+    assert run("validate", "-") == (0, "-: valid\n")
     assert run("validate", "--no-auto", file(text))[0] == 1
     assert run("validate", file(text), "nowhere.json")[0] == 2
 
 
-def test_explain_says_what_a_rule_finds():
+def test_explain_prints_the_rule_and_suggests_names():
     status, out = run("explain", "unknown-key")
     assert status == 0
     assert out.startswith("unknown-key: ")
     assert "unquoted " in run("explain")[1]
     assert run("explain", "unknwon-key") == (
         2,
-        "onecycle: 'unknwon-key' is no rule. Did you mean `unknown-key`?\n",
+        "onecycle: Unknown rule `unknwon-key`. Did you mean `unknown-key`?\n",
     )
 
 
@@ -153,7 +153,8 @@ def test_config_prints_every_value_and_its_origin(file):
     lines = {line.split()[0]: line.split(None, 2)[1:] for line in out.splitlines()}
     assert status == 0
     assert lines["train_batch_size"] == ["8", f"{path}:2"]
-    assert lines["train_micro_batch_size_per_gpu"] == ["4", "derived for 2 ranks"]
+    assert lines["train_micro_batch_size_per_gpu"][0] == "4"
+    assert "2 ranks" in lines["train_micro_batch_size_per_gpu"][1]
     assert lines["zero_optimization.stage"] == ["2", f"{path}:3"]
     assert lines["zero_optimization.contiguous_gradients"] == ["true", "default"]
     assert lines["engine.backend"][0] == '"deepspeed"'
@@ -220,7 +221,7 @@ JSON = st.recursive(
 
 @settings(deadline=None, max_examples=settings.default.max_examples * 3 // 2)
 @given(st.data())
-def test_a_mutated_config_is_judged_and_never_breaks_the_checker(data):
+def test_check_mutated_config_reports_problems_without_crashing(data):
     entry = data.draw(st.sampled_from(CLEAN))
     text = path_of(entry).read_text(encoding="utf-8-sig")
     value = parse(text, "f").value
@@ -248,7 +249,7 @@ def test_a_mutated_config_is_judged_and_never_breaks_the_checker(data):
         assert problem.message
 
 
-def test_two_configs_differ_in_what_a_run_would_use_not_in_what_is_written(tmp_path):
+def test_config_diff_compares_resolved_values(tmp_path):
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     first.write_text('{"train_batch_size": 8, "gradient_clipping": 1.0, "steps_per_print": 5}')
     second.write_text('{"train_batch_size": 16}')

@@ -1,4 +1,4 @@
-"""Plans of launches: pure, so that every one of them can be looked at without a host."""
+"""Launch plans, hostfiles, options, agents and sbatch scripts, tested without hosts."""
 
 import dataclasses
 import io
@@ -40,7 +40,7 @@ def request_with(**changes):
 
 
 def flags(node):
-    """The options of torchrun, up to the script."""
+    """Return the options of torchrun that precede the script."""
     argv = list(node.argv)
     return dict(zip(argv[3::2], argv[4::2], strict=False))
 
@@ -51,15 +51,15 @@ def launch(*arguments):
     return status, out.getvalue() + err.getvalue()
 
 
-def commands(folder, **texts):
-    """Put commands of these texts into a folder that is looked into first."""
+def write_commands(directory, **texts):
+    """Write bash commands to a directory; return an environment with it first in PATH."""
     for name, content in texts.items():
-        (folder / name).write_text(f"#!/bin/bash\n{content}\n")
-        (folder / name).chmod(0o755)
-    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+        (directory / name).write_text(f"#!/bin/bash\n{content}\n")
+        (directory / name).chmod(0o755)
+    return os.environ | {"PATH": f"{directory}:{os.environ['PATH']}"}
 
 
-def test_every_host_is_told_who_it_is():
+def test_build_plan_gives_each_host_its_ranks_and_addresses():
     plan = build_plan(REQUEST, FACTS, {})
     assert plan.world_size == 4
     assert [node.ranks for node in plan.nodes] == [(0, 1), (2, 3)]
@@ -76,7 +76,7 @@ def test_every_host_is_told_who_it_is():
         assert node.transport[-2:] == (node.host, "py -m engine.launch.agent")
 
 
-def test_one_machine_needs_no_addresses():
+def test_build_plan_local_launch_is_standalone():
     plan = build_plan(request_with(hosts=(Host("localhost", (0, 1)),), is_local=True), {}, {})
     [node] = plan.nodes
     assert "--standalone" in node.argv
@@ -84,19 +84,21 @@ def test_one_machine_needs_no_addresses():
     assert "GLOO_SOCKET_IFNAME" not in node.env
 
 
-def test_restarts_do_not_share_a_store():
+def test_build_plan_with_restarts_disables_the_shared_store():
     env = build_plan(request_with(max_restarts=2), FACTS, {}).nodes[0].env
     assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in build_plan(REQUEST, FACTS, {}).nodes[0].env
 
 
-def test_hosts_that_may_come_back_meet_at_the_launcher():
-    seen = {"node0": "127.0.0.1", "node1": "10.0.0.9"}  # the first host is the launcher's own
-    facts = {name: dataclasses.replace(of, launcher=seen[name]) for name, of in FACTS.items()}
-    asked = request_with(store=("hub", 4000), max_restarts=2, rendezvous_timeout=60)
-    plan = build_plan(asked, facts, {})
+def test_build_plan_rejoin_uses_a_rendezvous_on_the_launcher():
+    launcher = {"node0": "127.0.0.1", "node1": "10.0.0.9"}  # node0 runs on the launcher's machine
+    facts = {
+        name: dataclasses.replace(fact, launcher=launcher[name]) for name, fact in FACTS.items()
+    }
+    request = request_with(store=("hub", 4000), max_restarts=2, rendezvous_timeout=60)
+    plan = build_plan(request, facts, {})
     for node in plan.nodes:
-        assert flags(node)["--rdzv-endpoint"] == f"{seen[node.host]}:4000"
+        assert flags(node)["--rdzv-endpoint"] == f"{launcher[node.host]}:4000"
         assert "is_host=false" in flags(node)["--rdzv-conf"]
     assert (plan.store_port, plan.patience) == (4000, 60)
     assert len({node.spec()["lock"] for node in plan.nodes}) == 2
@@ -104,7 +106,7 @@ def test_hosts_that_may_come_back_meet_at_the_launcher():
         build_plan(request_with(store=("hub", 4000)), facts, {})
 
 
-def test_a_range_of_hosts():
+def test_build_plan_min_nodes_is_elastic():
     plan = build_plan(request_with(min_nodes=1), FACTS, {})
     assert plan.min_nodes == 1
     assert flags(plan.nodes[0])["--nnodes"] == "1:2"
@@ -113,7 +115,7 @@ def test_a_range_of_hosts():
         build_plan(request_with(min_nodes=3), FACTS, {})
 
 
-def test_what_is_passed_on():
+def test_build_plan_passes_selected_variables_only():
     own = {"NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "3", "HOME": "/root", "MINE": "1"}
     env = build_plan(request_with(pass_env=("MI*",), env={"ODD": "a b"}), FACTS, own).nodes[0].env
     assert env["NCCL_DEBUG"] == "INFO"
@@ -121,14 +123,14 @@ def test_what_is_passed_on():
     assert not {"CUDA_VISIBLE_DEVICES", "HOME"} & env.keys()
 
 
-def test_a_choice_of_slots_is_a_choice_of_devices():
+def test_build_plan_selected_slots_set_visible_devices():
     chosen = (Host("node0", (1, 3)), Host("node1", (0, 1)))
     first, second = build_plan(request_with(hosts=chosen), FACTS, {}).nodes
     assert first.env["CUDA_VISIBLE_DEVICES"] == "1,3"
     assert "CUDA_VISIBLE_DEVICES" not in second.env
 
 
-def test_secrets_are_masked_where_they_are_shown_and_nowhere_else():
+def test_plan_masks_secrets_only_in_printed_output():
     plan = build_plan(
         request_with(env={"HF_TOKEN": "s3cret", "AWS_SECRET_KEY": "s3cret"}), FACTS, {}
     )
@@ -146,7 +148,7 @@ names = st.from_regex(r"X[A-Z0-9_]{1,8}", fullmatch=True)
 
 @given(argv=st.lists(text, max_size=5), env=st.dictionaries(names, text, max_size=3))
 @settings(deadline=None, max_examples=settings.default.max_examples * 3 // 5)
-def test_argv_and_environment_survive_the_printed_command_and_the_spec(argv, env):
+def test_plan_printed_command_and_spec_keep_argv_and_environment(argv, env):
     odd = request_with(script=("train.py", *argv), env=env)
     node = build_plan(odd, FACTS, {}).nodes[0]
     spec = json.loads(json.dumps(node.spec()))
@@ -163,7 +165,7 @@ def test_argv_and_environment_survive_the_printed_command_and_the_spec(argv, env
     env=st.dictionaries(names, text, max_size=2),
 )
 @settings(deadline=None, max_examples=15)
-def test_argv_and_environment_arrive_through_the_agent(argv, env):
+def test_agent_passes_argv_and_environment_unchanged(argv, env):
     show = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
     spec = {"host": "h", "argv": [sys.executable, "-c", show, *argv], "env": env}
     spec |= {"cwd": str(Path.cwd()), "grace": 1}
@@ -180,7 +182,7 @@ def test_argv_and_environment_arrive_through_the_agent(argv, env):
     assert env.items() <= seen_env.items()
 
 
-def test_an_agent_waits_for_the_one_that_its_host_had_before(tmp_path):
+def test_agent_waits_for_the_previous_agent_of_its_host(tmp_path):
     path = tmp_path / "order"
     first, second = (
         {"argv": ["sh", "-c", f"{wait} echo {name} >> {path}"], "env": {}, "cwd": str(tmp_path)}
@@ -203,11 +205,11 @@ def test_an_agent_waits_for_the_one_that_its_host_had_before(tmp_path):
 @settings(
     deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_argv_and_environment_arrive_through_the_job_of_slurm(tmp_path, argv, env):
-    """Slurm's part is played by two commands; the rest is the job's own text."""
+def test_sbatch_script_passes_argv_and_environment_unchanged(tmp_path, argv, env):
+    """Two fake commands replace Slurm's; the rest is the real script."""
     show = "import json, os, sys; print(json.dumps([sys.argv, dict(os.environ)]))"
     python = tmp_path / "shows"
-    slurm = commands(
+    slurm = write_commands(
         tmp_path,
         scontrol="echo localhost",
         srun='while [[ $1 == --* ]]; do shift; done; exec "$@"',
@@ -233,8 +235,8 @@ def test_argv_and_environment_arrive_through_the_job_of_slurm(tmp_path, argv, en
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "must name at least one host"),
-        ("# nobody\n\n", "must name at least one host"),
+        ("", "must list at least one host"),
+        ("# comment\n\n", "must list at least one host"),
         ("node0\n", ":1: must be `host slots=N`, got 'node0'"),
         ("node0 slots=2\nnode0 slots=1\n", ":2: node0 is repeated"),
         ("node0 slots=0\n", "node0 must have at least 1 slot, got 0"),
@@ -242,22 +244,22 @@ def test_argv_and_environment_arrive_through_the_job_of_slurm(tmp_path, argv, en
         ("node0 slots=two\n", "must be `host slots=N`"),
     ],
 )
-def test_a_wrong_hostfile(tmp_path, content, message):
+def test_read_hostfile_invalid_file_is_an_error(tmp_path, content, message):
     path = tmp_path / "hostfile"
     path.write_text(content)
     with pytest.raises(LaunchError, match=message):
         read_hostfile(path)
-    status, said = launch("--hostfile", path, "--dry-run", __file__)
+    status, output = launch("--hostfile", path, "--dry-run", __file__)
     assert status == 2
-    assert "hostfile" in said
+    assert "hostfile" in output
 
 
-def test_a_host_that_is_named_twice_in_a_filter():
+def test_select_hosts_filter_can_repeat_a_host():
     (left,) = select_hosts([Host("node0", (0, 1, 2))], exclude="node0:0@node0:1")
     assert left == Host("node0", (2,))
 
 
-def test_a_hostfile_with_comments_and_spaces(tmp_path):
+def test_read_hostfile_accepts_comments_and_spaces(tmp_path):
     path = tmp_path / "hostfile"
     path.write_text("# all\n  node0   slots = 2  # two\nnode1 slots=1\n")
     assert read_hostfile(path) == [Host("node0", (0, 1)), Host("node1", (0,))]
@@ -270,11 +272,11 @@ def test_a_hostfile_with_comments_and_spaces(tmp_path):
         ({"include": "node0:5"}, "unknown slot 5. node0 has slots 0 to 1"),
         ({"include": "node0:x"}, "must list slots after the colon, such as 0,2-3"),
         ({"include": "node1:1-0"}, "from low to high, got 1-0"),
-        ({"exclude": "node0@node1"}, "leaves no slot"),
+        ({"exclude": "node0@node1"}, "selects no slots"),
         ({"include": "node0", "exclude": "node1"}, "cannot be combined"),
     ],
 )
-def test_a_wrong_filter(filters, message):
+def test_select_hosts_invalid_filter_is_an_error(filters, message):
     with pytest.raises(LaunchError, match=message):
         select_hosts(list(HOSTS), **filters)
 
@@ -301,20 +303,20 @@ def test_a_wrong_filter(filters, message):
         (["--env", "NOVALUE", __file__], "must be NAME=VALUE"),
     ],
 )
-def test_wrong_usage(arguments, message):
-    status, said = launch("--dry-run", *arguments)
+def test_launch_wrong_usage_exits_with_2(arguments, message):
+    status, output = launch("--dry-run", *arguments)
     assert status == 2
-    assert message in said
+    assert message in output
 
 
-def test_json_without_a_plan_to_print():
-    status, said = launch("--json", __file__)
+def test_launch_json_without_dry_run_exits_with_2():
+    status, output = launch("--json", __file__)
     assert status == 2
-    assert "`--json` needs `--dry-run`" in said
+    assert "`--json` needs `--dry-run`" in output
 
 
 @pytest.mark.parametrize(
-    "own, slots, seen",
+    "own, slots, expected",
     [
         (None, "1,0", "1,0"),
         ("", "0", "0"),
@@ -322,19 +324,19 @@ def test_json_without_a_plan_to_print():
         ("GPU-ab, GPU-cd", "1,0", "GPU-cd,GPU-ab"),
     ],
 )
-def test_slots_are_those_that_the_host_lets_be_seen(monkeypatch, own, slots, seen):
+def test_map_slots_to_devices_uses_visible_devices(monkeypatch, own, slots, expected):
     if own is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", own)
     assert map_slots_to_devices({"CUDA_VISIBLE_DEVICES": slots, "A": "b"}) == {
-        "CUDA_VISIBLE_DEVICES": seen,
+        "CUDA_VISIBLE_DEVICES": expected,
         "A": "b",
     }
     assert map_slots_to_devices({"A": "b"}) == {"A": "b"}
 
 
-def test_a_slot_that_a_host_hides_is_refused(monkeypatch):
+def test_map_slots_to_devices_hidden_slot_is_an_error(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     with pytest.raises(
         SystemExit, match=r"Slot 2 does not exist: .* makes 2 devices visible \(4, 5\)"
@@ -342,16 +344,16 @@ def test_a_slot_that_a_host_hides_is_refused(monkeypatch):
         map_slots_to_devices({"CUDA_VISIBLE_DEVICES": "0,2"})
 
 
-def test_ranks_are_told_the_same_by_ssh_and_in_a_slurm_job():
-    asked = request_with(timeout=90, grace=7, max_restarts=1, min_nodes=1)
-    env = build_plan(asked, FACTS, {}).nodes[0].env
+def test_environment_of_ranks_is_the_same_with_ssh_and_slurm():
+    request = request_with(timeout=90, grace=7, max_restarts=1, min_nodes=1)
+    env = build_plan(request, FACTS, {}).nodes[0].env
     exports = {
         name: value
-        for line in build_sbatch(asked, {}).splitlines()
+        for line in build_sbatch(request, {}).splitlines()
         for name, equals, value in [line.removeprefix("export ").partition("=")]
         if equals and line.startswith("export ")
     }
-    told = {
+    expected = {
         "ONECYCLE_TIMEOUT": "90",
         "DEEPSPEED_TIMEOUT": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "7",
@@ -359,12 +361,12 @@ def test_ranks_are_told_the_same_by_ssh_and_in_a_slurm_job():
         "ONECYCLE_ELASTIC": "1",
         "LOCAL_SIZE": "2",
     }
-    assert told.items() <= env.items()
-    assert told.items() <= exports.items()
+    assert expected.items() <= env.items()
+    assert expected.items() <= exports.items()
 
 
-def test_what_tells_of_a_machine_needs_no_posix():
-    """`doctor` also runs on Windows, and `launch` says there what to use in its place."""
+def test_doctor_and_launch_without_posix_do_not_crash():
+    """On Windows, `doctor` works, and `launch` reports that it requires Linux."""
     code = """
 import io, sys
 sys.modules["fcntl"] = None
@@ -378,23 +380,23 @@ assert "requires Linux" in err.getvalue(), err.getvalue()
     subprocess.run([sys.executable, "-c", code, __file__], check=True)
 
 
-def test_a_wrong_config_is_known_before_anything_starts(tmp_path):
+def test_launch_invalid_config_starts_nothing(tmp_path):
     config = tmp_path / "ds_config.json"
     config.write_text('{"train_batch_size": 3, "optimiser": {}}')
-    status, said = launch("--nproc", 2, __file__, f"--deepspeed_config={config}")
+    status, output = launch("--nproc", 2, __file__, f"--deepspeed_config={config}")
     assert status == 1
-    assert "train_batch_size" in said
+    assert "train_batch_size" in output
 
 
-def test_a_dry_run_as_json():
-    status, said = launch("--dry-run", "--json", "--nproc", 2, __file__, "a b")
+def test_launch_dry_run_json_prints_the_plan():
+    status, output = launch("--dry-run", "--json", "--nproc", 2, __file__, "a b")
     assert status == 0
-    plan = json.loads(said)
+    plan = json.loads(output)
     assert plan["world_size"] == 2
     assert plan["nodes"][0]["argv"][-1] == "a b"
 
 
-def test_the_example_job_is_the_one_that_is_written(tmp_path):
+def test_write_sbatch_equals_the_example_script(tmp_path):
     written = tmp_path / "train.sbatch"
     arguments = ("--nnodes", 2, "--nproc", 1, "--slurm-opt", "requeue", "--slurm-opt", "time=30")
     arguments += ("--python", "python", "--cwd", "examples/fashion_mnist")
@@ -402,14 +404,14 @@ def test_the_example_job_is_the_one_that_is_written(tmp_path):
     assert status == 0
     example = (ROOT / "examples" / "launch" / "train.sbatch").read_text()
     lines = written.read_text().splitlines()
-    there = [line for line in lines if not line.startswith("cd ")]
-    assert there == [line for line in example.splitlines() if not line.startswith("cd ")]
+    written_lines = [line for line in lines if not line.startswith("cd ")]
+    assert written_lines == [line for line in example.splitlines() if not line.startswith("cd ")]
     assert subprocess.run(["bash", "-n", str(written)], check=False).returncode == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["single_node.sh", "torchrun.sh"])
-def test_the_example_scripts_run_here(tmp_path, name):
+def test_example_scripts_of_one_host_succeed(tmp_path, name):
     script = ROOT / "examples" / "launch" / name
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -421,19 +423,19 @@ def test_the_example_scripts_run_here(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core cannot be shared out")
-def test_ranks_have_cores_of_their_own(tmp_path):
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs at least two cores")
+def test_bind_cores_gives_each_rank_its_own_cores(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text("import os, sys\nprint(sys.argv[1], sorted(os.sched_getaffinity(0)))\n")
-    status, said = launch("--nproc", 2, "--bind-cores", "--console", "all", script, "a b")
-    assert status == 0, said
-    seen = [json.loads(line.partition("a b ")[2]) for line in said.splitlines() if "a b" in line]
+    status, output = launch("--nproc", 2, "--bind-cores", "--console", "all", script, "a b")
+    assert status == 0, output
+    seen = [json.loads(line.partition("a b ")[2]) for line in output.splitlines() if "a b" in line]
     assert sorted(core for cores in seen for core in cores) == sorted(os.sched_getaffinity(0))
     assert all(seen)
 
 
 @pytest.mark.slow
-def test_a_local_launch_tells_of_the_first_failure(tmp_path):
+def test_launch_local_reports_the_first_failure(tmp_path):
     (tmp_path / "worker.py").write_text(
         "import os, sys, time\n"
         "if os.environ['RANK'] == '1':\n    print('about to fail'); sys.exit(9)\n"
@@ -446,20 +448,20 @@ def test_a_local_launch_tells_of_the_first_failure(tmp_path):
     )  # fmt: skip
     assert done.returncode == 9
     assert "[localhost:r1] about to fail" in done.stderr
-    assert "first failure: rank 1 on localhost ended with 9" in done.stderr
+    assert "first failure: rank 1 on localhost exited with status 9" in done.stderr
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 1
 
 
 @pytest.mark.slow
-def test_a_rank_that_leaves_the_others_in_a_collective_ends_the_launch(tmp_path, capsys):
-    """It ends with 0; the rank that waits for it fails, and is the one to be named."""
+def test_launch_rank_waiting_for_an_exited_rank_is_the_failure(tmp_path, capsys):
+    """Rank 1 exits with 0; rank 0 waits for it in a collective, fails, and is reported."""
     worker = Path(__file__).parents[2] / "testing" / "worker.py"
     status, _ = launch("--nproc", 2, "--cwd", tmp_path, worker, "leave")
     assert status == 1
-    assert "first failure: rank 0 on localhost ended with 1" in capsys.readouterr().err
+    assert "first failure: rank 0 on localhost exited with status 1" in capsys.readouterr().err
 
 
-def test_the_agent_hears_what_came_with_the_job():
+def test_agent_obeys_input_that_arrives_with_the_job():
     spec = {"host": "h", "argv": ["sleep", "30"], "env": {}, "cwd": "/", "grace": 1}
     done = subprocess.run(
         [sys.executable, "-m", "engine.launch.agent"],
@@ -470,85 +472,83 @@ def test_the_agent_hears_what_came_with_the_job():
     assert done.returncode == 128 + 15
 
 
-def test_the_host_that_failed_first_is_named_though_it_ends_last():
+def test_run_reports_the_earliest_failure_even_if_its_host_exits_last():
     def node(host, rank, status, at, seconds):
         failure = format_failure(Failure(rank, status, at))
         script = (
             f"import time; time.sleep({seconds}); print({failure!r}); raise SystemExit({status})"
         )
-        made = build_plan(request_with(hosts=(Host(host, (0,)),), is_local=True), {}, {}).nodes[0]
-        return dataclasses.replace(made, transport=(sys.executable, "-c", script), grace=10)
+        plan = build_plan(request_with(hosts=(Host(host, (0,)),), is_local=True), {}, {}).nodes[0]
+        return dataclasses.replace(plan, transport=(sys.executable, "-c", script), grace=10)
 
     nodes = (node("a", 0, 3, 100.0, 1.0), node("b", 1, 1, 200.0, 0.1))
     outcome = run(LaunchPlan(nodes, 2, 2), "none", io.StringIO())
     assert outcome.status == 3
-    assert outcome.reason == "rank 0 on a ended with 3"
+    assert outcome.reason == "rank 0 on a exited with status 3"
 
 
-def lab_of_two(tmp_path, monkeypatch, first, second, **plan):
-    """A launch over two hosts whose ssh is a script here: what each does when it is called."""
+def run_two_hosts(tmp_path, monkeypatch, first, second, **changes):
+    """Run a launch on hosts a and b, with a fake ssh that runs `first` for a, `second` for b."""
     ssh = f"read -r job; case $1 in a) {first};; b) {second};; esac"
-    monkeypatch.setenv("PATH", commands(tmp_path, ssh=ssh)["PATH"])
+    monkeypatch.setenv("PATH", write_commands(tmp_path, ssh=ssh)["PATH"])
     monkeypatch.setattr(state_machine, "RECALL_INTERVAL", 0.1)
-    made = build_plan(request_with(), {}, {})
+    plan = build_plan(request_with(), {}, {})
     nodes = tuple(
         dataclasses.replace(node, host=host, transport=("ssh", host), grace=1)
-        for node, host in zip(made.nodes, "ab", strict=True)
+        for node, host in zip(plan.nodes, "ab", strict=True)
     )
     out = io.StringIO()
-    outcome = run(LaunchPlan(nodes, **{"min_nodes": 2, "world_size": 2} | plan), "rank0", out)
+    outcome = run(LaunchPlan(nodes, **{"min_nodes": 2, "world_size": 2} | changes), "rank0", out)
     return outcome, out.getvalue()
 
 
-WAITS = "while read -r word; do [ $word = term ] && exit 143; done"
+WAIT_FOR_TERM = "while read -r word; do [ $word = term ] && exit 143; done"
 
 
-def test_a_host_that_does_not_come_back_ends_the_launch_when_its_time_is_over(
-    tmp_path, monkeypatch
-):
-    outcome, said = lab_of_two(tmp_path, monkeypatch, WAITS, "exit 255", patience=2)
+def test_run_lost_host_that_stays_away_ends_the_launch(tmp_path, monkeypatch):
+    outcome, output = run_two_hosts(tmp_path, monkeypatch, WAIT_FOR_TERM, "exit 255", patience=2)
     assert outcome.status == 75
-    assert outcome.reason == "b was lost: ssh ended"
-    assert said.count("b was lost; it has 2 s to come back") == 1
+    assert outcome.reason == "b was lost: the ssh connection ended"
+    assert output.count("b was lost; waiting up to 2 s for it to come back") == 1
 
 
-def test_a_run_that_ends_without_the_lost_host_is_a_good_one(tmp_path, monkeypatch):
-    outcome, _ = lab_of_two(
+def test_run_that_finishes_without_a_lost_host_succeeds(tmp_path, monkeypatch):
+    outcome, _ = run_two_hosts(
         tmp_path, monkeypatch, "sleep 1; exit 0", "exit 255", patience=300, min_nodes=1
     )
     assert outcome.status == 0
 
 
-def test_each_loss_of_a_host_has_a_time_of_its_own(tmp_path, monkeypatch):
+def test_run_waits_the_full_time_after_each_loss(tmp_path, monkeypatch):
     lost = tmp_path / "lost"
-    begins = (
+    starts = (
         f"printf '{STARTED}\\n'; sleep 1; echo >> {lost}; [ $(wc -l < {lost}) = 4 ] || exit 255"
     )
     done = f"until [ -e {lost} ] && [ $(wc -l < {lost}) = 4 ]; do sleep 0.1; done"
-    outcome, said = lab_of_two(tmp_path, monkeypatch, done, begins, patience=2)
+    outcome, output = run_two_hosts(tmp_path, monkeypatch, done, starts, patience=2)
     assert outcome.status == 0
-    assert said.count("b was lost; it has 2 s to come back") == 3
+    assert output.count("b was lost; waiting up to 2 s for it to come back") == 3
 
 
-def test_fewer_processes_keep_the_chosen_slots(tmp_path):
+def test_launch_nproc_uses_the_first_selected_slots(tmp_path):
     path = tmp_path / "hostfile"
     path.write_text("node0 slots=4\n")
     arguments = ("--hostfile", path, "--include", "node0:2,3", "--dry-run", "--json")
-    status, said = launch(*arguments, "--nproc", 1, __file__)
+    status, output = launch(*arguments, "--nproc", 1, __file__)
     assert status == 0
-    assert json.loads(said)["nodes"][0]["devices"] == [2]
-    status, said = launch(*arguments, "--nproc", 3, __file__)
+    assert json.loads(output)["nodes"][0]["devices"] == [2]
+    status, output = launch(*arguments, "--nproc", 3, __file__)
     assert status == 2
-    assert "`--nproc` is 3, but node0 has fewer slots" in said
+    assert "`--nproc` is 3, but node0 has fewer slots" in output
 
 
-def test_a_job_of_a_module(tmp_path):
+def test_write_sbatch_module_is_passed_to_torchrun(tmp_path):
     path = tmp_path / "job"
     assert launch("--write-sbatch", path, "--nproc", 1, "-m", "json.tool")[0] == 0
     assert "--module" in path.read_text()
 
 
-def test_a_job_gives_its_ranks_the_grace_to_save_in(tmp_path):
+def test_write_sbatch_grace_sets_signal_and_timeout(tmp_path):
     path = tmp_path / "job"
     assert launch("--write-sbatch", path, "--nproc", 1, "--grace", 300, __file__)[0] == 0
     assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300\n" in path.read_text()

@@ -1,4 +1,4 @@
-"""The launch as a state machine: events in; actions, states and the outcome out."""
+"""The state machine of a launch: the actions, states and outcome for each sequence of events."""
 
 import math
 from dataclasses import replace
@@ -31,16 +31,16 @@ ORDERS = {"term": ("send", "term"), "kill": ("send", "kill"), "drop": ("kill", "
 
 
 def orders(word, hosts):
-    """The same action for several hosts; "drop" kills the local ssh process."""
+    """Return the same action for several hosts; "drop" kills the local ssh process."""
     verb, text = ORDERS[word]
     return [Action(verb, host, text) for host in hosts]
 
 
-def say(host, text):
+def report(host, text):
     return [Action("print", host, f"{host} was lost; {text}")]
 
 
-WAIT = "it has 60 s to come back"
+WAIT = "waiting up to 60 s for it to come back"
 
 
 def started(host, at=0.0):
@@ -75,31 +75,31 @@ CASES = {
         FIXED,
         [(ended("b", 7, Failure(1, 7, 100.0)), orders("term", "ac")),
          (ended("a", 143), []), (ended("c", 143), [])],
-        STOPPING, True, 7, "rank 1 on b ended with 7",
+        STOPPING, True, 7, "rank 1 on b exited with status 7",
     ),
-    "a later report of an earlier failure wins": (
+    "a later report of an earlier failure replaces the first report": (
         FIXED,
         [(ended("a", 1, Failure(0, 1, 200.0)), orders("term", "bc")),
          (ended("b", 3, Failure(1, 3, 100.0)), []),
          (ended("c", 4, Failure(2, 4, 150.0)), [])],
-        STOPPING, True, 3, "rank 1 on b ended with 3",
+        STOPPING, True, 3, "rank 1 on b exited with status 3",
     ),
     "a later failure does not replace the first": (
         FIXED,
         [(ended("a", 1, Failure(0, 1, 100.0)), orders("term", "bc")),
          (ended("b", 3, Failure(1, 3, 200.0)), []), (ended("c", 4), [])],
-        STOPPING, True, 1, "rank 0 on a ended with 1",
+        STOPPING, True, 1, "rank 0 on a exited with status 1",
     ),
     "a reported failure replaces one without a time": (
         FIXED,
         [(ended("a", -9), orders("term", "bc")),
          (ended("b", 3, Failure(1, 3, 100.0)), [])],
-        STOPPING, False, 3, "rank 1 on b ended with 3",
+        STOPPING, False, 3, "rank 1 on b exited with status 3",
     ),
     "an agent killed without a report": (
         FIXED,
         [(ended("a", -9), orders("term", "bc"))],
-        STOPPING, False, 137, "a ended with status 137",
+        STOPPING, False, 137, "a exited with status 137",
     ),
     "torchrun itself fails": (
         FIXED,
@@ -111,32 +111,32 @@ CASES = {
         [(ended("a", 0), []),
          (ended("b", 7, Failure(1, 7, 1.0)), orders("term", "c")),
          (ended("c", 0), [])],
-        STOPPING, True, 7, "rank 1 on b ended with 7",
+        STOPPING, True, 7, "rank 1 on b exited with status 7",
     ),
-    "a signal is passed on once and a second one kills": (
+    "the first signal stops the job and a second one kills it": (
         FIXED,
         [(interrupted(2), orders("term", "abc")), (interrupted(2), orders("kill", "abc")),
          (interrupted(15), orders("kill", "abc"))],
-        STOPPING, False, 130, "the launcher got SIGINT",
+        STOPPING, False, 130, "the launcher received SIGINT",
     ),
     "a rank that fails after a signal does not change the outcome": (
         FIXED,
         [(interrupted(15), orders("term", "abc")),
          (ended("a", 7, Failure(0, 7, -1.0)), [])],
-        STOPPING, False, 143, "the launcher got SIGTERM",
+        STOPPING, False, 143, "the launcher received SIGTERM",
     ),
     "a signal after a failure kills and keeps the outcome": (
         FIXED,
         [(ended("a", 7, Failure(0, 7, 1.0)), orders("term", "bc")),
          (interrupted(2), orders("kill", "bc"))],
-        STOPPING, False, 7, "rank 0 on a ended with 7",
+        STOPPING, False, 7, "rank 0 on a exited with status 7",
     ),
     "a signal after a host has succeeded": (
         FIXED,
         [(ended("a", 0), []), (interrupted(1), orders("term", "bc"))],
-        STOPPING, False, 129, "the launcher got SIGHUP",
+        STOPPING, False, 129, "the launcher received SIGHUP",
     ),
-    "hosts that do not stop in time are cut off, those left only": (
+    "hosts that do not stop in time are disconnected, remaining hosts only": (
         FIXED,
         [(interrupted(2, at=5.0), orders("term", "abc")),
          (ended("a", 143, at=6.0), []),
@@ -144,62 +144,62 @@ CASES = {
          (time_is(5.1 + KILL_AFTER), orders("drop", "bc")),
          (ended("b", -9, at=21.0), []),
          (time_is(5.2 + KILL_AFTER), orders("drop", "c"))],
-        STOPPING, False, 130, "the launcher got SIGINT",
+        STOPPING, False, 130, "the launcher received SIGINT",
     ),
     "a second signal does not extend the time": (
         FIXED,
         [(interrupted(2, at=0.0), orders("term", "abc")),
          (interrupted(2, at=KILL_AFTER - 1), orders("kill", "abc")),
          (time_is(KILL_AFTER + 1), orders("drop", "abc"))],
-        STOPPING, False, 130, "the launcher got SIGINT",
+        STOPPING, False, 130, "the launcher received SIGINT",
     ),
     "a lost host ends the launch without --rejoin": (
         FIXED,
         [(ended("b", SSH_LOST), orders("term", "ac"))],
-        STOPPING, False, 75, "b was lost: ssh ended",
+        STOPPING, False, 75, "b was lost: the ssh connection ended",
     ),
     "status 255 with a report of a failure is that failure": (
         FIXED,
         [(ended("b", 255, Failure(1, 255, 1.0)), orders("term", "ac"))],
-        STOPPING, False, 255, "rank 1 on b ended with 255",
+        STOPPING, False, 255, "rank 1 on b exited with status 255",
     ),
     "status 255 without ssh is not a lost host": (
         LOCAL,
         [(ended("a", 255), [])],
-        STOPPING, True, 255, "a ended with status 255",
+        STOPPING, True, 255, "a exited with status 255",
     ),
     "a host lost while the others stop changes nothing": (
         REJOIN,
         [(ended("a", 7, Failure(0, 7, 1.0)), orders("term", "bc")),
          (ended("b", SSH_LOST, at=1.0), []), (time_is(10.0), []), (ended("c", 143), [])],
-        STOPPING, True, 7, "rank 0 on a ended with 7",
+        STOPPING, True, 7, "rank 0 on a exited with status 7",
     ),
     "enough hosts are left, then too few": (
         ELASTIC,
-        [(ended("b", SSH_LOST), say("b", "continuing with 2 of 3 hosts")),
+        [(ended("b", SSH_LOST), report("b", "continuing with 2 of 3 hosts")),
          (ended("c", SSH_LOST), orders("term", "a"))],
-        STOPPING, False, 75, "c was lost: ssh ended",
+        STOPPING, False, 75, "c was lost: the ssh connection ended",
     ),
     "enough hosts are left, and they succeed": (
         ELASTIC,
-        [(ended("b", SSH_LOST), say("b", "continuing with 2 of 3 hosts")),
+        [(ended("b", SSH_LOST), report("b", "continuing with 2 of 3 hosts")),
          (ended("a", 0), []), (ended("c", 0), [])],
         FINISHING, True, 0, "",
     ),
-    "a host is lost for good after another has succeeded, and enough are left": (
+    "a host is lost permanently after another has succeeded, and enough are left": (
         ELASTIC,
-        [(ended("a", 0), []), (ended("b", SSH_LOST), say("b", "continuing with 2 of 3 hosts")),
+        [(ended("a", 0), []), (ended("b", SSH_LOST), report("b", "continuing with 2 of 3 hosts")),
          (ended("c", 0), [])],
         FINISHING, True, 0, "",
     ),
     "a host that still runs is lost after another has succeeded": (
         REJOIN,
         [(ended("a", 0), []), (ended("b", SSH_LOST), orders("term", "c"))],
-        STOPPING, False, 75, "b was lost: ssh ended",
+        STOPPING, False, 75, "b was lost: the ssh connection ended",
     ),
-    "a lost host is called again, and comes back": (
+    "a lost host comes back": (
         REJOIN,
-        [(ended("b", SSH_LOST, at=10.0), say("b", WAIT)),
+        [(ended("b", SSH_LOST, at=10.0), report("b", WAIT)),
          (time_is(10.0 + RECALL_INTERVAL - 0.1), []),
          (time_is(10.0 + RECALL_INTERVAL), orders("start", "b")),
          (time_is(100.0), []),
@@ -207,90 +207,90 @@ CASES = {
          (ended("a", 0), []), (ended("b", 0), []), (ended("c", 0), [])],
         FINISHING, True, 0, "",
     ),
-    "two lost hosts are called together": (
+    "the launcher reconnects to two lost hosts together": (
         REJOIN,
-        [(ended("b", SSH_LOST, at=0.0), say("b", WAIT)),
-         (ended("c", SSH_LOST, at=0.5), say("c", WAIT)),
+        [(ended("b", SSH_LOST, at=0.0), report("b", WAIT)),
+         (ended("c", SSH_LOST, at=0.5), report("c", WAIT)),
          (time_is(5.0), orders("start", "bc"))],
         RUNNING, False, 0, "",
     ),
-    "a host whose time is over is lost for good": (
+    "a host that comes back too late is lost permanently": (
         REJOIN,
-        [(ended("b", SSH_LOST, at=0.0), say("b", WAIT)),
+        [(ended("b", SSH_LOST, at=0.0), report("b", WAIT)),
          (time_is(2.0), orders("start", "b")), (ended("b", SSH_LOST, at=59.9), []),
          (time_is(62.0), orders("start", "b")),
          (ended("b", SSH_LOST, at=62.1), orders("term", "ac"))],
-        STOPPING, False, 75, "b was lost: ssh ended",
+        STOPPING, False, 75, "b was lost: the ssh connection ended",
     ),
-    "a host whose time is over, with enough hosts left": (
+    "a host that comes back too late, with enough hosts left": (
         replace(REJOIN, min_nodes=2),
-        [(ended("b", SSH_LOST, at=0.0), say("b", WAIT)),
+        [(ended("b", SSH_LOST, at=0.0), report("b", WAIT)),
          (time_is(2.0), orders("start", "b")),
-         (ended("b", SSH_LOST, at=60.0), say("b", "continuing with 2 of 3 hosts")),
+         (ended("b", SSH_LOST, at=60.0), report("b", "continuing with 2 of 3 hosts")),
          (time_is(70.0), [])],
         RUNNING, False, 0, "",
     ),
     "each loss has its own time once the host has started the job again": (
         REJOIN,
-        [(ended("b", SSH_LOST, at=0.0), say("b", WAIT)),
+        [(ended("b", SSH_LOST, at=0.0), report("b", WAIT)),
          (time_is(2.0), orders("start", "b")), (started("b", at=50.0), []),
-         (ended("b", SSH_LOST, at=70.0), say("b", WAIT)),
+         (ended("b", SSH_LOST, at=70.0), report("b", WAIT)),
          (time_is(72.0), orders("start", "b"))],
         RUNNING, False, 0, "",
     ),
     "a host that fails after it came back": (
         REJOIN,
-        [(ended("b", SSH_LOST, at=0.0), say("b", WAIT)), (time_is(2.0), orders("start", "b")),
+        [(ended("b", SSH_LOST, at=0.0), report("b", WAIT)), (time_is(2.0), orders("start", "b")),
          (ended("b", 1, at=3.0), orders("term", "ac"))],
-        STOPPING, False, 1, "b ended with status 1",
+        STOPPING, False, 1, "b exited with status 1",
     ),
     "a signal with every host lost ends the launch at once": (
         REJOIN,
-        [(ended(host, SSH_LOST), say(host, WAIT)) for host in "abc"] + [(interrupted(2), [])],
-        STOPPING, True, 130, "the launcher got SIGINT",
+        [(ended(host, SSH_LOST), report(host, WAIT)) for host in "abc"] + [(interrupted(2), [])],
+        STOPPING, True, 130, "the launcher received SIGINT",
     ),
-    "a signal while a lost host is being called again": (
+    "a signal while the launcher reconnects to a lost host": (
         REJOIN,
-        [(ended("b", SSH_LOST), say("b", WAIT)), (time_is(2.0), orders("start", "b")),
+        [(ended("b", SSH_LOST), report("b", WAIT)), (time_is(2.0), orders("start", "b")),
          (interrupted(2, at=3.0), orders("term", "abc")), (started("b", at=3.1), [])],
-        STOPPING, False, 130, "the launcher got SIGINT",
+        STOPPING, False, 130, "the launcher received SIGINT",
     ),
-    "a lost host is not called again once another has succeeded": (
+    "the launcher does not reconnect to a lost host once another has succeeded": (
         REJOIN,
-        [(ended("b", SSH_LOST), say("b", WAIT)), (ended("a", 0), []), (time_is(10.0), []),
+        [(ended("b", SSH_LOST), report("b", WAIT)), (ended("a", 0), []), (time_is(10.0), []),
          (ended("c", 0), [])],
         FINISHING, True, 0, "",
     ),
-    "a host that came back too late is killed, and its status does not matter": (
+    "a host that came back after another has succeeded is killed, and its status is ignored": (
         REJOIN,
-        [(ended("b", SSH_LOST), say("b", WAIT)), (time_is(2.0), orders("start", "b")),
+        [(ended("b", SSH_LOST), report("b", WAIT)), (time_is(2.0), orders("start", "b")),
          (ended("a", 0), orders("kill", "b")), (ended("c", 0), []), (ended("b", 137), [])],
         FINISHING, True, 0, "",
     ),
     "a late host that starts the job just before it is killed does not fail the launch": (
         REJOIN,
-        [(ended("b", SSH_LOST), say("b", WAIT)), (time_is(2.0), orders("start", "b")),
+        [(ended("b", SSH_LOST), report("b", WAIT)), (time_is(2.0), orders("start", "b")),
          (ended("a", 0), orders("kill", "b")), (started("b"), []), (ended("b", 137), []),
          (ended("c", 0), [])],
         FINISHING, True, 0, "",
     ),
     "a host that is back while the others stop is killed once one of them has succeeded": (
         REJOIN,
-        [(ended("b", SSH_LOST), say("b", WAIT)), (time_is(2.0), orders("start", "b")),
+        [(ended("b", SSH_LOST), report("b", WAIT)), (time_is(2.0), orders("start", "b")),
          (interrupted(2), orders("term", "abc")), (ended("a", 0), orders("kill", "b"))],
-        STOPPING, False, 130, "the launcher got SIGINT",
+        STOPPING, False, 130, "the launcher received SIGINT",
     ),
     "a host that starts the job while the others stop has time to save": (
         REJOIN,
-        [(ended("b", SSH_LOST), say("b", WAIT)), (time_is(2.0), orders("start", "b")),
+        [(ended("b", SSH_LOST), report("b", WAIT)), (time_is(2.0), orders("start", "b")),
          (interrupted(2), orders("term", "abc")), (started("b"), []), (ended("a", 0), [])],
-        STOPPING, False, 130, "the launcher got SIGINT",
+        STOPPING, False, 130, "the launcher received SIGINT",
     ),
     "a late host is stopped with the others": (
         REJOIN,
-        [(ended("b", SSH_LOST), say("b", WAIT)), (time_is(2.0), orders("start", "b")),
+        [(ended("b", SSH_LOST), report("b", WAIT)), (time_is(2.0), orders("start", "b")),
          (ended("a", 0), orders("kill", "b")), (interrupted(2), orders("term", "bc"))],
-        STOPPING, False, 130, "the launcher got SIGINT",
+        STOPPING, False, 130, "the launcher received SIGINT",
     ),
 }  # fmt: skip
 
