@@ -39,7 +39,7 @@ def test_it_saves_every_few_updates_keeps_some_and_goes_on_by_itself(tmp_path):
     assert (again.global_steps, again.get_lr()) == (10, trainer.get_lr())
     fresh, _ = start(**planned(tmp_path, resume="never"))
     assert fresh.global_steps == 0
-    with pytest.raises(FileNotFoundError, match="holds no complete one"):
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         start(**planned(tmp_path / "none", resume="must"))
 
 
@@ -73,7 +73,7 @@ def test_frozen_parameters_can_be_left_out_and_stay_as_they_are(tmp_path, behind
     again.load_checkpoint(tmp_path / "whole")
     assert torch.equal(other[0].weight, net[0].weight)
     other[0].requires_grad_()
-    with pytest.raises(CheckpointError, match=r"has no `0\.weight`"):
+    with pytest.raises(CheckpointError, match=r"`0\.weight` is missing"):
         again.load_checkpoint(tmp_path / "part", load_optimizer_states=False)
 
 
@@ -120,7 +120,7 @@ def test_what_was_just_written_stays_though_later_updates_are_there(tmp_path):
 
 def test_a_client_state_that_could_not_be_read_again_is_refused(tmp_path):
     trainer, _ = start()
-    with pytest.raises(ValueError, match=r"client_state\['best'\].*numpy.*convert it"):
+    with pytest.raises(ValueError, match=r"`client_state\['best'\]` must .* got `numpy"):
         trainer.save_checkpoint(tmp_path, client_state={"epoch": 1, "best": np.float64(0.5)})
     assert whole(tmp_path) == []
 
@@ -195,7 +195,7 @@ def test_no_run_begins_anew_over_checkpoints_that_are_damaged(saved):
         shard = next(place.glob("*.safetensors"))
         shard.write_bytes(shard.read_bytes()[:-7])
     before = sorted(path.name for path in saved.iterdir())
-    message = r"holds no complete one\. global_step2 is damaged: .* bytes instead of .*never"
+    message = r"no complete checkpoint.* global_step2 is damaged: .* bytes instead of .*never"
     with pytest.raises(FileNotFoundError, match=message):
         start(**planned(saved, resume="auto"))
     assert sorted(path.name for path in saved.iterdir()) == before
@@ -212,9 +212,9 @@ def test_no_run_begins_anew_over_another_tools_checkpoints(tmp_path):
     ("how", "message"),
     [
         ("a truncated shard", r"\.safetensors has [\d,]+ bytes instead of [\d,]+"),
-        ("a flipped byte", r"\.safetensors has other content.*Other complete ones: .*global_step4"),
+        ("a flipped byte", r"\.safetensors does not match its SHA-256.*Other .*global_step4"),
         ("a missing file", "random.0.pt is missing"),
-        ("no manifest", "its writer died, or another tool wrote it"),
+        ("no manifest", "manifest.json is missing"),
         ("a broken manifest", "manifest.json cannot be read"),
     ],
 )
@@ -232,8 +232,8 @@ def test_what_is_not_whole_is_not_half_loaded(saved, how, message):
 def test_another_model_is_refused_with_the_first_key_that_differs(saved):
     config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
     for net, message in (
-        (torch.nn.Sequential(torch.nn.Linear(4, 9)), r"another `0.weight`: \(8, 4\) in it and"),
-        (torch.nn.Linear(4, 8), "has no `weight`"),
+        (torch.nn.Sequential(torch.nn.Linear(4, 9)), r"`0\.weight` has shape \(8, 4\)"),
+        (torch.nn.Linear(4, 8), "`weight` is missing"),
     ):
         other, *_ = engine.initialize(config=config, model=net)
         with pytest.raises(CheckpointError, match=message):
@@ -243,7 +243,7 @@ def test_another_model_is_refused_with_the_first_key_that_differs(saved):
 def test_another_run_is_refused_until_it_is_overridden(saved):
     other, _ = start(train_batch_size=16, optimizer={"type": "SGD", "params": {"lr": 0.01}})
     with pytest.raises(
-        CheckpointError, match="`optimizer.params.momentum` was 0.9 and is 0.0; `tra"
+        CheckpointError, match="`optimizer.params.momentum` is 0.9 in the checkpoint, 0.0 now; `tra"
     ):
         other.load_checkpoint(saved)
     steps = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.02, "cycle_first_step_size": 8}
@@ -258,16 +258,16 @@ DECAY = {"type": "WarmupDecayLR", "params": {"total_num_steps": "1dur", "warmup_
 @pytest.mark.parametrize(
     ("section", "samples", "message"),
     [
-        ({"max_duration": 200}, 64, "total_num_steps` was 40 and is 200$"),
+        ({"max_duration": 200}, 64, "total_num_steps` is 40 in the checkpoint, 200 now"),
         (
             {"max_duration": "5ep"},
             128,
-            "warmup_num_steps` was 8 and is 16; .*total_num_steps` was 40 and is 80",
+            "warmup_num_steps` is 8 in .* 16 now; .*total_num_steps` is 40 in .* 80 now",
         ),
         (
             {"max_duration": 40, "scale_schedule_ratio": 0.5},
             64,
-            "total_num_steps` was 40 and is 20",
+            "total_num_steps` is 40 in the checkpoint, 20 now",
         ),
     ],
 )
@@ -283,7 +283,7 @@ def test_a_run_of_another_length_is_another_run(tmp_path, section, samples, mess
     other, *_ = engine.initialize(
         config=config | {"engine": section}, model=model(), training_data=dataset(samples)
     )
-    with pytest.raises(CheckpointError, match=message.replace("$", "")):
+    with pytest.raises(CheckpointError, match=message):
         other.load_checkpoint(tmp_path)
     assert other.global_steps == 0
 
@@ -305,9 +305,12 @@ def test_the_scripts_own_optimizer_and_scheduler_are_guarded_too(tmp_path):
     again.load_checkpoint(tmp_path)
     assert again.get_lr() == trainer.get_lr()
     for other, message in (
-        (of_script(length=1000), "`scheduler.params.T_max` was 10 and is 1000"),
-        (of_script(weight_decay=0.5), r"`optimizer\.groups\.0\.weight_decay` was 0\.1 and is 0\.5"),
-        (of_script(make=torch.optim.SGD), "`optimizer.type` was AdamW and is SGD"),
+        (of_script(length=1000), "`scheduler.params.T_max` is 10 in the checkpoint, 1000 now"),
+        (
+            of_script(weight_decay=0.5),
+            r"`optimizer\.groups\.0\.weight_decay` is 0\.1 in .* 0\.5 now",
+        ),
+        (of_script(make=torch.optim.SGD), "`optimizer.type` is AdamW in the checkpoint, SGD now"),
     ):
         with pytest.raises(CheckpointError, match=message):
             other.load_checkpoint(tmp_path)
@@ -334,11 +337,14 @@ def test_resume_with_another_tensor_lr_is_refused(tmp_path, kind):
     trainer.save_checkpoint(tmp_path)
     with_tensors(kind).load_checkpoint(tmp_path)
     for other, message in (
-        (with_tensors(kind, lr=0.2), r"`optimizer\.groups\.0\.lr` was 0\.1\d* and is 0\.2\d*[;.]"),
-        (with_tensors(kind, gain=(1.0, 3.0)), r"`scheduler\.params\.gain\.1` was 2\.0 and is 3\.0"),
+        (with_tensors(kind, lr=0.2), r"`optimizer\.groups\.0\.lr` is 0\.1\d* in .* 0\.2\d* now"),
+        (
+            with_tensors(kind, gain=(1.0, 3.0)),
+            r"`scheduler\.params\.gain\.1` is 2\.0 .* 3\.0 now",
+        ),
         (
             with_tensors(kind, gain=torch.ones(999)),
-            r"`scheduler\.params\.gain` was \[.*is [0-9a-f]",
+            r"`scheduler\.params\.gain` is \[.* [0-9a-f]+ now",
         ),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -371,14 +377,14 @@ def test_resume_from_an_identity_without_tensors_compares_what_it_has(tmp_path):
         identity["optimizer"]["groups"][0]["weight_decay"] = 0.5
 
     rewrite_identity(place, change)
-    with pytest.raises(CheckpointError, match=r"`optimizer\.groups\.0\.weight_decay` was 0\.5"):
+    with pytest.raises(CheckpointError, match=r"`optimizer\.groups\.0\.weight_decay` is 0\.5"):
         with_tensors("SGD").load_checkpoint(tmp_path)
 
     def remove(identity):
         del identity["optimizer"]["groups"][0]["weight_decay"]
 
     rewrite_identity(place, remove)
-    with pytest.raises(CheckpointError, match=r"weight_decay` was absent and is 0"):
+    with pytest.raises(CheckpointError, match=r"weight_decay` is absent in the checkpoint, 0 now"):
         with_tensors("SGD").load_checkpoint(tmp_path)
 
 
@@ -459,11 +465,11 @@ trainer.save_checkpoint({str(tmp_path)!r})
 @pytest.mark.parametrize("tag", ["", "..", "a/b", ".hidden", "latest"])
 def test_a_tag_is_the_name_of_a_folder(tmp_path, tag):
     if not tag:
-        with pytest.raises(CheckpointError, match="`tag` must be a name"):
+        with pytest.raises(CheckpointError, match="`tag` must be a valid directory name"):
             storage.begin(tmp_path, tag)
         return
     trainer, _ = start()
-    with pytest.raises(CheckpointError, match="`tag` must be a name"):
+    with pytest.raises(CheckpointError, match="`tag` must be a valid directory name"):
         trainer.save_checkpoint(tmp_path, tag=tag)
 
 
@@ -482,7 +488,7 @@ def test_a_pickle_bomb_is_refused(saved, monkeypatch):
         "sha256": storage._hash(place / "engine.pt"),
     }
     (place / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="unpickled, but it holds `posix.system`"):
+    with pytest.raises(CheckpointError, match=r"must contain only .* `posix\.system`"):
         start()[0].load_checkpoint(saved)
     assert not Path("bomb_went_off").exists()
 
@@ -513,10 +519,13 @@ def test_the_command_lists_verifies_shows_and_exports(saved):
     assert main(["checkpoint", "export", str(saved), "-o", nowhere], out, err) == 2
     assert err.getvalue() == f"onecycle: {nowhere}: No such file or directory\n"
     assert main(["checkpoint", "show", str(saved), "--tag", "nope"], out, err) == 2
-    assert "must hold the checkpoint 'nope', but holds global_step2" in err.getvalue()
+    assert (
+        "does not contain the checkpoint 'nope'. Complete checkpoints: global_step2"
+        in err.getvalue()
+    )
     damage(saved, "a flipped byte")
     status, out = run("checkpoint", "verify", saved)
-    assert (status, "other content" in out) == (1, True)
+    assert (status, "does not match its SHA-256" in out) == (1, True)
     assert run("checkpoint", "ls", saved / "none")[0] == 2
 
 

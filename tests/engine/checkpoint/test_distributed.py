@@ -175,7 +175,7 @@ def save_on_rank_0_only(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collectives, "_PATIENCE", timedelta(seconds=1))
         if trainer.global_rank == 0:
-            with pytest.raises(RuntimeError, match="every rank must come to save_checkpoint"):
+            with pytest.raises(RuntimeError, match="must be called on every rank"):
                 trainer.save_checkpoint(folder)
             done.touch()
     while not done.exists():
@@ -188,7 +188,7 @@ def test_save_checkpoint_on_one_rank_only_is_an_error(tmp_path):
 
 def save_with_different_tags(folder):
     trainer = start()
-    message = r"`tag` must be the same on all ranks, but is \['tag0', 'tag1'\] instead"
+    message = r"`tag` must be the same on all ranks, got \['tag0', 'tag1'\]"
     with pytest.raises(ValueError, match=message):
         trainer.save_checkpoint(folder, tag=f"tag{trainer.global_rank}")
 

@@ -244,7 +244,7 @@ def test_killed_workers_come_back_and_end_where_the_undisturbed_run_does(folder)
     assert len(undisturbed) == 300
     assert all(undisturbed[step] == row for step, *row in rows)
     assert rows[-1][0] == "300"
-    assert "resumes from" in (folder / "run.txt").read_text(), "it was not killed"
+    assert "resuming from" in (folder / "run.txt").read_text(), "it was not killed"
 
 
 @pytest.mark.parametrize(
