@@ -46,7 +46,7 @@ def check_same_tag(tag: str, world_size: int) -> None:
     tags = _gather(tag, world_size)
     if len(set(tags)) > 1:
         raise ValueError(
-            f"`tag` must be the same on all ranks, got {tags}. Pass the same tag on all."
+            f"`tag` must be the same on all ranks, got {tags}. Pass the same tag on each rank."
         )
 
 

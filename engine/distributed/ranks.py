@@ -33,7 +33,7 @@ _TASK_COUNTS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpirun",
 }
-"""The variables in which srun and mpirun set the number of tasks that they start."""
+"""The variables that hold the number of tasks, and the command that sets them."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _check_world_size_is_set() -> None:
 
 
 def check_configs_match(ranks: Ranks, config: str) -> None:
-    """Check that all ranks have the same config; ranks that differ can hang.
+    """Check that all ranks have the same config; different configs can cause a hang.
 
     Args:
         ranks: this process's rank and world size.
@@ -152,7 +152,7 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
             )
             lines = difflib.unified_diff(first, second, "rank 0", f"rank {rank}", n=0, lineterm="")
             raise ValueError(
-                "the config must be the same on all ranks, but the config of rank "
+                "The config must be the same on all ranks, but the config of rank "
                 f"{rank} does not match that of rank 0:\n" + "\n".join(lines)
             )
 
@@ -160,7 +160,7 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
 def destroy_distributed() -> None:
     """Destroy the process group once all ranks that still run have reached this call.
 
-    A rank that leaves first closes connections that the gloo threads of other ranks still use.
+    If a rank exits early, it closes connections that the gloo threads of other ranks still use.
     """
     if not _has_process_group():
         return

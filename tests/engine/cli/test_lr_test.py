@@ -184,7 +184,7 @@ def test_the_configs_own_range_test_reports_in_an_ordinary_run(folder):
         pytest.param(
             lambda folder: script(folder, scale="* float('nan')"),
             [999],
-            "there are 0 losses, and 20 must be",
+            "at least 20 losses are required, got 0",
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -213,8 +213,8 @@ def test_a_script_that_never_calls_the_engine(folder):
     "arguments, message",
     [
         ([], "a script must follow"),
-        (["--min", "1", "--max", "0.5", "--", "train.py"], "must go from a learning rate above 0"),
-        (["--updates", "9", "--", "train.py"], "`updates` must be given with `refine` alone"),
+        (["--min", "1", "--max", "0.5", "--", "train.py"], "`min_lr` must be > 0"),
+        (["--updates", "9", "--", "train.py"], "`updates` has no effect without `refine`"),
         (["--", "missing.py"], "missing.py: there is no such script"),
     ],
 )

@@ -76,8 +76,8 @@ def test_scaling_the_loss_changes_nothing():
 @pytest.mark.parametrize(
     "losses, reason",
     [
-        ([1.0] * 5, f"there are 5 losses, and {MIN_POINTS} must be"),
-        ([float("nan")] * 100, f"there are 0 finite losses, and {MIN_POINTS} must be"),
+        ([1.0] * 5, f"at least {MIN_POINTS} losses are required, got 5"),
+        ([float("nan")] * 100, f"at least {MIN_POINTS} finite losses are required, got 0"),
         ([2.5] * 100, "the loss does not fall: it is 2.5 at every learning rate"),
         (list(np.linspace(3, 1, 100)), "the loss still falls at the largest learning rate"),
     ],
@@ -89,7 +89,7 @@ def test_the_reason_says_what_is_wrong(losses, reason):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="a loss for each of the 3 lrs, but 2 are"):
+    with pytest.raises(ValueError, match="`losses` must have one value .* got 2 for 3"):
         suggest([1, 2, 3], [1, 2])
-    with pytest.raises(ValueError, match="learning rates must be positive, but the least is 0.0"):
+    with pytest.raises(ValueError, match="`lrs` must be positive, got 0.0"):
         suggest([0, 1, 2], [1, 2, 3])
