@@ -29,7 +29,7 @@ def identity_of(config: Config, scheduler: object, optimizer: Identity | None) -
 
     Args:
         config: config of the run.
-        scheduler: scheduler of the run, with its durations resolved; None if there is none.
+        scheduler: scheduler of the run with its durations resolved, or None.
         optimizer: `hyperparameters` of an optimizer that the user built; ignored if the config
             has an `optimizer` block.
     """
@@ -56,7 +56,7 @@ def hyperparameters(optimizer: Optimizer) -> Identity:
     converted: set[str] = set()
     groups = [
         _to_json({name: value for name, value in group.items() if name != "params"}, converted)
-        for group in getattr(optimizer, "param_groups", ())  # absent for inference only
+        for group in getattr(optimizer, "param_groups", ())  # missing without training
     ]
     return {"type": type(optimizer).__name__, "groups": groups, _CONVERTED: sorted(converted)}
 
@@ -107,7 +107,7 @@ def _differences(
     if isinstance(saved, Mapping) and isinstance(own, Mapping):
         # Earlier versions neither saved nor listed the values that JSON cannot represent. For
         # their checkpoints, the values that are converted now are unknown; all others must match.
-        # Without this exception, such a checkpoint could not be resumed if its scheduler has a
+        # Without this rule, such a checkpoint could not be resumed if its scheduler has a
         # function as an attribute. The drawback: the first resume does not notice a changed tensor.
         if _CONVERTED in own and _CONVERTED not in saved:
             unknown = own[_CONVERTED]

@@ -111,7 +111,7 @@ class Checkpointer:
         self._signals: Signals | None = None
 
     def resume(self, run: RunState) -> None:
-        """Resume from the newest checkpoint if ``engine.checkpoint.resume`` requires it.
+        """Resume from the newest checkpoint, depending on ``engine.checkpoint.resume``.
 
         After this call, SIGTERM and SIGUSR1 trigger a save.
 

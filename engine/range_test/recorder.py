@@ -40,7 +40,7 @@ class Run:
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:
-        """Learning rates and the losses that result from them: each loss is that of the next step.
+        """The learning rates, and for each the loss of the next step, which shows its effect.
 
         >>> Run(lrs=[0.1, 0.2, 0.4], losses=[2.3, 2.0, 1.5]).curve
         ([0.1, 0.2], [2.0, 1.5])

@@ -38,7 +38,7 @@ class Refinement:
     losses: Mapping[float, tuple[float, ...]]
     """Final loss of each repeat, by maximum learning rate; infinite if it diverged."""
     begin: float
-    """The loss before training."""
+    """Mean loss before training."""
     steps: int
     """Number of steps of each cycle."""
     updates: int | None = None
@@ -63,7 +63,7 @@ class Refinement:
     def max_lr(self) -> float:
         """The suggested maximum learning rate, ``lowest * shrinkage``, to two significant digits.
 
-        The best learning rate decreases with the length of the training, as a power law.
+        The best learning rate decreases with the length of the training, following a power law.
 
         Source of the exponent: Bjorck et al., Scaling Optimal LR Across Token Horizons,
         https://arxiv.org/abs/2409.19913.
@@ -110,7 +110,8 @@ class Refinement:
         low = int(np.argmin(y))
         near = slice(max(low - _REACH, 0), low + _REACH + 1)
         x, y = x[near], y[near]
-        # A cycle that loses more than half of the best improvement is too far from the minimum.
+        # Ignore cycles that improve the loss less than half as much as the best one: they are too
+        # far from the minimum.
         basin = np.isfinite(y) & (y <= (y.min() + self.begin) / 2)
         if basin.sum() < 3:
             return float(maxima[order][low])
@@ -127,7 +128,7 @@ def refine(
     steps: int,
     updates: int | None = None,
 ) -> Refinement:
-    """Train short cycles with maxima a factor of 2 apart until the best has two neighbors.
+    """Train short cycles with maxima a factor of 2 apart until the best one is not at the edge.
 
     Args:
         train: function that trains a cycle of `steps` steps, given the maximum learning rate and

@@ -59,8 +59,8 @@ class LRRangeReport:
         """Train short cycles around the suggestion, if any, and return the refined report.
 
         Args:
-            train: function that trains with a scheduler block, given also the index of the repeat,
-                and returns its record.
+            train: function that takes a scheduler block and the index of the repeat, trains with
+                this schedule and returns the record.
             steps: number of steps of a cycle.
             updates: number of steps of the planned training; None: as long as a cycle.
             known: OneCycle block; the cycles use its momentum and the ratio of its halves.
@@ -79,10 +79,11 @@ class LRRangeReport:
 
     @cached_property
     def suggestion(self) -> Suggestion:
-        """The suggestion from all runs; if ``max_lr`` is None, ``reason`` says why.
+        """The suggestion from all runs; if ``max_lr`` is None, ``reason`` explains why.
 
-        Curve and rules use the points of all runs. If most runs have a suggestion of their own,
-        ``max_lr`` is the median of these, so that a run that diverged early has little effect.
+        The curve and the rules use the points of all runs. If more than half of several runs have
+        a suggestion, ``max_lr`` is the median of these, so that one run that diverged early has
+        little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])

@@ -1,4 +1,4 @@
-"""Suggest a maximum learning rate from the losses of a range test, or explain why there is none.
+"""Suggest a maximum learning rate from the losses of a range test, or explain why that fails.
 
 This module only computes: it does not train and does not import torch.
 """
@@ -49,10 +49,10 @@ class Smoothed:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The suggested maximum learning rate, and the values of the rules behind it."""
+    """The suggested maximum learning rate, and the values of the rules it is based on."""
 
     max_lr: float | None
-    """None if the curve allows no suggestion; `reason` says why."""
+    """None if the curve does not allow a suggestion; `reason` explains why."""
     reason: str = ""
     rules: Mapping[str, float] = field(default_factory=dict)
     """Learning rate of each rule of `EDGE` and `CAREFUL` that applies."""
@@ -70,20 +70,22 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
 
     The curve is smoothed over log(lr) without lag. Losses that are not finite and single spikes are
     dropped, losses far above the initial loss are clipped, and a line is fitted locally around each
-    point; generalized cross-validation selects the bandwidth. These rules then read the curve:
+    point; generalized cross-validation selects the bandwidth. Each rule then selects a learning
+    rate:
 
-    - end of descent: the loss has completed nine tenths of its descent;
-    - minimum: the middle of the range with losses within 5 % of the descent of the minimum;
-    - divergence / 10: a tenth of the learning rate at which the loss has risen back by nine tenths
-      of the descent, or at which the sweep ended because of divergence;
-    - steepest: the loss falls fastest over log(lr);
-    - valley: half-way, in log(lr), between the first and the last tenth of the descent;
+    - end of descent: the point at which the loss has completed 90 % of its descent;
+    - minimum: the middle of the range in which the loss exceeds its minimum by less than 5 % of the
+      descent;
+    - divergence / 10: a tenth of the learning rate at which the loss has risen back by 90 % of the
+      descent, or at which it stopped being finite or the test ended because it diverged;
+    - steepest: the point at which the loss falls fastest over log(lr);
+    - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.
 
-    The suggestion is the median of those of the first three that apply. A cycle reaches its maximum
-    only briefly, so the maximum can be as large as the point where the loss stops falling. The last
-    three rules are meant for a constant learning rate; as the maximum of a cycle they train too
-    slowly (docs/results/lr_test.md).
+    The suggestion is the median of the first three rules, or of those that apply. A cycle reaches
+    its maximum only briefly, so the maximum can be as large as the learning rate at which the loss
+    stops falling. The last three rules are meant for a constant learning rate. As the maximum of a
+    cycle, their values train too slowly (docs/results/lr_test.md).
 
     Args:
         lrs: learning rate of each step, positive, in any order and spacing.
@@ -107,7 +109,7 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     x, y = np.asarray(lrs, float), np.asarray(losses, float)
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(
-            f"`losses` must have one value per learning rate, got {y.size} for {x.size} of `lrs`."
+            f"`losses` must have as many values as `lrs`, got {y.size} losses for {x.size} lrs."
         )
     if not np.all(x > 0):
         raise ValueError(f"`lrs` must be positive, got {x.min()}.")

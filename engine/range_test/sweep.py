@@ -36,7 +36,8 @@ class Sweep:
         seed_offset: number to add to the config's seed.
 
     Raises:
-        ValueError: if ``0 < min_lr < max_lr`` does not hold, or `steps` is below 2.
+        ValueError: if ``0 < min_lr < max_lr`` does not hold, `steps` is below 2, or `momentum` is
+            set for a staircase.
     """
 
     min_lr: float = 1e-6
