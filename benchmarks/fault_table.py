@@ -154,7 +154,9 @@ def of_ranks(folder: Path) -> Iterator[tuple[str, str, str]]:
             text=True,
             check=False,
         )
-        lines = [line for line in done.stderr.splitlines() if "every rank must come" in line]
+        lines = [
+            line for line in done.stderr.splitlines() if "must be called on every rank" in line
+        ]
         message = lines[0].split(": ", 1)[1][:170] if lines else done.stderr[-300:]
         spent = time.monotonic() - begin
         yield f"{fault} ({spent:.0f} s including startup)", f"{message} …", "step 2"

@@ -1,1 +1,1 @@
-"""Checkpoints: whole, or not there. ``storage`` has no torch in it."""
+"""Save, find and load checkpoints. The module ``storage`` does not import torch."""

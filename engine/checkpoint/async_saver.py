@@ -1,4 +1,4 @@
-"""Finish a checkpoint in the background while training continues, one at a time."""
+"""Write checkpoints in the background while training continues, one at a time."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ log = logging.getLogger("onecycle")
 
 
 class AsyncSaver:
-    """Holds what an asynchronous save needs between two calls: copies, group, thread and failure.
+    """Runs asynchronous saves: holds the tensor copies, the thread, the group and a pending error.
 
-    A process that exits waits for its last checkpoint, and exits with status 1 if it failed.
+    At exit, the process waits for its last checkpoint. If that fails, the exit status is 1.
     """
 
     def __init__(self) -> None:
         self.arena: dict[str, Any] = {}
-        """Host copies of the tensors, whose memory the next save uses again."""
+        """Copies of the tensors in host memory; the next save reuses this memory."""
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._group: dist.ProcessGroup | None = None
         atexit.register(self._wait_at_exit)
 
     def process_group(self, world_size: int) -> dist.ProcessGroup | None:
-        """Return a process group for saving only: training's messages would mix with its own."""
+        """Return a process group for saving only, so that it cannot interfere with training."""
         if self._group is None and world_size > 1:
             self._group = dist.new_group(backend="gloo")
         return self._group
@@ -45,17 +45,17 @@ class AsyncSaver:
             try:
                 written.result()
                 commit()
-            except Exception as error:  # noqa: BLE001  # raised by the next `wait`
+            except Exception as error:  # noqa: BLE001  # the next `wait` raises it
                 self._failure = error
 
         self._thread = threading.Thread(target=finish, name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until no checkpoint is being written.
+        """Wait until the current save has finished.
 
         Raises:
-            Exception: the last checkpoint failed with it.
+            Exception: the error of the last save, if it failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -65,17 +65,17 @@ class AsyncSaver:
             raise failure
 
     def close(self) -> None:
-        """Wait, and release the copies.
+        """Wait until the current save has finished, then release the copies.
 
         Raises:
-            Exception: the last checkpoint failed with it.
+            Exception: the error of the last save, if it failed.
         """
         atexit.unregister(self._wait_at_exit)
         self.wait()
         self.arena.clear()
 
     def _wait_at_exit(self) -> None:
-        # Nobody is left to raise to: the exit status has to report the failure.
+        # No caller is left to catch an exception, so the exit status reports the failure.
         try:
             self.wait()
         except Exception as error:

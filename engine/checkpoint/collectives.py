@@ -1,4 +1,4 @@
-"""Steps of a save that every rank takes together, and that fail on all ranks or on none."""
+"""Collective operations of a save. If one fails on any rank, it raises on all ranks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ _PATIENCE = dt.timedelta(seconds=30)
 
 
 def meet(ranks: Ranks, what: str) -> None:
-    """Wait for the other ranks, but not forever: some may never make the call.
+    """Wait up to 30 seconds for the other ranks; a rank may never make the call.
+
+    Args:
+        ranks: rank, world size and control group of this process.
+        what: the call that every rank must make, for the error message.
 
     Raises:
-        RuntimeError: a rank did not come within 30 seconds; the message names it.
+        RuntimeError: if a rank does not reach the call in time; the message names it.
     """
     if ranks.world_size == 1:
         return
@@ -28,42 +32,44 @@ def meet(ranks: Ranks, what: str) -> None:
         dist.monitored_barrier(ranks.control_group, timeout=_PATIENCE, wait_all_ranks=True)
     except RuntimeError as error:
         raise RuntimeError(
-            f"every rank must come to {what}, but within {_PATIENCE.seconds} seconds not all did: "
-            f"{error}. Call it on all ranks, outside of any `if rank == 0`."
+            f"{what} must be called on every rank, but some ranks did not reach it within "
+            f"{_PATIENCE.seconds} seconds: {error}. Call it outside of any `if rank == 0` block."
         ) from None
 
 
 def check_same_tag(tag: str, world_size: int) -> None:
-    """Reject different tags: each rank would write a part of another checkpoint.
+    """Check that all ranks pass the same tag; otherwise they would write different checkpoints.
 
     Raises:
-        ValueError: the ranks' tags differ.
+        ValueError: if the tags differ between ranks.
     """
     tags = _gather(tag, world_size)
     if len(set(tags)) > 1:
-        raise ValueError(f"`tag` must be the same on all ranks, but is {tags} instead.")
+        raise ValueError(
+            f"`tag` must be the same on all ranks, got {tags}. Pass the same tag on each rank."
+        )
 
 
 @contextlib.contextmanager
 def together(world_size: int) -> Iterator[None]:
-    """Run the block on every rank, and raise on all of them if it fails on any.
+    """Run the block on every rank. If it fails on any rank, raise on all of them.
 
-    A collective must start only when all ranks have succeeded so far: it would wait forever.
+    Without this, the ranks that succeeded would wait indefinitely in the next collective.
 
     Raises:
-        RuntimeError: the block failed on another rank.
+        RuntimeError: if the block failed on another rank.
     """
     failure: Exception | None = None
     try:
         yield
-    except Exception as error:  # noqa: BLE001  # every rank has to know of it
+    except Exception as error:  # noqa: BLE001  # all ranks must learn of any error
         failure = error
     texts = _gather(failure and f"{type(failure).__name__}: {failure}", world_size)
     if failure is not None:
         raise failure
     for rank, text in enumerate(texts):
         if text:
-            raise RuntimeError(f"the checkpoint was not written: rank {rank} failed: {text}")
+            raise RuntimeError(f"The checkpoint was not written because rank {rank} failed: {text}")
 
 
 def _gather(value: Any, world_size: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The values that a run must share with the checkpoint that it resumes from."""
+"""The identity of a run: the values that must match between a run and its checkpoint."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ __all__ = ["Identity", "hyperparameters", "identity_of", "refuse_another_run"]
 Identity = Mapping[str, Any]
 
 _CONVERTED = "converted"
-_LONGEST = 1000  # characters of a tensor's numbers; a hash represents a larger tensor
+_LONGEST = 1000  # characters; a tensor with a longer JSON representation is stored as a hash
 
 
 def identity_of(config: Config, scheduler: object, optimizer: Identity | None) -> Identity:
     """Return the identity of a run.
 
     Args:
-        config: of the run.
-        scheduler: at work, as it was built; its durations are known by now.
-        optimizer: the `hyperparameters` of the script's own, where the config has none.
+        config: config of the run.
+        scheduler: scheduler of the run with its durations resolved, or None.
+        optimizer: `hyperparameters` of an optimizer that the user built; ignored if the config
+            has an `optimizer` block.
     """
     block = config.optimizer
     return {
@@ -45,7 +46,7 @@ def identity_of(config: Config, scheduler: object, optimizer: Identity | None) -
 
 
 def hyperparameters(optimizer: Optimizer) -> Identity:
-    """Return the type of an optimizer, and the hyperparameters of each param group.
+    """Return an optimizer's type and the hyperparameters of each param group.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -55,15 +56,15 @@ def hyperparameters(optimizer: Optimizer) -> Identity:
     converted: set[str] = set()
     groups = [
         _to_json({name: value for name, value in group.items() if name != "params"}, converted)
-        for group in getattr(optimizer, "param_groups", ())  # what only infers has none
+        for group in getattr(optimizer, "param_groups", ())  # missing without training
     ]
     return {"type": type(optimizer).__name__, "groups": groups, _CONVERTED: sorted(converted)}
 
 
 def _attributes(scheduler: object) -> Identity:
-    """Return the type and the public attributes of a scheduler that is not ours."""
+    """Return the type and the public attributes of a scheduler from another library."""
     converted: set[str] = set()
-    # The optimizer has an entry of its own in the identity.
+    # The identity already has an entry for the optimizer.
     public = {
         name: value
         for name, value in vars(scheduler).items()
@@ -74,28 +75,40 @@ def _attributes(scheduler: object) -> Identity:
 
 
 def refuse_another_run(place: Path, saved: Identity, own: Identity) -> None:
-    """Refuse a checkpoint that does not match this run.
+    """Reject a checkpoint that does not match this run.
+
+    Args:
+        place: directory of the checkpoint, for the error message.
+        saved: identity in the checkpoint's manifest.
+        own: identity of this run.
 
     Raises:
-        CheckpointError: it does not match; the message names each value that differs.
+        CheckpointError: if the identities differ; the message names each value that differs.
     """
     changed = list(_differences(saved, json.loads(json.dumps(own))))
     if changed:
         raise CheckpointError(
-            f"{place} must be of a run like this one, but {'; '.join(changed)}. Put back what was "
-            'saved, or set "engine": {"checkpoint": {"override": true}} to go on with what is new.'
+            f"{place} does not match this run: {'; '.join(changed)}. Restore the saved values, or "
+            "set `engine.checkpoint.override` to true to resume with the new ones."
         )
 
 
 def _differences(
     saved: Any, own: Any, name: str = "", unknown: Collection[str] = ()
 ) -> Iterator[str]:
-    """Yield a text for each value that differs; ``unknown`` names those that may be absent."""
+    """Yield a message for each value that differs.
+
+    Args:
+        saved: value in the checkpoint.
+        own: value of this run.
+        name: dotted name of the value.
+        unknown: names of values that may be absent from the checkpoint.
+    """
     if isinstance(saved, Mapping) and isinstance(own, Mapping):
-        # Versions that did not list converted values dropped them. For such a checkpoint exactly
-        # the values that are converted now are unknown; all others must match. Without this, a
-        # checkpoint of a run whose scheduler has a function among its attributes could no longer
-        # be resumed; the price is that a tensor's change goes unnoticed once, as it did before.
+        # Earlier versions neither saved nor listed the values that JSON cannot represent. For
+        # their checkpoints, the values that are converted now are unknown; all others must match.
+        # Without this rule, such a checkpoint could not be resumed if its scheduler has a
+        # function as an attribute. The drawback: the first resume does not notice a changed tensor.
         if _CONVERTED in own and _CONVERTED not in saved:
             unknown = own[_CONVERTED]
         for key in dict.fromkeys([*saved, *own]):
@@ -108,11 +121,11 @@ def _differences(
         for index, values in enumerate(zip(saved, own, strict=True)):
             yield from _differences(*values, f"{name}.{index}", unknown)
     elif saved != own:
-        yield f"`{name}` was {saved} and is {own}"
+        yield f"`{name}` is {saved} in the checkpoint, {own} now"
 
 
 def _to_json(values: Mapping[str, Any], converted: set[str]) -> dict[str, Any]:
-    """Return values as JSON carries them, and add the names of those that it cannot carry."""
+    """Return JSON values; add the names of values that JSON cannot represent to ``converted``."""
     converted |= {name for name, value in values.items() if not _is_json(value)}
     return {name: _describe(value) for name, value in values.items()}
 
@@ -126,16 +139,16 @@ def _is_json(value: Any) -> bool:
 
 
 def _describe(value: Any) -> Any:
-    """Return a value as JSON carries it: of a tensor the numbers, of any other object a name."""
+    """Return a JSON value: a tensor's numbers, or the name of any other object or its type."""
     try:
         return json.loads(json.dumps(value, default=_describe_object))
-    except (TypeError, ValueError):  # keys that are no text, or a value that contains itself
+    except (TypeError, ValueError):  # invalid keys, or a circular reference
         return type(value).__qualname__
 
 
 def _describe_object(value: object) -> Any:
     if not isinstance(value, Tensor | np.ndarray | np.generic):
-        # A function has a name of its own; any other object has only its type's.
+        # Functions and classes have a name; any other object is described by its type.
         return getattr(value, "__qualname__", type(value).__qualname__)
     numbers = value.tolist()
     while isinstance(numbers, list) and len(numbers) == 1:

@@ -1,4 +1,4 @@
-"""Saving and resuming a run: when a save is due, what a checkpoint contains, what may resume it."""
+"""Save a run and resume it: when to save, the contents of a checkpoint, and whether it matches."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class SavedBackend(Protocol):
 
     @property
     def ranks(self) -> Ranks:
-        """This process's rank among how many."""
+        """Rank and world size of this process."""
         ...
 
     def save(self, place: Path, *, frozen: bool = True) -> None:
-        """Write model, optimizer and loss scale."""
+        """Write the model, the optimizer and the loss scale."""
         ...
 
     def save_behind(
@@ -59,27 +59,27 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Copy model, optimizer and loss scale, and write the copy in the background."""
+        """Copy the model, the optimizer and the loss scale; write the copy in the background."""
         ...
 
     def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
-        """Restore what was saved."""
+        """Restore the model and, if requested, the optimizer and the loss scale."""
         ...
 
 
 class RunState(Protocol):
-    """The part of a run's state that checkpoints contain; loading one assigns to it."""
+    """The part of a run's state that is saved in checkpoints and replaced on load."""
 
     is_trial: bool
-    """Whether this is an LR range test, which saves nothing."""
+    """Whether this is an LR range test, which writes no checkpoints."""
     counters: Counters
     steps_before: int
-    """Applied steps of earlier runs: those in the checkpoint that was loaded."""
+    """Steps that earlier runs applied, read from the loaded checkpoint."""
     rollback: Rollback | None
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The scheduler, if there is one."""
+        """The scheduler, or None."""
         ...
 
 
@@ -87,10 +87,10 @@ class Checkpointer:
     """Saves the checkpoints of a run and resumes from them; every rank calls each method.
 
     Args:
-        config: for ``engine.checkpoint``, the batch sizes and the backend's name.
-        backend: saves and loads model and optimizer.
-        identity: values that a run must share with the checkpoint that it resumes from.
-        loader: data loader; its position is saved if `initialize` made it.
+        config: config of the run; provides ``engine.checkpoint``, batch sizes and backend name.
+        backend: backend that saves and loads the model and the optimizer.
+        identity: values that must match between this run and a checkpoint that it loads.
+        loader: data loader; its position is saved if `initialize` built it.
     """
 
     def __init__(
@@ -111,32 +111,32 @@ class Checkpointer:
         self._signals: Signals | None = None
 
     def resume(self, run: RunState) -> None:
-        """Resume from the newest checkpoint as ``engine.checkpoint.resume`` says.
+        """Resume from the newest checkpoint, depending on ``engine.checkpoint.resume``.
 
-        From here on, signals that announce the end of the process ask for a save.
+        After this call, SIGTERM and SIGUSR1 trigger a save.
 
         Raises:
-            FileNotFoundError: there is none and there must be one, or all are damaged.
+            FileNotFoundError: if a checkpoint is required and none exists, or if all are damaged.
         """
         plan = self._plan
         if plan.dir is None:
             return
         if self._signals is None:
             self._signals = Signals()
-        # If every checkpoint is damaged, starting from scratch would overwrite them: an error.
+        # If every checkpoint is damaged, `load` raises: a new run would overwrite them.
         if plan.resume == "never" or (
             plan.resume == "auto" and not storage.is_begun(Path(plan.dir))
         ):
             return
         place, _ = self.load(run, Path(plan.dir))
         if self._ranks.rank == 0:
-            log.info("resumes from %s, update %d", place, run.counters.applied_steps)
+            log.info("resuming from %s at step %d", place, run.counters.applied_steps)
 
     def save_if_due(self, run: RunState) -> None:
         """Save every ``engine.checkpoint.every`` steps, and before a signal ends the process.
 
         Raises:
-            SystemExit: a signal asked for the end, and the run is saved.
+            SystemExit: after the save, if the process received a signal to end.
         """
         plan = self._plan
         if plan.dir is None or run.is_trial:
@@ -148,7 +148,7 @@ class Checkpointer:
         self.save(run, Path(plan.dir))
         if is_last:
             self.wait()
-            log.warning("saved at update %d and exits: a signal", run.counters.applied_steps)
+            log.warning("saved at step %d; exiting because of a signal", run.counters.applied_steps)
             raise SystemExit(SAVED_AND_ENDED)
 
     def save(
@@ -164,15 +164,15 @@ class Checkpointer:
         """Write a checkpoint; see `Engine.save_checkpoint`.
 
         Args:
-            run: counters, scheduler and rollback to save.
-            directory: directory of the run's checkpoints.
-            tag: name of this one; default ``global_step`` and the number of batches.
-            client_state: plain values and tensors of the script.
-            save_latest: whether a load without a tag finds this one.
-            frozen: whether parameters without gradients are written.
+            run: state of the run to save.
+            directory: directory that holds the run's checkpoints.
+            tag: name of the checkpoint; default ``global_step`` followed by the number of batches.
+            client_state: the user's plain values and tensors.
+            save_latest: whether a load without a tag may use this checkpoint.
+            frozen: whether to write frozen parameters too.
         """
         if run.is_trial:
-            log.info("no checkpoint is written in an LR range test")
+            log.info("skipping the checkpoint: an LR range test writes none")
             return
         ranks, tag = self._ranks, tag or f"global_step{run.counters.global_steps}"
         meet(ranks, f"save_checkpoint({str(directory)!r}, tag={tag!r})")
@@ -246,13 +246,13 @@ class Checkpointer:
         """Restore a checkpoint; see `Engine.load_checkpoint`.
 
         Args:
-            run: counters, scheduler and rollback to restore.
-            directory: directory of the run's checkpoints.
-            tag: name of the checkpoint; default the newest complete one.
+            run: state of the run to restore.
+            directory: directory that holds the run's checkpoints.
+            tag: name of the checkpoint; default: the newest complete one.
             strict: whether the model must have exactly the saved parameters.
-            optimizer: whether to restore optimizer, loss scale and random numbers.
+            optimizer: whether to restore the optimizer, the loss scale and the random states.
             scheduler: whether to restore the scheduler.
-            counters: whether to restore counters and the position in the data.
+            counters: whether to restore the counters and the data position.
 
         Returns:
             The checkpoint's directory and its ``client_state``.
@@ -262,7 +262,7 @@ class Checkpointer:
         if optimizer and not self._plan.override:
             refuse_another_run(place, manifest.identity, self._expected_identity(manifest))
         if not manifest.frozen and self._ranks.rank == 0:
-            log.info("%s has no frozen parameters; the model keeps its own", place)
+            log.info("%s has no frozen parameters; the model keeps its current ones", place)
         state: dict[str, Any] = read_values(place / _ENGINE)
         self._backend.load(place, optimizer=optimizer, strict=strict, frozen=manifest.frozen)
         own = place / f"random.{self._ranks.rank}.pt"
@@ -279,11 +279,11 @@ class Checkpointer:
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):
             return self._identity
-        # The batch is the same, and so is the schedule: only the ranks' parts of it differ.
+        # An elastic run may change the world size: the global batch and the schedule stay the same.
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _restore_counters(self, run: RunState, state: Mapping[str, Any]) -> None:
-        """Restore counters and position, also of a run with other micro-batches per batch."""
+        """Restore counters and data position; convert them if the accumulation steps differ."""
         batch = self._batch
         saved = state.get("batch") or asdict(batch)
         counters, position = Counters(**state["counters"]), state["loader"]
@@ -308,17 +308,17 @@ class Checkpointer:
         scheduler.load_state_dict(dict(saved))
 
     def wait(self) -> None:
-        """Wait until no checkpoint is being written.
+        """Wait until the current save has finished.
 
         Raises:
-            Exception: the last one failed with it, on any rank.
+            Exception: the error of the last save, if it failed on any rank.
         """
         if self.async_saver is not None:
             with together(self._ranks.world_size):
                 self.async_saver.wait()
 
     def close(self) -> None:
-        """Restore the script's signal handlers, and wait for this rank's last checkpoint."""
+        """Restore the previous signal handlers and wait for this rank's last save."""
         if self._signals is not None:
             self._signals.forget()
         if self.async_saver is not None:
@@ -328,10 +328,10 @@ class Checkpointer:
 def _adapt_schedule_state(
     saved: Mapping[str, Any], own: dict[str, Any], applied_steps: int
 ) -> dict[str, Any]:
-    """Return a state for this run's schedule, which may differ from the saved one.
+    """Return the state to load into this run's schedule, which may differ from the saved one.
 
-    A different schedule continues at the number of applied steps. The losses that a feedback
-    schedule has seen are of use only to the same schedule.
+    A different schedule continues at the number of applied steps. A feedback schedule restarts
+    unless the saved schedule has the same type and params, since its state depends on past losses.
     """
     state = own | {"step": applied_steps}
     if "state" in own:
@@ -339,7 +339,8 @@ def _adapt_schedule_state(
             state["state"] = saved["state"]
         else:
             log.warning(
-                "%s depends on past losses that this checkpoint does not contain; it starts over",
+                "%s depends on past losses that this checkpoint does not contain; "
+                "restarting the schedule",
                 own["type"],
             )
             state["step"] = own["step"]

@@ -1,4 +1,4 @@
-"""Plain values and small tensors in a file; reading one runs nobody's code."""
+"""Write and read plain values and small tensors; reading never runs code from the file."""
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ __all__ = ["read_values", "refuse_objects", "write_values"]
 
 
 def write_values(path: Path, values: Any) -> None:
-    """Write numbers, text, tensors, and lists and mappings of them.
+    """Write numbers, strings, tensors, and lists and mappings of them.
 
     Raises:
-        OSError: there is no space, or the folder cannot be written. (torch's own writer would say
-            neither.)
+        OSError: if the disk is full or the directory is not writable.
     """
+    # Given a path, torch.save raises a RuntimeError that does not name the cause.
     buffer = io.BytesIO()
     torch.save(values, buffer)
     path.write_bytes(buffer.getbuffer())
 
 
 def refuse_objects(values: Mapping[str, Any], name: str) -> None:
-    """Refuse what `write_values` would write and `read_values` would not read.
+    """Reject values that `write_values` can write but `read_values` cannot read.
+
+    Args:
+        values: values to check.
+        name: name of the argument, for the error message.
 
     Raises:
-        ValueError: a value is, or holds, an object of a class of its own.
+        ValueError: if a value is or contains an object of any other class.
 
     >>> refuse_objects({"epoch": 3}, "client_state")
     """
@@ -44,28 +48,30 @@ def refuse_objects(values: Mapping[str, Any], name: str) -> None:
             torch.load(buffer, map_location="cpu", weights_only=True)
         except Exception as error:  # noqa: BLE001  # pickling runs the objects' own code
             raise ValueError(
-                f"`{name}[{key!r}]` must be made of tensors, numbers, text, lists and mappings, "
-                f"but is or holds {_what_of(error) or type(value).__name__}; convert it, as by "
-                "`float`, `str` or `tolist`."
+                f"`{name}[{key!r}]` must contain only tensors, numbers, strings, lists and "
+                f"mappings, got {_find_class_name(error) or type(value).__name__}. Convert it, for "
+                "example with `float`, `str` or `tolist`."
             ) from None
 
 
-def _what_of(error: Exception) -> str:
+def _find_class_name(error: Exception) -> str:
+    """Return the class name in an unpickling error, or an empty string."""
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f"`{named.group(1)}`" if named else ""
 
 
 def read_values(path: Path) -> Any:
-    """Return what `write_values` wrote, its tensors in the host's memory.
+    """Return the values that `write_values` wrote, with tensors on the CPU.
 
     Raises:
-        CheckpointError: the file holds anything else, as code to be run.
+        CheckpointError: if the file contains other objects, which could run code, or is damaged.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        what = _what_of(error)
-        problem = f"it holds {what}" if what else str(error).splitlines()[0]
+        class_name = _find_class_name(error)
+        problem = f"it contains {class_name}" if class_name else str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path} must hold tensors and plain values, nothing else is unpickled, but {problem}."
+            f"{path} must contain only tensors and plain values: {problem}. Other objects are not "
+            "loaded because unpickling them can run code."
         ) from None

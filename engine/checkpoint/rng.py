@@ -1,4 +1,4 @@
-"""The state of every generator of random numbers that a training script draws from."""
+"""Save and restore the random number generators that a training script uses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["load_random_state", "random_state"]
 
 
 def random_state() -> dict[str, Any]:
-    """Return the states of Python, numpy, PyTorch and this rank's GPU."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # the one that scripts share
+    """Return the random number states of Python, NumPy, PyTorch and this rank's GPU."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # scripts use the global generator
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys).copy()), position, has_gauss, gauss),
@@ -25,11 +25,11 @@ def random_state() -> dict[str, Any]:
 
 
 def load_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned."""
+    """Restore the states that `random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy(), *rest))  # noqa: NPY002  # the one that scripts share
+    np.random.set_state((name, keys.numpy(), *rest))  # noqa: NPY002  # scripts use the global generator
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -1,4 +1,4 @@
-"""Return to the lowest loss of a warmup: for AutoWU with ``"rollback": true``."""
+"""Restore the weights with the lowest warmup loss, for AutoWU with ``"rollback": true``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RestorableBackend(Protocol):
 
     @property
     def ranks(self) -> Ranks:
-        """This process's rank among how many."""
+        """Rank and world size of this process."""
         ...
 
     def snapshot(self) -> Any:
@@ -34,7 +34,10 @@ class RestorableBackend(Protocol):
 
 
 class Rollback:
-    """A snapshot of model and optimizer at the lowest loss so far, restored at AutoWU's switch."""
+    """Keeps a snapshot of the training state at the lowest loss so far.
+
+    The snapshot is restored when AutoWU switches from warmup to decay.
+    """
 
     def __init__(self, backend: RestorableBackend) -> None:
         self._backend = backend
@@ -42,10 +45,10 @@ class Rollback:
         self._snapshot: Any = None
 
     def follow(self, scheduler: object) -> None:
-        """Take a snapshot if the step just counted has the lowest loss; restore it at the switch.
+        """Take a snapshot if the last step has the lowest loss so far; restore it at the switch.
 
         Args:
-            scheduler: AutoWU's, after it received the step's loss.
+            scheduler: AutoWU scheduler, after it received the loss of the last step.
         """
         assert isinstance(scheduler, ScheduleBinder)
         assert isinstance(scheduler.controller, AutoWUController)
@@ -54,8 +57,8 @@ class Rollback:
         if scheduler.just_decided and self._snapshot is not None:
             self._backend.restore(self._snapshot)
             self._snapshot = None
-            scheduler.write()  # the snapshot contains the learning rate of its step
-            log.info("model and optimizer are back at the lowest loss of the warmup")
+            scheduler.write()  # the snapshot restored an older learning rate
+            log.info("restored model and optimizer to the lowest loss of the warmup")
 
     def save(self, place: Path) -> None:
         """Write this rank's snapshot to a checkpoint, if there is one."""
@@ -70,7 +73,7 @@ class Rollback:
         self._snapshot = read_values(path) if is_complete else None
         if found and not is_complete:
             log.warning(
-                "%s has the snapshots of %d ranks, not %d; rolling back starts over",
+                "%s has rollback snapshots of %d ranks, not %d; ignoring them",
                 place,
                 found,
                 self._ranks.world_size,

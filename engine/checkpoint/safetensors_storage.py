@@ -1,8 +1,8 @@
-"""Where torch.distributed.checkpoint puts tensors here: one safetensors file a rank, no pickles.
+"""Storage for torch.distributed.checkpoint: one safetensors file per rank, without pickle.
 
-A tensor that a rank has as a whole stands under its own name, so that any reader of safetensors
-finds it; a part of a divided one stands under ``name@offset,…``, and the file's metadata has the
-shape of the whole. The files need no index beside them, and opening one runs nobody's code.
+An unsharded tensor is stored under its own name, so that any safetensors reader finds it. A shard
+of a tensor is stored under ``name@offset,…``; the file's metadata holds the full shape. No
+separate index file is needed, and opening a file never runs code.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ __all__ = ["ShardReader", "ShardWriter", "write_tensors"]
 
 
 class ShardWriter(StorageWriter):
-    """Writes each rank's tensors into ``shard.RANK.safetensors`` of a folder that is there."""
+    """Writes each rank's tensors to ``shard.RANK.safetensors`` in an existing directory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: a writer writes once, into its folder."""
+        """Do nothing: each writer is used once, for one directory."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: there is no state."""
+        """Do nothing: no setup is needed."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Take the plan as it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Tell each rank the number of its file."""
+        """Assign each rank the number in its file name."""
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -65,10 +65,10 @@ class ShardWriter(StorageWriter):
         results = []
         stored: set[int] = set()
         for item in plan.items:
-            assert item.tensor_data is not None  # values that are no tensors do not come here
-            tensor = planner.resolve_data(item).detach().cpu().contiguous()  # type: ignore[union-attr]  # BytesIO is for values
+            assert item.tensor_data is not None  # callers pass only tensors
+            tensor = planner.resolve_data(item).detach().cpu().contiguous()  # type: ignore[union-attr]  # BytesIO is only for non-tensors
             if tensor.data_ptr() in stored:
-                tensor = tensor.clone()  # one that is tied to another: a file has each name's own
+                tensor = tensor.clone()  # tied tensors: safetensors rejects shared memory
             stored.add(tensor.data_ptr())
             name, chunk, whole = item.index.fqn, item.tensor_data.chunk, item.tensor_data.size
             if chunk.sizes != whole:
@@ -82,11 +82,11 @@ class ShardWriter(StorageWriter):
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Do nothing: the files say themselves what they hold."""
+        """Do nothing: the metadata is in the files."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Say yes to any folder."""
+        """Return whether the ID is an existing directory."""
         return Path(checkpoint_id).is_dir()
 
 
@@ -95,9 +95,13 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file.
 
+    Args:
+        path: file to write.
+        tensors: tensors by name.
+        metadata: strings to store in the file's header.
+
     Raises:
-        OSError: there is no space, or it cannot be written there; safetensors has an error of its
-            own for that.
+        OSError: if the disk is full or the file is not writable; it replaces the `SafetensorError`.
     """
     try:
         save_file(tensors, path, metadata)
@@ -109,22 +113,22 @@ def write_tensors(
 
 
 class ShardReader(StorageReader):
-    """Reads what any number of ranks wrote, tensor by tensor, each part where it is wanted."""
+    """Reads checkpoints written at any world size, and loads only the slices that a rank needs."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: a reader has one folder."""
+        """Do nothing: a reader has a fixed directory."""
 
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
-        """Return what tensors there are, in which parts, and which file has each."""
+        """Return the saved tensors, their shards, and the file that holds each shard."""
         known: dict[str, TensorStorageMetadata] = {}
         places: dict[MetadataIndex, tuple[Path, str]] = {}
         for path in sorted(self._folder.glob("shard.*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 parts = json.loads((file.metadata() or {}).get("parts", "{}"))
-                for name in file.keys():  # noqa: SIM118  # it is no mapping
+                for name in file.keys():  # noqa: SIM118  # the file is not iterable
                     tensor = file.get_tensor(name)
                     part = parts.get(name, {"of": name, "shape": tensor.shape})
                     offsets = torch.Size(part.get("offsets", [0] * tensor.dim()))
@@ -141,30 +145,30 @@ class ShardReader(StorageReader):
     def set_up_storage_reader(
         self,
         metadata: Metadata,
-        is_coordinator: bool,  # noqa: ARG002  # torch's name for it
+        is_coordinator: bool,  # noqa: ARG002  # torch passes it by this name
         *_args: Any,
         **_options: Any,
     ) -> None:
-        """Remember which file has which part."""
+        """Store the location of each shard."""
         self._places = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Take the plan as it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Take the plans as they are."""
+        """Return the plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy what this rank wants into its own tensors."""
-        of_files: dict[Path, list[tuple[str, ReadItem]]] = {}
+        """Copy the planned slices into this rank's tensors."""
+        items_by_file: dict[Path, list[tuple[str, ReadItem]]] = {}
         for item in plan.items:
             path, name = self._places[item.storage_index]
-            of_files.setdefault(path, []).append((name, item))
-        for path, wanted in of_files.items():
+            items_by_file.setdefault(path, []).append((name, item))
+        for path, items in items_by_file.items():
             with safe_open(path, framework="pt") as file:
-                for name, item in wanted:
+                for name, item in items:
                     tensor = file.get_tensor(name)
                     spans = zip(item.storage_offsets, item.lengths, strict=True)
                     for dimension, (offset, length) in enumerate(spans):
@@ -176,7 +180,7 @@ class ShardReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Say yes to any folder."""
+        """Return whether the ID is an existing directory."""
         return Path(checkpoint_id).is_dir()
 
 

@@ -1,4 +1,4 @@
-"""Model and optimizer as sharded files, which any number of ranks can read again."""
+"""Save and load model and optimizer as sharded files that any world size can load."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from engine.errors import CheckpointError
 __all__ = ["export", "read", "read_weights", "write", "write_behind"]
 
 VALUES = "values.pt"
-"""What is no tensor, as the hyperparameters of param groups: the same on all ranks."""
+"""File for values that are not tensors and are equal on all ranks, e.g. param group settings."""
 _MODEL = "model."
 
 
 def write(folder: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bool = True) -> None:
-    """Write this rank's share of model and optimizer; every rank calls it.
+    """Write this rank's shard of the model and the optimizer; every rank must call this.
 
     Args:
-        folder: where to write.
-        model: the module.
-        optimizer: the one that trains it.
-        frozen: whether parameters that need no gradients are written as well.
+        folder: existing directory to write to.
+        model: model to save.
+        optimizer: optimizer of the model.
+        frozen: whether to write frozen parameters too.
     """
     _write(folder, _state_of(model, optimizer, frozen=frozen))
 
@@ -56,18 +56,18 @@ def write_behind(
     *,
     frozen: bool = True,
 ) -> Future[None]:
-    """Copy this rank's share, and write the copy while training goes on; every rank calls it.
+    """Copy this rank's shard and write the copy in the background; every rank must call this.
 
     Args:
-        folder: where to write.
-        model: copied as it is now.
-        optimizer: copied as it is now.
-        group: a process group that nothing else uses; None in one process.
-        arena: the copies of the last time, whose memory is used again.
-        frozen: whether parameters that need no gradients are written as well.
+        folder: existing directory to write to.
+        model: model to save in its current state.
+        optimizer: optimizer to save in its current state.
+        group: process group used only for saving; None for a single process.
+        arena: copies from the previous save; their memory is reused.
+        frozen: whether to write frozen parameters too.
 
     Returns:
-        What is done when this rank, and on rank 0 every rank, has written.
+        A future that completes when this rank has written; on rank 0, when all ranks have.
     """
     copies = _copied(_state_of(model, optimizer, frozen=frozen), arena)
     arena.update(copies)
@@ -78,7 +78,7 @@ def write_behind(
 
 
 def _copied(value: Any, old: Any) -> Any:
-    """Return a copy in the host's memory, in place of an old one where it has the same shape."""
+    """Return a copy in host memory; reuse an old copy if type, shape and dtype match."""
     if isinstance(value, dict):
         before = old if isinstance(old, dict) else {}
         return {key: _copied(below, before.get(key)) for key, below in value.items()}
@@ -101,33 +101,33 @@ def read(
     strict: bool,
     frozen: bool = True,
 ) -> None:
-    """Restore model and optimizer in place, divided as they are now; every rank calls it.
+    """Restore model and optimizer in place, with their current sharding; every rank must call this.
 
     Args:
-        folder: what `write` wrote.
-        model: the module.
-        optimizer: the one that trains it, or None to leave it as it is.
-        strict: whether the folder may have no more than the model.
-        frozen: whether parameters that need no gradients must be there; else those that are not
-            stay as they are.
+        folder: directory that `write` wrote to.
+        model: model to restore.
+        optimizer: optimizer to restore; None restores only the model.
+        strict: whether to reject saved tensors that the model does not have.
+        frozen: whether to reject a checkpoint without the frozen parameters; if False, missing ones
+            keep their current values.
 
     Raises:
-        CheckpointError: they are another model's; the message has the first key that differs.
+        CheckpointError: if the model does not match; the message names the first key that differs.
     """
     state = _state_of(model, optimizer)
-    theirs = {
-        name.removeprefix(_MODEL): of
-        for name, of in _saved_tensors(folder).items()
+    saved_tensors = {
+        name.removeprefix(_MODEL): metadata
+        for name, metadata in _saved_tensors(folder).items()
         if name.startswith(_MODEL)
     }
     if not frozen:
-        absent = _frozen(model) - theirs.keys()
-        state["model"] = {key: of for key, of in state["model"].items() if key not in absent}
-    _refuse_another_model(folder, state["model"], theirs, strict=strict)
+        absent = _frozen_names(model) - saved_tensors.keys()
+        state["model"] = {key: value for key, value in state["model"].items() if key not in absent}
+    _check_model_matches(folder, state["model"], saved_tensors, strict=strict)
     options = StateDictOptions(strict=strict and frozen)
     places = _leaves(state)
     own = {name: holder[key] for name, holder, key in places if isinstance(holder[key], Tensor)}
-    with _quietly():
+    with _ignore_process_group_warning():
         load(own, storage_reader=ShardReader(folder), no_dist=not dist.is_initialized())
     saved = read_values(folder / VALUES)
     for name, holder, key in places:
@@ -146,22 +146,26 @@ def read(
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the model's tensors of a checkpoint, each whole."""
+    """Return the model's full (unsharded) tensors from a checkpoint."""
     weights: dict[str, Any] = {
-        name: torch.empty(of.size, dtype=of.properties.dtype)
-        for name, of in _saved_tensors(folder).items()
+        name: torch.empty(metadata.size, dtype=metadata.properties.dtype)
+        for name, metadata in _saved_tensors(folder).items()
         if name.startswith(_MODEL)
     }
-    with _quietly():
+    with _ignore_process_group_warning():
         load(weights, storage_reader=ShardReader(folder), no_dist=True)
     return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
 
 
 def export(place: Path, path: Path) -> tuple[int, int]:
-    """Write the model's tensors to a file; return how many there are, and their bytes.
+    """Write the model's tensors to a safetensors file; return their number and size in bytes.
+
+    Args:
+        place: directory of the checkpoint.
+        path: file to write.
 
     Raises:
-        OSError: there is no space, or it cannot be written there.
+        OSError: if the disk is full or the file is not writable.
     """
     weights = read_weights(place)
     write_tensors(path, weights)
@@ -175,63 +179,69 @@ def _state_of(
         return {"model": get_model_state_dict(model)}
     weights, states = get_state_dict(model, optimizer)
     if not frozen:
-        left_out = _frozen(model)
-        weights = {key: of for key, of in weights.items() if key not in left_out}
+        excluded = _frozen_names(model)
+        weights = {key: value for key, value in weights.items() if key not in excluded}
     return {"model": weights, "optimizer": states}
 
 
-def _frozen(model: nn.Module) -> set[str]:
-    """Return every name of the parameters that need no gradients; tied ones have several."""
+def _frozen_names(model: nn.Module) -> set[str]:
+    """Return the names of all frozen parameters; a tied parameter has several names."""
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if not parameter.requires_grad}
 
 
 def _write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     leaves = {name: holder[key] for name, holder, key in _leaves(state)}
-    alone = not dist.is_initialized()
-    with _quietly():
+    is_single_process = not dist.is_initialized()
+    with _ignore_process_group_warning():
         save(
             {name: value for name, value in leaves.items() if isinstance(value, Tensor)},
             storage_writer=ShardWriter(folder),
             process_group=group,
-            no_dist=alone,
+            no_dist=is_single_process,
         )
-    # Behind what needs every rank: one that fails before would leave the others waiting there.
-    if alone or dist.get_rank() == 0:
+    # Write this file after the collective `save`: if rank 0 failed before it, the other ranks would
+    # wait there indefinitely.
+    if is_single_process or dist.get_rank() == 0:
         values = {name: value for name, value in leaves.items() if not isinstance(value, Tensor)}
         write_values(folder / VALUES, values)
 
 
 def _leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return the dotted name, the holder and the key of everything that holds nothing else."""
+    """Return the dotted name, the container and the key of each leaf of nested dicts and lists."""
     found = []
     for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
         name = f"{prefix}{key}"
-        divides = isinstance(value, list) and any(isinstance(each, dict | Tensor) for each in value)
-        if isinstance(value, dict) or divides:
+        is_nested = isinstance(value, list) and any(isinstance(v, dict | Tensor) for v in value)
+        if isinstance(value, dict) or is_nested:
             found += _leaves(value, f"{name}.")
         else:
             found.append((name, holder, key))
     return found
 
 
-def _refuse_another_model(
-    folder: Path, own: dict[str, Any], theirs: dict[str, TensorStorageMetadata], *, strict: bool
+def _check_model_matches(
+    folder: Path, own: dict[str, Any], saved: dict[str, TensorStorageMetadata], *, strict: bool
 ) -> None:
     for key, tensor in own.items():
         if not isinstance(tensor, Tensor):
             continue
-        if key not in theirs:
-            problem = f"has no `{key}`"
-        elif tuple(theirs[key].size) != tuple(tensor.shape):
-            shapes = f"{tuple(theirs[key].size)} in it and {tuple(tensor.shape)} here"
-            problem = f"has another `{key}`: {shapes}"
+        if key not in saved:
+            problem = f"`{key}` is missing from the checkpoint"
+        elif tuple(saved[key].size) != tuple(tensor.shape):
+            shape, own_shape = tuple(saved[key].size), tuple(tensor.shape)
+            problem = f"`{key}` has shape {shape} in the checkpoint, {own_shape} in the model"
         else:
             continue
-        raise CheckpointError(f"{folder} must be of this model, but {problem}.")
-    more = [key for key in theirs if key not in own]
-    if more and strict:
-        raise CheckpointError(f"{folder} must be of this model, but also has `{more[0]}`.")
+        raise CheckpointError(
+            f"{folder} does not match the model: {problem}. Build the model that was saved."
+        )
+    extra = [key for key in saved if key not in own]
+    if extra and strict:
+        raise CheckpointError(
+            f"{folder} does not match the model: the model has no `{extra[0]}`. Build the model "
+            "that was saved, or pass `load_module_strict=False`."
+        )
 
 
 def _saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
@@ -240,8 +250,8 @@ def _saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Leave out torch's warning that there is no process group, where one process needs none."""
+def _ignore_process_group_warning() -> Iterator[None]:
+    """Suppress torch's warning about a missing process group; a single process needs none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
         yield

@@ -1,14 +1,15 @@
-"""A checkpoint as files: written beside, hashed, renamed, then pointed at.
+"""The files of a checkpoint: write and hash them, rename their directory, update ``latest``.
 
 ::
 
-    DIR/latest              the name of the newest one, for other tools; not relied on
-    DIR/TAG/manifest.json   what is in it: files with sizes and hashes, versions, the run's identity
+    DIR/latest              name of the newest checkpoint; other tools use it, this module does not
+    DIR/TAG/manifest.json   the files' sizes and hashes, package versions and the run's identity
     DIR/TAG/…               the files
-    DIR/.TAG.partial/       one that is being written, or whose writer died
+    DIR/.TAG.partial/       a checkpoint that is being written, or whose writer was killed
 
-A folder without a manifest is no checkpoint: the manifest is written last, and the folder gets its
-name by one rename. Whatever moment a process dies at, the newest complete one is there.
+A directory without a manifest is not a checkpoint. The manifest is written last, and then one
+rename gives the directory its name. So the newest complete checkpoint survives at whatever moment
+the process is killed.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """Contents of ``manifest.json``, which describes a checkpoint.
 
-    ``files`` has each file's size in bytes and SHA-256 by its path inside; ``identity`` what the
-    run has to have in common with one that goes on from here; ``versions`` of what wrote it.
+    ``files`` maps each file's relative path to its size in bytes and its SHA-256. ``identity``
+    holds the values that must match in a run that resumes from the checkpoint. ``versions`` holds
+    the versions of Python and of the packages that wrote it.
     """
 
     tag: str
@@ -62,46 +64,55 @@ class Manifest:
     versions: Mapping[str, str]
     created: str
     resumable: bool = True
-    """Whether a run that names no tag goes on from it."""
+    """Whether a load without a tag may use this checkpoint."""
     frozen: bool = True
-    """Whether it has the parameters that need no gradients."""
+    """Whether the checkpoint contains the frozen parameters."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Total size of the files in bytes."""
         return sum(entry["size"] for entry in self.files.values())
 
 
 def begin(folder: Path, tag: str) -> Path:
-    """Return an empty folder to write a checkpoint into, beside its place.
+    """Create an empty ``.TAG.partial`` directory to write a checkpoint into, and return it.
+
+    Args:
+        folder: directory that holds the run's checkpoints; created if it does not exist.
+        tag: name of the checkpoint.
 
     Raises:
-        CheckpointError: the tag is no name of a folder.
-        OSError: the folder cannot be written.
+        CheckpointError: if the tag is not a valid directory name.
+        OSError: if the directory is not writable.
     """
     if not tag or tag in {".", "..", LATEST} or "/" in tag or os.sep in tag or tag.startswith("."):
         raise CheckpointError(
-            f"`tag` must be a name for a folder that does not begin with a dot, but is {tag!r}."
+            f"`tag` must be a valid directory name other than `{LATEST}` that does not start with "
+            f"a dot, got {tag!r}. Choose a name such as `step100`."
         )
     partial = folder / f".{tag}.partial"
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(20, "must be a folder for checkpoints, but is a file", str(folder))
+        raise NotADirectoryError(20, "The checkpoint directory is a file", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     if partial.exists():
-        shutil.rmtree(partial)  # of a writer that died
+        shutil.rmtree(partial)  # its writer was killed
     partial.mkdir()
     return partial
 
 
 def commit(partial: Path, manifest: Manifest) -> Path:
-    """Make what was written a checkpoint, and return its place.
+    """Write the manifest, rename the partial directory to its tag, and return the new path.
 
-    One of the same tag is replaced, and is there until the new one is whole.
+    An existing checkpoint with the same tag is replaced once the new one is complete.
+
+    Args:
+        partial: directory from `begin`, with all files written.
+        manifest: description of the checkpoint; its ``files`` are filled in here.
 
     Raises:
-        OSError: there is no space, or the folder cannot be written.
+        OSError: if the disk is full or the directory is not writable.
     """
     folder = partial.parent
     files = {}
@@ -109,8 +120,8 @@ def commit(partial: Path, manifest: Manifest) -> Path:
         _sync(path)
         name = path.relative_to(partial).as_posix()
         files[name] = {"size": path.stat().st_size, "sha256": _hash(path)}
-    whole = asdict(manifest) | {"files": files}
-    _write(partial / MANIFEST, json.dumps(whole, indent=1))
+    content = asdict(manifest) | {"files": files}
+    _write(partial / MANIFEST, json.dumps(content, indent=1))
     for inner in (path for path in partial.rglob("*") if path.is_dir()):
         _sync(inner)
     _sync(partial)
@@ -134,20 +145,20 @@ def read_manifest(place: Path) -> Manifest:
     """Return the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: it has none, or one that cannot be read.
+        CheckpointError: if the manifest is missing, unreadable or has an unsupported format.
     """
     try:
         found = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
         if found.get("format") != FORMAT:
             raise CheckpointError(
-                f"{place} must be in the format {FORMAT}, but is in {found.get('format')!r}; read "
-                "it with the version that wrote it."
+                f"`format` must be {FORMAT} in {place / MANIFEST}, got {found.get('format')!r}. "
+                "Load the checkpoint with the version of onecycle that wrote it."
             )
         return Manifest(**found)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{place} must be a checkpoint, but has no {MANIFEST}: its writer died, or another "
-            "tool wrote it."
+            f"{place} is not a complete checkpoint because {MANIFEST} is missing. Its writer was "
+            "killed, or another tool wrote it."
         ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
@@ -156,14 +167,15 @@ def read_manifest(place: Path) -> Manifest:
 
 
 def checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
-    """Return every checkpoint of a folder that has all of its files, the last written last."""
+    """Return the checkpoints in a directory that have all their files, from oldest to newest."""
     found = []
     for place in folder.iterdir() if folder.is_dir() else ():
         hidden = place.name.startswith(".")
-        # Its writer died between the two renames of a tag that it replaced.
-        replaced = hidden and place.name.endswith(".old")
-        stands_in = replaced and not (folder / place.name[1:-4]).exists()
-        if place.is_dir() and (stands_in or not hidden):
+        # A save that replaces a tag renames twice. If the writer was killed between the renames,
+        # the old checkpoint is still complete under its temporary name.
+        is_replaced = hidden and place.name.endswith(".old")
+        is_only_copy = is_replaced and not (folder / place.name[1:-4]).exists()
+        if place.is_dir() and (is_only_copy or not hidden):
             with contextlib.suppress(CheckpointError):
                 manifest = read_manifest(place)
                 if not any(faults(place, manifest, hashes=False)):
@@ -172,68 +184,79 @@ def checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
 
 
 def is_begun(folder: Path) -> bool:
-    """Return whether a folder holds checkpoints, whole or not, of this or of another tool."""
+    """Return whether a directory has checkpoints, complete or not, from this or another tool."""
     return (folder / LATEST).exists() or any(folder.glob(f"*/{MANIFEST}"))
 
 
 def find(folder: Path, tag: str | None = None) -> tuple[Path, Manifest]:
-    """Return the checkpoint of a tag, or the newest complete one, proved whole by its hashes.
+    """Return the checkpoint with the given tag, or the newest complete one, after a hash check.
+
+    Args:
+        folder: directory that holds the run's checkpoints.
+        tag: name of the checkpoint; None for the newest complete and resumable one.
 
     Raises:
-        FileNotFoundError: there is none; a run that was to be resumed must not begin anew.
-        CheckpointError: the one that was asked for is not whole; the message names the others.
+        FileNotFoundError: if there is no such checkpoint.
+        CheckpointError: if the checkpoint with this tag is damaged; the message lists the complete
+            ones.
     """
-    whole = checkpoints(folder)
-    names = ", ".join(place.name for place, _ in whole) or "none"
+    complete = checkpoints(folder)
+    names = ", ".join(place.name for place, _ in complete) or "none"
     if tag is None:
-        return _newest(folder, [each for each in whole if each[1].resumable])
+        return _find_newest(folder, [each for each in complete if each[1].resumable])
     place = folder / tag
     if not place.is_dir():
         raise FileNotFoundError(
-            f"{folder} must hold the checkpoint {tag!r}, but holds {names} instead."
+            f"{folder} does not contain the checkpoint {tag!r}. Complete checkpoints: {names}."
         )
     manifest = read_manifest(place)
-    wrong = list(faults(place, manifest))
-    if wrong:
-        others = ", ".join(each.name for each, _ in whole if each != place) or "none"
+    problems = list(faults(place, manifest))
+    if problems:
+        others = ", ".join(each.name for each, _ in complete if each != place) or "none"
         raise CheckpointError(
-            f"{place} must be whole, but {'; '.join(wrong)}. Other complete ones: {others}."
+            f"{place} is damaged: {'; '.join(problems)}. Other complete checkpoints: {others}."
         )
     return place, manifest
 
 
-def _newest(folder: Path, whole: list[tuple[Path, Manifest]]) -> tuple[Path, Manifest]:
-    for place, manifest in reversed(whole):
-        wrong = list(faults(place, manifest))
-        if not wrong:
+def _find_newest(folder: Path, complete: list[tuple[Path, Manifest]]) -> tuple[Path, Manifest]:
+    for place, manifest in reversed(complete):
+        problems = list(faults(place, manifest))
+        if not problems:
             return place, manifest
-        log.warning("%s is left out, it is damaged: %s", place, "; ".join(wrong))
-    damaged = "".join(f" {text}" for text in _incomplete(folder))
+        log.warning("skipping the damaged checkpoint %s: %s", place, "; ".join(problems))
+    damaged = "".join(f" {text}" for text in _describe_incomplete(folder))
     raise FileNotFoundError(
-        f"{folder} must hold a checkpoint to resume from, but holds no complete one.{damaged} Give "
-        'another folder, or begin anew without loading ("resume": "never").'
+        f"{folder} contains no complete checkpoint to resume from.{damaged} Use another directory, "
+        'or set `engine.checkpoint.resume` to "never" to start from scratch.'
     )
 
 
-def _incomplete(folder: Path) -> Iterator[str]:
-    """Yield of each folder inside why it is no complete checkpoint."""
+def _describe_incomplete(folder: Path) -> Iterator[str]:
+    """Yield a message for each subdirectory that is not a complete checkpoint."""
     inside = folder.iterdir() if folder.is_dir() else ()
     for place in sorted(each for each in inside if each.is_dir() and each.name[0] != "."):
-        wrong = _damage(place)
-        if wrong:
-            yield wrong
+        message = _describe_damage(place)
+        if message:
+            yield message
 
 
-def _damage(place: Path) -> str:
+def _describe_damage(place: Path) -> str:
     try:
-        wrong = "; ".join(faults(place, read_manifest(place)))
+        problems = "; ".join(faults(place, read_manifest(place)))
     except CheckpointError as error:
         return str(error)
-    return f"{place.name} is damaged: {wrong}." if wrong else ""
+    return f"{place.name} is damaged: {problems}." if problems else ""
 
 
 def faults(place: Path, manifest: Manifest, *, hashes: bool = True) -> Iterator[str]:
-    """Yield what is wrong with a checkpoint's files: missing, another size, another content."""
+    """Yield a message for each file that is missing or whose size or hash does not match.
+
+    Args:
+        place: directory of the checkpoint.
+        manifest: manifest of the checkpoint.
+        hashes: whether to compare hashes too, which reads all files.
+    """
     for name, entry in manifest.files.items():
         path = place / name
         if not path.is_file():
@@ -241,23 +264,23 @@ def faults(place: Path, manifest: Manifest, *, hashes: bool = True) -> Iterator[
         elif path.stat().st_size != entry["size"]:
             yield f"{name} has {path.stat().st_size:,} bytes instead of {entry['size']:,}"
         elif hashes and _hash(path) != entry["sha256"]:
-            yield f"{name} has other content than was written"
+            yield f"{name} does not match its SHA-256 hash"
 
 
 def prune(folder: Path, keep: int | None, keep_every: int | None) -> list[str]:
-    """Remove the oldest complete checkpoints but for the last ``keep``; return their tags.
+    """Remove all complete checkpoints except the newest ``keep``; return the removed tags.
 
     Args:
-        folder: of all checkpoints of the run.
-        keep: how many to keep; None keeps all.
-        keep_every: those whose step is a multiple of it stay besides.
+        folder: directory that holds the run's checkpoints.
+        keep: number of checkpoints to keep; None keeps all.
+        keep_every: also keep checkpoints whose step is a multiple of this number.
     """
     if keep is None:
         return []
     removed = []
     for place, manifest in checkpoints(folder)[:-keep]:
         if keep_every is None or manifest.step % keep_every:
-            # Without its manifest it is no checkpoint any more, should this be cut short.
+            # Remove the manifest first: an interrupted removal must not leave a valid checkpoint.
             (place / MANIFEST).unlink()
             shutil.rmtree(place)
             removed.append(place.name)
@@ -278,9 +301,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     if path.is_dir() and os.name != "posix":
-        return  # only POSIX can open a folder
+        return  # only POSIX systems can open a directory
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

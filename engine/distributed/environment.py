@@ -24,10 +24,10 @@ PREFIX = "ONECYCLE_"
 """Prefix of every variable below; `onecycle launch` passes such variables on to all ranks."""
 
 ELASTIC = "ONECYCLE_ELASTIC"
-"""Set if hosts may come and go: the run continues with another world size and the same batch."""
+"""Set if hosts may join or leave: the world size may change, the batch size stays the same."""
 
 FAILURE_FILE = "ONECYCLE_FAILURE"
-"""File to which each node of a Slurm job appends when it failed, and with which exit status."""
+"""File to which each failed node of a Slurm job appends the time and its exit status."""
 
 JOB_ID = "ONECYCLE_JOB_ID"
 """Name of the launch: the same on all ranks, different for every launch."""
@@ -51,10 +51,10 @@ UNREACHABLE = 69
 """Exit status: a host did not answer or does not match this one (EX_UNAVAILABLE)."""
 
 SAVED_AND_ENDED = 75
-"""Exit status: a signal asked the run to end, and it saved first (EX_TEMPFAIL: start it again)."""
+"""Exit status: the run saved a checkpoint and ended because of a signal (EX_TEMPFAIL: retry)."""
 
 NODE_LOST = 75
-"""Exit status: the launch lost a host (EX_TEMPFAIL: start it again)."""
+"""Exit status: the launch lost a host (EX_TEMPFAIL: retry)."""
 
 TIMED_OUT = 124
 """Exit status: the hosts did not find each other in time (the status of `timeout`)."""

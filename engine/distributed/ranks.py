@@ -33,7 +33,7 @@ _TASK_COUNTS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpirun",
 }
-"""The variables in which srun and mpirun set the number of tasks that they start."""
+"""Environment variables with the number of tasks, and the launcher that sets each of them."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def process_rank() -> int:
 def init_distributed(*, always_create_group: bool = False, port: int | None = None) -> Ranks:
     """Initialize the process group that the launcher's environment describes.
 
-    A process group that exists already is used. A single process gets none by default.
+    An existing process group is reused. By default, a single process gets no process group.
 
     Args:
         always_create_group: whether a single process gets a process group too, for libraries that
@@ -132,7 +132,7 @@ def _check_world_size_is_set() -> None:
 
 
 def check_configs_match(ranks: Ranks, config: str) -> None:
-    """Check that all ranks have the same config; ranks that differ can hang.
+    """Check that all ranks have the same config; different configs can cause a hang.
 
     Args:
         ranks: this process's rank and world size.
@@ -152,15 +152,15 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
             )
             lines = difflib.unified_diff(first, second, "rank 0", f"rank {rank}", n=0, lineterm="")
             raise ValueError(
-                "the config must be the same on all ranks, but the config of rank "
-                f"{rank} does not match that of rank 0:\n" + "\n".join(lines)
+                f"The config must be the same on all ranks, but rank {rank} has a different config "
+                "than rank 0. Pass the same config on every rank. Difference:\n" + "\n".join(lines)
             )
 
 
 def destroy_distributed() -> None:
     """Destroy the process group once all ranks that still run have reached this call.
 
-    A rank that leaves first closes connections that the gloo threads of other ranks still use.
+    If a rank exits early, it closes connections that the gloo threads of other ranks still use.
     """
     if not _has_process_group():
         return
@@ -168,6 +168,6 @@ def destroy_distributed() -> None:
         with contextlib.suppress(RuntimeError):
             dist.monitored_barrier(timeout=_EXIT_TIMEOUT)
     dist.destroy_process_group()
-    # A gloo thread that has not yet released its last tensor needs the interpreter to do so, and
-    # aborts the process if it is gone ("terminate called without an active exception").
+    # A gloo thread may still hold a tensor, and needs the interpreter to release it. If the
+    # interpreter is gone, the process aborts ("terminate called without an active exception").
     time.sleep(_RELEASE_TIME)

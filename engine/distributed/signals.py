@@ -1,4 +1,4 @@
-"""Signals that announce the end: noted when they come, answered at the end of an update."""
+"""Detect SIGTERM and SIGUSR1, so that a run can save a checkpoint before it ends."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ _NAMES = ("SIGTERM", "SIGUSR1")
 
 
 class Signals:
-    """Notes SIGTERM, and SIGUSR1 with which Slurm warns, until it is told to `forget` them.
+    """Records SIGTERM and SIGUSR1 (which Slurm can send before a job ends) until `forget`.
 
-    Only the main thread can handle signals; elsewhere none are noted.
+    The caller checks after each step whether a signal arrived. Python can install signal handlers
+    only in the main thread; in other threads no signal is recorded.
     """
 
     def __init__(self) -> None:
-        self._came = False
+        self._received = False
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for name in _NAMES:
@@ -33,22 +34,22 @@ class Signals:
                     self._before[number] = signal.signal(number, self._note)
 
     def forget(self) -> None:
-        """Put back what handled them before: from now on nobody asks."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._note:
-                # None: it was none of Python's, and cannot be put back.
+                # None means that the handler was not installed from Python: it cannot be restored.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        self._came = True
+        self._received = True
 
     def came_to_any(self, ranks: Ranks) -> bool:
-        """Return whether any rank got one; all ranks call it at the same update."""
+        """Return whether any rank received a signal; every rank must call this at the same step."""
         if ranks.world_size == 1:
-            return self._came
+            return self._received
         device = ranks.device if dist.get_backend() == "nccl" else torch.device("cpu")
-        came = torch.tensor(int(self._came), device=device)
-        dist.all_reduce(came, op=dist.ReduceOp.MAX)
-        return bool(came)
+        received = torch.tensor(int(self._received), device=device)
+        dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        return bool(received)

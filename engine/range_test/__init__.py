@@ -1,1 +1,1 @@
-"""The LR range test: which learning rates a model can be trained with, measured."""
+"""The LR range test: measure which learning rates a model can be trained with."""

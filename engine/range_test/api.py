@@ -1,4 +1,4 @@
-"""The LR range test as a function: on your engine, which is restored afterwards."""
+"""Run the LR range test on a training engine and restore its state afterwards."""
 
 from __future__ import annotations
 
@@ -34,38 +34,40 @@ def lr_range_test(
     refine: bool = False,
     updates: int | None = None,
 ) -> LRRangeReport:
-    """Train for some updates at rising learning rates, suggest bounds, and put everything back.
+    """Train with increasing learning rates, suggest a range, and restore the initial state.
 
-    Weights, buffers, optimizer, schedule, loss scale, counters and random numbers are restored bit
-    for bit, also after an exception; a second call finds the same curve. A boundary set by
-    `set_gradient_accumulation_boundary` does not hold inside. Every rank calls it: the loss is the
-    mean over all of them.
+    Weights, buffers, optimizer, schedule, loss scale, counters and random states are restored bit
+    for bit, even after an exception; a second call measures the same curve. During the test, a
+    boundary set by `set_gradient_accumulation_boundary` has no effect. Every rank must call this
+    function; the loss is averaged over all ranks.
 
-    With `refine`, 1Cycles of `steps` updates follow, to five maxima a factor of 2 apart around the
-    suggestion (and to more, until the best lies among them): what a range test can only read from a
-    curve is tried. That takes five to ten times as long.
+    With `refine`, short 1Cycle runs of `steps` steps follow the range test. They try five maximum
+    learning rates around the suggestion, each twice the previous one, and more until the best one
+    has a neighbor on each side. This is more reliable than reading the maximum from a curve, but
+    takes five to ten times as long.
 
     Args:
-        trainer: from `engine.initialize`, in any precision and on any backend, between steps.
-        batches: micro-batches; begun again when they end.
-        loss_of: from the engine and a batch to the loss; by default the model returns it, called
-            with the batch (a tuple or a mapping is taken apart into its arguments).
-        min_lr: learning rate of the first update.
-        max_lr: learning rate of the last.
-        steps: updates, at least 2.
+        trainer: training engine from `engine.initialize`, with no accumulation in progress.
+        batches: micro-batches; iterated again from the start when exhausted.
+        loss_of: function that returns the loss for the engine and a batch. By default the model is
+            called with the batch (a tuple or mapping is unpacked) and must return the loss.
+        min_lr: learning rate of the first step.
+        max_lr: learning rate of the last step.
+        steps: number of steps, at least 2.
         shape: "exponential", "linear" or "staircase".
-        momentum: from what to what momentum falls while the learning rate grows.
-        divergence: the test ends when the smoothed loss is this many times the lowest.
-        refine: whether short cycles are trained around the suggestion.
-        updates: of the training that is to follow; a refined maximum is lower the longer it is, by
-            ``(steps / updates) ** 0.32`` (see `Refinement.max_lr`). None: as the short cycles.
+        momentum: first and last momentum; momentum decreases while the learning rate increases.
+        divergence: end the test when the smoothed loss is this many times its minimum.
+        refine: whether to train short cycles around the suggestion.
+        updates: number of steps of the planned training. If it is longer than the short cycles, the
+            refined maximum is multiplied by ``(steps / updates) ** 0.32``; see
+            `Refinement.max_lr`. None: as long as the short cycles.
 
     Returns:
-        The curve, what it suggests and how sure that is; see `LRRangeReport`.
+        The loss curve, the suggested range and its confidence; see `LRRangeReport`.
 
     Raises:
-        ValueError: there are no batches, the bounds do not rise, an accumulation window has
-            started, or `updates` is given without `refine`.
+        ValueError: if `batches` is empty, `min_lr` is not below `max_lr`, accumulation is in
+            progress, or `updates` is given without `refine`.
 
     >>> import torch, engine
     >>> _ = torch.manual_seed(0)
@@ -87,7 +89,7 @@ def lr_range_test(
         with trainer._trial_run(recorder, from_config(block)):  # noqa: SLF001  # private to the package
             trainer.train()
             with contextlib.suppress(SweepOver):
-                for batch in _without_end(batches):
+                for batch in _repeat_forever(batches):
                     trainer.backward(loss_of(trainer, batch))
                     trainer.step()
         return recorder.run
@@ -98,10 +100,13 @@ def lr_range_test(
     return report.refined(lambda block, _: run_trial(block, math.inf), steps=steps, updates=updates)
 
 
-def _without_end(batches: Iterable[Any]) -> Iterator[Any]:
+def _repeat_forever(batches: Iterable[Any]) -> Iterator[Any]:
     while True:
         count = 0
-        for count, batch in enumerate(batches, start=1):  # noqa: B007  # whether there are any
+        for count, batch in enumerate(batches, start=1):  # noqa: B007  # used after the loop
             yield batch
         if count == 0:
-            raise ValueError("`batches` must give micro-batches, but is empty or used up.")
+            raise ValueError(
+                "`batches` must yield at least one micro-batch, got none. Pass a list or a data "
+                "loader; a generator can be iterated only once."
+            )

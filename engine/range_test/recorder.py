@@ -1,4 +1,4 @@
-"""The record of an LR range test: each step's learning rate and loss, and when the test is over."""
+"""Record the learning rate and loss of each step of an LR range test, and detect its end."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from typing import Any
 __all__ = ["RECORD", "Recorder", "Run", "SweepOver"]
 
 RECORD = "record.jsonl"
-"""Name of the record: a line of facts about the run, a line per step, a line for how it ended."""
+"""File name of the record: one line of facts about the run, one per step, one for the end."""
 
-_PATIENCE = 3  # losses in a row that are not finite
-_SKIPS = 50  # updates in a row that are skipped: no loss scale is so far off
-_LAG = 0.9  # of the mean that divergence is judged by: about ten updates
-_STOPS = 3  # times a script may catch the stop
+_PATIENCE = 3  # consecutive losses that are not finite
+_SKIPS = 50  # consecutive skipped steps: more than any loss scale needs to adapt
+_LAG = 0.9  # decay of the moving average of the loss: about ten steps
+_STOPS = 3  # times that a script may catch `SweepOver`
 
 
 class SweepOver(SystemExit):
-    """Ends the script of a range test, with status 0: all is noted."""
+    """Ends the script of a completed range test with exit status 0."""
 
 
 @dataclass
 class Run:
-    """What one run of a sweep noted."""
+    """The recorded steps of one run of a sweep."""
 
     lrs: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     momenta: list[float | None] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    """Backend, ranks, precision and batch, as the engine has them."""
+    """Backend, world size, precision and batch size of the engine."""
     end: str = ""
-    """Why it ended: "divergence", "steps", or nothing if the script ended by itself."""
+    """Why the run ended: "divergence", "steps", or "" if the script ended first."""
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:
-        """Each learning rate with the loss that came of it, which is that of the next update.
+        """The learning rates, and for each the loss of the next step, which shows its effect.
 
         >>> Run(lrs=[0.1, 0.2, 0.4], losses=[2.3, 2.0, 1.5]).curve
         ([0.1, 0.2], [2.0, 1.5])
@@ -49,7 +49,7 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Return what a record holds; a last line that was cut off is left out."""
+        """Read a record; an incomplete last line is ignored."""
         run = cls()
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -68,15 +68,15 @@ class Run:
 
 
 class Recorder:
-    """Notes the learning rate and the loss of every update, and says when the sweep is over.
+    """Records the learning rate and loss of every step and detects the end of the sweep.
 
-    Every rank has one, and all come to the same verdict, since the loss is the mean over the ranks.
+    Every rank has a recorder. All ranks decide alike, since the loss is averaged over the ranks.
 
     Args:
-        steps: updates of the sweep; None: no end but the script's.
-        divergence: see `Sweep`.
-        path: of the record; None on all ranks but the first, and where nothing is to be written.
-        facts: what the record begins with.
+        steps: number of steps of the sweep; None: record until the script ends.
+        divergence: end the sweep when the smoothed loss is this many times its minimum.
+        path: file for the record; None to write none, as on all ranks except rank 0.
+        facts: backend, world size, precision and batch size; the record's first line.
     """
 
     def __init__(
@@ -99,13 +99,20 @@ class Recorder:
             self._write(self.run.facts)
 
     def note(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
-        """Take an update: what it used, the mean loss over its batch, whether it was applied."""
+        """Record a step.
+
+        Args:
+            lr: learning rate of the step.
+            momentum: momentum of the step, if the optimizer has one.
+            loss: mean loss over the batch.
+            applied: whether the step was applied rather than skipped.
+        """
         if self.run.end:
             return
         run = self.run
         self._skips = 0 if applied else self._skips + 1
         finite = math.isfinite(loss)
-        if applied or not finite:  # a loss scale that comes down tells nothing of the sweep
+        if applied or not finite:  # ignore steps skipped only because of the loss scale
             run.lrs.append(lr)
             run.losses.append(loss)
             run.momenta.append(momentum)
@@ -137,10 +144,12 @@ class Recorder:
                 file.write(json.dumps(entry) + "\n")
 
     def stop_if_over(self) -> None:
-        """End the script once the sweep is over; one that goes on all the same is cut off.
+        """End the script once the sweep is over.
+
+        A script that keeps catching the exception is ended with `os._exit`.
 
         Raises:
-            SweepOver: it is.
+            SweepOver: if the sweep is over.
         """
         if not self.run.end:
             return

@@ -1,4 +1,4 @@
-"""Short cycles around a suggestion: which maximum is best is tried, not read from a curve."""
+"""Find the best maximum learning rate by training short cycles around a suggestion."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from engine.range_test.recorder import Run
 
 __all__ = ["Refinement", "refine", "refuse_updates", "short_cycle"]
 
-_FACTOR = 2.0  # between neighbouring maxima
-_REACH = 2  # maxima to each side of the lowest that a parabola is laid through
-_FARTHEST = 6  # factors from where the search began
+_FACTOR = 2.0  # ratio of neighboring maxima
+_REACH = 2  # maxima on each side of the best one that the parabola is fitted to
+_FARTHEST = 6  # largest distance from the start of the search, in factors
 _HORIZON = 0.32  # see Refinement.max_lr
 _MOMENTUM = ("cycle_momentum", "cycle_min_mom", "cycle_max_mom")
 
@@ -26,68 +26,70 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Refinement:
-    """What short cycles to several maxima came to.
+    """Losses of short cycles with several maximum learning rates, and the best maximum.
 
     >>> tried = {0.01 * 2**k: (1 + (k - 0.5) ** 2 / 10,) for k in range(-2, 3)}
     >>> round(Refinement(tried, begin=3.0, steps=250).lowest, 4)  # between 0.01 and 0.02
     0.0141
-    >>> Refinement(tried, begin=3.0, steps=250, updates=2500).max_lr  # ten times as long
+    >>> Refinement(tried, begin=3.0, steps=250, updates=2500).max_lr  # for 10 times as many steps
     0.0068
     """
 
     losses: Mapping[float, tuple[float, ...]]
-    """For each maximum the loss that each repeat ended at; infinite where it diverged."""
+    """Final loss of each repeat, by maximum learning rate; infinite if it diverged."""
     begin: float
-    """The loss before training."""
+    """Mean loss before training."""
     steps: int
-    """Updates of each cycle."""
+    """Number of steps of each cycle."""
     updates: int | None = None
-    """Updates of the training that is to follow."""
+    """Number of steps of the planned training."""
 
     @cached_property
     def lowest(self) -> float:
-        """The maximum with which a cycle of `steps` updates would end lowest."""
+        """The maximum learning rate at which a cycle of `steps` steps has the lowest final loss."""
         return self._lowest_of(np.array(list(self.losses.values())).mean(axis=1))
 
     @property
     def of_each(self) -> list[float]:
-        """The same by each repeat alone: their spread."""
+        """`lowest` computed from each repeat separately, to show the spread."""
         return [self._lowest_of(column) for column in np.array(list(self.losses.values())).T]
 
     @property
     def shrinkage(self) -> float:
-        """What a longer training leaves of a maximum: ``(steps / updates) ** 0.32``, at most 1."""
+        """Factor on the maximum for a longer training: ``(steps / updates) ** 0.32``, at most 1."""
         return 1.0 if self.updates is None else min(1.0, (self.steps / self.updates) ** _HORIZON)
 
     @property
     def max_lr(self) -> float:
-        """The largest learning rate to train with, to two digits: ``lowest * shrinkage``.
+        """The suggested maximum learning rate, ``lowest * shrinkage``, to two significant digits.
 
-        The longer a training, the lower its best learning rate, by a power of its length.
+        The best learning rate decreases with the length of the training, following a power law.
 
-        Source of the power: Bjorck et al., Scaling Optimal LR Across Token Horizons,
+        Source of the exponent: Bjorck et al., Scaling Optimal LR Across Token Horizons,
         https://arxiv.org/abs/2409.19913.
         """
         return float(f"{self.lowest * self.shrinkage:.2g}")
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return what was found, in rows for a table."""
+        """Return the results as table rows of label and value."""
         rows = [
             (
-                f"loss of a cycle to {lr:.2g}",
+                f"final loss of a cycle with maximum {lr:.2g}",
                 ", ".join(f"{loss:.4g}" if math.isfinite(loss) else "diverged" for loss in losses),
             )
             for lr, losses in self.losses.items()
         ]
         spread = f" ({min(self.of_each):.2g} to {max(self.of_each):.2g})"
-        alone = len(self.of_each) == 1
-        rows.append(("cycles are lowest with", f"{self.lowest:.2g}{'' if alone else spread}"))
+        is_single = len(self.of_each) == 1
+        rows.append(
+            ("best maximum of short cycles", f"{self.lowest:.2g}{'' if is_single else spread}")
+        )
         if self.updates is not None:
-            rows.append((f"of which {self.updates} updates bear", f"{self.shrinkage:.2g}"))
+            rows.append((f"factor for {self.updates} steps", f"{self.shrinkage:.2g}"))
         return rows
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as JSON has it; losses of cycles that diverged are null."""
+        """Return the results as a JSON object; the losses of diverged cycles are null."""
         cycles = [
             {"max_lr": lr, "losses": [loss if math.isfinite(loss) else None for loss in losses]}
             for lr, losses in self.losses.items()
@@ -101,14 +103,15 @@ class Refinement:
         }
 
     def _lowest_of(self, losses: Array) -> float:
-        """Return where a parabola over log(lr) is lowest, near the lowest of these losses."""
+        """Return the minimum of a parabola over log(lr), fitted around the lowest of the losses."""
         maxima = np.array(list(self.losses))
         order = np.argsort(maxima)
         x, y = np.log(maxima[order]), losses[order]
         low = int(np.argmin(y))
         near = slice(max(low - _REACH, 0), low + _REACH + 1)
         x, y = x[near], y[near]
-        # A cycle that keeps less than half of the gain tells of the edge, not of the basin.
+        # Ignore cycles that improve the loss less than half as much as the best one: they are too
+        # far from the minimum.
         basin = np.isfinite(y) & (y <= (y.min() + self.begin) / 2)
         if basin.sum() < 3:
             return float(maxima[order][low])
@@ -125,25 +128,28 @@ def refine(
     steps: int,
     updates: int | None = None,
 ) -> Refinement:
-    """Train short cycles with maxima a factor of 2 apart, until the best lies among them.
+    """Train short cycles with maxima a factor of 2 apart until the best one is not at the edge.
 
     Args:
-        train: from a maximum and the number of a repeat to what a cycle of `steps` updates noted.
-        around: the maximum in the middle.
-        repeats: cycles of each maximum.
-        steps: updates of a cycle.
-        updates: of the training that is to follow.
+        train: function that trains a cycle of `steps` steps, given the maximum learning rate and
+            the index of the repeat, and returns its record.
+        around: maximum learning rate to start the search from.
+        repeats: number of cycles per maximum.
+        steps: number of steps of a cycle.
+        updates: number of steps of the planned training; None: as long as a cycle.
 
     Raises:
-        ValueError: the loss of every cycle stops being finite.
+        ValueError: if cycles diverge at every maximum.
     """
-    begins: list[float] = []
+    initial_losses: list[float] = []
     losses: dict[int, tuple[float, ...]] = {}
 
     def attempt(place: int) -> None:
         runs = [train(around * _FACTOR**place, repeat) for repeat in range(repeats)]
-        begins.extend(run.losses[0] for run in runs if run.losses and math.isfinite(run.losses[0]))
-        losses[place] = tuple(_end_of(run, steps) for run in runs)
+        initial_losses.extend(
+            run.losses[0] for run in runs if run.losses and math.isfinite(run.losses[0])
+        )
+        losses[place] = tuple(_final_loss(run, steps) for run in runs)
 
     for place in range(-_REACH, _REACH + 1):
         attempt(place)
@@ -156,35 +162,35 @@ def refine(
     if not any(map(math.isfinite, map(sum, losses.values()))):
         least = around * _FACTOR ** min(losses)
         raise ValueError(
-            f"a short cycle must keep its loss finite, but none did, down to a maximum of "
-            f"{least:.2g}; without `refine` the suggestion is that of the range test alone."
+            f"Short cycles diverged at every maximum learning rate, down to {least:.2g}. Omit "
+            "`refine` to use the suggestion of the range test."
         )
     tried = {around * _FACTOR**place: losses[place] for place in sorted(losses)}
-    return Refinement(tried, float(np.mean(begins or [math.inf])), steps, updates)
+    return Refinement(tried, float(np.mean(initial_losses or [math.inf])), steps, updates)
 
 
-def _end_of(run: Run, steps: int) -> float:
-    """Return the mean loss of the last tenth, infinite where that is not finite."""
+def _final_loss(run: Run, steps: int) -> float:
+    """Return the mean loss of the last tenth of the steps; infinite if the run diverged."""
     last = float(np.mean(run.losses[-max(1, steps // 10) :]))
     return last if math.isfinite(last) and run.end != "divergence" else math.inf
 
 
 def refuse_updates(refines: bool, updates: int | None) -> None:
-    """Refuse a length of training where no short cycles are trained, which alone it is for.
+    """Reject `updates` without `refine`; it has no other effect.
 
     Raises:
-        ValueError: it is given without them, or below 1.
+        ValueError: if `updates` is given without `refine`, or is below 1.
     """
     if updates is not None and not refines:
         raise ValueError(
-            "`updates` must be given with `refine` alone: a range test has no use of it."
+            "`updates` has no effect without `refine`. Set `refine` or omit `updates`."
         )
     if updates is not None and updates < 1:
-        raise ValueError(f"`updates` must be at least 1, but is {updates} instead.")
+        raise ValueError(f"`updates` must be >= 1, got {updates}.")
 
 
 def short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> dict[str, Any]:
-    """Return a OneCycle block with this maximum and length, else as it is: its halves, its momenta.
+    """Return a short OneCycle block; keep the given block's momentum and ratio of its halves.
 
     >>> params = {"cycle_first_step_size": 300, "cycle_second_step_size": 700}
     >>> short_cycle({"type": "OneCycle", "params": params}, 0.5, 100)["params"]

@@ -1,4 +1,4 @@
-"""What a range test found, as an object, a picture, a table and the block to train with."""
+"""The result of a range test: suggestion, plot, table and scheduler block."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["LRRangeReport"]
 
 @dataclass(frozen=True)
 class LRRangeReport:
-    """The runs of a range test, what they suggest together, and what short cycles made of it.
+    """The runs of a range test, the suggested range, and its refinement by short cycles.
 
     >>> lrs = [10 ** (-5 + k / 25) for k in range(150)]
     >>> losses = [2.3 - 1.5 / (1 + (1e-3 / lr) ** 2) + (lr / 0.1) ** 2 for lr in lrs]
@@ -40,12 +40,12 @@ class LRRangeReport:
 
     @property
     def max_lr(self) -> float | None:
-        """The largest learning rate of a cycle: the refined one, if short cycles were trained."""
+        """The suggested maximum learning rate; the refined one if short cycles were trained."""
         return self.refinement.max_lr if self.refinement else self.suggestion.max_lr
 
     @property
     def min_lr(self) -> float | None:
-        """The learning rate to begin and end a cycle with: a tenth of the largest."""
+        """The learning rate at the start and end of a cycle: a tenth of `max_lr`."""
         return None if self.max_lr is None else float(f"{self.max_lr / 10:.2g}")
 
     def refined(
@@ -56,13 +56,14 @@ class LRRangeReport:
         updates: int | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> LRRangeReport:
-        """Return this report with the outcome of short cycles around its suggestion, if it has one.
+        """Train short cycles around the suggestion, if any, and return the refined report.
 
         Args:
-            train: from a scheduler block and the number of a repeat to what a training by it noted.
-            steps: updates of a cycle.
-            updates: of the training that is to follow.
-            known: a OneCycle block, whose halves and momenta the cycles have.
+            train: function that takes a scheduler block and the index of the repeat, trains with
+                this schedule and returns the record.
+            steps: number of steps of a cycle.
+            updates: number of steps of the planned training; None: as long as a cycle.
+            known: OneCycle block; the cycles use its momentum and the ratio of its halves.
         """
         if self.suggestion.max_lr is None:
             return self
@@ -78,10 +79,11 @@ class LRRangeReport:
 
     @cached_property
     def suggestion(self) -> Suggestion:
-        """What all runs together suggest; without a ``max_lr`` it has a reason.
+        """The suggestion from all runs; if ``max_lr`` is None, ``reason`` explains why.
 
-        The curve and its rules are those of all points; the maximum is the median of what the runs
-        suggest by themselves, where most of them do: one that diverged early moves it little.
+        The curve and the rules use the points of all runs. If more than half of several runs have
+        a suggestion, ``max_lr`` is the median of these, so that one run that diverged early has
+        little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -97,23 +99,23 @@ class LRRangeReport:
 
     @property
     def of_each(self) -> list[float]:
-        """What each run by itself suggests, where there are several: their spread."""
+        """Suggestion of each run that has one, to show the spread; empty for a single run."""
         if len(self.runs) == 1:
             return []
-        each = (_suggested(run).max_lr for run in self.runs)
+        each = (_suggest_from(run).max_lr for run in self.runs)
         return [lr for lr in each if lr is not None]
 
     def block(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the scheduler block of 1Cycle between the suggested bounds.
+        """Return a 1Cycle scheduler block with the suggested range.
 
         Args:
-            known: a OneCycle block, whose other params are kept.
+            known: OneCycle block; its other params are kept.
 
         Raises:
-            ValueError: there is no suggestion.
+            ValueError: if there is no suggestion.
         """
         if self.max_lr is None:
-            raise ValueError(f"there is no suggestion: {self.suggestion.reason}.")
+            raise ValueError(f"The range test has no suggestion: {self.suggestion.reason}.")
         params = dict(known.get("params", {})) if known and known["type"] == "OneCycle" else {}
         params["cycle_min_lr"], params["cycle_max_lr"] = self.min_lr, self.max_lr
         momenta = [value for run in self.runs for value in run.momenta if value is not None]
@@ -122,7 +124,7 @@ class LRRangeReport:
         return {"type": "OneCycle", "params": params}
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as JSON has it; losses that are not finite are null."""
+        """Return the report as a JSON object; losses that are not finite are null."""
         suggestion = self.suggestion
         return {
             "suggestion": {
@@ -147,7 +149,7 @@ class LRRangeReport:
         }
 
     def table(self) -> Table:
-        """Return what each rule says, and the suggestion, for a terminal."""
+        """Return the value of each rule and the suggestion as a table for the terminal."""
         from rich.table import Table
 
         suggestion = self.suggestion
@@ -162,7 +164,7 @@ class LRRangeReport:
             table.add_row(f"{', '.join(EDGE)} agree within a factor of", f"{high / low:.2g}")
         if self.of_each:
             low, high = min(self.of_each), max(self.of_each)
-            runs = f"{len(self.of_each)} runs by themselves"
+            runs = f"each of {len(self.of_each)} runs separately"
             middle = statistics.median(self.of_each)
             table.add_row(runs, f"{low:.2g} to {high:.2g}, median {middle:.2g}")
         if self.refinement:
@@ -173,7 +175,7 @@ class LRRangeReport:
         return table
 
     def draw(self, path: Path) -> None:
-        """Draw loss over learning rate, smoothed, with the suggested range, into a PNG."""
+        """Plot the loss over the learning rate, with the suggested range, to a PNG file."""
         from matplotlib.figure import Figure
 
         panels = 2 if self.refinement else 1
@@ -206,7 +208,7 @@ class LRRangeReport:
                 axis.axvline(value, linestyle=":", linewidth=1, color=f"C{number + 3}", label=rule)
             title = f"cycle from {self.min_lr:.2g} to {self.max_lr:.2g}"
         axis.set(xscale="log", xlabel="learning rate", ylabel="loss", title=title)
-        _finish(axis)
+        _add_grid_and_legend(axis)
 
     def _draw_cycles(self, axis: Axes, refinement: Refinement) -> None:
         maxima = list(refinement.losses)
@@ -214,14 +216,14 @@ class LRRangeReport:
             axis.plot(maxima, losses, "o-", markersize=4, color="tab:blue", alpha=0.5)
         axis.axvline(refinement.lowest, color="black", linestyle=":", label="lowest")
         if refinement.shrinkage < 1:
-            label = f"for {refinement.updates} updates"
+            label = f"for {refinement.updates} steps"
             axis.axvline(refinement.max_lr, color="tab:green", label=label)
-        title = f"cycles of {refinement.steps} updates"
+        title = f"cycles of {refinement.steps} steps"
         axis.set(xscale="log", xlabel="cycle_max_lr", ylabel="loss at the end", title=title)
-        _finish(axis)
+        _add_grid_and_legend(axis)
 
     def drawn_on_terminal(self, width: int, *, colour: bool = False) -> str:
-        """Return the smoothed loss over log10 of the learning rate, drawn in characters."""
+        """Return a text plot of the smoothed loss over log10 of the learning rate."""
         import plotext
 
         smoothed = self.suggestion.smoothed
@@ -238,7 +240,7 @@ class LRRangeReport:
         return str(drawn if colour else plotext.uncolorize(drawn))
 
     def write(self, folder: Path) -> Sequence[Path]:
-        """Write the picture and ``report.json`` into a folder; return their paths."""
+        """Write the plot and ``report.json`` to a directory; return their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         picture, data = folder / "lr_range.png", folder / "report.json"
         data.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -246,7 +248,7 @@ class LRRangeReport:
         return picture, data
 
 
-def _suggested(run: Run) -> Suggestion:
+def _suggest_from(run: Run) -> Suggestion:
     return suggest(*run.curve, diverged_at=_diverged_at(run))
 
 
@@ -255,9 +257,9 @@ def _diverged_at(run: Run) -> float | None:
     return lrs[-1] if run.end == "divergence" and lrs else None
 
 
-def _finish(axis: Axes) -> None:
+def _add_grid_and_legend(axis: Axes) -> None:
     axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()
-    first = dict(reversed(list(zip(labels, handles, strict=True))))  # one of each label
+    first = dict(reversed(list(zip(labels, handles, strict=True))))  # one entry per label
     if first:
         axis.legend(first.values(), first.keys(), fontsize="small")

@@ -1,4 +1,4 @@
-"""The range test inside a training script: `onecycle lr-test`, or a config's own sweep."""
+"""Run the LR range test in a training script, for `onecycle lr-test` or an `LRRangeTest` config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger("onecycle")
 
 
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
-    """Return the config of a script that `onecycle lr-test` runs: its schedule is the sweep."""
+    """Return the config for a script under `onecycle lr-test`: the sweep replaces its schedule."""
     changed = config.for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:
         torch.manual_seed(torch.initial_seed() + sweep.seed_offset)
@@ -34,13 +34,13 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
 def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
     """Record the steps of a run whose schedule is a range test.
 
-    A sweep of `onecycle lr-test` ends the script when it is over. A config's own `LRRangeTest`
-    trains on, and its report is written when the process exits.
+    With `onecycle lr-test`, the script ends when the sweep is over. With an `LRRangeTest` in the
+    config, training continues and the report is written when the process exits.
 
     Args:
-        engine: at its first step.
-        sweep: the sweep that `onecycle lr-test` has requested; None: the config's own schedule,
-            recorded if it is an `LRRangeTest`.
+        engine: training engine before its first step.
+        sweep: sweep that `onecycle lr-test` requested. None: record the run only if the config's
+            schedule is an `LRRangeTest`.
     """
     is_first = engine.global_rank == 0
     if sweep is not None:
@@ -68,5 +68,7 @@ def _write_report(recorder: Recorder, directory: Path) -> None:
     report = LRRangeReport((recorder.run,))
     picture, _ = report.write(directory)
     found = report.suggestion
-    verdict = f"cycle_max_lr {found.max_lr:.2g}" if found.max_lr else f"none: {found.reason}"
+    verdict = (
+        f"cycle_max_lr {found.max_lr:.2g}" if found.max_lr else f"no suggestion: {found.reason}"
+    )
     log.info("LR range test: %s; %s", verdict, picture)

@@ -1,6 +1,6 @@
-"""From the losses of a range test to the learning rate that it suggests, or to why there is none.
+"""Suggest a maximum learning rate from the losses of a range test, or explain why that fails.
 
-Numbers in, numbers out: nothing here trains, and nothing needs torch.
+This module only computes: it does not train and does not import torch.
 """
 
 from __future__ import annotations
@@ -15,81 +15,85 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = ["CAREFUL", "EDGE", "MIN_POINTS", "Smoothed", "Suggestion", "smooth", "suggest"]
 
 MIN_POINTS = 20
-"""Fewer losses than these carry no curve."""
+"""Minimum number of losses for a suggestion."""
 
 MIN_STEPS = 8
-"""Fewer learning rates than these carry none either, however often each was tried."""
+"""Minimum number of distinct learning rates for a suggestion."""
 
 EDGE = ("end of descent", "minimum", "divergence / 10")
-"""The rules for where training still gets better: the maximum of a cycle is their median."""
+"""Rules for the largest learning rate that still helps; `max_lr` is their median."""
 
 CAREFUL = ("steepest", "valley", "minimum / 10")
-"""What other tools suggest, for a learning rate that is to be kept; a cycle can go further."""
+"""Rules that other tools use for a constant learning rate; a cycle can use a larger maximum."""
 
 Array = NDArray[np.float64]
 
-# A curve of pure noise, smoothed, still has hills: among some 50 places that are independent of one
-# another the highest and the lowest are 4.5 standard errors apart, and hardly ever 7.
+# Smoothed pure noise still has hills. Among about 50 independent points, the highest and the lowest
+# are typically 4.5 standard errors apart, and hardly ever 7.
 _CERTAIN = 7.0
-_BANDWIDTHS = (0.015, 0.025, 0.04, 0.06, 0.09, 0.13)  # shares of the sweep
+_BANDWIDTHS = (0.015, 0.025, 0.04, 0.06, 0.09, 0.13)  # fractions of the sweep
 _MOST_POINTS = 400
-_BASIN = 0.05  # share of the descent
-_SPIKE = 5.0  # standard deviations off the median of its neighbours
+_BASIN = 0.05  # fraction of the descent
+_SPIKE = 5.0  # standard deviations from the median of its neighbors
 
 
 @dataclass(frozen=True)
 class Smoothed:
-    """A curve without its noise: at the logarithms of learning rates, the loss and its error."""
+    """A smoothed loss curve: log10 of the learning rates, the losses and their standard errors."""
 
     x: Array
     loss: Array
     error: Array
-    """Standard error of each loss, by the noise that was taken out."""
+    """Standard error of each loss, estimated from the residuals of the smoothing."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The largest learning rate to train with, and how sure that is."""
+    """The suggested maximum learning rate, and the values of the rules it is based on."""
 
     max_lr: float | None
-    """None: the curve carries none, and `reason` says why."""
+    """None if the curve does not allow a suggestion; `reason` explains why."""
     reason: str = ""
     rules: Mapping[str, float] = field(default_factory=dict)
-    """What each rule of `EDGE` and `CAREFUL` says that applies."""
+    """Learning rate of each rule of `EDGE` and `CAREFUL` that applies."""
     smoothed: Smoothed | None = None
 
     @property
     def band(self) -> tuple[float, float] | None:
-        """From the most careful rule of the edge to the boldest: how far they agree."""
+        """Smallest and largest learning rate of the `EDGE` rules; close together if they agree."""
         edge = [self.rules[name] for name in EDGE if name in self.rules]
         return (min(edge), max(edge)) if edge else None
 
 
 def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = None) -> Suggestion:
-    """Return the largest learning rate that a range test suggests.
+    """Suggest a maximum learning rate from the losses of a range test.
 
-    The curve is smoothed without lag over log(lr): losses that are not finite and single spikes are
-    left out, what lies above the start is cut off, and a local line is fitted around each point,
-    its width chosen by generalized cross-validation. Then
+    The curve is smoothed over log(lr) without lag. Losses that are not finite and single spikes are
+    dropped, losses far above the initial loss are clipped, and a line is fitted locally around each
+    point; generalized cross-validation selects the bandwidth. Each rule then selects a learning
+    rate:
 
-    - end of descent: where nine tenths of the descent are behind;
-    - minimum: the middle of the basin in which the loss is lowest, to a twentieth of the descent;
-    - divergence / 10: a tenth of where all that was gained is lost again, or the sweep was ended;
-    - steepest: where the loss falls most for a given factor of the learning rate;
-    - valley: half-way, in log(lr), between the first and the last tenth of the descent;
-    - minimum / 10: a tenth of where the loss is lowest.
+    - end of descent: the point at which the loss has completed 90 % of its descent;
+    - minimum: the middle of the range in which the loss exceeds its minimum by less than 5 % of the
+      descent;
+    - divergence / 10: a tenth of the learning rate at which the loss has risen back by 90 % of the
+      descent, or at which it stopped being finite or the test ended because it diverged;
+    - steepest: the point at which the loss falls fastest over log(lr);
+    - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
+    - minimum / 10: a tenth of the learning rate with the lowest loss.
 
-    The suggestion is the median of the first three, as far as they apply. A cycle is at its maximum
-    for a moment only, so it can go to where the loss stops falling; the last three are for a
-    learning rate that is kept, and train a cycle too slowly (docs/results/lr_test.md).
+    The suggestion is the median of the first three rules, or of those that apply. A cycle reaches
+    its maximum only briefly, so the maximum can be as large as the learning rate at which the loss
+    stops falling. The last three rules are meant for a constant learning rate. As the maximum of a
+    cycle, their values train too slowly (docs/results/lr_test.md).
 
     Args:
-        lrs: learning rate of each update, positive; any order, any spacing.
-        losses: what came of each, the loss of the update after it; they may be NaN or infinite.
-        diverged_at: learning rate at which the test was ended because the loss diverged.
+        lrs: learning rate of each step, positive, in any order and spacing.
+        losses: loss after the step at each learning rate; may be NaN or infinite.
+        diverged_at: learning rate at which the test ended because the loss diverged.
 
     Raises:
-        ValueError: the two differ in length, or a learning rate is not positive.
+        ValueError: if `lrs` and `losses` differ in length, or a learning rate is not positive.
 
     >>> lrs = [10 ** (-5 + k / 25) for k in range(150)]
     >>> losses = [2.3 - 1.5 / (1 + (1e-3 / lr) ** 2) + (lr / 0.1) ** 2 for lr in lrs]
@@ -104,18 +108,21 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     """
     x, y = np.asarray(lrs, float), np.asarray(losses, float)
     if x.shape != y.shape or x.ndim != 1:
-        raise ValueError(f"there must be a loss for each of the {x.size} lrs, but {y.size} are.")
+        raise ValueError(
+            f"`losses` must have as many values as `lrs`, got {y.size} losses for {x.size} lrs."
+        )
     if not np.all(x > 0):
-        raise ValueError(f"learning rates must be positive, but the least is {x.min()}.")
+        raise ValueError(f"`lrs` must be positive, got {x.min()}.")
     order = np.argsort(x, kind="stable")
     x, y = np.log10(x[order]), y[order]
     finite = np.isfinite(y)
     steps = np.unique(x).size
     if finite.sum() < MIN_POINTS:
         kind = "finite losses" if x.size >= MIN_POINTS else "losses"
-        return Suggestion(None, f"there are {finite.sum()} {kind}, and {MIN_POINTS} must be")
+        return Suggestion(None, f"at least {MIN_POINTS} {kind} are required, got {finite.sum()}")
     if steps < MIN_STEPS:
-        return Suggestion(None, f"there are {steps} learning rates, and {MIN_STEPS} must be")
+        reason = f"at least {MIN_STEPS} different learning rates are required, got {steps}"
+        return Suggestion(None, reason)
     bursts = _first_burst(x, finite)
     x, y = x[finite], y[finite]
     if np.ptp(y) <= 1e-9 * np.abs(y).max():
@@ -126,20 +133,20 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
 
 
 def _first_burst(x: Array, finite: NDArray[np.bool_]) -> float | None:
-    """Return where losses stop being finite for good: most that follow are not."""
-    behind = np.cumsum(finite[::-1])[::-1] / np.arange(finite.size, 0, -1)
-    gone = np.flatnonzero(~finite & (behind < 0.5))
+    """Return log10 of the first learning rate from which most losses are not finite, or None."""
+    finite_after = np.cumsum(finite[::-1])[::-1] / np.arange(finite.size, 0, -1)
+    gone = np.flatnonzero(~finite & (finite_after < 0.5))
     return float(x[gone[0]]) if gone.size else None
 
 
 def smooth(x: Array, y: Array) -> Smoothed:
-    """Return a curve without lag: local lines, as wide as cross-validation finds best.
+    """Smooth a curve without lag by local linear fits; cross-validation selects the bandwidth.
 
     Args:
-        x: logarithms of learning rates, rising.
+        x: log10 of the learning rates, ascending.
         y: finite losses.
     """
-    x, y = _without_spikes(*_thinned(x, y))
+    x, y = _remove_spikes(*_reduce_points(x, y))
     start = float(np.median(y[: max(5, y.size // 10)]))
     y = np.minimum(y, start + 0.5 * max(start - float(y.min()), 1e-12))
     span = x[-1] - x[0]
@@ -150,7 +157,7 @@ def smooth(x: Array, y: Array) -> Smoothed:
         free = y.size - np.trace(weights)
         if free < 2:
             continue
-        # Losses of large learning rates are noisier: the error is that of the neighbourhood.
+        # Losses at large learning rates are noisier, so estimate the error locally.
         residuals = (y - fitted) ** 2
         score = y.size * float(residuals.sum()) / free**2
         if best is None or score < best[0]:
@@ -158,12 +165,12 @@ def smooth(x: Array, y: Array) -> Smoothed:
             variance = np.maximum(near @ residuals, residuals.mean() / 4) * y.size / free
             error = np.sqrt(variance * (weights**2).sum(1))
             best = score, Smoothed(x, fitted, error)
-    assert best is not None  # the widest always leaves freedom
+    assert best is not None  # the largest bandwidth always leaves degrees of freedom
     return best[1]
 
 
-def _thinned(x: Array, y: Array) -> tuple[Array, Array]:
-    """Return means of neighbours where there are more points than a curve needs, or at one x."""
+def _reduce_points(x: Array, y: Array) -> tuple[Array, Array]:
+    """Average losses at the same learning rate, and neighbors if there are too many points."""
     x, places = np.unique(x, return_inverse=True)
     y = np.bincount(places, y) / np.bincount(places)
     if x.size <= _MOST_POINTS:
@@ -176,8 +183,8 @@ def _thinned(x: Array, y: Array) -> tuple[Array, Array]:
     return mean[0], mean[1]
 
 
-def _without_spikes(x: Array, y: Array) -> tuple[Array, Array]:
-    """Leave out points that stand alone, far above or below the median of their neighbours."""
+def _remove_spikes(x: Array, y: Array) -> tuple[Array, Array]:
+    """Remove single points far above or below the median of their neighbors."""
     around = np.lib.stride_tricks.sliding_window_view(np.pad(y, 3, mode="reflect"), 7)
     away = np.abs(y - np.median(around, axis=1))
     usual = 1.4826 * np.median(away)
@@ -186,9 +193,9 @@ def _without_spikes(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _local_lines(x: Array, bandwidth: float) -> Array:
-    """Return the matrix that takes losses to the values of lines fitted around each of them."""
+    """Return the matrix that maps losses to the values of the local linear fits."""
     off = x[None, :] - x[:, None]
-    # Wide enough to hold some points wherever they are sparse, as in a linear sweep's beginning.
+    # Widen the kernel where points are sparse, such as at the start of a linear sweep.
     nearest = np.partition(np.abs(off), min(6, x.size - 1), axis=1)[:, min(6, x.size - 1)]
     width = np.maximum(bandwidth, nearest)[:, None]
     kernel = np.exp(-0.5 * (off / width) ** 2)
@@ -200,22 +207,28 @@ def _local_lines(x: Array, bandwidth: float) -> Array:
 def _read(curve: Smoothed, burst: float | None) -> Suggestion:
     x, loss = curve.x, curve.loss
     low = int(np.argmin(loss))
-    # A hill before the descent is no part of it where nothing but noise has made it.
+    # The descent starts at the highest loss before the minimum.
     top = int(np.argmax(loss[: low + 1]))
     fall = float(loss[top] - loss[low])
     error = float(np.hypot(curve.error[top], curve.error[low]))
     if fall <= _CERTAIN * error or fall <= 0:
         if burst is not None and burst <= x[max(low, 1)]:
-            return Suggestion(None, f"the loss is not finite from {10**burst:.3g} on", {}, curve)
-        reason = f"the loss falls by {max(fall, 0):.3g} at most, and its noise is of {error:.2g}"
+            return Suggestion(
+                None, f"the loss is not finite at learning rates >= {10**burst:.3g}", {}, curve
+            )
+        reason = (
+            f"the loss falls by at most {max(fall, 0):.3g}, too little for a standard error of "
+            f"{error:.2g}"
+        )
         return Suggestion(None, reason, {}, curve)
     slope = np.gradient(loss, x)
     steepest = top + int(np.argmin(slope[top : low + 1]))
     if low >= x.size - 2 and burst is None and slope[-1] < 0.5 * slope[steepest]:
-        reason = f"the loss still falls at the largest learning rate, {10 ** x[-1]:.3g}; raise it"
+        largest = f"{10 ** x[-1]:.3g}"
+        reason = f"the loss still falls at the largest learning rate, {largest}; extend the range"
         return Suggestion(None, reason, {}, curve)
     gained = (loss[top] - loss[top : low + 1]) / fall
-    begin = top + int(np.flatnonzero(gained >= 0.1)[0])
+    first = top + int(np.flatnonzero(gained >= 0.1)[0])
     end = top + int(np.flatnonzero(gained >= 0.9)[0])
     rules = {"end of descent": x[end]}
     lost = np.flatnonzero(loss[low:] >= loss[low] + 0.9 * fall)
@@ -227,17 +240,17 @@ def _read(curve: Smoothed, burst: float | None) -> Suggestion:
     elif burst is not None:
         rules["divergence / 10"] = burst - 1
     middle = float(np.median(list(rules.values())))
-    rules |= {"steepest": x[steepest], "valley": (x[begin] + x[end]) / 2}
+    rules |= {"steepest": x[steepest], "valley": (x[first] + x[end]) / 2}
     if turns:
-        # Where it lies before the descent, nothing is learnt.
-        rules["minimum / 10"] = max(x[low] - 1, x[begin])
+        # Before the descent starts, the model does not learn.
+        rules["minimum / 10"] = max(x[low] - 1, x[first])
     return Suggestion(10**middle, "", _powers(rules), curve)
 
 
 def _middle_of_basin(x: Array, loss: Array, shore: float) -> float:
-    """Return the middle of the stretch around the minimum where the loss is below the shore.
+    """Return the middle of the interval around the minimum in which the loss is below ``shore``.
 
-    The very lowest point of a flat basin is chosen by the noise, and its middle is not.
+    In a flat basin, noise determines the lowest point, but hardly affects the middle.
     """
     low = int(np.argmin(loss))
     above = np.flatnonzero(loss > shore)

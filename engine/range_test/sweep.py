@@ -20,22 +20,24 @@ _STAIRS = 20
 
 @dataclass(frozen=True)
 class Sweep:
-    """Learning rates from small to too large, and where to note what they do.
+    """Learning rates that increase until training diverges, and the settings of the test.
 
     Args:
-        min_lr: of the first update.
-        max_lr: of the last.
-        steps: updates.
-        shape: "exponential" (a factor an update), "linear", or "staircase" (in 20 equal stairs).
-        momentum: from what it falls to what, while the learning rate grows; None: it stays.
-        block: a scheduler block to sweep by in place of all that.
-        divergence: the smoothed loss ends the sweep when it is this many times the lowest.
-        folder: for the record.
-        config: a config in place of the script's own.
-        seed_offset: added to the seed of the config.
+        min_lr: learning rate of the first step.
+        max_lr: learning rate of the last step.
+        steps: number of steps.
+        shape: "exponential", "linear", or "staircase" (20 stairs of equal height).
+        momentum: first and last momentum; it decreases while the learning rate increases. None:
+            momentum stays constant.
+        block: scheduler block to use instead of the arguments above.
+        divergence: end the sweep when the smoothed loss is this many times its minimum.
+        folder: directory for the record.
+        config: config file to use instead of the script's config.
+        seed_offset: number to add to the config's seed.
 
     Raises:
-        ValueError: the learning rates do not rise from above 0, or there are too few updates.
+        ValueError: if ``0 < min_lr < max_lr`` does not hold, `steps` is below 2, or `momentum` is
+            set for a staircase.
     """
 
     min_lr: float = 1e-6
@@ -52,19 +54,19 @@ class Sweep:
     def __post_init__(self) -> None:
         if not 0 < self.min_lr < self.max_lr < math.inf:
             raise ValueError(
-                "a range test must go from a learning rate above 0 to a larger one, but goes from "
-                f"{self.min_lr:g} to {self.max_lr:g}."
+                f"`min_lr` must be > 0 and `max_lr` must be larger and finite, got {self.min_lr:g} "
+                f"and {self.max_lr:g}."
             )
         if self.steps < 2:
-            raise ValueError(f"a range test must have at least 2 updates, but has {self.steps}.")
+            raise ValueError(f"`steps` must be >= 2, got {self.steps}.")
         if self.momentum and self.shape == "staircase":
             raise ValueError(
-                "a range test with momentum must be exponential or linear, but is a staircase."
+                "`shape` must be `exponential` or `linear` if `momentum` is set, got `staircase`."
             )
 
     @property
     def scheduler(self) -> dict[str, Any]:
-        """The scheduler block that sweeps."""
+        """The scheduler block of the sweep."""
         if self.block is not None:
             return dict(self.block)
         duration = self.steps - 1
@@ -73,8 +75,8 @@ class Sweep:
             ramp = {"from": self.min_lr, "to": self.max_lr, "duration": duration, "shape": shape}
             params: dict[str, Any] = {"lr": [ramp]}
             if self.momentum:
-                begin, end = self.momentum
-                params["momentum"] = [{"from": begin, "to": end, "duration": duration}]
+                first, last = self.momentum
+                params["momentum"] = [{"from": first, "to": last, "duration": duration}]
             return {"type": "Phases", "params": params}
         stairs = self.shape == "staircase"
         size = -(-self.steps // _STAIRS) if stairs else duration
@@ -87,11 +89,11 @@ class Sweep:
         return {"type": "LRRangeTest", "params": params}
 
     def environment(self) -> dict[str, str]:
-        """Return what tells `initialize` of this test."""
+        """Return the environment variable that passes this sweep to `initialize`."""
         return {LR_TEST: json.dumps(asdict(self))}
 
 
 def sweep_of_environment() -> Sweep | None:
-    """Return the test that is on, if this process is a script under one."""
+    """Return the sweep if `onecycle lr-test` runs this process, else None."""
     text = os.environ.get(LR_TEST)
     return Sweep(**json.loads(text)) if text else None

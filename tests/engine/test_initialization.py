@@ -228,12 +228,12 @@ def test_loading_parts_of_a_checkpoint(tmp_path):
 
 def test_nothing_to_resume_from_is_an_error(tmp_path):
     trainer, _ = start()
-    with pytest.raises(FileNotFoundError, match="holds no complete one. Give another folder"):
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         trainer.load_checkpoint(tmp_path)
     trainer.save_checkpoint(tmp_path, tag="one", save_latest=False)
-    with pytest.raises(FileNotFoundError, match="holds no complete one"):
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         trainer.load_checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match="must hold the checkpoint 'two', but holds one"):
+    with pytest.raises(FileNotFoundError, match="the checkpoint 'two'.*: one"):
         trainer.load_checkpoint(tmp_path, tag="two")
 
 
@@ -242,7 +242,7 @@ def test_another_schedule_is_not_resumed(tmp_path):
     trainer.save_checkpoint(tmp_path)
     other = copy.deepcopy(CYCLE)
     other["params"]["cycle_max_lr"] = 7.0
-    with pytest.raises(ValueError, match=r"`scheduler.params.cycle_max_lr` was 0.05 and is 7.0"):
+    with pytest.raises(ValueError, match=r"`scheduler.params.cycle_max_lr` is 0.05 .* 7.0 now"):
         start(scheduler=other)[0].load_checkpoint(tmp_path)
 
 

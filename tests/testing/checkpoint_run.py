@@ -1,6 +1,6 @@
-"""A run that saves every second update and goes on by itself; rank 0 prints a line an update.
+"""Train, save every second step and resume automatically; rank 0 prints one line per step.
 
-python checkpoint_run.py FOLDER UPDATES [BACKEND [sync|async]]
+python checkpoint_run.py DIRECTORY STEPS [BACKEND [sync|async]]
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 import engine
 
 
-def main(folder, updates, backend, behind):
+def main(directory, steps, backend, is_async):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(52, 4, generator=generator)
     torch.manual_seed(0)
@@ -26,12 +26,12 @@ def main(folder, updates, backend, behind):
         },
         "engine": {
             "backend": backend,
-            "checkpoint": {"dir": folder, "every": 2, "async": behind},
+            "checkpoint": {"dir": directory, "every": 2, "async": is_async},
         },
     }
     data = TensorDataset(x, x.sum(1, keepdim=True))
     trainer, _, loader, _ = engine.initialize(config=config, model=net, training_data=data)
-    while trainer.global_steps < updates:
+    while trainer.global_steps < steps:
         for features, target in loader:
             lr = trainer.get_lr()[0]
             trainer.backward((trainer(features) - target).pow(2).mean())
@@ -39,15 +39,15 @@ def main(folder, updates, backend, behind):
             weights = b"".join(p.detach().numpy().tobytes() for p in net.parameters())
             digest = hashlib.sha256(weights).hexdigest()[:16]
             if trainer.global_rank == 0:
-                # One write: torchrun passes on what is there, be it half a line.
+                # Write the line at once: torchrun may forward part of a line.
                 sys.stdout.write(f"{trainer.global_steps} {lr} {features.sum().item()} {digest}\n")
                 sys.stdout.flush()
-            if trainer.global_steps == updates:
+            if trainer.global_steps == steps:
                 break
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, updates, *rest = sys.argv[1:]
+    directory, steps, *rest = sys.argv[1:]
     backend, mode = (*rest, *("torch", "sync")[len(rest) :])
-    main(folder, int(updates), backend, mode == "async")
+    main(directory, int(steps), backend, mode == "async")

@@ -1,4 +1,4 @@
-"""Loss curves of range tests whose right answer is known, because it was planted."""
+"""Synthetic loss curves of range tests with a known best learning rate."""
 
 from typing import NamedTuple
 
@@ -8,18 +8,25 @@ FAMILIES = ("explodes", "jumps back", "not finite", "rises slowly", "spikes")
 
 
 class Curve(NamedTuple):
-    """A sweep, and what was planted in it."""
+    """A synthetic sweep and its true values."""
 
     lrs: np.ndarray
     losses: np.ndarray
     lowest: float
-    """Middle, in log(lr), of where the loss is lowest, to 5 % of the descent, before the noise."""
+    """Middle, in log(lr), of the range with losses within 5 % of the minimum, without noise."""
     steepest: float
-    """Learning rate at which the loss falls most for a factor of it."""
+    """Learning rate at which the loss falls fastest over log(lr)."""
 
 
 def plant(family, noise, random, updates=200):
-    """Return a sigmoid descent over log(lr) that is lost again, with noise in shares of it."""
+    """Return a curve whose loss falls as a sigmoid over log(lr) and then rises again.
+
+    Args:
+        family: how the loss rises; one of `FAMILIES`.
+        noise: standard deviation of the noise as a fraction of the descent.
+        random: NumPy random generator.
+        updates: number of steps.
+    """
     x = np.linspace(-7, 1, updates)
     steepest, width = random.uniform(-4.5, -1.5), random.uniform(0.08, 0.2)
     start = random.uniform(1, 8)
@@ -44,7 +51,7 @@ def plant(family, noise, random, updates=200):
 
 
 def flat(kind, random, updates=200):
-    """Return a sweep in which nothing is learnt."""
+    """Return a sweep in which the loss never falls."""
     x = np.linspace(-7, 1, updates)
     loss = 2.3 + random.normal(0, 0.2, updates)
     if kind == "rises":

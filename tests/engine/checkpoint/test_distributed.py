@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: resume, other world sizes, and ranks that fail or do not come."""
+"""Checkpoints with several ranks: resume, different world sizes, failing and absent ranks."""
 
 import errno
 import time
@@ -27,8 +27,8 @@ ONE_CYCLE = {
 }
 
 
-def checkpointing(folder, backend="torch", **plan):
-    return {"engine": {"backend": backend, "checkpoint": {"dir": str(folder), **plan}}}
+def checkpoint_section(directory, backend="torch", **plan):
+    return {"engine": {"backend": backend, "checkpoint": {"dir": str(directory), **plan}}}
 
 
 def train(trainer, steps):
@@ -36,26 +36,26 @@ def train(trainer, steps):
         train_step(trainer)
 
 
-def resume(folder):
+def resume(directory):
     trainer = start()
     train(trainer, 2)
-    trainer.save_checkpoint(folder)
+    trainer.save_checkpoint(directory)
     train(trainer, 5)
     resumed = start()
-    resumed.load_checkpoint(folder)
+    resumed.load_checkpoint(directory)
     assert resumed.global_steps == 2
     train(resumed, 5)
     assert all_equal(copy_parameters(trainer), copy_parameters(resumed))
 
 
-def test_fsdp_resumed_run_equals_the_uninterrupted_run(tmp_path):
+def test_fsdp_resumed_run_matches_uninterrupted_run(tmp_path):
     run_distributed_test(resume, 2, tmp_path)
     assert (tmp_path / "latest").exists()
 
 
-def save_in_background(folder):
-    """Two ranks write through a process group of their own while they train."""
-    plan = checkpointing(folder, every=2, **{"async": True})
+def save_in_background(directory):
+    """Two ranks save through a separate process group while they train."""
+    plan = checkpoint_section(directory, every=2, **{"async": True})
     trainer = start(**plan)
     train(trainer, 6)
     expected = copy_parameters(trainer)
@@ -71,16 +71,16 @@ def test_fsdp_async_checkpoint_resumes(tmp_path):
     run_distributed_test(save_in_background, 2, tmp_path)
 
 
-def save_or_reload(folder, is_first):
-    """Train and save, or load and save again; return the whole tensors of model and optimizer."""
+def save_or_reload(directory, is_first):
+    """Train and save, or load and save; return the full tensors of model and optimizer."""
     section = {"backend": "torch", "checkpoint": {"override": True}}
     config = build_config(engine=section, train_batch_size=6)
     trainer, optimizer, *_ = engine.initialize(model=build_model(), config=config)
     if is_first:
         train_step(trainer)
     else:
-        trainer.load_checkpoint(folder)
-    trainer.save_checkpoint(folder)
+        trainer.load_checkpoint(directory)
+    trainer.save_checkpoint(directory)
     tensors = list(trainer.module.state_dict().values())
     for values in optimizer.state_dict()["state"].values():
         tensors += values.values()
@@ -96,19 +96,19 @@ def test_fsdp_state_is_the_same_at_every_world_size(tmp_path):
             assert all_equal(expected, found)
 
 
-def resume_on_deepspeed(folder):
+def resume_on_deepspeed(directory):
     zero = {"zero_optimization": {"stage": 2}, "scheduler": ONE_CYCLE}
-    trainer = start(**zero, **checkpointing(folder, "deepspeed", every=2, keep=None))
+    trainer = start(**zero, **checkpoint_section(directory, "deepspeed", every=2, keep=None))
     train(trainer, 5)
-    resumed = start(**zero, **checkpointing(folder, "deepspeed", resume="never"))
-    resumed.load_checkpoint(folder, tag="global_step2")
+    resumed = start(**zero, **checkpoint_section(directory, "deepspeed", resume="never"))
+    resumed.load_checkpoint(directory, tag="global_step2")
     assert resumed.global_steps == 2
     train(resumed, 5)
     assert all_equal(copy_parameters(trainer), copy_parameters(resumed))
     assert trainer.get_lr() == resumed.get_lr()
 
 
-def test_deepspeed_resumed_run_equals_the_uninterrupted_run(tmp_path):
+def test_deepspeed_resumed_run_matches_uninterrupted_run(tmp_path):
     run_distributed_test(resume_on_deepspeed, 2, tmp_path)
     _, manifest = storage.find(tmp_path, "global_step4")
     assert (manifest.backend, manifest.world_size) == ("deepspeed", 2)
@@ -118,8 +118,8 @@ def loss_of(trainer, x):
     return trainer(x).float().pow(2).mean()
 
 
-def resume_with_autocast(folder):
-    """Without ZeRO, DeepSpeed's autocast scales losses by torch's GradScaler."""
+def resume_with_autocast(directory):
+    """Without ZeRO, DeepSpeed's autocast scales the loss with torch's GradScaler."""
     settings = {
         "zero_optimization": {"stage": 0},
         "torch_autocast": {"enabled": True, "dtype": "float16"},
@@ -131,10 +131,10 @@ def resume_with_autocast(folder):
         trainer.backward(loss_of(trainer, x) * factor)
         trainer.step()
     scale = trainer.loss_scale
-    trainer.save_checkpoint(folder)
+    trainer.save_checkpoint(directory)
     resumed = start(**settings)
     assert resumed.loss_scale == 2 * scale
-    resumed.load_checkpoint(folder)
+    resumed.load_checkpoint(directory)
     assert resumed.loss_scale == scale
     first, second = (
         engine.lr_range_test(resumed, [x], loss_of=loss_of, steps=30) for _ in range(2)
@@ -147,7 +147,7 @@ def test_deepspeed_autocast_resumes_its_loss_scale(tmp_path):
     run_distributed_test(resume_with_autocast, 2, tmp_path)
 
 
-def resume_without_frozen_parameters(folder):
+def resume_without_frozen_parameters(directory):
     def adapted(seed):
         torch.manual_seed(seed)
         model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 1))
@@ -157,10 +157,10 @@ def resume_without_frozen_parameters(folder):
 
     trainer = adapted(0)
     train_step(trainer)
-    trainer.save_checkpoint(folder, exclude_frozen_parameters=True)
+    trainer.save_checkpoint(directory, exclude_frozen_parameters=True)
     other = adapted(1)
     frozen = other.module[0].weight.clone()
-    other.load_checkpoint(folder)
+    other.load_checkpoint(directory)
     assert torch.equal(other.module[1].weight, trainer.module[1].weight)
     assert torch.equal(other.module[0].weight, frozen)
 
@@ -169,14 +169,14 @@ def test_deepspeed_loads_a_checkpoint_without_frozen_parameters(tmp_path):
     run_distributed_test(resume_without_frozen_parameters, 2, tmp_path)
 
 
-def save_on_rank_0_only(folder):
+def save_on_rank_0_only(directory):
     trainer = start()
-    done = folder / "rank 0 is done"
+    done = directory / "rank 0 is done"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collectives, "_PATIENCE", timedelta(seconds=1))
         if trainer.global_rank == 0:
-            with pytest.raises(RuntimeError, match="every rank must come to save_checkpoint"):
-                trainer.save_checkpoint(folder)
+            with pytest.raises(RuntimeError, match="must be called on every rank"):
+                trainer.save_checkpoint(directory)
             done.touch()
     while not done.exists():
         time.sleep(0.01)
@@ -186,11 +186,11 @@ def test_save_checkpoint_on_one_rank_only_is_an_error(tmp_path):
     run_distributed_test(save_on_rank_0_only, 2, tmp_path)
 
 
-def save_with_different_tags(folder):
+def save_with_different_tags(directory):
     trainer = start()
-    message = r"`tag` must be the same on all ranks, but is \['tag0', 'tag1'\] instead"
+    message = r"`tag` must be the same on all ranks, got \['tag0', 'tag1'\]"
     with pytest.raises(ValueError, match=message):
-        trainer.save_checkpoint(folder, tag=f"tag{trainer.global_rank}")
+        trainer.save_checkpoint(directory, tag=f"tag{trainer.global_rank}")
 
 
 def test_save_checkpoint_with_different_tags_is_an_error(tmp_path):
@@ -198,7 +198,7 @@ def test_save_checkpoint_with_different_tags_is_an_error(tmp_path):
 
 
 class FullDisk(pytest.MonkeyPatch):
-    """Fails when a file of some name is written, or gets its final name."""
+    """Raises ENOSPC when a file with a given name is written or renamed."""
 
     def fail(self, method, name):
         original = getattr(Path, method)
@@ -211,34 +211,34 @@ class FullDisk(pytest.MonkeyPatch):
         self.setattr(Path, method, failing)
 
 
-def save_without_space_on_one_rank(folder):
+def save_without_space_on_one_rank(directory):
     trainer = start()
     train_step(trainer)
     for name in ("random.1.pt", "values.pt"):
         with FullDisk.context() as disk:
             disk.fail("write_bytes", name)
             with pytest.raises((OSError, RuntimeError), match="No space left on device"):
-                trainer.save_checkpoint(folder)
+                trainer.save_checkpoint(directory)
     train_step(trainer)
-    trainer.save_checkpoint(folder)
+    trainer.save_checkpoint(directory)
 
 
-def test_save_checkpoint_that_fails_on_one_rank_raises_on_all(tmp_path):
+def test_save_checkpoint_failing_on_one_rank_raises_on_all_ranks(tmp_path):
     run_distributed_test(save_without_space_on_one_rank, 2, tmp_path)
     assert storage.find(tmp_path)[1].tag == "global_step2"
 
 
-def save_in_background_without_space(folder):
-    trainer = start(**checkpointing(folder, **{"async": True}))
+def save_in_background_without_space(directory):
+    trainer = start(**checkpoint_section(directory, **{"async": True}))
     with FullDisk.context() as disk:
         disk.fail("rename", ".global_step0.partial")
-        trainer.save_checkpoint(folder)
+        trainer.save_checkpoint(directory)
         with pytest.raises((OSError, RuntimeError), match="No space left on device"):
-            trainer.save_checkpoint(folder)
-    trainer.save_checkpoint(folder)
+            trainer.save_checkpoint(directory)
+    trainer.save_checkpoint(directory)
     trainer.wait_for_checkpoint()
 
 
-def test_async_save_that_fails_on_rank_0_raises_on_all_at_the_next_save(tmp_path):
+def test_async_save_failing_on_rank_0_raises_on_all_ranks_at_next_save(tmp_path):
     run_distributed_test(save_in_background_without_space, 2, tmp_path)
     assert storage.find(tmp_path)[1].tag == "global_step0"

@@ -1,4 +1,4 @@
-"""Ranks: the launcher's environment, the config on all ranks, and the timeout of collectives."""
+"""Initialize ranks from the environment, compare their configs, and time out collectives."""
 
 import subprocess
 import sys
@@ -26,11 +26,11 @@ def test_init_distributed_several_tasks_without_world_size_is_an_error(monkeypat
     monkeypatch.setenv(name, "4")
     with pytest.raises(ValueError, match=f"WORLD_SIZE is not set, but {starter} started 4 tasks"):
         init_distributed()
-    monkeypatch.setenv("WORLD_SIZE", "1")  # set on purpose: four independent runs
+    monkeypatch.setenv("WORLD_SIZE", "1")  # the user wants four independent runs
     assert init_distributed().world_size == 1
 
 
-def test_init_distributed_missing_variables_are_named(monkeypatch):
+def test_init_distributed_missing_variables_are_reported(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -38,19 +38,19 @@ def test_init_distributed_missing_variables_are_named(monkeypatch):
         init_distributed()
 
 
-def initialize_with_another_lr():
+def initialize_with_different_lrs():
     dist.init_process_group("gloo")
     lr = 0.001 * (dist.get_rank() + 1)
     with pytest.raises(ValueError, match=r'-   "lr": 0\.001'):
         start(optimizer={"type": "AdamW", "params": {"lr": lr}})
 
 
-def test_initialize_with_configs_that_differ_between_ranks_shows_the_difference():
-    run_distributed_test(initialize_with_another_lr, 2)
+def test_initialize_different_configs_shows_a_diff():
+    run_distributed_test(initialize_with_different_lrs, 2)
 
 
-def test_initialize_with_an_invalid_config_raises_on_rank_0_only(monkeypatch):
-    """Rank 0's error ends the launch; the others wait for that, so that it is reported once."""
+def test_initialize_invalid_config_is_reported_on_rank_0_only(monkeypatch):
+    """Other ranks wait until rank 0's error ends the launch, so that it is reported once."""
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -65,7 +65,7 @@ def test_initialize_with_an_invalid_config_raises_on_rank_0_only(monkeypatch):
     assert waits == [10.0]
 
 
-def test_torchrun_with_an_invalid_config_reports_it_once(tmp_path):
+def test_torchrun_invalid_config_is_reported_once(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         "import engine, torch\n"
@@ -77,7 +77,7 @@ def test_torchrun_with_an_invalid_config_reports_it_once(tmp_path):
     assert done.stderr.count("`train_batch_size` must be") == 1
 
 
-def wait_in_vain(finished):
+def wait_for_absent_rank(finished):
     """Rank 0 waits in a collective for rank 1, which does not take part."""
     rank = start().global_rank
     if rank == 0:
@@ -88,6 +88,6 @@ def wait_in_vain(finished):
         time.sleep(0.01)
 
 
-def test_timeout_of_the_launch_is_the_timeout_of_collectives(tmp_path, monkeypatch):
+def test_timeout_variable_sets_timeout_of_collectives(tmp_path, monkeypatch):
     monkeypatch.setenv(TIMEOUT, "1")
-    run_distributed_test(wait_in_vain, 2, tmp_path / "finished")
+    run_distributed_test(wait_for_absent_rank, 2, tmp_path / "finished")

@@ -1,4 +1,4 @@
-"""The range test as a call: the same curve twice, and nothing changed, whatever happens."""
+"""`lr_range_test`: the curve is reproducible and the engine's state is restored."""
 
 import collections
 import copy
@@ -14,7 +14,7 @@ import engine
 import schedules
 from engine.range_test.sweep import Sweep
 
-STATE_OF = {
+PRECISIONS = {
     "fp32": {},
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": 10}},
     "bf16": {"bf16": {"enabled": True}},
@@ -56,7 +56,7 @@ def train(trainer, loader, micro_batches):
 
 
 def digest(trainer, loader):
-    """All that a run goes on from, as one hash."""
+    """Return a hash of the state that a run continues from."""
     state = {
         "module": trainer.module.state_dict(),
         "calls": trainer.module.calls,
@@ -73,10 +73,10 @@ def digest(trainer, loader):
     return hashlib.sha256(file.getvalue()).hexdigest()
 
 
-@pytest.mark.parametrize("precision", STATE_OF)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("updates", [0, 2], ids=["fresh", "trained"])
-def test_nothing_is_changed_and_twice_is_the_same(precision, updates):
-    trainer, loader = start(**STATE_OF[precision])
+def test_lr_range_test_restores_state_and_is_reproducible(precision, updates):
+    trainer, loader = start(**PRECISIONS[precision])
     train(trainer, loader, 2 * updates)
     trainer.eval()
     batches = [(x,) for x in torch.randn(4, 4, 4)]
@@ -91,7 +91,7 @@ def test_nothing_is_changed_and_twice_is_the_same(precision, updates):
     assert np.all(np.diff(first.runs[0].lrs) > 0)
 
 
-def test_short_cycles_are_trained_after_it_and_nothing_is_changed():
+def test_lr_range_test_refine_trains_short_cycles_and_restores_state():
     trainer, loader = start()
     train(trainer, loader, 4)
     batches = [(x,) for x in torch.randn(8, 64, 4)]
@@ -106,22 +106,22 @@ def test_short_cycles_are_trained_after_it_and_nothing_is_changed():
         trainer, batches, loss_of=loss_of, min_lr=1e-5, steps=200, refine=True, updates=20_000
     )
     assert digest(trainer, loader) == before
-    of_test = len(report.runs[0].lrs) * 2  # micro-batches
-    cycles = np.array(highest[of_test:]).reshape(-1, 400).max(axis=1)
+    sweep_calls = len(report.runs[0].lrs) * 2  # micro-batches
+    cycles = np.array(highest[sweep_calls:]).reshape(-1, 400).max(axis=1)
     assert sorted(cycles) == pytest.approx(list(report.refinement.losses))
     assert len(cycles) >= 5
     assert report.max_lr == pytest.approx(report.refinement.lowest * 0.01**0.32, rel=0.05)
     assert report.block()["params"]["cycle_max_lr"] == report.max_lr
 
 
-def test_nothing_is_changed_after_an_exception():
+def test_lr_range_test_exception_restores_state():
     trainer, loader = start()
     train(trainer, loader, 4)
     before = digest(trainer, loader)
 
     def loss_of(trainer, batch):
         if trainer.micro_steps == 5:
-            raise KeyError("the script's own")
+            raise KeyError("raised by the script")
         return trainer(batch[0])
 
     with pytest.raises(KeyError):
@@ -129,7 +129,7 @@ def test_nothing_is_changed_after_an_exception():
     assert digest(trainer, loader) == before
 
 
-def test_training_goes_on_as_if_nothing_had_been():
+def test_lr_range_test_does_not_affect_later_training():
     trainer, loader = start()
     other, other_loader = start()
     for each, batches in ((trainer, loader), (other, other_loader)):
@@ -144,7 +144,7 @@ def test_training_goes_on_as_if_nothing_had_been():
         assert torch.equal(mine, theirs)
 
 
-def test_momentum_falls_while_the_learning_rate_grows():
+def test_lr_range_test_momentum_decreases():
     trainer, loader = start()
     report = engine.lr_range_test(trainer, loader, steps=30, momentum=(0.95, 0.85))
     momenta = report.runs[0].momenta
@@ -152,45 +152,45 @@ def test_momentum_falls_while_the_learning_rate_grows():
     assert np.all(np.diff(momenta) < 0)
 
 
-def test_no_checkpoint_is_written(tmp_path):
+def test_lr_range_test_writes_no_checkpoint(tmp_path):
     trainer, loader = start(engine={"checkpoint": {"dir": str(tmp_path / "c"), "every": 1}})
     engine.lr_range_test(trainer, loader, steps=25)
     assert not (tmp_path / "c").exists()
 
 
-def test_batches_that_are_mappings():
+def test_lr_range_test_accepts_mappings_as_batches():
     trainer, _ = start()
-    batch = collections.UserDict(x=torch.randn(4, 4))  # as tokenizers return them
+    batch = collections.UserDict(x=torch.randn(4, 4))  # like the output of a tokenizer
     report = engine.lr_range_test(trainer, [batch], steps=10)
     assert len(report.runs[0].lrs) == 10
 
 
 @pytest.mark.parametrize("steps", [2, 20, 250, 333])
-def test_a_staircase_ends_on_its_highest_stair(steps):
+def test_sweep_staircase_ends_on_highest_stair(steps):
     sweep = Sweep(1e-6, 10.0, steps, "staircase")
     lrs = schedules.trace(schedules.from_config(sweep.scheduler), steps)["lr"]
     assert (lrs[0], lrs[-1]) == (pytest.approx(1e-6), pytest.approx(10.0))
     assert len(np.unique(lrs)) == min(steps, 20)
 
 
-def test_wrong_calls():
-    with pytest.raises(ValueError, match="must be exponential or linear, but is a staircase"):
+def test_lr_range_test_invalid_arguments_are_rejected():
+    with pytest.raises(ValueError, match="`shape` must be .* got `staircase`"):
         Sweep(shape="staircase", momentum=(0.95, 0.85))
     trainer, loader = start()
-    with pytest.raises(ValueError, match="to a larger one, but goes from 1 to 0.1"):
+    with pytest.raises(ValueError, match="`min_lr` must be .* got 1 and 0.1"):
         engine.lr_range_test(trainer, loader, min_lr=1, max_lr=0.1)
-    with pytest.raises(ValueError, match="`updates` must be given with `refine` alone"):
+    with pytest.raises(ValueError, match="`updates` has no effect without `refine`"):
         engine.lr_range_test(trainer, loader, updates=100)
-    with pytest.raises(ValueError, match="`updates` must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="`updates` must be >= 1, got 0"):
         engine.lr_range_test(trainer, loader, refine=True, updates=0)
-    with pytest.raises(ValueError, match="is empty or used up"):
+    with pytest.raises(ValueError, match="`batches` must yield"):
         engine.lr_range_test(trainer, [])
     train(trainer, loader, 1)
     with pytest.raises(ValueError, match="must start between optimizer steps"):
         engine.lr_range_test(trainer, loader)
 
 
-def test_what_was_frozen_stays_frozen():
+def test_lr_range_test_keeps_eval_mode_of_submodules():
     trainer, loader = start()
     norm = trainer.module.body[1]
     norm.eval()
@@ -199,32 +199,32 @@ def test_what_was_frozen_stays_frozen():
     assert not norm.training
 
 
-def test_a_failure_of_every_gradient_has_a_reason():
+def test_lr_range_test_gradients_never_finite_gives_a_reason():
     class Broken(torch.nn.Linear):
         def forward(self, x):
-            return (super().forward(x) * 0).sqrt().mean()  # its gradient is 0 times infinity
+            return (super().forward(x) * 0).sqrt().mean()  # the gradient is 0 * inf = NaN
 
     torch.manual_seed(0)
     config = {"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
     trainer, *_ = engine.initialize(config=config, model=Broken(4, 1))
     report = engine.lr_range_test(trainer, torch.randn(3, 4, 4))
-    assert report.suggestion.reason == "there are 0 losses, and 20 must be"
+    assert report.suggestion.reason == "at least 20 losses are required, got 0"
 
 
-def test_lr_range_test_under_a_boundary_set_by_hand_ends_and_restores_it():
+def test_lr_range_test_manual_boundary_is_ignored_and_restored():
     trainer, loader = start()
     trainer.set_gradient_accumulation_boundary(is_boundary=False)
     report = engine.lr_range_test(trainer, loader, max_lr=0.1, steps=25)
     assert len(report.runs[0].lrs) == 25
     assert not trainer.is_gradient_accumulation_boundary()
     train(trainer, loader, 2)
-    assert trainer.global_steps == 0, "the boundary is still set by hand"
+    assert trainer.global_steps == 0, "the manual boundary is still set"
     trainer.set_gradient_accumulation_boundary(is_boundary=True)
     train(trainer, loader, 1)
     assert trainer.global_steps == 1
 
 
-def test_lr_range_test_inside_a_window_of_hand_set_boundaries_is_refused():
+def test_lr_range_test_during_accumulation_is_rejected():
     trainer, loader = start(gradient_accumulation_steps=1)
     trainer.set_gradient_accumulation_boundary(is_boundary=False)
     train(trainer, loader, 1)
@@ -235,11 +235,11 @@ def test_lr_range_test_inside_a_window_of_hand_set_boundaries_is_refused():
     assert all(map(torch.equal, gradients, kept))
 
 
-def test_lr_range_test_leaves_a_pending_metric_to_the_next_step():
+def test_lr_range_test_keeps_pending_metric_for_next_step():
     plateau = {"type": "ReduceLROnPlateau", "params": {"patience": 0, "factor": 0.5}}
     trainer, loader = start(scheduler=plateau)
     batches = iter(loader)
-    for metric in (1.0, None, 1.0):  # of a micro-batch that ends no step: kept for the next one
+    for metric in (1.0, None, 1.0):  # a metric passed before the boundary is kept until the step
         trainer.backward(trainer(*next(batches)))
         trainer.step(metric=metric)
         if trainer.micro_steps == 2:

@@ -1,4 +1,4 @@
-"""Short cycles around a suggestion: they find the best maximum, wherever the search begins."""
+"""Refinement by short cycles: it finds the best maximum from any start."""
 
 import math
 
@@ -10,8 +10,8 @@ from engine.range_test.recorder import Run
 from engine.range_test.refinement import Refinement, refine, short_cycle
 
 
-def trainings(best, noise=0.0, diverges_from=math.inf):
-    """Return a training whose loss, planted over the logarithm of the maximum, is lowest at one."""
+def make_train(best, noise=0.0, diverges_from=math.inf):
+    """Return a fake training function whose final loss is lowest at the maximum ``best``."""
     random = np.random.default_rng(0)
 
     def train(max_lr, repeat):
@@ -27,41 +27,39 @@ def trainings(best, noise=0.0, diverges_from=math.inf):
 
 
 @pytest.mark.parametrize("off", [1 / 30, 1 / 3, 0.8, 1, 1.3, 3, 30])
-def test_the_best_maximum_is_found_from_far_away(off):
-    found = refine(trainings(0.01), 0.01 * off, repeats=1, steps=100)
+def test_refine_finds_best_maximum_from_any_start(off):
+    found = refine(make_train(0.01), 0.01 * off, repeats=1, steps=100)
     assert found.lowest == pytest.approx(0.01, rel=0.05)
     maxima = list(found.losses)
     assert maxima == sorted(maxima)
 
 
-def test_several_repeats_take_out_noise_and_tell_their_spread():
-    found = refine(trainings(0.01, noise=0.05), 0.02, repeats=4, steps=100)
+def test_refine_repeats_average_noise_and_show_spread():
+    found = refine(make_train(0.01, noise=0.05), 0.02, repeats=4, steps=100)
     assert found.lowest == pytest.approx(0.01, rel=0.25)
     assert len(found.of_each) == 4
     assert min(found.of_each) < found.lowest < max(found.of_each)
 
 
-def test_cycles_that_diverge_tell_of_the_edge_alone():
-    found = refine(trainings(0.01, diverges_from=0.015), 0.02, repeats=2, steps=100)
+def test_refine_diverged_cycles_are_excluded_from_the_fit():
+    found = refine(make_train(0.01, diverges_from=0.015), 0.02, repeats=2, steps=100)
     assert math.inf in found.losses[0.02]
     assert 0.005 <= found.lowest < 0.015
 
 
-def test_cycles_that_all_diverge_suggest_nothing():
-    with pytest.raises(
-        ValueError, match=r"must keep its loss finite, but none did, down to .* 0\.0"
-    ):
-        refine(trainings(0.01, diverges_from=0), 0.02, repeats=2, steps=100)
+def test_refine_all_cycles_diverge_is_an_error():
+    with pytest.raises(ValueError, match=r"diverged at every maximum .* 0\.0"):
+        refine(make_train(0.01, diverges_from=0), 0.02, repeats=2, steps=100)
 
 
-def test_no_maximum_outside_those_tried_is_suggested():
+def test_refinement_lowest_is_within_tried_maxima():
     falling = {0.01 * 2**k: (1.0 - 0.01 * k,) for k in range(5)}
     found = Refinement(falling, begin=3.0, steps=100)
     assert found.lowest <= 0.16
     assert Refinement({0.1: (1.0,), 0.2: (math.inf,)}, 3.0, 100).lowest == pytest.approx(0.1)
 
 
-def test_the_search_ends_where_nothing_is_ever_better():
+def test_refine_monotonic_losses_ends_the_search():
     runs = []
 
     def train(max_lr, repeat):
@@ -73,7 +71,7 @@ def test_the_search_ends_where_nothing_is_ever_better():
     assert found.lowest == pytest.approx(max(runs))
 
 
-def test_longer_trainings_bear_less_and_shorter_ones_no_more():
+def test_refinement_max_lr_decreases_for_longer_training_only():
     tried = {0.01 * 2**k: (1.0 + k**2,) for k in range(-2, 3)}
 
     def of(updates):
@@ -86,7 +84,7 @@ def test_longer_trainings_bear_less_and_shorter_ones_no_more():
 
 @pytest.mark.parametrize("steps", [2, 3, 10, 251])
 @pytest.mark.parametrize("halves", [(1, 10_000), (10_000, 1), (3, 7), ("1ep", "2ep")])
-def test_a_short_cycle_is_proved_and_as_long_as_it_should_be(steps, halves):
+def test_short_cycle_is_valid_and_has_requested_length(steps, halves):
     params = dict(zip(("cycle_first_step_size", "cycle_second_step_size"), halves, strict=True))
     params |= {"cycle_first_stair_count": 1000, "cycle_max_mom": 0.95, "decay_lr_rate": 1.0}
     block = short_cycle({"type": "OneCycle", "params": params}, 0.5, steps)

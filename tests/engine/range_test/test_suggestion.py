@@ -1,4 +1,4 @@
-"""What a range test suggests: near what was planted, and nothing where nothing was."""
+"""Suggestions for synthetic curves with a known best learning rate, and for flat curves."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.testing.planted_losses import FAMILIES, flat, plant
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01, 0.05, 0.1, 0.2])
-def test_it_is_within_a_factor_three_of_what_was_planted(noise):
+def test_suggest_is_within_a_factor_of_three_of_the_true_value(noise):
     random = np.random.default_rng(1)
     curves = [plant(family, noise, random) for family in FAMILIES for _ in range(40)]
     found = [suggest(curve.lrs, curve.losses) for curve in curves]
@@ -18,15 +18,15 @@ def test_it_is_within_a_factor_three_of_what_was_planted(noise):
         ("lowest", [suggestion.max_lr for suggestion in found]),
         ("steepest", [suggestion.rules.get("steepest") for suggestion in found]),
     ):
-        right = [
+        close = [
             lr is not None and 1 / 3 < lr / getattr(curve, name) < 3
             for lr, curve in zip(answers, curves, strict=True)
         ]
-        assert np.mean(right) >= 0.95, name
+        assert np.mean(close) >= 0.95, name
 
 
-def test_the_minimum_of_a_flat_basin_is_its_middle():
-    """Not its lowest point, which the noise chooses anew with every seed."""
+def test_suggest_minimum_of_flat_basin_is_its_middle():
+    """The lowest point depends on the noise and differs between seeds."""
     lrs = np.logspace(-6, 1, 200)
     depth = np.interp(np.log10(lrs), [-5, -3.5, -1.5, -0.5], [2.3, 0.8, 0.8, 4.0])
     found = []
@@ -37,18 +37,20 @@ def test_the_minimum_of_a_flat_basin_is_its_middle():
     assert np.std(found) < 0.2
 
 
-def test_a_learning_rate_is_judged_by_the_loss_of_the_next_update():
-    """A loss is that of the parameters before its own update; in a short sweep that is a lot."""
+def test_report_pairs_each_lr_with_loss_of_next_step():
+    """Each loss is measured before its own step, so a step's effect shows in the next loss."""
     lrs = np.logspace(-3, -1, 61)
-    came_of_it = 1 + (np.log10(lrs) + 2) ** 2
-    run = Run(lrs.tolist(), [2.0, *came_of_it[:-1]], [None] * 61)
+    resulting_losses = 1 + (np.log10(lrs) + 2) ** 2
+    run = Run(lrs.tolist(), [2.0, *resulting_losses[:-1]], [None] * 61)
     rules = LRRangeReport((run,)).suggestion.rules
-    assert rules["minimum"] == pytest.approx(0.01, rel=0.04)  # a step of the sweep is 8 %
-    assert rules == pytest.approx(suggest(lrs[:-1], came_of_it[:-1]).rules)
+    assert rules["minimum"] == pytest.approx(
+        0.01, rel=0.04
+    )  # each step multiplies the learning rate by 1.08
+    assert rules == pytest.approx(suggest(lrs[:-1], resulting_losses[:-1]).rules)
 
 
 @pytest.mark.parametrize("kind", ["noise", "rises", "not finite"])
-def test_nothing_is_suggested_where_nothing_is_learnt(kind):
+def test_suggest_without_learning_gives_no_suggestion(kind):
     random = np.random.default_rng(2)
     for _ in range(100):
         curve = flat(kind, random)
@@ -57,7 +59,7 @@ def test_nothing_is_suggested_where_nothing_is_learnt(kind):
         assert suggestion.reason
 
 
-def test_neither_the_order_nor_the_spacing_matters():
+def test_suggest_is_independent_of_order_and_spacing():
     random = np.random.default_rng(3)
     curve = plant("explodes", 0.02, random, updates=2000)
     shuffled = random.permutation(2000)
@@ -67,7 +69,7 @@ def test_neither_the_order_nor_the_spacing_matters():
     assert every_third == pytest.approx(lr, rel=0.3)
 
 
-def test_scaling_the_loss_changes_nothing():
+def test_suggest_is_independent_of_loss_scale_and_offset():
     curve = plant("rises slowly", 0.05, np.random.default_rng(4))
     lr = suggest(curve.lrs, curve.losses).max_lr
     assert suggest(curve.lrs, 1e-6 * curve.losses - 3e-6).max_lr == pytest.approx(lr, rel=1e-6)
@@ -76,20 +78,20 @@ def test_scaling_the_loss_changes_nothing():
 @pytest.mark.parametrize(
     "losses, reason",
     [
-        ([1.0] * 5, f"there are 5 losses, and {MIN_POINTS} must be"),
-        ([float("nan")] * 100, f"there are 0 finite losses, and {MIN_POINTS} must be"),
+        ([1.0] * 5, f"at least {MIN_POINTS} losses are required, got 5"),
+        ([float("nan")] * 100, f"at least {MIN_POINTS} finite losses are required, got 0"),
         ([2.5] * 100, "the loss does not fall: it is 2.5 at every learning rate"),
         (list(np.linspace(3, 1, 100)), "the loss still falls at the largest learning rate"),
     ],
 )
-def test_the_reason_says_what_is_wrong(losses, reason):
+def test_suggest_unusable_curve_gives_a_reason(losses, reason):
     suggestion = suggest(np.geomspace(1e-6, 1, len(losses)), losses)
     assert suggestion.max_lr is None
     assert suggestion.reason.startswith(reason)
 
 
-def test_wrong_arguments():
-    with pytest.raises(ValueError, match="a loss for each of the 3 lrs, but 2 are"):
+def test_suggest_invalid_arguments_are_rejected():
+    with pytest.raises(ValueError, match="`losses` must .* got 2 losses for 3 lrs"):
         suggest([1, 2, 3], [1, 2])
-    with pytest.raises(ValueError, match="learning rates must be positive, but the least is 0.0"):
+    with pytest.raises(ValueError, match="`lrs` must be positive, got 0.0"):
         suggest([0, 1, 2], [1, 2, 3])
