@@ -336,7 +336,7 @@ def _adapt_schedule_state(
     state = own | {"step": applied_steps}
     if "state" in own:
         if all(saved.get(name) == own[name] for name in ("type", "params")):
-            state["state"] = saved["state"]
+            state |= {"state": saved["state"], "step": saved["step"]}
         else:
             log.warning(
                 "%s depends on past losses that this checkpoint does not contain; "

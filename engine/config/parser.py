@@ -286,7 +286,7 @@ class _Parser:
         except UnicodeEncodeError:
             message = "Strings must be valid Unicode, got an unpaired surrogate."
             place = self.place(start)
-            self.problems.append(Problem("half-character", "error", "", *place, message))
+            self.problems.append(Problem("invalid-character", "error", "", *place, message))
             string = string.encode(errors="replace").decode()
         return string
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -30,6 +31,7 @@ from engine.config.suggestions import suggestion
 from engine.config.wording import quote_value, shorten
 from engine.errors import Fix, Problem
 from schedules import SCHEDULES, Schedule, ScheduleError, from_config
+from schedules.core.durations import DurationError
 from schedules.core.fields import fields_of, wanted
 from schedules.core.registry import find
 from schedules.core.spelling import nearest
@@ -150,7 +152,7 @@ def _convert_error(
             message = (
                 f'`{name}` must be {wanted(schema)}, got "auto", which no integration replaces.'
             )
-            yield document.problem("auto-nobody-fills", pointer, message, "Set a value.")
+            yield document.problem("unsupported-auto", pointer, message, "Set a value.")
         case _ if keyword in {"type", "enum", "pattern"} | _RANGE:
             message = f"`{name}` must be {wanted(schema)}, got {quote_value(value)}."
             takes_auto = keyword == "pattern" and error.validator_value == "^auto$"
@@ -267,11 +269,11 @@ def _construct_schedule(
     block = config.get("scheduler")
     if not isinstance(block, Mapping) or "type" not in block:
         return None, []
-    pointer = "/scheduler/params"
+    pointer, params = "/scheduler/params", block.get("params", {})
     schedule = None
     problems = []
     try:
-        schedule = from_config({"type": block["type"], "params": block.get("params", {})})
+        schedule = from_config({"type": block["type"], "params": params})
         horizon = horizon_if_known(schedule, config)
         if horizon is not None:
             schedule.resolve(horizon)
@@ -279,5 +281,14 @@ def _construct_schedule(
         for fault in error.faults:
             below = pointer_to(pointer, fault.field) if fault.field else pointer
             problems.append(document.problem("schedule", below, fault.message))
+        # Rules that need only some of the parameters are still checked.
+        invalid = {fault.field for fault in error.faults}
+        valid = {name: value for name, value in params.items() if name not in invalid}
+        with contextlib.suppress(ValueError):
+            schedule = from_config({"type": block["type"], "params": valid})
+    except DurationError as error:
+        problems.append(document.problem("schedule", "/engine/max_duration", str(error)))
+    except ValueError:
+        return None, []  # the type is unknown, or `params` is not an object
     is_complete = not any(is_within(each, [pointer]) for each in unsure)
     return schedule, problems if is_complete else []

@@ -71,7 +71,7 @@ def _check_tag_validation(context: RuleContext) -> Iterator[Problem]:
             f'`checkpoint.tag_validation` is "{wanted}", which has no effect. '
             "A tag that differs between ranks is always an error."
         )
-        yield context.note("inert-key", "/checkpoint/tag_validation", message)
+        yield context.note("no-effect", "/checkpoint/tag_validation", message)
 
 
 RULES: tuple[Rule, ...] = (_check_support, _check_installed_version, _check_tag_validation)

@@ -30,10 +30,10 @@ def _check_adam_w_mode(context: RuleContext) -> Iterator[Problem]:
         message = "`adam_w_mode` has no effect on AdamW, which always uses decoupled weight decay."
         place = "/optimizer/params/adam_w_mode"
         if mode:
-            yield context.note("inert-key", place, message, "Remove it.")
+            yield context.note("no-effect", place, message, "Remove it.")
         else:
             hint = 'Use "type": "Adam" to add the weight decay to the gradient.'
-            yield context.error("inert-key", place, message, hint)
+            yield context.error("no-effect", place, message, hint)
 
 
 RULES: tuple[Rule, ...] = (_check_momentum, _check_adam_w_mode)

@@ -40,7 +40,7 @@ def _check_warmup_peak(context: RuleContext) -> Iterator[Problem]:
             message = (
                 f"`lr` ({own:g}) is never used, because `warmup_max_lr` ({peak:g}) sets the peak."
             )
-            yield context.note("lr-overruled", place, message)
+            yield context.note("unused-lr", place, message)
         if (
             context.lacks(f"{_PARAMS}/warmup_max_lr")
             and context.section("scheduler").get("type") == "WarmupDecayLR"
@@ -67,7 +67,7 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
             message = (
                 f"`lr` ({own:g}) is never used; the schedule sets it from {low:g} to {high:g}."
             )
-            yield context.note("lr-overruled", "/optimizer/params/lr", message)
+            yield context.note("unused-lr", "/optimizer/params/lr", message)
     for name in ("betas", "momentum"):
         if name in params and "momentum" in driven.schedule.drives and driven.ignores("momentum"):
             low, high = driven.range_of("momentum")
@@ -75,7 +75,7 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
             message = f"The schedule overwrites `{what}` with values from {low:g} to {high:g}."
             hint = "DeepSpeed also sets betas[1] to 0.99; onecycle does not change it."
             place = f"/optimizer/params/{name}"
-            yield context.note("betas-overruled", place, message, hint if name == "betas" else "")
+            yield context.note("unused-betas", place, message, hint if name == "betas" else "")
 
 
 def _check_end(context: RuleContext) -> Iterator[Problem]:
@@ -136,7 +136,7 @@ def _check_stair_count(context: RuleContext) -> Iterator[Problem]:
                 "continuous ramp."
             )
             hint = "Use fewer stairs, or 0 for a continuous ramp."
-            yield context.note("inert-key", f"{_PARAMS}/{key}", message, hint)
+            yield context.note("no-effect", f"{_PARAMS}/{key}", message, hint)
 
 
 def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
@@ -150,7 +150,7 @@ def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
         yield context.warning("decay-without-interval", f"{_PARAMS}/{rates[0]}", message, hint)
     elif interval and not rates and "decay_step_size" in cycle:
         message = "`decay_step_size` has no effect without `decay_lr_rate` or `decay_mom_rate`."
-        yield context.note("inert-key", f"{_PARAMS}/decay_step_size", message)
+        yield context.note("no-effect", f"{_PARAMS}/decay_step_size", message)
 
 
 def _default_of_cycle(name: str) -> Any:
@@ -169,7 +169,7 @@ def _check_report(context: RuleContext) -> Iterator[Problem]:
     wanted = context.section("engine").get("report")
     if wanted is not None and kind not in {"AutoWU", "LRRangeTest"}:
         message = "`engine.report` has an effect only with AutoWU and LRRangeTest."
-        yield context.note("inert-key", "/engine/report", message)
+        yield context.note("no-effect", "/engine/report", message)
 
 
 RULES: tuple[Rule, ...] = (

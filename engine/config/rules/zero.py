@@ -63,7 +63,7 @@ def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
         if (zero.get(name) or {}).get("device") == "cpu":
             message = f"`{name}` has no effect: a single process on PyTorch does not offload."
             hint = 'Use several ranks, or set "backend": "deepspeed".'
-            yield context.warning("offload-alone", f"{_ZERO}/{name}", message, hint)
+            yield context.warning("offload-single-process", f"{_ZERO}/{name}", message, hint)
 
 
 def _check_nvme(context: RuleContext) -> Iterator[Problem]:
@@ -79,7 +79,7 @@ def _check_nvme(context: RuleContext) -> Iterator[Problem]:
             )
         if path and block.get("device", "none") != "nvme":
             message = f'`{name}.nvme_path` has an effect only if the device is "nvme".'
-            yield context.note("inert-key", f"{place}/nvme_path", message)
+            yield context.note("no-effect", f"{place}/nvme_path", message)
 
 
 def _check_stage_3_keys(context: RuleContext) -> Iterator[Problem]:
@@ -88,7 +88,7 @@ def _check_stage_3_keys(context: RuleContext) -> Iterator[Problem]:
     if keys and context.stage is not None and context.stage < 3 and "stage" in zero:
         others = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
         message = f"`{keys[0]}`{others} has no effect in ZeRO stage {context.stage}."
-        yield context.note("inert-key", f"{_ZERO}/{keys[0]}", message)
+        yield context.note("no-effect", f"{_ZERO}/{keys[0]}", message)
 
 
 def _check_gradient_reduction(context: RuleContext) -> Iterator[Problem]:

@@ -58,7 +58,7 @@ def test_validate_ten_mistakes_print_three_lines_each(file):
     assert [head.partition("error[")[2].partition("]")[0] for head in heads] == [
         "batch-sizes",
         "unknown-key",
-        "auto-nobody-fills",
+        "unsupported-auto",
         "unquoted",
         "offload-without-stage",
         "out-of-range",

@@ -64,7 +64,7 @@ def test_editor_schema_agrees_with_check_on_single_values():
     jsonschema.Draft7Validator.check_schema(editor)
     validator = jsonschema.Draft7Validator(editor)
     by_itself = {
-        "auto-nobody-fills",
+        "unsupported-auto",
         "missing-key",
         "out-of-range",
         "removed-key",

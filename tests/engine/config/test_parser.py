@@ -94,7 +94,7 @@ def test_parse_line_break_instead_of_comma_is_accepted_with_a_note():
         ('{"a": /tmp/x y\n}', [("unquoted", 1, 7)], 'Write "/tmp/x y".'),
         ("{'a': 1}", [("unquoted", 1, 2)], 'Write "a".'),
         ("{a: 'b'}", [("unquoted", 1, 2), ("unquoted", 1, 5)], "must be in double quotes"),
-        ('{"a": "\\ud800"}', [("half-character", 1, 7)], "unpaired surrogate"),
+        ('{"a": "\\ud800"}', [("invalid-character", 1, 7)], "unpaired surrogate"),
         ('{"a": 01}', [("syntax", 1, 7)], "Expected a value"),
         ('{"a": "b\nc"}', [("syntax", 1, 7)], "Invalid string"),
         ('{"a": 1} {}', [("syntax", 1, 10)], "Expected the end of the file"),

@@ -14,7 +14,7 @@ from engine.config.validate import check
 SOURCES = Path(engine.__file__).parent / "config"
 RUNS_ALONE = {"unresolved-auto"}  # reported only if a run starts from the config
 # Rules that report notes.
-NOTES = {"betas-overruled", "deprecated-key", "inert-key", "log-warmup", "lr-overruled"}
+NOTES = {"unused-betas", "deprecated-key", "no-effect", "log-warmup", "unused-lr"}
 
 
 @pytest.mark.parametrize("rule", [rule for rule, page in RULEBOOK.items() if page.wrong])
@@ -89,7 +89,7 @@ PAIRS = [
     (zero_config(stage=3, offload_param={"device": "nvme", "nvme_path": "/x"}), []),
     (
         zero_config(stage=3, offload_param={"device": "cpu", "nvme_path": "/x"}),
-        [("inert-key", "note", f"{OFFLOAD}/nvme_path")],
+        [("no-effect", "note", f"{OFFLOAD}/nvme_path")],
     ),
     (
         zero_config(stage=2, offload_optimizer={"device": "cpu", "ratio": 0.5}),
@@ -97,15 +97,15 @@ PAIRS = [
     ),
     (
         {"engine": {"report": "run"}} | schedule_config("OneCycle", **CYCLE),
-        [("inert-key", "note", "/engine/report")],
+        [("no-effect", "note", "/engine/report")],
     ),
     (
         {"engine": {"report": "run"}} | schedule_config("LRRangeTest"),
-        [("lr-overruled", "note", "/optimizer/params/lr")],
+        [("unused-lr", "note", "/optimizer/params/lr")],
     ),
     (
         {"train_batch_size": 8, "checkpoint": {"tag_validation": "Warn"}},
-        [("inert-key", "note", "/checkpoint/tag_validation")],
+        [("no-effect", "note", "/checkpoint/tag_validation")],
     ),
     ({"train_batch_size": 8, "checkpoint": {"tag_validation": "FAIL"}}, []),
     (
@@ -137,12 +137,12 @@ PAIRS = [
     (schedule_config("OneCycle", **CYCLE), []),
     (
         schedule_config("OneCycle", lr=1.0, **CYCLE),
-        [("lr-overruled", "note", "/optimizer/params/lr")],
+        [("unused-lr", "note", "/optimizer/params/lr")],
     ),
     *(
         (
             schedule_config(name, lr=0.5, **params),
-            [("lr-overruled", "note", "/optimizer/params/lr")],
+            [("unused-lr", "note", "/optimizer/params/lr")],
         )
         for name, params in (
             ("OneCycleLR", {"max_lr": 0.1, "total_steps": 100}),
@@ -157,7 +157,7 @@ PAIRS = [
             "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.5}},
             "scheduler": {"type": "OneCycle", "params": CYCLE},
         },
-        [("betas-overruled", "note", "/optimizer/params/momentum")],
+        [("unused-betas", "note", "/optimizer/params/momentum")],
     ),
     *(
         (
@@ -211,7 +211,7 @@ PAIRS = [
     ({"train_batch_size": 8, "engine": {"checkpoint": {"async": True, "resume": "never"}}}, []),
     (
         schedule_config("OneCycle", **CYCLE, cycle_first_step_size=9, cycle_first_stair_count=9),
-        [("inert-key", "note", "/scheduler/params/cycle_first_stair_count")],
+        [("no-effect", "note", "/scheduler/params/cycle_first_stair_count")],
     ),
     (
         schedule_config("WarmupDecayLR", total_num_steps=2000, warmup_type="linear"),
@@ -226,7 +226,7 @@ PAIRS = [
     (schedule_config("WarmupLR"), [("log-warmup", "note", "/scheduler/type")]),
     (
         {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}},
-        [("inert-key", "error", "/optimizer/params/adam_w_mode")],
+        [("no-effect", "error", "/optimizer/params/adam_w_mode")],
     ),
     (
         {"train_batch_size": 8, "optimizer": {"type": "OneBitAdam"}},

@@ -130,7 +130,7 @@ MISTAKES = [
         "Set it to 6 or 9.",
     ),
     ("/gradient_clipping", "auto", "unresolved-auto", None, "only transformers or accelerate"),
-    ("/steps_per_print", "auto", "auto-nobody-fills", None, "which no integration replaces"),
+    ("/steps_per_print", "auto", "unsupported-auto", None, "which no integration replaces"),
     ("/gradient_clipping", -1, "out-of-range", None, "got -1."),
     ("/gradient_clipping", float("nan"), "not-finite", None, "got nan."),
     ("/optimizer/params/lr", float("inf"), "not-finite", None, "got inf."),
@@ -339,3 +339,41 @@ def test_with_scheduler_keeps_comments_and_notes(comment):
         "// note": "a",
         "scheduler": {"type": "A", "params": {}},
     }
+
+
+@pytest.mark.parametrize(
+    ("sections", "rules"),
+    [
+        (
+            {"scheduler": {"type": "NoSuch", "params": 5}},
+            {"wrong-type"},
+        ),
+        (
+            {"scheduler": {"type": "no_such_module:f", "params": "auto"}},
+            {"unsupported-auto"},
+        ),
+        (
+            {
+                "optimizer": {"type": "Adagrad"},
+                "scheduler": {
+                    "type": "OneCycle",
+                    "params": {
+                        "cycle_min_lr": 0.01,
+                        "cycle_max_lr": 0.1,
+                        "cycle_first_step_size": 10,
+                        "cycle_first_stair_count": 20,
+                    },
+                },
+            },
+            {"schedule", "no-momentum"},
+        ),
+    ],
+    ids=[
+        "unknown type with invalid params",
+        "missing module with auto",
+        "two faults of a schedule",
+    ],
+)
+def test_validate_invalid_scheduler_block_reports_every_error(sections, rules):
+    problems = validate({"train_batch_size": 8} | sections)
+    assert {problem.rule for problem in problems if problem.severity == "error"} == rules
