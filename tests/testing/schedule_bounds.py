@@ -1,4 +1,4 @@
-"""The bounds that the parameters of a schedule declare for its values."""
+"""Bounds of a schedule's values that follow from its parameters."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from typing import Any
 from schedules import Schedule
 
 Levels = tuple[float, ...]
-"""Values between which a hyperparameter moves."""
+"""Values of which the lowest and the highest are the bounds of a hyperparameter."""
 
 UNBOUNDED = {"ChainedScheduler", "Combined", "SequentialLR"}
-"""Schedules whose parameters declare no bounds of their own."""
+"""Schedules whose parameters do not define bounds."""
 
 
 def _factor(gamma: float, peak: float) -> Levels:
@@ -112,12 +112,12 @@ OTHER_LEVELS: dict[tuple[str, str], Callable[[Any], Levels]] = {
 
 
 def bounds_of(schedule: Schedule[Any], name: str, lr: float) -> tuple[float, float]:
-    """Return the lowest and the highest value that a schedule's parameters declare.
+    """Return the lowest and the highest value that a schedule's parameters allow.
 
     Args:
-        schedule: schedule of one group, resolved.
-        name: hyperparameter that it drives.
-        lr: learning rate that the group was built with.
+        schedule: resolved schedule of one param group.
+        name: hyperparameter that the schedule sets.
+        lr: base learning rate of the group.
     """
     if name == "lr" and schedule.type_name not in UNBOUNDED:
         levels = LR_LEVELS[schedule.type_name](schedule, lr)

@@ -145,7 +145,7 @@ MISTAKES = [
         "/engine/scale_schedule_ratio",
         "more than 0",
     ),
-    ("/engine", {"max_duration": "1dur"}, "out-of-range", "/engine/max_duration", "a time as"),
+    ("/engine", {"max_duration": "1dur"}, "out-of-range", "/engine/max_duration", "a time such as"),
     ("/engine", {"sed": 1}, "unknown-key", "/engine/sed", "Did you mean `seed`?"),
 ]
 
@@ -175,7 +175,7 @@ def test_one_mistake_is_one_problem(pointer, value, rule, place, message):
         (
             ("StepScheduler", {"step_size": 4}),
             {"scale_schedule_ratio": 0.1},
-            "at least 1, but is 0",
+            "at least 1, got 0",
         ),
     ],
 )
