@@ -106,8 +106,8 @@ class Stretch:
         self.last_group = groups[-1]
         """Last param group. It is a different object after groups were added or loaded."""
         pieces = {name: [found[curve] for curve in of_groups] for name, of_groups in curves.items()}
-        self._lines = _lines_on_one_clock(groups, slots, pieces)
-        self._shared = _shared(groups, slots, pieces)
+        self._lines = _find_shared_lines(groups, slots, pieces)
+        self._shared = _find_shared_formulas(groups, slots, pieces)
         self._each = [
             (group, slot.write, piece.at)
             for name, of_groups in pieces.items()
@@ -143,7 +143,7 @@ class Stretch:
                 write(groups[index], value_at(step))
 
 
-def _shared(
+def _find_shared_formulas(
     groups: Sequence[Group],
     slots: Mapping[str, Sequence[Slot]],
     pieces: Mapping[str, Sequence[Piece]],
@@ -167,7 +167,7 @@ def _shared(
     return shared
 
 
-def _lines_on_one_clock(
+def _find_shared_lines(
     groups: Sequence[Group],
     slots: Mapping[str, Sequence[Slot]],
     pieces: Mapping[str, Sequence[Piece]],

@@ -281,7 +281,7 @@ def constant(value: float) -> Curve:
 
 
 def linear(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return the linear ramp ``begin + (end - begin) * k / steps``, constant from ``steps`` on.
+    """Return the linear ramp ``start + (end - start) * k / steps``, constant from ``steps`` on.
 
     >>> list(linear(1.0, 2.0, steps=4).values(6))
     [1.0, 1.25, 1.5, 1.75, 2.0, 2.0]
@@ -292,7 +292,7 @@ def linear(begin_value: float, end_value: float, steps: float) -> Curve:
 def eased(
     begin_value: float, end_value: float, steps: float, rise: Callable[[float], float]
 ) -> Curve:
-    """Return ``begin + (end - begin) * rise(k / steps)``, constant from step ``steps`` on.
+    """Return ``start + (end - start) * rise(k / steps)``, constant from step ``steps`` on.
 
     Args:
         begin_value: value at step 0.
@@ -312,7 +312,7 @@ def eased(
 
 
 def cosine(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return half a cosine wave: ``end + (begin - end) * (1 + cos(pi * k / steps)) / 2``.
+    """Return half a cosine wave: ``end + (start - end) * (1 + cos(pi * k / steps)) / 2``.
 
     It is constant from step ``steps`` on.
 
@@ -327,7 +327,7 @@ def cosine(begin_value: float, end_value: float, steps: float) -> Curve:
 
 
 def polynomial(begin_value: float, end_value: float, steps: float, power: float) -> Curve:
-    """Return ``end + (begin - end) * (1 - k / steps) ** power``, constant from step ``steps`` on.
+    """Return ``end + (start - end) * (1 - k / steps) ** power``, constant from step ``steps`` on.
 
     >>> list(polynomial(1.0, 0.0, steps=4, power=2.0).values(6))
     [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
@@ -336,7 +336,7 @@ def polynomial(begin_value: float, end_value: float, steps: float, power: float)
 
 
 def one_minus_sqrt(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return ``begin + (end - begin) * sqrt(k / steps)``, constant from step ``steps`` on.
+    """Return ``start + (end - start) * sqrt(k / steps)``, constant from step ``steps`` on.
 
     The change is fast at first and slows down.
 
@@ -349,7 +349,7 @@ def one_minus_sqrt(begin_value: float, end_value: float, steps: float) -> Curve:
 
 
 def half_life(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return ``begin + (end - begin) * 2 * (1 - 2 ** (-k / steps))``, constant from ``steps`` on.
+    """Return ``start + (end - start) * 2 * (1 - 2 ** (-k / steps))``, constant from ``steps`` on.
 
     >>> [round(value, 6) for value in half_life(1.0, 0.0, steps=2).values(4)]
     [1.0, 0.414214, 0.0, 0.0]
@@ -361,7 +361,7 @@ def half_life(begin_value: float, end_value: float, steps: float) -> Curve:
 
 
 def geometric(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return ``begin * (end / begin) ** (k / steps)``, constant from step ``steps`` on.
+    """Return ``start * (end / start) ** (k / steps)``, constant from step ``steps`` on.
 
     It is a straight line on a logarithmic scale.
 
@@ -377,7 +377,7 @@ def geometric(begin_value: float, end_value: float, steps: float) -> Curve:
 
 
 def log(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return DeepSpeed's logarithmic ramp ``begin + (end - begin) * ln(1 + k) / ln(steps)``.
+    """Return DeepSpeed's logarithmic ramp ``start + (end - start) * ln(1 + k) / ln(steps)``.
 
     It reaches its end at ``k = steps - 1`` (if ``steps`` is 1, at ``k = 1``) and is constant after.
 
@@ -391,7 +391,7 @@ def log(begin_value: float, end_value: float, steps: float) -> Curve:
 
 
 def exponential(begin_value: float, factor: float, steps: float) -> Curve:
-    """Return the exponential curve ``begin * factor ** (k / steps)``, without an end.
+    """Return the exponential curve ``start * factor ** (k / steps)``, without an end.
 
     >>> list(exponential(1.0, factor=0.25, steps=2).values(5))
     [1.0, 0.5, 0.25, 0.125, 0.0625]
@@ -404,7 +404,7 @@ def exponential(begin_value: float, factor: float, steps: float) -> Curve:
 
 
 def inverse_sqrt(begin_value: float, steps: float) -> Curve:
-    """Return the decay ``begin / sqrt(1 + k / steps)``, without an end.
+    """Return the decay ``start / sqrt(1 + k / steps)``, without an end.
 
     >>> list(inverse_sqrt(1.0, steps=1).values(4))[::3]
     [1.0, 0.5]
@@ -417,7 +417,7 @@ def inverse_sqrt(begin_value: float, steps: float) -> Curve:
 
 
 def inverse_time(begin_value: float, rate: float, steps: float) -> Curve:
-    """Return the hyperbolic decay ``begin / (1 + rate * k / steps)``, without an end.
+    """Return the hyperbolic decay ``start / (1 + rate * k / steps)``, without an end.
 
     >>> list(inverse_time(1.0, rate=1.0, steps=2).values(5))
     [1.0, 0.6666666666666666, 0.5, 0.4, 0.3333333333333333]
@@ -430,7 +430,7 @@ def inverse_time(begin_value: float, rate: float, steps: float) -> Curve:
 
 
 def linear_growth(begin_value: float, rate: float, steps: float) -> Curve:
-    """Return the linear growth ``begin * (1 + rate * k / steps)``, without an end.
+    """Return the linear growth ``start * (1 + rate * k / steps)``, without an end.
 
     >>> list(linear_growth(0.5, rate=1.0, steps=2).values(4))
     [0.5, 0.75, 1.0, 1.25]

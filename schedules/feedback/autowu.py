@@ -32,7 +32,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     its value at the minimum and decays from there::
 
         warmup    lr(k) = min_lr * (max_lr / min_lr) ** (k / W),   W = int(max_warmup_fraction * T)
-        cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2         n = step of D remaining steps
+        cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2         n of D remaining steps done
 
     T is ``steps_per_epoch * total_epochs``. If no estimate is confident, the warmup ends at W. The
     ratios between the learning rates of the param groups are kept. After T steps the last value is

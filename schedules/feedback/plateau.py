@@ -170,11 +170,11 @@ class PlateauController(FeedbackController[_State]):
         plateau = self._rule.update(state.plateau, loss)
         if plateau.reductions == state.plateau.reductions:
             return state._replace(step=step, plateau=plateau)
-        lrs = tuple(map(self._reduced, state.lrs, self._least))
+        lrs = tuple(map(self._reduce, state.lrs, self._least))
         why = f"the metric has not improved in {self._rule.patience + 1} evaluations"
         return _State(step, plateau, lrs, Decision(step, lrs[0], why))
 
-    def _reduced(self, lr: float, least: float) -> float:
+    def _reduce(self, lr: float, least: float) -> float:
         new = max(lr * self._rule.factor, least)
         return new if lr - new > self._eps else lr
 

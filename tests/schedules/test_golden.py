@@ -282,11 +282,11 @@ def tanh_decay(step):
     return (0.001 + 0.099 * shape) / 0.1 if step < 60 else 0.01
 
 
-def alike(type_name, **params):
+def scheduler_block(type_name, **params):
     return {"type": type_name, "params": params}
 
 
-COSINE = alike("CosineAnnealingLR", T_max=60, eta_min=0.001)
+COSINE = scheduler_block("CosineAnnealingLR", T_max=60, eta_min=0.001)
 # "cosine_warmup" has two blocks: timm counts the steps of the warmup as steps of the cosine, so the
 # learning rate drops at the end of the warmup.
 TIMM_BLOCKS = {
@@ -295,12 +295,12 @@ TIMM_BLOCKS = {
     "cosine_restarts_mul2": [(0, phases(*[(0.1, 0.001, n, "cosine") for n in (10, 20, 40)]))],
     "cosine_warmup": [(0, phases((0.0001, 0.1, 10))), (10, COSINE)],
     "cosine_warmup_prefix": [(0, phases((0.0001, 0.1, 10), (0.1, 0.001, 60, "cosine")))],
-    "multistep": [(0, alike("MultiStepLR", milestones=[20, 50], gamma=0.1))],
-    "poly": [(0, alike("PolynomialScheduler", power=0.5, t_max=60, alpha_f=0.01))],
+    "multistep": [(0, scheduler_block("MultiStepLR", milestones=[20, 50], gamma=0.1))],
+    "poly": [(0, scheduler_block("PolynomialScheduler", power=0.5, t_max=60, alpha_f=0.01))],
     "step": [
         (0, phases((0.001, 0.1, 5), *[(0.1 / 2**n, 0.1 / 2**n, 15) for n in range(7)])),
     ],
-    "tanh": [(0, alike(f"{__name__}:tanh_decay"))],
+    "tanh": [(0, scheduler_block(f"{__name__}:tanh_decay"))],
     "wsd": [(0, phases((0.0, 0.1, 10), (0.1, 0.1, 60), (0.1, 0.001, 20, "1-sqrt")))],
 }
 

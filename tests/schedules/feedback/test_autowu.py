@@ -45,13 +45,13 @@ def optimizer(lr=0.1, groups=1):
     )
 
 
-def attached(**params):
+def attach_autowu(**params):
     return schedules.attach("AutoWU", optimizer(), **params)
 
 
-def decided(curve, **params):
+def find_decision(curve, **params):
     """Return the decision of a run on a recorded warmup."""
-    scheduler = attached(
+    scheduler = attach_autowu(
         steps_per_epoch=curve["steps_per_epoch"],
         total_epochs=curve["total_epochs"],
         immediate_cooldown=True,
@@ -118,7 +118,7 @@ def test_autowu_recorded_run_matches_the_published_lrs(case):
 
 
 def check_published_decision(curve):
-    decision = decided(curve)
+    decision = find_decision(curve)
     assert decision.step == curve["trans_step"], curve["id"]
     assert ("passed" in decision.why) == (curve["how"] == "test"), curve["id"]
     assert decision.lr == pytest.approx(curve["peak_lr"], rel=0.025), curve["id"]
@@ -140,7 +140,7 @@ def test_robust_test_finds_more_minima_than_the_published_test():
     known = [curve for curve in CURVES if curve.get("u_star") and curve["total_epochs"] == 20]
     found, off = 0, []
     for curve in known[::2]:
-        decision = decided(curve, test="robust")
+        decision = find_decision(curve, test="robust")
         if "passed" in decision.why:
             found += 1
             off.append(abs(math.log10(decision.lr) - curve["u_star"]))
@@ -148,7 +148,7 @@ def test_robust_test_finds_more_minima_than_the_published_test():
     assert found > theirs
     assert np.median(off) < 0.15
     monotone = [curve for curve in CURVES if curve.get("kind") == "mono"]
-    assert all("passed" not in decided(curve, test="robust").why for curve in monotone)
+    assert all("passed" not in find_decision(curve, test="robust").why for curve in monotone)
 
 
 @pytest.mark.parametrize("scale", [0.01, 100.0])
@@ -172,7 +172,7 @@ def test_robust_test_scaled_losses_give_the_same_result(scale):
     ids=["nan", "inf", "huge", "constant", "nan first", "nan at the end"],
 )
 def test_autowu_extreme_losses_keep_the_lr_finite(test, losses):
-    scheduler = attached(steps_per_epoch=20, total_epochs=20, test=test)
+    scheduler = attach_autowu(steps_per_epoch=20, total_epochs=20, test=test)
     for loss in losses:
         scheduler.step(loss)
         assert math.isfinite(scheduler.get_last_lr()[0])
@@ -193,12 +193,12 @@ def test_autowu_resumed_has_the_same_lrs_as_uninterrupted(params, cut):
             scheduler.step(1 + 0.3 * math.log10(lr / 0.01 + 1e-9) ** 2 + random.normal(0, 0.02))
         return rows
 
-    whole = train(attached(**run), 400)
+    whole = train(attach_autowu(**run), 400)
     random = np.random.default_rng(1)
-    first = attached(**run)
+    first = attach_autowu(**run)
     before = train(first, cut)
     state = json.loads(json.dumps(first.state_dict()))
-    resumed = attached(**run)
+    resumed = attach_autowu(**run)
     resumed.load_state_dict(state)
     assert before + train(resumed, 400 - cut) == whole
 
@@ -236,11 +236,11 @@ def test_autowu_two_groups_keep_the_ratio_of_lrs():
 )
 def test_autowu_invalid_parameter_is_rejected(params, message):
     with pytest.raises(schedules.ScheduleError, match=message):
-        attached(**{"steps_per_epoch": 20, "total_epochs": 20} | params)
+        attach_autowu(**{"steps_per_epoch": 20, "total_epochs": 20} | params)
 
 
 def test_autowu_step_accepts_only_a_scalar_loss():
-    scheduler = attached(steps_per_epoch=20, total_epochs=20)
+    scheduler = attach_autowu(steps_per_epoch=20, total_epochs=20)
     with pytest.raises(ValueError, match="must receive the loss of every step"):
         scheduler.step()
     with pytest.raises(ValueError, match="must be a single number, got a tensor of shape"):
@@ -259,14 +259,14 @@ def test_autowu_step_accepts_only_a_scalar_loss():
 )
 def test_autowu_short_run_warns(params, message):
     with pytest.warns(UserWarning, match=message):
-        attached(steps_per_epoch=20, **params)
+        attach_autowu(steps_per_epoch=20, **params)
 
 
 @pytest.mark.parametrize(("test", "unit"), [("reference", 1.0), ("robust", 1.0), ("robust", 1e3)])
 def test_evidence_band_contains_the_true_loss(test, unit):
     """The band must be on the scale of the loss, also for the robust test, which rescales it."""
     random = np.random.default_rng(0)
-    scheduler = attached(steps_per_epoch=10, total_epochs=60, test=test)
+    scheduler = attach_autowu(steps_per_epoch=10, total_epochs=60, test=test)
     step = 0
     while scheduler.evidence is None:
         truth = 1 + 4 * (step / 300 - 0.5) ** 2
