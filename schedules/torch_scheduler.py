@@ -262,7 +262,7 @@ class ScheduleBinder(LRScheduler):
         groups = len(self.optimizer.param_groups)
         if len(state["base"]["lr"]) != groups:
             raise ValueError(
-                f"The optimizer must have {len(state['base']['lr'])} param groups, as in the saved "
+                f"The optimizer must have {len(state['base']['lr'])} param groups, like the saved "
                 f"state, got {groups}."
             )
 

@@ -131,7 +131,7 @@ class OpenLoop(Controller[int]):
         return 0
 
     def update(self, state: int, loss: float | None = None) -> int:
-        """Return the number of steps plus 1; the loss has no effect."""
+        """Return the number of steps plus 1. The loss is ignored."""
         del loss
         return state + 1
 
@@ -140,11 +140,11 @@ class OpenLoop(Controller[int]):
         return {name: tuple(curve(state) for curve in group) for name, group in self.curves.items()}
 
     def decision(self, state: int) -> None:
-        """Return None: there are no decisions without feedback."""
+        """Return None: only feedback schedules make decisions."""
         del state
 
     def evidence(self, before: int, loss: float, after: int) -> None:
-        """Return None: there are no decisions without feedback."""
+        """Return None: only feedback schedules make decisions."""
         del before, loss, after
 
     def to_json(self, state: int) -> dict[str, Any]:

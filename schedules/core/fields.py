@@ -263,7 +263,7 @@ def fields_of(schedule: type) -> Mapping[str, Field]:
     """Return the fields of a schedule's dataclass: name to field, read from the annotations.
 
     Raises:
-        TypeError: an annotation has no JSON equivalent.
+        TypeError: an annotation cannot be expressed in JSON Schema.
     """
     hints = typing.get_type_hints(schedule, include_extras=True)
     return {field.name: _field(field, hints[field.name]) for field in dataclasses.fields(schedule)}
@@ -301,7 +301,9 @@ class _Annotation:
         elif (plain := origin or hint) in _JSON_TYPES:
             self.types.append(_JSON_TYPES[plain])
         else:
-            raise TypeError(f"`{self.name}` has the annotation {hint}, which has no JSON type.")
+            raise TypeError(
+                f"`{self.name}` has the annotation {hint}, which cannot be expressed in JSON Schema."
+            )
         return self
 
     def _read_mark(self, mark: Any) -> None:

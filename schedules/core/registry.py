@@ -168,7 +168,7 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
 
     Raises:
         ScheduleError: a parameter is unknown, missing or invalid; ``faults`` lists all problems.
-        ValueError: the type is unknown, or the block has no type or an unknown key.
+        ValueError: the type is unknown, or the block lacks ``type`` or has an unknown key.
 
     >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps
     100

@@ -1,6 +1,6 @@
 """Suggest the correct spelling of a misspelled name.
 
-In doubt there is no suggestion, because a misleading one costs more time than none.
+In doubt it suggests nothing, because a misleading suggestion costs more time than none.
 """
 
 from __future__ import annotations

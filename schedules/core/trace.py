@@ -75,7 +75,7 @@ class Replay(NamedTuple):
     rows: list[Values]
     """Values of each step, and of the step after the last loss."""
     evidence: Evidence | None
-    """Data that the last decision is based on; None if there was no decision."""
+    """Data that the last decision is based on; None before the first decision."""
 
 
 def replay(

@@ -69,7 +69,7 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def likely_minimum(self, state: AutoWUState) -> float | None:
-        """Return the most likely position of the minimum (0 to 1); None if there is no estimate."""
+        """Return the most likely position of the minimum (0 to 1); None without an estimate."""
 
     @abstractmethod
     def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:

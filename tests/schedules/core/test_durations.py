@@ -21,7 +21,7 @@ RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=4)
         ("40sp", 1.0, 10),
         ("6sp", 1.0, 1.5),
         ("220sp", 0.5, 27.5),
-        ("0.29dur", 1.0, 28),  # the float 0.29 * 100 is less than 29; truncated, as in Composer
+        ("0.29dur", 1.0, 28),  # the float 0.29 * 100 is less than 29; truncated like in Composer
         ("0.29dur", 0.5, 14),
         ("1dur", 2.0, 200),
         ("1e2ba", 1.0, 100),
