@@ -82,8 +82,8 @@ def is_unresolved(value: Any) -> bool:
 def steps_of(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
     """Return a duration in optimizer steps.
 
-    The result is truncated to whole steps, like in Composer, but durations in samples can end between
-    two steps.
+    The result is truncated to whole steps, like in Composer. Only durations in samples can end
+    between two steps.
 
     Args:
         duration: number of steps, or a time string.

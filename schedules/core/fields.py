@@ -302,7 +302,7 @@ class _Annotation:
             self.types.append(_JSON_TYPES[plain])
         else:
             raise TypeError(
-                f"`{self.name}` has the annotation {hint}, which cannot be expressed in JSON Schema."
+                f"`{self.name}` has the annotation {hint}, which JSON Schema cannot express."
             )
         return self
 
