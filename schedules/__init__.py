@@ -5,9 +5,9 @@
 >>> schedules.trace(block, 4, base={"lr": (0.1,)})["lr"][:, 0].tolist()
 [0.0, 0.05, 0.1, 0.1]
 
-Every schedule is an attribute by its type, such as ``schedules.OneCycle``. Names are imported on
-first use, and only `ScheduleBinder` and `attach` need torch. The types of all names are in
-``__init__.pyi``, which ``make generate`` writes.
+Every schedule is an attribute of this package, for example ``schedules.OneCycle``. Names are
+imported on first use; only `ScheduleBinder` and `attach` require torch. The types of all names are
+in ``__init__.pyi``, which ``make generate`` writes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HOMES = {
     "trace": "schedules.core.trace",
 }
 
-__all__ = sorted([*_HOMES, *SCHEDULES, "SCHEDULES", "__version__"])  # noqa: PLE0605  # the names stand in one list
+__all__ = sorted([*_HOMES, *SCHEDULES, "SCHEDULES", "__version__"])  # noqa: PLE0605  # computed, to avoid a second list
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""DeepSpeed's scheduler classes by their names and signatures, for scripts that construct them.
+"""DeepSpeed's scheduler classes with their names and signatures, for scripts that construct them.
 
-``from schedules.lr_schedules import OneCycle`` in place of
-``from deepspeed.runtime.lr_schedules import OneCycle`` is all that such a script has to change.
+Such a script only has to replace ``from deepspeed.runtime.lr_schedules import OneCycle`` with
+``from schedules.lr_schedules import OneCycle``.
 
 >>> import torch
 >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
@@ -22,8 +22,8 @@ from schedules.torch_scheduler import ScheduleBinder, attach
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
-# DeepSpeed's order of positions ends with `last_batch_iteration`, which all have from one base, and
-# `warmup_*` parameters stand before `total_num_steps` only by keyword.
+# DeepSpeed's order of positional parameters: `last_batch_iteration` is always last, and
+# `total_num_steps` comes before the `warmup_*` parameters.
 _ORDER = {
     "WarmupDecayLR": (
         "total_num_steps",
@@ -47,11 +47,11 @@ _OURS = "post_cycle_decay_step_size"  # not in DeepSpeed's signature
 def _construct(
     type_name: str, optimizer: Optimizer, *positional: Any, **params: Any
 ) -> ScheduleBinder:
-    """Return the schedule of that name at work on an optimizer.
+    """Build a schedule by name and attach it to an optimizer.
 
     Raises:
-        TypeError: there are more positions than parameters, or one is given twice.
-        ValueError: the parameters make no schedule, or it does not fit the optimizer.
+        TypeError: there are too many positional arguments, or an argument is passed twice.
+        ValueError: a parameter is invalid, or the schedule does not fit the optimizer.
     """
     order = _ORDER.get(type_name) or tuple(
         name for name in fields_of(find(type_name)) if name not in (_LAST, _OURS)
@@ -60,7 +60,8 @@ def _construct(
     named = dict(zip(order, positional, strict=False))
     if len(positional) > len(order) or named.keys() & params.keys():
         raise TypeError(
-            f"{type_name}() must get each parameter once, in the order {', '.join(order)}."
+            f"{type_name}() got too many positional arguments or the same argument twice. "
+            f"The order of the arguments is {', '.join(order)}."
         )
     return attach(type_name, optimizer, **named, **params)
 

@@ -1,4 +1,4 @@
-"""Where an optimizer's param groups keep a hyperparameter, and how curves are written there."""
+"""Read hyperparameters from an optimizer's param groups, and write curves into them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Group = dict[str, Any]
 
 
 class Slot(NamedTuple):
-    """The key under which a group keeps a hyperparameter, and how to read and write it there."""
+    """The key of a hyperparameter in a param group, with functions to read and write it."""
 
     key: str
     read: Callable[[Group], float]
@@ -26,7 +26,7 @@ class Slot(NamedTuple):
 
 def _plain(key: str) -> Slot:
     def write(group: Group, value: float) -> None:
-        # A tensor (capturable optimizers, compiled steps) is part of a graph: it has to stay.
+        # A tensor (capturable optimizers, compiled steps) is part of a graph: write in place.
         if isinstance(group[key], torch.Tensor):
             group[key].fill_(value)
         else:
@@ -48,16 +48,16 @@ _SLOTS = {
     "weight_decay": (_plain("weight_decay"),),
 }
 
-_CURES = {
+_FIXES = {
     "momentum": 'Set `"cycle_momentum": false`, or choose an optimizer that has momentum or betas.'
 }
 
 
 def slots_of(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
-    """Return the slot that holds a hyperparameter in each param group.
+    """Return the slot of a hyperparameter in each param group.
 
     Raises:
-        ValueError: a group has none.
+        ValueError: a group does not have the hyperparameter.
     """
     slots = []
     for index, group in enumerate(optimizer.param_groups):
@@ -66,15 +66,15 @@ def slots_of(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
             keys = ", ".join(key for key in group if key != "params")
             wanted = " or ".join(f"`{slot.key}`" for slot in _SLOTS[hyperparameter])
             raise ValueError(
-                f"param group {index} of {type(optimizer).__name__} must have {wanted}, which the "
-                f"schedule drives, but has {keys} instead. {_CURES.get(hyperparameter, '')}".strip()
+                f"Param group {index} of {type(optimizer).__name__} must have {wanted}, because "
+                f"the schedule sets it, got {keys}. {_FIXES.get(hyperparameter, '')}".strip()
             )
         slots.append(found[0])
     return tuple(slots)
 
 
 def momenta_of(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | None:
-    """Return each group's momentum, or all its betas; None where the optimizer has neither."""
+    """Return the momentum or the betas of each group; None if the optimizer has neither."""
     groups = optimizer.param_groups
     if "momentum" in groups[0]:
         return [float(group["momentum"]) for group in groups]
@@ -82,12 +82,12 @@ def momenta_of(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | 
 
 
 class Stretch:
-    """The steps on which every group's curve stays on one piece, and how their values are written.
+    """A range of steps in which the formulas of all curves stay the same; writes their values.
 
     Args:
         groups: param groups of the optimizer.
-        slots: of each hyperparameter, where each group keeps it.
-        curves: of each hyperparameter, the curve of each group.
+        slots: name of each hyperparameter to its slot in each group.
+        curves: name of each hyperparameter to its curve in each group.
         step: first step to write.
     """
 
@@ -104,10 +104,10 @@ class Stretch:
         self.end = min(piece.end for piece in found.values())
         """Step at which the next piece starts."""
         self.last_group = groups[-1]
-        """The object in the optimizer; another one after groups were added or loaded."""
+        """Last param group. It is a different object after groups were added or loaded."""
         pieces = {name: [found[curve] for curve in of_groups] for name, of_groups in curves.items()}
-        self._lines = _lines_on_one_clock(groups, slots, pieces)
-        self._shared = _shared(groups, slots, pieces)
+        self._lines = _find_shared_lines(groups, slots, pieces)
+        self._shared = _find_shared_formulas(groups, slots, pieces)
         self._each = [
             (group, slot.write, piece.at)
             for name, of_groups in pieces.items()
@@ -127,7 +127,7 @@ class Stretch:
                     group["lr"] = lr
                     group["betas"] = betas
                 return
-            for group, row in zip(groups, rows):  # noqa: B905  # `strict` costs as much as a write
+            for group, row in zip(groups, rows):  # noqa: B905  # `strict` is as slow as a write
                 lr, lr_rise, beta, beta_rise, beta2 = row
                 group["lr"] = lr + lr_rise * progress
                 group["betas"] = (beta + beta_rise * progress, beta2)
@@ -135,7 +135,7 @@ class Stretch:
             for key, value_at, other_betas in self._shared:
                 value = value_at(step)
                 if other_betas is not None:
-                    value = (value,) + other_betas  # noqa: RUF005  # half the cost of unpacking
+                    value = (value,) + other_betas  # noqa: RUF005  # twice as fast as unpacking
                 for group in groups:
                     group[key] = value
         else:
@@ -143,14 +143,17 @@ class Stretch:
                 write(groups[index], value_at(step))
 
 
-def _shared(
+def _find_shared_formulas(
     groups: Sequence[Group],
     slots: Mapping[str, Sequence[Slot]],
     pieces: Mapping[str, Sequence[Piece]],
 ) -> list[tuple[str, Formula, tuple[float, ...] | None]]:
     """Return key, formula and other betas of each hyperparameter, if all groups share them.
 
-    Then each formula is evaluated once, and all groups get the same float or tuple.
+    Each formula is then evaluated once per step, and all groups get the same float or tuple.
+
+    Returns:
+        An empty list if the groups differ, or if a hyperparameter is a tensor.
     """
     shared = []
     for name, of_groups in pieces.items():
@@ -164,18 +167,19 @@ def _shared(
     return shared
 
 
-def _lines_on_one_clock(
+def _find_shared_lines(
     groups: Sequence[Group],
     slots: Mapping[str, Sequence[Slot]],
     pieces: Mapping[str, Sequence[Piece]],
 ) -> tuple[float, float, list[tuple[float, ...]]] | None:
-    """Return the lines of 1Cycle on Adam: origin, steps, and a row per group or one for all.
+    """Return the linear formulas of 1Cycle with Adam: origin, steps, and coefficients per group.
 
-    They share the fraction of the ramp, also with bounds per group: with two formulas per group, a
-    step of 256 groups would cost as much as DeepSpeed's.
+    All groups share the fraction ``(step - origin) / steps``, so it is computed once per step. With
+    two formulas per group, a step with 256 groups would be as slow as in DeepSpeed.
 
     Returns:
-        None if the curves are not straight, or the optimizer is not like Adam.
+        None if a curve is not linear, the curves have different origins or lengths, or the
+        optimizer is not like Adam. If all groups are equal, there is one row of coefficients.
     """
     keys = {slot.key for of_groups in slots.values() for slot in of_groups}
     if keys != {"lr", "betas"} or len(pieces) != 2:

@@ -1,4 +1,4 @@
-"""The one place that writes a schedule's values into an optimizer's param groups."""
+"""`ScheduleBinder`: attaches a schedule to an optimizer, like a PyTorch LR scheduler."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ log = logging.getLogger("onecycle")
 
 
 class ScheduleBinder(LRScheduler):
-    """Runs a schedule on an optimizer: writes the values of each step into every param group.
+    """Attaches a schedule to an optimizer and writes its values into the param groups.
 
-    Call ``step()`` after each ``optimizer.step()`` that was applied, as with the schedulers of
-    torch, whose methods this class has; a feedback schedule receives the loss, ``step(loss)``. Only
-    the hyperparameters that the schedule drives are written: the learning rate, ``momentum`` or
-    else ``betas[0]``, the weight decay.
+    It has the methods of PyTorch's schedulers. Call ``step()`` after each ``optimizer.step()`` that
+    was applied; for a feedback schedule pass the loss: ``step(loss)``. Only the hyperparameters of
+    the schedule are written: the learning rate, the momentum (``momentum`` or ``betas[0]``), the
+    weight decay.
 
     Args:
         schedule: schedule to run.
-        optimizer: optimizer to drive.
+        optimizer: optimizer whose param groups are written.
         horizon: length of the run, for time strings and scaling.
 
     Raises:
-        ValueError: a group lacks a driven hyperparameter, the groups do not fit the schedule, or
-            the length of the run is not known. Nothing is written then.
+        ValueError: a param group does not have a hyperparameter that the schedule sets, the groups
+            do not fit the schedule, or the length of the run is unknown. The optimizer is then
+            unchanged.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
@@ -62,9 +63,9 @@ class ScheduleBinder(LRScheduler):
     state: Any
     """State of the controller; never changed in place."""
     last_epoch: int
-    """Count of applied steps."""
+    """Number of applied steps."""
 
-    # torch's own constructor patches optimizer.step and steps once; a binder needs neither.
+    # torch's constructor is not called: it patches optimizer.step and takes a first step.
     def __init__(
         self, schedule: Schedule[Any], optimizer: Optimizer, *, horizon: Horizon | None = None
     ) -> None:
@@ -74,8 +75,8 @@ class ScheduleBinder(LRScheduler):
         self._slots = {name: slots_of(name, optimizer) for name in schedule.drives}
         self._bind(self._read_base())
         self.evidence: Evidence | None = None
-        """Data behind the last decision, if this process made it."""
-        self._stretch: Stretch | None = None  # as long as there is feedback
+        """Data that the last decision is based on; None if it was restored from a checkpoint."""
+        self._stretch: Stretch | None = None  # stays None for a feedback schedule
         for warning in schedule.resolve(horizon).warnings():
             warnings.warn(warning, stacklevel=3)
         self._go_to(self.controller.init(), 0)
@@ -90,8 +91,8 @@ class ScheduleBinder(LRScheduler):
 
     def _read_base(self) -> Base:
         """Return the values that the groups were built with."""
-        # A group remembers its base values as torch's schedulers do, in `initial_…`: a binder that
-        # is built after the optimizer was restored finds the original ones, not the last ones.
+        # Base values are stored in the groups as `initial_…`, as torch's schedulers do. A binder
+        # built after the optimizer was restored then uses the original values, not the last ones.
         groups = self.optimizer.param_groups
         slots = {"lr": slots_of("lr", self.optimizer)} | self._slots
         return {
@@ -105,17 +106,17 @@ class ScheduleBinder(LRScheduler):
     def step(
         self, loss: Tensor | float | None = None, *, metric: Tensor | float | None = None
     ) -> None:
-        """Count one applied optimizer step, and write the values of the next one.
+        """Count one applied optimizer step, and write the values for the next step.
 
         Args:
-            loss: loss of the step, a number or a scalar tensor, for a feedback schedule; the mean
-                over all ranks, so that all of them decide alike.
-            metric: metric of the step, for a schedule that uses one; has no effect on the others.
+            loss: loss of the step, a number or a scalar tensor, for a feedback schedule. Use the
+                mean over all ranks, so that all ranks make the same decision.
+            metric: metric of the step, for a schedule that uses one; ignored by other schedules.
 
         Raises:
-            ValueError: the loss is missing, is not one number, or is given to a schedule without
-                feedback (torch's schedulers jump by that argument); or a param group was added
-                since the binder was built.
+            ValueError: the loss is missing or is not a single number; an argument is passed to a
+                schedule without feedback (torch's schedulers take an epoch there); or a param group
+                was added after the binder was built.
         """
         stretch = self._stretch
         if stretch is None:
@@ -123,8 +124,8 @@ class ScheduleBinder(LRScheduler):
             return
         if loss is not None:
             raise ValueError(
-                f"`epoch` must be absent, but is {loss} instead: a schedule counts the updates "
-                "that were applied. To begin elsewhere, give `load_state_dict` a saved state."
+                f"step() takes no `epoch` or `loss` for a schedule without feedback, got {loss}. "
+                "To start from a different step, pass a saved state to `load_state_dict`."
             )
         self.state = self.last_epoch = step = self.last_epoch + 1
         # The groups are looked up each time, because loading an optimizer's state replaces them.
@@ -149,15 +150,16 @@ class ScheduleBinder(LRScheduler):
             probability = decision.probability
             confidence = "" if probability is None else f" (probability {probability:.3f})"
             name = self.schedule.type_name
-            log.info("%s, update %d: lr %.4g: %s%s", name, *decision[:3], confidence)
+            log.info("%s, step %d: lr %.4g: %s%s", name, *decision[:3], confidence)
 
     def write(self) -> None:
-        """Write the values of the next step into the param groups, again if they are there."""
+        """Write the values for the next step into the param groups."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self.base_lrs):
             raise ValueError(
-                f"the optimizer must keep the {len(self.base_lrs)} param groups that it had when "
-                f"the schedule was attached, but has {len(groups)} instead. Add the groups first."
+                f"The optimizer must have the same number of param groups as when the schedule was "
+                f"attached ({len(self.base_lrs)}), got {len(groups)}. Add param groups before you "
+                "attach the schedule."
             )
         if isinstance(self.controller, OpenLoop):
             curves = self.controller.curves
@@ -172,8 +174,8 @@ class ScheduleBinder(LRScheduler):
         self.state, self.last_epoch = state, step
         self.write()
 
-    # torch's SequentialLR starts its first scheduler by `_initial_step`, and the others by
-    # `_update_lr(0)` at their milestones.
+    # torch's SequentialLR calls `_initial_step` of its first scheduler, and `_update_lr(0)` of each
+    # other scheduler at its milestone.
     def _initial_step(self) -> None:
         self._go_to(self.controller.init(), 0)
 
@@ -182,7 +184,7 @@ class ScheduleBinder(LRScheduler):
             self.step()
             return
         if epoch != 0:
-            raise ValueError(f"`epoch` must be 0, got {epoch}: load a saved state instead.")
+            raise ValueError(f"`epoch` must be 0, got {epoch}. Load a saved state instead.")
         self._initial_step()
 
     @property
@@ -192,26 +194,27 @@ class ScheduleBinder(LRScheduler):
 
     @property
     def just_decided(self) -> bool:
-        """Whether the last step brought the decision."""
+        """Whether the decision was made in the last step."""
         return self.decision is not None and self.decision.step == self.last_epoch
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """Return the learning rate of each group: the one that the next step uses."""
+        """Return the learning rate of each group for the next step."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the same as `get_last_lr`, by the name that DeepSpeed's scripts use."""
+        """Return the same as `get_last_lr`, for scripts written for DeepSpeed."""
         return self.get_last_lr()
 
     def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
-        """Return each group's momentum (Adam: all betas); None if the schedule drives none."""
+        """Return the momentum (Adam: the betas) of each group; None if not scheduled."""
         return momenta_of(self.optimizer) if "momentum" in self._slots else None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The type and parameters of the schedule in this run, durations in steps.
+        """Type and parameters of the schedule, with durations in steps.
 
-        A state belongs to them: "1dur" of a run of another length is a different schedule.
+        A saved state is only valid for the same identity. For example, "1dur" in a run with a
+        different length is a different schedule.
         """
         schedule, horizon = self.schedule, self._horizon or Horizon()
         params: dict[str, Any] = {}
@@ -222,7 +225,7 @@ class ScheduleBinder(LRScheduler):
         return {"type": schedule.type_name, "params": params}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step, the base values, the schedule they belong to, and its feedback state."""
+        """Return the identity of the schedule, the step, the base values and the feedback state."""
         state: dict[str, Any] = {
             **self.identity,
             "step": self.last_epoch,
@@ -236,7 +239,7 @@ class ScheduleBinder(LRScheduler):
         """Restore a state and write its values into the optimizer.
 
         Raises:
-            ValueError: the state is that of a different schedule, or of other param groups.
+            ValueError: the state belongs to a different schedule or number of param groups.
         """
         self._check_identity(state_dict)
         self._bind({name: tuple(values) for name, values in state_dict["base"].items()})
@@ -244,26 +247,27 @@ class ScheduleBinder(LRScheduler):
         self._go_to(self.controller.from_json(state), state_dict["step"])
 
     def _check_identity(self, state: Mapping[str, Any]) -> None:
-        own, saved = ({"type": each["type"], **each["params"]} for each in (self.identity, state))
+        now, saved = ({"type": each["type"], **each["params"]} for each in (self.identity, state))
         changed = [
-            f"`{name}` was {saved.get(name, 'absent')} and is {own.get(name, 'absent')}"
-            for name in dict.fromkeys([*saved, *own])
-            if saved.get(name) != own.get(name)
+            f"`{name}` is {saved.get(name, 'absent')} in the saved state, "
+            f"{now.get(name, 'absent')} now"
+            for name in dict.fromkeys([*saved, *now])
+            if saved.get(name) != now.get(name)
         ]
         if changed:
             raise ValueError(
-                f"the schedule must be the one that was saved, but {', '.join(changed)}. Put back "
-                "what was saved, or begin the new schedule without loading the old one's state."
+                f"The schedule does not match the saved state: {'; '.join(changed)}. Restore the "
+                "saved values, or start the new schedule without loading the state."
             )
         groups = len(self.optimizer.param_groups)
         if len(state["base"]["lr"]) != groups:
             raise ValueError(
-                f"the optimizer must have the {len(state['base']['lr'])} param groups that were "
-                f"saved, but has {groups} instead."
+                f"The optimizer must have {len(state['base']['lr'])} param groups, like the saved "
+                f"state, got {groups}."
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Formulas are closures, which pickle cannot carry: a copy builds them again.
+        # Formulas are closures, which cannot be pickled. A copy rebuilds them.
         rebuilt = {"controller", "_stretch", "_slots"}
         return {name: value for name, value in vars(self).items() if name not in rebuilt}
 
@@ -280,8 +284,8 @@ def _number(loss: Tensor | float | None) -> float | None:
         return None
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(
-            f"`loss` must be one number, but is a tensor of shape {tuple(loss.shape)} instead; "
-            "take its mean."
+            f"`loss` must be a single number, got a tensor of shape {tuple(loss.shape)}. "
+            "Pass its mean."
         )
     return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
 
@@ -293,14 +297,14 @@ def attach(
     horizon: Horizon | None = None,
     **params: Any,
 ) -> ScheduleBinder:
-    """Bind a schedule to an optimizer, for use in any training loop.
+    """Attach a schedule to an optimizer, for use in a custom training loop.
 
     Args:
         schedule: name of a schedule, with its parameters as keywords; or a ``{"type": …,
             "params": {…}}`` block; or a `Schedule`.
-        optimizer: optimizer to drive.
+        optimizer: optimizer whose param groups are written.
         horizon: length of the run, for time strings and scaling.
-        **params: parameters of a schedule that is given by name.
+        **params: parameters of the schedule, if ``schedule`` is a name.
 
     Raises:
         ValueError: the schedule is invalid (`ScheduleError`) or does not fit the optimizer.
@@ -314,8 +318,8 @@ def attach(
         schedule = {"type": schedule, "params": params}
     elif params:
         raise ValueError(
-            f"keyword parameters must come with the name of a schedule, but {', '.join(params)} "
-            f"came with {schedule!r}; put them into it."
+            f"Keyword parameters are only accepted with the name of a schedule, got "
+            f"{', '.join(params)} with {schedule!r}. Set them in the schedule itself."
         )
     if not isinstance(schedule, Schedule):
         schedule = from_config(schedule)
@@ -325,9 +329,9 @@ def attach(
 def bind(
     schedule: Schedule[Any], optimizer: Optimizer, *, horizon: Horizon | None = None
 ) -> ScheduleBinder:
-    """Bind a schedule to an optimizer.
+    """Attach a `Schedule` to an optimizer.
 
     Raises:
-        ValueError: it does not fit the optimizer, or the run.
+        ValueError: the schedule does not fit the optimizer or the run.
     """
     return ScheduleBinder(schedule, optimizer, horizon=horizon)

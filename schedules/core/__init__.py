@@ -1,1 +1,1 @@
-"""What schedules are made of: curves, parameter fields, durations, the registry."""
+"""Building blocks of schedules: curves, parameter fields, durations, and the registry."""

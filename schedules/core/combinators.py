@@ -1,4 +1,4 @@
-"""Combinators: curves made of other curves. The shapes themselves are in `schedules.core.curves`.
+"""Combinators: curves built from other curves. The basic shapes are in `schedules.core.curves`.
 
 >>> from schedules.core.curves import linear
 >>> one_up_one_down = join([linear(0.0, 1.0, steps=4), linear(1.0, 0.0, steps=2)], [4])
@@ -59,24 +59,25 @@ class _Join(Curve):
 
 
 def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[str] = ()) -> Curve:
-    """Return the curve that follows each part in turn, every part on a clock of its own.
+    """Return the curve that runs the parts one after the other. Each part counts its steps from 0.
 
     Args:
-        parts: the curves, in order.
-        boundaries: the step at which each part but the first begins, in ascending order. A part
-            between two equal boundaries has no steps.
-        names: what people call each part that has no named phases of its own; a plot shows it.
+        parts: curves, in order.
+        boundaries: step at which each part except the first starts, in ascending order. A part
+            between two equal boundaries is skipped.
+        names: name of each part without named phases, shown in plots.
 
     Raises:
-        ValueError: the boundaries do not fit the parts, or do not ascend from 0.
+        ValueError: the number of boundaries does not match the number of parts, or the boundaries
+            are negative or not ascending.
     """
     parts, boundaries = tuple(parts), tuple(boundaries)
     if len(boundaries) != len(parts) - 1:
         raise ValueError(
-            f"`boundaries` must be one fewer than the {len(parts)} parts, but are {boundaries}."
+            f"`boundaries` must have one entry fewer than the {len(parts)} parts, got {boundaries}."
         )
     if list(boundaries) != sorted(boundaries) or (boundaries and boundaries[0] < 0):
-        raise ValueError(f"`boundaries` must ascend from 0, but are {boundaries} instead.")
+        raise ValueError(f"`boundaries` must be >= 0 and in ascending order, got {boundaries}.")
     return _Join(parts, boundaries, names or ("",) * len(parts))
 
 
@@ -88,7 +89,7 @@ class _Stairs(Curve):
         self._rounds_up = rounds_up
 
     def piece(self, step: float, origin: float = 0) -> Piece:
-        # On integers: the float k / steps * count can fall just short of a whole stair.
+        # Integer arithmetic: the float k / steps * count can fall just below a whole number.
         steps, count = self._steps, self._count
         climbed = (step - origin) * count
         if self._rounds_up:
@@ -110,7 +111,7 @@ class _Stairs(Curve):
         if not all(float(number).is_integer() for number in (steps, origin)):
             super().fill(values, begin, origin)
             return
-        # The same sums as for one stair, for the whole flight: a stair's number, where it ends.
+        # The same arithmetic as in `piece`, for all stairs at once: their numbers and their ends.
         first, last = begin - int(origin), begin - int(origin) + len(values) - 1
         steps = int(steps)
         if self._rounds_up:
@@ -124,10 +125,10 @@ class _Stairs(Curve):
 
 
 def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
-    """Return ``curve`` quantised into ``count`` equal stairs every ``steps`` steps.
+    """Return ``curve`` quantized into ``count`` equal stairs every ``steps`` steps.
 
-    The value at k is the curve's at ``floor(k * count / steps) * steps / count``; with
-    ``rounds_up`` at the next stair's edge, so that a descent is the mirror image of an ascent.
+    The value at step k is the value of ``curve`` at ``floor(k * count / steps) * steps / count``.
+    With ``rounds_up`` the floor is a ceiling, so that a descent is the mirror image of an ascent.
 
     >>> from schedules.core.curves import linear
     >>> list(stairs(linear(0.0, 1.0, steps=4), steps=4, count=2).values(6))
@@ -161,12 +162,13 @@ class _Repeat(Curve):
 
 
 def repeat(make: Callable[[int, float], Curve], steps: float, growth: float = 1) -> Curve:
-    """Return a curve that begins anew again and again: ``make(cycle, its steps)``, from cycle 0.
+    """Return a curve that repeats in cycles: cycle n is the curve ``make(n, length of cycle n)``.
 
     Args:
-        make: returns the curve of a cycle, on a clock of its own.
-        steps: length of the first cycle.
-        growth: each cycle is ``int(growth * the last one's length)`` long, at least 1.
+        make: function that returns the curve of a cycle; its steps count from the cycle's start.
+        steps: length of the first cycle, in steps.
+        growth: factor on the length from one cycle to the next, >= 1. Lengths are truncated to
+            whole steps.
 
     >>> from schedules.core.curves import linear
     >>> saw = repeat(lambda cycle, steps: linear(1.0, 0.0, steps), steps=2, growth=2)
@@ -197,7 +199,7 @@ class _Pointwise(Curve):
 
 
 def pointwise(combine: Callable[[float, float], float], left: Curve, right: Curve) -> Curve:
-    """Return the curve whose value at k is ``combine(left(k), right(k))``: a sum, a floor, ….
+    """Return the curve whose value at step k is ``combine(left(k), right(k))``.
 
     >>> from schedules.core.curves import constant, linear
     >>> list(pointwise(max, linear(1.0, 0.0, steps=4), constant(0.3)).values(5))
@@ -229,7 +231,7 @@ class _Dilate(Curve):
 
 
 def dilate(curve: Curve, ratio: float) -> Curve:
-    """Return ``curve`` made ``ratio`` times as long: at k it is the curve at ``k / ratio``.
+    """Return ``curve`` stretched by ``ratio``: its value at step k is ``curve`` at ``k / ratio``.
 
     >>> from schedules.core.curves import linear
     >>> list(dilate(linear(0.0, 1.0, steps=2), ratio=2).values(5))
@@ -254,9 +256,9 @@ class _Delay(Curve):
 
 
 def delay(curve: Curve, steps: float) -> Curve:
-    """Return ``curve`` with its clock moved: its value at k is the curve's at ``k - steps``.
+    """Return ``curve`` shifted by ``steps``: its value at step k is ``curve`` at ``k - steps``.
 
-    A negative ``steps`` begins in the midst of the curve.
+    A negative ``steps`` skips the start of the curve.
 
     >>> from schedules.core.curves import linear
     >>> list(delay(linear(0.0, 1.0, steps=4), steps=-2).values(4))

@@ -1,4 +1,4 @@
-"""`Controller`: a schedule bound to an optimizer's base values, and what it can decide."""
+"""`Controller`: a schedule bound to an optimizer's base values, and the decisions it makes."""
 
 from __future__ import annotations
 
@@ -23,53 +23,54 @@ __all__ = [
 S = TypeVar("S")
 
 Base = Mapping[str, tuple[float, ...]]
-"""Hyperparameter ("lr", "momentum", "weight_decay") to the value each group was built with."""
+"""Values that the optimizer was built with: name ("lr", "momentum", "weight_decay") to the value of
+each param group."""
 
 Values = Mapping[str, tuple[float, ...]]
-"""Hyperparameter to the value of each group."""
+"""Name of a hyperparameter to its value in each param group."""
 
 Curves = Mapping[str, tuple[Curve, ...]]
-"""Hyperparameter to the curve of each group; groups may share one curve."""
+"""Name of a hyperparameter to its curve in each param group; groups may share one curve."""
 
 
 class Decision(NamedTuple):
     """A change of the learning rate that a feedback schedule decided on."""
 
     step: int
-    """Applied steps before it took effect."""
+    """Number of steps applied before the change took effect."""
     lr: float
-    """Learning rate of the first group that it decided on."""
+    """New learning rate of the first param group."""
     why: str
     probability: float | None = None
-    """Confidence of the test behind it; None if there was no test."""
+    """Confidence of the test that led to the decision; None if there was no test."""
 
 
 class Band(NamedTuple):
-    """Mean of a Gaussian process fitted to the losses, with two standard deviations around it."""
+    """Gaussian process fitted to the losses: its mean, and two standard deviations on each side."""
 
     places: Sequence[float]
-    """Fractions of the losses seen so far, 0 to 1."""
+    """Positions in the sequence of losses so far, as fractions from 0 to 1."""
     mean: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
 
 
 class Evidence(NamedTuple):
-    """The data behind a decision, for a plot."""
+    """The data that a decision is based on, for a plot."""
 
     decision: Decision
     lrs: Sequence[float]
-    """Learning rates of the first group in the steps before it."""
+    """Learning rates of the first group in the steps before the decision."""
     losses: Sequence[float]
     """Losses of these steps."""
     band: Band | None
-    """None if no test has been made."""
+    """Fit to the losses; None if no test was run."""
 
 
 class Controller(Protocol[S]):
-    """A schedule bound to base values: a rule over an explicit state.
+    """A schedule bound to base values, as functions of an explicit state.
 
-    The state holds plain numbers, and no method changes it in place.
+    The state holds plain numbers. No method changes a state in place.
     """
 
     @abstractmethod
@@ -90,7 +91,7 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return the data behind the decision that ``update(before, loss) -> after`` brought.
+        """Return the data that the decision made in ``after = update(before, loss)`` is based on.
 
         Args:
             before: state before the step.
@@ -104,12 +105,12 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def from_json(self, state: Mapping[str, Any]) -> S:
-        """Return the state that `to_json` was given."""
+        """Restore a state from the value that `to_json` returned."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenLoop(Controller[int]):
-    """The controller of every schedule without feedback; its state is the count of applied steps.
+    """The controller of every schedule without feedback. Its state is the number of applied steps.
 
     >>> import schedules
     >>> warmup = schedules.WarmupLR(warmup_num_steps=2, warmup_type="linear")
@@ -126,30 +127,30 @@ class OpenLoop(Controller[int]):
     curves: Curves
 
     def init(self) -> int:
-        """Return 0: no step was applied yet."""
+        """Return 0, the number of applied steps."""
         return 0
 
     def update(self, state: int, loss: float | None = None) -> int:
-        """Return the count plus 1; the loss has no effect."""
+        """Return the number of steps plus 1. The loss is ignored."""
         del loss
         return state + 1
 
     def values(self, state: int) -> Values:
-        """Return each curve's value at this step."""
+        """Return the value of each curve at this step."""
         return {name: tuple(curve(state) for curve in group) for name, group in self.curves.items()}
 
     def decision(self, state: int) -> None:
-        """Return None: nothing is ever decided."""
+        """Return None: only feedback schedules make decisions."""
         del state
 
     def evidence(self, before: int, loss: float, after: int) -> None:
-        """Return None: nothing is ever decided."""
+        """Return None: only feedback schedules make decisions."""
         del before, loss, after
 
     def to_json(self, state: int) -> dict[str, Any]:
-        """Return the count under the key "step"."""
+        """Return the number of applied steps under the key "step"."""
         return {"step": state}
 
     def from_json(self, state: Mapping[str, Any]) -> int:
-        """Return the count."""
+        """Return the number of applied steps."""
         return int(state["step"])

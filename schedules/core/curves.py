@@ -1,12 +1,12 @@
-"""Curves: functions from a step to a value. The only file in which shapes are written.
+"""Curves: functions from a step to a value. All basic shapes are in this file.
 
-A `Curve` is evaluated at one step (floats, the standard library alone) or at an array of steps
-(numpy, imported only then); both give the same value to the last bit. It is made of pieces, each
-one formula on a half-open range of steps, so a loop that walks through a run evaluates one flat
-function a step, and a whole run is a few array operations.
+A `Curve` is evaluated at one step (with the standard library only) or at an array of steps (with
+numpy, imported on first use). Both give the same values to the last bit. A curve consists of
+pieces: each is one formula on a half-open range of steps. A training loop therefore evaluates one
+simple function per step, and an array of all steps takes a few numpy operations.
 
-Every shape starts its own clock at 0 and says its value at its first step exactly. A ramp holds
-its end value from its last step on, so its end is exact too.
+Every shape counts its steps from 0. Its first value is exact. A ramp keeps its end value after its
+last step, so its last value is exact too.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
     >>> [warmup(step) for step in range(6)]
@@ -47,17 +47,17 @@ __all__ = [
     "until",
 ]
 
-# A formula takes a step and gives a value. One whose operators numpy evaluates bit for bit as
-# Python does (+ - * /) takes an array of steps as well: see `Piece.elementwise`.
+# A formula maps a step to a value. If it uses only + - * /, which numpy and Python evaluate to the
+# same bits, it accepts an array of steps too: see `Piece.elementwise`.
 Formula = Callable[[Any], Any]
 
 _BLOCK = 8192
 
 
 class Line(NamedTuple):
-    """A straight formula taken apart: ``begin_value + rise * ((step - origin) / steps)``.
+    """The coefficients of a linear formula: ``begin_value + rise * ((step - origin) / steps)``.
 
-    Curves that climb and fall together share the quotient, so it is worked out once for all.
+    Curves with the same origin and steps share the quotient, so it is computed once for all.
     """
 
     begin_value: float
@@ -67,53 +67,53 @@ class Line(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One formula of a curve and the steps on which it holds: ``begin <= step < end``.
+    """One formula of a curve, valid for ``begin <= step < end``.
 
-    The bounds may lie between two steps, as where a duration is given in samples.
+    The bounds can be fractional, for example if a duration is specified in samples.
     """
 
     begin: float
     end: float
     at: Formula
     elementwise: bool
-    """Whether an array has to be evaluated element by element, because numpy's own version of a
-    function (sin, log, a power) may differ from `math`'s in the last bit."""
+    """Whether an array is evaluated element by element, because sin, log and powers of numpy can
+    differ from those of `math` in the last bit."""
     line: Line | None = None
-    """The same formula taken apart, where it is straight."""
+    """Coefficients of the formula, if it is linear."""
 
 
 def level(value: float, begin: float, end: float) -> Piece:
-    """Return the piece that has one value from ``begin`` to ``end``."""
+    """Return the piece with a constant value from ``begin`` to ``end``."""
     line = Line(value, 0.0, begin, 1.0)
     return Piece(begin, end, lambda k: value, elementwise=False, line=line)
 
 
 def until(piece: Piece, end: float) -> Piece:
-    """Return the piece, cut off at ``end``."""
+    """Return the piece, truncated at ``end``."""
     return piece if piece.end <= end else Piece(piece.begin, end, *piece[2:])
 
 
 class Phase(NamedTuple):
-    """A stretch of a curve that people have a name for, and the step at which it begins."""
+    """A named part of a curve and the step at which it starts."""
 
     begin: float
     name: str
 
 
 class Curve(ABC):
-    """A function from a step (0, 1, 2, …) to a value; see the module for what it promises."""
+    """A function from a step (0, 1, 2, …) to a value; see the module's docstring."""
 
     @abstractmethod
     def piece(self, step: float, origin: float = 0) -> Piece:
-        """Return the piece that holds at ``step`` when this curve's clock starts at ``origin``."""
+        """Return the piece that contains ``step`` if this curve starts at step ``origin``."""
 
     def phases(self, origin: float = 0) -> tuple[Phase, ...]:
-        """Return the named stretches when this curve's clock starts at ``origin``."""
-        del origin  # only what is made of other curves has any
+        """Return the named phases if this curve starts at step ``origin``."""
+        del origin  # only combined curves have phases
         return ()
 
     def pieces(self, begin: int, end: int) -> Iterator[Piece]:
-        """Yield the pieces of the steps from ``begin`` up to, but without, ``end``."""
+        """Yield the pieces of the steps ``begin`` to ``end - 1``."""
         while begin < end:
             piece = self.piece(begin)
             stop = math.ceil(piece.end) if piece.end < end else end
@@ -121,12 +121,12 @@ class Curve(ABC):
             begin = stop
 
     def values(self, count: int) -> Iterator[float]:
-        """Yield the values of the steps from 0 up to, but without, ``count``, in pure Python."""
+        """Yield the values of the steps 0 to ``count - 1``, without numpy."""
         for piece in self.pieces(0, count):
             yield from map(piece.at, range(int(piece.begin), int(piece.end)))
 
     def array(self, count: int) -> NDArray[Any]:
-        """Return the values of the steps from 0 up to, but without, ``count``, as an array.
+        """Return the values of the steps 0 to ``count - 1`` as an array.
 
         >>> linear(0.0, 1.0, steps=2).array(3)
         array([0. , 0.5, 1. ])
@@ -138,9 +138,9 @@ class Curve(ABC):
         return values
 
     def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
-        """Write the values of the steps from ``begin`` on into an array, as many as it holds.
+        """Fill an array with the values of consecutive steps, starting at step ``begin``.
 
-        Curves of very many pieces do better than one after the other.
+        Curves with many pieces override this method, because a loop over the pieces is slow.
         """
         import numpy as np
 
@@ -149,7 +149,7 @@ class Curve(ABC):
         while done < end:
             piece = self.piece(done, origin)
             stop = math.ceil(piece.end) if piece.end < end else end
-            # In blocks that stay in the processor's cache: four times as fast as all at once.
+            # Blocks that fit into the CPU cache are four times as fast as the whole array at once.
             for first in range(done, stop, _BLOCK):
                 last = min(first + _BLOCK, stop)
                 block = values[first - begin : last - begin]
@@ -178,7 +178,7 @@ class Curve(ABC):
         """
         if isinstance(steps, int):
             if steps < 0:
-                raise ValueError(f"`step` must be 0 or more, but is {steps} instead.")
+                raise ValueError(f"`step` must be >= 0, got {steps}.")
             value: float = self.piece(steps).at(steps)
             return value
         import numpy as np
@@ -186,7 +186,7 @@ class Curve(ABC):
         array = np.asarray(steps)
         flat = array.ravel()
         if flat.size and flat.min() < 0:
-            raise ValueError(f"`steps` must be 0 or more, but hold {flat.min()}.")
+            raise ValueError(f"`steps` must all be >= 0, got {flat.min()}.")
         order = None if (flat[1:] >= flat[:-1]).all() else np.argsort(flat, kind="stable")
         ascending = flat if order is None else flat[order]
         values = self.over(ascending)
@@ -197,7 +197,7 @@ class Curve(ABC):
         return values.reshape(array.shape)
 
     def over(self, ascending: NDArray[Any]) -> NDArray[Any]:
-        """Return the values at steps in ascending order, which may lie between two updates."""
+        """Return the values at steps in ascending order; the steps can be fractional."""
         import numpy as np
 
         values = np.empty(ascending.size)
@@ -216,7 +216,7 @@ class Curve(ABC):
 
 
 class _Shape(Curve):
-    """One formula from step 0, and from ``steps`` on (if that is finite) its end value."""
+    """One formula from step 0 to ``steps``; after that, if ``steps`` is finite, the end value."""
 
     def __init__(
         self,
@@ -246,8 +246,8 @@ class _Linear(Curve):
         self._steps = steps
 
     def piece(self, step: float, origin: float = 0) -> Piece:
-        # Not written as a*(1-x) + b*x: that leaves [a, b] by a bit, and is not flat when a == b.
-        # This would miss the end by a bit, but the end is the held value's own piece.
+        # Not a*(1-x) + b*x: rounding can move that outside [a, b], and if a == b it is not
+        # constant. This form can miss the end value by one bit, but the end is a separate piece.
         begin_value, end_value, steps = self._begin_value, self._end_value, self._steps
         end = origin + steps
         if step >= end:
@@ -267,12 +267,12 @@ class _Constant(Curve):
         self._value = value
 
     def piece(self, step: float, origin: float = 0) -> Piece:
-        del step  # one piece for all
+        del step  # one piece covers all steps
         return level(self._value, origin, math.inf)
 
 
 def constant(value: float) -> Curve:
-    """Return the curve that is ``value`` at every step.
+    """Return the constant curve with this value.
 
     >>> constant(0.1)(1_000_000)
     0.1
@@ -281,7 +281,7 @@ def constant(value: float) -> Curve:
 
 
 def linear(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return the straight ramp ``begin + (end - begin) * k / steps``, held from ``steps`` on.
+    """Return the linear ramp ``start + (end - start) * k / steps``, constant from ``steps`` on.
 
     >>> list(linear(1.0, 2.0, steps=4).values(6))
     [1.0, 1.25, 1.5, 1.75, 2.0, 2.0]
@@ -292,13 +292,13 @@ def linear(begin_value: float, end_value: float, steps: float) -> Curve:
 def eased(
     begin_value: float, end_value: float, steps: float, rise: Callable[[float], float]
 ) -> Curve:
-    """Return ``begin + (end - begin) * rise(k / steps)``, held from ``steps`` on.
+    """Return ``start + (end - start) * rise(k / steps)``, constant from step ``steps`` on.
 
     Args:
-        begin_value: the value at step 0.
-        end_value: the value at ``steps`` and after.
+        begin_value: value at step 0.
+        end_value: value at step ``steps`` and after.
         steps: length of the ramp.
-        rise: from 0 at 0 to 1 at 1.
+        rise: function on [0, 1] with ``rise(0) == 0`` and ``rise(1) == 1``.
 
     >>> list(eased(0.0, 1.0, steps=4, rise=lambda x: x * x).values(6))
     [0.0, 0.0625, 0.25, 0.5625, 1.0, 1.0]
@@ -312,7 +312,9 @@ def eased(
 
 
 def cosine(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return half a cosine wave, ``end + (begin - end) * (1 + cos(pi * k / steps)) / 2``, held.
+    """Return half a cosine wave: ``end + (start - end) * (1 + cos(pi * k / steps)) / 2``.
+
+    It is constant from step ``steps`` on.
 
     >>> [round(value, 6) for value in cosine(1.0, 0.0, steps=4).values(6)]
     [1.0, 0.853553, 0.5, 0.146447, 0.0, 0.0]
@@ -325,7 +327,7 @@ def cosine(begin_value: float, end_value: float, steps: float) -> Curve:
 
 
 def polynomial(begin_value: float, end_value: float, steps: float, power: float) -> Curve:
-    """Return ``end + (begin - end) * (1 - k / steps) ** power``, held.
+    """Return ``end + (start - end) * (1 - k / steps) ** power``, constant from step ``steps`` on.
 
     >>> list(polynomial(1.0, 0.0, steps=4, power=2.0).values(6))
     [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
@@ -334,7 +336,9 @@ def polynomial(begin_value: float, end_value: float, steps: float, power: float)
 
 
 def one_minus_sqrt(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return ``begin + (end - begin) * sqrt(k / steps)``, held: fast at first, then ever slower.
+    """Return ``start + (end - start) * sqrt(k / steps)``, constant from step ``steps`` on.
+
+    The change is fast at first and slows down.
 
     >>> list(one_minus_sqrt(1.0, 0.0, steps=4).values(6))[:2]
     [1.0, 0.5]
@@ -345,7 +349,7 @@ def one_minus_sqrt(begin_value: float, end_value: float, steps: float) -> Curve:
 
 
 def half_life(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return ``begin + (end - begin) * 2 * (1 - 2 ** (-k / steps))``, held.
+    """Return ``start + (end - start) * 2 * (1 - 2 ** (-k / steps))``, constant from ``steps`` on.
 
     >>> [round(value, 6) for value in half_life(1.0, 0.0, steps=2).values(4)]
     [1.0, 0.414214, 0.0, 0.0]
@@ -357,7 +361,9 @@ def half_life(begin_value: float, end_value: float, steps: float) -> Curve:
 
 
 def geometric(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return ``begin * (end / begin) ** (k / steps)``, held: a straight line on a log scale.
+    """Return ``start * (end / start) ** (k / steps)``, constant from step ``steps`` on.
+
+    It is a straight line on a logarithmic scale.
 
     >>> [round(value, 6) for value in geometric(1.0, 0.01, steps=2).values(4)]
     [1.0, 0.1, 0.01, 0.01]
@@ -371,9 +377,9 @@ def geometric(begin_value: float, end_value: float, steps: float) -> Curve:
 
 
 def log(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return the logarithmic ramp ``begin + (end - begin) * ln(1 + k) / ln(steps)``, held.
+    """Return DeepSpeed's logarithmic ramp ``start + (end - start) * ln(1 + k) / ln(steps)``.
 
-    It is DeepSpeed's: it comes to its end at ``k = steps - 1`` (one step up where ``steps`` is 1).
+    It reaches its end at ``k = steps - 1`` (if ``steps`` is 1, at ``k = 1``) and is constant after.
 
     >>> [round(value, 6) for value in log(0.0, 1.0, steps=4).values(6)]
     [0.0, 0.5, 0.792481, 1.0, 1.0, 1.0]
@@ -385,7 +391,7 @@ def log(begin_value: float, end_value: float, steps: float) -> Curve:
 
 
 def exponential(begin_value: float, factor: float, steps: float) -> Curve:
-    """Return ``begin * factor ** (k / steps)``, which goes on for ever.
+    """Return the exponential curve ``start * factor ** (k / steps)``, without an end.
 
     >>> list(exponential(1.0, factor=0.25, steps=2).values(5))
     [1.0, 0.5, 0.25, 0.125, 0.0625]
@@ -398,7 +404,7 @@ def exponential(begin_value: float, factor: float, steps: float) -> Curve:
 
 
 def inverse_sqrt(begin_value: float, steps: float) -> Curve:
-    """Return ``begin / sqrt(1 + k / steps)``, which goes on for ever.
+    """Return the decay ``start / sqrt(1 + k / steps)``, without an end.
 
     >>> list(inverse_sqrt(1.0, steps=1).values(4))[::3]
     [1.0, 0.5]
@@ -411,7 +417,7 @@ def inverse_sqrt(begin_value: float, steps: float) -> Curve:
 
 
 def inverse_time(begin_value: float, rate: float, steps: float) -> Curve:
-    """Return the hyperbolic decay ``begin / (1 + rate * k / steps)``, which goes on for ever.
+    """Return the hyperbolic decay ``start / (1 + rate * k / steps)``, without an end.
 
     >>> list(inverse_time(1.0, rate=1.0, steps=2).values(5))
     [1.0, 0.6666666666666666, 0.5, 0.4, 0.3333333333333333]
@@ -424,7 +430,7 @@ def inverse_time(begin_value: float, rate: float, steps: float) -> Curve:
 
 
 def linear_growth(begin_value: float, rate: float, steps: float) -> Curve:
-    """Return the line ``begin * (1 + rate * k / steps)``, which goes on for ever.
+    """Return the linear growth ``start * (1 + rate * k / steps)``, without an end.
 
     >>> list(linear_growth(0.5, rate=1.0, steps=2).values(4))
     [0.5, 0.75, 1.0, 1.25]
@@ -437,7 +443,7 @@ def linear_growth(begin_value: float, rate: float, steps: float) -> Curve:
 
 
 def from_function(function: Callable[[float], float]) -> Curve:
-    """Return the curve of any function of the step.
+    """Return the curve of a function of the step.
 
     >>> list(from_function(lambda k: 0.5**k).values(3))
     [1.0, 0.5, 0.25]

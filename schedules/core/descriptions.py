@@ -1,7 +1,7 @@
-"""What each field of a schedule means: the string literal under it in the class body.
+"""Descriptions of a schedule's fields: the string literal below each field in the class body.
 
-The descriptions of onecycle's own schedules are in the generated index. Only for other classes the
-source is read at run time.
+The descriptions of the built-in schedules are in a generated index. For custom schedules they are
+read from the source code at run time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 __all__ = ["INDEX", "descriptions_in_source", "descriptions_of", "read_index"]
 
 INDEX = Path(__file__).parent / "index.json"
-"""Each schedule's family and field descriptions by its name, written by ``tools/generate.py``."""
+"""Name of a schedule to its family and field descriptions; written by ``tools/generate.py``."""
 
 
 @functools.cache
@@ -30,15 +30,15 @@ def read_index() -> Mapping[str, Mapping[str, Any]]:
 
 
 def descriptions_of(schedule: type) -> dict[str, str]:
-    """Return the description of each field; "" if the source of its class is not available.
+    """Return the description of each field; "" if the source code is not available.
 
-    A field whose class has a source, but no string under the field, is left out.
+    If the source code is available, fields without a string below them are omitted.
     """
     return _descriptions(schedule, read_index())
 
 
 def descriptions_in_source(schedule: type) -> dict[str, str]:
-    """Return the same as `descriptions_of`, from the source only."""
+    """Return the same as `descriptions_of`, but without the generated index."""
     return _descriptions(schedule, {})
 
 
@@ -58,12 +58,12 @@ def _descriptions(schedule: type, index: Mapping[str, Mapping[str, Any]]) -> dic
 
 
 def _read_source(cls: type) -> dict[str, str]:
-    """Return the descriptions of the fields that a class itself adds."""
+    """Return the descriptions of the fields that are defined in this class, not in its bases."""
     own = vars(cls).get("__annotations__", {})
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     except (OSError, TypeError, SyntaxError):
-        return dict.fromkeys(own, "")  # typed at a prompt, or made by a function
+        return dict.fromkeys(own, "")  # defined at a prompt or created at run time
     assert isinstance(body, ast.ClassDef)
     descriptions = dict.fromkeys(own, "")
     for statement, below in zip(body.body, [*body.body[1:], None], strict=True):

@@ -1,7 +1,8 @@
-"""Durations: counts of steps, or Composer's time strings, and the run that they are a part of.
+"""Durations: numbers of steps or Composer's time strings.
 
-A string is a number and a unit: ``"10ep"`` epochs, ``"500ba"`` batches (optimizer updates),
-``"4096sp"`` samples, ``"0.1dur"`` a share of the run. They become steps against a `Horizon`.
+A time string is a number and a unit: ``"10ep"`` epochs, ``"500ba"`` batches (optimizer steps),
+``"4096sp"`` samples, ``"0.1dur"`` fraction of the run. A `Horizon` describes the run;
+converting a time string to steps requires it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _WHOLE = ("ep", "ba", "sp")
 
 
 class DurationError(ValueError):
-    """A duration that cannot become steps here; the message says what is missing.
+    """A duration that cannot be converted to steps; the message names the missing information.
 
     ValueError
     └── DurationError
@@ -26,24 +27,24 @@ class DurationError(ValueError):
 
 
 class FractionalSteps(float):
-    """A duration that was resolved and ends between two updates, as 6 samples of 4 an update."""
+    """A resolved duration that ends between two steps, such as 6 samples at 4 samples per step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """The run that durations are a part of.
+    """The length of a run in steps, epochs and samples, used to convert time strings to steps.
 
     Args:
-        total_steps: length of the run in optimizer updates, as configured: before it is scaled.
-        steps_per_epoch: optimizer updates in one pass over the data.
-        samples_per_step: samples that one update sees (``train_batch_size``).
-        scale_ratio: the scale schedule ratio: how many times as long the run is to be.
+        total_steps: configured length of the run in optimizer steps, before scaling.
+        steps_per_epoch: optimizer steps in one pass over the data.
+        samples_per_step: samples in one optimizer step (``train_batch_size``).
+        scale_ratio: scale schedule ratio: factor on the length of the run.
         scale_warmup: whether warmups are scaled too.
-        counts_samples: whether the length of the run was given in samples. Shares of it are whole
-            samples then, not whole updates.
+        counts_samples: whether the length of the run was specified in samples. Fractions of the run
+            are then rounded down to whole samples instead of whole steps.
 
     Raises:
-        ValueError: a number is not positive.
+        ValueError: a number is not positive and finite.
 
     >>> Horizon(total_steps=60, scale_ratio=0.5).scaled_steps
     30
@@ -60,13 +61,11 @@ class Horizon:
         for field in dataclasses.fields(self)[:4]:
             value = getattr(self, field.name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(
-                    f"`{field.name}` must be a positive number, but is {value} instead."
-                )
+                raise ValueError(f"`{field.name}` must be a positive number, got {value}.")
 
     @property
     def scaled_steps(self) -> float | None:
-        """Length of the run after scaling; whole where the configured length is."""
+        """Length of the run after scaling, in optimizer steps."""
         if self.total_steps is None:
             return None
         if self.counts_samples and self.samples_per_step:
@@ -76,23 +75,25 @@ class Horizon:
 
 
 def is_unresolved(value: Any) -> bool:
-    """Return whether a field's value is a time string."""
+    """Return whether the value of a field is a time string."""
     return isinstance(value, str) and _TIME.fullmatch(value) is not None
 
 
 def steps_of(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
-    """Return a duration in optimizer updates.
+    """Return a duration in optimizer steps.
 
-    Whole counts stay whole by truncation, as in Composer; samples may end between two updates.
+    The result is truncated to whole steps, like in Composer. Only durations in samples can end
+    between two steps.
 
     Args:
-        duration: a count of updates, or a time string.
-        horizon: the run.
-        scaled: whether the scale schedule ratio applies. A share of the run (``dur``) is one of
-            the scaled run in any case.
+        duration: number of steps, or a time string.
+        horizon: length of the run.
+        scaled: whether the scale schedule ratio applies. It always applies to a fraction of the run
+            (``dur``).
 
     Raises:
-        DurationError: the horizon lacks what the unit needs, or the unit is none of ours.
+        DurationError: the horizon does not have the value that the unit requires, or the unit is
+            unknown.
 
     >>> steps_of("0.29dur", Horizon(total_steps=100), scaled=True)
     28
@@ -106,23 +107,23 @@ def steps_of(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
     if unit == "dur":
         if horizon.scaled_steps is None:
             raise DurationError(
-                f"{duration!r} needs the length of the run: "
-                'give it, as "engine": {"max_duration": "10ep"} in a config or '
-                "horizon=Horizon(total_steps=…) in a loop of your own, or write a count of updates."
+                f"{duration!r} needs the length of the run. "
+                'Set "engine": {"max_duration": "10ep"} in the config, pass '
+                "horizon=Horizon(total_steps=…) in a custom loop, or specify a number of steps."
             )
         return _share(value, horizon)
     if unit == "ep":
         if horizon.steps_per_epoch is None:
             raise DurationError(
-                f"{duration!r} needs the length of an epoch: give `training_data` to initialize, "
-                "--steps-per-epoch to the command, or write a count of updates."
+                f"{duration!r} needs the length of an epoch. Pass `training_data` to `initialize`, "
+                "pass `--steps-per-epoch` to the command, or specify a number of steps."
             )
         return int(int(value * horizon.steps_per_epoch) * ratio)
     if unit == "sp":
         if horizon.samples_per_step is None:
             raise DurationError(
-                f"{duration!r} needs the number of samples in an update: "
-                'give "train_batch_size", or write a count of updates.'
+                f"{duration!r} needs the number of samples per step. "
+                "Set `train_batch_size`, or specify a number of steps."
             )
         return _whole(int(value * ratio) / horizon.samples_per_step)
     return int(value * ratio)
@@ -142,22 +143,24 @@ def _parse(text: str) -> tuple[float, str]:
     unit = match[2].lower() if match else ""
     if unit == "tok":
         raise DurationError(
-            f"{text!r} counts tokens, which vary from batch to batch and are known to the model "
-            "alone: a schedule of them would not be a function of the update. Write ba or dur."
+            f"{text!r} counts tokens, which vary from batch to batch, so it cannot be converted to "
+            'steps. Use a number of steps ("500ba") or a fraction of the run ("0.1dur").'
         )
     if match is None or unit not in (*_WHOLE, "dur"):
         raise DurationError(
-            f"a duration must be a count of updates or a string in ep, ba, sp or dur, as "
-            f'"10ep" or "0.1dur", but is {text!r} instead.'
+            "a duration must be a number of steps, or a string in ep, ba, sp or dur such as "
+            f'"10ep" or "0.1dur", got {text!r}.'
         )
     value = float(match[1])
     if unit != "dur" and value != int(value):
-        raise DurationError(f"{text!r} must be whole: only a share of the run (dur) is not.")
+        raise DurationError(
+            f"{text!r} must be a whole number of {unit}. Only dur accepts a fraction."
+        )
     return value, unit
 
 
 def _whole(scaled: float, configured: float | None = None) -> float:
-    """Truncate what was configured as a whole number; write a whole float as an int."""
+    """Truncate if the configured value is a whole number; return whole floats as int."""
     if configured is not None and float(configured).is_integer():
         return int(scaled)
     return int(scaled) if float(scaled).is_integer() else FractionalSteps(scaled)

@@ -1,7 +1,8 @@
-"""Fields of schedules: each range and unit said once, for the constructor and for the JSON schema.
+"""Types of schedule fields, with ranges and units.
 
-A schedule annotates its fields with the types of this file. `fields_of` reads them back as
-JSON schemas, which the constructor checks and which are written to ``schemas/schedulers``.
+A schedule annotates its fields with the types of this file. `fields_of` converts the annotations to
+JSON schemas. The constructor validates the arguments against them, and they are written to
+``schemas/schedulers``.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ __all__ = [
 
 
 class Range(NamedTuple):
-    """The numbers that a field takes; for a list, what each of its items takes."""
+    """The range of a field's number, or of each number in its list."""
 
     at_least: float | None = None
     above: float | None = None
@@ -56,7 +57,7 @@ class Range(NamedTuple):
     at_most: float | None = None
 
     def json_schema(self) -> dict[str, float]:
-        """Return the range in JSON Schema's keywords."""
+        """Return the range as JSON Schema keywords."""
         keywords = {
             "minimum": self.at_least,
             "exclusiveMinimum": self.above,
@@ -67,40 +68,42 @@ class Range(NamedTuple):
 
 
 class Duration(NamedTuple):
-    """Marks a field as a length of time, which may be a time string and which scaling dilates."""
+    """Marks a field as a duration: it can be a time string, and `Horizon.scale_ratio` applies."""
 
     warmup: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Items:
-    """What each item of a list takes, as a JSON schema."""
+    """The JSON schema of each item of a list."""
 
     schema: Mapping[str, Any]
 
 
 class FilledIn(NamedTuple):
-    """Marks a field that a config may leave to an integration, by the value "auto"."""
+    """Marks a field that accepts "auto" in a config: another library fills in the value."""
 
     by: str
 
 
 class AnyValue(NamedTuple):
-    """Marks a field that takes any JSON value, whose meaning another class's constructor knows."""
+    """Marks a field that accepts any JSON value, because it is passed on to another class."""
 
 
 PerGroup = float | Sequence[float]
-"""A number for all param groups, or a list with one for each."""
+"""A number for all param groups, or a list with one number per group."""
 
-LearningRate = Annotated[PerGroup, Range(at_least=0), "per step; a list gives one to each group"]
+LearningRate = Annotated[PerGroup, Range(at_least=0), "per step; a list has one value per group"]
 Momentum = Annotated[
-    PerGroup, Range(at_least=0, below=1), "momentum or betas[0]; a list gives one to each group"
+    PerGroup, Range(at_least=0, below=1), "momentum or betas[0]; a list has one value per group"
 ]
-WeightDecay = Annotated[PerGroup, Range(at_least=0), "a list gives one to each group"]
+WeightDecay = Annotated[PerGroup, Range(at_least=0), "a list has one value per group"]
 Rate = Annotated[float, Range(at_least=0)]
-Ratio = Annotated[float, Range(at_least=0, at_most=1), "share of the group's own learning rate"]
-Factor = Annotated[float, Range(at_least=0), "share of the group's own learning rate"]
-_TIME = 'optimizer updates, or a string as "10ep", "500ba", "4096sp", "0.1dur"'
+Ratio = Annotated[
+    float, Range(at_least=0, at_most=1), "fraction of the param group's learning rate"
+]
+Factor = Annotated[float, Range(at_least=0), "fraction of the param group's learning rate"]
+_TIME = 'optimizer steps, or a string such as "10ep", "500ba", "4096sp", "0.1dur"'
 Steps = Annotated[int | str, Duration(), Range(at_least=1), _TIME]
 WarmupSteps = Annotated[int | str, Duration(warmup=True), Range(at_least=1), _TIME]
 StepsOrZero = Annotated[int | str, Duration(), Range(at_least=0), _TIME]
@@ -136,7 +139,7 @@ _LIMITS = {
 
 
 def wanted(schema: Mapping[str, Any]) -> str:
-    """Return in words what a JSON schema takes, as an error message says it.
+    """Describe the values that a JSON schema accepts, for an error message.
 
     >>> wanted({"type": ["integer", "null"], "minimum": 1})
     'a whole number or null, at least 1'
@@ -152,16 +155,16 @@ def wanted(schema: Mapping[str, Any]) -> str:
     if "^auto$" in schema.get("pattern", ""):
         kinds = kinds.replace(_WORDS["string"], '"auto"')
     elif "pattern" in schema:
-        kinds = kinds.replace(_WORDS["string"], 'a time as "10ep" or "0.1dur"')
+        kinds = kinds.replace(_WORDS["string"], 'a time such as "10ep" or "0.1dur"')
     limits = [f"{word} {schema[key]:g}" for key, (word, _) in _LIMITS.items() if key in schema]
     return f"{kinds}, {' and '.join(limits)}" if limits else kinds
 
 
 def accepts(schema: Mapping[str, Any], value: Any) -> bool:
-    """Return whether a field's JSON schema takes a value; lists may be tuples.
+    """Return whether a value is valid for a field's JSON schema; lists can be tuples.
 
-    It knows the keywords that fields use, so that a schedule can be constructed, and refused,
-    without a JSON Schema library.
+    It supports only the keywords that fields use, so that validating a schedule does not require a
+    JSON Schema library.
 
     >>> accepts({"type": "number", "minimum": 0}, float("nan"))
     False
@@ -192,17 +195,17 @@ def accepts(schema: Mapping[str, Any], value: Any) -> bool:
 
 
 def as_number(value: float | str | Sequence[float]) -> float:
-    """Return a field's value, which is a number once its schedule is resolved and per group.
+    """Return the value of a field as a number; the schedule must be resolved and per group.
 
     Raises:
-        ValueError: it is still a time string or a list.
+        ValueError: the value is still a time string or a list.
 
     >>> as_number("0.1dur")
     Traceback (most recent call last):
     ValueError: '0.1dur' is not a number. Call the schedule's `resolve` or `per_group` first.
     """
     if not isinstance(value, int | float):
-        raise ValueError(  # noqa: TRY004  # the value is of a type that the field accepts
+        raise ValueError(  # noqa: TRY004  # the field accepts values of this type
             f"{value!r} is not a number. Call the schedule's `resolve` or `per_group` first."
         )
     return value
@@ -213,7 +216,7 @@ _ANY_RUN = Horizon(total_steps=1, steps_per_epoch=1, samples_per_step=1)
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One parameter of a schedule: what it takes, and what it is when absent."""
+    """A parameter of a schedule: its JSON schema, unit and default."""
 
     name: str
     schema: Mapping[str, Any]
@@ -225,14 +228,14 @@ class Field:
 
     @property
     def per_group(self) -> bool:
-        """Whether it takes a number for all param groups, or a list with one for each."""
+        """Whether the field accepts a list with one number per param group."""
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
     def convert(self, value: Any) -> Any:
-        """Return a value read from JSON as the constructor takes it: lists as tuples, 1e3 as 1000.
+        """Convert a value read from JSON: lists to tuples, 1e3 to 1000.
 
         Raises:
-            ValueError: the field does not take this value.
+            ValueError: the value is invalid for this field.
         """
         if isinstance(value, list):
             value = tuple(value)
@@ -245,11 +248,9 @@ class Field:
         if any(isinstance(each, FractionalSteps) for each in _each(value)):
             return value
         if isinstance(value, str) and self.duration is not None:
-            steps_of(value, _ANY_RUN, scaled=False)  # says what is wrong with the string
+            steps_of(value, _ANY_RUN, scaled=False)  # raises if invalid
         if not accepts(self.schema, value):
-            raise ValueError(
-                f"`{self.name}` must be {wanted(self.schema)}, but is {value!r} instead."
-            )
+            raise ValueError(f"`{self.name}` must be {wanted(self.schema)}, got {value!r}.")
         return value
 
 
@@ -259,10 +260,10 @@ def _each(value: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def fields_of(schedule: type) -> Mapping[str, Field]:
-    """Return the fields of a schedule's dataclass by name, read from its annotations.
+    """Return the fields of a schedule's dataclass: name to field, read from the annotations.
 
     Raises:
-        TypeError: an annotation is none that JSON can carry.
+        TypeError: an annotation cannot be expressed in JSON Schema.
     """
     hints = typing.get_type_hints(schedule, include_extras=True)
     return {field.name: _field(field, hints[field.name]) for field in dataclasses.fields(schedule)}
@@ -270,7 +271,7 @@ def fields_of(schedule: type) -> Mapping[str, Field]:
 
 @dataclasses.dataclass
 class _Annotation:
-    """What the annotation of a field says, read part by part."""
+    """The annotation of a field, collected part by part."""
 
     name: str
     types: list[str] = dataclasses.field(default_factory=list)
@@ -283,7 +284,7 @@ class _Annotation:
     free: bool = False
 
     def read(self, hint: Any) -> _Annotation:
-        """Take in a type, and all that it is made of."""
+        """Add a type and the types that it consists of."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin is Annotated:
             for mark in arguments[1:]:
@@ -296,11 +297,13 @@ class _Annotation:
             self.choices = arguments
             self.types.append("string")
         elif hint is Any and self.free:
-            pass  # `AnyValue` has said it
+            pass  # marked by `AnyValue`
         elif (plain := origin or hint) in _JSON_TYPES:
             self.types.append(_JSON_TYPES[plain])
         else:
-            raise TypeError(f"`{self.name}` has the annotation {hint}, which JSON cannot carry.")
+            raise TypeError(
+                f"`{self.name}` has the annotation {hint}, which JSON Schema cannot express."
+            )
         return self
 
     def _read_mark(self, mark: Any) -> None:
@@ -340,14 +343,14 @@ class _Annotation:
 
 
 def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
-    said = _Annotation(field.name).read(hint)
+    annotation = _Annotation(field.name).read(hint)
     required = field.default is dataclasses.MISSING
     return Field(
         field.name,
-        said.schema,
-        said.unit,
-        said.duration,
+        annotation.schema,
+        annotation.unit,
+        annotation.duration,
         required=required,
         default=None if required else field.default,
-        filled_in_by=said.filled_in_by,
+        filled_in_by=annotation.filled_in_by,
     )

@@ -1,4 +1,4 @@
-"""Import what a config names as ``module:attribute``, with errors that say why it failed."""
+"""Import ``module:attribute`` paths from a config and report why an import fails."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["import_attribute"]
 
 
 def import_attribute(path: str) -> Any:
-    """Return the attribute of ``module:attribute``.
+    """Import and return the object at ``module:attribute``.
 
     Raises:
-        ValueError: the module was not found, its own import failed, or it has no such attribute.
+        ValueError: the module was not found, its import failed, or the attribute does not exist.
 
     >>> import_attribute("math:pi")
     3.141592653589793
@@ -24,11 +24,11 @@ def import_attribute(path: str) -> Any:
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module_name}.".startswith(f"{missing}."):
-            reason = f"there is no module {missing!r}. Put its directory on PYTHONPATH."
+            reason = f"there is no module {missing!r}. Add its directory to PYTHONPATH."
         else:
             text = error.msg if isinstance(error, SyntaxError) else error
             kind, location = type(error).__name__, _location(error)
-            reason = f"the import of its module failed with {kind}: {text} ({location})."
+            reason = f"importing its module failed with {kind}: {text} ({location})."
         raise ValueError(f"{path!r} cannot be imported: {reason}") from error
     try:
         return getattr(module, attribute)
@@ -37,7 +37,7 @@ def import_attribute(path: str) -> Any:
 
 
 def _location(error: Exception) -> str:
-    """Return file and line of an error in a module that was imported."""
+    """Return the file and line of an error in an imported module."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,4 +1,4 @@
-"""The JSON schema of a schedule's parameters, generated from its dataclass."""
+"""Generate the JSON schema of a schedule's parameters from its dataclass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["json_schema_of"]
 
 
 def json_schema_of(schedule: type[Schedule[Any]]) -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of the ``params`` of one ``scheduler.type``.
+    """Return the JSON Schema (draft 2020-12) of the ``params`` of a schedule.
 
     >>> from schedules import WarmupDecayLR
     >>> json_schema_of(WarmupDecayLR)["required"]
@@ -47,7 +47,7 @@ def _property(field: Field, description: str) -> dict[str, Any]:
 
 
 def _or_auto(schema: Mapping[str, Any], filled_in_by: str) -> dict[str, Any]:
-    """Return what lets a config leave the value to an integration; the schedule never sees it."""
+    """Return the schema keywords that also allow "auto"; another library replaces that value."""
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     pattern = f"^auto$|{schema['pattern']}" if "pattern" in schema else "^auto$"
     names = types if "string" in types else [*types, "string"]

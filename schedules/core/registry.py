@@ -1,4 +1,4 @@
-"""Schedules by the name that a config calls them: the class name is the JSON ``type``."""
+"""Registry of schedules. The class name is the ``type`` in a config."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ FAMILIES = (
     "feedback.autowu",
     "feedback.plateau",
 )
-"""The modules whose ``__all__`` are schedules, in the order in which they are listed."""
+"""Modules that define schedules in ``__all__``, in the order in which schedules are listed."""
 
 
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
-    """All schedules by name; a family is imported when one of its schedules is first asked for.
+    """All schedules by name. A family is imported when one of its schedules is first used.
 
-    A command that reads one config needs one family, and all of them take longer to import than
-    the config takes to check.
+    A config usually uses one family, and importing all of them takes longer than validating the
+    config.
     """
 
     def __init__(self) -> None:
@@ -66,14 +66,14 @@ class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
 
 
 def of_family(family: str) -> dict[str, type[Schedule[Any]]]:
-    """Return the schedules of a module of this package, by name."""
+    """Return the schedules of a module of this package: name to class."""
     module = importlib.import_module(f"schedules.{family}")
     classes = (getattr(module, name) for name in module.__all__)
     return {cls.type_name: cls for cls in classes}
 
 
 SCHEDULES: MutableMapping[str, type[Schedule[Any]]] = _Schedules()
-"""Every schedule that a config can name."""
+"""Built-in and registered schedules: name to class."""
 
 ENTRY_POINTS = "onecycle.schedules"
 _CUSTOM = "schedules.families.custom"
@@ -81,12 +81,12 @@ C = TypeVar("C", bound=type[Schedule[Any]])
 
 
 def register(cls: C) -> C:
-    """Make a schedule of your own known by its class name; usable as a decorator.
+    """Register a custom schedule under its class name. Can be used as a decorator.
 
     Raises:
         ValueError: the name is taken, or the class is not a frozen, keyword-only dataclass with a
-            string under each field. The strings are not required if the source is not available,
-            as at a prompt.
+            string below each field. The strings are not required if the source code is not
+            available, for example at a prompt.
 
     >>> import dataclasses, schedules
     >>> from schedules.core.curves import linear
@@ -103,41 +103,41 @@ def register(cls: C) -> C:
     """
     if cls.type_name in SCHEDULES:
         raise ValueError(
-            f"`{cls.type_name}` must be a name of its own, but a schedule has it already."
+            f"`{cls.type_name}` is already the name of a schedule. Choose another class name."
         )
-    _refuse_no_schedule(cls)
+    _check_class(cls)
     SCHEDULES[cls.type_name] = cls
     return cls
 
 
-def _refuse_no_schedule(cls: type[Schedule[Any]]) -> None:
+def _check_class(cls: type[Schedule[Any]]) -> None:
     name = cls.type_name
     settings = getattr(cls, "__dataclass_params__", None)
     if settings is None or not settings.frozen or "__dataclass_fields__" not in vars(cls):
         raise ValueError(
-            f"`{name}` must be a dataclass(frozen=True, kw_only=True); decorate the class with it."
+            f"`{name}` must be a dataclass(frozen=True, kw_only=True). Decorate the class with it."
         )
     names = [field.name for field in dataclasses.fields(cls)]
     undocumented = [name for name in names if name not in (descriptions_of(cls) if names else {})]
     if undocumented or not all(field.kw_only for field in dataclasses.fields(cls)):
         raise ValueError(
-            f"`{name}` must be keyword-only with a string under each field, which is missing under "
-            f"{', '.join(undocumented) or 'none'}."
+            f"`{name}` must be keyword-only and have a string below each field. "
+            f"Fields without a string: {', '.join(undocumented) or 'none'}."
         )
     fields_of(cls)
 
 
 def find(name: str) -> type[Schedule[Any]]:
-    """Return the schedule of that name.
+    """Return the schedule class with a name.
 
     Args:
-        name: that of a known schedule; of an entry point in the group ``onecycle.schedules``; or
-            ``module:attribute``, where the attribute is a schedule's class, checked as in
-            `register`; or a function from the update to a multiplier of the learning rate; or a
-            scheduler class in PyTorch's manner, for which a bare name of PyTorch's own will do.
+        name: name of a built-in or registered schedule, of an entry point in the group
+            ``onecycle.schedules``, or of a scheduler in ``torch.optim.lr_scheduler``; or
+            ``module:attribute`` of a schedule class (checked as in `register`), of a function from
+            the step to a factor on the learning rate, or of a PyTorch scheduler class.
 
     Raises:
-        ValueError: there is none; the message names the nearest, or all of them.
+        ValueError: the name is unknown. The message suggests the closest name, if there is one.
 
     >>> find("math:exp").__name__
     'exp'
@@ -148,28 +148,27 @@ def find(name: str) -> type[Schedule[Any]]:
         from importlib.metadata import entry_points
 
         for entry in entry_points(group=ENTRY_POINTS, name=name):
-            return _proved(name, entry.load())
+            return _as_schedule(name, entry.load())
         custom = importlib.import_module(_CUSTOM)
         if name in custom.torch_scheduler_names():
             return _load(f"{custom.TORCH_MODULE}:{name}")
         near = nearest(name, SCHEDULES)
-        cure = f"Did you mean `{near}`?" if near else "`onecycle schedules` lists them."
-        raise ValueError(
-            f"`scheduler.type` must name a known schedule, but is {name!r} instead. {cure}"
-        )
+        fix = f"Did you mean `{near}`?" if near else "`onecycle schedules` lists them."
+        raise ValueError(f"`scheduler.type` must name a known schedule, got {name!r}. {fix}")
     return SCHEDULES[name]
 
 
 def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> Schedule[Any]:
-    """Return the schedule of a ``{"type": …, "params": {…}}`` block.
+    """Build the schedule described by a ``{"type": …, "params": {…}}`` block.
 
     Args:
-        block: its type and parameters.
-        horizon: the run that its durations are resolved against, if they are to be.
+        block: type and parameters of the schedule.
+        horizon: length of the run, to convert durations to steps. Without it, durations are not
+            converted.
 
     Raises:
-        ScheduleError: a parameter is unknown, missing or wrong; ``faults`` has them all.
-        ValueError: the type is unknown, or the block is none.
+        ScheduleError: a parameter is unknown, missing or invalid; ``faults`` lists all problems.
+        ValueError: the type is unknown, or the block lacks ``type`` or has an unknown key.
 
     >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps
     100
@@ -180,22 +179,22 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
     unknown = set(block) - {"type", "params"}
     if "type" not in block or unknown:
         raise ValueError(
-            "a scheduler block must hold `type` and `params` alone, "
-            f"but holds {', '.join(sorted(block)) or 'nothing'} instead."
+            "A scheduler block must have `type`, and optionally `params`, "
+            f"got {', '.join(sorted(block)) or 'no keys'}."
         )
     cls = find(block["type"])
     params = block.get("params", {})
     fields = fields_of(cls)
     faults = [Fault(name, _unknown(cls, name, params)) for name in params if name not in fields]
     faults += [
-        Fault(None, f"`{name}` must be given, but is missing. It takes {wanted(field.schema)}.")
+        Fault(None, f"`{name}` is required. It accepts {wanted(field.schema)}.")
         for name, field in fields.items()
         if field.required and name not in params
     ]
     if faults:
         raise ScheduleError(cls.type_name, faults)
-    made = cls(**params)
-    return made if horizon is None else made.resolve(horizon)
+    schedule = cls(**params)
+    return schedule if horizon is None else schedule.resolve(horizon)
 
 
 @functools.cache
@@ -204,23 +203,23 @@ def _load(path: str) -> type[Schedule[Any]]:
         found = import_attribute(path)
     except ValueError as error:
         raise ValueError(f"`scheduler.type` {error}") from error
-    return _proved(path, found)
+    return _as_schedule(path, found)
 
 
-def _proved(path: str, found: Any) -> type[Schedule[Any]]:
+def _as_schedule(path: str, found: Any) -> type[Schedule[Any]]:
     if isinstance(found, type) and issubclass(found, Schedule):
-        _refuse_no_schedule(found)
+        _check_class(found)
         return found
     return cast("type[Schedule[Any]]", importlib.import_module(_CUSTOM).adapt(found, path))
 
 
 def _unknown(cls: type[Schedule[Any]], name: str, params: Mapping[str, Any]) -> str:
-    message = f"`{name}` is no parameter of {cls.type_name}."
+    message = f"Unknown parameter `{name}` of {cls.type_name}."
     absent = {other: field for other, field in fields_of(cls).items() if other not in params}
     fitting = [other for other, field in absent.items() if accepts(field.schema, params[name])]
     if near := nearest(name, fitting) or nearest(name, absent):
         return f"{message} Did you mean `{near}`?"
     owners = [other for other, known in SCHEDULES.items() if name in fields_of(known)]
     if owners:
-        return f"{message} It is one of {' and '.join(owners)}."
-    return f"{message} It has {', '.join(fields_of(cls))}."
+        return f"{message} It is a parameter of {' and '.join(owners)}."
+    return f"{message} Valid parameters: {', '.join(fields_of(cls))}."

@@ -1,6 +1,7 @@
-"""`Schedule`: the ``params`` of one ``scheduler.type``, validated when it is constructed.
+"""`Schedule`: the parameters of a schedule, validated by the constructor.
 
-Bound to an optimizer's base values it becomes a `schedules.core.controller.Controller`.
+`Schedule.bind` combines it with an optimizer's base values to a
+`schedules.core.controller.Controller`.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ S = TypeVar("S")
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a schedule's parameters, and the parameter to change."""
+    """A problem with a schedule's parameters, and the parameter to change."""
 
     field: str | None
     message: str
 
 
 class ScheduleError(ValueError):
-    """Parameters that make no schedule; ``faults`` holds every one that was found.
+    """Invalid parameters of a schedule; ``faults`` lists all problems.
 
     ValueError
     └── ScheduleError
@@ -64,36 +65,38 @@ if TYPE_CHECKING:
 
     @dataclass_transform(frozen_default=True, kw_only_default=True)
     def schedule_class(cls: type[C]) -> type[C]:
-        """Make a class a frozen, keyword-only dataclass, as every schedule is."""
+        """Decorate a schedule: make it a frozen, keyword-only dataclass."""
         ...
 
 else:
-    # A type checker does not see through this alias: it would reject calls with keywords.
+    # A type checker does not understand this alias and would reject calls with keywords.
     schedule_class = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 @schedule_class
 class Schedule(ABC, Generic[S]):
-    """The parameters of one ``scheduler.type``: names, types, ranges, defaults and meanings.
+    """Base class of all schedules; its fields are the ``params`` of the ``scheduler`` block.
 
-    A subclass is a frozen, keyword-only dataclass with a string under each field. It says in
-    `faults` what the fields must be to one another, and in `curves` what it drives.
+    A subclass is a frozen, keyword-only dataclass with a string below each field. `faults` checks
+    the fields against each other, and `curves` returns the values.
 
     Raises:
-        ScheduleError: a parameter is of the wrong type, out of its range, or at odds with another.
+        ScheduleError: a parameter has the wrong type, is out of range, or conflicts with another.
     """
 
     type_name: ClassVar[str]
-    """What a config calls this schedule; the class's name, unless `type_name` says another."""
+    """Name of this schedule in a config: the class name, unless ``type_name=`` is passed to the
+    class statement."""
 
     clock_is_step: ClassVar[bool] = False
-    """Whether a parameter means "for each step", so that scaling dilates the curves as a whole."""
+    """Whether a parameter is a rate per step. The scale schedule ratio then stretches the curves,
+    instead of the durations."""
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = None
-    """The input that each step must give it; None if its values follow from the step alone."""
+    """Input that the schedule receives at each step; None if its values depend only on the step."""
 
     example: ClassVar[Mapping[str, Any]] = {}
-    """Parameters that show the shape in a run of 100 updates, 10 an epoch."""
+    """Parameters for an example run of 100 steps with 10 steps per epoch."""
 
     def __init_subclass__(
         cls,
@@ -116,27 +119,27 @@ class Schedule(ABC, Generic[S]):
         for name, field in fields_of(type(self)).items():
             try:
                 object.__setattr__(self, name, field.convert(getattr(self, name)))
-            except ValueError as error:  # noqa: PERF203  # each field's own error is wanted
+            except ValueError as error:  # noqa: PERF203  # one error per field
                 yield Fault(name, str(error))
 
     @property
     def unresolved(self) -> tuple[str, ...]:
-        """The fields that hold time strings, which a `Horizon` has to make counts of updates."""
+        """Names of the fields that are time strings; `resolve` converts them to steps."""
         return tuple(
             name
             for name, field in fields_of(type(self)).items()
-            if field.duration is not None and any(map(is_unresolved, _listed(getattr(self, name))))
+            if field.duration is not None
+            and any(map(is_unresolved, _as_tuple(getattr(self, name))))
         )
 
     def resolve(self, horizon: Horizon | None = None) -> Self:
-        """Return the same schedule with every duration in updates, and scaled.
+        """Return the schedule with all durations converted to steps and scaled.
 
         Args:
-            horizon: the run; needed where there are time strings.
+            horizon: length of the run; required if a field is a time string.
 
         Raises:
-            ScheduleError: a duration cannot be resolved, or comes to no update, or the durations
-                are at odds with one another.
+            ScheduleError: a duration cannot be converted, is too short, or conflicts with another.
 
         >>> from schedules import Horizon, WarmupDecayLR
         >>> decay = WarmupDecayLR(total_num_steps="1dur", warmup_num_steps="2ep")
@@ -151,14 +154,14 @@ class Schedule(ABC, Generic[S]):
         for name, in_steps in self._durations(horizon):
             try:
                 changes[name] = in_steps()
-            except ValueError as error:  # noqa: PERF203  # each duration's own error is wanted
+            except ValueError as error:  # noqa: PERF203  # one error per duration
                 faults.append(Fault(name, f"`{name}`: {error}"))
         if faults:
             raise ScheduleError(self.type_name, faults)
         return dataclasses.replace(self, **changes)
 
     def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Yield each field that is a duration, with what returns it in updates."""
+        """Yield the name of each duration and a function that returns its value in steps."""
         for name, field in fields_of(type(self)).items():
             value = getattr(self, name)
             if field.duration is not None and value is not None:
@@ -166,48 +169,48 @@ class Schedule(ABC, Generic[S]):
 
     def _in_steps(self, value: Any, duration: Duration, horizon: Horizon) -> Any:
         scaled = not duration.warmup or horizon.scale_warmup or getattr(self, "scale_warmup", False)
-        steps = tuple(steps_of(each, horizon, scaled=scaled) for each in _listed(value))
+        steps = tuple(steps_of(each, horizon, scaled=scaled) for each in _as_tuple(value))
         if self.clock_is_step and horizon.scale_ratio != 1:
-            # The whole is dilated afterwards, which brings each duration to what it is to be.
+            # `curves_for` stretches the curves by the ratio later, so it must not apply twice.
             steps = tuple(FractionalSteps(each / horizon.scale_ratio) for each in steps)
         return steps if isinstance(value, tuple) else steps[0]
 
     def faults(self) -> Iterator[Fault]:
-        """Yield what is wrong between fields that are each right by themselves, and resolved."""
+        """Yield conflicts between fields. Each field is valid by itself and converted to steps."""
         yield from ()
 
     def warnings(self) -> Iterator[str]:
-        """Yield warnings about a valid, resolved schedule that will hardly do what it is for."""
+        """Yield warnings about a valid, resolved schedule that is unlikely to work well."""
         yield from ()
 
     @property
     def drives(self) -> tuple[str, ...]:
-        """The hyperparameters that this schedule writes, "lr" first."""
+        """Names of the hyperparameters that this schedule sets, "lr" first."""
         return ("lr",)
 
     @property
     def span(self) -> int:
-        """How many updates it takes to see the whole shape, once resolved; a fair part of it."""
+        """Number of steps to plot so that the shape of the resolved schedule is visible."""
         steps = [
             each
             for name, field in fields_of(type(self)).items()
             if field.duration is not None
-            for each in _listed(getattr(self, name))
+            for each in _as_tuple(getattr(self, name))
             if each is not None
         ]
         return 2 * int(max(steps, default=50))
 
     @abstractmethod
     def curves(self, base: Base) -> Curves:
-        """Return the curve of each hyperparameter and group.
+        """Return the curve of each hyperparameter in each param group.
 
         Raises:
-            ValueError: the base values do not fit, as when one number would flatten groups that
-                were built with different learning rates.
+            ValueError: the parameters do not fit the base values, for example one number for
+                groups that have different learning rates.
         """
 
     def curves_for(self, base: Base, horizon: Horizon | None = None) -> Curves:
-        """Return the curves to preview: resolved and scaled; with feedback, on a synthetic loss.
+        """Return the curves after scaling. A feedback schedule runs on a synthetic loss.
 
         Args:
             base: values that the optimizer was built with.
@@ -225,7 +228,7 @@ class Schedule(ABC, Generic[S]):
         return curves
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> Controller[S]:
-        """Return the controller that runs this schedule from these base values.
+        """Return the controller that runs this schedule with these base values.
 
         Args:
             base: values that the optimizer was built with.
@@ -237,10 +240,10 @@ class Schedule(ABC, Generic[S]):
         return cast("Controller[S]", OpenLoop(self.curves_for(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
-        """Return the schedule of each param group: a field's list has one number for each.
+        """Split the schedule into one per param group; each takes its number from a list.
 
         Raises:
-            ValueError: a list is not as long as there are groups.
+            ValueError: the length of a list is not the number of groups.
         """
         lists = {
             name: broadcast(name, value, (0.0,) * groups)
@@ -253,7 +256,7 @@ class Schedule(ABC, Generic[S]):
         return tuple(dataclasses.replace(self, **row) for row in rows)
 
     def params(self) -> dict[str, Any]:
-        """Return the fields that differ from their defaults, or have none, as JSON carries them."""
+        """Return the required fields, and those that differ from their defaults, as JSON values."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, field in fields_of(type(self)).items()
@@ -262,63 +265,62 @@ class Schedule(ABC, Generic[S]):
 
 
 class LearningRateSchedule(Schedule[int]):
-    """A schedule of the learning rate alone that gives every group a curve made from its own."""
+    """A schedule of the learning rate only. A group's curve depends on its base learning rate."""
 
     def curves(self, base: Base) -> Curves:
-        """Return each group's curve."""
-        own = base["lr"]
+        """Return the learning rate curve of each group."""
+        lrs = base["lr"]
         make = type(self).curve
-        return {"lr": curve_per_group(make, self.per_group(len(own)), own)}
+        return {"lr": curve_per_group(make, self.per_group(len(lrs)), lrs)}
 
     @abstractmethod
     def curve(self, lr: float) -> Curve:
-        """Return the curve of a group that was built with this learning rate."""
+        """Return the curve of a group with this base learning rate."""
 
 
-def _listed(value: Any) -> tuple[Any, ...]:
+def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
 def curve_per_group(make: Callable[..., Curve], *columns: tuple[Any, ...]) -> tuple[Curve, ...]:
-    """Return ``make(*row)`` for each group's row of values; groups alike share one curve."""
+    """Return ``make(*values)`` for the values of each group; equal groups share one curve."""
     make_once = functools.cache(make)
     return tuple(make_once(*row) for row in zip(*columns, strict=True))
 
 
 def exceeds(low: PerGroup, high: PerGroup) -> bool:
-    """Return whether a field that must be at most another is more than it, in any group."""
+    """Return whether ``low`` is greater than ``high`` in any param group."""
     if isinstance(low, tuple) and isinstance(high, tuple):
         return any(map(operator.gt, low, high))
-    return bool(max(_listed(low)) > min(_listed(high)))
+    return bool(max(_as_tuple(low)) > min(_as_tuple(high)))
 
 
 def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
-    """Return a field's value for each group: a number for all of them, a list one for each.
+    """Return the value of a field in each group. A single number applies to all groups.
 
     Raises:
-        ValueError: the list is not as long as there are groups.
+        ValueError: the length of a list is not the number of groups.
     """
     if isinstance(value, int | float):
         return (value,) * len(base)
     if len(value) != len(base):
         raise ValueError(
-            f"`{name}` must hold one number for each of the {len(base)} param groups, "
-            f"but holds {len(value)} instead."
+            f"`{name}` must have one number per param group ({len(base)}), got {len(value)}."
         )
     return tuple(value)
 
 
 def spread(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
-    """Return a field's value for each group, refusing one number that would make them all alike.
+    """Return the value of a field in each group. Reject one number if the groups differ.
 
     Raises:
-        ValueError: the groups were built with different values and ``value`` is a single number,
-            or the list is not as long as there are groups.
+        ValueError: ``value`` is a single number but the groups were built with different values,
+            or the length of the list is not the number of groups.
     """
     if isinstance(value, int | float) and len(set(base)) > 1:
-        groups = ", ".join(f"group {index}: {own:g}" for index, own in enumerate(base))
+        groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))
         raise ValueError(
-            f"`{name}` must be a list of {len(base)} numbers, one a param group, but is {value:g} "
-            f"instead, which would give all groups the same value ({groups})."
+            f"`{name}` must be a list of {len(base)} numbers, one per param group, got {value:g}. "
+            f"A single number would set all groups to the same value ({groups})."
         )
     return broadcast(name, value, base)

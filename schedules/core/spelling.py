@@ -1,6 +1,6 @@
-"""Find the name that a misspelled one was probably meant to be.
+"""Suggest the correct spelling of a misspelled name.
 
-No suggestion is better than a wrong one: a wrong suggestion costs more than a second look.
+In doubt it suggests nothing, because a misleading suggestion costs more time than none.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ __all__ = ["edits", "nearest"]
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that is nearest in spelling, or None if none is near.
+    """Return the known name with the closest spelling, or None if no name is close.
 
-    A single name that has one more word in front counts as near.
+    A name with one additional word in front counts as close, if it is the only one.
 
     >>> nearest("stge", ["stage", "type"])
     'stage'
@@ -28,7 +28,7 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     most = 1 if len(low) <= 4 else 2 if len(low) <= 9 else 3
     found = [(edits(low, other, most), other) for other in folded]
     near = [
-        (count, [-share for share in _alike(low, other)], other)
+        (count, [-similarity for similarity in _compare_letters(low, other)], other)
         for count, other in found
         if count <= most
     ]
@@ -41,16 +41,16 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     return folded[longer[0]] if len(longer) == 1 else None
 
 
-def _alike(one: str, other: str) -> tuple[float, float]:
-    """Return how much of the same letters two names have, and then of the same order."""
+def _compare_letters(one: str, other: str) -> tuple[float, float]:
+    """Return the fraction of common letters, and the similarity of their order."""
     letters = len(set(one) & set(other)) / len(set(other))
     return letters, difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def edits(one: str, other: str, most: int) -> int:
-    """Return how many letters to insert, remove, replace or exchange with their neighbour.
+    """Return the edit distance: letters to insert, remove, replace or swap with their neighbor.
 
-    Counting stops beyond ``most``.
+    If the distance is greater than ``most``, return ``most + 1``.
 
     >>> edits("wramup", "warmup", 2), edits("warmup", "cooldown", 2)
     (1, 3)

@@ -1,4 +1,4 @@
-"""What every update of a run would use, as arrays: the same curves that the binder writes."""
+"""Compute the values of a schedule for every step of a run, without an optimizer."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def trace(
     horizon: Horizon | None = None,
     losses: Iterable[float] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the value of each driven hyperparameter at each of the first ``steps`` updates.
+    """Return the values of each scheduled hyperparameter in the first ``steps`` steps.
 
     Args:
-        schedule: a schedule, or the ``{"type": …, "params": {…}}`` block of one.
-        steps: how many updates, from 0.
-        base: one value a param group, as the optimizer was built; by default a single group
+        schedule: schedule, or its ``{"type": …, "params": {…}}`` block.
+        steps: number of steps, counted from step 0.
+        base: values that the optimizer was built with, one per param group; by default one group
             with lr 0.1, momentum 0.9 and weight decay 0.
-        horizon: the run, where durations are time strings or are scaled.
-        losses: of each update (or the metrics), for a schedule that listens to them; without them
-            it is shown on a synthetic one.
+        horizon: length of the run, for time strings and scaling.
+        losses: loss (or metric) of each step, for a feedback schedule; by default a synthetic loss.
 
     Returns:
-        An array of shape (steps, groups) for each of "lr", "momentum", … that is driven.
+        Name of each scheduled hyperparameter ("lr", "momentum", "weight_decay") to an array of
+        shape (steps, groups).
 
     Raises:
-        ValueError: the block is wrong, or the base values do not fit the schedule; or there are
-            too few losses.
+        ValueError: the block is invalid, the base values do not fit the schedule, or there are too
+            few losses.
     """
     import numpy as np
 
@@ -55,11 +55,12 @@ def trace(
     groups = len(given["lr"])
     defaults: Base = {name: value * groups for name, value in DEFAULT_BASE.items()}
     if losses is not None and schedule.feedback is not None:
-        told = itertools.islice(losses, steps - 1)
-        rows = replay(schedule, told, base={**defaults, **given}, horizon=horizon).rows
+        used = itertools.islice(losses, steps - 1)
+        rows = replay(schedule, used, base={**defaults, **given}, horizon=horizon).rows
         if len(rows) < steps:
             raise ValueError(
-                f"there must be a loss for each of {steps - 1} updates, but {len(rows) - 1} are."
+                f"`losses` must have at least {steps - 1} values for {steps} steps, "
+                f"got {len(rows) - 1}."
             )
         return {name: np.array([row[name] for row in rows]) for name in schedule.drives}
     curves = schedule.curves_for({**defaults, **given}, horizon)
@@ -77,7 +78,7 @@ class Replay(NamedTuple):
     rows: list[Values]
     """Values of each step, and of the step after the last loss."""
     evidence: Evidence | None
-    """Data behind its last decision, if it made one."""
+    """Data that the last decision is based on; None before the first decision."""
 
 
 def replay(
@@ -92,7 +93,7 @@ def replay(
     Args:
         schedule: schedule to run, with feedback or without.
         losses: loss (or metric) of each step.
-        base: value of each driven hyperparameter, one per param group.
+        base: values that the optimizer was built with, one per param group.
         horizon: length of the run, for time strings and scaling.
     """
     controller = schedule.bind(base, horizon)

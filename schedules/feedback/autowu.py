@@ -1,4 +1,4 @@
-"""AutoWU: the schedule that finds its own warmup, as published and with what it lacked."""
+"""AutoWU: warmup that ends automatically when the loss stops decreasing."""
 
 from __future__ import annotations
 
@@ -18,32 +18,35 @@ from schedules.feedback.warmup_tests import PublishedTest, RobustTest, WarmupTes
 
 __all__ = ["AutoWU"]
 
-Fraction = Annotated[float, Range(above=0, at_most=1), "share of all updates"]
+Fraction = Annotated[float, Range(above=0, at_most=1), "fraction of the run"]
 Count = Annotated[int | None, Range(at_least=1)]
 
 
 @schedule_class
 class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "total_epochs": 10}):
-    """Warmup until the loss turns, then decay: the maximum learning rate is found, not given.
+    """Warmup until the loss starts to rise, then decay. Finds the peak learning rate automatically.
 
-    The learning rate grows exponentially from ``min_lr`` towards ``max_lr``. A Gaussian
-    process on the losses says how probable it is that the lowest has passed; when it is sure, three
-    times in a row, the learning rate goes back to that of the minimum and decays from there::
+    The learning rate grows exponentially from ``min_lr`` towards ``max_lr``. A Gaussian process
+    fitted to the losses estimates the probability that the loss has passed its minimum. After
+    several confident estimates in a row (three with the default test), the learning rate returns to
+    its value at the minimum and decays from there::
 
         warmup    lr(k) = min_lr * (max_lr / min_lr) ** (k / W),   W = int(max_warmup_fraction * T)
-        cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2         n of the D updates that are left
+        cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2         n of D remaining steps done
 
-    T is ``steps_per_epoch * total_epochs``. A warmup that is never sure ends at W. The groups keep
-    the ratios that they were built with. Past T the last value is held.
+    T is ``steps_per_epoch * total_epochs``. If no estimate is confident, the warmup ends at W. The
+    ratios between the learning rates of the param groups are kept. After T steps the last value is
+    kept.
 
-    ``"test": "reference"`` decides as the published code does, once an epoch; it needs some thirty
-    epochs, and its units are those of the loss. ``"test": "robust"`` looks sixty times in a warmup,
-    is free of the loss's scale, survives explosions, and decays from the peak itself.
-    ``"rollback": true`` puts weights and optimizer back to the lowest loss at the switch: without
-    normalisation layers the learning rates past the minimum can destroy a network.
+    ``"test": "reference"`` works like the published code: it tests once per epoch, needs about
+    thirty epochs, and depends on the scale of the loss. ``"test": "robust"`` tests sixty times per
+    warmup, does not depend on the scale of the loss, tolerates loss spikes, and starts the decay
+    exactly at the peak. ``"rollback": true`` restores the weights and the optimizer state with the
+    lowest loss when the warmup ends: without normalization layers, learning rates above the optimum
+    can make training diverge.
 
-    The loss is told by `engine.backward`, or in a loop of one's own by ``step(loss=loss)``. What
-    `curves` shows is a run on a synthetic loss.
+    The loss comes from ``trainer.backward(loss)``, or from ``step(loss=loss)`` in a custom loop.
+    Previews show a run on a synthetic loss.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -58,45 +61,46 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """
 
     steps_per_epoch: Count = None
-    """Updates in an epoch, after which the reference tests; by default the run's."""
+    """Number of steps per epoch; the reference test runs once per epoch. By default that of the
+    run."""
     total_epochs: Count = None
-    """Epochs of the run; by default the run's."""
+    """Number of epochs. By default that of the run."""
     min_lr: Annotated[float, Range(above=0)] = 1e-5
-    """Learning rate of the first update."""
+    """Learning rate of the first step."""
     max_lr: Annotated[float, Range(above=0)] = 1.0
-    """Learning rate that the longest warmup would reach."""
-    max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1), "share of all updates"] = (
-        0.5
-    )
-    """How long the warmup may last."""
+    """Learning rate at the end of the longest possible warmup."""
+    max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1), "fraction of the run"] = 0.5
+    """Maximum length of the warmup."""
     warmup_unit: Literal["step", "epoch"] = "step"
-    """Whether the learning rate grows at each update, or at the end of each epoch."""
+    """Whether the learning rate grows at every step or at the end of every epoch."""
     warmup_type: Literal["exp", "linear"] = "exp"
-    """Whether it grows by a factor, or by a difference."""
+    """Whether the learning rate grows exponentially or linearly."""
     immediate_cooldown: bool = False
-    """Whether the cooldown follows the warmup at once, without a constant phase."""
+    """Whether the cooldown starts right after the warmup, without a constant phase."""
     decay_phase_stat: Literal["loss"] | None = None
-    """ "loss": the constant phase is lowered by `decay_phase_factor` when the epochs' mean loss has
-    not got better for five of them."""
+    """ "loss": in the constant phase, multiply the learning rate by `decay_phase_factor` whenever
+    the mean loss per epoch has not improved for more than five epochs."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
-    """Factor on the peak, once, at a switch that a test has made; or see `decay_phase_stat`."""
+    """Factor on the learning rate of the constant phase, applied once if a test ended the warmup;
+    with `decay_phase_stat`, applied at each plateau of the loss instead."""
     cooldown_fraction: Fraction = 0.2
-    """Last share of the run, in which the learning rate decays, whatever the phase before."""
+    """Last part of the run, in which the learning rate decays even if the warmup has not ended."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
-    """Shape of the decay; the half cosine begins at half of the peak."""
+    """Shape of the decay; the half cosine starts at half of the peak."""
     test: Literal["reference", "robust"] = "reference"
-    """Which test ends the warmup."""
+    """Test that ends the warmup."""
     rollback: bool = False
-    """Whether weights and optimizer go back to those of the lowest loss at the switch."""
+    """Whether the weights and the optimizer state with the lowest loss are restored when the warmup
+    ends."""
 
     def faults(self) -> Iterator[Fault]:
         if self.min_lr >= self.max_lr:
-            bounds = f"{self.max_lr:g}, but is {self.min_lr:g}"
-            yield Fault("min_lr", f"`min_lr` must be less than `max_lr`, {bounds}.")
+            message = f"`min_lr` must be less than `max_lr` ({self.max_lr:g}), got {self.min_lr:g}."
+            yield Fault("min_lr", message)
 
     @property
     def total_steps(self) -> int:
-        """Updates of the run; 100 where it is not known, to be looked at."""
+        """Number of steps of the run; 100 for a preview if it is unknown."""
         return (self.steps_per_epoch or 10) * (self.total_epochs or 10)
 
     @property
@@ -104,10 +108,11 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         return self.total_steps
 
     def resolve(self, horizon: Horizon | None = None) -> AutoWU:
-        """Return the same with the epochs of the run.
+        """Return the schedule with the number of epochs, and the steps per epoch, of the run.
 
         Raises:
-            ScheduleError: the reference tests once an epoch, and the run is not of whole ones.
+            ScheduleError: the reference test requires whole epochs, and the run does not consist of
+                whole epochs.
         """
         if horizon is None:
             return self
@@ -120,9 +125,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
             if abs(epochs * in_an_epoch - horizon.total_steps) >= 1:
                 if self.test == "reference":
                     message = (
-                        "the reference tests once an epoch, so the run must be of whole ones, but "
-                        f"is {horizon.total_steps:g} updates of {in_an_epoch:g} in an epoch; give "
-                        'another `steps_per_epoch`, or "test": "robust".'
+                        'with "test": "reference" the run must consist of whole epochs, got '
+                        f"{horizon.total_steps:g} steps with {in_an_epoch:g} steps per epoch. "
+                        "Set `steps_per_epoch` to a divisor of the number of steps, or set "
+                        '"test": "robust".'
                     )
                     raise ScheduleError(self.type_name, [Fault("steps_per_epoch", message)])
                 total = max(1, int(horizon.scaled_steps or 1))
@@ -135,14 +141,14 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         """Return the controller; the length of the run must be known.
 
         Raises:
-            ScheduleError: neither the parameters nor the run have it.
+            ScheduleError: neither the parameters nor the horizon define the length of the run.
         """
         resolved = self.resolve(horizon)
         for name in ("steps_per_epoch", "total_epochs"):
             if getattr(resolved, name) is None:
                 message = (
-                    f"`{name}` must be known, but neither the parameters nor the run say it. Set "
-                    'it, or give `initialize` the data and "engine": {"max_duration": "30ep"}.'
+                    f"`{name}` is unknown. Set it, or pass `training_data` to `initialize` and set "
+                    '"engine": {"max_duration": "30ep"} in the config.'
                 )
                 raise ScheduleError(self.type_name, [Fault(name, message)])
         return resolved.controller(base)

@@ -1,4 +1,4 @@
-"""The controller of AutoWU: warmup, test, decision and decay."""
+"""The controller of `AutoWU`: warmup, tests, decision and decay."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from schedules.feedback.warmup_tests import WarmupTest
 
 __all__ = ["AutoWUController", "Decay"]
 
-_DECAY_PATIENCE = 5  # epochs without a better loss
+_DECAY_PATIENCE = 5  # epochs without improvement
 
 
 @dataclasses.dataclass(frozen=True)
 class Decay:
-    """The phases after the warmup, as `schedules.AutoWU` describes them."""
+    """Parameters of the phases after the warmup; see `schedules.AutoWU`."""
 
     cooldown_type: Literal["cosine", "half_cosine"]
     cooldown_start: float
-    """Step from which the run cools down at the latest."""
+    """Latest step at which the cooldown starts."""
     is_immediate: bool
-    """Whether the cooldown follows the warmup without a constant phase."""
+    """Whether the cooldown starts right after the warmup, without a constant phase."""
     factor: float
     watches_loss: bool
-    """Whether the factor is applied when the loss stops improving, not at the decision."""
+    """Whether the factor is applied when the loss stops improving, instead of after the warmup."""
 
 
 class AutoWUController(FeedbackController[AutoWUState]):
-    """AutoWU with the base learning rates of its param groups.
+    """`AutoWU` with the base learning rates of its param groups.
 
     Steps are counted from 1, as in the published code.
 
     Args:
-        test: test that can end the warmup, with the warmup.
-        decay: phases after the warmup.
-        total_steps: steps of the run.
-        lrs: learning rate that each group was built with; their ratios are kept.
+        test: test that ends the warmup; it holds the parameters of the warmup.
+        decay: parameters of the phases after the warmup.
+        total_steps: number of steps of the run.
+        lrs: base learning rate of each group; their ratios are kept.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class AutoWUController(FeedbackController[AutoWUState]):
         state = AutoWUState(decay=self._plateau.init())
         if self._warmup.steps > 0:
             return state
-        whole = dataclasses.replace(state, peak=self._warmup.max_lr)
+        state = dataclasses.replace(state, peak=self._warmup.max_lr)
         if not self._decay.is_immediate:
-            return dataclasses.replace(whole, phase="constant")
-        return dataclasses.replace(whole, phase="cooldown", begin=0, length=self._total)
+            return dataclasses.replace(state, phase="constant")
+        return dataclasses.replace(state, phase="cooldown", begin=0, length=self._total)
 
     def values(self, state: AutoWUState) -> Values:
         lr = self._lr(state)
@@ -86,14 +86,14 @@ class AutoWUController(FeedbackController[AutoWUState]):
     def update(self, state: AutoWUState, loss: float | None) -> AutoWUState:
         if loss is None:
             raise ValueError(
-                "AutoWU must be told the loss of each update, but was told none; call "
-                "`step(loss=loss)`, or train through `engine.backward(loss)`."
+                "AutoWU must receive the loss of every step. "
+                "Call `step(loss=loss)`, or train with `trainer.backward(loss)`."
             )
         state = dataclasses.replace(state, step=state.step + 1, is_lowest=False)
         if self._must_cool_down(state):
             lr = self._lr(dataclasses.replace(state, step=state.step - 1))
             if state.phase == "warmup":
-                why = "the cooldown begins, and the warmup was not over"
+                why = "the cooldown starts before the warmup has ended"
                 state = _with_decision(state, lr, why)
             return self._start_cooldown(state, lr)
         if state.phase == "warmup":
@@ -146,11 +146,11 @@ class AutoWUController(FeedbackController[AutoWUState]):
 
     def _end_undecided(self, state: AutoWUState) -> AutoWUState:
         peak = self._warmup.lr(state.step - 1)
-        why = f"no minimum was found in the {self._warmup.steps} updates that the warmup may last"
+        why = f"no minimum of the loss was found in {self._warmup.steps} steps of warmup"
         likely = self._test.likely_minimum(state)
         if likely is not None:
             peak = self._warmup.lr_between(peak, likely)
-            why += "; the likeliest was taken"
+            why += "; using the most likely position"
         return self._start_decay(_with_decision(state, peak, why), peak)
 
     def _with_lowest(self, state: AutoWUState, losses: np.ndarray[Any, Any]) -> AutoWUState:
@@ -171,7 +171,7 @@ class AutoWUController(FeedbackController[AutoWUState]):
         return state.decision
 
     def is_lowest(self, state: AutoWUState) -> bool:
-        """Return whether the last step ended an interval with the warmup's lowest mean loss."""
+        """Return whether the test interval that just ended has the lowest mean loss so far."""
         return state.is_lowest
 
     def evidence(self, before: AutoWUState, loss: float, after: AutoWUState) -> Evidence | None:

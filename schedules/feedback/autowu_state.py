@@ -1,4 +1,4 @@
-"""The state of an AutoWU run, and its warmup as a function of the step."""
+"""The state of AutoWU during a run, and its warmup as a function of the step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["AutoWUState", "Warmup"]
 
 @dataclasses.dataclass(frozen=True)
 class AutoWUState:
-    """Everything that a run of AutoWU remembers."""
+    """The state of AutoWU during a run; it is saved in checkpoints."""
 
     step: int = 0
     phase: Literal["warmup", "constant", "cooldown"] = "warmup"
@@ -25,22 +25,23 @@ class AutoWUState:
     """Losses of the warmup, in order."""
     fit: Hyperparameters | None = None
     draws: str | None = None
-    """State of the generator that draws losses, once it has drawn."""
+    """State of the random generator that samples losses; None before the first sample."""
     votes: tuple[bool, ...] = ()
     alone: int = 0
-    """Robust tests in a row that were confident about the present only."""
+    """Number of robust tests in a row that are confident that the loss is above its minimum now,
+    whether or not they are confident that it was above it at the start."""
     chance: float = 0.0
-    """Probability of the last test."""
+    """Result of the last test: probability that the loss has passed its minimum."""
     argmin: float = 1.0
     lowest: float = math.inf
-    """Lowest mean loss between two tests."""
+    """Lowest mean loss of a test interval."""
     is_lowest: bool = False
     peak: float = 0.0
     begin: int = 0
     length: int = 0
     decay: PlateauState | None = None
     epoch: tuple[float, ...] = ()
-    """Losses of this epoch, if the constant phase uses their mean."""
+    """Losses of the current epoch, if the constant phase uses their mean."""
     decision: Decision | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -57,7 +58,7 @@ class AutoWUState:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> AutoWUState:
-        """Return the state that `to_json` returned."""
+        """Restore a state from the value that `to_json` returned."""
         fit, decay, decision = state["fit"], state["decay"], state["decision"]
         if fit:
             raw, first, second = (tuple(fit[name]) for name in ("raw", "first", "second"))
@@ -77,26 +78,26 @@ class AutoWUState:
 
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-    """The longest warmup that a run allows."""
+    """The warmup at its maximum length."""
 
     steps: int
     steps_per_epoch: int
     epochs: int
-    """Whole epochs in it, at least 1."""
+    """Number of whole epochs in the warmup, at least 1."""
     min_lr: float
     max_lr: float
     unit: Literal["step", "epoch"]
     type: Literal["exp", "linear"]
 
     def lr(self, step: int) -> float:
-        """Return the learning rate of a step of the warmup."""
+        """Return the learning rate at a step of the warmup."""
         fraction = step / self.steps
         if self.unit == "epoch":
             fraction = step // self.steps_per_epoch / self.epochs
         return self.lr_between(self.max_lr, fraction)
 
     def lr_between(self, lr: float, fraction: float) -> float:
-        """Return the learning rate at a fraction of the way from ``min_lr`` to another one."""
+        """Interpolate between ``min_lr`` and ``lr``; the fraction is between 0 and 1."""
         if self.type == "linear":
             return self.min_lr + (lr - self.min_lr) * fraction
         return float(self.min_lr * (lr / self.min_lr) ** fraction)

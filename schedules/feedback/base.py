@@ -1,4 +1,4 @@
-"""Feedback schedules: the values of the next step depend on the losses so far."""
+"""Base classes of feedback schedules, whose values depend on the losses so far."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ S = TypeVar("S")
 
 
 class FeedbackController(Controller[S]):
-    """Base class of the controllers that use the loss; see `Controller` for the methods."""
+    """Base class of the controllers of feedback schedules; see `Controller` for the methods."""
 
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return None: there is nothing to plot, unless a subclass returns it."""
+        """Return None. Subclasses can return data for a plot."""
         del before, loss, after
         return None
 
 
 class FeedbackSchedule(Schedule[S]):
-    """A schedule whose values are known only during the run.
+    """Base class of schedules that depend on the loss or a metric.
 
-    `controller` returns its rule. `curves`, the preview that every schedule has, runs the rule on a
+    The values are known only during the run. For a preview, `curves` runs the controller on a
     synthetic loss.
     """
 
@@ -36,19 +36,19 @@ class FeedbackSchedule(Schedule[S]):
 
     @abstractmethod
     def controller(self, base: Base) -> FeedbackController[S]:
-        """Return the rule, started from these base values; durations are resolved."""
+        """Return the controller with these base values; durations are already resolved."""
 
     @abstractmethod
     def synthetic_loss(self, step: int, lr: float) -> float:
-        """Return the loss of a step in the run that `curves` previews."""
+        """Return the loss of a step in the preview."""
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> FeedbackController[S]:
-        """Return the rule, with its durations resolved against the run."""
+        """Resolve the durations and return the controller."""
         resolved: FeedbackSchedule[S] = self.resolve(horizon)
         return resolved.controller(base)
 
     def curves(self, base: Base) -> Curves:
-        """Return the values on the synthetic loss."""
+        """Return the learning rate of each group on the synthetic loss."""
         lrs_of_run = functools.cache(self._run_on_synthetic_loss)
         groups = tuple(base["lr"])
 

@@ -1,8 +1,8 @@
-"""An exact Gaussian process on [0, 1], fast because its kernel is smooth there.
+"""An exact Gaussian process on [0, 1] whose matrices do not grow with the number of losses.
 
-f ~ GP(mean, scale * exp(-(x - x')^2 / (2 l^2))), y = f(x) + noise. With l = 0.2 the kernel on
-[0, 1] is that of some thirty features to twelve digits, so every matrix here is as large as the
-features are many, however long the data: a posterior of thousands of losses takes less than a
+f ~ GP(mean, scale * exp(-(x - x')^2 / (2 l^2))), y = f(x) + noise. With l = 0.2 about thirty
+features reproduce the kernel on [0, 1] to twelve digits. The size of every matrix is therefore the
+number of features, not the number of losses: the posterior of thousands of losses takes less than a
 millisecond.
 
 Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, chapters 2 and 5.
@@ -42,7 +42,7 @@ def features(x: Array) -> Array:
     """Return phi(x), of shape (len(x), r), with phi(x) phi(x')^T = exp(-(x - x')^2 / (2 l^2)).
 
     Args:
-        x: places in [0, 1].
+        x: positions in [0, 1].
 
     >>> x = np.linspace(0, 1, 5)
     >>> kernel = np.exp(-((x[:, None] - x) ** 2) / (2 * LENGTH_SCALE**2))
@@ -64,28 +64,28 @@ def _whitening() -> Array:
 
 
 class Data(NamedTuple):
-    """All that inference needs of losses and their places, in the basis that makes it diagonal."""
+    """Sufficient statistics of losses y at positions x, in the eigenbasis of phi^T phi."""
 
     size: float
-    """How many losses there are."""
+    """Number of losses."""
     values: Array
     """Eigenvalues of phi^T phi."""
     vectors: Array
     projected: Array
     """phi^T y in the basis of the eigenvectors."""
     ones: Array
-    """phi^T 1 in it."""
+    """phi^T 1 in the basis of the eigenvectors."""
     total: float
     squares: float
 
     @classmethod
     def of(cls, phi: Array, y: Array, weights: Array | None = None) -> Data:
-        """Return the data of losses y at places of features phi.
+        """Compute the statistics of losses y at positions with features phi.
 
         Args:
-            phi: of shape (places, features).
-            y: of shape (places,).
-            weights: how many losses each of y is the mean of; by default one.
+            phi: features of each position, of shape (positions, features).
+            y: loss at each position, of shape (positions,).
+            weights: number of losses whose mean each y is, of shape (positions,); 1 by default.
         """
         root = np.ones(len(y)) if weights is None else np.sqrt(weights)
         scaled, ones, y = phi * root[:, None], root, y * root
@@ -102,13 +102,13 @@ class Data(NamedTuple):
 
 
 def gathered(x: Array, y: Array) -> Data:
-    """Return the data of losses y at places x."""
+    """Compute the statistics of losses y at positions x."""
     return Data.of(features(x), y)
 
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """Noise, mean and scale before softplus, with the moments of Adam that fit them.
+    """Noise, mean and scale before softplus, with the state of the Adam optimizer that fits them.
 
     noise = 1e-4 + softplus(raw[0]), mean = raw[1], scale = softplus(raw[2]).
     """
@@ -120,7 +120,7 @@ class Hyperparameters:
 
     @classmethod
     def initial(cls, noise: float = 1e-3, scale: float = math.log(2)) -> Hyperparameters:
-        """Return those that have a noise and a scale, and the mean 0."""
+        """Return hyperparameters with this noise and scale, and mean 0."""
         return cls((_inverse_softplus(noise - _LEAST_NOISE), 0.0, _inverse_softplus(scale)))
 
     @property
@@ -130,7 +130,7 @@ class Hyperparameters:
 
     @property
     def mean(self) -> float:
-        """The constant that the process has for its mean."""
+        """Constant mean of the process."""
         return self.raw[1]
 
     @property
@@ -139,7 +139,7 @@ class Hyperparameters:
         return _softplus(self.raw[2])
 
     def with_mean(self, mean: float) -> Hyperparameters:
-        """Return the same with another mean."""
+        """Return a copy with a different mean."""
         return dataclasses.replace(self, raw=(self.raw[0], mean, self.raw[2]))
 
     def loss(self, data: Data) -> float:
@@ -153,11 +153,11 @@ class Hyperparameters:
         return 0.5 * (quadratic + logarithm + data.size * math.log(2 * math.pi)) / data.size
 
     def gradient(self, data: Data) -> Slopes:
-        """Return the gradient of `loss` by ``raw``."""
+        """Return the gradient of `loss` with respect to ``raw``."""
         return _Slopes(data, self.mean)(*self.raw)
 
     def fitted(self, data: Data, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
-        """Return those after some more steps of Adam on `loss`."""
+        """Return the hyperparameters after some more steps of Adam on `loss`."""
         raw, first, second = list(self.raw), list(self.first), list(self.second)
         slopes = _Slopes(data, self.mean)
         for step in range(self.steps + 1, self.steps + steps + 1):
@@ -176,20 +176,21 @@ class Hyperparameters:
 
 
 class _Slopes:
-    """The gradient of `Hyperparameters.loss` on the same data, many times.
+    """The gradient of `Hyperparameters.loss`, evaluated many times on the same data.
 
-    All that depends on the data is one matrix, made once; each gradient is a product with it.
+    Everything that depends on the data is in one matrix, computed once. Each gradient is a product
+    with this matrix.
 
     Args:
-        data: eigenvalues lambda, projections b of y, projections o of 1.
-        centre: a mean near to those that are asked for, to lose no digits in their squares.
+        data: statistics of the losses: eigenvalues, projections of y and projections of 1.
+        center: value close to the means that will be evaluated, for numerical precision.
     """
 
-    def __init__(self, data: Data, centre: float) -> None:
-        self._size, self._values, self._centre = data.size, data.values, centre
-        self._total = data.total - data.size * centre
-        self._squares = data.squares - 2 * centre * data.total + data.size * centre**2
-        ones, y = data.ones, data.projected - centre * data.ones
+    def __init__(self, data: Data, center: float) -> None:
+        self._size, self._values, self._center = data.size, data.values, center
+        self._total = data.total - data.size * center
+        self._squares = data.squares - 2 * center * data.total + data.size * center**2
+        ones, y = data.ones, data.projected - center * data.ones
         squares = np.stack([y * y, y * ones, ones * ones])
         self._columns = np.vstack([data.values, squares, data.values * squares]).T.copy()
         self._weights = np.empty((2, data.values.size))
@@ -198,7 +199,7 @@ class _Slopes:
         noise, noise_slope = _softplus_and_slope(raw_noise)
         scale, scale_slope = _softplus_and_slope(raw_scale)
         noise += _LEAST_NOISE
-        mean = raw_mean - self._centre
+        mean = raw_mean - self._center
         weight, squared = self._weights
         np.multiply(self._values, scale, weight)
         np.add(weight, noise, weight)
@@ -223,7 +224,7 @@ class _Slopes:
 
 
 class Posterior(NamedTuple):
-    """The process at some places, given data: its mean, and what a covariance is made of."""
+    """The posterior of the process at some positions: mean, and a square root of the covariance."""
 
     mean: Array
     root: Array
@@ -231,7 +232,7 @@ class Posterior(NamedTuple):
 
     @classmethod
     def of(cls, data: Data, by: Hyperparameters, basis: Array) -> Posterior:
-        """Return the posterior at the places of ``basis``, which are `features` of them."""
+        """Return the posterior at the positions whose `features` are ``basis``."""
         ratio = by.scale / by.noise
         shrunk = 1 / (1 + ratio * data.values)
         rotated = basis @ data.vectors
@@ -240,24 +241,25 @@ class Posterior(NamedTuple):
 
     @property
     def variance(self) -> Array:
-        """Variance of the process at each place."""
+        """Variance of the process at each position."""
         return np.asarray((self.root**2).sum(1))
 
     def deviation_from(self, place: int) -> Array:
-        """Return the variance of f(x) - f(place) at each place."""
+        """Return the variance of f(x) - f(place) at each position x."""
         return np.asarray(((self.root - self.root[place]) ** 2).sum(1))
 
 
 def solve_ratio(data: Data, within: float = 0.0) -> Hyperparameters:
-    """Return the likeliest scale and noise, for the mean 0, of 73 ratios from 1e-4 to 1e5.
+    """Return the scale and noise of maximum likelihood, with mean 0, for 73 ratios of the two.
 
-    For each ratio rho = scale / noise the likeliest noise has a closed form::
+    The ratios rho = scale / noise range from 1e-4 to 1e5. The best noise for each has a closed
+    form::
 
         noise(rho) = (y^T y + within - sum(rho b^2 / (1 + rho lambda))) / n
 
     Args:
-        data: eigenvalues lambda and projections b.
-        within: sum of squares inside of the means that the data are.
+        data: statistics of the losses, with eigenvalues lambda and projections b.
+        within: sum of squared deviations of the losses from the means in ``data``.
     """
     shrunk = _RATIOS / (1 + _RATIOS * data.values)
     noise = (data.squares + within - shrunk @ data.projected**2) / data.size

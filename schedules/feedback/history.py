@@ -1,4 +1,4 @@
-"""Losses so far, as a value: adding one leaves the older history as it was, without a copy."""
+"""An immutable list of losses to which a loss can be added without a copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["History"]
 
 
 class History:
-    """An immutable sequence of numbers; histories that grow out of one another share a list.
+    """An immutable sequence of numbers. Histories that extend each other share a list.
 
     >>> first = History().with_loss(1.0)
     >>> second, third = first.with_loss(2.0), first.with_loss(3.0)
@@ -28,24 +28,24 @@ class History:
 
     @classmethod
     def of(cls, losses: Iterable[float]) -> History:
-        """Return the history of some losses."""
-        made = cls()
-        made._shared = list(losses)
-        made._count = len(made._shared)
-        return made
+        """Return a history with these losses."""
+        history = cls()
+        history._shared = list(losses)
+        history._count = len(history._shared)
+        return history
 
     def with_loss(self, loss: float) -> History:
-        """Return the history with one more."""
+        """Return a history with one more loss."""
         if self._count != len(self._shared):
-            return History.of([*self, loss])  # another one has grown out of this already
+            return History.of([*self, loss])  # a longer history already uses the shared list
         self._shared.append(loss)
-        grown = History()
-        grown._shared, grown._count = self._shared, self._count + 1
-        return grown
+        longer = History()
+        longer._shared, longer._count = self._shared, self._count + 1
+        return longer
 
     def array(self, dtype: Any) -> NDArray[Any]:
-        """Return all of it as an array."""
-        with np.errstate(over="ignore"):  # too large for it is infinite in it
+        """Return the losses as an array."""
+        with np.errstate(over="ignore"):  # values too large for the dtype become infinite
             return np.fromiter(self, dtype, self._count)
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
-"""Has the loss passed its minimum? AutoWU's test as published, and one that is free of scale.
+"""Test whether the loss has passed its minimum: AutoWU's published test and a scale-free test.
 
-Both fit a Gaussian process to the losses of the warmup over [0, 1] and ask how sure it is that some
-point of the past lies below the present.
+Both fit a Gaussian process to the losses of the warmup, with time scaled to [0, 1], and estimate
+the probability that the loss was lower at some earlier time than it is now.
 
 Source: Kim et al., Automated learning rate scheduler for large-batch training,
 https://arxiv.org/abs/2107.05855, and its code, github.com/kakaobrain/autowu.
@@ -40,7 +40,7 @@ __all__ = [
 Array = NDArray[np.float64]
 
 Draw = Callable[[int, int], Array]
-"""From how many there are and how many are wanted to the indices that are drawn."""
+"""Function that samples indices: (number of losses, number of samples) to the indices."""
 
 CONFIDENCE = 0.95
 REDRAWS = 5
@@ -53,37 +53,37 @@ _CONSTANT = 2.0
 
 
 class Published(NamedTuple):
-    """What the published test found."""
+    """The result of the published test."""
 
     probabilities: tuple[float, ...]
-    """Of having passed the minimum, by each of five draws of the losses."""
+    """Probability that the loss has passed its minimum, for each of five samples of the losses."""
     argmins: tuple[float, ...]
-    """Where each has its minimum, in [0, 1]."""
+    """Position of the minimum for each sample, 0 to 1."""
     fit: Hyperparameters
 
     @property
     def positive(self) -> bool:
-        """Whether most draws are confident."""
+        """Whether the result is confident for most samples."""
         votes = sum(probability > CONFIDENCE for probability in self.probabilities)
         return votes > REDRAWS / 2
 
     @property
     def probability(self) -> float:
-        """The median of the draws'."""
+        """Median of the probabilities."""
         return sorted(self.probabilities)[REDRAWS // 2]
 
 
 def published_test(losses: Array, fit: Hyperparameters, draw: Draw) -> Published:
-    """Return AutoWU's test on all losses of the warmup so far.
+    """Run AutoWU's published test on all losses of the warmup so far.
 
-    The mean of the process begins at that of the losses; 100 steps of Adam go on from the last fit,
-    on at most 100 losses; five posteriors are each given at most 500. Losses that are not finite
-    keep their place and are left out.
+    The mean of the process starts at the mean of the losses. 100 steps of Adam continue from the
+    previous fit, on at most 100 losses. Then five posteriors are computed, each from at most 500
+    losses. Losses that are not finite are ignored, but count as steps.
 
     Args:
-        losses: in their order.
-        fit: that of the test before, or `Hyperparameters.initial`.
-        draw: what draws the losses where there are too many.
+        losses: loss of each step, in order.
+        fit: fit of the previous test, or `Hyperparameters.initial`.
+        draw: function that samples losses if there are too many.
     """
     places = np.arange(len(losses), dtype=np.float32) / np.float32(len(losses))
     finite = np.isfinite(losses)
@@ -102,11 +102,11 @@ def published_test(losses: Array, fit: Hyperparameters, draw: Draw) -> Published
 
 
 def published_band(losses: Array, fit: Hyperparameters) -> Band:
-    """Return what the process of `published_test` thinks of the losses, given all of them.
+    """Return the Gaussian process of `published_test`, fitted to all losses.
 
     Args:
-        losses: in their order; at least one is finite.
-        fit: that of the test.
+        losses: loss of each step, in order; at least one is finite.
+        fit: fit of the test.
     """
     finite = np.isfinite(losses)
     x = np.arange(losses.size)[finite] / losses.size
@@ -114,29 +114,30 @@ def published_band(losses: Array, fit: Hyperparameters) -> Band:
 
 
 class Robust(NamedTuple):
-    """What the robust test found."""
+    """The result of the robust test."""
 
     now: float
-    """Probability that the present is above the minimum."""
+    """Probability that the loss is above its minimum now."""
     start: float
-    """Probability that the start is."""
+    """Probability that the loss was above its minimum at the start."""
     argmin: float
+    """Position of the minimum, 0 to 1."""
 
     @property
     def positive(self) -> bool:
-        """Whether the minimum lies between two ends that are both above it."""
+        """Whether the loss is confidently above its minimum both now and at the start."""
         return min(self.now, self.start) > CONFIDENCE
 
 
 def robust_test(losses: Array) -> Robust:
-    """Return a test that neither units, nor noise, nor explosions of the loss mislead.
+    """Run a test that is robust to the scale of the loss, to noise and to spikes.
 
-    Losses are clipped to twice the descent around the lowest (what is not finite counts as that
-    high), compressed by asinh and averaged into at most 256 bins; the noise is estimated in closed
-    form, so that there is neither a random draw nor an optimizer in it.
+    Losses are clipped to twice the descent around the lowest loss (values that are not finite
+    become the upper limit), compressed by asinh, and averaged into at most 256 bins. The noise is
+    estimated in closed form, without random samples and without an optimizer.
 
     Args:
-        losses: all of the warmup so far, in their order; at least 8.
+        losses: loss of each step of the warmup so far, in order; at least 8.
     """
     posterior = _robust_posterior(_Compression.of(losses)(losses))
     return Robust(
@@ -147,7 +148,7 @@ def robust_test(losses: Array) -> Robust:
 
 
 def robust_band(losses: Array) -> Band:
-    """Return what the process of `robust_test` thinks of the losses, in their own unit."""
+    """Return the Gaussian process of `robust_test`, on the original scale of the losses."""
     compression = _Compression.of(losses)
     return _band(_robust_posterior(compression(losses)), compression.inverse)
 
@@ -157,19 +158,19 @@ def _robust_posterior(y: Array) -> Posterior:
     starts = -(-np.arange(min(count, _BINS) + 1) * count // min(count, _BINS))
     weights = np.diff(starts).astype(float)
     x = (starts[:-1] + starts[1:]) / (2 * count)
-    centre = float(y.mean())
-    y = y - centre
+    center = float(y.mean())
+    y = y - center
     means = np.add.reduceat(y, starts[:-1]) / weights
     within = float(y @ y - weights @ means**2)
     constant = np.full((x.size, 1), _CONSTANT)
     data = Data.of(np.hstack([features(x), constant]), means, weights)
     grid = np.hstack([_basis(_ROBUST_GRID), np.full((_ROBUST_GRID, 1), _CONSTANT)])
     posterior = Posterior.of(data, solve_ratio(data, within), grid)
-    return posterior._replace(mean=posterior.mean + centre)
+    return posterior._replace(mean=posterior.mean + center)
 
 
 class _Compression(NamedTuple):
-    """Losses clipped around their lowest and compressed by asinh."""
+    """A transform that clips losses around the lowest one and compresses them by asinh."""
 
     low: float
     high: float
@@ -218,7 +219,7 @@ def _basis(points: int) -> Array:
 
 
 def _certainty(posterior: Posterior, place: int, floor: float) -> float:
-    """Return the largest probability, over all other places, that the process is higher here."""
+    """Return the maximum, over all other positions, of P(f at ``place`` > f there)."""
     rise = posterior.mean[place] - posterior.mean
     ratio = rise / np.sqrt(posterior.deviation_from(place) + floor)
     others = np.delete(ratio, place)

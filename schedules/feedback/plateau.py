@@ -1,4 +1,4 @@
-"""ReduceLROnPlateau: lower the learning rate when a metric has stopped getting better."""
+"""ReduceLROnPlateau: reduce the learning rate when a metric has stopped improving."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ Waits = Annotated[int, Range(at_least=0), "metrics"]
 
 
 class PlateauState(NamedTuple):
-    """All that the rule remembers."""
+    """The state of a `Plateau`."""
 
     best: float | None = None
     bad: int = 0
-    """Metrics in a row that were not better."""
+    """Number of metrics in a row without improvement."""
     rests: int = 0
-    """Metrics that are still to be let pass after a reduction."""
+    """Number of metrics left in the cooldown after a reduction."""
     factor: float = 1.0
     """Product of all reductions."""
     reductions: int = 0
+    """Number of reductions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-    """The rule by itself: a metric at a time, to a factor on the learning rate.
+    """The rule of `ReduceLROnPlateau`: compute a factor on the learning rate from the metrics.
 
     >>> rule = Plateau(factor=0.5, patience=1)
     >>> state = rule.init()
@@ -54,7 +55,7 @@ class Plateau:
         return PlateauState()
 
     def update(self, state: PlateauState, metric: float) -> PlateauState:
-        """Return the state after a metric; one that is NaN is not better than any."""
+        """Return the state after a metric. NaN is not an improvement."""
         best, bad, rests = state.best, state.bad + 1, state.rests
         if self._is_better(metric, best):
             best, bad = metric, 0
@@ -86,16 +87,16 @@ class _State(NamedTuple):
 
 @schedule_class
 class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "factor": 0.5}):
-    """Lower the learning rate by a factor when a metric has stopped getting better.
+    """Reduce the learning rate when a metric has stopped improving.
 
-    After more than ``patience`` metrics in a row that are no better than the best by
-    ``threshold``::
+    An improvement is a metric that is better than the best so far by more than ``threshold``. After
+    more than ``patience`` metrics in a row without improvement::
 
         lr = max(lr * factor, min_lr)
 
-    The metric is given when there is one, as at the end of an epoch: ``engine.step(metric=…)``, or
-    ``step(metric)`` in a loop of one's own. Updates without one change nothing. What `curves` shows
-    is a run on a synthetic metric.
+    Pass the metric when it is available, for example at the end of an epoch:
+    ``trainer.step(metric=…)``, or ``step(metric)`` in a custom loop. Steps without a metric change
+    nothing. Previews show a run on a synthetic metric.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -111,25 +112,25 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     feedback: ClassVar[Literal["loss", "metric"] | None] = "metric"
 
     mode: Literal["min", "max"] = "min"
-    """Whether a smaller metric is better, or a larger one."""
+    """Whether a smaller ("min") or a larger ("max") metric is better."""
     factor: Annotated[float, Range(at_least=0)] = 0.1
-    """What the learning rate is multiplied by."""
+    """Factor on the learning rate at each reduction."""
     patience: Waits = 10
-    """Metrics in a row that may be no better."""
+    """Number of metrics in a row without improvement that are tolerated."""
     threshold: Annotated[float, Range(at_least=0)] = 1e-4
-    """How much better a metric must be to count."""
+    """Minimum change that counts as an improvement."""
     threshold_mode: Literal["rel", "abs"] = "rel"
-    """Whether `threshold` is a share of the best, or a difference."""
+    """Whether `threshold` is a fraction of the best metric ("rel") or a difference ("abs")."""
     cooldown: Waits = 0
-    """Metrics that are let pass after a reduction."""
+    """Number of metrics to ignore after a reduction."""
     min_lr: LearningRate = 0.0
-    """Where reductions end."""
+    """Lower bound of the learning rate."""
     eps: Annotated[float, Range(at_least=0)] = 1e-8
-    """A reduction by no more than this is left out."""
+    """Minimum change of the learning rate; smaller reductions are skipped."""
 
     def faults(self) -> Iterator[Fault]:
         if self.factor >= 1:
-            yield Fault("factor", f"`factor` must be less than 1, but is {self.factor:g} instead.")
+            yield Fault("factor", f"`factor` must be less than 1, got {self.factor:g}.")
 
     @property
     def span(self) -> int:
@@ -169,11 +170,11 @@ class PlateauController(FeedbackController[_State]):
         plateau = self._rule.update(state.plateau, loss)
         if plateau.reductions == state.plateau.reductions:
             return state._replace(step=step, plateau=plateau)
-        lrs = tuple(map(self._reduced, state.lrs, self._least))
-        why = f"the metric was not better for more than {self._rule.patience} times"
+        lrs = tuple(map(self._reduce, state.lrs, self._least))
+        why = f"the metric has not improved in {self._rule.patience + 1} evaluations"
         return _State(step, plateau, lrs, Decision(step, lrs[0], why))
 
-    def _reduced(self, lr: float, least: float) -> float:
+    def _reduce(self, lr: float, least: float) -> float:
         new = max(lr * self._rule.factor, least)
         return new if lr - new > self._eps else lr
 

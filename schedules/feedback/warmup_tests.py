@@ -1,4 +1,4 @@
-"""The two tests that can end AutoWU's warmup, and when their results suffice."""
+"""The two tests that can end AutoWU's warmup, and the number of confident results they need."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from schedules.feedback.minimum_tests import (
 
 __all__ = ["PublishedTest", "RobustTest", "TorchDraws", "Verdict", "WarmupTest"]
 
-_PATIENCE = 3  # votes in a row that the published test needs
+_PATIENCE = 3  # confident results in a row that end the warmup in the published test
 _ROBUST_TESTS = 60  # per warmup
-_SHORTEST = 90  # steps; in a shorter warmup the robust test is hardly ever confident
+_SHORTEST = 90  # steps; in a shorter warmup the robust test is rarely confident
 
 
 class Verdict(NamedTuple):
     """The result of a test."""
 
     state: AutoWUState
-    """The state with the result in it."""
+    """State that includes the result."""
     ends_warmup: bool
     argmins: Sequence[float]
-    """Estimates of the minimum's position in the losses, 0 to 1."""
+    """Estimated positions of the minimum in the sequence of losses, 0 to 1."""
     probability: float
 
 
 class WarmupTest(ABC):
-    """A test for whether the loss has passed its minimum, repeated during the warmup."""
+    """A test of whether the loss has passed its minimum, repeated during the warmup."""
 
     dtype: ClassVar[type]
-    """Precision of the losses."""
+    """Data type of the losses."""
     cooldown_lead: ClassVar[int]
-    """Steps by which the cooldown is ahead of the step it starts at."""
+    """Number of steps of the cooldown that are skipped at its start."""
     enforces_cooldown: ClassVar[bool]
-    """Whether the last part of the run cools down even where the cooldown follows the warmup."""
+    """Whether the cooldown starts in the last part of the run even with ``immediate_cooldown``."""
 
     def __init__(self, warmup: Warmup) -> None:
         self.warmup = warmup
@@ -57,11 +57,11 @@ class WarmupTest(ABC):
     @property
     @abstractmethod
     def interval(self) -> int:
-        """Steps between two tests."""
+        """Number of steps between two tests."""
 
     @abstractmethod
     def is_due(self, step: int) -> bool:
-        """Return whether the losses are tested after this step."""
+        """Return whether a test is due after this step."""
 
     @abstractmethod
     def apply(self, state: AutoWUState, losses: NDArray[Any]) -> Verdict:
@@ -69,22 +69,22 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def likely_minimum(self, state: AutoWUState) -> float | None:
-        """Return where the minimum probably is, if the warmup ends undecided."""
+        """Return the most likely position of the minimum (0 to 1); None without an estimate."""
 
     @abstractmethod
     def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:
-        """Return the Gaussian process of the test that led to a state."""
+        """Return the Gaussian process fitted by the test that led to a state."""
 
     @abstractmethod
     def warning(self) -> str | None:
-        """Return why this warmup is too short for the test, if it is."""
+        """Return a warning if the warmup is too short for the test."""
 
 
 class PublishedTest(WarmupTest):
-    """The test of the published code: once per epoch, three confident results in a row."""
+    """The test of the published code: once per epoch, until three in a row are confident."""
 
     dtype = np.float32
-    # The published code is a step ahead: its peak is never used, and its last step has lr 0.
+    # The published code is one step ahead: it never uses the peak, and its last step has lr 0.
     cooldown_lead = 1
     enforces_cooldown = True
 
@@ -115,15 +115,15 @@ class PublishedTest(WarmupTest):
         if steps > _PATIENCE * self.interval:
             return None
         return (
-            f"AutoWU's warmup of at most {steps} updates has no {_PATIENCE + 1} epochs of "
-            f"{self.interval}, so that no test can end it: it will end at "
-            f"{self.warmup.lr(steps):.2g} or before the cooldown. Train for more epochs, or set "
+            f"AutoWU's warmup of at most {steps} steps is shorter than {_PATIENCE + 1} epochs of "
+            f"{self.interval} steps, so no test can end it. It will end at lr "
+            f"{self.warmup.lr(steps):.2g} or at the cooldown. Train for more epochs, or set "
             '"test": "robust".'
         )
 
 
 class RobustTest(WarmupTest):
-    """A test that the scale of the loss does not affect, sixty times per warmup."""
+    """A test that does not depend on the scale of the loss; it runs sixty times per warmup."""
 
     dtype = np.float64
     cooldown_lead = 0
@@ -160,13 +160,13 @@ class RobustTest(WarmupTest):
         if steps >= _SHORTEST:
             return None
         return (
-            f"AutoWU's warmup of at most {steps} updates is short; tests are hardly ever sure of "
-            f"fewer than {_SHORTEST} losses. Train for more updates."
+            f"AutoWU's warmup of at most {steps} steps is short: with fewer than {_SHORTEST} "
+            "losses, the test is rarely confident. Train for more steps."
         )
 
 
 class TorchDraws:
-    """Draws without replacement as the published code does: torch's generator, seeded with 0.
+    """Sample without replacement like the published code: with a torch generator seeded with 0.
 
     Args:
         state: `state` of an earlier instance, to continue from; None to start.
@@ -176,7 +176,7 @@ class TorchDraws:
         self.state = state
 
     def draw(self, count: int, wanted: int) -> Any:
-        """Return ``wanted`` sorted indices below ``count``."""
+        """Return ``wanted`` different indices below ``count``, sorted."""
         import torch
 
         generator = torch.Generator()

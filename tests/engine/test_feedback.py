@@ -145,7 +145,7 @@ def test_a_run_of_no_whole_epochs_is_exactly_as_long():
     robust = from_config({"type": "AutoWU", "params": {"test": "robust"}})
     assert robust.resolve(horizon).total_steps == 1000
     assert robust.resolve(dataclasses.replace(horizon, scale_ratio=0.5)).total_steps == 500
-    with pytest.raises(ScheduleError, match="must be of whole ones, but is 1000 updates of 300"):
+    with pytest.raises(ScheduleError, match="whole epochs, got 1000 steps with 300"):
         from_config({"type": "AutoWU", "params": {}}).resolve(horizon)
 
 

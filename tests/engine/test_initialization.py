@@ -324,7 +324,7 @@ def test_durations_follow_the_loader_and_the_scale_schedule():
 
 def test_a_duration_in_epochs_needs_data():
     scheduler = {"type": "StepScheduler", "params": {"step_size": "1ep"}}
-    with pytest.raises(ValueError, match="`step_size`: '1ep' needs the length of an epoch: give"):
+    with pytest.raises(ValueError, match="`step_size`: '1ep' needs the length of an epoch"):
         engine.initialize(config=CONFIG | {"scheduler": scheduler}, model=model())
 
 

@@ -1,7 +1,7 @@
-"""The peers' own values, reproduced at every update through the peer's clock, by its name here.
+"""Schedules of other libraries: our values equal their recorded values at every step.
 
-Where a peer's value follows from a fault the difference is pinned, and docs/decisions/0003 and 0005
-to 0007 say from which update on it differs, and by how much.
+If the other library has a bug, the test pins the difference. docs/decisions/0003 and 0005 to 0007
+describe where the values differ, and by how much.
 """
 
 import math
@@ -32,7 +32,7 @@ VARIABLE_BATCH = {
 
 
 def lagging(case):
-    """Composer's trainer steps its schedulers before it counts the batch: one update late."""
+    """Return Composer's step numbers: its trainer steps the schedulers one batch late."""
     return np.maximum(np.arange(case["n_steps"]) - 1, 0)
 
 
@@ -43,11 +43,11 @@ def is_scaled_warmup(case):
 @pytest.mark.parametrize(
     "name", [name for name, case in COMPOSER.items() if not is_scaled_warmup(case)]
 )
-def test_composer(name):
+def test_composer_golden_case_matches(name):
     case = COMPOSER[name]
     params = dict(case["params"])
     if case["scheduler"] == "ConstantWithWarmupScheduler":
-        params.pop("t_max", None)  # which changes nothing in Composer
+        params.pop("t_max", None)  # has no effect in Composer
     block = {"type": case["scheduler"], "params": params}
     compare(case, block, at=lagging(case), horizon=horizon_of(case))
     steps = np.arange(len(case["alpha"]))
@@ -59,7 +59,7 @@ def test_composer(name):
 @pytest.mark.parametrize(
     "name", [name for name, case in COMPOSER.items() if is_scaled_warmup(case)]
 )
-def test_composers_scaled_warmup_jumps_and_ours_does_not(name):
+def test_composer_scaled_warmup_is_continuous_unlike_composer(name):
     case = COMPOSER[name]
     ratio = case["scale_schedule_ratio"]
     block = {"type": case["scheduler"], "params": case["params"]}
@@ -71,7 +71,7 @@ def test_composers_scaled_warmup_jumps_and_ours_does_not(name):
     unscaled, scaled = int(resolved.t_warmup), int(resolved.t_warmup * ratio)
     ramp = slice(0, min(unscaled, scaled))
     np.testing.assert_allclose(ours[ramp], theirs[ramp], rtol=1e-9, atol=1e-15)
-    # Theirs leaves the ramp at the unscaled end: half-way up, or long after it is at the top.
+    # Composer ends the ramp after the unscaled warmup: halfway up, or long after it is at the top.
     slope = theirs[1]
     if ratio > 1:
         assert theirs[unscaled] - theirs[unscaled - 1] > 5 * slope
@@ -81,13 +81,13 @@ def test_composers_scaled_warmup_jumps_and_ours_does_not(name):
 
 
 @pytest.mark.parametrize("name", TOKENS)
-def test_tokens_are_refused_with_the_reason(name):
+def test_composer_durations_in_tokens_are_rejected(name):
     block = {"type": TOKENS[name]["scheduler"], "params": TOKENS[name]["params"]}
     with pytest.raises(ScheduleError, match="counts tokens, which vary from batch to batch"):
         from_config(block)
 
 
-NOT_SCALED = {  # Composer changes T_0, which torch never reads again
+NOT_SCALED = {  # Composer changes T_0, but torch does not read it again
     name
     for name, case in COMPOSER_PYTORCH.items()
     if case["scheduler"] == "CosineAnnealingWarmRestarts" and case["scale_schedule_ratio"] != 1
@@ -95,11 +95,11 @@ NOT_SCALED = {  # Composer changes T_0, which torch never reads again
 
 
 @pytest.mark.parametrize("name", COMPOSER_PYTORCH)
-def test_pytorchs_schedulers_under_composers_scale_schedule(name):
+def test_pytorch_scheduler_with_composers_scale_ratio_matches(name):
     case = COMPOSER_PYTORCH[name]
     at = np.arange(case["n_steps"])
     horizon = horizon_of({**case, "batch_size": None})
-    if not case["step_schedulers_every_batch"]:  # its clock is the epoch
+    if not case["step_schedulers_every_batch"]:  # it is stepped once per epoch
         at //= case["dataloader_len"]
     if name in NOT_SCALED:
         horizon = schedules.Horizon(scale_ratio=1.0)
@@ -138,11 +138,11 @@ PAST_THE_END = {
     "cosine": 40,
     "cosine_eta0": 30,
     "sequential_linear_cosine": 60,
-}  # torch's cosine climbs again after T_max
+}  # torch's cosine rises again after T_max
 
 
 @pytest.mark.parametrize("name", TORCH)
-def test_torch(name):
+def test_torch_golden_case_matches(name):
     case = TORCH[name]
     block = torch_block(name)
     rows = slice(None)
@@ -151,16 +151,16 @@ def test_torch(name):
         assert case["lr"][PAST_THE_END[name] + 5] > case["lr"][PAST_THE_END[name]]
     if name == "onecycle_linear_at_total":
         rows = slice(40)
-        assert case["lr"][40] < 0  # torch extrapolates below its minimum; ours holds
+        assert case["lr"][40] < 0  # torch extrapolates below the minimum; ours stays constant
     compare(case, block, rows=rows)
-    driven = {key for key in ("momentum", "betas") if key in case}
-    for key in driven:
+    recorded = {key for key in ("momentum", "betas") if key in case}
+    for key in recorded:
         theirs = np.array(case[key], dtype=float).reshape(case["n_steps"], -1)[:, 0]
         compare(case, block, name="momentum", theirs=theirs, rows=rows)
 
 
 @pytest.mark.parametrize("name", D2L)
-def test_d2l(name):
+def test_d2l_golden_case_matches(name):
     case = D2L[name]
     params = dict(case["params"])
     if case["scheduler"] == "SquareRootScheduler":
@@ -169,20 +169,20 @@ def test_d2l(name):
 
 
 @pytest.mark.parametrize("name", MXNET)
-def test_mxnet(name):
-    """MXNet's trainer asks for k + 1; its factors fall behind a step, not at it: k again."""
+def test_mxnet_golden_case_matches(name):
+    """MXNet's trainer uses step k + 1. Its factor schedules lag by one step, which cancels that."""
     case = MXNET[name]
     params = dict(case["params"])
-    updates = np.arange(case["n_steps"])
-    ahead = updates + 1
+    steps = np.arange(case["n_steps"])
+    ahead = steps + 1
     at = ahead
     if "Factor" in case["scheduler"]:
-        at = np.where(ahead <= params.get("warmup_steps", 0), ahead, updates)
+        at = np.where(ahead <= params.get("warmup_steps", 0), ahead, steps)
     compare(case, {"type": case["scheduler"], "params": {"base_lr": 0.01} | params}, at=at)
 
 
 @pytest.mark.parametrize("name", SAMBAFLOW)
-def test_sambaflow(name):
+def test_sambaflow_golden_case_matches(name):
     case = SAMBAFLOW[name]
     params = case["params"]
     arguments = case.get("sambaflow_args", {})
@@ -229,7 +229,7 @@ def transformers_block(case):
 
 
 def one_minus_sqrt_warmup(step):
-    """A warmup whose shape is ours of "1-sqrt", mirrored; then stable, then a cosine."""
+    """Warmup with the mirrored shape of "1-sqrt", then a constant phase, then a cosine."""
     if step < 10:
         return 1 - (1 - step / 10) ** 0.5
     return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, (step - 50) / 30))))
@@ -243,8 +243,8 @@ TRANSFORMERS_BLOCKS = {
     "wsd_warmup_1_sqrt": {"type": f"{__name__}:one_minus_sqrt_warmup"},
     "wsd_warmup_cosine": phases((0.0, 0.01, 10, "cosine"), (0.01, 0.01, 40), (0.01, 0.0, 30)),
 }
-# transformers' cosines climb again behind their last update.
-CLIMBS_AGAIN = {
+# The cosines of transformers rise again after their last step.
+LAST_STEPS = {
     "cosine_warmup": 80,
     "cosine_warmup0": 80,
     "cosine_min_lr": 80,
@@ -253,7 +253,7 @@ CLIMBS_AGAIN = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_transformers(name):
+def test_transformers_golden_case_matches(name):
     case = TRANSFORMERS[name]
     block = TRANSFORMERS_BLOCKS.get(name) or transformers_block(case)
     if name == "linear_total_lt_warmup":
@@ -262,14 +262,14 @@ def test_transformers(name):
             from_config(block)
         return
     rows = slice(None)
-    if name in CLIMBS_AGAIN:
-        rows = slice(CLIMBS_AGAIN[name] + 1)
-        assert case["lr"][-1] > case["lr"][CLIMBS_AGAIN[name]]
+    if name in LAST_STEPS:
+        rows = slice(LAST_STEPS[name] + 1)
+        assert case["lr"][-1] > case["lr"][LAST_STEPS[name]]
     compare(case, block, rows=rows)
 
 
 @pytest.mark.parametrize("name", MEGATRON)
-def test_megatron(name):
+def test_megatron_golden_case_matches(name):
     case = MEGATRON[name]
     block = {"type": "OptimizerParamScheduler", "params": case["params"]}
     compare(case, block)
@@ -282,45 +282,46 @@ def tanh_decay(step):
     return (0.001 + 0.099 * shape) / 0.1 if step < 60 else 0.01
 
 
-def alike(type_name, **params):
+def scheduler_block(type_name, **params):
     return {"type": type_name, "params": params}
 
 
-COSINE = alike("CosineAnnealingLR", T_max=60, eta_min=0.001)
-# Two blocks where timm's clock runs through the warmup: its learning rate drops where that ends.
+COSINE = scheduler_block("CosineAnnealingLR", T_max=60, eta_min=0.001)
+# "cosine_warmup" has two blocks: timm counts the steps of the warmup as steps of the cosine, so the
+# learning rate drops at the end of the warmup.
 TIMM_BLOCKS = {
     "cosine": [(0, COSINE)],
     "cosine_restarts": [(0, phases(*[(peak, 0.001, 20, "cosine") for peak in (0.1, 0.05, 0.025)]))],
     "cosine_restarts_mul2": [(0, phases(*[(0.1, 0.001, n, "cosine") for n in (10, 20, 40)]))],
     "cosine_warmup": [(0, phases((0.0001, 0.1, 10))), (10, COSINE)],
     "cosine_warmup_prefix": [(0, phases((0.0001, 0.1, 10), (0.1, 0.001, 60, "cosine")))],
-    "multistep": [(0, alike("MultiStepLR", milestones=[20, 50], gamma=0.1))],
-    "poly": [(0, alike("PolynomialScheduler", power=0.5, t_max=60, alpha_f=0.01))],
+    "multistep": [(0, scheduler_block("MultiStepLR", milestones=[20, 50], gamma=0.1))],
+    "poly": [(0, scheduler_block("PolynomialScheduler", power=0.5, t_max=60, alpha_f=0.01))],
     "step": [
         (0, phases((0.001, 0.1, 5), *[(0.1 / 2**n, 0.1 / 2**n, 15) for n in range(7)])),
     ],
-    "tanh": [(0, alike(f"{__name__}:tanh_decay"))],
+    "tanh": [(0, scheduler_block(f"{__name__}:tanh_decay"))],
     "wsd": [(0, phases((0.0, 0.1, 10), (0.1, 0.1, 60), (0.1, 0.001, 20, "1-sqrt")))],
 }
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timm(name):
+def test_timm_golden_case_matches(name):
     case = TIMM[name]
     blocks = TIMM_BLOCKS[name]
-    ends = [begin for begin, _ in blocks[1:]] + [case["n_steps"]]
-    if name == "tanh":  # timm's first update runs at the optimizer's own learning rate
+    ends = [start for start, _ in blocks[1:]] + [case["n_steps"]]
+    if name == "tanh":  # timm's first step uses the optimizer's learning rate
         assert case["lr"][0] == 0.1 != pytest.approx(trace(blocks[0][1], 1)["lr"][0, 0], rel=1e-7)
         blocks = [(1, blocks[0][1])]
-    # timm's milestones lead by one update; the rest of it does not.
+    # timm's milestones are one step early; its other schedules are not.
     at = np.arange(case["n_steps"]) + (name == "multistep")
-    for (begin, block), end in zip(blocks, ends, strict=True):
-        compare(case, block, at=at, rows=slice(begin, end))
+    for (start, block), end in zip(blocks, ends, strict=True):
+        compare(case, block, at=at, rows=slice(start, end))
 
 
 @pytest.mark.parametrize("name", VARIABLE_BATCH)
-def test_deepspeeds_variable_batches_scale_a_schedule_of_ours(name):
-    """DeepSpeed's data pipeline, no `scheduler.type`: a base schedule, times the batch's share."""
+def test_deepspeed_variable_batch_size_scales_a_base_schedule(name):
+    """DeepSpeed's data pipeline multiplies a schedule by the relative batch size."""
     case = VARIABLE_BATCH[name]
     params = case["params"]
     kind, base_params = params["base"]
@@ -328,40 +329,44 @@ def test_deepspeeds_variable_batches_scale_a_schedule_of_ours(name):
     sizes = np.resize(params["batch_sizes"], steps) / params["base_batch_size"]
     scale = np.sqrt(sizes) if params["lr_scaling_method"] == "sqrt" else sizes
     theirs = np.array(case["lr"]) / scale
-    # Its constructor steps the base once: one update ahead, which a warmup's lag makes up for.
+    # DeepSpeed's constructor steps the base schedule once, so it is one step ahead. Warmup
+    # schedules lag by one step, which cancels that.
     at = np.arange(steps) + (kind == "OneCycle")
     block = {"type": "fixed_lr"} if kind == "constant" else {"type": kind, "params": base_params}
     compare(case, block, at=at, theirs=theirs)
 
 
 TESTS = {
-    "autowu": [test_autowu.test_the_published_values],
-    "composer": [test_composer, test_composers_scaled_warmup_jumps_and_ours_does_not],
-    "composer_pytorch_ssr": [test_pytorchs_schedulers_under_composers_scale_schedule],
-    "composer_tokens": [test_tokens_are_refused_with_the_reason],
-    "d2l": [test_d2l],
+    "autowu": [test_autowu.test_autowu_golden_case_matches_the_published_code],
+    "composer": [
+        test_composer_golden_case_matches,
+        test_composer_scaled_warmup_is_continuous_unlike_composer,
+    ],
+    "composer_pytorch_ssr": [test_pytorch_scheduler_with_composers_scale_ratio_matches],
+    "composer_tokens": [test_composer_durations_in_tokens_are_rejected],
+    "d2l": [test_d2l_golden_case_matches],
     "deepspeed": [
-        test_deepspeeds_variable_batches_scale_a_schedule_of_ours,
+        test_deepspeed_variable_batch_size_scales_a_base_schedule,
         test_golden_deepspeed.test_golden_case_with_invalid_parameters_is_rejected,
         test_golden_deepspeed.test_deepspeed_lr_matches_golden_values,
     ],
-    "megatron": [test_megatron],
-    "mxnet": [test_mxnet],
-    "sambaflow": [test_sambaflow],
-    "timm": [test_timm],
-    "torch": [test_torch],
-    "transformers": [test_transformers],
+    "megatron": [test_megatron_golden_case_matches],
+    "mxnet": [test_mxnet_golden_case_matches],
+    "sambaflow": [test_sambaflow_golden_case_matches],
+    "timm": [test_timm_golden_case_matches],
+    "torch": [test_torch_golden_case_matches],
+    "transformers": [test_transformers_golden_case_matches],
 }
-RECORDED = "autowu_recorded"  # not cases: curves that test_autowu reads by name
+RECORDED = "autowu_recorded"  # recorded losses for test_autowu, not golden cases
 
 
 def names_of_cases(test):
-    """The names that a test's parametrize mark gives it."""
+    """Return the case names in the parametrize mark of a test."""
     (mark,) = (mark for mark in test.pytestmark if mark.name == "parametrize")
     return [row if isinstance(row, str) else row[0] for row in mark.args[1]]
 
 
-def test_golden_cases_are_each_given_to_a_test():
+def test_golden_files_are_all_used_by_a_test():
     files = {path for path in golden.FOLDER.glob("*/*.json") if path.parent.name != RECORDED}
     tested = {
         golden.FOLDER / family / f"{name}.json"

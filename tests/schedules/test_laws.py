@@ -1,4 +1,4 @@
-"""Laws that every registered schedule obeys, for whatever parameters it takes."""
+"""Properties that every registered schedule has with any valid parameters."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ drawing = settings(
 @every_schedule
 @drawing
 @given(data=st.data())
-def test_values_are_finite_and_within_the_declared_bounds(cls, data):
+def test_schedule_values_are_finite_and_within_the_declared_bounds(cls, data):
     schedule = data.draw(instances(cls))
     values = trace(schedule, STEPS, base=BASE, horizon=HORIZON)
     assert tuple(values) == schedule.drives
@@ -72,16 +72,16 @@ OPTIMIZERS = {
 }
 
 
-def used(name, group):
-    """What an update by this group uses."""
+def read_value(name, group):
+    """Return the current value of a hyperparameter in a param group."""
     return group["betas"][0] if name == "momentum" and "betas" in group else group[name]
 
 
 @every_schedule_without_feedback
 @drawing
 @given(data=st.data(), optimizer=st.sampled_from(sorted(OPTIMIZERS)), groups=st.integers(1, 2))
-def test_one_update_at_a_time_equals_the_array_to_the_last_bit(cls, data, optimizer, groups):
-    """Whatever shortest way a binder finds for its optimizer and the piece of curve it is on."""
+def test_binder_step_by_step_equals_trace_bitwise(cls, data, optimizer, groups):
+    """The binder has fast paths that depend on the optimizer and the formula; all must agree."""
     schedule = data.draw(instances(cls))
     lists = [len(value) for value in vars(schedule).values() if isinstance(value, tuple)]
     params = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(groups)]
@@ -90,52 +90,53 @@ def test_one_update_at_a_time_equals_the_array_to_the_last_bit(cls, data, optimi
     try:
         arrays = trace(schedule, STEPS, base=base, horizon=HORIZON)
     except ValueError:
-        assert any(length != groups for length in lists)  # a number for each of other groups
+        assert any(length != groups for length in lists)  # a list for a different number of groups
         return
     binder = attach(schedule, chosen, horizon=HORIZON)
     for step in range(STEPS):
         for name, array in arrays.items():
-            assert array[step].tolist() == [used(name, group) for group in chosen.param_groups]
+            values = [read_value(name, group) for group in chosen.param_groups]
+            assert array[step].tolist() == values
         binder.step()
 
 
 @every_schedule
-def test_it_is_imported_by_its_name(cls):
+def test_schedule_is_an_attribute_of_the_package(cls):
     assert getattr(schedules, cls.type_name) is cls
 
 
-UNLIKE = {"lr": (1.0, 0.1), "momentum": (0.9, 0.9), "weight_decay": (0.1, 0.0)}
+DIFFERENT_GROUPS = {"lr": (1.0, 0.1), "momentum": (0.9, 0.9), "weight_decay": (0.1, 0.0)}
 
 
 def follow_advice(block, message):
-    """Change a block as the error of one number for unlike groups says."""
+    """Fix a block as the message recommends: use a list instead of one number for all groups."""
     parts = [block, *block["params"].get("schedulers", ())]
-    refused = re.search(r"`(\w+)` must be a list of 2 numbers, one a param", message)
-    if refused is None:
+    field = re.search(r"`(\w+)` must be a list of 2 numbers", message)
+    if field is None:
         assert '"relative": true' in message, message
         (params,) = (part["params"] for part in parts if part["type"] == "Phases")
         assert "relative" not in params
         params["relative"] = True
         return
-    (params,) = (part["params"] for part in parts if refused[1] in part["params"])
-    params[refused[1]] = [params[refused[1]], params[refused[1]] / 10]
+    (params,) = (part["params"] for part in parts if field[1] in part["params"])
+    params[field[1]] = [params[field[1]], params[field[1]] / 10]
 
 
-def trace_unlike_groups(block, advised=0):
+def trace_different_groups(block, attempts=0):
     try:
-        return trace(block, 50, base=UNLIKE, horizon=HORIZON)
+        return trace(block, 50, base=DIFFERENT_GROUPS, horizon=HORIZON)
     except ValueError as error:
-        assert advised < 10
+        assert attempts < 10
         follow_advice(block, str(error))
-        return trace_unlike_groups(block, advised + 1)
+        return trace_different_groups(block, attempts + 1)
 
 
 @every_schedule
-def test_groups_that_differ_are_kept_apart(cls):
-    """One number for all of them would undo a split of learning rates, or decay what must not."""
+def test_schedule_different_groups_keep_different_values(cls):
+    """One number for all groups would remove per-group learning rates or enable weight decay."""
     block = copy.deepcopy({"type": cls.type_name, "params": dict(cls.example)})
     assert len(trace(block, 50, base=BASE, horizon=HORIZON)["lr"]) == 50
-    values = trace_unlike_groups(block)
+    values = trace_different_groups(block)
     for name in values.keys() - {"momentum"}:
         assert (values[name][:, 0] != values[name][:, 1]).any(), name
 
@@ -143,22 +144,22 @@ def test_groups_that_differ_are_kept_apart(cls):
 @every_schedule
 @drawing
 @given(data=st.data())
-def test_a_walk_from_any_step_equals_the_walk_from_the_start(cls, data):
+def test_curve_pieces_from_any_step_equal_pieces_from_step_0(cls, data):
     schedule = data.draw(instances(cls))
-    begin = data.draw(st.integers(0, STEPS - 1))
+    start = data.draw(st.integers(0, STEPS - 1))
     for curves in schedule.curves_for(BASE, HORIZON).values():
-        walked = [
+        values = [
             piece.at(step)
-            for piece in curves[0].pieces(begin, STEPS)
+            for piece in curves[0].pieces(start, STEPS)
             for step in range(int(piece.begin), int(piece.end))
         ]
-        assert walked == list(curves[0].values(STEPS))[begin:]
+        assert values == list(curves[0].values(STEPS))[start:]
 
 
 @every_schedule
 @drawing
 @given(data=st.data())
-def test_json_to_schedule_to_json(cls, data):
+def test_schedule_json_round_trip_is_equal(cls, data):
     schedule = data.draw(instances(cls))
     text = json.dumps({"type": cls.type_name, "params": schedule.params()})
     assert from_config(json.loads(text)) == schedule
@@ -167,10 +168,10 @@ def test_json_to_schedule_to_json(cls, data):
 @every_schedule_without_feedback
 @drawing
 @given(data=st.data(), ratio=st.sampled_from([0.5, 2.0, 3.0]))
-def test_scale_schedule_that_scales_the_warmup_dilates_the_whole(cls, data, ratio):
-    """lr_r(t) == lr_1(t / r): exact where every scaled duration is whole."""
+def test_scale_ratio_with_warmup_stretches_the_whole_curve(cls, data, ratio):
+    """lr_r(t) == lr_1(t / r), if every scaled duration is a whole number of steps."""
     schedule = data.draw(instances(cls, multiple=2))
-    # A logarithm has no scale to dilate, and a growth that is no whole number truncates each cycle.
+    # A logarithmic ramp cannot be stretched, and a fractional growth truncates the cycles.
     assume(getattr(schedule, "warmup_type", None) != "log")
     assume(float(getattr(schedule, "t_mult", 1)).is_integer())
     scaled = Horizon(**vars(HORIZON) | {"scale_ratio": ratio, "scale_warmup": True})
@@ -196,7 +197,7 @@ def warmup_fields(cls):
 @pytest.mark.parametrize("cls", [cls for cls in SCHEDULES.values() if warmup_fields(cls)])
 @drawing
 @given(data=st.data(), ratio=st.sampled_from([0.5, 2.0, 3.0]))
-def test_scale_schedule_dilates_all_but_the_warmup(cls, data, ratio):
+def test_scale_ratio_without_warmup_keeps_the_warmup(cls, data, ratio):
     schedule = data.draw(instances(cls, multiple=2))
     assume(not getattr(schedule, "scale_warmup", False))
     # A warmup that is a fraction of the run follows the run.
@@ -211,7 +212,7 @@ def test_scale_schedule_dilates_all_but_the_warmup(cls, data, ratio):
     for name, field in fields_of(cls).items():
         before, after = getattr(plain, name), getattr(scaled, name)
         if cls.clock_is_step and field.duration is not None:
-            continue  # its curves are dilated after they are made
+            continue  # the curves are stretched instead of the durations
         if field.duration is None or before is None or field.duration.warmup:
             assert after == before
         else:

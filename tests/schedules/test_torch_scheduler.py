@@ -1,4 +1,4 @@
-"""The binder: what it writes, what it leaves alone, and how it comes back from a state."""
+"""The binder: values that it writes, values that it keeps, and saving and loading its state."""
 
 import copy
 import pickle
@@ -25,18 +25,18 @@ def weights(count=1):
 
 
 def without_tensors(optimizer):
-    """The groups as they are, less the parameters."""
+    """Return copies of the param groups without the parameters."""
     return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
 
 def run(optimizer, binder, steps):
-    """Update for some steps and return the groups as each update found them."""
-    seen = []
+    """Run some steps and return the param groups before each step."""
+    history = []
     for _ in range(steps):
-        seen.append(without_tensors(optimizer))
+        history.append(without_tensors(optimizer))
         optimizer.step()
         binder.step()
-    return seen
+    return history
 
 
 def optimizers():
@@ -51,31 +51,31 @@ def optimizers():
 
 
 @pytest.mark.parametrize("name", optimizers())
-def test_every_group_follows_the_trace(name):
+def test_binder_each_group_has_the_values_of_trace(name):
     optimizer = optimizers()[name]
-    seen = run(optimizer, attach("OneCycle", optimizer, **CYCLE), 10)
+    history = run(optimizer, attach("OneCycle", optimizer, **CYCLE), 10)
     expected = trace({"type": "OneCycle", "params": CYCLE}, 10)
-    for step, groups in enumerate(seen):
+    for step, groups in enumerate(history):
         for group in groups:
             assert group["lr"] == expected["lr"][step, 0]
             momentum = group["momentum"] if "momentum" in group else group["betas"][0]
             assert momentum == expected["momentum"][step, 0]
 
 
-def test_other_betas_and_hyperparameters_stay_as_they_were():
+def test_binder_keeps_other_betas_and_hyperparameters():
     groups = [
         {"params": weights(), "betas": (0.9, 0.95)},
         {"params": weights(), "betas": (0.9, 0.9999), "weight_decay": 0.5},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.1, eps=1e-6, weight_decay=0.25)
-    seen = run(optimizer, attach("OneCycle", optimizer, **CYCLE), 10)
-    assert {groups[0]["betas"][1] for groups in seen} == {0.95}
-    assert {groups[1]["betas"][1] for groups in seen} == {0.9999}
-    assert {tuple(group["weight_decay"] for group in groups) for groups in seen} == {(0.25, 0.5)}
-    assert {group["eps"] for groups in seen for group in groups} == {1e-6}
+    history = run(optimizer, attach("OneCycle", optimizer, **CYCLE), 10)
+    assert {groups[0]["betas"][1] for groups in history} == {0.95}
+    assert {groups[1]["betas"][1] for groups in history} == {0.9999}
+    assert {tuple(group["weight_decay"] for group in groups) for groups in history} == {(0.25, 0.5)}
+    assert {group["eps"] for groups in history for group in groups} == {1e-6}
 
 
-def test_three_betas_keep_the_last_two():
+def test_binder_with_three_betas_keeps_the_last_two():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
     group = optimizer.param_groups[0]
     del group["momentum"]
@@ -86,14 +86,14 @@ def test_three_betas_keep_the_last_two():
     assert group["betas"] == (pytest.approx(0.9), 0.92, 0.999)
 
 
-def test_groups_with_their_own_bounds():
+def test_binder_with_a_list_uses_one_bound_per_group():
     optimizer = torch.optim.SGD([{"params": weights()}, {"params": weights()}], lr=0.1)
     params = CYCLE | {"cycle_max_lr": [0.5, 0.9]}
-    seen = run(optimizer, attach("OneCycle", optimizer, **params), 5)
-    assert [group["lr"] for group in seen[3]] == [0.5, 0.9]
+    history = run(optimizer, attach("OneCycle", optimizer, **params), 5)
+    assert [group["lr"] for group in history[3]] == [0.5, 0.9]
 
 
-def test_a_tensor_learning_rate_keeps_its_identity():
+def test_binder_with_a_tensor_lr_writes_in_place():
     rate = torch.tensor(0.1, dtype=torch.float64)
     optimizer = torch.optim.Adam(weights(), lr=rate)
     binder = attach("WarmupLR", optimizer, warmup_num_steps=2, warmup_type="linear")
@@ -103,7 +103,7 @@ def test_a_tensor_learning_rate_keeps_its_identity():
         binder.step()
 
 
-def test_it_speaks_torchs_scheduler_language():
+def test_binder_has_the_methods_of_torch_schedulers():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
     binder = attach("OneCycle", optimizer, **CYCLE)
     assert isinstance(binder, torch.optim.lr_scheduler.LRScheduler)
@@ -113,7 +113,7 @@ def test_it_speaks_torchs_scheduler_language():
     assert attach("WarmupLR", optimizer).get_mom() is None
 
 
-def test_no_warning_whatever_the_order_of_steps():
+def test_binder_step_before_optimizer_step_does_not_warn():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -128,7 +128,7 @@ def test_no_warning_whatever_the_order_of_steps():
 )
 @pytest.mark.parametrize("scheduler_first", [True, False])
 @pytest.mark.parametrize("kill_at", [0, 1, 4, 7])
-def test_resume_gives_the_same_run_in_any_order(made_first, scheduler_first, kill_at):
+def test_binder_resumed_in_any_order_gives_the_same_run(made_first, scheduler_first, kill_at):
     def make():
         groups = [{"params": weights(), "lr": 0.2}, {"params": weights(), "lr": 0.04}]
         return torch.optim.SGD(groups, momentum=0.9)
@@ -155,7 +155,7 @@ def test_resume_gives_the_same_run_in_any_order(made_first, scheduler_first, kil
     assert run(resumed, binder, 9 - kill_at) == expected
 
 
-def test_resume_without_the_optimizers_state_writes_at_once():
+def test_binder_resumed_without_optimizer_state_writes_immediately():
     params = CYCLE | {"cycle_first_step_size": 10}
     optimizer = torch.optim.SGD(weights(), lr=0.1)
     binder = attach("OneCycle", optimizer, **params)
@@ -166,7 +166,7 @@ def test_resume_without_the_optimizers_state_writes_at_once():
     assert fresh.param_groups[0]["momentum"] == optimizer.param_groups[0]["momentum"]
 
 
-def test_a_copy_drives_its_own_optimizer():
+def test_binder_deepcopy_writes_to_the_copied_optimizer():
     optimizer = torch.optim.AdamW(weights(), lr=0.1)
     binder = attach("OneCycle", optimizer, **CYCLE)
     binder.step()
@@ -179,76 +179,73 @@ def test_a_copy_drives_its_own_optimizer():
     assert without_tensors(copied.optimizer) == without_tensors(optimizer)
 
 
-def test_a_step_that_somebody_kept_follows_a_loaded_state():
+def test_binder_stored_step_method_uses_a_loaded_state():
     optimizer = torch.optim.AdamW(weights(), lr=0.1)
     binder = attach("OneCycle", optimizer, **CYCLE)
     start = binder.state_dict()
-    for _ in range(4):  # into the descent
+    for _ in range(4):  # until the descent
         binder.step()
-    kept = binder.step
-    kept()
+    step = binder.step
+    step()
     binder.load_state_dict(start)
-    kept()
+    step()
     expected = trace({"type": "OneCycle", "params": CYCLE}, 2)
     assert binder.get_last_lr() == [expected["lr"][1, 0]]
     assert binder.get_mom() == [(expected["momentum"][1, 0], 0.999)]
 
 
-def test_another_schedule_is_not_resumed():
+def test_binder_state_of_a_different_schedule_is_rejected():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
     state = attach("OneCycle", optimizer, **CYCLE).state_dict()
     other = attach("OneCycle", optimizer, **(CYCLE | {"cycle_max_lr": 7.0}))
-    with pytest.raises(ValueError, match="`cycle_max_lr` was 0.5 and is 7.0"):
+    with pytest.raises(ValueError, match="`cycle_max_lr` is 0.5 in the saved state, 7.0 now"):
         other.load_state_dict(state)
     assert other.get_last_lr() == [0.1]
-    with pytest.raises(ValueError, match="`type` was OneCycle and is WarmupLR"):
+    with pytest.raises(ValueError, match="`type` is OneCycle in the saved state, WarmupLR now"):
         attach("WarmupLR", optimizer).load_state_dict(state)
 
 
-def test_nothing_is_written_before_everything_is_proved():
+def test_attach_failing_leaves_the_optimizer_unchanged():
     optimizer = torch.optim.Adagrad(weights(), lr=0.2)
     before = without_tensors(optimizer)
     with pytest.raises(ValueError) as error:
         attach("OneCycle", optimizer, **CYCLE)
-    assert str(error.value).startswith(
-        "param group 0 of Adagrad must have `momentum` or `betas`, which the schedule drives, but "
-        "has lr, lr_decay, eps, "
-    )
-    assert str(error.value).endswith(
-        'Set `"cycle_momentum": false`, or choose an optimizer that has momentum or betas.'
-    )
+    message = str(error.value)
+    assert "Param group 0 of Adagrad must have `momentum` or `betas`" in message
+    assert "got lr, lr_decay, eps" in message
+    assert 'Set `"cycle_momentum": false`' in message
     assert without_tensors(optimizer) == before
 
     optimizer = torch.optim.SGD([{"params": weights()}, {"params": weights()}], lr=0.2)
     before = without_tensors(optimizer)
-    with pytest.raises(ValueError, match="`cycle_max_mom` must hold one number for each of the 2"):
+    with pytest.raises(ValueError, match=r"`cycle_max_mom` must have .* \(2\), got 3"):
         attach("OneCycle", optimizer, **(CYCLE | {"cycle_max_mom": [0.9, 0.9, 0.9]}))
     assert without_tensors(optimizer) == before
 
 
-def test_a_group_added_later_is_an_error_at_the_next_step():
+def test_binder_step_after_a_group_was_added_is_an_error():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
     binder = attach("OneCycle", optimizer, **CYCLE)
     optimizer.add_param_group({"params": weights()})
-    with pytest.raises(ValueError, match="must keep the 1 param groups .* but has 2 instead"):
+    with pytest.raises(ValueError, match=r"number of param groups .* \(1\), got 2"):
         binder.step()
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda o: attach("OneCycle", o, **CYCLE).step(5), "`epoch` must be absent, but is 5"),
-        (lambda o: attach(schedules.WarmupLR(), o, warmup_num_steps=5), "came with WarmupLR"),
+        (lambda o: attach("OneCycle", o, **CYCLE).step(5), "step() takes no `epoch`"),
+        (lambda o: attach(schedules.WarmupLR(), o, warmup_num_steps=5), "with WarmupLR("),
         (lambda o: attach("OneCicle", o), "Did you mean `OneCycle`?"),
     ],
 )
-def test_wrong_calls(call, message):
+def test_attach_or_step_invalid_argument_is_rejected(call, message):
     with pytest.raises(ValueError) as error:
         call(torch.optim.SGD(weights(), lr=0.1))
     assert message in str(error.value)
 
 
-def test_a_schedule_is_usable_as_an_object():
+def test_binder_accepts_a_schedule_object():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
     binder = ScheduleBinder(schedules.WarmupLR(warmup_num_steps=2), optimizer)
     assert binder.get_last_lr() == [0.0]
@@ -268,7 +265,7 @@ def test_a_schedule_is_usable_as_an_object():
         ),
     ],
 )
-def test_a_list_gives_each_group_its_own_bound(type_name, params, step, lrs):
+def test_attach_list_parameter_applies_per_group(type_name, params, step, lrs):
     groups = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     binder = schedules.attach(type_name, optimizer, **params)
@@ -278,13 +275,13 @@ def test_a_list_gives_each_group_its_own_bound(type_name, params, step, lrs):
     assert binder.get_last_lr() == pytest.approx(lrs)
 
 
-def test_a_list_that_does_not_fit_the_groups_names_its_parameter():
+def test_attach_list_of_wrong_length_names_the_parameter():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    with pytest.raises(ValueError, match="`eta_min` must hold one number for each of the 1 param"):
+    with pytest.raises(ValueError, match=r"`eta_min` must have .* \(1\), got 2"):
         schedules.attach("CosineAnnealingLR", optimizer, T_max=4, eta_min=[0.01, 0.02])
 
 
-def test_it_takes_its_turn_in_torchs_own_sequence():
+def test_binder_in_sequential_lr_matches_torch():
     of_torch = torch.optim.lr_scheduler
 
     def lrs(first, second):
@@ -304,9 +301,9 @@ def test_it_takes_its_turn_in_torchs_own_sequence():
     assert ours == pytest.approx(theirs)
 
 
-def test_binder_with_feedback_without_a_loss_refuses_the_step():
+def test_binder_with_feedback_without_a_loss_rejects_the_step():
     binder = attach("AutoWU", torch.optim.SGD(weights(), lr=0.1), **AUTOWU)
-    with pytest.raises(ValueError, match="must be told the loss"):
+    with pytest.raises(ValueError, match="must receive the loss"):
         binder.step()
     assert binder.last_epoch == 0
 

@@ -1,4 +1,4 @@
-"""The peers' own values: cases by name, and how ours are compared with them."""
+"""Golden cases: recorded values of other libraries, and their comparison with our values."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,14 @@ FOLDER = Path(__file__).parent.parent / "golden"
 
 
 def cases(family):
-    """A family's cases, by file name."""
+    """Return the cases of a family: file name to case."""
     paths = sorted((FOLDER / family).glob("*.json"))
     assert paths
     return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def base_of(case):
-    """The optimizer's values as it was built: one a param group."""
+    """Return the learning rates that the optimizer was built with, one per param group."""
     optimizer = case["optimizer"]
     groups = optimizer.get("n_param_groups", np.size(optimizer.get("lr", 0.1)))
     lr = np.broadcast_to(optimizer.get("lr", 0.1), groups).tolist()
@@ -26,7 +26,7 @@ def base_of(case):
 
 
 def horizon_of(case):
-    """The run of a case that Composer's trainer ran."""
+    """Return the horizon of a case that was run by Composer's trainer."""
     per_epoch, batch = case["dataloader_len"], case.get("batch_size")
     value, unit = float(case["max_duration"][:-2]), case["max_duration"][-2:]
     steps = value * {"ep": per_epoch, "ba": 1, "sp": 1 / (batch or 1)}[unit]
@@ -40,7 +40,17 @@ def horizon_of(case):
 
 
 def compare(case, block, *, at=None, name="lr", theirs=None, horizon=None, rows=slice(None)):
-    """Assert that our value at ``at[t]`` is theirs at each update t of ``rows``."""
+    """Assert that our value at step ``at[t]`` equals the recorded value at each step t of ``rows``.
+
+    Args:
+        case: golden case.
+        block: scheduler block of our schedule.
+        at: our step for each recorded step; the same by default.
+        name: hyperparameter to compare.
+        theirs: recorded values, if they are not ``case[name]``.
+        horizon: length of the run.
+        rows: recorded steps to compare.
+    """
     at = np.arange(case["n_steps"]) if at is None else at
     ours = trace(block, int(at.max()) + 1, base=base_of(case), horizon=horizon)[name][at]
     theirs = np.array(case[name] if theirs is None else theirs, dtype=float)

@@ -1,4 +1,4 @@
-"""The bounds that the parameters of a schedule declare for its values."""
+"""Bounds of a schedule's values that follow from its parameters."""
 
 import math
 from collections.abc import Callable
@@ -7,23 +7,23 @@ from typing import Any
 from schedules import Schedule
 
 Levels = tuple[float, ...]
-"""Values between which a hyperparameter moves."""
+"""Values of which the lowest and the highest are the bounds of a hyperparameter."""
 
 UNBOUNDED = {"ChainedScheduler", "Combined", "SequentialLR"}
-"""Schedules whose parameters declare no bounds of their own."""
+"""Schedules whose parameters do not define bounds."""
 
 
 def _factor(gamma: float, peak: float) -> Levels:
     return (peak, 0.0) if gamma <= 1 else (peak, math.inf)
 
 
-def _own(value: float | None, lr: float) -> float:
+def _or_default(value: float | None, lr: float) -> float:
     return lr if value is None else value
 
 
 def _mxnet(s: Any, lr: float, *ends: float) -> Levels:
     begin = (s.warmup_begin_lr,) if s.warmup_steps else ()
-    return (_own(s.base_lr, lr), *begin, *ends)
+    return (_or_default(s.base_lr, lr), *begin, *ends)
 
 
 def _composer(s: Any, lr: float) -> Levels:
@@ -32,7 +32,7 @@ def _composer(s: Any, lr: float) -> Levels:
 
 
 def _sambaflow(s: Any, lr: float) -> Levels:
-    peak = _own(s.learning_rate, lr)
+    peak = _or_default(s.learning_rate, lr)
     return (peak, s.end_lr_ratio * peak, 0.0 if s.warmup_steps else peak)
 
 
@@ -50,8 +50,8 @@ LR_LEVELS: dict[str, Callable[[Any, float], Levels]] = {
         0.0 if s.decay_lr_rate else s.cycle_min_lr,
     ),
     "WarmupCosineLR": lambda s, lr: (lr, s.warmup_min_ratio * lr, s.cos_min_ratio * lr),
-    "WarmupDecayLR": lambda s, lr: (s.warmup_min_lr, _own(s.warmup_max_lr, lr), 0.0),
-    "WarmupLR": lambda s, lr: (s.warmup_min_lr, _own(s.warmup_max_lr, lr)),
+    "WarmupDecayLR": lambda s, lr: (s.warmup_min_lr, _or_default(s.warmup_max_lr, lr), 0.0),
+    "WarmupLR": lambda s, lr: (s.warmup_min_lr, _or_default(s.warmup_max_lr, lr)),
     "ConstantScheduler": lambda s, lr: (lr, s.alpha * lr),
     "ConstantWithWarmupScheduler": lambda s, lr: (0.0, s.alpha * lr),
     "CosineAnnealingScheduler": _composer,
@@ -86,8 +86,8 @@ LR_LEVELS: dict[str, Callable[[Any, float], Levels]] = {
     "SquareRootScheduler": lambda s, lr: _mxnet(s, lr, 0.0),
     "cosine_schedule_with_warmup": _sambaflow,
     "polynomial_decay_schedule_with_warmup": _sambaflow,
-    "fixed_lr": lambda s, lr: (_own(s.learning_rate, lr),),
-    "step_schedule": lambda s, lr: _factor(s.gamma, _own(s.learning_rate, lr)),
+    "fixed_lr": lambda s, lr: (_or_default(s.learning_rate, lr),),
+    "step_schedule": lambda s, lr: _factor(s.gamma, _or_default(s.learning_rate, lr)),
     "InverseSquareRoot": lambda s, lr: (lr, 0.0),
     "Phases": _phases,
     "WarmupStableDecay": lambda s, lr: (
@@ -112,12 +112,12 @@ OTHER_LEVELS: dict[tuple[str, str], Callable[[Any], Levels]] = {
 
 
 def bounds_of(schedule: Schedule[Any], name: str, lr: float) -> tuple[float, float]:
-    """Return the lowest and the highest value that a schedule's parameters declare.
+    """Return the lowest and the highest value that a schedule's parameters allow.
 
     Args:
-        schedule: schedule of one group, resolved.
-        name: hyperparameter that it drives.
-        lr: learning rate that the group was built with.
+        schedule: resolved schedule of one param group.
+        name: hyperparameter that the schedule sets.
+        lr: base learning rate of the group.
     """
     if name == "lr" and schedule.type_name not in UNBOUNDED:
         levels = LR_LEVELS[schedule.type_name](schedule, lr)

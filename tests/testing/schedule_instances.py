@@ -1,4 +1,4 @@
-"""Hypothesis strategies that draw valid instances of any schedule, from its fields alone."""
+"""Hypothesis strategies that draw valid instances of any schedule, based on its fields."""
 
 from typing import Any
 
@@ -84,7 +84,7 @@ def block(type_name: str, params: dict[str, Any]) -> dict[str, Any]:
 
 @st.composite
 def instances(draw: st.DrawFn, cls: type[Schedule[Any]], multiple: int = 1) -> Schedule[Any]:
-    """Draw a schedule whose fields have values that their schemas take, durations a multiple."""
+    """Draw a schedule with valid fields; durations in steps are multiples of ``multiple``."""
     params = {
         name: draw(_value(field, multiple))
         for name, field in fields_of(cls).items()

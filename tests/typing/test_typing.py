@@ -1,4 +1,4 @@
-"""What mypy strict says of code that uses the packages: one run over all of it."""
+"""Type checks with strict mypy of code that uses the packages, in a single run."""
 
 import os
 import re
@@ -69,13 +69,13 @@ def snippets():
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory):
-    """Return what mypy reports: (name of the module, line, message) of each error."""
-    folder = tmp_path_factory.mktemp("typing")
+    """Return the errors that mypy reports, each as (module name, line, message)."""
+    directory = tmp_path_factory.mktemp("typing")
     texts = {name: "\n".join(["import schedules", *calls]) for name, calls in CALLS.items()}
     texts["snippets"] = "\n".join([NAMES_OF_SNIPPETS, *snippets()])
     for name, text in texts.items():
-        (folder / f"{name}.py").write_text(text + "\n")
-    files = [*sorted(folder.glob("*.py")), USER_CODE, *EXAMPLES]
+        (directory / f"{name}.py").write_text(text + "\n")
+    files = [*sorted(directory.glob("*.py")), USER_CODE, *EXAMPLES]
     roots = [ROOT, *{example.parent for example in EXAMPLES}]
     run = subprocess.run(
         [sys.executable, "-m", "mypy", "--no-pretty", "--no-error-summary", *map(str, files)],
@@ -83,7 +83,7 @@ def errors(tmp_path_factory):
         env=os.environ | {"MYPYPATH": os.pathsep.join(map(str, roots))},
         capture_output=True,
         text=True,
-        check=False,  # mypy exits with 1: the modules have errors
+        check=False,  # mypy exits with 1, because some modules contain errors on purpose
     )
     assert run.returncode == 1, run.stdout + run.stderr
     found = re.findall(r"^(\S+)\.py:(\d+): error: (.*)$", run.stdout, re.MULTILINE)
@@ -104,9 +104,9 @@ def test_mypy_correct_code_is_accepted(errors, module):
         ("calls_with_wrong_types", "has incompatible type"),
     ],
 )
-def test_mypy_wrong_call_of_each_schedule_is_flagged(errors, module, message):
-    flagged = {line for name, line, text in errors if name == module and message in text}
-    assert flagged == set(range(2, len(CALLS[module]) + 2))
+def test_mypy_invalid_call_of_each_schedule_is_reported(errors, module, message):
+    lines = {line for name, line, text in errors if name == module and message in text}
+    assert lines == set(range(2, len(CALLS[module]) + 2))
 
 
 def test_user_code_runs():

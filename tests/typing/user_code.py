@@ -1,4 +1,4 @@
-"""A user's script with what a type checker must accept; `test_typing` also runs it."""
+"""A user's script that a type checker must accept; `test_typing` also runs it."""
 
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer

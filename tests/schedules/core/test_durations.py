@@ -1,4 +1,4 @@
-"""Durations: what a time string is in updates, what scales, and what cannot be resolved."""
+"""Durations: conversion of time strings to steps, scaling, and errors."""
 
 import pytest
 
@@ -21,18 +21,18 @@ RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=4)
         ("40sp", 1.0, 10),
         ("6sp", 1.0, 1.5),
         ("220sp", 0.5, 27.5),
-        ("0.29dur", 1.0, 28),  # 0.29 * 100 falls short of 29; truncated, as in Composer
+        ("0.29dur", 1.0, 28),  # the float 0.29 * 100 is less than 29; truncated like in Composer
         ("0.29dur", 0.5, 14),
         ("1dur", 2.0, 200),
         ("1e2ba", 1.0, 100),
     ],
 )
-def test_durations_in_updates(duration, ratio, expected):
+def test_steps_of_duration_returns_scaled_steps(duration, ratio, expected):
     horizon = Horizon(**vars(RUN) | {"scale_ratio": ratio})
     assert steps_of(duration, horizon, scaled=True) == expected
 
 
-def test_an_unscaled_warmup_stays_but_for_a_share_of_the_run():
+def test_steps_of_unscaled_duration_scales_only_a_fraction_of_the_run():
     half = Horizon(**vars(RUN) | {"scale_ratio": 0.5})
     assert steps_of("2ep", half, scaled=False) == 20
     assert steps_of("0.2dur", half, scaled=False) == 10
@@ -42,22 +42,22 @@ def test_an_unscaled_warmup_stays_but_for_a_share_of_the_run():
     ("duration", "message"),
     [
         ("10tok", "counts tokens, which vary from batch to batch"),
-        ("1.5ep", "must be whole: only a share of the run (dur) is not."),
-        ("10s", 'in ep, ba, sp or dur, as "10ep" or "0.1dur", but is \'10s\' instead.'),
-        ("", "but is '' instead."),
-        ("0.5dur", 'needs the length of the run: give it, as "engine": {"max_duration"'),
-        ("2ep", "needs the length of an epoch: give `training_data` to initialize"),
-        ("8sp", 'needs the number of samples in an update: give "train_batch_size"'),
+        ("1.5ep", "must be a whole number of ep"),
+        ("10s", "got '10s'"),
+        ("", "got ''"),
+        ("0.5dur", 'needs the length of the run. Set "engine": {"max_duration"'),
+        ("2ep", "needs the length of an epoch. Pass `training_data`"),
+        ("8sp", "needs the number of samples per step. Set `train_batch_size`"),
     ],
 )
-def test_what_cannot_be_resolved(duration, message):
+def test_steps_of_invalid_duration_or_missing_horizon_is_an_error(duration, message):
     with pytest.raises(DurationError) as error:
         steps_of(duration, Horizon(), scaled=True)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("ratio", [0, -1, float("nan"), float("inf")])
-def test_a_ratio_that_is_not_positive(ratio):
+def test_horizon_scale_ratio_not_positive_is_rejected(ratio):
     with pytest.raises(ValueError, match="`scale_ratio` must be a positive number"):
         Horizon(scale_ratio=ratio)
 
@@ -81,7 +81,7 @@ def test_a_ratio_that_is_not_positive(ratio):
         (("OneCycleLR", {"max_lr": 0.1}), "total_steps", "both `epochs` and `steps_per_epoch`"),
     ],
 )
-def test_durations_that_are_at_odds(block, field, message):
+def test_from_config_conflicting_durations_name_the_field(block, field, message):
     type_name, params = block
     with pytest.raises(ScheduleError) as error:
         from_config({"type": type_name, "params": params}, horizon=RUN)
@@ -90,11 +90,11 @@ def test_durations_that_are_at_odds(block, field, message):
 
 
 def halved_every_hundred(step):
-    """SambaFlow's example of a schedule of one's own."""
+    """Halve the learning rate every 100 steps: SambaFlow's example of a custom schedule."""
     return 0.5 ** (step // 100)
 
 
-def test_a_function_of_ones_own_by_its_path():
+def test_from_config_function_path_multiplies_base_lr():
     block = {"type": f"{__name__}:halved_every_hundred"}
     values = trace(block, 300, base={"lr": (0.4, 0.2)})["lr"]
     assert values[[0, 99, 100, 250], 0].tolist() == [0.4, 0.4, 0.2, 0.1]
@@ -111,13 +111,13 @@ def test_a_function_of_ones_own_by_its_path():
         (f"{__name__}:RUN", "`scheduler.type` must name a scheduler class"),
     ],
 )
-def test_a_path_that_names_no_schedule(path, message):
+def test_from_config_path_without_schedule_is_rejected(path, message):
     with pytest.raises(ValueError) as error:
         from_config({"type": path})
     assert message in str(error.value)
 
 
-def test_a_schedule_of_another_package_by_its_entry_point(monkeypatch):
+def test_from_config_finds_schedule_by_entry_point(monkeypatch):
     class Entry:
         def load(self):
             return halved_every_hundred
@@ -127,5 +127,5 @@ def test_a_schedule_of_another_package_by_its_entry_point(monkeypatch):
 
     monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
     assert trace({"type": "halving"}, 101)["lr"][100, 0] == 0.05
-    with pytest.raises(ValueError, match="must name a known schedule, but is 'halvin'"):
+    with pytest.raises(ValueError, match="must name a known schedule, got 'halvin'"):
         from_config({"type": "halvin"})

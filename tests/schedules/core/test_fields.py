@@ -1,4 +1,4 @@
-"""Each key changes something, and the checked-in schemas say what the dataclasses say."""
+"""Every parameter has an effect, and the generated schemas match the dataclasses."""
 
 import dataclasses
 import subprocess
@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[3]
 
 HORIZON = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
 BASE = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.01,)}
-# Parameters that matter only beside others.
-BESIDE = {
+# Parameters that have an effect only in combination with others.
+REQUIRED_PARAMS = {
     ("AutoWU", "decay_phase_factor"): {"test": "robust"},
     ("AutoWU", "decay_phase_stat"): {
         "steps_per_epoch": 2,
@@ -52,7 +52,7 @@ PHASE = [{"from": 0.2, "to": 0.7, "duration": 10}]
 
 
 def alternatives(name, field):
-    """Some other values that a field may take."""
+    """Return other values to try for a field."""
     if name == "Phases":
         return [PHASE, True]
     schema = field.schema
@@ -77,11 +77,11 @@ def values(name, params, ratio):
         (name, key)
         for name, cls in SCHEDULES.items()
         for key in fields_of(cls)
-        if key != "rollback"  # of weights: no value of the schedule depends on it
+        if key != "rollback"  # restores weights; it does not affect the schedule's values
     ],
 )
-def test_every_parameter_changes_something(name, key):
-    params = dict(SCHEDULES[name].example) | BESIDE.get((name, key), {})
+def test_schedule_parameter_has_an_effect(name, key):
+    params = dict(SCHEDULES[name].example) | REQUIRED_PARAMS.get((name, key), {})
     if key in {"warmup_begin_lr", "warmup_mode"}:
         params |= WITH_WARMUP
     ratio = 1.0
@@ -97,11 +97,11 @@ def test_every_parameter_changes_something(name, key):
             not np.array_equal(before[driven], after[driven]) for driven in before
         ):
             return
-    pytest.fail(f"no other value of {key} changes anything")
+    pytest.fail(f"no other value of {key} has an effect")
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_has_an_example_that_its_own_schema_takes(name):
+def test_json_schema_accepts_the_example(name):
     schema = json_schema_of(SCHEDULES[name])
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(dict(SCHEDULES[name].example), schema)
@@ -126,12 +126,12 @@ def _schedule_class(**namespace: Any) -> type:
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
-        (type("OneCycle", (Schedule,), {}), "a schedule has it already"),
+        (type("OneCycle", (Schedule,), {}), "already the name of a schedule"),
         (_schedule_class(), "must be a dataclass\\(frozen=True, kw_only=True\\)"),
-        (Undescribed, "missing under x"),
+        (Undescribed, "without a string: x"),
     ],
 )
-def test_a_class_that_is_no_schedule_is_not_registered(cls, message):
+def test_register_invalid_class_is_rejected(cls, message):
     with pytest.raises(ValueError, match=message):
         register(cls)
     assert "Mine" not in schedules.SCHEDULES
@@ -140,17 +140,17 @@ def test_a_class_that_is_no_schedule_is_not_registered(cls, message):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"type": "OneCylce"}, "'OneCylce' instead. Did you mean `OneCycle`?"),
+        ({"type": "OneCylce"}, "got 'OneCylce'. Did you mean `OneCycle`?"),
         ({"type": "onecycle"}, "Did you mean `OneCycle`?"),
         ({"type": "math"}, "`onecycle schedules` lists them."),
-        ({"params": {}}, "must hold `type` and `params` alone, but holds params instead"),
-        ({"type": "WarmupLR", "parms": {}}, "but holds parms, type instead"),
+        ({"params": {}}, "must have `type`, and optionally `params`, got params"),
+        ({"type": "WarmupLR", "parms": {}}, "got parms, type"),
         ({"type": "WarmupLR", "params": {"warmup_steps": 1}}, "Did you mean `warmup_num_steps`?"),
-        ({"type": "WarmupLR", "params": {"cos_min_ratio": 1}}, "It is one of WarmupCosineLR."),
-        ({"type": "WarmupDecayLR"}, "`total_num_steps` must be given, but is missing."),
+        ({"type": "WarmupLR", "params": {"cos_min_ratio": 1}}, "parameter of WarmupCosineLR."),
+        ({"type": "WarmupDecayLR"}, "`total_num_steps` is required."),
     ],
 )
-def test_a_block_that_names_no_schedule_is_refused(block, message):
+def test_from_config_invalid_block_is_rejected(block, message):
     with pytest.raises(ValueError) as error:
         schedules.from_config(block)
     assert message in str(error.value)

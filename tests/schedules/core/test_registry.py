@@ -1,4 +1,4 @@
-"""Schedules by name: registration, and errors of names that cannot be found or imported."""
+"""The registry: registering schedules, and errors for unknown names and failing imports."""
 
 import re
 
@@ -40,10 +40,10 @@ def test_register_class_without_readable_source_accepts_it(module):
     assert descriptions_of(cls) == {"value": ""}
 
 
-def test_register_class_with_source_but_without_description_refuses_it(tmp_path, monkeypatch):
+def test_from_config_class_without_field_description_is_rejected(tmp_path, monkeypatch):
     (tmp_path / "undescribed_level.py").write_text(CLASS)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="missing under value"):
+    with pytest.raises(ValueError, match="without a string: value"):
         from_config({"type": "undescribed_level:Level"})
 
 
@@ -59,7 +59,7 @@ def test_descriptions_of_known_schedules_are_complete(cls: type[Schedule]):
 
 
 def blocks(path):
-    """A custom schedule, and a custom function that a wrapped class takes as a parameter."""
+    """Return blocks that import a path: one as the schedule type, one as a parameter."""
     return [{"type": path}, {"type": "LambdaLR", "params": {"lr_lambda": path}}]
 
 
@@ -122,13 +122,13 @@ def test_from_config_suggests_the_same_name_as_validate(name, meant):
     block = {"type": "WarmupLR", "params": {name: 10}}
     optimizer = {"type": "AdamW", "params": {"lr": 0.1}}
     config = {"train_batch_size": 8, "optimizer": optimizer, "scheduler": block}
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError) as raised:
         from_config(block)
-    found = re.search(r"Did you mean `(\w+)`", str(error.value))
+    found = re.search(r"Did you mean `(\w+)`", str(raised.value))
     assert (found and found[1]) == meant
     try:
         problems = validate(config)
-    except ConfigError as refused:
-        problems = refused.problems
+    except ConfigError as error:
+        problems = error.problems
     hints = [re.search(r"(?:Did you mean|It is) `(\w+)`", problem.hint) for problem in problems]
     assert [hint[1] for hint in hints if hint] == ([meant] if meant else [])

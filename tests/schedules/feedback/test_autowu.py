@@ -1,4 +1,4 @@
-"""AutoWU beside the published code: its decisions on recorded losses, and what it survives."""
+"""AutoWU: comparison with the published code on recorded losses, robustness, and resume."""
 
 import gzip
 import json
@@ -45,13 +45,13 @@ def optimizer(lr=0.1, groups=1):
     )
 
 
-def attached(**params):
+def attach_autowu(**params):
     return schedules.attach("AutoWU", optimizer(), **params)
 
 
-def decided(curve, **params):
-    """The decision of a run on a recorded warmup, and how long it took to be made."""
-    scheduler = attached(
+def find_decision(curve, **params):
+    """Return the decision of a run on a recorded warmup."""
+    scheduler = attach_autowu(
         steps_per_epoch=curve["steps_per_epoch"],
         total_epochs=curve["total_epochs"],
         immediate_cooldown=True,
@@ -67,7 +67,7 @@ def decided(curve, **params):
 
 
 @pytest.mark.parametrize("case", UNIT["cases"], ids=lambda case: case["n"])
-def test_the_gaussian_process_is_the_published_one(case):
+def test_gaussian_process_matches_the_published_code(case):
     data = gathered(np.array(case["x"]), np.array(case["y"]))
     start = Hyperparameters.initial().with_mean(float(np.mean(case["y"])))
     assert start.loss(data) == pytest.approx(case["init"]["nll_per_datum"], abs=1e-9)
@@ -86,7 +86,7 @@ def test_the_gaussian_process_is_the_published_one(case):
     assert _certainty(posterior, -1, 1e-4) == pytest.approx(case["past_minimum_prob"], abs=1e-9)
 
 
-def test_the_posterior_is_scikit_learns():
+def test_posterior_matches_scikit_learn():
     random = np.random.default_rng(0)
     x, y = np.sort(random.uniform(0, 1, 80)), random.normal(0, 1, 80)
     by = Hyperparameters.initial(noise=0.05, scale=0.7)
@@ -99,8 +99,8 @@ def test_the_posterior_is_scikit_learns():
 
 
 @pytest.mark.parametrize("name", cases("autowu"))
-def test_the_published_values(name):
-    """Its losses are of single precision, and so are its values after the switch."""
+def test_autowu_golden_case_matches_the_published_code(name):
+    """The published code uses float32 losses, so its values after the warmup are float32 too."""
     case = cases("autowu")[name]
     block = {"type": "AutoWU", "params": case["params"]}
     ours = trace(block, case["n_steps"], losses=case["loss"])["lr"][:, 0]
@@ -108,7 +108,7 @@ def test_the_published_values(name):
 
 
 @pytest.mark.parametrize("case", SEQUENCES, ids=lambda case: case["tag"])
-def test_the_published_sequences(case):
+def test_autowu_recorded_run_matches_the_published_lrs(case):
     steps = case["steps_per_epoch"] * case["total_epochs"]
     losses = [float(loss) for loss in case["losses"]]
     losses += [float(case["later_losses_constant"])] * (steps - len(losses))
@@ -117,30 +117,30 @@ def test_the_published_sequences(case):
     np.testing.assert_allclose(ours, case["lr_used_for_step"], rtol=1e-6, atol=1e-12)
 
 
-def same_as_published(curve):
-    decision = decided(curve)
+def check_published_decision(curve):
+    decision = find_decision(curve)
     assert decision.step == curve["trans_step"], curve["id"]
     assert ("passed" in decision.why) == (curve["how"] == "test"), curve["id"]
     assert decision.lr == pytest.approx(curve["peak_lr"], rel=0.025), curve["id"]
 
 
-def test_the_published_decisions_on_some_curves():
+def test_reference_decision_on_some_curves_matches_the_published_code():
     for curve in CURVES[::12]:
-        same_as_published(curve)
+        check_published_decision(curve)
 
 
 @pytest.mark.slow
-def test_the_published_decisions_on_all_curves():
+def test_reference_decision_on_all_curves_matches_the_published_code():
     for curve in CURVES:
-        same_as_published(curve)
+        check_published_decision(curve)
 
 
-def test_the_robust_test_finds_more_minima_and_none_where_there_is_none():
-    """At least as often as the published one, and nearer, in units of any size."""
+def test_robust_test_finds_more_minima_than_the_published_test():
+    """It must find none on monotone losses."""
     known = [curve for curve in CURVES if curve.get("u_star") and curve["total_epochs"] == 20]
     found, off = 0, []
     for curve in known[::2]:
-        decision = decided(curve, test="robust")
+        decision = find_decision(curve, test="robust")
         if "passed" in decision.why:
             found += 1
             off.append(abs(math.log10(decision.lr) - curve["u_star"]))
@@ -148,11 +148,11 @@ def test_the_robust_test_finds_more_minima_and_none_where_there_is_none():
     assert found > theirs
     assert np.median(off) < 0.15
     monotone = [curve for curve in CURVES if curve.get("kind") == "mono"]
-    assert all("passed" not in decided(curve, test="robust").why for curve in monotone)
+    assert all("passed" not in find_decision(curve, test="robust").why for curve in monotone)
 
 
 @pytest.mark.parametrize("scale", [0.01, 100.0])
-def test_the_robust_test_is_free_of_scale(scale):
+def test_robust_test_scaled_losses_give_the_same_result(scale):
     losses = np.array([float(loss) for loss in CURVES[0]["losses"]])
     found, scaled = robust_test(losses), robust_test(scale * losses - 3)
     assert scaled == pytest.approx(found, abs=1e-6)
@@ -169,10 +169,10 @@ def test_the_robust_test_is_free_of_scale(scale):
         [math.nan, *[1.0] * 399],
         [1.0] * 100 + [math.nan] * 300,
     ],
-    ids=["nan", "inf", "huge", "constant", "nan first", "nan in the end"],
+    ids=["nan", "inf", "huge", "constant", "nan first", "nan at the end"],
 )
-def test_no_loss_brings_it_down(test, losses):
-    scheduler = attached(steps_per_epoch=20, total_epochs=20, test=test)
+def test_autowu_extreme_losses_keep_the_lr_finite(test, losses):
+    scheduler = attach_autowu(steps_per_epoch=20, total_epochs=20, test=test)
     for loss in losses:
         scheduler.step(loss)
         assert math.isfinite(scheduler.get_last_lr()[0])
@@ -181,7 +181,7 @@ def test_no_loss_brings_it_down(test, losses):
 
 @pytest.mark.parametrize("params", [{}, {"test": "robust"}, {"decay_phase_stat": "loss"}])
 @pytest.mark.parametrize("cut", [37, 250, 380])
-def test_a_resumed_run_has_the_same_trace(params, cut):
+def test_autowu_resumed_has_the_same_lrs_as_uninterrupted(params, cut):
     run = {"steps_per_epoch": 20, "total_epochs": 20, "decay_phase_factor": 0.7, **params}
     random = np.random.default_rng(1)
 
@@ -193,17 +193,17 @@ def test_a_resumed_run_has_the_same_trace(params, cut):
             scheduler.step(1 + 0.3 * math.log10(lr / 0.01 + 1e-9) ** 2 + random.normal(0, 0.02))
         return rows
 
-    whole = train(attached(**run), 400)
+    whole = train(attach_autowu(**run), 400)
     random = np.random.default_rng(1)
-    first = attached(**run)
-    begun = train(first, cut)
+    first = attach_autowu(**run)
+    before = train(first, cut)
     state = json.loads(json.dumps(first.state_dict()))
-    again = attached(**run)
-    again.load_state_dict(state)
-    assert begun + train(again, 400 - cut) == whole
+    resumed = attach_autowu(**run)
+    resumed.load_state_dict(state)
+    assert before + train(resumed, 400 - cut) == whole
 
 
-def test_older_states_stay_as_they_were():
+def test_controller_update_does_not_change_earlier_states():
     rule = schedules.AutoWU(steps_per_epoch=5, total_epochs=20).bind({"lr": (0.1,)})
     states = [rule.init()]
     for step in range(40):
@@ -214,9 +214,9 @@ def test_older_states_stay_as_they_were():
     assert list(states[4].losses) == [0.0, -1.0, -2.0, -3.0]
 
 
-def test_groups_keep_their_ratios():
-    driven = optimizer(groups=2)
-    scheduler = schedules.attach("AutoWU", driven, steps_per_epoch=5, total_epochs=20)
+def test_autowu_two_groups_keep_the_ratio_of_lrs():
+    two_groups = optimizer(groups=2)
+    scheduler = schedules.attach("AutoWU", two_groups, steps_per_epoch=5, total_epochs=20)
     for _ in range(60):
         scheduler.step(1.0)
         first, second = scheduler.get_last_lr()
@@ -229,21 +229,21 @@ def test_groups_keep_their_ratios():
         ({"cooldown_fraction": 0}, "`cooldown_fraction` must be"),
         ({"cooldown_fraction": 1.5}, "`cooldown_fraction` must be"),
         ({"min_lr": 1.0, "max_lr": 0.1}, "`min_lr` must be less than `max_lr`"),
-        ({"steps_per_epoch": None}, "`steps_per_epoch` must be known"),
-        ({"total_epochs": None}, "`total_epochs` must be known"),
+        ({"steps_per_epoch": None}, "`steps_per_epoch` is unknown"),
+        ({"total_epochs": None}, "`total_epochs` is unknown"),
         ({"warmup_unit": "batch"}, "`warmup_unit` must be one of"),
     ],
 )
-def test_wrong_parameters(params, message):
+def test_autowu_invalid_parameter_is_rejected(params, message):
     with pytest.raises(schedules.ScheduleError, match=message):
-        attached(**{"steps_per_epoch": 20, "total_epochs": 20} | params)
+        attach_autowu(**{"steps_per_epoch": 20, "total_epochs": 20} | params)
 
 
-def test_wrong_calls():
-    scheduler = attached(steps_per_epoch=20, total_epochs=20)
-    with pytest.raises(ValueError, match="must be told the loss of each update"):
+def test_autowu_step_accepts_only_a_scalar_loss():
+    scheduler = attach_autowu(steps_per_epoch=20, total_epochs=20)
+    with pytest.raises(ValueError, match="must receive the loss of every step"):
         scheduler.step()
-    with pytest.raises(ValueError, match="must be one number, but is a tensor of shape"):
+    with pytest.raises(ValueError, match="must be a single number, got a tensor of shape"):
         scheduler.step(torch.ones(3))
     loss = (torch.ones(1, requires_grad=True) * 2).sum()
     scheduler.step(loss)
@@ -254,23 +254,22 @@ def test_wrong_calls():
     "params, message",
     [
         ({"total_epochs": 6}, "no test can end it"),
-        ({"total_epochs": 6, "test": "robust"}, "hardly ever sure"),
+        ({"total_epochs": 6, "test": "robust"}, "rarely confident"),
     ],
 )
-def test_a_run_too_short_is_warned_of(params, message):
+def test_autowu_short_run_warns(params, message):
     with pytest.warns(UserWarning, match=message):
-        attached(steps_per_epoch=20, **params)
+        attach_autowu(steps_per_epoch=20, **params)
 
 
 @pytest.mark.parametrize(("test", "unit"), [("reference", 1.0), ("robust", 1.0), ("robust", 1e3)])
-def test_the_band_lies_around_the_loss(test, unit):
-    """In the loss's own unit, whatever the test has made of it (the reference's is that unit)."""
+def test_evidence_band_contains_the_true_loss(test, unit):
+    """The band must be on the scale of the loss, also for the robust test, which rescales it."""
     random = np.random.default_rng(0)
-    scheduler = attached(steps_per_epoch=10, total_epochs=60, test=test)
+    scheduler = attach_autowu(steps_per_epoch=10, total_epochs=60, test=test)
     step = 0
     while scheduler.evidence is None:
-        share = step / 300
-        truth = 1 + 4 * (share - 0.5) ** 2
+        truth = 1 + 4 * (step / 300 - 0.5) ** 2
         scheduler.step(unit * (truth + 0.02 * random.standard_normal()))
         step += 1
     band, count = scheduler.evidence.band, len(scheduler.evidence.losses)

@@ -1,4 +1,4 @@
-"""ReduceLROnPlateau beside torch's own, metric by metric."""
+"""ReduceLROnPlateau: comparison with PyTorch's scheduler, and resume."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def optimizers():
     ),
 )
 @settings(deadline=None, max_examples=2 * settings.default.max_examples)
-def test_it_is_torchs(metrics, params):
+def test_plateau_any_metrics_match_torch(metrics, params):
     mine, theirs = optimizers()
     ours = schedules.attach("ReduceLROnPlateau", mine, **params)
     peer = torch.optim.lr_scheduler.ReduceLROnPlateau(theirs, **params)
@@ -43,16 +43,16 @@ def test_it_is_torchs(metrics, params):
         assert ours.get_last_lr() == pytest.approx(peer.get_last_lr(), rel=1e-12)
 
 
-def test_updates_without_a_metric_change_nothing():
-    driven, _ = optimizers()
-    scheduler = schedules.attach("ReduceLROnPlateau", driven, patience=0)
+def test_plateau_steps_without_metric_are_ignored():
+    optimizer, _ = optimizers()
+    scheduler = schedules.attach("ReduceLROnPlateau", optimizer, patience=0)
     for metric in (1.0, None, None, 1.0, None):
         scheduler.step(metric=metric)
     assert scheduler.get_last_lr() == [pytest.approx(0.01)]
     assert scheduler.decision.step == 4
 
 
-def test_a_resumed_run_goes_on():
+def test_plateau_resumed_has_the_same_lrs_as_uninterrupted():
     first, second = optimizers()
     metrics = [1.0, 0.5, *[0.6] * 20]
     whole = schedules.attach("ReduceLROnPlateau", first, patience=3)
@@ -62,13 +62,13 @@ def test_a_resumed_run_goes_on():
             state = json.loads(json.dumps(whole.state_dict()))
         whole.step(metric)
         rows.append(whole.get_last_lr())
-    again = schedules.attach("ReduceLROnPlateau", second, patience=3)
-    again.load_state_dict(state)
+    resumed = schedules.attach("ReduceLROnPlateau", second, patience=3)
+    resumed.load_state_dict(state)
     for metric, row in zip(metrics[9:], rows[9:], strict=True):
-        again.step(metric)
-        assert again.get_last_lr() == row
+        resumed.step(metric)
+        assert resumed.get_last_lr() == row
 
 
-def test_a_factor_that_does_not_reduce_is_refused():
+def test_plateau_factor_of_1_is_rejected():
     with pytest.raises(schedules.ScheduleError, match="`factor` must be less than 1"):
         schedules.ReduceLROnPlateau(factor=1.0)
