@@ -200,7 +200,7 @@ class Engine(nn.Module):
         """Train on one whole batch and return the mean loss over its micro-batches.
 
         The iterator provides the micro-batches; a tuple, list or mapping is unpacked into the
-        model's arguments. The model must return the loss, as in DeepSpeed's pipeline engine.
+        model's arguments. The model must return the loss, like a DeepSpeed pipeline.
         """
         losses = []
         for loss in call_on_batches(self, data_iter, self._accumulation):

@@ -167,7 +167,7 @@ class TrainingRun:
             )
         if self.progress.needs_record(counters):
             self.progress.report(self._collect_record())
-        # The window has no losses if the script calls `loss.backward()` itself.
+        # The window is empty if the script calls `loss.backward()` itself.
         if self.recorder is not None and (self.window.has_losses or self.is_trial):
             self._record_step(self.recorder)
         if counters.applied:

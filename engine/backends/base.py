@@ -1,4 +1,4 @@
-"""The interface between the engine and the library that trains the model."""
+"""The base class of the backends, through which the engine trains the model."""
 
 from __future__ import annotations
 

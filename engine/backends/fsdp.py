@@ -88,7 +88,7 @@ class FSDPBackend(PyTorchBackend):
 def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) -> list[Any]:
     """Shard a model's parameters across ranks, in place, and return the parameters to train.
 
-    All ranks start with rank 0's values, as in DDP.
+    All ranks start with rank 0's values, like DDP.
 
     Args:
         model: module on its device.
@@ -99,8 +99,8 @@ def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) ->
         The sharded parameters to train, in the structure of ``parameters``.
 
     Raises:
-        ValueError: a parameter does not belong to the model, or the model has no module of a class
-            in ``engine.wrap``.
+        ValueError: a parameter does not belong to the model, or the model contains none of the
+            classes in ``engine.wrap``.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), src=0)

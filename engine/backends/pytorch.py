@@ -44,8 +44,8 @@ class PyTorchBackend(Backend):
         parameters: tensors or param groups to train; None: all that require gradients.
 
     Raises:
-        ValueError: the model has no blocks to checkpoint, ``engine.compile`` is unknown, or the
-            user's optimizer does not train any parameter of the model.
+        ValueError: no block to checkpoint was found, ``engine.compile`` is unknown, or the user's
+            optimizer does not train any parameter of the model.
     """
 
     def __init__(

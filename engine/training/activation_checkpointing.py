@@ -28,7 +28,7 @@ def checkpoint_activations(
         on_host: whether to move the saved inputs to CPU memory.
 
     Raises:
-        ValueError: the model has no blocks.
+        ValueError: no block was found.
     """
     blocks = find_blocks(model, wrap)
     if not blocks:
@@ -61,7 +61,7 @@ def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
             with at least two members of the same class, such as the layers of a transformer.
 
     Raises:
-        ValueError: the model has no module of a class in ``wrap``.
+        ValueError: the model does not contain any of the classes in ``wrap``.
 
     >>> layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     >>> len(find_blocks(nn.Sequential(layers, nn.Tanh())))

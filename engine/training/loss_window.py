@@ -54,7 +54,7 @@ class LossWindow:
         """Return the mean over micro-batches and ranks; every rank calls it.
 
         Raises:
-            RuntimeError: the window has no losses.
+            RuntimeError: the window is empty.
         """
         if not self._losses:
             raise RuntimeError(

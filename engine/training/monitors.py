@@ -14,7 +14,7 @@ __all__ = ["CSVMonitor", "Event", "Monitor", "TensorBoardMonitor", "WandbMonitor
 
 
 class Event(NamedTuple):
-    """A metric's name, as in DeepSpeed's monitors, its value, and the number of samples so far."""
+    """A metric under DeepSpeed's name, its value, and the number of samples so far."""
 
     name: str
     value: float

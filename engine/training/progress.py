@@ -54,7 +54,7 @@ class StepRecord:
     """Mean over micro-batches and ranks; None if it is unknown or was not needed."""
     grad_norm: float | None
     loss_scale: float | None
-    """None without fp16."""
+    """Factor on the loss; None without fp16."""
     batch_size: int
 
 

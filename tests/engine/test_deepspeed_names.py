@@ -133,7 +133,7 @@ def test_no_sync_nested_raises_and_can_be_entered_again():
     raises = pytest.raises(MisuseError, match="must not be nested")
     with trainer.no_sync(), raises, trainer.no_sync():
         pass
-    with trainer.no_sync():  # the error has not left the outer context active
+    with trainer.no_sync():  # the outer context has ended, despite the error
         pass
 
 

@@ -53,7 +53,7 @@ def test_step_makes_at_most_forty_calls_more_than_a_plain_loop():
     assert count_calls(ours) <= count_calls(plain) + 40
 
 
-def test_step_hides_the_gradients_and_the_next_backward_pass_frees_them():
+def test_step_clears_the_gradients_and_the_next_backward_pass_frees_them():
     model = build_net()
     config = {"train_batch_size": 8, "optimizer": {"type": "AdamW"}}
     trainer, *_ = engine.initialize(config=config, model=model)

@@ -56,7 +56,7 @@ def test_log_describes_backend_precision_and_optimizer(runs, request):
             trained_by = "PyTorch, DDP over 2 ranks" if on_two else "PyTorch, one process"
         announced = next(line for line in run["announcement"].splitlines() if trained_by in line)
         assert f", {precision} (" in announced, name
-        # The count is the model's, even if a library flattens or shards the parameters.
+        # All parameters are counted, even if a library flattens or shards them.
         assert f"AdamW updates {run['parameters']:,} parameters" in announced, name
 
 
