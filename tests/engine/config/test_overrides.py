@@ -106,5 +106,5 @@ def test_steps_this_run_stops_the_run_and_leaves_the_curve(path):
     assert lrs == expected
     assert trainer.run_is_over
     trainer.backward(trainer(torch.ones(4, 2)).mean())
-    with pytest.raises(RuntimeError, match="leave the loop when `run_is_over`"):
+    with pytest.raises(RuntimeError, match="run_is_over"):
         trainer.step()
