@@ -1,8 +1,8 @@
-"""Train a PyTorch model from one JSON config, in the dialect of DeepSpeed's ``ds_config.json``.
+"""Train a PyTorch model from one JSON config in the format of DeepSpeed's ``ds_config.json``.
 
-`initialize` validates the config and returns an engine that is called like the model. Names are
-imported on first use: reading and validating configs needs no torch. The types of all names are in
-``__init__.pyi``, which ``make generate`` writes.
+`initialize` validates the config and returns a training engine; call it like the model. Names are
+imported on first use, so reading and validating a config does not import torch. The types of all
+names are in ``__init__.pyi``, which ``make generate`` writes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HOMES = {
     "validate": "engine.config",
 }
 
-__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605  # the names stand in one list
+__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605  # computed, so that each name is listed once
 
 
 def __getattr__(name: str) -> Any:

@@ -33,8 +33,9 @@ __all__ = ["Engine"]
 class Engine(nn.Module):
     """The training engine: call it like the model.
 
-    The loop is ``loss = …engine(x)…; engine.backward(loss); engine.step()`` for each micro-batch;
-    every ``gradient_accumulation_steps()``-th `step` updates the parameters.
+    For each micro-batch, compute the loss from ``trainer(x)``, then call ``trainer.backward(loss)``
+    and ``trainer.step()``. Every ``gradient_accumulation_steps()``-th call of `step` applies an
+    optimizer step.
     """
 
     def __init__(
@@ -58,12 +59,12 @@ class Engine(nn.Module):
 
     @property
     def config(self) -> Config:
-        """The resolved config."""
+        """The validated config, with defaults and derived values filled in."""
         return self._run.config
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
-        """The scheduler, stepped after each applied optimizer step."""
+        """The scheduler, stepped after each applied optimizer step; None without one."""
         return self._run.scheduler
 
     @lr_scheduler.setter
@@ -71,7 +72,7 @@ class Engine(nn.Module):
         self._run.driver.scheduler = scheduler
 
     def __getattr__(self, name: str) -> Any:
-        # nn.Module's own is asked first for parameters and modules; then come the model's names.
+        # nn.Module looks up modules and parameters; the backend looks up all other names.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -80,19 +81,22 @@ class Engine(nn.Module):
             return self._backend.attribute(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model in the run's precision."""
+        """Run the model in the config's precision."""
         last = self.is_gradient_accumulation_boundary() and self._synchronizes
         return self._backend.forward(*args, last_micro_batch=last, **kwargs)
 
     def backward(
         self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
     ) -> Tensor:
-        """Add the gradients of a micro-batch's loss; return the loss over the number of losses.
+        """Run the backward pass of a micro-batch; its gradients are added to the existing ones.
 
         Args:
-            loss: scalar with a graph, the mean over the micro-batch; it is scaled here.
-            retain_graph: whether the graph is kept for another backward pass.
-            scale_wrt_gas: whether the loss is divided by the number of accumulated losses.
+            loss: scalar tensor with a graph: the mean over the micro-batch, not yet scaled.
+            retain_graph: whether to keep the graph for another backward pass.
+            scale_wrt_gas: whether to divide the loss by ``gradient_accumulation_steps()``.
+
+        Returns:
+            The loss, divided by ``gradient_accumulation_steps()`` if ``scale_wrt_gas`` is true.
 
         Raises:
             ValueError: the loss is not a scalar tensor with a graph.
@@ -104,7 +108,7 @@ class Engine(nn.Module):
         return loss if divisor == 1 else loss / divisor
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Return a loss scaled and divided as by `backward`, for your own ``.backward()``.
+        """Scale and divide a loss as `backward` does, so that you can call ``.backward()`` on it.
 
         Raises:
             ValueError: the loss is not a scalar tensor with a graph.
@@ -116,26 +120,27 @@ class Engine(nn.Module):
     def step(
         self, lr_kwargs: Mapping[str, Any] | None = None, *, metric: Tensor | float | None = None
     ) -> bool:
-        """Count a micro-batch and, if it completes a batch, update the parameters.
+        """Count a micro-batch and, if it completes a batch, run the optimizer.
 
-        Gradients of your own ``loss.backward()`` are divided here by the number of micro-batches.
+        If you call ``loss.backward()`` yourself, this method divides the gradients by the number of
+        micro-batches.
 
         Args:
-            lr_kwargs: ignored; accepted as DeepSpeed does.
-            metric: value for a schedule such as ReduceLROnPlateau, for example in an epoch's last
-                step; the schedule receives the mean over the ranks.
+            lr_kwargs: ignored; accepted for compatibility with DeepSpeed.
+            metric: value for a schedule such as ReduceLROnPlateau, for example the validation loss
+                in the last step of an epoch; the schedule receives the mean over the ranks.
 
         Returns:
-            Whether the parameters were updated. A step whose gradients are not finite is skipped
-            and does not advance the schedule.
+            Whether an optimizer step was applied. A step with non-finite gradients is skipped and
+            does not advance the schedule.
 
         Raises:
-            RuntimeError: the run is over (see `run_is_over`), or called inside of `no_sync`.
+            RuntimeError: the run is over (see `run_is_over`), or `no_sync` is active.
         """
         del lr_kwargs
         if not self._synchronizes:
             raise MisuseError(
-                "It is illegal to call Engine.step() inside no_sync context manager; leave first."
+                "`step()` must not be called inside `no_sync()`. Leave the context first."
             )
         is_applied = self._run.step(metric)
         if self._run.micro_batches == 0:
@@ -144,9 +149,10 @@ class Engine(nn.Module):
 
     @contextlib.contextmanager
     def _trial_run(self, recorder: StepRecorder, schedule: Schedule[Any]) -> Iterator[None]:
-        """Train by another schedule inside, then restore everything, also after an exception.
+        """Train with another schedule inside this context, then restore the previous state.
 
-        The LR range test uses it. The recorder receives every step and ends the trial run.
+        The state is restored after an exception, too. The LR range test uses this context; its
+        recorder receives every step and ends the trial run.
         """
         run = self._run
         run.check_between_steps()
@@ -158,11 +164,11 @@ class Engine(nn.Module):
                 self._run = run
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Return whether the next `step` updates the parameters."""
+        """Return whether the next `step` completes a batch and runs the optimizer."""
         return self._run.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set by hand whether the next `step` updates the parameters, before its forward pass."""
+        """Set whether `step` runs the optimizer from now on; call it before the forward pass."""
         self._run.boundary = is_boundary
 
     @contextlib.contextmanager
@@ -170,15 +176,15 @@ class Engine(nn.Module):
         """Disable gradient synchronization across ranks for backward passes inside this context.
 
         Raises:
-            RuntimeError: ZeRO stages 2 and 3 shard gradients in each backward pass.
+            RuntimeError: the ZeRO stage is 2 or 3, or this context is already active.
         """
         if self.config.zero_stage >= 2:
             raise MisuseError(
-                "the no_sync context manager is incompatible with ZeRO stages 2 and 3, which "
-                "shard gradients in each backward pass; use `gradient_accumulation_steps` instead."
+                "`no_sync()` must not be used with ZeRO stages 2 and 3, which shard gradients in "
+                "each backward pass. Use `gradient_accumulation_steps` instead."
             )
         if not self._synchronizes:
-            raise MisuseError("no_sync context manager reentry is unsupported; leave it first.")
+            raise MisuseError("`no_sync()` must not be nested. Leave the outer context first.")
         self._synchronizes = False
         try:
             yield
@@ -186,15 +192,15 @@ class Engine(nn.Module):
             self._synchronizes = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients accumulated so far."""
+        """Clear the accumulated gradients."""
         del set_to_none
         self._backend.zero_grad()
 
     def train_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Train on a whole batch, its micro-batches from an iterator; return the mean loss.
+        """Train on one whole batch and return the mean loss over its micro-batches.
 
-        The model must return the loss of a micro-batch, as with DeepSpeed's pipelines; a tuple or
-        a mapping becomes its arguments.
+        The iterator provides the micro-batches; a tuple, list or mapping is unpacked into the
+        model's arguments. The model must return the loss, like a DeepSpeed pipeline.
         """
         losses = []
         for loss in call_on_batches(self, data_iter, self._accumulation):
@@ -203,7 +209,7 @@ class Engine(nn.Module):
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Return the mean loss of a whole batch, its micro-batches from an iterator."""
+        """Return the mean loss of one whole batch without training; see `train_batch`."""
         training = self.training
         self.eval()
         with torch.no_grad():
@@ -219,20 +225,20 @@ class Engine(nn.Module):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Save everything that the run needs to resume; every rank calls it.
+        """Save everything that the run needs to resume. Every rank must call this method.
 
         Args:
-            save_dir: directory of the run's checkpoints; created if it is absent.
-            tag: name of this checkpoint; default ``global_step`` and the number of batches.
-            client_state: your own plain values and tensors, which `load_checkpoint` returns.
+            save_dir: directory that holds the run's checkpoints; created if missing.
+            tag: name of this checkpoint; default: ``global_step`` and the number of batches.
+            client_state: your own plain values and tensors; `load_checkpoint` returns them.
             save_latest: whether `load_checkpoint` without a tag finds this checkpoint.
-            exclude_frozen_parameters: leave out parameters without gradients, for example those
-                below adapters; loading the checkpoint does not change them.
+            exclude_frozen_parameters: whether to leave out parameters that do not require
+                gradients, for example a base model under adapters; loading does not change them.
 
         Raises:
-            OSError: there is no space, or the directory cannot be written; it keeps its contents.
-            RuntimeError: a rank did not call it within seconds, or failed.
-            ValueError: the ranks' tags differ, or ``client_state`` holds objects.
+            OSError: the disk is full, or the directory is not writable; its contents are kept.
+            RuntimeError: saving failed on a rank, or a rank did not call this method in time.
+            ValueError: the ranks' tags differ, or ``client_state`` contains arbitrary objects.
         """
         self._checkpointer.save(
             self._run,
@@ -253,11 +259,11 @@ class Engine(nn.Module):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
     ) -> tuple[str, dict[str, Any]]:
-        """Restore model, optimizer, loss scale, schedule and counters; every rank calls it.
+        """Restore model, optimizer, loss scale, schedule and counters. Every rank must call it.
 
         Args:
             load_dir: directory that was passed to `save_checkpoint`.
-            tag: name of the checkpoint; default the newest complete one.
+            tag: name of the checkpoint; default: the newest complete one.
             load_module_strict: whether the model must have exactly the saved parameters.
             load_optimizer_states: whether to restore the optimizer and the loss scale.
             load_lr_scheduler_states: whether to restore the schedule.
@@ -267,11 +273,12 @@ class Engine(nn.Module):
             The checkpoint's path and its ``client_state``.
 
         Raises:
-            FileNotFoundError: there is none; the run does not silently start from scratch.
-            CheckpointError: it is damaged, or its schedule, optimizer, batch, precision or number
-                of ranks does not match this run. Nothing was changed then.
+            FileNotFoundError: the checkpoint does not exist; the run does not silently start from
+                scratch.
+            CheckpointError: the checkpoint is damaged, or its schedule, optimizer, batch size,
+                precision or world size does not match this run, which stays unchanged.
         """
-        place, client_state = self._checkpointer.load(
+        path, client_state = self._checkpointer.load(
             self._run,
             Path(load_dir),
             tag,
@@ -280,35 +287,35 @@ class Engine(nn.Module):
             scheduler=load_lr_scheduler_states and not load_module_only,
             counters=not load_module_only,
         )
-        return str(place), client_state
+        return str(path), client_state
 
     def wait_for_checkpoint(self) -> None:
-        """Wait until no checkpoint is being written, on every rank; raise the failure of any."""
+        """Wait on every rank until no checkpoint is being written; raise if a save failed."""
         self._checkpointer.wait()
 
     def _record_steps(self, recorder: StepRecorder, *, is_trial: bool) -> None:
-        """Pass every step to a recorder; `initialize` calls it for an LR range test."""
+        """Pass every step to a recorder; `initialize` calls this method for an LR range test."""
         self._run.record_steps(recorder, is_trial=is_trial)
 
     def _resume(self) -> None:
-        """Resume as ``engine.checkpoint.resume`` says; `initialize` calls it."""
+        """Resume if ``engine.checkpoint.resume`` requires it; `initialize` calls this method."""
         self._checkpointer.resume(self._run)
 
     def destroy(self) -> None:
-        """Release the backend's resources; the model is yours again."""
+        """Release the backend's resources; the model stays usable."""
         self._checkpointer.close()
         self._backend.destroy()
 
     @property
     def run_is_over(self) -> bool:
-        """Whether this run has applied the steps that ``engine.steps_this_run`` gives it."""
+        """Whether this run has applied ``engine.steps_this_run`` optimizer steps."""
         return self._run.is_over
 
-    # ---- Accessors by DeepSpeed's names; they mean the same on every backend. ----
+    # ---- Accessors with DeepSpeed's names; their meaning is the same on every backend. ----
 
     @property
     def device(self) -> torch.device:
-        """Device that this rank trains on."""
+        """The device that this rank trains on."""
         return self._backend.ranks.device
 
     @property
@@ -323,19 +330,19 @@ class Engine(nn.Module):
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """The number of ranks."""
         return self._backend.ranks.world_size
 
     dp_world_size = world_size  # every rank is data-parallel
 
     @property
     def data_parallel_group(self) -> Any:
-        """Process group that averages gradients; None in a single process."""
+        """The process group that averages gradients; None in a single process."""
         return dist.group.WORLD if dist.is_initialized() else None
 
     @property
     def loss_scale(self) -> float:
-        """Factor on the loss in the next backward pass; 1 without fp16."""
+        """The factor by which the next backward pass multiplies the loss; 1 without fp16."""
         return self._backend.loss_scale
 
     @property
@@ -344,7 +351,7 @@ class Engine(nn.Module):
         return self._backend.basic_optimizer
 
     def mean(self, value: float) -> float:
-        """Return the mean of a number over the ranks; every rank calls it."""
+        """Return the mean of a number over the ranks. Every rank must call this method."""
         return self._backend.mean(value)
 
     def train_batch_size(self) -> int:
@@ -360,11 +367,11 @@ class Engine(nn.Module):
         return self.config.batch.accumulation
 
     def gradient_clipping(self) -> float:
-        """Return the norm at which gradients are clipped; 0: they are not."""
+        """Return the norm to which gradients are clipped; 0 disables clipping."""
         return self.config.gradient_clipping
 
     def steps_per_print(self) -> int | None:
-        """Return the number of steps between two lines of the log."""
+        """Return the number of steps between two log lines; None disables them."""
         return self.config.steps_per_print
 
     def log_level(self) -> str | None:
@@ -377,23 +384,23 @@ class Engine(nn.Module):
         return bool(self.config.own.get("wall_clock_breakdown", False))
 
     def optimizer_name(self) -> str | None:
-        """Return the name of the config's optimizer, in lower case."""
+        """Return the type of the config's optimizer in lower case; None without one."""
         return self.config.optimizer.type.lower() if self.config.optimizer else None
 
     def scheduler_name(self) -> str | None:
-        """Return the name of the config's schedule."""
+        """Return the type of the config's schedule; None without one."""
         return self.config.schedule.type_name if self.config.schedule else None
 
     def fp16_enabled(self) -> bool:
-        """Return whether the run is in float16."""
+        """Return whether the run uses float16."""
         return self.config.precision == "fp16"
 
     def bfloat16_enabled(self) -> bool:
-        """Return whether the run is in bfloat16."""
+        """Return whether the run uses bfloat16."""
         return self.config.precision == "bf16"
 
     def zero_optimization(self) -> bool:
-        """Return whether anything is sharded across ranks."""
+        """Return whether the ZeRO stage is above 0."""
         return self.config.zero_stage > 0
 
     def zero_optimization_stage(self) -> int:
@@ -401,46 +408,46 @@ class Engine(nn.Module):
         return self.config.zero_stage
 
     def get_lr(self) -> list[float]:
-        """Return the learning rate of each param group, which the next step uses."""
+        """Return the learning rate of each param group for the next step."""
         return self._run.read_lr()
 
     def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
-        """Return the momentum (for Adam, all betas) of each group; None if there is none."""
+        """Return each param group's momentum (Adam: all betas); None if it does not exist."""
         return momenta_of(self.optimizer)
 
     def get_momentum(self) -> list[float] | None:
-        """Return the momentum or first beta of each group: the value that a schedule drives."""
+        """Return each param group's momentum or first beta, which schedules can change."""
         return self._run.read_momentum()
 
     def get_global_grad_norm(self) -> float | None:
-        """Return the 2-norm of the last step's gradients before clipping; None if not known yet.
+        """Return the 2-norm of the last step's gradients before clipping; None before any step.
 
-        On DeepSpeed without ZeRO it is never known.
+        On DeepSpeed without ZeRO, the result is always None.
         """
         return self._backend.grad_norm
 
     def was_step_applied(self) -> bool:
-        """Return whether the last `step` updated the parameters."""
+        """Return whether the last call of `step` applied an optimizer step."""
         return self._run.counters.applied
 
     @property
     def global_steps(self) -> int:
-        """Whole batches so far, skipped steps included."""
+        """The number of completed batches, including those of skipped steps."""
         return self._run.counters.global_steps
 
     @property
     def global_samples(self) -> int:
-        """Samples of the whole batches so far, over all ranks."""
+        """The number of samples in the completed batches, over all ranks."""
         return self.global_steps * self.config.batch.train
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that were skipped because their gradients were not finite."""
+        """The number of steps that were skipped because of non-finite gradients."""
         return self._run.counters.skipped_steps
 
     @property
     def micro_steps(self) -> int:
-        """Micro-batches so far."""
+        """The number of micro-batches so far."""
         return self._run.counters.micro_steps
 
     def empty_partition_cache(self) -> None:

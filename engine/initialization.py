@@ -1,4 +1,4 @@
-"""``initialize``: validates a config and builds the engine that trains by it."""
+"""``initialize``: validate a config and build the training engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["initialize"]
 
 log = logging.getLogger("onecycle")
 
-_AFTER_RANK_0 = 10.0
+_RANK_0_GRACE_SECONDS = 10.0
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
@@ -56,38 +56,39 @@ def initialize(
     config: Source | None = None,
     mesh_param: Any = None,
     config_params: Source | None = None,
-    # `Any` in place of None: a caller knows whether it passed data and need not check.
+    # The types use `Any` instead of None, so that callers that pass data need no None check.
 ) -> tuple[Engine, Optimizer, DataLoader[Any] | Any, LRScheduler | Any]:
-    """Validate a config and return an engine that trains the model by it.
+    """Validate a config and build the engine that trains the model.
 
-    The arguments, their order and the results are those of ``deepspeed.initialize``. Neither the
-    model nor the optimizer is changed before the config is validated.
+    The arguments, their order and the results are those of ``deepspeed.initialize``. The model and
+    the optimizer are not changed if the config is invalid.
 
     Args:
-        args: namespace with ``deepspeed_config``, for scripts that pass no ``config``; one of
-            `add_config_arguments` wins over the config where both set a value, which is logged.
+        args: parsed command line. Its ``deepspeed_config`` is used if ``config`` is not passed.
+            Options added by `add_config_arguments` override the config; each override is logged.
         model: module to train; it is moved to this rank's device.
-        optimizer: your own optimizer, or a function from parameters to one; default: the config's.
-        model_parameters: parameters or param groups to train; default: all that need gradients.
-        training_data: dataset, for which a loader is returned.
-        lr_scheduler: your own scheduler, or a function from the optimizer to one; default: the
-            config's. It is stepped after each step that was applied.
-        distributed_port: port of rank 0, if the environment sets none.
-        mpu: model-parallelism unit; DeepSpeed backend only.
-        dist_init_required: accepted for compatibility. An initialized process group is used; one
-            is created if it is needed.
-        collate_fn: function from a list of samples to a batch, for the returned loader.
+        optimizer: your own optimizer, or a function that takes the parameters and returns one;
+            default: the config's.
+        model_parameters: parameters or param groups to train; default: all that require gradients.
+        training_data: dataset to load; the returned data loader reads from it.
+        lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one;
+            default: the config's. It is stepped after each applied optimizer step.
+        distributed_port: port of rank 0, used if the environment does not set one.
+        mpu: model-parallel unit; DeepSpeed backend only.
+        dist_init_required: ignored; accepted for compatibility with DeepSpeed. A process group is
+            created only if it is needed and not initialized yet.
+        collate_fn: function that turns a list of samples into a batch, for the returned loader.
         config: path of a ds_config.json, or the config as a dict.
         mesh_param: shape of the device mesh; DeepSpeed backend only.
-        config_params: old name of ``config``.
+        config_params: older name of ``config``.
 
     Returns:
-        The engine, the optimizer, the loader (None without ``training_data``) and the schedule
-        (None without one).
+        The engine, the optimizer, the data loader (None without ``training_data``) and the
+        scheduler (None if neither the config nor the arguments specify one).
 
     Raises:
-        ConfigError: the config is invalid; ``problems`` holds every problem.
-        ValueError: the arguments do not match the config, the optimizer does not match the
+        ConfigError: the config is invalid; ``problems`` lists every problem.
+        ValueError: the arguments contradict the config, the optimizer does not match the
             schedule, or the ranks have different configs.
         ImportError: the config needs DeepSpeed, which is not installed.
 
@@ -106,7 +107,7 @@ def initialize(
     """
     del dist_init_required
     if model is None:
-        raise ValueError("`model` must be a torch.nn.Module, but is None instead.")
+        raise ValueError("`model` must be a torch.nn.Module, got None. Pass the model to train.")
     sweep = sweep_of_environment()
     source = sweep.config if sweep is not None else None
     resolved = _load(source or _choose_source(args, config, config_params), args)
@@ -128,10 +129,10 @@ def initialize(
         mpu=mpu,
         mesh_param=mesh_param,
     )
-    # A schedule changes the param groups, so the user's optimizer is described before it is bound.
-    of_script = None if resolved.optimizer else hyperparameters(backend.basic_optimizer)
+    # Binding a schedule changes the param groups, so read the user's optimizer before that.
+    user_settings = None if resolved.optimizer else hyperparameters(backend.basic_optimizer)
     scheduler = _bind_schedule(resolved, lr_scheduler, backend.optimizer, loader)
-    identity = identity_of(resolved, scheduler, of_script)
+    identity = identity_of(resolved, scheduler, user_settings)
     monitors = build_monitors(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
     if loader is not None:
@@ -146,9 +147,14 @@ def initialize(
 def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> Source:
     given = [config for config in (*configs, getattr(args, "deepspeed_config", None)) if config]
     if not given:
-        raise ValueError("`config` must be a path or a dict, but is None instead.")
+        raise ValueError(
+            "`config` must be a path or a dict, got None. Pass the path of your ds_config.json."
+        )
     if len(given) > 1:
-        raise ValueError(f"`config` must be given once, but is given as {given} instead.")
+        raise ValueError(
+            f"`config` must be passed once, got {given}. Pass only one of `config`, "
+            "`config_params` and `args.deepspeed_config`."
+        )
     return given[0]
 
 
@@ -160,9 +166,10 @@ def _load(source: Source, args: argparse.Namespace | None) -> Config:
         rank = process_rank()
         if rank == 0:
             raise
-        time.sleep(_AFTER_RANK_0)  # rank 0's error ends the job before this one is printed
+        # Rank 0's error usually ends the job during this wait, so that it is printed only once.
+        time.sleep(_RANK_0_GRACE_SECONDS)
         raise SystemExit(
-            f"rank {rank} refuses the config; if rank 0 does not, their files differ: {error}"
+            f"rank {rank} rejects the config; if rank 0 accepts it, their files differ: {error}"
         ) from None
 
 
@@ -174,15 +181,15 @@ def _check_sources(config: Config, optimizer: object, lr_scheduler: object) -> N
         name = "lr_scheduler" if key == "scheduler" else key
         if in_config is not None and argument is not None:
             raise ValueError(
-                f"the {key} must have one source, but is given twice: as `{key}` of {config.name} "
-                f"({getattr(in_config, 'type', type(in_config).__name__)}) and as the argument "
+                f"The {key} must have one source, got two: `{key}` in {config.name} "
+                f"({getattr(in_config, 'type', type(in_config).__name__)}) and the argument "
                 f"`{name}` ({type(argument).__name__}). Remove one of them."
             )
     nothing_trains = config.optimizer is None and optimizer is None
-    if nothing_trains and config.backend.name != "deepspeed":  # an engine for inference needs none
+    if nothing_trains and config.backend.name != "deepspeed":  # DeepSpeed also runs inference
         raise ValueError(
-            f"an optimizer must be given, but {config.name} has no `optimizer` and the argument is "
-            'None. Add "optimizer": {"type": "AdamW", "params": {"lr": 0.001}}.'
+            f"`optimizer` must be set in {config.name} or passed as an argument, got neither. Add "
+            '"optimizer": {"type": "AdamW", "params": {"lr": 0.001}} to the config.'
         )
 
 
@@ -198,7 +205,7 @@ def _bind_schedule(
             per_epoch = len(loader) / config.batch.accumulation
         return bind(config.schedule, optimizer, horizon=config.horizon(per_epoch))
     if given is None or isinstance(given, LRScheduler) or not callable(given):
-        return given  # not necessarily a subclass of torch's
+        return given  # a custom scheduler may not derive from torch's class
     return given(optimizer)
 
 
@@ -218,15 +225,15 @@ def _announce(engine: Engine, backend: Backend) -> None:
         config.batch,
         type(backend.basic_optimizer).__name__,
         f"{backend.trained:,}",
-        f", gradients clipped at norm {norm:g}" if norm else "",
+        f", gradients clipped to norm {norm:g}" if norm else "",
         _describe_schedule(engine.lr_scheduler, config.name),
     )
 
 
 def _show_log() -> None:
-    """Make info lines visible even if the script does not configure logging.
+    """Show info lines even if the script does not configure logging.
 
-    A level that the script has set on this logger by its name stays.
+    If the script has set a level on the ``onecycle`` logger, that level is kept.
     """
     if not log.hasHandlers():
         log.addHandler(logging.StreamHandler())
@@ -237,5 +244,9 @@ def _show_log() -> None:
 def _describe_schedule(scheduler: LRScheduler | None, config_name: str) -> str:
     if isinstance(scheduler, ScheduleBinder):
         schedule = scheduler.schedule
-        return f"{type(schedule).__name__} of {config_name} drives {' and '.join(schedule.drives)}"
-    return "no schedule" if scheduler is None else f"{type(scheduler).__name__} of the script"
+        return f"{type(schedule).__name__} from {config_name} sets {' and '.join(schedule.drives)}"
+    return (
+        "no schedule"
+        if scheduler is None
+        else f"{type(scheduler).__name__} passed as `lr_scheduler`"
+    )

@@ -1,4 +1,4 @@
-"""One run of training: its state, which a trial run replaces as a whole, and its steps."""
+"""The state and the steps of one training run."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ log = logging.getLogger("onecycle")
 
 @dataclass
 class TrainingRun:
-    """A run of training on a backend, from its first step to its last.
+    """A training run on a backend, from its first step to its last.
 
-    The LR range test replaces the engine's run by another one, and puts the first one back. Not
-    part of `Engine`, because `nn.Module` makes every assignment to its attributes slow.
+    The LR range test replaces the engine's run with a trial run, then restores it. This state is
+    not part of `Engine` because every attribute assignment on an `nn.Module` is slow.
     """
 
     config: Config
@@ -46,16 +46,16 @@ class TrainingRun:
     rollback: Rollback | None
     recorder: StepRecorder | None = None
     is_trial: bool = False
-    """Whether this is a trial run, which saves nothing and ends when the recorder says so."""
+    """Whether this is a trial run: it saves nothing, and the recorder ends it."""
     counters: Counters = field(default_factory=Counters)
     steps_before: int = 0
-    """Applied steps of earlier runs: those in the checkpoint that was loaded."""
+    """Number of applied steps in the loaded checkpoint; `is_over` does not count them."""
     boundary: bool | None = None
-    """Set by `Engine.set_gradient_accumulation_boundary`; None: by the count of micro-batches."""
+    """Value from `Engine.set_gradient_accumulation_boundary`; None: count micro-batches."""
     micro_batches: int = 0
-    """Micro-batches since the last optimizer step."""
+    """Number of micro-batches since the last optimizer step."""
     scaled_losses: int = 0
-    """Losses since the last optimizer step that were scaled for the backward pass."""
+    """Number of losses passed to `backward` or `scale` since the last optimizer step."""
 
     @classmethod
     def start(
@@ -65,7 +65,7 @@ class TrainingRun:
         scheduler: LRScheduler | None,
         monitors: Sequence[Monitor] = (),
     ) -> TrainingRun:
-        """Return a run before its first step."""
+        """Build a run that has not taken any step yet."""
         is_first = backend.ranks.rank == 0
         driver = ScheduleDriver(scheduler, backend.mean, config.report if is_first else None)
         progress = ProgressReporter(config, monitors, backend.mean, writes_log=is_first)
@@ -76,36 +76,36 @@ class TrainingRun:
         return cls(config, backend, driver, progress, window, rollback)
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
-        """Return a trial run of the same training by another schedule, which leaves no files."""
+        """Build a trial run with another schedule on the same backend; it writes no files."""
         config = self.config.for_trial_run(schedule)
         trial = self.start(config, self.backend, bind(schedule, self.backend.optimizer))
         trial.record_steps(recorder, is_trial=True)
         return trial
 
     def check_between_steps(self) -> None:
-        """Reject a trial run whose start would discard accumulated gradients.
+        """Check that a trial run can start without discarding accumulated gradients.
 
         Raises:
-            ValueError: an accumulation window has started.
+            ValueError: the current batch is incomplete.
         """
         if self.micro_batches:
             raise ValueError(
-                "an LR range test must start between optimizer steps, but an accumulation window "
-                "has started, whose gradients would be lost; train to its end first."
+                "An LR range test must start between optimizer steps, got an incomplete batch. "
+                "Train its remaining micro-batches first."
             )
 
     def record_steps(self, recorder: StepRecorder, *, is_trial: bool) -> None:
-        """Pass every step to a recorder from now on."""
+        """Pass every step from now on to a recorder."""
         self.recorder, self.is_trial, self.window.is_kept = recorder, is_trial, True
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The scheduler that is stepped after each applied step."""
+        """The scheduler, stepped after each applied step."""
         return self.driver.scheduler
 
     @property
     def is_over(self) -> bool:
-        """Whether the steps that ``engine.steps_this_run`` gives this run were applied."""
+        """Whether this run has applied ``engine.steps_this_run`` optimizer steps."""
         limit = self.config.run.get("steps_this_run")
         return limit is not None and self.counters.applied_steps - self.steps_before >= limit
 
@@ -116,19 +116,20 @@ class TrainingRun:
         return (self.counters.micro_steps + 1) % self.config.batch.accumulation == 0
 
     def add_loss(self, loss: Tensor) -> None:
-        """Add the loss of a micro-batch, which the backward pass scales."""
+        """Record the loss of a micro-batch that was passed to `backward` or `scale`."""
         self.scaled_losses += 1
         self.window.add(loss)
         self.progress.add(loss)
 
     def step(self, metric: Tensor | float | None) -> bool:
-        """Count a micro-batch; step the optimizer if it completes a batch. See `Engine.step`."""
+        """Count a micro-batch; run the optimizer if it completes a batch. See `Engine.step`."""
         if self.is_trial and self.recorder is not None:
-            self.recorder.stop_if_over()  # again, if the script caught the exception
+            # End the run even if the script caught the exception that ended it before.
+            self.recorder.stop_if_over()
         if self.is_over:
             raise RuntimeError(
-                f"the run must end after {self.config.run['steps_this_run']} updates "
-                "(`engine.steps_this_run`), which are done; leave the loop when `run_is_over`."
+                f"The run is over after {self.config.run['steps_this_run']} steps "
+                "(`engine.steps_this_run`). Leave the training loop when `run_is_over` is true."
             )
         if metric is not None:
             self.driver.metric = metric
@@ -147,28 +148,28 @@ class TrainingRun:
             return self.backend.step()
         if self.backend.loss_scale != 1.0:
             raise RuntimeError(
-                "in fp16 a loss must be scaled, but neither `engine.backward(loss)` nor "
-                "`engine.scale(loss).backward()` was called in this update; call one of them."
+                "The loss must be scaled in fp16, got neither `trainer.backward(loss)` nor "
+                "`trainer.scale(loss).backward()` in this step. Call one of them."
             )
         return self.backend.step(divide_by=self.config.batch.accumulation)
 
     def _finish_step(self) -> None:
-        """Count, report and record the step, then advance the schedule: what it used is gone."""
+        """Count, report and record the step, then let the schedule set the next step's values."""
         counters = self.counters
         self.micro_batches = 0
         counters.global_steps += 1
         if not counters.applied:
             counters.skipped_steps += 1
             log.warning(
-                "update %d skipped: its gradients are not finite (%d skipped so far)",
+                "skipped the step of batch %d: its gradients are not finite (%d skipped so far)",
                 counters.global_steps,
                 counters.skipped_steps,
             )
         if self.progress.needs_record(counters):
             self.progress.report(self._collect_record())
-        # Without losses, the gradients came from the script's own `loss.backward()`.
+        # The window is empty if the script calls `loss.backward()` itself.
         if self.recorder is not None and (self.window.has_losses or self.is_trial):
-            self._note(self.recorder)
+            self._record_step(self.recorder)
         if counters.applied:
             self.driver.step(self.window)
             if self.rollback is not None:
@@ -191,7 +192,7 @@ class TrainingRun:
             batch_size=self.config.batch.train,
         )
 
-    def _note(self, recorder: StepRecorder) -> None:
+    def _record_step(self, recorder: StepRecorder) -> None:
         momentum = self.read_momentum()
         used = self.read_lr()[0], momentum[0] if momentum else None
         recorder.note(*used, self.window.mean(), applied=self.counters.applied)
@@ -203,21 +204,22 @@ class TrainingRun:
         return [float(group["lr"]) for group in self.backend.optimizer.param_groups]
 
     def read_momentum(self) -> list[float] | None:
-        """Return the momentum or first beta of each param group; None if there is none."""
+        """Return the momentum or first beta of each param group; None if it does not exist."""
         momenta = momenta_of(self.backend.optimizer)
         if momenta is None:
             return None
-        return [of if isinstance(of, float) else float(of[0]) for of in momenta]
+        return [float(each if isinstance(each, float) else each[0]) for each in momenta]
 
 
 @contextlib.contextmanager
 def preserve(model: nn.Module, backend: Backend, loader: DataLoader[Any] | None) -> Iterator[None]:
-    """Restore everything that training changes after the block, also after an exception.
+    """When the block ends, restore everything that training changed, even after an exception.
 
     Args:
-        model: module whose training mode is restored, with that of each module inside.
-        backend: restores model, optimizer and loss scale; the gradients are cleared.
-        loader: data loader whose position is restored, if it is one of `initialize`.
+        model: module whose training mode is restored, with the modes of its submodules.
+        backend: backend whose model, optimizer and loss scale are restored; its gradients are
+            cleared.
+        loader: data loader whose position is restored, if `initialize` built it.
     """
     data = (loader.state_dict(), loader.resumes) if isinstance(loader, RunLoader) else None
     modes = {module: module.training for module in model.modules()}

@@ -1,4 +1,4 @@
-"""Checks around every test: nothing is left behind, and long tests run only when asked for."""
+"""Checks that every test cleans up after itself, and the selection of long tests."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import settings
 
 from tests.testing import distributed
 
-# Two threads that wait for each other by spinning slow a small test down on a busy machine, so each
-# process uses one, here and in the processes that the tests start.
+# Threads that busy-wait for each other slow small tests down on a busy machine. So the test process
+# and every process that it starts use one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -29,9 +29,9 @@ SET_BY_LIBRARIES = {
     "TORCHINDUCTOR_CACHE_DIR",
 }
 """Environment variables that pytest, torch and DeepSpeed set when they are first used."""
-LIBRARY_THREADS = {"_AsyncWriterThread"}  # TensorBoard's, which lives as long as its engine
+LIBRARY_THREADS = {"_AsyncWriterThread"}  # TensorBoard's writer, which the engine keeps alive
 CACHES = {".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
-PATIENCE = 2.0  # seconds that threads and processes have to end after a test
+PATIENCE = 2.0  # seconds after a test within which its threads and processes must end
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -59,7 +59,7 @@ def nothing_left_behind() -> Iterator[None]:
     assert not written, f"the test left files in {ROOT}: {sorted(written)}"
     _check_process_group()
     deadline = time.monotonic() + PATIENCE
-    while running := _running(threads, processes):
+    while running := _list_running(threads, processes):
         assert time.monotonic() < deadline, f"the test left running: {running}"
         time.sleep(0.01)
 
@@ -75,8 +75,8 @@ def _check_process_group() -> None:
     assert not is_left, "the test left a process group behind"
 
 
-def _running(threads: set[threading.Thread], processes: set[int]) -> list[str]:
-    """Return the threads and child processes that have started since, except the server's."""
+def _list_running(threads: set[threading.Thread], processes: set[int]) -> list[str]:
+    """Return the new threads and child processes, except those of the test server."""
     started = distributed.child_pids() - processes - distributed.server_pids
     names = [
         repr(thread)

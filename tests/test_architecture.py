@@ -1,4 +1,4 @@
-"""The shape of the packages: what they export, and what they do not load."""
+"""The public names of the packages, and the libraries that they must not import."""
 
 import json
 import subprocess
@@ -61,7 +61,7 @@ assert main(["plot", "%(config)s", "--csv", "-"], io.StringIO()) == 0
 
 
 @pytest.mark.parametrize("code", [VALIDATE, COMMANDS], ids=["library", "command"])
-def test_validate_schema_and_csv_load_nothing_heavy(code):
+def test_validate_schema_and_csv_import_no_large_library(code):
     code %= {"config": ROOT / "examples/fashion_mnist/ds_config.json"} if "%" in code else ()
     code += (
         "\nimport json, sys; print(json.dumps(sorted({n.partition('.')[0] for n in sys.modules})))"
@@ -87,7 +87,7 @@ def test_package_public_names_are_listed_documented_and_importable(package, name
         package.nonsense  # noqa: B018  # the access is the test
 
 
-def test_importing_changes_nothing():
+def test_import_changes_no_global_state():
     code = (
         "import logging, os, signal, sys\n"
         "before = dict(os.environ), logging.root.handlers[:], sys.excepthook\n"

@@ -1,4 +1,4 @@
-"""What the documentation shows: every config in it is right, every file that it names is there."""
+"""The documentation: its configs are valid, and the files that it links to exist."""
 
 import json
 import re
@@ -21,13 +21,13 @@ def configs():
 
 
 @pytest.mark.parametrize("block", list(configs()))
-def test_a_config_that_is_shown_is_right(block):
+def test_config_in_documentation_is_valid(block):
     shown = json.loads(block if block.startswith("{") else f"{{{block}}}")
     whole = {"train_batch_size": 8, "optimizer": {"type": "AdamW"}} | shown
     assert [problem for problem in validate(whole) if problem.severity != "note"] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_file_that_is_named_is_there(page):
+def test_link_in_documentation_points_to_an_existing_file(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []

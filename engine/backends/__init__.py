@@ -1,4 +1,4 @@
-"""The libraries that train the model, one file each, and the choice between them."""
+"""The backends that train the model, and the function that builds the selected one."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ def build(
     mpu: Any = None,
     mesh_param: Any = None,
 ) -> Backend:
-    """Build the backend that a config selects; it takes over the model and the optimizer.
+    """Build the backend that the config selects; it wraps the model and the optimizer.
 
     Args:
         model: module to train. It is moved to the rank's device, and checkpointed, compiled,
             sharded or wrapped as the config requires.
-        optimizer: the user's optimizer, or a function from parameters to one; None: the config's.
+        optimizer: the user's optimizer, or a function that takes the parameters and returns one;
+            None: the config's.
         config: a validated config.
         ranks: rank, world size and device of this process.
-        parameters: parameters or param groups to train; None: all that need gradients.
-        mpu: model-parallelism unit; DeepSpeed only.
+        parameters: parameters or param groups to train; None: all that require gradients.
+        mpu: model-parallel unit; DeepSpeed only.
         mesh_param: shape of the device mesh; DeepSpeed only.
 
     Raises:
-        ValueError: the model, the parameters or the optimizer do not match one another or the
-            config, or PyTorch is given an argument that only DeepSpeed supports.
+        ValueError: the model, parameters, optimizer and config do not fit together, or an argument
+            needs the DeepSpeed backend.
         ImportError: the config needs DeepSpeed, which is not installed.
     """
     groups = None if parameters is None else [_list_members(each) for each in parameters]
@@ -62,7 +63,7 @@ def build(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a param group with a list of parameters, since a generator can be read only once."""
+    """Return a param group with its parameters as a list; a generator can be read only once."""
     if not isinstance(each, dict):
         return each
     params = each["params"]
@@ -73,6 +74,6 @@ def _check_unset(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(
-                f"`{name}` must be None on the PyTorch backend, which has no model parallelism, "
-                f'but is {value!r} instead; set "engine": {{"backend": "deepspeed"}}.'
+                f"`{name}` must be None on the PyTorch backend, which does not support model "
+                f'parallelism, got {value!r}. Set "engine": {{"backend": "deepspeed"}}.'
             )

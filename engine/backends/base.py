@@ -1,4 +1,4 @@
-"""The interface between the engine and the library that trains the model."""
+"""The base class of the backends, through which the engine trains the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.distributed.ranks import Ranks
 __all__ = ["DTYPES", "Backend"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtype that each reduced precision computes in."""
+"""The dtype of each reduced precision."""
 
 
 class Backend(ABC):
@@ -33,7 +33,7 @@ class Backend(ABC):
     trained: int
     """Number of trained parameter elements, over all ranks."""
     grad_norm: float | None
-    """2-norm of all gradients of the last step, before clipping; None before the first."""
+    """2-norm of all gradients of the last step before clipping; None before the first step."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        """Call the model in the run's precision.
+        """Run the model in the config's precision.
 
         Args:
             args: positional arguments of the model.
@@ -67,20 +67,20 @@ class Backend(ABC):
 
         Args:
             loss: scalar tensor with a graph.
-            accumulation: number of losses that a step averages; the loss is divided by it.
+            accumulation: number of micro-batches per step; the loss is divided by it.
             retain_graph: whether to keep the graph for another backward pass.
         """
 
     @abstractmethod
     def scale(self, loss: Tensor, accumulation: int) -> Tensor:
-        """Return a loss whose own ``.backward()`` accumulates the same gradients as `backward`."""
+        """Return a loss whose ``.backward()`` accumulates the same gradients as `backward`."""
 
     @abstractmethod
     def step(self, *, divide_by: int = 1) -> bool:
         """Clip the gradients, run the optimizer and clear the gradients.
 
         Args:
-            divide_by: divisor of the gradients, if `backward` has not divided them.
+            divide_by: divisor for gradients that `backward` has not divided.
 
         Returns:
             Whether the step was applied. A step with non-finite gradients is skipped.
@@ -96,7 +96,7 @@ class Backend(ABC):
         """The factor on the loss in the next backward pass."""
 
     def mean(self, value: float) -> float:
-        """Return the mean of a number over the ranks; every rank calls it."""
+        """Return the mean of a number over the ranks. Every rank must call this method."""
         if self.ranks.world_size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.ranks.device)
@@ -105,11 +105,11 @@ class Backend(ABC):
 
     @abstractmethod
     def save(self, place: Path, *, frozen: bool = True) -> None:
-        """Write model, optimizer and loss scale into a directory; every rank calls it.
+        """Save model, optimizer and loss scale. Every rank must call this method.
 
         Args:
-            place: the directory.
-            frozen: whether to write parameters that need no gradients too.
+            place: directory to write to.
+            frozen: whether to include parameters that do not require gradients.
         """
 
     @abstractmethod
@@ -121,13 +121,13 @@ class Backend(ABC):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Do what `save` does, asynchronously; at most one such save runs at a time.
+        """Save asynchronously, otherwise like `save`. At most one such save runs at a time.
 
         Args:
-            place: the directory.
-            group: a process group that nothing else uses meanwhile; None in one process.
-            arena: buffers for the copies, kept from save to save.
-            frozen: whether to write parameters that need no gradients too.
+            place: directory to write to.
+            group: process group that nothing else uses during the save; None in one process.
+            arena: buffers for the copies; later saves reuse them.
+            frozen: whether to include parameters that do not require gradients.
 
         Raises:
             ValueError: this backend cannot save asynchronously.
@@ -135,14 +135,14 @@ class Backend(ABC):
 
     @abstractmethod
     def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
-        """Restore what `save` wrote; every rank calls it.
+        """Load a checkpoint that `save` wrote. Every rank must call this method.
 
         Args:
-            place: the directory.
+            place: directory to read from.
             optimizer: whether to restore the optimizer and the loss scale.
             strict: whether the model must have every saved parameter.
-            frozen: whether parameters that need no gradients were saved; if not, they keep their
-                values.
+            frozen: whether the checkpoint includes parameters that do not require gradients; if
+                not, they keep their values.
 
         Raises:
             CheckpointError: the checkpoint does not match the model.
@@ -150,21 +150,21 @@ class Backend(ABC):
 
     @abstractmethod
     def snapshot(self) -> Any:
-        """Return a copy of everything that training changes; every rank calls it."""
+        """Return a copy of everything that training changes. Every rank must call it."""
 
     @abstractmethod
     def restore(self, snapshot: Any) -> None:
-        """Restore a `snapshot`, bit for bit; every rank calls it."""
+        """Restore a `snapshot` bit for bit. Every rank must call this method."""
 
     @abstractmethod
     def describe(self) -> str:
         """Return a human-readable description of the training setup for the log."""
 
     def attribute(self, name: str) -> Any:
-        """Return an attribute that the engine does not have itself: one of the model's.
+        """Return an attribute that the engine itself lacks; by default, the model's.
 
         Raises:
-            AttributeError: there is no such attribute.
+            AttributeError: the attribute does not exist.
         """
         return getattr(self.model, name)
 

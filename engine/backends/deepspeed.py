@@ -1,4 +1,4 @@
-"""DeepSpeed's engine as a backend; our schedule drives its optimizer's param groups."""
+"""The DeepSpeed backend: DeepSpeed's engine with our schedules."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ _SCALER = "grad_scaler.pt"
 
 
 class DeepSpeedBackend(Backend):
-    """Trains with DeepSpeed's engine: ZeRO, offloading, its precisions and its optimizers.
+    """Trains with DeepSpeed's engine: ZeRO, offloading, and DeepSpeed's precisions and optimizers.
 
-    PyTorch builds the optimizer if it has one of that name, as on the other backend. DeepSpeed
-    builds it only if a key asks for DeepSpeed's own: nothing is compiled unless the config wants
-    it.
+    The optimizer is PyTorch's, as on the PyTorch backend, unless the config requires DeepSpeed's
+    implementation. So DeepSpeed compiles an optimizer only if the config requires it.
 
     Args:
         model: the user's module.
-        optimizer: the user's optimizer, or a function from parameters to one; None: the config's.
+        optimizer: the user's optimizer, or a function that takes the parameters and returns one;
+            None: the config's.
         config: a validated config.
-        ranks: of this process; a single process needs a process group too.
-        parameters: tensors or param groups to train; None: all that need gradients.
-        mpu: model-parallelism unit for ``deepspeed.initialize``.
+        ranks: rank, world size and device of this process. Even a single process needs an
+            initialized process group.
+        parameters: tensors or param groups to train; None: all that require gradients.
+        mpu: model-parallel unit for ``deepspeed.initialize``.
         mesh_param: shape of the device mesh for ``deepspeed.initialize``.
 
     Raises:
@@ -69,7 +70,7 @@ class DeepSpeedBackend(Backend):
         trained = _count_elements(
             optimizer.param_groups if isinstance(optimizer, Optimizer) else groups
         )
-        # DeepSpeed reads its rank from the environment, which a launcher would have set.
+        # DeepSpeed reads the local rank from the environment. Set it in case no launcher did.
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -91,8 +92,8 @@ class DeepSpeedBackend(Backend):
 
     @override
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        # In bf16 and fp16 DeepSpeed's weights have 16 bits. The inputs are cast too, so that a
-        # script needs no cast of its own, just as under autocast.
+        # In bf16 and fp16, DeepSpeed keeps 16-bit weights. Cast the inputs, too, so that scripts
+        # do not have to, just as under autocast.
         self.engine.set_gradient_accumulation_boundary(last_micro_batch)
         if self._dtype is not None:
             args, kwargs = _cast(args, self._dtype), _cast(kwargs, self._dtype)
@@ -112,11 +113,11 @@ class DeepSpeedBackend(Backend):
 
     @override
     def step(self, *, divide_by: int = 1) -> bool:
-        # Without ZeRO, DeepSpeed refuses the script's own `loss.backward()`; with it, its hooks
-        # have divided the gradients.
+        # Without ZeRO, DeepSpeed rejects a direct `loss.backward()`. With ZeRO, DeepSpeed's hooks
+        # have already divided the gradients.
         del divide_by
-        # Under torch_autocast without ZeRO, torch's scaler skips a step, and DeepSpeed counts it as
-        # applied. A scaler that skipped has a lower scale.
+        # Under torch_autocast without ZeRO, DeepSpeed counts a step as applied even if torch's
+        # scaler skips it. A skipped step lowers the scale.
         scaler = self.engine.torch_autocast_z0_gradscaler
         before = scaler.get_scale() if scaler else 0.0
         self.engine.set_gradient_accumulation_boundary(is_boundary=True)
@@ -166,8 +167,8 @@ class DeepSpeedBackend(Backend):
     ) -> Future[None]:
         del place, group, arena, frozen
         raise ValueError(
-            "`engine.checkpoint.async` must be false on DeepSpeed, whose `checkpoint` section has "
-            "engines of its own for that, but is true instead."
+            "`engine.checkpoint.async` must be false on DeepSpeed, got true. Configure DeepSpeed's "
+            "own asynchronous writer in the `checkpoint` section instead."
         )
 
     @override
@@ -180,19 +181,22 @@ class DeepSpeedBackend(Backend):
             load_lr_scheduler_states=False,
         )
         if path is None:
-            raise CheckpointError(f"{place} must hold DeepSpeed's files, but DeepSpeed finds none.")
+            raise CheckpointError(
+                f"{place} must contain a DeepSpeed checkpoint, got a directory without one. Load "
+                "a checkpoint that was saved with DeepSpeed."
+            )
         scaler = self.engine.torch_autocast_z0_gradscaler
         if scaler and optimizer and (place / _SCALER).is_file():
             scaler.load_state_dict(read_values(place / _SCALER))
 
     @override
     def snapshot(self) -> Any:
-        # Only DeepSpeed can copy its states: the snapshot is a checkpoint of its own.
-        folder = [tempfile.mkdtemp(prefix="onecycle-") if self.ranks.rank == 0 else ""]
-        dist.broadcast_object_list(folder)
-        place = Path(folder[0], "snapshot")
+        # Only DeepSpeed can copy its state, so the snapshot is a temporary checkpoint.
+        directory = [tempfile.mkdtemp(prefix="onecycle-") if self.ranks.rank == 0 else ""]
+        dist.broadcast_object_list(directory)
+        place = Path(directory[0], "snapshot")
         self.save(place)
-        dist.barrier()  # every rank reads what rank 0 has written
+        dist.barrier()  # every rank reads the files that rank 0 wrote
         return place, self.grad_norm
 
     @override
@@ -231,9 +235,9 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _count_elements(groups: list[Any]) -> int:
-    """Return the number of parameter elements, before DeepSpeed flattens and shards them."""
+    """Count the elements of all parameters, before DeepSpeed flattens and shards them."""
     members = (each["params"] if isinstance(each, dict) else [each] for each in groups)
-    # Parameters that zero.Init has already sharded know their full size.
+    # Parameters that zero.Init has already sharded store their full size in `ds_numel`.
     return sum(getattr(p, "ds_numel", p.numel()) for params in members for p in params)
 
 
@@ -243,10 +247,10 @@ def _import_deepspeed() -> Any:
         from deepspeed.ops.op_builder import ShareMemCommBuilder
     except ImportError as error:
         raise ImportError(
-            f"DeepSpeed must be installed to run this config, but: {error}. `pip install "
-            'deepspeed`, or set "engine": {"backend": "torch"} and remove what DeepSpeed alone '
-            "honours."
+            f"DeepSpeed must be installed to run this config, got: {error}. Run `pip install "
+            'deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that only '
+            "DeepSpeed supports."
         ) from error
-    # Otherwise the first run on a CPU spends minutes compiling a faster all-reduce.
+    # Otherwise, DeepSpeed spends minutes compiling a faster all-reduce in the first CPU run.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     return deepspeed

@@ -1,6 +1,7 @@
-"""The config that DeepSpeed is given: the user's own, less what is ours, every default spelled out.
+"""The config that is passed to DeepSpeed: the user's, without our keys and with all defaults.
 
-DeepSpeed's defaults drift from version to version; what was proved is what is to run.
+DeepSpeed's defaults change between versions. With explicit values, DeepSpeed runs exactly the
+config that was validated.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from engine.config.schema import ABSENT, SCHEMA, SECTION, default_of, is_parked,
 
 __all__ = ["deepspeed_config"]
 
-# What is ours, or what we do in its place.
+# Keys that DeepSpeed does not know, and keys that we handle ourselves.
 _OURS = (
     "$schema",
     "csv_monitor",
@@ -33,15 +34,15 @@ def deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[str, Any
     """Return the dict for ``deepspeed.initialize``.
 
     Args:
-        config: proved right.
-        builds_optimizer: whether DeepSpeed is to build the config's optimizer itself.
+        config: a validated config.
+        builds_optimizer: whether DeepSpeed builds the config's optimizer itself.
     """
     own = {key: value for key, value in _without_parked(config.own).items() if key not in _OURS}
     if "bfloat16" in own:
         own["bf16"] = own.pop("bfloat16")
     if isinstance(own.get("zero_optimization"), bool):
         own["zero_optimization"] = {"stage": config.zero_stage}
-    # Absent sections stay absent: the presence of some has an effect.
+    # Do not add missing sections: some take effect just by being present.
     settings = nest(
         member
         for member in walk(own, schemas.read(SCHEMA), fill=_fill)
@@ -53,7 +54,7 @@ def deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[str, Any
     if builds_optimizer and "optimizer" in config.own:
         settings["optimizer"] = _without_parked(config.own["optimizer"])
     else:
-        # An optimizer that DeepSpeed did not build would be refused where states are offloaded.
+        # Otherwise, DeepSpeed rejects an optimizer that it did not build if states are offloaded.
         settings.setdefault("zero_force_ds_cpu_optimizer", False)
     return settings
 
@@ -65,7 +66,7 @@ def _without_parked(value: Any) -> Any:
 
 
 def _fill(schema: Mapping[str, Any]) -> Any:
-    """Return the default that DeepSpeed is given for a key that a section lacks."""
+    """Return the default value to pass to DeepSpeed for a key that is missing from a section."""
     default = default_of(schema, "deepspeed")
     is_newer = "x-since" in schema  # the installed DeepSpeed may be older than the key
     return ABSENT if default is None or default is SECTION or is_newer else default

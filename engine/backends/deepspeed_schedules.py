@@ -1,4 +1,4 @@
-"""Our schedules for plain DeepSpeed, and for what builds its config: transformers, accelerate."""
+"""Our schedules for plain DeepSpeed, and for libraries on top of it such as accelerate."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ __all__ = ["register_with_deepspeed"]
 
 
 def register_with_deepspeed(*, replace: bool = False) -> list[str]:
-    """Let ``deepspeed.initialize`` find every schedule of ours by its ``scheduler.type``.
+    """Register our schedules, so that ``deepspeed.initialize`` accepts them as ``scheduler.type``.
 
-    DeepSpeed looks for a type in its module ``deepspeed.runtime.lr_schedules``; it steps what it
-    finds after each update that it counts as applied. Durations are to be counts of updates there:
-    a string like "10ep" needs a run, which DeepSpeed does not tell.
+    DeepSpeed looks up the type in its module ``deepspeed.runtime.lr_schedules`` and steps the
+    scheduler after each step that it counts as applied. Specify durations as numbers of steps: a
+    string such as "10ep" needs the length of an epoch, which DeepSpeed does not provide.
 
     Args:
-        replace: whether ours take the place of DeepSpeed's own five of the same names too.
+        replace: whether to replace DeepSpeed's five schedules of the same names, too.
 
     Returns:
-        The names that were put there.
+        The names of the registered schedules.
 
     Raises:
         ImportError: DeepSpeed is not installed.

@@ -1,7 +1,8 @@
-"""PyTorch with parameters, gradients and optimizer states sharded across ranks (FSDP2).
+"""The FSDP2 backend: PyTorch with parameters, gradients and optimizer states sharded across ranks.
 
-ZeRO's stages by PyTorch's own means: 3 gathers a block's parameters for the forward pass and again
-for the backward pass, 2 keeps them in between, 1 reduces gradients only once an update besides.
+FSDP2 implements ZeRO's stages as follows. Stage 3 gathers a block's parameters for the forward pass
+and again for the backward pass. Stage 2 keeps them between the two passes. Stage 1 keeps them, too,
+and reduces gradients only once per step.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class FSDPBackend(PyTorchBackend):
         optimizer: Optimizer | OptimizerFactory | None,
         parameters: list[Any] | None,
     ) -> Optimizer:
-        # Sharding replaces the model's parameters, so it has to come before the optimizer.
+        # Sharding replaces the model's parameters, so shard before building the optimizer.
         if not isinstance(optimizer, Optimizer):
             sharded = shard(model, self._config, parameters)
             return super()._prepare_optimizer(model, optimizer, sharded)
@@ -55,12 +56,12 @@ class FSDPBackend(PyTorchBackend):
 
     @override
     def _set_up_averaging(self) -> None:
-        check_gradient_averaging(self.ranks)  # FSDP averages, without a wrapper
+        check_gradient_averaging(self.ranks)  # FSDP averages gradients without a wrapper
 
     @override
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        # The policy of `shard` casts, so no autocast is needed. Stages 2 and 3 reduce gradients in
-        # every micro-batch, since they do not keep whole gradients.
+        # FSDP's mixed-precision policy casts, so autocast is not needed. Stages 2 and 3 reduce the
+        # gradients of every micro-batch, since they do not store unsharded gradients.
         if self._config.zero_stage == 1:
             assert isinstance(self.model, FSDPModule)
             self.model.set_requires_gradient_sync(last_micro_batch)
@@ -72,8 +73,8 @@ class FSDPBackend(PyTorchBackend):
 
     @override
     def _norm(self, gradients: list[Tensor]) -> float:
-        own = super()._norm(gradients)
-        squares = torch.tensor(own**2, dtype=torch.float64, device=self.ranks.device)
+        local_norm = super()._norm(gradients)
+        squares = torch.tensor(local_norm**2, dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(squares)
         return math.sqrt(float(squares))
 
@@ -87,19 +88,19 @@ class FSDPBackend(PyTorchBackend):
 def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) -> list[Any]:
     """Shard a model's parameters across ranks, in place, and return the parameters to train.
 
-    All ranks start with rank 0's values, as under DDP.
+    All ranks start with rank 0's values, like DDP.
 
     Args:
         model: module on its device.
-        config: for the stage, the precision, offloading, and the classes of blocks in
-            ``engine.wrap``.
-        parameters: unsharded tensors or param groups to train; None: all that need gradients.
+        config: config with the ZeRO stage, the precision, offloading and ``engine.wrap``.
+        parameters: unsharded tensors or param groups to train; None: all that require gradients.
 
     Returns:
         The sharded parameters to train, in the structure of ``parameters``.
 
     Raises:
-        ValueError: a parameter is not the model's, or no module is of a class in ``engine.wrap``.
+        ValueError: a parameter does not belong to the model, or the model contains none of the
+            classes in ``engine.wrap``.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), src=0)
@@ -128,8 +129,8 @@ def _to_sharded(each: Any, names: dict[int, str], sharded: dict[str, nn.Paramete
         return {**each, "params": [_to_sharded(p, names, sharded) for p in each["params"]]}
     if id(each) not in names:
         raise ValueError(
-            "`model_parameters` must be the model's own, but hold a tensor of shape "
-            f"{tuple(each.shape)} that is none of them."
+            "`model_parameters` must be parameters of `model`, got another tensor of shape "
+            f"{tuple(each.shape)}. Take them from `model.parameters()`."
         )
     return sharded[names[id(each)]]
 
@@ -140,10 +141,10 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def check_gradient_averaging(ranks: Ranks) -> None:
-    """Check on one weight that FSDP averages gradients over the ranks, as not every torch does.
+    """Check that FSDP averages gradients over the ranks, which some torch builds do not do.
 
     Raises:
-        RuntimeError: the result is not the mean of the ranks' gradients.
+        RuntimeError: the result for a test weight is not the mean of the ranks' gradients.
     """
     probe = nn.Linear(ranks.world_size, 1, bias=False, device=ranks.device)
     fully_shard(probe)
@@ -155,7 +156,7 @@ def check_gradient_averaging(ranks: Ranks) -> None:
     mean = gradient.full_tensor()
     if not torch.allclose(mean, torch.full_like(mean, expected)):
         raise RuntimeError(
-            f"the mean of the ranks' gradients must be {expected:g} in a trial of one weight, but "
-            f"is {mean.flatten().tolist()} instead: this build of torch does not average on "
-            f'{ranks.device.type}. Set "zero_optimization": {{"stage": 0}}, or update torch.'
+            f"FSDP must average a test gradient to {expected:g}, got {mean.flatten().tolist()}: "
+            f"this build of torch does not average on {ranks.device.type}. Set "
+            '"zero_optimization": {"stage": 0}, or upgrade torch.'
         )

@@ -1,4 +1,4 @@
-"""Native PyTorch: one process without a process group, or data parallelism (DDP) over many."""
+"""The PyTorch backend: one process without a process group, or several with DDP."""
 
 from __future__ import annotations
 
@@ -32,18 +32,20 @@ _SCALER = "loss_scaler.pt"
 
 
 class PyTorchBackend(Backend):
-    """Trains with PyTorch; parameters stay in float32, autocast runs the forward pass.
+    """Trains with PyTorch. Parameters stay in float32; the forward pass runs under autocast.
 
     Args:
         model: the user's module; it is moved to the device of ``ranks``.
-        optimizer: the user's optimizer, or a function from parameters to one; None: the config's.
+        optimizer: the user's optimizer, or a function that takes the parameters and returns one;
+            None: the config's.
         config: a validated config.
-        ranks: of this process; with more than one, the process group has to be initialized.
-        parameters: tensors or param groups to train; None: all that need gradients.
+        ranks: rank, world size and device of this process. Several ranks need an initialized
+            process group.
+        parameters: tensors or param groups to train; None: all that require gradients.
 
     Raises:
-        ValueError: the model has no blocks to checkpoint, the compiler is unknown, or the user's
-            optimizer holds none of the model's parameters.
+        ValueError: no block to checkpoint was found, ``engine.compile`` is unknown, or the user's
+            optimizer does not train any parameter of the model.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class PyTorchBackend(Backend):
         return build_optimizer(self._config.optimizer, parameters)
 
     def _set_up_averaging(self) -> DistributedDataParallel | None:
-        """Have gradients averaged over ranks; return the model's wrapper, if that takes one."""
+        """Set up gradient averaging across ranks; return the model's wrapper, if it needs one."""
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         return DistributedDataParallel(
             self.model, device_ids=devices, find_unused_parameters=self._config.finds_unused
@@ -96,7 +98,8 @@ class PyTorchBackend(Backend):
     @override
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
         if self._parallel is not None:
-            # What DDP's own no_sync() sets; as an attribute it also reaches the backward pass.
+            # DDP's no_sync() sets this attribute only inside its context, which would have to
+            # include the backward pass.
             self._parallel.require_backward_grad_sync = last_micro_batch
         with self._precision_context():
             return self._called(*args, **kwargs)
@@ -109,7 +112,7 @@ class PyTorchBackend(Backend):
     @override
     def backward(self, loss: Tensor, accumulation: int, *, retain_graph: bool = False) -> None:
         scaled = self.scale(loss, accumulation)
-        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's own
+        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # untyped in torch
 
     @override
     def scale(self, loss: Tensor, accumulation: int) -> Tensor:
@@ -122,7 +125,7 @@ class PyTorchBackend(Backend):
         gradients = self._gradients()
         scale = self.loss_scale * divide_by
         norm = self._norm(gradients) / scale
-        finite = math.isfinite(norm)  # the same on all ranks, since gradients were all-reduced
+        finite = math.isfinite(norm)  # equal on all ranks: gradients are already averaged
         if finite:
             factor = 1.0 / scale
             if 0 < self._clipping < norm:
@@ -132,8 +135,9 @@ class PyTorchBackend(Backend):
             self.optimizer.step()
         self.zero_grad()
         if self._keeps_gradients:
-            # If freed now, malloc returns their memory to the system, only to fault it in again
-            # page by page. Freed right before a backward pass, they are what that pass fills.
+            # If the gradients were freed now, malloc would return their memory to the system, and
+            # page faults would slow the next backward pass. Freed right before that pass, the
+            # memory is reused.
             self._spent = gradients
         self.grad_norm = norm
         if self._scaler is not None:
@@ -141,7 +145,7 @@ class PyTorchBackend(Backend):
         return finite
 
     def _gradients(self) -> list[Tensor]:
-        """Return this rank's gradients, or its shards of them."""
+        """Return this rank's gradients; with FSDP, its shards of them."""
         return [
             parameter.grad
             for group in self.optimizer.param_groups
@@ -150,10 +154,10 @@ class PyTorchBackend(Backend):
         ]
 
     def _norm(self, gradients: list[Tensor]) -> float:
-        """Return the 2-norm of all gradients together."""
+        """Return the 2-norm over all gradients."""
         if not gradients:
             return 0.0
-        # The same kernel as in torch's clip_grad_norm_, in half its time. It has no public name.
+        # This is the kernel of torch's clip_grad_norm_, in half the time. It is not public.
         return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))  # noqa: SLF001
 
     @property
@@ -163,7 +167,7 @@ class PyTorchBackend(Backend):
 
     @override
     def save(self, place: Path, *, frozen: bool = True) -> None:
-        from engine.checkpoint import state  # costs 50 ms, only for runs that save
+        from engine.checkpoint import state  # takes 50 ms, so import only if needed
 
         state.write(place, self.model, self.optimizer, frozen=frozen)
         if self._scaler is not None and self.ranks.rank == 0:
@@ -178,7 +182,7 @@ class PyTorchBackend(Backend):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        from engine.checkpoint import state  # costs 50 ms, only for runs that save
+        from engine.checkpoint import state  # takes 50 ms, so import only if needed
 
         written = state.write_behind(place, self.model, self.optimizer, group, arena, frozen=frozen)
         if self._scaler is not None and self.ranks.rank == 0:
@@ -187,7 +191,7 @@ class PyTorchBackend(Backend):
 
     @override
     def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
-        from engine.checkpoint import state  # costs 50 ms, only for runs that save
+        from engine.checkpoint import state  # takes 50 ms, so import only if needed
 
         trained_by = self.optimizer if optimizer else None
         state.read(place, self.model, trained_by, strict=strict, frozen=frozen)
@@ -197,8 +201,8 @@ class PyTorchBackend(Backend):
 
     @override
     def snapshot(self) -> Any:
-        # Buffers that a checkpoint leaves out are included.
-        tensors_now = {name: tensor.detach().clone() for name, tensor in _named(self.model)}
+        # Copy all buffers, even those that checkpoints leave out.
+        tensors_now = {name: tensor.detach().clone() for name, tensor in _named_tensors(self.model)}
         scaler = self._scaler.state_dict() if self._scaler else None
         return copy.deepcopy((tensors_now, self.optimizer.state_dict(), scaler, self.grad_norm))
 
@@ -206,8 +210,8 @@ class PyTorchBackend(Backend):
     def restore(self, snapshot: Any) -> None:
         tensors_then, optimizer, scaler, self.grad_norm = snapshot
         with torch.no_grad():
-            for name, tensor in _named(self.model):
-                if name in tensors_then:  # else a buffer that a forward pass has made
+            for name, tensor in _named_tensors(self.model):
+                if name in tensors_then:  # a forward pass may have added buffers
                     tensor.copy_(tensors_then[name])
         self.optimizer.load_state_dict(optimizer)
         if self._scaler is not None:
@@ -230,7 +234,8 @@ def _prepare(model: nn.Module, config: Config, device: torch.device) -> None:
     compilers = torch.compiler.list_backends(exclude_tags=()) if config.compiles else ()
     if config.compiles is not None and config.compiles not in compilers:
         raise ValueError(
-            f"`engine.compile` must be one of {', '.join(compilers)}, but is {config.compiles!r}."
+            f"`engine.compile` must be one of {', '.join(compilers)}, got {config.compiles!r}. "
+            "Choose one of these compilers, or remove the key."
         )
     model.to(device)
     if config.recomputes is not None:
@@ -240,15 +245,15 @@ def _prepare(model: nn.Module, config: Config, device: torch.device) -> None:
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
-    own = {id(parameter) for parameter in model.parameters()}
+    model_ids = {id(parameter) for parameter in model.parameters()}
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(id(parameter) in own for parameter in trained):
+    if not any(id(parameter) in model_ids for parameter in trained):
         raise ValueError(
-            "`optimizer` must train parameters of `model`, but has none of them; build it from "
-            "`model.parameters()` after the model is on its device."
+            "`optimizer` must train parameters of `model`, got only other tensors. Build it from "
+            "`model.parameters()` after moving the model to its device."
         )
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()

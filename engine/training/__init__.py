@@ -1,1 +1,1 @@
-"""The parts of a training run: data, optimizers, loss scaling, progress, monitors."""
+"""Parts of a training run: data, optimizers, loss scaling, progress, monitors."""

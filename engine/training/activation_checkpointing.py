@@ -1,4 +1,4 @@
-"""Activation checkpointing on PyTorch, and the blocks of a model that it applies to."""
+"""Activation checkpointing on PyTorch, and the search for the blocks to checkpoint."""
 
 from __future__ import annotations
 
@@ -17,50 +17,51 @@ __all__ = ["checkpoint_activations", "find_blocks"]
 def checkpoint_activations(
     model: nn.Module, wrap: Sequence[str] = (), *, on_host: bool = False
 ) -> None:
-    """Let each block save only its inputs and recompute its forward pass in the backward pass.
+    """Enable activation checkpointing for a model's blocks, in place.
 
-    The random state is restored for the recomputation, so that dropout is the same.
+    Each block saves only its inputs and is recomputed in the backward pass. The random state is
+    restored for the recomputation, so that dropout drops the same values.
 
     Args:
-        model: module whose blocks are checkpointed, in place.
-        wrap: class names of the blocks, see `find_blocks`.
-        on_host: whether the saved inputs are moved to the host's memory.
+        model: module whose blocks are checkpointed.
+        wrap: class names of the blocks; see `find_blocks`.
+        on_host: whether to move the saved inputs to CPU memory.
 
     Raises:
-        ValueError: the model has no blocks.
+        ValueError: no block was found.
     """
     blocks = find_blocks(model, wrap)
     if not blocks:
         raise ValueError(
-            "`activation_checkpointing` must have blocks to compute again, but the model has no "
-            'list of modules of one class; name their classes in "engine": {"wrap": […]}.'
+            "`activation_checkpointing` must find blocks in the model, got a model without a "
+            'ModuleList of equal layers. List the blocks\' classes in "engine": {"wrap": […]}.'
         )
     for block in blocks:
-        block.forward = _checkpointed(block.forward, on_host=on_host)
+        block.forward = _add_checkpointing(block.forward, on_host=on_host)
 
 
-def _checkpointed(forward: Any, *, on_host: bool) -> Any:
+def _add_checkpointing(forward: Any, *, on_host: bool) -> Any:
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        keeps = torch.autograd.graph.save_on_cpu() if on_host else contextlib.nullcontext()
-        with keeps:
+        storage = torch.autograd.graph.save_on_cpu() if on_host else contextlib.nullcontext()
+        with storage:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return run
 
 
 def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
-    """Return a model's blocks, which are sharded or checkpointed one at a time.
+    """Return a model's blocks: the modules that are sharded or checkpointed one by one.
 
     Args:
         model: any module.
-        wrap: class names of the blocks; if empty, the blocks are the members of every ModuleList
-            that holds two or more modules of one class, such as the layers of a transformer.
+        wrap: class names of the blocks. If empty, the blocks are the members of every ModuleList
+            with at least two members of the same class, such as the layers of a transformer.
 
     Raises:
-        ValueError: no module is of a class in ``wrap``.
+        ValueError: the model does not contain any of the classes in ``wrap``.
 
     >>> layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     >>> len(find_blocks(nn.Sequential(layers, nn.Tanh())))
@@ -70,8 +71,8 @@ def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
         found = [module for module in model.modules() if type(module).__name__ in wrap]
         if not found:
             raise ValueError(
-                f"`engine.wrap` must name classes of the model's modules, but it has no "
-                f"{' or '.join(wrap)}."
+                f"`engine.wrap` must name classes of the model's modules, got {list(wrap)}. "
+                "Use class names that `print(model)` shows."
             )
         return found
     blocks = []

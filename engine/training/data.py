@@ -1,4 +1,4 @@
-"""The loader that ``initialize`` makes from a dataset: the same batches on any number of ranks."""
+"""The data loader that ``initialize`` builds; its batches do not depend on the world size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["GlobalBatchSampler", "RunLoader", "call_on_batches", "called_on", "m
 
 
 def called_on(model: Callable[..., Any], batch: Any) -> Any:
-    """Return what a model makes of a batch; tuples, lists and mappings become its arguments.
+    """Call a model on a batch; a tuple, list or mapping is unpacked into its arguments.
 
     >>> called_on(max, (1, 3)), called_on(dict, {"x": 2})
     (3, {'x': 2})
@@ -28,36 +28,37 @@ def called_on(model: Callable[..., Any], batch: Any) -> Any:
 
 
 def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: int) -> Iterator[Any]:
-    """Yield what a model returns for each of the next batches.
+    """Yield the model's output for each of the next batches.
 
     Raises:
-        ValueError: there are fewer than ``count``.
+        ValueError: the iterator has fewer than ``count`` batches left.
     """
-    for _ in range(count):
+    for index in range(count):
         batch = next(batches, None)
         if batch is None:
             raise ValueError(
-                f"`data_iter` must give {count} micro-batches, but ended before; make it endless, "
-                "or stop at the end of an epoch."
+                f"`data_iter` must yield {count} micro-batches, got {index}. Make it endless, or "
+                "stop at the end of an epoch."
             )
         yield called_on(model, batch)
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Yields one rank's micro-batches so that each optimizer update sees a whole global batch.
+    """Yields one rank's micro-batches so that each optimizer step sees a whole global batch.
 
-    An epoch is a permutation cut into batches of ``train_batch_size``, which the ranks and the
-    accumulation steps share out. So update k sees the same samples whether a batch of 8 is 8 on
-    one rank, 2 x 4 accumulated, or 4 on each of two ranks. The last batch is filled up from the
-    beginning of the permutation, or left out. Each iteration is an epoch in an order of its own.
+    Each epoch is a random permutation of the dataset, cut into batches of ``train_batch_size``.
+    Each batch is split across ranks and micro-batches. So step k sees the same samples whether a
+    batch of 8 is 8 on one rank, 2 micro-batches of 4, or 4 on each of two ranks. The last batch is
+    filled up from the start of the permutation, or dropped. Each iteration is an epoch in a new
+    order.
 
     Args:
-        samples: number of samples in the dataset, 1 or more.
-        config: for the batch sizes, ``dataloader_drop_last`` and the seed.
-        rank: which rank's share this is.
+        samples: number of samples in the dataset, at least 1.
+        config: config with the batch sizes, ``dataloader_drop_last`` and the seed.
+        rank: rank whose micro-batches are yielded.
 
     Raises:
-        ValueError: there are no samples, or all would be left out.
+        ValueError: the dataset is empty, or ``dataloader_drop_last`` drops its only batch.
     """
 
     def __init__(self, samples: int, config: Config, rank: int) -> None:
@@ -70,15 +71,13 @@ class GlobalBatchSampler(Sampler[list[int]]):
         whole = samples // config.batch.train
         self.batches = whole if config.data.drop_last else math.ceil(samples / config.batch.train)
         if self.batches == 0:
-            cure = (
-                'set "dataloader_drop_last": false, or a smaller "train_batch_size"'
+            fix = (
+                'Set "dataloader_drop_last": false, or a smaller "train_batch_size".'
                 if samples
-                else "check how the dataset is made"
+                else "Check how the dataset is built."
             )
-            raise ValueError(
-                f"`training_data` must hold at least {config.batch.train if samples else 1} "
-                f"samples, but holds {samples} instead; {cure}."
-            )
+            minimum = config.batch.train if samples else 1
+            raise ValueError(f"`len(training_data)` must be >= {minimum}, got {samples}. {fix}")
 
     def __len__(self) -> int:
         return self.batches * self._sizes.accumulation
@@ -92,34 +91,34 @@ class GlobalBatchSampler(Sampler[list[int]]):
         order = (order * math.ceil(wanted / self._samples))[:wanted]
         stride = sizes.micro * sizes.world_size
         skips, self.skips = self.skips, 0
-        for begin in range((skips * sizes.world_size + self._rank) * sizes.micro, wanted, stride):
-            yield order[begin : begin + sizes.micro]
+        for start in range((skips * sizes.world_size + self._rank) * sizes.micro, wanted, stride):
+            yield order[start : start + sizes.micro]
 
 
 class RunLoader(DataLoader[Any]):
-    """A loader that ends where the run does, in the midst of an epoch and in all later ones."""
+    """Data loader that stops when the run is over, even in the middle of an epoch."""
 
     _run_is_over: Callable[[], bool] | None = None
     _seed = 0
     _epoch = -1
-    _given = 0  # micro-batches of the epoch, counted when they are asked for
+    _given = 0  # micro-batches of this epoch that were requested
     resumes = False
-    """Whether the next iteration goes on in the midst of its epoch instead of beginning one."""
+    """Whether the next iteration resumes the current epoch instead of starting a new one."""
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and how many of its micro-batches were given."""
+        """Return the epoch and the number of its micro-batches that were requested."""
         return {"epoch": self._epoch, "given": self._given}
 
     def load_state_dict(self, state: dict[str, int], *, resumes: bool = True) -> None:
-        """Let the next iteration go on where the state was returned, or begin the epoch after."""
+        """Restore a position. The next iteration resumes there, or starts the next epoch."""
         self._epoch, self._given, self.resumes = state["epoch"], state["given"], resumes
 
     def begin(self, seed: int) -> None:
-        """Take the seed of the run."""
+        """Set the run's seed."""
         self._seed = seed
 
     def end_with(self, run_is_over: Callable[[], bool]) -> None:
-        """Take the function that says whether the run has made all of its updates."""
+        """Set the function that returns whether the run is over."""
         self._run_is_over = run_is_over
 
     def __iter__(self) -> Any:
@@ -129,16 +128,16 @@ class RunLoader(DataLoader[Any]):
             self._epoch, self._given = self._epoch + 1, 0
         self.resumes = False
         if self.generator is not None:
-            # Workers' seeds come from here, not from the generator that the script draws from.
+            # Worker seeds come from this generator, which leaves the global random state unchanged.
             self.generator.manual_seed(self._seed + self._epoch)
         sampler = self.batch_sampler
         skips = self._given
         if isinstance(sampler, GlobalBatchSampler):
-            sampler.epoch, sampler.skips = self._epoch, skips  # nothing is loaded to be left out
-            return self._counted(super().__iter__())
-        return self._counted(itertools.islice(super().__iter__(), skips, None))
+            sampler.epoch, sampler.skips = self._epoch, skips  # skips without loading any sample
+            return self._count_requests(super().__iter__())
+        return self._count_requests(itertools.islice(super().__iter__(), skips, None))
 
-    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _count_requests(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             self._given += 1
             yield batch
@@ -152,12 +151,12 @@ def make_loader(
     ranks: Ranks,
     collate_fn: Callable[[list[Any]], Any] | None,
 ) -> RunLoader:
-    """Return the loader of a dataset: one rank's micro-batches, shuffled anew in each epoch.
+    """Build the data loader of one rank; it yields micro-batches and reshuffles every epoch.
 
-    An iterable dataset is batched in its own order; sharing it out among ranks is its own business.
+    An iterable dataset is not shuffled, and must split its samples across ranks itself.
 
     Raises:
-        ValueError: the dataset is empty, or smaller than the one batch that it is to fill.
+        ValueError: the dataset is empty, or ``dataloader_drop_last`` drops its only batch.
     """
     settings: dict[str, Any] = {
         "collate_fn": collate_fn,
@@ -167,7 +166,7 @@ def make_loader(
     if isinstance(dataset, IterableDataset):
         settings |= {"batch_size": config.batch.micro, "drop_last": config.data.drop_last}
     else:
-        settings["batch_sampler"] = GlobalBatchSampler(len(dataset), config, ranks.rank)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
+        settings["batch_sampler"] = GlobalBatchSampler(len(dataset), config, ranks.rank)  # type: ignore[arg-type]  # Dataset does not declare __len__
     loader = RunLoader(dataset, **settings)
     loader.begin(config.data.seed)
     return loader

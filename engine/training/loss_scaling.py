@@ -1,4 +1,4 @@
-"""Scaling of a float16 run's loss, by the rules and keys of DeepSpeed."""
+"""Loss scaling for float16, with DeepSpeed's rules and config keys."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ __all__ = ["LossScaler"]
 
 
 class LossScaler:
-    """The factor on the loss that keeps small float16 gradients from vanishing.
+    """The factor on the loss that keeps small float16 gradients from underflowing to zero.
 
-    Dynamic (``loss_scale`` 0), it starts at ``2 ** initial_scale_power``, is halved by the
-    ``hysteresis``-th overflow and each one after it, down to ``min_loss_scale``, and is doubled
-    whenever ``loss_scale_window`` more updates in a row than one had no overflow, when the
-    hysteresis is full again too. Static, it stays.
+    A static scale (``loss_scale`` above 0) never changes. A dynamic scale (``loss_scale`` 0) starts
+    at ``2 ** initial_scale_power``. The ``hysteresis``-th overflow and each later one halve it,
+    down to ``min_loss_scale``. It doubles after ``loss_scale_window + 1`` consecutive steps without
+    overflow and after every ``loss_scale_window`` more. Doubling also resets the hysteresis.
 
     >>> scaler = LossScaler(LossScaling(0, 4, 2, 1, False, 1))
     >>> for overflow in (True, False, False, False):
@@ -24,7 +24,7 @@ class LossScaler:
     8.0
     16.0
 
-    Source: ``DynamicLossScaler`` of deepspeed/runtime/fp16/loss_scaler.py.
+    Source: ``DynamicLossScaler`` in deepspeed/runtime/fp16/loss_scaler.py.
     """
 
     def __init__(self, settings: LossScaling) -> None:
@@ -32,10 +32,10 @@ class LossScaler:
         self._dynamic = settings.loss_scale == 0
         self.scale = float(settings.loss_scale or 2**settings.initial_scale_power)
         self._hysteresis = settings.hysteresis
-        self._clean_updates = 0
+        self._clean_steps = 0
 
     def update(self, *, overflow: bool) -> None:
-        """Count an update whose gradients did or did not overflow, and adapt the scale.
+        """Adapt the scale after a step whose gradients did or did not overflow.
 
         Raises:
             FloatingPointError: the gradients overflow at the lowest scale.
@@ -44,20 +44,20 @@ class LossScaler:
             return
         settings = self._settings
         if overflow:
-            self._clean_updates = 0
+            self._clean_steps = 0
             if self._hysteresis > 1:
                 self._hysteresis -= 1
             elif self.scale <= settings.min_loss_scale:
                 raise FloatingPointError(
-                    f"gradients overflow at the lowest loss scale, {self.scale:g}: the run "
+                    f"The gradients overflow at the lowest loss scale, {self.scale:g}: training "
                     "diverges. Lower the learning rate, or use bf16 or fp32."
                 )
             else:
                 self.scale = max(self.scale / 2, float(settings.min_loss_scale))
             return
-        self._clean_updates += 1
-        # DeepSpeed's count: the first clean update only opens the window.
-        windows, rest = divmod(self._clean_updates - 1, settings.loss_scale_window)
+        self._clean_steps += 1
+        # As in DeepSpeed, the first step without overflow does not count.
+        windows, rest = divmod(self._clean_steps - 1, settings.loss_scale_window)
         doubles = windows > 0 and rest == 0
         if doubles:
             self.scale *= 2
@@ -65,15 +65,15 @@ class LossScaler:
             self._hysteresis = settings.hysteresis
 
     def state_dict(self) -> dict[str, float]:
-        """Return the scale and what decides over its next change."""
+        """Return the scale and the counters that decide its next change."""
         return {
             "scale": self.scale,
             "hysteresis": self._hysteresis,
-            "clean_updates": self._clean_updates,
+            "clean_updates": self._clean_steps,
         }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the values that `state_dict` returned."""
         self.scale = float(state["scale"])
         self._hysteresis = int(state["hysteresis"])
-        self._clean_updates = int(state["clean_updates"])
+        self._clean_steps = int(state["clean_updates"])

@@ -1,4 +1,4 @@
-"""The losses of the current accumulation window."""
+"""The losses of the micro-batches since the last optimizer step."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ __all__ = ["LossWindow", "check_loss"]
 
 
 def check_loss(loss: object) -> None:
-    """Reject anything but a scalar tensor that has a graph.
+    """Check that a loss is a scalar tensor with a graph.
 
     Raises:
-        ValueError: the loss is not a scalar tensor, or has no graph.
+        ValueError: the loss is not a scalar tensor with a graph.
     """
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
         return
-    shown = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+    shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
     raise ValueError(
-        f"`loss` must be a scalar tensor that the model computed with gradients, but is "
-        f"{shown}{'' if getattr(loss, 'requires_grad', True) else ' without a graph'} "
-        "instead; take its mean, and compute it outside of torch.no_grad()."
+        f"`loss` must be a scalar tensor with a graph, got {shown}"
+        f"{'' if getattr(loss, 'requires_grad', True) else ' without a graph'}. "
+        "Take the mean, and compute it outside torch.no_grad()."
     )
 
 
 class LossWindow:
-    """Keeps the losses of the micro-batches since the last optimizer step, if they are needed.
+    """The losses of the micro-batches since the last optimizer step, if anything needs them.
 
     Args:
         average: function that returns the mean of a number over the ranks.
-        is_kept: whether anything needs the losses: a feedback schedule, a monitor, a range test.
+        is_kept: whether a feedback schedule, a monitor or an LR range test needs the losses.
     """
 
     def __init__(self, average: Callable[[float], float], *, is_kept: bool) -> None:
@@ -47,19 +47,19 @@ class LossWindow:
 
     @property
     def has_losses(self) -> bool:
-        """Whether any loss was added; false if the script calls ``loss.backward()`` itself."""
+        """Whether a loss was added; false if the script calls ``loss.backward()`` itself."""
         return bool(self._losses)
 
     def mean(self) -> float:
         """Return the mean over micro-batches and ranks; every rank calls it.
 
         Raises:
-            RuntimeError: the window has no losses.
+            RuntimeError: the window is empty.
         """
         if not self._losses:
             raise RuntimeError(
-                "the loss must be known here, but this update's gradients came from the script's "
-                "own `loss.backward()`; call `engine.backward(loss)` instead."
+                "The schedule or the LR range test needs the loss, but the script called "
+                "`loss.backward()` directly. Call `trainer.backward(loss)` instead."
             )
         if self._mean is None:
             self._mean = self._average(float(torch.stack(self._losses).float().mean()))

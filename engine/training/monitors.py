@@ -1,4 +1,4 @@
-"""Monitors under DeepSpeed's names: the values of each step for TensorBoard, CSV files and W&B."""
+"""Monitors that write each step's metrics to TensorBoard, CSV files or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CSVMonitor", "Event", "Monitor", "TensorBoardMonitor", "WandbMonitor
 
 
 class Event(NamedTuple):
-    """A value under the name that DeepSpeed's monitors use, at a number of samples."""
+    """A metric under DeepSpeed's name, its value, and the number of samples so far."""
 
     name: str
     value: float
@@ -25,17 +25,17 @@ class Monitor(Protocol):
     """Receives the events of every step."""
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Write events to disk at once, so that they survive the end of the process."""
+        """Write events to disk immediately, so that a crash does not lose them."""
         ...
 
 
 class TensorBoardMonitor:
-    """Writes event files into ``output_path/job_name``."""
+    """Writes event files to ``output_path/job_name``."""
 
     def __init__(self, section: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(_folder(section, "runs")))
+        self._writer = SummaryWriter(str(_output_directory(section, "runs")))
 
     def write_events(self, events: Iterable[Event]) -> None:
         """Write events and flush."""
@@ -48,13 +48,13 @@ class CSVMonitor:
     """Writes one CSV file per metric to ``output_path/job_name``: step (samples) and value."""
 
     def __init__(self, section: Mapping[str, Any]) -> None:
-        self._folder = _folder(section, "csv_monitor")
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._directory = _output_directory(section, "csv_monitor")
+        self._directory.mkdir(parents=True, exist_ok=True)
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Append a row to the file of each event's name."""
+        """Append a row to the CSV file of each event's metric."""
         for event in events:
-            path = self._folder / f"{event.name.replace('/', '_')}.csv"
+            path = self._directory / f"{event.name.replace('/', '_')}.csv"
             new = not path.exists()
             with path.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
@@ -71,7 +71,7 @@ class WandbMonitor:
             import wandb
         except ImportError as error:
             raise ValueError(
-                "`wandb.enabled` must be false where wandb is not installed, but is true instead; "
+                "`wandb.enabled` must be false if wandb is not installed, got true. Run "
                 "`pip install wandb`, or use `tensorboard` or `csv_monitor`."
             ) from error
         self._run = wandb.init(
@@ -95,11 +95,11 @@ _KINDS: Mapping[str, Callable[[Mapping[str, Any]], Monitor]] = {
 
 
 def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> list[Monitor]:
-    """Build the monitors that a config enables; none on ranks other than 0.
+    """Build the monitors that a config enables; return an empty list on ranks other than 0.
 
     Args:
-        sections: ``tensorboard``, ``csv_monitor`` and ``wandb``, with their defaults.
-        ranks: of this process.
+        sections: sections ``tensorboard``, ``csv_monitor`` and ``wandb``, with defaults filled in.
+        ranks: rank, world size and device of this process.
 
     Raises:
         ValueError: the package of a monitor is not installed.
@@ -113,5 +113,5 @@ def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> l
     ]
 
 
-def _folder(section: Mapping[str, Any], default: str) -> Path:
+def _output_directory(section: Mapping[str, Any], default: str) -> Path:
     return Path(section["output_path"] or default) / str(section["job_name"])

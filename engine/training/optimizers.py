@@ -1,4 +1,4 @@
-"""The optimizers that a config can name, each with PyTorch's fastest implementation."""
+"""The optimizers that a config can select, in PyTorch's fastest implementation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.config.schema import optimizer_name, optimizer_schema
 __all__ = ["OptimizerFactory", "build_optimizer", "is_buildable"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
-"""A user's function from parameters, or param groups, to their optimizer."""
+"""Function that takes parameters or param groups and returns their optimizer."""
 
 _WITH_FUSED_KERNEL = {"Adam", "AdamW", "SGD"}
 
@@ -23,8 +23,8 @@ def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimiz
     """Build the optimizer described by the config's `optimizer` block.
 
     Args:
-        block: type and parameters of the optimizer.
-        parameters: tensors or param groups; a group's own values win over the block's.
+        block: type and hyperparameters of the optimizer.
+        parameters: tensors or param groups; values in a group override those of the block.
 
     >>> weight = torch.nn.Parameter(torch.ones(1))
     >>> params = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "dampening": 0.0}
@@ -46,18 +46,17 @@ def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimiz
 
 
 def is_buildable(block: Mapping[str, Any]) -> bool:
-    """Return whether PyTorch can build a config's `optimizer` block with all of its parameters.
+    """Return whether PyTorch can build a config's `optimizer` block with all its parameters.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)
     """
     schema = optimizer_schema(optimizer_name(block["type"]) or "")
     properties = schema["properties"]
-    of_deepspeed = [
-        key for key in block.get("params", {}) if "x-backend" in properties.get(key, {})
-    ]
-    asks = block.get("params", {}).get("torch_adam") is False
-    return "x-backend" not in schema and not of_deepspeed and not asks
+    params = block.get("params", {})
+    has_deepspeed_keys = any("x-backend" in properties.get(key, {}) for key in params)
+    wants_deepspeed_adam = params.get("torch_adam") is False
+    return "x-backend" not in schema and not has_deepspeed_keys and not wants_deepspeed_adam
 
 
 def _has_fused_kernel(groups: list[Any]) -> bool:

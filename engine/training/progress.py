@@ -1,4 +1,4 @@
-"""A run's progress: counters, the record of a step, lines in the log and events for monitors."""
+"""The progress of a run: counters, records of steps, log lines and monitor events."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ log = logging.getLogger("onecycle")
 
 @dataclass
 class Counters:
-    """What a run has done so far; checkpoints contain these fields."""
+    """The counters of a run; checkpoints contain these fields."""
 
     micro_steps: int = 0
     global_steps: int = 0
-    """Whole batches, skipped steps included."""
+    """Number of completed batches, including those of skipped steps."""
     skipped_steps: int = 0
     applied: bool = False
-    """Whether the last call of `Engine.step` updated the parameters."""
+    """Whether the last call of `Engine.step` applied an optimizer step."""
 
     @property
     def applied_steps(self) -> int:
-        """Optimizer steps that were applied."""
+        """The number of applied optimizer steps."""
         return self.global_steps - self.skipped_steps
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What an optimizer step used and produced."""
+    """The values that an optimizer step used and produced."""
 
     step: int
     """Index of the last applied step, from 0; a skipped step does not advance it."""
     global_steps: int
     is_applied: bool
     skipped_steps: int
-    """Skipped steps so far."""
+    """Number of skipped steps so far."""
     lr: Sequence[float]
-    """One value per param group, as are those of `momentum`."""
+    """One value per param group, like `momentum`."""
     momentum: Sequence[float] | None
     weight_decay: float | None
-    """Of the first param group."""
+    """Weight decay of the first param group."""
     loss: float | None
-    """Mean over micro-batches and ranks; None if nothing needed it, or if it is not known."""
+    """Mean over micro-batches and ranks; None if it is unknown or was not needed."""
     grad_norm: float | None
     loss_scale: float | None
-    """None without fp16."""
+    """Factor on the loss; None without fp16."""
     batch_size: int
 
 
 class StepRecorder(Protocol):
-    """Receives the learning rate and the loss of each step; an LR range test has one."""
+    """Receives the learning rate and the loss of each step, for an LR range test."""
 
     def note(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
         """Record a step."""
@@ -71,13 +71,13 @@ class StepRecorder(Protocol):
 
 
 class ProgressReporter:
-    """Writes the log lines and the monitors' events of a run.
+    """Writes a run's log lines and sends its metrics to the monitors.
 
     Args:
-        config: for ``steps_per_print`` and the monitors' sections.
-        monitors: rank 0's; other ranks have none, but take part in the mean of the loss.
+        config: config with ``steps_per_print`` and the monitors' sections.
+        monitors: monitors on rank 0; empty on other ranks, which only help to average the loss.
         average: function that returns the mean of a number over the ranks.
-        writes_log: whether this rank writes the lines of the log.
+        writes_log: whether this rank writes log lines.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ProgressReporter:
         self._average = average
         self._writes_log = writes_log
         self._clock = time.perf_counter()
-        # Losses since the last line of the log.
+        # The sum and number of losses since the last log line.
         self._sum: Tensor | float = 0.0
         self._count = 0
 
@@ -105,11 +105,11 @@ class ProgressReporter:
             self._count += 1
 
     def needs_record(self, counters: Counters) -> bool:
-        """Return whether the step just finished is to be reported; else no record is collected."""
+        """Return whether the finished step must be reported; if not, no record is collected."""
         return self.is_monitored or self._is_line_due(counters.global_steps, counters.applied)
 
     def report(self, record: StepRecord) -> None:
-        """Report a step, before the schedule moves on; every rank calls it."""
+        """Report a step before the schedule advances. Every rank must call this method."""
         if self.is_monitored:
             self._write_events(record)
         if self._is_line_due(record.global_steps, record.is_applied):
@@ -152,6 +152,6 @@ class ProgressReporter:
         shown = [] if loss is None else [f"loss {loss:.4f}"]
         for name, values in (("lr", record.lr), ("momentum", record.momentum)):
             if values:
-                different = [format(value, ".4g") for value in dict.fromkeys(values)]
-                shown.append(f"{name} {' '.join(different)}")
-        log.info("update %d: %s", record.step, ", ".join(shown))
+                distinct = [format(value, ".4g") for value in dict.fromkeys(values)]
+                shown.append(f"{name} {' '.join(distinct)}")
+        log.info("step %d: %s", record.step, ", ".join(shown))

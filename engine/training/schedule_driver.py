@@ -1,4 +1,4 @@
-"""Steps the scheduler of a run, whichever kind it is."""
+"""Step the scheduler of a run, whether it is ours, torch's or a custom one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class ScheduleDriver:
     """Steps a scheduler after each applied optimizer step, with the loss or metric that it needs.
 
     Args:
-        scheduler: ours, one of torch's, or any object with a ``step`` method; None: no schedule.
+        scheduler: any object with a ``step`` method, such as a torch scheduler; may be None.
         average: function that returns the mean of a number over the ranks.
-        report: directory for a plot of a feedback schedule's decision; None: no plot.
+        report: directory for the plot of a feedback schedule's decision; None: no plot.
     """
 
     def __init__(
@@ -35,18 +35,18 @@ class ScheduleDriver:
     ) -> None:
         self.scheduler = scheduler
         self.metric: Tensor | float | None = None
-        """The last metric, until an applied step passes it to the scheduler."""
+        """The last metric from the script, kept until an applied step passes it on."""
         self._average = average
         self._report = report
 
     @property
     def feedback(self) -> Literal["loss", "metric"] | None:
-        """What a feedback schedule of ours receives at each step."""
+        """The kind of value that the schedule receives at each step; None: it needs no value."""
         scheduler = self.scheduler
         return scheduler.schedule.feedback if isinstance(scheduler, ScheduleBinder) else None
 
     def step(self, window: LossWindow) -> None:
-        """Step the scheduler; every rank calls it after an optimizer step that was applied."""
+        """Step the scheduler. Every rank must call this after each applied optimizer step."""
         scheduler = self.scheduler
         if isinstance(scheduler, ScheduleBinder) and self.feedback is not None:
             if self.feedback == "loss":
@@ -76,6 +76,6 @@ class ScheduleDriver:
         try:
             draw_decision(binder.evidence, path, name)
         except Exception as error:  # noqa: BLE001  # a failed plot must not stop training
-            log.warning("%s was not plotted, training continues: %s", path, error)
+            log.warning("could not plot %s; training continues: %s", path, error)
         else:
-            log.info("the evidence for the decision is plotted in %s", path)
+            log.info("plotted the decision of the schedule in %s", path)

@@ -1,4 +1,4 @@
-"""The surface of DeepSpeed's engine, and what is ours on it."""
+"""The methods of DeepSpeed's engine, and DeepSpeed's scheduler classes, in this package."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def start(make=lambda: torch.nn.Linear(2, 1), **changes):
 X = torch.arange(8.0).view(4, 2)
 
 
-def test_names_that_scripts_read():
+def test_engine_accessors_return_the_values_of_the_config():
     trainer = start()
     assert (trainer.global_rank, trainer.local_rank, trainer.world_size) == (0, 0, 1)
     assert trainer.optimizer_name() == "sgd"
@@ -35,7 +35,7 @@ def test_names_that_scripts_read():
     assert (trainer.gradient_clipping(), trainer.steps_per_print()) == (1.0, None)
     assert (trainer.zero_optimization(), trainer.zero_optimization_stage()) == (False, 0)
     assert trainer.basic_optimizer is trainer.optimizer
-    assert trainer.in_features == 2  # the model's own
+    assert trainer.in_features == 2  # an attribute of the model
     with pytest.raises(AttributeError, match="nonsense"):
         _ = trainer.nonsense
 
@@ -44,8 +44,8 @@ def weights(trainer):
     return [p.detach().clone() for p in trainer.module.parameters()]
 
 
-@pytest.mark.parametrize("way", ["scale", "own backward", "by hand", "train_batch"])
-def test_other_ways_to_a_batch_come_to_the_same_update(way):
+@pytest.mark.parametrize("way", ["scale", "loss.backward", "set_boundary", "train_batch"])
+def test_step_with_each_way_to_run_a_batch_gives_equal_parameters(way):
     class Loss(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -63,43 +63,43 @@ def test_other_ways_to_a_batch_come_to_the_same_update(way):
             other.train_batch(iter(X.split(2)))
             continue
         for index, half in enumerate(X.split(2)):
-            if way == "by hand":
+            if way == "set_boundary":
                 other.set_gradient_accumulation_boundary(index == 1)
             loss = other(half)
             if way == "scale":
                 other.scale(loss).backward()
-            elif way == "own backward":
+            elif way == "loss.backward":
                 loss.backward()
             else:
                 other.backward(loss)
-            if way != "by hand" or index == 1:
+            if way != "set_boundary" or index == 1:
                 other.step()
     assert all(torch.equal(a, b) for a, b in zip(weights(usual), weights(other), strict=True))
     assert other.global_steps == 3
     assert other.global_samples == 12
 
 
-def test_what_is_no_loss_cannot_be_scaled():
+def test_scale_of_a_tensor_that_is_not_scalar_raises():
     trainer = start()
-    with pytest.raises(ValueError, match=r"must be a scalar tensor .* is of shape \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"`loss` must be .* shape \(2, 1\)"):
         trainer.scale(trainer(X[:2]))
 
 
-def test_an_unscaled_loss_in_fp16_is_refused():
+def test_step_in_fp16_with_an_unscaled_loss_raises():
     trainer = start(fp16={"enabled": True})
     for half in X.split(2):
         trainer(half).float().pow(2).mean().backward()
         if trainer.is_gradient_accumulation_boundary():
-            with pytest.raises(RuntimeError, match="in fp16 a loss must be scaled"):
+            with pytest.raises(RuntimeError, match="must be scaled in fp16"):
                 trainer.step()
         else:
             trainer.step()
 
 
-def test_eval_batch_leaves_training_as_it_was():
+def test_eval_batch_keeps_the_parameters_and_the_training_mode():
     trainer = start(lambda: torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Flatten(0)))
     before = weights(trainer)
-    with pytest.raises(ValueError, match="must give 2 micro-batches, but ended before"):
+    with pytest.raises(ValueError, match="`data_iter` must yield 2 micro-batches, got 1"):
         trainer.eval_batch(iter([X[:1]]))
     trainer.train()
     loss = trainer.eval_batch(iter([X[:1], X[1:2]]))
@@ -108,44 +108,46 @@ def test_eval_batch_leaves_training_as_it_was():
     assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
 
 
-def test_zero_grad_and_no_sync_and_what_torch_lacks():
+def test_zero_grad_after_no_sync_clears_the_gradients():
     trainer = start()
     with trainer.no_sync():
         trainer.backward(trainer(X[:2]).mean())
     trainer.zero_grad()
     assert all(p.grad is None for p in trainer.module.parameters())
+
+
+def test_initialize_with_mpu_on_pytorch_raises():
+    config = {"train_batch_size": 1, "optimizer": {"type": "SGD"}}
     with pytest.raises(ValueError, match="`mpu` must be None on the PyTorch backend"):
-        start_with_mpu = {"train_batch_size": 1, "optimizer": {"type": "SGD"}}
-        engine.initialize(config=start_with_mpu, model=torch.nn.Linear(1, 1), mpu=object())
+        engine.initialize(config=config, model=torch.nn.Linear(1, 1), mpu=object())
 
 
-def test_no_sync_at_zero_stage_2_is_refused():
+def test_no_sync_at_zero_stage_2_raises():
     trainer = start(zero_optimization={"stage": 2}, engine={"backend": "torch"})
-    refused = pytest.raises(MisuseError, match="incompatible with ZeRO stages 2 and")
-    with refused, trainer.no_sync():
+    with pytest.raises(MisuseError, match="ZeRO stages 2 and 3"), trainer.no_sync():
         pass
 
 
-def test_no_sync_inside_no_sync_is_refused():
+def test_no_sync_nested_raises_and_can_be_entered_again():
     trainer = start()
-    reentered = pytest.raises(MisuseError, match="reentry is unsupported")
-    with trainer.no_sync(), reentered, trainer.no_sync():
+    raises = pytest.raises(MisuseError, match="must not be nested")
+    with trainer.no_sync(), raises, trainer.no_sync():
         pass
-    with trainer.no_sync():  # the outer one was left all the same
+    with trainer.no_sync():  # the outer context has ended, despite the error
         pass
 
 
-def test_step_inside_no_sync_is_refused():
+def test_step_inside_no_sync_raises():
     trainer = start()
     trainer.backward(trainer(X[:2]).mean())
-    with trainer.no_sync(), pytest.raises(MisuseError, match="illegal to call"):
+    with trainer.no_sync(), pytest.raises(MisuseError, match=r"inside `no_sync\(\)`"):
         trainer.step()
     assert trainer.micro_steps == 0
     trainer.step()
     assert trainer.micro_steps == 1
 
 
-def test_lr_scheduler_assigned_by_the_script_is_stepped():
+def test_lr_scheduler_assigned_to_the_engine_is_stepped():
     trainer = start()
     trainer.lr_scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 1, gamma=0.5)
     lr = trainer.get_lr()[0]
@@ -155,15 +157,15 @@ def test_lr_scheduler_assigned_by_the_script_is_stepped():
     assert trainer.get_lr() == [lr / 2]
 
 
-def test_an_optimizer_of_another_model_is_refused():
-    strange = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+def test_initialize_with_the_optimizer_of_a_different_model_raises():
+    foreign = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(ValueError, match="`optimizer` must train parameters of `model`"):
         engine.initialize(
-            config={"train_batch_size": 1}, model=torch.nn.Linear(1, 1), optimizer=strange
+            config={"train_batch_size": 1}, model=torch.nn.Linear(1, 1), optimizer=foreign
         )
 
 
-def test_deepspeeds_scheduler_classes_by_their_positions():
+def test_deepspeed_scheduler_classes_accept_positional_arguments():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
     cycle = lr_schedules.OneCycle(optimizer, 0.1, 0.5, 0.0, 2, cycle_min_mom=0.7)
     assert cycle.schedule.cycle_first_step_size == 2
@@ -174,7 +176,7 @@ def test_deepspeeds_scheduler_classes_by_their_positions():
         lr_schedules.OneCycle(optimizer, 0.1, cycle_min_lr=0.1)
 
 
-PLAIN = """
+SCRIPT = """
 import warnings; warnings.simplefilter("ignore")
 import os; os.environ["LOCAL_RANK"] = "0"
 import torch, torch.distributed as dist
@@ -199,6 +201,8 @@ dist.destroy_process_group()
 """
 
 
-def test_plain_deepspeed_finds_our_schedules():
-    run = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, check=False)
+def test_register_with_deepspeed_makes_schedules_available_to_deepspeed():
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr[-3000:]

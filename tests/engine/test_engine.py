@@ -1,6 +1,6 @@
-"""The engine on a fake backend: boundaries, skipped steps, what drives the schedule, what is saved.
+"""The engine on a fake backend: accumulation, skipped steps, schedules and checkpoints.
 
-The same on real backends: `test_initialization`, `test_feedback` and `backends/`.
+`test_initialization`, `test_feedback` and `backends/` test real backends.
 """
 
 import pytest
@@ -17,7 +17,7 @@ X = torch.ones(2, 2)
 
 
 def train(trainer, micro_batches, **arguments):
-    """Train on some micro-batches, and return what `step` returned for each."""
+    """Train on a number of micro-batches, and return the result of `step` for each."""
     applied = []
     for _ in range(micro_batches):
         trainer.backward(trainer(X).mean())
@@ -54,9 +54,9 @@ def test_backward_without_scaling_by_accumulation_does_not_divide():
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda x: x, "but is of shape (2,) instead"),
-        (lambda x: x.sum().detach(), "but is of shape () without a graph instead"),
-        (lambda x: 3.0, "but is 3.0 instead"),
+        (lambda x: x, "got a tensor of shape (2,)"),
+        (lambda x: x.sum().detach(), "got a tensor of shape () without a graph"),
+        (lambda x: 3.0, "got 3.0"),
     ],
 )
 @pytest.mark.parametrize("method", ["backward", "scale"])
@@ -67,7 +67,7 @@ def test_backward_and_scale_of_an_invalid_loss_raise(method, loss, message):
     assert message in str(error.value)
 
 
-def test_step_skipped_moves_neither_the_schedule_nor_the_weights():
+def test_step_skipped_changes_neither_the_schedule_nor_the_weights():
     backend = FakeBackend()
     trainer = build_engine(backend, scheduler=WARMUP)
     train(trainer, 2)
@@ -82,7 +82,7 @@ def test_step_skipped_moves_neither_the_schedule_nor_the_weights():
     assert trainer.get_lr() == [pytest.approx(0.3)]
 
 
-def test_scheduler_of_the_script_steps_with_applied_steps_only():
+def test_custom_scheduler_is_stepped_after_applied_steps_only():
     backend = FakeBackend()
     trainer = build_engine(
         backend, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
@@ -93,7 +93,7 @@ def test_scheduler_of_the_script_steps_with_applied_steps_only():
     assert trainer.get_lr() == [0.05]
 
 
-def test_boundary_set_by_hand_overrides_the_count():
+def test_set_gradient_accumulation_boundary_overrides_the_count_of_micro_batches():
     backend = FakeBackend()
     trainer = build_engine(backend, gradient_accumulation_steps=2)
     trainer.set_gradient_accumulation_boundary(is_boundary=False)
@@ -103,7 +103,7 @@ def test_boundary_set_by_hand_overrides_the_count():
     assert backend.arguments("forward") == [False] * 3 + [True] * 2
 
 
-def test_step_after_a_backward_of_the_script_divides_by_the_accumulation():
+def test_step_after_a_direct_loss_backward_divides_by_the_accumulation():
     backend = FakeBackend()
     trainer = build_engine(backend, gradient_accumulation_steps=2)
     for _ in range(2):
@@ -118,7 +118,7 @@ def test_step_after_a_backward_of_the_script_divides_by_the_accumulation():
 def test_step_after_an_unscaled_backward_under_a_loss_scale_raises():
     trainer = build_engine(FakeBackend(loss_scale=256.0))
     trainer(X).mean().backward()
-    with pytest.raises(RuntimeError, match="in fp16 a loss must be scaled"):
+    with pytest.raises(RuntimeError, match="must be scaled in fp16"):
         trainer.step()
 
 
@@ -135,7 +135,7 @@ def test_feedback_schedule_receives_the_mean_over_ranks_and_micro_batches():
     assert list(trainer.lr_scheduler.state.losses) == [pytest.approx(expected)]
 
 
-def test_metric_is_averaged_over_ranks_and_survives_a_skipped_step():
+def test_metric_is_averaged_over_ranks_and_kept_through_a_skipped_step():
     backend = FakeBackend(others=(5.0,))
     trainer = build_engine(backend, scheduler=PLATEAU)
     train(trainer, 1, metric=1.0)
@@ -153,9 +153,9 @@ def test_no_sync_suspends_synchronization_and_steps():
     trainer = build_engine(backend)
     with trainer.no_sync():
         trainer.backward(trainer(X).mean())
-        with pytest.raises(MisuseError, match="inside no_sync"):
+        with pytest.raises(MisuseError, match="inside `no_sync"):
             trainer.step()
-        with pytest.raises(MisuseError, match="reentry"), trainer.no_sync():
+        with pytest.raises(MisuseError, match="nested"), trainer.no_sync():
             pass
     train(trainer, 1)
     assert backend.arguments("forward") == [False, True]
@@ -168,7 +168,7 @@ def test_step_past_the_steps_of_this_run_raises():
     trainer = build_engine(engine={"steps_this_run": 2})
     train(trainer, 2)
     assert trainer.run_is_over
-    with pytest.raises(RuntimeError, match="the run must end after 2 updates"):
+    with pytest.raises(RuntimeError, match=r"2 steps \(`engine.steps_this_run`\)"):
         train(trainer, 1)
 
 
@@ -189,7 +189,7 @@ def test_checkpoint_is_saved_when_due_and_restores_the_run(tmp_path):
     torch.testing.assert_close(second.snapshot(), first.snapshot(), rtol=0, atol=0)
 
 
-def test_monitors_receive_the_values_that_each_step_used():
+def test_monitors_receive_the_values_of_each_step():
     events = []
 
     class Monitor:
@@ -211,7 +211,7 @@ def test_monitors_receive_the_values_that_each_step_used():
     assert events[0]["train_loss"].value == pytest.approx((loss.item() + 2.0) / 2)
 
 
-def test_attribute_of_the_model_is_reached_through_the_engine():
+def test_engine_returns_attributes_of_the_model():
     trainer = build_engine()
     assert trainer.in_features == 2
     with pytest.raises(AttributeError, match="nonsense"):

@@ -1,8 +1,9 @@
-"""The engine in one process: the loop, the arithmetic of a batch, skipped updates, resuming."""
+"""The engine in one process: training, accumulation, skipped steps, resuming and the log."""
 
 import copy
 import logging
 import math
+import re
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ CONFIG = {
     "scheduler": CYCLE,
 }
 
-# A scale at which these small models never overflow by themselves.
+# With this scale, these small models never overflow.
 FP16 = {"enabled": True, "initial_scale_power": 8}
 
 
@@ -55,11 +56,11 @@ def start(config=CONFIG, **changes):
     return trainer, loader
 
 
-def train(trainer, loader, updates, poison=()):
-    """Train for some updates and return (loss, lr, momentum) as each used them."""
+def train(trainer, loader, steps, poison=()):
+    """Train for a number of steps and return the (loss, lr, momentum) of each step."""
     seen = []
     total = 0.0
-    end = trainer.global_steps + updates
+    end = trainer.global_steps + steps
     while True:
         for x, y in loader:
             if trainer.global_steps == end:
@@ -81,7 +82,7 @@ def hyperparameters(seen):
     return [(lr, momentum) for _, lr, momentum in seen]
 
 
-def test_the_four_results_and_the_trace():
+def test_initialize_with_onecycle_trains_by_the_trace():
     data = dataset()
     trainer, optimizer, loader, scheduler = engine.initialize(
         config=CONFIG, model=model(), training_data=data
@@ -97,26 +98,26 @@ def test_the_four_results_and_the_trace():
     assert (trainer.global_steps, trainer.micro_steps, trainer.skipped_steps) == (12, 12, 0)
 
 
-def test_it_updates_as_a_loop_by_hand_would():
+def test_engine_takes_the_same_steps_as_a_plain_torch_loop():
     trainer, loader = start(gradient_clipping=0.5)
-    by_hand = model()
-    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.01, momentum=0.9)
+    plain = model()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
     binder = schedules.attach(CYCLE, optimizer)
     for x, y in loader:
-        mse_loss(by_hand(x), y).backward()
-        norm = torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.5)
+        mse_loss(plain(x), y).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
         binder.step()
         trainer.backward(mse_loss(trainer(x), y))
         trainer.step()
         assert trainer.get_global_grad_norm() == pytest.approx(float(norm), rel=1e-5)
-    for ours, theirs in zip(trainer.parameters(), by_hand.parameters(), strict=True):
+    for ours, theirs in zip(trainer.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_accumulation_does_not_change_the_run(precision):
+def test_accumulation_gives_the_same_losses_and_schedule(precision):
     enabled = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": FP16}}[precision]
     whole = train(*start(**enabled), 12)
     trainer, loader = start(train_micro_batch_size_per_gpu=2, **enabled)
@@ -131,7 +132,7 @@ def test_accumulation_does_not_change_the_run(precision):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_computes_in_it_and_keeps_float32_weights(precision):
+def test_mixed_precision_computes_in_16_bits_with_float32_weights(precision):
     trainer, loader = start(**{precision: FP16 if precision == "fp16" else {"enabled": True}})
     output = trainer(dataset(8).tensors[0])
     assert output.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -153,14 +154,14 @@ def test_mixed_precision_computes_in_it_and_keeps_float32_weights(precision):
     ],
     ids=["fp16 dynamic", "fp16 static", "bf16", "fp32", "fp32 accumulated"],
 )
-def test_an_overflow_skips_the_update_and_leaves_the_schedule_where_it_was(changes, caplog):
+def test_overflow_skips_the_step_and_does_not_advance_the_schedule(changes, caplog):
     trainer, loader = start(**changes)
     train(trainer, loader, 3)
     before = copy.deepcopy((trainer.module.state_dict(), trainer.optimizer.state_dict()))
     values, scale = (trainer.get_lr(), trainer.get_momentum()), trainer.loss_scale
     with caplog.at_level(logging.WARNING, "onecycle"):
         train(trainer, loader, 1, poison={3})
-    assert "update 4 skipped: its gradients are not finite (1 skipped so far)" in caplog.text
+    assert "step of batch 4: its gradients are not finite (1 skipped" in caplog.text
     assert not trainer.was_step_applied()
     assert (trainer.global_steps, trainer.skipped_steps) == (4, 1)
     assert (trainer.get_lr(), trainer.get_momentum()) == values
@@ -173,7 +174,7 @@ def test_an_overflow_skips_the_update_and_leaves_the_schedule_where_it_was(chang
     assert trainer.lr_scheduler.last_epoch == 4
 
 
-def test_an_overflowing_scale_comes_down_until_updates_are_applied():
+def test_overflowing_loss_scale_decreases_until_steps_are_applied():
     trainer, loader = start(fp16={"enabled": True, "initial_scale_power": 120, "hysteresis": 1})
     seen = train(trainer, loader, 130)
     assert 0 < trainer.skipped_steps < 130
@@ -182,38 +183,38 @@ def test_an_overflowing_scale_comes_down_until_updates_are_applied():
 
 
 @pytest.mark.parametrize("precision", [{}, {"fp16": {"enabled": True, "initial_scale_power": 30}}])
-@pytest.mark.parametrize("kill_at", [1, 5, 9])
-def test_a_resumed_run_is_the_same_run(tmp_path, kill_at, precision):
+@pytest.mark.parametrize("stop_at", [1, 5, 9])
+def test_engine_resumed_takes_the_same_steps(tmp_path, stop_at, precision):
     changes = {"optimizer": {"type": "AdamW"}, "train_micro_batch_size_per_gpu": 4} | precision
     whole, loader = start(**changes)
     batches = [batch for _ in range(3) for batch in loader]
 
-    def updates(trainer, begin, end):
+    def train_steps(trainer, start, end):
         seen = []
-        for x, y in batches[2 * begin : 2 * end]:
+        for x, y in batches[2 * start : 2 * end]:
             loss = mse_loss(trainer(x).float(), y)
             seen.append((loss.item(), trainer.get_lr(), trainer.get_momentum(), trainer.loss_scale))
             trainer.backward(loss)
             trainer.step()
         return seen
 
-    expected = updates(whole, 0, 12)
-    killed, _ = start(**changes)
-    updates(killed, 0, kill_at)
-    assert killed.save_checkpoint(tmp_path, client_state={"note": kill_at}) is True
+    expected = train_steps(whole, 0, 12)
+    stopped, _ = start(**changes)
+    train_steps(stopped, 0, stop_at)
+    assert stopped.save_checkpoint(tmp_path, client_state={"note": stop_at}) is True
 
     resumed, _ = start(**changes)
     path, client_state = resumed.load_checkpoint(tmp_path)
-    assert path == str(tmp_path / f"global_step{kill_at}")
-    assert client_state == {"note": kill_at}
-    assert resumed.global_steps == kill_at
-    assert updates(resumed, kill_at, 12) == expected[2 * kill_at :]
+    assert path == str(tmp_path / f"global_step{stop_at}")
+    assert client_state == {"note": stop_at}
+    assert resumed.global_steps == stop_at
+    assert train_steps(resumed, stop_at, 12) == expected[2 * stop_at :]
     torch.testing.assert_close(
         resumed.module.state_dict(), whole.module.state_dict(), rtol=0, atol=0
     )
 
 
-def test_loading_parts_of_a_checkpoint(tmp_path):
+def test_load_checkpoint_of_parts_restores_only_those(tmp_path):
     trainer, loader = start()
     train(trainer, loader, 3)
     trainer.save_checkpoint(tmp_path, tag="mine")
@@ -226,44 +227,44 @@ def test_loading_parts_of_a_checkpoint(tmp_path):
     assert not fresh.optimizer.state
 
 
-def test_nothing_to_resume_from_is_an_error(tmp_path):
+def test_load_checkpoint_without_a_complete_checkpoint_raises(tmp_path):
     trainer, _ = start()
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
         trainer.load_checkpoint(tmp_path)
     trainer.save_checkpoint(tmp_path, tag="one", save_latest=False)
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
         trainer.load_checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match="the checkpoint 'two'.*: one"):
+    with pytest.raises(FileNotFoundError, match="'two'.* one"):
         trainer.load_checkpoint(tmp_path, tag="two")
 
 
-def test_another_schedule_is_not_resumed(tmp_path):
+def test_load_checkpoint_with_a_different_schedule_raises(tmp_path):
     trainer, _ = start()
     trainer.save_checkpoint(tmp_path)
     other = copy.deepcopy(CYCLE)
     other["params"]["cycle_max_lr"] = 7.0
-    with pytest.raises(ValueError, match=r"`scheduler.params.cycle_max_lr` is 0.05 .* 7.0 now"):
+    with pytest.raises(ValueError, match=r"`scheduler.params.cycle_max_lr` .*0\.05.* 7\.0"):
         start(scheduler=other)[0].load_checkpoint(tmp_path)
 
 
-def test_one_process_makes_no_process_group():
+def test_engine_in_one_process_creates_no_process_group():
     trainer, loader = start()
     train(trainer, loader, 1)
     assert not dist.is_initialized()
     assert type(trainer.module) is torch.nn.Sequential
 
 
-def test_an_optimizer_and_a_schedule_of_the_script(tmp_path):
+def test_initialize_with_custom_optimizer_and_scheduler_uses_them(tmp_path):
     config = {"train_batch_size": 8}
     net = model()
-    mine = torch.optim.SGD(net.parameters(), lr=0.5)
+    custom = torch.optim.SGD(net.parameters(), lr=0.5)
     trainer, optimizer, _, scheduler = engine.initialize(
         config=config,
         model=net,
-        optimizer=mine,
+        optimizer=custom,
         lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5),
     )
-    assert optimizer is mine
+    assert optimizer is custom
     x, y = dataset(8).tensors
     rates = []
     for _ in range(3):
@@ -276,13 +277,13 @@ def test_an_optimizer_and_a_schedule_of_the_script(tmp_path):
     assert scheduler.last_epoch == 3
 
 
-def test_groups_with_learning_rates_of_their_own_are_not_flattened():
+def test_param_groups_keep_their_learning_rates():
     net = model()
     groups = [
         {"params": net[0].parameters(), "lr": 0.1},
         {"params": net[2].parameters(), "lr": 0.01},
     ]
-    with pytest.raises(ValueError, match="`cycle_min_lr` must be a list of 2 numbers"):
+    with pytest.raises(ValueError, match="`cycle_min_lr` .* 2"):
         engine.initialize(config=CONFIG, model=net, model_parameters=groups)
     warmup = CONFIG | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1}}}
     trainer, *_ = engine.initialize(config=warmup, model=net, model_parameters=groups)
@@ -293,87 +294,87 @@ def test_groups_with_learning_rates_of_their_own_are_not_flattened():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"config": None}, "`config` must be a path or a dict, but is None instead."),
-        ({"model": None}, "`model` must be a torch.nn.Module, but is None instead."),
-        ({"config": {"train_batch_size": 8}}, 'Add "optimizer": {"type": "AdamW"'),
+        ({"config": None}, "`config` must be a path or a dict, got None"),
+        ({"model": None}, "`model` must be a torch.nn.Module, got None"),
+        ({"config": {"train_batch_size": 8}}, "`optimizer` must be set in config"),
         (
             {"optimizer": torch.optim.SGD},
-            "the optimizer must have one source, but is given twice: as `optimizer` of config",
+            "The optimizer must have one source, got two: `optimizer` in config",
         ),
         (
             {"lr_scheduler": torch.optim.lr_scheduler.StepLR},
-            "the scheduler must have one source, but is given twice: as `scheduler` of config",
+            "The scheduler must have one source, got two: `scheduler` in config",
         ),
     ],
 )
-def test_wrong_arguments(arguments, message):
+def test_initialize_with_invalid_arguments_raises(arguments, message):
     with pytest.raises(ValueError) as error:
         engine.initialize(**({"config": CONFIG, "model": model()} | arguments))
     assert message in str(error.value)
 
 
-def test_durations_follow_the_loader_and_the_scale_schedule():
+def test_schedule_durations_use_the_epoch_length_and_the_scale_ratio():
     run = {"max_duration": "4ep", "scale_schedule_ratio": 0.5}
     linear = {"type": "LinearWithWarmupScheduler", "params": {"t_warmup": "4ba", "t_max": "1dur"}}
     trainer, loader = start(scheduler=linear, engine=run)
-    rates = [lr for _, (lr,), _ in train(trainer, loader, 18)]  # an epoch is 8 updates
+    rates = [lr for _, (lr,), _ in train(trainer, loader, 18)]  # an epoch has 8 steps
     climb = [0.01 * k / 4 for k in range(4)]
     fall = [0.01 * (1 - k / 12) for k in range(12)]
     assert rates == pytest.approx([*climb, *fall, 0.0, 0.0])
 
 
-def test_a_duration_in_epochs_needs_data():
+def test_initialize_with_epoch_duration_but_no_data_raises():
     scheduler = {"type": "StepScheduler", "params": {"step_size": "1ep"}}
-    with pytest.raises(ValueError, match="`step_size`: '1ep' needs the length of an epoch"):
+    with pytest.raises(ValueError, match="`step_size`.*'1ep'"):
         engine.initialize(config=CONFIG | {"scheduler": scheduler}, model=model())
 
 
-def test_no_parameters_are_not_all_parameters():
+def test_initialize_with_empty_model_parameters_raises():
     with pytest.raises(ValueError, match="empty parameter list"):
         engine.initialize(config=CONFIG, model=model(), model_parameters=[])
 
 
-def test_an_empty_dataset_is_refused():
-    with pytest.raises(ValueError, match="must hold at least 1 samples, but holds 0 instead"):
+def test_initialize_with_empty_dataset_raises():
+    with pytest.raises(ValueError, match=r"`len\(training_data\)` must be >= 1, got 0"):
         engine.initialize(config=CONFIG, model=model(), training_data=dataset(0))
 
 
-def test_a_wrong_config_is_refused_with_all_of_its_problems():
+def test_initialize_with_invalid_config_reports_every_problem():
     with pytest.raises(ConfigError) as error:
         start(gradient_cliping=1, train_batch_size=-1)
     assert {p.rule for p in error.value.problems} == {"unknown-key", "out-of-range"}
 
 
-def test_the_log_says_once_what_runs_and_then_what_each_update_used(caplog):
+def test_log_describes_the_run_once_and_then_each_printed_step(caplog):
     with caplog.at_level(logging.INFO, "onecycle"):
         trainer, loader = start(steps_per_print=2)
         seen = train(trainer, loader, 4)
     first, *progress = [record.getMessage() for record in caplog.records]
     assert first == (
-        "PyTorch, one process, cpu, fp32 (no key selects DeepSpeed); "
-        "batch size 8 = 8 per rank x 1 accumulation step x 1 rank; "
-        "SGD updates 49 parameters, gradients clipped at norm 1; "
-        "OneCycle of config drives lr and momentum"
+        f"PyTorch, one process, cpu, fp32 ({trainer.config.backend.reason}); "
+        f"{trainer.config.batch}; "
+        "SGD updates 49 parameters, gradients clipped to norm 1; "
+        "OneCycle from config sets lr and momentum"
     )
     losses = [sum(loss for loss, *_ in seen[at : at + 2]) / 2 for at in (0, 2)]
     assert progress == [
-        f"update {2 * at + 1}: loss {losses[at]:.4f}, "
+        f"step {2 * at + 1}: loss {losses[at]:.4f}, "
         f"lr {seen[2 * at + 1][1][0]:.4g}, momentum {seen[2 * at + 1][2][0]:.4g}"
         for at in (0, 1)
     ]
 
 
-def test_what_is_hardly_meant_is_logged_at_the_start(caplog):
+def test_initialize_logs_the_warnings_of_the_config(caplog):
     decay = {"type": "WarmupDecayLR", "params": {"total_num_steps": 50, "warmup_num_steps": 9}}
     decay["params"] |= {"warmup_max_lr": 0.01}
     with caplog.at_level(logging.WARNING, "onecycle"):
         start(scheduler=decay, engine={"max_duration": 1000})
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "The schedule ends at step 50 of 1000" in caplog.text
+    assert "50 of 1000" in caplog.text
 
 
 @pytest.mark.parametrize("level", ["NOTSET", pytest.param("ERROR", marks=pytest.mark.slow)])
-def test_the_log_is_seen_though_the_script_has_configured_its_own(tmp_path, level):
+def test_log_is_shown_unless_the_script_sets_its_level(tmp_path, level):
     script = f"""
 import logging, torch, engine
 logging.basicConfig()
@@ -386,10 +387,10 @@ trainer.step()
     done = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
     )
-    assert ("update 0: loss" in done.stderr) == (level == "NOTSET")
+    assert ("step 0: loss" in done.stderr) == (level == "NOTSET")
 
 
-def test_config_by_the_command_line(tmp_path):
+def test_initialize_with_args_reads_their_deepspeed_config(tmp_path):
     import argparse
     import json
 

@@ -1,4 +1,4 @@
-"""What a step of the engine costs, in what is the same in every run: function calls, and memory."""
+"""The cost of an engine step, measured in function calls and memory, which do not vary."""
 
 import cProfile
 import pstats
@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 import engine
 
 
-def calls(step, steps=20):
+def count_calls(step, steps=20):
     for _ in range(3):
         step()
     profile = cProfile.Profile()
@@ -21,17 +21,17 @@ def calls(step, steps=20):
     return pstats.Stats(profile).total_calls / steps
 
 
-def net():
+def build_net():
     layers = [torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)]
     return torch.nn.Sequential(*layers)
 
 
-def test_a_step_makes_at_most_forty_calls_more_than_the_raw_loop():
+def test_step_makes_at_most_forty_calls_more_than_a_plain_loop():
     x, y = torch.randn(8, 16), torch.randint(4, (8,))
-    model = net()
+    model = build_net()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
-    def raw():
+    def plain():
         cross_entropy(model(x), y).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -44,25 +44,25 @@ def test_a_step_makes_at_most_forty_calls_more_than_the_raw_loop():
         "optimizer": {"type": "AdamW"},
         "scheduler": {"type": "OneCycle", "params": cycle},
     }
-    trainer, *_ = engine.initialize(config=config, model=net())
+    trainer, *_ = engine.initialize(config=config, model=build_net())
 
     def ours():
         trainer.backward(cross_entropy(trainer(x), y))
         trainer.step()
 
-    assert calls(ours) <= calls(raw) + 40
+    assert count_calls(ours) <= count_calls(plain) + 40
 
 
-def test_spent_gradients_are_out_of_sight_at_once_and_gone_with_the_next_backward_pass():
-    model = net()
+def test_step_clears_the_gradients_and_the_next_backward_pass_frees_them():
+    model = build_net()
     config = {"train_batch_size": 8, "optimizer": {"type": "AdamW"}}
     trainer, *_ = engine.initialize(config=config, model=model)
     x = torch.randn(8, 16)
     trainer.backward(trainer(x).sum())
-    spent = [weakref.ref(parameter.grad) for parameter in model.parameters()]
+    old_gradients = [weakref.ref(parameter.grad) for parameter in model.parameters()]
     trainer.step()
     assert all(parameter.grad is None for parameter in model.parameters())
     loss = trainer(x).sum()
-    assert all(gradient() is not None for gradient in spent), "for the next backward pass to fill"
+    assert all(gradient() is not None for gradient in old_gradients), "freed too early"
     trainer.scale(loss)
-    assert all(gradient() is None for gradient in spent)
+    assert all(gradient() is None for gradient in old_gradients)

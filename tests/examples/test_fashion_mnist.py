@@ -1,4 +1,4 @@
-"""The demo, as a user starts it: it learns, says what it trained on, and draws."""
+"""The Fashion-MNIST example, run as a script: it learns, prints its data set and plots."""
 
 import gzip
 import os
@@ -12,11 +12,11 @@ import pytest
 
 from engine.config import validate
 
-FOLDER = Path(__file__).parent.parent.parent / "examples" / "fashion_mnist"
+DIRECTORY = Path(__file__).parent.parent.parent / "examples" / "fashion_mnist"
 
 
 def demo(tmp_path, *arguments, **environment):
-    command = [sys.executable, FOLDER / "train.py", "--output", tmp_path / "run", *arguments]
+    command = [sys.executable, DIRECTORY / "train.py", "--output", tmp_path / "run", *arguments]
     return subprocess.run(
         command,
         cwd=tmp_path,
@@ -28,8 +28,10 @@ def demo(tmp_path, *arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.parent.glob("*/*.json")), ids=lambda path: path.name)
-def test_every_config_is_right(path):
+@pytest.mark.parametrize(
+    "path", sorted(DIRECTORY.parent.glob("*/*.json")), ids=lambda path: path.name
+)
+def test_example_config_is_valid(path):
     assert validate(path) == []
 
 
@@ -38,7 +40,7 @@ def write_idx(path, array):
     path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
 
 
-def test_images_are_read_from_the_folder_that_the_environment_names(tmp_path):
+def test_example_reads_images_from_fashion_mnist_dir(tmp_path):
     generator = np.random.default_rng(0)
     for part, count in (("train", 128), ("t10k", 32)):
         labels = generator.integers(0, 10, count)
@@ -51,14 +53,14 @@ def test_images_are_read_from_the_folder_that_the_environment_names(tmp_path):
     assert (tmp_path / "run" / "lr_momentum_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_folder_without_the_images_is_an_error(tmp_path):
+def test_example_without_images_in_fashion_mnist_dir_fails(tmp_path):
     run = demo(tmp_path, FASHION_MNIST_DIR=str(tmp_path))
     assert run.returncode != 0
-    assert "FASHION_MNIST_DIR must hold train-images-idx3-ubyte(.gz)" in run.stderr
+    assert "FASHION_MNIST_DIR" in run.stderr
 
 
 @pytest.mark.slow
-def test_it_learns(tmp_path):
+def test_example_reaches_its_accuracy(tmp_path):
     run = demo(tmp_path)
     assert run.returncode == 0, run.stderr
     accuracy = float(re.search(r"Test accuracy: ([\d.]+)", run.stdout)[1])

@@ -1,4 +1,4 @@
-"""Our schedules where DeepSpeed is built by others: the real accelerate and transformers."""
+"""The schedules of this package in accelerate and transformers, which build DeepSpeed."""
 
 import json
 import os
@@ -23,13 +23,13 @@ def free_port():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["accelerate_run.py", "transformers_run.py"])
-def test_they_follow_the_schedule(script, tmp_path):
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+def test_library_on_deepspeed_follows_the_schedule(script, tmp_path):
+    one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     run = subprocess.run(
         [sys.executable, HERE / script, tmp_path],
         capture_output=True,
         text=True,
-        env=os.environ | alone | {"MASTER_PORT": str(free_port())},
+        env=os.environ | one_rank | {"MASTER_PORT": str(free_port())},
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""transformers' Trainer with DeepSpeed underneath and a schedule of ours in the config."""
+"""Train with transformers on DeepSpeed, with a schedule of this package in the config."""
 
 import json
 import sys
@@ -38,21 +38,22 @@ class Model(torch.nn.Module):
         return {"loss": ((y - labels) ** 2).mean(), "logits": y}
 
 
-class Watch(TrainerCallback):
+class RecordLearningRates(TrainerCallback):
     def __init__(self):
         self.lrs = []
 
-    def on_step_begin(self, args, state, control, **given):
-        self.lrs.append(given["optimizer"].param_groups[0]["lr"])
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.lrs.append(kwargs["optimizer"].param_groups[0]["lr"])
 
 
-def main(folder):
+def main(directory):
     assert engine.validate(CONFIG) == []
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled first
+    # Do not compile DeepSpeed's all-reduce for CPUs, which takes minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine.register_with_deepspeed()
-    watch = Watch()
+    recorder = RecordLearningRates()
     arguments = TrainingArguments(
-        output_dir=folder,
+        output_dir=directory,
         deepspeed=CONFIG,
         per_device_train_batch_size=4,
         max_steps=5,
@@ -62,8 +63,8 @@ def main(folder):
         disable_tqdm=True,
     )
     data = [{"x": torch.ones(2), "labels": torch.ones(1)} for _ in range(24)]
-    Trainer(model=Model(), args=arguments, train_dataset=data, callbacks=[watch]).train()
-    print(json.dumps(watch.lrs))
+    Trainer(model=Model(), args=arguments, train_dataset=data, callbacks=[recorder]).train()
+    print(json.dumps(recorder.lrs))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs that differ only in backend, ZeRO stage and precision: their configs, models and records."""
+"""Training runs that differ only in backend, ZeRO stage and precision."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ SCHEDULER = {
         "decay_lr_rate": 0.5,
     },
 }
-# A scale at which these small models never overflow by themselves.
+# With this scale, these small models never overflow.
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
 STAGES = [(backend, stage) for backend in ("torch", "deepspeed") for stage in range(4)]
 
@@ -39,14 +39,14 @@ def config(backend, stage, **changes):
     }
 
 
-def parity(updates):
-    """Return runs of the same updates on every backend, stage and precision."""
+def parity(steps):
+    """Return runs of the same steps on every backend, stage and precision."""
     precisions = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}
     return {
         f"{model} {precision} {backend} {stage}": {
             "model": model,
             "config": config(backend, stage, **changes),
-            "updates": updates,
+            "steps": steps,
         }
         for model in ("transformer", "lenet")
         for precision, changes in precisions.items()
@@ -54,29 +54,29 @@ def parity(updates):
     }
 
 
-def overflows(updates, poison):
-    """Return runs with non-finite gradients at some updates, for every scaler and check."""
+def overflows(steps, poison):
+    """Return runs with non-finite gradients in the steps of `poison`, for every loss scaler."""
     autocast = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
     bf16 = {"bf16": {"enabled": True}}
     kinds = {
-        # DeepSpeed has no fp16 on most CPUs; its autocast scales just the same.
+        # DeepSpeed does not support fp16 on most CPUs; its autocast scales the loss, too.
         "torch": {"fp16": FP16, "bf16": bf16, "fp32": {}},
         "deepspeed": {"autocast": autocast, "bf16": bf16},
     }
     runs = {
         f"{kind} {backend} {stage}": config(backend, stage, **changes)
-        for backend, of_backend in kinds.items()
-        for kind, changes in of_backend.items()
+        for backend, sections in kinds.items()
+        for kind, changes in sections.items()
         for stage in range(4)
     }
     return {
-        name: {"model": "lenet", "config": each, "updates": updates, "poison": poison}
+        name: {"model": "lenet", "config": each, "steps": steps, "poison": poison}
         for name, each in runs.items()
     }
 
 
 class Block(torch.nn.Module):
-    """A layer of a small transformer, without dropout."""
+    """A transformer layer without dropout."""
 
     def __init__(self, width):
         super().__init__()
@@ -93,7 +93,7 @@ class Block(torch.nn.Module):
 
 
 class Transformer(torch.nn.Module):
-    """Three layers over sixteen tokens."""
+    """A transformer with three layers and sixteen tokens."""
 
     def __init__(self, width=16, tokens=16):
         super().__init__()
@@ -109,7 +109,7 @@ class Transformer(torch.nn.Module):
 
 
 class LeNet(torch.nn.Module):
-    """Two convolutions and two dense layers on pictures of 12 x 12."""
+    """Two convolutions and two dense layers for images of 12 x 12 pixels."""
 
     def __init__(self):
         super().__init__()
@@ -123,9 +123,9 @@ class LeNet(torch.nn.Module):
         return self.body(images)
 
 
-def draw_batch(name, update, size):
-    """Return the whole batch, the same for every run; each rank trains on its part."""
-    generator = torch.Generator().manual_seed(update)
+def draw_batch(name, step, size):
+    """Return the whole batch of a step, which is the same in every run."""
+    generator = torch.Generator().manual_seed(step)
     if name == "transformer":
         tokens = torch.randint(16, (size, 9), generator=generator)
         return tokens[:, :-1], (tokens[:, :-1] * 3 + 1) % 16
@@ -134,7 +134,7 @@ def draw_batch(name, update, size):
 
 
 class Announcements(logging.Handler):
-    """Keeps what an engine logs when it is built."""
+    """Collects the log lines of an engine's construction."""
 
     def __init__(self):
         super().__init__(logging.INFO)
@@ -144,8 +144,8 @@ class Announcements(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def run(model, config, updates, poison=()):
-    """Train, and return each update's (applied, loss, lr, momentum) with what the log announced."""
+def run(model, config, steps, poison=()):
+    """Train and return each step's (applied, loss, lr, momentum), the log lines and the counts."""
     torch.manual_seed(0)
     net = {"transformer": Transformer, "lenet": LeNet}[model]()
     parameters = sum(p.numel() for p in net.parameters())
@@ -156,16 +156,16 @@ def run(model, config, updates, poison=()):
     log.removeHandler(announcements)
     size, micro = trainer.train_batch_size(), trainer.train_micro_batch_size_per_gpu()
     rows = []
-    for update in range(updates):
-        inputs, targets = draw_batch(model, update, size)
+    for step in range(steps):
+        inputs, targets = draw_batch(model, step, size)
         used = (trainer.get_lr()[0], trainer.get_momentum()[0])
         total = 0.0
-        for step in range(trainer.gradient_accumulation_steps()):
-            start = (step * trainer.world_size + trainer.global_rank) * micro
+        for index in range(trainer.gradient_accumulation_steps()):
+            start = (index * trainer.world_size + trainer.global_rank) * micro
             x, y = inputs[start : start + micro], targets[start : start + micro]
             logits = trainer(x).float()
             loss = cross_entropy(logits.flatten(0, -2), y.flatten())
-            if update in poison:
+            if step in poison:
                 loss = loss * math.inf
             trainer.backward(loss)
             total += trainer.mean(loss.item()) / trainer.gradient_accumulation_steps()
@@ -176,7 +176,7 @@ def run(model, config, updates, poison=()):
         "announcement": "\n".join(announcements.lines),
         "parameters": parameters,
         "skipped": trainer.skipped_steps,
-        "updates": trainer.lr_scheduler.last_epoch,
+        "applied": trainer.lr_scheduler.last_epoch,
         "beta2": sorted({group["betas"][1] for group in trainer.optimizer.param_groups}),
     }
     trainer.destroy()
@@ -184,10 +184,10 @@ def run(model, config, updates, poison=()):
 
 
 def run_all(runs):
-    """Run all in this process, one after the other; return their records by name."""
+    """Run all runs in this process, one after another; return their records by name."""
     return {name: run(**arguments) for name, arguments in runs.items()}
 
 
 def launch(runs, world_size):
-    """Run all on some ranks; return rank 0's records."""
+    """Run all runs on a number of ranks; return rank 0's records."""
     return run_distributed_test(run_all, world_size, runs, timeout=300)[0]

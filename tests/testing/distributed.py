@@ -1,7 +1,7 @@
-"""Run a function of a test on several ranks.
+"""Run a test function on several ranks.
 
-Each rank is a fresh process, forked from a server that has already imported torch and DeepSpeed: it
-starts in milliseconds, and nothing that an earlier test left behind can reach it.
+Each rank is a new process, forked from a server that has already imported torch and DeepSpeed. So a
+rank starts in milliseconds and is independent of earlier tests.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ IMPORTED_BY_SERVER = [
     "torch.distributed.fsdp",
     "safetensors.torch",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's compiler
-    "setuptools",  # imported by DeepSpeed to look for its compiled operators
+    "setuptools",  # DeepSpeed imports it to find its compiled operators
     "engine.initialization",
     "engine.backends.fsdp",
     "engine.backends.deepspeed",
 ]
-FAILURE_GRACE = 5.0  # seconds that the other ranks have to end after one has failed
-OUTPUT_TAIL = 6000  # characters of a rank's output that a failure shows
+FAILURE_GRACE = 5.0  # seconds that the other ranks may continue after one rank failed
+OUTPUT_TAIL = 6000  # number of characters of a rank's output in a failure report
 
 server_pids: set[int] = set()
-"""Processes that stay until the end of the session: the server, and multiprocessing's tracker."""
+"""Processes that live until the session ends: the fork server and multiprocessing's tracker."""
 
 
 class RankError(Exception):
@@ -59,22 +59,22 @@ class Outcome(NamedTuple):
 def run_distributed_test(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
 ) -> list[Any]:
-    """Call ``function(*args)`` on every rank, and return the ranks' results in order.
+    """Call ``function(*args)`` on every rank, and return the results in rank order.
 
-    Ranks have torchrun's environment variables and a store of their own; `engine.initialize` or
-    ``dist.init_process_group("gloo")`` connects them. Other variables and the working directory are
-    the test's.
+    Each call gives its ranks torchrun's environment variables and a new store, so the function can
+    call `engine.initialize` or ``dist.init_process_group("gloo")``. The ranks inherit all other
+    environment variables and the working directory from the test.
 
     Args:
-        function: a function at the top level of a module.
-        world_size: the number of ranks; 1 is a single process.
+        function: function at the top level of a module.
+        world_size: number of ranks; 1 runs a single process.
         args: arguments that can be pickled, the same for all ranks.
-        timeout: seconds until ranks that have not ended are killed.
+        timeout: seconds after which ranks that still run are killed.
 
     Raises:
-        TimeoutError: a rank did not end in time; the message has its stack.
+        TimeoutError: a rank did not end in time; the message contains its stack.
         RankError: a rank died, or raised an exception that cannot be pickled.
-        BaseException: the exception of the first rank that failed, caused by a `RankError`.
+        BaseException: the exception of the first rank that failed, with a `RankError` as its cause.
     """
     import torch.distributed as dist
 
@@ -93,11 +93,11 @@ def run_distributed_test(
             failed, hung = _wait(ranks, timeout)
         finally:
             _kill(ranks)
-        outcomes = [_outcome(Path(directory, f"{rank}.pickle")) for rank in range(world_size)]
+        outcomes = [_read_outcome(Path(directory, f"{rank}.pickle")) for rank in range(world_size)]
         if failed or hung:
             report = "\n".join(
-                f"rank {rank} {_state(ranks[rank], outcomes[rank], rank in hung)}\n"
-                + _tail(Path(directory, f"{rank}.out"))
+                f"rank {rank} {_describe_state(ranks[rank], outcomes[rank], rank in hung)}\n"
+                + _read_tail(Path(directory, f"{rank}.out"))
                 for rank in failed + hung
             )
             if not failed:
@@ -111,7 +111,7 @@ def run_distributed_test(
 
 
 def torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """Return the environment variables that torchrun sets for a rank of one node."""
+    """Return the environment variables that torchrun sets for a rank on a single node."""
     values = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -128,7 +128,7 @@ def torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def child_pids() -> set[int]:
-    """Return the process ids of this process's children; none where the system does not tell."""
+    """Return the process ids of this process's children; an empty set without ``/proc``."""
     found: set[int] = set()
     for path in Path("/proc/self/task").glob("*/children"):
         found.update(map(int, path.read_text().split()))
@@ -136,7 +136,7 @@ def child_pids() -> set[int]:
 
 
 def _start_server() -> None:
-    """Start the server where it does not run yet, and wait until it has imported everything."""
+    """Start the server if it does not run yet, and wait until it has imported everything."""
     before = child_pids()
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
         forkserver.set_forkserver_preload(IMPORTED_BY_SERVER)
@@ -151,7 +151,7 @@ def _start_server() -> None:
 
 
 def _wait(ranks: list[BaseProcess], timeout: float) -> tuple[list[int], list[int]]:
-    """Wait for all ranks; return those that failed, first one first, and those still running."""
+    """Wait for all ranks; return those that failed, in order of time, and those still running."""
     running = {process.sentinel: rank for rank, process in enumerate(ranks)}
     failed: list[int] = []
     deadline = time.monotonic() + timeout
@@ -168,7 +168,7 @@ def _wait(ranks: list[BaseProcess], timeout: float) -> tuple[list[int], list[int
 
 
 def _kill(ranks: list[BaseProcess]) -> None:
-    """Kill the ranks that still run; faulthandler first writes their stacks."""
+    """Kill the ranks that still run, after faulthandler has written their stacks."""
     for step in (signal.SIGABRT, signal.SIGKILL):
         for process in ranks:
             if process.is_alive() and process.pid is not None:
@@ -177,11 +177,11 @@ def _kill(ranks: list[BaseProcess]) -> None:
             process.join(timeout=FAILURE_GRACE)
 
 
-def _outcome(path: Path) -> Outcome | None:
-    return pickle.loads(path.read_bytes()) if path.exists() else None  # our own file
+def _read_outcome(path: Path) -> Outcome | None:
+    return pickle.loads(path.read_bytes()) if path.exists() else None  # written by `_run_rank`
 
 
-def _state(process: BaseProcess, outcome: Outcome | None, is_hung: bool) -> str:
+def _describe_state(process: BaseProcess, outcome: Outcome | None, is_hung: bool) -> str:
     if is_hung:
         return "was still running, with this stack (last lines of its output):"
     if outcome is None:
@@ -189,7 +189,7 @@ def _state(process: BaseProcess, outcome: Outcome | None, is_hung: bool) -> str:
     return f"failed:\n{outcome.traceback}"
 
 
-def _tail(path: Path) -> str:
+def _read_tail(path: Path) -> str:
     return path.read_text(errors="replace")[-OUTPUT_TAIL:] if path.exists() else ""
 
 
@@ -200,7 +200,7 @@ def _run_rank(
     result: Path,
     output: Path,
 ) -> None:
-    """Call the function in the process of a rank, and write its outcome."""
+    """Call the function in a rank's process and write its outcome to a file."""
     import torch
 
     from engine.distributed.ranks import destroy_distributed
@@ -218,7 +218,7 @@ def _run_rank(
         outcome = Outcome(function(*args))
         destroy_distributed()
     except BaseException as error:  # noqa: BLE001  # the test raises it
-        outcome = Outcome(error=_picklable(error), traceback=traceback.format_exc())
+        outcome = Outcome(error=_check_picklable(error), traceback=traceback.format_exc())
     is_failed = bool(outcome.traceback)
     partial = result.with_suffix(".partial")
     partial.write_bytes(pickle.dumps(outcome))
@@ -228,7 +228,7 @@ def _run_rank(
     os._exit(int(is_failed))  # threads of a failed rank may wait for other ranks indefinitely
 
 
-def _picklable(error: BaseException) -> BaseException | None:
+def _check_picklable(error: BaseException) -> BaseException | None:
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001  # pickling runs the exception's own code

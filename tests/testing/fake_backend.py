@@ -1,4 +1,4 @@
-"""An in-process backend for tests of the engine: real gradients, simulated ranks and overflows."""
+"""A backend for engine tests, with real gradients but simulated ranks and overflows."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class FakeBackend(Backend):
     """Rank 0 of a simulated run that trains ``torch.nn.Linear(2, 1)`` on the CPU.
 
     Args:
-        others: the values that the other ranks contribute to every mean; there are as many ranks.
+        others: values that the other ranks contribute to every mean, one per rank.
         loss_scale: factor on the loss.
 
     Attributes:
-        calls: name and argument of every call that trains, in order.
-        overflows_next: whether the next step finds non-finite gradients and is skipped.
+        calls: name and argument of every training call, in order.
+        overflows_next: whether the next step is skipped as if its gradients were non-finite.
     """
 
     def __init__(self, *, others=(), loss_scale=1.0):
@@ -44,7 +44,7 @@ class FakeBackend(Backend):
         self._loss_scale = loss_scale
 
     def arguments(self, name):
-        """Return the arguments of all calls of a method."""
+        """Return the arguments of all calls to a method."""
         return [argument for called, argument in self.calls if called == name]
 
     @override
@@ -115,13 +115,14 @@ class FakeBackend(Backend):
 
 
 def build_engine(backend=None, *, lr_scheduler=None, monitors=(), **sections):
-    """Return an engine on a fake backend, as `initialize` would build it.
+    """Build an engine on a fake backend, in the same way as `initialize`.
 
     Args:
-        backend: default: a `FakeBackend` of one rank.
-        lr_scheduler: function from the optimizer to a scheduler, if the config has none.
-        monitors: receivers of the events of every step.
-        sections: of the config; ``train_micro_batch_size_per_gpu`` is 2 unless given.
+        backend: backend of the engine; default: a `FakeBackend` with one rank.
+        lr_scheduler: function that takes the optimizer and returns a scheduler, used if the config
+            does not contain one.
+        monitors: monitors that receive the events of every step.
+        sections: sections of the config; ``train_micro_batch_size_per_gpu`` is 2 by default.
     """
     backend = backend or FakeBackend()
     sections["engine"] = CONFIG["engine"] | sections.get("engine", {})

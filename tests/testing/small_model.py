@@ -1,4 +1,4 @@
-"""A small model for distributed tests, its config, and one training step on every rank."""
+"""A small model for distributed tests, with a config and a training step."""
 
 import torch
 
@@ -12,7 +12,7 @@ def build_model():
 
 
 def build_config(**changes):
-    """Return a config of FSDP2 at stage 3, with some sections changed."""
+    """Return a config for FSDP2 at stage 3, with the given sections replaced."""
     return {
         "train_batch_size": 4,
         "zero_optimization": {"stage": 3},
@@ -22,7 +22,7 @@ def build_config(**changes):
 
 
 def start(**changes):
-    """Return a training engine of the small model."""
+    """Return a training engine for the small model."""
     return engine.initialize(model=build_model(), config=build_config(**changes))[0]
 
 

@@ -1,4 +1,4 @@
-"""The runner of distributed tests: results, failures, deaths and hangs of ranks."""
+"""The runner of distributed tests: results, and ranks that fail, die or hang."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""DeepSpeed: the three ways to run a backward pass."""
+"""DeepSpeed: the three ways to run a backward pass give the same steps."""
 
 import torch
 
@@ -9,15 +9,15 @@ ZERO_2 = {"zero_optimization": {"stage": 2}, "engine": {"backend": "deepspeed"}}
 
 
 def train_by(way):
-    """Train two steps of two micro-batches; DeepSpeed scales gradients in hooks of its own."""
+    """Train two steps of two micro-batches; DeepSpeed's hooks scale the gradients."""
     trainer = start(**ZERO_2, gradient_accumulation_steps=2, steps_per_print=1)
     for micro_batch in range(4):
         torch.manual_seed(10 * micro_batch + trainer.global_rank)
         loss = trainer(torch.randn(1, 6)).pow(2).mean()
         match way:
-            case "engine.backward":
+            case "trainer.backward":
                 trainer.backward(loss)
-            case "engine.scale":
+            case "trainer.scale":
                 trainer.scale(loss).backward()
             case "loss.backward":
                 loss.backward()
@@ -27,10 +27,10 @@ def train_by(way):
 
 
 def train_by_each_way():
-    expected = train_by("engine.backward")
-    assert all_equal(train_by("engine.scale"), expected)
+    expected = train_by("trainer.backward")
+    assert all_equal(train_by("trainer.scale"), expected)
     assert all_equal(train_by("loss.backward"), expected)
 
 
-def test_deepspeed_takes_the_same_steps_by_every_way_to_run_backward():
+def test_deepspeed_with_each_way_to_run_backward_takes_the_same_steps():
     run_distributed_test(train_by_each_way, 2)

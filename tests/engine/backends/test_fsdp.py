@@ -47,24 +47,24 @@ def train_with_param_groups():
     assert [group["betas"][1] for group in optimizer.param_groups] == [0.999, 0.9]
 
 
-def test_fsdp_keeps_param_groups():
+def test_fsdp_with_param_groups_keeps_their_values():
     run_distributed_test(train_with_param_groups, 2)
 
 
-def train_with_client_optimizer():
+def train_with_custom_optimizer():
     model = build_model()
-    own = torch.optim.SGD(build_groups(model)[:1], lr=0.5, momentum=0.9)
+    custom = torch.optim.SGD(build_groups(model)[:1], lr=0.5, momentum=0.9)
     config = build_config()
     del config["optimizer"]
-    trainer, optimizer, *_ = engine.initialize(model=model, config=config, optimizer=own)
-    assert optimizer is own
+    trainer, optimizer, *_ = engine.initialize(model=model, config=config, optimizer=custom)
+    assert optimizer is custom
     before = copy_parameters(trainer)
     assert train_step(trainer)
     assert not all_equal(before, copy_parameters(trainer))
 
 
-def test_fsdp_trains_with_a_client_optimizer():
-    run_distributed_test(train_with_client_optimizer, 2)
+def test_fsdp_with_a_custom_optimizer_trains():
+    run_distributed_test(train_with_custom_optimizer, 2)
 
 
 def train_with_and_without_checkpointing():
@@ -76,17 +76,17 @@ def train_with_and_without_checkpointing():
     assert all_equal(*results)
 
 
-def test_fsdp_with_activation_checkpointing_changes_no_step():
+def test_fsdp_with_activation_checkpointing_takes_the_same_step():
     run_distributed_test(train_with_and_without_checkpointing, 2)
 
 
 def initialize_with_foreign_parameter():
     foreign = [torch.nn.Parameter(torch.ones(3))]
-    with pytest.raises(ValueError, match=r"hold a tensor of shape \(3,\) that is none of them"):
+    with pytest.raises(ValueError, match=r"`model_parameters` .* shape \(3,\)"):
         engine.initialize(model=build_model(), config=build_config(), model_parameters=foreign)
 
 
-def test_fsdp_rejects_a_parameter_of_another_model():
+def test_fsdp_with_a_parameter_of_a_different_model_raises():
     run_distributed_test(initialize_with_foreign_parameter, 2)
 
 
@@ -97,5 +97,5 @@ def initialize_with_unknown_class_to_wrap():
         start(engine={"backend": "torch", "wrap": ["Nonsense"]})
 
 
-def test_fsdp_rejects_a_class_to_wrap_that_the_model_lacks():
+def test_fsdp_with_an_unknown_class_to_wrap_raises():
     run_distributed_test(initialize_with_unknown_class_to_wrap, 2)

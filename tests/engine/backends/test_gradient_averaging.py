@@ -1,4 +1,4 @@
-"""The check that FSDP averages gradients, against one that does and one that does not."""
+"""The check that FSDP averages gradients, with a correct and an incorrect average."""
 
 import pytest
 import torch
@@ -20,12 +20,12 @@ def ranks(world_size):
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_averaging_of_the_right_mean_passes():
+def test_check_gradient_averaging_with_the_correct_mean_passes():
     check_gradient_averaging(ranks(1))
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_averaging_that_leaves_out_a_rank_raises():
-    # The group has one member, so that the gradient of the second rank never arrives.
-    with pytest.raises(RuntimeError, match=r"must be 1\.5 in a trial .* is \[1\.0, 1\.0\] instead"):
+def test_check_gradient_averaging_with_a_missing_rank_raises():
+    # The group has only one member, so the gradient of the second rank is missing.
+    with pytest.raises(RuntimeError, match=r"1\.5, got \[1\.0, 1\.0\]"):
         check_gradient_averaging(ranks(2))

@@ -1,4 +1,4 @@
-"""One config on every backend, stage and precision: the same schedule, the same losses."""
+"""One config gives the same schedule and losses on every backend, stage and precision."""
 
 import math
 
@@ -7,28 +7,29 @@ import pytest
 from schedules import trace
 from tests.testing.backend_runs import SCHEDULER, launch, overflows, parity
 
-UPDATES = 40
+STEPS = 40
 POISON = [2, 5]
-# What a bfloat16 rounds by, over 40 updates of these models; ZeRO 0 keeps its gradients in it too.
-WITHIN = {"fp32": 1e-5, "bf16": 0.05}
+# Relative tolerances. In bf16, rounding errors add up over 40 steps; DeepSpeed without ZeRO also
+# stores gradients in bfloat16.
+TOLERANCES = {"fp32": 1e-5, "bf16": 0.05}
 
 
 @pytest.fixture(scope="module")
-def alone():
-    return launch(parity(UPDATES), 1)
+def one_rank():
+    return launch(parity(STEPS), 1)
 
 
 two = pytest.param(2, marks=pytest.mark.slow, id="2 ranks")
 
 
 @pytest.fixture(scope="module", params=[pytest.param(1, id="1 rank"), two])
-def runs(request, alone):
-    return alone if request.param == 1 else launch(parity(UPDATES), request.param)
+def runs(request, one_rank):
+    return one_rank if request.param == 1 else launch(parity(STEPS), request.param)
 
 
-@pytest.mark.parametrize("precision", WITHIN)
-def test_every_backend_takes_the_same_forty_updates(runs, alone, precision):
-    expected = trace(SCHEDULER, UPDATES)
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_every_backend_takes_the_same_steps(runs, one_rank, precision):
+    expected = trace(SCHEDULER, STEPS)
     for name, run in runs.items():
         model, kind, *_ = name.split()
         if kind != precision:
@@ -37,13 +38,13 @@ def test_every_backend_takes_the_same_forty_updates(runs, alone, precision):
         assert all(applied), name
         assert list(lrs) == expected["lr"][:, 0].tolist(), name
         assert list(momenta) == expected["momentum"][:, 0].tolist(), name
-        reference = [row[1] for row in alone[f"{model} fp32 torch 0"]["rows"]]
-        assert list(losses) == pytest.approx(reference, rel=WITHIN[precision]), name
+        reference = [row[1] for row in one_rank[f"{model} fp32 torch 0"]["rows"]]
+        assert list(losses) == pytest.approx(reference, rel=TOLERANCES[precision]), name
         assert losses[-1] < losses[0]
         assert run["beta2"] == [0.999]
 
 
-def test_the_log_announces_backend_precision_and_optimizer(runs, request):
+def test_log_describes_backend_precision_and_optimizer(runs, request):
     on_two = "2 ranks" in request.node.name
     for name, run in runs.items():
         _, precision, backend, stage = name.split()
@@ -55,17 +56,17 @@ def test_the_log_announces_backend_precision_and_optimizer(runs, request):
             trained_by = "PyTorch, DDP over 2 ranks" if on_two else "PyTorch, one process"
         announced = next(line for line in run["announcement"].splitlines() if trained_by in line)
         assert f", {precision} (" in announced, name
-        # Although a library may have wrapped, flattened or sharded both.
+        # All parameters are counted, even if a library flattens or shards them.
         assert f"AdamW updates {run['parameters']:,} parameters" in announced, name
 
 
 @pytest.mark.parametrize("world_size", [1, two])
-def test_an_overflow_skips_and_leaves_the_schedule(world_size):
+def test_overflow_skips_the_step_and_does_not_advance_the_schedule(world_size):
     expected = trace(SCHEDULER, 8)["lr"][:, 0]
     for name, run in launch(overflows(8, POISON), world_size).items():
         applied, losses, lrs, _ = zip(*run["rows"], strict=True)
-        assert [update for update in range(8) if not applied[update]] == POISON, name
-        assert (run["skipped"], run["updates"]) == (2, 6), name
-        counts = [sum(applied[:update]) for update in range(8)]
+        assert [step for step in range(8) if not applied[step]] == POISON, name
+        assert (run["skipped"], run["applied"]) == (2, 6), name
+        counts = [sum(applied[:step]) for step in range(8)]
         assert list(lrs) == expected[counts].tolist(), name
         assert all(math.isfinite(loss) for k, loss in enumerate(losses) if k not in POISON), name

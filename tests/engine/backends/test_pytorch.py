@@ -1,4 +1,4 @@
-"""DDP: models that use only some of their parameters in a forward pass."""
+"""DDP with models that use only some of their parameters in each forward pass."""
 
 import torch
 
@@ -8,7 +8,7 @@ from tests.testing.small_model import all_equal, build_config, copy_parameters, 
 
 
 class Branches(torch.nn.Module):
-    """Two layers that take turns."""
+    """Two layers, of which each forward pass uses one in turn."""
 
     def __init__(self):
         super().__init__()
@@ -31,6 +31,6 @@ def train_branches():
     return after
 
 
-def test_ddp_with_find_unused_parameters_trains_all_branches():
+def test_ddp_with_find_unused_parameters_trains_all_layers():
     first, second = run_distributed_test(train_branches, 2)
     assert all_equal(first, second)

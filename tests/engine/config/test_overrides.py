@@ -109,5 +109,5 @@ def test_steps_this_run_ends_the_run_without_changing_the_schedule(path):
     assert lrs == expected
     assert trainer.run_is_over
     trainer.backward(trainer(torch.ones(4, 2)).mean())
-    with pytest.raises(RuntimeError, match="leave the loop when `run_is_over`"):
+    with pytest.raises(RuntimeError, match="run_is_over"):
         trainer.step()

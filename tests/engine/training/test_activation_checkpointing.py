@@ -1,4 +1,4 @@
-"""Activation checkpointing and torch.compile on PyTorch: the same update by another way."""
+"""Activation checkpointing and torch.compile on PyTorch leave the steps unchanged."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ class Net(torch.nn.Module):
         return x
 
 
-def after_updates(net=Net, **changes):
+def train_two_steps(net=Net, **changes):
     torch.manual_seed(0)
     config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
     trainer, *_ = engine.initialize(config=config | changes, model=net())
@@ -41,27 +41,27 @@ def after_updates(net=Net, **changes):
 
 
 @pytest.mark.parametrize("on_host", [False, True])
-def test_blocks_are_computed_again_and_come_to_the_same_update(on_host):
-    plain, runs = after_updates()
+def test_activation_checkpointing_recomputes_blocks_and_takes_the_same_steps(on_host):
+    plain, runs = train_two_steps()
     section = {"activation_checkpointing": {"cpu_checkpointing": on_host}}
-    again, twice = after_updates(**section)
-    assert (runs, twice) == (6, 12)
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    checkpointed, more_runs = train_two_steps(**section)
+    assert (runs, more_runs) == (6, 12)
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
 
 
-def test_a_model_without_blocks_says_what_to_name():
-    with pytest.raises(ValueError, match=r'name their classes in "engine": \{"wrap"'):
-        after_updates(lambda: torch.nn.Linear(4, 4), activation_checkpointing={})
-    chosen = {"wrap": ["Linear"]}
-    after_updates(lambda: torch.nn.Linear(4, 4), activation_checkpointing={}, engine=chosen)
+def test_activation_checkpointing_without_blocks_raises_unless_wrap_is_set():
+    with pytest.raises(ValueError, match=r'"engine": \{"wrap"'):
+        train_two_steps(lambda: torch.nn.Linear(4, 4), activation_checkpointing={})
+    section = {"wrap": ["Linear"]}
+    train_two_steps(lambda: torch.nn.Linear(4, 4), activation_checkpointing={}, engine=section)
 
 
-def test_a_compiled_model_comes_to_the_same_update():
-    plain, _ = after_updates()
-    compiled, _ = after_updates(engine={"compile": "eager"})
+def test_compile_takes_the_same_steps():
+    plain, _ = train_two_steps()
+    compiled, _ = train_two_steps(engine={"compile": "eager"})
     torch.testing.assert_close(plain, compiled)
 
 
-def test_a_compiler_that_there_is_not_is_known_at_the_start():
+def test_compile_with_an_unknown_backend_raises():
     with pytest.raises(ValueError, match=r"`engine\.compile` must be one of .*inductor.*'indctor'"):
-        after_updates(engine={"compile": "indctor"})
+        train_two_steps(engine={"compile": "indctor"})

@@ -1,4 +1,4 @@
-"""Dynamic loss scaling: DeepSpeed's rule, checked by hand and against its own class."""
+"""Dynamic loss scaling follows DeepSpeed's rule: examples, and a comparison with DeepSpeed."""
 
 import warnings
 from unittest import mock
@@ -35,30 +35,30 @@ def scales(settings_, overflows):
 @pytest.mark.parametrize(
     ("changes", "overflows", "expected"),
     [
-        ({}, "xx", [16, 8]),  # the second overflow halves
-        ({}, "xxx", [16, 8, 4]),  # and each one after it
-        ({}, "....", [16, 16, 16, 32]),  # the window counts from the first clean update on
+        ({}, "xx", [16, 8]),  # the second overflow halves the scale
+        ({}, "xxx", [16, 8, 4]),  # and so does each later one
+        ({}, "....", [16, 16, 16, 32]),  # the first step without overflow does not count
         ({}, ".......", [16, 16, 16, 32, 32, 32, 64]),
-        ({}, "x..x", [16, 16, 16, 8]),  # hysteresis does not come back in between
+        ({}, "x..x", [16, 16, 16, 8]),  # steps without overflow do not reset the hysteresis
         ({"consecutive_hysteresis": True}, "x..x", [16, 16, 16, 16]),
-        ({}, "x....x", [16, 16, 16, 16, 32, 32]),  # it comes back when the scale is doubled
+        ({}, "x....x", [16, 16, 16, 16, 32, 32]),  # doubling the scale resets the hysteresis
         ({"hysteresis": 1}, "x", [8]),
         ({"loss_scale": 128.0}, "xx....", [128] * 6),
         ({"hysteresis": 1, "min_loss_scale": 5}, "xx", [8, 5]),
     ],
 )
-def test_table(changes, overflows, expected):
+def test_scaler_after_overflows_has_the_expected_scale(changes, overflows, expected):
     assert scales(scaling(**changes), overflows) == expected
 
 
-def test_an_overflow_at_the_lowest_scale_ends_the_run():
-    with pytest.raises(FloatingPointError, match="at the lowest loss scale, 8: the run diverges"):
+def test_scaler_overflow_at_the_lowest_scale_raises():
+    with pytest.raises(FloatingPointError, match="lowest loss scale, 8"):
         scales(scaling(hysteresis=1, min_loss_scale=8), "xx")
 
 
 @given(st.text("x...", max_size=60), st.integers(1, 3), st.integers(1, 4), st.booleans())
 @settings(deadline=None)
-def test_it_is_deepspeeds_rule(overflows, hysteresis, window, consecutive):
+def test_scaler_gives_the_scales_of_deepspeed(overflows, hysteresis, window, consecutive):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scalers = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
@@ -81,7 +81,7 @@ def test_it_is_deepspeeds_rule(overflows, hysteresis, window, consecutive):
 
 
 @given(st.text("x...", max_size=20), st.text("x...", max_size=20))
-def test_a_restored_scaler_goes_on_as_if_nothing_had_been(before, after):
+def test_scaler_restored_continues_like_the_original(before, after):
     ours = scaling(initial_scale_power=100)
     whole = LossScaler(ours)
     for letter in before:

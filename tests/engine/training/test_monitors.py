@@ -1,4 +1,4 @@
-"""Monitors: what each update used, at its count of samples, in files that others can read."""
+"""Monitors write the values of each step, at its number of samples, in readable formats."""
 
 import csv
 import gc
@@ -17,7 +17,7 @@ CYCLE = {
 }
 
 
-def train(updates, poison=(), **sections):
+def train(steps, poison=(), **sections):
     config = {
         "train_batch_size": 4,
         "train_micro_batch_size_per_gpu": 2,
@@ -28,42 +28,44 @@ def train(updates, poison=(), **sections):
     torch.manual_seed(0)
     trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(3, 1))
     used = []
-    for update in range(updates):
+    for step in range(steps):
         used.append((trainer.get_lr()[0], trainer.get_momentum()[0]))
         losses = []
         for _ in range(2):
             loss = trainer(torch.ones(2, 3)).pow(2).mean()
             losses.append(loss.item())
-            trainer.backward(loss * float("inf") if update in poison else loss)
+            trainer.backward(loss * float("inf") if step in poison else loss)
             trainer.step()
         used[-1] += (sum(losses) / 2,)
     return used
 
 
-def rows(folder, name):
-    with (folder / f"Train_Samples_{name}.csv").open() as file:
+def rows(directory, name):
+    with (directory / f"Train_Samples_{name}.csv").open() as file:
         header, *found = csv.reader(file)
     assert header == ["step", name]
     return {int(step): float(value) for step, value in found}
 
 
-def test_csv_has_what_each_update_used(tmp_path):
+def test_csv_monitor_writes_the_values_of_each_step(tmp_path):
     section = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
     used = train(5, poison=[2], csv_monitor=section)
-    folder = tmp_path / "job"
-    samples = [4 * (update + 1) for update in range(5)]
-    assert list(rows(folder, "lr").items()) == list(zip(samples, [u[0] for u in used], strict=True))
-    assert list(rows(folder, "momentum").values()) == [u[1] for u in used]
-    assert set(rows(folder, "weight_decay").values()) == {0.25}
-    losses = rows(folder, "train_loss")
+    directory = tmp_path / "job"
+    samples = [4 * (step + 1) for step in range(5)]
+    assert list(rows(directory, "lr").items()) == list(
+        zip(samples, [u[0] for u in used], strict=True)
+    )
+    assert list(rows(directory, "momentum").values()) == [u[1] for u in used]
+    assert set(rows(directory, "weight_decay").values()) == {0.25}
+    losses = rows(directory, "train_loss")
     assert [losses[at] for at in (4, 8, 16)] == pytest.approx([used[k][2] for k in (0, 1, 3)])
-    assert list(rows(folder, "skipped_updates").values()) == [0, 0, 1, 1, 1]
-    assert list(rows(folder, "update").values()) == [0, 1, 1, 2, 3]
-    assert rows(folder, "grad_norm")[4] > 0
-    assert min(rows(folder, "samples_per_second").values()) > 0
+    assert list(rows(directory, "skipped_updates").values()) == [0, 0, 1, 1, 1]
+    assert list(rows(directory, "update").values()) == [0, 1, 1, 2, 3]
+    assert rows(directory, "grad_norm")[4] > 0
+    assert min(rows(directory, "samples_per_second").values()) > 0
 
 
-def test_tensorboard_reads_what_was_written(tmp_path):
+def test_tensorboard_monitor_writes_readable_events(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -78,7 +80,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
 
 
 class WandbRun:
-    """The part of a wandb run that the monitor uses."""
+    """A fake wandb run with the method that the monitor uses."""
 
     def __init__(self, **settings):
         self.settings = settings
@@ -114,19 +116,19 @@ def test_wandb_monitor_logs_each_step_at_its_samples(monkeypatch, mode):
     assert lrs == [(4 * (k + 1), lr) for k, (lr, *_) in enumerate(used)]
 
 
-def test_a_monitor_that_is_not_installed_says_which_would_do():
-    with pytest.raises(ValueError, match="use `tensorboard` or `csv_monitor`"):
+def test_wandb_monitor_without_wandb_raises():
+    with pytest.raises(ValueError, match="`wandb.enabled` must be false"):
         train(1, wandb={"enabled": True})
 
 
 @pytest.mark.parametrize("sections", [{}, {"steps_per_print": 10**9}])
-def test_losses_that_nobody_asks_for_are_not_kept(sections):
-    """`steps_per_print` of a billion is how DeepSpeed's users have no such lines."""
+def test_engine_without_monitors_keeps_no_losses(sections):
+    """DeepSpeed users set `steps_per_print` to a huge number to disable log lines."""
     config = {"train_batch_size": 2, "optimizer": {"type": "SGD"}, **sections}
     trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(3, 1))
 
-    def tensors_after(updates):
-        for _ in range(updates):
+    def tensors_after(steps):
+        for _ in range(steps):
             trainer.backward(trainer(torch.ones(2, 3)).mean())
             trainer.step()
         gc.collect()

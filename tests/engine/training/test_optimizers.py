@@ -1,4 +1,4 @@
-"""Optimizers by name: the class, its parameters, and the same update as torch's own."""
+"""Optimizers from config blocks: the class, its hyperparameters and its steps."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def weights():
         ({"type": "Adamax"}, (torch.optim.Adamax, {})),
     ],
 )
-def test_it_updates_as_torchs_own(block, reference):
+def test_build_optimizer_takes_the_same_steps_as_torch(block, reference):
     ours, theirs = weights(), weights()
     make, arguments = reference
     built, expected = build(block, ours), make(theirs, **arguments)
@@ -54,11 +54,13 @@ def test_it_updates_as_torchs_own(block, reference):
     torch.testing.assert_close(ours, theirs)
 
 
-OF_TORCH = [name for name, of in OPTIMIZERS.items() if not {"x-backend", "x-removed"} & of.keys()]
+TORCH_OPTIMIZERS = [
+    name for name, schema in OPTIMIZERS.items() if not {"x-backend", "x-removed"} & schema.keys()
+]
 
 
-@pytest.mark.parametrize("name", OF_TORCH)
-def test_every_named_optimizer_takes_all_of_its_parameters(name):
+@pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
+def test_build_optimizer_passes_all_hyperparameters(name):
     params = {
         key: schema["default"]
         for key, schema in OPTIMIZERS[name]["properties"].items()
@@ -69,22 +71,26 @@ def test_every_named_optimizer_takes_all_of_its_parameters(name):
         assert optimizer.defaults[key] == (tuple(params[key]) if key == "betas" else params[key])
 
 
-@pytest.mark.parametrize("name", [n for n, of in OPTIMIZERS.items() if "x-removed" not in of])
-def test_an_optimizer_runs_where_there_is_one_of_its_name(name):
+@pytest.mark.parametrize(
+    "name", [name for name, schema in OPTIMIZERS.items() if "x-removed" not in schema]
+)
+def test_optimizer_type_selects_the_backend_that_has_it(name):
     config = {"train_batch_size": 8, "optimizer": {"type": name}}
-    assert load_config(config).backend.name == ("torch" if name in OF_TORCH else "deepspeed")
-    if name not in OF_TORCH:
-        with pytest.raises(engine.ConfigError, match=r"`optimizer\.type` is supported only"):
+    assert load_config(config).backend.name == (
+        "torch" if name in TORCH_OPTIMIZERS else "deepspeed"
+    )
+    if name not in TORCH_OPTIMIZERS:
+        with pytest.raises(engine.ConfigError, match=r"`optimizer\.type`"):
             load_config(config | {"engine": {"backend": "torch"}})
 
 
-def test_the_fused_kernel_is_the_default_and_torch_adam_the_way_out():
+def test_build_optimizer_is_fused_unless_torch_adam_is_set():
     assert build({"type": "AdamW"}, weights()).defaults["fused"] is True
     plain = build({"type": "AdamW", "params": {"torch_adam": True}}, weights())
     assert plain.defaults["fused"] is None
 
 
-def test_param_groups_keep_what_they_say():
+def test_build_optimizer_keeps_the_values_of_param_groups():
     groups = [{"params": weights(), "lr": 0.5}, {"params": weights(), "weight_decay": 0.25}]
     optimizer = build({"type": "AdamW", "params": {"lr": 0.1}}, groups)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]
@@ -92,7 +98,7 @@ def test_param_groups_keep_what_they_say():
 
 
 @pytest.mark.parametrize("kind", ["generator", "tensor"])
-def test_a_group_may_hold_a_generator_or_one_tensor_as_torchs_own_takes_them(kind):
+def test_initialize_with_a_generator_or_tensor_in_a_param_group_trains(kind):
     model = torch.nn.Linear(3, 1)
     params = model.parameters() if kind == "generator" else model.weight
     before = model.weight.detach().clone()
