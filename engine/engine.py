@@ -69,7 +69,9 @@ class Engine(nn.Module):
 
     @lr_scheduler.setter
     def lr_scheduler(self, scheduler: LRScheduler | None) -> None:
-        self._run.driver.scheduler = scheduler
+        run = self._run
+        run.driver.scheduler = scheduler
+        run.window.is_kept |= run.driver.feedback == "loss"
 
     def __getattr__(self, name: str) -> Any:
         # nn.Module looks up modules and parameters; the backend looks up all other names.

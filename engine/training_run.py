@@ -88,7 +88,7 @@ class TrainingRun:
         Raises:
             ValueError: the current batch is incomplete.
         """
-        if self.micro_batches:
+        if self.micro_batches or self.scaled_losses:
             raise ValueError(
                 "An LR range test must start between optimizer steps, got an incomplete batch. "
                 "Train its remaining micro-batches first."

@@ -91,7 +91,7 @@ class Stretch:
         step: first step to write.
     """
 
-    __slots__ = ("_each", "_lines", "_shared", "end", "last_group")
+    __slots__ = ("_each", "_lines", "_shared", "end", "last_group", "num_groups")
 
     def __init__(
         self,
@@ -103,6 +103,7 @@ class Stretch:
         found = {curve: curve.piece(step) for of_groups in curves.values() for curve in of_groups}
         self.end = min(piece.end for piece in found.values())
         """Step at which the next piece starts."""
+        self.num_groups = len(groups)
         self.last_group = groups[-1]
         """Last param group. It is a different object after groups were added or loaded."""
         pieces = {name: [found[curve] for curve in of_groups] for name, of_groups in curves.items()}
@@ -158,7 +159,7 @@ def _find_shared_formulas(
     shared = []
     for name, of_groups in pieces.items():
         keys = {slot.key for slot in slots[name]}
-        betas = {group["betas"][1:] for group in groups} if keys == {"betas"} else {None}
+        betas = {tuple(group["betas"][1:]) for group in groups} if keys == {"betas"} else {None}
         if len(set(of_groups)) > 1 or len(keys) > 1 or len(betas) > 1:
             return []
         if any(isinstance(group[key], torch.Tensor) for group in groups for key in keys):

@@ -130,7 +130,11 @@ class ScheduleBinder(LRScheduler):
         self.state = self.last_epoch = step = self.last_epoch + 1
         # The groups are looked up each time, because loading an optimizer's state replaces them.
         groups = self.optimizer.param_groups
-        if step < stretch.end and groups[-1] is stretch.last_group:
+        if (
+            step < stretch.end
+            and groups[-1] is stretch.last_group
+            and len(groups) == stretch.num_groups
+        ):
             stretch.write(groups, step)
         else:
             self.write()

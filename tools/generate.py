@@ -25,14 +25,19 @@ from schedules.core.registry import FAMILIES, of_family
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def generated() -> dict[Path, str]:
-    """Return the path and the text of every generated file."""
+def schedule_schemas() -> dict[Path, str]:
+    """Return the path and the text of every schedule's JSON Schema."""
     directory = ROOT / "schemas" / "schedulers"
-    files = {
+    return {
         directory / f"{name}.json": json.dumps(json_schema_of(cls), indent=2) + "\n"
         for family in FAMILIES
         for name, cls in of_family(family).items()
     }
+
+
+def generated() -> dict[Path, str]:
+    """Return the path and the text of every generated file."""
+    files = schedule_schemas()
     files[ROOT / "schemas" / schemas.EDITOR] = json.dumps(editor_schema(), indent=1) + "\n"
     files[INDEX] = index()
     for package in (engine, schedules):
@@ -111,9 +116,13 @@ def main() -> int:
     if args.pictures:
         draw_pictures()
     check = args.check
-    if not check:  # the other files use its descriptions
+    if not check:
+        # The schemas are made of the index, and the other files of the schemas.
         INDEX.write_text(index(), encoding="utf-8")
         read_index.cache_clear()
+        for path, text in schedule_schemas().items():
+            path.write_text(text)
+        schemas.read.cache_clear()
     files = generated()
     stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
     directories = {path.parent for path in files if path.suffix == ".json"}

@@ -14,7 +14,7 @@ from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.training.optimizers import OptimizerFactory
 
-__all__ = ["Backend", "build"]
+__all__ = ["build"]
 
 
 def build(

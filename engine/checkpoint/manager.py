@@ -32,7 +32,7 @@ from engine.training.data import RunLoader
 from engine.training.progress import Counters
 from engine.versions import installed
 
-__all__ = ["Checkpointer", "RunState", "SavedBackend"]
+__all__ = ["Checkpointer"]
 
 log = logging.getLogger("onecycle")
 

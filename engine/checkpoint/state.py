@@ -28,7 +28,7 @@ from engine.checkpoint.plain_values import read_values, write_values
 from engine.checkpoint.safetensors_storage import ShardReader, ShardWriter, write_tensors
 from engine.errors import CheckpointError
 
-__all__ = ["export", "read", "read_weights", "write", "write_behind"]
+__all__ = ["export", "read", "write", "write_behind"]
 
 VALUES = "values.pt"
 """File for values that are not tensors and are equal on all ranks, e.g. param group settings."""

@@ -16,7 +16,6 @@ from schedules.core.registry import find
 __all__ = [
     "ABSENT",
     "OPTIMIZERS",
-    "PARKED",
     "SCHEMA",
     "SECTION",
     "Member",

@@ -13,7 +13,7 @@ from schedules.core.descriptions import descriptions_of
 from schedules.core.fields import fields_of, wanted
 from schedules.core.trace import DEFAULT_BASE
 
-__all__ = ["EXAMPLE_RUN", "EXAMPLE_STEPS", "example_curves", "listing", "page", "summary"]
+__all__ = ["EXAMPLE_STEPS", "example_curves", "listing", "page", "summary"]
 
 EXAMPLE_RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
 """Length of the run that every schedule's example parameters assume."""

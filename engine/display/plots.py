@@ -14,7 +14,7 @@ from schedules.core.curves import Curve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["LABELS", "draw", "draw_decision", "draw_on_terminal", "panels_of"]
+__all__ = ["draw", "draw_decision", "draw_on_terminal"]
 
 LABELS = {"lr": "learning rate", "momentum": "momentum", "weight_decay": "weight decay"}
 _LOSS = "loss"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-__all__ = ["main", "select_cpus", "sort_by_core"]
+__all__ = ["main"]
 
 
 def sort_by_core(cpus: Iterable[int], core_of: Callable[[int], int]) -> list[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["CAREFUL", "EDGE", "MIN_POINTS", "Smoothed", "Suggestion", "smooth", "suggest"]
+__all__ = ["EDGE", "MIN_POINTS", "Suggestion", "smooth", "suggest"]
 
 MIN_POINTS = 20
 """Minimum number of losses for a suggestion."""

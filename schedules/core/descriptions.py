@@ -52,9 +52,11 @@ def _descriptions(schedule: type, index: Mapping[str, Mapping[str, Any]]) -> dic
         if "__dataclass_fields__" in vars(cls):
             descriptions = {**_read_source(cls), **descriptions}
     fields = dataclasses.fields(schedule)
-    stored = {each.name: each.metadata.get("description") for each in fields}
-    found = {**stored, **descriptions}
-    return {each.name: text for each in fields if (text := found[each.name]) is not None}
+    stored = {
+        each.name: each.metadata["description"] for each in fields if "description" in each.metadata
+    }
+    found = {**descriptions, **stored}
+    return {each.name: found[each.name] for each in fields if each.name in found}
 
 
 def _read_source(cls: type) -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
 from schedules.core.combinators import dilate
-from schedules.core.controller import Base, Controller, Curves, OpenLoop, Values
+from schedules.core.controller import Base, Controller, Curves, OpenLoop
 from schedules.core.curves import Curve
 from schedules.core.durations import FractionalSteps, Horizon, is_unresolved, steps_of
 from schedules.core.fields import Duration, PerGroup, fields_of
@@ -23,13 +23,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self, dataclass_transform
 
 __all__ = [
-    "Base",
-    "Curves",
     "Fault",
     "LearningRateSchedule",
     "Schedule",
     "ScheduleError",
-    "Values",
     "broadcast",
     "curve_per_group",
     "exceeds",

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from schedules.core.combinators import join, pointwise
+from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant
 from schedules.core.durations import Horizon
 from schedules.core.fields import Items, Milestones, as_number
 from schedules.core.registry import from_config
-from schedules.core.schedule import Base, Curves, Fault, Schedule, schedule_class
+from schedules.core.schedule import Fault, Schedule, schedule_class
 
 __all__ = ["ChainedScheduler", "Combined", "SequentialLR"]
 

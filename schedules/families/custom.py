@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
+from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, from_function
 from schedules.core.durations import Horizon
 from schedules.core.fields import AnyValue
 from schedules.core.imports import import_attribute
 from schedules.core.schedule import (
-    Base,
-    Curves,
     Fault,
     LearningRateSchedule,
     Schedule,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from schedules.core.combinators import delay, join, pointwise, stairs
+from schedules.core.controller import Base, Curves
 from schedules.core.curves import (
     Curve,
     constant,
@@ -31,8 +32,6 @@ from schedules.core.fields import (
     as_number,
 )
 from schedules.core.schedule import (
-    Base,
-    Curves,
     Fault,
     Schedule,
     broadcast,

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 from schedules.core.combinators import delay, join, stairs
+from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant, cosine, inverse_time, linear, linear_growth, log
 from schedules.core.fields import (
     FilledIn,
@@ -28,8 +29,6 @@ from schedules.core.fields import (
     as_number,
 )
 from schedules.core.schedule import (
-    Base,
-    Curves,
     Fault,
     Schedule,
     broadcast,

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from schedules.core.combinators import join
+from schedules.core.controller import Base, Curves
 from schedules.core.curves import (
     Curve,
     constant,
@@ -27,14 +28,7 @@ from schedules.core.fields import (
     WarmupStepsOrZero,
     as_number,
 )
-from schedules.core.schedule import (
-    Base,
-    Curves,
-    Fault,
-    LearningRateSchedule,
-    Schedule,
-    schedule_class,
-)
+from schedules.core.schedule import Fault, LearningRateSchedule, Schedule, schedule_class
 
 __all__ = [
     "InverseSquareRoot",

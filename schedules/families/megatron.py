@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from schedules.core.combinators import join, pointwise
+from schedules.core.controller import Base, Curves
 from schedules.core.curves import (
     Curve,
     constant,
@@ -24,8 +25,6 @@ from schedules.core.fields import (
     as_number,
 )
 from schedules.core.schedule import (
-    Base,
-    Curves,
     Fault,
     Schedule,
     curve_per_group,

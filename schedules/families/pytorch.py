@@ -13,6 +13,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 from schedules.core.combinators import join, pointwise, repeat, stairs
+from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant, cosine, exponential, linear, polynomial
 from schedules.core.fields import (
     Factor,
@@ -25,8 +26,6 @@ from schedules.core.fields import (
     as_number,
 )
 from schedules.core.schedule import (
-    Base,
-    Curves,
     Fault,
     LearningRateSchedule,
     Schedule,

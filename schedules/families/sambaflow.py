@@ -11,17 +11,10 @@ from abc import abstractmethod
 from collections.abc import Iterator
 
 from schedules.core.combinators import join, stairs
+from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant, cosine, exponential, linear
 from schedules.core.fields import Factor, LearningRate, Ratio, Steps, WarmupStepsOrZero, as_number
-from schedules.core.schedule import (
-    Base,
-    Curves,
-    Fault,
-    Schedule,
-    curve_per_group,
-    schedule_class,
-    spread,
-)
+from schedules.core.schedule import Fault, Schedule, curve_per_group, schedule_class, spread
 
 __all__ = [
     "CosineScheduleWithWarmup",

@@ -355,3 +355,24 @@ def test_binder_with_feedback_restarts_in_torchs_sequence():
     run(optimizer, sequence, 2)
     assert parts[1].last_epoch == 0
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_binder_step_after_a_group_was_removed_is_an_error():
+    groups = [{"params": weights()} for _ in range(3)]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    bounds = {"cycle_min_lr": [0.1, 0.2, 0.3], "cycle_max_lr": [0.5, 0.6, 0.7]}
+    binder = attach("OneCycle", optimizer, **CYCLE | bounds)
+    del optimizer.param_groups[0]
+    with pytest.raises(ValueError, match="param groups"):
+        binder.step()
+
+
+def test_binder_with_betas_as_a_list_and_curves_per_group_writes_each_group():
+    groups = [{"params": weights(), "betas": [0.9, 0.99]} for _ in range(2)]
+    bounds = {"cycle_min_lr": [0.1, 0.2], "cycle_max_lr": [0.5, 0.6]}
+    optimizer = torch.optim.Adam(groups, lr=0.1)
+    binder = attach("OneCycle", optimizer, **CYCLE | bounds)
+    binder.step()
+    expected = trace({"type": "OneCycle", "params": CYCLE | bounds}, 2, base={"lr": (0.1, 0.1)})
+    assert binder.get_last_lr() == expected["lr"][1].tolist()
+    assert [group["betas"][1] for group in optimizer.param_groups] == [0.99, 0.99]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import schemas
 
-__all__ = ["RULEBOOK", "RulePage"]
+__all__ = ["RULEBOOK"]
 
 
 @dataclass(frozen=True)

@@ -262,3 +262,11 @@ def test_load_checkpoint_in_a_trial_run_is_undone(tmp_path):
 
     engine.lr_range_test(trainer, loader, loss_of=loss_of, steps=5)
     assert digest(trainer, loader) == before
+
+
+def test_lr_range_test_after_backward_without_step_is_rejected():
+    trainer, loader = start()
+    (x,) = next(iter(loader))
+    trainer.backward(trainer(x))
+    with pytest.raises(ValueError, match="must start between optimizer steps"):
+        engine.lr_range_test(trainer, loader)

@@ -8,6 +8,7 @@ import schedules
 from engine import ConfigError, validate
 from schedules import Schedule, from_config, register
 from schedules.core.descriptions import descriptions_of
+from schedules.core.registry import find
 
 CLASS = """
 import dataclasses
@@ -130,5 +131,9 @@ def test_from_config_suggests_the_same_name_as_validate(name, meant):
         problems = validate(config)
     except ConfigError as error:
         problems = error.problems
-    hints = [re.search(r"(?:Did you mean|It is) `(\w+)`", problem.hint) for problem in problems]
+    hints = [re.search(r"(?:Did you mean|Use) `(\w+)`", problem.hint) for problem in problems]
     assert [hint[1] for hint in hints if hint] == ([meant] if meant else [])
+
+
+def test_descriptions_of_a_wrapped_torch_scheduler_name_its_class():
+    assert descriptions_of(find("LambdaLR")) == {"lr_lambda": "Passed to LambdaLR."}

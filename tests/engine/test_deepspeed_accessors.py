@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import engine
+import schedules
 from engine.errors import MisuseError
 from schedules import lr_schedules
 
@@ -172,7 +173,7 @@ def test_deepspeed_scheduler_classes_accept_positional_arguments():
     assert cycle.get_lr() == [0.1]
     decay = lr_schedules.WarmupDecayLR(optimizer, 10, 0.0, 0.2, 4, "linear")
     assert (decay.schedule.total_num_steps, decay.schedule.warmup_num_steps) == (10, 4)
-    with pytest.raises(TypeError, match="each parameter once"):
+    with pytest.raises(TypeError, match="twice"):
         lr_schedules.OneCycle(optimizer, 0.1, cycle_min_lr=0.1)
 
 
@@ -206,3 +207,14 @@ def test_register_with_deepspeed_makes_schedules_available_to_deepspeed():
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_feedback_scheduler_assigned_to_the_engine_receives_the_loss():
+    trainer = start()
+    autowu = schedules.attach("AutoWU", trainer.optimizer, steps_per_epoch=5, total_epochs=20)
+    trainer.lr_scheduler = autowu
+    losses = [trainer(half).mean() for half in X.split(2)]
+    for loss in losses:
+        trainer.backward(loss)
+        trainer.step()
+    assert list(autowu.state.losses) == [pytest.approx(torch.stack(losses).mean().item())]
