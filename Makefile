@@ -24,11 +24,13 @@ test-long: $(READY)  ## run the tests that take hours: 200 kills, fuzzing with 2
 	$(BIN)/python -m pytest -m "long and not gpu"
 	$(BIN)/python -m pytest -m "hypothesis and not gpu" --hypothesis-profile long
 
-check: $(READY)  ## check lint, types, import layers, generated files and doctests
+check: $(READY)  ## check lint, types, import layers, wording, generated files and doctests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python tools/check_wording.py
 	$(BIN)/python tools/generate.py --check
 	$(BIN)/python -m pytest --doctest-modules engine schedules schemas --durations=0
 

@@ -80,7 +80,7 @@ def resnet() -> nn.Module:
 NETS = {"LeNet": lenet, "ResNet": resnet}
 
 
-def loss_of(trainer: engine.Engine, batch: tuple[Tensor, Tensor]) -> Tensor:
+def loss_fn(trainer: engine.Engine, batch: tuple[Tensor, Tensor]) -> Tensor:
     return cross_entropy(trainer(batch[0]), batch[1])
 
 
@@ -127,7 +127,7 @@ class Experiment:
         trainer = self.start(net, seed, lr, block)
         batches = self.batches(size)
         for _ in range(self.epochs * self.per_epoch(size)):
-            trainer.backward(loss_of(trainer, next(batches)))
+            trainer.backward(loss_fn(trainer, next(batches)))
             trainer.step()
         trainer.eval()
         images_of, labels = self.valid if valid else self.test
@@ -143,7 +143,7 @@ class Experiment:
     def suggestion(self, net: str, size: int) -> float:
         trainer = self.start(net, 100, 1e-3, None)
         report = engine.lr_range_test(
-            trainer, self.batches(size), loss_of=loss_of, min_lr=1e-5, max_lr=1.0, steps=120
+            trainer, self.batches(size), loss_fn=loss_fn, min_lr=1e-5, max_lr=1.0, steps=120
         )
         assert report.suggestion.max_lr is not None, report.suggestion.reason
         return report.suggestion.max_lr

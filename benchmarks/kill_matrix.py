@@ -137,7 +137,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument(
-        "--updates", type=int, default=400, help="optimizer steps per run (default: 400)"
+        "--training-steps", type=int, default=400, help="optimizer steps per run (default: 400)"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

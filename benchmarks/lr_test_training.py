@@ -3,7 +3,7 @@
     python benchmarks/lr_test_training.py --output docs/results/lr_test_training.png
 
 The suggestion is that of ``onecycle lr-test --repeat 3``, with and without refinement (``--refine
---updates``). There are three tasks: LeNet on Fashion-MNIST (on scikit-learn's digits if
+--training-steps``). There are three tasks: LeNet on Fashion-MNIST (on scikit-learn's digits if
 Fashion-MNIST is not available), an MLP on the digits, and a small transformer that predicts the
 next character of this repository's own text. The same 1Cycle, starting at a tenth of its maximum,
 is trained with nine maxima half a decade apart and with the suggested ones, each with several
@@ -131,7 +131,7 @@ def tasks() -> dict[str, Task]:
     }
 
 
-def loss_of(trainer: engine.Engine, batch: Batch) -> Tensor:
+def loss_fn(trainer: engine.Engine, batch: Batch) -> Tensor:
     return cross_entropy(trainer(batch[0]), batch[1])
 
 
@@ -149,7 +149,7 @@ def suggested(task: Task, seed: int) -> dict[str, float]:
     runs = []
     for repeat in range(REPEATS):
         trainer = started(task, seed + repeat, None)
-        runs += engine.lr_range_test(trainer, task.batches(), loss_of=loss_of, steps=STEPS).runs
+        runs += engine.lr_range_test(trainer, task.batches(), loss_fn=loss_fn, steps=STEPS).runs
     report = LRRangeReport(tuple(runs))
     assert report.max_lr is not None, report.suggestion.reason
 
@@ -158,7 +158,7 @@ def suggested(task: Task, seed: int) -> dict[str, float]:
         return Run(losses=losses_of(trainer, task, STEPS))
 
     known = one_cycle(report.max_lr, task.updates)
-    refined = report.refined(train, steps=STEPS, updates=task.updates, known=known)
+    refined = report.refined(train, steps=STEPS, training_steps=task.updates, known=known)
     assert refined.max_lr is not None
     return {"range test": report.max_lr, "refined": refined.max_lr}
 
@@ -179,7 +179,7 @@ def losses_of(trainer: engine.Engine, task: Task, updates: int) -> list[float]:
     losses = []
     batches = task.batches()
     for _ in range(updates):
-        loss = loss_of(trainer, next(batches))
+        loss = loss_fn(trainer, next(batches))
         losses.append(loss.item())
         trainer.backward(loss)
         trainer.step()

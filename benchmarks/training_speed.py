@@ -76,7 +76,7 @@ def gpt() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, torch.randint(1024, (4, 64)), torch.randint(1024, (256,))
 
 
-def loss_of(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def loss_fn(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return cross_entropy(output.flatten(0, -2), y)
 
 
@@ -85,7 +85,7 @@ def bound(task: Callable[[], tuple]) -> Step:
     model, x, y = task()
 
     def step() -> None:
-        loss_of(model(x), y).backward()
+        loss_fn(model(x), y).backward()
         model.zero_grad()
 
     return step
@@ -96,7 +96,7 @@ def raw(task: Callable[[], tuple], *, fused: bool | None) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
 
     def step() -> None:
-        loss_of(model(x), y).backward()
+        loss_fn(model(x), y).backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
@@ -118,7 +118,7 @@ def config(size: int, backend: str = "torch", stage: int = 0) -> dict:
 
 def loop(trainer: object, x: torch.Tensor, y: torch.Tensor) -> Step:
     def step() -> None:
-        trainer.backward(loss_of(trainer(x), y))
+        trainer.backward(loss_fn(trainer(x), y))
         trainer.step()
 
     return step
@@ -171,7 +171,7 @@ def accelerate(task: Callable[[], tuple], *, fused: bool | None = None) -> Step:
     model, optimizer = accelerator.prepare(model, optimizer)
 
     def step() -> None:
-        accelerator.backward(loss_of(model(x), y))
+        accelerator.backward(loss_fn(model(x), y))
         accelerator.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
@@ -188,7 +188,7 @@ def fabric(task: Callable[[], tuple], *, fused: bool | None = None) -> Step:
     model, optimizer = runs.setup(model, optimizer)
 
     def step() -> None:
-        runs.backward(loss_of(model(x), y))
+        runs.backward(loss_fn(model(x), y))
         runs.clip_gradients(model, optimizer, max_norm=CLIP)
         optimizer.step()
         optimizer.zero_grad()

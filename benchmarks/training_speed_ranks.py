@@ -37,7 +37,7 @@ def limit(task: Callable[[], tuple]) -> alone.Step:
     parameters = list(model.parameters())
 
     def step() -> None:
-        alone.loss_of(model(x), y).backward()
+        alone.loss_fn(model(x), y).backward()
         flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()

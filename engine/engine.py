@@ -378,12 +378,12 @@ class Engine(nn.Module):
 
     def log_level(self) -> str | None:
         """Return DeepSpeed's log level, as given in the config."""
-        level: str | None = self.config.own.get("log_level")
+        level: str | None = self.config.raw.get("log_level")
         return level
 
     def wall_clock_breakdown(self) -> bool:
         """Return the config's `wall_clock_breakdown`."""
-        return bool(self.config.own.get("wall_clock_breakdown", False))
+        return bool(self.config.raw.get("wall_clock_breakdown", False))
 
     def optimizer_name(self) -> str | None:
         """Return the type of the config's optimizer in lower case; None without one."""

@@ -116,7 +116,7 @@ def initialize(
     _check_sources(resolved, optimizer, lr_scheduler)
     is_deepspeed = resolved.backend.name == "deepspeed"
     ranks = init_distributed(always_create_group=is_deepspeed, port=distributed_port)
-    check_configs_match(ranks, json.dumps(resolved.own, sort_keys=True))
+    check_configs_match(ranks, json.dumps(resolved.raw, sort_keys=True))
     loader = None
     if training_data is not None:
         loader = make_loader(training_data, resolved, ranks, collate_fn)

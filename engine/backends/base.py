@@ -113,7 +113,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def save_behind(
+    def save_async(
         self,
         place: Path,
         group: dist.ProcessGroup | None,

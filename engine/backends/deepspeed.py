@@ -65,7 +65,7 @@ class DeepSpeedBackend(Backend):
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups = trainable if parameters is None else parameters
         block = config.optimizer
-        if optimizer is None and block is not None and is_buildable(config.own["optimizer"]):
+        if optimizer is None and block is not None and is_buildable(config.raw["optimizer"]):
             optimizer = build_optimizer(block, groups)
         trained = _count_elements(
             optimizer.param_groups if isinstance(optimizer, Optimizer) else groups
@@ -157,7 +157,7 @@ class DeepSpeedBackend(Backend):
             write_values(place / _SCALER, scaler.state_dict())  # DeepSpeed does not save it
 
     @override
-    def save_behind(
+    def save_async(
         self,
         place: Path,
         group: dist.ProcessGroup | None,

@@ -37,7 +37,7 @@ def deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[str, Any
         config: a validated config.
         builds_optimizer: whether DeepSpeed builds the config's optimizer itself.
     """
-    own = {key: value for key, value in _without_parked(config.own).items() if key not in _OURS}
+    own = {key: value for key, value in _without_parked(config.raw).items() if key not in _OURS}
     if "bfloat16" in own:
         own["bf16"] = own.pop("bfloat16")
     if isinstance(own.get("zero_optimization"), bool):
@@ -51,8 +51,8 @@ def deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[str, Any
     sizes = (config.batch.train, config.batch.micro, config.batch.accumulation)
     settings |= dict(zip(BATCH_KEYS, sizes, strict=True))
     settings["gradient_clipping"] = config.gradient_clipping
-    if builds_optimizer and "optimizer" in config.own:
-        settings["optimizer"] = _without_parked(config.own["optimizer"])
+    if builds_optimizer and "optimizer" in config.raw:
+        settings["optimizer"] = _without_parked(config.raw["optimizer"])
     else:
         # Otherwise, DeepSpeed rejects an optimizer that it did not build if states are offloaded.
         settings.setdefault("zero_force_ds_cpu_optimizer", False)

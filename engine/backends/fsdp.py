@@ -109,13 +109,13 @@ def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) ->
     dtype = DTYPES.get(config.precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     on_host = next(model.parameters()).device.type == "cpu"
-    offload = CPUOffloadPolicy() if config.offloads and not on_host else OffloadPolicy()
+    offload = CPUOffloadPolicy() if config.cpu_offload and not on_host else OffloadPolicy()
     settings: dict[str, Any] = {
         "reshard_after_forward": config.zero_stage == 3,
         "mp_policy": policy,
         "offload_policy": offload,
     }
-    for block in find_blocks(model, config.wrap):
+    for block in find_blocks(model, config.wrap_classes):
         fully_shard(block, **settings)
     fully_shard(model, **settings)
     sharded = dict(model.named_parameters())

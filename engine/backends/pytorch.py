@@ -92,7 +92,9 @@ class PyTorchBackend(Backend):
         """Set up gradient averaging across ranks; return the model's wrapper, if it needs one."""
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         return DistributedDataParallel(
-            self.model, device_ids=devices, find_unused_parameters=self._config.finds_unused
+            self.model,
+            device_ids=devices,
+            find_unused_parameters=self._config.find_unused_parameters,
         )
 
     @override
@@ -174,7 +176,7 @@ class PyTorchBackend(Backend):
             write_values(place / _SCALER, self._scaler.state_dict())
 
     @override
-    def save_behind(
+    def save_async(
         self,
         place: Path,
         group: dist.ProcessGroup | None,
@@ -184,7 +186,7 @@ class PyTorchBackend(Backend):
     ) -> Future[None]:
         from engine.checkpoint import state  # takes 50 ms, so import only if needed
 
-        written = state.write_behind(place, self.model, self.optimizer, group, arena, frozen=frozen)
+        written = state.write_async(place, self.model, self.optimizer, group, arena, frozen=frozen)
         if self._scaler is not None and self.ranks.rank == 0:
             write_values(place / _SCALER, self._scaler.state_dict())
         return written
@@ -231,17 +233,19 @@ class PyTorchBackend(Backend):
 
 def _prepare(model: nn.Module, config: Config, device: torch.device) -> None:
     """Move a model to its device, and checkpoint and compile it as the config requires."""
-    compilers = torch.compiler.list_backends(exclude_tags=()) if config.compiles else ()
-    if config.compiles is not None and config.compiles not in compilers:
+    compilers = torch.compiler.list_backends(exclude_tags=()) if config.compile_backend else ()
+    if config.compile_backend is not None and config.compile_backend not in compilers:
         raise ValueError(
-            f"`engine.compile` must be one of {', '.join(compilers)}, got {config.compiles!r}. "
-            "Choose one of these compilers, or remove the key."
+            f"`engine.compile` must be one of {', '.join(compilers)}, "
+            f"got {config.compile_backend!r}. Choose one of these compilers, or remove the key."
         )
     model.to(device)
-    if config.recomputes is not None:
-        checkpoint_activations(model, config.wrap, on_host=config.recomputes == "host")
-    if config.compiles is not None:
-        model.compile(backend=config.compiles)
+    if config.activation_checkpointing is not None:
+        checkpoint_activations(
+            model, config.wrap_classes, on_host=config.activation_checkpointing == "host"
+        )
+    if config.compile_backend is not None:
+        model.compile(backend=config.compile_backend)
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:

@@ -51,7 +51,7 @@ class SavedBackend(Protocol):
         """Write the model, the optimizer and the loss scale."""
         ...
 
-    def save_behind(
+    def save_async(
         self,
         place: Path,
         group: dist.ProcessGroup | None,
@@ -100,7 +100,7 @@ class Checkpointer:
         identity: Identity,
         loader: DataLoader[Any] | None,
     ) -> None:
-        self.async_saver = AsyncSaver() if config.checkpoint.behind else None
+        self.async_saver = AsyncSaver() if config.checkpoint.is_async else None
         self._plan = config.checkpoint
         self._batch = config.batch
         self._backend_name = config.backend.name
@@ -220,7 +220,7 @@ class Checkpointer:
                 self._commit(partial, manifest)
             return
         with together(size):
-            written = self._backend.save_behind(
+            written = self._backend.save_async(
                 partial, saver.process_group(size), saver.arena, frozen=manifest.frozen
             )
         saver.commit_after(written, lambda: self._commit(partial, manifest))

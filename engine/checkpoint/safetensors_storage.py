@@ -41,8 +41,8 @@ __all__ = ["ShardReader", "ShardWriter", "write_tensors"]
 class ShardWriter(StorageWriter):
     """Writes each rank's tensors to ``shard.RANK.safetensors`` in an existing directory."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Do nothing: each writer is used once, for one directory."""
@@ -77,7 +77,7 @@ class ShardWriter(StorageWriter):
                 parts[name] = {"of": key, "shape": list(whole), "offsets": offsets}
             tensors[name] = tensor
             results.append(WriteResult(item.index, tensor.nbytes, None))
-        path = self._folder / f"shard.{plan.storage_data}.safetensors"
+        path = self._directory / f"shard.{plan.storage_data}.safetensors"
         write_tensors(path, tensors, {"parts": json.dumps(parts)})
         return _done(results)
 
@@ -115,8 +115,8 @@ def write_tensors(
 class ShardReader(StorageReader):
     """Reads checkpoints written at any world size, and loads only the slices that a rank needs."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Do nothing: a reader has a fixed directory."""
@@ -125,7 +125,7 @@ class ShardReader(StorageReader):
         """Return the saved tensors, their shards, and the file that holds each shard."""
         known: dict[str, TensorStorageMetadata] = {}
         places: dict[MetadataIndex, tuple[Path, str]] = {}
-        for path in sorted(self._folder.glob("shard.*.safetensors")):
+        for path in sorted(self._directory.glob("shard.*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 parts = json.loads((file.metadata() or {}).get("parts", "{}"))
                 for name in file.keys():  # noqa: SIM118  # the file is not iterable

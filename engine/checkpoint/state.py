@@ -28,27 +28,27 @@ from engine.checkpoint.plain_values import read_values, write_values
 from engine.checkpoint.safetensors_storage import ShardReader, ShardWriter, write_tensors
 from engine.errors import CheckpointError
 
-__all__ = ["export", "read", "write", "write_behind"]
+__all__ = ["export", "read", "write", "write_async"]
 
 VALUES = "values.pt"
 """File for values that are not tensors and are equal on all ranks, e.g. param group settings."""
 _MODEL = "model."
 
 
-def write(folder: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bool = True) -> None:
+def write(directory: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bool = True) -> None:
     """Write this rank's shard of the model and the optimizer; every rank must call this.
 
     Args:
-        folder: existing directory to write to.
+        directory: existing directory to write to.
         model: model to save.
         optimizer: optimizer of the model.
         frozen: whether to write frozen parameters too.
     """
-    _write(folder, _state_of(model, optimizer, frozen=frozen))
+    _write(directory, _state_of(model, optimizer, frozen=frozen))
 
 
-def write_behind(
-    folder: Path,
+def write_async(
+    directory: Path,
     model: nn.Module,
     optimizer: Optimizer,
     group: dist.ProcessGroup | None,
@@ -59,7 +59,7 @@ def write_behind(
     """Copy this rank's shard and write the copy in the background; every rank must call this.
 
     Args:
-        folder: existing directory to write to.
+        directory: existing directory to write to.
         model: model to save in its current state.
         optimizer: optimizer to save in its current state.
         group: process group used only for saving; None for a single process.
@@ -72,7 +72,7 @@ def write_behind(
     copies = _copied(_state_of(model, optimizer, frozen=frozen), arena)
     arena.update(copies)
     writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-    started = writer.submit(_write, folder, copies, group)
+    started = writer.submit(_write, directory, copies, group)
     writer.shutdown(wait=False)
     return started
 
@@ -94,7 +94,7 @@ def _copied(value: Any, old: Any) -> Any:
 
 
 def read(
-    folder: Path,
+    directory: Path,
     model: nn.Module,
     optimizer: Optimizer | None,
     *,
@@ -104,7 +104,7 @@ def read(
     """Restore model and optimizer in place, with their current sharding; every rank must call this.
 
     Args:
-        folder: directory that `write` wrote to.
+        directory: directory that `write` wrote to.
         model: model to restore.
         optimizer: optimizer to restore; None restores only the model.
         strict: whether to reject saved tensors that the model does not have.
@@ -117,19 +117,19 @@ def read(
     state = _state_of(model, optimizer)
     saved_tensors = {
         name.removeprefix(_MODEL): metadata
-        for name, metadata in _saved_tensors(folder).items()
+        for name, metadata in _saved_tensors(directory).items()
         if name.startswith(_MODEL)
     }
     if not frozen:
         absent = _frozen_names(model) - saved_tensors.keys()
         state["model"] = {key: value for key, value in state["model"].items() if key not in absent}
-    _check_model_matches(folder, state["model"], saved_tensors, strict=strict)
+    _check_model_matches(directory, state["model"], saved_tensors, strict=strict)
     options = StateDictOptions(strict=strict and frozen)
     places = _leaves(state)
     own = {name: holder[key] for name, holder, key in places if isinstance(holder[key], Tensor)}
     with _ignore_process_group_warning():
-        load(own, storage_reader=ShardReader(folder), no_dist=not dist.is_initialized())
-    saved = read_values(folder / VALUES)
+        load(own, storage_reader=ShardReader(directory), no_dist=not dist.is_initialized())
+    saved = read_values(directory / VALUES)
     for name, holder, key in places:
         if name in saved:
             holder[key] = saved[name]
@@ -145,15 +145,15 @@ def read(
         )
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(directory: Path) -> dict[str, Tensor]:
     """Return the model's full (unsharded) tensors from a checkpoint."""
     weights: dict[str, Any] = {
         name: torch.empty(metadata.size, dtype=metadata.properties.dtype)
-        for name, metadata in _saved_tensors(folder).items()
+        for name, metadata in _saved_tensors(directory).items()
         if name.startswith(_MODEL)
     }
     with _ignore_process_group_warning():
-        load(weights, storage_reader=ShardReader(folder), no_dist=True)
+        load(weights, storage_reader=ShardReader(directory), no_dist=True)
     return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
 
 
@@ -190,13 +190,13 @@ def _frozen_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in named if not parameter.requires_grad}
 
 
-def _write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     leaves = {name: holder[key] for name, holder, key in _leaves(state)}
     is_single_process = not dist.is_initialized()
     with _ignore_process_group_warning():
         save(
             {name: value for name, value in leaves.items() if isinstance(value, Tensor)},
-            storage_writer=ShardWriter(folder),
+            storage_writer=ShardWriter(directory),
             process_group=group,
             no_dist=is_single_process,
         )
@@ -204,7 +204,7 @@ def _write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None 
     # wait there indefinitely.
     if is_single_process or dist.get_rank() == 0:
         values = {name: value for name, value in leaves.items() if not isinstance(value, Tensor)}
-        write_values(folder / VALUES, values)
+        write_values(directory / VALUES, values)
 
 
 def _leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -221,7 +221,7 @@ def _leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def _check_model_matches(
-    folder: Path, own: dict[str, Any], saved: dict[str, TensorStorageMetadata], *, strict: bool
+    directory: Path, own: dict[str, Any], saved: dict[str, TensorStorageMetadata], *, strict: bool
 ) -> None:
     for key, tensor in own.items():
         if not isinstance(tensor, Tensor):
@@ -234,18 +234,18 @@ def _check_model_matches(
         else:
             continue
         raise CheckpointError(
-            f"{folder} does not match the model: {problem}. Build the model that was saved."
+            f"{directory} does not match the model: {problem}. Build the model that was saved."
         )
     extra = [key for key in saved if key not in own]
     if extra and strict:
         raise CheckpointError(
-            f"{folder} does not match the model: the model has no `{extra[0]}`. Build the model "
+            f"{directory} does not match the model: the model has no `{extra[0]}`. Build the model "
             "that was saved, or pass `load_module_strict=False`."
         )
 
 
-def _saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
-    found: Any = ShardReader(folder).read_metadata().state_dict_metadata
+def _saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
+    found: Any = ShardReader(directory).read_metadata().state_dict_metadata
     return dict(found)
 
 

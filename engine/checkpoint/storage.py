@@ -76,11 +76,11 @@ class Manifest:
         return sum(entry["size"] for entry in self.files.values())
 
 
-def begin(folder: Path, tag: str) -> Path:
+def begin(directory: Path, tag: str) -> Path:
     """Create an empty ``.TAG.partial`` directory to write a checkpoint into, and return it.
 
     Args:
-        folder: directory that holds the run's checkpoints; created if it does not exist.
+        directory: directory that holds the run's checkpoints; created if it does not exist.
         tag: name of the checkpoint.
 
     Raises:
@@ -92,10 +92,10 @@ def begin(folder: Path, tag: str) -> Path:
             f"`tag` must be a valid directory name other than `{LATEST}` that does not start with "
             f"a dot, got {tag!r}. Choose a name such as `step100`."
         )
-    partial = folder / f".{tag}.partial"
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(20, "The checkpoint directory is a file", str(folder))
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{tag}.partial"
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(20, "The checkpoint directory is a file", str(directory))
+    directory.mkdir(parents=True, exist_ok=True)
     if partial.exists():
         shutil.rmtree(partial)  # its writer was killed
     partial.mkdir()
@@ -114,7 +114,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     Raises:
         OSError: if the disk is full or the directory is not writable.
     """
-    folder = partial.parent
+    directory = partial.parent
     files = {}
     for path in sorted(each for each in partial.rglob("*") if each.is_file()):
         _sync(path)
@@ -125,19 +125,19 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     for inner in (path for path in partial.rglob("*") if path.is_dir()):
         _sync(inner)
     _sync(partial)
-    place = folder / manifest.tag
-    old = folder / f".{manifest.tag}.old"
+    place = directory / manifest.tag
+    old = directory / f".{manifest.tag}.old"
     if place.exists():
         shutil.rmtree(old, ignore_errors=True)
         place.rename(old)
     partial.rename(place)
-    _sync(folder)
+    _sync(directory)
     shutil.rmtree(old, ignore_errors=True)
     if manifest.resumable:
-        pointer = folder / f".{LATEST}.partial"
+        pointer = directory / f".{LATEST}.partial"
         _write(pointer, manifest.tag)
-        pointer.replace(folder / LATEST)
-        _sync(folder)
+        pointer.replace(directory / LATEST)
+        _sync(directory)
     return place
 
 
@@ -166,15 +166,15 @@ def read_manifest(place: Path) -> Manifest:
         raise CheckpointError(f"{place / MANIFEST} cannot be read: {error}.") from None
 
 
-def checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
+def checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
     """Return the checkpoints in a directory that have all their files, from oldest to newest."""
     found = []
-    for place in folder.iterdir() if folder.is_dir() else ():
+    for place in directory.iterdir() if directory.is_dir() else ():
         hidden = place.name.startswith(".")
         # A save that replaces a tag renames twice. If the writer was killed between the renames,
         # the old checkpoint is still complete under its temporary name.
         is_replaced = hidden and place.name.endswith(".old")
-        is_only_copy = is_replaced and not (folder / place.name[1:-4]).exists()
+        is_only_copy = is_replaced and not (directory / place.name[1:-4]).exists()
         if place.is_dir() and (is_only_copy or not hidden):
             with contextlib.suppress(CheckpointError):
                 manifest = read_manifest(place)
@@ -183,16 +183,16 @@ def checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
     return sorted(found, key=lambda each: (each[1].created, each[1].step))
 
 
-def is_begun(folder: Path) -> bool:
+def is_begun(directory: Path) -> bool:
     """Return whether a directory has checkpoints, complete or not, from this or another tool."""
-    return (folder / LATEST).exists() or any(folder.glob(f"*/{MANIFEST}"))
+    return (directory / LATEST).exists() or any(directory.glob(f"*/{MANIFEST}"))
 
 
-def find(folder: Path, tag: str | None = None) -> tuple[Path, Manifest]:
+def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
     """Return the checkpoint with the given tag, or the newest complete one, after a hash check.
 
     Args:
-        folder: directory that holds the run's checkpoints.
+        directory: directory that holds the run's checkpoints.
         tag: name of the checkpoint; None for the newest complete and resumable one.
 
     Raises:
@@ -200,14 +200,14 @@ def find(folder: Path, tag: str | None = None) -> tuple[Path, Manifest]:
         CheckpointError: if the checkpoint with this tag is damaged; the message lists the complete
             ones.
     """
-    complete = checkpoints(folder)
+    complete = checkpoints(directory)
     names = ", ".join(place.name for place, _ in complete) or "none"
     if tag is None:
-        return _find_newest(folder, [each for each in complete if each[1].resumable])
-    place = folder / tag
+        return _find_newest(directory, [each for each in complete if each[1].resumable])
+    place = directory / tag
     if not place.is_dir():
         raise FileNotFoundError(
-            f"{folder} does not contain the checkpoint {tag!r}. Complete checkpoints: {names}."
+            f"{directory} does not contain the checkpoint {tag!r}. Complete checkpoints: {names}."
         )
     manifest = read_manifest(place)
     problems = list(faults(place, manifest))
@@ -219,22 +219,22 @@ def find(folder: Path, tag: str | None = None) -> tuple[Path, Manifest]:
     return place, manifest
 
 
-def _find_newest(folder: Path, complete: list[tuple[Path, Manifest]]) -> tuple[Path, Manifest]:
+def _find_newest(directory: Path, complete: list[tuple[Path, Manifest]]) -> tuple[Path, Manifest]:
     for place, manifest in reversed(complete):
         problems = list(faults(place, manifest))
         if not problems:
             return place, manifest
         log.warning("skipping the damaged checkpoint %s: %s", place, "; ".join(problems))
-    damaged = "".join(f" {text}" for text in _describe_incomplete(folder))
+    damaged = "".join(f" {text}" for text in _describe_incomplete(directory))
     raise FileNotFoundError(
-        f"{folder} contains no complete checkpoint to resume from.{damaged} Use another directory, "
-        'or set `engine.checkpoint.resume` to "never" to start from scratch.'
+        f"{directory} contains no complete checkpoint to resume from.{damaged} Use another "
+        'directory, or set `engine.checkpoint.resume` to "never" to start from scratch.'
     )
 
 
-def _describe_incomplete(folder: Path) -> Iterator[str]:
+def _describe_incomplete(directory: Path) -> Iterator[str]:
     """Yield a message for each subdirectory that is not a complete checkpoint."""
-    inside = folder.iterdir() if folder.is_dir() else ()
+    inside = directory.iterdir() if directory.is_dir() else ()
     for place in sorted(each for each in inside if each.is_dir() and each.name[0] != "."):
         message = _describe_damage(place)
         if message:
@@ -267,18 +267,18 @@ def faults(place: Path, manifest: Manifest, *, hashes: bool = True) -> Iterator[
             yield f"{name} does not match its SHA-256 hash"
 
 
-def prune(folder: Path, keep: int | None, keep_every: int | None) -> list[str]:
+def prune(directory: Path, keep: int | None, keep_every: int | None) -> list[str]:
     """Remove all complete checkpoints except the newest ``keep``; return the removed tags.
 
     Args:
-        folder: directory that holds the run's checkpoints.
+        directory: directory that holds the run's checkpoints.
         keep: number of checkpoints to keep; None keeps all.
         keep_every: also keep checkpoints whose step is a multiple of this number.
     """
     if keep is None:
         return []
     removed = []
-    for place, manifest in checkpoints(folder)[:-keep]:
+    for place, manifest in checkpoints(directory)[:-keep]:
         if keep_every is None or manifest.step % keep_every:
             # Remove the manifest first: an interrupted removal must not leave a valid checkpoint.
             (place / MANIFEST).unlink()

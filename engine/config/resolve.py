@@ -49,7 +49,7 @@ class CheckpointPlan:
     every: int | None
     keep: int | None
     keep_every: int | None
-    behind: bool
+    is_async: bool
     """Whether checkpoints are written in the background: the key ``async``."""
     resume: Literal["auto", "must", "never"]
     override: bool
@@ -79,19 +79,19 @@ class Config:
 
     name: str
     backend: BackendChoice
-    own: Mapping[str, Any]
+    raw: Mapping[str, Any]
     """The user's config, including command-line overrides, without defaults."""
     zero_stage: int
     """0: no sharding; 1: sharded optimizer states; 2: gradients as well; 3: parameters as well."""
-    offloads: bool
+    cpu_offload: bool
     """Whether parameters or optimizer states are offloaded to CPU memory."""
-    wrap: tuple[str, ...]
+    wrap_classes: tuple[str, ...]
     """Class names of the modules that are the units of sharding and activation checkpointing."""
-    recomputes: Literal["device", "host"] | None
+    activation_checkpointing: Literal["device", "host"] | None
     """Where activation checkpointing stores the inputs of blocks; None: it is disabled."""
-    compiles: str | None
+    compile_backend: str | None
     """The backend of torch.compile; None: the model is not compiled."""
-    finds_unused: bool
+    find_unused_parameters: bool
     """Whether data parallelism searches for parameters that the forward pass did not use."""
     batch: BatchSizes
     gradient_clipping: float
@@ -114,7 +114,7 @@ class Config:
 
     def for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
         """Return the config of a trial run with another schedule; it writes no files."""
-        off = CheckpointPlan(None, None, None, None, behind=False, resume="never", override=False)
+        off = CheckpointPlan(None, None, None, None, is_async=False, resume="never", override=False)
         silent = {name: {**section, "enabled": False} for name, section in self.monitors.items()}
         return replace(
             self,
@@ -179,21 +179,21 @@ def _resolve(
     overrides: Sequence[Override],
     warnings: Sequence[Problem],
 ) -> Config:
-    own = context.document.value
-    value = with_defaults(own, schemas.read(SCHEMA))
+    raw = context.document.value
+    value = with_defaults(raw, schemas.read(SCHEMA))
     fp16, bf16 = value["fp16"], value["bfloat16" if "bfloat16" in value else "bf16"]
     engine = value["engine"]
     enabled = fp16["enabled"]
     return Config(
         name=context.document.name,
         backend=context.backend,
-        own=own,
-        zero_stage=int(zero_stage(own)),
-        offloads=_is_offloading(context.section("zero_optimization")),
-        wrap=tuple(engine["wrap"]),
-        recomputes=_input_storage(own.get("activation_checkpointing")),
-        compiles=engine["compile"],
-        finds_unused=engine["find_unused_parameters"],
+        raw=raw,
+        zero_stage=int(zero_stage(raw)),
+        cpu_offload=_is_offloading(context.section("zero_optimization")),
+        wrap_classes=tuple(engine["wrap"]),
+        activation_checkpointing=_input_storage(raw.get("activation_checkpointing")),
+        compile_backend=engine["compile"],
+        find_unused_parameters=engine["find_unused_parameters"],
         batch=solve({key: value[key] for key in BATCH_KEYS if key in value}, world_size),
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
@@ -221,7 +221,7 @@ def _optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | None:
 
 def _checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:
     plan = dict(section)
-    return CheckpointPlan(behind=plan.pop("async"), **plan)  # async is a Python keyword
+    return CheckpointPlan(is_async=plan.pop("async"), **plan)  # async is a Python keyword
 
 
 def _input_storage(section: Mapping[str, Any] | None) -> Literal["device", "host"] | None:

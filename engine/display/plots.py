@@ -84,10 +84,10 @@ def draw(
         for start, phase in _find_phases(
             curves or {}, panel_columns, len(columns[panel_columns[0]])
         ).items():
-            axis.axvline(start, color="grey", linestyle=":", linewidth=0.8)
+            axis.axvline(start, color="gray", linestyle=":", linewidth=0.8)
             position = ((start, 1.0), axis.get_xaxis_transform())
             axis.annotate(
-                phase, position[0], (3, 2), position[1], "offset points", fontsize=7, color="grey"
+                phase, position[0], (3, 2), position[1], "offset points", fontsize=7, color="gray"
             )
         axis.set_ylabel(LABELS.get(name, name))
         axis.grid(alpha=0.3)
@@ -139,7 +139,7 @@ def draw_on_terminal(
     *,
     curves: Mapping[str, Curve] | None = None,
     size: tuple[int, int] = (80, 24),
-    colour: bool = False,
+    color: bool = False,
 ) -> str:
     """Plot columns over the step as text, with one panel per hyperparameter.
 
@@ -148,7 +148,7 @@ def draw_on_terminal(
         title: line above the panels.
         curves: curves of the columns; their phases are listed below each panel.
         size: width and height of the terminal in characters.
-        colour: whether the terminal supports color.
+        color: whether the terminal supports color.
     """
     import plotext
 
@@ -157,7 +157,7 @@ def draw_on_terminal(
     text = [title]
     for name, panel_columns in panels.items():
         plotext.clear_figure()
-        plotext.theme("pro" if colour else "clear")
+        plotext.theme("pro" if color else "clear")
         plotext.plotsize(width, height)
         for column in panel_columns:
             label = column.partition(".")[2] or None
@@ -169,7 +169,7 @@ def draw_on_terminal(
             plotext.vline(start)
         plotext.title(LABELS.get(name, name))
         panel = plotext.build()
-        text.append(panel if colour else plotext.uncolorize(panel))
+        text.append(panel if color else plotext.uncolorize(panel))
         if phases:
             text.append("  ".join(f"{start}: {phase}" for start, phase in phases.items()))
     return "\n".join(text)

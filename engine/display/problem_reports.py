@@ -23,7 +23,7 @@ class Report:
 
     document: Document
     problems: Sequence[Problem]
-    colour: bool = False
+    color: bool = False
 
 
 def _text(report: Report) -> Iterator[str]:
@@ -31,7 +31,7 @@ def _text(report: Report) -> Iterator[str]:
     for problem in report.problems:
         location = f":{problem.line}:{problem.column}" if problem.line else ""
         head = f"{problem.severity}[{problem.rule}]"
-        if report.colour:
+        if report.color:
             head = f"\033[1;{_COLOURS[problem.severity]}m{head}\033[0m"
         yield f"{report.document.name}{location}: {head}: {problem}"
         if problem.line and problem.line <= len(lines):

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from engine.engine import Engine
 from engine.range_test.recorder import Recorder, Run, SweepOver
-from engine.range_test.refinement import refuse_updates
+from engine.range_test.refinement import check_training_steps
 from engine.range_test.report import LRRangeReport
 from engine.range_test.sweep import Shape, Sweep
-from engine.training.data import called_on
+from engine.training.data import call_model
 from schedules import from_config
 
 __all__ = ["lr_range_test"]
@@ -24,15 +24,15 @@ def lr_range_test(
     trainer: Engine,
     batches: Iterable[Any],
     *,
-    loss_of: Callable[[Engine, Any], Tensor] | None = None,
+    loss_fn: Callable[[Engine, Any], Tensor] | None = None,
     min_lr: float = 1e-6,
     max_lr: float = 10.0,
     steps: int = 250,
     shape: Shape = "exponential",
     momentum: tuple[float, float] | None = None,
-    divergence: float = 4.0,
+    divergence_factor: float = 4.0,
     refine: bool = False,
-    updates: int | None = None,
+    training_steps: int | None = None,
 ) -> LRRangeReport:
     """Train with increasing learning rates, suggest a range, and restore the initial state.
 
@@ -49,17 +49,17 @@ def lr_range_test(
     Args:
         trainer: training engine from `engine.initialize`, with no accumulation in progress.
         batches: micro-batches; iterated again from the start when exhausted.
-        loss_of: function that returns the loss for the engine and a batch. By default the model is
+        loss_fn: function that returns the loss for the engine and a batch. By default the model is
             called with the batch (a tuple or mapping is unpacked) and must return the loss.
         min_lr: learning rate of the first step.
         max_lr: learning rate of the last step.
         steps: number of steps, at least 2.
         shape: "exponential", "linear" or "staircase".
         momentum: first and last momentum; momentum decreases while the learning rate increases.
-        divergence: end the test when the smoothed loss is this many times its minimum.
+        divergence_factor: end the test when the smoothed loss is this many times its minimum.
         refine: whether to train short cycles around the suggestion.
-        updates: number of steps of the planned training. If it is longer than the short cycles, the
-            refined maximum is multiplied by ``(steps / updates) ** 0.32``; see
+        training_steps: number of steps of the planned training. If it is longer than the short
+            cycles, the refined maximum is multiplied by ``(steps / training_steps) ** 0.32``; see
             `Refinement.max_lr`. None: as long as the short cycles.
 
     Returns:
@@ -67,37 +67,39 @@ def lr_range_test(
 
     Raises:
         ValueError: if `batches` is empty, `min_lr` is not below `max_lr`, accumulation is in
-            progress, or `updates` is given without `refine`.
+            progress, or `training_steps` is given without `refine`.
 
     >>> import torch, engine
     >>> _ = torch.manual_seed(0)
     >>> config = {"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
     >>> trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(2, 1))
-    >>> def loss_of(trainer, x):
+    >>> def loss_fn(trainer, x):
     ...     return (trainer(x) - x.sum(1, keepdim=True)).pow(2).mean()
     >>> batches = torch.randn(8, 4, 2, generator=torch.Generator().manual_seed(0))
-    >>> report = engine.lr_range_test(trainer, batches, loss_of=loss_of, min_lr=1e-5)
+    >>> report = engine.lr_range_test(trainer, batches, loss_fn=loss_fn, min_lr=1e-5)
     >>> 0.01 < report.max_lr < 1, trainer.global_steps
     (True, 0)
     """
-    sweep = Sweep(min_lr, max_lr, steps, shape, momentum, divergence=divergence)
-    refuse_updates(refine, updates)
-    loss_of = loss_of or called_on
+    sweep = Sweep(min_lr, max_lr, steps, shape, momentum, divergence_factor=divergence_factor)
+    check_training_steps(refine, training_steps)
+    loss_fn = loss_fn or call_model
 
-    def run_trial(block: dict[str, Any], divergence: float) -> Run:
-        recorder = Recorder(steps, divergence)
+    def run_trial(block: dict[str, Any], factor: float) -> Run:
+        recorder = Recorder(steps, factor)
         with trainer._trial_run(recorder, from_config(block)):  # noqa: SLF001  # private to the package
             trainer.train()
             with contextlib.suppress(SweepOver):
                 for batch in _repeat_forever(batches):
-                    trainer.backward(loss_of(trainer, batch))
+                    trainer.backward(loss_fn(trainer, batch))
                     trainer.step()
         return recorder.run
 
-    report = LRRangeReport((run_trial(sweep.scheduler, divergence),))
+    report = LRRangeReport((run_trial(sweep.scheduler, divergence_factor),))
     if not refine:
         return report
-    return report.refined(lambda block, _: run_trial(block, math.inf), steps=steps, updates=updates)
+    return report.refined(
+        lambda block, _: run_trial(block, math.inf), steps=steps, training_steps=training_steps
+    )
 
 
 def _repeat_forever(batches: Iterable[Any]) -> Iterator[Any]:

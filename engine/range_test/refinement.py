@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engine.range_test.recorder import Run
 
-__all__ = ["Refinement", "refine", "refuse_updates", "short_cycle"]
+__all__ = ["Refinement", "check_training_steps", "refine", "short_cycle"]
 
 _FACTOR = 2.0  # ratio of neighboring maxima
 _REACH = 2  # maxima on each side of the best one that the parabola is fitted to
@@ -31,7 +31,7 @@ class Refinement:
     >>> tried = {0.01 * 2**k: (1 + (k - 0.5) ** 2 / 10,) for k in range(-2, 3)}
     >>> round(Refinement(tried, begin=3.0, steps=250).lowest, 4)  # between 0.01 and 0.02
     0.0141
-    >>> Refinement(tried, begin=3.0, steps=250, updates=2500).max_lr  # for 10 times as many steps
+    >>> Refinement(tried, begin=3.0, steps=250, training_steps=2500).max_lr  # 10 times as long
     0.0068
     """
 
@@ -41,7 +41,7 @@ class Refinement:
     """Mean loss before training."""
     steps: int
     """Number of steps of each cycle."""
-    updates: int | None = None
+    training_steps: int | None = None
     """Number of steps of the planned training."""
 
     @cached_property
@@ -56,8 +56,12 @@ class Refinement:
 
     @property
     def shrinkage(self) -> float:
-        """Factor on the maximum for a longer training: ``(steps / updates) ** 0.32``, at most 1."""
-        return 1.0 if self.updates is None else min(1.0, (self.steps / self.updates) ** _HORIZON)
+        """Factor for a longer training: ``(steps / training_steps) ** 0.32``, at most 1."""
+        return (
+            1.0
+            if self.training_steps is None
+            else min(1.0, (self.steps / self.training_steps) ** _HORIZON)
+        )
 
     @property
     def max_lr(self) -> float:
@@ -84,8 +88,8 @@ class Refinement:
         rows.append(
             ("best maximum of short cycles", f"{self.lowest:.2g}{'' if is_single else spread}")
         )
-        if self.updates is not None:
-            rows.append((f"factor for {self.updates} steps", f"{self.shrinkage:.2g}"))
+        if self.training_steps is not None:
+            rows.append((f"factor for {self.training_steps} steps", f"{self.shrinkage:.2g}"))
         return rows
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +100,7 @@ class Refinement:
         ]
         return {
             "steps": self.steps,
-            "updates": self.updates,
+            "training_steps": self.training_steps,
             "lowest": self.lowest,
             "of_each_run": self.of_each,
             "cycles": cycles,
@@ -126,7 +130,7 @@ def refine(
     *,
     repeats: int,
     steps: int,
-    updates: int | None = None,
+    training_steps: int | None = None,
 ) -> Refinement:
     """Train short cycles with maxima a factor of 2 apart until the best one is not at the edge.
 
@@ -136,7 +140,7 @@ def refine(
         around: maximum learning rate to start the search from.
         repeats: number of cycles per maximum.
         steps: number of steps of a cycle.
-        updates: number of steps of the planned training; None: as long as a cycle.
+        training_steps: number of steps of the planned training; None: as long as a cycle.
 
     Raises:
         ValueError: if cycles diverge at every maximum.
@@ -166,7 +170,7 @@ def refine(
             "`refine` to use the suggestion of the range test."
         )
     tried = {around * _FACTOR**place: losses[place] for place in sorted(losses)}
-    return Refinement(tried, float(np.mean(initial_losses or [math.inf])), steps, updates)
+    return Refinement(tried, float(np.mean(initial_losses or [math.inf])), steps, training_steps)
 
 
 def _final_loss(run: Run, steps: int) -> float:
@@ -175,18 +179,18 @@ def _final_loss(run: Run, steps: int) -> float:
     return last if math.isfinite(last) and run.end != "divergence" else math.inf
 
 
-def refuse_updates(refines: bool, updates: int | None) -> None:
-    """Reject `updates` without `refine`; it has no other effect.
+def check_training_steps(refines: bool, training_steps: int | None) -> None:
+    """Reject `training_steps` without `refine`; it has no other effect.
 
     Raises:
-        ValueError: if `updates` is given without `refine`, or is below 1.
+        ValueError: if `training_steps` is given without `refine`, or is below 1.
     """
-    if updates is not None and not refines:
+    if training_steps is not None and not refines:
         raise ValueError(
-            "`updates` has no effect without `refine`. Set `refine` or omit `updates`."
+            "`training_steps` has no effect without `refine`. Set `refine`, or omit the other."
         )
-    if updates is not None and updates < 1:
-        raise ValueError(f"`updates` must be >= 1, got {updates}.")
+    if training_steps is not None and training_steps < 1:
+        raise ValueError(f"`training_steps` must be >= 1, got {training_steps}.")
 
 
 def short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> dict[str, Any]:

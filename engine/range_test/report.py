@@ -53,7 +53,7 @@ class LRRangeReport:
         train: Callable[[dict[str, Any], int], Run],
         *,
         steps: int,
-        updates: int | None = None,
+        training_steps: int | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> LRRangeReport:
         """Train short cycles around the suggestion, if any, and return the refined report.
@@ -62,7 +62,7 @@ class LRRangeReport:
             train: function that takes a scheduler block and the index of the repeat, trains with
                 this schedule and returns the record.
             steps: number of steps of a cycle.
-            updates: number of steps of the planned training; None: as long as a cycle.
+            training_steps: number of steps of the planned training; None: as long as a cycle.
             known: OneCycle block; the cycles use its momentum and the ratio of its halves.
         """
         if self.suggestion.max_lr is None:
@@ -73,7 +73,7 @@ class LRRangeReport:
             self.suggestion.max_lr,
             repeats=len(self.runs),
             steps=steps,
-            updates=updates,
+            training_steps=training_steps,
         )
         return replace(self, refinement=found)
 
@@ -216,13 +216,13 @@ class LRRangeReport:
             axis.plot(maxima, losses, "o-", markersize=4, color="tab:blue", alpha=0.5)
         axis.axvline(refinement.lowest, color="black", linestyle=":", label="lowest")
         if refinement.shrinkage < 1:
-            label = f"for {refinement.updates} steps"
+            label = f"for {refinement.training_steps} steps"
             axis.axvline(refinement.max_lr, color="tab:green", label=label)
         title = f"cycles of {refinement.steps} steps"
         axis.set(xscale="log", xlabel="cycle_max_lr", ylabel="loss at the end", title=title)
         _add_grid_and_legend(axis)
 
-    def drawn_on_terminal(self, width: int, *, colour: bool = False) -> str:
+    def drawn_on_terminal(self, width: int, *, color: bool = False) -> str:
         """Return a text plot of the smoothed loss over log10 of the learning rate."""
         import plotext
 
@@ -230,19 +230,19 @@ class LRRangeReport:
         if smoothed is None:
             return ""
         plotext.clear_figure()
-        plotext.theme("pro" if colour else "clear")
+        plotext.theme("pro" if color else "clear")
         plotext.plotsize(width, 15)
         plotext.plot(smoothed.x.tolist(), smoothed.loss.tolist(), marker="braille")
         if self.max_lr is not None:
             plotext.vline(math.log10(self.max_lr))
         plotext.title("loss over log10(lr)")
         drawn = plotext.build()
-        return str(drawn if colour else plotext.uncolorize(drawn))
+        return str(drawn if color else plotext.uncolorize(drawn))
 
-    def write(self, folder: Path) -> Sequence[Path]:
+    def write(self, directory: Path) -> Sequence[Path]:
         """Write the plot and ``report.json`` to a directory; return their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        picture, data = folder / "lr_range.png", folder / "report.json"
+        directory.mkdir(parents=True, exist_ok=True)
+        picture, data = directory / "lr_range.png", directory / "report.json"
         data.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
         self.draw(picture)
         return picture, data

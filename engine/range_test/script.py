@@ -50,8 +50,8 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
             "precision": engine.config.precision,
             "train_batch_size": engine.train_batch_size(),
         }
-        path = Path(sweep.folder) / RECORD if sweep.folder and is_first else None
-        recorder = Recorder(sweep.steps, sweep.divergence, path, facts)
+        path = Path(sweep.directory) / RECORD if sweep.directory and is_first else None
+        recorder = Recorder(sweep.steps, sweep.divergence_factor, path, facts)
         engine._record_steps(recorder, is_trial=True)  # noqa: SLF001  # private to the package
     elif isinstance(engine.config.schedule, LRRangeTest):
         recorder = Recorder(None, math.inf)

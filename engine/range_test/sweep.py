@@ -30,8 +30,8 @@ class Sweep:
         momentum: first and last momentum; it decreases while the learning rate increases. None:
             momentum stays constant.
         block: scheduler block to use instead of the arguments above.
-        divergence: end the sweep when the smoothed loss is this many times its minimum.
-        folder: directory for the record.
+        divergence_factor: end the sweep when the smoothed loss is this many times its minimum.
+        directory: directory for the record.
         config: config file to use instead of the script's config.
         seed_offset: number to add to the config's seed.
 
@@ -46,8 +46,8 @@ class Sweep:
     shape: Shape = "exponential"
     momentum: tuple[float, float] | None = None
     block: Mapping[str, Any] | None = None
-    divergence: float = 4.0
-    folder: str | None = None
+    divergence_factor: float = 4.0
+    directory: str | None = None
     config: str | None = None
     seed_offset: int = 0
 

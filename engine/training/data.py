@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 
-__all__ = ["GlobalBatchSampler", "RunLoader", "call_on_batches", "called_on", "make_loader"]
+__all__ = ["GlobalBatchSampler", "RunLoader", "call_model", "call_on_batches", "make_loader"]
 
 
-def called_on(model: Callable[..., Any], batch: Any) -> Any:
+def call_model(model: Callable[..., Any], batch: Any) -> Any:
     """Call a model on a batch; a tuple, list or mapping is unpacked into its arguments.
 
-    >>> called_on(max, (1, 3)), called_on(dict, {"x": 2})
+    >>> call_model(max, (1, 3)), call_model(dict, {"x": 2})
     (3, {'x': 2})
     """
     if isinstance(batch, Mapping):
@@ -40,7 +40,7 @@ def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: in
                 f"`data_iter` must yield {count} micro-batches, got {index}. Make it endless, or "
                 "stop at the end of an epoch."
             )
-        yield called_on(model, batch)
+        yield call_model(model, batch)
 
 
 class GlobalBatchSampler(Sampler[list[int]]):

@@ -36,11 +36,11 @@ def load() -> Images:
         FileNotFoundError: ``FASHION_MNIST_DIR`` is set but does not contain the four files.
     """
     named = os.environ.get("FASHION_MNIST_DIR")
-    for folder in [Path(named)] if named else _FOLDERS:
-        files = {part: _files(folder, prefix) for part, prefix in _FILES.items()}
+    for directory in [Path(named)] if named else _FOLDERS:
+        files = {part: _files(directory, prefix) for part, prefix in _FILES.items()}
         if all(files.values()):
             train, test = (_dataset(*files[part]) for part in _FILES)
-            return Images(train, test, f"Fashion-MNIST from {folder}")
+            return Images(train, test, f"Fashion-MNIST from {directory}")
     if named:
         raise FileNotFoundError(
             f"FASHION_MNIST_DIR must hold train-images-idx3-ubyte(.gz) and the other three files "
@@ -49,11 +49,11 @@ def load() -> Images:
     return _digits()
 
 
-def _files(folder: Path, prefix: str) -> tuple[Path, ...]:
+def _files(directory: Path, prefix: str) -> tuple[Path, ...]:
     """Return the paths of the image and label files, compressed or not; () if one is missing."""
     found = []
     for kind in ("images-idx3", "labels-idx1"):
-        plain = folder / f"{prefix}-{kind}-ubyte"
+        plain = directory / f"{prefix}-{kind}-ubyte"
         found += [path for path in (plain, plain.with_name(plain.name + ".gz")) if path.is_file()][
             :1
         ]

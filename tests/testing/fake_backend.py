@@ -88,7 +88,7 @@ class FakeBackend(Backend):
         torch.save(self.snapshot(), place / "fake.pt")
 
     @override
-    def save_behind(self, place, group, arena, *, frozen=True):
+    def save_async(self, place, group, arena, *, frozen=True):
         raise NotImplementedError
 
     @override

@@ -43,7 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "exit status: 0 a suggestion was found; 1 no suggestion; 2 wrong usage\n\nexamples:\n"
         "  onecycle lr-test -- train.py --epochs 1\n"
         "  onecycle lr-test --repeat 3 --write ds_config.json -- train.py\n"
-        "  onecycle lr-test --refine --updates 20000 -- train.py\n"
+        "  onecycle lr-test --refine --training-steps 20000 -- train.py\n"
         "  onecycle lr-test --nproc 2 --min 1e-5 --max 1 --steps 300 -- train.py"
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -93,7 +93,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "long.",
     )
     parser.add_argument(
-        "--updates",
+        "--training-steps",
         type=positive,
         metavar="N",
         help="with --refine: number of steps of the planned training. The suggestion is scaled by "
@@ -124,12 +124,12 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     """Run the test and print its suggestion."""
     from rich.console import Console
 
-    from engine.range_test.refinement import refuse_updates
+    from engine.range_test.refinement import check_training_steps
     from engine.range_test.report import LRRangeReport
     from engine.range_test.sweep import Sweep
 
     command = _build_command(args)
-    refuse_updates(args.refine, args.updates)
+    check_training_steps(args.refine, args.training_steps)
     sweep = Sweep(
         args.min,
         args.max,
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         return _train(command, replace(sweep, seed_offset=repeat), "sweep", args, console)
 
     def cycle_once(block: dict[str, Any], repeat: int) -> Run:
-        cycle = replace(sweep, block=block, divergence=math.inf, seed_offset=repeat)
+        cycle = replace(sweep, block=block, divergence_factor=math.inf, seed_offset=repeat)
         name = f"cycle to {block['params']['cycle_max_lr']:.2g}"
         run = _train(command, cycle, name, args, console)
         if not run.end:
@@ -163,8 +163,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     try:
         report = LRRangeReport(tuple(sweep_once(repeat) for repeat in range(args.repeat)))
         if args.refine:
-            steps, updates = args.steps, args.updates
-            report = report.refined(cycle_once, steps=steps, updates=updates, known=current)
+            steps, training_steps = args.steps, args.training_steps
+            report = report.refined(
+                cycle_once, steps=steps, training_steps=training_steps, known=current
+            )
     except _TestFailedError as error:
         console.print(f"no suggestion: {error}", markup=False)
         return INVALID
@@ -188,7 +190,7 @@ def _train(
     log = args.output / f"{name.replace(' ', '_')}.{sweep.seed_offset}.log"
     with tempfile.TemporaryDirectory(prefix="onecycle-") as directory:
         record = Path(directory, RECORD)
-        environment = replace(sweep, folder=directory).environment()
+        environment = replace(sweep, directory=directory).environment()
         status = _run_with_progress(command, environment, record, log, name, args, console)
         run = Run.read(record) if record.is_file() else Run()
     problem = _find_problem(status, run, log, args)
@@ -220,7 +222,7 @@ def _read_range_test_block(config: str | None, nproc: int) -> Any:
 def _read_block(path: Path, nproc: int) -> dict[str, Any] | None:
     from engine.config import load_config
 
-    block = load_config(path, world_size=nproc).own.get("scheduler")
+    block = load_config(path, world_size=nproc).raw.get("scheduler")
     return None if block is None else dict(block)
 
 
@@ -323,7 +325,7 @@ def _print_result(
     picture, data = report.write(args.output)
     terminal = console.file
     width = min(100, shutil.get_terminal_size().columns)
-    terminal.write(report.drawn_on_terminal(width, colour=supports_color(terminal)) + "\n")
+    terminal.write(report.drawn_on_terminal(width, color=supports_color(terminal)) + "\n")
     console.print(report.table())
     ends = ", ".join(run.end or "the end of the script" for run in report.runs)
     steps = ", ".join(str(len(run.lrs)) for run in report.runs)

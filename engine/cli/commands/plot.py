@@ -156,7 +156,7 @@ def _draw_on_terminal(data: _PlotData, out: TextIO) -> None:
         data.title,
         curves=data.curves,
         size=shutil.get_terminal_size(),
-        colour=supports_color(out),
+        color=supports_color(out),
     )
     print(drawn, file=out)
 

@@ -64,12 +64,12 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
-    colour = supports_color(out)
+    color = supports_color(out)
     try:
         document = load_document(name)
         problems = check(document, args.world_size, runs=args.no_auto)
     except ConfigError as error:  # the file cannot be read
-        for line in FORMATS[args.format](Report(Document(name, None), error.problems, colour)):
+        for line in FORMATS[args.format](Report(Document(name, None), error.problems, color)):
             print(line, file=out)
         return USAGE
     if args.fix or args.diff:
@@ -78,7 +78,7 @@ def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
         problems = [_as_error(problem) for problem in problems]
     if args.quiet:
         problems = [problem for problem in problems if problem.severity != "note"]
-    for line in FORMATS[args.format](Report(document, problems, colour)):
+    for line in FORMATS[args.format](Report(document, problems, color)):
         print(line, file=out)
     if args.format == "text" and not args.quiet:
         print(f"{name}: {_build_verdict(problems, args.world_size)}", file=out)

@@ -114,7 +114,7 @@ def test_deepspeed_resumed_run_matches_uninterrupted_run(tmp_path):
     assert (manifest.backend, manifest.world_size) == ("deepspeed", 2)
 
 
-def loss_of(trainer, x):
+def loss_fn(trainer, x):
     return trainer(x).float().pow(2).mean()
 
 
@@ -128,7 +128,7 @@ def resume_with_autocast(directory):
     trainer = start(**settings)
     x = torch.ones(2, 6)
     for factor in (float("inf"), 1.0):
-        trainer.backward(loss_of(trainer, x) * factor)
+        trainer.backward(loss_fn(trainer, x) * factor)
         trainer.step()
     scale = trainer.loss_scale
     trainer.save_checkpoint(directory)
@@ -137,7 +137,7 @@ def resume_with_autocast(directory):
     resumed.load_checkpoint(directory)
     assert resumed.loss_scale == scale
     first, second = (
-        engine.lr_range_test(resumed, [x], loss_of=loss_of, steps=30) for _ in range(2)
+        engine.lr_range_test(resumed, [x], loss_fn=loss_fn, steps=30) for _ in range(2)
     )
     assert first.runs == second.runs
     assert resumed.loss_scale == scale

@@ -112,7 +112,7 @@ def test_lr_test_write_changes_only_the_scheduler_block(directory):
 
 @pytest.mark.slow
 def test_lr_test_refine_suggests_the_maximum_of_the_best_cycle(directory):
-    arguments = ("--min", 1e-5, "--steps", 60, "--refine", "--updates", 600)
+    arguments = ("--min", 1e-5, "--steps", 60, "--refine", "--training-steps", 600)
     status, out, _ = lr_test(*arguments, "--", write_script(directory), 1000)
     assert status == 0, out
     found = read_report()
@@ -215,7 +215,7 @@ def test_lr_test_script_without_initialize_prints_the_reason(directory):
     [
         ([], "The script is missing"),
         (["--min", "1", "--max", "0.5", "--", "train.py"], "learning rate"),
-        (["--updates", "9", "--", "train.py"], "`updates`"),
+        (["--training-steps", "9", "--", "train.py"], "`training_steps`"),
         (["--", "missing.py"], "missing.py: no such script"),
     ],
 )

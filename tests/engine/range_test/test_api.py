@@ -98,12 +98,18 @@ def test_lr_range_test_refine_trains_short_cycles_and_restores_state():
     before = digest(trainer, loader)
     highest = []
 
-    def loss_of(trainer, batch):
+    def loss_fn(trainer, batch):
         highest.append(trainer.get_lr()[0])
         return trainer(*batch)
 
     report = engine.lr_range_test(
-        trainer, batches, loss_of=loss_of, min_lr=1e-5, steps=200, refine=True, updates=20_000
+        trainer,
+        batches,
+        loss_fn=loss_fn,
+        min_lr=1e-5,
+        steps=200,
+        refine=True,
+        training_steps=20_000,
     )
     assert digest(trainer, loader) == before
     sweep_calls = len(report.runs[0].lrs) * 2  # micro-batches
@@ -119,13 +125,13 @@ def test_lr_range_test_exception_restores_state():
     train(trainer, loader, 4)
     before = digest(trainer, loader)
 
-    def loss_of(trainer, batch):
+    def loss_fn(trainer, batch):
         if trainer.micro_steps == 5:
             raise KeyError("raised by the script")
         return trainer(batch[0])
 
     with pytest.raises(KeyError):
-        engine.lr_range_test(trainer, loader, loss_of=loss_of)
+        engine.lr_range_test(trainer, loader, loss_fn=loss_fn)
     assert digest(trainer, loader) == before
 
 
@@ -179,10 +185,10 @@ def test_lr_range_test_invalid_arguments_are_rejected():
     trainer, loader = start()
     with pytest.raises(ValueError, match="`min_lr` must be .* got 1 and 0.1"):
         engine.lr_range_test(trainer, loader, min_lr=1, max_lr=0.1)
-    with pytest.raises(ValueError, match="`updates` has no effect without `refine`"):
-        engine.lr_range_test(trainer, loader, updates=100)
-    with pytest.raises(ValueError, match="`updates` must be >= 1, got 0"):
-        engine.lr_range_test(trainer, loader, refine=True, updates=0)
+    with pytest.raises(ValueError, match="`training_steps` has no effect without `refine`"):
+        engine.lr_range_test(trainer, loader, training_steps=100)
+    with pytest.raises(ValueError, match="`training_steps` must be >= 1, got 0"):
+        engine.lr_range_test(trainer, loader, refine=True, training_steps=0)
     with pytest.raises(ValueError, match="`batches` must yield"):
         engine.lr_range_test(trainer, [])
     train(trainer, loader, 1)
@@ -255,12 +261,12 @@ def test_load_checkpoint_in_a_trial_run_is_undone(tmp_path):
     train(trainer, loader, 2)
     before = digest(trainer, loader)
 
-    def loss_of(trainer, batch):
+    def loss_fn(trainer, batch):
         if trainer.micro_steps == 0:
             trainer.load_checkpoint(tmp_path, load_module_only=True)
         return trainer(*batch)
 
-    engine.lr_range_test(trainer, loader, loss_of=loss_of, steps=5)
+    engine.lr_range_test(trainer, loader, loss_fn=loss_fn, steps=5)
     assert digest(trainer, loader) == before
 
 

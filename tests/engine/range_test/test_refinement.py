@@ -75,7 +75,7 @@ def test_refinement_max_lr_decreases_for_longer_training_only():
     tried = {0.01 * 2**k: (1.0 + k**2,) for k in range(-2, 3)}
 
     def of(updates):
-        return Refinement(tried, 9.0, steps=250, updates=updates).max_lr
+        return Refinement(tried, 9.0, steps=250, training_steps=updates).max_lr
 
     assert of(None) == of(250) == of(10) == 0.01
     assert of(2500) == 0.0048
