@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from schedules.feedback.gaussian_process import Hyperparameters
 from schedules.feedback.minimum_tests import published_test, robust_test
 from schedules.feedback.warmup_tests import TorchDraws
-from tests.schedules.feedback.test_autowu import CURVES, decided
+from tests.schedules.feedback.test_autowu import CURVES, find_decision
 
 PUBLISHED = {70: 176.0, 1_000: 230.0, 10_000: 230.0}  # ms
 
@@ -68,7 +68,7 @@ def main() -> None:
     console.print(table)
     same = 0
     for curve in CURVES:
-        decision = decided(curve)
+        decision = find_decision(curve)
         kind = "test" if "passed" in decision.why else "timeout"
         same += (decision.step, kind) == (curve["trans_step"], curve["how"])
     console.print(f"reference: {same} of {len(CURVES)} recorded warmups end at the published step")
