@@ -69,9 +69,7 @@ class Engine(nn.Module):
 
     @lr_scheduler.setter
     def lr_scheduler(self, scheduler: LRScheduler | None) -> None:
-        run = self._run
-        run.driver.scheduler = scheduler
-        run.window.is_kept |= run.driver.feedback == "loss"
+        self._run.set_scheduler(scheduler)
 
     def __getattr__(self, name: str) -> Any:
         # nn.Module looks up modules and parameters; the backend looks up all other names.
@@ -93,7 +91,7 @@ class Engine(nn.Module):
         """Run the backward pass of a micro-batch; its gradients are added to the existing ones.
 
         Args:
-            loss: scalar tensor with a graph: the mean over the micro-batch, not yet scaled.
+            loss: unscaled scalar loss, averaged over the micro-batch; must require grad.
             retain_graph: whether to keep the graph for another backward pass.
             scale_wrt_gas: whether to divide the loss by ``gradient_accumulation_steps()``.
 
@@ -153,8 +151,7 @@ class Engine(nn.Module):
     def _trial_run(self, recorder: StepRecorder, schedule: Schedule[Any]) -> Iterator[None]:
         """Train with another schedule inside this context, then restore the previous state.
 
-        The state is restored after an exception, too. The LR range test uses this context; its
-        recorder receives every step and ends the trial run.
+        The state is restored after an exception, too. The recorder receives every step.
         """
         run = self._run
         run.check_between_steps()
@@ -275,8 +272,7 @@ class Engine(nn.Module):
             The checkpoint's path and its ``client_state``.
 
         Raises:
-            FileNotFoundError: the checkpoint does not exist; the run does not silently start from
-                scratch.
+            FileNotFoundError: the checkpoint does not exist.
             CheckpointError: the checkpoint is damaged, or its schedule, optimizer, batch size,
                 precision or world size does not match this run, which stays unchanged.
         """
@@ -294,10 +290,6 @@ class Engine(nn.Module):
     def wait_for_checkpoint(self) -> None:
         """Wait on every rank until no checkpoint is being written; raise if a save failed."""
         self._checkpointer.wait()
-
-    def _record_steps(self, recorder: StepRecorder, *, is_trial: bool) -> None:
-        """Pass every step to a recorder; `initialize` calls this method for an LR range test."""
-        self._run.record_steps(recorder, is_trial=is_trial)
 
     def _resume(self) -> None:
         """Resume if ``engine.checkpoint.resume`` requires it; `initialize` calls this method."""

@@ -103,6 +103,11 @@ class TrainingRun:
         """The scheduler, stepped after each applied step."""
         return self.driver.scheduler
 
+    def set_scheduler(self, scheduler: LRScheduler | None) -> None:
+        """Replace the scheduler; a feedback schedule receives the losses from now on."""
+        self.driver.scheduler = scheduler
+        self.window.is_kept |= self.driver.feedback == "loss"
+
     @property
     def is_over(self) -> bool:
         """Whether this run has applied ``engine.steps_this_run`` optimizer steps."""

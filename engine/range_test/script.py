@@ -52,10 +52,10 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
         }
         path = Path(sweep.directory) / RECORD if sweep.directory and is_first else None
         recorder = Recorder(sweep.steps, sweep.divergence_factor, path, facts)
-        engine._record_steps(recorder, is_trial=True)  # noqa: SLF001  # private to the package
+        engine._run.record_steps(recorder, is_trial=True)  # noqa: SLF001  # private to the package
     elif isinstance(engine.config.schedule, LRRangeTest):
         recorder = Recorder(None, math.inf)
-        engine._record_steps(recorder, is_trial=False)  # noqa: SLF001  # private to the package
+        engine._run.record_steps(recorder, is_trial=False)  # noqa: SLF001  # private to the package
         if is_first:
             atexit.register(_write_report, recorder, Path(engine.config.report or "lr_test"))
 

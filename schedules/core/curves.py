@@ -1,12 +1,9 @@
 """Curves: functions from a step to a value. All basic shapes are in this file.
 
-A `Curve` is evaluated at one step (with the standard library only) or at an array of steps (with
-numpy, imported on first use). Both give the same values to the last bit. A curve consists of
-pieces: each is one formula on a half-open range of steps. A training loop therefore evaluates one
-simple function per step, and an array of all steps takes a few numpy operations.
-
-Every shape counts its steps from 0. Its first value is exact. A ramp keeps its end value after its
-last step, so its last value is exact too.
+A `Curve` is evaluated at one step (without numpy) or at an array of steps, with the same values to
+the last bit. It consists of pieces, each of which is one formula on a half-open range of steps.
+Every shape counts its steps from 0. Its first value is exact, and so is the end value of a ramp,
+which holds after the last step.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
     >>> [warmup(step) for step in range(6)]
@@ -47,8 +44,7 @@ __all__ = [
     "until",
 ]
 
-# A formula maps a step to a value. If it uses only + - * /, which numpy and Python evaluate to the
-# same bits, it accepts an array of steps too: see `Piece.elementwise`.
+# Maps a step to a value. One that uses only + - * / accepts an array of steps, with the same bits.
 Formula = Callable[[Any], Any]
 
 _BLOCK = 8192
@@ -76,8 +72,7 @@ class Piece(NamedTuple):
     end: float
     at: Formula
     elementwise: bool
-    """Whether an array is evaluated element by element, because sin, log and powers of numpy can
-    differ from those of `math` in the last bit."""
+    """Whether an array is evaluated element by element; numpy's sin and log differ from `math`."""
     line: Line | None = None
     """Coefficients of the formula, if it is linear."""
 

@@ -214,7 +214,7 @@ def test_lr_test_script_without_initialize_prints_the_reason(directory):
     "arguments, message",
     [
         ([], "The script is missing"),
-        (["--min", "1", "--max", "0.5", "--", "train.py"], "learning rate"),
+        (["--min", "1", "--max", "0.5", "--", "train.py"], "`min_lr`"),
         (["--training-steps", "9", "--", "train.py"], "`training_steps`"),
         (["--", "missing.py"], "missing.py: no such script"),
     ],

@@ -62,7 +62,7 @@ def test_sequential_durations_are_resolved_and_scaled():
         (build_block("ChainedScheduler", {"typ": "LinearLR"}), "must be a list"),
         (
             build_block("ChainedScheduler", WARMUP, {"type": "StepLR"}),
-            r"\[1\].*`step_size` must be",
+            r"\[1\].*`step_size` is required",
         ),
         (build_block("ChainedScheduler"), "must be a list"),
     ],
