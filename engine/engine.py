@@ -99,7 +99,7 @@ class Engine(nn.Module):
             The loss, divided by ``gradient_accumulation_steps()`` if ``scale_wrt_gas`` is true.
 
         Raises:
-            ValueError: the loss is not a scalar tensor with a graph.
+            ValueError: the loss is not a scalar tensor that requires grad.
         """
         check_loss(loss)
         divisor = self._accumulation if scale_wrt_gas else 1
@@ -111,7 +111,7 @@ class Engine(nn.Module):
         """Scale and divide a loss as `backward` does, so that you can call ``.backward()`` on it.
 
         Raises:
-            ValueError: the loss is not a scalar tensor with a graph.
+            ValueError: the loss is not a scalar tensor that requires grad.
         """
         check_loss(loss)
         self._run.add_loss(loss)

@@ -124,7 +124,7 @@ class ScheduleBinder(LRScheduler):
             return
         if loss is not None:
             raise ValueError(
-                f"step() takes no `epoch` or `loss` for a schedule without feedback, got {loss}. "
+                f"step() takes no `epoch`, and this schedule does not use the loss; got {loss}. "
                 "To start from a different step, pass a saved state to `load_state_dict`."
             )
         self.state = self.last_epoch = step = self.last_epoch + 1

@@ -66,7 +66,7 @@ class Backend(ABC):
         """Accumulate the gradients of a loss.
 
         Args:
-            loss: scalar tensor with a graph.
+            loss: scalar tensor that requires grad.
             accumulation: number of micro-batches per step; the loss is divided by it.
             retain_graph: whether to keep the graph for another backward pass.
         """

@@ -247,7 +247,7 @@ def _import_deepspeed() -> Any:
         from deepspeed.ops.op_builder import ShareMemCommBuilder
     except ImportError as error:
         raise ImportError(
-            f"DeepSpeed must be installed to run this config, got: {error}. Run `pip install "
+            f"This config needs DeepSpeed, which cannot be imported: {error}. Run `pip install "
             'deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that only '
             "DeepSpeed supports."
         ) from error

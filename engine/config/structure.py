@@ -118,7 +118,7 @@ def against_schema(
 
 
 def _suggested_pointer(problem: Problem) -> str:
-    """Return the pointer of the key that an unknown key probably stands for, or an empty string."""
+    """Return the pointer to the key that an unknown key probably meant, or an empty string."""
     found = problem.rule == "unknown-key" and problem.suggestion
     return pointer_to(parent_of(problem.pointer), problem.suggestion) if found else ""
 

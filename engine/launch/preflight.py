@@ -61,7 +61,7 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 def _open_rendezvous_port(
     request: LaunchRequest, first: HostCheck
 ) -> Iterator[tuple[str | None, int]]:
-    """Listen on the rendezvous port; yield its address (None: the launcher's) and the port."""
+    """Listen on the rendezvous port; yield address and port, None for the launcher's address."""
     if request.store is not None:
         with reachability.listen(request.store[1]):
             yield None, request.store[1]

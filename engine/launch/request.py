@@ -53,7 +53,7 @@ def bind_to_cores(
 
 
 def find_config(script: tuple[str, ...], cwd: str) -> str | None:
-    """Return the first argument of a script that is a config (JSON with a config key), or None.
+    """Return the first script argument that is the path of a JSON file with a config key, or None.
 
     Args:
         script: the script and its arguments, such as `--config=ds_config.json`.

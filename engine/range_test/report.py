@@ -81,9 +81,9 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs; if ``max_lr`` is None, ``reason`` explains why.
 
-        The curve and the rules use the points of all runs. If more than half of several runs have
-        a suggestion, ``max_lr`` is the median of these, so that one run that diverged early has
-        little effect.
+        The curve and the rules use the points of all runs. With several runs,
+        ``max_lr`` is the median of their own suggestions if more than half have one, so a single
+        run that diverged early has little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])

@@ -11,17 +11,17 @@ __all__ = ["LossWindow", "check_loss"]
 
 
 def check_loss(loss: object) -> None:
-    """Check that a loss is a scalar tensor with a graph.
+    """Check that a loss is a scalar tensor that requires grad.
 
     Raises:
-        ValueError: the loss is not a scalar tensor with a graph.
+        ValueError: the loss is not a scalar tensor that requires grad.
     """
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
         return
     shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
     raise ValueError(
-        f"`loss` must be a scalar tensor with a graph, got {shown}"
-        f"{'' if getattr(loss, 'requires_grad', True) else ' without a graph'}. "
+        f"`loss` must be a scalar tensor that requires grad, got {shown}"
+        f"{'' if getattr(loss, 'requires_grad', True) else ' that does not'}. "
         "Take the mean, and compute it outside torch.no_grad()."
     )
 

@@ -386,7 +386,7 @@ def log(begin_value: float, end_value: float, steps: float) -> Curve:
 
 
 def exponential(begin_value: float, factor: float, steps: float) -> Curve:
-    """Return the exponential curve ``start * factor ** (k / steps)``, without an end.
+    """Return the exponential curve ``start * factor ** (k / steps)``; it never stops.
 
     >>> list(exponential(1.0, factor=0.25, steps=2).values(5))
     [1.0, 0.5, 0.25, 0.125, 0.0625]
@@ -399,7 +399,7 @@ def exponential(begin_value: float, factor: float, steps: float) -> Curve:
 
 
 def inverse_sqrt(begin_value: float, steps: float) -> Curve:
-    """Return the decay ``start / sqrt(1 + k / steps)``, without an end.
+    """Return the decay ``start / sqrt(1 + k / steps)``; it never stops.
 
     >>> list(inverse_sqrt(1.0, steps=1).values(4))[::3]
     [1.0, 0.5]
@@ -412,7 +412,7 @@ def inverse_sqrt(begin_value: float, steps: float) -> Curve:
 
 
 def inverse_time(begin_value: float, rate: float, steps: float) -> Curve:
-    """Return the hyperbolic decay ``start / (1 + rate * k / steps)``, without an end.
+    """Return the decay ``start / (1 + rate * k / steps)``; it never stops.
 
     >>> list(inverse_time(1.0, rate=1.0, steps=2).values(5))
     [1.0, 0.6666666666666666, 0.5, 0.4, 0.3333333333333333]
@@ -425,7 +425,7 @@ def inverse_time(begin_value: float, rate: float, steps: float) -> Curve:
 
 
 def linear_growth(begin_value: float, rate: float, steps: float) -> Curve:
-    """Return the linear growth ``start * (1 + rate * k / steps)``, without an end.
+    """Return the linear growth ``start * (1 + rate * k / steps)``; it never stops.
 
     >>> list(linear_growth(0.5, rate=1.0, steps=2).values(4))
     [0.5, 0.75, 1.0, 1.25]

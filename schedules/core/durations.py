@@ -160,7 +160,7 @@ def _parse(text: str) -> tuple[float, str]:
 
 
 def _whole(scaled: float, configured: float | None = None) -> float:
-    """Truncate if the configured value is a whole number; return whole floats as int."""
+    """Return the scaled value as an int if it is whole, or truncated if the original was."""
     if configured is not None and float(configured).is_integer():
         return int(scaled)
     return int(scaled) if float(scaled).is_integer() else FractionalSteps(scaled)
