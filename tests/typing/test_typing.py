@@ -1,9 +1,12 @@
 """Type checks with strict mypy of code that uses the packages, in a single run."""
 
-import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
+import zipfile
 from pathlib import Path
 from textwrap import indent
 
@@ -68,19 +71,40 @@ def snippets():
 
 
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory):
+def installed_python(tmp_path_factory):
+    """Return the Python of a virtual environment in which the built wheel is installed."""
+    directory = tmp_path_factory.mktemp("installed")
+    for name in ("engine", "schedules", "schemas"):
+        shutil.copytree(ROOT / name, directory / "source" / name)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, directory / "source" / name)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "wheel"]
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", directory]
+    subprocess.run([*pip, *options, directory / "source"], check=True, capture_output=True)
+    venv.create(directory / "venv", with_pip=False, symlinks=True)
+    (packages,) = (directory / "venv").glob("lib/python*/site-packages")
+    (wheel,) = directory.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(packages)
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return directory / "venv" / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory, installed_python):
     """Return the errors that mypy reports, each as (module name, line, message)."""
     directory = tmp_path_factory.mktemp("typing")
     texts = {name: "\n".join(["import schedules", *calls]) for name, calls in CALLS.items()}
     texts["snippets"] = "\n".join([NAMES_OF_SNIPPETS, *snippets()])
+    texts["user_code"] = USER_CODE.read_text()
     for name, text in texts.items():
         (directory / f"{name}.py").write_text(text + "\n")
-    files = [*sorted(directory.glob("*.py")), USER_CODE, *EXAMPLES]
-    roots = [ROOT, *{example.parent for example in EXAMPLES}]
+    for example in EXAMPLES:
+        shutil.copy(example, directory)
+    settings = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache"]
+    settings += ["--python-executable", installed_python, "--no-pretty", "--no-error-summary"]
     run = subprocess.run(
-        [sys.executable, "-m", "mypy", "--no-pretty", "--no-error-summary", *map(str, files)],
-        cwd=ROOT,
-        env=os.environ | {"MYPYPATH": os.pathsep.join(map(str, roots))},
+        [sys.executable, "-m", "mypy", *settings, *sorted(directory.glob("*.py"))],
+        cwd=directory,
         capture_output=True,
         text=True,
         check=False,  # mypy exits with 1, because some modules contain errors on purpose
