@@ -10,6 +10,24 @@ from schedules.core.fields import Field, fields_of
 from schedules.families.general import SHAPES
 from schedules.families.pytorch import OneCycleLR
 
+TUTORIAL = {
+    "type": "OneCycle",
+    "params": {
+        "cycle_first_step_size": 1000,
+        "cycle_first_stair_count": 500,
+        "cycle_second_step_size": 1000,
+        "cycle_second_stair_count": 500,
+        "decay_step_size": 1000,
+        "cycle_min_lr": 0.0001,
+        "cycle_max_lr": 0.0010,
+        "decay_lr_rate": 0.001,
+        "cycle_min_mom": 0.85,
+        "cycle_max_mom": 0.99,
+        "decay_mom_rate": 0.0,
+    },
+}
+"""The scheduler block of DeepSpeed's 1Cycle tutorial."""
+
 HORIZON = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=4)
 ORDERED = (
     ("cycle_min_lr", "cycle_max_lr"),

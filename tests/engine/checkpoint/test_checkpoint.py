@@ -17,7 +17,7 @@ import engine
 from engine.checkpoint import storage
 from engine.cli.main import main
 from engine.errors import CheckpointError
-from tests.engine.test_initialization import CONFIG, dataset, model, start, train
+from tests.testing.regression import CONFIG, dataset, model, start, train
 
 SCRIPT = Path(__file__).parents[2] / "testing" / "checkpoint_run.py"
 

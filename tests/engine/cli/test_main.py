@@ -10,7 +10,7 @@ import pytest
 from engine.cli.main import main
 from engine.distributed.environment import INVALID, OK, USAGE
 from schedules import SCHEDULES, trace
-from tests.schedules.families.test_deepspeed import TUTORIAL
+from tests.testing.schedule_instances import TUTORIAL
 
 
 def run(*arguments):

@@ -5,23 +5,8 @@ import pytest
 
 import schedules
 from schedules import OneCycle, ScheduleError, from_config, trace
+from tests.testing.schedule_instances import TUTORIAL
 
-TUTORIAL = {
-    "type": "OneCycle",
-    "params": {
-        "cycle_first_step_size": 1000,
-        "cycle_first_stair_count": 500,
-        "cycle_second_step_size": 1000,
-        "cycle_second_stair_count": 500,
-        "decay_step_size": 1000,
-        "cycle_min_lr": 0.0001,
-        "cycle_max_lr": 0.0010,
-        "decay_lr_rate": 0.001,
-        "cycle_min_mom": 0.85,
-        "cycle_max_mom": 0.99,
-        "decay_mom_rate": 0.0,
-    },
-}
 CYCLE = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.5, "cycle_first_step_size": 4}
 
 
