@@ -1,4 +1,4 @@
-"""Exceptions that users catch, and the problems of an invalid config.
+"""The exceptions that users may catch, and the class that describes a problem of a config.
 
 ::
 
@@ -21,7 +21,7 @@ __all__ = ["CheckpointError", "ConfigError", "Fix", "LaunchError", "MisuseError"
 
 @dataclass(frozen=True)
 class Fix:
-    """A change to a config that can be applied automatically: a new key or a new value."""
+    """A change that fixes a problem automatically: either a new key or a new value."""
 
     key: str | None = None
     value: Any = None
@@ -31,9 +31,10 @@ class Fix:
 class Problem:
     """One problem of a config.
 
-    ``rule`` is a stable ID (`onecycle explain` prints its page), ``severity`` is "error", "warning"
-    or "note", ``pointer`` is a JSON pointer (RFC 6901; "" is the whole config). ``line`` and
-    ``column`` count from 1; they are 0 if the config is a dict.
+    ``rule`` is the stable ID of the rule; `onecycle explain` prints its documentation. ``severity``
+    is "error", "warning" or "note". ``pointer`` is the JSON pointer (RFC 6901) of the key; "" is
+    the whole config. ``line`` and ``column`` are 1-based; both are 0 if the position is unknown,
+    for example because the config is a dict.
     """
 
     rule: str
@@ -45,14 +46,14 @@ class Problem:
     hint: str = ""
     fix: Fix | None = None
     suggestion: str = ""
-    """The key that the user probably meant, in the same object as the unknown key."""
+    """The known key that the user probably meant, or the JSON pointer of a missing key."""
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
 
 
 class ConfigError(ValueError):
-    """An invalid config; ``problems`` holds every problem that was found.
+    """A config is invalid. ``problems`` contains all of its problems.
 
     ValueError
     └── ConfigError
@@ -71,7 +72,7 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be saved or loaded. Nothing was changed.
+    """A checkpoint cannot be saved or loaded. Nothing was changed.
 
     ValueError
     └── CheckpointError
@@ -79,7 +80,7 @@ class CheckpointError(ValueError):
 
 
 class LaunchError(ValueError):
-    """A launch that cannot start; the message names the option to change.
+    """A launch cannot start. The message names the option to change.
 
     ValueError
     └── LaunchError
@@ -87,9 +88,9 @@ class LaunchError(ValueError):
 
 
 class MisuseError(RuntimeError, AssertionError):
-    """A method called at the wrong time.
+    """A method was called at the wrong time.
 
-    It is also an `AssertionError`, because DeepSpeed raises that in these cases.
+    This class is also an `AssertionError`, because DeepSpeed raises an `AssertionError` here.
 
     RuntimeError
     └── MisuseError

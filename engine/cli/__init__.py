@@ -1,1 +1,1 @@
-"""The `onecycle` command: one module per subcommand in ``commands``."""
+"""The `onecycle` command. Each subcommand is a module of ``commands``."""

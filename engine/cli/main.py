@@ -23,7 +23,10 @@ COMMANDS = {
     "checkpoint": "list, verify, show or export the checkpoints of a run",
     "schema": "print the JSON Schema of configs, or of one schedule's params",
 }
-"""Name of each command, which is a module of `engine.cli.commands`, and its one-line help."""
+"""Maps the name of each subcommand to its one-line help.
+
+The code of a subcommand is in the module of the same name in `engine.cli.commands`.
+"""
 
 _EPILOG = """\
 exit status: 0 success; 1 the config is invalid; 2 wrong usage, or a file cannot be read or written.
@@ -50,12 +53,12 @@ def main(
     """Run the command and return its exit status.
 
     Args:
-        arguments: command-line arguments (default: those of this process).
+        arguments: command-line arguments (default: the arguments of this process).
         out: stream for results and config problems (default: standard output).
         err: stream for usage errors and unreadable files (default: standard error).
     """
     out, err = out or sys.stdout, err or sys.stderr
-    # Most commands end before the garbage collector would free anything.
+    # Most commands exit before garbage collection would free any memory, so disabling it saves time.
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -89,7 +92,7 @@ def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         print(f"onecycle: {error}", file=err)
         return USAGE
     except BrokenPipeError:
-        # The reader closed the pipe, as in `… --csv - | head`.
+        # The reader of the output closed the pipe, as in `onecycle plot … --csv - | head`.
         sys.stderr.close()
         return OK
     except OSError as error:
@@ -100,7 +103,7 @@ def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
 
 
 class _Version(argparse.Action):
-    """Prints the versions to include in a bug report."""
+    """Prints the package versions that a bug report should include."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from engine.versions import installed

@@ -1,4 +1,4 @@
-"""Read, validate and resolve configs. Nothing here needs torch."""
+"""Read, validate and resolve configs. This package does not import torch."""
 
 from engine.config.resolve import Config, LossScaling, load_config
 from engine.config.source import Source, load_document

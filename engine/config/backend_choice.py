@@ -12,14 +12,14 @@ __all__ = ["BackendChoice", "choose_backend", "find_deepspeed_only", "zero_stage
 
 
 class BackendChoice(NamedTuple):
-    """The backend ("torch" or "deepspeed"), and the reason for the choice as text."""
+    """The name of the chosen backend ("torch" or "deepspeed"), and the reason for the choice."""
 
     name: str
     reason: str
 
 
 def zero_stage(config: Mapping[str, Any]) -> int | str:
-    """Return the ZeRO stage of a config, which may be "auto". The default is 0.
+    """Return the ZeRO stage of a config, which is a number or "auto". The default is 0.
 
     >>> zero_stage({"zero_optimization": True}), zero_stage({"zero_optimization": {"stage": 2}})
     (1, 2)
@@ -30,7 +30,10 @@ def zero_stage(config: Mapping[str, Any]) -> int | str:
 
 
 def find_deepspeed_only(members: Sequence[Member]) -> list[Member]:
-    """Return the keys and sections that only DeepSpeed supports, without their nested keys."""
+    """Return the keys and sections that only DeepSpeed supports.
+
+    A section is returned once, without the keys inside it.
+    """
     found: list[Member] = []
     for member in members:
         inside = found and is_within(member.pointer, [found[-1].pointer])
@@ -40,7 +43,9 @@ def find_deepspeed_only(members: Sequence[Member]) -> list[Member]:
 
 
 def choose_backend(config: Mapping[str, Any], members: Sequence[Member]) -> BackendChoice:
-    """Return the backend that the config names, or else the one that supports its keys.
+    """Return the backend set by `engine.backend`; if it is "auto", choose one.
+
+    DeepSpeed is chosen if the config uses ZeRO or a key that only DeepSpeed supports.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'

@@ -1,4 +1,7 @@
-"""Solve: train batch size = micro-batch size x gradient accumulation steps x world size."""
+"""Derive missing batch sizes from the others.
+
+Train batch size = micro-batch size x gradient accumulation steps x world size.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,9 @@ BATCH_KEYS = (TRAIN, MICRO, ACCUMULATION)
 class BatchSizes:
     """The batch sizes of a run.
 
-    ``train`` is the number of samples per optimizer step over all ranks, ``micro`` the number of
-    samples per forward pass on one rank, and ``accumulation`` the number of micro-batches per step.
+    ``train`` is the number of samples per optimizer step, summed over all ranks. ``micro`` is the
+    number of samples per forward pass on one rank. ``accumulation`` is the number of micro-batches
+    per optimizer step.
     """
 
     train: int
@@ -37,7 +41,10 @@ class BatchSizes:
 
 
 class BatchError(ValueError):
-    """Inconsistent batch sizes; ``key`` is the key to change and ``hint`` describes the fix."""
+    """The batch sizes are inconsistent.
+
+    ``key`` is the config key to change, and ``hint`` describes the fix.
+    """
 
     def __init__(self, key: str, message: str, hint: str) -> None:
         super().__init__(message)
@@ -46,17 +53,18 @@ class BatchError(ValueError):
 
 
 def solve(given: Mapping[str, int], world_size: int) -> BatchSizes:
-    """Return the batch sizes, deriving those that are not given.
+    """Return all three batch sizes. Sizes that are not given are derived.
 
-    Two of the three sizes determine the third. If accumulation cannot be derived, it is 1, as in
-    DeepSpeed.
+    Two of the three sizes determine the third. If only one size is given, the number of
+    accumulation steps is 1, as in DeepSpeed.
 
     Args:
-        given: dict from any of `BATCH_KEYS` to its value, at least 1.
+        given: values of the `BATCH_KEYS` that the config sets; each is at least 1.
         world_size: number of ranks, at least 1.
 
     Raises:
-        BatchError: the sizes are inconsistent, or both batch sizes are missing.
+        BatchError: the sizes are inconsistent, or neither the train batch size nor the
+            micro-batch size is given.
 
     >>> print(solve({"train_batch_size": 32, "gradient_accumulation_steps": 2}, world_size=4))
     batch size 32 = 4 per rank x 2 accumulation steps x 4 ranks

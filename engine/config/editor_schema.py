@@ -16,17 +16,18 @@ _DRAFT = "http://json-schema.org/draft-07/schema#"
 
 
 def editor_schema() -> dict[str, Any]:
-    """Return the schema that gives editors completion, hover texts and error highlighting.
+    """Return the schema that editors use for completion, hover texts and error highlighting.
 
-    A config refers to it in ``$schema``. Unlike `check`, it validates each value separately, and
-    not combinations of values. The schema of ``params`` depends on ``type``.
+    A config refers to this schema with the key ``$schema``. The schema validates each value
+    separately; only `check` also validates combinations of values. The schema of ``params``
+    depends on ``type``.
     """
     schema = _inline_references(schemas.read(SCHEMA))
     schema["$schema"] = _DRAFT
     usable = {name: params for name, params in OPTIMIZERS.items() if "x-removed" not in params}
     properties = schema["properties"]
     properties["optimizer"] |= _branch_on_type(usable, any_case=True)
-    custom = {"pattern": ":"}  # a custom schedule, as module:attribute
+    custom = {"pattern": ":"}  # a custom schedule, written as module:attribute
     by_schedule = {name: schedule_schema(cls) for name, cls in SCHEDULES.items()}
     properties["scheduler"] |= _branch_on_type(by_schedule, any_case=False)
     for block, names in ((properties["optimizer"], usable), (properties["scheduler"], SCHEDULES)):
@@ -38,7 +39,7 @@ def editor_schema() -> dict[str, Any]:
 
 
 def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema with all referenced files inlined."""
+    """Return a copy of a schema in which the content of each file replaces the reference to it."""
     inlined = {"": _copy_for_editors(schema)}
     for member in walk({}, schema, fill=lambda _: SECTION):
         inlined[member.pointer] = _copy_for_editors(member.schema)
@@ -48,7 +49,10 @@ def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a schema with the messages that editors show for deprecated keys."""
+    """Return a copy of a schema with empty ``properties`` and without references.
+
+    If the key is deprecated, the copy also has the message that editors show.
+    """
     copy = {key: value for key, value in schema.items() if key not in {"$ref", "$schema"}}
     if "properties" in copy:
         copy["properties"] = {}

@@ -1,6 +1,6 @@
-"""Edit the text of a config: apply fixes and insert a scheduler block.
+"""Apply fixes to the text of a config, and insert a scheduler block.
 
-Comments, order and spacing of everything else are kept.
+The rest of the text does not change, including comments, the order of keys and whitespace.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _INDENT = 2
 def repair(document: Document, problems: Sequence[Problem]) -> tuple[str, list[Problem]]:
     """Apply every automatic fix; return the new text and the problems that it solves.
 
-    Comments, order and spacing are kept. A key is not renamed if its new name is already used.
+    The rest of the text does not change, including comments and whitespace. A key is not renamed
+    if the config already has a key with the new name.
     """
     text = document.text
     edits: list[tuple[int, int, str]] = []
@@ -54,7 +55,7 @@ def repair(document: Document, problems: Sequence[Problem]) -> tuple[str, list[P
 
 
 def put_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
-    """Write a scheduler block into a config file; return the path of the backup.
+    """Write a scheduler block into a config file; return the path of a backup of the old file.
 
     Raises:
         OSError: the config or the backup cannot be written.
@@ -70,8 +71,8 @@ def put_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
 def with_scheduler(document: Document, block: Mapping[str, Any]) -> str:
     """Return the text of a config with a new scheduler block.
 
-    If the old block has the same type and keys, only the changed values are replaced, so that
-    comments in the block are kept as well.
+    If the old block has the same type and the same parameters, only the values that differ are
+    replaced. Comments inside the block then remain.
 
     >>> from engine.config.parser import parse
     >>> text = '{"scheduler": {"type": "A", "params": {"x": 1}} // mine\\n}'

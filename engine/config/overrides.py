@@ -1,7 +1,8 @@
-"""Command-line arguments of training scripts that override the config file.
+"""Command-line arguments of training scripts that override values of the config file.
 
-The arguments have the names and meanings of SambaFlow's (``--learning_rate``, ``--max_steps``, …)
-and DeepSpeed's (``--deepspeed_config``, and the parameters of its schedules).
+Some arguments have the same names and meanings as in SambaFlow (``--learning_rate``,
+``--max_steps``, …). The others are DeepSpeed's arguments: ``--deepspeed_config``, and one argument
+per parameter of DeepSpeed's schedules.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _RUN_ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
 
 @functools.cache
 def _schedule_parameters() -> dict[str, type[Schedule[Any]]]:
-    """Map each parameter of DeepSpeed's schedules to the last schedule that has it."""
+    """Map the name of each parameter of DeepSpeed's schedules to a schedule that has it."""
     return {
         name: cls
         for cls in of_family("families.deepspeed").values()
@@ -67,14 +68,18 @@ def _schedule_parameters() -> dict[str, type[Schedule[Any]]]:
     }
 
 
-# A script may define arguments with the same names for its own purposes. This attribute marks the
-# namespaces of parsers that were passed to `add_config_arguments`.
+# A script may define arguments with the same names for other purposes. A namespace has this
+# attribute only if its parser was passed to `add_config_arguments`.
 _MARK = "config_arguments"
 
 
 @dataclass(frozen=True)
 class Override:
-    """A config value set by an argument; ``in_file`` is the value that it replaces, if any."""
+    """A config value that was set by a command-line argument.
+
+    ``in_file`` is the replaced value and its position in the file. It is empty if the file does not
+    contain the key or already has the same value.
+    """
 
     argument: str
     pointer: str
@@ -89,7 +94,8 @@ class Override:
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add arguments that specify a config file and override its values; return the parser.
 
-    Pass the parsed namespace to ``initialize(args=…)``. An absent argument overrides nothing.
+    Pass the parsed namespace to ``initialize(args=…)``. If the user omits an argument, the value in
+    the config file is used.
 
     >>> parser = add_config_arguments(argparse.ArgumentParser())
     >>> args = parser.parse_args(["--deepspeed_config", "ds_config.json", "--max_steps", "100"])
@@ -136,7 +142,7 @@ def override(document: Document, args: argparse.Namespace) -> tuple[Document, li
     schedule = value.get("scheduler")
     is_replaced = "lr_schedule" in given and isinstance(schedule, dict)
     if is_replaced and schedule.get("type") != given["lr_schedule"]:
-        schedule.pop("params", None)  # The params belong to the old schedule.
+        schedule.pop("params", None)  # These params are for the old schedule.
     for argument, pointer, new in _list_targets(given, value):
         *sections, key = split_pointer(pointer)
         around = value
@@ -159,7 +165,7 @@ def override(document: Document, args: argparse.Namespace) -> tuple[Document, li
 def _list_targets(
     given: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Any]]:
-    """Yield (argument, pointer, value), the type of the schedule first."""
+    """Yield (argument, pointer, value) for each value to set, starting with the schedule's type."""
     if "lr_schedule" in given:
         yield "lr_schedule", "/scheduler/type", given["lr_schedule"]
     schedule = config.get("scheduler")

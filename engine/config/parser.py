@@ -1,8 +1,8 @@
-"""Parse the text of a config into values, with the position of every key and value.
+"""Parse the text of a config into values, and record the position of every key and value.
 
-The parser accepts what DeepSpeed accepts: JSON, plus the comments and trailing commas of hjson. It
-reports problems that such parsers silently accept: duplicate keys, NaN, text without quotes. It
-continues after a problem if possible, so that one run finds all of them.
+The parser accepts what DeepSpeed accepts: JSON with the comments and trailing commas of hjson. It
+reports duplicate keys, NaN and unquoted text, which DeepSpeed's parser silently accepts. It
+continues after a problem if possible, so that one run reports all problems.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LITERALS = {"true": True, "false": False, "null": None}
 
 @dataclass(frozen=True)
 class Place:
-    """Start of a key and of its value, each as (line, column). Both count from 1."""
+    """The positions where a key and its value start, as (line, column); both are 1-based."""
 
     key: tuple[int, int]
     value: tuple[int, int]
@@ -44,7 +44,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Document:
-    """A config's values, their positions by JSON pointer, and the problems of its text."""
+    """A parsed config: its values, the position of each value, and the syntax problems.
+
+    ``places`` maps JSON pointers to positions.
+    """
 
     name: str
     value: Any
@@ -57,16 +60,16 @@ class Document:
     """Maps a JSON pointer to the command-line argument that set its value."""
 
     def encoded(self, text: str) -> bytes:
-        """Encode a text as UTF-8, with a byte order mark if the file has one."""
+        """Encode a text as UTF-8; start it with a byte order mark if the config file has one."""
         return (_MARK + text if self.marked else text).encode()
 
     @property
     def lines(self) -> list[str]:
-        """The lines of the text, without line endings."""
+        """The lines of the config's text, without line endings."""
         return [line.removesuffix("\r") for line in self.text.split("\n")]
 
     def offset(self, place: tuple[int, int]) -> int:
-        """Return the index of a (line, column) position in the text."""
+        """Convert a (line, column) position to an index into the text."""
         line, column = place
         return self._line_starts[line - 1] + column - 1
 
@@ -93,7 +96,11 @@ class Document:
         fix: Fix | None = None,
         suggestion: str = "",
     ) -> Problem:
-        """Return a problem at the position of a pointer, or of the nearest enclosing value."""
+        """Build a problem at the position of a JSON pointer.
+
+        If the pointer has no position, such as that of a missing key, use the position of the
+        nearest enclosing value.
+        """
         around = pointer
         while around and around not in self.places and around not in self.arguments:
             around = parent_of(around)
@@ -115,7 +122,7 @@ class Document:
 
 
 def is_finite(number: float) -> bool:
-    """Return whether a number is finite as a float. Large integers are not.
+    """Return whether a number is finite as a float; False for integers too large for a float.
 
     >>> is_finite(10**300), is_finite(10**400), is_finite(float("nan"))
     (True, False, False)
@@ -127,7 +134,10 @@ def is_finite(number: float) -> bool:
 
 
 def parse(text: str, name: str) -> Document:
-    """Parse a text. If its syntax is invalid, the document has a problem and the value None."""
+    """Parse the text of a config.
+
+    If the syntax is invalid, the document's value is None and its problems include the error.
+    """
     marked = text.startswith(_MARK)
     text = text.removeprefix(_MARK)
     parser = _Parser(text)
@@ -142,7 +152,7 @@ def parse(text: str, name: str) -> Document:
 
 @functools.cache
 def _unquoted() -> re.Pattern[str]:
-    """Return the pattern of text without double quotes, compiled on first use."""
+    """Return the pattern that matches unquoted or single-quoted text; compile it on first use."""
     return re.compile(
         r"""
         '[^'\n]*'                                       # text in single quotes
@@ -236,7 +246,10 @@ class _Parser:
         return items
 
     def _closes(self, bracket: str, *, first: bool) -> bool:
-        """Skip the separator before the next member; return whether the closing bracket follows."""
+        """Return whether the closing bracket comes next.
+
+        Also skip the closing bracket, or the comma before the next member.
+        """
         end = self.at
         self._space()
         if not first and not self.text.startswith(bracket, self.at):

@@ -1,4 +1,4 @@
-"""JSON pointers (RFC 6901), which address the keys of a config."""
+"""Functions for JSON pointers (RFC 6901), which identify the keys of a config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
 
 
 def pointer_to(parent: str, key: str | int) -> str:
-    """Return the JSON pointer of a member.
+    """Return the JSON pointer of a key or an index inside the value at ``parent``.
 
     >>> pointer_to("/engine", "a/b")
     '/engine/a~1b'
@@ -35,7 +35,7 @@ def split_pointer(pointer: str) -> list[str]:
 
 
 def dotted_name(pointer: str) -> str:
-    """Return the dotted name of a key, as shown in messages.
+    """Return the dotted name of a key, which is used in messages.
 
     >>> dotted_name("/fp16/enabled")
     'fp16.enabled'
@@ -49,12 +49,12 @@ def key_at(pointer: str) -> str:
 
 
 def parent_of(pointer: str) -> str:
-    """Return the pointer of the object that holds a key."""
+    """Return the pointer of the object that contains the key."""
     return pointer.rpartition("/")[0]
 
 
 def is_within(pointer: str, others: Iterable[str]) -> bool:
-    """Return whether a pointer equals one of the others or addresses a value inside one of them.
+    """Return whether a pointer equals one of the others, or points to a value inside one of them.
 
     >>> is_within("/fp16/enabled", ["/fp16"]), is_within("/fp16", ["/fp16/enabled"])
     (True, False)
@@ -63,7 +63,12 @@ def is_within(pointer: str, others: Iterable[str]) -> bool:
 
 
 def without(value: Any, pointers: Collection[str], pointer: str = "") -> Any:
-    """Return a copy of a value without the object members at the given pointers.
+    """Return a copy of a value without the keys at the given pointers.
+
+    Args:
+        value: value to copy. Keys of objects inside lists are not removed.
+        pointers: JSON pointers of the keys to remove.
+        pointer: JSON pointer of the value.
 
     >>> without({"fp16": {"enabled": 1, "hysteresis": 2}}, {"/fp16/enabled"})
     {'fp16': {'hysteresis': 2}}

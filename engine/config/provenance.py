@@ -1,4 +1,4 @@
-"""List every value that a run uses, with its origin."""
+"""List every value that a run uses, and where each value comes from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Entry", "as_config", "trace_origins"]
 
 
 class Entry(NamedTuple):
-    """A value of the resolved config, with its origin as text."""
+    """A value of the resolved config, and a text that describes where it comes from."""
 
     pointer: str
     value: Any
@@ -26,12 +26,12 @@ class Entry(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The dotted name, such as ``fp16.enabled``."""
+        """The dotted name of the key, such as ``fp16.enabled``."""
         return dotted_name(self.pointer)
 
 
 def trace_origins(context: RuleContext) -> Iterator[Entry]:
-    """Yield every value of a valid config, with its origin."""
+    """Yield every value that a run with this config uses, including defaults, with its origin."""
     document, backend = context.document, context.backend
     yield from _batch_sizes(document, context.world_size or 1)
     fill = partial(default_of, backend=backend.name)
@@ -51,7 +51,7 @@ def _batch_sizes(document: Document, world_size: int) -> Iterator[Entry]:
     if "auto" not in given.values():
         try:
             sizes = solve(given, world_size)
-        except BatchError:  # the sizes fit a different number of ranks
+        except BatchError:  # the batch sizes are valid for a different number of ranks
             sizes = None
         if sizes:
             derived = dict(
@@ -67,7 +67,10 @@ def _batch_sizes(document: Document, world_size: int) -> Iterator[Entry]:
 
 
 def _describe_origin(document: Document, member: Member) -> str:
-    """Return the argument or line that set a value, and the integrations that replace "auto"."""
+    """Return the argument or the line of the file that set a value.
+
+    For an "auto" value, also name the integrations that replace it.
+    """
     filled_in = member.value == "auto" and "x-auto" in member.schema
     suffix = f", filled in by {member.schema['x-auto']}" if filled_in else ""
     place = document.places.get(member.pointer)
@@ -76,7 +79,7 @@ def _describe_origin(document: Document, member: Member) -> str:
 
 
 def as_config(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Return the entries as a config.
+    """Convert entries to a config, which is a nested dict.
 
     >>> as_config([Entry("/fp16/enabled", False, "default")])
     {'fp16': {'enabled': False}}

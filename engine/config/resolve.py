@@ -1,4 +1,4 @@
-"""Validate a config and resolve it: fill in every default and derived value."""
+"""Validate a config, and fill in its defaults and derived values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Config", "LossScaling", "load_config"]
 
 @dataclass(frozen=True)
 class LossScaling:
-    """Loss scaling of an fp16 run; the fields are keys of the section ``fp16``."""
+    """Settings of loss scaling in fp16; the fields have the names of the keys in ``fp16``."""
 
     loss_scale: float
     initial_scale_power: int
@@ -43,14 +43,17 @@ _RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup", "steps_this_run"
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """The section ``engine.checkpoint``; without ``dir``, the engine does not save or resume."""
+    """The values of ``engine.checkpoint``.
+
+    If ``dir`` is None, the engine neither saves nor loads checkpoints automatically.
+    """
 
     dir: str | None
     every: int | None
     keep: int | None
     keep_every: int | None
     is_async: bool
-    """Whether checkpoints are written in the background: the key ``async``."""
+    """Whether checkpoints are written in the background (the config key ``async``)."""
     resume: Literal["auto", "must", "never"]
     override: bool
 
@@ -60,14 +63,14 @@ class DataSettings:
     """Settings of the data loader that `initialize` returns."""
 
     seed: int
-    """Seed of the order of the samples."""
+    """Seed for shuffling the samples."""
     drop_last: bool
-    """Whether an incomplete last batch of an epoch is left out."""
+    """Whether the last batch of an epoch is dropped if it is incomplete."""
 
 
 @dataclass(frozen=True)
 class OptimizerBlock:
-    """The canonical name of an optimizer, with all of its parameters."""
+    """The config's ``optimizer`` block, with the canonical name and all default parameters."""
 
     type: str
     params: Mapping[str, Any]
@@ -82,17 +85,17 @@ class Config:
     raw: Mapping[str, Any]
     """The user's config, including command-line overrides, without defaults."""
     zero_stage: int
-    """0: no sharding; 1: sharded optimizer states; 2: gradients as well; 3: parameters as well."""
+    """0 shards nothing, 1 the optimizer states, 2 also the gradients, and 3 also the parameters."""
     cpu_offload: bool
     """Whether parameters or optimizer states are offloaded to CPU memory."""
     wrap_classes: tuple[str, ...]
-    """Class names of the modules that are the units of sharding and activation checkpointing."""
+    """Class names of the modules that are units of sharding and activation checkpointing."""
     activation_checkpointing: Literal["device", "host"] | None
-    """Where activation checkpointing stores the inputs of blocks; None: it is disabled."""
+    """Where activation checkpointing stores the inputs of each block; None if it is disabled."""
     compile_backend: str | None
-    """The backend of torch.compile; None: the model is not compiled."""
+    """The backend of torch.compile; None if the model is not compiled."""
     find_unused_parameters: bool
-    """Whether data parallelism searches for parameters that the forward pass did not use."""
+    """The option of the same name of DistributedDataParallel."""
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -102,18 +105,18 @@ class Config:
     steps_per_print: int | None
     data: DataSettings
     report: str | None
-    """Directory for plots of the results of AutoWU or LRRangeTest; None: the default."""
+    """Directory for plots of AutoWU or LRRangeTest results; None for the default directory."""
     checkpoint: CheckpointPlan
     monitors: Mapping[str, Mapping[str, Any]]
     """The sections ``tensorboard``, ``csv_monitor`` and ``wandb``."""
     overrides: tuple[Override, ...]
     warnings: tuple[Problem, ...]
-    """Problems of severity "warning": probably mistakes, but the config can run."""
+    """Problems of severity "warning", which are probably mistakes but do not prevent the run."""
     run: Mapping[str, Any]
-    """The keys of the section ``engine`` that set the length of the run."""
+    """The keys of the section ``engine`` that set or scale the length of the run."""
 
     def for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
-        """Return the config of a trial run with another schedule; it writes no files."""
+        """Return the config of a trial run, which has a different schedule and writes no files."""
         off = CheckpointPlan(None, None, None, None, is_async=False, resume="never", override=False)
         silent = {name: {**section, "enabled": False} for name, section in self.monitors.items()}
         return replace(
@@ -127,7 +130,7 @@ class Config:
         )
 
     def horizon(self, steps_per_epoch: float | None) -> Horizon:
-        """Return the horizon that the schedule's durations refer to.
+        """Return the length of the run, which converts the schedule's durations to steps.
 
         Args:
             steps_per_epoch: optimizer steps per pass over the data; None if unknown.
@@ -143,12 +146,13 @@ class Config:
 def load_config(
     config: Source, *, world_size: int = 1, args: argparse.Namespace | None = None
 ) -> Config:
-    """Validate a config and fill in all defaults and derived values.
+    """Validate a config, and fill in all defaults and derived values.
 
     Args:
-        config: path, or the config as a dict, which is not modified.
+        config: path of the config, or the config as a dict. The dict is not modified.
         world_size: number of ranks of the run.
-        args: namespace of a parser with `add_config_arguments`; it overrides the config.
+        args: parsed arguments, which override values of the config. Their parser must have been
+            passed to `add_config_arguments`.
 
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every error.

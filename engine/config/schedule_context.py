@@ -1,4 +1,4 @@
-"""Evaluate a config's schedule for the run and the optimizer that the config describes."""
+"""Evaluate the schedule of a config for the config's run length and optimizer."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _MAX_PIECES = 5000
 def horizon_of(
     engine: Mapping[str, Any], *, samples_per_step: int | None, steps_per_epoch: float | None
 ) -> Horizon:
-    """Return the horizon described by a config's section ``engine``.
+    """Return the length of the run that a config's ``engine`` section describes.
 
     Args:
-        engine: the section, with or without defaults.
+        engine: the ``engine`` section, with or without defaults.
         samples_per_step: ``train_batch_size``; None if unknown.
         steps_per_epoch: optimizer steps per pass over the data; None if unknown.
 
@@ -61,10 +61,10 @@ def horizon_of(
 
 
 def horizon_if_known(schedule: Schedule[Any], config: Mapping[str, Any]) -> Horizon | None:
-    """Return the horizon of a schedule; None if it is not known before launch.
+    """Return the length of the run; None if the schedule needs values not known before launch.
 
-    The length of an epoch depends on the data loader. If ``train_batch_size`` is absent, it depends
-    on the number of ranks.
+    Durations in epochs depend on the data loader. Durations in samples depend on the batch size,
+    which depends on the number of ranks if ``train_batch_size`` is absent.
     """
     run = config.get("engine", {})
     texts = f"{run.get('max_duration')} {list(vars(schedule).values())}".lower()
@@ -75,7 +75,7 @@ def horizon_if_known(schedule: Schedule[Any], config: Mapping[str, Any]) -> Hori
 
 
 def samples_if_known(config: Mapping[str, Any]) -> int | None:
-    """Return ``train_batch_size``; None if it is absent or not known before launch."""
+    """Return ``train_batch_size``; None if the key is absent or "auto"."""
     size = config.get("train_batch_size")
     return size if isinstance(size, int) else None
 
@@ -83,11 +83,11 @@ def samples_if_known(config: Mapping[str, Any]) -> int | None:
 def base_of(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
     """Return the initial hyperparameters of the config's optimizer, one value per param group.
 
-    Without an optimizer, the defaults of Adam are used.
+    If the config has no optimizer, use the defaults of Adam.
 
     Args:
         config: config without "auto" values.
-        schedule: schedule; its lists determine the number of param groups.
+        schedule: schedule whose list-valued parameters determine the number of param groups.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
@@ -103,7 +103,7 @@ def base_of(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
 
 @dataclass(frozen=True)
 class DrivenSchedule:
-    """A schedule and its curves for a config's optimizer and run."""
+    """A schedule, and its curves for a given optimizer and run length."""
 
     schedule: Schedule[Any]
     horizon: Horizon
@@ -111,14 +111,21 @@ class DrivenSchedule:
     curves: Curves
 
     def ignores(self, name: str) -> bool:
-        """Return whether the curve does not depend on the optimizer's value of a hyperparameter."""
+        """Return whether the schedule ignores the value that the optimizer sets.
+
+        Args:
+            name: hyperparameter to check, such as ``lr``.
+        """
         other = {**self.base, name: tuple(value / 2 for value in self.base[name])}
         changed = self.schedule.curves_for(other, self.horizon)[name][0]
         steps = range(0, self.schedule.span + 1, max(1, self.schedule.span // 20))
         return all(self.curves[name][0](step) == changed(step) for step in steps)
 
     def range_of(self, name: str) -> tuple[float, float]:
-        """Return the lowest and highest value of a curve, evaluated at the ends of its pieces."""
+        """Return the lowest and the highest value of a hyperparameter during the schedule.
+
+        The curve is evaluated only at both ends of each of its pieces.
+        """
         curve = self.curves[name][0]
         span = max(int(self.schedule.span), 1)
         pieces = itertools.islice(curve.pieces(0, span + 1), _MAX_PIECES)
@@ -127,7 +134,7 @@ class DrivenSchedule:
 
     @property
     def end(self) -> int | None:
-        """The step after which the learning rate is constant; None if it never is."""
+        """The step after which the learning rate is constant; None if it keeps changing."""
         curve, step = self.curves["lr"][0], 0.0
         for _ in range(_MAX_PIECES):
             piece = curve.piece(math.ceil(step))
@@ -139,7 +146,9 @@ class DrivenSchedule:
 
 
 def drive(schedule: Schedule[Any], config: Mapping[str, Any]) -> DrivenSchedule | None:
-    """Return a schedule with its curves; None if they are not determined by the config.
+    """Compute the curves of a schedule.
+
+    Return None if the curves also depend on the loss, the data loader or the number of ranks.
 
     Raises:
         ValueError: the schedule does not match the run or the optimizer.

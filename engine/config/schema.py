@@ -1,4 +1,4 @@
-"""The config schema: iterate over its keys, and look up the default of an absent key."""
+"""Iterate over the keys of a config together with their schemas, and look up their defaults."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ __all__ = [
 
 SCHEMA = "ds_config.schema.json"
 PARKED = ("x-", "//", "_")
-"""Prefixes of keys that are ignored, such as notes and disabled settings."""
+"""Keys with these prefixes are ignored. Users keep notes and disabled settings in them."""
 OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
 
 ABSENT: Any = object()
-"""The value of a key that a config does not have."""
+"""Marks a key that a config does not have and that has no default."""
 SECTION: Mapping[str, Any] = {}
-"""The value of a section that a config does not have, but whose keys have defaults."""
+"""Marks a section that a config does not have, but whose keys have defaults."""
 
 
 def is_parked(key: str) -> bool:
@@ -61,7 +61,10 @@ def optimizer_schema(name: str) -> dict[str, Any]:
 
 
 def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
-    """Return the schema of a schedule's ``params``; for a custom schedule, generate it."""
+    """Return the schema of a schedule's ``params``.
+
+    The schema is read from a file for built-in schedules, and generated for custom schedules.
+    """
     if SCHEDULES.get(cls.type_name) is cls:
         with contextlib.suppress(FileNotFoundError):
             return schemas.read(f"schedulers/{cls.type_name}.json")
@@ -69,20 +72,20 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
 
 
 def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a schema, merged with the file that it references, if any."""
+    """Return a schema. If it references a file, merge it with the schema in that file."""
     reference = schema.get("$ref")
     return {**schemas.read(reference), **schema} if reference else schema
 
 
 class Member(NamedTuple):
-    """A key of a config, given or filled in from the schema."""
+    """A key of a config with its value, which is either given or filled in from the schema."""
 
     pointer: str
     value: Any
     schema: Mapping[str, Any]
     """JSON schema of the value; empty for an unknown key."""
     is_given: bool = True
-    """Whether the config has the key; if not, the value is filled in."""
+    """Whether the config contains the key. If not, the value was filled in."""
 
     @property
     def is_section(self) -> bool:
@@ -99,16 +102,17 @@ def walk(
     *,
     fill: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> Iterator[Member]:
-    """Yield the keys of an object at every depth, each section before its keys.
+    """Yield all keys of an object and of its sections; a section comes before its keys.
 
-    The schema of ``params`` is chosen by ``type``. Keys with an ignored prefix are skipped.
+    The schema of ``params`` depends on ``type``. Keys with an ignored prefix are skipped.
 
     Args:
-        value: object, valid or not.
+        value: object to iterate over; it may be invalid.
         schema: schema of the object.
         pointer: JSON pointer of the object.
-        fill: function from the schema of an absent key to its value; `SECTION` fills in the keys
-            of a section, `ABSENT` skips the key. By default, absent keys are skipped.
+        fill: function that receives the schema of an absent key and returns the value to yield. If
+            it returns `SECTION`, the keys of that section are also filled in. If it returns
+            `ABSENT`, the key is skipped. By default, all absent keys are skipped.
 
     >>> [member.pointer for member in walk({"fp16": {"enabled": True}}, schemas.read(SCHEMA))]
     ['/fp16', '/fp16/enabled']
@@ -133,7 +137,7 @@ def walk(
 
 
 def _replaced_names(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
-    """Return the names of keys that the object sets under a deprecated or alternative name."""
+    """Return the keys that the object sets by a different name, such as a deprecated one."""
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
 
@@ -141,10 +145,10 @@ def _replaced_names(value: Mapping[str, Any], properties: Mapping[str, Any]) -> 
 def _schema_of_member(
     schema: Mapping[str, Any], pointer: str, around: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Return the schema of a key, with references resolved and ``params`` chosen by ``type``.
+    """Return the schema of a key, with references resolved.
 
-    The schema of an optimizer's ``type`` key also has the annotations of that optimizer, such as
-    its backend.
+    The schema of ``params`` depends on ``type``. The schema of an optimizer's ``type`` is that of
+    the optimizer, which includes annotations such as the backend.
     """
     name = around.get("type")
     if isinstance(name, str):
@@ -160,15 +164,15 @@ def _schema_of_member(
 
 
 def default_of(schema: Mapping[str, Any], backend: str) -> Any:
-    """Return the value that a backend uses for an absent key.
+    """Return the value that a backend uses if a config does not contain a key.
 
     Args:
         schema: schema of the key.
         backend: "torch" or "deepspeed".
 
     Returns:
-        The default; `SECTION` for a section whose keys have defaults; `ABSENT` if the key has no
-        default, is deprecated or removed, or is not supported by the backend.
+        The default value. It is `SECTION` for a section whose keys have defaults. It is `ABSENT` if
+        the key has no default, is deprecated or removed, or is not supported by the backend.
 
     >>> default_of({"default": 2}, "torch")
     2
@@ -181,10 +185,10 @@ def default_of(schema: Mapping[str, Any], backend: str) -> Any:
 
 
 def nest(members: Iterable[Member], pointer: str = "") -> dict[str, Any]:
-    """Return members as nested dicts.
+    """Convert members to nested dicts.
 
     Args:
-        members: keys in the order in which `walk` yields them.
+        members: members in the order in which `walk` yields them.
         pointer: JSON pointer of the object that contains them.
 
     >>> nest([Member("/fp16/enabled", False, {})])
@@ -201,9 +205,9 @@ def nest(members: Iterable[Member], pointer: str = "") -> dict[str, Any]:
 
 
 def with_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an object with defaults for absent keys and without ignored keys.
+    """Return a copy of an object with default values added and ignored keys removed.
 
-    Keys that only DeepSpeed supports get no default, because DeepSpeed applies its own.
+    No defaults are added for keys that only DeepSpeed supports; DeepSpeed uses its own defaults.
 
     >>> with_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))["enabled"]
     True

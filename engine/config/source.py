@@ -16,7 +16,7 @@ from engine.errors import ConfigError, Problem
 
 __all__ = ["Source", "find_unserializable", "load_document"]
 
-# Real configs have a few thousand bytes. A much larger file is probably a wrong path.
+# A config is usually a few kilobytes long. A much larger file is probably not a config.
 _MAX_BYTES = 1_000_000
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -26,7 +26,7 @@ def load_document(config: Source) -> Document:
     """Read a config from a file, standard input ("-") or a dict.
 
     Raises:
-        ConfigError: the file does not exist, cannot be read, or is not text.
+        ConfigError: the file does not exist, cannot be read, is too large, or is not UTF-8 text.
     """
     if isinstance(config, Mapping):
         return _from_mapping(config)
@@ -59,7 +59,7 @@ def _from_mapping(config: Mapping[str, Any]) -> Document:
     problems = tuple(find_unserializable(config, ""))
     value = config
     if not problems:
-        # Copy through JSON, so that later changes to the user's dict do not change the config.
+        # Copy the dict, so that the user can change it later without changing the config.
         value = json.loads(json.dumps(config, default=dict))
     return Document("config", value, problems=problems)
 

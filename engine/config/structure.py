@@ -46,21 +46,24 @@ _REGISTRY: Registry[Any] = Registry(
 
 @dataclass(frozen=True)
 class Structure:
-    """Result of checking a config against its schemas, for the rules that compare values."""
+    """The result of checking each value of a config against its schema.
+
+    The rules that check combinations of values use this result.
+    """
 
     problems: Sequence[Problem]
     config: Mapping[str, Any]
     """The config without invalid values and without "auto" values."""
     members: Sequence[Member]
-    """The config's keys, except those that the config schema rejects."""
+    """The config's keys with their schemas, except keys that the schema rejects."""
     unsure: Collection[str]
-    """Pointers of the values that ``config`` omits, and of keys that were probably misspelled."""
+    """Pointers of invalid values, of "auto" values, and of keys that were probably misspelled."""
     schedule: Schedule[Any] | None
-    """The schedule of ``config``; None if it is absent or its parameters conflict."""
+    """The schedule in ``config``; None if there is none or it cannot be constructed."""
 
 
 def check_structure(document: Document) -> Structure:
-    """Check each value of a config separately, and construct the config's schedule.
+    """Check each value of a config against its schema, and construct the config's schedule.
 
     Args:
         document: parsed config; its value must be an object.
@@ -94,13 +97,13 @@ def _pointers_of_errors(problems: Sequence[Problem]) -> set[str]:
 def against_schema(
     document: Document, value: Any, schema: Mapping[str, Any], pointer: str = ""
 ) -> Iterator[Problem]:
-    """Yield one problem per schema violation in a value and its nested values.
+    """Yield a problem for each violation of the schema, also in nested values.
 
     Args:
-        document: parsed config, used to locate problems.
-        value: part of the document's value.
-        schema: JSON schema of that part.
-        pointer: JSON pointer of that part.
+        document: parsed config, which provides the positions of problems.
+        value: value to check; a part of the config.
+        schema: JSON schema of the value.
+        pointer: JSON pointer of the value.
     """
     validator = jsonschema.Draft202012Validator(schema, registry=_REGISTRY)
     problems: list[Problem] = []
@@ -112,13 +115,16 @@ def against_schema(
     problems = list({(each.rule, each.pointer, each.message): each for each in problems}.values())
     meant = {_suggested_pointer(problem) for problem in problems}
     for problem in problems:
-        # A misspelled required key is reported only as unknown, not also as missing.
+        # A misspelled required key is reported as an unknown key, but not also as a missing key.
         if problem.rule != "missing-key" or problem.suggestion not in meant:
             yield problem
 
 
 def _suggested_pointer(problem: Problem) -> str:
-    """Return the pointer to the key that an unknown key probably meant, or an empty string."""
+    """Return the pointer of the known key that the user probably meant.
+
+    Return an empty string if the problem is not an unknown key, or if there is no suggestion.
+    """
     found = problem.rule == "unknown-key" and problem.suggestion
     return pointer_to(parent_of(problem.pointer), problem.suggestion) if found else ""
 
@@ -164,7 +170,7 @@ def _convert_error(
 
 
 def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:
-    """Return the hint and fix for a number or boolean in quotes; booleans match in any case."""
+    """Return a hint and a fix if a value would be valid without quotes, such as "1" or "True"."""
     if not isinstance(value, str):
         return "", None
     try:
@@ -250,7 +256,7 @@ def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[P
 
 
 def _add_owners(problem: Problem) -> Problem:
-    """Add a hint to an unknown parameter if other schedules have a parameter of that name."""
+    """Replace the hint of an unknown parameter with the names of schedules that have it, if any."""
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem
     key = key_at(problem.pointer)
@@ -262,9 +268,9 @@ def _add_owners(problem: Problem) -> Problem:
 def _construct_schedule(
     document: Document, config: Mapping[str, Any], unsure: Collection[str]
 ) -> tuple[Schedule[Any] | None, list[Problem]]:
-    """Return the config's schedule, and the conflicts between its parameters.
+    """Construct the config's schedule; return it with the problems of its parameters.
 
-    Conflicts are reported only if no parameter is invalid or "auto".
+    Problems are returned only if every parameter is known, that is, none is invalid or "auto".
     """
     block = config.get("scheduler")
     if not isinstance(block, Mapping) or "type" not in block:
@@ -281,7 +287,7 @@ def _construct_schedule(
         for fault in error.faults:
             below = pointer_to(pointer, fault.field) if fault.field else pointer
             problems.append(document.problem("schedule", below, fault.message))
-        # Rules that need only some of the parameters are still checked.
+        # Construct the schedule without the invalid parameters for rules that do not need them.
         invalid = {fault.field for fault in error.faults}
         valid = {name: value for name, value in params.items() if name not in invalid}
         with contextlib.suppress(ValueError):

@@ -1,6 +1,8 @@
-"""Suggest a known key for an unknown one: by spelling, by another tool's name, by section.
+"""Suggest a known key for an unknown key.
 
-No suggestion is better than a bad one, which costs the user more time.
+A suggestion is a key with a similar name, the key with the same meaning as a key of another tool,
+or the section to which the key belongs. If no suggestion is likely to be correct, none is made,
+because a wrong suggestion costs the user time.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ __all__ = ["Suggestion", "suggestion"]
 class Suggestion(NamedTuple):
     """A suggestion for an unknown key.
 
-    ``hint`` is the text for the message. ``meant`` is the key in the same object that was probably
-    meant. ``fix`` is set only if the replacement is certain.
+    ``hint`` is the text for the message. ``meant`` is the key of the same object that the user
+    probably meant. ``fix`` is set only if the replacement is certain to be correct.
     """
 
     hint: str
@@ -36,10 +38,10 @@ def suggestion(
     """Return a suggestion for an unknown key.
 
     Args:
-        pointer: JSON pointer of the object that contains the key.
+        pointer: JSON pointer of the object that contains the unknown key.
         key: unknown key.
-        known: properties of the object's schema.
-        present: the object itself.
+        known: schemas of the known keys of the object, by name.
+        present: object that contains the unknown key.
 
     >>> known = {"gradient_clipping": {"type": "number"}}
     >>> suggestion("", "gradient_cliping", known, {"gradient_cliping": 1.0}).hint
@@ -53,7 +55,7 @@ def suggestion(
     fitting = [
         name for name in absent if _accepts_type(present[key], resolve_reference(known[name]))
     ]
-    # Short names may differ in two letters if the type of the value leaves only one candidate.
+    # Two edits are accepted in a short name if only one similar key accepts the type of the value.
     near = nearest(key, fitting) or nearest(key, absent) or _find_only_near(key, fitting)
     if near:
         return Suggestion(f"Did you mean `{near}`?", near)
@@ -69,7 +71,10 @@ def suggestion(
 
 
 def _find_only_near(name: str, known: Collection[str]) -> str | None:
-    """Return the only known name within two edits that has the same first or last letter."""
+    """Return the known name that is at most two edits away and has the same first or last letter.
+
+    Return None if there are several such names.
+    """
     near = [
         other
         for other in known
@@ -102,7 +107,10 @@ _ALIASES: Mapping[str, Mapping[str, str]] = schemas.read("aliases.json")
 
 @functools.cache
 def _sections_by_key() -> dict[str, tuple[str, ...]]:
-    """Return the sections that have each key, excluding the params of optimizers and schedules."""
+    """Map each key to the pointers of the sections that have a key of this name.
+
+    The ``params`` of optimizers and schedules are not included.
+    """
     places: dict[str, tuple[str, ...]] = {}
     for member in walk({}, schemas.read(SCHEMA), fill=_skip_old_keys):
         key = key_at(member.pointer)

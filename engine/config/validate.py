@@ -1,7 +1,7 @@
-"""Validate a config: its text, then each value against its schema, then combinations of values.
+"""Validate a config in three phases: its syntax, each value, and combinations of values.
 
-Each phase sees only the values that the earlier phases accepted. A mistake is therefore reported
-without the errors that would follow from it.
+Each phase checks only the values that the earlier phases accepted. A mistake is therefore reported
+once, without further errors that it would cause.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ SEVERITIES = ("error", "warning", "note")
 
 
 def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
-    """Return all problems of a config, sorted by position; an empty list if it is valid.
+    """Return all problems of a config, sorted by position.
+
+    A config without problems of severity "error" is valid.
 
     Args:
-        config: path, or the config as a dict.
-        world_size: number of ranks that the batch sizes must fit; None accepts any number.
+        config: path of the config, or the config as a dict.
+        world_size: number of ranks for which the batch sizes must be valid. With None, they must be
+            valid for some number of ranks.
 
     Raises:
         ConfigError: the file does not exist or is not text.
@@ -38,23 +41,25 @@ def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
 
 
 def check(document: Document, world_size: int | None, *, runs: bool = False) -> list[Problem]:
-    """Return every problem of a document, sorted by position; see `examine`."""
+    """Return every problem of a parsed config, sorted by position; see `examine`."""
     return examine(document, world_size, runs=runs)[0]
 
 
 def examine(
     document: Document, world_size: int | None, *, runs: bool = False
 ) -> tuple[list[Problem], RuleContext | None]:
-    """Return every problem of a document, sorted by position, and its valid part.
+    """Return every problem of a parsed config, sorted by position, and the config's valid part.
 
     Args:
         document: parsed config.
-        world_size: number of ranks that the batch sizes must fit; None accepts any number.
-        runs: whether a run starts from this config, so that no integration replaces "auto".
+        world_size: number of ranks for which the batch sizes must be valid. With None, they must be
+            valid for some number of ranks.
+        runs: whether a run uses this config directly. Every "auto" is then an error, because no
+            integration replaces it.
 
     Returns:
-        The problems, and the context that the rules received; None if the text cannot be parsed or
-        is not an object.
+        The problems, and the `RuleContext` that the rules received. The context is None if the
+        syntax is invalid or the config is not a JSON object.
     """
     problems = list(document.problems)
     context = None

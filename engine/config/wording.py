@@ -11,7 +11,7 @@ _WIDTH = 60
 
 
 def count_noun(count: int, noun: str) -> str:
-    """Return a count with its noun in the singular or plural.
+    """Format a count with its noun, which is singular or plural.
 
     >>> count_noun(1, "rank"), count_noun(8, "rank")
     ('1 rank', '8 ranks')
@@ -20,7 +20,7 @@ def count_noun(count: int, noun: str) -> str:
 
 
 def quote_value(value: Any) -> str:
-    """Return a value as JSON, shortened to fit in a message.
+    """Format a value as JSON, and truncate it if it is too long for a message.
 
     >>> quote_value({"stage": None})
     '{"stage": null}'
@@ -29,5 +29,5 @@ def quote_value(value: Any) -> str:
 
 
 def shorten(text: str) -> str:
-    """Return a text, cut to at most 60 characters."""
+    """Truncate a text to at most 60 characters."""
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "…"

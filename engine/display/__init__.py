@@ -1,1 +1,1 @@
-"""Output for users: previews, plots, the schedule catalog and problem reports."""
+"""Present results to users: previews, plots, the list of schedules, and problem reports."""

@@ -1,4 +1,4 @@
-"""Text for `onecycle schedules`: the list of all schedules, and the documentation of each one."""
+"""Generate the output of `onecycle schedules`: the list of schedules, or one schedule's page."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from schedules.core.trace import DEFAULT_BASE
 __all__ = ["EXAMPLE_STEPS", "example_curves", "listing", "page", "summary"]
 
 EXAMPLE_RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
-"""Length of the run that every schedule's example parameters assume."""
+"""Length of the run for which all example parameters were chosen."""
 
 EXAMPLE_STEPS = 120
-"""Number of steps to plot; more than the run, to show the values after its end."""
+"""Number of steps to plot. It exceeds the length of the run to show the values after the end."""
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _BASE = {**DEFAULT_BASE, "weight_decay": (0.01,)}
@@ -31,20 +31,20 @@ def summary(cls: type[Schedule[Any]]) -> str:
 
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
-    """Return the curve of each hyperparameter for a schedule's example parameters."""
+    """Return the curves of a schedule that has its example parameters, by hyperparameter name."""
     curves = cls(**cls.example).curves_for(_BASE, EXAMPLE_RUN)
     return {name: groups[0] for name, groups in curves.items()}
 
 
 def listing() -> Iterator[str]:
-    """Yield one line per schedule: its name, a small plot of its learning rate, its summary."""
+    """Yield one line per schedule: the name, a small plot of the learning rate, and the summary."""
     width = max(map(len, SCHEDULES))
     for name, cls in SCHEDULES.items():
         yield f"{name:{width}}  {_sparkline(example_curves(cls)['lr'])}  {summary(cls)}"
 
 
 def page(cls: type[Schedule[Any]]) -> Iterator[str]:
-    """Yield a schedule's documentation line by line: formula, parameters, example, curves."""
+    """Yield the lines of a schedule's page: its docstring, parameters, example and small plots."""
     yield cls.type_name
     yield ""
     yield (inspect.getdoc(cls) or "").partition("\n\n>>>")[0]

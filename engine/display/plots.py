@@ -1,4 +1,4 @@
-"""Plots of curves with one panel per hyperparameter, in a file or in the terminal."""
+"""Plot hyperparameters over the steps, in an image file or in the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_PLOTTED = 1e200
 
 
 def panels_of(columns: Iterable[str]) -> dict[str, list[str]]:
-    """Group columns by panel: ``lr.0`` and ``lr.1`` share the panel ``lr``.
+    """Group columns by the panel that shows them. The panel ``lr`` shows ``lr.0`` and ``lr.1``.
 
     >>> panels_of(["lr.0", "lr.1", "momentum"])
     {'lr': ['lr.0', 'lr.1'], 'momentum': ['momentum']}
@@ -34,7 +34,10 @@ def panels_of(columns: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
-    """Return phase names by first step; empty if the panel has several curves."""
+    """Map the first step of each phase to its name.
+
+    The result is empty if the panel shows several curves.
+    """
     if len(panel) > 1 or panel[0] not in curves:
         return {}
     named = curves[panel[0]].phases()
@@ -50,16 +53,16 @@ def draw(
     evidence: Evidence | None = None,
     dpi: int = 150,
 ) -> None:
-    """Plot columns over the step in an image file, with one panel per hyperparameter.
+    """Plot columns over the steps in an image file, with one panel per hyperparameter.
 
     Args:
-        columns: values by column name, one value per step; names as in `Preview.columns`.
-        path: output file; its suffix sets the format, such as ``.png``, ``.svg`` or ``.pdf``.
+        columns: column names mapped to one value per step. The names are as in `Preview.columns`.
+        path: output file. Its suffix, such as ``.png`` or ``.pdf``, selects the format.
         title: title of the figure.
-        curves: curves of the columns; their phases are labeled in the panels.
-        evidence: data behind the switch of a loss-driven schedule; plotted in the last panel with
-            the column ``loss``, if present.
-        dpi: dots per inch.
+        curves: curves of the columns, whose phases are labeled in the panels.
+        evidence: data from which a loss-driven schedule decided to end its warmup. It is plotted
+            in the last panel, together with the column ``loss`` if there is one.
+        dpi: resolution of the image in dots per inch.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -73,7 +76,7 @@ def draw(
     for axis, (name, panel_columns) in zip(axes, panels.items(), strict=False):
         for column in panel_columns:
             values = columns[column]
-            # The value is constant during a step, so plot a staircase.
+            # Values are constant during a step, so the plot is a staircase.
             axis.plot(
                 range(len(values)),
                 values,
@@ -101,7 +104,7 @@ def draw(
 
 
 def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
-    """Plot losses and the Gaussian process that was fitted to those of the warmup."""
+    """Plot the losses, and the Gaussian process that was fitted to the losses of the warmup."""
     axis.plot(range(len(losses)), losses, ".", markersize=2, color="tab:blue", alpha=0.4)
     axis.set_ylabel(_LOSS)
     axis.grid(alpha=0.3)
@@ -116,13 +119,13 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
     axis.axvline(evidence.decision.step, color="tab:red", linewidth=1, label="switch")
     finite = [loss for loss in losses if math.isfinite(loss)]
     start, below = statistics.median(finite[: len(finite) // 20 + 1]), min(finite)
-    if start > below:  # limit the axis, so that a diverging loss does not hide the rest
+    if start > below:  # limit the axis, so that a diverging loss does not flatten the rest
         axis.set_ylim(below - 0.1 * (start - below), start + 0.5 * (start - below))
     axis.legend(fontsize="small")
 
 
 def draw_decision(evidence: Evidence, path: Path, title: str) -> None:
-    """Plot the warmup up to a switch: learning rate, losses, and the reason for the switch."""
+    """Plot the learning rate and the losses of a warmup; the title has the reason why it ended."""
     step, lr, reason, probability = evidence.decision
     confidence = "" if probability is None else f" (probability {probability:.3f})"
     draw(
@@ -141,14 +144,14 @@ def draw_on_terminal(
     size: tuple[int, int] = (80, 24),
     color: bool = False,
 ) -> str:
-    """Plot columns over the step as text, with one panel per hyperparameter.
+    """Plot columns over the steps as text, with one panel per hyperparameter, and return the text.
 
     Args:
-        columns: as for `draw`.
-        title: line above the panels.
-        curves: curves of the columns; their phases are listed below each panel.
+        columns: column names mapped to one value per step, as in `draw`.
+        title: title, which is the first line.
+        curves: curves of the columns, whose phases are listed below each panel.
         size: width and height of the terminal in characters.
-        color: whether the terminal supports color.
+        color: whether to use terminal colors.
     """
     import plotext
 
@@ -161,7 +164,7 @@ def draw_on_terminal(
         plotext.plotsize(width, height)
         for column in panel_columns:
             label = column.partition(".")[2] or None
-            # plotext fails on infinite values, and overflows on values near the largest float.
+            # plotext fails on infinite values and overflows on values near the largest float.
             drawn = [value if abs(value) < _MAX_PLOTTED else math.nan for value in columns[column]]
             plotext.plot(drawn, marker="braille", label=label)
         phases = _find_phases(curves or {}, panel_columns, len(columns[panel_columns[0]]))

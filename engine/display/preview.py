@@ -1,4 +1,4 @@
-"""The values that a config's schedule will use in each step, computed before launch."""
+"""Compute the values that a config's schedule will set in each step, before launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Preview", "preview"]
 
 @dataclass(frozen=True)
 class Preview:
-    """The schedule of a config and its curves for the config's optimizer."""
+    """The schedule of a config, and its curves for the config's optimizer and run length."""
 
     name: str
     schedule: Schedule[Any]
@@ -29,15 +29,22 @@ class Preview:
 
     @property
     def title(self) -> str:
-        """The type of the schedule, marked if it was computed from a synthetic loss."""
+        """The schedule's type. A loss-driven schedule is marked as run on a synthetic loss."""
         note = " on a synthetic loss" if self.schedule.feedback else ""
         return f"{self.schedule.type_name}{note}"
 
     def told(self, losses: Sequence[float]) -> tuple[dict[str, list[float]], Evidence | None]:
-        """Run a loss-driven schedule on losses; return its columns and the data behind its switch.
+        """Run a loss-driven schedule on recorded losses.
+
+        Args:
+            losses: loss of each step.
+
+        Returns:
+            The values of each column, and the data from which the schedule decided to end its
+            warmup. The data is None if the warmup did not end.
 
         Raises:
-            ValueError: if the schedule does not depend on the loss.
+            ValueError: the schedule does not depend on the loss.
         """
         if self.schedule.feedback is None:
             name = self.schedule.type_name
@@ -48,12 +55,16 @@ class Preview:
 
     @property
     def span(self) -> int:
-        """Number of steps to plot: those of the run if known, else those of the schedule."""
+        """Number of steps to plot: the length of the run, or of the schedule if that is unknown."""
         return int(self.horizon.scaled_steps or 0) or self.schedule.span
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Curves by column name: ``lr``, or ``lr.0``, ``lr.1``, … if the param groups differ."""
+        """Curves by column name.
+
+        The column of a hyperparameter is, for example, ``lr``. If the param groups have different
+        curves, there is one column per group: ``lr.0``, ``lr.1``, …
+        """
         columns = {}
         for name, curves in self.curves.items():
             if len(set(curves)) == 1:
@@ -63,21 +74,23 @@ class Preview:
         return columns
 
     def rows(self, steps: int) -> Iterator[tuple[float, ...]]:
-        """Yield the step and the value of each column, one row per step."""
+        """Yield one row per step, which contains the step and the value of each column."""
         values = [curve.values(steps) for curve in self.columns.values()]
         return zip(range(steps), *values, strict=True)
 
 
 def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
-    """Validate the schedule of a config and return its preview; other sections may be invalid.
+    """Validate the schedule of a config, and return its preview.
+
+    Problems of sections that do not affect the schedule are ignored.
 
     Args:
-        config: path or dict of a config; only its ``scheduler`` is required.
-        steps_per_epoch: steps per epoch; required for durations in epochs.
+        config: path of the config, or the config as a dict. Only ``scheduler`` is required.
+        steps_per_epoch: steps per epoch; required if the config has durations in epochs.
 
     Raises:
-        ConfigError: if the file cannot be read or parsed, has no ``scheduler``, or its
-            ``scheduler`` or ``optimizer`` is invalid.
+        ConfigError: the file cannot be read or parsed, there is no ``scheduler``, or the section
+            ``scheduler``, ``optimizer`` or ``engine`` is invalid.
 
     >>> warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     >>> list(preview({"scheduler": warmup}).rows(3))
@@ -108,7 +121,7 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
 
 
 def _prevents_curve(problem: Problem) -> bool:
-    """Return whether a problem prevents the preview of the schedule."""
+    """Return whether the curves cannot be computed because of a problem."""
     if problem.severity != "error" or problem.rule == "batch-sizes":
         return False
     section, *_ = [*split_pointer(problem.pointer), ""]

@@ -1,4 +1,4 @@
-"""Reports of config problems: text with the source line, JSON, GitHub annotations, SARIF."""
+"""Format config problems as text with the source line, JSON, GitHub annotations or SARIF."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Report:
-    """The problems of a document, and whether to print them in color."""
+    """The problems of a parsed config, and whether to print them in color."""
 
     document: Document
     problems: Sequence[Problem]
@@ -109,4 +109,4 @@ FORMATS: Mapping[str, Callable[[Report], Iterator[str]]] = {
     "github": _github,
     "sarif": _sarif,
 }
-"""Formats of `onecycle validate` by name; each turns a report into lines."""
+"""Maps each output format of `onecycle validate` to the function that formats a report as lines."""

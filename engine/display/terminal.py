@@ -1,4 +1,4 @@
-"""Capabilities of output streams."""
+"""Detect the capabilities of output streams."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Start a script on one host or several, from a plan that can be printed first.
+"""Start a training script on one host or on several hosts.
 
-torchrun provides ranks, rendezvous and restarts; ssh or Slurm provides the hosts. This package
-validates the config first, runs torchrun on each host, and stops all hosts if one fails.
+This package builds a plan, which the user can print before launch. It starts torchrun on each host
+by ssh or Slurm, and stops all hosts if one fails. torchrun starts the ranks, connects them
+(rendezvous) and restarts them.
 """

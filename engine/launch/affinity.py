@@ -1,4 +1,4 @@
-"""Bind a rank to its own CPU cores, then replace this process with the rank's command."""
+"""Bind this process to some CPU cores, and replace it with the command of a rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["main"]
 
 
 def sort_by_core(cpus: Iterable[int], core_of: Callable[[int], int]) -> list[int]:
-    """Sort logical CPUs so that those of one core are adjacent.
+    """Sort logical CPUs so that the CPUs of the same core are adjacent.
 
     >>> sort_by_core([0, 1, 2, 3], core_of=lambda cpu: cpu % 2)
     [0, 2, 1, 3]
@@ -20,7 +20,9 @@ def sort_by_core(cpus: Iterable[int], core_of: Callable[[int], int]) -> list[int
 
 
 def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
-    """Return a rank's even, contiguous part of the CPUs, or all CPUs if there are more ranks.
+    """Split the CPUs evenly among the ranks, and return the contiguous part of one rank.
+
+    If there are more ranks than CPUs, return all CPUs.
 
     >>> select_cpus([0, 1, 2, 3, 8], rank=1, ranks=2)
     [2, 3, 8]
@@ -33,7 +35,7 @@ def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
 
 
 def _find_core(cpu: int) -> int:
-    """Return the first logical CPU of the core that contains this one."""
+    """Return the first logical CPU of the core to which a logical CPU belongs."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return int(topology.read_text().replace("-", ",").partition(",")[0])
@@ -42,7 +44,10 @@ def _find_core(cpu: int) -> int:
 
 
 def main(command: list[str]) -> None:
-    """Bind this process according to torchrun's ``LOCAL_RANK`` and run a command in it."""
+    """Bind this process to the CPUs of its rank, and replace it with a command.
+
+    torchrun sets the rank in ``LOCAL_RANK`` and the number of ranks in ``LOCAL_WORLD_SIZE``.
+    """
     cpus = sort_by_core(os.sched_getaffinity(0), _find_core)
     own = select_cpus(cpus, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     os.sched_setaffinity(0, own)

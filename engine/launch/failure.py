@@ -1,4 +1,4 @@
-"""The first failure of a host's ranks, reported to the runner as one line of output."""
+"""Report the first failed rank of a host to the runner, as one line of output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 __all__ = ["FAILURE_PREFIX", "Failure", "format_failure", "parse_failure"]
 
 FAILURE_PREFIX = "\x1eonecycle-failure "
-"""Start of a line that reports a failure."""
+"""A line of output that starts with this prefix reports a failure."""
 
 
 @dataclass(frozen=True)
@@ -17,22 +17,22 @@ class Failure:
     """The first failure among the ranks of one host."""
 
     rank: int | None
-    """Failed rank; None: torchrun itself failed."""
+    """The rank that failed; None if torchrun itself failed."""
     status: int
-    """Exit status of the rank: 128 + n for signal n."""
+    """The exit status of the rank, which is 128 + n if signal n killed it."""
     time: float = math.inf
-    """Seconds since the epoch."""
+    """The time of the failure in seconds since the Unix epoch."""
     reason: str = ""
-    """Reason why torchrun failed."""
+    """The error of torchrun, if torchrun itself failed."""
 
 
 def format_failure(failure: Failure) -> str:
-    """Return the line that reports a failure."""
+    """Format a failure as one line of output."""
     return FAILURE_PREFIX + json.dumps(asdict(failure))
 
 
 def parse_failure(line: str) -> Failure | None:
-    """Return the failure that a line reports; None if the line is incomplete.
+    """Parse a line that reports a failure. Return None if the line is incomplete.
 
     >>> parse_failure(format_failure(Failure(rank=1, status=7, time=100.0)))
     Failure(rank=1, status=7, time=100.0, reason='')

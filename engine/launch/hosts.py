@@ -1,4 +1,7 @@
-"""Hosts and their slots: DeepSpeed's hostfile, its filters, and the number of hosts to use."""
+"""Read the hosts and slots from a hostfile, and select those to use.
+
+The hostfile and the filters have the same format as in DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ _LINE = re.compile(r"(?P<name>[^\s#]+)\s+slots\s*=\s*(?P<slots>-?\d+)\s*(?:#.*)?
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and its slots to use; each slot runs one process, on its own GPU if there are GPUs.
+    """A machine, and the slots of it to use.
+
+    Each slot runs one process. If the machine has GPUs, each slot is one GPU.
 
     >>> Host("node0", (0, 1, 3)).size
     3
@@ -27,17 +32,16 @@ class Host:
 
     @property
     def size(self) -> int:
-        """Number of processes to start."""
+        """The number of processes to start on this host."""
         return len(self.slots)
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Read a hostfile in DeepSpeed's format: lines ``host slots=N``, and ``#`` comments.
+    """Read a hostfile in DeepSpeed's format, which has lines ``host slots=N`` and ``#`` comments.
 
     Raises:
-        LaunchError: if a line is malformed, a host is repeated or has no slots, or no host is
-            listed.
-        OSError: if the file cannot be read.
+        LaunchError: a line is malformed, a host is repeated or has no slots, or no host is listed.
+        OSError: the file cannot be read.
     """
     hosts: dict[str, Host] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -63,12 +67,13 @@ def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") ->
     """Return the hosts and slots that DeepSpeed's filters select.
 
     Args:
-        hosts: the hosts of the hostfile.
-        include: ``node0@node1:0,2-3``: use only these hosts, or only these slots of a host.
-        exclude: hosts or slots to leave out, in the same format.
+        hosts: hosts in the hostfile.
+        include: hosts and slots to use. For example, ``node0@node1:0,2-3`` selects all slots of
+            node0, and the slots 0, 2 and 3 of node1.
+        exclude: hosts and slots not to use, in the same format.
 
     Raises:
-        LaunchError: if both filters are given, a host or slot is unknown, or no slot is left.
+        LaunchError: both filters are given, a host or slot is unknown, or no slot is left.
 
     >>> hosts = [Host("node0", (0, 1)), Host("node1", (0, 1))]
     >>> select_hosts(hosts, include="node1:1")
@@ -94,15 +99,15 @@ def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") ->
 
 
 def limit_hosts(hosts: Sequence[Host], nnodes: int | None, nproc: str) -> tuple[Host, ...]:
-    """Return the first hosts, with the first slots of each.
+    """Return the first ``nnodes`` hosts, with the first ``nproc`` slots of each host.
 
     Args:
-        hosts: the selected hosts.
-        nnodes: number of hosts; None: all.
-        nproc: processes per host; ``auto``: all slots.
+        hosts: selected hosts.
+        nnodes: number of hosts to use; None to use all.
+        nproc: number of slots to use per host; ``auto`` to use all.
 
     Raises:
-        LaunchError: if too few hosts are selected, or a host has too few slots.
+        LaunchError: too few hosts are selected, or a host has too few slots.
     """
     if nproc != "auto":
         size = parse_nproc(nproc)
@@ -120,10 +125,12 @@ def limit_hosts(hosts: Sequence[Host], nnodes: int | None, nproc: str) -> tuple[
 
 
 def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
-    """Return the minimum and the number of hosts; None if not set.
+    """Return the minimum number and the maximum number of hosts.
+
+    Each number is None if the text does not contain it. A single number is the maximum.
 
     Raises:
-        LaunchError: if the text is neither a number nor MIN:MAX.
+        LaunchError: the text is neither a number nor MIN:MAX.
 
     >>> parse_nnodes("2"), parse_nnodes("1:4"), parse_nnodes(None)
     ((None, 2), (1, 4), (None, None))
@@ -139,10 +146,12 @@ def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
 
 
 def parse_nproc(text: str) -> int:
-    """Return the number of processes per host; ``auto`` is this machine's GPU count, at least 1.
+    """Return the number of processes per host.
+
+    For ``auto``, this is the number of GPUs of this machine, or 1 if it has no GPU.
 
     Raises:
-        LaunchError: if the text is neither ``auto`` nor a number >= 1.
+        LaunchError: the text is neither ``auto`` nor a number >= 1.
     """
     if text == "auto":
         import torch

@@ -1,4 +1,4 @@
-"""Check whether a host reaches the port of the rendezvous."""
+"""Check whether a host can connect to the rendezvous port of another host."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _TIMEOUT = 5.0
 
 
 def listen(port: int) -> socket.socket:
-    """Return a listening socket; clients can connect without `accept`.
+    """Return a socket that listens on a port. Clients can connect although `accept` is not called.
 
     Raises:
-        OSError: if the port is in use.
+        OSError: the port is in use.
     """
     return socket.create_server(("", port), backlog=128)
 
 
 def connect(address: str, port: int) -> str:
-    """Connect to a port; return the error message, or an empty string on success.
+    """Try to connect to a port. Return the error message, or an empty string on success.
 
     >>> with listen(0) as listener:
     ...     connect("127.0.0.1", listener.getsockname()[1])
@@ -34,7 +34,11 @@ def connect(address: str, port: int) -> str:
 
 
 def main() -> None:
-    """Listen on ``PORT`` until standard input ends, or connect to ``ADDRESS PORT``."""
+    """Listen on a port, or connect to one.
+
+    With the argument ``PORT``, listen on it until standard input is closed. With the arguments
+    ``ADDRESS PORT``, connect to it and print the error message, if any.
+    """
     *address, port = sys.argv[1:]
     if address:
         print(connect(address[0], int(port)))

@@ -1,4 +1,4 @@
-"""Run a launch as one Slurm job, described by a self-contained sbatch script."""
+"""Launch a script as a Slurm job, for which this module writes a self-contained sbatch script."""
 
 from __future__ import annotations
 
@@ -56,12 +56,13 @@ case $status in {SAVED_AND_ENDED}|{_TERMINATED}) scontrol requeue "$SLURM_JOB_ID
 
 
 def build_sbatch(request: LaunchRequest, options: Mapping[str, str]) -> str:
-    """Build the text of an sbatch script.
+    """Return the text of an sbatch script that launches the job.
 
     Args:
-        request: launch to run; Slurm chooses the hosts.
-        options: ``#SBATCH`` options by long name, which override the defaults. With ``requeue``, a
-            preempted job saves a checkpoint and is queued again.
+        request: launch to run. Only the number of its hosts matters, because Slurm chooses the
+            hosts.
+        options: ``#SBATCH`` options by long name. They override the defaults. If they contain
+            ``requeue``, a preempted job saves a checkpoint and is put back in the queue.
     """
     defaults = {
         "job-name": "onecycle",
@@ -111,20 +112,20 @@ def _build_flags(request: LaunchRequest) -> str:
 
 
 def is_in_allocation() -> bool:
-    """Return whether this process runs in a Slurm allocation, but not in one of its steps."""
+    """Return whether this process runs in a Slurm allocation, but was not started by srun."""
     return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
 
 
 def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> NoReturn:
-    """Replace this process with bash, which runs the script in the current allocation.
+    """Replace this process with bash, which runs the sbatch script in the current allocation.
 
     Args:
         script: text of the script.
-        nodes: number of nodes of the launch.
-        options: ``#SBATCH`` options, which must be empty.
+        nodes: number of nodes that the launch needs.
+        options: ``#SBATCH`` options. They must be empty, because the allocation already exists.
 
     Raises:
-        LaunchError: if the allocation has a different size, or options are given.
+        LaunchError: the allocation has a different number of nodes, or options are given.
     """
     allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
     if nodes != allocated:
@@ -140,10 +141,10 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
 
 
 def submit(script: str) -> tuple[bool, str]:
-    """Submit an sbatch script; return whether sbatch accepted it, and its output.
+    """Submit an sbatch script. Return whether sbatch accepted it, and the output of sbatch.
 
     Raises:
-        LaunchError: if sbatch is not installed.
+        LaunchError: sbatch is not installed.
     """
     sbatch = shutil.which("sbatch")
     if sbatch is None:

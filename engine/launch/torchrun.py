@@ -1,7 +1,8 @@
-"""Run torchrun in this process, to report the first failed rank and its exit status.
+"""Run torchrun in this process, and report the first failed rank and its exit status.
 
-The ``torchrun`` command exits with status 1 for every failure. This module exits with the status of
-the rank that failed first (128 + n for signal n) and reports that rank in its last line of output.
+The ``torchrun`` command exits with status 1 for every failure. This module exits with the
+status of the rank that failed first, which is 128 + n if signal n killed it. The last line of its
+output reports this rank.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str]) -> int:
-    """Run torchrun with these arguments; return the status of the first failed rank."""
+    """Run torchrun with the given arguments.
+
+    Return 0 if all ranks succeeded, else the exit status of the first failed rank.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -28,13 +32,13 @@ def main(arguments: list[str]) -> int:
         run(parse_args(arguments))  # type: ignore[no-untyped-call]  # untyped in torch
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        # torch reports -n for signal n. A failed rank with exit code 0 counts as status 128.
+        # torch reports -n for signal n. If it reports a failed rank with exit code 0, return 128.
         status = to_exit_status(failure.exitcode) or 128
         _print_failure(Failure(rank, status, failure.timestamp))
         return _append_to_file(status, failure.timestamp)
     except SignalException as error:
         return _append_to_file(to_exit_status(-error.sigval), time.time())
-    except Exception as error:  # noqa: BLE001  # the rendezvous raises many error types
+    except Exception as error:  # noqa: BLE001  # the rendezvous raises many types of exceptions
         status = TIMED_OUT if "Timeout" in type(error).__name__ else 1
         _print_failure(Failure(None, status, reason=f"{type(error).__name__}: {error}"))
         return _append_to_file(status, time.time())
@@ -42,7 +46,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _append_to_file(status: int, seconds: float) -> int:
-    """Append time and status to the file from which a Slurm job reads the first failure."""
+    """Append the time and the exit status to a file, in which a Slurm job finds the first failure."""
     path = os.environ.get(FAILURE_FILE)
     if path:
         with contextlib.suppress(OSError), Path(path).open("a") as file:

@@ -1,1 +1,4 @@
-"""One module per subcommand of ``onecycle``: `add` defines its arguments, `run` executes it."""
+"""The subcommands of ``onecycle``, one per module.
+
+In each module, `add` adds the arguments to a parser, and `run` executes the subcommand.
+"""

@@ -1,4 +1,4 @@
-"""Argument types shared by several commands."""
+"""Argument types that several subcommands use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["positive"]
 
 
 def positive(text: str) -> int:
-    """Parse an integer >= 1; use as the `type` of an argparse argument."""
+    """Parse an integer >= 1. Pass this function to argparse as the `type` of an argument."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
     return int(text)

@@ -37,7 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the values and their origins, or the differences from another config."""
+    """Print the values of a config with their origins, or the differences from another config."""
     from engine.config.provenance import as_config
 
     entries = _resolve(args.file, args.world_size)
@@ -65,7 +65,7 @@ def _resolve(name: str, world_size: int) -> list[Entry]:
 
 
 def _print_differences(mine: Sequence[Entry], theirs: Sequence[Entry], out: TextIO) -> None:
-    """Print the keys whose values differ, whether a value is a default or was set."""
+    """Print the keys whose values differ. Default values are compared like values that were set."""
     here, there = (
         {each.name: json.dumps(each.value) for each in entries} for entries in (mine, theirs)
     )

@@ -79,7 +79,7 @@ def _torch() -> Iterator[_Finding]:
 
 def _deepspeed() -> Iterator[_Finding]:
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the import prints warnings
+        with contextlib.redirect_stdout(io.StringIO()):  # hide warnings that the import prints
             from deepspeed.ops.op_builder.all_ops import ALL_OPS
     except ImportError as error:
         yield _Finding("DeepSpeed's ops", False, str(error))
@@ -93,7 +93,7 @@ def _deepspeed() -> Iterator[_Finding]:
         try:
             fits = builder.is_compatible(verbose=False)
             detail = "can be built" if fits else "not supported on this machine"
-        except Exception as error:  # noqa: BLE001  # each op raises a different error
+        except Exception as error:  # noqa: BLE001  # different ops raise different exceptions
             fits, detail = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
         yield _Finding(f"DeepSpeed's {name}", bool(fits), detail)
 

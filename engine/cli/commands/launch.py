@@ -33,7 +33,7 @@ from engine.launch.slurm import build_sbatch, is_in_allocation, run_in_allocatio
 __all__ = ["add", "run"]
 
 _NEEDS_HOSTFILE = "needs `--hostfile`. Add it, or remove this option."
-# The kinds of launch that use an option, and the error for the other kinds.
+# For each option: the kinds of launch that support it, and the error message for other kinds.
 _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     "include": ({"ssh"}, _NEEDS_HOSTFILE),
     "exclude": ({"ssh"}, _NEEDS_HOSTFILE),
@@ -201,7 +201,7 @@ def _is_slurm(args: argparse.Namespace) -> bool:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Reject values out of range, and options that this kind of launch ignores."""
+    """Reject invalid values, and options that have no effect on this kind of launch."""
     if not 0 <= args.port < 2**16:
         raise LaunchError(f"`--port` must be 0 to 65535, got {args.port}.")
     if args.hostfile and _is_slurm(args):
@@ -281,7 +281,10 @@ def _is_valid(config: str, world_size: int, out: TextIO) -> bool:
 def _run_preflight(
     request: LaunchRequest, config: str | None, out: TextIO
 ) -> dict[str, HostFacts] | None:
-    """Check every host and return its facts; if a check fails, print why and return None."""
+    """Check all hosts, and return the facts that they report.
+
+    If a check fails, print the problem and return None.
+    """
     checks = check_hosts(request, config and str(Path(config).resolve()))
     failed = [check for check in checks if check.problem]
     for check in failed:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["add", "run"]
 
 _LINES_OF_FAILURE = 15
-_GRACE = 30.0  # seconds that a script gets to exit after the test
+_GRACE = 30.0  # seconds until a script that does not exit after the test is killed
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         config=args.config and str(Path(args.config).resolve()),
     )
     target = args.write or args.config
-    # Read the config first: an unreadable file must fail before the test, not after it.
+    # Read the config before the test, so that an unreadable file is reported immediately.
     current = _read_block(Path(target), args.nproc) if target else None
     console = Console(file=out, soft_wrap=True)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -174,16 +174,16 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 class _TestFailedError(Exception):
-    """A run of the script gave no usable test; the message contains the reason and the fix."""
+    """A run of the script was not a usable test. The message contains the reason and the fix."""
 
 
 def _train(
     command: Sequence[str], sweep: Sweep, name: str, args: argparse.Namespace, console: Console
 ) -> Run:
-    """Run the script with a sweep and return its record.
+    """Run the script with a sweep, and return the recorded learning rates and losses.
 
     Raises:
-        _TestFailedError: if the script failed or recorded too few steps.
+        _TestFailedError: the script failed, or it recorded too few steps.
     """
     from engine.range_test.recorder import RECORD, Run
 
@@ -235,7 +235,7 @@ def _run_with_progress(
     args: argparse.Namespace,
     console: Console,
 ) -> int:
-    """Run the script until it ends, with a progress bar; return its exit status."""
+    """Run the script with a progress bar until it exits, and return its exit status."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from engine.range_test.recorder import Run
@@ -271,12 +271,15 @@ def _run_with_progress(
         except KeyboardInterrupt:
             _kill(process)
             raise
-    # The test is complete even if the script caught the stop and had to be killed.
+    # If the test was complete, it succeeded even if the script did not exit and was killed.
     return 0 if ended_at is not None and process.returncode < 0 else process.returncode
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a script and all its descendants: torchrun starts each worker in a separate session."""
+    """Kill a script and all its descendants.
+
+    Killing the process group is not enough: torchrun starts each worker in a separate session.
+    """
     import signal
 
     from engine.launch.agent import descendants
@@ -290,7 +293,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
-    """Return why a run gave no usable test and how to fix it; empty if it is usable."""
+    """Return why a run is not a usable test and how to fix it, or an empty string if it is usable."""
     from engine.range_test.suggestion import MIN_POINTS
 
     name = " ".join(args.script).removeprefix("-- ")

@@ -80,13 +80,13 @@ class _PlotData(NamedTuple):
     title: str
     columns: dict[str, list[float]]
     curves: Mapping[str, Curve]
-    """The columns as functions of the step, with named phases; empty for recorded losses."""
+    """The curve of each column, with its named phases; empty if recorded losses are replayed."""
     evidence: Evidence | None
     summary: str
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Plot the curves of a config or write them as CSV."""
+    """Plot the curves of a config, or write them to a CSV file."""
     if args.losses and args.compare:
         raise ValueError("`--losses` and `--compare` cannot be combined. Use one of them.")
     data = _replay_losses(args) if args.losses else _preview_configs(args)
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _preview_configs(args: argparse.Namespace) -> _PlotData:
-    """Return the values of each step for a config and the configs to compare it with."""
+    """Compute the curves of a config, and of the configs to compare with it."""
     from engine.display.preview import preview
 
     sources = [args.file, *map(_config_or_example, args.compare)]
@@ -127,13 +127,13 @@ def _preview_configs(args: argparse.Namespace) -> _PlotData:
 
 
 def _replay_losses(args: argparse.Namespace) -> _PlotData:
-    """Return the values that a loss-driven schedule computes from recorded losses."""
+    """Run a loss-driven schedule on recorded losses, and return its values in each step."""
     from engine.display.preview import preview
 
     data = preview(args.file, steps_per_epoch=args.steps_per_epoch)
     losses = _read_losses(args.losses)
     values, evidence = data.told(losses)
-    steps = args.steps or len(losses) + 1  # the last loss sets the values of the step after it
+    steps = args.steps or len(losses) + 1  # the last loss determines the values of the next step
     columns = {name: column[:steps] for name, column in (values | {"loss": losses}).items()}
     name = data.schedule.type_name
     title = f"{name} of {args.file} on losses from {args.losses}"
@@ -174,7 +174,10 @@ def _read_losses(path: Path) -> list[float]:
 
 
 def _config_or_example(name: str) -> str | dict[str, Any]:
-    """Return a path unchanged, or a config with the example parameters of a schedule type."""
+    """Return a config with example parameters if the name is a schedule type.
+
+    Any other name is a path, which is returned unchanged.
+    """
     from schedules import SCHEDULES
 
     if name not in SCHEDULES:

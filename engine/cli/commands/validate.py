@@ -59,7 +59,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Validate the files and return the highest of their exit statuses."""
+    """Validate all files, and return the highest exit status among them."""
     return max(_validate(name, args, out) for name in args.files)
 
 
@@ -68,7 +68,7 @@ def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
     try:
         document = load_document(name)
         problems = check(document, args.world_size, runs=args.no_auto)
-    except ConfigError as error:  # the file cannot be read
+    except ConfigError as error:  # raised only if the file cannot be read
         for line in FORMATS[args.format](Report(Document(name, None), error.problems, color)):
             print(line, file=out)
         return USAGE

@@ -1,7 +1,7 @@
-"""Rules for combinations of values across the sections of a config; one file per subject.
+"""Rules that check combinations of values in a config. Each module contains the rules of one topic.
 
-A rule is a function from a `RuleContext` to problems. It receives only values that are valid
-individually.
+A rule is a function that receives a `RuleContext` and yields problems. The context contains only
+values that are valid individually.
 """
 
 from engine.config.rules.activation_checkpointing import RULES as _ACTIVATION_CHECKPOINTING

@@ -1,4 +1,4 @@
-"""Rules for activation checkpointing: keys that require other keys."""
+"""Rule for activation checkpointing: report keys that have no effect without other keys."""
 
 from __future__ import annotations
 

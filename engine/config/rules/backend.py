@@ -31,10 +31,13 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
 
 
 def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error for each key that only PyTorch supports, unless it has its default value."""
+    """Yield an error for each key that only the torch backend supports.
+
+    A key that is set to its default value is not an error.
+    """
     for member in context.members:
         torch_only = member.schema.get("x-backend") == "torch"
-        # AutoWU's rollback copies the training state, which is not possible with DeepSpeed.
+        # The rollback of AutoWU copies the training state. This is not possible with DeepSpeed.
         torch_only |= member.pointer == "/scheduler/params/rollback"
         if torch_only and member.value not in (member.schema.get("default"), None):
             name = dotted_name(member.pointer)

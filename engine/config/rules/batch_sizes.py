@@ -1,4 +1,7 @@
-"""Rule for batch sizes: train batch size = micro-batch size x accumulation x world size."""
+"""Rule for batch sizes.
+
+The train batch size must be micro-batch size x gradient accumulation steps x world size.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
     if world_size is None:
         train, *others = (given.get(key) for key in BATCH_KEYS)
         product = math.prod(other for other in others if other)
-        # If train_batch_size is a multiple of the product, some number of ranks fits.
+        # If train_batch_size is a multiple of the product, the sizes are valid for some number of
+        # ranks.
         fits = train is not None and all(others) and train % product == 0
         world_size = train // product if train is not None and fits else 1
     try:

@@ -1,4 +1,4 @@
-"""Rule for the section ``engine.checkpoint``: keys that require a directory."""
+"""Rule for ``engine.checkpoint``: report keys that have no effect without a directory."""
 
 from __future__ import annotations
 

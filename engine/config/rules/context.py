@@ -1,4 +1,4 @@
-"""The input of a rule: the valid part of a config."""
+"""The input of the rules, which is the valid part of a config."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from schedules import SCHEDULES, Schedule
 
 __all__ = ["Rule", "RuleContext"]
 
-# Schedules in these modules may import torch or run user code.
+# Schedules in these modules are not evaluated, because they may import torch or run user code.
 _OPAQUE = {"schedules.families.composites", "schedules.families.custom"}
 
 
 @dataclass(frozen=True)
 class RuleContext:
-    """The valid part of a config; ``world_size`` is None for any number of ranks."""
+    """The valid part of a config.
+
+    ``world_size`` is None if the number of ranks is not known.
+    """
 
     document: Document
     structure: Structure
@@ -52,7 +55,7 @@ class RuleContext:
 
     @cached_property
     def backend(self) -> BackendChoice:
-        """The backend that runs the config, with the reason."""
+        """The backend that runs the config, and the reason for this choice."""
         return choose_backend(self.config, self.members)
 
     @cached_property
@@ -63,7 +66,7 @@ class RuleContext:
 
     @cached_property
     def driven(self) -> DrivenSchedule | None:
-        """The schedule with its curves; None if they are not determined by the config."""
+        """The schedule with its curves; None if the curves cannot be computed from the config."""
         sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
         if self.schedule is None or any(each.startswith(sections) for each in self.unsure):
             return None
@@ -72,20 +75,23 @@ class RuleContext:
             return None
         try:
             return drive(self.schedule, self.config)
-        except ValueError:  # reported by another check, or when the run starts
+        except ValueError:  # another check reports the error, or the run does when it starts
             return None
 
     def section(self, name: str) -> Mapping[str, Any]:
-        """Return a section; an empty one if it is absent or not an object."""
+        """Return a section of the config, or an empty dict if it is absent or not an object."""
         value = self.config.get(name)
         return value if isinstance(value, Mapping) else {}
 
     def enabled(self, name: str) -> bool:
-        """Return whether a section is present and enabled."""
+        """Return whether a section exists and its key ``enabled`` is true."""
         return self.section(name).get("enabled") is True
 
     def lacks(self, pointer: str) -> bool:
-        """Return whether a key is absent, as opposed to invalid, misspelled or "auto"."""
+        """Return whether a key is absent.
+
+        An invalid, "auto" or probably misspelled key does not count as absent.
+        """
         if is_within(pointer, self.unsure):
             return False
         value: Any = self.config
@@ -96,15 +102,15 @@ class RuleContext:
         return False
 
     def error(self, rule: str, pointer: str, message: str, hint: str = "", **more: Any) -> Problem:
-        """Return a problem that must be fixed."""
+        """Build a problem that must be fixed before a run."""
         return self.document.problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Return a problem that does not stop the run, but is probably a mistake."""
+        """Build a problem that is probably a mistake but does not prevent a run."""
         return self.document.problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Return a note about something that is often intended."""
+        """Build a problem that does not prevent a run and is often intended."""
         return self.document.problem(rule, pointer, message, hint, severity="note")
 
 

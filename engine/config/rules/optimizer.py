@@ -1,4 +1,4 @@
-"""Rules for the optimizer: momentum for the schedule, and unused keys."""
+"""Rules for the optimizer: check that a schedule can set its momentum, and report unused keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of each rule: a summary, the reason, an example config, and the fix."""
+"""The documentation of each validation rule, which `onecycle explain` prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ __all__ = ["RULEBOOK"]
 
 @dataclass(frozen=True)
 class RulePage:
-    """The page that `onecycle explain` prints; ``wrong`` is a config that breaks only this rule."""
+    """The documentation of one rule.
+
+    ``summary`` says what the rule checks, ``why`` gives the reason, and ``cure`` describes the fix.
+    ``wrong`` is an example config that violates only this rule.
+    """
 
     summary: str
     why: str
@@ -23,4 +27,4 @@ class RulePage:
 RULEBOOK: Mapping[str, RulePage] = {
     rule: RulePage(**page) for rule, page in schemas.read("rules.json").items()
 }
-"""The pages by rule ID, in alphabetical order."""
+"""Maps rule IDs to the documentation of the rules, in alphabetical order."""

@@ -1,4 +1,4 @@
-"""Rules for precision: only one of fp16, bf16 and torch_autocast."""
+"""Rules for mixed precision: check that its keys do not conflict and fit the ZeRO stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for the schedule: conflicts with the optimizer, and unused parameters."""
+"""Rules for the schedule: report conflicts with the optimizer, and unused parameters."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["RULES"]
 
 _PARAMS = "/scheduler/params"
 _DEEPSPEED_PEAK = 0.001
-_NEAR = 0.02  # fraction of the run; closer ends count as equal
-_NEAR_ZERO = 0.01  # fraction of the peak
+_NEAR = 0.02  # fraction of the run; smaller differences between the ends are ignored
+_NEAR_ZERO = 0.01  # fraction of the peak; lower learning rates are practically zero
 
 
 def _params_of_type(context: RuleContext, *types: str) -> Mapping[str, Any] | None:
@@ -79,7 +79,10 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_end(context: RuleContext) -> Iterator[Problem]:
-    """Yield a problem if the schedule and the run are known to end at different steps."""
+    """Yield a problem if the schedule ends much earlier or later than the run.
+
+    Nothing is reported if either end is unknown before launch.
+    """
     driven = context.driven
     if driven is None or driven.horizon.scaled_steps is None or driven.end is None:
         return
@@ -158,7 +161,7 @@ def _default_of_cycle(name: str) -> Any:
 
 
 def first_of(cycle: Mapping[str, Any]) -> str:
-    """Return the length of the first half of a cycle, as JSON."""
+    """Return the length of the first half of a cycle, formatted as JSON."""
     return json.dumps(
         cycle.get("cycle_first_step_size", _default_of_cycle("cycle_first_step_size"))
     )

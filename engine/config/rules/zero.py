@@ -1,4 +1,4 @@
-"""Rules for ZeRO: keys that require a stage, and unused keys."""
+"""Rules for ZeRO: report keys that require a different stage, and keys that have no effect."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning for offloading on a single PyTorch process, which does not offload."""
+    """Yield a warning if a single process on the torch backend should offload to the CPU.
+
+    The torch backend offloads only if there are several ranks.
+    """
     if context.world_size != 1 or context.backend.name != "torch":
         return
     zero = context.section("zero_optimization")
