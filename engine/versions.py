@@ -1,4 +1,4 @@
-"""Versions of installed packages, read from their metadata without importing the packages."""
+"""Read the versions of installed packages from their metadata, without importing them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def installed(package: str) -> str | None:
     >>> installed("no-such-package") is None
     True
     """
-    # Imported here because the import takes longer than a whole run of `onecycle validate`.
+    # This import is slow: it takes longer than a whole run of `onecycle validate`.
     from importlib.metadata import PackageNotFoundError, version
 
     try:

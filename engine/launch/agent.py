@@ -1,8 +1,9 @@
-"""The agent of one host: runs its workers, and kills all their processes at the end.
+"""The agent of a host, which runs the job on this host and finally kills all its processes.
 
-The first line of standard input is the job as JSON; later lines are ``ping``, ``term`` or ``kill``.
-The agent stops the job on ``term``, on a signal, when its input ends (the launcher exited), and
-after 30 seconds without input (the launcher is unreachable). It prints the job's output.
+The agent reads the job as JSON from the first line of standard input. Each later line is ``ping``,
+``term`` or ``kill``. The agent stops the job if it reads ``term`` or receives a signal. It also
+stops the job if its input is closed, which means that the launcher exited, or if it receives no
+input for 30 seconds, which means that the launcher is unreachable. It prints the job's output.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from engine.distributed.environment import to_exit_status
 __all__ = ["STARTED", "descendants", "main", "map_slots_to_devices"]
 
 STARTED = "\x1eonecycle-started"
-"""Line that an agent prints once it holds the lock and starts the job."""
+"""The agent prints this line when it has acquired its lock and is about to start the job."""
 
 _MAX_SILENCE = 30.0
 _MASK = "CUDA_VISIBLE_DEVICES"
-_SUBREAPER, _PARENT_DEATH = 36, 1  # constants of prctl
+_SUBREAPER, _PARENT_DEATH = 36, 1  # PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG of prctl
 
 
 class _Job:
-    """The workers, through the torchrun process that started them."""
+    """The torchrun process of this host, and the ranks that it starts."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._grace = float(spec["grace"])
@@ -48,20 +49,20 @@ class _Job:
         )
 
     def stop(self) -> None:
-        """Send SIGTERM to the job; workers may save a checkpoint before they exit."""
+        """Send SIGTERM to the job, so that the ranks can save a checkpoint before they exit."""
         if self._stopping_since is None:
             self._stopping_since = time.monotonic()
             with contextlib.suppress(ProcessLookupError):
                 self.process.terminate()
 
     def kill_if_overdue(self) -> None:
-        """Kill the job if the grace period since `stop` is over."""
+        """Kill the job if `stop` was called and the grace period has passed since then."""
         since = self._stopping_since
         if since is not None and time.monotonic() - since > self._grace:
             self.kill()
 
     def kill(self) -> None:
-        """Kill all descendants of this process, in every session."""
+        """Kill all descendants of this process, including those in other sessions."""
         while left := descendants(os.getpid()):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
@@ -69,13 +70,13 @@ class _Job:
             time.sleep(0.02)
             self.process.poll()
             for pid in left:
-                if pid != self.process.pid:  # its exit status is still needed
+                if pid != self.process.pid:  # `Popen` must read its exit status
                     with contextlib.suppress(ChildProcessError):
                         os.waitpid(pid, os.WNOHANG)
 
 
 def main() -> int:
-    """Run the job that standard input describes; return its exit status."""
+    """Read a job from standard input and run it. Return its exit status."""
     _prctl(_SUBREAPER)
     line, words = _read_first_line(sys.stdin.fileno())
     if not line:
@@ -88,7 +89,7 @@ def main() -> int:
     if signals:
         return to_exit_status(-signals[0])
     if lock is not None:
-        # Write without buffering, so that the line is complete and precedes the job's output.
+        # Write without buffering, so that the job's output cannot come before or inside this line.
         os.write(sys.stdout.fileno(), f"{STARTED}\n".encode())
     job = _Job(spec)
     _watch(job, words, signals)
@@ -98,12 +99,12 @@ def main() -> int:
 
 
 def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
-    """Wait until the job has exited; stop it if the launcher requests it or disappears.
+    """Wait until the job has exited. Stop it if the launcher requests this or is not available.
 
     Args:
-        job: the running job.
+        job: running job.
         words: input that was already read.
-        signals: signals received so far; a handler appends to it.
+        signals: received signals, to which a signal handler appends.
     """
     last_input = time.monotonic()
     inputs = [sys.stdin.fileno()]
@@ -126,17 +127,18 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
 
 
 def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
-    """Wait until a previous agent of this host, which lost its launcher, has exited.
+    """Wait for the lock, which an earlier agent on this host may hold until it exits.
 
-    The lock file is never deleted: a lock on a deleted file does not exclude other processes.
+    The lock file is never deleted, because a lock on a deleted file does not exclude processes that
+    create the file again.
 
     Args:
-        name: name of the lock; None: do not wait.
-        signals: signals received; SIGTERM is appended if the launcher stops the job or exits.
+        name: name of the lock; None if no lock is needed.
+        signals: received signals. SIGTERM is appended if the launcher stops the job or exits.
     """
     if name is None:
         return None
-    file = Path(tempfile.gettempdir(), f"{name}.lock").open("w")  # noqa: SIM115  # held until the process exits
+    file = Path(tempfile.gettempdir(), f"{name}.lock").open("w")  # noqa: SIM115  # the lock is held until this process exits
     while not signals and not _try_lock(file):
         ready, _, _ = select.select([sys.stdin.fileno()], [], [], 0.1)
         words = os.read(ready[0], 4096) if ready else b"ping"
@@ -146,7 +148,10 @@ def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
 
 
 def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
-    """Map the slots in `CUDA_VISIBLE_DEVICES` to the devices that are visible on this host."""
+    """Replace the slots in `CUDA_VISIBLE_DEVICES` with devices that are visible on this host.
+
+    If this host sets `CUDA_VISIBLE_DEVICES` itself, slot n is the n-th device in that list.
+    """
     own = [each.strip() for each in os.environ.get(_MASK, "").split(",") if each.strip()]
     if not own or _MASK not in env:
         return env
@@ -160,7 +165,7 @@ def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
 
 
 def _try_lock(file: IO[str]) -> bool:
-    import fcntl  # not available on Windows, where `lr-test` imports this module
+    import fcntl  # fcntl does not exist on Windows, where `lr-test` imports this module
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,7 +175,10 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Return the first line and any input after it; read unbuffered, so that `select` works."""
+    """Return the first line, and input after it that was already read.
+
+    The input is read without buffering, because `select` does not see buffered input.
+    """
     read = b""
     while b"\n" not in read:
         more = os.read(descriptor, 65536)
@@ -191,7 +199,10 @@ def _prctl(option: int, value: int = 1) -> None:
 
 
 def descendants(root: int) -> list[int]:
-    """Return all descendants of a process, in every session; empty without ``/proc``."""
+    """Return the IDs of all descendants of a process, including those in other sessions.
+
+    The list is empty on systems that do not have ``/proc``.
+    """
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,7 @@
-"""The plan of a launch: a pure function of the request and of facts about the hosts."""
+"""Build the plan of a launch from the request and from facts about the hosts.
+
+The functions of this module do not contact the hosts and start no processes.
+"""
 
 from __future__ import annotations
 
@@ -42,34 +45,37 @@ _DEFAULT_PORT = 29400
 
 @dataclass(frozen=True)
 class HostFacts:
-    """Facts that a host reported during the preflight check."""
+    """The facts that a host reported during the preflight check."""
 
     address: str
     interface: str | None = None
     port: int | None = None
     launcher: str | None = None
-    """Address at which this host reaches the launcher."""
+    """The address of the launcher, as seen by this host."""
 
 
 @dataclass(frozen=True)
 class NodePlan:
-    """The commands and environment of one host."""
+    """The commands to run on one host, and their environment variables."""
 
     host: str
     transport: tuple[str, ...]
-    """Command that starts the agent, which reads the job from its standard input."""
+    """The command that starts the agent. The agent reads its job from standard input."""
     argv: tuple[str, ...]
-    """Command that the agent runs: torchrun with its arguments."""
+    """The command that the agent runs, which is torchrun with its arguments."""
     env: Mapping[str, str]
     cwd: str
     ranks: tuple[int, ...]
     devices: tuple[int, ...]
     grace: int
     lock: str | None = None
-    """Lock that only one agent can hold: a host that comes back may still run its old agent."""
+    """Name of a lock that only one agent can hold; None if no lock is needed.
+
+    The lock is needed to reconnect to a lost host, where the old agent may still run.
+    """
 
     def spec(self) -> dict[str, Any]:
-        """Return the job in the format that the agent reads."""
+        """Return the job in the format that the agent reads from standard input."""
         return {
             "host": self.host,
             "argv": list(self.argv),
@@ -82,18 +88,18 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The plans of all hosts and of the rendezvous."""
+    """The plan of a launch, with the plan of each host and the settings of the rendezvous."""
 
     nodes: tuple[NodePlan, ...]
     min_nodes: int
     world_size: int
     store_port: int | None = None
-    """Port of the rendezvous on the launcher; None: the first host runs the rendezvous."""
+    """Port of the rendezvous if the launcher runs it; None if the first host runs it."""
     patience: int = 0
-    """Seconds to wait for a lost host to come back; 0: do not reconnect."""
+    """Maximum time in seconds to try to reconnect to a lost host; 0 if it is not tried."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values, with secrets masked."""
+        """Return the plan as a dict for JSON. The values of secret variables are masked."""
         nodes = [
             node.spec()
             | {
@@ -112,10 +118,10 @@ class LaunchPlan:
         }
 
     def describe(self, *, as_json: bool = False) -> str:
-        """Return the plan as text: the ranks of each host and its command to run by hand.
+        """Return the plan as text, with the ranks of each host and the command to run there.
 
         Args:
-            as_json: whether to return indented JSON instead.
+            as_json: whether to return the plan as indented JSON instead.
         """
         if as_json:
             return json.dumps(self.to_json(), indent=1)
@@ -139,11 +145,11 @@ def build_plan(
 
     Args:
         request: launch to plan.
-        facts: facts by host name; a host without facts is addressed by its name.
-        environment: environment variables of the launcher; some are passed on.
+        facts: facts by host name. If a host has no facts, its name is used as its address.
+        environment: environment variables of the launcher. Some of them are passed to the ranks.
 
     Raises:
-        LaunchError: if options of the request contradict each other.
+        LaunchError: options of the request contradict each other.
     """
     min_nodes = request.min_nodes or len(request.hosts)
     _check_request(request, min_nodes)
@@ -202,7 +208,8 @@ def _rendezvous_options(
     endpoint = f"{first.address}:{request.port or first.port or _DEFAULT_PORT}"
     if request.store is not None:
         endpoint = f"{own.launcher or request.store[0]}:{request.store[1]}"
-    # Without `is_host`, torchrun derives it from host names, which can resolve to loopback.
+    # By default, torchrun finds the host of the rendezvous by its name. This fails if the name
+    # resolves to a loopback address, so set `is_host` explicitly.
     is_host = host is request.hosts[0] and request.store is None
     conf = f"is_host={str(is_host).lower()},join_timeout={request.rendezvous_timeout}"
     yield from ("--nnodes", str(count) if min_nodes == count else f"{min_nodes}:{count}")
@@ -223,21 +230,21 @@ def _script_options(request: LaunchRequest, host: Host) -> Iterator[str]:
 
 
 def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
-    """Return the environment variables of every rank, for launches by ssh and by Slurm.
+    """Return the environment variables that all ranks need, both with ssh and with Slurm.
 
     Args:
-        request: launch.
+        request: launch to run.
         size: number of ranks per host.
     """
     env = {
         "PYTHONUNBUFFERED": "1",
         "LOCAL_SIZE": str(size),
         TIMEOUT: str(request.timeout),
-        "DEEPSPEED_TIMEOUT": str(max(1, request.timeout // 60)),  # minutes
+        "DEEPSPEED_TIMEOUT": str(max(1, request.timeout // 60)),  # in minutes
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(request.grace),
     }
     if request.max_restarts:
-        # Otherwise a restarted rank reads the old address of another rank (pytorch#135712).
+        # Otherwise, a restarted rank reads an outdated address of another rank (pytorch#135712).
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if request.min_nodes is not None and request.min_nodes < len(request.hosts):
         env[ELASTIC] = "1"
@@ -275,8 +282,8 @@ def _build_transport(request: LaunchRequest, host: Host) -> tuple[str, ...]:
 
 
 def build_ssh_command(request: LaunchRequest, host: Host) -> tuple[str, ...]:
-    """Return the ssh command for a host; the remote command is to be appended."""
-    # ssh uses the first value of an option, so the user's options take precedence.
+    """Return the ssh command for a host. The caller must append the command to run there."""
+    # If an option is repeated, ssh uses the first value, so the user's options come first.
     options = (
         *request.ssh_options,
         *("BatchMode=yes", "ConnectTimeout=8", "ServerAliveInterval=5", "ServerAliveCountMax=3"),

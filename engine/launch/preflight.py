@@ -1,7 +1,7 @@
 """Check every host before launch.
 
-Each host must be reachable, have the launcher's package versions and config, and be able to connect
-to the rendezvous port.
+Each host must be reachable and must be able to connect to the rendezvous port. Its package versions
+and its config must be the same as on the launcher.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class HostCheck:
 
 
 def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
-    """Check all hosts in parallel; takes at most about 20 seconds.
+    """Check all hosts in parallel. The checks take about 20 seconds at most.
 
     Args:
         request: launch to check.
-        config: path of the config, which must be the same on all hosts; None: no config.
+        config: path of the config, whose content must be the same on all hosts; None if the launch
+            has no config.
     """
     if request.is_local:
         return [HostCheck(host.name, HostFacts("127.0.0.1")) for host in request.hosts]
@@ -61,7 +62,10 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 def _open_rendezvous_port(
     request: LaunchRequest, first: HostCheck
 ) -> Iterator[tuple[str | None, int]]:
-    """Listen on the rendezvous port; yield address and port, None for the launcher's address."""
+    """Listen on the rendezvous port inside this context, and yield its address and port.
+
+    The address is None if the launcher listens: each host may reach it at a different address.
+    """
     if request.store is not None:
         with reachability.listen(request.store[1]):
             yield None, request.store[1]
@@ -76,12 +80,12 @@ def _open_rendezvous_port(
         text=True,
     ) as listener:
         assert listener.stdout is not None
-        listener.stdout.readline()  # if it cannot listen, the hosts report the problem
+        listener.stdout.readline()  # if it cannot listen, connecting fails later
         try:
             yield first.facts.address, port
         finally:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                listener.communicate(timeout=_TIMEOUT)  # it exits when its input ends
+                listener.communicate(timeout=_TIMEOUT)  # closes its input, which stops it
             listener.kill()
 
 
@@ -111,7 +115,7 @@ def _check_connection(
 def _build_command(
     request: LaunchRequest, host: Host, module: str, *arguments: str
 ) -> tuple[str, ...]:
-    """Return the command that runs a module of this package on a host."""
+    """Return the ssh command that runs a Python module with arguments on a host."""
     remote = shlex.join([request.python, "-m", module, *arguments])
     return (*build_ssh_command(request, host), f"cd {shlex.quote(request.cwd)} && {remote}")
 

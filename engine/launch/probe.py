@@ -1,4 +1,4 @@
-"""Report facts about this host as one line of JSON."""
+"""Print facts about this host as one line of JSON, for the preflight check."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ _SIOCGIFADDR = 0x8915
 
 
 def probe(config: str | None, port: int = 0) -> dict[str, Any]:
-    """Return package versions, both addresses of the ssh connection, a free port and a config hash.
+    """Return the package versions, addresses, a free port and the config's hash of this host.
+
+    The addresses are those of this host and of the launcher, as used by the ssh connection.
 
     Args:
-        config: path of the config on this host; None: no config.
-        port: port to check: None in the result if it is in use; 0: any free port.
+        config: path of the config on this host; None if there is no config.
+        port: port to check. The returned port is None if this port is in use. With 0, any free port
+            is returned.
     """
     launcher, address = _read_ssh_endpoints()
     versions = {"python": platform.python_version()}
@@ -46,9 +49,9 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
 
 
 def free_port(port: int = 0) -> int | None:
-    """Return the port if it is free on this host, else None; for 0, return any free port."""
+    """Return the given port if it is free on this host, else None. For 0, return any free port."""
     with socket.socket() as free:
-        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like TCPStore
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TCPStore sets the same option
         try:
             free.bind(("", port))
             free.listen()
@@ -59,13 +62,16 @@ def free_port(port: int = 0) -> int | None:
 
 
 def _read_ssh_endpoints() -> tuple[str, str]:
-    """Return the addresses of the ssh client and of this host; names can resolve to loopback."""
+    """Return the addresses of the ssh client and of this host.
+
+    They come from the ssh connection, because host names may resolve to loopback addresses.
+    """
     connection = os.environ.get("SSH_CONNECTION", "").split()
     return (connection[0], connection[2]) if len(connection) == 4 else ("127.0.0.1", "127.0.0.1")
 
 
 def _find_interface(address: str) -> str | None:
-    import fcntl  # not available on Windows, where `doctor` imports this module
+    import fcntl  # fcntl does not exist on Windows, where `doctor` imports this module
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         for _, name in socket.if_nameindex():

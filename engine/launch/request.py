@@ -1,4 +1,4 @@
-"""The launch that the user requests, built from options and files."""
+"""The request for a launch, which is built from command-line options and files."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ _CONFIG_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "optimizer
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """The script to run, the hosts to run it on, and all options."""
+    """The script to launch, the hosts to use, and all options."""
 
     script: tuple[str, ...]
-    """Script and its arguments; with ``is_command``, any command."""
+    """The script and its arguments. If ``is_command`` is true, this is any command."""
     hosts: tuple[Host, ...]
     is_local: bool = True
-    """Whether the only host is this machine; otherwise ssh connects to the hosts."""
+    """Whether the job runs only on this machine. Otherwise, ssh connects to the hosts."""
     is_command: bool = False
     is_module: bool = False
     min_nodes: int | None = None
-    """Minimum number of hosts with which the job continues; None: all of them."""
+    """Minimum number of hosts that the job needs to continue; None if it needs all hosts."""
     max_restarts: int = 0
     timeout: int = 600
     rendezvous_timeout: int = 300
     store: tuple[str, int] | None = None
-    """Host name and port of a rendezvous on the launcher, which survives the loss of any host."""
+    """Host name and port of the rendezvous if the launcher runs it; None if a host runs it.
+
+    A rendezvous on the launcher continues to work if any of the hosts is lost.
+    """
     port: int = 0
     interface: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
@@ -47,16 +50,18 @@ class LaunchRequest:
 def bind_to_cores(
     script: tuple[str, ...], python: str, *, is_module: bool, is_command: bool
 ) -> tuple[str, ...]:
-    """Build the command that binds a rank to its own CPU cores and then runs the script."""
+    """Return the command that binds a rank to its own CPU cores and then runs the script."""
     interpreter = () if is_command else (python, "-u", *(("-m",) if is_module else ()))
     return (python, "-m", "engine.launch.affinity", *interpreter, *script)
 
 
 def find_config(script: tuple[str, ...], cwd: str) -> str | None:
-    """Return the first script argument that is the path of a JSON file with a config key, or None.
+    """Return the path of the first config among the arguments of a script, or None.
+
+    A config is an existing JSON file with a typical config key, such as ``optimizer``.
 
     Args:
-        script: the script and its arguments, such as `--config=ds_config.json`.
+        script: script and its arguments. An argument can be a path or `--option=path`.
         cwd: working directory of the script.
     """
     for argument in script[1:]:
@@ -71,15 +76,18 @@ def find_config(script: tuple[str, ...], cwd: str) -> str | None:
 
 
 def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, str]:
-    """Read the environment variables to set on all ranks; later values take precedence.
+    """Read the environment variables to set on all ranks.
+
+    They come from the file `.deepspeed_env` if it exists, then from ``file``, and then from
+    ``assignments``. If a variable is repeated, the last value is used.
 
     Args:
-        file: file with lines ``NAME=VALUE`` and ``#`` comments, read after `.deepspeed_env`.
-        assignments: additional ``NAME=VALUE`` strings.
+        file: file with lines ``NAME=VALUE`` and ``#`` comments.
+        assignments: strings of the form ``NAME=VALUE``.
 
     Raises:
-        LaunchError: if a line or an assignment is not ``NAME=VALUE``.
-        OSError: if the file cannot be read.
+        LaunchError: a line or an assignment does not have the form ``NAME=VALUE``.
+        OSError: the file cannot be read.
     """
     default = Path(".deepspeed_env")
     lines = []

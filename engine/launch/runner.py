@@ -1,4 +1,4 @@
-"""Run a plan: start the agents, print their output, execute the state machine's actions."""
+"""Run a plan: start the agents, print their output and execute the state machine's actions."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ __all__ = ["report_outcome", "run"]
 
 _PING_INTERVAL = 5.0
 _TICK = 0.1
-_KEPT_LINES = 20  # per rank
-# Windows lacks SIGHUP.
+_KEPT_LINES = 20  # last lines of output that are kept per rank
+# SIGHUP does not exist on Windows.
 _SIGNALS = tuple(
     signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 )
@@ -42,7 +42,7 @@ class _Report(NamedTuple):
 
 
 class _Agent:
-    """The local process of a host: its agent, or the ssh connection to it."""
+    """The local process for a host, which is the agent itself or an ssh connection to the agent."""
 
     def __init__(self, plan: NodePlan, reports: queue.Queue[_Report]) -> None:
         self._host = plan.host
@@ -52,20 +52,20 @@ class _Agent:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches only the launcher, which stops the agents
+            start_new_session=True,  # so that Ctrl-C interrupts only the launcher
         )
         self.send(json.dumps(plan.spec()))
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, line: str) -> None:
-        """Send a line to the agent; ignored if it has exited."""
+        """Send a line to the agent. Do nothing if the agent has exited."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
 
     def kill(self) -> None:
-        """Kill the local process."""
+        """Kill the agent, or the ssh connection to it."""
         self._process.kill()
 
     def _read(self) -> None:
@@ -80,7 +80,7 @@ class _Agent:
             else:
                 self._reports.put(_Report("line", self._host, line))
         returncode = self._process.wait()
-        with contextlib.suppress(OSError):  # close() flushes unread input, which can fail
+        with contextlib.suppress(OSError):  # closing stdin flushes it, which can fail
             self._process.stdout.close()
             if self._process.stdin is not None:
                 self._process.stdin.close()
@@ -88,7 +88,7 @@ class _Agent:
 
 
 class _Output:
-    """Prints the output of the selected ranks; keeps the last lines of every rank and host."""
+    """Prints the output of the selected ranks, and keeps the last lines of every rank and host."""
 
     def __init__(self, console: Console, out: IO[str]) -> None:
         self._console = console
@@ -96,7 +96,10 @@ class _Output:
         self._kept: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=_KEPT_LINES))
 
     def print(self, line: str, host: str) -> None:
-        """Print a line of a host's output; a prefix such as ``[node0:r1]`` names the rank."""
+        """Print a line of a host's output if its rank is selected.
+
+        The line starts with the rank, for example ``[node0:r1]``, unless it is from the agent.
+        """
         prefix = line[1:].partition("]")[0] if line.startswith("[") else ""
         source = prefix if ":r" in prefix else host
         self._kept[source].append(line)
@@ -105,7 +108,7 @@ class _Output:
             print(line, file=self._out, flush=True)
 
     def get_last_lines(self, source: str) -> tuple[str, ...]:
-        """Return the last lines of a rank (``node0:r1``) or of a host (``node0``)."""
+        """Return the last lines that a rank (``node0:r1``) or a host (``node0``) printed."""
         return tuple(self._kept[source])
 
 
@@ -123,7 +126,7 @@ class _Runner:
         """Run until the agent of every host has exited.
 
         Args:
-            signals: queue that receives the numbers of signals to the launcher.
+            signals: queue with the numbers of the signals that the launcher received.
         """
         self._execute(Action("start", host) for host in self._nodes)
         next_ping = time.monotonic() + _PING_INTERVAL
@@ -168,15 +171,15 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
     Args:
         plan: plan to run.
-        console: ranks whose output is printed; the last lines of every rank are kept for failures.
-        out: stream to print to.
+        console: ranks whose output is printed. If a rank fails, its last lines are always printed.
+        out: stream for the output of the ranks.
     """
     with _catch_signals() as signals, _serve_store(plan.store_port):
         return _Runner(plan, console, out).run(signals)
 
 
 def report_outcome(outcome: Outcome) -> int:
-    """Print the reason of a failure to standard error; return the exit status of the launch."""
+    """Return the exit status of a launch. If it failed, print the reason to standard error."""
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:
@@ -186,7 +189,10 @@ def report_outcome(outcome: Outcome) -> int:
 
 @contextlib.contextmanager
 def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
-    """Collect signals in a queue instead of exiting; only works in the main thread."""
+    """Put received signals into a queue, so that they do not terminate this process.
+
+    In other threads than the main thread, signals are not caught.
+    """
     caught: queue.SimpleQueue[int] = queue.SimpleQueue()
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -204,7 +210,7 @@ def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
 
 @contextlib.contextmanager
 def _serve_store(port: int | None) -> Iterator[None]:
-    """Run the rendezvous store in this process if a port is given."""
+    """Run the rendezvous store in this process; do nothing if the port is None."""
     store = None
     if port is not None:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but missing from the stubs

@@ -1,8 +1,8 @@
-"""State machine of a launch: turns events into actions, without side effects.
+"""The state machine of a launch, which decides how the launcher reacts to events.
 
-It starts no process and reads no clock: every event includes its time, and `runner.py` executes the
-actions. The table at the end of `LaunchStateMachine` defines the behavior; the public methods only
-map their arguments to an event of the table.
+The state machine starts no processes and does not read the clock. Each event includes its time, and
+`runner.py` executes the actions. The table at the end of `LaunchStateMachine` defines the behavior.
+The public methods only convert their arguments to an event in this table.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from engine.launch.plan import LaunchPlan, NodePlan
 __all__ = ["RECALL_INTERVAL", "Action", "HostState", "LaunchState", "LaunchStateMachine", "Outcome"]
 
 RECALL_INTERVAL = 2.0
-"""Seconds between two attempts to reconnect to a lost host."""
+"""Time in seconds between two attempts to reconnect to a lost host."""
 
-_KILL_MARGIN = 5.0  # seconds that an agent may take longer than the grace period of its ranks
+_KILL_MARGIN = 5.0  # seconds after the grace period in which an agent must exit
 
 
 class LaunchState(Enum):
-    """State of the whole launch."""
+    """The state of the whole launch."""
 
     RUNNING = "the job runs; a lost host may come back"
     FINISHING = "a host has succeeded, so the job is done; a lost host may not come back"
@@ -35,7 +35,7 @@ class LaunchState(Enum):
 
 
 class HostState(Enum):
-    """State of one host."""
+    """The state of one host."""
 
     RUNNING = "its agent runs"
     LOST = "the connection was lost; the launcher will reconnect"
@@ -45,7 +45,7 @@ class HostState(Enum):
 
 
 class _Event(Enum):
-    """An event in the transition table."""
+    """An event to which the transition table assigns actions."""
 
     HOST_STARTED = "a reconnected host has started the job"
     HOST_SUCCEEDED = "an agent exited with status 0"
@@ -62,7 +62,7 @@ class Action(NamedTuple):
     """An instruction to the runner for one host."""
 
     verb: Literal["start", "send", "kill", "print"]
-    """Start the agent, send it `text`, kill the process that connects to it, or print `text`."""
+    """Start the agent, send it `text`, kill the local process of the host, or print `text`."""
     host: str
     text: str = ""
 
@@ -72,12 +72,15 @@ class Outcome:
     """The result of a launch."""
 
     status: int = OK
-    """0 if all ranks succeeded, else the status of the first failed rank; 128 + n for a signal."""
+    """0 if all ranks succeeded, else the exit status of the first failed rank.
+
+    If the launcher received signal n, the status is 128 + n.
+    """
     reason: str = ""
     source: str = ""
-    """Host (`node0`) or rank (`node0:r1`) whose output explains the failure."""
+    """The host (`node0`) or the rank (`node0:r1`) whose output explains the failure."""
     last_lines: tuple[str, ...] = ()
-    """The last lines of the source."""
+    """The last lines of output of ``source``."""
 
 
 class _Details(NamedTuple):
@@ -114,9 +117,9 @@ def _describe_end(host: str, returncode: int, failure: Failure | None) -> Outcom
 
 
 class LaunchStateMachine:
-    """The state of a launch and of each of its hosts; initially, all hosts have just started.
+    """The state of a launch and of its hosts. At first, every host is in the state `RUNNING`.
 
-    Each method that reports an event returns the actions to execute, in order.
+    Each method that reports an event returns the actions that the caller must execute, in order.
     """
 
     def __init__(self, plan: LaunchPlan) -> None:
@@ -124,7 +127,7 @@ class LaunchStateMachine:
         self.outcome = Outcome()
         self._plan = plan
         self._hosts = {node.host: _Host(node) for node in plan.nodes}
-        self._left = len(plan.nodes)  # hosts that are not lost permanently
+        self._left = len(plan.nodes)  # number of hosts that were not lost permanently
         self._failed_at = math.inf
         self._kill_at = math.inf
 
@@ -138,7 +141,7 @@ class LaunchStateMachine:
         return self._hosts[name].state
 
     def host_started(self, name: str, now: float) -> list[Action]:
-        """Report that an agent holds the lock of its host and is starting the job."""
+        """Report that an agent has acquired the lock of its host and is starting the job."""
         if self._hosts[name].state is not HostState.RECALLED:
             return []
         return self._apply(_Event.HOST_STARTED, _Details(now, name))
@@ -146,13 +149,13 @@ class LaunchStateMachine:
     def host_ended(
         self, name: str, returncode: int, failure: Failure | None, now: float
     ) -> list[Action]:
-        """Report that the agent of a host has exited, or the connection to it was lost.
+        """Report that the agent of a host has exited, or that the connection to it was lost.
 
         Args:
             name: name of the host.
             returncode: return code of the local process, as `subprocess` reports it.
             failure: failure that the host reported, or None.
-            now: time in seconds on a monotonic clock, as for all methods.
+            now: time of the event in seconds on a monotonic clock, as in all methods.
         """
         host = self._hosts[name]
         was_dismissed = host.state is HostState.DISMISSED
@@ -178,7 +181,7 @@ class LaunchStateMachine:
         return self._apply(_Event.SIGNAL, _Details(now, outcome=outcome, failed_at=-math.inf))
 
     def time_passed(self, now: float) -> list[Action]:
-        """Report the current time; called several times per second."""
+        """Report the current time. The runner calls this method several times per second."""
         if now > self._kill_at:
             return self._apply(_Event.OVERDUE, _Details(now))
         due = [
@@ -237,7 +240,7 @@ class LaunchStateMachine:
         return ()
 
     def _record_if_earlier(self, details: _Details) -> Iterable[Action]:
-        # The host of the first failed rank can exit after hosts that failed because of that rank.
+        # Other hosts may fail because of the first failed rank, but exit before that rank's host.
         return self._record_outcome(details) if details.failed_at < self._failed_at else ()
 
     def _stop_hosts(self, details: _Details) -> Iterable[Action]:
@@ -252,7 +255,7 @@ class LaunchStateMachine:
 
     def _kill_connections(self, details: _Details) -> Iterable[Action]:
         del details
-        return self._order_all("kill")  # an agent without a connection stops on its own
+        return self._order_all("kill")  # an agent stops by itself if its connection is closed
 
     def _forget_lost_hosts(self) -> None:
         for host in self._hosts.values():
@@ -262,7 +265,7 @@ class LaunchStateMachine:
     def _order_all(self, verb: Literal["send", "kill"], text: str = "") -> list[Action]:
         return [Action(verb, name, text) for name, host in self._hosts.items() if host.has_process]
 
-    # (state, event) -> (next state, steps to take). An absent pair changes nothing.
+    # Maps (state, event) to (next state, methods to call). Other events do not change the state.
     _TRANSITIONS: ClassVar[
         dict[tuple[LaunchState, _Event], tuple[LaunchState, tuple[_Step, ...]]]
     ] = {

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _append_to_file(status: int, seconds: float) -> int:
-    """Append the time and the exit status to a file, in which a Slurm job finds the first failure."""
+    """Append the time and the exit status to the file that a Slurm job reads after a failure."""
     path = os.environ.get(FAILURE_FILE)
     if path:
         with contextlib.suppress(OSError), Path(path).open("a") as file:

@@ -293,7 +293,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
-    """Return why a run is not a usable test and how to fix it, or an empty string if it is usable."""
+    """Return why a run is not a usable test and how to fix it; empty if the run is usable."""
     from engine.range_test.suggestion import MIN_POINTS
 
     name = " ".join(args.script).removeprefix("-- ")
