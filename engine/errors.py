@@ -90,7 +90,7 @@ class LaunchError(ValueError):
 class MisuseError(RuntimeError, AssertionError):
     """A method was called at the wrong time.
 
-    This class is also an `AssertionError`, because DeepSpeed raises an `AssertionError` here.
+    It is also an `AssertionError`, because DeepSpeed raises an `AssertionError` in such cases.
 
     RuntimeError
     └── MisuseError

@@ -39,7 +39,7 @@ def editor_schema() -> dict[str, Any]:
 
 
 def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a schema in which the content of each file replaces the reference to it."""
+    """Return a copy of a schema, with each reference to a file replaced by the file's content."""
     inlined = {"": _copy_for_editors(schema)}
     for member in walk({}, schema, fill=lambda _: SECTION):
         inlined[member.pointer] = _copy_for_editors(member.schema)

@@ -95,7 +95,7 @@ class Config:
     compile_backend: str | None
     """The backend of torch.compile; None if the model is not compiled."""
     find_unused_parameters: bool
-    """The option of the same name of DistributedDataParallel."""
+    """Value of the argument ``find_unused_parameters`` of DistributedDataParallel."""
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -130,7 +130,7 @@ class Config:
         )
 
     def horizon(self, steps_per_epoch: float | None) -> Horizon:
-        """Return the length of the run, which converts the schedule's durations to steps.
+        """Return the run's length, which is needed to convert the schedule's durations to steps.
 
         Args:
             steps_per_epoch: optimizer steps per pass over the data; None if unknown.

@@ -40,7 +40,7 @@ __all__ = ["Structure", "against_schema", "check_structure"]
 
 _RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
 _REGISTRY: Registry[Any] = Registry(
-    retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # attrs field, renamed
+    retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # mypy does not know that attrs renames the field
 )
 
 
@@ -97,7 +97,7 @@ def _pointers_of_errors(problems: Sequence[Problem]) -> set[str]:
 def against_schema(
     document: Document, value: Any, schema: Mapping[str, Any], pointer: str = ""
 ) -> Iterator[Problem]:
-    """Yield a problem for each violation of the schema, also in nested values.
+    """Yield a problem for each violation of the schema in a value and in its nested values.
 
     Args:
         document: parsed config, which provides the positions of problems.
@@ -270,7 +270,7 @@ def _construct_schedule(
 ) -> tuple[Schedule[Any] | None, list[Problem]]:
     """Construct the config's schedule; return it with the problems of its parameters.
 
-    Problems are returned only if every parameter is known, that is, none is invalid or "auto".
+    Problems are returned only if no parameter is invalid or "auto".
     """
     block = config.get("scheduler")
     if not isinstance(block, Mapping) or "type" not in block:

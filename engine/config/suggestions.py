@@ -73,7 +73,7 @@ def suggestion(
 def _find_only_near(name: str, known: Collection[str]) -> str | None:
     """Return the known name that is at most two edits away and has the same first or last letter.
 
-    Return None if there are several such names.
+    Return None if there is no such name or more than one.
     """
     near = [
         other

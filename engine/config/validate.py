@@ -32,7 +32,7 @@ def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
             valid for some number of ranks.
 
     Raises:
-        ConfigError: the file does not exist or is not text.
+        ConfigError: the file cannot be read or is not text.
 
     >>> [problem.rule for problem in validate({"train_batch_size": 8, "sheduler": {}})]
     ['unknown-key']

@@ -31,7 +31,7 @@ def summary(cls: type[Schedule[Any]]) -> str:
 
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
-    """Return the curves of a schedule that has its example parameters, by hyperparameter name."""
+    """Return the curve of each hyperparameter if the schedule has its example parameters."""
     curves = cls(**cls.example).curves_for(_BASE, EXAMPLE_RUN)
     return {name: groups[0] for name, groups in curves.items()}
 

@@ -99,12 +99,12 @@ def main() -> int:
 
 
 def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
-    """Wait until the job has exited. Stop it if the launcher requests this or is not available.
+    """Wait until the job has exited. Stop it if the launcher requests this or is unreachable.
 
     Args:
         job: running job.
         words: input that was already read.
-        signals: received signals, to which a signal handler appends.
+        signals: list to which a signal handler appends each received signal.
     """
     last_input = time.monotonic()
     inputs = [sys.stdin.fileno()]

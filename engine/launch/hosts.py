@@ -19,9 +19,9 @@ _LINE = re.compile(r"(?P<name>[^\s#]+)\s+slots\s*=\s*(?P<slots>-?\d+)\s*(?:#.*)?
 
 @dataclass(frozen=True)
 class Host:
-    """A machine, and the slots of it to use.
+    """A machine, and the slots on it that the launch uses.
 
-    Each slot runs one process. If the machine has GPUs, each slot is one GPU.
+    Each slot runs one process. If the machine has GPUs, each process uses its own GPU.
 
     >>> Host("node0", (0, 1, 3)).size
     3

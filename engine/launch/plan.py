@@ -1,6 +1,6 @@
 """Build the plan of a launch from the request and from facts about the hosts.
 
-The functions of this module do not contact the hosts and start no processes.
+The functions of this module do not contact hosts or start processes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class HostFacts:
     interface: str | None = None
     port: int | None = None
     launcher: str | None = None
-    """The address of the launcher, as seen by this host."""
+    """The address at which this host can reach the launcher."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class LaunchPlan:
     store_port: int | None = None
     """Port of the rendezvous if the launcher runs it; None if the first host runs it."""
     patience: int = 0
-    """Maximum time in seconds to try to reconnect to a lost host; 0 if it is not tried."""
+    """Maximum time in seconds for reconnecting to a lost host; 0 disables reconnecting."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a dict for JSON. The values of secret variables are masked."""

@@ -11,7 +11,7 @@ _TIMEOUT = 5.0
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on a port. Clients can connect although `accept` is not called.
+    """Return a socket that listens on a port. Clients can connect without a call of `accept`.
 
     Raises:
         OSError: the port is in use.

@@ -191,7 +191,7 @@ def report_outcome(outcome: Outcome) -> int:
 def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
     """Put received signals into a queue, so that they do not terminate this process.
 
-    In other threads than the main thread, signals are not caught.
+    This has an effect only in the main thread, because other threads cannot handle signals.
     """
     caught: queue.SimpleQueue[int] = queue.SimpleQueue()
     if threading.current_thread() is not threading.main_thread():

@@ -59,8 +59,7 @@ def build_sbatch(request: LaunchRequest, options: Mapping[str, str]) -> str:
     """Return the text of an sbatch script that launches the job.
 
     Args:
-        request: launch to run. Only the number of its hosts matters, because Slurm chooses the
-            hosts.
+        request: launch to run. The names of its hosts are ignored, because Slurm chooses the hosts.
         options: ``#SBATCH`` options by long name. They override the defaults. If they contain
             ``requeue``, a preempted job saves a checkpoint and is put back in the queue.
     """

@@ -45,7 +45,7 @@ class HostState(Enum):
 
 
 class _Event(Enum):
-    """An event to which the transition table assigns actions."""
+    """An event that can change the state or cause actions; see the transition table."""
 
     HOST_STARTED = "a reconnected host has started the job"
     HOST_SUCCEEDED = "an agent exited with status 0"

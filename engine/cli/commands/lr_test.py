@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["add", "run"]
 
 _LINES_OF_FAILURE = 15
-_GRACE = 30.0  # seconds until a script that does not exit after the test is killed
+_GRACE = 30.0  # seconds to wait after the test before the script is killed
 
 
 def add(parser: argparse.ArgumentParser) -> None:

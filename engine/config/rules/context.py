@@ -75,7 +75,7 @@ class RuleContext:
             return None
         try:
             return drive(self.schedule, self.config)
-        except ValueError:  # another check reports the error, or the run does when it starts
+        except ValueError:  # reported by another check or at the start of the run
             return None
 
     def section(self, name: str) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ __all__ = ["RULES"]
 _PARAMS = "/scheduler/params"
 _DEEPSPEED_PEAK = 0.001
 _NEAR = 0.02  # fraction of the run; smaller differences between the ends are ignored
-_NEAR_ZERO = 0.01  # fraction of the peak; lower learning rates are practically zero
+_NEAR_ZERO = 0.01  # fraction of the peak; learning rates below it count as zero
 
 
 def _params_of_type(context: RuleContext, *types: str) -> Mapping[str, Any] | None:

@@ -55,7 +55,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning if a single process on the torch backend should offload to the CPU.
+    """Yield a warning if offloading is configured for a single process on the torch backend.
 
     The torch backend offloads only if there are several ranks.
     """
