@@ -64,7 +64,7 @@ class Engine(nn.Module):
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
-        """The scheduler, which is stepped after each applied optimizer step; None if there is none."""
+        """The scheduler, which is stepped after each applied step; None if there is none."""
         return self._run.scheduler
 
     @lr_scheduler.setter
@@ -167,7 +167,7 @@ class Engine(nn.Module):
         return self._run.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether the next calls of `step` run the optimizer; call this before the forward pass."""
+        """Set whether later calls of `step` run the optimizer; call it before the forward pass."""
         self._run.boundary = is_boundary
 
     @contextlib.contextmanager
@@ -230,14 +230,14 @@ class Engine(nn.Module):
             save_dir: directory that holds the run's checkpoints; created if missing.
             tag: name of this checkpoint; default: ``global_step`` and the number of batches.
             client_state: your own plain values and tensors; `load_checkpoint` returns them.
-            save_latest: whether `load_checkpoint` may select this checkpoint if called without a tag.
+            save_latest: whether `load_checkpoint` without a tag may select this checkpoint.
             exclude_frozen_parameters: whether to leave out the parameters that do not require
                 gradients, such as a LoRA base model's; loading then keeps their current values.
 
         Raises:
-            OSError: the disk is full or the directory is not writable; existing checkpoints are kept.
+            OSError: the disk is full or the directory is not writable; old checkpoints are kept.
             RuntimeError: saving failed on a rank, or a rank did not call this method in time.
-            ValueError: the ranks pass different tags, or ``client_state`` has values of unsupported types.
+            ValueError: the ranks' tags differ, or ``client_state`` has values of unsupported types.
         """
         self._checkpointer.save(
             self._run,
@@ -406,7 +406,7 @@ class Engine(nn.Module):
         return self._run.read_lr()
 
     def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
-        """Return each param group's momentum (all betas for Adam); None if the optimizer has none."""
+        """Return each param group's momentum (all betas for Adam); None if there is none."""
         return momenta_of(self.optimizer)
 
     def get_momentum(self) -> list[float] | None:
@@ -414,7 +414,7 @@ class Engine(nn.Module):
         return self._run.read_momentum()
 
     def get_global_grad_norm(self) -> float | None:
-        """Return the 2-norm of the last step's gradients before clipping; None before the first step.
+        """Return the last step's gradient norm before clipping; None before the first step.
 
         On DeepSpeed without ZeRO, the result is always None.
         """

@@ -56,7 +56,7 @@ def initialize(
     config: Source | None = None,
     mesh_param: Any = None,
     config_params: Source | None = None,
-    # The types use `Any` instead of None, so that callers that pass data need no None check.
+    # The return type uses `Any` for results that may be None, so that callers need no None check.
 ) -> tuple[Engine, Optimizer, DataLoader[Any] | Any, LRScheduler | Any]:
     """Validate a config and build the engine that trains the model.
 

@@ -129,7 +129,7 @@ class TrainingRun:
     def step(self, metric: Tensor | float | None) -> bool:
         """Count a micro-batch; run the optimizer if it completes a batch. See `Engine.step`."""
         if self.is_trial and self.recorder is not None:
-            # End the run even if the script caught the exception that ended it before.
+            # A script may catch the exception that ends the run; in that case, raise it again.
             self.recorder.stop_if_over()
         if self.is_over:
             raise RuntimeError(

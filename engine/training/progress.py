@@ -46,7 +46,7 @@ class StepRecord:
     skipped_steps: int
     """Number of skipped steps so far."""
     lr: Sequence[float]
-    """One value per param group, like `momentum`."""
+    """Learning rate of each param group; `momentum` also has one value per param group."""
     momentum: Sequence[float] | None
     weight_decay: float | None
     """Weight decay of the first param group."""
@@ -75,7 +75,7 @@ class ProgressReporter:
 
     Args:
         config: config with ``steps_per_print`` and the monitors' sections.
-        monitors: monitors on rank 0; empty on other ranks, which only take part in averaging the loss.
+        monitors: monitors on rank 0; empty on other ranks, which only help to average the losses.
         average: function that returns the mean of a number over the ranks.
         writes_log: whether this rank writes log lines.
     """

@@ -24,7 +24,7 @@ class ScheduleDriver:
     Args:
         scheduler: any object with a ``step`` method, such as a torch scheduler; may be None.
         average: function that returns the mean of a number over the ranks.
-        report: directory for a plot of the feedback schedule's decision; if None, nothing is plotted.
+        report: directory for a plot of a feedback schedule's decision; None disables the plot.
     """
 
     def __init__(
