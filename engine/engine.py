@@ -232,7 +232,7 @@ class Engine(nn.Module):
             client_state: your own plain values and tensors; `load_checkpoint` returns them.
             save_latest: whether `load_checkpoint` without a tag may select this checkpoint.
             exclude_frozen_parameters: whether to leave out the parameters that do not require
-                gradients, such as a LoRA base model's; loading then keeps their current values.
+                gradients, such as the base model's in LoRA; loading keeps their current values.
 
         Raises:
             OSError: the disk is full or the directory is not writable; old checkpoints are kept.
@@ -414,7 +414,7 @@ class Engine(nn.Module):
         return self._run.read_momentum()
 
     def get_global_grad_norm(self) -> float | None:
-        """Return the last step's gradient norm before clipping; None before the first step.
+        """Return the 2-norm of the last gradients before clipping; None before the first step.
 
         On DeepSpeed without ZeRO, the result is always None.
         """

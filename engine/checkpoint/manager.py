@@ -279,7 +279,7 @@ class Checkpointer:
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):
             return self._identity
-        # An elastic run may change the world size, since global batch and schedule stay the same.
+        # The world size of an elastic run may change; its global batch and schedule may not.
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _restore_counters(self, run: RunState, state: Mapping[str, Any]) -> None:

@@ -184,7 +184,7 @@ def checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
 
 
 def is_begun(directory: Path) -> bool:
-    """Return whether a directory has any checkpoint, even an incomplete or another tool's one."""
+    """Return whether a directory has any checkpoint, even if incomplete or from another tool."""
     return (directory / LATEST).exists() or any(directory.glob(f"*/{MANIFEST}"))
 
 

@@ -57,7 +57,7 @@ NODE_LOST = 75
 """Exit status: the launch lost a host (EX_TEMPFAIL: retry)."""
 
 TIMED_OUT = 124
-"""Exit status: the hosts did not find each other in time (as in the `timeout` command)."""
+"""Exit status: the hosts did not find each other in time (as for the `timeout` command)."""
 
 SSH_FAILED = 255
 """Exit status of ssh itself, if it could not connect or lost the connection."""

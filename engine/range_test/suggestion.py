@@ -85,7 +85,7 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     The suggestion is the median of the first three rules, or of those that apply. A cycle reaches
     its maximum only briefly, so the maximum can be as large as the learning rate at which the loss
     stops falling. The last three rules are meant for a constant learning rate. As the maximum of a
-    cycle, they are too low, and training is slow (docs/results/lr_test.md).
+    cycle, their values are too low, so training is slow (docs/results/lr_test.md).
 
     Args:
         lrs: learning rate of each step, positive, in any order and spacing.

@@ -1,4 +1,4 @@
-"""The data loader that ``initialize`` builds; its global batches do not depend on the world size."""
+"""The data loader of ``initialize``; its global batches do not depend on the world size."""
 
 from __future__ import annotations
 
