@@ -64,7 +64,7 @@ class Engine(nn.Module):
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
-        """The scheduler, stepped after each applied optimizer step; None without one."""
+        """The scheduler, which is stepped after each applied step; None if there is none."""
         return self._run.scheduler
 
     @lr_scheduler.setter
@@ -127,8 +127,8 @@ class Engine(nn.Module):
 
         Args:
             lr_kwargs: ignored; accepted for compatibility with DeepSpeed.
-            metric: value for a schedule such as ReduceLROnPlateau, for example the validation loss
-                in the last step of an epoch; the schedule receives the mean over the ranks.
+            metric: validation loss or similar value for a schedule such as ReduceLROnPlateau, which
+                receives its mean over the ranks; pass it in the last step of an epoch.
 
         Returns:
             Whether an optimizer step was applied. A step with non-finite gradients is skipped and
@@ -151,7 +151,7 @@ class Engine(nn.Module):
     def _trial_run(self, recorder: StepRecorder, schedule: Schedule[Any]) -> Iterator[None]:
         """Train with another schedule inside this context, then restore the previous state.
 
-        The state is restored after an exception, too. The recorder receives every step.
+        The state is also restored if the block raises. The recorder receives every step.
         """
         run = self._run
         run.check_between_steps()
@@ -167,7 +167,7 @@ class Engine(nn.Module):
         return self._run.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether `step` runs the optimizer from now on; call it before the forward pass."""
+        """Set whether later calls of `step` run the optimizer; call it before the forward pass."""
         self._run.boundary = is_boundary
 
     @contextlib.contextmanager
@@ -198,8 +198,8 @@ class Engine(nn.Module):
     def train_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Train on one whole batch and return the mean loss over its micro-batches.
 
-        The iterator provides the micro-batches; a tuple, list or mapping is unpacked into the
-        model's arguments. The model must return the loss, like a DeepSpeed pipeline.
+        The iterator yields micro-batches. Each is passed to the model; a tuple, list or mapping is
+        unpacked into arguments. The model must return the loss, as in a DeepSpeed pipeline.
         """
         losses = []
         for loss in call_on_batches(self, data_iter, self._accumulation):
@@ -230,14 +230,14 @@ class Engine(nn.Module):
             save_dir: directory that holds the run's checkpoints; created if missing.
             tag: name of this checkpoint; default: ``global_step`` and the number of batches.
             client_state: your own plain values and tensors; `load_checkpoint` returns them.
-            save_latest: whether `load_checkpoint` without a tag finds this checkpoint.
-            exclude_frozen_parameters: whether to leave out parameters that do not require
-                gradients, for example a base model under adapters; loading does not change them.
+            save_latest: whether `load_checkpoint` without a tag may select this checkpoint.
+            exclude_frozen_parameters: whether to leave out the parameters that do not require
+                gradients, such as the base model's in LoRA; loading keeps their current values.
 
         Raises:
-            OSError: the disk is full, or the directory is not writable; its contents are kept.
+            OSError: the disk is full or the directory is not writable; old checkpoints are kept.
             RuntimeError: saving failed on a rank, or a rank did not call this method in time.
-            ValueError: the ranks' tags differ, or ``client_state`` contains arbitrary objects.
+            ValueError: the ranks' tags differ, or ``client_state`` has values of unsupported types.
         """
         self._checkpointer.save(
             self._run,
@@ -258,7 +258,7 @@ class Engine(nn.Module):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
     ) -> tuple[str, dict[str, Any]]:
-        """Restore model, optimizer, loss scale, schedule and counters. Every rank must call it.
+        """Restore model, optimizer, loss scale, schedule and counters. Every rank must call this.
 
         Args:
             load_dir: directory that was passed to `save_checkpoint`.
@@ -274,7 +274,7 @@ class Engine(nn.Module):
         Raises:
             FileNotFoundError: the checkpoint does not exist.
             CheckpointError: the checkpoint is damaged, or its schedule, optimizer, batch size,
-                precision or world size does not match this run, which stays unchanged.
+                precision or world size does not match this run. The run stays unchanged.
         """
         path, client_state = self._checkpointer.load(
             self._run,
@@ -288,7 +288,7 @@ class Engine(nn.Module):
         return str(path), client_state
 
     def wait_for_checkpoint(self) -> None:
-        """Wait on every rank until no checkpoint is being written; raise if a save failed."""
+        """Wait until every rank has finished writing its checkpoint; raise if a save failed."""
         self._checkpointer.wait()
 
     def _resume(self) -> None:
@@ -361,11 +361,11 @@ class Engine(nn.Module):
         return self.config.batch.accumulation
 
     def gradient_clipping(self) -> float:
-        """Return the norm to which gradients are clipped; 0 disables clipping."""
+        """Return the maximum gradient norm; 0 means that gradients are not clipped."""
         return self.config.gradient_clipping
 
     def steps_per_print(self) -> int | None:
-        """Return the number of steps between two log lines; None disables them."""
+        """Return the number of steps between two log lines; None if no log lines are written."""
         return self.config.steps_per_print
 
     def log_level(self) -> str | None:
@@ -378,11 +378,11 @@ class Engine(nn.Module):
         return bool(self.config.raw.get("wall_clock_breakdown", False))
 
     def optimizer_name(self) -> str | None:
-        """Return the type of the config's optimizer in lower case; None without one."""
+        """Return the lower-case type of the config's optimizer; None if the config has none."""
         return self.config.optimizer.type.lower() if self.config.optimizer else None
 
     def scheduler_name(self) -> str | None:
-        """Return the type of the config's schedule; None without one."""
+        """Return the type of the config's schedule; None if the config has none."""
         return self.config.schedule.type_name if self.config.schedule else None
 
     def fp16_enabled(self) -> bool:
@@ -406,15 +406,15 @@ class Engine(nn.Module):
         return self._run.read_lr()
 
     def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
-        """Return each param group's momentum (Adam: all betas); None if it does not exist."""
+        """Return each param group's momentum (all betas for Adam); None if there is none."""
         return momenta_of(self.optimizer)
 
     def get_momentum(self) -> list[float] | None:
-        """Return each param group's momentum or first beta, which schedules can change."""
+        """Return each param group's momentum (first beta for Adam), which schedules can change."""
         return self._run.read_momentum()
 
     def get_global_grad_norm(self) -> float | None:
-        """Return the 2-norm of the last step's gradients before clipping; None before any step.
+        """Return the 2-norm of the last gradients before clipping; None before the first step.
 
         On DeepSpeed without ZeRO, the result is always None.
         """
@@ -441,10 +441,10 @@ class Engine(nn.Module):
 
     @property
     def micro_steps(self) -> int:
-        """The number of micro-batches so far."""
+        """The number of micro-batches that were processed so far."""
         return self._run.counters.micro_steps
 
     def empty_partition_cache(self) -> None:
-        """Release the gathered parameters that DeepSpeed's ZeRO stage 3 keeps."""
+        """Release the gathered parameters that DeepSpeed's ZeRO stage 3 caches."""
         if self.config.backend.name == "deepspeed":
             self._backend.attribute("empty_partition_cache")()

@@ -56,24 +56,24 @@ def initialize(
     config: Source | None = None,
     mesh_param: Any = None,
     config_params: Source | None = None,
-    # The types use `Any` instead of None, so that callers that pass data need no None check.
+    # The return type uses `Any` for results that may be None, so that callers need no None check.
 ) -> tuple[Engine, Optimizer, DataLoader[Any] | Any, LRScheduler | Any]:
     """Validate a config and build the engine that trains the model.
 
-    The arguments, their order and the results are those of ``deepspeed.initialize``. The model and
-    the optimizer are not changed if the config is invalid.
+    The arguments and results are the same as those of ``deepspeed.initialize``, in the same order.
+    If the config is invalid, the model and the optimizer are not changed.
 
     Args:
-        args: parsed command line. Its ``deepspeed_config`` is used if ``config`` is not passed.
+        args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.
             Options added by `add_config_arguments` override the config; each override is logged.
         model: module to train; it is moved to this rank's device.
         optimizer: your own optimizer, or a function that takes the parameters and returns one;
-            default: the config's.
+            default: the optimizer in the config.
         model_parameters: parameters or param groups to train; default: all that require gradients.
         training_data: dataset to load; the returned data loader reads from it.
         lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one;
-            default: the config's. It is stepped after each applied optimizer step.
-        distributed_port: port of rank 0, used if the environment does not set one.
+            default: the scheduler in the config. It is stepped after each applied optimizer step.
+        distributed_port: port of rank 0, used if the environment does not set ``MASTER_PORT``.
         mpu: model-parallel unit; DeepSpeed backend only.
         dist_init_required: ignored; accepted for compatibility with DeepSpeed. A process group is
             created only if it is needed and not initialized yet.
@@ -129,7 +129,7 @@ def initialize(
         mpu=mpu,
         mesh_param=mesh_param,
     )
-    # Binding a schedule changes the param groups, so read the user's optimizer before that.
+    # Binding a schedule changes the param groups, so first read the user's hyperparameters.
     user_settings = None if resolved.optimizer else hyperparameters(backend.basic_optimizer)
     scheduler = _bind_schedule(resolved, lr_scheduler, backend.optimizer, loader)
     identity = identity_of(resolved, scheduler, user_settings)
@@ -166,7 +166,7 @@ def _load(source: Source, args: argparse.Namespace | None) -> Config:
         rank = process_rank()
         if rank == 0:
             raise
-        # Rank 0's error usually ends the job during this wait, so that it is printed only once.
+        # Rank 0's error usually ends the job during this wait, so the error is printed only once.
         time.sleep(_RANK_0_GRACE_SECONDS)
         raise SystemExit(
             f"rank {rank} rejects the config; if rank 0 accepts it, their files differ: {error}"

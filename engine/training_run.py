@@ -34,8 +34,8 @@ log = logging.getLogger("onecycle")
 class TrainingRun:
     """A training run on a backend, from its first step to its last.
 
-    The LR range test replaces the engine's run with a trial run, then restores it. This state is
-    not part of `Engine` because every attribute assignment on an `nn.Module` is slow.
+    During an LR range test, the engine uses a trial run and then returns to its own run. The state
+    is stored here rather than in `Engine` because setting an attribute of an `nn.Module` is slow.
     """
 
     config: Config
@@ -46,12 +46,12 @@ class TrainingRun:
     rollback: Rollback | None
     recorder: StepRecorder | None = None
     is_trial: bool = False
-    """Whether this is a trial run: it saves nothing, and the recorder ends it."""
+    """Whether this is a trial run, which saves no checkpoints and is ended by the recorder."""
     counters: Counters = field(default_factory=Counters)
     steps_before: int = 0
     """Number of applied steps in the loaded checkpoint; `is_over` does not count them."""
     boundary: bool | None = None
-    """Value from `Engine.set_gradient_accumulation_boundary`; None: count micro-batches."""
+    """Value set by `Engine.set_gradient_accumulation_boundary`; if None, count micro-batches."""
     micro_batches: int = 0
     """Number of micro-batches since the last optimizer step."""
     scaled_losses: int = 0
@@ -95,12 +95,12 @@ class TrainingRun:
             )
 
     def record_steps(self, recorder: StepRecorder, *, is_trial: bool) -> None:
-        """Pass every step from now on to a recorder."""
+        """Pass every step to a recorder from now on."""
         self.recorder, self.is_trial, self.window.is_kept = recorder, is_trial, True
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The scheduler, stepped after each applied step."""
+        """The scheduler, which is stepped after each applied step."""
         return self.driver.scheduler
 
     def set_scheduler(self, scheduler: LRScheduler | None) -> None:
@@ -129,7 +129,7 @@ class TrainingRun:
     def step(self, metric: Tensor | float | None) -> bool:
         """Count a micro-batch; run the optimizer if it completes a batch. See `Engine.step`."""
         if self.is_trial and self.recorder is not None:
-            # End the run even if the script caught the exception that ended it before.
+            # A script may catch the exception that ends the run; in that case, raise it again.
             self.recorder.stop_if_over()
         if self.is_over:
             raise RuntimeError(
@@ -209,7 +209,7 @@ class TrainingRun:
         return [float(group["lr"]) for group in self.backend.optimizer.param_groups]
 
     def read_momentum(self) -> list[float] | None:
-        """Return the momentum or first beta of each param group; None if it does not exist."""
+        """Return the momentum (first beta for Adam) of each param group; None if there is none."""
         momenta = momenta_of(self.backend.optimizer)
         if momenta is None:
             return None
@@ -221,7 +221,7 @@ def preserve(model: nn.Module, backend: Backend, loader: DataLoader[Any] | None)
     """When the block ends, restore everything that training changed, even after an exception.
 
     Args:
-        model: module whose training mode is restored, with the modes of its submodules.
+        model: module; its training mode and those of its submodules are restored.
         backend: backend whose model, optimizer and loss scale are restored; its gradients are
             cleared.
         loader: data loader whose position is restored, if `initialize` built it.

@@ -33,10 +33,10 @@ def build(
         model: module to train. It is moved to the rank's device, and checkpointed, compiled,
             sharded or wrapped as the config requires.
         optimizer: the user's optimizer, or a function that takes the parameters and returns one;
-            None: the config's.
+            if None, the config's optimizer is used.
         config: a validated config.
         ranks: rank, world size and device of this process.
-        parameters: parameters or param groups to train; None: all that require gradients.
+        parameters: parameters or param groups to train; if None, all that require gradients.
         mpu: model-parallel unit; DeepSpeed only.
         mesh_param: shape of the device mesh; DeepSpeed only.
 

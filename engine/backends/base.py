@@ -27,7 +27,7 @@ class Backend(ABC):
     model: nn.Module
     """The user's module, on its device, not wrapped."""
     optimizer: Optimizer
-    """The optimizer whose param groups the schedule drives."""
+    """The optimizer whose param groups the schedule changes."""
     basic_optimizer: Optimizer
     """The underlying torch optimizer, unwrapped."""
     trained: int
@@ -80,7 +80,7 @@ class Backend(ABC):
         """Clip the gradients, run the optimizer and clear the gradients.
 
         Args:
-            divide_by: divisor for gradients that `backward` has not divided.
+            divide_by: number to divide the gradients by; 1 if `backward` has already divided them.
 
         Returns:
             Whether the step was applied. A step with non-finite gradients is skipped.
@@ -93,7 +93,7 @@ class Backend(ABC):
     @property
     @abstractmethod
     def loss_scale(self) -> float:
-        """The factor on the loss in the next backward pass."""
+        """The factor by which the next backward pass multiplies the loss."""
 
     def mean(self, value: float) -> float:
         """Return the mean of a number over the ranks. Every rank must call this method."""
@@ -125,7 +125,7 @@ class Backend(ABC):
 
         Args:
             place: directory to write to.
-            group: process group that nothing else uses during the save; None in one process.
+            group: process group that nothing else uses during the save; None for one process.
             arena: buffers for the copies; later saves reuse them.
             frozen: whether to include parameters that do not require gradients.
 
@@ -161,7 +161,7 @@ class Backend(ABC):
         """Return a human-readable description of the training setup for the log."""
 
     def attribute(self, name: str) -> Any:
-        """Return an attribute that the engine itself lacks; by default, the model's.
+        """Return an attribute that the engine lacks; by default, look it up on the model.
 
         Raises:
             AttributeError: the attribute does not exist.

@@ -32,17 +32,17 @@ _SCALER = "grad_scaler.pt"
 class DeepSpeedBackend(Backend):
     """Trains with DeepSpeed's engine: ZeRO, offloading, and DeepSpeed's precisions and optimizers.
 
-    The optimizer is PyTorch's, as on the PyTorch backend, unless the config requires DeepSpeed's
-    implementation. So DeepSpeed compiles an optimizer only if the config requires it.
+    As on the PyTorch backend, the optimizer is a PyTorch optimizer unless the config requires
+    DeepSpeed's implementation. DeepSpeed therefore compiles an optimizer only if it is required.
 
     Args:
         model: the user's module.
         optimizer: the user's optimizer, or a function that takes the parameters and returns one;
-            None: the config's.
+            if None, the config's optimizer is used.
         config: a validated config.
         ranks: rank, world size and device of this process. Even a single process needs an
             initialized process group.
-        parameters: tensors or param groups to train; None: all that require gradients.
+        parameters: tensors or param groups to train; if None, all that require gradients.
         mpu: model-parallel unit for ``deepspeed.initialize``.
         mesh_param: shape of the device mesh for ``deepspeed.initialize``.
 
@@ -92,8 +92,8 @@ class DeepSpeedBackend(Backend):
 
     @override
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        # In bf16 and fp16, DeepSpeed keeps 16-bit weights. Cast the inputs, too, so that scripts
-        # do not have to, just as under autocast.
+        # In bf16 and fp16, DeepSpeed's weights have 16 bits. Cast the inputs to the same dtype, so
+        # that scripts do not have to; autocast does the same.
         self.engine.set_gradient_accumulation_boundary(last_micro_batch)
         if self._dtype is not None:
             args, kwargs = _cast(args, self._dtype), _cast(kwargs, self._dtype)
@@ -117,7 +117,7 @@ class DeepSpeedBackend(Backend):
         # have already divided the gradients.
         del divide_by
         # Under torch_autocast without ZeRO, DeepSpeed counts a step as applied even if torch's
-        # scaler skips it. A skipped step lowers the scale.
+        # scaler skips it. The scaler lowers its scale after each skipped step, so compare scales.
         scaler = self.engine.torch_autocast_z0_gradscaler
         before = scaler.get_scale() if scaler else 0.0
         self.engine.set_gradient_accumulation_boundary(is_boundary=True)
@@ -191,7 +191,7 @@ class DeepSpeedBackend(Backend):
 
     @override
     def snapshot(self) -> Any:
-        # Only DeepSpeed can copy its state, so the snapshot is a temporary checkpoint.
+        # Only DeepSpeed can save its state, so the snapshot is a temporary checkpoint.
         directory = [tempfile.mkdtemp(prefix="onecycle-") if self.ranks.rank == 0 else ""]
         dist.broadcast_object_list(directory)
         place = Path(directory[0], "snapshot")

@@ -1,4 +1,4 @@
-"""The config that is passed to DeepSpeed: the user's, without our keys and with all defaults.
+"""Build the config for DeepSpeed: the user's without our keys, with all defaults filled in.
 
 DeepSpeed's defaults change between versions. With explicit values, DeepSpeed runs exactly the
 config that was validated.
@@ -54,7 +54,7 @@ def deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[str, Any
     if builds_optimizer and "optimizer" in config.raw:
         settings["optimizer"] = _without_parked(config.raw["optimizer"])
     else:
-        # Otherwise, DeepSpeed rejects an optimizer that it did not build if states are offloaded.
+        # By default, DeepSpeed rejects offloading with an optimizer that it did not build.
         settings.setdefault("zero_force_ds_cpu_optimizer", False)
     return settings
 

@@ -1,4 +1,4 @@
-"""Our schedules for plain DeepSpeed, and for libraries on top of it such as accelerate."""
+"""Register our schedules with DeepSpeed, for scripts that use it directly or via accelerate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def register_with_deepspeed(*, replace: bool = False) -> list[str]:
     string such as "10ep" needs the length of an epoch, which DeepSpeed does not provide.
 
     Args:
-        replace: whether to replace DeepSpeed's five schedules of the same names, too.
+        replace: whether to also replace DeepSpeed's five schedules, whose names are the same.
 
     Returns:
         The names of the registered schedules.

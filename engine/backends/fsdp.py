@@ -1,8 +1,8 @@
 """The FSDP2 backend: PyTorch with parameters, gradients and optimizer states sharded across ranks.
 
 FSDP2 implements ZeRO's stages as follows. Stage 3 gathers a block's parameters for the forward pass
-and again for the backward pass. Stage 2 keeps them between the two passes. Stage 1 keeps them, too,
-and reduces gradients only once per step.
+and again for the backward pass. Stage 2 keeps them between the two passes. Stage 1 also keeps
+them, and reduces gradients only once per step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["FSDPBackend", "check_gradient_averaging", "shard"]
 
 
 class FSDPBackend(PyTorchBackend):
-    """Trains a model whose parameters FSDP2 shards across ranks, ZeRO stages 1 to 3."""
+    """Trains a model whose parameters FSDP2 shards across ranks (ZeRO stages 1 to 3)."""
 
     @override
     def _prepare_optimizer(
@@ -60,8 +60,8 @@ class FSDPBackend(PyTorchBackend):
 
     @override
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        # FSDP's mixed-precision policy casts, so autocast is not needed. Stages 2 and 3 reduce the
-        # gradients of every micro-batch, since they do not store unsharded gradients.
+        # FSDP's mixed-precision policy casts the tensors, so autocast is not needed. Stages 2 and 3
+        # reduce gradients after every micro-batch, since they do not store unsharded ones.
         if self._config.zero_stage == 1:
             assert isinstance(self.model, FSDPModule)
             self.model.set_requires_gradient_sync(last_micro_batch)
@@ -88,12 +88,12 @@ class FSDPBackend(PyTorchBackend):
 def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) -> list[Any]:
     """Shard a model's parameters across ranks, in place, and return the parameters to train.
 
-    All ranks start with rank 0's values, like DDP.
+    As with DDP, all ranks start with rank 0's values.
 
     Args:
         model: module on its device.
         config: config with the ZeRO stage, the precision, offloading and ``engine.wrap``.
-        parameters: unsharded tensors or param groups to train; None: all that require gradients.
+        parameters: unsharded tensors or param groups to train; if None, all that require gradients.
 
     Returns:
         The sharded parameters to train, in the structure of ``parameters``.
@@ -144,7 +144,7 @@ def check_gradient_averaging(ranks: Ranks) -> None:
     """Check that FSDP averages gradients over the ranks, which some torch builds do not do.
 
     Raises:
-        RuntimeError: the result for a test weight is not the mean of the ranks' gradients.
+        RuntimeError: FSDP's gradient of a test weight is not the mean of the ranks' gradients.
     """
     probe = nn.Linear(ranks.world_size, 1, bias=False, device=ranks.device)
     fully_shard(probe)

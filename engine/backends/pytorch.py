@@ -37,11 +37,11 @@ class PyTorchBackend(Backend):
     Args:
         model: the user's module; it is moved to the device of ``ranks``.
         optimizer: the user's optimizer, or a function that takes the parameters and returns one;
-            None: the config's.
+            if None, the config's optimizer is used.
         config: a validated config.
         ranks: rank, world size and device of this process. Several ranks need an initialized
             process group.
-        parameters: tensors or param groups to train; None: all that require gradients.
+        parameters: tensors or param groups to train; if None, all that require gradients.
 
     Raises:
         ValueError: no block to checkpoint was found, ``engine.compile`` is unknown, or the user's
@@ -89,7 +89,7 @@ class PyTorchBackend(Backend):
         return build_optimizer(self._config.optimizer, parameters)
 
     def _set_up_averaging(self) -> DistributedDataParallel | None:
-        """Set up gradient averaging across ranks; return the model's wrapper, if it needs one."""
+        """Set up gradient averaging across ranks; return the DDP model, or None without DDP."""
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         return DistributedDataParallel(
             self.model,
@@ -100,8 +100,8 @@ class PyTorchBackend(Backend):
     @override
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
         if self._parallel is not None:
-            # DDP's no_sync() sets this attribute only inside its context, which would have to
-            # include the backward pass.
+            # Set the attribute directly: DDP's no_sync() sets it only inside its context, which
+            # would have to include the backward pass.
             self._parallel.require_backward_grad_sync = last_micro_batch
         with self._precision_context():
             return self._called(*args, **kwargs)
@@ -138,8 +138,8 @@ class PyTorchBackend(Backend):
         self.zero_grad()
         if self._keeps_gradients:
             # If the gradients were freed now, malloc would return their memory to the system, and
-            # page faults would slow the next backward pass. Freed right before that pass, the
-            # memory is reused.
+            # page faults would slow the next backward pass. If they are freed right before that
+            # pass instead, the memory is reused.
             self._spent = gradients
         self.grad_norm = norm
         if self._scaler is not None:
@@ -147,7 +147,7 @@ class PyTorchBackend(Backend):
         return finite
 
     def _gradients(self) -> list[Tensor]:
-        """Return this rank's gradients; with FSDP, its shards of them."""
+        """Return this rank's gradients; with FSDP, only this rank's shards."""
         return [
             parameter.grad
             for group in self.optimizer.param_groups
@@ -159,7 +159,7 @@ class PyTorchBackend(Backend):
         """Return the 2-norm over all gradients."""
         if not gradients:
             return 0.0
-        # This is the kernel of torch's clip_grad_norm_, in half the time. It is not public.
+        # torch's clip_grad_norm_ also uses this private kernel, but takes twice as long.
         return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))  # noqa: SLF001
 
     @property
@@ -232,7 +232,7 @@ class PyTorchBackend(Backend):
 
 
 def _prepare(model: nn.Module, config: Config, device: torch.device) -> None:
-    """Move a model to its device, and checkpoint and compile it as the config requires."""
+    """Move a model to its device; enable activation checkpointing and compile it if configured."""
     compilers = torch.compiler.list_backends(exclude_tags=()) if config.compile_backend else ()
     if config.compile_backend is not None and config.compile_backend not in compilers:
         raise ValueError(

@@ -19,7 +19,7 @@ log = logging.getLogger("onecycle")
 
 
 class AsyncSaver:
-    """Runs asynchronous saves: holds the tensor copies, the thread, the group and a pending error.
+    """Runs asynchronous saves; keeps the tensor copies, thread, process group and last error.
 
     At exit, the process waits for its last checkpoint. If that fails, the exit status is 1.
     """
@@ -33,7 +33,7 @@ class AsyncSaver:
         atexit.register(self._wait_at_exit)
 
     def process_group(self, world_size: int) -> dist.ProcessGroup | None:
-        """Return a process group for saving only, so that it cannot interfere with training."""
+        """Return a process group for saving only, so that saves cannot interfere with training."""
         if self._group is None and world_size > 1:
             self._group = dist.new_group(backend="gloo")
         return self._group

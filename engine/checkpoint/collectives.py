@@ -17,7 +17,7 @@ _PATIENCE = dt.timedelta(seconds=30)
 
 
 def meet(ranks: Ranks, what: str) -> None:
-    """Wait up to 30 seconds for the other ranks; a rank may never make the call.
+    """Wait up to 30 seconds until all ranks have reached the same call.
 
     Args:
         ranks: rank, world size and control group of this process.

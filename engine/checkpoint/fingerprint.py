@@ -30,7 +30,7 @@ def identity_of(config: Config, scheduler: object, optimizer: Identity | None) -
     Args:
         config: config of the run.
         scheduler: scheduler of the run with its durations resolved, or None.
-        optimizer: `hyperparameters` of an optimizer that the user built; ignored if the config
+        optimizer: result of `hyperparameters` for the user's own optimizer; ignored if the config
             has an `optimizer` block.
     """
     block = config.optimizer
@@ -64,7 +64,7 @@ def hyperparameters(optimizer: Optimizer) -> Identity:
 def _attributes(scheduler: object) -> Identity:
     """Return the type and the public attributes of a scheduler from another library."""
     converted: set[str] = set()
-    # The identity already has an entry for the optimizer.
+    # Leave out the optimizer, which has its own entry in the identity.
     public = {
         name: value
         for name, value in vars(scheduler).items()
@@ -105,10 +105,10 @@ def _differences(
         unknown: names of values that may be absent from the checkpoint.
     """
     if isinstance(saved, Mapping) and isinstance(own, Mapping):
-        # Earlier versions neither saved nor listed the values that JSON cannot represent. For
-        # their checkpoints, the values that are converted now are unknown; all others must match.
-        # Without this rule, such a checkpoint could not be resumed if its scheduler has a
-        # function as an attribute. The drawback: the first resume does not notice a changed tensor.
+        # Checkpoints of earlier versions do not contain the values that JSON cannot represent,
+        # such as a function or a tensor in the scheduler's attributes. Skip these values, so that
+        # such checkpoints can be resumed; all other values must match. The drawback is that the
+        # first resume does not notice a changed tensor.
         if _CONVERTED in own and _CONVERTED not in saved:
             unknown = own[_CONVERTED]
         for key in dict.fromkeys([*saved, *own]):
@@ -125,7 +125,7 @@ def _differences(
 
 
 def _to_json(values: Mapping[str, Any], converted: set[str]) -> dict[str, Any]:
-    """Return JSON values; add the names of values that JSON cannot represent to ``converted``."""
+    """Convert values to JSON; add the names of those that JSON cannot represent to a set."""
     converted |= {name for name, value in values.items() if not _is_json(value)}
     return {name: _describe(value) for name, value in values.items()}
 
@@ -139,7 +139,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _describe(value: Any) -> Any:
-    """Return a JSON value: a tensor's numbers, or the name of any other object or its type."""
+    """Return the numbers of a tensor, or the name of another object or its type, as JSON."""
     try:
         return json.loads(json.dumps(value, default=_describe_object))
     except (TypeError, ValueError):  # invalid keys, or a circular reference

@@ -1,4 +1,4 @@
-"""Save a run and resume it: when to save, the contents of a checkpoint, and whether it matches."""
+"""Save and resume a run: decide when and what to save, and check that a checkpoint matches."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class RunState(Protocol):
 
 
 class Checkpointer:
-    """Saves the checkpoints of a run and resumes from them; every rank calls each method.
+    """Saves the checkpoints of a run and resumes from them. Every rank must call each method.
 
     Args:
         config: config of the run; provides ``engine.checkpoint``, batch sizes and backend name.
@@ -136,7 +136,7 @@ class Checkpointer:
         """Save every ``engine.checkpoint.every`` steps, and before a signal ends the process.
 
         Raises:
-            SystemExit: after the save, if the process received a signal to end.
+            SystemExit: if any rank received SIGTERM or SIGUSR1; the checkpoint is complete then.
         """
         plan = self._plan
         if plan.dir is None or run.is_trial:
@@ -279,11 +279,11 @@ class Checkpointer:
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):
             return self._identity
-        # An elastic run may change the world size: the global batch and the schedule stay the same.
+        # The world size of an elastic run may change; its global batch and schedule may not.
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _restore_counters(self, run: RunState, state: Mapping[str, Any]) -> None:
-        """Restore counters and data position; convert them if the accumulation steps differ."""
+        """Restore counters and data position, converted if the accumulation steps have changed."""
         batch = self._batch
         saved = state.get("batch") or asdict(batch)
         counters, position = Counters(**state["counters"]), state["loader"]

@@ -17,12 +17,12 @@ __all__ = ["read_values", "refuse_objects", "write_values"]
 
 
 def write_values(path: Path, values: Any) -> None:
-    """Write numbers, strings, tensors, and lists and mappings of them.
+    """Write a value to a file: a number, string or tensor, or a list or mapping of such values.
 
     Raises:
         OSError: if the disk is full or the directory is not writable.
     """
-    # Given a path, torch.save raises a RuntimeError that does not name the cause.
+    # If torch.save wrote the file, its RuntimeError would not name the cause of a failure.
     buffer = io.BytesIO()
     torch.save(values, buffer)
     path.write_bytes(buffer.getbuffer())
@@ -36,7 +36,7 @@ def refuse_objects(values: Mapping[str, Any], name: str) -> None:
         name: name of the argument, for the error message.
 
     Raises:
-        ValueError: if a value is or contains an object of any other class.
+        ValueError: if a value is or contains an object that `read_values` cannot read.
 
     >>> refuse_objects({"epoch": 3}, "client_state")
     """
@@ -46,7 +46,7 @@ def refuse_objects(values: Mapping[str, Any], name: str) -> None:
             torch.save(value, buffer)
             buffer.seek(0)
             torch.load(buffer, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001  # pickling runs the objects' own code
+        except Exception as error:  # noqa: BLE001  # custom pickling code can raise anything
             raise ValueError(
                 f"`{name}[{key!r}]` must contain only tensors, numbers, strings, lists and "
                 f"mappings, got {_find_class_name(error) or type(value).__name__}. Convert it, for "

@@ -57,7 +57,7 @@ class Rollback:
         if scheduler.just_decided and self._snapshot is not None:
             self._backend.restore(self._snapshot)
             self._snapshot = None
-            scheduler.write()  # the snapshot restored an older learning rate
+            scheduler.write()  # restoring also reset the learning rate
             log.info("restored model and optimizer to the lowest loss of the warmup")
 
     def save(self, place: Path) -> None:

@@ -101,7 +101,7 @@ def write_tensors(
         metadata: strings to store in the file's header.
 
     Raises:
-        OSError: if the disk is full or the file is not writable; it replaces the `SafetensorError`.
+        OSError: if the disk is full or the file is not writable, instead of `SafetensorError`.
     """
     try:
         save_file(tensors, path, metadata)

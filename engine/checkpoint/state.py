@@ -67,7 +67,8 @@ def write_async(
         frozen: whether to write frozen parameters too.
 
     Returns:
-        A future that completes when this rank has written; on rank 0, when all ranks have.
+        A future that completes once this rank has written its files; on rank 0, once all ranks
+        have.
     """
     copies = _copied(_state_of(model, optimizer, frozen=frozen), arena)
     arena.update(copies)
@@ -108,8 +109,8 @@ def read(
         model: model to restore.
         optimizer: optimizer to restore; None restores only the model.
         strict: whether to reject saved tensors that the model does not have.
-        frozen: whether to reject a checkpoint without the frozen parameters; if False, missing ones
-            keep their current values.
+        frozen: whether to reject a checkpoint without the frozen parameters; if False, parameters
+            that are missing keep their current values.
 
     Raises:
         CheckpointError: if the model does not match; the message names the first key that differs.
@@ -200,8 +201,8 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
             process_group=group,
             no_dist=is_single_process,
         )
-    # Write this file after the collective `save`: if rank 0 failed before it, the other ranks would
-    # wait there indefinitely.
+    # Write this file after the collective `save`. If rank 0 failed here before that call, the other
+    # ranks would wait in it indefinitely.
     if is_single_process or dist.get_rank() == 0:
         values = {name: value for name, value in leaves.items() if not isinstance(value, Tensor)}
         write_values(directory / VALUES, values)

@@ -2,14 +2,14 @@
 
 ::
 
-    DIR/latest              name of the newest checkpoint; other tools use it, this module does not
+    DIR/latest              name of the newest checkpoint; only for other tools, not read here
     DIR/TAG/manifest.json   the files' sizes and hashes, package versions and the run's identity
     DIR/TAG/…               the files
     DIR/.TAG.partial/       a checkpoint that is being written, or whose writer was killed
 
 A directory without a manifest is not a checkpoint. The manifest is written last, and then one
-rename gives the directory its name. So the newest complete checkpoint survives at whatever moment
-the process is killed.
+rename gives the directory its name. The newest complete checkpoint therefore survives even if the
+process is killed during a save.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def begin(directory: Path, tag: str) -> Path:
         raise NotADirectoryError(20, "The checkpoint directory is a file", str(directory))
     directory.mkdir(parents=True, exist_ok=True)
     if partial.exists():
-        shutil.rmtree(partial)  # its writer was killed
+        shutil.rmtree(partial)  # left by a writer that was killed
     partial.mkdir()
     return partial
 
@@ -184,7 +184,7 @@ def checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
 
 
 def is_begun(directory: Path) -> bool:
-    """Return whether a directory has checkpoints, complete or not, from this or another tool."""
+    """Return whether a directory has any checkpoint, even if incomplete or from another tool."""
     return (directory / LATEST).exists() or any(directory.glob(f"*/{MANIFEST}"))
 
 
@@ -193,7 +193,7 @@ def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
 
     Args:
         directory: directory that holds the run's checkpoints.
-        tag: name of the checkpoint; None for the newest complete and resumable one.
+        tag: name of the checkpoint; None for the newest complete one that may be resumed.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -280,7 +280,7 @@ def prune(directory: Path, keep: int | None, keep_every: int | None) -> list[str
     removed = []
     for place, manifest in checkpoints(directory)[:-keep]:
         if keep_every is None or manifest.step % keep_every:
-            # Remove the manifest first: an interrupted removal must not leave a valid checkpoint.
+            # Remove the manifest first, so that an interrupted removal leaves no valid checkpoint.
             (place / MANIFEST).unlink()
             shutil.rmtree(place)
             removed.append(place.name)

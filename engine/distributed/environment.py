@@ -1,4 +1,4 @@
-"""Every `ONECYCLE_*` environment variable and every exit status; needs no torch."""
+"""Every `ONECYCLE_*` environment variable and every exit status. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = [
 ]
 
 PREFIX = "ONECYCLE_"
-"""Prefix of every variable below; `onecycle launch` passes such variables on to all ranks."""
+"""Prefix of every variable below; `onecycle launch` passes variables with it to all ranks."""
 
 ELASTIC = "ONECYCLE_ELASTIC"
-"""Set if hosts may join or leave: the world size may change, the batch size stays the same."""
+"""Set if hosts may join or leave, which changes the world size but not the batch size."""
 
 FAILURE_FILE = "ONECYCLE_FAILURE"
 """File to which each failed node of a Slurm job appends the time and its exit status."""
 
 JOB_ID = "ONECYCLE_JOB_ID"
-"""Name of the launch: the same on all ranks, different for every launch."""
+"""Name of the launch, which all its ranks share; every launch has a different name."""
 
 LR_TEST = "ONECYCLE_LR_TEST"
 """The sweep that a script's `initialize` must run, as JSON; set by `onecycle lr-test`."""
@@ -57,7 +57,7 @@ NODE_LOST = 75
 """Exit status: the launch lost a host (EX_TEMPFAIL: retry)."""
 
 TIMED_OUT = 124
-"""Exit status: the hosts did not find each other in time (the status of `timeout`)."""
+"""Exit status: the hosts did not find each other in time (as for the `timeout` command)."""
 
 SSH_FAILED = 255
 """Exit status of ssh itself, if it could not connect or lost the connection."""

@@ -33,7 +33,7 @@ _TASK_COUNTS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpirun",
 }
-"""Environment variables with the number of tasks, and the launcher that sets each of them."""
+"""Environment variables that hold the number of tasks, and the launcher that sets each one."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class Ranks:
     world_size: int
     device: torch.device
     control_group: Any = None
-    """A gloo group for barriers with timeouts, which NCCL lacks; None: the default group."""
+    """Gloo group for barriers with a timeout, which NCCL lacks; None to use the default group."""
 
 
 def world_size() -> int:
-    """Return the number of ranks: the process group's, else the launcher's, else 1."""
+    """Return the world size of the process group, else the one that the launcher set, else 1."""
     if _has_process_group():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_rank() -> int:
-    """Return this process's rank: the process group's, else the launcher's, else 0."""
+    """Return the rank in the process group, else the one that the launcher set, else 0."""
     if _has_process_group():
         return dist.get_rank()
     return int(os.environ.get("RANK") or "0")
@@ -160,7 +160,7 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
 def destroy_distributed() -> None:
     """Destroy the process group once all ranks that still run have reached this call.
 
-    If a rank exits early, it closes connections that the gloo threads of other ranks still use.
+    A rank that exits early would close connections that gloo threads of other ranks still use.
     """
     if not _has_process_group():
         return
@@ -169,5 +169,6 @@ def destroy_distributed() -> None:
             dist.monitored_barrier(timeout=_EXIT_TIMEOUT)
     dist.destroy_process_group()
     # A gloo thread may still hold a tensor, and needs the interpreter to release it. If the
-    # interpreter is gone, the process aborts ("terminate called without an active exception").
+    # interpreter has already exited, the process aborts ("terminate called without an active
+    # exception").
     time.sleep(_RELEASE_TIME)

@@ -18,10 +18,10 @@ _NAMES = ("SIGTERM", "SIGUSR1")
 
 
 class Signals:
-    """Records SIGTERM and SIGUSR1 (which Slurm can send before a job ends) until `forget`.
+    """Records SIGTERM and SIGUSR1 (which Slurm can send before a job ends).
 
-    The caller checks after each step whether a signal arrived. Python can install signal handlers
-    only in the main thread; in other threads no signal is recorded.
+    Recording ends with `forget`. The caller checks after each step whether a signal arrived. Python
+    can install signal handlers only in the main thread; in other threads no signal is recorded.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Signals:
         """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._note:
-                # None means that the handler was not installed from Python: it cannot be restored.
+                # None means that the handler was not set by Python code, so it cannot be restored.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
 

@@ -37,7 +37,7 @@ def lr_range_test(
     """Train with increasing learning rates, suggest a range, and restore the initial state.
 
     Weights, buffers, optimizer, schedule, loss scale, counters and random states are restored bit
-    for bit, even after an exception; a second call measures the same curve. During the test, a
+    for bit, even after an exception, so a second call measures the same curve. During the test, a
     boundary set by `set_gradient_accumulation_boundary` has no effect. Every rank must call this
     function; the loss is averaged over all ranks.
 
@@ -47,8 +47,8 @@ def lr_range_test(
     takes five to ten times as long.
 
     Args:
-        trainer: training engine from `engine.initialize`, with no accumulation in progress.
-        batches: micro-batches; iterated again from the start when exhausted.
+        trainer: training engine from `engine.initialize`, not in the middle of a batch.
+        batches: micro-batches; when they are exhausted, they are iterated again from the start.
         loss_fn: function that returns the loss for the engine and a batch. By default the model is
             called with the batch (a tuple or mapping is unpacked) and must return the loss.
         min_lr: learning rate of the first step.
@@ -60,7 +60,7 @@ def lr_range_test(
         refine: whether to train short cycles around the suggestion.
         training_steps: number of steps of the planned training. If it is longer than the short
             cycles, the refined maximum is multiplied by ``(steps / training_steps) ** 0.32``; see
-            `Refinement.max_lr`. None: as long as the short cycles.
+            `Refinement.max_lr`. None if it is as long as the short cycles.
 
     Returns:
         The loss curve, the suggested range and its confidence; see `LRRangeReport`.

@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["RECORD", "Recorder", "Run", "SweepOver"]
 
 RECORD = "record.jsonl"
-"""File name of the record: one line of facts about the run, one per step, one for the end."""
+"""File name of the record. The lines describe the run, then each step, then the end."""
 
 _PATIENCE = 3  # consecutive losses that are not finite
 _SKIPS = 50  # consecutive skipped steps: more than any loss scale needs to adapt
@@ -23,7 +23,7 @@ _STOPS = 3  # times that a script may catch `SweepOver`
 
 
 class SweepOver(SystemExit):
-    """Ends the script of a completed range test with exit status 0."""
+    """Ends the script with exit status 0 after the range test is complete."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:
-        """The learning rates, and for each the loss of the next step, which shows its effect.
+        """The learning rates, each with the loss of the following step, which shows its effect.
 
         >>> Run(lrs=[0.1, 0.2, 0.4], losses=[2.3, 2.0, 1.5]).curve
         ([0.1, 0.2], [2.0, 1.5])
@@ -70,12 +70,13 @@ class Run:
 class Recorder:
     """Records the learning rate and loss of every step and detects the end of the sweep.
 
-    Every rank has a recorder. All ranks decide alike, since the loss is averaged over the ranks.
+    Every rank has a recorder. All ranks end the sweep at the same step, since they receive the
+    same averaged loss.
 
     Args:
-        steps: number of steps of the sweep; None: record until the script ends.
+        steps: number of steps of the sweep; if None, record until the script ends.
         divergence: end the sweep when the smoothed loss is this many times its minimum.
-        path: file for the record; None to write none, as on all ranks except rank 0.
+        path: file for the record; None on all ranks except rank 0, which do not write one.
         facts: backend, world size, precision and batch size; the record's first line.
     """
 

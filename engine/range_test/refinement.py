@@ -16,8 +16,8 @@ from engine.range_test.recorder import Run
 __all__ = ["Refinement", "check_training_steps", "refine", "short_cycle"]
 
 _FACTOR = 2.0  # ratio of neighboring maxima
-_REACH = 2  # maxima on each side of the best one that the parabola is fitted to
-_FARTHEST = 6  # largest distance from the start of the search, in factors
+_REACH = 2  # number of maxima on each side of the best one to which the parabola is fitted
+_FARTHEST = 6  # largest power of `_FACTOR` by which a maximum differs from the first one
 _HORIZON = 0.32  # see Refinement.max_lr
 _MOMENTUM = ("cycle_momentum", "cycle_min_mom", "cycle_max_mom")
 
@@ -36,7 +36,7 @@ class Refinement:
     """
 
     losses: Mapping[float, tuple[float, ...]]
-    """Final loss of each repeat, by maximum learning rate; infinite if it diverged."""
+    """For each maximum learning rate, the final loss of each repeat; infinite if it diverged."""
     begin: float
     """Mean loss before training."""
     steps: int
@@ -56,7 +56,7 @@ class Refinement:
 
     @property
     def shrinkage(self) -> float:
-        """Factor for a longer training: ``(steps / training_steps) ** 0.32``, at most 1."""
+        """Factor for longer training: ``(steps / training_steps) ** 0.32``, at most 1."""
         return (
             1.0
             if self.training_steps is None
@@ -132,7 +132,7 @@ def refine(
     steps: int,
     training_steps: int | None = None,
 ) -> Refinement:
-    """Train short cycles with maxima a factor of 2 apart until the best one is not at the edge.
+    """Train short cycles with maxima a factor of 2 apart; add more while the best is at the edge.
 
     Args:
         train: function that trains a cycle of `steps` steps, given the maximum learning rate and
@@ -140,7 +140,7 @@ def refine(
         around: maximum learning rate to start the search from.
         repeats: number of cycles per maximum.
         steps: number of steps of a cycle.
-        training_steps: number of steps of the planned training; None: as long as a cycle.
+        training_steps: number of steps of the planned training; None if it equals ``steps``.
 
     Raises:
         ValueError: if cycles diverge at every maximum.

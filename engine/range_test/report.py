@@ -62,7 +62,7 @@ class LRRangeReport:
             train: function that takes a scheduler block and the index of the repeat, trains with
                 this schedule and returns the record.
             steps: number of steps of a cycle.
-            training_steps: number of steps of the planned training; None: as long as a cycle.
+            training_steps: number of steps of the planned training; None if it equals ``steps``.
             known: OneCycle block; the cycles use its momentum and the ratio of its halves.
         """
         if self.suggestion.max_lr is None:
@@ -81,9 +81,9 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs; if ``max_lr`` is None, ``reason`` explains why.
 
-        The curve and the rules use the points of all runs. With several runs,
-        ``max_lr`` is the median of their own suggestions if more than half have one, so a single
-        run that diverged early has little effect.
+        The curve and the rules use the points of all runs. With several runs, ``max_lr`` is the
+        median of the suggestions of the individual runs if more than half of the runs have one.
+        A single run that diverged early therefore has little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -99,7 +99,7 @@ class LRRangeReport:
 
     @property
     def of_each(self) -> list[float]:
-        """Suggestion of each run that has one, to show the spread; empty for a single run."""
+        """The suggested maximum of each run that has one, to show the spread; empty for one run."""
         if len(self.runs) == 1:
             return []
         each = (_suggest_from(run).max_lr for run in self.runs)
@@ -109,7 +109,7 @@ class LRRangeReport:
         """Return a 1Cycle scheduler block with the suggested range.
 
         Args:
-            known: OneCycle block; its other params are kept.
+            known: OneCycle scheduler block; params that the range test does not set are kept.
 
         Raises:
             ValueError: if there is no suggestion.
@@ -175,7 +175,7 @@ class LRRangeReport:
         return table
 
     def draw(self, path: Path) -> None:
-        """Plot the loss over the learning rate, with the suggested range, to a PNG file."""
+        """Save a plot of the loss over the learning rate and the suggested range as a PNG file."""
         from matplotlib.figure import Figure
 
         panels = 2 if self.refinement else 1

@@ -23,7 +23,7 @@ log = logging.getLogger("onecycle")
 
 
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
-    """Return the config for a script under `onecycle lr-test`: the sweep replaces its schedule."""
+    """Return a script's config for `onecycle lr-test`, with its schedule replaced by the sweep."""
     changed = config.for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:
         torch.manual_seed(torch.initial_seed() + sweep.seed_offset)
@@ -39,7 +39,7 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
 
     Args:
         engine: training engine before its first step.
-        sweep: sweep that `onecycle lr-test` requested. None: record the run only if the config's
+        sweep: sweep that `onecycle lr-test` requested; if None, record the run only if the config's
             schedule is an `LRRangeTest`.
     """
     is_first = engine.global_rank == 0

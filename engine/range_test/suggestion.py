@@ -1,4 +1,4 @@
-"""Suggest a maximum learning rate from the losses of a range test, or explain why that fails.
+"""Suggest a maximum learning rate from a range test's losses, or explain why there is none.
 
 This module only computes: it does not train and does not import torch.
 """
@@ -21,15 +21,15 @@ MIN_STEPS = 8
 """Minimum number of distinct learning rates for a suggestion."""
 
 EDGE = ("end of descent", "minimum", "divergence / 10")
-"""Rules for the largest learning rate that still helps; `max_lr` is their median."""
+"""Rules for the largest learning rate that still lowers the loss; `max_lr` is their median."""
 
 CAREFUL = ("steepest", "valley", "minimum / 10")
 """Rules that other tools use for a constant learning rate; a cycle can use a larger maximum."""
 
 Array = NDArray[np.float64]
 
-# Smoothed pure noise still has hills. Among about 50 independent points, the highest and the lowest
-# are typically 4.5 standard errors apart, and hardly ever 7.
+# Pure noise still has hills after smoothing. The highest and the lowest of about 50 independent
+# points are typically 4.5 standard errors apart, and hardly ever 7.
 _CERTAIN = 7.0
 _BANDWIDTHS = (0.015, 0.025, 0.04, 0.06, 0.09, 0.13)  # fractions of the sweep
 _MOST_POINTS = 400
@@ -60,7 +60,7 @@ class Suggestion:
 
     @property
     def band(self) -> tuple[float, float] | None:
-        """Smallest and largest learning rate of the `EDGE` rules; close together if they agree."""
+        """Smallest and largest learning rate of the `EDGE` rules; a narrow band if they agree."""
         edge = [self.rules[name] for name in EDGE if name in self.rules]
         return (min(edge), max(edge)) if edge else None
 
@@ -76,8 +76,8 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     - end of descent: the point at which the loss has completed 90 % of its descent;
     - minimum: the middle of the range in which the loss exceeds its minimum by less than 5 % of the
       descent;
-    - divergence / 10: a tenth of the learning rate at which the loss has risen back by 90 % of the
-      descent, or at which it stopped being finite or the test ended because it diverged;
+    - divergence / 10: a tenth of the learning rate at which the loss diverges: it rises back by
+      90 % of the descent, is no longer finite, or makes the test end;
     - steepest: the point at which the loss falls fastest over log(lr);
     - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.
@@ -85,7 +85,7 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     The suggestion is the median of the first three rules, or of those that apply. A cycle reaches
     its maximum only briefly, so the maximum can be as large as the learning rate at which the loss
     stops falling. The last three rules are meant for a constant learning rate. As the maximum of a
-    cycle, their values train too slowly (docs/results/lr_test.md).
+    cycle, their values are too low, so training is slow (docs/results/lr_test.md).
 
     Args:
         lrs: learning rate of each step, positive, in any order and spacing.

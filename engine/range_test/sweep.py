@@ -27,8 +27,8 @@ class Sweep:
         max_lr: learning rate of the last step.
         steps: number of steps.
         shape: "exponential", "linear", or "staircase" (20 stairs of equal height).
-        momentum: first and last momentum; it decreases while the learning rate increases. None:
-            momentum stays constant.
+        momentum: first and last momentum; it decreases while the learning rate increases. If
+            None, the momentum stays constant.
         block: scheduler block to use instead of the arguments above.
         divergence_factor: end the sweep when the smoothed loss is this many times its minimum.
         directory: directory for the record.

@@ -1,4 +1,4 @@
-"""The data loader that ``initialize`` builds; its batches do not depend on the world size."""
+"""The data loader of ``initialize``; its global batches do not depend on the world size."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
     """Yields one rank's micro-batches so that each optimizer step sees a whole global batch.
 
     Each epoch is a random permutation of the dataset, cut into batches of ``train_batch_size``.
-    Each batch is split across ranks and micro-batches. So step k sees the same samples whether a
-    batch of 8 is 8 on one rank, 2 micro-batches of 4, or 4 on each of two ranks. The last batch is
-    filled up from the start of the permutation, or dropped. Each iteration is an epoch in a new
-    order.
+    Each batch is split across ranks and micro-batches. Step k therefore trains on the same samples
+    whether a batch of 8 is processed on one rank, in 2 micro-batches of 4, or on two ranks with 4
+    samples each. The last batch is filled up with samples from the start of the permutation, or
+    dropped. Each iteration over the sampler is one epoch and uses a new permutation.
 
     Args:
         samples: number of samples in the dataset, at least 1.
@@ -106,11 +106,11 @@ class RunLoader(DataLoader[Any]):
     """Whether the next iteration resumes the current epoch instead of starting a new one."""
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its micro-batches that were requested."""
+        """Return the epoch and the number of micro-batches requested in this epoch."""
         return {"epoch": self._epoch, "given": self._given}
 
     def load_state_dict(self, state: dict[str, int], *, resumes: bool = True) -> None:
-        """Restore a position. The next iteration resumes there, or starts the next epoch."""
+        """Restore a position. If ``resumes``, continue there; otherwise start the next epoch."""
         self._epoch, self._given, self.resumes = state["epoch"], state["given"], resumes
 
     def begin(self, seed: int) -> None:
@@ -133,7 +133,7 @@ class RunLoader(DataLoader[Any]):
         sampler = self.batch_sampler
         skips = self._given
         if isinstance(sampler, GlobalBatchSampler):
-            sampler.epoch, sampler.skips = self._epoch, skips  # skips without loading any sample
+            sampler.epoch, sampler.skips = self._epoch, skips  # skipping loads no samples
             return self._count_requests(super().__iter__())
         return self._count_requests(itertools.islice(super().__iter__(), skips, None))
 

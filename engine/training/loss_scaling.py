@@ -8,12 +8,13 @@ __all__ = ["LossScaler"]
 
 
 class LossScaler:
-    """The factor on the loss that keeps small float16 gradients from underflowing to zero.
+    """Scales the loss so that small float16 gradients do not underflow to zero.
 
-    A static scale (``loss_scale`` above 0) never changes. A dynamic scale (``loss_scale`` 0) starts
-    at ``2 ** initial_scale_power``. The ``hysteresis``-th overflow and each later one halve it,
-    down to ``min_loss_scale``. It doubles after ``loss_scale_window + 1`` consecutive steps without
-    overflow and after every ``loss_scale_window`` more. Doubling also resets the hysteresis.
+    If ``loss_scale`` is above 0, the scale is static and never changes. If it is 0, the scale is
+    dynamic and starts at ``2 ** initial_scale_power``. The ``hysteresis``-th overflow and each
+    later one halve it, down to ``min_loss_scale``. After ``loss_scale_window + 1`` consecutive
+    steps without overflow, it doubles, and it doubles again after every ``loss_scale_window``
+    further ones. Doubling also resets the count of overflows.
 
     >>> scaler = LossScaler(LossScaling(0, 4, 2, 1, False, 1))
     >>> for overflow in (True, False, False, False):

@@ -31,7 +31,7 @@ class LossWindow:
 
     Args:
         average: function that returns the mean of a number over the ranks.
-        is_kept: whether a feedback schedule, a monitor or an LR range test needs the losses.
+        is_kept: whether to keep the losses for a feedback schedule, a monitor or an LR range test.
     """
 
     def __init__(self, average: Callable[[float], float], *, is_kept: bool) -> None:
@@ -51,7 +51,7 @@ class LossWindow:
         return bool(self._losses)
 
     def mean(self) -> float:
-        """Return the mean over micro-batches and ranks; every rank calls it.
+        """Return the mean over micro-batches and ranks. Every rank must call this.
 
         Raises:
             RuntimeError: the window is empty.
@@ -66,7 +66,7 @@ class LossWindow:
         return self._mean
 
     def clear(self) -> None:
-        """Start the next window."""
+        """Remove all losses, so that the next window starts."""
         if self._losses:
             self._losses.clear()
             self._mean = None

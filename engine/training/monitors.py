@@ -14,7 +14,7 @@ __all__ = ["CSVMonitor", "Event", "Monitor", "TensorBoardMonitor", "WandbMonitor
 
 
 class Event(NamedTuple):
-    """A metric under DeepSpeed's name, its value, and the number of samples so far."""
+    """The name of a metric, as in DeepSpeed, its value, and the number of samples so far."""
 
     name: str
     value: float
@@ -45,7 +45,10 @@ class TensorBoardMonitor:
 
 
 class CSVMonitor:
-    """Writes one CSV file per metric to ``output_path/job_name``: step (samples) and value."""
+    """Writes one CSV file per metric to ``output_path/job_name``.
+
+    Each row has the number of samples so far and the value.
+    """
 
     def __init__(self, section: Mapping[str, Any]) -> None:
         self._directory = _output_directory(section, "csv_monitor")
@@ -102,7 +105,7 @@ def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> l
         ranks: rank, world size and device of this process.
 
     Raises:
-        ValueError: the package of a monitor is not installed.
+        ValueError: a monitor needs a package that is not installed.
     """
     if ranks.rank != 0:
         return []

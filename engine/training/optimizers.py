@@ -46,7 +46,7 @@ def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimiz
 
 
 def is_buildable(block: Mapping[str, Any]) -> bool:
-    """Return whether PyTorch can build a config's `optimizer` block with all its parameters.
+    """Return whether PyTorch supports the type and all parameters of an `optimizer` block.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)

@@ -40,21 +40,21 @@ class StepRecord:
     """The values that an optimizer step used and produced."""
 
     step: int
-    """Index of the last applied step, from 0; a skipped step does not advance it."""
+    """Zero-based index of the last applied step; a skipped step does not advance it."""
     global_steps: int
     is_applied: bool
     skipped_steps: int
     """Number of skipped steps so far."""
     lr: Sequence[float]
-    """One value per param group, like `momentum`."""
+    """Learning rate of each param group; `momentum` also has one value per param group."""
     momentum: Sequence[float] | None
     weight_decay: float | None
     """Weight decay of the first param group."""
     loss: float | None
-    """Mean over micro-batches and ranks; None if it is unknown or was not needed."""
+    """Mean loss over micro-batches and ranks; None if it is unknown or was not needed."""
     grad_norm: float | None
     loss_scale: float | None
-    """Factor on the loss; None without fp16."""
+    """Loss scale; None without fp16."""
     batch_size: int
 
 
@@ -75,7 +75,7 @@ class ProgressReporter:
 
     Args:
         config: config with ``steps_per_print`` and the monitors' sections.
-        monitors: monitors on rank 0; empty on other ranks, which only help to average the loss.
+        monitors: monitors on rank 0; empty on other ranks, which only help to average the losses.
         average: function that returns the mean of a number over the ranks.
         writes_log: whether this rank writes log lines.
     """
@@ -99,7 +99,7 @@ class ProgressReporter:
         self._count = 0
 
     def add(self, loss: Tensor) -> None:
-        """Add the loss of a micro-batch to the mean in the next log line."""
+        """Include the loss of a micro-batch in the mean that the next log line shows."""
         if self._every:
             self._sum = self._sum + loss.detach().float()
             self._count += 1

@@ -24,7 +24,7 @@ class ScheduleDriver:
     Args:
         scheduler: any object with a ``step`` method, such as a torch scheduler; may be None.
         average: function that returns the mean of a number over the ranks.
-        report: directory for the plot of a feedback schedule's decision; None: no plot.
+        report: directory for a plot of a feedback schedule's decision; None disables the plot.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class ScheduleDriver:
     ) -> None:
         self.scheduler = scheduler
         self.metric: Tensor | float | None = None
-        """The last metric from the script, kept until an applied step passes it on."""
+        """The last metric that the script passed, kept until an applied step uses it."""
         self._average = average
         self._report = report
 
     @property
     def feedback(self) -> Literal["loss", "metric"] | None:
-        """The kind of value that the schedule receives at each step; None: it needs no value."""
+        """The kind of value that the schedule receives at each step; None if it needs none."""
         scheduler = self.scheduler
         return scheduler.schedule.feedback if isinstance(scheduler, ScheduleBinder) else None
 
