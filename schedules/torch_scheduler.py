@@ -1,4 +1,4 @@
-"""`ScheduleBinder`: attaches a schedule to an optimizer, like a PyTorch LR scheduler."""
+"""`ScheduleBinder` attaches a schedule to an optimizer, like a PyTorch LR scheduler."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ __all__ = [
     "until",
 ]
 
-# Maps a step to a value. If it uses only + - * /, it also accepts an array and is just as exact.
+# Maps a step to a value. If it uses only + - * /, it also accepts an array, with equal results.
 Formula = Callable[[Any], Any]
 
 _BLOCK = 8192
@@ -72,7 +72,7 @@ class Piece(NamedTuple):
     end: float
     at: Formula
     elementwise: bool
-    """Whether an array is evaluated in a loop, because numpy's sin and log differ from `math`'s."""
+    """Whether an array is evaluated in a loop. numpy's sin and log can differ from `math`'s."""
     line: Line | None = None
     """Coefficients of the formula, if it is linear."""
 
@@ -84,7 +84,7 @@ def level(value: float, begin: float, end: float) -> Piece:
 
 
 def until(piece: Piece, end: float) -> Piece:
-    """Return a copy of the piece that ends at ``end`` if the piece is longer."""
+    """Return the piece, shortened to end at ``end`` if it is longer."""
     return piece if piece.end <= end else Piece(piece.begin, end, *piece[2:])
 
 
@@ -144,7 +144,7 @@ class Curve(ABC):
         while done < end:
             piece = self.piece(done, origin)
             stop = math.ceil(piece.end) if piece.end < end else end
-            # Blocks fit into the CPU cache, which is four times as fast as the whole array at once.
+            # Filling blocks that fit into the CPU cache is four times as fast as filling all at once.
             for first in range(done, stop, _BLOCK):
                 last = min(first + _BLOCK, stop)
                 block = values[first - begin : last - begin]
@@ -192,7 +192,7 @@ class Curve(ABC):
         return values.reshape(array.shape)
 
     def over(self, ascending: NDArray[Any]) -> NDArray[Any]:
-        """Return the values at steps that are in ascending order and can be fractional."""
+        """Return the values at an array of ascending steps. The steps can be fractional."""
         import numpy as np
 
         values = np.empty(ascending.size)
@@ -211,7 +211,7 @@ class Curve(ABC):
 
 
 class _Shape(Curve):
-    """A curve that has one formula until step ``steps`` (may be infinite), then its end value."""
+    """A curve with a single formula. If ``steps`` is finite, the end value holds from there on."""
 
     def __init__(
         self,

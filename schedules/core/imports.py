@@ -1,4 +1,4 @@
-"""Import objects that a config names as ``module:attribute``, with helpful errors."""
+"""Import objects that a config names as ``module:attribute``, and explain failed imports."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
 
     Args:
         block: type and parameters of the schedule.
-        horizon: length of the run. If it is given, time strings are converted to steps.
+        horizon: length of the run. If it is given, durations are converted to steps and scaled.
 
     Raises:
         ScheduleError: a parameter is unknown, missing or invalid. Its ``faults`` list all problems.

@@ -87,8 +87,8 @@ class Schedule(ABC, Generic[S]):
     """
 
     type_name: ClassVar[str]
-    """Name of this schedule in a config: the class name, unless ``type_name=`` is passed to the
-    class statement."""
+    """Name of this schedule in a config. It is the class name unless the class statement passes
+    ``type_name=``."""
 
     clock_is_step: ClassVar[bool] = False
     """Whether a parameter is a rate per step. If so, `Horizon.scale_ratio` stretches whole curves,
@@ -268,7 +268,7 @@ class Schedule(ABC, Generic[S]):
         return tuple(dataclasses.replace(self, **row) for row in rows)
 
     def params(self) -> dict[str, Any]:
-        """Return the parameters as JSON values, without optional ones that have their default."""
+        """Return the parameters as JSON values. Optional ones that have their default are omitted."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, field in fields_of(type(self)).items()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_BASE", "Replay", "replay", "trace"]
 
 DEFAULT_BASE: Base = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.0,)}
-"""Base values that are used if a schedule is evaluated without an optimizer: one param group."""
+"""Base values of one param group, used if a schedule is evaluated without an optimizer."""
 
 
 def trace(
@@ -77,7 +77,7 @@ class Replay(NamedTuple):
     """The result of `replay`."""
 
     rows: list[Values]
-    """Values of each step. There is one row more than losses: the values after the last loss."""
+    """Values of each step. The last row has the values of the step after the last loss."""
     evidence: Evidence | None
     """Data that the last decision is based on; None if no decision was made."""
 

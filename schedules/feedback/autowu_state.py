@@ -80,7 +80,7 @@ class AutoWUState:
 
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-    """Parameters of the warmup, if no test ends it before its maximum length."""
+    """Parameters of the warmup. ``steps`` is its maximum length; a test can end it earlier."""
 
     steps: int
     steps_per_epoch: int

@@ -87,8 +87,8 @@ class Data(NamedTuple):
         Args:
             phi: features of each position, of shape (positions, features).
             y: loss at each position, of shape (positions,).
-            weights: number of losses at each position if y is their mean, of shape (positions,); 1
-                by default.
+            weights: number of losses that were averaged in each y, of shape (positions,). The
+                default is 1.
         """
         root = np.ones(len(y)) if weights is None else np.sqrt(weights)
         scaled, ones, y = phi * root[:, None], root, y * root
@@ -144,7 +144,7 @@ class Hyperparameters:
         return _softplus(self.raw[2])
 
     def with_mean(self, mean: float) -> Hyperparameters:
-        """Return a copy with a different mean."""
+        """Return a copy of the hyperparameters with this mean."""
         return dataclasses.replace(self, raw=(self.raw[0], mean, self.raw[2]))
 
     def loss(self, data: Data) -> float:

@@ -1,4 +1,4 @@
-"""Two tests that estimate if the loss has passed its minimum.
+"""Two tests of whether the loss has passed its minimum.
 
 One is AutoWU's published test. The other, the robust test, does not depend on the scale of the
 loss. Both fit a Gaussian process to the losses of the warmup, with time scaled to [0, 1]. They
@@ -86,7 +86,8 @@ def published_test(losses: Array, fit: Hyperparameters, draw: Draw) -> Published
     Args:
         losses: loss of each step, in order.
         fit: hyperparameters of the previous test, or `Hyperparameters.initial` in the first test.
-        draw: function that samples losses if there are more than 100 (or more than 500).
+        draw: function that samples losses. It is used if there are more than 100 losses for the fit or
+            more than 500 for the posteriors.
     """
     places = np.arange(len(losses), dtype=np.float32) / np.float32(len(losses))
     finite = np.isfinite(losses)
@@ -128,17 +129,17 @@ class Robust(NamedTuple):
 
     @property
     def positive(self) -> bool:
-        """Whether the loss was confidently above its minimum at the start and also is now."""
+        """Whether both probabilities exceed `CONFIDENCE`."""
         return min(self.now, self.start) > CONFIDENCE
 
 
 def robust_test(losses: Array) -> Robust:
     """Run a test that is robust to noise and spikes, and does not depend on the scale of the loss.
 
-    The test clips losses that are further from the lowest loss than twice the descent from the
-    first to the lowest loss. A loss that is not finite becomes the upper limit. The losses are then
-    compressed by asinh and averaged in at most 256 bins. The test needs no random samples and no
-    optimizer, because the best noise has a closed form.
+    The test clips losses that differ from the lowest loss by more than twice the descent so far. A
+    loss that is not finite becomes the upper limit. The losses are then compressed by asinh and
+    averaged in at most 256 bins. The test needs no random samples and no optimizer, because the
+    best noise has a closed form.
 
     Args:
         losses: loss of each step of the warmup so far, in order. There must be at least 8.

@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
 
 
 class WarmupTest(ABC):
-    """Base class of the tests that check during the warmup if the loss has passed its minimum."""
+    """Base class of the tests that check whether the loss has passed its minimum."""
 
     dtype: ClassVar[type]
     """Data type of the losses that `apply` receives."""
@@ -127,7 +127,10 @@ class PublishedTest(WarmupTest):
 
 
 class RobustTest(WarmupTest):
-    """A test that does not depend on the scale of the loss; it runs sixty times per warmup."""
+    """A test that does not depend on the scale of the loss.
+
+    It runs sixty times in a warmup of maximum length.
+    """
 
     dtype = np.float64
     cooldown_lead = 0
