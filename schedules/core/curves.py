@@ -144,7 +144,7 @@ class Curve(ABC):
         while done < end:
             piece = self.piece(done, origin)
             stop = math.ceil(piece.end) if piece.end < end else end
-            # Filling blocks that fit into the CPU cache is four times as fast as filling all at once.
+            # Blocks that fit into the CPU cache are four times as fast as the whole array at once.
             for first in range(done, stop, _BLOCK):
                 last = min(first + _BLOCK, stop)
                 block = values[first - begin : last - begin]

@@ -268,7 +268,7 @@ class Schedule(ABC, Generic[S]):
         return tuple(dataclasses.replace(self, **row) for row in rows)
 
     def params(self) -> dict[str, Any]:
-        """Return the parameters as JSON values. Optional ones that have their default are omitted."""
+        """Return the parameters as JSON values. Optional ones with default values are omitted."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, field in fields_of(type(self)).items()

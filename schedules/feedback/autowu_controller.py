@@ -32,8 +32,8 @@ class Decay:
     """Whether the cooldown starts right after the warmup, without a constant phase."""
     factor: float
     watches_loss: bool
-    """If true, the factor is applied whenever the loss stops improving. If false, it is applied once
-    after the warmup."""
+    """If true, the factor is applied whenever the loss stops improving. If false, it is applied
+    once after the warmup."""
 
 
 class AutoWUController(FeedbackController[AutoWUState]):

@@ -86,8 +86,8 @@ def published_test(losses: Array, fit: Hyperparameters, draw: Draw) -> Published
     Args:
         losses: loss of each step, in order.
         fit: hyperparameters of the previous test, or `Hyperparameters.initial` in the first test.
-        draw: function that samples losses. It is used if there are more than 100 losses for the fit or
-            more than 500 for the posteriors.
+        draw: function that samples losses. It is used if there are more than 100 losses
+            for the fit or more than 500 for the posteriors.
     """
     places = np.arange(len(losses), dtype=np.float32) / np.float32(len(losses))
     finite = np.isfinite(losses)
