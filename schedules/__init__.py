@@ -1,4 +1,7 @@
-"""Schedules of learning rate, momentum and weight decay, as data and as pure functions of the step.
+"""Schedules of the learning rate, momentum and weight decay.
+
+A schedule is a set of parameters that can be read from a config. The values that it returns are a
+pure function of the step, or of the losses so far.
 
 >>> import schedules
 >>> block = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
@@ -6,8 +9,8 @@
 [0.0, 0.05, 0.1, 0.1]
 
 Every schedule is an attribute of this package, for example ``schedules.OneCycle``. Names are
-imported on first use; only `ScheduleBinder` and `attach` require torch. The types of all names are
-in ``__init__.pyi``, which ``make generate`` writes.
+imported on first use; only `ScheduleBinder` and `attach` require torch. Type checkers read the
+types of all names from ``__init__.pyi``, which ``make generate`` writes.
 """
 
 from __future__ import annotations

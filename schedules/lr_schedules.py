@@ -1,6 +1,7 @@
-"""DeepSpeed's scheduler classes with their names and signatures, for scripts that construct them.
+"""Drop-in replacements for DeepSpeed's scheduler classes, with the same names and signatures.
 
-Such a script only has to replace ``from deepspeed.runtime.lr_schedules import OneCycle`` with
+A script that constructs these classes only needs a different import. Replace
+``from deepspeed.runtime.lr_schedules import OneCycle`` with
 ``from schedules.lr_schedules import OneCycle``.
 
 >>> import torch

@@ -1,4 +1,4 @@
-"""Read hyperparameters from an optimizer's param groups, and write curves into them."""
+"""Read hyperparameters from an optimizer's param groups, and write scheduled values into them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Group = dict[str, Any]
 
 
 class Slot(NamedTuple):
-    """The key of a hyperparameter in a param group, with functions to read and write it."""
+    """Key under which a param group stores a hyperparameter, and functions to read and write it."""
 
     key: str
     read: Callable[[Group], float]
@@ -26,7 +26,8 @@ class Slot(NamedTuple):
 
 def _plain(key: str) -> Slot:
     def write(group: Group, value: float) -> None:
-        # A tensor (capturable optimizers, compiled steps) is part of a graph: write in place.
+        # If the value is a tensor, a CUDA graph or a compiled step can refer to it. The tensor must
+        # therefore be changed in place instead of replaced.
         if isinstance(group[key], torch.Tensor):
             group[key].fill_(value)
         else:
@@ -54,7 +55,7 @@ _FIXES = {
 
 
 def slots_of(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
-    """Return the slot of a hyperparameter in each param group.
+    """Return the slot that stores a hyperparameter in each param group.
 
     Raises:
         ValueError: a group does not have the hyperparameter.
@@ -74,7 +75,7 @@ def slots_of(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
 
 
 def momenta_of(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | None:
-    """Return the momentum or the betas of each group; None if the optimizer has neither."""
+    """Return the momentum or the betas of each group, or None if the optimizer has neither."""
     groups = optimizer.param_groups
     if "momentum" in groups[0]:
         return [float(group["momentum"]) for group in groups]
@@ -82,13 +83,15 @@ def momenta_of(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | 
 
 
 class Stretch:
-    """A range of steps in which the formulas of all curves stay the same; writes their values.
+    """Writes scheduled values in a range of steps in which no curve switches to its next piece.
+
+    Preparing the writes once for the whole range makes each step fast.
 
     Args:
         groups: param groups of the optimizer.
-        slots: name of each hyperparameter to its slot in each group.
-        curves: name of each hyperparameter to its curve in each group.
-        step: first step to write.
+        slots: dict that maps each hyperparameter to its slot in each group.
+        curves: dict that maps each hyperparameter to its curve in each group.
+        step: first step of the range.
     """
 
     __slots__ = ("_each", "_lines", "_shared", "end", "last_group", "num_groups")
@@ -102,10 +105,10 @@ class Stretch:
     ) -> None:
         found = {curve: curve.piece(step) for of_groups in curves.values() for curve in of_groups}
         self.end = min(piece.end for piece in found.values())
-        """Step at which the next piece starts."""
+        """Step after the range: a curve switches to its next piece there."""
         self.num_groups = len(groups)
         self.last_group = groups[-1]
-        """Last param group. It is a different object after groups were added or loaded."""
+        """Last param group. If groups are added or loaded, the last group is a different object."""
         pieces = {name: [found[curve] for curve in of_groups] for name, of_groups in curves.items()}
         self._lines = _find_shared_lines(groups, slots, pieces)
         self._shared = _find_shared_formulas(groups, slots, pieces)
@@ -116,7 +119,7 @@ class Stretch:
         ]
 
     def write(self, groups: Sequence[Group], step: int) -> None:
-        """Write the values of a step into the groups."""
+        """Write the values of a step into the param groups."""
         if self._lines:
             origin, steps, rows = self._lines
             progress = (step - origin) / steps
@@ -128,7 +131,7 @@ class Stretch:
                     group["lr"] = lr
                     group["betas"] = betas
                 return
-            for group, row in zip(groups, rows):  # noqa: B905  # `strict` is as slow as a write
+            for group, row in zip(groups, rows):  # noqa: B905  # `strict` takes as long as a write
                 lr, lr_rise, beta, beta_rise, beta2 = row
                 group["lr"] = lr + lr_rise * progress
                 group["betas"] = (beta + beta_rise * progress, beta2)
@@ -149,12 +152,14 @@ def _find_shared_formulas(
     slots: Mapping[str, Sequence[Slot]],
     pieces: Mapping[str, Sequence[Piece]],
 ) -> list[tuple[str, Formula, tuple[float, ...] | None]]:
-    """Return key, formula and other betas of each hyperparameter, if all groups share them.
+    """Return the formula of each hyperparameter if all param groups have the same formulas.
 
-    Each formula is then evaluated once per step, and all groups get the same float or tuple.
+    Each formula then has to be evaluated only once per step.
 
     Returns:
-        An empty list if the groups differ, or if a hyperparameter is a tensor.
+        One tuple per hyperparameter: its key in the param groups, its formula, and the betas after
+        the first one (None if the key is not ``betas``). The list is empty if the groups differ or
+        a hyperparameter is a tensor.
     """
     shared = []
     for name, of_groups in pieces.items():
@@ -173,14 +178,18 @@ def _find_shared_lines(
     slots: Mapping[str, Sequence[Slot]],
     pieces: Mapping[str, Sequence[Piece]],
 ) -> tuple[float, float, list[tuple[float, ...]]] | None:
-    """Return the linear formulas of 1Cycle with Adam: origin, steps, and coefficients per group.
+    """Return the coefficients of the curves if all are linear on the same range of steps.
 
-    All groups share the fraction ``(step - origin) / steps``, so it is computed once per step. With
-    two formulas per group, a step with 256 groups would be as slow as in DeepSpeed.
+    This is the case for 1Cycle with Adam. All groups then share ``(step - origin) / steps``, which
+    is computed once per step. If each group evaluated two formulas, a step with 256 groups would be
+    as slow as in DeepSpeed.
 
     Returns:
-        None if a curve is not linear, the curves have different origins or lengths, or the
-        optimizer is not like Adam. If all groups are equal, there is one row of coefficients.
+        The origin, the number of steps, and one row per group with its learning rate, the change of
+        the learning rate, its beta1, the change of beta1, and beta2. If all rows are equal, only
+        one is returned. None if a curve is not linear, the curves have different origins or
+        lengths, a learning rate is a tensor, or the schedule does not set exactly ``lr`` and
+        ``betas``.
     """
     keys = {slot.key for of_groups in slots.values() for slot in of_groups}
     if keys != {"lr", "betas"} or len(pieces) != 2:

@@ -1,4 +1,4 @@
-"""`ScheduleBinder`: attaches a schedule to an optimizer, like a PyTorch LR scheduler."""
+"""`ScheduleBinder` attaches a schedule to an optimizer, like a PyTorch LR scheduler."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class ScheduleBinder(LRScheduler):
     """Attaches a schedule to an optimizer and writes its values into the param groups.
 
     It has the methods of PyTorch's schedulers. Call ``step()`` after each ``optimizer.step()`` that
-    was applied; for a feedback schedule pass the loss: ``step(loss)``. Only the hyperparameters of
-    the schedule are written: the learning rate, the momentum (``momentum`` or ``betas[0]``), the
-    weight decay.
+    was applied. If the schedule is a feedback schedule, pass the loss: ``step(loss)``. The binder
+    writes only the hyperparameters that the schedule sets. These can be the learning rate, the
+    momentum (``momentum`` or ``betas[0]``) and the weight decay.
 
     Args:
         schedule: schedule to run.
-        optimizer: optimizer whose param groups are written.
-        horizon: length of the run, for time strings and scaling.
+        optimizer: optimizer whose hyperparameters the schedule sets.
+        horizon: length of the run. It is used to convert time strings to steps, and for scaling.
 
     Raises:
         ValueError: a param group does not have a hyperparameter that the schedule sets, the groups
-            do not fit the schedule, or the length of the run is unknown. The optimizer is then
-            unchanged.
+            do not fit the schedule, or the schedule needs the length of the run and it is unknown.
+            The optimizer is then unchanged.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
@@ -61,11 +61,11 @@ class ScheduleBinder(LRScheduler):
     """
 
     state: Any
-    """State of the controller; never changed in place."""
+    """State of the controller. It is replaced at each step, never changed in place."""
     last_epoch: int
-    """Number of applied steps."""
+    """Number of applied optimizer steps."""
 
-    # torch's constructor is not called: it patches optimizer.step and takes a first step.
+    # PyTorch's constructor is not called: it would patch `optimizer.step` and take a first step.
     def __init__(
         self, schedule: Schedule[Any], optimizer: Optimizer, *, horizon: Horizon | None = None
     ) -> None:
@@ -75,8 +75,10 @@ class ScheduleBinder(LRScheduler):
         self._slots = {name: slots_of(name, optimizer) for name in schedule.drives}
         self._bind(self._read_base())
         self.evidence: Evidence | None = None
-        """Data that the last decision is based on; None if it was restored from a checkpoint."""
-        self._stretch: Stretch | None = None  # stays None for a feedback schedule
+        """Data that the last decision is based on. None before the first decision, and if the
+        decision was restored from a checkpoint."""
+        # It stays None for a feedback schedule, whose values are not known in advance.
+        self._stretch: Stretch | None = None
         for warning in schedule.resolve(horizon).warnings():
             warnings.warn(warning, stacklevel=3)
         self._go_to(self.controller.init(), 0)
@@ -90,9 +92,9 @@ class ScheduleBinder(LRScheduler):
                 group[f"initial_{name}"] = value
 
     def _read_base(self) -> Base:
-        """Return the values that the groups were built with."""
-        # Base values are stored in the groups as `initial_…`, as torch's schedulers do. A binder
-        # built after the optimizer was restored then uses the original values, not the last ones.
+        """Return the values that the param groups were built with."""
+        # Like PyTorch's schedulers, the binder stores the base values in the groups as `initial_…`.
+        # A binder for a restored optimizer then reads the original values, not scheduled values.
         groups = self.optimizer.param_groups
         slots = {"lr": slots_of("lr", self.optimizer)} | self._slots
         return {
@@ -109,14 +111,16 @@ class ScheduleBinder(LRScheduler):
         """Count one applied optimizer step, and write the values for the next step.
 
         Args:
-            loss: loss of the step, a number or a scalar tensor, for a feedback schedule. Use the
-                mean over all ranks, so that all ranks make the same decision.
-            metric: metric of the step, for a schedule that uses one; ignored by other schedules.
+            loss: loss of the step, a number or a scalar tensor. Only feedback schedules accept it.
+                Pass the mean over all ranks, so that all ranks make the same decision.
+            metric: metric of the step, a number or a scalar tensor. Only schedules that depend on a
+                metric use it; other schedules ignore it.
 
         Raises:
-            ValueError: the loss is missing or is not a single number; an argument is passed to a
-                schedule without feedback (torch's schedulers take an epoch there); or a param group
-                was added after the binder was built.
+            ValueError: the schedule requires the loss but does not receive it; the loss is not a
+                single number; ``loss`` is passed to a schedule that does not use it, for example an
+                epoch as for PyTorch's schedulers; or a param group was added after the binder was
+                built.
         """
         stretch = self._stretch
         if stretch is None:
@@ -128,7 +132,7 @@ class ScheduleBinder(LRScheduler):
                 "To start from a different step, pass a saved state to `load_state_dict`."
             )
         self.state = self.last_epoch = step = self.last_epoch + 1
-        # The groups are looked up each time, because loading an optimizer's state replaces them.
+        # Look up the groups at each step, because loading an optimizer's state replaces them.
         groups = self.optimizer.param_groups
         if (
             step < stretch.end
@@ -157,7 +161,7 @@ class ScheduleBinder(LRScheduler):
             log.info("%s, step %d: lr %.4g: %s%s", name, *decision[:3], confidence)
 
     def write(self) -> None:
-        """Write the values for the next step into the param groups."""
+        """Write the values for the next step into the optimizer's param groups."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self.base_lrs):
             raise ValueError(
@@ -178,8 +182,8 @@ class ScheduleBinder(LRScheduler):
         self.state, self.last_epoch = state, step
         self.write()
 
-    # torch's SequentialLR calls `_initial_step` of its first scheduler, and `_update_lr(0)` of each
-    # other scheduler at its milestone.
+    # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
+    # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
     def _initial_step(self) -> None:
         self._go_to(self.controller.init(), 0)
 
@@ -193,32 +197,35 @@ class ScheduleBinder(LRScheduler):
 
     @property
     def decision(self) -> Decision | None:
-        """The last decision of a feedback schedule, with its reason; None before the first."""
+        """The last decision of a feedback schedule, or None if no decision was made yet."""
         return self.controller.decision(self.state)
 
     @property
     def just_decided(self) -> bool:
-        """Whether the decision was made in the last step."""
+        """Whether the schedule made a decision in the last step."""
         return self.decision is not None and self.decision.step == self.last_epoch
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """Return the learning rate of each group for the next step."""
+        """Return the learning rate of each param group for the next step."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the same as `get_last_lr`, for scripts written for DeepSpeed."""
+        """Return the same as `get_last_lr`. Scripts that were written for DeepSpeed call it."""
         return self.get_last_lr()
 
     def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
-        """Return the momentum (Adam: the betas) of each group; None if not scheduled."""
+        """Return the momentum, or with Adam the betas, of each group.
+
+        Return None if the schedule does not set the momentum.
+        """
         return momenta_of(self.optimizer) if "momentum" in self._slots else None
 
     @property
     def identity(self) -> dict[str, Any]:
         """Type and parameters of the schedule, with durations in steps.
 
-        A saved state is only valid for the same identity. For example, "1dur" in a run with a
-        different length is a different schedule.
+        A saved state can only be loaded into a schedule with the same identity. Durations are
+        therefore in steps: for example, "1dur" in a longer run is a different schedule.
         """
         schedule, horizon = self.schedule, self._horizon or Horizon()
         params: dict[str, Any] = {}
@@ -229,7 +236,7 @@ class ScheduleBinder(LRScheduler):
         return {"type": schedule.type_name, "params": params}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the identity of the schedule, the step, the base values and the feedback state."""
+        """Return the identity, number of steps, base values and feedback state of the schedule."""
         state: dict[str, Any] = {
             **self.identity,
             "step": self.last_epoch,
@@ -240,10 +247,10 @@ class ScheduleBinder(LRScheduler):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore a state and write its values into the optimizer.
+        """Restore a state from `state_dict`, and write the values for the next step.
 
         Raises:
-            ValueError: the state belongs to a different schedule or number of param groups.
+            ValueError: the state was saved with a different schedule or number of param groups.
         """
         self._check_identity(state_dict)
         self._bind({name: tuple(values) for name, values in state_dict["base"].items()})
@@ -271,7 +278,7 @@ class ScheduleBinder(LRScheduler):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Formulas are closures, which cannot be pickled. A copy rebuilds them.
+        # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.
         rebuilt = {"controller", "_stretch", "_slots"}
         return {name: value for name, value in vars(self).items() if name not in rebuilt}
 
@@ -304,14 +311,14 @@ def attach(
     """Attach a schedule to an optimizer, for use in a custom training loop.
 
     Args:
-        schedule: name of a schedule, with its parameters as keywords; or a ``{"type": …,
-            "params": {…}}`` block; or a `Schedule`.
-        optimizer: optimizer whose param groups are written.
-        horizon: length of the run, for time strings and scaling.
-        **params: parameters of the schedule, if ``schedule`` is a name.
+        schedule: name of a schedule, a ``{"type": …, "params": {…}}`` block, or a `Schedule`.
+        optimizer: optimizer whose hyperparameters the schedule sets.
+        horizon: length of the run. It is used to convert time strings to steps, and for scaling.
+        **params: parameters of the schedule. They are only accepted if ``schedule`` is a name.
 
     Raises:
-        ValueError: the schedule is invalid (`ScheduleError`) or does not fit the optimizer.
+        ValueError: the schedule does not fit the optimizer, or its parameters are invalid. In the
+            second case, the error is a `ScheduleError`.
 
     >>> import torch
     >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.5)

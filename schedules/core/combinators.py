@@ -1,4 +1,4 @@
-"""Combinators: curves built from other curves. The basic shapes are in `schedules.core.curves`.
+"""Build curves from other curves. The basic shapes are in `schedules.core.curves`.
 
 >>> from schedules.core.curves import linear
 >>> one_up_one_down = join([linear(0.0, 1.0, steps=4), linear(1.0, 0.0, steps=2)], [4])
@@ -59,17 +59,18 @@ class _Join(Curve):
 
 
 def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[str] = ()) -> Curve:
-    """Return the curve that runs the parts one after the other. Each part counts its steps from 0.
+    """Return a curve that consists of several curves in a row. Each part counts its steps from 0.
 
     Args:
         parts: curves, in order.
         boundaries: step at which each part except the first starts, in ascending order. A part
             between two equal boundaries is skipped.
-        names: name of each part without named phases, shown in plots.
+        names: name of each part, which plots show. If a part has named phases itself, plots show
+            these names instead.
 
     Raises:
         ValueError: the number of boundaries does not match the number of parts, or the boundaries
-            are negative or not ascending.
+            are negative or not in ascending order.
     """
     parts, boundaries = tuple(parts), tuple(boundaries)
     if len(boundaries) != len(parts) - 1:
@@ -89,7 +90,7 @@ class _Stairs(Curve):
         self._rounds_up = rounds_up
 
     def piece(self, step: float, origin: float = 0) -> Piece:
-        # Integer arithmetic: the float k / steps * count can fall just below a whole number.
+        # Multiply before dividing, because k / steps * count can be just below a whole number.
         steps, count = self._steps, self._count
         climbed = (step - origin) * count
         if self._rounds_up:
@@ -111,7 +112,7 @@ class _Stairs(Curve):
         if not all(float(number).is_integer() for number in (steps, origin)):
             super().fill(values, begin, origin)
             return
-        # The same arithmetic as in `piece`, for all stairs at once: their numbers and their ends.
+        # Compute the number and the end of all stairs at once, with the arithmetic of `piece`.
         first, last = begin - int(origin), begin - int(origin) + len(values) - 1
         steps = int(steps)
         if self._rounds_up:
@@ -125,10 +126,11 @@ class _Stairs(Curve):
 
 
 def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
-    """Return ``curve`` quantized into ``count`` equal stairs every ``steps`` steps.
+    """Turn ``curve`` into a staircase with ``count`` equally long stairs per ``steps`` steps.
 
     The value at step k is the value of ``curve`` at ``floor(k * count / steps) * steps / count``.
-    With ``rounds_up`` the floor is a ceiling, so that a descent is the mirror image of an ascent.
+    If ``rounds_up`` is true, ``ceil`` replaces ``floor``. A descending staircase with ``rounds_up``
+    is therefore the mirror image of an ascending one without it.
 
     >>> from schedules.core.curves import linear
     >>> list(stairs(linear(0.0, 1.0, steps=4), steps=4, count=2).values(6))
@@ -162,13 +164,15 @@ class _Repeat(Curve):
 
 
 def repeat(make: Callable[[int, float], Curve], steps: float, growth: float = 1) -> Curve:
-    """Return a curve that repeats in cycles: cycle n is the curve ``make(n, length of cycle n)``.
+    """Return a curve that consists of cycles.
 
     Args:
-        make: function that returns the curve of a cycle; its steps count from the cycle's start.
+        make: function that returns the curve of a cycle. Its arguments are the number of the cycle,
+            counted from 0, and the length of the cycle. The curve counts its steps from the start
+            of the cycle.
         steps: length of the first cycle, in steps.
-        growth: factor on the length from one cycle to the next, >= 1. Lengths are truncated to
-            whole steps.
+        growth: ratio of a cycle's length to the length of the previous cycle, >= 1. Lengths are
+            truncated to whole steps.
 
     >>> from schedules.core.curves import linear
     >>> saw = repeat(lambda cycle, steps: linear(1.0, 0.0, steps), steps=2, growth=2)
@@ -231,7 +235,7 @@ class _Dilate(Curve):
 
 
 def dilate(curve: Curve, ratio: float) -> Curve:
-    """Return ``curve`` stretched by ``ratio``: its value at step k is ``curve`` at ``k / ratio``.
+    """Return a stretched curve: its value at step k is the value of ``curve`` at ``k / ratio``.
 
     >>> from schedules.core.curves import linear
     >>> list(dilate(linear(0.0, 1.0, steps=2), ratio=2).values(5))
@@ -256,9 +260,9 @@ class _Delay(Curve):
 
 
 def delay(curve: Curve, steps: float) -> Curve:
-    """Return ``curve`` shifted by ``steps``: its value at step k is ``curve`` at ``k - steps``.
+    """Return a shifted curve: its value at step k is the value of ``curve`` at ``k - steps``.
 
-    A negative ``steps`` skips the start of the curve.
+    If ``steps`` is negative, the start of ``curve`` is skipped.
 
     >>> from schedules.core.curves import linear
     >>> list(delay(linear(0.0, 1.0, steps=4), steps=-2).values(4))

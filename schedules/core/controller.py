@@ -1,4 +1,4 @@
-"""`Controller`: a schedule bound to an optimizer's base values, and the decisions it makes."""
+"""`Controller` computes the values of a schedule for an optimizer's param groups, step by step."""
 
 from __future__ import annotations
 
@@ -23,54 +23,58 @@ __all__ = [
 S = TypeVar("S")
 
 Base = Mapping[str, tuple[float, ...]]
-"""Values that the optimizer was built with: name ("lr", "momentum", "weight_decay") to the value of
-each param group."""
+"""Values that the optimizer was built with. Maps the name of a hyperparameter ("lr", "momentum" or
+"weight_decay") to its value in each param group."""
 
 Values = Mapping[str, tuple[float, ...]]
-"""Name of a hyperparameter to its value in each param group."""
+"""Maps the name of a hyperparameter to its value in each param group."""
 
 Curves = Mapping[str, tuple[Curve, ...]]
-"""Name of a hyperparameter to its curve in each param group; groups may share one curve."""
+"""Maps the name of a hyperparameter to its curve in each param group; groups may share a curve."""
 
 
 class Decision(NamedTuple):
     """A change of the learning rate that a feedback schedule decided on."""
 
     step: int
-    """Number of steps applied before the change took effect."""
+    """Number of optimizer steps that were applied before the change took effect."""
     lr: float
     """New learning rate of the first param group."""
     why: str
     probability: float | None = None
-    """Confidence of the test that led to the decision; None if there was no test."""
+    """Confidence of the test that led to the decision; None if no test led to it."""
 
 
 class Band(NamedTuple):
-    """Gaussian process fitted to the losses: its mean, and two standard deviations on each side."""
+    """Curves of a Gaussian process that was fitted to the losses: its mean and its confidence band.
+
+    ``low`` and ``high`` are two standard deviations below and above the mean.
+    """
 
     places: Sequence[float]
-    """Positions in the sequence of losses so far, as fractions from 0 to 1."""
+    """Positions of the points in the sequence of losses so far: 0 is its start, 1 is its end."""
     mean: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
 
 
 class Evidence(NamedTuple):
-    """The data that a decision is based on, for a plot."""
+    """The data that a decision is based on; it is shown in a plot."""
 
     decision: Decision
     lrs: Sequence[float]
-    """Learning rates of the first group in the steps before the decision."""
+    """Learning rate of the first param group in each step before the decision."""
     losses: Sequence[float]
-    """Losses of these steps."""
+    """Loss of each step before the decision."""
     band: Band | None
-    """Fit to the losses; None if no test was run."""
+    """Gaussian process that was fitted to the losses; None if no test was run."""
 
 
 class Controller(Protocol[S]):
-    """A schedule bound to base values, as functions of an explicit state.
+    """Computes the values of a schedule for an optimizer with given base values.
 
-    The state holds plain numbers. No method changes a state in place.
+    A controller is stateless: the caller keeps the state and passes it to each method. No method
+    changes a state in place.
     """
 
     @abstractmethod
@@ -79,29 +83,29 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def update(self, state: S, loss: float | None) -> S:
-        """Return the state after an applied step with this loss (or metric)."""
+        """Return the state after one more applied step, whose loss (or metric) was ``loss``."""
 
     @abstractmethod
     def values(self, state: S) -> Values:
-        """Return the values that the next step uses."""
+        """Return the values of the hyperparameters for the next step."""
 
     @abstractmethod
     def decision(self, state: S) -> Decision | None:
-        """Return the last decision; None before the first."""
+        """Return the last decision, or None if no decision was made yet."""
 
     @abstractmethod
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return the data that the decision made in ``after = update(before, loss)`` is based on.
+        """Return the data that the decision of a step is based on.
 
         Args:
             before: state before the step.
             loss: loss of the step.
-            after: state that `update` returned.
+            after: state that ``update(before, loss)`` returned.
         """
 
     @abstractmethod
     def to_json(self, state: S) -> dict[str, Any]:
-        """Return a state as JSON values."""
+        """Convert a state to a dict of JSON values."""
 
     @abstractmethod
     def from_json(self, state: Mapping[str, Any]) -> S:
@@ -110,7 +114,9 @@ class Controller(Protocol[S]):
 
 @dataclasses.dataclass(frozen=True)
 class OpenLoop(Controller[int]):
-    """The controller of every schedule without feedback. Its state is the number of applied steps.
+    """Controller of the schedules whose values depend only on the step, not on the loss.
+
+    Its state is the number of applied steps.
 
     >>> import schedules
     >>> warmup = schedules.WarmupLR(warmup_num_steps=2, warmup_type="linear")
@@ -127,16 +133,16 @@ class OpenLoop(Controller[int]):
     curves: Curves
 
     def init(self) -> int:
-        """Return 0, the number of applied steps."""
+        """Return 0, because no step was applied yet."""
         return 0
 
     def update(self, state: int, loss: float | None = None) -> int:
-        """Return the number of steps plus 1. The loss is ignored."""
+        """Return the number of applied steps plus 1; the loss is ignored."""
         del loss
         return state + 1
 
     def values(self, state: int) -> Values:
-        """Return the value of each curve at this step."""
+        """Return the value of each curve at the next step."""
         return {name: tuple(curve(state) for curve in group) for name, group in self.curves.items()}
 
     def decision(self, state: int) -> None:
@@ -148,9 +154,9 @@ class OpenLoop(Controller[int]):
         del before, loss, after
 
     def to_json(self, state: int) -> dict[str, Any]:
-        """Return the number of applied steps under the key "step"."""
+        """Return a dict with the number of applied steps under the key "step"."""
         return {"step": state}
 
     def from_json(self, state: Mapping[str, Any]) -> int:
-        """Return the number of applied steps."""
+        """Return the number of applied steps, which `to_json` saved under the key "step"."""
         return int(state["step"])

@@ -1,9 +1,9 @@
-"""Curves: functions from a step to a value. All basic shapes are in this file.
+"""Curves, which are functions from a step to a value. This module has all basic shapes.
 
-A `Curve` is evaluated at one step (without numpy) or at an array of steps, with the same values to
-the last bit. It consists of pieces, each of which is one formula on a half-open range of steps.
-Every shape counts its steps from 0. Its first value is exact, and so is the end value of a ramp,
-which holds after the last step.
+A `Curve` can be evaluated at one step, without numpy, or at an array of steps. Both give exactly
+the same values. A curve consists of pieces. Each piece is one formula on a half-open range of
+steps. All shapes count their steps from 0. The first value of a shape is exact. The end value of a
+ramp is also exact, and the ramp keeps it after the last step.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
     >>> [warmup(step) for step in range(6)]
@@ -44,7 +44,7 @@ __all__ = [
     "until",
 ]
 
-# Maps a step to a value. One that uses only + - * / accepts an array of steps, with the same bits.
+# Maps a step to a value. If it uses only + - * /, it also accepts an array, with equal results.
 Formula = Callable[[Any], Any]
 
 _BLOCK = 8192
@@ -53,7 +53,7 @@ _BLOCK = 8192
 class Line(NamedTuple):
     """The coefficients of a linear formula: ``begin_value + rise * ((step - origin) / steps)``.
 
-    Curves with the same origin and steps share the quotient, so it is computed once for all.
+    Lines with the same ``origin`` and ``steps`` share the quotient, so it is computed only once.
     """
 
     begin_value: float
@@ -65,26 +65,26 @@ class Line(NamedTuple):
 class Piece(NamedTuple):
     """One formula of a curve, valid for ``begin <= step < end``.
 
-    The bounds can be fractional, for example if a duration is specified in samples.
+    The bounds can be between two steps, for example if a duration is specified in samples.
     """
 
     begin: float
     end: float
     at: Formula
     elementwise: bool
-    """Whether an array is evaluated element by element; numpy's sin and log differ from `math`."""
+    """Whether an array is evaluated in a loop. numpy's sin and log can differ from `math`'s."""
     line: Line | None = None
     """Coefficients of the formula, if it is linear."""
 
 
 def level(value: float, begin: float, end: float) -> Piece:
-    """Return the piece with a constant value from ``begin`` to ``end``."""
+    """Return a piece that has a constant value from ``begin`` to ``end``."""
     line = Line(value, 0.0, begin, 1.0)
     return Piece(begin, end, lambda k: value, elementwise=False, line=line)
 
 
 def until(piece: Piece, end: float) -> Piece:
-    """Return the piece, truncated at ``end``."""
+    """Return the piece, shortened to end at ``end`` if it is longer."""
     return piece if piece.end <= end else Piece(piece.begin, end, *piece[2:])
 
 
@@ -96,19 +96,19 @@ class Phase(NamedTuple):
 
 
 class Curve(ABC):
-    """A function from a step (0, 1, 2, …) to a value; see the module's docstring."""
+    """Base class of curves, which are functions from a step (0, 1, 2, …) to a value."""
 
     @abstractmethod
     def piece(self, step: float, origin: float = 0) -> Piece:
-        """Return the piece that contains ``step`` if this curve starts at step ``origin``."""
+        """Return the piece that contains ``step``, for a curve that starts at step ``origin``."""
 
     def phases(self, origin: float = 0) -> tuple[Phase, ...]:
-        """Return the named phases if this curve starts at step ``origin``."""
-        del origin  # only combined curves have phases
+        """Return the named phases of a curve that starts at step ``origin``."""
+        del origin  # Only combined curves have phases.
         return ()
 
     def pieces(self, begin: int, end: int) -> Iterator[Piece]:
-        """Yield the pieces of the steps ``begin`` to ``end - 1``."""
+        """Yield the pieces that cover the steps ``begin`` to ``end - 1``, cut at whole steps."""
         while begin < end:
             piece = self.piece(begin)
             stop = math.ceil(piece.end) if piece.end < end else end
@@ -135,7 +135,7 @@ class Curve(ABC):
     def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
         """Fill an array with the values of consecutive steps, starting at step ``begin``.
 
-        Curves with many pieces override this method, because a loop over the pieces is slow.
+        Curves with many pieces override this method, because a loop over many pieces is slow.
         """
         import numpy as np
 
@@ -166,7 +166,7 @@ class Curve(ABC):
     @overload
     def __call__(self, steps: ArrayLike) -> NDArray[Any] | float: ...
     def __call__(self, steps: int | ArrayLike) -> NDArray[Any] | float:
-        """Return the value at a step, or the values (float64, same shape) at an array of steps.
+        """Return the value at a step, or a float64 array with the values at an array of steps.
 
         Raises:
             ValueError: a step is negative.
@@ -192,7 +192,7 @@ class Curve(ABC):
         return values.reshape(array.shape)
 
     def over(self, ascending: NDArray[Any]) -> NDArray[Any]:
-        """Return the values at steps in ascending order; the steps can be fractional."""
+        """Return the values at an array of ascending steps. The steps can be fractional."""
         import numpy as np
 
         values = np.empty(ascending.size)
@@ -211,7 +211,7 @@ class Curve(ABC):
 
 
 class _Shape(Curve):
-    """One formula from step 0 to ``steps``; after that, if ``steps`` is finite, the end value."""
+    """A curve with a single formula. If ``steps`` is finite, the end value holds from there on."""
 
     def __init__(
         self,
@@ -241,8 +241,8 @@ class _Linear(Curve):
         self._steps = steps
 
     def piece(self, step: float, origin: float = 0) -> Piece:
-        # Not a*(1-x) + b*x: rounding can move that outside [a, b], and if a == b it is not
-        # constant. This form can miss the end value by one bit, but the end is a separate piece.
+        # With a*(1-x) + b*x, rounding could give values outside [a, b], even if a == b. The formula
+        # below can miss the end value by one bit, but the end value is in a separate piece.
         begin_value, end_value, steps = self._begin_value, self._end_value, self._steps
         end = origin + steps
         if step >= end:
@@ -262,12 +262,12 @@ class _Constant(Curve):
         self._value = value
 
     def piece(self, step: float, origin: float = 0) -> Piece:
-        del step  # one piece covers all steps
+        del step  # One piece covers all steps.
         return level(self._value, origin, math.inf)
 
 
 def constant(value: float) -> Curve:
-    """Return the constant curve with this value.
+    """Return a curve that has the same value at every step.
 
     >>> constant(0.1)(1_000_000)
     0.1
@@ -276,7 +276,7 @@ def constant(value: float) -> Curve:
 
 
 def linear(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return the linear ramp ``start + (end - start) * k / steps``, constant from ``steps`` on.
+    """Return a linear ramp, ``start + (end - start) * k / steps``, constant from ``steps`` on.
 
     >>> list(linear(1.0, 2.0, steps=4).values(6))
     [1.0, 1.25, 1.5, 1.75, 2.0, 2.0]
@@ -309,14 +309,14 @@ def eased(
 def cosine(begin_value: float, end_value: float, steps: float) -> Curve:
     """Return half a cosine wave: ``end + (start - end) * (1 + cos(pi * k / steps)) / 2``.
 
-    It is constant from step ``steps`` on.
+    The curve is constant from step ``steps`` on.
 
     >>> [round(value, 6) for value in cosine(1.0, 0.0, steps=4).values(6)]
     [1.0, 0.853553, 0.5, 0.146447, 0.0, 0.0]
 
     Source: Loshchilov and Hutter, SGDR, https://arxiv.org/abs/1608.03983, equation 5.
     """
-    # (1 + cos(pi x)) / 2 == 1 - sin(pi x / 2)**2, and the latter is exactly 1 at the start.
+    # (1 + cos(pi x)) / 2 == 1 - sin(pi x / 2)**2. The right-hand side is exactly 1 at the start.
     quarter = math.pi / 2
     return eased(begin_value, end_value, steps, lambda x: math.sin(quarter * x) ** 2)
 
@@ -333,7 +333,7 @@ def polynomial(begin_value: float, end_value: float, steps: float, power: float)
 def one_minus_sqrt(begin_value: float, end_value: float, steps: float) -> Curve:
     """Return ``start + (end - start) * sqrt(k / steps)``, constant from step ``steps`` on.
 
-    The change is fast at first and slows down.
+    The curve changes fast at first and then more slowly.
 
     >>> list(one_minus_sqrt(1.0, 0.0, steps=4).values(6))[:2]
     [1.0, 0.5]
@@ -358,7 +358,7 @@ def half_life(begin_value: float, end_value: float, steps: float) -> Curve:
 def geometric(begin_value: float, end_value: float, steps: float) -> Curve:
     """Return ``start * (end / start) ** (k / steps)``, constant from step ``steps`` on.
 
-    It is a straight line on a logarithmic scale.
+    The curve is a straight line on a logarithmic scale.
 
     >>> [round(value, 6) for value in geometric(1.0, 0.01, steps=2).values(4)]
     [1.0, 0.1, 0.01, 0.01]
@@ -374,7 +374,7 @@ def geometric(begin_value: float, end_value: float, steps: float) -> Curve:
 def log(begin_value: float, end_value: float, steps: float) -> Curve:
     """Return DeepSpeed's logarithmic ramp ``start + (end - start) * ln(1 + k) / ln(steps)``.
 
-    It reaches its end at ``k = steps - 1`` (if ``steps`` is 1, at ``k = 1``) and is constant after.
+    It reaches the end value at ``k = steps - 1`` (at ``k = 1`` if ``steps`` is 1) and keeps it.
 
     >>> [round(value, 6) for value in log(0.0, 1.0, steps=4).values(6)]
     [0.0, 0.5, 0.792481, 1.0, 1.0, 1.0]
@@ -386,7 +386,7 @@ def log(begin_value: float, end_value: float, steps: float) -> Curve:
 
 
 def exponential(begin_value: float, factor: float, steps: float) -> Curve:
-    """Return the exponential curve ``start * factor ** (k / steps)``; it never stops.
+    """Return the exponential curve ``start * factor ** (k / steps)``, which has no last step.
 
     >>> list(exponential(1.0, factor=0.25, steps=2).values(5))
     [1.0, 0.5, 0.25, 0.125, 0.0625]
@@ -399,7 +399,7 @@ def exponential(begin_value: float, factor: float, steps: float) -> Curve:
 
 
 def inverse_sqrt(begin_value: float, steps: float) -> Curve:
-    """Return the decay ``start / sqrt(1 + k / steps)``; it never stops.
+    """Return the decay ``start / sqrt(1 + k / steps)``, which has no last step.
 
     >>> list(inverse_sqrt(1.0, steps=1).values(4))[::3]
     [1.0, 0.5]
@@ -412,7 +412,7 @@ def inverse_sqrt(begin_value: float, steps: float) -> Curve:
 
 
 def inverse_time(begin_value: float, rate: float, steps: float) -> Curve:
-    """Return the decay ``start / (1 + rate * k / steps)``; it never stops.
+    """Return the decay ``start / (1 + rate * k / steps)``, which has no last step.
 
     >>> list(inverse_time(1.0, rate=1.0, steps=2).values(5))
     [1.0, 0.6666666666666666, 0.5, 0.4, 0.3333333333333333]
@@ -425,7 +425,7 @@ def inverse_time(begin_value: float, rate: float, steps: float) -> Curve:
 
 
 def linear_growth(begin_value: float, rate: float, steps: float) -> Curve:
-    """Return the linear growth ``start * (1 + rate * k / steps)``; it never stops.
+    """Return the linear growth ``start * (1 + rate * k / steps)``, which has no last step.
 
     >>> list(linear_growth(0.5, rate=1.0, steps=2).values(4))
     [0.5, 0.75, 1.0, 1.25]
@@ -438,7 +438,7 @@ def linear_growth(begin_value: float, rate: float, steps: float) -> Curve:
 
 
 def from_function(function: Callable[[float], float]) -> Curve:
-    """Return the curve of a function of the step.
+    """Return a curve whose value at step k is ``function(k)``.
 
     >>> list(from_function(lambda k: 0.5**k).values(3))
     [1.0, 0.5, 0.25]

@@ -1,7 +1,8 @@
-"""Descriptions of a schedule's fields: the string literal below each field in the class body.
+"""Read the descriptions of a schedule's fields.
 
-The descriptions of the built-in schedules are in a generated index. For custom schedules they are
-read from the source code at run time.
+The description of a field is the string literal below it in the class body. The descriptions of the
+built-in schedules are stored in a generated index. Those of custom schedules are read from the
+source code at run time.
 """
 
 from __future__ import annotations
@@ -19,26 +20,28 @@ from typing import Any
 __all__ = ["INDEX", "descriptions_in_source", "descriptions_of", "read_index"]
 
 INDEX = Path(__file__).parent / "index.json"
-"""Name of a schedule to its family and field descriptions; written by ``tools/generate.py``."""
+"""JSON file that ``tools/generate.py`` writes. It maps the name of each built-in schedule to the
+schedule's family and field descriptions."""
 
 
 @functools.cache
 def read_index() -> Mapping[str, Mapping[str, Any]]:
-    """Return the generated index."""
+    """Read the generated index from `INDEX`."""
     index: dict[str, dict[str, Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
     return index
 
 
 def descriptions_of(schedule: type) -> dict[str, str]:
-    """Return the description of each field; "" if the source code is not available.
+    """Return a dict that maps the name of each field to its description.
 
-    If the source code is available, fields without a string below them are omitted.
+    Fields without a string below them are omitted. If the source code of a class is not available,
+    the descriptions of its fields are "".
     """
     return _descriptions(schedule, read_index())
 
 
 def descriptions_in_source(schedule: type) -> dict[str, str]:
-    """Return the same as `descriptions_of`, but without the generated index."""
+    """Return the descriptions like `descriptions_of`, but always read them from the source code."""
     return _descriptions(schedule, {})
 
 
@@ -65,7 +68,7 @@ def _read_source(cls: type) -> dict[str, str]:
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     except (OSError, TypeError, SyntaxError):
-        return dict.fromkeys(own, "")  # defined at a prompt or created at run time
+        return dict.fromkeys(own, "")  # The class was defined at a prompt or created at run time.
     assert isinstance(body, ast.ClassDef)
     descriptions = dict.fromkeys(own, "")
     for statement, below in zip(body.body, [*body.body[1:], None], strict=True):

@@ -1,8 +1,8 @@
-"""Durations: numbers of steps or Composer's time strings.
+"""Convert durations to optimizer steps. A duration is a number of steps or a time string.
 
-A time string is a number and a unit: ``"10ep"`` epochs, ``"500ba"`` batches (optimizer steps),
-``"4096sp"`` samples, ``"0.1dur"`` fraction of the run. A `Horizon` describes the run;
-converting a time string to steps requires it.
+Time strings are Composer's: a number followed by a unit. ``"10ep"`` is 10 epochs, ``"500ba"`` is
+500 batches (optimizer steps), ``"4096sp"`` is 4096 samples, and ``"0.1dur"`` is a tenth of the run.
+A `Horizon` holds the length of the run, which the conversion to steps requires.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WHOLE = ("ep", "ba", "sp")
 
 
 class DurationError(ValueError):
-    """A duration that cannot be converted to steps; the message names the missing information.
+    """Raised if a duration is invalid, or if information for its conversion to steps is missing.
 
     ValueError
     └── DurationError
@@ -27,7 +27,7 @@ class DurationError(ValueError):
 
 
 class FractionalSteps(float):
-    """A resolved duration that ends between two steps, such as 6 samples at 4 samples per step."""
+    """Duration in steps that is not a whole number, such as 6 samples with 4 samples per step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,13 @@ class Horizon:
 
     Args:
         total_steps: configured length of the run in optimizer steps, before scaling.
-        steps_per_epoch: optimizer steps in one pass over the data.
-        samples_per_step: samples in one optimizer step (``train_batch_size``).
-        scale_ratio: scale schedule ratio: factor on the length of the run.
-        scale_warmup: whether warmups are scaled too.
-        counts_samples: whether the length of the run was specified in samples. Fractions of the run
-            are then rounded down to whole samples instead of whole steps.
+        steps_per_epoch: number of optimizer steps in one pass over the data.
+        samples_per_step: number of samples in one optimizer step (``train_batch_size``).
+        scale_ratio: Composer's scale schedule ratio, a factor on the length of the run and on the
+            durations of its schedule.
+        scale_warmup: whether ``scale_ratio`` also applies to the length of a warmup.
+        counts_samples: whether the length of the run was specified in samples. A fraction of the
+            run is then rounded down to whole samples instead of whole steps.
 
     Raises:
         ValueError: a number is not positive and finite.
@@ -80,20 +81,19 @@ def is_unresolved(value: Any) -> bool:
 
 
 def steps_of(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
-    """Return a duration in optimizer steps.
+    """Convert a duration to optimizer steps.
 
-    The result is truncated to whole steps, like in Composer. Only durations in samples can end
+    The result is truncated to whole steps, as in Composer. Only a duration in samples can end
     between two steps.
 
     Args:
         duration: number of steps, or a time string.
         horizon: length of the run.
-        scaled: whether the scale schedule ratio applies. It always applies to a fraction of the run
-            (``dur``).
+        scaled: whether ``horizon.scale_ratio`` applies to the duration. It always applies to a
+            fraction of the run (``dur``).
 
     Raises:
-        DurationError: the horizon does not have the value that the unit requires, or the unit is
-            unknown.
+        DurationError: the unit is unknown, or the horizon lacks the value that the unit requires.
 
     >>> steps_of("0.29dur", Horizon(total_steps=100), scaled=True)
     28
@@ -160,7 +160,10 @@ def _parse(text: str) -> tuple[float, str]:
 
 
 def _whole(scaled: float, configured: float | None = None) -> float:
-    """Return the scaled value as an int if it is whole, or truncated if the original was."""
+    """Convert a scaled duration to an int, or to `FractionalSteps` if it is not whole.
+
+    If ``configured``, the duration before scaling, is whole, the scaled duration is truncated.
+    """
     if configured is not None and float(configured).is_integer():
         return int(scaled)
     return int(scaled) if float(scaled).is_integer() else FractionalSteps(scaled)

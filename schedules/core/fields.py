@@ -1,8 +1,8 @@
 """Types of schedule fields, with ranges and units.
 
-A schedule annotates its fields with the types of this file. `fields_of` converts the annotations to
-JSON schemas. The constructor validates the arguments against them, and they are written to
-``schemas/schedulers``.
+A schedule annotates its fields with the types of this module. `fields_of` converts the annotations
+to JSON schemas. The constructor of a schedule validates its arguments against the schemas, and
+``make generate`` writes the schemas to ``schemas/schedulers``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
 
 
 class Range(NamedTuple):
-    """The range of a field's number, or of each number in its list."""
+    """The valid range of a number, or of each number in a list."""
 
     at_least: float | None = None
     above: float | None = None
@@ -68,7 +68,10 @@ class Range(NamedTuple):
 
 
 class Duration(NamedTuple):
-    """Marks a field as a duration: it can be a time string, and `Horizon.scale_ratio` applies."""
+    """Marks a field as a duration: it accepts a time string, and `Horizon.scale_ratio` scales it.
+
+    A warmup is only scaled if ``scale_warmup`` is true or if it is a fraction of the run.
+    """
 
     warmup: bool = False
 
@@ -81,13 +84,13 @@ class Items:
 
 
 class FilledIn(NamedTuple):
-    """Marks a field that accepts "auto" in a config: another library fills in the value."""
+    """Marks a field that accepts "auto" in a config, which another library replaces by a value."""
 
     by: str
 
 
 class AnyValue(NamedTuple):
-    """Marks a field that accepts any JSON value, because it is passed on to another class."""
+    """Marks a field that accepts any JSON value, because another class validates it."""
 
 
 PerGroup = float | Sequence[float]
@@ -161,10 +164,10 @@ def wanted(schema: Mapping[str, Any]) -> str:
 
 
 def accepts(schema: Mapping[str, Any], value: Any) -> bool:
-    """Return whether a value is valid for a field's JSON schema; lists can be tuples.
+    """Return whether a value is valid for a field's JSON schema. A list is passed as a tuple.
 
-    It supports only the keywords that fields use, so that validating a schedule does not require a
-    JSON Schema library.
+    The function supports only the schema keywords that fields use. Validating a schedule therefore
+    does not require a JSON Schema library.
 
     >>> accepts({"type": "number", "minimum": 0}, float("nan"))
     False
@@ -195,10 +198,13 @@ def accepts(schema: Mapping[str, Any], value: Any) -> bool:
 
 
 def as_number(value: float | str | Sequence[float]) -> float:
-    """Return the value of a field as a number; the schedule must be resolved and per group.
+    """Return the value of a field, and check that it is a number.
+
+    It is a number after `Schedule.resolve` has converted time strings to steps, and after
+    `Schedule.per_group` has replaced lists by numbers.
 
     Raises:
-        ValueError: the value is still a time string or a list.
+        ValueError: the value is a time string or a list.
 
     >>> as_number("0.1dur")
     Traceback (most recent call last):
@@ -228,11 +234,13 @@ class Field:
 
     @property
     def per_group(self) -> bool:
-        """Whether the field accepts a list with one number per param group."""
+        """Whether the field accepts a number, and a list with one number per param group."""
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
     def convert(self, value: Any) -> Any:
-        """Convert a value read from JSON: lists to tuples, 1e3 to 1000.
+        """Validate and convert a value that was read from JSON.
+
+        A list becomes a tuple. In a field for whole numbers, a float such as 1e3 becomes an int.
 
         Raises:
             ValueError: the value is invalid for this field.
@@ -248,7 +256,7 @@ class Field:
         if any(isinstance(each, FractionalSteps) for each in _each(value)):
             return value
         if isinstance(value, str) and self.duration is not None:
-            steps_of(value, _ANY_RUN, scaled=False)  # raises if invalid
+            steps_of(value, _ANY_RUN, scaled=False)  # This raises if the time string is invalid.
         if not accepts(self.schema, value):
             raise ValueError(f"`{self.name}` must be {wanted(self.schema)}, got {value!r}.")
         return value
@@ -260,7 +268,7 @@ def _each(value: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def fields_of(schedule: type) -> Mapping[str, Field]:
-    """Return the fields of a schedule's dataclass: name to field, read from the annotations.
+    """Read the fields of a schedule from its annotations. Return a dict that maps names to fields.
 
     Raises:
         TypeError: an annotation cannot be expressed in JSON Schema.
@@ -271,7 +279,7 @@ def fields_of(schedule: type) -> Mapping[str, Field]:
 
 @dataclasses.dataclass
 class _Annotation:
-    """The annotation of a field, collected part by part."""
+    """The parts of a field's annotation; `read` collects them."""
 
     name: str
     types: list[str] = dataclasses.field(default_factory=list)
@@ -284,7 +292,7 @@ class _Annotation:
     free: bool = False
 
     def read(self, hint: Any) -> _Annotation:
-        """Add a type and the types that it consists of."""
+        """Add the parts of a type hint, recursively, and return the object itself."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin is Annotated:
             for mark in arguments[1:]:
@@ -297,7 +305,7 @@ class _Annotation:
             self.choices = arguments
             self.types.append("string")
         elif hint is Any and self.free:
-            pass  # marked by `AnyValue`
+            pass  # The field is marked by `AnyValue`, so it has no type.
         elif (plain := origin or hint) in _JSON_TYPES:
             self.types.append(_JSON_TYPES[plain])
         else:
@@ -323,7 +331,7 @@ class _Annotation:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The JSON schema of a value."""
+        """The JSON schema that describes the valid values of the field."""
         if self.free:
             return {}
         names = list(self.types)

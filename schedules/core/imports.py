@@ -1,4 +1,4 @@
-"""Import ``module:attribute`` paths from a config and report why an import fails."""
+"""Import objects that a config names as ``module:attribute``, and explain failed imports."""
 
 from __future__ import annotations
 

@@ -47,7 +47,10 @@ def _property(field: Field, description: str) -> dict[str, Any]:
 
 
 def _or_auto(schema: Mapping[str, Any], filled_in_by: str) -> dict[str, Any]:
-    """Return the schema keywords that also allow "auto"; another library replaces that value."""
+    """Return schema keywords that accept the value "auto" in addition to the values of ``schema``.
+
+    The library that ``filled_in_by`` names replaces "auto" before training.
+    """
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     pattern = f"^auto$|{schema['pattern']}" if "pattern" in schema else "^auto$"
     names = types if "string" in types else [*types, "string"]

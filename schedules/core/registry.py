@@ -1,4 +1,4 @@
-"""Registry of schedules. The class name is the ``type`` in a config."""
+"""Registry of schedules: find and build the schedule that a config's ``type`` names."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ FAMILIES = (
     "feedback.autowu",
     "feedback.plateau",
 )
-"""Modules that define schedules in ``__all__``, in the order in which schedules are listed."""
+"""Modules whose ``__all__`` lists schedules. `SCHEDULES` lists the schedules in this order."""
 
 
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
-    """All schedules by name. A family is imported when one of its schedules is first used.
+    """Mapping of names to schedules. It imports a family when one of its schedules is first used.
 
-    A config usually uses one family, and importing all of them takes longer than validating the
-    config.
+    A config usually uses only one family, and importing all families takes longer than validating
+    the config.
     """
 
     def __init__(self) -> None:
@@ -66,14 +66,14 @@ class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
 
 
 def of_family(family: str) -> dict[str, type[Schedule[Any]]]:
-    """Return the schedules of a module of this package: name to class."""
+    """Import a family and return its schedules: a dict from name to class."""
     module = importlib.import_module(f"schedules.{family}")
     classes = (getattr(module, name) for name in module.__all__)
     return {cls.type_name: cls for cls in classes}
 
 
 SCHEDULES: MutableMapping[str, type[Schedule[Any]]] = _Schedules()
-"""Built-in and registered schedules: name to class."""
+"""Mapping of names to schedule classes, for all built-in and registered schedules."""
 
 ENTRY_POINTS = "onecycle.schedules"
 _CUSTOM = "schedules.families.custom"
@@ -81,11 +81,11 @@ C = TypeVar("C", bound=type[Schedule[Any]])
 
 
 def register(cls: C) -> C:
-    """Register a custom schedule under its class name. Can be used as a decorator.
+    """Register a custom schedule under its class name. It can be used as a decorator.
 
     Raises:
-        ValueError: the name is taken, or the class is not a frozen, keyword-only dataclass with a
-            string below each field. The strings are not required if the source code is not
+        ValueError: the name is already taken, the class is not a frozen, keyword-only dataclass, or
+            a field has no string below it. The strings are not checked if the source code is not
             available, for example at a prompt.
 
     >>> import dataclasses, schedules
@@ -128,16 +128,18 @@ def _check_class(cls: type[Schedule[Any]]) -> None:
 
 
 def find(name: str) -> type[Schedule[Any]]:
-    """Return the schedule class with a name.
+    """Return the schedule class that a name refers to.
 
     Args:
-        name: name of a built-in or registered schedule, of an entry point in the group
-            ``onecycle.schedules``, or of a scheduler in ``torch.optim.lr_scheduler``; or
-            ``module:attribute`` of a schedule class (checked as in `register`), of a function from
-            the step to a factor on the learning rate, or of a PyTorch scheduler class.
+        name: name of a schedule, or the path ``module:attribute`` of an object. A name can be that
+            of a built-in or registered schedule, of an entry point in the group
+            ``onecycle.schedules``, or of a scheduler in ``torch.optim.lr_scheduler``. The object at
+            a path can be a schedule class, a PyTorch scheduler class, or a function that maps the
+            step to a factor on the learning rate.
 
     Raises:
-        ValueError: the name is unknown. The message suggests the closest name, if there is one.
+        ValueError: the name is unknown, or the object at the path is not valid. The message
+            suggests a known name if one is close.
 
     >>> find("math:exp").__name__
     'exp'
@@ -163,11 +165,10 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
 
     Args:
         block: type and parameters of the schedule.
-        horizon: length of the run, to convert durations to steps. Without it, durations are not
-            converted.
+        horizon: length of the run. If it is given, durations are converted to steps and scaled.
 
     Raises:
-        ScheduleError: a parameter is unknown, missing or invalid; ``faults`` lists all problems.
+        ScheduleError: a parameter is unknown, missing or invalid. Its ``faults`` list all problems.
         ValueError: the type is unknown, or the block lacks ``type`` or has an unknown key.
 
     >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps

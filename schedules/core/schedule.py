@@ -1,7 +1,7 @@
-"""`Schedule`: the parameters of a schedule, validated by the constructor.
+"""`Schedule`, the base class of all schedules: it holds and validates a schedule's parameters.
 
-`Schedule.bind` combines it with an optimizer's base values to a
-`schedules.core.controller.Controller`.
+`Schedule.bind` returns a `schedules.core.controller.Controller`, which computes the values for an
+optimizer.
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ S = TypeVar("S")
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A problem with a schedule's parameters, and the parameter to change."""
+    """A problem with a schedule's parameters.
+
+    ``field`` is the name of the parameter to change; None if the problem is not in one parameter.
+    """
 
     field: str | None
     message: str
 
 
 class ScheduleError(ValueError):
-    """Invalid parameters of a schedule; ``faults`` lists all problems.
+    """Raised if the parameters of a schedule are invalid; ``faults`` lists all problems.
 
     ValueError
     └── ScheduleError
@@ -62,35 +65,37 @@ if TYPE_CHECKING:
 
     @dataclass_transform(frozen_default=True, kw_only_default=True)
     def schedule_class(cls: type[C]) -> type[C]:
-        """Decorate a schedule: make it a frozen, keyword-only dataclass."""
+        """Turn a schedule class into a frozen, keyword-only dataclass."""
         ...
 
 else:
-    # A type checker does not understand this alias and would reject calls with keywords.
+    # Type checkers see the definition above instead, because with this alias they would reject
+    # keyword arguments in calls of a schedule.
     schedule_class = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 @schedule_class
 class Schedule(ABC, Generic[S]):
-    """Base class of all schedules; its fields are the ``params`` of the ``scheduler`` block.
+    """Base class of all schedules. Its fields are the ``params`` of a config's ``scheduler`` block.
 
-    A subclass is a frozen, keyword-only dataclass with a string below each field. `faults` checks
-    the fields against each other, and `curves` returns the values.
+    A subclass is a frozen, keyword-only dataclass with a string below each field that describes it.
+    It overrides `curves`, which returns the values, and optionally `faults`, which reports
+    conflicts between fields.
 
     Raises:
         ScheduleError: a parameter has the wrong type, is out of range, or conflicts with another.
     """
 
     type_name: ClassVar[str]
-    """Name of this schedule in a config: the class name, unless ``type_name=`` is passed to the
-    class statement."""
+    """Name of this schedule in a config. It is the class name unless the class statement passes
+    ``type_name=``."""
 
     clock_is_step: ClassVar[bool] = False
-    """Whether a parameter is a rate per step. The scale schedule ratio then stretches the curves,
-    instead of the durations."""
+    """Whether a parameter is a rate per step. If so, `Horizon.scale_ratio` stretches whole curves,
+    because scaling only the durations would not scale the rate."""
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = None
-    """Input that the schedule receives at each step; None if its values depend only on the step."""
+    """Input that the schedule receives at each step. None if its values depend only on the step."""
 
     example: ClassVar[Mapping[str, Any]] = {}
     """Parameters for an example run of 100 steps with 10 steps per epoch."""
@@ -130,7 +135,7 @@ class Schedule(ABC, Generic[S]):
         )
 
     def resolve(self, horizon: Horizon | None = None) -> Self:
-        """Return the schedule with all durations converted to steps and scaled.
+        """Return a copy of the schedule with all durations converted to steps and scaled.
 
         Args:
             horizon: length of the run; required if a field is a time string.
@@ -168,16 +173,20 @@ class Schedule(ABC, Generic[S]):
         scaled = not duration.warmup or horizon.scale_warmup or getattr(self, "scale_warmup", False)
         steps = tuple(steps_of(each, horizon, scaled=scaled) for each in _as_tuple(value))
         if self.clock_is_step and horizon.scale_ratio != 1:
-            # `curves_for` stretches the curves by the ratio later, so it must not apply twice.
+            # `curves_for` stretches the curves by the ratio later. It must not apply twice.
             steps = tuple(FractionalSteps(each / horizon.scale_ratio) for each in steps)
         return steps if isinstance(value, tuple) else steps[0]
 
     def faults(self) -> Iterator[Fault]:
-        """Yield conflicts between fields. Each field is valid by itself and converted to steps."""
+        """Yield the conflicts between fields.
+
+        The constructor calls this method after it has validated each field, and only if all
+        durations are in steps.
+        """
         yield from ()
 
     def warnings(self) -> Iterator[str]:
-        """Yield warnings about a valid, resolved schedule that is unlikely to work well."""
+        """Yield warnings if the resolved schedule is valid but unlikely to work well."""
         yield from ()
 
     @property
@@ -187,7 +196,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def span(self) -> int:
-        """Number of steps to plot so that the shape of the resolved schedule is visible."""
+        """Number of steps that a plot must have to show the shape of the resolved schedule."""
         steps = [
             each
             for name, field in fields_of(type(self)).items()
@@ -202,19 +211,23 @@ class Schedule(ABC, Generic[S]):
         """Return the curve of each hyperparameter in each param group.
 
         Raises:
-            ValueError: the parameters do not fit the base values, for example one number for
-                groups that have different learning rates.
+            ValueError: the parameters do not fit the base values, for example because a parameter
+                is a single number but the groups have different learning rates.
         """
 
     def curves_for(self, base: Base, horizon: Horizon | None = None) -> Curves:
-        """Return the curves after scaling. A feedback schedule runs on a synthetic loss.
+        """Resolve the durations, and return the curves after scaling.
+
+        The curves of a feedback schedule show a run on a synthetic loss.
 
         Args:
             base: values that the optimizer was built with.
-            horizon: length of the run, for time strings and scaling.
+            horizon: length of the run. It is used to convert time strings to steps, and for
+                scaling.
 
         Raises:
-            ValueError: a duration cannot be resolved, or the base values do not fit.
+            ValueError: a duration cannot be converted to steps, or the base values do not fit the
+                schedule.
         """
         curves = self.resolve(horizon).curves(base)
         if self.clock_is_step and horizon is not None:
@@ -225,22 +238,24 @@ class Schedule(ABC, Generic[S]):
         return curves
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> Controller[S]:
-        """Return the controller that runs this schedule with these base values.
+        """Return the controller that computes the values of this schedule for an optimizer.
 
         Args:
             base: values that the optimizer was built with.
-            horizon: length of the run, for time strings and scaling.
+            horizon: length of the run. It is used to convert time strings to steps, and for
+                scaling.
 
         Raises:
-            ValueError: a duration cannot be resolved, or the base values do not fit.
+            ValueError: a duration cannot be converted to steps, or the base values do not fit the
+                schedule.
         """
         return cast("Controller[S]", OpenLoop(self.curves_for(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
-        """Split the schedule into one per param group; each takes its number from a list.
+        """Return one schedule for each param group, with that group's number from each list.
 
         Raises:
-            ValueError: the length of a list is not the number of groups.
+            ValueError: a list does not have one number per group.
         """
         lists = {
             name: broadcast(name, value, (0.0,) * groups)
@@ -253,7 +268,7 @@ class Schedule(ABC, Generic[S]):
         return tuple(dataclasses.replace(self, **row) for row in rows)
 
     def params(self) -> dict[str, Any]:
-        """Return the required fields, and those that differ from their defaults, as JSON values."""
+        """Return the parameters as JSON values. Optional ones with default values are omitted."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, field in fields_of(type(self)).items()
@@ -262,7 +277,10 @@ class Schedule(ABC, Generic[S]):
 
 
 class LearningRateSchedule(Schedule[int]):
-    """A schedule of the learning rate only. A group's curve depends on its base learning rate."""
+    """Base class of schedules that set only the learning rate.
+
+    The curve of a param group depends on the group's base learning rate.
+    """
 
     def curves(self, base: Base) -> Curves:
         """Return the learning rate curve of each group."""
@@ -280,7 +298,13 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def curve_per_group(make: Callable[..., Curve], *columns: tuple[Any, ...]) -> tuple[Curve, ...]:
-    """Return ``make(*values)`` for the values of each group; equal groups share one curve."""
+    """Call ``make`` with the values of each param group, and return the curves.
+
+    Args:
+        make: function that returns the curve of a group.
+        *columns: arguments of ``make``, each with one value per group. Groups with equal values
+            share one curve.
+    """
     make_once = functools.cache(make)
     return tuple(make_once(*row) for row in zip(*columns, strict=True))
 
@@ -293,10 +317,10 @@ def exceeds(low: PerGroup, high: PerGroup) -> bool:
 
 
 def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the value of a field in each group. A single number applies to all groups.
+    """Return the value of a field in each param group. A single number applies to all groups.
 
     Raises:
-        ValueError: the length of a list is not the number of groups.
+        ValueError: ``value`` is a list that does not have one number per group.
     """
     if isinstance(value, int | float):
         return (value,) * len(base)
@@ -308,11 +332,11 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
 
 
 def spread(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the value of a field in each group. Reject one number if the groups differ.
+    """Return the value of a field in each param group, like `broadcast`, but with a stricter check.
 
     Raises:
         ValueError: ``value`` is a single number but the groups were built with different values,
-            or the length of the list is not the number of groups.
+            or ``value`` is a list that does not have one number per group.
     """
     if isinstance(value, int | float) and len(set(base)) > 1:
         groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))

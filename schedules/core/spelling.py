@@ -1,6 +1,7 @@
 """Suggest the correct spelling of a misspelled name.
 
-In doubt it suggests nothing, because a misleading suggestion costs more time than none.
+If no known name is close, nothing is suggested, because a misleading suggestion costs the reader
+more time than no suggestion.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ __all__ = ["edits", "nearest"]
 def nearest(name: str, known: Collection[str]) -> str | None:
     """Return the known name with the closest spelling, or None if no name is close.
 
-    A name with one additional word in front counts as close, if it is the only one.
+    A known name that has one more word at its start, such as ``warmup_num_steps`` for
+    ``num_steps``, is also close, if there is only one such name.
 
     >>> nearest("stge", ["stage", "type"])
     'stage'
@@ -42,15 +44,15 @@ def nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def _compare_letters(one: str, other: str) -> tuple[float, float]:
-    """Return the fraction of common letters, and the similarity of their order."""
+    """Return two similarities: of the letters, ignoring their order, and of the whole words."""
     letters = len(set(one) & set(other)) / len(set(other))
     return letters, difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def edits(one: str, other: str, most: int) -> int:
-    """Return the edit distance: letters to insert, remove, replace or swap with their neighbor.
+    """Return the edit distance between two words, or ``most + 1`` if it is greater than ``most``.
 
-    If the distance is greater than ``most``, return ``most + 1``.
+    One edit inserts, removes or replaces a letter, or swaps two adjacent letters.
 
     >>> edits("wramup", "warmup", 2), edits("warmup", "cooldown", 2)
     (1, 3)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_BASE", "Replay", "replay", "trace"]
 
 DEFAULT_BASE: Base = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.0,)}
-"""Base values of a single param group, for a schedule that is evaluated without an optimizer."""
+"""Base values of one param group, used if a schedule is evaluated without an optimizer."""
 
 
 def trace(
@@ -34,14 +34,15 @@ def trace(
     Args:
         schedule: schedule, or its ``{"type": …, "params": {…}}`` block.
         steps: number of steps, counted from step 0.
-        base: values that the optimizer was built with, one per param group; by default one group
-            with lr 0.1, momentum 0.9 and weight decay 0.
-        horizon: length of the run, for time strings and scaling.
-        losses: loss (or metric) of each step, for a feedback schedule; by default a synthetic loss.
+        base: values that the optimizer was built with, one per param group. The default is a single
+            group with learning rate 0.1, momentum 0.9 and weight decay 0.
+        horizon: length of the run. It is used to convert time strings to steps, and for scaling.
+        losses: loss (or metric) of each step; only feedback schedules use it. By default they run
+            on a synthetic loss.
 
     Returns:
-        Name of each scheduled hyperparameter ("lr", "momentum", "weight_decay") to an array of
-        shape (steps, groups).
+        A dict that maps the name of each scheduled hyperparameter ("lr", "momentum" or
+        "weight_decay") to its values, an array of shape (steps, groups).
 
     Raises:
         ValueError: the block is invalid, the base values do not fit the schedule, or there are too
@@ -73,12 +74,12 @@ def trace(
 
 
 class Replay(NamedTuple):
-    """The values of a schedule on recorded losses."""
+    """The result of `replay`."""
 
     rows: list[Values]
-    """Values of each step, and of the step after the last loss."""
+    """Values of each step. The last row has the values of the step after the last loss."""
     evidence: Evidence | None
-    """Data that the last decision is based on; None before the first decision."""
+    """Data that the last decision is based on; None if no decision was made."""
 
 
 def replay(
@@ -88,13 +89,13 @@ def replay(
     base: Base,
     horizon: Horizon | None = None,
 ) -> Replay:
-    """Run a schedule on recorded losses.
+    """Run a schedule on recorded losses and return the values of every step.
 
     Args:
-        schedule: schedule to run, with feedback or without.
+        schedule: schedule to run; schedules that do not use the loss ignore it.
         losses: loss (or metric) of each step.
         base: values that the optimizer was built with, one per param group.
-        horizon: length of the run, for time strings and scaling.
+        horizon: length of the run. It is used to convert time strings to steps, and for scaling.
     """
     controller = schedule.bind(base, horizon)
     state = controller.init()

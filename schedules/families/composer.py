@@ -49,7 +49,7 @@ class _Scheduler(LearningRateSchedule):
 
     @abstractmethod
     def _body(self, lr: float, start: float) -> Curve:
-        """Return the curve from step ``start`` on; its step 0 is the run's step ``start``."""
+        """Return the curve after the warmup. It counts its steps from step ``start`` of the run."""
 
     def _peak(self, lr: float) -> float:
         """Return the learning rate at the end of the warmup."""

@@ -87,8 +87,8 @@ class _Composite(Schedule[int]):
         return self.combined([part.curves(base) for part in self.parts], base)
 
     def curves_for(self, base: Base, horizon: Horizon | None = None) -> Curves:
-        # Each schedule scales itself, because one with per-step parameters (`clock_is_step`) needs
-        # its whole curve stretched.
+        # Each part scales its own curves, because the curves of a part with a rate per step
+        # (`clock_is_step`) must be stretched as a whole.
         parts = [part.curves_for(base, horizon) for part in self.parts]
         return self.resolve(horizon).combined(parts, base)
 
@@ -224,5 +224,5 @@ class Combined(
                     )
 
     def combined(self, parts: Sequence[Curves], base: Base) -> Curves:
-        del base  # `curves` already passed it to each schedule.
+        del base  # `curves` has already passed the base values to each part.
         return functools.reduce(operator.or_, (dict(part) for part in parts))

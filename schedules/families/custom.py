@@ -152,7 +152,7 @@ class WrappedScheduler(Schedule[int]):
 
 
 class _Recorder:
-    """Runs a scheduler on a private optimizer and records the learning rate of every step."""
+    """Runs a scheduler on an optimizer of its own and records the learning rate of every step."""
 
     def __init__(self, schedule: WrappedScheduler, lrs: tuple[float, ...]) -> None:
         import torch

@@ -88,7 +88,7 @@ class _WithWarmup(Schedule[int]):
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:
-        """Return the curve without the warmup; its step 0 is the start of the run."""
+        """Return the curve without the warmup. It counts its steps from the start of the run."""
 
 
 @schedule_class

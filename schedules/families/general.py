@@ -137,7 +137,7 @@ class Phases(
 
     def faults(self) -> Iterator[Fault]:
         for name in self.drives:
-            previous = None  # The param group's value, which is not known yet.
+            previous = None  # The first phase starts at the param group's value, not known yet.
             for index, phase in enumerate(getattr(self, name)):
                 start = phase.get("from", previous)
                 previous = phase.get("to", start)

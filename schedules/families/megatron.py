@@ -164,7 +164,7 @@ class OptimizerParamScheduler(
         # In Megatron-LM, the factor 1 / sqrt(…) is 1 at the end of the warmup.
         scale = max(warmup, 1)
         root = inverse_sqrt(high, steps=scale)
-        # At step `end`, Megatron-LM still uses this factor; `min_lr` starts at the next step. The
-        # other styles reach `min_lr` at `end`.
+        # Megatron-LM still uses this factor at step `end`, and uses `min_lr` from the next step on.
+        # The other styles reach `min_lr` at step `end`.
         parts = [climb, pointwise(max, root, constant(low)), constant(low)]
         return join(parts, [warmup, end + 1], names=("warmup", "decay", "end"))

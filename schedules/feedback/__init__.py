@@ -1,1 +1,1 @@
-"""Schedules driven by the loss or a metric."""
+"""Schedules that depend on the loss or on a metric."""

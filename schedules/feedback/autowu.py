@@ -1,4 +1,4 @@
-"""AutoWU: warmup that ends automatically when the loss stops decreasing."""
+"""AutoWU, a schedule that ends its warmup automatically when the loss stops decreasing."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
     @property
     def total_steps(self) -> int:
-        """Number of steps of the run; 100 for a preview if it is unknown."""
+        """Number of steps of the run. A preview uses 10 for each parameter that is null."""
         return (self.steps_per_epoch or 10) * (self.total_epochs or 10)
 
     @property
@@ -108,10 +108,13 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         return self.total_steps
 
     def resolve(self, horizon: Horizon | None = None) -> AutoWU:
-        """Return the schedule with the number of epochs, and the steps per epoch, of the run.
+        """Return a copy in which ``steps_per_epoch`` and ``total_epochs`` are set and scaled.
+
+        If a parameter is null, it is computed from ``horizon``, if possible. With the robust test,
+        a run that does not consist of whole epochs is treated as a single epoch.
 
         Raises:
-            ScheduleError: the reference test requires whole epochs, and the run does not consist of
+            ScheduleError: the schedule uses the reference test, but the run does not consist of
                 whole epochs.
         """
         if horizon is None:
@@ -138,10 +141,11 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         return dataclasses.replace(self, steps_per_epoch=steps, total_epochs=epochs)
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> AutoWUController:
-        """Return the controller; the length of the run must be known.
+        """Return the controller for these base values.
 
         Raises:
-            ScheduleError: neither the parameters nor the horizon define the length of the run.
+            ScheduleError: the length of the run is unknown, because neither the parameters nor
+                ``horizon`` define it.
         """
         resolved = self.resolve(horizon)
         for name in ("steps_per_epoch", "total_epochs"):

@@ -1,4 +1,4 @@
-"""The controller of `AutoWU`: warmup, tests, decision and decay."""
+"""The controller of `AutoWU`, which runs the warmup, its tests, and the decay after it."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ class Decay:
 
     cooldown_type: Literal["cosine", "half_cosine"]
     cooldown_start: float
-    """Latest step at which the cooldown starts."""
+    """Step at which the cooldown starts at the latest."""
     is_immediate: bool
     """Whether the cooldown starts right after the warmup, without a constant phase."""
     factor: float
     watches_loss: bool
-    """Whether the factor is applied when the loss stops improving, instead of after the warmup."""
+    """If true, the factor is applied whenever the loss stops improving. If false, it is applied
+    once after the warmup."""
 
 
 class AutoWUController(FeedbackController[AutoWUState]):
-    """`AutoWU` with the base learning rates of its param groups.
+    """Runs `AutoWU` for param groups that have the given base learning rates.
 
     Steps are counted from 1, as in the published code.
 
     Args:
-        test: test that ends the warmup; it holds the parameters of the warmup.
+        test: test that ends the warmup. It also holds the parameters of the warmup.
         decay: parameters of the phases after the warmup.
         total_steps: number of steps of the run.
-        lrs: base learning rate of each group; their ratios are kept.
+        lrs: base learning rate of each group. The schedule keeps the ratios between them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The state of AutoWU during a run, and its warmup as a function of the step."""
+"""AutoWU's state during a run, and the learning rate of its warmup as a function of the step."""
 
 from __future__ import annotations
 
@@ -22,30 +22,32 @@ class AutoWUState:
     step: int = 0
     phase: Literal["warmup", "constant", "cooldown"] = "warmup"
     losses: History = dataclasses.field(default_factory=History)
-    """Losses of the warmup, in order."""
+    """Losses of all steps of the warmup so far, in order."""
     fit: Hyperparameters | None = None
     draws: str | None = None
-    """State of the random generator that samples losses; None before the first sample."""
+    """State of the random generator that samples losses. None before the first sample."""
     votes: tuple[bool, ...] = ()
     alone: int = 0
-    """Number of robust tests in a row that are confident that the loss is above its minimum now,
-    whether or not they are confident that it was above it at the start."""
+    """Number of robust tests in a row that were confident that the loss is above its minimum now.
+
+    These tests need not be confident that the loss was above its minimum at the start.
+    """
     chance: float = 0.0
-    """Result of the last test: probability that the loss has passed its minimum."""
+    """Probability that the loss has passed its minimum, according to the last test."""
     argmin: float = 1.0
     lowest: float = math.inf
-    """Lowest mean loss of a test interval."""
+    """Mean loss of the test interval with the lowest mean loss so far."""
     is_lowest: bool = False
     peak: float = 0.0
     begin: int = 0
     length: int = 0
     decay: PlateauState | None = None
     epoch: tuple[float, ...] = ()
-    """Losses of the current epoch, if the constant phase uses their mean."""
+    """Losses of the current epoch, if the constant phase needs their mean to detect a plateau."""
     decision: Decision | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the state as JSON values."""
+        """Convert the state to a dict of JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["losses"] = list(self.losses)
         values["fit"] = self.fit and dataclasses.asdict(self.fit)
@@ -78,7 +80,7 @@ class AutoWUState:
 
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-    """The warmup at its maximum length."""
+    """Parameters of the warmup. ``steps`` is its maximum length; a test can end it earlier."""
 
     steps: int
     steps_per_epoch: int
@@ -97,7 +99,7 @@ class Warmup:
         return self.lr_between(self.max_lr, fraction)
 
     def lr_between(self, lr: float, fraction: float) -> float:
-        """Interpolate between ``min_lr`` and ``lr``; the fraction is between 0 and 1."""
+        """Interpolate between ``min_lr`` (fraction 0) and ``lr`` (fraction 1)."""
         if self.type == "linear":
             return self.min_lr + (lr - self.min_lr) * fraction
         return float(self.min_lr * (lr / self.min_lr) ** fraction)

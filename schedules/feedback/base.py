@@ -1,4 +1,4 @@
-"""Base classes of feedback schedules, whose values depend on the losses so far."""
+"""Base classes of feedback schedules, which depend on the losses (or metrics) so far."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ class FeedbackController(Controller[S]):
     """Base class of the controllers of feedback schedules; see `Controller` for the methods."""
 
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return None. Subclasses can return data for a plot."""
+        """Return None. Subclasses can override this method to provide data for a plot."""
         del before, loss, after
         return None
 
 
 class FeedbackSchedule(Schedule[S]):
-    """Base class of schedules that depend on the loss or a metric.
+    """Base class of schedules that depend on the loss or on a metric.
 
-    The values are known only during the run. For a preview, `curves` runs the controller on a
-    synthetic loss.
+    The values are not known before the run. To preview the schedule, `curves` runs the controller
+    on a synthetic loss.
     """
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = "loss"
 
     @abstractmethod
     def controller(self, base: Base) -> FeedbackController[S]:
-        """Return the controller with these base values; durations are already resolved."""
+        """Return the controller for these base values. The schedule must already be resolved."""
 
     @abstractmethod
     def synthetic_loss(self, step: int, lr: float) -> float:
-        """Return the loss of a step in the preview."""
+        """Return the loss that a preview uses at a step with learning rate ``lr``."""
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> FeedbackController[S]:
-        """Resolve the durations and return the controller."""
+        """Resolve the schedule and return its controller."""
         resolved: FeedbackSchedule[S] = self.resolve(horizon)
         return resolved.controller(base)
 
     def curves(self, base: Base) -> Curves:
-        """Return the learning rate of each group on the synthetic loss."""
+        """Return the learning rate of each group in a run on the synthetic loss."""
         lrs_of_run = functools.cache(self._run_on_synthetic_loss)
         groups = tuple(base["lr"])
 

@@ -1,9 +1,9 @@
-"""An exact Gaussian process on [0, 1] whose matrices do not grow with the number of losses.
+"""A Gaussian process on [0, 1] whose matrices do not grow with the number of losses.
 
-f ~ GP(mean, scale * exp(-(x - x')^2 / (2 l^2))), y = f(x) + noise. With l = 0.2 about thirty
-features reproduce the kernel on [0, 1] to twelve digits. The size of every matrix is therefore the
-number of features, not the number of losses: the posterior of thousands of losses takes less than a
-millisecond.
+The model is f ~ GP(mean, scale * exp(-(x - x')^2 / (2 l^2))) and y = f(x) + noise. With l = 0.2,
+about thirty features reproduce the kernel on [0, 1] to twelve digits. The size of a matrix is
+therefore the number of features, not the number of losses. Computing the posterior of thousands of
+losses takes less than a millisecond.
 
 Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, chapters 2 and 5.
 """
@@ -39,7 +39,9 @@ _RATIOS = np.logspace(-4, 5, 73)[:, None]
 
 
 def features(x: Array) -> Array:
-    """Return phi(x), of shape (len(x), r), with phi(x) phi(x')^T = exp(-(x - x')^2 / (2 l^2)).
+    """Return the features phi(x), an array of shape (len(x), number of features).
+
+    Their product phi(x) phi(x')^T is the kernel exp(-(x - x')^2 / (2 l^2)).
 
     Args:
         x: positions in [0, 1].
@@ -85,7 +87,8 @@ class Data(NamedTuple):
         Args:
             phi: features of each position, of shape (positions, features).
             y: loss at each position, of shape (positions,).
-            weights: number of losses whose mean each y is, of shape (positions,); 1 by default.
+            weights: number of losses that were averaged in each y, of shape (positions,). The
+                default is 1.
         """
         root = np.ones(len(y)) if weights is None else np.sqrt(weights)
         scaled, ones, y = phi * root[:, None], root, y * root
@@ -102,15 +105,17 @@ class Data(NamedTuple):
 
 
 def gathered(x: Array, y: Array) -> Data:
-    """Compute the statistics of losses y at positions x."""
+    """Compute the statistics of losses y at positions x in [0, 1]."""
     return Data.of(features(x), y)
 
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """Noise, mean and scale before softplus, with the state of the Adam optimizer that fits them.
+    """Noise, mean and scale of the Gaussian process, and the state of the Adam optimizer for them.
 
-    noise = 1e-4 + softplus(raw[0]), mean = raw[1], scale = softplus(raw[2]).
+    The optimizer fits the unconstrained values ``raw``. The hyperparameters are computed from them:
+    noise = 1e-4 + softplus(raw[0]), mean = raw[1], scale = softplus(raw[2]). ``first`` and
+    ``second`` are Adam's moments.
     """
 
     raw: tuple[float, float, float]
@@ -139,11 +144,11 @@ class Hyperparameters:
         return _softplus(self.raw[2])
 
     def with_mean(self, mean: float) -> Hyperparameters:
-        """Return a copy with a different mean."""
+        """Return a copy of the hyperparameters with this mean."""
         return dataclasses.replace(self, raw=(self.raw[0], mean, self.raw[2]))
 
     def loss(self, data: Data) -> float:
-        """Return -log p(y) / n."""
+        """Return -log p(y) / n, the negative log likelihood per loss."""
         noise, mean, scale = self.noise, self.mean, self.scale
         ratio = scale / noise
         rest = data.squares - 2 * mean * data.total + data.size * mean**2
@@ -157,7 +162,7 @@ class Hyperparameters:
         return _Slopes(data, self.mean)(*self.raw)
 
     def fitted(self, data: Data, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
-        """Return the hyperparameters after some more steps of Adam on `loss`."""
+        """Minimize `loss` with more steps of Adam, and return the new hyperparameters."""
         raw, first, second = list(self.raw), list(self.first), list(self.second)
         slopes = _Slopes(data, self.mean)
         for step in range(self.steps + 1, self.steps + steps + 1):
@@ -176,14 +181,15 @@ class Hyperparameters:
 
 
 class _Slopes:
-    """The gradient of `Hyperparameters.loss`, evaluated many times on the same data.
+    """Computes the gradient of `Hyperparameters.loss` many times on the same data.
 
-    Everything that depends on the data is in one matrix, computed once. Each gradient is a product
-    with this matrix.
+    The constructor computes a matrix from the data. Each gradient then takes only a product with
+    this matrix.
 
     Args:
-        data: statistics of the losses: eigenvalues, projections of y and projections of 1.
-        center: value close to the means that will be evaluated, for numerical precision.
+        data: statistics of the losses.
+        center: value close to the means at which the gradient will be computed. Subtracting it from
+            the losses reduces rounding errors.
     """
 
     def __init__(self, data: Data, center: float) -> None:
@@ -224,11 +230,11 @@ class _Slopes:
 
 
 class Posterior(NamedTuple):
-    """The posterior of the process at some positions: mean, and a square root of the covariance."""
+    """The posterior of the Gaussian process at given positions."""
 
     mean: Array
     root: Array
-    """The covariance is root @ root.T."""
+    """A square root of the covariance, which is root @ root.T."""
 
     @classmethod
     def of(cls, data: Data, by: Hyperparameters, basis: Array) -> Posterior:
@@ -250,16 +256,17 @@ class Posterior(NamedTuple):
 
 
 def solve_ratio(data: Data, within: float = 0.0) -> Hyperparameters:
-    """Return the scale and noise of maximum likelihood, with mean 0, for 73 ratios of the two.
+    """Return the scale and the noise with the highest likelihood, for a process with mean 0.
 
-    The ratios rho = scale / noise range from 1e-4 to 1e5. The best noise for each has a closed
-    form::
+    The function tries 73 ratios rho = scale / noise from 1e-4 to 1e5. The best noise for each ratio
+    has a closed form::
 
         noise(rho) = (y^T y + within - sum(rho b^2 / (1 + rho lambda))) / n
 
     Args:
         data: statistics of the losses, with eigenvalues lambda and projections b.
-        within: sum of squared deviations of the losses from the means in ``data``.
+        within: sum of the squared deviations of the losses from their means, if ``data`` was
+            computed from means.
     """
     shrunk = _RATIOS / (1 + _RATIOS * data.values)
     noise = (data.squares + within - shrunk @ data.projected**2) / data.size

@@ -1,4 +1,4 @@
-"""An immutable list of losses to which a loss can be added without a copy."""
+"""`History`, an immutable list of losses. Adding a loss does not copy the list."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["History"]
 
 
 class History:
-    """An immutable sequence of numbers. Histories that extend each other share a list.
+    """An immutable sequence of losses. A history shares its list with the one that it extends.
 
     >>> first = History().with_loss(1.0)
     >>> second, third = first.with_loss(2.0), first.with_loss(3.0)
@@ -28,16 +28,16 @@ class History:
 
     @classmethod
     def of(cls, losses: Iterable[float]) -> History:
-        """Return a history with these losses."""
+        """Build a history that has these losses."""
         history = cls()
         history._shared = list(losses)
         history._count = len(history._shared)
         return history
 
     def with_loss(self, loss: float) -> History:
-        """Return a history with one more loss."""
+        """Return a new history that has one more loss than this one."""
         if self._count != len(self._shared):
-            return History.of([*self, loss])  # a longer history already uses the shared list
+            return History.of([*self, loss])  # A longer history already uses the shared list.
         self._shared.append(loss)
         longer = History()
         longer._shared, longer._count = self._shared, self._count + 1
@@ -45,7 +45,7 @@ class History:
 
     def array(self, dtype: Any) -> NDArray[Any]:
         """Return the losses as an array."""
-        with np.errstate(over="ignore"):  # values too large for the dtype become infinite
+        with np.errstate(over="ignore"):  # Losses too large for the dtype become infinite.
             return np.fromiter(self, dtype, self._count)
 
     def __len__(self) -> int:

@@ -1,7 +1,8 @@
-"""Test whether the loss has passed its minimum: AutoWU's published test and a scale-free test.
+"""Two tests of whether the loss has passed its minimum.
 
-Both fit a Gaussian process to the losses of the warmup, with time scaled to [0, 1], and estimate
-the probability that the loss was lower at some earlier time than it is now.
+One is AutoWU's published test. The other, the robust test, does not depend on the scale of the
+loss. Both fit a Gaussian process to the losses of the warmup, with time scaled to [0, 1]. They
+estimate the probability that the loss was lower at an earlier time than it is now.
 
 Source: Kim et al., Automated learning rate scheduler for large-batch training,
 https://arxiv.org/abs/2107.05855, and its code, github.com/kakaobrain/autowu.
@@ -40,12 +41,13 @@ __all__ = [
 Array = NDArray[np.float64]
 
 Draw = Callable[[int, int], Array]
-"""Function that samples indices: (number of losses, number of samples) to the indices."""
+"""Function that samples losses. It receives the number of losses and the number of samples, and
+returns the indices of the samples."""
 
 CONFIDENCE = 0.95
 REDRAWS = 5
 _FIT_POINTS, _POINTS = 100, 500
-_FLOOR = 1e-4  # variance, in units of the loss squared
+_FLOOR = 1e-4  # This is a variance, in squared units of the loss.
 _GRID, _ROBUST_GRID = 500, 257
 _BINS = 256
 _ROBUST_FLOOR = 0.005**2
@@ -58,12 +60,12 @@ class Published(NamedTuple):
     probabilities: tuple[float, ...]
     """Probability that the loss has passed its minimum, for each of five samples of the losses."""
     argmins: tuple[float, ...]
-    """Position of the minimum for each sample, 0 to 1."""
+    """Position of the minimum (0 to 1), for each of the five samples."""
     fit: Hyperparameters
 
     @property
     def positive(self) -> bool:
-        """Whether the result is confident for most samples."""
+        """Whether the probability exceeds `CONFIDENCE` for most of the samples."""
         votes = sum(probability > CONFIDENCE for probability in self.probabilities)
         return votes > REDRAWS / 2
 
@@ -76,14 +78,16 @@ class Published(NamedTuple):
 def published_test(losses: Array, fit: Hyperparameters, draw: Draw) -> Published:
     """Run AutoWU's published test on all losses of the warmup so far.
 
-    The mean of the process starts at the mean of the losses. 100 steps of Adam continue from the
-    previous fit, on at most 100 losses. Then five posteriors are computed, each from at most 500
-    losses. Losses that are not finite are ignored, but count as steps.
+    The test sets the mean of the Gaussian process to the mean of the losses. It then fits the
+    hyperparameters to at most 100 losses with 100 steps of Adam, which continue from the previous
+    fit. Finally it computes five posteriors, each from at most 500 losses. Losses that are not
+    finite are ignored, but the positions of the other losses do not change.
 
     Args:
         losses: loss of each step, in order.
-        fit: fit of the previous test, or `Hyperparameters.initial`.
-        draw: function that samples losses if there are too many.
+        fit: hyperparameters of the previous test, or `Hyperparameters.initial` in the first test.
+        draw: function that samples losses. It is used if there are more than 100 losses
+            for the fit or more than 500 for the posteriors.
     """
     places = np.arange(len(losses), dtype=np.float32) / np.float32(len(losses))
     finite = np.isfinite(losses)
@@ -102,11 +106,11 @@ def published_test(losses: Array, fit: Hyperparameters, draw: Draw) -> Published
 
 
 def published_band(losses: Array, fit: Hyperparameters) -> Band:
-    """Return the Gaussian process of `published_test`, fitted to all losses.
+    """Return the Gaussian process of `published_test`, computed from all losses.
 
     Args:
-        losses: loss of each step, in order; at least one is finite.
-        fit: fit of the test.
+        losses: loss of each step, in order. At least one must be finite.
+        fit: hyperparameters that the test returned.
     """
     finite = np.isfinite(losses)
     x = np.arange(losses.size)[finite] / losses.size
@@ -121,23 +125,24 @@ class Robust(NamedTuple):
     start: float
     """Probability that the loss was above its minimum at the start."""
     argmin: float
-    """Position of the minimum, 0 to 1."""
+    """Position of the minimum (0 to 1)."""
 
     @property
     def positive(self) -> bool:
-        """Whether the loss is confidently above its minimum both now and at the start."""
+        """Whether both probabilities exceed `CONFIDENCE`."""
         return min(self.now, self.start) > CONFIDENCE
 
 
 def robust_test(losses: Array) -> Robust:
-    """Run a test that is robust to the scale of the loss, to noise and to spikes.
+    """Run a test that is robust to noise and spikes, and does not depend on the scale of the loss.
 
-    Losses are clipped to twice the descent around the lowest loss (values that are not finite
-    become the upper limit), compressed by asinh, and averaged into at most 256 bins. The noise is
-    estimated in closed form, without random samples and without an optimizer.
+    The test clips losses that differ from the lowest loss by more than twice the descent so far. A
+    loss that is not finite becomes the upper limit. The losses are then compressed by asinh and
+    averaged in at most 256 bins. The test needs no random samples and no optimizer, because the
+    best noise has a closed form.
 
     Args:
-        losses: loss of each step of the warmup so far, in order; at least 8.
+        losses: loss of each step of the warmup so far, in order. There must be at least 8.
     """
     posterior = _robust_posterior(_Compression.of(losses)(losses))
     return Robust(
@@ -148,7 +153,7 @@ def robust_test(losses: Array) -> Robust:
 
 
 def robust_band(losses: Array) -> Band:
-    """Return the Gaussian process of `robust_test`, on the original scale of the losses."""
+    """Return the Gaussian process of `robust_test` on the original scale of the losses."""
     compression = _Compression.of(losses)
     return _band(_robust_posterior(compression(losses)), compression.inverse)
 
@@ -170,7 +175,7 @@ def _robust_posterior(y: Array) -> Posterior:
 
 
 class _Compression(NamedTuple):
-    """A transform that clips losses around the lowest one and compresses them by asinh."""
+    """Clips losses to a range around the lowest loss, and compresses them by asinh."""
 
     low: float
     high: float
@@ -219,7 +224,7 @@ def _basis(points: int) -> Array:
 
 
 def _certainty(posterior: Posterior, place: int, floor: float) -> float:
-    """Return the maximum, over all other positions, of P(f at ``place`` > f there)."""
+    """Return the maximum of P(f(place) > f(x)) over all other positions x."""
     rise = posterior.mean[place] - posterior.mean
     ratio = rise / np.sqrt(posterior.deviation_from(place) + floor)
     others = np.delete(ratio, place)

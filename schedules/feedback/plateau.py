@@ -1,4 +1,4 @@
-"""ReduceLROnPlateau: reduce the learning rate when a metric has stopped improving."""
+"""ReduceLROnPlateau, a schedule that reduces the learning rate if a metric stops improving."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class PlateauState(NamedTuple):
 
     best: float | None = None
     bad: int = 0
-    """Number of metrics in a row without improvement."""
+    """Number of consecutive metrics without improvement."""
     rests: int = 0
-    """Number of metrics left in the cooldown after a reduction."""
+    """Number of metrics until the cooldown after the last reduction ends."""
     factor: float = 1.0
-    """Product of all reductions."""
+    """Product of the factors of all reductions so far."""
     reductions: int = 0
-    """Number of reductions."""
+    """Number of reductions so far."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-    """The rule of `ReduceLROnPlateau`: compute a factor on the learning rate from the metrics.
+    """Computes a factor on the learning rate from the metrics, with `ReduceLROnPlateau`'s rule.
 
     >>> rule = Plateau(factor=0.5, patience=1)
     >>> state = rule.init()
@@ -55,7 +55,7 @@ class Plateau:
         return PlateauState()
 
     def update(self, state: PlateauState, metric: float) -> PlateauState:
-        """Return the state after a metric. NaN is not an improvement."""
+        """Return the state after one more metric. NaN does not count as an improvement."""
         best, bad, rests = state.best, state.bad + 1, state.rests
         if self._is_better(metric, best):
             best, bad = metric, 0
@@ -145,7 +145,7 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
 
 
 class PlateauController(FeedbackController[_State]):
-    """`ReduceLROnPlateau` with the base learning rates of its param groups."""
+    """Runs `ReduceLROnPlateau` for param groups that have the given base learning rates."""
 
     def __init__(self, params: ReduceLROnPlateau, lrs: tuple[float, ...]) -> None:
         self._lrs = lrs

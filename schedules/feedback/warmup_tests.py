@@ -1,4 +1,4 @@
-"""The two tests that can end AutoWU's warmup, and the number of confident results they need."""
+"""The two tests that can end AutoWU's warmup. Each needs several confident results to end it."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from schedules.feedback.minimum_tests import (
 
 __all__ = ["PublishedTest", "RobustTest", "TorchDraws", "Verdict", "WarmupTest"]
 
-_PATIENCE = 3  # confident results in a row that end the warmup in the published test
-_ROBUST_TESTS = 60  # per warmup
-_SHORTEST = 90  # steps; in a shorter warmup the robust test is rarely confident
+_PATIENCE = 3  # The published test ends the warmup after this many confident results in a row.
+_ROBUST_TESTS = 60  # The robust test runs this many times in a warmup of maximum length.
+_SHORTEST = 90  # In a warmup with fewer steps, the robust test is rarely confident.
 
 
 class Verdict(NamedTuple):
     """The result of a test."""
 
     state: AutoWUState
-    """State that includes the result."""
+    """State after the test, which includes its result."""
     ends_warmup: bool
     argmins: Sequence[float]
-    """Estimated positions of the minimum in the sequence of losses, 0 to 1."""
+    """Estimated positions of the minimum, from 0 (start of the losses) to 1 (end)."""
     probability: float
 
 
 class WarmupTest(ABC):
-    """A test of whether the loss has passed its minimum, repeated during the warmup."""
+    """Base class of the tests that check whether the loss has passed its minimum."""
 
     dtype: ClassVar[type]
-    """Data type of the losses."""
+    """Data type of the losses that `apply` receives."""
     cooldown_lead: ClassVar[int]
-    """Number of steps of the cooldown that are skipped at its start."""
+    """Number of steps that are skipped at the start of the cooldown."""
     enforces_cooldown: ClassVar[bool]
-    """Whether the cooldown starts in the last part of the run even with ``immediate_cooldown``."""
+    """Whether the last part of the run is a cooldown even if ``immediate_cooldown`` is true."""
 
     def __init__(self, warmup: Warmup) -> None:
         self.warmup = warmup
@@ -65,15 +65,15 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def apply(self, state: AutoWUState, losses: NDArray[Any]) -> Verdict:
-        """Test the losses of the warmup so far."""
+        """Run the test on all losses of the warmup so far."""
 
     @abstractmethod
     def likely_minimum(self, state: AutoWUState) -> float | None:
-        """Return the most likely position of the minimum (0 to 1); None without an estimate."""
+        """Return the most likely position of the minimum (0 to 1), or None if it is unknown."""
 
     @abstractmethod
     def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:
-        """Return the Gaussian process fitted by the test that led to a state."""
+        """Return the Gaussian process that the last test fitted to the losses, for a plot."""
 
     @abstractmethod
     def warning(self) -> str | None:
@@ -81,10 +81,14 @@ class WarmupTest(ABC):
 
 
 class PublishedTest(WarmupTest):
-    """The test of the published code: once per epoch, until three in a row are confident."""
+    """The test of the published code.
+
+    It runs once per epoch and ends the warmup after three confident results in a row.
+    """
 
     dtype = np.float32
-    # The published code is one step ahead: it never uses the peak, and its last step has lr 0.
+    # In the published code, the cooldown is one step ahead: it skips the peak learning rate and
+    # has a learning rate of 0 in its last step.
     cooldown_lead = 1
     enforces_cooldown = True
 
@@ -123,7 +127,10 @@ class PublishedTest(WarmupTest):
 
 
 class RobustTest(WarmupTest):
-    """A test that does not depend on the scale of the loss; it runs sixty times per warmup."""
+    """A test that does not depend on the scale of the loss.
+
+    It runs sixty times in a warmup of maximum length.
+    """
 
     dtype = np.float64
     cooldown_lead = 0
@@ -166,17 +173,20 @@ class RobustTest(WarmupTest):
 
 
 class TorchDraws:
-    """Sample without replacement like the published code: with a torch generator seeded with 0.
+    """Samples indices without replacement, with the random numbers of the published code.
+
+    They come from a PyTorch generator with seed 0.
 
     Args:
-        state: `state` of an earlier instance, to continue from; None to start.
+        state: `state` of an earlier instance whose random numbers are continued. By default, the
+            generator starts from its seed.
     """
 
     def __init__(self, state: str | None = None) -> None:
         self.state = state
 
     def draw(self, count: int, wanted: int) -> Any:
-        """Return ``wanted`` different indices below ``count``, sorted."""
+        """Return ``wanted`` different indices that are less than ``count``, in ascending order."""
         import torch
 
         generator = torch.Generator()
