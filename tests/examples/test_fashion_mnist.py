@@ -40,6 +40,7 @@ def write_idx(path, array):
     path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
 
 
+@pytest.mark.slow
 def test_example_reads_images_from_fashion_mnist_dir(tmp_path):
     generator = np.random.default_rng(0)
     for part, count in (("train", 128), ("t10k", 32)):

@@ -1,5 +1,6 @@
 """DeepSpeed: the three ways to run a backward pass give the same steps."""
 
+import pytest
 import torch
 
 from tests.testing.distributed import run_distributed_test
@@ -32,5 +33,6 @@ def train_by_each_way():
     assert all_equal(train_by("loss.backward"), expected)
 
 
+@pytest.mark.slow
 def test_deepspeed_with_each_way_to_run_backward_takes_the_same_steps():
     run_distributed_test(train_by_each_way, 2)

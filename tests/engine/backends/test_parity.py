@@ -19,10 +19,11 @@ def one_rank():
     return launch(parity(STEPS), 1)
 
 
+one = pytest.param(1, marks=pytest.mark.slow, id="1 rank")
 two = pytest.param(2, marks=pytest.mark.slow, id="2 ranks")
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, id="1 rank"), two])
+@pytest.fixture(scope="module", params=[one, two])
 def runs(request, one_rank):
     return one_rank if request.param == 1 else launch(parity(STEPS), request.param)
 

@@ -559,7 +559,7 @@ def child(directory, *arguments):
     )
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_signal_saves_and_exits_with_status_75(tmp_path, name):
     process = child(tmp_path, 100_000)
     process.stdout.readline()  # the first step is done

@@ -179,7 +179,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
-@pytest.mark.parametrize("form", ["text", "sarif"])
+@pytest.mark.parametrize("form", ["text", pytest.param("sarif", marks=pytest.mark.slow)])
 def test_validate_hostile_input_reports_a_clear_problem(tmp_path, content, form):
     path = tmp_path / "c.json"
     path.write_bytes(content)

@@ -65,6 +65,7 @@ def test_initialize_invalid_config_is_reported_on_rank_0_only(monkeypatch):
     assert waits == [10.0]
 
 
+@pytest.mark.slow
 def test_torchrun_invalid_config_is_reported_once(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
