@@ -153,8 +153,8 @@ class TrainingRun:
             return self.backend.step()
         if self.backend.loss_scale != 1.0:
             raise RuntimeError(
-                "The loss must be scaled in fp16, got neither `trainer.backward(loss)` nor "
-                "`trainer.scale(loss).backward()` in this step. Call one of them."
+                "fp16 needs a scaled loss, but neither `trainer.backward(loss)` nor "
+                "`trainer.scale(loss).backward()` was called in this step. Call one of them."
             )
         return self.backend.step(divide_by=self.config.batch.accumulation)
 

@@ -273,8 +273,8 @@ class ScheduleBinder(LRScheduler):
         groups = len(self.optimizer.param_groups)
         if len(state["base"]["lr"]) != groups:
             raise ValueError(
-                f"The optimizer must have {len(state['base']['lr'])} param groups, like the saved "
-                f"state, got {groups}."
+                f"The saved state has {len(state['base']['lr'])} param groups, but the optimizer "
+                f"has {groups}."
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,12 +10,13 @@ __all__ = ["register_with_deepspeed"]
 def register_with_deepspeed(*, replace: bool = False) -> list[str]:
     """Register our schedules, so that ``deepspeed.initialize`` accepts them as ``scheduler.type``.
 
-    DeepSpeed looks up the type in its module ``deepspeed.runtime.lr_schedules`` and steps the
-    scheduler after each step that it counts as applied. Specify durations as numbers of steps: a
-    string such as "10ep" needs the length of an epoch, which DeepSpeed does not provide.
+    DeepSpeed looks up the type in its module ``deepspeed.runtime.lr_schedules`` and calls the
+    scheduler's ``step()`` after every optimizer step that it does not report as skipped. Specify
+    durations as numbers of steps: a string such as "10ep" needs the length of an epoch, which
+    DeepSpeed does not provide.
 
     Args:
-        replace: whether to also replace DeepSpeed's five schedules, whose names are the same.
+        replace: whether to also replace DeepSpeed's five schedules with ours of the same names.
 
     Returns:
         The names of the registered schedules.

@@ -175,7 +175,7 @@ class LRRangeReport:
         return table
 
     def draw(self, path: Path) -> None:
-        """Save a plot of the loss over the learning rate and the suggested range as a PNG file."""
+        """Plot the loss against the learning rate, mark the suggested range, and save a PNG."""
         from matplotlib.figure import Figure
 
         panels = 2 if self.refinement else 1

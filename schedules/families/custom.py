@@ -40,7 +40,7 @@ _ABSTRACT = "LRScheduler"
 
 @functools.cache
 def torch_scheduler_names() -> frozenset[str]:
-    """Return the names of PyTorch's scheduler classes, without importing it."""
+    """Return the names of PyTorch's scheduler classes without importing PyTorch."""
     package = importlib.util.find_spec("torch")
     if package is None or package.origin is None:
         return frozenset()

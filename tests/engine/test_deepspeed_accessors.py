@@ -91,7 +91,7 @@ def test_step_in_fp16_with_an_unscaled_loss_raises():
     for half in X.split(2):
         trainer(half).float().pow(2).mean().backward()
         if trainer.is_gradient_accumulation_boundary():
-            with pytest.raises(RuntimeError, match="must be scaled in fp16"):
+            with pytest.raises(RuntimeError, match="fp16 needs a scaled loss"):
                 trainer.step()
         else:
             trainer.step()
