@@ -75,7 +75,8 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
     parts, boundaries = tuple(parts), tuple(boundaries)
     if len(boundaries) != len(parts) - 1:
         raise ValueError(
-            f"`boundaries` must have {len(parts) - 1} entries for {len(parts)} parts, got {boundaries}."
+            f"`boundaries` must have {len(parts) - 1} entries for {len(parts)} parts, "
+            f"got {boundaries}."
         )
     if list(boundaries) != sorted(boundaries) or (boundaries and boundaries[0] < 0):
         raise ValueError(f"`boundaries` must be >= 0 and in ascending order, got {boundaries}.")
