@@ -99,7 +99,7 @@ def test_stairs_descent_mirrors_ascent(steps, data):
     [
         (lambda: linear(0.0, 1.0, 2)(-1), "`step` must be >= 0, got -1"),
         (lambda: linear(0.0, 1.0, 2)(np.array([3, -4])), "`steps` must all be >= 0, got -4"),
-        (lambda: join([constant(1.0)], [3]), "fewer than the 1 parts, got (3,)"),
+        (lambda: join([constant(1.0)], [3]), "for 1 parts, got (3,)"),
         (lambda: join([constant(1.0)] * 3, [5, 3]), "in ascending order, got (5, 3)"),
     ],
 )
