@@ -48,8 +48,10 @@ def find_phrases(path: Path) -> Iterator[str]:
 
 def main() -> int:
     command = ["git", "ls-files", "--", *(sys.argv[1:] or SETTINGS["paths"])]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout  # noqa: S603
-    paths = (Path(name) for name in listed.splitlines() if name.endswith((".py", ".md")))
+    done = subprocess.run(  # noqa: S603  # git, with paths from the command line
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    paths = (Path(name) for name in done.stdout.splitlines() if name.endswith((".py", ".md")))
     messages = [message for path in paths for message in find_phrases(path)]
     print("\n".join(messages) or "no banned phrases")
     return 1 if messages else 0

@@ -136,7 +136,7 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
             "`--slurm-opt` has no effect in an existing allocation. Pass the option to salloc."
         )
     # Replace this process, so that signals reach srun directly.
-    os.execvp("bash", ["bash", "-c", script])  # noqa: S606, S607
+    os.execvp("bash", ["bash", "-c", script])  # noqa: S606, S607  # our own script
 
 
 def submit(script: str) -> tuple[bool, str]:
