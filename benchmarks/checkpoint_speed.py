@@ -104,7 +104,7 @@ def main() -> None:
 
     behind.save_checkpoint(folder / "first", tag="t")  # allocates the memory for its copy
     behind.wait_for_checkpoint()
-    held = behind._checkpointer.async_saver.arena
+    held = behind._checkpointer.async_saver.buffers
     # Each contender writes to a new path. Removing the files is not measured.
     tables: dict[str, dict[str, Contender]] = {
         "save": {
@@ -140,7 +140,9 @@ def main() -> None:
             "one memcpy into allocated memory": ("memcpy", lambda _: arena.copy_(source)),
             "onecycle, copying": (
                 "copy",
-                lambda _: state._copied(state._state_of(behind.module, behind.optimizer), held),
+                lambda _: state._copy_to_host(
+                    state._get_state(behind.module, behind.optimizer), held
+                ),
             ),
             "onecycle, async": ("behind", lambda place: behind.save_checkpoint(place, tag="t")),
         },

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {
+_MODULES = {
     "CheckpointError": "engine.errors",
     "Config": "engine.config",
     "ConfigError": "engine.errors",
@@ -26,12 +26,12 @@ _HOMES = {
     "validate": "engine.config",
 }
 
-__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605  # computed, so that each name is listed once
+__all__ = sorted([*_MODULES, "__version__"])  # noqa: PLE0605  # computed, so that each name is listed once
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     if name == "__version__":
         from importlib.metadata import version
 

@@ -23,7 +23,7 @@ from engine.training.data import call_on_batches
 from engine.training.loss_window import check_loss
 from engine.training.monitors import Monitor
 from engine.training.progress import StepRecorder
-from engine.training_run import TrainingRun, preserve
+from engine.training_run import TrainingRun, preserve_state
 from schedules import Schedule
 from schedules.param_groups import momenta_of
 
@@ -78,7 +78,7 @@ class Engine(nn.Module):
         except AttributeError:
             if name.startswith("__") or "_backend" not in vars(self):
                 raise
-            return self._backend.attribute(name)
+            return self._backend.get_attribute(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model in the config's precision."""
@@ -155,7 +155,7 @@ class Engine(nn.Module):
         """
         run = self._run
         run.check_between_steps()
-        with preserve(self, self._backend, self.training_dataloader):
+        with preserve_state(self, self._backend, self.training_dataloader):
             try:
                 self._run = run.start_trial(recorder, schedule)
                 yield
@@ -447,4 +447,4 @@ class Engine(nn.Module):
     def empty_partition_cache(self) -> None:
         """Release the gathered parameters that DeepSpeed's ZeRO stage 3 caches."""
         if self.config.backend.name == "deepspeed":
-            self._backend.attribute("empty_partition_cache")()
+            self._backend.get_attribute("empty_partition_cache")()

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from engine import backends
 from engine.backends.base import Backend
-from engine.checkpoint.fingerprint import hyperparameters, identity_of
+from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
 from engine.config import Config, ConfigError, Source, load_config
 from engine.distributed.ranks import (
     check_configs_match,
@@ -130,16 +130,16 @@ def initialize(
         mesh_param=mesh_param,
     )
     # Binding a schedule changes the param groups, so first read the user's hyperparameters.
-    user_settings = None if resolved.optimizer else hyperparameters(backend.basic_optimizer)
+    user_settings = None if resolved.optimizer else read_hyperparameters(backend.basic_optimizer)
     scheduler = _bind_schedule(resolved, lr_scheduler, backend.optimizer, loader)
-    identity = identity_of(resolved, scheduler, user_settings)
+    identity = build_identity(resolved, scheduler, user_settings)
     monitors = build_monitors(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
     if loader is not None:
-        loader.end_with(lambda: engine.run_is_over)
+        loader.stop_when(lambda: engine.run_is_over)
     attach_recorder(engine, sweep)
     if ranks.rank == 0:
-        _announce(engine, backend)
+        _log_setup(engine, backend)
     engine._resume()  # noqa: SLF001  # private to the package
     return engine, backend.optimizer, loader, scheduler
 
@@ -209,9 +209,9 @@ def _bind_schedule(
     return given(optimizer)
 
 
-def _announce(engine: Engine, backend: Backend) -> None:
+def _log_setup(engine: Engine, backend: Backend) -> None:
     """Log the training setup, the config's warnings and its overrides."""
-    _show_log()
+    _enable_logging()
     config = engine.config
     for override in config.overrides:
         log.info("%s", override)
@@ -224,13 +224,13 @@ def _announce(engine: Engine, backend: Backend) -> None:
         config.backend.reason,
         config.batch,
         type(backend.basic_optimizer).__name__,
-        f"{backend.trained:,}",
+        f"{backend.num_parameters:,}",
         f", gradients clipped to norm {norm:g}" if norm else "",
         _describe_schedule(engine.lr_scheduler, config.name),
     )
 
 
-def _show_log() -> None:
+def _enable_logging() -> None:
     """Show info lines even if the script does not configure logging.
 
     If the script has set a level on the ``onecycle`` logger, that level is kept.

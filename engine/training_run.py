@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from engine.backends.base import Backend
-from engine.checkpoint.rng import load_random_state, random_state
+from engine.checkpoint.rng import get_rng_state, set_rng_state
 from engine.checkpoint.rollback import Rollback
 from engine.config import Config
 from engine.training.data import RunLoader
@@ -25,7 +25,7 @@ from schedules import AutoWU, Schedule
 from schedules.param_groups import momenta_of
 from schedules.torch_scheduler import bind
 
-__all__ = ["TrainingRun", "preserve"]
+__all__ = ["TrainingRun", "preserve_state"]
 
 log = logging.getLogger("onecycle")
 
@@ -178,7 +178,7 @@ class TrainingRun:
         if counters.applied:
             self.driver.step(self.window)
             if self.rollback is not None:
-                self.rollback.follow(self.scheduler)
+                self.rollback.update(self.scheduler)
         self.window.clear()
 
     def _collect_record(self) -> StepRecord:
@@ -200,7 +200,7 @@ class TrainingRun:
     def _record_step(self, recorder: StepRecorder) -> None:
         momentum = self.read_momentum()
         used = self.read_lr()[0], momentum[0] if momentum else None
-        recorder.note(*used, self.window.mean(), applied=self.counters.applied)
+        recorder.record(*used, self.window.mean(), applied=self.counters.applied)
         if self.is_trial:
             recorder.stop_if_over()
 
@@ -217,7 +217,9 @@ class TrainingRun:
 
 
 @contextlib.contextmanager
-def preserve(model: nn.Module, backend: Backend, loader: DataLoader[Any] | None) -> Iterator[None]:
+def preserve_state(
+    model: nn.Module, backend: Backend, loader: DataLoader[Any] | None
+) -> Iterator[None]:
     """When the block ends, restore everything that training changed, even after an exception.
 
     Args:
@@ -228,7 +230,7 @@ def preserve(model: nn.Module, backend: Backend, loader: DataLoader[Any] | None)
     """
     data = (loader.state_dict(), loader.resumes) if isinstance(loader, RunLoader) else None
     modes = {module: module.training for module in model.modules()}
-    randomness, snapshot = random_state(), backend.snapshot()
+    randomness, snapshot = get_rng_state(), backend.snapshot()
     try:
         yield
     finally:
@@ -236,6 +238,6 @@ def preserve(model: nn.Module, backend: Backend, loader: DataLoader[Any] | None)
             module.training = mode
         backend.zero_grad()
         backend.restore(snapshot)
-        load_random_state(randomness)
+        set_rng_state(randomness)
         if isinstance(loader, RunLoader) and data is not None:
             loader.load_state_dict(data[0], resumes=data[1])

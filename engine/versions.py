@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["installed"]
+__all__ = ["get_installed_version"]
 
 
-def installed(package: str) -> str | None:
+def get_installed_version(package: str) -> str | None:
     """Return the installed version of a package, or None if it is not installed.
 
-    >>> installed("no-such-package") is None
+    >>> get_installed_version("no-such-package") is None
     True
     """
     # This import is slow: it takes longer than a whole run of `onecycle validate`.

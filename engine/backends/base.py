@@ -30,7 +30,7 @@ class Backend(ABC):
     """The optimizer whose param groups the schedule changes."""
     basic_optimizer: Optimizer
     """The underlying torch optimizer, unwrapped."""
-    trained: int
+    num_parameters: int
     """Number of trained parameter elements, over all ranks."""
     grad_norm: float | None
     """2-norm of all gradients of the last step before clipping; None before the first step."""
@@ -41,14 +41,14 @@ class Backend(ABC):
         optimizer: Optimizer,
         ranks: Ranks,
         *,
-        trained: int,
+        num_parameters: int,
         basic_optimizer: Optimizer | None = None,
     ) -> None:
         self.ranks = ranks
         self.model = model
         self.optimizer = optimizer
         self.basic_optimizer = basic_optimizer or optimizer
-        self.trained = trained
+        self.num_parameters = num_parameters
         self.grad_norm = None
 
     @abstractmethod
@@ -104,29 +104,29 @@ class Backend(ABC):
         return float(total) / self.ranks.world_size
 
     @abstractmethod
-    def save(self, place: Path, *, frozen: bool = True) -> None:
+    def save(self, checkpoint_dir: Path, *, frozen: bool = True) -> None:
         """Save model, optimizer and loss scale. Every rank must call this method.
 
         Args:
-            place: directory to write to.
+            checkpoint_dir: directory to write to.
             frozen: whether to include parameters that do not require gradients.
         """
 
     @abstractmethod
     def save_async(
         self,
-        place: Path,
+        checkpoint_dir: Path,
         group: dist.ProcessGroup | None,
-        arena: dict[str, Any],
+        buffers: dict[str, Any],
         *,
         frozen: bool = True,
     ) -> Future[None]:
         """Save asynchronously, otherwise like `save`. At most one such save runs at a time.
 
         Args:
-            place: directory to write to.
+            checkpoint_dir: directory to write to.
             group: process group that nothing else uses during the save; None for one process.
-            arena: buffers for the copies; later saves reuse them.
+            buffers: buffers for the copies; later saves reuse them.
             frozen: whether to include parameters that do not require gradients.
 
         Raises:
@@ -134,11 +134,13 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
+    def load(
+        self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
+    ) -> None:
         """Load a checkpoint that `save` wrote. Every rank must call this method.
 
         Args:
-            place: directory to read from.
+            checkpoint_dir: directory to read from.
             optimizer: whether to restore the optimizer and the loss scale.
             strict: whether the model must have every saved parameter.
             frozen: whether the checkpoint includes parameters that do not require gradients; if
@@ -160,7 +162,7 @@ class Backend(ABC):
     def describe(self) -> str:
         """Return a human-readable description of the training setup for the log."""
 
-    def attribute(self, name: str) -> Any:
+    def get_attribute(self, name: str) -> Any:
         """Return an attribute that the engine lacks; by default, look it up on the model.
 
         Raises:

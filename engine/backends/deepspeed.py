@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from engine.backends.base import DTYPES, Backend
-from engine.backends.deepspeed_config import deepspeed_config
+from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
 from engine.config.wording import count_noun
@@ -67,7 +67,7 @@ class DeepSpeedBackend(Backend):
         block = config.optimizer
         if optimizer is None and block is not None and is_buildable(config.raw["optimizer"]):
             optimizer = build_optimizer(block, groups)
-        trained = _count_elements(
+        num_parameters = _count_elements(
             optimizer.param_groups if isinstance(optimizer, Optimizer) else groups
         )
         # DeepSpeed reads the local rank from the environment. Set it in case no launcher did.
@@ -76,7 +76,7 @@ class DeepSpeedBackend(Backend):
             model=model,
             optimizer=optimizer,
             model_parameters=parameters,
-            config=deepspeed_config(config, builds_optimizer=optimizer is None),
+            config=build_deepspeed_config(config, builds_optimizer=optimizer is None),
             mpu=mpu,
             mesh_param=mesh_param,
         )
@@ -84,7 +84,7 @@ class DeepSpeedBackend(Backend):
             self.engine.module,
             self.engine.optimizer,
             ranks,
-            trained=trained,
+            num_parameters=num_parameters,
             basic_optimizer=self.engine.basic_optimizer,
         )
         self._config = config
@@ -145,67 +145,71 @@ class DeepSpeedBackend(Backend):
         return float(scale) if scale and self._config.precision == "fp16" else 1.0
 
     @override
-    def save(self, place: Path, *, frozen: bool = True) -> None:
+    def save(self, checkpoint_dir: Path, *, frozen: bool = True) -> None:
         self.engine.save_checkpoint(
-            str(place.parent),
-            tag=place.name,
+            str(checkpoint_dir.parent),
+            tag=checkpoint_dir.name,
             save_latest=False,
             exclude_frozen_parameters=not frozen,
         )
         scaler = self.engine.torch_autocast_z0_gradscaler
         if scaler and self.ranks.rank == 0:
-            write_values(place / _SCALER, scaler.state_dict())  # DeepSpeed does not save it
+            write_values(
+                checkpoint_dir / _SCALER, scaler.state_dict()
+            )  # DeepSpeed does not save it
 
     @override
     def save_async(
         self,
-        place: Path,
+        checkpoint_dir: Path,
         group: dist.ProcessGroup | None,
-        arena: dict[str, Any],
+        buffers: dict[str, Any],
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        del place, group, arena, frozen
+        del checkpoint_dir, group, buffers, frozen
         raise ValueError(
             "`engine.checkpoint.async` must be false on DeepSpeed, got true. Configure DeepSpeed's "
             "own asynchronous writer in the `checkpoint` section instead."
         )
 
     @override
-    def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
+    def load(
+        self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
+    ) -> None:
         path, _ = self.engine.load_checkpoint(
-            str(place.parent),
-            tag=place.name,
+            str(checkpoint_dir.parent),
+            tag=checkpoint_dir.name,
             load_module_strict=strict and frozen,
             load_optimizer_states=optimizer,
             load_lr_scheduler_states=False,
         )
         if path is None:
             raise CheckpointError(
-                f"{place} must contain a DeepSpeed checkpoint, got a directory without one. Load "
-                "a checkpoint that was saved with DeepSpeed."
+                f"{checkpoint_dir} does not contain a DeepSpeed checkpoint. Load a checkpoint "
+                "that was saved with the DeepSpeed backend."
             )
         scaler = self.engine.torch_autocast_z0_gradscaler
-        if scaler and optimizer and (place / _SCALER).is_file():
-            scaler.load_state_dict(read_values(place / _SCALER))
+        if scaler and optimizer and (checkpoint_dir / _SCALER).is_file():
+            scaler.load_state_dict(read_values(checkpoint_dir / _SCALER))
 
     @override
     def snapshot(self) -> Any:
         # Only DeepSpeed can save its state, so the snapshot is a temporary checkpoint.
         directory = [tempfile.mkdtemp(prefix="onecycle-") if self.ranks.rank == 0 else ""]
         dist.broadcast_object_list(directory)
-        place = Path(directory[0], "snapshot")
-        self.save(place)
+        checkpoint_dir = Path(directory[0], "snapshot")
+        self.save(checkpoint_dir)
         dist.barrier()  # every rank reads the files that rank 0 wrote
-        return place, self.grad_norm
+        return checkpoint_dir, self.grad_norm
 
     @override
     def restore(self, snapshot: Any) -> None:
-        place, self.grad_norm = snapshot
-        self.load(place, optimizer=True, strict=True)
+        checkpoint_dir, self.grad_norm = snapshot
+        self.load(checkpoint_dir, optimizer=True, strict=True)
         dist.barrier()
         if self.ranks.rank == 0:
-            shutil.rmtree(place.parent)
+            shutil.rmtree(checkpoint_dir.parent)
 
     @override
     def describe(self) -> str:
@@ -215,7 +219,7 @@ class DeepSpeedBackend(Backend):
         return f"DeepSpeed, {stage}, {count}, {ranks.device}, {self._config.precision}"
 
     @override
-    def attribute(self, name: str) -> Any:
+    def get_attribute(self, name: str) -> Any:
         return getattr(self.engine, name)
 
     @override

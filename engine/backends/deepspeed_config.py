@@ -15,10 +15,10 @@ from engine.config.batch_sizes import BATCH_KEYS
 from engine.config.pointers import parent_of
 from engine.config.schema import ABSENT, SCHEMA, SECTION, default_of, is_parked, nest, walk
 
-__all__ = ["deepspeed_config"]
+__all__ = ["build_deepspeed_config"]
 
 # Keys that DeepSpeed does not know, and keys that we handle ourselves.
-_OURS = (
+_ENGINE_KEYS = (
     "$schema",
     "csv_monitor",
     "engine",
@@ -30,14 +30,18 @@ _OURS = (
 )
 
 
-def deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[str, Any]:
+def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[str, Any]:
     """Return the dict for ``deepspeed.initialize``.
 
     Args:
         config: a validated config.
         builds_optimizer: whether DeepSpeed builds the config's optimizer itself.
     """
-    own = {key: value for key, value in _without_parked(config.raw).items() if key not in _OURS}
+    own = {
+        key: value
+        for key, value in _drop_parked_keys(config.raw).items()
+        if key not in _ENGINE_KEYS
+    }
     if "bfloat16" in own:
         own["bf16"] = own.pop("bfloat16")
     if isinstance(own.get("zero_optimization"), bool):
@@ -52,17 +56,17 @@ def deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[str, Any
     settings |= dict(zip(BATCH_KEYS, sizes, strict=True))
     settings["gradient_clipping"] = config.gradient_clipping
     if builds_optimizer and "optimizer" in config.raw:
-        settings["optimizer"] = _without_parked(config.raw["optimizer"])
+        settings["optimizer"] = _drop_parked_keys(config.raw["optimizer"])
     else:
         # By default, DeepSpeed rejects offloading with an optimizer that it did not build.
         settings.setdefault("zero_force_ds_cpu_optimizer", False)
     return settings
 
 
-def _without_parked(value: Any) -> Any:
+def _drop_parked_keys(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    return {key: _without_parked(below) for key, below in value.items() if not is_parked(key)}
+    return {key: _drop_parked_keys(below) for key, below in value.items() if not is_parked(key)}
 
 
 def _fill(schema: Mapping[str, Any]) -> Any:

@@ -65,15 +65,15 @@ class FSDPBackend(PyTorchBackend):
         if self._config.zero_stage == 1:
             assert isinstance(self.model, FSDPModule)
             self.model.set_requires_gradient_sync(last_micro_batch)
-        return self._called(*args, **kwargs)
+        return self._forward_module(*args, **kwargs)
 
     @override
-    def _gradients(self) -> list[Tensor]:
-        return [_local(gradient) for gradient in super()._gradients()]
+    def _collect_gradients(self) -> list[Tensor]:
+        return [_to_local(gradient) for gradient in super()._collect_gradients()]
 
     @override
-    def _norm(self, gradients: list[Tensor]) -> float:
-        local_norm = super()._norm(gradients)
+    def _compute_norm(self, gradients: list[Tensor]) -> float:
+        local_norm = super()._compute_norm(gradients)
         squares = torch.tensor(local_norm**2, dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(squares)
         return math.sqrt(float(squares))
@@ -135,7 +135,7 @@ def _to_sharded(each: Any, names: dict[int, str], sharded: dict[str, nn.Paramete
     return sharded[names[id(each)]]
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _to_local(tensor: Tensor) -> Tensor:
     local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local
 

@@ -58,19 +58,19 @@ class PyTorchBackend(Backend):
         parameters: list[Any] | None = None,
     ) -> None:
         self._config = config
-        _prepare(model, config, ranks.device)
+        _prepare_model(model, config, ranks.device)
         chosen = self._prepare_optimizer(model, optimizer, parameters)
         groups = chosen.param_groups
         super().__init__(
-            model, chosen, ranks, trained=sum(p.numel() for g in groups for p in g["params"])
+            model, chosen, ranks, num_parameters=sum(p.numel() for g in groups for p in g["params"])
         )
         self._autocast = DTYPES.get(config.precision)
         self._clipping = config.gradient_clipping
         self._scaler = LossScaler(config.loss_scaling) if config.loss_scaling else None
         self._keeps_gradients = False
-        self._spent: list[Tensor] = []
+        self._old_gradients: list[Tensor] = []
         self._parallel = self._set_up_averaging() if ranks.world_size > 1 else None
-        self._called: nn.Module = self._parallel or model
+        self._forward_module: nn.Module = self._parallel or model
 
     def _prepare_optimizer(
         self,
@@ -104,7 +104,7 @@ class PyTorchBackend(Backend):
             # would have to include the backward pass.
             self._parallel.require_backward_grad_sync = last_micro_batch
         with self._precision_context():
-            return self._called(*args, **kwargs)
+            return self._forward_module(*args, **kwargs)
 
     def _precision_context(self) -> AbstractContextManager[Any]:
         if self._autocast is None:
@@ -118,15 +118,15 @@ class PyTorchBackend(Backend):
 
     @override
     def scale(self, loss: Tensor, accumulation: int) -> Tensor:
-        self._spent, self._keeps_gradients = [], self.ranks.device.type == "cpu"
+        self._old_gradients, self._keeps_gradients = [], self.ranks.device.type == "cpu"
         factor = self.loss_scale / accumulation
         return loss if factor == 1.0 else loss * factor
 
     @override
     def step(self, *, divide_by: int = 1) -> bool:
-        gradients = self._gradients()
+        gradients = self._collect_gradients()
         scale = self.loss_scale * divide_by
-        norm = self._norm(gradients) / scale
+        norm = self._compute_norm(gradients) / scale
         finite = math.isfinite(norm)  # equal on all ranks: gradients are already averaged
         if finite:
             factor = 1.0 / scale
@@ -140,13 +140,13 @@ class PyTorchBackend(Backend):
             # If the gradients were freed now, malloc would return their memory to the system, and
             # page faults would slow the next backward pass. If they are freed right before that
             # pass instead, the memory is reused.
-            self._spent = gradients
+            self._old_gradients = gradients
         self.grad_norm = norm
         if self._scaler is not None:
             self._scaler.update(overflow=not finite)
         return finite
 
-    def _gradients(self) -> list[Tensor]:
+    def _collect_gradients(self) -> list[Tensor]:
         """Return this rank's gradients; with FSDP, only this rank's shards."""
         return [
             parameter.grad
@@ -155,7 +155,7 @@ class PyTorchBackend(Backend):
             if parameter.grad is not None
         ]
 
-    def _norm(self, gradients: list[Tensor]) -> float:
+    def _compute_norm(self, gradients: list[Tensor]) -> float:
         """Return the 2-norm over all gradients."""
         if not gradients:
             return 0.0
@@ -168,36 +168,40 @@ class PyTorchBackend(Backend):
         return self._scaler.scale if self._scaler else 1.0
 
     @override
-    def save(self, place: Path, *, frozen: bool = True) -> None:
+    def save(self, checkpoint_dir: Path, *, frozen: bool = True) -> None:
         from engine.checkpoint import state  # takes 50 ms, so import only if needed
 
-        state.write(place, self.model, self.optimizer, frozen=frozen)
+        state.write(checkpoint_dir, self.model, self.optimizer, frozen=frozen)
         if self._scaler is not None and self.ranks.rank == 0:
-            write_values(place / _SCALER, self._scaler.state_dict())
+            write_values(checkpoint_dir / _SCALER, self._scaler.state_dict())
 
     @override
     def save_async(
         self,
-        place: Path,
+        checkpoint_dir: Path,
         group: dist.ProcessGroup | None,
-        arena: dict[str, Any],
+        buffers: dict[str, Any],
         *,
         frozen: bool = True,
     ) -> Future[None]:
         from engine.checkpoint import state  # takes 50 ms, so import only if needed
 
-        written = state.write_async(place, self.model, self.optimizer, group, arena, frozen=frozen)
+        written = state.write_async(
+            checkpoint_dir, self.model, self.optimizer, group, buffers, frozen=frozen
+        )
         if self._scaler is not None and self.ranks.rank == 0:
-            write_values(place / _SCALER, self._scaler.state_dict())
+            write_values(checkpoint_dir / _SCALER, self._scaler.state_dict())
         return written
 
     @override
-    def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
+    def load(
+        self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
+    ) -> None:
         from engine.checkpoint import state  # takes 50 ms, so import only if needed
 
         trained_by = self.optimizer if optimizer else None
-        state.read(place, self.model, trained_by, strict=strict, frozen=frozen)
-        saved = place / _SCALER
+        state.read(checkpoint_dir, self.model, trained_by, strict=strict, frozen=frozen)
+        saved = checkpoint_dir / _SCALER
         if optimizer and self._scaler is not None and saved.is_file():
             self._scaler.load_state_dict(read_values(saved))
 
@@ -222,8 +226,8 @@ class PyTorchBackend(Backend):
     @override
     def destroy(self) -> None:
         self._parallel = None
-        self._called = self.model
-        self._spent = []
+        self._forward_module = self.model
+        self._old_gradients = []
 
     @override
     def describe(self) -> str:
@@ -231,7 +235,7 @@ class PyTorchBackend(Backend):
         return f"PyTorch, {how}, {self.ranks.device}, {self._config.precision}"
 
 
-def _prepare(model: nn.Module, config: Config, device: torch.device) -> None:
+def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> None:
     """Move a model to its device; enable activation checkpointing and compile it if configured."""
     compilers = torch.compiler.list_backends(exclude_tags=()) if config.compile_backend else ()
     if config.compile_backend is not None and config.compile_backend not in compilers:

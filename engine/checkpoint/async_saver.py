@@ -25,14 +25,14 @@ class AsyncSaver:
     """
 
     def __init__(self) -> None:
-        self.arena: dict[str, Any] = {}
+        self.buffers: dict[str, Any] = {}
         """Copies of the tensors in host memory; the next save reuses this memory."""
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._group: dist.ProcessGroup | None = None
         atexit.register(self._wait_at_exit)
 
-    def process_group(self, world_size: int) -> dist.ProcessGroup | None:
+    def get_process_group(self, world_size: int) -> dist.ProcessGroup | None:
         """Return a process group for saving only, so that saves cannot interfere with training."""
         if self._group is None and world_size > 1:
             self._group = dist.new_group(backend="gloo")
@@ -72,7 +72,7 @@ class AsyncSaver:
         """
         atexit.unregister(self._wait_at_exit)
         self.wait()
-        self.arena.clear()
+        self.buffers.clear()
 
     def _wait_at_exit(self) -> None:
         # No caller is left to catch an exception, so the exit status reports the failure.

@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from engine.distributed.ranks import Ranks
 
-__all__ = ["check_same_tag", "meet", "together"]
+__all__ = ["check_same_tag", "raise_on_all_ranks", "wait_for_ranks"]
 
-_PATIENCE = dt.timedelta(seconds=30)
+_TIMEOUT = dt.timedelta(seconds=30)
 
 
-def meet(ranks: Ranks, what: str) -> None:
+def wait_for_ranks(ranks: Ranks, what: str) -> None:
     """Wait up to 30 seconds until all ranks have reached the same call.
 
     Args:
@@ -29,11 +29,11 @@ def meet(ranks: Ranks, what: str) -> None:
     if ranks.world_size == 1:
         return
     try:
-        dist.monitored_barrier(ranks.control_group, timeout=_PATIENCE, wait_all_ranks=True)
+        dist.monitored_barrier(ranks.control_group, timeout=_TIMEOUT, wait_all_ranks=True)
     except RuntimeError as error:
         raise RuntimeError(
             f"{what} must be called on every rank, but some ranks did not reach it within "
-            f"{_PATIENCE.seconds} seconds: {error}. Call it outside of any `if rank == 0` block."
+            f"{_TIMEOUT.seconds} seconds: {error}. Call it outside of any `if rank == 0` block."
         ) from None
 
 
@@ -51,7 +51,7 @@ def check_same_tag(tag: str, world_size: int) -> None:
 
 
 @contextlib.contextmanager
-def together(world_size: int) -> Iterator[None]:
+def raise_on_all_ranks(world_size: int) -> Iterator[None]:
     """Run the block on every rank. If it fails on any rank, raise on all of them.
 
     Without this, the ranks that succeeded would wait indefinitely in the next collective.

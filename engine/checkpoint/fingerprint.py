@@ -16,28 +16,28 @@ from engine.config import Config
 from engine.errors import CheckpointError
 from schedules import ScheduleBinder
 
-__all__ = ["Identity", "hyperparameters", "identity_of", "refuse_another_run"]
+__all__ = ["Identity", "build_identity", "check_identity", "read_hyperparameters"]
 
 Identity = Mapping[str, Any]
 
 _CONVERTED = "converted"
-_LONGEST = 1000  # characters; a tensor with a longer JSON representation is stored as a hash
+_MAX_LENGTH = 1000  # characters; a tensor with a longer JSON representation is stored as a hash
 
 
-def identity_of(config: Config, scheduler: object, optimizer: Identity | None) -> Identity:
+def build_identity(config: Config, scheduler: object, optimizer: Identity | None) -> Identity:
     """Return the identity of a run.
 
     Args:
         config: config of the run.
         scheduler: scheduler of the run with its durations resolved, or None.
-        optimizer: result of `hyperparameters` for the user's own optimizer; ignored if the config
-            has an `optimizer` block.
+        optimizer: result of `read_hyperparameters` for the user's own optimizer; ignored if the
+            config has an `optimizer` block.
     """
     block = config.optimizer
     return {
         "scheduler": scheduler.identity
         if isinstance(scheduler, ScheduleBinder)
-        else scheduler and _attributes(scheduler),
+        else scheduler and _read_attributes(scheduler),
         "optimizer": {"type": block.type, "params": dict(block.params)} if block else optimizer,
         "train_batch_size": config.batch.train,
         "world_size": config.batch.world_size,
@@ -45,12 +45,12 @@ def identity_of(config: Config, scheduler: object, optimizer: Identity | None) -
     }
 
 
-def hyperparameters(optimizer: Optimizer) -> Identity:
+def read_hyperparameters(optimizer: Optimizer) -> Identity:
     """Return an optimizer's type and the hyperparameters of each param group.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.ones(1))
-    >>> hyperparameters(torch.optim.SGD([weight], lr=torch.tensor(0.5)))["groups"][0]["lr"]
+    >>> read_hyperparameters(torch.optim.SGD([weight], lr=torch.tensor(0.5)))["groups"][0]["lr"]
     0.5
     """
     converted: set[str] = set()
@@ -61,7 +61,7 @@ def hyperparameters(optimizer: Optimizer) -> Identity:
     return {"type": type(optimizer).__name__, "groups": groups, _CONVERTED: sorted(converted)}
 
 
-def _attributes(scheduler: object) -> Identity:
+def _read_attributes(scheduler: object) -> Identity:
     """Return the type and the public attributes of a scheduler from another library."""
     converted: set[str] = set()
     # Leave out the optimizer, which has its own entry in the identity.
@@ -74,26 +74,26 @@ def _attributes(scheduler: object) -> Identity:
     return {"type": type(scheduler).__name__, "params": params, _CONVERTED: sorted(converted)}
 
 
-def refuse_another_run(place: Path, saved: Identity, own: Identity) -> None:
+def check_identity(checkpoint_dir: Path, saved: Identity, own: Identity) -> None:
     """Reject a checkpoint that does not match this run.
 
     Args:
-        place: directory of the checkpoint, for the error message.
+        checkpoint_dir: directory of the checkpoint, for the error message.
         saved: identity in the checkpoint's manifest.
         own: identity of this run.
 
     Raises:
         CheckpointError: if the identities differ; the message names each value that differs.
     """
-    changed = list(_differences(saved, json.loads(json.dumps(own))))
+    changed = list(_find_differences(saved, json.loads(json.dumps(own))))
     if changed:
         raise CheckpointError(
-            f"{place} does not match this run: {'; '.join(changed)}. Restore the saved values, or "
-            "set `engine.checkpoint.override` to true to resume with the new ones."
+            f"{checkpoint_dir} does not match this run: {'; '.join(changed)}. Restore the saved "
+            "values, or set `engine.checkpoint.override` to true to resume with the new ones."
         )
 
 
-def _differences(
+def _find_differences(
     saved: Any, own: Any, name: str = "", unknown: Collection[str] = ()
 ) -> Iterator[str]:
     """Yield a message for each value that differs.
@@ -116,10 +116,10 @@ def _differences(
                 continue
             below = f"{name}.{key}" if name else key
             values = saved.get(key, "absent"), own.get(key, "absent")
-            yield from _differences(*values, below, unknown)
+            yield from _find_differences(*values, below, unknown)
     elif isinstance(saved, list) and isinstance(own, list) and len(saved) == len(own):
         for index, values in enumerate(zip(saved, own, strict=True)):
-            yield from _differences(*values, f"{name}.{index}", unknown)
+            yield from _find_differences(*values, f"{name}.{index}", unknown)
     elif saved != own:
         yield f"`{name}` is {saved} in the checkpoint, {own} now"
 
@@ -154,4 +154,4 @@ def _describe_object(value: object) -> Any:
     while isinstance(numbers, list) and len(numbers) == 1:
         numbers = numbers[0]
     text = json.dumps(numbers)
-    return numbers if len(text) <= _LONGEST else hashlib.sha256(text.encode()).hexdigest()
+    return numbers if len(text) <= _MAX_LENGTH else hashlib.sha256(text.encode()).hexdigest()

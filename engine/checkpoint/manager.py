@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from engine.checkpoint import storage
 from engine.checkpoint.async_saver import AsyncSaver
-from engine.checkpoint.collectives import check_same_tag, meet, together
-from engine.checkpoint.fingerprint import Identity, refuse_another_run
-from engine.checkpoint.plain_values import read_values, refuse_objects, write_values
-from engine.checkpoint.rng import load_random_state, random_state
+from engine.checkpoint.collectives import check_same_tag, raise_on_all_ranks, wait_for_ranks
+from engine.checkpoint.fingerprint import Identity, check_identity
+from engine.checkpoint.plain_values import check_plain_values, read_values, write_values
+from engine.checkpoint.rng import get_rng_state, set_rng_state
 from engine.checkpoint.rollback import Rollback
 from engine.checkpoint.storage import Manifest
 from engine.config import Config
@@ -30,7 +30,7 @@ from engine.distributed.ranks import Ranks
 from engine.distributed.signals import Signals
 from engine.training.data import RunLoader
 from engine.training.progress import Counters
-from engine.versions import installed
+from engine.versions import get_installed_version
 
 __all__ = ["Checkpointer"]
 
@@ -47,22 +47,24 @@ class SavedBackend(Protocol):
         """Rank and world size of this process."""
         ...
 
-    def save(self, place: Path, *, frozen: bool = True) -> None:
+    def save(self, checkpoint_dir: Path, *, frozen: bool = True) -> None:
         """Write the model, the optimizer and the loss scale."""
         ...
 
     def save_async(
         self,
-        place: Path,
+        checkpoint_dir: Path,
         group: dist.ProcessGroup | None,
-        arena: dict[str, Any],
+        buffers: dict[str, Any],
         *,
         frozen: bool = True,
     ) -> Future[None]:
         """Copy the model, the optimizer and the loss scale; write the copy in the background."""
         ...
 
-    def load(self, place: Path, *, optimizer: bool, strict: bool, frozen: bool = True) -> None:
+    def load(
+        self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
+    ) -> None:
         """Restore the model and, if requested, the optimizer and the loss scale."""
         ...
 
@@ -125,12 +127,12 @@ class Checkpointer:
             self._signals = Signals()
         # If every checkpoint is damaged, `load` raises: a new run would overwrite them.
         if plan.resume == "never" or (
-            plan.resume == "auto" and not storage.is_begun(Path(plan.dir))
+            plan.resume == "auto" and not storage.has_any_checkpoint(Path(plan.dir))
         ):
             return
-        place, _ = self.load(run, Path(plan.dir))
+        checkpoint_dir, _ = self.load(run, Path(plan.dir))
         if self._ranks.rank == 0:
-            log.info("resuming from %s at step %d", place, run.counters.applied_steps)
+            log.info("resuming from %s at step %d", checkpoint_dir, run.counters.applied_steps)
 
     def save_if_due(self, run: RunState) -> None:
         """Save every ``engine.checkpoint.every`` steps, and before a signal ends the process.
@@ -175,16 +177,16 @@ class Checkpointer:
             log.info("skipping the checkpoint: an LR range test writes none")
             return
         ranks, tag = self._ranks, tag or f"global_step{run.counters.global_steps}"
-        meet(ranks, f"save_checkpoint({str(directory)!r}, tag={tag!r})")
+        wait_for_ranks(ranks, f"save_checkpoint({str(directory)!r}, tag={tag!r})")
         check_same_tag(tag, ranks.world_size)
         self.wait()
         partial = directory / f".{tag}.partial"
-        with together(ranks.world_size):
+        with raise_on_all_ranks(ranks.world_size):
             if ranks.rank == 0:
-                refuse_objects(client_state or {}, "client_state")
-                storage.begin(directory, tag)
-        with together(ranks.world_size):
-            write_values(partial / f"random.{ranks.rank}.pt", random_state())
+                check_plain_values(client_state or {}, "client_state")
+                storage.create_partial(directory, tag)
+        with raise_on_all_ranks(ranks.world_size):
+            write_values(partial / f"random.{ranks.rank}.pt", get_rng_state())
             if run.rollback is not None:
                 run.rollback.save(partial)
             if ranks.rank == 0:
@@ -195,7 +197,7 @@ class Checkpointer:
             world_size=ranks.world_size,
             backend=self._backend_name,
             identity=self._identity,
-            versions=_versions(),
+            versions=_collect_versions(),
             resumable=save_latest,
             frozen=frozen,
             created=dt.datetime.now(tz=dt.timezone.utc).isoformat(),
@@ -214,14 +216,14 @@ class Checkpointer:
     def _write_backend(self, partial: Path, manifest: Manifest) -> None:
         size, saver = self._ranks.world_size, self.async_saver
         if saver is None:
-            with together(size):
+            with raise_on_all_ranks(size):
                 self._backend.save(partial, frozen=manifest.frozen)
-            with together(size):
+            with raise_on_all_ranks(size):
                 self._commit(partial, manifest)
             return
-        with together(size):
+        with raise_on_all_ranks(size):
             written = self._backend.save_async(
-                partial, saver.process_group(size), saver.arena, frozen=manifest.frozen
+                partial, saver.get_process_group(size), saver.buffers, frozen=manifest.frozen
             )
         saver.commit_after(written, lambda: self._commit(partial, manifest))
 
@@ -258,23 +260,27 @@ class Checkpointer:
             The checkpoint's directory and its ``client_state``.
         """
         self.wait()
-        place, manifest = storage.find(directory, tag)
+        checkpoint_dir, manifest = storage.find(directory, tag)
         if optimizer and not self._plan.override:
-            refuse_another_run(place, manifest.identity, self._expected_identity(manifest))
+            check_identity(checkpoint_dir, manifest.identity, self._expected_identity(manifest))
         if not manifest.frozen and self._ranks.rank == 0:
-            log.info("%s has no frozen parameters; the model keeps its current ones", place)
-        state: dict[str, Any] = read_values(place / _ENGINE)
-        self._backend.load(place, optimizer=optimizer, strict=strict, frozen=manifest.frozen)
-        own = place / f"random.{self._ranks.rank}.pt"
+            log.info(
+                "%s has no frozen parameters; the model keeps its current ones", checkpoint_dir
+            )
+        state: dict[str, Any] = read_values(checkpoint_dir / _ENGINE)
+        self._backend.load(
+            checkpoint_dir, optimizer=optimizer, strict=strict, frozen=manifest.frozen
+        )
+        own = checkpoint_dir / f"random.{self._ranks.rank}.pt"
         if optimizer and own.is_file() and manifest.world_size == self._ranks.world_size:
-            load_random_state(read_values(own))
+            set_rng_state(read_values(own))
         if counters:
             self._restore_counters(run, state)
         if scheduler and run.scheduler is not None:
             self._restore_scheduler(run, run.scheduler, state["lr_scheduler"])
             if run.rollback is not None:
-                run.rollback.load(place)
-        return place, state["client_state"]
+                run.rollback.load(checkpoint_dir)
+        return checkpoint_dir, state["client_state"]
 
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):
@@ -314,7 +320,7 @@ class Checkpointer:
             Exception: the error of the last save, if it failed on any rank.
         """
         if self.async_saver is not None:
-            with together(self._ranks.world_size):
+            with raise_on_all_ranks(self._ranks.world_size):
                 self.async_saver.wait()
 
     def close(self) -> None:
@@ -347,7 +353,7 @@ def _adapt_schedule_state(
     return state
 
 
-def _versions() -> dict[str, str]:
+def _collect_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     packages = ("onecycle", "torch", "deepspeed")
-    return versions | {name: found for name in packages if (found := installed(name))}
+    return versions | {name: found for name in packages if (found := get_installed_version(name))}

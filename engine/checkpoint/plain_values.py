@@ -13,7 +13,7 @@ import torch
 
 from engine.errors import CheckpointError
 
-__all__ = ["read_values", "refuse_objects", "write_values"]
+__all__ = ["check_plain_values", "read_values", "write_values"]
 
 
 def write_values(path: Path, values: Any) -> None:
@@ -28,7 +28,7 @@ def write_values(path: Path, values: Any) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-def refuse_objects(values: Mapping[str, Any], name: str) -> None:
+def check_plain_values(values: Mapping[str, Any], name: str) -> None:
     """Reject values that `write_values` can write but `read_values` cannot read.
 
     Args:
@@ -38,7 +38,7 @@ def refuse_objects(values: Mapping[str, Any], name: str) -> None:
     Raises:
         ValueError: if a value is or contains an object that `read_values` cannot read.
 
-    >>> refuse_objects({"epoch": 3}, "client_state")
+    >>> check_plain_values({"epoch": 3}, "client_state")
     """
     for key, value in values.items():
         buffer = io.BytesIO()

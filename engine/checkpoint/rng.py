@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["load_random_state", "random_state"]
+__all__ = ["get_rng_state", "set_rng_state"]
 
 
-def random_state() -> dict[str, Any]:
+def get_rng_state() -> dict[str, Any]:
     """Return the random number states of Python, NumPy, PyTorch and this rank's GPU."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # scripts use the global generator
     state: dict[str, Any] = {
@@ -24,8 +24,8 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def load_random_state(state: dict[str, Any]) -> None:
-    """Restore the states that `random_state` returned."""
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore the states that `get_rng_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

@@ -44,7 +44,7 @@ class Rollback:
         self._ranks = backend.ranks
         self._snapshot: Any = None
 
-    def follow(self, scheduler: object) -> None:
+    def update(self, scheduler: object) -> None:
         """Take a snapshot if the last step has the lowest loss so far; restore it at the switch.
 
         Args:
@@ -60,21 +60,21 @@ class Rollback:
             scheduler.write()  # restoring also reset the learning rate
             log.info("restored model and optimizer to the lowest loss of the warmup")
 
-    def save(self, place: Path) -> None:
+    def save(self, checkpoint_dir: Path) -> None:
         """Write this rank's snapshot to a checkpoint, if there is one."""
         if self._snapshot is not None:
-            write_values(place / f"rollback.{self._ranks.rank}.pt", self._snapshot)
+            write_values(checkpoint_dir / f"rollback.{self._ranks.rank}.pt", self._snapshot)
 
-    def load(self, place: Path) -> None:
+    def load(self, checkpoint_dir: Path) -> None:
         """Read this rank's snapshot from a checkpoint, if the same number of ranks saved one."""
-        found = len(list(place.glob("rollback.*.pt")))
+        found = len(list(checkpoint_dir.glob("rollback.*.pt")))
         is_complete = found == self._ranks.world_size
-        path = place / f"rollback.{self._ranks.rank}.pt"
+        path = checkpoint_dir / f"rollback.{self._ranks.rank}.pt"
         self._snapshot = read_values(path) if is_complete else None
         if found and not is_complete:
             log.warning(
                 "%s has rollback snapshots of %d ranks, not %d; ignoring them",
-                place,
+                checkpoint_dir,
                 found,
                 self._ranks.world_size,
             )

@@ -79,7 +79,7 @@ class ShardWriter(StorageWriter):
             results.append(WriteResult(item.index, tensor.nbytes, None))
         path = self._directory / f"shard.{plan.storage_data}.safetensors"
         write_tensors(path, tensors, {"parts": json.dumps(parts)})
-        return _done(results)
+        return _wrap_in_future(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Do nothing: the metadata is in the files."""
@@ -124,7 +124,7 @@ class ShardReader(StorageReader):
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
         """Return the saved tensors, their shards, and the file that holds each shard."""
         known: dict[str, TensorStorageMetadata] = {}
-        places: dict[MetadataIndex, tuple[Path, str]] = {}
+        locations: dict[MetadataIndex, tuple[Path, str]] = {}
         for path in sorted(self._directory.glob("shard.*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 parts = json.loads((file.metadata() or {}).get("parts", "{}"))
@@ -139,8 +139,8 @@ class ShardReader(StorageReader):
                         ),
                     )
                     whole.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
-                    places[MetadataIndex(part["of"], offsets)] = (path, name)
-        return Metadata(dict(known), storage_data=places)
+                    locations[MetadataIndex(part["of"], offsets)] = (path, name)
+        return Metadata(dict(known), storage_data=locations)
 
     def set_up_storage_reader(
         self,
@@ -150,7 +150,7 @@ class ShardReader(StorageReader):
         **_options: Any,
     ) -> None:
         """Store the location of each shard."""
-        self._places = metadata.storage_data
+        self._locations = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Return the plan unchanged."""
@@ -164,7 +164,7 @@ class ShardReader(StorageReader):
         """Copy the planned slices into this rank's tensors."""
         items_by_file: dict[Path, list[tuple[str, ReadItem]]] = {}
         for item in plan.items:
-            path, name = self._places[item.storage_index]
+            path, name = self._locations[item.storage_index]
             items_by_file.setdefault(path, []).append((name, item))
         for path, items in items_by_file.items():
             with safe_open(path, framework="pt") as file:
@@ -176,7 +176,7 @@ class ShardReader(StorageReader):
                     target = planner.resolve_tensor(item).detach()
                     target.copy_(tensor)
                     planner.commit_tensor(item, target)
-        return _done(None)
+        return _wrap_in_future(None)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -184,7 +184,7 @@ class ShardReader(StorageReader):
         return Path(checkpoint_id).is_dir()
 
 
-def _done(result: Any) -> Future[Any]:
+def _wrap_in_future(result: Any) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_result(result)
     return future

@@ -44,7 +44,7 @@ def write(directory: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bo
         optimizer: optimizer of the model.
         frozen: whether to write frozen parameters too.
     """
-    _write(directory, _state_of(model, optimizer, frozen=frozen))
+    _write(directory, _get_state(model, optimizer, frozen=frozen))
 
 
 def write_async(
@@ -52,7 +52,7 @@ def write_async(
     model: nn.Module,
     optimizer: Optimizer,
     group: dist.ProcessGroup | None,
-    arena: dict[str, Any],
+    buffers: dict[str, Any],
     *,
     frozen: bool = True,
 ) -> Future[None]:
@@ -63,29 +63,29 @@ def write_async(
         model: model to save in its current state.
         optimizer: optimizer to save in its current state.
         group: process group used only for saving; None for a single process.
-        arena: copies from the previous save; their memory is reused.
+        buffers: copies from the previous save; their memory is reused.
         frozen: whether to write frozen parameters too.
 
     Returns:
         A future that completes once this rank has written its files; on rank 0, once all ranks
         have.
     """
-    copies = _copied(_state_of(model, optimizer, frozen=frozen), arena)
-    arena.update(copies)
+    copies = _copy_to_host(_get_state(model, optimizer, frozen=frozen), buffers)
+    buffers.update(copies)
     writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
     started = writer.submit(_write, directory, copies, group)
     writer.shutdown(wait=False)
     return started
 
 
-def _copied(value: Any, old: Any) -> Any:
+def _copy_to_host(value: Any, old: Any) -> Any:
     """Return a copy in host memory; reuse an old copy if type, shape and dtype match."""
     if isinstance(value, dict):
         before = old if isinstance(old, dict) else {}
-        return {key: _copied(below, before.get(key)) for key, below in value.items()}
+        return {key: _copy_to_host(below, before.get(key)) for key, below in value.items()}
     if isinstance(value, list):
         known = old if isinstance(old, list) and len(old) == len(value) else [None] * len(value)
-        return [_copied(below, each) for below, each in zip(value, known, strict=True)]
+        return [_copy_to_host(below, each) for below, each in zip(value, known, strict=True)]
     if not isinstance(value, Tensor):
         return value
     fits = isinstance(old, Tensor) and type(old) is type(value) and old.shape == value.shape
@@ -115,23 +115,23 @@ def read(
     Raises:
         CheckpointError: if the model does not match; the message names the first key that differs.
     """
-    state = _state_of(model, optimizer)
+    state = _get_state(model, optimizer)
     saved_tensors = {
         name.removeprefix(_MODEL): metadata
-        for name, metadata in _saved_tensors(directory).items()
+        for name, metadata in _read_saved_tensors(directory).items()
         if name.startswith(_MODEL)
     }
     if not frozen:
-        absent = _frozen_names(model) - saved_tensors.keys()
+        absent = _find_frozen_names(model) - saved_tensors.keys()
         state["model"] = {key: value for key, value in state["model"].items() if key not in absent}
     _check_model_matches(directory, state["model"], saved_tensors, strict=strict)
     options = StateDictOptions(strict=strict and frozen)
-    places = _leaves(state)
-    own = {name: holder[key] for name, holder, key in places if isinstance(holder[key], Tensor)}
+    leaves = _find_leaves(state)
+    own = {name: holder[key] for name, holder, key in leaves if isinstance(holder[key], Tensor)}
     with _ignore_process_group_warning():
         load(own, storage_reader=ShardReader(directory), no_dist=not dist.is_initialized())
     saved = read_values(directory / VALUES)
-    for name, holder, key in places:
+    for name, holder, key in leaves:
         if name in saved:
             holder[key] = saved[name]
     if optimizer is None:
@@ -150,7 +150,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     """Return the model's full (unsharded) tensors from a checkpoint."""
     weights: dict[str, Any] = {
         name: torch.empty(metadata.size, dtype=metadata.properties.dtype)
-        for name, metadata in _saved_tensors(directory).items()
+        for name, metadata in _read_saved_tensors(directory).items()
         if name.startswith(_MODEL)
     }
     with _ignore_process_group_warning():
@@ -158,41 +158,41 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
 
 
-def export(place: Path, path: Path) -> tuple[int, int]:
+def export(checkpoint_dir: Path, path: Path) -> tuple[int, int]:
     """Write the model's tensors to a safetensors file; return their number and size in bytes.
 
     Args:
-        place: directory of the checkpoint.
+        checkpoint_dir: directory of the checkpoint.
         path: file to write.
 
     Raises:
         OSError: if the disk is full or the file is not writable.
     """
-    weights = read_weights(place)
+    weights = read_weights(checkpoint_dir)
     write_tensors(path, weights)
     return len(weights), sum(tensor.nbytes for tensor in weights.values())
 
 
-def _state_of(
+def _get_state(
     model: nn.Module, optimizer: Optimizer | None, *, frozen: bool = True
 ) -> dict[str, Any]:
     if optimizer is None:
         return {"model": get_model_state_dict(model)}
     weights, states = get_state_dict(model, optimizer)
     if not frozen:
-        excluded = _frozen_names(model)
+        excluded = _find_frozen_names(model)
         weights = {key: value for key, value in weights.items() if key not in excluded}
     return {"model": weights, "optimizer": states}
 
 
-def _frozen_names(model: nn.Module) -> set[str]:
+def _find_frozen_names(model: nn.Module) -> set[str]:
     """Return the names of all frozen parameters; a tied parameter has several names."""
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if not parameter.requires_grad}
 
 
 def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    leaves = {name: holder[key] for name, holder, key in _leaves(state)}
+    leaves = {name: holder[key] for name, holder, key in _find_leaves(state)}
     is_single_process = not dist.is_initialized()
     with _ignore_process_group_warning():
         save(
@@ -208,14 +208,14 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
         write_values(directory / VALUES, values)
 
 
-def _leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def _find_leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Return the dotted name, the container and the key of each leaf of nested dicts and lists."""
     found = []
     for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
         name = f"{prefix}{key}"
         is_nested = isinstance(value, list) and any(isinstance(v, dict | Tensor) for v in value)
         if isinstance(value, dict) or is_nested:
-            found += _leaves(value, f"{name}.")
+            found += _find_leaves(value, f"{name}.")
         else:
             found.append((name, holder, key))
     return found
@@ -245,7 +245,7 @@ def _check_model_matches(
         )
 
 
-def _saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
+def _read_saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
     found: Any = ShardReader(directory).read_metadata().state_dict_metadata
     return dict(found)
 

@@ -29,12 +29,12 @@ from engine.errors import CheckpointError
 
 __all__ = [
     "Manifest",
-    "begin",
-    "checkpoints",
     "commit",
-    "faults",
+    "create_partial",
     "find",
-    "is_begun",
+    "find_damage",
+    "has_any_checkpoint",
+    "list_checkpoints",
     "prune",
     "read_manifest",
 ]
@@ -76,7 +76,7 @@ class Manifest:
         return sum(entry["size"] for entry in self.files.values())
 
 
-def begin(directory: Path, tag: str) -> Path:
+def create_partial(directory: Path, tag: str) -> Path:
     """Create an empty ``.TAG.partial`` directory to write a checkpoint into, and return it.
 
     Args:
@@ -108,7 +108,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     An existing checkpoint with the same tag is replaced once the new one is complete.
 
     Args:
-        partial: directory from `begin`, with all files written.
+        partial: directory from `create_partial`, with all files written.
         manifest: description of the checkpoint; its ``files`` are filled in here.
 
     Raises:
@@ -125,12 +125,12 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     for inner in (path for path in partial.rglob("*") if path.is_dir()):
         _sync(inner)
     _sync(partial)
-    place = directory / manifest.tag
+    checkpoint_dir = directory / manifest.tag
     old = directory / f".{manifest.tag}.old"
-    if place.exists():
+    if checkpoint_dir.exists():
         shutil.rmtree(old, ignore_errors=True)
-        place.rename(old)
-    partial.rename(place)
+        checkpoint_dir.rename(old)
+    partial.rename(checkpoint_dir)
     _sync(directory)
     shutil.rmtree(old, ignore_errors=True)
     if manifest.resumable:
@@ -138,52 +138,53 @@ def commit(partial: Path, manifest: Manifest) -> Path:
         _write(pointer, manifest.tag)
         pointer.replace(directory / LATEST)
         _sync(directory)
-    return place
+    return checkpoint_dir
 
 
-def read_manifest(place: Path) -> Manifest:
+def read_manifest(checkpoint_dir: Path) -> Manifest:
     """Return the manifest of a checkpoint.
 
     Raises:
         CheckpointError: if the manifest is missing, unreadable or has an unsupported format.
     """
     try:
-        found = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+        found = json.loads((checkpoint_dir / MANIFEST).read_text(encoding="utf-8"))
         if found.get("format") != FORMAT:
             raise CheckpointError(
-                f"`format` must be {FORMAT} in {place / MANIFEST}, got {found.get('format')!r}. "
-                "Load the checkpoint with the version of onecycle that wrote it."
+                f"`format` must be {FORMAT} in {checkpoint_dir / MANIFEST}, "
+                f"got {found.get('format')!r}. Load the checkpoint with the version of "
+                "onecycle that wrote it."
             )
         return Manifest(**found)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{place} is not a complete checkpoint because {MANIFEST} is missing. Its writer was "
-            "killed, or another tool wrote it."
+            f"{checkpoint_dir} is not a complete checkpoint because {MANIFEST} is missing. Saving "
+            "it was interrupted, or another tool wrote it."
         ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{place / MANIFEST} cannot be read: {error}.") from None
+        raise CheckpointError(f"{checkpoint_dir / MANIFEST} cannot be read: {error}.") from None
 
 
-def checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
+def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
     """Return the checkpoints in a directory that have all their files, from oldest to newest."""
     found = []
-    for place in directory.iterdir() if directory.is_dir() else ():
-        hidden = place.name.startswith(".")
+    for checkpoint_dir in directory.iterdir() if directory.is_dir() else ():
+        hidden = checkpoint_dir.name.startswith(".")
         # A save that replaces a tag renames twice. If the writer was killed between the renames,
         # the old checkpoint is still complete under its temporary name.
-        is_replaced = hidden and place.name.endswith(".old")
-        is_only_copy = is_replaced and not (directory / place.name[1:-4]).exists()
-        if place.is_dir() and (is_only_copy or not hidden):
+        is_replaced = hidden and checkpoint_dir.name.endswith(".old")
+        is_only_copy = is_replaced and not (directory / checkpoint_dir.name[1:-4]).exists()
+        if checkpoint_dir.is_dir() and (is_only_copy or not hidden):
             with contextlib.suppress(CheckpointError):
-                manifest = read_manifest(place)
-                if not any(faults(place, manifest, hashes=False)):
-                    found.append((place, manifest))
+                manifest = read_manifest(checkpoint_dir)
+                if not any(find_damage(checkpoint_dir, manifest, hashes=False)):
+                    found.append((checkpoint_dir, manifest))
     return sorted(found, key=lambda each: (each[1].created, each[1].step))
 
 
-def is_begun(directory: Path) -> bool:
+def has_any_checkpoint(directory: Path) -> bool:
     """Return whether a directory has any checkpoint, even if incomplete or from another tool."""
     return (directory / LATEST).exists() or any(directory.glob(f"*/{MANIFEST}"))
 
@@ -200,31 +201,32 @@ def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
         CheckpointError: if the checkpoint with this tag is damaged; the message lists the complete
             ones.
     """
-    complete = checkpoints(directory)
-    names = ", ".join(place.name for place, _ in complete) or "none"
+    complete = list_checkpoints(directory)
+    names = ", ".join(checkpoint_dir.name for checkpoint_dir, _ in complete) or "none"
     if tag is None:
         return _find_newest(directory, [each for each in complete if each[1].resumable])
-    place = directory / tag
-    if not place.is_dir():
+    checkpoint_dir = directory / tag
+    if not checkpoint_dir.is_dir():
         raise FileNotFoundError(
             f"{directory} does not contain the checkpoint {tag!r}. Complete checkpoints: {names}."
         )
-    manifest = read_manifest(place)
-    problems = list(faults(place, manifest))
+    manifest = read_manifest(checkpoint_dir)
+    problems = list(find_damage(checkpoint_dir, manifest))
     if problems:
-        others = ", ".join(each.name for each, _ in complete if each != place) or "none"
+        others = ", ".join(each.name for each, _ in complete if each != checkpoint_dir) or "none"
         raise CheckpointError(
-            f"{place} is damaged: {'; '.join(problems)}. Other complete checkpoints: {others}."
+            f"{checkpoint_dir} is damaged: {'; '.join(problems)}. Other complete checkpoints: "
+            f"{others}."
         )
-    return place, manifest
+    return checkpoint_dir, manifest
 
 
 def _find_newest(directory: Path, complete: list[tuple[Path, Manifest]]) -> tuple[Path, Manifest]:
-    for place, manifest in reversed(complete):
-        problems = list(faults(place, manifest))
+    for checkpoint_dir, manifest in reversed(complete):
+        problems = list(find_damage(checkpoint_dir, manifest))
         if not problems:
-            return place, manifest
-        log.warning("skipping the damaged checkpoint %s: %s", place, "; ".join(problems))
+            return checkpoint_dir, manifest
+        log.warning("skipping the damaged checkpoint %s: %s", checkpoint_dir, "; ".join(problems))
     damaged = "".join(f" {text}" for text in _describe_incomplete(directory))
     raise FileNotFoundError(
         f"{directory} contains no complete checkpoint to resume from.{damaged} Use another "
@@ -235,30 +237,30 @@ def _find_newest(directory: Path, complete: list[tuple[Path, Manifest]]) -> tupl
 def _describe_incomplete(directory: Path) -> Iterator[str]:
     """Yield a message for each subdirectory that is not a complete checkpoint."""
     inside = directory.iterdir() if directory.is_dir() else ()
-    for place in sorted(each for each in inside if each.is_dir() and each.name[0] != "."):
-        message = _describe_damage(place)
+    for checkpoint_dir in sorted(each for each in inside if each.is_dir() and each.name[0] != "."):
+        message = _describe_damage(checkpoint_dir)
         if message:
             yield message
 
 
-def _describe_damage(place: Path) -> str:
+def _describe_damage(checkpoint_dir: Path) -> str:
     try:
-        problems = "; ".join(faults(place, read_manifest(place)))
+        problems = "; ".join(find_damage(checkpoint_dir, read_manifest(checkpoint_dir)))
     except CheckpointError as error:
         return str(error)
-    return f"{place.name} is damaged: {problems}." if problems else ""
+    return f"{checkpoint_dir.name} is damaged: {problems}." if problems else ""
 
 
-def faults(place: Path, manifest: Manifest, *, hashes: bool = True) -> Iterator[str]:
+def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True) -> Iterator[str]:
     """Yield a message for each file that is missing or whose size or hash does not match.
 
     Args:
-        place: directory of the checkpoint.
+        checkpoint_dir: directory of the checkpoint.
         manifest: manifest of the checkpoint.
         hashes: whether to compare hashes too, which reads all files.
     """
     for name, entry in manifest.files.items():
-        path = place / name
+        path = checkpoint_dir / name
         if not path.is_file():
             yield f"{name} is missing"
         elif path.stat().st_size != entry["size"]:
@@ -278,12 +280,12 @@ def prune(directory: Path, keep: int | None, keep_every: int | None) -> list[str
     if keep is None:
         return []
     removed = []
-    for place, manifest in checkpoints(directory)[:-keep]:
+    for checkpoint_dir, manifest in list_checkpoints(directory)[:-keep]:
         if keep_every is None or manifest.step % keep_every:
             # Remove the manifest first, so that an interrupted removal leaves no valid checkpoint.
-            (place / MANIFEST).unlink()
-            shutil.rmtree(place)
-            removed.append(place.name)
+            (checkpoint_dir / MANIFEST).unlink()
+            shutil.rmtree(checkpoint_dir)
+            removed.append(checkpoint_dir.name)
     return removed
 
 

@@ -106,10 +106,10 @@ class _Version(argparse.Action):
     """Prints the package versions that a bug report should include."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from engine.versions import installed
+        from engine.versions import get_installed_version
 
         for package in ("onecycle", "torch", "deepspeed"):
-            print(f"{package} {installed(package) or 'is not installed'}")
+            print(f"{package} {get_installed_version(package) or 'is not installed'}")
         parser.exit()
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.versions import installed
+from engine.versions import get_installed_version
 
 __all__ = ["PACKAGES", "free_port", "probe"]
 
@@ -33,7 +33,7 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
     """
     launcher, address = _read_ssh_endpoints()
     versions = {"python": platform.python_version()}
-    versions |= {name: found for name in PACKAGES if (found := installed(name))}
+    versions |= {name: found for name in PACKAGES if (found := get_installed_version(name))}
     digest = None
     if config is not None:
         path = Path(config)

@@ -99,7 +99,7 @@ class Recorder:
             path.unlink(missing_ok=True)
             self._write(self.run.facts)
 
-    def note(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
+    def record(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
         """Record a step.
 
         Args:

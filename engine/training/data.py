@@ -101,23 +101,23 @@ class RunLoader(DataLoader[Any]):
     _run_is_over: Callable[[], bool] | None = None
     _seed = 0
     _epoch = -1
-    _given = 0  # micro-batches of this epoch that were requested
+    _requested = 0  # micro-batches of this epoch that were requested
     resumes = False
     """Whether the next iteration resumes the current epoch instead of starting a new one."""
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and the number of micro-batches requested in this epoch."""
-        return {"epoch": self._epoch, "given": self._given}
+        return {"epoch": self._epoch, "given": self._requested}
 
     def load_state_dict(self, state: dict[str, int], *, resumes: bool = True) -> None:
         """Restore a position. If ``resumes``, continue there; otherwise start the next epoch."""
-        self._epoch, self._given, self.resumes = state["epoch"], state["given"], resumes
+        self._epoch, self._requested, self.resumes = state["epoch"], state["given"], resumes
 
-    def begin(self, seed: int) -> None:
+    def set_seed(self, seed: int) -> None:
         """Set the run's seed."""
         self._seed = seed
 
-    def end_with(self, run_is_over: Callable[[], bool]) -> None:
+    def stop_when(self, run_is_over: Callable[[], bool]) -> None:
         """Set the function that returns whether the run is over."""
         self._run_is_over = run_is_over
 
@@ -125,13 +125,13 @@ class RunLoader(DataLoader[Any]):
         if self._run_is_over is not None and self._run_is_over():
             return iter(())
         if not self.resumes:
-            self._epoch, self._given = self._epoch + 1, 0
+            self._epoch, self._requested = self._epoch + 1, 0
         self.resumes = False
         if self.generator is not None:
             # Worker seeds come from this generator, which leaves the global random state unchanged.
             self.generator.manual_seed(self._seed + self._epoch)
         sampler = self.batch_sampler
-        skips = self._given
+        skips = self._requested
         if isinstance(sampler, GlobalBatchSampler):
             sampler.epoch, sampler.skips = self._epoch, skips  # skipping loads no samples
             return self._count_requests(super().__iter__())
@@ -139,7 +139,7 @@ class RunLoader(DataLoader[Any]):
 
     def _count_requests(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            self._given += 1
+            self._requested += 1
             yield batch
             if self._run_is_over is not None and self._run_is_over():
                 return
@@ -168,5 +168,5 @@ def make_loader(
     else:
         settings["batch_sampler"] = GlobalBatchSampler(len(dataset), config, ranks.rank)  # type: ignore[arg-type]  # Dataset does not declare __len__
     loader = RunLoader(dataset, **settings)
-    loader.begin(config.data.seed)
+    loader.set_seed(config.data.seed)
     return loader

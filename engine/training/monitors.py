@@ -35,7 +35,7 @@ class TensorBoardMonitor:
     def __init__(self, section: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(_output_directory(section, "runs")))
+        self._writer = SummaryWriter(str(_get_output_directory(section, "runs")))
 
     def write_events(self, events: Iterable[Event]) -> None:
         """Write events and flush."""
@@ -51,7 +51,7 @@ class CSVMonitor:
     """
 
     def __init__(self, section: Mapping[str, Any]) -> None:
-        self._directory = _output_directory(section, "csv_monitor")
+        self._directory = _get_output_directory(section, "csv_monitor")
         self._directory.mkdir(parents=True, exist_ok=True)
 
     def write_events(self, events: Iterable[Event]) -> None:
@@ -90,7 +90,7 @@ class WandbMonitor:
             self._run.log({event.name: event.value}, step=event.samples)
 
 
-_KINDS: Mapping[str, Callable[[Mapping[str, Any]], Monitor]] = {
+_MONITOR_TYPES: Mapping[str, Callable[[Mapping[str, Any]], Monitor]] = {
     "tensorboard": TensorBoardMonitor,
     "csv_monitor": CSVMonitor,
     "wandb": WandbMonitor,
@@ -111,10 +111,10 @@ def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> l
         return []
     return [
         kind(sections[name])
-        for name, kind in _KINDS.items()
+        for name, kind in _MONITOR_TYPES.items()
         if sections.get(name, {}).get("enabled")
     ]
 
 
-def _output_directory(section: Mapping[str, Any], default: str) -> Path:
+def _get_output_directory(section: Mapping[str, Any], default: str) -> Path:
     return Path(section["output_path"] or default) / str(section["job_name"])

@@ -16,7 +16,7 @@ __all__ = ["OptimizerFactory", "build_optimizer", "is_buildable"]
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """Function that takes parameters or param groups and returns their optimizer."""
 
-_WITH_FUSED_KERNEL = {"Adam", "AdamW", "SGD"}
+_FUSED_OPTIMIZERS = {"Adam", "AdamW", "SGD"}
 
 
 def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimizer:
@@ -37,7 +37,7 @@ def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimiz
         name = "AdamW"
     plain = params.pop("torch_adam", False)
     groups = list(parameters)
-    if name in _WITH_FUSED_KERNEL and not plain and _has_fused_kernel(groups):
+    if name in _FUSED_OPTIMIZERS and not plain and _has_fused_kernel(groups):
         params["fused"] = True
     if "betas" in params:
         params["betas"] = tuple(params["betas"])

@@ -8,7 +8,7 @@ import torch
 from typing_extensions import override
 
 from engine.backends.base import Backend
-from engine.checkpoint.fingerprint import identity_of
+from engine.checkpoint.fingerprint import build_identity
 from engine.config import load_config
 from engine.distributed.ranks import Ranks
 from engine.engine import Engine
@@ -37,7 +37,7 @@ class FakeBackend(Backend):
         model = torch.nn.Linear(2, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         ranks = Ranks(0, 0, 1 + len(others), torch.device("cpu"))
-        super().__init__(model, optimizer, ranks, trained=3)
+        super().__init__(model, optimizer, ranks, num_parameters=3)
         self.calls = []
         self.overflows_next = False
         self._others = others
@@ -84,16 +84,16 @@ class FakeBackend(Backend):
         return (value + sum(self._others)) / self.ranks.world_size
 
     @override
-    def save(self, place, *, frozen=True):
-        torch.save(self.snapshot(), place / "fake.pt")
+    def save(self, checkpoint_dir, *, frozen=True):
+        torch.save(self.snapshot(), checkpoint_dir / "fake.pt")
 
     @override
-    def save_async(self, place, group, arena, *, frozen=True):
+    def save_async(self, checkpoint_dir, group, buffers, *, frozen=True):
         raise NotImplementedError
 
     @override
-    def load(self, place, *, optimizer, strict, frozen=True):
-        self.restore(torch.load(place / "fake.pt"))
+    def load(self, checkpoint_dir, *, optimizer, strict, frozen=True):
+        self.restore(torch.load(checkpoint_dir / "fake.pt"))
 
     @override
     def snapshot(self):
@@ -134,5 +134,5 @@ def build_engine(backend=None, *, lr_scheduler=None, monitors=(), **sections):
         scheduler = bind(config.schedule, backend.optimizer, horizon=config.horizon(None))
     else:
         scheduler = lr_scheduler and lr_scheduler(backend.optimizer)
-    identity = identity_of(config, scheduler, None)
+    identity = build_identity(config, scheduler, None)
     return Engine(config, backend, scheduler, None, identity, monitors)

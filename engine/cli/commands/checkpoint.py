@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _list(args: argparse.Namespace, out: TextIO) -> int:
-    complete = storage.checkpoints(args.dir)
+    complete = storage.list_checkpoints(args.dir)
     if not complete:
         raise FileNotFoundError(2, "contains no complete checkpoint", str(args.dir))
     width = max(len(path.name) for path, _ in complete)
@@ -62,7 +62,7 @@ def _verify(args: argparse.Namespace, out: TextIO) -> int:
     for tag in tags:
         try:
             manifest = storage.read_manifest(args.dir / tag)
-            problems = list(storage.faults(args.dir / tag, manifest))
+            problems = list(storage.find_damage(args.dir / tag, manifest))
         except CheckpointError as error:
             problems = [str(error)]
         print(f"{tag}: {'; '.join(problems) if problems else 'valid'}", file=out)

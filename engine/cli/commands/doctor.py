@@ -13,7 +13,7 @@ from typing import NamedTuple, TextIO
 
 from engine.distributed.environment import OK
 from engine.launch.probe import PACKAGES
-from engine.versions import installed
+from engine.versions import get_installed_version
 
 __all__ = ["add", "run"]
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 def _packages() -> Iterator[_Finding]:
     yield _Finding("python", True, platform.python_version())
     for package in (*PACKAGES, "safetensors", "tensorboard", "wandb"):
-        found = installed(package)
+        found = get_installed_version(package)
         yield _Finding(package, found is not None, found or f"not installed: pip install {package}")
 
 
@@ -86,7 +86,7 @@ def _deepspeed() -> Iterator[_Finding]:
         return
     compiler = shutil.which("g++") or shutil.which("c++")
     why = "" if compiler else "no C++ compiler (Debian: g++)"
-    ninja = shutil.which("ninja") is not None or installed("ninja") is not None
+    ninja = shutil.which("ninja") is not None or get_installed_version("ninja") is not None
     why = why or ("" if ninja else "ninja is not installed: pip install ninja")
     yield _Finding("DeepSpeed can build", not why, why or f"with {compiler}")
     for name, builder in sorted(ALL_OPS.items()):

@@ -8,7 +8,7 @@ from engine.config.backend_choice import find_deepspeed_only
 from engine.config.pointers import dotted_name, key_at
 from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
-from engine.versions import installed
+from engine.versions import get_installed_version
 
 __all__ = ["RULES"]
 
@@ -49,7 +49,7 @@ def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
 
 def _check_installed_version(context: RuleContext) -> Iterator[Problem]:
     newer = [member for member in context.members if "x-since" in member.schema]
-    version = installed("deepspeed") if newer else None
+    version = get_installed_version("deepspeed") if newer else None
     if version is None:
         return
     for member in newer:

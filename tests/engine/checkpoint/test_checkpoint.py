@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).parents[2] / "testing" / "checkpoint_run.py"
 
 
 def complete_tags(directory):
-    return [place.name for place, _ in storage.checkpoints(directory)]
+    return [place.name for place, _ in storage.list_checkpoints(directory)]
 
 
 def checkpoint_section(directory, **plan):
@@ -469,7 +469,7 @@ trainer.save_checkpoint({str(tmp_path)!r})
 def test_save_checkpoint_invalid_tag_is_rejected(tmp_path, tag):
     if not tag:
         with pytest.raises(CheckpointError, match="`tag` must be a valid directory name"):
-            storage.begin(tmp_path, tag)
+            storage.create_partial(tmp_path, tag)
         return
     trainer, _ = start()
     with pytest.raises(CheckpointError, match="`tag` must be a valid directory name"):
@@ -566,7 +566,7 @@ def test_signal_saves_and_exits_with_status_75(tmp_path, name):
     process.send_signal(getattr(signal, name))
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 75
-    newest = storage.checkpoints(tmp_path)[-1][1]
+    newest = storage.list_checkpoints(tmp_path)[-1][1]
     printed = 1 + len(rest.splitlines())
     assert newest.step in {printed, printed + 1}  # the last step exits before it prints
 

@@ -173,7 +173,7 @@ def save_on_rank_0_only(directory):
     trainer = start()
     done = directory / "rank 0 is done"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "_PATIENCE", timedelta(seconds=1))
+        patch.setattr(collectives, "_TIMEOUT", timedelta(seconds=1))
         if trainer.global_rank == 0:
             with pytest.raises(RuntimeError, match="must be called on every rank"):
                 trainer.save_checkpoint(directory)

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 import schemas
-from engine.backends.deepspeed_config import deepspeed_config
+from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.config import load_config
 from engine.config.schema import resolve_reference
 
@@ -116,7 +116,7 @@ def test_deepspeed_accepts_the_complete_zero_section(key):
     """If a key has several names, the defaults of the others must not contradict the one given."""
     zero = {"stage": 3, key: ZERO[key]["default"]}
     config = load_config({"train_batch_size": 8, "zero_optimization": zero, **OPTIMIZER})
-    settings = deepspeed_config(config, builds_optimizer=False)
+    settings = build_deepspeed_config(config, builds_optimizer=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = model_of(MODELS["zero_optimization",])(**settings["zero_optimization"])

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 import schemas
-from engine.backends.deepspeed_config import deepspeed_config
+from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.config import load_config, load_document
 from engine.config.pointers import is_within, pointer_to
 from engine.config.provenance import trace_origins
@@ -109,7 +109,7 @@ def test_resolved_printed_and_deepspeed_values_agree():
             params = config.optimizer.params.items()
             used |= {pointer_to("/optimizer/params", key): value for key, value in params}
         if config.backend.name == "deepspeed":
-            received = deepspeed_config(config, builds_optimizer=True)
+            received = build_deepspeed_config(config, builds_optimizer=True)
             received.pop("optimizer", None)
             # The engine sets this key itself if DeepSpeed does not build the optimizer.
             received.pop("zero_force_ds_cpu_optimizer", None)
