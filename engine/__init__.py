@@ -1,8 +1,8 @@
 """Train a PyTorch model from one JSON config in the format of DeepSpeed's ``ds_config.json``.
 
-`initialize` validates the config and returns a training engine; call it like the model. Names are
-imported on first use, so reading and validating a config does not import torch. The types of all
-names are in ``__init__.pyi``, which ``make generate`` writes.
+`initialize` validates the config and returns a training engine; call it like the model.
+Public names are imported lazily, so that loading and validating a config does not import torch.
+``__init__.pyi`` declares their types; ``make generate`` updates it.
 """
 
 from __future__ import annotations

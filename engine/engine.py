@@ -34,8 +34,8 @@ class Engine(nn.Module):
     """The training engine: call it like the model.
 
     For each micro-batch, compute the loss from ``trainer(x)``, then call ``trainer.backward(loss)``
-    and ``trainer.step()``. Every ``gradient_accumulation_steps()``-th call of `step` applies an
-    optimizer step.
+    and ``trainer.step()``. `step` applies an optimizer step once every
+    ``gradient_accumulation_steps()`` calls.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Engine(nn.Module):
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
-        """The scheduler, which is stepped after each applied step; None if there is none."""
+        """The learning-rate scheduler or None; it is stepped after each applied optimizer step."""
         return self._run.scheduler
 
     @lr_scheduler.setter
@@ -81,14 +81,14 @@ class Engine(nn.Module):
             return self._backend.get_attribute(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model in the config's precision."""
+        """Run the model's forward pass in the precision that the config specifies."""
         last = self.is_gradient_accumulation_boundary() and self._synchronizes
         return self._backend.forward(*args, last_micro_batch=last, **kwargs)
 
     def backward(
         self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
     ) -> Tensor:
-        """Run the backward pass of a micro-batch; its gradients are added to the existing ones.
+        """Run the backward pass of a micro-batch and accumulate its gradients.
 
         Args:
             loss: unscaled scalar loss, averaged over the micro-batch; must require grad.
@@ -108,7 +108,7 @@ class Engine(nn.Module):
         return loss if divisor == 1 else loss / divisor
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Scale and divide a loss as `backward` does, so that you can call ``.backward()`` on it.
+        """Return the loss scaled as in `backward`, so that you can call ``.backward()`` on it.
 
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
@@ -120,15 +120,15 @@ class Engine(nn.Module):
     def step(
         self, lr_kwargs: Mapping[str, Any] | None = None, *, metric: Tensor | float | None = None
     ) -> bool:
-        """Count a micro-batch and, if it completes a batch, run the optimizer.
+        """Finish a micro-batch; if it is the last one of its batch, run the optimizer.
 
-        If you call ``loss.backward()`` yourself, this method divides the gradients by the number of
-        micro-batches.
+        If you call ``loss.backward()`` yourself, this method divides the gradients by
+        ``gradient_accumulation_steps()``.
 
         Args:
             lr_kwargs: ignored; accepted for compatibility with DeepSpeed.
-            metric: validation loss or similar value for a schedule such as ReduceLROnPlateau, which
-                receives its mean over the ranks; pass it in the last step of an epoch.
+            metric: validation loss or similar value for a schedule such as ReduceLROnPlateau; it is
+                averaged over the ranks. Pass it in the last step of each epoch.
 
         Returns:
             Whether an optimizer step was applied. A step with non-finite gradients is skipped and
@@ -149,9 +149,9 @@ class Engine(nn.Module):
 
     @contextlib.contextmanager
     def _trial_run(self, recorder: StepRecorder, schedule: Schedule[Any]) -> Iterator[None]:
-        """Train with another schedule inside this context, then restore the previous state.
+        """Train with another schedule inside this context; restore the training state on exit.
 
-        The state is also restored if the block raises. The recorder receives every step.
+        The state is also restored after an exception. The recorder records every step.
         """
         run = self._run
         run.check_between_steps()
@@ -167,7 +167,7 @@ class Engine(nn.Module):
         return self._run.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether later calls of `step` run the optimizer; call it before the forward pass."""
+        """Set whether `step` runs the optimizer from now on; call this before the forward pass."""
         self._run.boundary = is_boundary
 
     @contextlib.contextmanager
@@ -198,7 +198,7 @@ class Engine(nn.Module):
     def train_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Train on one whole batch and return the mean loss over its micro-batches.
 
-        The iterator yields micro-batches. Each is passed to the model; a tuple, list or mapping is
+        Each micro-batch of ``data_iter`` is passed to the model; a tuple, list or mapping is
         unpacked into arguments. The model must return the loss, as in a DeepSpeed pipeline.
         """
         losses = []
@@ -208,7 +208,7 @@ class Engine(nn.Module):
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Return the mean loss of one whole batch without training; see `train_batch`."""
+        """Evaluate one whole batch without gradients and return its loss; see `train_batch`."""
         training = self.training
         self.eval()
         with torch.no_grad():
@@ -224,13 +224,13 @@ class Engine(nn.Module):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Save everything that the run needs to resume. Every rank must call this method.
+        """Save a checkpoint from which the run can resume. Every rank must call this method.
 
         Args:
             save_dir: directory that holds the run's checkpoints; created if missing.
-            tag: name of this checkpoint; default: ``global_step`` and the number of batches.
-            client_state: your own plain values and tensors; `load_checkpoint` returns them.
-            save_latest: whether `load_checkpoint` without a tag may select this checkpoint.
+            tag: name of this checkpoint; default: ``global_stepN`` after N batches.
+            client_state: your own numbers, strings and tensors; `load_checkpoint` returns them.
+            save_latest: whether `load_checkpoint` may load this checkpoint if no tag is passed.
             exclude_frozen_parameters: whether to leave out the parameters that do not require
                 gradients, such as the base model's in LoRA; loading keeps their current values.
 
@@ -292,7 +292,7 @@ class Engine(nn.Module):
         self._checkpointer.wait()
 
     def _resume(self) -> None:
-        """Resume if ``engine.checkpoint.resume`` requires it; `initialize` calls this method."""
+        """Resume the run as ``engine.checkpoint.resume`` specifies; called by `initialize`."""
         self._checkpointer.resume(self._run)
 
     def destroy(self) -> None:
@@ -369,7 +369,7 @@ class Engine(nn.Module):
         return self.config.steps_per_print
 
     def log_level(self) -> str | None:
-        """Return DeepSpeed's log level, as given in the config."""
+        """Return the log level that the config sets for DeepSpeed; None if it sets none."""
         level: str | None = self.config.raw.get("log_level")
         return level
 
@@ -410,7 +410,7 @@ class Engine(nn.Module):
         return momenta_of(self.optimizer)
 
     def get_momentum(self) -> list[float] | None:
-        """Return each param group's momentum (first beta for Adam), which schedules can change."""
+        """Return each param group's momentum (first beta for Adam); None if there is none."""
         return self._run.read_momentum()
 
     def get_global_grad_norm(self) -> float | None:
@@ -441,7 +441,7 @@ class Engine(nn.Module):
 
     @property
     def micro_steps(self) -> int:
-        """The number of micro-batches that were processed so far."""
+        """The number of micro-batches processed so far."""
         return self._run.counters.micro_steps
 
     def empty_partition_cache(self) -> None:

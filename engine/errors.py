@@ -1,4 +1,4 @@
-"""The exceptions that users may catch, and the class that describes a problem of a config.
+"""The exceptions of this library, and `Problem`, which describes a problem in a config.
 
 ::
 
@@ -21,7 +21,7 @@ __all__ = ["CheckpointError", "ConfigError", "Fix", "LaunchError", "MisuseError"
 
 @dataclass(frozen=True)
 class Fix:
-    """A change that fixes a problem automatically: either a new key or a new value."""
+    """An automatic fix for a problem: a new name for the key, or a new value."""
 
     key: str | None = None
     value: Any = None
@@ -29,12 +29,12 @@ class Fix:
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a config.
+    """A problem in a config.
 
-    ``rule`` is the stable ID of the rule; `onecycle explain` prints its documentation. ``severity``
-    is "error", "warning" or "note". ``pointer`` is the JSON pointer (RFC 6901) of the key; "" is
-    the whole config. ``line`` and ``column`` are 1-based; both are 0 if the position is unknown,
-    for example because the config is a dict.
+    ``rule`` is the ID of the rule that found the problem; `onecycle explain` describes each rule.
+    ``severity`` is "error", "warning" or "note". ``pointer`` is the JSON pointer (RFC 6901) of the
+    key; "" is the whole config. ``line`` and ``column`` are 1-based; both are 0 if the position is
+    unknown, for example because the config is a dict.
     """
 
     rule: str
@@ -53,7 +53,7 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """A config is invalid. ``problems`` contains all of its problems.
+    """Raised if a config is invalid; ``problems`` lists every problem.
 
     ValueError
     └── ConfigError
@@ -72,7 +72,7 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be saved or loaded. Nothing was changed.
+    """Raised if a checkpoint cannot be saved or loaded. Nothing was changed.
 
     ValueError
     └── CheckpointError
@@ -80,7 +80,7 @@ class CheckpointError(ValueError):
 
 
 class LaunchError(ValueError):
-    """A launch cannot start. The message names the option to change.
+    """Raised if a launch cannot start. The message names the option to change.
 
     ValueError
     └── LaunchError
@@ -88,9 +88,9 @@ class LaunchError(ValueError):
 
 
 class MisuseError(RuntimeError, AssertionError):
-    """A method was called at the wrong time.
+    """Raised if a method is called at the wrong time.
 
-    It is also an `AssertionError`, because DeepSpeed raises an `AssertionError` in such cases.
+    This class is also an `AssertionError`, because that is what DeepSpeed raises.
 
     RuntimeError
     └── MisuseError

@@ -1,4 +1,4 @@
-"""``initialize``: validate a config and build the training engine."""
+"""The function `initialize`, which validates a config and builds the training engine."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def initialize(
         optimizer: your own optimizer, or a function that takes the parameters and returns one;
             default: the optimizer in the config.
         model_parameters: parameters or param groups to train; default: all that require gradients.
-        training_data: dataset to load; the returned data loader reads from it.
+        training_data: dataset for the returned data loader.
         lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one;
             default: the scheduler in the config. It is stepped after each applied optimizer step.
         distributed_port: port of rank 0, used if the environment does not set ``MASTER_PORT``.
@@ -80,7 +80,7 @@ def initialize(
         collate_fn: function that turns a list of samples into a batch, for the returned loader.
         config: path of a ds_config.json, or the config as a dict.
         mesh_param: shape of the device mesh; DeepSpeed backend only.
-        config_params: older name of ``config``.
+        config_params: alias of ``config``, for compatibility with DeepSpeed.
 
     Returns:
         The engine, the optimizer, the data loader (None without ``training_data``) and the
@@ -152,8 +152,8 @@ def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> 
         )
     if len(given) > 1:
         raise ValueError(
-            f"`config` must be passed once, got {given}. Pass only one of `config`, "
-            "`config_params` and `args.deepspeed_config`."
+            f"More than one config was passed: {given}. Pass only one of `config`, `config_params` "
+            "and `args.deepspeed_config`."
         )
     return given[0]
 
@@ -169,7 +169,8 @@ def _load(source: Source, args: argparse.Namespace | None) -> Config:
         # Rank 0's error usually ends the job during this wait, so the error is printed only once.
         time.sleep(_RANK_0_GRACE_SECONDS)
         raise SystemExit(
-            f"rank {rank} rejects the config; if rank 0 accepts it, their files differ: {error}"
+            f"The config is invalid on rank {rank}. If rank 0 reports no error, the ranks have "
+            f"different config files. {error}"
         ) from None
 
 
@@ -181,15 +182,15 @@ def _check_sources(config: Config, optimizer: object, lr_scheduler: object) -> N
         name = "lr_scheduler" if key == "scheduler" else key
         if in_config is not None and argument is not None:
             raise ValueError(
-                f"The {key} must have one source, got two: `{key}` in {config.name} "
-                f"({getattr(in_config, 'type', type(in_config).__name__)}) and the argument "
+                f"The {key} is specified twice: by `{key}` in {config.name} "
+                f"({getattr(in_config, 'type', type(in_config).__name__)}) and by the argument "
                 f"`{name}` ({type(argument).__name__}). Remove one of them."
             )
     nothing_trains = config.optimizer is None and optimizer is None
     if nothing_trains and config.backend.name != "deepspeed":  # DeepSpeed also runs inference
         raise ValueError(
-            f"`optimizer` must be set in {config.name} or passed as an argument, got neither. Add "
-            '"optimizer": {"type": "AdamW", "params": {"lr": 0.001}} to the config.'
+            "No optimizer is specified. Pass the argument `optimizer`, or add "
+            f'"optimizer": {{"type": "AdamW", "params": {{"lr": 0.001}}}} to {config.name}.'
         )
 
 
@@ -231,9 +232,9 @@ def _log_setup(engine: Engine, backend: Backend) -> None:
 
 
 def _enable_logging() -> None:
-    """Show info lines even if the script does not configure logging.
+    """Print log messages of level INFO, even if the script does not configure logging.
 
-    If the script has set a level on the ``onecycle`` logger, that level is kept.
+    A level that the script has set on the ``onecycle`` logger is kept.
     """
     if not log.hasHandlers():
         log.addHandler(logging.StreamHandler())

@@ -1,4 +1,4 @@
-"""The state and the steps of one training run."""
+"""The class `TrainingRun`, which stores the state of a training run and runs its steps."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ log = logging.getLogger("onecycle")
 
 @dataclass
 class TrainingRun:
-    """A training run on a backend, from its first step to its last.
+    """The state of a training run.
 
-    During an LR range test, the engine uses a trial run and then returns to its own run. The state
-    is stored here rather than in `Engine` because setting an attribute of an `nn.Module` is slow.
+    During an LR range test, the engine temporarily uses a second run, called the trial run. The
+    state is stored here because setting an attribute of `Engine`, an `nn.Module`, is slow.
     """
 
     config: Config
@@ -46,7 +46,7 @@ class TrainingRun:
     rollback: Rollback | None
     recorder: StepRecorder | None = None
     is_trial: bool = False
-    """Whether this is a trial run, which saves no checkpoints and is ended by the recorder."""
+    """Whether this is an LR range test, which saves no checkpoints; `recorder` decides its end."""
     counters: Counters = field(default_factory=Counters)
     steps_before: int = 0
     """Number of applied steps in the loaded checkpoint; `is_over` does not count them."""
@@ -65,7 +65,7 @@ class TrainingRun:
         scheduler: LRScheduler | None,
         monitors: Sequence[Monitor] = (),
     ) -> TrainingRun:
-        """Build a run that has not taken any step yet."""
+        """Build a run at step 0."""
         is_first = backend.ranks.rank == 0
         driver = ScheduleDriver(scheduler, backend.mean, config.report if is_first else None)
         progress = ProgressReporter(config, monitors, backend.mean, writes_log=is_first)
@@ -76,7 +76,7 @@ class TrainingRun:
         return cls(config, backend, driver, progress, window, rollback)
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
-        """Build a trial run with another schedule on the same backend; it writes no files."""
+        """Build a trial run with another schedule on the same backend. It writes no files."""
         config = self.config.for_trial_run(schedule)
         trial = self.start(config, self.backend, bind(schedule, self.backend.optimizer))
         trial.record_steps(recorder, is_trial=True)
@@ -90,21 +90,21 @@ class TrainingRun:
         """
         if self.micro_batches or self.scaled_losses:
             raise ValueError(
-                "An LR range test must start between optimizer steps, got an incomplete batch. "
-                "Train its remaining micro-batches first."
+                "An LR range test cannot start in the middle of a batch. Train the remaining "
+                "micro-batches of the batch first."
             )
 
     def record_steps(self, recorder: StepRecorder, *, is_trial: bool) -> None:
-        """Pass every step to a recorder from now on."""
+        """Record every step with ``recorder`` from now on."""
         self.recorder, self.is_trial, self.window.is_kept = recorder, is_trial, True
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The scheduler, which is stepped after each applied step."""
+        """The learning-rate scheduler or None; it is stepped after each applied optimizer step."""
         return self.driver.scheduler
 
     def set_scheduler(self, scheduler: LRScheduler | None) -> None:
-        """Replace the scheduler; a feedback schedule receives the losses from now on."""
+        """Replace the scheduler, and start to collect losses if the new one needs them."""
         self.driver.scheduler = scheduler
         self.window.is_kept |= self.driver.feedback == "loss"
 
@@ -127,14 +127,14 @@ class TrainingRun:
         self.progress.add(loss)
 
     def step(self, metric: Tensor | float | None) -> bool:
-        """Count a micro-batch; run the optimizer if it completes a batch. See `Engine.step`."""
+        """Finish a micro-batch; if it is the last one of its batch, run the optimizer."""
         if self.is_trial and self.recorder is not None:
             # A script may catch the exception that ends the run; in that case, raise it again.
             self.recorder.stop_if_over()
         if self.is_over:
             raise RuntimeError(
-                f"The run is over after {self.config.run['steps_this_run']} steps "
-                "(`engine.steps_this_run`). Leave the training loop when `run_is_over` is true."
+                f"The run has ended after {self.config.run['steps_this_run']} steps "
+                "(`engine.steps_this_run`). Exit the training loop when `run_is_over` is true."
             )
         if metric is not None:
             self.driver.metric = metric
@@ -154,7 +154,8 @@ class TrainingRun:
         if self.backend.loss_scale != 1.0:
             raise RuntimeError(
                 "fp16 needs a scaled loss, but neither `trainer.backward(loss)` nor "
-                "`trainer.scale(loss).backward()` was called in this step. Call one of them."
+                "`trainer.scale(loss).backward()` was called in this step. Call one of them "
+                "instead of `loss.backward()`."
             )
         return self.backend.step(divide_by=self.config.batch.accumulation)
 
@@ -166,7 +167,7 @@ class TrainingRun:
         if not counters.applied:
             counters.skipped_steps += 1
             log.warning(
-                "skipped the step of batch %d: its gradients are not finite (%d skipped so far)",
+                "skipped the step of batch %d because of non-finite gradients (%d skipped so far)",
                 counters.global_steps,
                 counters.skipped_steps,
             )
@@ -220,10 +221,10 @@ class TrainingRun:
 def preserve_state(
     model: nn.Module, backend: Backend, loader: DataLoader[Any] | None
 ) -> Iterator[None]:
-    """When the block ends, restore everything that training changed, even after an exception.
+    """Restore the training state when the context exits, even after an exception.
 
     Args:
-        model: module; its training mode and those of its submodules are restored.
+        model: module whose training mode, and that of each submodule, is restored.
         backend: backend whose model, optimizer and loss scale are restored; its gradients are
             cleared.
         loader: data loader whose position is restored, if `initialize` built it.

@@ -1,4 +1,4 @@
-"""The backends that train the model, and the function that builds the selected one."""
+"""The training backends, and a function that builds the one that the config selects."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def build(
     mpu: Any = None,
     mesh_param: Any = None,
 ) -> Backend:
-    """Build the backend that the config selects; it wraps the model and the optimizer.
+    """Build the backend that the config selects.
 
     Args:
-        model: module to train. It is moved to the rank's device, and checkpointed, compiled,
-            sharded or wrapped as the config requires.
+        model: module to train. It is moved to the rank's device. If the config requires it, the
+            module is compiled, sharded or set up for activation checkpointing.
         optimizer: the user's optimizer, or a function that takes the parameters and returns one;
             if None, the config's optimizer is used.
         config: a validated config.
@@ -41,7 +41,7 @@ def build(
         mesh_param: shape of the device mesh; DeepSpeed only.
 
     Raises:
-        ValueError: the model, parameters, optimizer and config do not fit together, or an argument
+        ValueError: the model, parameters, optimizer and config do not match, or an argument
             needs the DeepSpeed backend.
         ImportError: the config needs DeepSpeed, which is not installed.
     """
@@ -63,7 +63,7 @@ def build(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a param group with its parameters as a list; a generator can be read only once."""
+    """Return a param group with its parameters in a list; a generator could be read only once."""
     if not isinstance(each, dict):
         return each
     params = each["params"]
@@ -74,6 +74,6 @@ def _check_unset(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(
-                f"`{name}` must be None on the PyTorch backend, which does not support model "
-                f'parallelism, got {value!r}. Set "engine": {{"backend": "deepspeed"}}.'
+                f"`{name}` is supported only by the DeepSpeed backend, got {value!r}. Remove the "
+                'argument, or set "engine": {"backend": "deepspeed"} in the config.'
             )

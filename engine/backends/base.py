@@ -1,4 +1,4 @@
-"""The base class of the backends, through which the engine trains the model."""
+"""The base class of the backends, which run the model and the optimizer for the engine."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Backend(ABC):
-    """A model and its optimizer, trained on one or more ranks in one precision."""
+    """Base class for backends, which run the model and the optimizer on this rank."""
 
     ranks: Ranks
     model: nn.Module
-    """The user's module, on its device, not wrapped."""
+    """The user's module, unwrapped, on this rank's device."""
     optimizer: Optimizer
     """The optimizer whose param groups the schedule changes."""
     basic_optimizer: Optimizer
     """The underlying torch optimizer, unwrapped."""
     num_parameters: int
-    """Number of trained parameter elements, over all ranks."""
+    """Number of elements of all trained parameters, over all ranks."""
     grad_norm: float | None
     """2-norm of all gradients of the last step before clipping; None before the first step."""
 
@@ -53,7 +53,7 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        """Run the model in the config's precision.
+        """Run the model's forward pass in the precision that the config specifies.
 
         Args:
             args: positional arguments of the model.
@@ -63,7 +63,7 @@ class Backend(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor, accumulation: int, *, retain_graph: bool = False) -> None:
-        """Accumulate the gradients of a loss.
+        """Run the backward pass of a loss and accumulate its gradients.
 
         Args:
             loss: scalar tensor that requires grad.
@@ -73,7 +73,7 @@ class Backend(ABC):
 
     @abstractmethod
     def scale(self, loss: Tensor, accumulation: int) -> Tensor:
-        """Return a loss whose ``.backward()`` accumulates the same gradients as `backward`."""
+        """Return the loss scaled as in `backward`, for scripts that call ``.backward()`` on it."""
 
     @abstractmethod
     def step(self, *, divide_by: int = 1) -> bool:
@@ -121,12 +121,12 @@ class Backend(ABC):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Save asynchronously, otherwise like `save`. At most one such save runs at a time.
+        """Save like `save`, but write the files in the background, one checkpoint at a time.
 
         Args:
             checkpoint_dir: directory to write to.
-            group: process group that nothing else uses during the save; None for one process.
-            buffers: buffers for the copies; later saves reuse them.
+            group: process group used only for saving; None for a single process.
+            buffers: copies of the tensors from the previous save, whose memory is reused.
             frozen: whether to include parameters that do not require gradients.
 
         Raises:
@@ -142,7 +142,7 @@ class Backend(ABC):
         Args:
             checkpoint_dir: directory to read from.
             optimizer: whether to restore the optimizer and the loss scale.
-            strict: whether the model must have every saved parameter.
+            strict: whether the model must have all saved parameters.
             frozen: whether the checkpoint includes parameters that do not require gradients; if
                 not, they keep their values.
 
@@ -152,18 +152,18 @@ class Backend(ABC):
 
     @abstractmethod
     def snapshot(self) -> Any:
-        """Return a copy of everything that training changes. Every rank must call it."""
+        """Return a copy of model, optimizer and loss scale. Every rank must call this method."""
 
     @abstractmethod
     def restore(self, snapshot: Any) -> None:
-        """Restore a `snapshot` bit for bit. Every rank must call this method."""
+        """Restore a `snapshot` exactly. Every rank must call this method."""
 
     @abstractmethod
     def describe(self) -> str:
         """Return a human-readable description of the training setup for the log."""
 
     def get_attribute(self, name: str) -> Any:
-        """Return an attribute that the engine lacks; by default, look it up on the model.
+        """Return an attribute that the engine does not have; by default, the model's.
 
         Raises:
             AttributeError: the attribute does not exist.

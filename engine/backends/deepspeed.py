@@ -1,4 +1,4 @@
-"""The DeepSpeed backend: DeepSpeed's engine with our schedules."""
+"""The DeepSpeed backend, which trains with DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _SCALER = "grad_scaler.pt"
 
 
 class DeepSpeedBackend(Backend):
-    """Trains with DeepSpeed's engine: ZeRO, offloading, and DeepSpeed's precisions and optimizers.
+    """Backend that trains with DeepSpeed's engine, including ZeRO and offloading.
 
-    As on the PyTorch backend, the optimizer is a PyTorch optimizer unless the config requires
-    DeepSpeed's implementation. DeepSpeed therefore compiles an optimizer only if it is required.
+    The optimizer is PyTorch's implementation unless the config requires DeepSpeed's, so that
+    DeepSpeed compiles its own optimizers only if they are needed.
 
     Args:
         model: the user's module.
@@ -169,8 +169,8 @@ class DeepSpeedBackend(Backend):
     ) -> Future[None]:
         del checkpoint_dir, group, buffers, frozen
         raise ValueError(
-            "`engine.checkpoint.async` must be false on DeepSpeed, got true. Configure DeepSpeed's "
-            "own asynchronous writer in the `checkpoint` section instead."
+            "`engine.checkpoint.async` is not supported by the DeepSpeed backend. Set it to false, "
+            "and configure DeepSpeed's asynchronous writer in the `checkpoint` section instead."
         )
 
     @override

@@ -1,6 +1,7 @@
-"""Build the config for DeepSpeed: the user's without our keys, with all defaults filled in.
+"""Build the config that is passed to DeepSpeed.
 
-DeepSpeed's defaults change between versions. With explicit values, DeepSpeed runs exactly the
+It is the user's config without this library's own keys and with all defaults filled in. DeepSpeed's
+defaults change between versions. With explicit values, DeepSpeed runs exactly the
 config that was validated.
 """
 
@@ -17,7 +18,7 @@ from engine.config.schema import ABSENT, SCHEMA, SECTION, default_of, is_parked,
 
 __all__ = ["build_deepspeed_config"]
 
-# Keys that DeepSpeed does not know, and keys that we handle ourselves.
+# Keys that DeepSpeed does not know, or that this library handles instead of DeepSpeed.
 _ENGINE_KEYS = (
     "$schema",
     "csv_monitor",
@@ -31,7 +32,7 @@ _ENGINE_KEYS = (
 
 
 def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[str, Any]:
-    """Return the dict for ``deepspeed.initialize``.
+    """Build the config dict for ``deepspeed.initialize``.
 
     Args:
         config: a validated config.
@@ -70,7 +71,7 @@ def _drop_parked_keys(value: Any) -> Any:
 
 
 def _fill(schema: Mapping[str, Any]) -> Any:
-    """Return the default value to pass to DeepSpeed for a key that is missing from a section."""
+    """Return the default to pass to DeepSpeed for a missing key, or ABSENT to omit the key."""
     default = default_of(schema, "deepspeed")
     is_newer = "x-since" in schema  # the installed DeepSpeed may be older than the key
     return ABSENT if default is None or default is SECTION or is_newer else default

@@ -1,4 +1,4 @@
-"""Register our schedules with DeepSpeed, for scripts that use it directly or via accelerate."""
+"""Register our schedules with DeepSpeed, for scripts that do not call `engine.initialize`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ __all__ = ["register_with_deepspeed"]
 
 
 def register_with_deepspeed(*, replace: bool = False) -> list[str]:
-    """Register our schedules, so that ``deepspeed.initialize`` accepts them as ``scheduler.type``.
+    """Register our schedules with DeepSpeed, for use with ``deepspeed.initialize`` or accelerate.
 
-    DeepSpeed looks up the type in its module ``deepspeed.runtime.lr_schedules`` and calls the
-    scheduler's ``step()`` after every optimizer step that it does not report as skipped. Specify
-    durations as numbers of steps: a string such as "10ep" needs the length of an epoch, which
-    DeepSpeed does not provide.
+    Their names are then valid values of ``scheduler.type`` in the config. DeepSpeed looks up
+    the type in its module ``deepspeed.runtime.lr_schedules`` and calls the scheduler's ``step()``
+    after every optimizer step that it does not report as skipped. Specify durations as numbers of
+    steps: a string such as "10ep" requires the length of an epoch, which DeepSpeed does not
+    provide.
 
     Args:
-        replace: whether to also replace DeepSpeed's five schedules with ours of the same names.
+        replace: whether to replace DeepSpeed's own five schedules with our versions.
 
     Returns:
         The names of the registered schedules.

@@ -36,7 +36,7 @@ __all__ = ["FSDPBackend", "check_gradient_averaging", "shard"]
 
 
 class FSDPBackend(PyTorchBackend):
-    """Trains a model whose parameters FSDP2 shards across ranks (ZeRO stages 1 to 3)."""
+    """Backend that shards the model across ranks with FSDP2 (ZeRO stages 1 to 3)."""
 
     @override
     def _prepare_optimizer(
@@ -129,8 +129,8 @@ def _to_sharded(each: Any, names: dict[int, str], sharded: dict[str, nn.Paramete
         return {**each, "params": [_to_sharded(p, names, sharded) for p in each["params"]]}
     if id(each) not in names:
         raise ValueError(
-            "`model_parameters` must be parameters of `model`, got another tensor of shape "
-            f"{tuple(each.shape)}. Take them from `model.parameters()`."
+            f"`model_parameters` contains a tensor of shape {tuple(each.shape)} that is not a "
+            "parameter of `model`. Pass only tensors from `model.parameters()`."
         )
     return sharded[names[id(each)]]
 
@@ -156,7 +156,7 @@ def check_gradient_averaging(ranks: Ranks) -> None:
     mean = gradient.full_tensor()
     if not torch.allclose(mean, torch.full_like(mean, expected)):
         raise RuntimeError(
-            f"FSDP must average a test gradient to {expected:g}, got {mean.flatten().tolist()}: "
-            f"this build of torch does not average on {ranks.device.type}. Set "
+            f"This build of torch does not average FSDP gradients on {ranks.device.type}: a test "
+            f"gradient must be {expected:g}, got {mean.flatten().tolist()}. Set "
             '"zero_optimization": {"stage": 0}, or upgrade torch.'
         )

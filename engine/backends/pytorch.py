@@ -1,4 +1,4 @@
-"""The PyTorch backend: one process without a process group, or several with DDP."""
+"""The PyTorch backend, which trains in a single process or, with DDP, in several."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ _SCALER = "loss_scaler.pt"
 
 
 class PyTorchBackend(Backend):
-    """Trains with PyTorch. Parameters stay in float32; the forward pass runs under autocast.
+    """Backend that trains with PyTorch, using DDP if there are several ranks.
+
+    Parameters stay in float32. In bf16 and fp16, the forward pass runs under autocast.
 
     Args:
         model: the user's module; it is moved to the device of ``ranks``.
@@ -44,8 +46,8 @@ class PyTorchBackend(Backend):
         parameters: tensors or param groups to train; if None, all that require gradients.
 
     Raises:
-        ValueError: no block to checkpoint was found, ``engine.compile`` is unknown, or the user's
-            optimizer does not train any parameter of the model.
+        ValueError: activation checkpointing finds no blocks, ``engine.compile`` is not a known
+            compiler, or the user's optimizer does not train any parameter of the model.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class PyTorchBackend(Backend):
         ]
 
     def _compute_norm(self, gradients: list[Tensor]) -> float:
-        """Return the 2-norm over all gradients."""
+        """Return the 2-norm of all gradients."""
         if not gradients:
             return 0.0
         # torch's clip_grad_norm_ also uses this private kernel, but takes twice as long.
@@ -236,7 +238,7 @@ class PyTorchBackend(Backend):
 
 
 def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> None:
-    """Move a model to its device; enable activation checkpointing and compile it if configured."""
+    """Move a model to a device, and set up activation checkpointing and compilation."""
     compilers = torch.compiler.list_backends(exclude_tags=()) if config.compile_backend else ()
     if config.compile_backend is not None and config.compile_backend not in compilers:
         raise ValueError(
@@ -257,7 +259,7 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(id(parameter) in model_ids for parameter in trained):
         raise ValueError(
-            "`optimizer` must train parameters of `model`, got only other tensors. Build it from "
+            "The optimizer does not train any parameter of `model`. Build the optimizer from "
             "`model.parameters()` after moving the model to its device."
         )
 

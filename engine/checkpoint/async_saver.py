@@ -1,4 +1,4 @@
-"""Write checkpoints in the background while training continues, one at a time."""
+"""Write checkpoints in a background thread while training continues."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ log = logging.getLogger("onecycle")
 
 
 class AsyncSaver:
-    """Runs asynchronous saves; keeps the tensor copies, thread, process group and last error.
+    """Writes checkpoints in a background thread, one at a time.
 
-    At exit, the process waits for its last checkpoint. If that fails, the exit status is 1.
+    At exit, the process waits for the last save to finish. If that save failed, the exit status
+    is 1.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class AsyncSaver:
         atexit.register(self._wait_at_exit)
 
     def get_process_group(self, world_size: int) -> dist.ProcessGroup | None:
-        """Return a process group for saving only, so that saves cannot interfere with training."""
+        """Return the process group used only for saving, or None for a single process."""
         if self._group is None and world_size > 1:
             self._group = dist.new_group(backend="gloo")
         return self._group
@@ -65,7 +66,7 @@ class AsyncSaver:
             raise failure
 
     def close(self) -> None:
-        """Wait until the current save has finished, then release the copies.
+        """Wait until the current save has finished, then release the buffers.
 
         Raises:
             Exception: the error of the last save, if it failed.

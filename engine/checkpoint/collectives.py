@@ -1,4 +1,4 @@
-"""Collective operations of a save. If one fails on any rank, it raises on all ranks."""
+"""Synchronize the ranks while they save a checkpoint, and report errors on all ranks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["check_same_tag", "raise_on_all_ranks", "wait_for_ranks"]
 _TIMEOUT = dt.timedelta(seconds=30)
 
 
-def wait_for_ranks(ranks: Ranks, what: str) -> None:
-    """Wait up to 30 seconds until all ranks have reached the same call.
+def wait_for_ranks(ranks: Ranks, call: str) -> None:
+    """Wait for at most 30 seconds until all ranks have reached the same call.
 
     Args:
         ranks: rank, world size and control group of this process.
-        what: the call that every rank must make, for the error message.
+        call: call that every rank must make, for the error message.
 
     Raises:
-        RuntimeError: if a rank does not reach the call in time; the message names it.
+        RuntimeError: if a rank does not reach the call in time; the message names the rank.
     """
     if ranks.world_size == 1:
         return
@@ -32,7 +32,7 @@ def wait_for_ranks(ranks: Ranks, what: str) -> None:
         dist.monitored_barrier(ranks.control_group, timeout=_TIMEOUT, wait_all_ranks=True)
     except RuntimeError as error:
         raise RuntimeError(
-            f"{what} must be called on every rank, but some ranks did not reach it within "
+            f"{call} must be called on every rank, but some ranks did not reach it within "
             f"{_TIMEOUT.seconds} seconds: {error}. Call it outside of any `if rank == 0` block."
         ) from None
 
@@ -52,9 +52,9 @@ def check_same_tag(tag: str, world_size: int) -> None:
 
 @contextlib.contextmanager
 def raise_on_all_ranks(world_size: int) -> Iterator[None]:
-    """Run the block on every rank. If it fails on any rank, raise on all of them.
+    """Raise on all ranks if the block fails on any rank.
 
-    Without this, the ranks that succeeded would wait indefinitely in the next collective.
+    Otherwise, the other ranks would wait indefinitely in the next collective operation.
 
     Raises:
         RuntimeError: if the block failed on another rank.

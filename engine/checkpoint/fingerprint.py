@@ -1,4 +1,4 @@
-"""The identity of a run: the values that must match between a run and its checkpoint."""
+"""The identity of a run: the settings that must not change when it resumes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _MAX_LENGTH = 1000  # characters; a tensor with a longer JSON representation is 
 
 
 def build_identity(config: Config, scheduler: object, optimizer: Identity | None) -> Identity:
-    """Return the identity of a run.
+    """Return the settings that must match between a run and a checkpoint that it loads.
 
     Args:
         config: config of the run.
-        scheduler: scheduler of the run with its durations resolved, or None.
+        scheduler: scheduler of the run, with all durations converted to steps, or None.
         optimizer: result of `read_hyperparameters` for the user's own optimizer; ignored if the
             config has an `optimizer` block.
     """
@@ -75,7 +75,7 @@ def _read_attributes(scheduler: object) -> Identity:
 
 
 def check_identity(checkpoint_dir: Path, saved: Identity, own: Identity) -> None:
-    """Reject a checkpoint that does not match this run.
+    """Check that a checkpoint matches this run.
 
     Args:
         checkpoint_dir: directory of the checkpoint, for the error message.
@@ -125,7 +125,7 @@ def _find_differences(
 
 
 def _to_json(values: Mapping[str, Any], converted: set[str]) -> dict[str, Any]:
-    """Convert values to JSON; add the names of those that JSON cannot represent to a set."""
+    """Convert values to JSON types; add the names of all others to ``converted``."""
     converted |= {name for name, value in values.items() if not _is_json(value)}
     return {name: _describe(value) for name, value in values.items()}
 
@@ -139,7 +139,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _describe(value: Any) -> Any:
-    """Return the numbers of a tensor, or the name of another object or its type, as JSON."""
+    """Convert a value to JSON types: tensors to numbers, other objects to names."""
     try:
         return json.loads(json.dumps(value, default=_describe_object))
     except (TypeError, ValueError):  # invalid keys, or a circular reference

@@ -1,4 +1,4 @@
-"""Save and resume a run: decide when and what to save, and check that a checkpoint matches."""
+"""Save the checkpoints of a run, and resume from them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _ENGINE = "engine.pt"
 
 
 class SavedBackend(Protocol):
-    """The part of a backend that a checkpointer needs; `engine.backends.base` documents it."""
+    """The methods of a backend that `Checkpointer` calls; see `engine.backends.base.Backend`."""
 
     @property
     def ranks(self) -> Ranks:
@@ -70,13 +70,13 @@ class SavedBackend(Protocol):
 
 
 class RunState(Protocol):
-    """The part of a run's state that is saved in checkpoints and replaced on load."""
+    """The attributes of a training run that `Checkpointer` saves and restores."""
 
     is_trial: bool
     """Whether this is an LR range test, which writes no checkpoints."""
     counters: Counters
     steps_before: int
-    """Steps that earlier runs applied, read from the loaded checkpoint."""
+    """Number of applied steps in the loaded checkpoint; 0 without one."""
     rollback: Rollback | None
 
     @property
@@ -86,12 +86,12 @@ class RunState(Protocol):
 
 
 class Checkpointer:
-    """Saves the checkpoints of a run and resumes from them. Every rank must call each method.
+    """Saves and loads the checkpoints of a run. Every rank must call each method.
 
     Args:
         config: config of the run; provides ``engine.checkpoint``, batch sizes and backend name.
         backend: backend that saves and loads the model and the optimizer.
-        identity: values that must match between this run and a checkpoint that it loads.
+        identity: settings that must match between this run and a checkpoint that it loads.
         loader: data loader; its position is saved if `initialize` built it.
     """
 
@@ -113,7 +113,7 @@ class Checkpointer:
         self._signals: Signals | None = None
 
     def resume(self, run: RunState) -> None:
-        """Resume from the newest checkpoint, depending on ``engine.checkpoint.resume``.
+        """Resume from the newest checkpoint as ``engine.checkpoint.resume`` specifies.
 
         After this call, SIGTERM and SIGUSR1 trigger a save.
 
@@ -135,10 +135,10 @@ class Checkpointer:
             log.info("resuming from %s at step %d", checkpoint_dir, run.counters.applied_steps)
 
     def save_if_due(self, run: RunState) -> None:
-        """Save every ``engine.checkpoint.every`` steps, and before a signal ends the process.
+        """Save a checkpoint if one is due, or if a signal requests the end of the process.
 
         Raises:
-            SystemExit: if any rank received SIGTERM or SIGUSR1; the checkpoint is complete then.
+            SystemExit: after the save, if any rank received SIGTERM or SIGUSR1.
         """
         plan = self._plan
         if plan.dir is None or run.is_trial:
@@ -150,7 +150,8 @@ class Checkpointer:
         self.save(run, Path(plan.dir))
         if is_last:
             self.wait()
-            log.warning("saved at step %d; exiting because of a signal", run.counters.applied_steps)
+            step = run.counters.applied_steps
+            log.warning("saved a checkpoint at step %d; exiting because of a signal", step)
             raise SystemExit(SAVED_AND_ENDED)
 
     def save(
@@ -168,13 +169,13 @@ class Checkpointer:
         Args:
             run: state of the run to save.
             directory: directory that holds the run's checkpoints.
-            tag: name of the checkpoint; default ``global_step`` followed by the number of batches.
-            client_state: the user's plain values and tensors.
+            tag: name of the checkpoint; default: ``global_stepN`` after N batches.
+            client_state: the user's own numbers, strings and tensors.
             save_latest: whether a load without a tag may use this checkpoint.
-            frozen: whether to write frozen parameters too.
+            frozen: whether to include frozen parameters.
         """
         if run.is_trial:
-            log.info("skipping the checkpoint: an LR range test writes none")
+            log.info("skipping the checkpoint during an LR range test")
             return
         ranks, tag = self._ranks, tag or f"global_step{run.counters.global_steps}"
         wait_for_ranks(ranks, f"save_checkpoint({str(directory)!r}, tag={tag!r})")
@@ -289,7 +290,7 @@ class Checkpointer:
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _restore_counters(self, run: RunState, state: Mapping[str, Any]) -> None:
-        """Restore counters and data position, converted if the accumulation steps have changed."""
+        """Restore the counters and the data position; adapt them to changed batch sizes."""
         batch = self._batch
         saved = state.get("batch") or asdict(batch)
         counters, position = Counters(**state["counters"]), state["loader"]
@@ -334,10 +335,10 @@ class Checkpointer:
 def _adapt_schedule_state(
     saved: Mapping[str, Any], own: dict[str, Any], applied_steps: int
 ) -> dict[str, Any]:
-    """Return the state to load into this run's schedule, which may differ from the saved one.
+    """Return the state to load if this run's schedule may differ from the saved one.
 
-    A different schedule continues at the number of applied steps. A feedback schedule restarts
-    unless the saved schedule has the same type and params, since its state depends on past losses.
+    A schedule without feedback continues at the number of applied steps. A feedback schedule
+    depends on past losses, so it restarts unless its type and params match the saved ones.
     """
     state = own | {"step": applied_steps}
     if "state" in own:

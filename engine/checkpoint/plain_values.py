@@ -1,4 +1,4 @@
-"""Write and read plain values and small tensors; reading never runs code from the file."""
+"""Save and load plain values and small tensors; loading never runs code from the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["check_plain_values", "read_values", "write_values"]
 
 
 def write_values(path: Path, values: Any) -> None:
-    """Write a value to a file: a number, string or tensor, or a list or mapping of such values.
+    """Write numbers, strings and tensors, or nested lists and mappings of them, to a file.
 
     Raises:
         OSError: if the disk is full or the directory is not writable.
@@ -29,14 +29,14 @@ def write_values(path: Path, values: Any) -> None:
 
 
 def check_plain_values(values: Mapping[str, Any], name: str) -> None:
-    """Reject values that `write_values` can write but `read_values` cannot read.
+    """Check that all values have types that `read_values` can read.
 
     Args:
         values: values to check.
         name: name of the argument, for the error message.
 
     Raises:
-        ValueError: if a value is or contains an object that `read_values` cannot read.
+        ValueError: if a value has or contains an unsupported type.
 
     >>> check_plain_values({"epoch": 3}, "client_state")
     """
@@ -72,6 +72,6 @@ def read_values(path: Path) -> Any:
         class_name = _find_class_name(error)
         problem = f"it contains {class_name}" if class_name else str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path} must contain only tensors and plain values: {problem}. Other objects are not "
-            "loaded because unpickling them can run code."
+            f"{path} cannot be loaded: {problem}. Files may contain only tensors and plain values, "
+            "because unpickling other objects can run code."
         ) from None

@@ -1,4 +1,4 @@
-"""Save and restore the random number generators that a training script uses."""
+"""Get and set the states of the random number generators that a training script uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["get_rng_state", "set_rng_state"]
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return the random number states of Python, NumPy, PyTorch and this rank's GPU."""
+    """Return the RNG states of Python, NumPy, PyTorch and this rank's GPU."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # scripts use the global generator
     state: dict[str, Any] = {
         "python": random.getstate(),

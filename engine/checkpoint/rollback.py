@@ -1,4 +1,4 @@
-"""Restore the weights with the lowest warmup loss, for AutoWU with ``"rollback": true``."""
+"""Roll back to the lowest loss of the warmup, for AutoWU with ``"rollback": true``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("onecycle")
 
 
 class RestorableBackend(Protocol):
-    """The part of a backend that a rollback needs."""
+    """The methods of a backend that `Rollback` calls."""
 
     @property
     def ranks(self) -> Ranks:
@@ -25,11 +25,11 @@ class RestorableBackend(Protocol):
         ...
 
     def snapshot(self) -> Any:
-        """Return a copy of everything that training changes."""
+        """Return a copy of model, optimizer and loss scale."""
         ...
 
     def restore(self, snapshot: Any) -> None:
-        """Restore a snapshot, bit for bit."""
+        """Restore a snapshot exactly."""
         ...
 
 
@@ -45,10 +45,10 @@ class Rollback:
         self._snapshot: Any = None
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot if the last step has the lowest loss so far; restore it at the switch.
+        """Take a snapshot at the lowest loss so far, or restore it when the decay starts.
 
         Args:
-            scheduler: AutoWU scheduler, after it received the loss of the last step.
+            scheduler: AutoWU scheduler that has received the loss of the last step.
         """
         assert isinstance(scheduler, ScheduleBinder)
         assert isinstance(scheduler.controller, AutoWUController)
@@ -58,7 +58,7 @@ class Rollback:
             self._backend.restore(self._snapshot)
             self._snapshot = None
             scheduler.write()  # restoring also reset the learning rate
-            log.info("restored model and optimizer to the lowest loss of the warmup")
+            log.info("restored the model and the optimizer of the step with the lowest loss")
 
     def save(self, checkpoint_dir: Path) -> None:
         """Write this rank's snapshot to a checkpoint, if there is one."""
@@ -73,7 +73,7 @@ class Rollback:
         self._snapshot = read_values(path) if is_complete else None
         if found and not is_complete:
             log.warning(
-                "%s has rollback snapshots of %d ranks, not %d; ignoring them",
+                "ignoring the rollback snapshots in %s: %d ranks saved them, but this run has %d",
                 checkpoint_dir,
                 found,
                 self._ranks.world_size,

@@ -1,7 +1,7 @@
 """Storage for torch.distributed.checkpoint: one safetensors file per rank, without pickle.
 
 An unsharded tensor is stored under its own name, so that any safetensors reader finds it. A shard
-of a tensor is stored under ``name@offset,…``; the file's metadata holds the full shape. No
+of a tensor is stored under ``name@offset,…``; the file's metadata contains the full shape. No
 separate index file is needed, and opening a file never runs code.
 """
 
@@ -45,7 +45,7 @@ class ShardWriter(StorageWriter):
         self._directory = directory
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: each writer is used once, for one directory."""
+        """Do nothing: a writer has a fixed directory."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Do nothing: no setup is needed."""
@@ -55,11 +55,11 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Assign each rank the number in its file name."""
+        """Store each rank in its plan, for the name of the rank's file."""
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's file."""
+        """Write this rank's tensors to its file."""
         tensors: dict[str, Tensor] = {}
         parts: dict[str, Any] = {}
         results = []
@@ -101,7 +101,7 @@ def write_tensors(
         metadata: strings to store in the file's header.
 
     Raises:
-        OSError: if the disk is full or the file is not writable, instead of `SafetensorError`.
+        OSError: if the disk is full or the file is not writable.
     """
     try:
         save_file(tensors, path, metadata)
@@ -122,7 +122,7 @@ class ShardReader(StorageReader):
         """Do nothing: a reader has a fixed directory."""
 
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
-        """Return the saved tensors, their shards, and the file that holds each shard."""
+        """Return the saved tensors, their shards, and the file that contains each shard."""
         known: dict[str, TensorStorageMetadata] = {}
         locations: dict[MetadataIndex, tuple[Path, str]] = {}
         for path in sorted(self._directory.glob("shard.*.safetensors")):

@@ -1,4 +1,4 @@
-"""Save and load model and optimizer as sharded files that any world size can load."""
+"""Save the model and the optimizer to sharded files, and load them at any world size."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write(directory: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bo
         directory: existing directory to write to.
         model: model to save.
         optimizer: optimizer of the model.
-        frozen: whether to write frozen parameters too.
+        frozen: whether to include frozen parameters.
     """
     _write(directory, _get_state(model, optimizer, frozen=frozen))
 
@@ -64,7 +64,7 @@ def write_async(
         optimizer: optimizer to save in its current state.
         group: process group used only for saving; None for a single process.
         buffers: copies from the previous save; their memory is reused.
-        frozen: whether to write frozen parameters too.
+        frozen: whether to include frozen parameters.
 
     Returns:
         A future that completes once this rank has written its files; on rank 0, once all ranks
@@ -79,7 +79,7 @@ def write_async(
 
 
 def _copy_to_host(value: Any, old: Any) -> Any:
-    """Return a copy in host memory; reuse an old copy if type, shape and dtype match."""
+    """Copy a value to host memory; reuse ``old`` if its type, shape and dtype match."""
     if isinstance(value, dict):
         before = old if isinstance(old, dict) else {}
         return {key: _copy_to_host(below, before.get(key)) for key, below in value.items()}
@@ -235,13 +235,13 @@ def _check_model_matches(
         else:
             continue
         raise CheckpointError(
-            f"{directory} does not match the model: {problem}. Build the model that was saved."
+            f"{directory} does not match the model: {problem}. Build the model as in the saved run."
         )
     extra = [key for key in saved if key not in own]
     if extra and strict:
         raise CheckpointError(
             f"{directory} does not match the model: the model has no `{extra[0]}`. Build the model "
-            "that was saved, or pass `load_module_strict=False`."
+            "as in the saved run, or pass `load_module_strict=False`."
         )
 
 

@@ -1,15 +1,15 @@
-"""The files of a checkpoint: write and hash them, rename their directory, update ``latest``.
+"""Write, find and validate the files of a checkpoint.
 
 ::
 
-    DIR/latest              name of the newest checkpoint; only for other tools, not read here
+    DIR/latest              name of the newest checkpoint, for other tools; not read here
     DIR/TAG/manifest.json   the files' sizes and hashes, package versions and the run's identity
-    DIR/TAG/…               the files
-    DIR/.TAG.partial/       a checkpoint that is being written, or whose writer was killed
+    DIR/TAG/…               the other files of a checkpoint
+    DIR/.TAG.partial/       a checkpoint whose save is in progress or was interrupted
 
-A directory without a manifest is not a checkpoint. The manifest is written last, and then one
-rename gives the directory its name. The newest complete checkpoint therefore survives even if the
-process is killed during a save.
+A directory without a manifest is not a checkpoint. The manifest is written last; then the directory
+is renamed to its tag. If the process is killed during a save, the previous checkpoint therefore
+stays complete.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ _CHUNK = 1 << 22
 class Manifest:
     """Contents of ``manifest.json``, which describes a checkpoint.
 
-    ``files`` maps each file's relative path to its size in bytes and its SHA-256. ``identity``
-    holds the values that must match in a run that resumes from the checkpoint. ``versions`` holds
-    the versions of Python and of the packages that wrote it.
+    ``files`` maps each file's relative path to its size in bytes and its SHA-256 hash. ``identity``
+    contains the settings that a run must share to resume from the checkpoint. ``versions`` contains
+    the versions of Python and of the packages that wrote the checkpoint.
     """
 
     tag: str
@@ -77,7 +77,7 @@ class Manifest:
 
 
 def create_partial(directory: Path, tag: str) -> Path:
-    """Create an empty ``.TAG.partial`` directory to write a checkpoint into, and return it.
+    """Create an empty directory ``.TAG.partial`` for a new checkpoint and return its path.
 
     Args:
         directory: directory that holds the run's checkpoints; created if it does not exist.
@@ -109,7 +109,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
 
     Args:
         partial: directory from `create_partial`, with all files written.
-        manifest: description of the checkpoint; its ``files`` are filled in here.
+        manifest: manifest of the checkpoint, in which this function sets ``files``.
 
     Raises:
         OSError: if the disk is full or the directory is not writable.
@@ -142,7 +142,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
 
 
 def read_manifest(checkpoint_dir: Path) -> Manifest:
-    """Return the manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
         CheckpointError: if the manifest is missing, unreadable or has an unsupported format.
@@ -168,7 +168,7 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
 
 
 def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
-    """Return the checkpoints in a directory that have all their files, from oldest to newest."""
+    """Return the complete checkpoints in a directory, from oldest to newest."""
     found = []
     for checkpoint_dir in directory.iterdir() if directory.is_dir() else ():
         hidden = checkpoint_dir.name.startswith(".")
@@ -185,16 +185,16 @@ def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
 
 
 def has_any_checkpoint(directory: Path) -> bool:
-    """Return whether a directory has any checkpoint, even if incomplete or from another tool."""
+    """Return whether a directory contains a checkpoint, even an incomplete or another tool's."""
     return (directory / LATEST).exists() or any(directory.glob(f"*/{MANIFEST}"))
 
 
 def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
-    """Return the checkpoint with the given tag, or the newest complete one, after a hash check.
+    """Find the checkpoint with the given tag, or the newest complete one, and check its hashes.
 
     Args:
         directory: directory that holds the run's checkpoints.
-        tag: name of the checkpoint; None for the newest complete one that may be resumed.
+        tag: name of the checkpoint; if None, the newest complete one with ``resumable`` set.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -257,7 +257,7 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
     Args:
         checkpoint_dir: directory of the checkpoint.
         manifest: manifest of the checkpoint.
-        hashes: whether to compare hashes too, which reads all files.
+        hashes: whether to also check the hashes, which requires reading all files.
     """
     for name, entry in manifest.files.items():
         path = checkpoint_dir / name

@@ -1,1 +1,1 @@
-"""Parts of a training run: data, optimizers, loss scaling, progress, monitors."""
+"""Components of a training run: data, optimizers, loss scaling, progress and monitors."""

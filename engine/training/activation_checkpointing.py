@@ -1,4 +1,4 @@
-"""Activation checkpointing on PyTorch, and the search for the blocks to checkpoint."""
+"""Activation checkpointing for the PyTorch and FSDP2 backends."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def checkpoint_activations(
     blocks = find_blocks(model, wrap)
     if not blocks:
         raise ValueError(
-            "`activation_checkpointing` must find blocks in the model, got a model without a "
-            'ModuleList of equal layers. List the blocks\' classes in "engine": {"wrap": […]}.'
+            "`activation_checkpointing` found no blocks, because the model has no ModuleList of "
+            'layers of the same class. List the blocks\' classes in "engine": {"wrap": […]}.'
         )
     for block in blocks:
         block.forward = _add_checkpointing(block.forward, on_host=on_host)
@@ -72,7 +72,7 @@ def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
         if not found:
             raise ValueError(
                 f"`engine.wrap` must name classes of the model's modules, got {list(wrap)}. "
-                "Use class names that `print(model)` shows."
+                "`print(model)` shows the class names."
             )
         return found
     blocks = []

@@ -28,7 +28,7 @@ def call_model(model: Callable[..., Any], batch: Any) -> Any:
 
 
 def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: int) -> Iterator[Any]:
-    """Yield the model's output for each of the next batches.
+    """Yield the model's output for each of the next ``count`` batches.
 
     Raises:
         ValueError: the iterator has fewer than ``count`` batches left.
@@ -44,7 +44,7 @@ def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: in
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Yields one rank's micro-batches so that each optimizer step sees a whole global batch.
+    """Samples one rank's micro-batches, so that global batches do not depend on the world size.
 
     Each epoch is a random permutation of the dataset, cut into batches of ``train_batch_size``.
     Each batch is split across ranks and micro-batches. Step k therefore trains on the same samples
@@ -110,15 +110,15 @@ class RunLoader(DataLoader[Any]):
         return {"epoch": self._epoch, "given": self._requested}
 
     def load_state_dict(self, state: dict[str, int], *, resumes: bool = True) -> None:
-        """Restore a position. If ``resumes``, continue there; otherwise start the next epoch."""
+        """Load a saved position; if ``resumes`` is false, start with the next epoch instead."""
         self._epoch, self._requested, self.resumes = state["epoch"], state["given"], resumes
 
     def set_seed(self, seed: int) -> None:
-        """Set the run's seed."""
+        """Set the seed of the workers' random number generators."""
         self._seed = seed
 
     def stop_when(self, run_is_over: Callable[[], bool]) -> None:
-        """Set the function that returns whether the run is over."""
+        """Stop iterating once ``run_is_over`` returns true."""
         self._run_is_over = run_is_over
 
     def __iter__(self) -> Any:

@@ -10,11 +10,11 @@ __all__ = ["LossScaler"]
 class LossScaler:
     """Scales the loss so that small float16 gradients do not underflow to zero.
 
-    If ``loss_scale`` is above 0, the scale is static and never changes. If it is 0, the scale is
-    dynamic and starts at ``2 ** initial_scale_power``. The ``hysteresis``-th overflow and each
-    later one halve it, down to ``min_loss_scale``. After ``loss_scale_window + 1`` consecutive
-    steps without overflow, it doubles, and it doubles again after every ``loss_scale_window``
-    further ones. Doubling also resets the count of overflows.
+    If ``loss_scale`` is above 0, the scale is static. If it is 0, the scale is dynamic and starts
+    at ``2 ** initial_scale_power``. The first ``hysteresis - 1`` overflows do not change the scale;
+    every later overflow halves it, down to ``min_loss_scale``. After ``loss_scale_window + 1``
+    consecutive steps without overflow, the scale doubles. It doubles again after every further
+    ``loss_scale_window`` steps without overflow. Doubling also resets the count of overflows.
 
     >>> scaler = LossScaler(LossScaling(0, 4, 2, 1, False, 1))
     >>> for overflow in (True, False, False, False):
@@ -36,7 +36,10 @@ class LossScaler:
         self._clean_steps = 0
 
     def update(self, *, overflow: bool) -> None:
-        """Adapt the scale after a step whose gradients did or did not overflow.
+        """Update the scale after a step.
+
+        Args:
+            overflow: whether the gradients of the step overflowed.
 
         Raises:
             FloatingPointError: the gradients overflow at the lowest scale.
@@ -50,8 +53,8 @@ class LossScaler:
                 self._hysteresis -= 1
             elif self.scale <= settings.min_loss_scale:
                 raise FloatingPointError(
-                    f"The gradients overflow at the lowest loss scale, {self.scale:g}: training "
-                    "diverges. Lower the learning rate, or use bf16 or fp32."
+                    f"Training diverges: the gradients overflow even at the lowest loss scale, "
+                    f"{self.scale:g}. Lower the learning rate, or use bf16 or fp32."
                 )
             else:
                 self.scale = max(self.scale / 2, float(settings.min_loss_scale))
@@ -66,7 +69,7 @@ class LossScaler:
             self._hysteresis = settings.hysteresis
 
     def state_dict(self) -> dict[str, float]:
-        """Return the scale and the counters that decide its next change."""
+        """Return the state of the scaler as a dict."""
         return {
             "scale": self.scale,
             "hysteresis": self._hysteresis,
@@ -74,7 +77,7 @@ class LossScaler:
         }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore the values that `state_dict` returned."""
+        """Load a state that `state_dict` returned."""
         self.scale = float(state["scale"])
         self._hysteresis = int(state["hysteresis"])
         self._clean_steps = int(state["clean_updates"])

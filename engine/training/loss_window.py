@@ -1,4 +1,4 @@
-"""The losses of the micro-batches since the last optimizer step."""
+"""Check the loss, and average the losses of the micro-batches of an optimizer step."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def check_loss(loss: object) -> None:
     shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
     raise ValueError(
         f"`loss` must be a scalar tensor that requires grad, got {shown}"
-        f"{'' if getattr(loss, 'requires_grad', True) else ' that does not'}. "
-        "Take the mean, and compute it outside torch.no_grad()."
+        f"{'' if getattr(loss, 'requires_grad', True) else ' that does not require grad'}. "
+        "Compute a scalar, for example with `loss.mean()`, outside of `torch.no_grad()`."
     )
 
 
 class LossWindow:
-    """The losses of the micro-batches since the last optimizer step, if anything needs them.
+    """Collects the losses of the micro-batches since the last optimizer step.
 
     Args:
         average: function that returns the mean of a number over the ranks.
-        is_kept: whether to keep the losses for a feedback schedule, a monitor or an LR range test.
+        is_kept: whether a feedback schedule, a monitor or an LR range test needs the losses.
     """
 
     def __init__(self, average: Callable[[float], float], *, is_kept: bool) -> None:
@@ -66,7 +66,7 @@ class LossWindow:
         return self._mean
 
     def clear(self) -> None:
-        """Remove all losses, so that the next window starts."""
+        """Remove all losses."""
         if self._losses:
             self._losses.clear()
             self._mean = None

@@ -14,7 +14,7 @@ __all__ = ["CSVMonitor", "Event", "Monitor", "TensorBoardMonitor", "WandbMonitor
 
 
 class Event(NamedTuple):
-    """The name of a metric, as in DeepSpeed, its value, and the number of samples so far."""
+    """A metric's name (as in DeepSpeed), its value, and the number of samples so far."""
 
     name: str
     value: float
@@ -22,7 +22,7 @@ class Event(NamedTuple):
 
 
 class Monitor(Protocol):
-    """Receives the events of every step."""
+    """Writes the metrics of each step."""
 
     def write_events(self, events: Iterable[Event]) -> None:
         """Write events to disk immediately, so that a crash does not lose them."""
@@ -30,7 +30,7 @@ class Monitor(Protocol):
 
 
 class TensorBoardMonitor:
-    """Writes event files to ``output_path/job_name``."""
+    """Writes TensorBoard event files to ``output_path/job_name``."""
 
     def __init__(self, section: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -74,7 +74,7 @@ class WandbMonitor:
             import wandb
         except ImportError as error:
             raise ValueError(
-                "`wandb.enabled` must be false if wandb is not installed, got true. Run "
+                "`wandb.enabled` is true, but wandb is not installed. Run "
                 "`pip install wandb`, or use `tensorboard` or `csv_monitor`."
             ) from error
         self._run = wandb.init(

@@ -1,4 +1,4 @@
-"""The optimizers that a config can select, in PyTorch's fastest implementation."""
+"""Build the optimizer that a config selects, in PyTorch's fastest implementation."""
 
 from __future__ import annotations
 

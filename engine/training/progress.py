@@ -1,4 +1,4 @@
-"""The progress of a run: counters, records of steps, log lines and monitor events."""
+"""Count the steps of a run, and report them to the log and to the monitors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("onecycle")
 
 @dataclass
 class Counters:
-    """The counters of a run; checkpoints contain these fields."""
+    """Counters of a run, which are saved in its checkpoints."""
 
     micro_steps: int = 0
     global_steps: int = 0
@@ -37,7 +37,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The values that an optimizer step used and produced."""
+    """Metrics of one optimizer step, for the log and the monitors."""
 
     step: int
     """Zero-based index of the last applied step; a skipped step does not advance it."""
@@ -46,8 +46,9 @@ class StepRecord:
     skipped_steps: int
     """Number of skipped steps so far."""
     lr: Sequence[float]
-    """Learning rate of each param group; `momentum` also has one value per param group."""
+    """Learning rate of each param group."""
     momentum: Sequence[float] | None
+    """Momentum (first beta for Adam) of each param group; None if there is none."""
     weight_decay: float | None
     """Weight decay of the first param group."""
     loss: float | None
@@ -59,14 +60,14 @@ class StepRecord:
 
 
 class StepRecorder(Protocol):
-    """Receives the learning rate and the loss of each step, for an LR range test."""
+    """Records the learning rate and the loss of each step, for an LR range test."""
 
     def record(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
-        """Record a step."""
+        """Record the values of a step."""
         ...
 
     def stop_if_over(self) -> None:
-        """End the script if the test is over."""
+        """End the script if the LR range test is over."""
         ...
 
 
@@ -75,7 +76,7 @@ class ProgressReporter:
 
     Args:
         config: config with ``steps_per_print`` and the monitors' sections.
-        monitors: monitors on rank 0; empty on other ranks, which only help to average the losses.
+        monitors: monitors to write to; empty on all ranks except rank 0.
         average: function that returns the mean of a number over the ranks.
         writes_log: whether this rank writes log lines.
     """
@@ -99,17 +100,17 @@ class ProgressReporter:
         self._count = 0
 
     def add(self, loss: Tensor) -> None:
-        """Include the loss of a micro-batch in the mean that the next log line shows."""
+        """Add the loss of a micro-batch to the mean loss in the next log line."""
         if self._every:
             self._sum = self._sum + loss.detach().float()
             self._count += 1
 
     def needs_record(self, counters: Counters) -> bool:
-        """Return whether the finished step must be reported; if not, no record is collected."""
+        """Return whether `report` must be called for the last step."""
         return self.is_monitored or self._is_line_due(counters.global_steps, counters.applied)
 
     def report(self, record: StepRecord) -> None:
-        """Report a step before the schedule advances. Every rank must call this method."""
+        """Report a step to the log and the monitors. Every rank must call this method."""
         if self.is_monitored:
             self._write_events(record)
         if self._is_line_due(record.global_steps, record.is_applied):

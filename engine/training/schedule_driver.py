@@ -1,4 +1,4 @@
-"""Step the scheduler of a run, whether it is ours, torch's or a custom one."""
+"""Step the scheduler of a run, which may be built in, from torch or custom."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ScheduleDriver:
     ) -> None:
         self.scheduler = scheduler
         self.metric: Tensor | float | None = None
-        """The last metric that the script passed, kept until an applied step uses it."""
+        """Last metric passed to `Engine.step`, kept until the scheduler receives it."""
         self._average = average
         self._report = report
 
@@ -78,4 +78,4 @@ class ScheduleDriver:
         except Exception as error:  # noqa: BLE001  # a failed plot must not stop training
             log.warning("could not plot %s; training continues: %s", path, error)
         else:
-            log.info("plotted the decision of the schedule in %s", path)
+            log.info("saved a plot of the schedule's decision to %s", path)

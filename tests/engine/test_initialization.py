@@ -238,14 +238,14 @@ def test_param_groups_keep_their_learning_rates():
     [
         ({"config": None}, "`config` must be a path or a dict, got None"),
         ({"model": None}, "`model` must be a torch.nn.Module, got None"),
-        ({"config": {"train_batch_size": 8}}, "`optimizer` must be set in config"),
+        ({"config": {"train_batch_size": 8}}, "No optimizer is specified"),
         (
             {"optimizer": torch.optim.SGD},
-            "The optimizer must have one source, got two: `optimizer` in config",
+            "The optimizer is specified twice: by `optimizer` in config",
         ),
         (
             {"lr_scheduler": torch.optim.lr_scheduler.StepLR},
-            "The scheduler must have one source, got two: `scheduler` in config",
+            "The scheduler is specified twice: by `scheduler` in config",
         ),
     ],
 )

@@ -491,7 +491,7 @@ def test_load_checkpoint_pickle_bomb_is_rejected(saved, monkeypatch):
         "sha256": storage._hash(place / "engine.pt"),
     }
     (place / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"must contain only .* `posix\.system`"):
+    with pytest.raises(CheckpointError, match=r"`posix\.system`"):
         start()[0].load_checkpoint(saved)
     assert not Path("bomb_went_off").exists()
 

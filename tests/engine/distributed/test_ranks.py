@@ -59,7 +59,7 @@ def test_initialize_invalid_config_is_reported_on_rank_0_only(monkeypatch):
         start(train_batch_size=-1)
     assert waits == []
     monkeypatch.setenv("RANK", "1")
-    message = "rank 1 rejects the config"
+    message = "invalid on rank 1"
     with pytest.raises(SystemExit, match=message):
         start(train_batch_size=-1)
     assert waits == [10.0]

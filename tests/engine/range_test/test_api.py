@@ -192,7 +192,7 @@ def test_lr_range_test_invalid_arguments_are_rejected():
     with pytest.raises(ValueError, match="`batches` must yield"):
         engine.lr_range_test(trainer, [])
     train(trainer, loader, 1)
-    with pytest.raises(ValueError, match="must start between optimizer steps"):
+    with pytest.raises(ValueError, match="in the middle of a batch"):
         engine.lr_range_test(trainer, loader)
 
 
@@ -235,7 +235,7 @@ def test_lr_range_test_during_accumulation_is_rejected():
     trainer.set_gradient_accumulation_boundary(is_boundary=False)
     train(trainer, loader, 1)
     gradients = [p.grad.clone() for p in trainer.parameters()]
-    with pytest.raises(ValueError, match="must start between optimizer steps"):
+    with pytest.raises(ValueError, match="in the middle of a batch"):
         engine.lr_range_test(trainer, loader)
     kept = [p.grad for p in trainer.parameters()]
     assert all(map(torch.equal, gradients, kept))
@@ -274,5 +274,5 @@ def test_lr_range_test_after_backward_without_step_is_rejected():
     trainer, loader = start()
     (x,) = next(iter(loader))
     trainer.backward(trainer(x))
-    with pytest.raises(ValueError, match="must start between optimizer steps"):
+    with pytest.raises(ValueError, match="in the middle of a batch"):
         engine.lr_range_test(trainer, loader)
