@@ -208,7 +208,7 @@ class Engine(nn.Module):
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Evaluate one whole batch without gradients and return its loss; see `train_batch`."""
+        """Evaluate one whole batch and return its mean loss; see `train_batch`."""
         training = self.training
         self.eval()
         with torch.no_grad():

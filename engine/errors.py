@@ -72,7 +72,7 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """Raised if a checkpoint cannot be saved or loaded. Nothing was changed.
+    """Raised if a checkpoint cannot be saved or loaded. The run is unchanged.
 
     ValueError
     └── CheckpointError
@@ -90,7 +90,7 @@ class LaunchError(ValueError):
 class MisuseError(RuntimeError, AssertionError):
     """Raised if a method is called at the wrong time.
 
-    This class is also an `AssertionError`, because that is what DeepSpeed raises.
+    It also derives from `AssertionError`, which DeepSpeed raises in such cases.
 
     RuntimeError
     └── MisuseError

@@ -160,7 +160,7 @@ class TrainingRun:
         return self.backend.step(divide_by=self.config.batch.accumulation)
 
     def _finish_step(self) -> None:
-        """Count, report and record the step, then let the schedule set the next step's values."""
+        """Count and report a completed step, then step the scheduler if it was applied."""
         counters = self.counters
         self.micro_batches = 0
         counters.global_steps += 1

@@ -141,7 +141,7 @@ def _to_local(tensor: Tensor) -> Tensor:
 
 
 def check_gradient_averaging(ranks: Ranks) -> None:
-    """Check that FSDP averages gradients over the ranks, which some torch builds do not do.
+    """Check that FSDP averages gradients over the ranks. Some builds of torch do not.
 
     Raises:
         RuntimeError: FSDP's gradient of a test weight is not the mean of the ranks' gradients.

@@ -238,7 +238,7 @@ class PyTorchBackend(Backend):
 
 
 def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> None:
-    """Move a model to a device, and set up activation checkpointing and compilation."""
+    """Move a model to a device; enable activation checkpointing and compilation if configured."""
     compilers = torch.compiler.list_backends(exclude_tags=()) if config.compile_backend else ()
     if config.compile_backend is not None and config.compile_backend not in compilers:
         raise ValueError(

@@ -209,7 +209,7 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
 
 
 def _find_leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return the dotted name, the container and the key of each leaf of nested dicts and lists."""
+    """Return the dotted name, the container and the key of each leaf value."""
     found = []
     for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
         name = f"{prefix}{key}"
