@@ -163,7 +163,7 @@ def of_ranks(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def as_rank(case: str, folder: str) -> None:
-    collectives._PATIENCE = timedelta(seconds=5)
+    collectives._TIMEOUT = timedelta(seconds=5)
     config = {"train_batch_size": 4, "optimizer": {"type": "AdamW"}}
     trainer, *_ = engine.initialize(config=config, model=model())
     trainer.backward(trainer(torch.ones(2, 4)).mean())
