@@ -77,7 +77,7 @@ class TrainingRun:
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
         """Build a trial run with another schedule on the same backend. It writes no files."""
-        config = self.config.for_trial_run(schedule)
+        config = self.config.copy_for_trial_run(schedule)
         trial = self.start(config, self.backend, bind(schedule, self.backend.optimizer))
         trial.record_steps(recorder, is_trial=True)
         return trial

@@ -10,8 +10,8 @@ schemas use:
 - ``x-removed`` and ``x-since``: DeepSpeed versions
 - ``x-alias-of``: the key with the same meaning
 
-``aliases.json`` maps the key names of other tools to ours. ``rules.json`` holds the page of each
-rule.
+``aliases.json`` maps the key names of other tools to those of this config. ``rules.json`` contains
+the documentation of each rule.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DIRECTORY = Path(__file__).parent
 
 @functools.cache
 def read(name: str) -> dict[str, Any]:
-    """Return the contents of a JSON file in this directory. Do not modify it: it is cached.
+    """Return the contents of a JSON file in this directory. Do not modify the cached result.
 
     >>> read("sections/bf16.json")["title"]
     'bf16'

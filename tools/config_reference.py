@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import schemas
-from engine.config.pointers import dotted_name, key_at, parent_of, split_pointer
+from engine.config.pointers import dotted_name, get_last_key, get_parent, split_pointer
 from engine.config.schema import ABSENT, OPTIMIZERS, SCHEMA, SECTION, Member, walk
 from schedules.core.fields import wanted
 
@@ -53,9 +53,9 @@ def _skip_old_sections(schema: Mapping[str, Any]) -> Any:
 def _select_keys(section: str, members: Sequence[Member]) -> dict[str, Mapping[str, Any]]:
     """Return the schemas of the keys in a section, excluding nested sections."""
     return {
-        key_at(member.pointer): member.schema
+        get_last_key(member.pointer): member.schema
         for member in members
-        if parent_of(member.pointer) == section and not member.is_section
+        if get_parent(member.pointer) == section and not member.is_section
     }
 
 

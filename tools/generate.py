@@ -15,7 +15,7 @@ import engine
 import schedules
 import schemas
 from engine.config.editor_schema import editor_schema
-from engine.display.catalog import EXAMPLE_STEPS, example_curves, page
+from engine.display.catalog import EXAMPLE_STEPS, example_curves, format_page
 from engine.display.plots import draw
 from schedules import SCHEDULES
 from schedules.core.descriptions import INDEX, descriptions_in_source, read_index
@@ -91,7 +91,7 @@ def reference() -> Iterator[str]:
     )
     for name, cls in SCHEDULES.items():
         yield f"\n## {name}\n\n![{name}](pictures/{name}.png)\n\n```text"
-        yield from list(page(cls))[2 : -1 - len(example_curves(cls))]
+        yield from list(format_page(cls))[2 : -1 - len(example_curves(cls))]
         yield "```"
 
 

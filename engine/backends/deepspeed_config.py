@@ -13,8 +13,16 @@ from typing import Any
 import schemas
 from engine.config import Config
 from engine.config.batch_sizes import BATCH_KEYS
-from engine.config.pointers import parent_of
-from engine.config.schema import ABSENT, SCHEMA, SECTION, default_of, is_parked, nest, walk
+from engine.config.pointers import get_parent
+from engine.config.schema import (
+    ABSENT,
+    SCHEMA,
+    SECTION,
+    get_default,
+    is_ignored,
+    to_nested_dict,
+    walk,
+)
 
 __all__ = ["build_deepspeed_config"]
 
@@ -48,10 +56,10 @@ def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[st
     if isinstance(own.get("zero_optimization"), bool):
         own["zero_optimization"] = {"stage": config.zero_stage}
     # Do not add missing sections: some take effect just by being present.
-    settings = nest(
+    settings = to_nested_dict(
         member
         for member in walk(own, schemas.read(SCHEMA), fill=_fill)
-        if member.is_given or parent_of(member.pointer)
+        if member.is_given or get_parent(member.pointer)
     )
     sizes = (config.batch.train, config.batch.micro, config.batch.accumulation)
     settings |= dict(zip(BATCH_KEYS, sizes, strict=True))
@@ -67,11 +75,11 @@ def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[st
 def _drop_parked_keys(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    return {key: _drop_parked_keys(below) for key, below in value.items() if not is_parked(key)}
+    return {key: _drop_parked_keys(below) for key, below in value.items() if not is_ignored(key)}
 
 
 def _fill(schema: Mapping[str, Any]) -> Any:
     """Return the default to pass to DeepSpeed for a missing key, or ABSENT to omit the key."""
-    default = default_of(schema, "deepspeed")
+    default = get_default(schema, "deepspeed")
     is_newer = "x-since" in schema  # the installed DeepSpeed may be older than the key
     return ABSENT if default is None or default is SECTION or is_newer else default

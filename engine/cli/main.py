@@ -75,7 +75,7 @@ def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     name = arguments[0].replace("-", "_")
     command = importlib.import_module(f"engine.cli.commands.{name}")
     parser = argparse.ArgumentParser(prog=f"onecycle {arguments[0]}")
-    command.add(parser)
+    command.add_arguments(parser)
     args = parser.parse_args(arguments[1:])
 
     from engine.config import ConfigError
@@ -103,7 +103,7 @@ def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
 
 
 class _Version(argparse.Action):
-    """Prints the package versions that a bug report should include."""
+    """An argparse action that prints package versions for bug reports."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from engine.versions import get_installed_version

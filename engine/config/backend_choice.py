@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from engine.config.pointers import dotted_name, is_within
 from engine.config.schema import Member
 
-__all__ = ["BackendChoice", "choose_backend", "find_deepspeed_only", "zero_stage"]
+__all__ = ["BackendChoice", "choose_backend", "find_deepspeed_only_keys", "zero_stage"]
 
 
 class BackendChoice(NamedTuple):
@@ -29,10 +29,10 @@ def zero_stage(config: Mapping[str, Any]) -> int | str:
     return stage
 
 
-def find_deepspeed_only(members: Sequence[Member]) -> list[Member]:
+def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
     """Return the keys and sections that only DeepSpeed supports.
 
-    A section is returned once, without the keys inside it.
+    If a whole section requires DeepSpeed, the keys inside it are not listed.
     """
     found: list[Member] = []
     for member in members:
@@ -43,9 +43,10 @@ def find_deepspeed_only(members: Sequence[Member]) -> list[Member]:
 
 
 def choose_backend(config: Mapping[str, Any], members: Sequence[Member]) -> BackendChoice:
-    """Return the backend set by `engine.backend`; if it is "auto", choose one.
+    """Choose the backend that runs a config.
 
-    DeepSpeed is chosen if the config uses ZeRO or a key that only DeepSpeed supports.
+    `engine.backend` sets the backend. If it is "auto", DeepSpeed is chosen for configs that use
+    ZeRO or a key that only DeepSpeed supports, and torch otherwise.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'
@@ -53,7 +54,7 @@ def choose_backend(config: Mapping[str, Any], members: Sequence[Member]) -> Back
     named = config.get("engine", {}).get("backend", "auto")
     if named != "auto":
         return BackendChoice(named, "set by `engine.backend`")
-    keys = [dotted_name(member.pointer) for member in find_deepspeed_only(members)]
+    keys = [dotted_name(member.pointer) for member in find_deepspeed_only_keys(members)]
     if zero_stage(config) not in {0, "auto"}:
         is_old = isinstance(config["zero_optimization"], bool)
         keys.insert(0, "zero_optimization" if is_old else "zero_optimization.stage")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from engine.config.wording import count_noun
 
-__all__ = ["BATCH_KEYS", "BatchError", "BatchSizes", "solve"]
+__all__ = ["BATCH_KEYS", "BatchError", "BatchSizes", "derive_batch_sizes"]
 
 TRAIN = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
@@ -41,9 +41,9 @@ class BatchSizes:
 
 
 class BatchError(ValueError):
-    """The batch sizes are inconsistent.
+    """The batch sizes are inconsistent, or cannot be derived.
 
-    ``key`` is the config key to change, and ``hint`` describes the fix.
+    ``key`` is the config key to change. ``hint`` describes the fix.
     """
 
     def __init__(self, key: str, message: str, hint: str) -> None:
@@ -52,8 +52,8 @@ class BatchError(ValueError):
         self.hint = hint
 
 
-def solve(given: Mapping[str, int], world_size: int) -> BatchSizes:
-    """Return all three batch sizes. Sizes that are not given are derived.
+def derive_batch_sizes(given: Mapping[str, int], world_size: int) -> BatchSizes:
+    """Return all three batch sizes, and derive those that are not given.
 
     Two of the three sizes determine the third. If only one size is given, the number of
     accumulation steps is 1, as in DeepSpeed.
@@ -66,7 +66,8 @@ def solve(given: Mapping[str, int], world_size: int) -> BatchSizes:
         BatchError: the sizes are inconsistent, or neither the train batch size nor the
             micro-batch size is given.
 
-    >>> print(solve({"train_batch_size": 32, "gradient_accumulation_steps": 2}, world_size=4))
+    >>> given = {"train_batch_size": 32, "gradient_accumulation_steps": 2}
+    >>> print(derive_batch_sizes(given, world_size=4))
     batch size 32 = 4 per rank x 2 accumulation steps x 4 ranks
     """
     train, micro, accumulation = (given.get(key) for key in BATCH_KEYS)
@@ -80,7 +81,7 @@ def solve(given: Mapping[str, int], world_size: int) -> BatchSizes:
         return BatchSizes(micro * accumulation * world_size, micro, accumulation, world_size)
     if micro is not None and accumulation is not None:
         if train != micro * accumulation * world_size:
-            raise _mismatch_error(train, micro, accumulation, world_size)
+            raise _build_mismatch_error(train, micro, accumulation, world_size)
         return BatchSizes(train, micro, accumulation, world_size)
     if micro is not None:
         rest = _divide(train, micro, world_size, f"`{MICRO}` ({micro})")
@@ -103,11 +104,11 @@ def _divide(train: int, by: int, world_size: int, factor: str) -> int:
     return whole
 
 
-def _mismatch_error(train: int, micro: int, accumulation: int, world_size: int) -> BatchError:
+def _build_mismatch_error(train: int, micro: int, accumulation: int, world_size: int) -> BatchError:
     product = micro * accumulation * world_size
     return BatchError(
         TRAIN,
         f"`{TRAIN}` must be `{MICRO}` ({micro}) x `{ACCUMULATION}` ({accumulation}) x "
         f"{count_noun(world_size, 'rank')} = {product}, got {train}.",
-        f"Set it to {product}, or remove one of the three keys to have it derived.",
+        f"Set it to {product}, or remove one of the three keys.",
     )

@@ -1,4 +1,4 @@
-"""Build one self-contained draft-07 JSON schema of a whole config, for editors."""
+"""Build the JSON schema for editors: one draft-07 schema that covers a whole config."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import schemas
-from engine.config.pointers import key_at, parent_of
+from engine.config.pointers import get_last_key, get_parent
 from engine.config.schema import OPTIMIZERS, SCHEMA, SECTION, schedule_schema, walk
 from schedules import SCHEDULES
 
@@ -16,11 +16,11 @@ _DRAFT = "http://json-schema.org/draft-07/schema#"
 
 
 def editor_schema() -> dict[str, Any]:
-    """Return the schema that editors use for completion, hover texts and error highlighting.
+    """Build the schema that editors use for completion, tooltips and error highlighting.
 
     A config refers to this schema with the key ``$schema``. The schema validates each value
-    separately; only `check` also validates combinations of values. The schema of ``params``
-    depends on ``type``.
+    separately. To validate combinations of values, use `onecycle validate`. The schema of
+    ``params`` depends on ``type``.
     """
     schema = _inline_references(schemas.read(SCHEMA))
     schema["$schema"] = _DRAFT
@@ -32,26 +32,26 @@ def editor_schema() -> dict[str, Any]:
     properties["scheduler"] |= _branch_on_type(by_schedule, any_case=False)
     for block, names in ((properties["optimizer"], usable), (properties["scheduler"], SCHEDULES)):
         of_type = block["properties"]["type"]
-        any_case = [{"pattern": _ignore_case(name)} for name in names]
+        any_case = [{"pattern": _build_case_insensitive_pattern(name)} for name in names]
         patterns = any_case if names is usable else [custom]
         of_type["anyOf"] = [{"enum": list(names)}, *patterns]
     return schema
 
 
 def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a schema, with each reference to a file replaced by the file's content."""
+    """Return a copy of a schema in which each reference is replaced by the file's content."""
     inlined = {"": _copy_for_editors(schema)}
     for member in walk({}, schema, fill=lambda _: SECTION):
         inlined[member.pointer] = _copy_for_editors(member.schema)
-        around = inlined[parent_of(member.pointer)]["properties"]
-        around[key_at(member.pointer)] = inlined[member.pointer]
+        around = inlined[get_parent(member.pointer)]["properties"]
+        around[get_last_key(member.pointer)] = inlined[member.pointer]
     return inlined[""]
 
 
 def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a schema with empty ``properties`` and without references.
 
-    If the key is deprecated, the copy also has the message that editors show.
+    If the key is deprecated or removed, add the message that editors show.
     """
     copy = {key: value for key, value in schema.items() if key not in {"$ref", "$schema"}}
     if "properties" in copy:
@@ -62,10 +62,12 @@ def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _branch_on_type(of_types: Mapping[str, Mapping[str, Any]], *, any_case: bool) -> dict[str, Any]:
-    """Return one if/then branch per ``type`` that selects the schema of ``params``."""
+    """Build one if/then branch per ``type`` that selects the schema of ``params``."""
     branches = []
     for name, schema in of_types.items():
-        of_type = {"pattern": _ignore_case(name)} if any_case else {"const": name}
+        of_type = (
+            {"pattern": _build_case_insensitive_pattern(name)} if any_case else {"const": name}
+        )
         params = _inline_references(schema)
         then: dict[str, Any] = {"properties": {"params": params}}
         if params.get("required"):
@@ -75,6 +77,6 @@ def _branch_on_type(of_types: Mapping[str, Mapping[str, Any]], *, any_case: bool
     return {"allOf": branches}
 
 
-def _ignore_case(name: str) -> str:
+def _build_case_insensitive_pattern(name: str) -> str:
     letters = (f"[{c.upper()}{c.lower()}]" if c.isalpha() else c for c in name)
     return f"^{''.join(letters)}$"

@@ -1,6 +1,6 @@
 """Apply fixes to the text of a config, and insert a scheduler block.
 
-The rest of the text does not change, including comments, the order of keys and whitespace.
+All other text is preserved, including comments, whitespace and the order of keys.
 """
 
 from __future__ import annotations
@@ -14,33 +14,35 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.parser import Document
-from engine.config.pointers import parent_of, pointer_to
+from engine.config.pointers import get_parent, join_pointer
 from engine.config.source import load_document
 from engine.errors import Problem
 
-__all__ = ["put_scheduler", "repair", "with_scheduler"]
+__all__ = ["apply_fixes", "replace_scheduler", "write_scheduler"]
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|#[^\n]*|/\*.*?\*/|[{}\[\],]', re.DOTALL)
 _INDENT = 2
 
 
-def repair(document: Document, problems: Sequence[Problem]) -> tuple[str, list[Problem]]:
-    """Apply every automatic fix; return the new text and the problems that it solves.
+def apply_fixes(document: Document, problems: Sequence[Problem]) -> tuple[str, list[Problem]]:
+    """Apply all automatic fixes to the text of a config.
 
-    The rest of the text does not change, including comments and whitespace. A key is not renamed
-    if the config already has a key with the new name.
+    A key is not renamed if the config already has a key with the new name.
+
+    Returns:
+        The new text and the problems that were fixed.
     """
     text = document.text
     edits: list[tuple[int, int, str]] = []
     fixed = []
-    taken = set(document.places)
+    taken = set(document.locations)
     for problem in problems:
-        place = document.places.get(problem.pointer)
-        if problem.fix is None or place is None:
+        location = document.locations.get(problem.pointer)
+        if problem.fix is None or location is None:
             continue
-        start = document.offset(place.key if problem.fix.key else place.value)
+        start = document.get_offset(location.key if problem.fix.key else location.value)
         if problem.fix.key:
-            new = pointer_to(parent_of(problem.pointer), problem.fix.key)
+            new = join_pointer(get_parent(problem.pointer), problem.fix.key)
             if new in taken:
                 continue
             taken.add(new)
@@ -54,29 +56,32 @@ def repair(document: Document, problems: Sequence[Problem]) -> tuple[str, list[P
     return text, fixed
 
 
-def put_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
-    """Write a scheduler block into a config file; return the path of a backup of the old file.
+def write_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
+    """Write a scheduler block to a config file, and back up the old file.
+
+    Returns:
+        Path of the backup.
 
     Raises:
-        OSError: the config or the backup cannot be written.
+        OSError: the config or its backup cannot be written.
     """
     document = load_document(path)
-    text = with_scheduler(document, block)
+    text = replace_scheduler(document, block)
     backup = path.with_name(f"{path.name}.bak")
     shutil.copy2(path, backup)
-    path.write_bytes(document.encoded(text))
+    path.write_bytes(document.encode_text(text))
     return backup
 
 
-def with_scheduler(document: Document, block: Mapping[str, Any]) -> str:
-    """Return the text of a config with a new scheduler block.
+def replace_scheduler(document: Document, block: Mapping[str, Any]) -> str:
+    """Return the text of a config with its scheduler block replaced or added.
 
-    If the old block has the same type and the same parameters, only the values that differ are
-    replaced. Comments inside the block then remain.
+    If the old block has the same type and the same parameter names, only the values that differ
+    are replaced, so that comments inside the block are preserved.
 
     >>> from engine.config.parser import parse
     >>> text = '{"scheduler": {"type": "A", "params": {"x": 1}} // mine\\n}'
-    >>> print(with_scheduler(parse(text, "c.json"), {"type": "A", "params": {"x": 2}}))
+    >>> print(replace_scheduler(parse(text, "c.json"), {"type": "A", "params": {"x": 2}}))
     {"scheduler": {"type": "A", "params": {"x": 2}} // mine
     }
     """
@@ -111,7 +116,7 @@ def _insert_block(document: Document, block: Mapping[str, Any]) -> str:
     member = f'"scheduler": {_format_json(block, _INDENT)}'
     if not document.value:
         return f"{text[:close]}{member}{text[close:]}"
-    members = (pointer_to("", key) for key in document.value)
+    members = (join_pointer("", key) for key in document.value)
     last = max(members, key=lambda at: _find_span(document, at)[1])
     end = _find_span(document, last)[1]
     comma = tokens[-2].start() if tokens[-2].group() == "," else None  # trailing comma
@@ -122,7 +127,7 @@ def _insert_block(document: Document, block: Mapping[str, Any]) -> str:
 def _find_span(document: Document, pointer: str) -> tuple[int, int]:
     """Return the start and end index of a value in the text."""
     text = document.text
-    start = document.offset(document.places[pointer].value)
+    start = document.get_offset(document.locations[pointer].value)
     if text[start] not in "{[":
         plain = re.compile(r'"(?:[^"\\]|\\.)*"|[-+.\w]+').match(text, start)
         assert plain is not None

@@ -1,4 +1,4 @@
-"""Command-line arguments of training scripts that override values of the config file.
+"""Command-line arguments for training scripts that override values of the config.
 
 Some arguments have the same names and meanings as in SambaFlow (``--learning_rate``,
 ``--max_steps``, …). The others are DeepSpeed's arguments: ``--deepspeed_config``, and one argument
@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.parser import Document
-from engine.config.pointers import pointer_to, split_pointer
+from engine.config.pointers import join_pointer, split_pointer
 from schedules import Schedule
 from schedules.core.descriptions import descriptions_of
 from schedules.core.fields import fields_of, wanted
 from schedules.core.registry import find, of_family
 
-__all__ = ["Override", "add_config_arguments", "override"]
+__all__ = ["Override", "add_config_arguments", "apply_overrides"]
 
 
 def _parse_json(text: str) -> Any:
@@ -58,8 +58,8 @@ _RUN_ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
 
 
 @functools.cache
-def _schedule_parameters() -> dict[str, type[Schedule[Any]]]:
-    """Map the name of each parameter of DeepSpeed's schedules to a schedule that has it."""
+def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
+    """Map each parameter name of DeepSpeed's schedules to a schedule with this parameter."""
     return {
         name: cls
         for cls in of_family("families.deepspeed").values()
@@ -70,32 +70,32 @@ def _schedule_parameters() -> dict[str, type[Schedule[Any]]]:
 
 # A script may define arguments with the same names for other purposes. A namespace has this
 # attribute only if its parser was passed to `add_config_arguments`.
-_MARK = "config_arguments"
+_MARKER = "config_arguments"
 
 
 @dataclass(frozen=True)
 class Override:
     """A config value that was set by a command-line argument.
 
-    ``in_file`` is the replaced value and its position in the file. It is empty if the file does not
-    contain the key or already has the same value.
+    ``replaced_value`` is the value in the file, with its position. It is empty if the file does not
+    contain the key or has the same value.
     """
 
     argument: str
     pointer: str
     value: Any
-    in_file: str
+    replaced_value: str
 
     def __str__(self) -> str:
-        replaced = f", overriding {self.in_file}" if self.in_file else ""
+        replaced = f", overriding {self.replaced_value}" if self.replaced_value else ""
         return f"`{self.pointer}` is set to {json.dumps(self.value)} by {self.argument}{replaced}"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add arguments that specify a config file and override its values; return the parser.
 
-    Pass the parsed namespace to ``initialize(args=…)``. If the user omits an argument, the value in
-    the config file is used.
+    Pass the parsed namespace to ``initialize(args=…)``. Arguments that are not given on the command
+    line do not change the config.
 
     >>> parser = add_config_arguments(argparse.ArgumentParser())
     >>> args = parser.parse_args(["--deepspeed_config", "ds_config.json", "--max_steps", "100"])
@@ -113,7 +113,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     tuning = parser.add_argument_group(
         "schedule", "parameters of DeepSpeed's schedules; override `scheduler.params`"
     )
-    for name, cls in _schedule_parameters().items():
+    for name, cls in _find_schedule_parameters().items():
         field = fields_of(cls)[name]
         default = "" if field.required else f" (default: {json.dumps(field.default)})"
         accepted = f"Accepts {wanted(field.schema)}{default}."
@@ -125,16 +125,21 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         tuning.add_argument(
             f"--{name}", metavar="VALUE", type=_parse_json, help=text.replace("%", "%%"), **flag
         )
-    parser.set_defaults(**{_MARK: True})
+    parser.set_defaults(**{_MARKER: True})
     return parser
 
 
-def override(document: Document, args: argparse.Namespace) -> tuple[Document, list[Override]]:
-    """Apply the arguments in a namespace; return the new document and the overrides.
+def apply_overrides(
+    document: Document, args: argparse.Namespace
+) -> tuple[Document, list[Override]]:
+    """Override config values with command-line arguments.
 
-    A namespace overrides values only if its parser was passed to `add_config_arguments`.
+    If the parser of ``args`` was not passed to `add_config_arguments`, nothing is changed.
+
+    Returns:
+        The new document and the overrides.
     """
-    if not getattr(args, _MARK, False) or not isinstance(document.value, dict):
+    if not getattr(args, _MARKER, False) or not isinstance(document.value, dict):
         return document, []
     value = json.loads(json.dumps(document.value))
     changes: list[Override] = []
@@ -143,7 +148,7 @@ def override(document: Document, args: argparse.Namespace) -> tuple[Document, li
     is_replaced = "lr_schedule" in given and isinstance(schedule, dict)
     if is_replaced and schedule.get("type") != given["lr_schedule"]:
         schedule.pop("params", None)  # These params are for the old schedule.
-    for argument, pointer, new in _list_targets(given, value):
+    for argument, pointer, new in _find_values_to_set(given, value):
         *sections, key = split_pointer(pointer)
         around = value
         for section in sections:
@@ -151,27 +156,27 @@ def override(document: Document, args: argparse.Namespace) -> tuple[Document, li
             if not isinstance(around, dict):
                 break  # `check` reports this problem
         else:
-            place = document.places.get(pointer)
-            in_file = ""
-            if place is not None and around.get(key) != new:
-                old = json.dumps(document.at(pointer))
-                in_file = f"{old} at {document.name}:{place.value[0]}:{place.value[1]}"
+            location = document.locations.get(pointer)
+            replaced_value = ""
+            if location is not None and around.get(key) != new:
+                old = json.dumps(document.get_value(pointer))
+                replaced_value = f"{old} at {document.name}:{location.value[0]}:{location.value[1]}"
             around[key] = new
-            changes.append(Override(f"--{argument}", pointer, new, in_file))
+            changes.append(Override(f"--{argument}", pointer, new, replaced_value))
     origins = {change.pointer: change.argument for change in changes}
     return replace(document, value=value, arguments=origins), changes
 
 
-def _list_targets(
+def _find_values_to_set(
     given: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Any]]:
-    """Yield (argument, pointer, value) for each value to set, starting with the schedule's type."""
+    """Yield (argument, JSON pointer, value) for each value to set; the schedule type is first."""
     if "lr_schedule" in given:
         yield "lr_schedule", "/scheduler/type", given["lr_schedule"]
     schedule = config.get("scheduler")
     schedule = schedule if isinstance(schedule, dict) else {}
     params = schedule.get("params") or {}
-    fields = _schedule_fields(given.get("lr_schedule") or schedule.get("type"))
+    fields = _get_schedule_fields(given.get("lr_schedule") or schedule.get("type"))
     if "learning_rate" in given:
         if "optimizer" in config:
             yield "learning_rate", "/optimizer/params/lr", given["learning_rate"]
@@ -183,12 +188,12 @@ def _list_targets(
             yield "max_steps", "/scheduler/params/max_steps", given["max_steps"]
     if "steps_this_run" in given:
         yield "steps_this_run", "/engine/steps_this_run", given["steps_this_run"]
-    for name in ("warmup_steps", "end_lr_ratio", *_schedule_parameters()):
+    for name in ("warmup_steps", "end_lr_ratio", *_find_schedule_parameters()):
         if name in given:
-            yield name, pointer_to("/scheduler/params", name), given[name]
+            yield name, join_pointer("/scheduler/params", name), given[name]
 
 
-def _schedule_fields(name: object) -> Mapping[str, Any]:
+def _get_schedule_fields(name: object) -> Mapping[str, Any]:
     try:
         return fields_of(find(name)) if isinstance(name, str) else {}
     except ValueError:

@@ -1,8 +1,8 @@
 """Parse the text of a config into values, and record the position of every key and value.
 
-The parser accepts what DeepSpeed accepts: JSON with the comments and trailing commas of hjson. It
-reports duplicate keys, NaN and unquoted text, which DeepSpeed's parser silently accepts. It
-continues after a problem if possible, so that one run reports all problems.
+Like DeepSpeed's parser, it accepts JSON with the comments and trailing commas of hjson. Unlike
+DeepSpeed's parser, it reports duplicate keys, NaN and unquoted text. If possible, it continues
+after an error, so that all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from json import JSONDecoder
 from typing import Any, NoReturn
 
-from engine.config.pointers import parent_of, pointer_to, split_pointer
+from engine.config.pointers import get_parent, join_pointer, split_pointer
 from engine.errors import Fix, Problem
 
 __all__ = ["Document", "is_finite", "parse"]
 
 MAX_DEPTH = 100
-_MARK = "\ufeff"
+_BYTE_ORDER_MARK = "\ufeff"
 _SPACE = re.compile(r"(?:\s|//[^\n]*|#[^\n]*|/\*.*?\*/)*", re.DOTALL)
 _COMMENT = re.compile(r"//|#|/\*")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?(?![\w.+-])")
@@ -35,8 +35,8 @@ _LITERALS = {"true": True, "false": False, "null": None}
 
 
 @dataclass(frozen=True)
-class Place:
-    """The positions where a key and its value start, as (line, column); both are 1-based."""
+class Location:
+    """The start of a key and of its value, each as 1-based (line, column)."""
 
     key: tuple[int, int]
     value: tuple[int, int]
@@ -44,47 +44,47 @@ class Place:
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed config: its values, the position of each value, and the syntax problems.
+    """A parsed config, with the position of each value and the syntax problems.
 
-    ``places`` maps JSON pointers to positions.
+    ``locations`` maps JSON pointers to positions.
     """
 
     name: str
     value: Any
-    places: Mapping[str, Place] = field(default_factory=dict)
+    locations: Mapping[str, Location] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     text: str = ""
-    marked: bool = False
+    has_byte_order_mark: bool = False
     """Whether the file starts with a byte order mark."""
     arguments: Mapping[str, str] = field(default_factory=dict)
     """Maps a JSON pointer to the command-line argument that set its value."""
 
-    def encoded(self, text: str) -> bytes:
-        """Encode a text as UTF-8; start it with a byte order mark if the config file has one."""
-        return (_MARK + text if self.marked else text).encode()
+    def encode_text(self, text: str) -> bytes:
+        """Encode a text as UTF-8, with a byte order mark if the config file has one."""
+        return (_BYTE_ORDER_MARK + text if self.has_byte_order_mark else text).encode()
 
     @property
     def lines(self) -> list[str]:
-        """The lines of the config's text, without line endings."""
+        """The lines of the config, without line endings."""
         return [line.removesuffix("\r") for line in self.text.split("\n")]
 
-    def offset(self, place: tuple[int, int]) -> int:
+    def get_offset(self, location: tuple[int, int]) -> int:
         """Convert a (line, column) position to an index into the text."""
-        line, column = place
+        line, column = location
         return self._line_starts[line - 1] + column - 1
 
     @functools.cached_property
     def _line_starts(self) -> list[int]:
         return [0, *itertools.accumulate(len(line) + 1 for line in self.text.split("\n"))]
 
-    def at(self, pointer: str) -> Any:
+    def get_value(self, pointer: str) -> Any:
         """Return the value at a JSON pointer."""
         value = self.value
         for key in split_pointer(pointer):
             value = value[int(key)] if isinstance(value, list) else value[key]
         return value
 
-    def problem(
+    def build_problem(
         self,
         rule: str,
         pointer: str,
@@ -98,16 +98,16 @@ class Document:
     ) -> Problem:
         """Build a problem at the position of a JSON pointer.
 
-        If the pointer has no position, such as that of a missing key, use the position of the
-        nearest enclosing value.
+        If the pointer has no position, for example because the key is missing, use the position of
+        the nearest enclosing object.
         """
         around = pointer
-        while around and around not in self.places and around not in self.arguments:
-            around = parent_of(around)
-        place = self.places.get(around)
+        while around and around not in self.locations and around not in self.arguments:
+            around = get_parent(around)
+        location = self.locations.get(around)
         if around in self.arguments:
-            place, message = None, f"{message} The value was set by {self.arguments[around]}."
-        line, column = (0, 0) if place is None else place.key if at_key else place.value
+            location, message = None, f"{message} The value was set by {self.arguments[around]}."
+        line, column = (0, 0) if location is None else location.key if at_key else location.value
         return Problem(
             rule=rule,
             severity=severity,
@@ -122,7 +122,7 @@ class Document:
 
 
 def is_finite(number: float) -> bool:
-    """Return whether a number is finite as a float; False for integers too large for a float.
+    """Return whether a number is finite and not too large for a float.
 
     >>> is_finite(10**300), is_finite(10**400), is_finite(float("nan"))
     (True, False, False)
@@ -136,23 +136,27 @@ def is_finite(number: float) -> bool:
 def parse(text: str, name: str) -> Document:
     """Parse the text of a config.
 
-    If the syntax is invalid, the document's value is None and its problems include the error.
+    If the syntax is invalid, ``value`` is None and ``problems`` contains the error.
     """
-    marked = text.startswith(_MARK)
-    text = text.removeprefix(_MARK)
+    has_byte_order_mark = text.startswith(_BYTE_ORDER_MARK)
+    text = text.removeprefix(_BYTE_ORDER_MARK)
     parser = _Parser(text)
     try:
         value = parser.document()
     except _BrokenSyntaxError as error:
-        line, column = parser.place(error.at)
+        line, column = parser.find_location(error.at)
         broken = Problem("syntax", "error", "", line, column, error.message, error.hint)
-        return Document(name, None, parser.places, (*parser.problems, broken), text, marked)
-    return Document(name, value, parser.places, tuple(parser.problems), text, marked)
+        return Document(
+            name, None, parser.locations, (*parser.problems, broken), text, has_byte_order_mark
+        )
+    return Document(
+        name, value, parser.locations, tuple(parser.problems), text, has_byte_order_mark
+    )
 
 
 @functools.cache
-def _unquoted() -> re.Pattern[str]:
-    """Return the pattern that matches unquoted or single-quoted text; compile it on first use."""
+def _compile_unquoted_pattern() -> re.Pattern[str]:
+    """Compile the pattern of unquoted or single-quoted text."""
     return re.compile(
         r"""
         '[^'\n]*'                                       # text in single quotes
@@ -176,31 +180,31 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
-        self.places: dict[str, Place] = {}
+        self.locations: dict[str, Location] = {}
         self.problems: list[Problem] = []
         self._line_starts = [0, *(match.end() for match in re.finditer(r"\n", text))]
         self._lenient = False
 
-    def place(self, at: int) -> tuple[int, int]:
+    def find_location(self, at: int) -> tuple[int, int]:
         line = bisect_right(self._line_starts, at)
         return line, at - self._line_starts[line - 1] + 1
 
     def document(self) -> Any:
         self._space()
         if self.at == len(self.text):
-            raise _BrokenSyntaxError(self.at, "The config must be a JSON object, got empty text.")
-        value = self._value("", self.place(self.at), depth=0)
+            raise _BrokenSyntaxError(self.at, "The config must be a JSON object, but it is empty.")
+        value = self._value("", self.find_location(self.at), depth=0)
         self._space()
         if self.at < len(self.text):
             self._expected("the end of the file")
         return value
 
     def _value(self, pointer: str, key: tuple[int, int], depth: int) -> Any:
-        place = self.place(self.at)
-        self.places[pointer] = Place(key, place)
+        location = self.find_location(self.at)
+        self.locations[pointer] = Location(key, location)
         if depth > MAX_DEPTH:
             raise _BrokenSyntaxError(
-                self.at, f"Values can be nested at most {MAX_DEPTH} levels deep."
+                self.at, f"The config must have at most {MAX_DEPTH} levels of nesting."
             )
         match self.text[self.at : self.at + 1]:
             case "{":
@@ -210,45 +214,45 @@ class _Parser:
             case '"':
                 return self._string()
             case _:
-                return self._number_or_word(pointer, place)
+                return self._number_or_word(pointer, location)
 
     def _object(self, pointer: str, depth: int) -> dict[str, Any]:
         members: dict[str, Any] = {}
         self.at += 1
-        while not self._closes("}", first=not members):
-            key_place = self.place(self.at)
+        while not self._skip_closing_bracket("}", first=not members):
+            key_location = self.find_location(self.at)
             key = self._key()
-            below = pointer_to(pointer, key)
+            below = join_pointer(pointer, key)
             if key in members:
-                first = self.places[below].key[0]
+                first = self.locations[below].key[0]
                 self.problems.append(
                     Problem(
                         "duplicate-key",
                         "error",
                         below,
-                        *key_place,
+                        *key_location,
                         f"Duplicate key `{key}`, already set on line {first}.",
-                        "Remove one of the two; JSON parsers differ in which one they use.",
+                        "Remove one of the two keys. JSON parsers disagree on which one to use.",
                     )
                 )
             self._space()
             self._take(":")
             self._space()
-            members[key] = self._value(below, key_place, depth + 1)
+            members[key] = self._value(below, key_location, depth + 1)
         return members
 
     def _array(self, pointer: str, depth: int) -> list[Any]:
         items: list[Any] = []
         self.at += 1
-        while not self._closes("]", first=not items):
-            below = pointer_to(pointer, len(items))
-            items.append(self._value(below, self.place(self.at), depth + 1))
+        while not self._skip_closing_bracket("]", first=not items):
+            below = join_pointer(pointer, len(items))
+            items.append(self._value(below, self.find_location(self.at), depth + 1))
         return items
 
-    def _closes(self, bracket: str, *, first: bool) -> bool:
-        """Return whether the closing bracket comes next.
+    def _skip_closing_bracket(self, bracket: str, *, first: bool) -> bool:
+        """Skip the closing bracket if it is next, and return whether it was.
 
-        Also skip the closing bracket, or the comma before the next member.
+        If it is not, skip the comma before the next item.
         """
         end = self.at
         self._space()
@@ -269,7 +273,7 @@ class _Parser:
     def _key(self) -> str:
         if self.text.startswith('"', self.at):
             return self._string()
-        bare = _unquoted().match(self.text, self.at)
+        bare = _compile_unquoted_pattern().match(self.text, self.at)
         if bare is None:
             self._expected('a key in double quotes or "}"')
         self._report_unquoted("", bare[0])
@@ -284,8 +288,8 @@ class _Parser:
         else:
             message = f"`{shown[:40]}` must be in double quotes."
             hint = f'Write "{shown[:40].strip(_QUOTE)}".'
-        place = self.place(self.at)
-        self.problems.append(Problem("unquoted", "error", pointer, *place, message, hint))
+        location = self.find_location(self.at)
+        self.problems.append(Problem("unquoted", "error", pointer, *location, message, hint))
 
     def _string(self) -> str:
         start = self.at
@@ -297,13 +301,13 @@ class _Parser:
         try:
             string.encode()
         except UnicodeEncodeError:
-            message = "Strings must be valid Unicode, got an unpaired surrogate."
-            place = self.place(start)
-            self.problems.append(Problem("invalid-character", "error", "", *place, message))
+            message = "The string must be valid Unicode, but it contains an unpaired surrogate."
+            location = self.find_location(start)
+            self.problems.append(Problem("invalid-character", "error", "", *location, message))
             string = string.encode(errors="replace").decode()
         return string
 
-    def _number_or_word(self, pointer: str, place: tuple[int, int]) -> Any:
+    def _number_or_word(self, pointer: str, location: tuple[int, int]) -> Any:
         if number := _NUMBER.match(self.text, self.at):
             self.at = number.end()
             whole = number[1] is None and number[2] is None
@@ -312,7 +316,7 @@ class _Parser:
                 if is_finite(value):
                     return value
             shown = number[0] if len(number[0]) < 40 else number[0][:36] + "…"
-            self._report_not_finite(pointer, place, shown)
+            self._report_not_finite(pointer, location, shown)
             return None
         word = _WORD.match(self.text, self.at)
         if word is None:
@@ -322,17 +326,17 @@ class _Parser:
             return _LITERALS[word[0]]
         if word[0].lstrip("+-").lower() in {"nan", "inf", "infinity"}:
             self.at = word.end()
-            self._report_not_finite(pointer, place, word[0])
+            self._report_not_finite(pointer, location, word[0])
             return None
-        if bare := _unquoted().match(self.text, self.at):
+        if bare := _compile_unquoted_pattern().match(self.text, self.at):
             self._report_unquoted(pointer, bare[0])
             self.at = bare.end()
             return bare[0].strip(_QUOTE) if bare[0] not in _PYTHONS else None
         return self._expected("a value")
 
-    def _report_not_finite(self, pointer: str, place: tuple[int, int], shown: str) -> None:
+    def _report_not_finite(self, pointer: str, location: tuple[int, int], shown: str) -> None:
         message = f"`{pointer}` must be a finite number, got {shown}."
-        self.problems.append(Problem("not-finite", "error", pointer, *place, message))
+        self.problems.append(Problem("not-finite", "error", pointer, *location, message))
 
     def _space(self) -> None:
         match = _SPACE.match(self.text, self.at)
@@ -348,7 +352,7 @@ class _Parser:
             self._lenient = True
             message = f"{what} are not valid JSON. DeepSpeed accepts them; accelerate does not."
             self.problems.append(
-                Problem("not-strict-json", "note", "", *self.place(at), message, hint)
+                Problem("not-strict-json", "note", "", *self.find_location(at), message, hint)
             )
 
     def _take(self, character: str, wanted: str = "") -> None:

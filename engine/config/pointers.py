@@ -1,4 +1,4 @@
-"""Functions for JSON pointers (RFC 6901), which identify the keys of a config."""
+"""Helpers for JSON pointers (RFC 6901), which identify the keys of a config."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 
 __all__ = [
     "dotted_name",
+    "get_last_key",
+    "get_parent",
     "is_within",
-    "key_at",
-    "parent_of",
-    "pointer_to",
+    "join_pointer",
+    "remove_keys",
     "split_pointer",
-    "without",
 ]
 
 
-def pointer_to(parent: str, key: str | int) -> str:
-    """Return the JSON pointer of a key or an index inside the value at ``parent``.
+def join_pointer(parent: str, key: str | int) -> str:
+    """Append a key or a list index to a JSON pointer.
 
-    >>> pointer_to("/engine", "a/b")
+    >>> join_pointer("/engine", "a/b")
     '/engine/a~1b'
     """
     return f"{parent}/{str(key).replace('~', '~0').replace('/', '~1')}"
 
 
 def split_pointer(pointer: str) -> list[str]:
-    """Return the keys in a pointer, outermost first.
+    """Split a JSON pointer into its keys, outermost first.
 
     >>> split_pointer("/engine/a~1b"), split_pointer("")
     (['engine', 'a/b'], [])
@@ -35,7 +35,7 @@ def split_pointer(pointer: str) -> list[str]:
 
 
 def dotted_name(pointer: str) -> str:
-    """Return the dotted name of a key, which is used in messages.
+    """Convert a JSON pointer to the dotted name that messages use.
 
     >>> dotted_name("/fp16/enabled")
     'fp16.enabled'
@@ -43,18 +43,18 @@ def dotted_name(pointer: str) -> str:
     return ".".join(split_pointer(pointer))
 
 
-def key_at(pointer: str) -> str:
-    """Return the last key of a pointer."""
+def get_last_key(pointer: str) -> str:
+    """Return the last key of a JSON pointer."""
     return split_pointer(pointer)[-1]
 
 
-def parent_of(pointer: str) -> str:
-    """Return the pointer of the object that contains the key."""
+def get_parent(pointer: str) -> str:
+    """Return the JSON pointer of the enclosing object."""
     return pointer.rpartition("/")[0]
 
 
 def is_within(pointer: str, others: Iterable[str]) -> bool:
-    """Return whether a pointer equals one of the others, or points to a value inside one of them.
+    """Return whether a pointer equals one of the others or is nested inside one of them.
 
     >>> is_within("/fp16/enabled", ["/fp16"]), is_within("/fp16", ["/fp16/enabled"])
     (True, False)
@@ -62,21 +62,21 @@ def is_within(pointer: str, others: Iterable[str]) -> bool:
     return any(pointer == other or pointer.startswith(f"{other}/") for other in others)
 
 
-def without(value: Any, pointers: Collection[str], pointer: str = "") -> Any:
+def remove_keys(value: Any, pointers: Collection[str], pointer: str = "") -> Any:
     """Return a copy of a value without the keys at the given pointers.
 
     Args:
-        value: value to copy. Keys of objects inside lists are not removed.
+        value: value to copy. Keys inside lists are not removed.
         pointers: JSON pointers of the keys to remove.
-        pointer: JSON pointer of the value.
+        pointer: JSON pointer of ``value`` itself.
 
-    >>> without({"fp16": {"enabled": 1, "hysteresis": 2}}, {"/fp16/enabled"})
+    >>> remove_keys({"fp16": {"enabled": 1, "hysteresis": 2}}, {"/fp16/enabled"})
     {'fp16': {'hysteresis': 2}}
     """
     if not isinstance(value, Mapping):
         return value
     return {
-        key: without(below, pointers, pointer_to(pointer, key))
+        key: remove_keys(below, pointers, join_pointer(pointer, key))
         for key, below in value.items()
-        if pointer_to(pointer, key) not in pointers
+        if join_pointer(pointer, key) not in pointers
     }

@@ -1,4 +1,4 @@
-"""List every value that a run uses, and where each value comes from."""
+"""List every value that a run uses, with its origin."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import schemas
-from engine.config.batch_sizes import BATCH_KEYS, BatchError, solve
+from engine.config.batch_sizes import BATCH_KEYS, BatchError, derive_batch_sizes
 from engine.config.parser import Document
 from engine.config.pointers import dotted_name
 from engine.config.rules import RuleContext
-from engine.config.schema import SCHEMA, Member, default_of, nest, walk
+from engine.config.schema import SCHEMA, Member, get_default, to_nested_dict, walk
 from engine.config.wording import count_noun
 
 __all__ = ["Entry", "as_config", "trace_origins"]
 
 
 class Entry(NamedTuple):
-    """A value of the resolved config, and a text that describes where it comes from."""
+    """A value of the resolved config, with a description of its origin."""
 
     pointer: str
     value: Any
@@ -31,10 +31,10 @@ class Entry(NamedTuple):
 
 
 def trace_origins(context: RuleContext) -> Iterator[Entry]:
-    """Yield every value that a run with this config uses, including defaults, with its origin."""
+    """Yield every value that a run with this config uses, including defaults, and its origin."""
     document, backend = context.document, context.backend
-    yield from _batch_sizes(document, context.world_size or 1)
-    fill = partial(default_of, backend=backend.name)
+    yield from _trace_batch_sizes(document, context.world_size or 1)
+    fill = partial(get_default, backend=backend.name)
     for member in walk(document.value, schemas.read(SCHEMA), fill=fill):
         if member.is_section or member.pointer[1:] in BATCH_KEYS:
             continue
@@ -45,12 +45,12 @@ def trace_origins(context: RuleContext) -> Iterator[Entry]:
             yield Entry(member.pointer, member.value, origin)
 
 
-def _batch_sizes(document: Document, world_size: int) -> Iterator[Entry]:
+def _trace_batch_sizes(document: Document, world_size: int) -> Iterator[Entry]:
     given = {key: document.value[key] for key in BATCH_KEYS if key in document.value}
     derived = {}
     if "auto" not in given.values():
         try:
-            sizes = solve(given, world_size)
+            sizes = derive_batch_sizes(given, world_size)
         except BatchError:  # the batch sizes are valid for a different number of ranks
             sizes = None
         if sizes:
@@ -67,21 +67,21 @@ def _batch_sizes(document: Document, world_size: int) -> Iterator[Entry]:
 
 
 def _describe_origin(document: Document, member: Member) -> str:
-    """Return the argument or the line of the file that set a value.
+    """Return the command-line argument or the line of the file that set a value.
 
-    For an "auto" value, also name the integrations that replace it.
+    For "auto", also name the integrations that replace it.
     """
     filled_in = member.value == "auto" and "x-auto" in member.schema
     suffix = f", filled in by {member.schema['x-auto']}" if filled_in else ""
-    place = document.places.get(member.pointer)
-    line = f"{document.name}:{place.value[0]}" if place else document.name
+    location = document.locations.get(member.pointer)
+    line = f"{document.name}:{location.value[0]}" if location else document.name
     return f"{document.arguments.get(member.pointer, line)}{suffix}"
 
 
 def as_config(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Convert entries to a config, which is a nested dict.
+    """Convert entries to a config (a nested dict).
 
     >>> as_config([Entry("/fp16/enabled", False, "default")])
     {'fp16': {'enabled': False}}
     """
-    return nest(Member(entry.pointer, entry.value, {}) for entry in entries)
+    return to_nested_dict(Member(entry.pointer, entry.value, {}) for entry in entries)

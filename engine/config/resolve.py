@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import schemas
 from engine.config.backend_choice import BackendChoice, zero_stage
-from engine.config.batch_sizes import BATCH_KEYS, BatchSizes, solve
+from engine.config.batch_sizes import BATCH_KEYS, BatchSizes, derive_batch_sizes
 from engine.config.rules import RuleContext
-from engine.config.schedule_context import horizon_of
-from engine.config.schema import SCHEMA, optimizer_name, with_defaults
+from engine.config.schedule_context import build_horizon
+from engine.config.schema import SCHEMA, add_defaults, optimizer_name
 from engine.config.source import Source, find_unserializable, load_document
 from engine.config.validate import examine
 from engine.errors import ConfigError, Problem
@@ -27,7 +27,7 @@ __all__ = ["Config", "LossScaling", "load_config"]
 
 @dataclass(frozen=True)
 class LossScaling:
-    """Settings of loss scaling in fp16; the fields have the names of the keys in ``fp16``."""
+    """Loss-scaling settings of fp16; each field has the name of its key in ``fp16``."""
 
     loss_scale: float
     initial_scale_power: int
@@ -43,7 +43,7 @@ _RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup", "steps_this_run"
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """The values of ``engine.checkpoint``.
+    """The settings in ``engine.checkpoint``.
 
     If ``dir`` is None, the engine neither saves nor loads checkpoints automatically.
     """
@@ -85,11 +85,11 @@ class Config:
     raw: Mapping[str, Any]
     """The user's config, including command-line overrides, without defaults."""
     zero_stage: int
-    """0 shards nothing, 1 the optimizer states, 2 also the gradients, and 3 also the parameters."""
+    """Sharded state: 0 none, 1 optimizer states, 2 also gradients, 3 also parameters."""
     cpu_offload: bool
     """Whether parameters or optimizer states are offloaded to CPU memory."""
     wrap_classes: tuple[str, ...]
-    """Class names of the modules that are units of sharding and activation checkpointing."""
+    """Class names of the modules to shard and to recompute as a unit."""
     activation_checkpointing: Literal["device", "host"] | None
     """Where activation checkpointing stores the inputs of each block; None if it is disabled."""
     compile_backend: str | None
@@ -115,8 +115,8 @@ class Config:
     run: Mapping[str, Any]
     """The keys of the section ``engine`` that set or scale the length of the run."""
 
-    def for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
-        """Return the config of a trial run, which has a different schedule and writes no files."""
+    def copy_for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
+        """Return a copy for a trial run: it has a different schedule and writes no files."""
         off = CheckpointPlan(None, None, None, None, is_async=False, resume="never", override=False)
         silent = {name: {**section, "enabled": False} for name, section in self.monitors.items()}
         return replace(
@@ -130,7 +130,7 @@ class Config:
         )
 
     def horizon(self, steps_per_epoch: float | None) -> Horizon:
-        """Return the run's length, which is needed to convert the schedule's durations to steps.
+        """Return the length of the run, which is used to convert durations to steps.
 
         Args:
             steps_per_epoch: optimizer steps per pass over the data; None if unknown.
@@ -138,7 +138,7 @@ class Config:
         Raises:
             DurationError: ``max_duration`` is in epochs and ``steps_per_epoch`` is None.
         """
-        return horizon_of(
+        return build_horizon(
             self.run, samples_per_step=self.batch.train, steps_per_epoch=steps_per_epoch
         )
 
@@ -151,8 +151,8 @@ def load_config(
     Args:
         config: path of the config, or the config as a dict. The dict is not modified.
         world_size: number of ranks of the run.
-        args: parsed arguments, which override values of the config. Their parser must have been
-            passed to `add_config_arguments`.
+        args: parsed command-line arguments that override config values. Their parser must have
+            been passed to `add_config_arguments`.
 
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every error.
@@ -163,13 +163,13 @@ def load_config(
     document = load_document(config)
     overrides: Sequence[Override] = ()
     if args is not None:
-        from engine.config.overrides import override
+        from engine.config.overrides import apply_overrides
 
-        document, overrides = override(document, args)
+        document, overrides = apply_overrides(document, args)
         unserializable = list(find_unserializable(document.value, ""))
         if unserializable:
             raise ConfigError(document.name, unserializable)
-    problems, context = examine(document, world_size, runs=True)
+    problems, context = examine(document, world_size, reject_auto=True)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or context is None:
         raise ConfigError(document.name, errors)
@@ -184,7 +184,7 @@ def _resolve(
     warnings: Sequence[Problem],
 ) -> Config:
     raw = context.document.value
-    value = with_defaults(raw, schemas.read(SCHEMA))
+    value = add_defaults(raw, schemas.read(SCHEMA))
     fp16, bf16 = value["fp16"], value["bfloat16" if "bfloat16" in value else "bf16"]
     engine = value["engine"]
     enabled = fp16["enabled"]
@@ -193,29 +193,31 @@ def _resolve(
         backend=context.backend,
         raw=raw,
         zero_stage=int(zero_stage(raw)),
-        cpu_offload=_is_offloading(context.section("zero_optimization")),
+        cpu_offload=_is_offloading(context.get_section("zero_optimization")),
         wrap_classes=tuple(engine["wrap"]),
-        activation_checkpointing=_input_storage(raw.get("activation_checkpointing")),
+        activation_checkpointing=_get_input_storage(raw.get("activation_checkpointing")),
         compile_backend=engine["compile"],
         find_unused_parameters=engine["find_unused_parameters"],
-        batch=solve({key: value[key] for key in BATCH_KEYS if key in value}, world_size),
+        batch=derive_batch_sizes(
+            {key: value[key] for key in BATCH_KEYS if key in value}, world_size
+        ),
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
         loss_scaling=LossScaling(**{key: fp16[key] for key in _LOSS_SCALING}) if enabled else None,
-        optimizer=_optimizer_block(value.get("optimizer")),
+        optimizer=_build_optimizer_block(value.get("optimizer")),
         schedule=context.schedule,
         steps_per_print=value["steps_per_print"],
         data=DataSettings(engine["seed"], value["dataloader_drop_last"]),
         report=engine["report"],
         overrides=tuple(overrides),
         warnings=tuple(warnings),
-        checkpoint=_checkpoint_plan(engine["checkpoint"]),
+        checkpoint=_build_checkpoint_plan(engine["checkpoint"]),
         monitors={name: value[name] for name in ("tensorboard", "csv_monitor", "wandb")},
         run={key: engine[key] for key in _RUN if key in engine},
     )
 
 
-def _optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | None:
+def _build_optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | None:
     if block is None:
         return None
     name = optimizer_name(block["type"])
@@ -223,12 +225,12 @@ def _optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | None:
     return OptimizerBlock(name, block["params"])
 
 
-def _checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:
+def _build_checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:
     plan = dict(section)
     return CheckpointPlan(is_async=plan.pop("async"), **plan)  # async is a Python keyword
 
 
-def _input_storage(section: Mapping[str, Any] | None) -> Literal["device", "host"] | None:
+def _get_input_storage(section: Mapping[str, Any] | None) -> Literal["device", "host"] | None:
     if section is None:
         return None
     return "host" if section.get("cpu_checkpointing") else "device"

@@ -9,27 +9,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config.schema import optimizer_name, optimizer_schema, with_defaults
+from engine.config.schema import add_defaults, optimizer_name, optimizer_schema
 from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves
 from schedules.core.durations import DurationError, steps_of
 
 __all__ = [
-    "DrivenSchedule",
-    "base_of",
-    "drive",
-    "horizon_if_known",
-    "horizon_of",
-    "samples_if_known",
+    "EvaluatedSchedule",
+    "build_base_values",
+    "build_horizon",
+    "evaluate_schedule",
+    "find_horizon",
+    "get_train_batch_size",
 ]
 
 _MAX_PIECES = 5000
 
 
-def horizon_of(
+def build_horizon(
     engine: Mapping[str, Any], *, samples_per_step: int | None, steps_per_epoch: float | None
 ) -> Horizon:
-    """Return the length of the run that a config's ``engine`` section describes.
+    """Return the length of the run, from the ``engine`` section of a config.
 
     Args:
         engine: the ``engine`` section, with or without defaults.
@@ -39,7 +39,7 @@ def horizon_of(
     Raises:
         DurationError: ``max_duration`` is in epochs and ``steps_per_epoch`` is None.
 
-    >>> horizon_of({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
+    >>> build_horizon({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
     100
     """
     known = Horizon(samples_per_step=samples_per_step, steps_per_epoch=steps_per_epoch)
@@ -60,27 +60,27 @@ def horizon_of(
     )
 
 
-def horizon_if_known(schedule: Schedule[Any], config: Mapping[str, Any]) -> Horizon | None:
-    """Return the length of the run; None if the schedule needs values not known before launch.
+def find_horizon(schedule: Schedule[Any], config: Mapping[str, Any]) -> Horizon | None:
+    """Return the length of the run; None if it cannot be determined before launch.
 
     Durations in epochs depend on the data loader. Durations in samples depend on the batch size,
     which depends on the number of ranks if ``train_batch_size`` is absent.
     """
     run = config.get("engine", {})
     texts = f"{run.get('max_duration')} {list(vars(schedule).values())}".lower()
-    samples = samples_if_known(config)
+    samples = get_train_batch_size(config)
     if re.search(r"\d\s*ep\b", texts) or (samples is None and re.search(r"\d\s*sp\b", texts)):
         return None
-    return horizon_of(run, samples_per_step=samples, steps_per_epoch=None)
+    return build_horizon(run, samples_per_step=samples, steps_per_epoch=None)
 
 
-def samples_if_known(config: Mapping[str, Any]) -> int | None:
+def get_train_batch_size(config: Mapping[str, Any]) -> int | None:
     """Return ``train_batch_size``; None if the key is absent or "auto"."""
     size = config.get("train_batch_size")
     return size if isinstance(size, int) else None
 
 
-def base_of(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
+def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
     """Return the initial hyperparameters of the config's optimizer, one value per param group.
 
     If the config has no optimizer, use the defaults of Adam.
@@ -92,7 +92,7 @@ def base_of(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
     assert name is not None
-    params = with_defaults(block.get("params", {}), optimizer_schema(name))
+    params = add_defaults(block.get("params", {}), optimizer_schema(name))
     momentum = params.get("momentum", params["betas"][0] if "betas" in params else 0.0)
     lists = [value for value in vars(schedule).values() if isinstance(value, tuple)]
     groups = max(map(len, lists), default=1)
@@ -102,16 +102,16 @@ def base_of(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
 
 
 @dataclass(frozen=True)
-class DrivenSchedule:
-    """A schedule, and its curves for a given optimizer and run length."""
+class EvaluatedSchedule:
+    """A schedule and its curves for a given optimizer and run length."""
 
     schedule: Schedule[Any]
     horizon: Horizon
     base: Base
     curves: Curves
 
-    def ignores(self, name: str) -> bool:
-        """Return whether the schedule ignores the value that the optimizer sets.
+    def overwrites(self, name: str) -> bool:
+        """Return whether the schedule overwrites the optimizer's initial value without using it.
 
         Args:
             name: hyperparameter to check, such as ``lr``.
@@ -121,10 +121,10 @@ class DrivenSchedule:
         steps = range(0, self.schedule.span + 1, max(1, self.schedule.span // 20))
         return all(self.curves[name][0](step) == changed(step) for step in steps)
 
-    def range_of(self, name: str) -> tuple[float, float]:
+    def get_range(self, name: str) -> tuple[float, float]:
         """Return the lowest and the highest value of a hyperparameter during the schedule.
 
-        The curve is evaluated only at both ends of each of its pieces.
+        Only the two ends of each piece of the curve are evaluated.
         """
         curve = self.curves[name][0]
         span = max(int(self.schedule.span), 1)
@@ -145,17 +145,19 @@ class DrivenSchedule:
         return None
 
 
-def drive(schedule: Schedule[Any], config: Mapping[str, Any]) -> DrivenSchedule | None:
-    """Compute the curves of a schedule.
+def evaluate_schedule(
+    schedule: Schedule[Any], config: Mapping[str, Any]
+) -> EvaluatedSchedule | None:
+    """Compute the curves of a schedule for the optimizer and run length of a config.
 
-    Return None if the curves also depend on the loss, the data loader or the number of ranks.
+    Return None if the curves depend on the loss, the data loader or the number of ranks.
 
     Raises:
         ValueError: the schedule does not match the run or the optimizer.
     """
-    horizon = horizon_if_known(schedule, config)
+    horizon = find_horizon(schedule, config)
     if horizon is None or schedule.feedback is not None:
         return None
-    base = base_of(config, schedule)
+    base = build_base_values(config, schedule)
     curves = schedule.curves_for(base, horizon)
-    return DrivenSchedule(schedule.resolve(horizon), horizon, base, curves)
+    return EvaluatedSchedule(schedule.resolve(horizon), horizon, base, curves)

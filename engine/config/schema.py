@@ -1,4 +1,4 @@
-"""Iterate over the keys of a config together with their schemas, and look up their defaults."""
+"""Iterate over the keys of a config with their schemas, and look up default values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import schemas
-from engine.config.pointers import pointer_to, split_pointer
+from engine.config.pointers import join_pointer, split_pointer
 from schedules import SCHEDULES, Schedule
 from schedules.core.json_schema import json_schema_of
 from schedules.core.registry import find
@@ -19,35 +19,35 @@ __all__ = [
     "SCHEMA",
     "SECTION",
     "Member",
-    "default_of",
-    "is_parked",
-    "nest",
+    "add_defaults",
+    "get_default",
+    "is_ignored",
     "optimizer_name",
     "optimizer_schema",
     "resolve_reference",
     "schedule_schema",
+    "to_nested_dict",
     "walk",
-    "with_defaults",
 ]
 
 SCHEMA = "ds_config.schema.json"
-PARKED = ("x-", "//", "_")
-"""Keys with these prefixes are ignored. Users keep notes and disabled settings in them."""
+IGNORED_PREFIXES = ("x-", "//", "_")
+"""Prefixes of keys that are ignored: comments and disabled settings."""
 OPTIMIZERS: Mapping[str, dict[str, Any]] = schemas.read("optimizers.json")["$defs"]
 
 ABSENT: Any = object()
-"""Marks a key that a config does not have and that has no default."""
+"""Marks an absent key that has no default."""
 SECTION: Mapping[str, Any] = {}
-"""Marks a section that a config does not have, but whose keys have defaults."""
+"""Marks an absent section whose keys have defaults."""
 
 
-def is_parked(key: str) -> bool:
-    """Return whether a key is ignored because of its prefix.
+def is_ignored(key: str) -> bool:
+    """Return whether a key has a prefix that marks it as ignored.
 
-    >>> is_parked("_comment"), is_parked("fp16")
+    >>> is_ignored("_comment"), is_ignored("fp16")
     (True, False)
     """
-    return key.startswith(PARKED)
+    return key.startswith(IGNORED_PREFIXES)
 
 
 def optimizer_name(name: str) -> str | None:
@@ -72,24 +72,24 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
 
 
 def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a schema. If it references a file, merge it with the schema in that file."""
+    """Return a schema, merged with the schema file that it references, if any."""
     reference = schema.get("$ref")
     return {**schemas.read(reference), **schema} if reference else schema
 
 
 class Member(NamedTuple):
-    """A key of a config with its value, which is either given or filled in from the schema."""
+    """A key of a config, with its value and the JSON schema of the value."""
 
     pointer: str
     value: Any
     schema: Mapping[str, Any]
     """JSON schema of the value; empty for an unknown key."""
     is_given: bool = True
-    """Whether the config contains the key. If not, the value was filled in."""
+    """Whether the config contains the key. If False, the value was filled in."""
 
     @property
     def is_section(self) -> bool:
-        """Whether the value is an object whose keys are also members."""
+        """Whether the value is a section, whose keys are also members."""
         if "properties" not in self.schema:
             return False
         return isinstance(self.value, Mapping) if self.is_given else self.value is SECTION
@@ -102,7 +102,7 @@ def walk(
     *,
     fill: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> Iterator[Member]:
-    """Yield all keys of an object and of its sections; a section comes before its keys.
+    """Yield all keys of an object and of its sections; each section precedes its keys.
 
     The schema of ``params`` depends on ``type``. Keys with an ignored prefix are skipped.
 
@@ -110,9 +110,9 @@ def walk(
         value: object to iterate over; it may be invalid.
         schema: schema of the object.
         pointer: JSON pointer of the object.
-        fill: function that receives the schema of an absent key and returns the value to yield. If
-            it returns `SECTION`, the keys of that section are also filled in. If it returns
-            `ABSENT`, the key is skipped. By default, all absent keys are skipped.
+        fill: function that maps the schema of an absent key to its value. `SECTION` also fills in
+            the keys of that section, and `ABSENT` skips the key. By default, all absent keys are
+            skipped.
 
     >>> [member.pointer for member in walk({"fp16": {"enabled": True}}, schemas.read(SCHEMA))]
     ['/fp16', '/fp16/enabled']
@@ -120,13 +120,13 @@ def walk(
     if not isinstance(value, Mapping):
         return
     properties = schema.get("properties", {})
-    replaced = _replaced_names(value, properties) if fill else ()
+    replaced = _find_replaced_keys(value, properties) if fill else ()
     for key in {**properties, **value} if fill else value:
         is_given = key in value
-        if is_parked(key) or (key in replaced and not is_given):
+        if is_ignored(key) or (key in replaced and not is_given):
             continue
-        below = pointer_to(pointer, key)
-        schema_of_key = _schema_of_member(properties.get(key, {}), below, value)
+        below = join_pointer(pointer, key)
+        schema_of_key = _get_member_schema(properties.get(key, {}), below, value)
         filled = value[key] if is_given else fill(schema_of_key) if fill else ABSENT
         if filled is ABSENT:
             continue
@@ -136,19 +136,19 @@ def walk(
             yield from walk(filled, schema_of_key, below, fill=fill)
 
 
-def _replaced_names(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
-    """Return the keys that the object sets by a different name, such as a deprecated one."""
+def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
+    """Return the keys that the object sets under an alias or a deprecated name."""
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
 
 
-def _schema_of_member(
+def _get_member_schema(
     schema: Mapping[str, Any], pointer: str, around: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     """Return the schema of a key, with references resolved.
 
-    The schema of ``params`` depends on ``type``. The schema of an optimizer's ``type`` is that of
-    the optimizer, which includes annotations such as the backend.
+    The schema of ``params`` depends on ``type``. For the ``type`` of an
+    optimizer, return the schema of the optimizer, which has annotations such as the backend.
     """
     name = around.get("type")
     if isinstance(name, str):
@@ -163,18 +163,18 @@ def _schema_of_member(
     return resolve_reference(schema)
 
 
-def default_of(schema: Mapping[str, Any], backend: str) -> Any:
-    """Return the value that a backend uses if a config does not contain a key.
+def get_default(schema: Mapping[str, Any], backend: str) -> Any:
+    """Return the default value of a key for a backend.
 
     Args:
         schema: schema of the key.
         backend: "torch" or "deepspeed".
 
     Returns:
-        The default value. It is `SECTION` for a section whose keys have defaults. It is `ABSENT` if
-        the key has no default, is deprecated or removed, or is not supported by the backend.
+        The default value; `SECTION` for a section whose keys have defaults; `ABSENT` if the key has
+        no default, is deprecated or removed, or is not supported by the backend.
 
-    >>> default_of({"default": 2}, "torch")
+    >>> get_default({"default": 2}, "torch")
     2
     """
     is_old = bool(schema.get("deprecated")) or "x-alias-of" in schema or "x-removed" in schema
@@ -184,14 +184,14 @@ def default_of(schema: Mapping[str, Any], backend: str) -> Any:
     return schema.get("default", SECTION if is_section else ABSENT)
 
 
-def nest(members: Iterable[Member], pointer: str = "") -> dict[str, Any]:
-    """Convert members to nested dicts.
+def to_nested_dict(members: Iterable[Member], pointer: str = "") -> dict[str, Any]:
+    """Convert members to a nested dict.
 
     Args:
         members: members in the order in which `walk` yields them.
         pointer: JSON pointer of the object that contains them.
 
-    >>> nest([Member("/fp16/enabled", False, {})])
+    >>> to_nested_dict([Member("/fp16/enabled", False, {})])
     {'fp16': {'enabled': False}}
     """
     config: dict[str, Any] = {}
@@ -204,12 +204,12 @@ def nest(members: Iterable[Member], pointer: str = "") -> dict[str, Any]:
     return config
 
 
-def with_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+def add_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of an object with default values added and ignored keys removed.
 
-    No defaults are added for keys that only DeepSpeed supports; DeepSpeed uses its own defaults.
+    Keys that only DeepSpeed supports are not added, because DeepSpeed has its own defaults.
 
-    >>> with_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))["enabled"]
+    >>> add_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))["enabled"]
     True
     """
-    return nest(walk(value, schema, fill=partial(default_of, backend="torch")))
+    return to_nested_dict(walk(value, schema, fill=partial(get_default, backend="torch")))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.parser import Document, is_finite, parse
-from engine.config.pointers import pointer_to
+from engine.config.pointers import join_pointer
 from engine.errors import ConfigError, Problem
 
 __all__ = ["Source", "find_unserializable", "load_document"]
@@ -29,24 +29,26 @@ def load_document(config: Source) -> Document:
         ConfigError: the file does not exist, cannot be read, is too large, or is not UTF-8 text.
     """
     if isinstance(config, Mapping):
-        return _from_mapping(config)
+        return _load_mapping(config)
     path = Path(config)
     name = str(config)
     try:
         data = sys.stdin.buffer.read(_MAX_BYTES + 1) if name == "-" else _read(path)
         if len(data) > _MAX_BYTES:
-            raise _unreadable_error(name, f"The config must be at most {_MAX_BYTES:,} bytes long.")
+            raise _build_unreadable_error(name, f"The config must be at most {_MAX_BYTES:,} bytes.")
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _unreadable_error(
-            name, f"The config must be UTF-8 text, but byte {error.start} is invalid."
+        raise _build_unreadable_error(
+            name, f"The config must be UTF-8 text, but byte {error.start} is not valid UTF-8."
         ) from None
     except FileNotFoundError:
-        near = _nearest_file(path)
+        near = _find_nearest_file(path)
         hint = f"Did you mean {near}?" if near else f"{path.parent} contains no JSON file."
-        raise _unreadable_error(name, "File not found.", hint) from None
+        raise _build_unreadable_error(name, "File not found.", hint) from None
     except OSError as error:
-        raise _unreadable_error(name, f"The config cannot be read: {error.strerror}.") from None
+        raise _build_unreadable_error(
+            name, f"The config cannot be read: {error.strerror}."
+        ) from None
     return parse(text, name)
 
 
@@ -55,7 +57,7 @@ def _read(path: Path) -> bytes:
         return file.read(_MAX_BYTES + 1)
 
 
-def _from_mapping(config: Mapping[str, Any]) -> Document:
+def _load_mapping(config: Mapping[str, Any]) -> Document:
     problems = tuple(find_unserializable(config, ""))
     value = config
     if not problems:
@@ -83,14 +85,14 @@ def find_unserializable(value: Any, pointer: str) -> Iterator[Problem]:
             name = f"`{pointer}`" if pointer else "the config"
             message = f"Keys of {name} must be strings, got {key!r}."
             yield Problem("wrong-type", "error", pointer, 0, 0, message)
-        yield from find_unserializable(below, pointer_to(pointer, key))
+        yield from find_unserializable(below, join_pointer(pointer, key))
 
 
-def _unreadable_error(name: str, message: str, hint: str = "") -> ConfigError:
+def _build_unreadable_error(name: str, message: str, hint: str = "") -> ConfigError:
     return ConfigError(name, [Problem("unreadable", "error", "", 0, 0, message, hint)])
 
 
-def _nearest_file(path: Path) -> Path | None:
+def _find_nearest_file(path: Path) -> Path | None:
     directory = path.parent
     if not directory.is_dir():
         return None

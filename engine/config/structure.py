@@ -15,19 +15,26 @@ from referencing import Registry, Resource
 
 import schemas
 from engine.config.parser import Document
-from engine.config.pointers import dotted_name, is_within, key_at, parent_of, pointer_to, without
-from engine.config.schedule_context import horizon_if_known
+from engine.config.pointers import (
+    dotted_name,
+    get_last_key,
+    get_parent,
+    is_within,
+    join_pointer,
+    remove_keys,
+)
+from engine.config.schedule_context import find_horizon
 from engine.config.schema import (
     OPTIMIZERS,
     SCHEMA,
     Member,
-    is_parked,
+    is_ignored,
     optimizer_name,
     optimizer_schema,
     schedule_schema,
     walk,
 )
-from engine.config.suggestions import suggestion
+from engine.config.suggestions import suggest_key
 from engine.config.wording import quote_value, shorten
 from engine.errors import Fix, Problem
 from schedules import SCHEDULES, Schedule, ScheduleError, from_config
@@ -36,7 +43,7 @@ from schedules.core.fields import fields_of, wanted
 from schedules.core.registry import find
 from schedules.core.spelling import nearest
 
-__all__ = ["Structure", "against_schema", "check_structure"]
+__all__ = ["Structure", "check_against_schema", "check_structure"]
 
 _RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
 _REGISTRY: Registry[Any] = Registry(
@@ -48,7 +55,7 @@ _REGISTRY: Registry[Any] = Registry(
 class Structure:
     """The result of checking each value of a config against its schema.
 
-    The rules that check combinations of values use this result.
+    It is the input of the rules that check combinations of values.
     """
 
     problems: Sequence[Problem]
@@ -56,8 +63,8 @@ class Structure:
     """The config without invalid values and without "auto" values."""
     members: Sequence[Member]
     """The config's keys with their schemas, except keys that the schema rejects."""
-    unsure: Collection[str]
-    """Pointers of invalid values, of "auto" values, and of keys that were probably misspelled."""
+    unresolved: Collection[str]
+    """Pointers of invalid values, "auto" values, and probably misspelled keys."""
     schedule: Schedule[Any] | None
     """The schedule in ``config``; None if there is none or it cannot be constructed."""
 
@@ -69,39 +76,43 @@ def check_structure(document: Document) -> Structure:
         document: parsed config; its value must be an object.
     """
     schema = schemas.read(SCHEMA)
-    problems = list(against_schema(document, document.value, schema))
+    problems = list(check_against_schema(document, document.value, schema))
     invalid = {problem.pointer for problem in problems} - {""}
-    config = without(document.value, invalid)
+    config = remove_keys(document.value, invalid)
     members = list(walk(config, schema))
     for key, check_block in (("optimizer", _check_optimizer), ("scheduler", _check_scheduler)):
         block = config.get(key)
         if isinstance(block, dict) and "type" in block and f"/{key}/params" not in invalid:
             problems += check_block(document, block)
     problems += _find_deprecated(document)
-    unsure = {each.pointer for each in members if each.value == "auto" and "x-auto" in each.schema}
-    unsure |= _pointers_of_errors(problems)
-    config = without(config, unsure)
-    schedule, from_schedule = _construct_schedule(document, config, unsure)
+    unresolved = {
+        each.pointer for each in members if each.value == "auto" and "x-auto" in each.schema
+    }
+    unresolved |= _get_error_pointers(problems)
+    config = remove_keys(config, unresolved)
+    schedule, from_schedule = _construct_schedule(document, config, unresolved)
     problems += from_schedule
-    unsure |= _pointers_of_errors(from_schedule)
-    return Structure(problems, without(config, unsure), members, frozenset(unsure), schedule)
+    unresolved |= _get_error_pointers(from_schedule)
+    return Structure(
+        problems, remove_keys(config, unresolved), members, frozenset(unresolved), schedule
+    )
 
 
-def _pointers_of_errors(problems: Sequence[Problem]) -> set[str]:
+def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
     errors = [problem for problem in problems if problem.severity == "error"]
     return {
-        found for problem in errors for found in (problem.pointer, _suggested_pointer(problem))
+        found for problem in errors for found in (problem.pointer, _get_suggested_pointer(problem))
     } - {""}
 
 
-def against_schema(
+def check_against_schema(
     document: Document, value: Any, schema: Mapping[str, Any], pointer: str = ""
 ) -> Iterator[Problem]:
-    """Yield a problem for each violation of the schema in a value and in its nested values.
+    """Check a value and its nested values against a schema, and yield each violation.
 
     Args:
         document: parsed config, which provides the positions of problems.
-        value: value to check; a part of the config.
+        value: value to check, which is part of the config.
         schema: JSON schema of the value.
         pointer: JSON pointer of the value.
     """
@@ -110,23 +121,23 @@ def against_schema(
     for error in validator.iter_errors(value):
         below = pointer
         for part in error.absolute_path:
-            below = pointer_to(below, part)
+            below = join_pointer(below, part)
         problems += _convert_error(document, error, below)
     problems = list({(each.rule, each.pointer, each.message): each for each in problems}.values())
-    meant = {_suggested_pointer(problem) for problem in problems}
+    meant = {_get_suggested_pointer(problem) for problem in problems}
     for problem in problems:
         # A misspelled required key is reported as an unknown key, but not also as a missing key.
         if problem.rule != "missing-key" or problem.suggestion not in meant:
             yield problem
 
 
-def _suggested_pointer(problem: Problem) -> str:
-    """Return the pointer of the known key that the user probably meant.
+def _get_suggested_pointer(problem: Problem) -> str:
+    """Return the JSON pointer of the key that is suggested for an unknown key.
 
-    Return an empty string if the problem is not an unknown key, or if there is no suggestion.
+    Return an empty string if there is no suggestion, or if the problem is not an unknown key.
     """
     found = problem.rule == "unknown-key" and problem.suggestion
-    return pointer_to(parent_of(problem.pointer), problem.suggestion) if found else ""
+    return join_pointer(get_parent(problem.pointer), problem.suggestion) if found else ""
 
 
 def _convert_error(
@@ -140,37 +151,39 @@ def _convert_error(
         case "additionalProperties":
             known = schema["properties"]
             for key in value:
-                if key not in known and not is_parked(key):
-                    yield _unknown_key(document, pointer, key, known, value)
+                if key not in known and not is_ignored(key):
+                    yield _build_unknown_key_problem(document, pointer, key, known, value)
         case "required":
             # jsonschema yields one error per missing key, but does not name the key.
             for missing in (key for key in error.validator_value if key not in value):
                 takes = wanted(schema["properties"][missing])
                 message = f"Missing key `{missing}` in {name}."
-                below = pointer_to(pointer, missing)
-                hint = f"It accepts {takes}."
-                yield document.problem("missing-key", pointer, message, hint, suggestion=below)
+                below = join_pointer(pointer, missing)
+                hint = f"Add it. It accepts {takes}."
+                yield document.build_problem(
+                    "missing-key", pointer, message, hint, suggestion=below
+                )
         case "not":
             message = f"`{name}` was removed in DeepSpeed {schema['x-removed']}."
             hint = schema["x-instead"]
-            yield document.problem("removed-key", pointer, message, hint, at_key=True)
+            yield document.build_problem("removed-key", pointer, message, hint, at_key=True)
         case _ if value == "auto":
             message = (
                 f'`{name}` must be {wanted(schema)}, got "auto", which no integration replaces.'
             )
-            yield document.problem("unsupported-auto", pointer, message, "Set a value.")
+            yield document.build_problem("unsupported-auto", pointer, message, "Set a value.")
         case _ if keyword in {"type", "enum", "pattern"} | _RANGE:
             message = f"`{name}` must be {wanted(schema)}, got {quote_value(value)}."
             takes_auto = keyword == "pattern" and error.validator_value == "^auto$"
             kind = "wrong-type" if keyword == "type" or takes_auto else "out-of-range"
             hint, fix = _suggest_unquoting(value, schema) if kind == "wrong-type" else ("", None)
-            yield document.problem(kind, pointer, message, hint, fix=fix)
+            yield document.build_problem(kind, pointer, message, hint, fix=fix)
         case _:
-            raise AssertionError(f"no message is defined for the schema keyword {keyword}")
+            raise AssertionError(f"no message is defined for the JSON schema keyword {keyword}")
 
 
 def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:
-    """Return a hint and a fix if a value would be valid without quotes, such as "1" or "True"."""
+    """Suggest to remove the quotes if the value is then valid, as for "1" or "True"."""
     if not isinstance(value, str):
         return "", None
     try:
@@ -184,16 +197,16 @@ def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix 
     return f"Write {json.dumps(meant)} without quotes.", Fix(value=meant)
 
 
-def _unknown_key(
+def _build_unknown_key_problem(
     document: Document, pointer: str, key: str, known: Mapping[str, Any], present: Mapping[str, Any]
 ) -> Problem:
-    found = suggestion(pointer, key, known, present)
+    found = suggest_key(pointer, key, known, present)
     message = f"Unknown key `{shorten(key)}`."
-    return document.problem(
+    return document.build_problem(
         "unknown-key",
-        pointer_to(pointer, key),
+        join_pointer(pointer, key),
         message,
-        found.hint or 'To keep it as a note, start the key with "//" or "x-".',
+        found.hint or 'Remove it, or start the key with "//" or "x-" to keep it as a comment.',
         at_key=True,
         fix=found.fix,
         suggestion=found.meant,
@@ -208,8 +221,8 @@ def _find_deprecated(document: Document) -> Iterator[Problem]:
             renamed = instead.isidentifier()
             hint = f"Use `{instead}`." if instead and " " not in instead else instead
             fix = Fix(key=instead) if renamed else None
-            message = f"`{key_at(member.pointer)}` is deprecated."
-            yield document.problem(
+            message = f"`{get_last_key(member.pointer)}` is deprecated."
+            yield document.build_problem(
                 "deprecated-key",
                 member.pointer,
                 message,
@@ -234,43 +247,43 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
             f"`optimizer.type` must be one of {', '.join(usable)}, "
             f"got {quote_value(block['type'])}."
         )
-        yield document.problem("unknown-optimizer", "/optimizer/type", message, hint)
+        yield document.build_problem("unknown-optimizer", "/optimizer/type", message, hint)
         return
     schema = optimizer_schema(name)
     if "x-removed" in schema:
         message = f"The optimizer {name} was removed in DeepSpeed {schema['x-removed']}."
-        yield document.problem("removed-key", "/optimizer/type", message, schema["x-instead"])
+        yield document.build_problem("removed-key", "/optimizer/type", message, schema["x-instead"])
         return
-    yield from against_schema(document, block.get("params", {}), schema, "/optimizer/params")
+    yield from check_against_schema(document, block.get("params", {}), schema, "/optimizer/params")
 
 
 def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
     try:
         cls = find(block["type"])
     except ValueError as error:
-        yield document.problem("unknown-scheduler", "/scheduler/type", str(error))
+        yield document.build_problem("unknown-scheduler", "/scheduler/type", str(error))
         return
     params, schema = block.get("params", {}), schedule_schema(cls)
-    for problem in against_schema(document, params, schema, "/scheduler/params"):
-        yield _add_owners(problem)
+    for problem in check_against_schema(document, params, schema, "/scheduler/params"):
+        yield _suggest_schedules(problem)
 
 
-def _add_owners(problem: Problem) -> Problem:
-    """Replace the hint of an unknown parameter with the names of schedules that have it, if any."""
+def _suggest_schedules(problem: Problem) -> Problem:
+    """If other schedules have the unknown parameter, name them in the hint."""
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem
-    key = key_at(problem.pointer)
+    key = get_last_key(problem.pointer)
     owners = [name for name, cls in SCHEDULES.items() if key in fields_of(cls)]
     hint = f"It is a parameter of {', '.join(owners[:5])}."
     return dataclasses.replace(problem, hint=hint) if owners else problem
 
 
 def _construct_schedule(
-    document: Document, config: Mapping[str, Any], unsure: Collection[str]
+    document: Document, config: Mapping[str, Any], unresolved: Collection[str]
 ) -> tuple[Schedule[Any] | None, list[Problem]]:
-    """Construct the config's schedule; return it with the problems of its parameters.
+    """Construct the config's schedule, and return it with the problems of its parameters.
 
-    Problems are returned only if no parameter is invalid or "auto".
+    If a parameter is invalid or "auto", no problems are returned.
     """
     block = config.get("scheduler")
     if not isinstance(block, Mapping) or "type" not in block:
@@ -280,21 +293,21 @@ def _construct_schedule(
     problems = []
     try:
         schedule = from_config({"type": block["type"], "params": params})
-        horizon = horizon_if_known(schedule, config)
+        horizon = find_horizon(schedule, config)
         if horizon is not None:
             schedule.resolve(horizon)
     except ScheduleError as error:
         for fault in error.faults:
-            below = pointer_to(pointer, fault.field) if fault.field else pointer
-            problems.append(document.problem("schedule", below, fault.message))
+            below = join_pointer(pointer, fault.field) if fault.field else pointer
+            problems.append(document.build_problem("schedule", below, fault.message))
         # Construct the schedule without the invalid parameters for rules that do not need them.
         invalid = {fault.field for fault in error.faults}
         valid = {name: value for name, value in params.items() if name not in invalid}
         with contextlib.suppress(ValueError):
             schedule = from_config({"type": block["type"], "params": valid})
     except DurationError as error:
-        problems.append(document.problem("schedule", "/engine/max_duration", str(error)))
+        problems.append(document.build_problem("schedule", "/engine/max_duration", str(error)))
     except ValueError:
         return None, []  # the type is unknown, or `params` is not an object
-    is_complete = not any(is_within(each, [pointer]) for each in unsure)
+    is_complete = not any(is_within(each, [pointer]) for each in unresolved)
     return schedule, problems if is_complete else []

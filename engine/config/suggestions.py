@@ -1,8 +1,7 @@
 """Suggest a known key for an unknown key.
 
 A suggestion is a key with a similar name, the key with the same meaning as a key of another tool,
-or the section to which the key belongs. If no suggestion is likely to be correct, none is made,
-because a wrong suggestion costs the user time.
+or the section to which the key belongs. Nothing is suggested unless it is likely to be correct.
 """
 
 from __future__ import annotations
@@ -12,19 +11,19 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import schemas
-from engine.config.pointers import key_at, parent_of
+from engine.config.pointers import get_last_key, get_parent
 from engine.config.schema import ABSENT, SCHEMA, SECTION, resolve_reference, walk
 from engine.errors import Fix
 from schedules.core.spelling import edits, nearest
 
-__all__ = ["Suggestion", "suggestion"]
+__all__ = ["Suggestion", "suggest_key"]
 
 
 class Suggestion(NamedTuple):
     """A suggestion for an unknown key.
 
-    ``hint`` is the text for the message. ``meant`` is the key of the same object that the user
-    probably meant. ``fix`` is set only if the replacement is certain to be correct.
+    ``hint`` is the text for the message. ``meant`` is the key that the user probably meant, if it
+    belongs to the same object. ``fix`` is set only if the replacement is certainly correct.
     """
 
     hint: str
@@ -32,10 +31,10 @@ class Suggestion(NamedTuple):
     fix: Fix | None = None
 
 
-def suggestion(
+def suggest_key(
     pointer: str, key: str, known: Mapping[str, Any], present: Mapping[str, Any]
 ) -> Suggestion:
-    """Return a suggestion for an unknown key.
+    """Suggest a known key in place of an unknown key.
 
     Args:
         pointer: JSON pointer of the object that contains the unknown key.
@@ -44,7 +43,7 @@ def suggestion(
         present: object that contains the unknown key.
 
     >>> known = {"gradient_clipping": {"type": "number"}}
-    >>> suggestion("", "gradient_cliping", known, {"gradient_cliping": 1.0}).hint
+    >>> suggest_key("", "gradient_cliping", known, {"gradient_cliping": 1.0}).hint
     'Did you mean `gradient_clipping`?'
     """
     usable = [name for name, schema in known.items() if "x-removed" not in schema]
@@ -55,25 +54,25 @@ def suggestion(
     fitting = [
         name for name in absent if _accepts_type(present[key], resolve_reference(known[name]))
     ]
-    # Two edits are accepted in a short name if only one similar key accepts the type of the value.
-    near = nearest(key, fitting) or nearest(key, absent) or _find_only_near(key, fitting)
+    # A short name may differ in two letters if only one similar key accepts the value's type.
+    near = nearest(key, fitting) or nearest(key, absent) or _find_unique_match(key, fitting)
     if near:
         return Suggestion(f"Did you mean `{near}`?", near)
     if meant and meant.startswith("/"):
         return Suggestion(f"Use `{meant}` instead.")
-    places = [place for place in _sections_by_key().get(key, ()) if place != pointer]
-    if 0 < len(places) <= 3:
-        where = " or ".join(f"`{place}`" if place else "the top level" for place in places)
+    sections = [each for each in _map_keys_to_sections().get(key, ()) if each != pointer]
+    if 0 < len(sections) <= 3:
+        where = " or ".join(f"`{each}`" if each else "the top level" for each in sections)
         return Suggestion(f"Move it to {where}.")
     if near := nearest(key, [name for name in usable if name in present]):
         return Suggestion(f"Did you mean `{near}`, which is already set?")
     return Suggestion("")
 
 
-def _find_only_near(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that is at most two edits away and has the same first or last letter.
+def _find_unique_match(name: str, known: Collection[str]) -> str | None:
+    """Return the only known name within two edits that has the same first or last letter.
 
-    Return None if there is no such name or more than one.
+    Return None if there is no such name, or more than one.
     """
     near = [
         other
@@ -106,16 +105,16 @@ _ALIASES: Mapping[str, Mapping[str, str]] = schemas.read("aliases.json")
 
 
 @functools.cache
-def _sections_by_key() -> dict[str, tuple[str, ...]]:
-    """Map each key to the pointers of the sections that have a key of this name.
+def _map_keys_to_sections() -> dict[str, tuple[str, ...]]:
+    """Map each key name to the JSON pointers of the sections that have such a key.
 
     The ``params`` of optimizers and schedules are not included.
     """
-    places: dict[str, tuple[str, ...]] = {}
+    sections: dict[str, tuple[str, ...]] = {}
     for member in walk({}, schemas.read(SCHEMA), fill=_skip_old_keys):
-        key = key_at(member.pointer)
-        places[key] = (*places.get(key, ()), parent_of(member.pointer))
-    return places
+        key = get_last_key(member.pointer)
+        sections[key] = (*sections.get(key, ()), get_parent(member.pointer))
+    return sections
 
 
 def _skip_old_keys(schema: Mapping[str, Any]) -> Any:

@@ -1,7 +1,6 @@
 """Validate a config in three phases: its syntax, each value, and combinations of values.
 
-Each phase checks only the values that the earlier phases accepted. A mistake is therefore reported
-once, without further errors that it would cause.
+Each phase skips values that an earlier phase rejected, so that a mistake is reported only once.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
 
     Args:
         config: path of the config, or the config as a dict.
-        world_size: number of ranks for which the batch sizes must be valid. With None, they must be
-            valid for some number of ranks.
+        world_size: number of ranks to validate the batch sizes for. If None, they must be valid for
+            at least one number of ranks.
 
     Raises:
         ConfigError: the file cannot be read or is not text.
@@ -40,32 +39,34 @@ def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
     return check(load_document(config), world_size)
 
 
-def check(document: Document, world_size: int | None, *, runs: bool = False) -> list[Problem]:
-    """Return every problem of a parsed config, sorted by position; see `examine`."""
-    return examine(document, world_size, runs=runs)[0]
+def check(
+    document: Document, world_size: int | None, *, reject_auto: bool = False
+) -> list[Problem]:
+    """Return every problem of a parsed config, sorted by position."""
+    return examine(document, world_size, reject_auto=reject_auto)[0]
 
 
 def examine(
-    document: Document, world_size: int | None, *, runs: bool = False
+    document: Document, world_size: int | None, *, reject_auto: bool = False
 ) -> tuple[list[Problem], RuleContext | None]:
     """Return every problem of a parsed config, sorted by position, and the config's valid part.
 
     Args:
         document: parsed config.
-        world_size: number of ranks for which the batch sizes must be valid. With None, they must be
-            valid for some number of ranks.
-        runs: whether a run uses this config directly. Every "auto" is then an error, because no
-            integration replaces it.
+        world_size: number of ranks to validate the batch sizes for. If None, they must be valid for
+            at least one number of ranks.
+        reject_auto: whether to report every "auto" value as an error, as for a run that no
+            integration starts.
 
     Returns:
-        The problems, and the `RuleContext` that the rules received. The context is None if the
-        syntax is invalid or the config is not a JSON object.
+        The problems, and the `RuleContext` passed to the rules. The context is None if the syntax
+        is invalid or the config is not a JSON object.
     """
     problems = list(document.problems)
     context = None
     if not any(problem.rule == "syntax" for problem in problems):
         invalid = {problem.pointer for problem in problems if problem.severity == "error"} - {""}
-        found, context = _examine_values(document, world_size, runs=runs)
+        found, context = _examine_values(document, world_size, reject_auto=reject_auto)
         problems += [problem for problem in found if problem.pointer not in invalid]
     return sorted(problems, key=_sort_key), context
 
@@ -76,14 +77,14 @@ def _sort_key(problem: Problem) -> tuple[int, int, int, str]:
 
 
 def _examine_values(
-    document: Document, world_size: int | None, *, runs: bool
+    document: Document, world_size: int | None, *, reject_auto: bool
 ) -> tuple[Iterable[Problem], RuleContext | None]:
     if not isinstance(document.value, dict):
         message = f"The config must be a JSON object, got {quote_value(document.value)}."
-        return [document.problem("wrong-type", "", message)], None
+        return [document.build_problem("wrong-type", "", message)], None
     structure = check_structure(document)
     context = RuleContext(document, structure, world_size)
-    autos = _find_unresolved(context) if runs else ()
+    autos = _find_unresolved(context) if reject_auto else ()
     from_rules = (problem for rule in RULES for problem in rule(context))
     return [*structure.problems, *autos, *from_rules], context
 

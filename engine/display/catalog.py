@@ -13,37 +13,37 @@ from schedules.core.descriptions import descriptions_of
 from schedules.core.fields import fields_of, wanted
 from schedules.core.trace import DEFAULT_BASE
 
-__all__ = ["EXAMPLE_STEPS", "example_curves", "listing", "page", "summary"]
+__all__ = ["EXAMPLE_STEPS", "example_curves", "format_page", "get_summary", "list_schedules"]
 
 EXAMPLE_RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=32)
 """Length of the run for which all example parameters were chosen."""
 
 EXAMPLE_STEPS = 120
-"""Number of steps to plot. It exceeds the length of the run to show the values after the end."""
+"""Number of steps to plot: more than the length of the run, to show the values after its end."""
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _BASE = {**DEFAULT_BASE, "weight_decay": (0.01,)}
 
 
-def summary(cls: type[Schedule[Any]]) -> str:
+def get_summary(cls: type[Schedule[Any]]) -> str:
     """Return the first line of a schedule's docstring."""
     return (inspect.getdoc(cls) or "").partition("\n")[0]
 
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
-    """Return the curve of each hyperparameter if the schedule has its example parameters."""
+    """Return the curve of each hyperparameter for the schedule's example parameters."""
     curves = cls(**cls.example).curves_for(_BASE, EXAMPLE_RUN)
     return {name: groups[0] for name, groups in curves.items()}
 
 
-def listing() -> Iterator[str]:
+def list_schedules() -> Iterator[str]:
     """Yield one line per schedule: the name, a small plot of the learning rate, and the summary."""
     width = max(map(len, SCHEDULES))
     for name, cls in SCHEDULES.items():
-        yield f"{name:{width}}  {_sparkline(example_curves(cls)['lr'])}  {summary(cls)}"
+        yield f"{name:{width}}  {_draw_sparkline(example_curves(cls)['lr'])}  {get_summary(cls)}"
 
 
-def page(cls: type[Schedule[Any]]) -> Iterator[str]:
+def format_page(cls: type[Schedule[Any]]) -> Iterator[str]:
     """Yield the lines of a schedule's page: its docstring, parameters, example and small plots."""
     yield cls.type_name
     yield ""
@@ -59,10 +59,10 @@ def page(cls: type[Schedule[Any]]) -> Iterator[str]:
     yield json.dumps(block, indent=2)
     yield ""
     for name, curve in example_curves(cls).items():
-        yield f"{name:12}  {_sparkline(curve, width=60)}"
+        yield f"{name:12}  {_draw_sparkline(curve, width=60)}"
 
 
-def _sparkline(curve: Curve, width: int = 24) -> str:
+def _draw_sparkline(curve: Curve, width: int = 24) -> str:
     values = [curve(step * EXAMPLE_STEPS // width) for step in range(width)]
     low, high = min(0.0, *values), max(values)
     span = (high - low) or 1.0

@@ -21,10 +21,10 @@ _LOSS = "loss"
 _MAX_PLOTTED = 1e200
 
 
-def panels_of(columns: Iterable[str]) -> dict[str, list[str]]:
-    """Group columns by the panel that shows them. The panel ``lr`` shows ``lr.0`` and ``lr.1``.
+def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
+    """Group columns by panel. For example, the panel ``lr`` shows ``lr.0`` and ``lr.1``.
 
-    >>> panels_of(["lr.0", "lr.1", "momentum"])
+    >>> group_by_panel(["lr.0", "lr.1", "momentum"])
     {'lr': ['lr.0', 'lr.1'], 'momentum': ['momentum']}
     """
     panels: dict[str, list[str]] = {}
@@ -34,9 +34,9 @@ def panels_of(columns: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
-    """Map the first step of each phase to its name.
+    """Return the name of each phase of a panel's curve, by its first step.
 
-    The result is empty if the panel shows several curves.
+    Return an empty dict if the panel has several curves.
     """
     if len(panel) > 1 or panel[0] not in curves:
         return {}
@@ -53,21 +53,21 @@ def draw(
     evidence: Evidence | None = None,
     dpi: int = 150,
 ) -> None:
-    """Plot columns over the steps in an image file, with one panel per hyperparameter.
+    """Plot columns over the steps, with one panel per hyperparameter, and save the image.
 
     Args:
-        columns: column names mapped to one value per step. The names are as in `Preview.columns`.
+        columns: value at each step, by column name; see `Preview.columns` for the names.
         path: output file. Its suffix, such as ``.png`` or ``.pdf``, selects the format.
         title: title of the figure.
-        curves: curves of the columns, whose phases are labeled in the panels.
-        evidence: data from which a loss-driven schedule decided to end its warmup. It is plotted
-            in the last panel, together with the column ``loss`` if there is one.
+        curves: curves by column name; the panels label their phases.
+        evidence: data on which a loss-driven schedule based the end of its warmup. It is plotted
+            in the last panel, with the column ``loss`` if there is one.
         dpi: resolution of the image in dots per inch.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    panels = panels_of(name for name in columns if evidence is None or name != _LOSS)
+    panels = group_by_panel(name for name in columns if evidence is None or name != _LOSS)
     count = len(panels) + (evidence is not None)
     figure = Figure(figsize=(8, 1.2 + 2.0 * count), layout="constrained")
     axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
@@ -104,7 +104,7 @@ def draw(
 
 
 def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
-    """Plot the losses, and the Gaussian process that was fitted to the losses of the warmup."""
+    """Plot the losses, and the Gaussian process fitted to the losses of the warmup."""
     axis.plot(range(len(losses)), losses, ".", markersize=2, color="tab:blue", alpha=0.4)
     axis.set_ylabel(_LOSS)
     axis.grid(alpha=0.3)
@@ -125,7 +125,7 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
 
 
 def draw_decision(evidence: Evidence, path: Path, title: str) -> None:
-    """Plot the learning rate and the losses of a warmup; the title has the reason why it ended."""
+    """Plot the learning rate and losses of a warmup, with the reason for its end in the title."""
     step, lr, reason, probability = evidence.decision
     confidence = "" if probability is None else f" (probability {probability:.3f})"
     draw(
@@ -144,18 +144,18 @@ def draw_on_terminal(
     size: tuple[int, int] = (80, 24),
     color: bool = False,
 ) -> str:
-    """Plot columns over the steps as text, with one panel per hyperparameter, and return the text.
+    """Return a text plot of columns over the steps, with one panel per hyperparameter.
 
     Args:
-        columns: column names mapped to one value per step, as in `draw`.
-        title: title, which is the first line.
-        curves: curves of the columns, whose phases are listed below each panel.
+        columns: value at each step, by column name, as in `draw`.
+        title: first line of the text.
+        curves: curves by column name; their phases are listed below each panel.
         size: width and height of the terminal in characters.
         color: whether to use terminal colors.
     """
     import plotext
 
-    panels = panels_of(columns)
+    panels = group_by_panel(columns)
     width, height = size[0], max(9, (size[1] - 2) // len(panels))
     text = [title]
     for name, panel_columns in panels.items():

@@ -1,4 +1,4 @@
-"""Compute the values that a config's schedule will set in each step, before launch."""
+"""Preview a config's schedule: compute its values at each step before launch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.config import ConfigError, Problem, Source, load_document
 from engine.config.pointers import split_pointer
-from engine.config.schedule_context import base_of, horizon_of, samples_if_known
+from engine.config.schedule_context import build_base_values, build_horizon, get_train_batch_size
 from engine.config.validate import examine
 from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves, Evidence
@@ -19,7 +19,7 @@ __all__ = ["Preview", "preview"]
 
 @dataclass(frozen=True)
 class Preview:
-    """The schedule of a config, and its curves for the config's optimizer and run length."""
+    """The schedule of a config and its curves for the config's optimizer and run length."""
 
     name: str
     schedule: Schedule[Any]
@@ -29,18 +29,20 @@ class Preview:
 
     @property
     def title(self) -> str:
-        """The schedule's type. A loss-driven schedule is marked as run on a synthetic loss."""
+        """The schedule's type, followed by "on a synthetic loss" if it is loss-driven."""
         note = " on a synthetic loss" if self.schedule.feedback else ""
         return f"{self.schedule.type_name}{note}"
 
-    def told(self, losses: Sequence[float]) -> tuple[dict[str, list[float]], Evidence | None]:
+    def replay_losses(
+        self, losses: Sequence[float]
+    ) -> tuple[dict[str, list[float]], Evidence | None]:
         """Run a loss-driven schedule on recorded losses.
 
         Args:
             losses: loss of each step.
 
         Returns:
-            The values of each column, and the data from which the schedule decided to end its
+            The values of each column, and the data on which the schedule based the end of its
             warmup. The data is None if the warmup did not end.
 
         Raises:
@@ -55,14 +57,14 @@ class Preview:
 
     @property
     def span(self) -> int:
-        """Number of steps to plot: the length of the run, or of the schedule if that is unknown."""
+        """Number of steps to plot: the length of the run; if unknown, of the schedule."""
         return int(self.horizon.scaled_steps or 0) or self.schedule.span
 
     @property
     def columns(self) -> dict[str, Any]:
         """Curves by column name.
 
-        The column of a hyperparameter is, for example, ``lr``. If the param groups have different
+        A column has the name of its hyperparameter, such as ``lr``. If param groups have different
         curves, there is one column per group: ``lr.0``, ``lr.1``, …
         """
         columns = {}
@@ -74,7 +76,7 @@ class Preview:
         return columns
 
     def rows(self, steps: int) -> Iterator[tuple[float, ...]]:
-        """Yield one row per step, which contains the step and the value of each column."""
+        """Return an iterator of rows: the step and the value of each column."""
         values = [curve.values(steps) for curve in self.columns.values()]
         return zip(range(steps), *values, strict=True)
 
@@ -97,31 +99,31 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
     [(0, 0.0), (1, 0.0005), (2, 0.001)]
     """
     document = load_document(config)
-    problems, context = examine(document, None, runs=True)
+    problems, context = examine(document, None, reject_auto=True)
     problems = [problem for problem in problems if _prevents_curve(problem)]
     if problems or context is None:
         raise ConfigError(document.name, problems)
     if context.schedule is None:
-        message = "`scheduler` is missing. Add a `scheduler` section to preview it."
+        message = "The section `scheduler` is missing. Add it to preview a schedule."
         raise ConfigError(document.name, [Problem("missing-key", "error", "", 0, 0, message)])
     schedule = context.schedule
     try:
-        horizon = horizon_of(
-            context.section("engine"),
-            samples_per_step=samples_if_known(context.config),
+        horizon = build_horizon(
+            context.get_section("engine"),
+            samples_per_step=get_train_batch_size(context.config),
             steps_per_epoch=steps_per_epoch,
         )
         resolved = schedule.resolve(horizon)
     except ValueError as error:
-        problem = document.problem("schedule", "/scheduler/params", str(error))
+        problem = document.build_problem("schedule", "/scheduler/params", str(error))
         raise ConfigError(document.name, [problem]) from None
-    base = base_of(context.config, schedule)
+    base = build_base_values(context.config, schedule)
     curves = schedule.curves_for(base, horizon)
     return Preview(document.name, resolved, curves, horizon, base)
 
 
 def _prevents_curve(problem: Problem) -> bool:
-    """Return whether the curves cannot be computed because of a problem."""
+    """Return whether a problem prevents the computation of the curves."""
     if problem.severity != "error" or problem.rule == "batch-sizes":
         return False
     section, *_ = [*split_pointer(problem.pointer), ""]

@@ -1,4 +1,4 @@
-"""Format config problems as text with the source line, JSON, GitHub annotations or SARIF."""
+"""Format config problems as text, JSON, GitHub annotations or SARIF."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.config.parser import Document
 
 __all__ = ["FORMATS", "Report", "write_error"]
 
-_COLOURS = {"error": "31", "warning": "33", "note": "36"}
+_COLORS = {"error": "31", "warning": "33", "note": "36"}
 _SARIF_LEVELS = {"error": "error", "warning": "warning", "note": "note"}
 _WIDTH = 100
 
@@ -26,13 +26,13 @@ class Report:
     color: bool = False
 
 
-def _text(report: Report) -> Iterator[str]:
+def _format_text(report: Report) -> Iterator[str]:
     lines = report.document.lines
     for problem in report.problems:
         location = f":{problem.line}:{problem.column}" if problem.line else ""
         head = f"{problem.severity}[{problem.rule}]"
         if report.color:
-            head = f"\033[1;{_COLOURS[problem.severity]}m{head}\033[0m"
+            head = f"\033[1;{_COLORS[problem.severity]}m{head}\033[0m"
         yield f"{report.document.name}{location}: {head}: {problem}"
         if problem.line and problem.line <= len(lines):
             source = lines[problem.line - 1].replace("\t", " ")
@@ -41,7 +41,7 @@ def _text(report: Report) -> Iterator[str]:
             yield f"  {' ' * (problem.column - 1 - start)}^"
 
 
-def _json(report: Report) -> Iterator[str]:
+def _format_json(report: Report) -> Iterator[str]:
     found = []
     for problem in report.problems:
         fields = {key: value for key, value in asdict(problem).items() if key != "fix"}
@@ -49,7 +49,7 @@ def _json(report: Report) -> Iterator[str]:
     yield json.dumps(found, indent=2)
 
 
-def _github(report: Report) -> Iterator[str]:
+def _format_github(report: Report) -> Iterator[str]:
     for problem in report.problems:
         command = "notice" if problem.severity == "note" else problem.severity
         location = f",line={problem.line},col={problem.column}" if problem.line else ""
@@ -57,7 +57,7 @@ def _github(report: Report) -> Iterator[str]:
         yield f"::{command} file={report.document.name}{location},title={problem.rule}::{message}"
 
 
-def _sarif(report: Report) -> Iterator[str]:
+def _format_sarif(report: Report) -> Iterator[str]:
     from engine.config.rules.pages import RULEBOOK
 
     used = sorted({problem.rule for problem in report.problems})
@@ -65,8 +65,8 @@ def _sarif(report: Report) -> Iterator[str]:
         {
             "id": rule,
             "shortDescription": {"text": RULEBOOK[rule].summary},
-            "fullDescription": {"text": RULEBOOK[rule].why},
-            "help": {"text": RULEBOOK[rule].cure},
+            "fullDescription": {"text": RULEBOOK[rule].reason},
+            "help": {"text": RULEBOOK[rule].fix},
         }
         for rule in used
     ]
@@ -76,7 +76,9 @@ def _sarif(report: Report) -> Iterator[str]:
             "ruleIndex": used.index(problem.rule),
             "level": _SARIF_LEVELS[problem.severity],
             "message": {"text": str(problem)},
-            "locations": [{"physicalLocation": _location(report.document.name, problem)}],
+            "locations": [
+                {"physicalLocation": _build_sarif_location(report.document.name, problem)}
+            ],
         }
         for problem in report.problems
     ]
@@ -90,7 +92,7 @@ def _sarif(report: Report) -> Iterator[str]:
     yield json.dumps(log, indent=2)
 
 
-def _location(name: str, problem: Problem) -> dict[str, Any]:
+def _build_sarif_location(name: str, problem: Problem) -> dict[str, Any]:
     location: dict[str, Any] = {"artifactLocation": {"uri": name}}
     if problem.line:
         location["region"] = {"startLine": problem.line, "startColumn": problem.column}
@@ -99,14 +101,14 @@ def _location(name: str, problem: Problem) -> dict[str, Any]:
 
 def write_error(error: ConfigError, out: TextIO) -> None:
     """Write the problems of a `ConfigError` as text."""
-    for line in _text(Report(Document(error.name, None), error.problems)):
+    for line in _format_text(Report(Document(error.name, None), error.problems)):
         print(line, file=out)
 
 
 FORMATS: Mapping[str, Callable[[Report], Iterator[str]]] = {
-    "text": _text,
-    "json": _json,
-    "github": _github,
-    "sarif": _sarif,
+    "text": _format_text,
+    "json": _format_json,
+    "github": _format_github,
+    "sarif": _format_sarif,
 }
 """Maps each output format of `onecycle validate` to the function that formats a report as lines."""

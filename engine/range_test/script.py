@@ -24,7 +24,7 @@ log = logging.getLogger("onecycle")
 
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
     """Return a script's config for `onecycle lr-test`, with its schedule replaced by the sweep."""
-    changed = config.for_trial_run(from_config(sweep.scheduler))
+    changed = config.copy_for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:
         torch.manual_seed(torch.initial_seed() + sweep.seed_offset)
     data = replace(config.data, seed=config.data.seed + sweep.seed_offset)

@@ -1,4 +1,4 @@
 """The subcommands of ``onecycle``, one per module.
 
-In each module, `add` adds the arguments to a parser, and `run` executes the subcommand.
+In each module, `add_arguments` adds the arguments to a parser, and `run` executes the subcommand.
 """

@@ -1,14 +1,14 @@
-"""Argument types that several subcommands use."""
+"""Argument types shared by several subcommands."""
 
 from __future__ import annotations
 
 import argparse
 
-__all__ = ["positive"]
+__all__ = ["parse_positive_int"]
 
 
-def positive(text: str) -> int:
-    """Parse an integer >= 1. Pass this function to argparse as the `type` of an argument."""
+def parse_positive_int(text: str) -> int:
+    """Parse an integer >= 1; use as `type` of an argparse argument."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
     return int(text)

@@ -12,11 +12,11 @@ from engine.config.wording import count_noun
 from engine.distributed.environment import INVALID, OK
 from engine.errors import CheckpointError
 
-__all__ = ["add", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to the parser."""
     parser.description = (
         "List the checkpoints of a run (ls), verify their hashes (verify), print the manifest of a "
         "checkpoint (show), or export its weights to one safetensors file (export). Only export "
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 def _list(args: argparse.Namespace, out: TextIO) -> int:
     complete = storage.list_checkpoints(args.dir)
     if not complete:
-        raise FileNotFoundError(2, "contains no complete checkpoint", str(args.dir))
+        raise FileNotFoundError(2, "no complete checkpoint found in this directory", str(args.dir))
     width = max(len(path.name) for path, _ in complete)
     for path, manifest in complete:
         ranks = count_noun(manifest.world_size, "rank")
@@ -57,7 +57,7 @@ def _list(args: argparse.Namespace, out: TextIO) -> int:
 def _verify(args: argparse.Namespace, out: TextIO) -> int:
     tags = [args.tag] if args.tag else _list_tags(args.dir)
     if not tags:
-        raise FileNotFoundError(2, "contains no checkpoint", str(args.dir))
+        raise FileNotFoundError(2, "no checkpoint found in this directory", str(args.dir))
     status = OK
     for tag in tags:
         try:
@@ -86,8 +86,9 @@ def _export(args: argparse.Namespace, out: TextIO) -> int:
     path, manifest = storage.find(args.dir, args.tag)
     if manifest.backend != "torch":
         raise ValueError(
-            f"`export` supports only checkpoints of the PyTorch backend; {path} was written by "
-            f"{manifest.backend}. Run DeepSpeed's zero_to_fp32.py, which is in that directory."
+            f"`export` supports only checkpoints of the PyTorch backend, but {path} was "
+            f"written by {manifest.backend}. Run the script zero_to_fp32.py, which DeepSpeed saved "
+            "with the checkpoint."
         )
     from engine.checkpoint.state import export
 

@@ -7,32 +7,36 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from engine.cli.commands.arguments import positive
+from engine.cli.commands.arguments import parse_positive_int
 from engine.distributed.environment import OK
 
 if TYPE_CHECKING:
     from engine.config.provenance import Entry
 
-__all__ = ["add", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to the parser."""
     parser.description = (
         "Print the resolved config: every value that a run would use and its origin (a line of the "
         "file, a default, or a derived value)."
     )
     parser.add_argument("file", metavar="FILE", help="a ds_config.json; - for standard input")
     parser.add_argument(
-        "--world-size", type=positive, default=1, metavar="N", help="number of ranks (default: 1)"
+        "--world-size",
+        type=parse_positive_int,
+        default=1,
+        metavar="N",
+        help="number of ranks (default: 1)",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print the values as a complete config")
     how.add_argument(
         "--diff",
         metavar="OTHER",
-        help="print only the keys whose values differ from those of another config, with the other "
-        "config's value last; - marks a missing key",
+        help="print only the keys whose values differ from those of another config. The last "
+        "column is the value in the other config; - marks a missing key",
     )
 
 
@@ -64,10 +68,10 @@ def _resolve(name: str, world_size: int) -> list[Entry]:
     return list(trace_origins(context))
 
 
-def _print_differences(mine: Sequence[Entry], theirs: Sequence[Entry], out: TextIO) -> None:
-    """Print the keys whose values differ. Default values are compared like values that were set."""
+def _print_differences(first: Sequence[Entry], second: Sequence[Entry], out: TextIO) -> None:
+    """Print the keys whose values differ between two configs, including default values."""
     here, there = (
-        {each.name: json.dumps(each.value) for each in entries} for entries in (mine, theirs)
+        {each.name: json.dumps(each.value) for each in entries} for entries in (first, second)
     )
     names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     _print_table([(name, here.get(name, "-"), there.get(name, "-")) for name in names], out)

@@ -15,7 +15,7 @@ from engine.distributed.environment import OK
 from engine.launch.probe import PACKAGES
 from engine.versions import get_installed_version
 
-__all__ = ["add", "run"]
+__all__ = ["add_arguments", "run"]
 
 
 class _Finding(NamedTuple):
@@ -24,18 +24,24 @@ class _Finding(NamedTuple):
     detail: str
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to the parser."""
     parser.description = (
         "Report which features work on this machine: torch and its devices, process groups, "
-        "DeepSpeed and its ops, ssh and Slurm. Print the reason for each one that does not work."
+        "DeepSpeed and its ops, ssh and Slurm. Print the reason for each feature that does not "
+        "work."
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Run all checks and print their results."""
-    checks: tuple[Callable[[], Iterator[_Finding]], ...] = (_packages, _torch, _deepspeed, _tools)
+    checks: tuple[Callable[[], Iterator[_Finding]], ...] = (
+        _check_packages,
+        _check_torch,
+        _check_deepspeed,
+        _check_tools,
+    )
     findings = [finding for check in checks for finding in check()]
     if args.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1), file=out)
@@ -46,14 +52,14 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return OK
 
 
-def _packages() -> Iterator[_Finding]:
+def _check_packages() -> Iterator[_Finding]:
     yield _Finding("python", True, platform.python_version())
     for package in (*PACKAGES, "safetensors", "tensorboard", "wandb"):
         found = get_installed_version(package)
         yield _Finding(package, found is not None, found or f"not installed: pip install {package}")
 
 
-def _torch() -> Iterator[_Finding]:
+def _check_torch() -> Iterator[_Finding]:
     try:
         import torch
         import torch.distributed as dist
@@ -77,7 +83,7 @@ def _torch() -> Iterator[_Finding]:
     yield _Finding("nccl", nccl, detail)
 
 
-def _deepspeed() -> Iterator[_Finding]:
+def _check_deepspeed() -> Iterator[_Finding]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # hide warnings that the import prints
             from deepspeed.ops.op_builder.all_ops import ALL_OPS
@@ -98,7 +104,7 @@ def _deepspeed() -> Iterator[_Finding]:
         yield _Finding(f"DeepSpeed's {name}", bool(fits), detail)
 
 
-def _tools() -> Iterator[_Finding]:
+def _check_tools() -> Iterator[_Finding]:
     for tool, needed in (
         ("ssh", "`onecycle launch --hostfile`; Debian: openssh-client"),
         ("sbatch", "`onecycle launch --slurm`"),

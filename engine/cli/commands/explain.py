@@ -7,11 +7,11 @@ from typing import TextIO
 
 from engine.distributed.environment import OK
 
-__all__ = ["add", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to the parser."""
     parser.description = (
         "Print what a validation rule checks, why, and how to fix it. Without RULE, list all "
         "rules. `onecycle validate` prints the rule of each problem in brackets."
@@ -34,6 +34,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         fix = f"Did you mean `{near}`?" if near else "Run `onecycle explain` to list all rules."
         raise ValueError(f"Unknown rule `{args.rule}`. {fix}")
     page = RULEBOOK[args.rule]
-    example = f"\n\nFor example:\n  {page.wrong}" if page.wrong else ""
-    print(f"{args.rule}: {page.summary}\n\n{page.why}{example}\n\n{page.cure}", file=out)
+    example = f"\n\nFor example:\n  {page.example}" if page.example else ""
+    print(f"{args.rule}: {page.summary}\n\n{page.reason}{example}\n\n{page.fix}", file=out)
     return OK

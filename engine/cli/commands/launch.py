@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from engine.cli.commands.arguments import positive
+from engine.cli.commands.arguments import parse_positive_int
 from engine.distributed.environment import INVALID, OK, UNREACHABLE, USAGE
 from engine.errors import LaunchError
 from engine.launch.hosts import (
@@ -30,28 +30,31 @@ from engine.launch.runner import report_outcome
 from engine.launch.runner import run as run_plan
 from engine.launch.slurm import build_sbatch, is_in_allocation, run_in_allocation, submit
 
-__all__ = ["add", "run"]
+__all__ = ["add_arguments", "run"]
 
-_NEEDS_HOSTFILE = "needs `--hostfile`. Add it, or remove this option."
+_NEEDS_HOSTFILE = "requires `--hostfile`. Add it, or remove this option."
 # For each option: the kinds of launch that support it, and the error message for other kinds.
 _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     "include": ({"ssh"}, _NEEDS_HOSTFILE),
     "exclude": ({"ssh"}, _NEEDS_HOSTFILE),
     "ssh_opt": ({"ssh"}, _NEEDS_HOSTFILE),
-    "port": ({"ssh"}, "needs `--hostfile`. Without it, a free port is chosen."),
-    "rejoin": ({"ssh"}, "needs `--hostfile`. Slurm requeues a job that lost a node."),
-    "slurm_opt": ({"slurm"}, "needs `--slurm` or `--write-sbatch`."),
+    "port": ({"ssh"}, "requires `--hostfile`. Remove it; a free port is chosen automatically."),
+    "rejoin": ({"ssh"}, "requires `--hostfile`. Remove it; Slurm requeues a job that lost a node."),
+    "slurm_opt": (
+        {"slurm"},
+        "requires `--slurm` or `--write-sbatch`. Add one of them, or remove this option.",
+    ),
     "console": (
         {"ssh", "local"},
-        "has no effect in a Slurm job: its log contains the output of all ranks.",
+        "has no effect in a Slurm job, whose log contains the output of all ranks. Remove it.",
     ),
     "pass_env": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, which inherits the whole environment of sbatch.",
+        "has no effect in a Slurm job, which inherits the whole environment of sbatch. Remove it.",
     ),
     "no_preflight": (
         {"ssh", "local"},
-        "has no effect in a Slurm job: its hosts are not known before it starts.",
+        "has no effect in a Slurm job, whose hosts are unknown before it starts. Remove it.",
     ),
 }
 
@@ -73,11 +76,11 @@ examples:
 """
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to the parser."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "Start a script on this machine, on the hosts of a hostfile by ssh, or as a Slurm job.\n"
+        "Start a script on this machine, on the hosts of a hostfile over ssh, or as a Slurm job.\n"
         "torchrun provides ranks, rendezvous and restarts. If one rank fails, all others stop."
     )
     parser.epilog = _EPILOG
@@ -94,11 +97,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _add_host_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--hostfile", type=Path, metavar="F", help="file with lines `host slots=N`; uses ssh")
-    add("--include", default="", metavar="H", help="hosts and slots to use: node0@node1:0,2-3")
-    add("--exclude", default="", metavar="H", help="hosts and slots to leave out")
+    add("--hostfile", type=Path, metavar="F", help="file with lines `host slots=N`")
+    add(
+        "--include", default="", metavar="H", help="hosts and slots to use, as in node0@node1:0,2-3"
+    )
+    add("--exclude", default="", metavar="H", help="hosts and slots to exclude")
     add("--nproc", default="auto", metavar="N", help="processes per host (default: one per GPU)")
-    nnodes_help = "number of hosts; with MIN:MAX, the job continues while MIN hosts are left"
+    nnodes_help = "number of hosts; with MIN:MAX, the job continues with at least MIN hosts"
     add("--nnodes", metavar="N|MIN:MAX", help=nnodes_help)
     add("--slurm", action="store_true", help="submit a Slurm job, or run in the current allocation")
     add("--write-sbatch", type=Path, metavar="F", help="write the Slurm job script to a file")
@@ -123,7 +128,7 @@ def _add_rank_arguments(group: argparse._ArgumentGroup) -> None:
         help="environment variable to set",
     )
     add("--env-file", type=Path, metavar="F", help="file with lines K=V and # comments")
-    pattern_help = "variables to pass on, such as WANDB_* (NCCL_*, HF_* and others always are)"
+    pattern_help = "variables to forward, such as WANDB_* (NCCL_*, HF_* and others always are)"
     add("--pass-env", action="append", default=[], metavar="PATTERN", help=pattern_help)
     add("--cwd", default=".", metavar="D", help="working directory on every host")
     python_help = "interpreter on every host (default: this one)"
@@ -133,9 +138,9 @@ def _add_rank_arguments(group: argparse._ArgumentGroup) -> None:
     restarts_help = "maximum number of restarts (default: 0)"
     add("--max-restarts", type=int, default=0, metavar="R", help=restarts_help)
     timeout_help = "timeout of collectives (default: 600)"
-    add("--timeout", type=positive, default=600, metavar="S", help=timeout_help)
+    add("--timeout", type=parse_positive_int, default=600, metavar="S", help=timeout_help)
     grace_help = "time for ranks to save before they are killed (default: 30)"
-    add("--grace", type=positive, default=30, metavar="S", help=grace_help)
+    add("--grace", type=parse_positive_int, default=30, metavar="S", help=grace_help)
 
 
 def _add_launcher_arguments(group: argparse._ArgumentGroup) -> None:
@@ -145,17 +150,19 @@ def _add_launcher_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="F",
         help="config to validate before launch (default: a .json among ARGS)",
     )
-    rejoin_help = "reconnect to a lost host for up to --rdzv-timeout"
+    rejoin_help = "reconnect to a lost host for up to --rdzv-timeout seconds"
     add("--rejoin", action="store_true", help=rejoin_help)
     rendezvous_help = "timeout of the rendezvous (default: 300)"
-    add("--rdzv-timeout", type=positive, default=300, metavar="S", help=rendezvous_help)
+    add("--rdzv-timeout", type=parse_positive_int, default=300, metavar="S", help=rendezvous_help)
     port_help = "port of the rendezvous (default: a free port)"
     add("--port", type=int, default=0, metavar="P", help=port_help)
-    add("--iface", metavar="NAME", help="network interface (default: the one that ssh uses)")
+    add("--iface", metavar="NAME", help="network interface (default: the same as ssh)")
     choices = ["all", "rank0", "none"]
-    console_help = "ranks to print (default: rank0, and the last lines of a failed rank)"
+    console_help = (
+        "ranks whose output is printed (default: rank0, and the last lines of a failed rank)"
+    )
     add("--console", choices=choices, default="rank0", help=console_help)
-    add("--dry-run", action="store_true", help="print the plan without contacting a host")
+    add("--dry-run", action="store_true", help="print the plan without connecting to any host")
     add("--json", action="store_true", help="print the plan as JSON")
     add("--no-preflight", action="store_true", help="do not check the hosts before launch")
 
@@ -186,13 +193,15 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def _check_script(args: argparse.Namespace, script: tuple[str, ...]) -> None:
     if not script:
-        raise LaunchError("The script is missing: `onecycle launch --nproc 2 train.py ARGS`.")
+        raise LaunchError(
+            "The script is missing. Usage: `onecycle launch --nproc 2 train.py ARGS`."
+        )
     if not args.module and not args.no_python and not Path(args.cwd, script[0]).is_file():
-        raise FileNotFoundError(2, "no such script", script[0])
+        raise FileNotFoundError(2, "script not found", script[0])
     if sys.platform != "linux":
         raise LaunchError(
-            "`onecycle launch` requires Linux, where it can kill every process of a job. "
-            "On other systems, start the script with torchrun."
+            "`onecycle launch` supports only Linux. On other systems, start the script with "
+            "torchrun."
         )
 
 
@@ -201,9 +210,9 @@ def _is_slurm(args: argparse.Namespace) -> bool:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Reject invalid values, and options that have no effect on this kind of launch."""
+    """Reject invalid values, and options that this kind of launch does not support."""
     if not 0 <= args.port < 2**16:
-        raise LaunchError(f"`--port` must be 0 to 65535, got {args.port}.")
+        raise LaunchError(f"`--port` must be between 0 and 65535, got {args.port}.")
     if args.hostfile and _is_slurm(args):
         raise LaunchError("`--hostfile` and Slurm cannot be combined. Use one of them.")
     kind = "slurm" if _is_slurm(args) else "ssh" if args.hostfile else "local"
@@ -212,7 +221,7 @@ def _check_options(args: argparse.Namespace) -> None:
         if kind not in supported and not is_default:
             raise LaunchError(f"`--{option.replace('_', '-')}` {error}")
     if args.json and not args.dry_run:
-        raise LaunchError("`--json` needs `--dry-run`: it prints the plan as JSON.")
+        raise LaunchError("`--json` requires `--dry-run`. Add it, or remove `--json`.")
 
 
 def _build_request(args: argparse.Namespace, script: tuple[str, ...]) -> LaunchRequest:
@@ -253,7 +262,7 @@ def _build_hosts(args: argparse.Namespace, nnodes: int | None) -> tuple[Host, ..
         return limit_hosts(hosts, nnodes, args.nproc)
     count = nnodes or 1
     if count > 1 and not _is_slurm(args):
-        raise LaunchError("`--nnodes` needs `--hostfile` or `--slurm`, which provide the hosts.")
+        raise LaunchError("`--nnodes` requires `--hostfile` or `--slurm`. Add one of them.")
     slots = tuple(range(parse_nproc(args.nproc)))
     if not _is_slurm(args):
         return (Host("localhost", slots),)
@@ -281,9 +290,10 @@ def _is_valid(config: str, world_size: int, out: TextIO) -> bool:
 def _run_preflight(
     request: LaunchRequest, config: str | None, out: TextIO
 ) -> dict[str, HostFacts] | None:
-    """Check all hosts, and return the facts that they report.
+    """Run the preflight checks on all hosts.
 
-    If a check fails, print the problem and return None.
+    Returns:
+        Facts that each host reports, by host name. None if a check failed; the problem is printed.
     """
     checks = check_hosts(request, config and str(Path(config).resolve()))
     failed = [check for check in checks if check.problem]
@@ -301,7 +311,7 @@ def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: Text
     script = build_sbatch(request, options)
     if args.write_sbatch:
         args.write_sbatch.write_text(script, encoding="utf-8")
-        print(f"{args.write_sbatch}: written; submit it with sbatch", file=out)
+        print(f"Wrote {args.write_sbatch}. Submit it with sbatch.", file=out)
         return OK
     if args.dry_run:
         print(json.dumps({"sbatch": script}) if args.json else script, file=out)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from engine.cli.commands.arguments import positive
+from engine.cli.commands.arguments import parse_positive_int
 from engine.distributed.environment import INVALID, OK
 
 if TYPE_CHECKING:
@@ -26,18 +26,19 @@ if TYPE_CHECKING:
     from engine.range_test.report import LRRangeReport
     from engine.range_test.sweep import Sweep
 
-__all__ = ["add", "run"]
+__all__ = ["add_arguments", "run"]
 
 _LINES_OF_FAILURE = 15
 _GRACE = 30.0  # seconds to wait after the test before the script is killed
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to the parser."""
     parser.description = (
-        "Run an unmodified training script while the learning rate rises from small to too large,\n"
-        "and suggest bounds for a cycle. During the test, the sweep replaces the schedule, and no\n"
-        "checkpoints are written. The script is stopped when the loss diverges or the sweep ends."
+        "Run an unmodified training script while increasing the learning rate from --min to\n"
+        "--max, and suggest learning-rate bounds for OneCycle. During the test, the sweep\n"
+        "replaces the schedule, and no checkpoints are written. The script is stopped when the\n"
+        "loss diverges or the sweep ends."
     )
     parser.epilog = (
         "exit status: 0 a suggestion was found; 1 no suggestion; 2 wrong usage\n\nexamples:\n"
@@ -50,8 +51,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="config that replaces the script's; if its schedule is an LRRangeTest, the sweep "
-        "follows it",
+        help="config that replaces the script's; if its schedule is LRRangeTest, the sweep "
+        "uses that schedule",
     )
     parser.add_argument(
         "--min", type=float, default=1e-6, metavar="LR", help="first learning rate (default: 1e-6)"
@@ -60,13 +61,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--max", type=float, default=10.0, metavar="LR", help="last learning rate (default: 10)"
     )
     parser.add_argument(
-        "--steps", type=positive, default=250, help="steps of the sweep (default: 250)"
+        "--steps", type=parse_positive_int, default=250, help="steps of the sweep (default: 250)"
     )
     parser.add_argument(
         "--shape",
         choices=["exponential", "linear", "staircase"],
         default="exponential",
-        help="shape of the sweep (default: exponential, the same factor in every step)",
+        help="how the learning rate increases (default: exponential, by a constant factor)",
     )
     parser.add_argument(
         "--momentum",
@@ -83,25 +84,31 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="stop when the smoothed loss is X times its minimum (default: 4)",
     )
     repeat_help = "number of runs, each with a different seed (default: 1)"
-    parser.add_argument("--repeat", type=positive, default=1, metavar="N", help=repeat_help)
+    parser.add_argument(
+        "--repeat", type=parse_positive_int, default=1, metavar="N", help=repeat_help
+    )
     parser.add_argument(
         "--refine",
         action="store_true",
-        help="after the sweep, train short 1Cycle runs of --steps steps each, with five maxima a "
-        "factor of 2 apart around the suggestion, and suggest the one with the lowest final loss. "
-        "If the best is the first or the last, more maxima are tried. Takes five to ten times as "
-        "long.",
+        help="after the sweep, train short 1Cycle runs of --steps steps each, with five "
+        "maximum learning rates around the suggestion, each twice the previous one, and suggest "
+        "the maximum with the lowest final loss. If the best of them is the lowest or the "
+        "highest, try more. This takes five to ten times as long.",
     )
     parser.add_argument(
         "--training-steps",
-        type=positive,
+        type=parse_positive_int,
         metavar="N",
         help="with --refine: number of steps of the planned training. The suggestion is scaled by "
         "(steps / N)**0.32, because longer training needs a smaller learning rate "
         "(https://arxiv.org/abs/2409.19913)",
     )
     parser.add_argument(
-        "--nproc", type=positive, default=1, metavar="N", help="number of ranks (default: 1)"
+        "--nproc",
+        type=parse_positive_int,
+        default=1,
+        metavar="N",
+        help="number of ranks (default: 1)",
     )
     parser.add_argument(
         "--write",
@@ -156,7 +163,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         if not run.end:
             raise _TestFailedError(
                 f"the script ended after {len(run.lrs)} of the {args.steps} steps of a short "
-                "cycle. Train for more epochs, or reduce --steps."
+                "1Cycle run. Train for more epochs, or reduce --steps."
             )
         return run
 
@@ -174,16 +181,16 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 class _TestFailedError(Exception):
-    """A run of the script was not a usable test. The message contains the reason and the fix."""
+    """A run of the script produced no usable result. The message has the reason and the fix."""
 
 
 def _train(
     command: Sequence[str], sweep: Sweep, name: str, args: argparse.Namespace, console: Console
 ) -> Run:
-    """Run the script with a sweep, and return the recorded learning rates and losses.
+    """Run the script once with a sweep, and return the recorded learning rates and losses.
 
     Raises:
-        _TestFailedError: the script failed, or it recorded too few steps.
+        _TestFailedError: the script failed or ended after too few steps.
     """
     from engine.range_test.recorder import RECORD, Run
 
@@ -202,9 +209,9 @@ def _train(
 def _build_command(args: argparse.Namespace) -> list[str]:
     script = args.script[1:] if args.script[:1] == ["--"] else args.script
     if not script:
-        raise ValueError("The script is missing: `onecycle lr-test -- train.py ARGS`.")
+        raise ValueError("The script is missing. Usage: `onecycle lr-test -- train.py ARGS`.")
     if script[0].endswith(".py") and not Path(script[0]).is_file():
-        raise FileNotFoundError(2, "no such script", script[0])
+        raise FileNotFoundError(2, "script not found", script[0])
     python = [sys.executable] if script[0].endswith(".py") else []
     if args.nproc == 1:
         return [*python, *script]
@@ -214,7 +221,7 @@ def _build_command(args: argparse.Namespace) -> list[str]:
 
 
 def _read_range_test_block(config: str | None, nproc: int) -> Any:
-    """Return the config's schedule block if it is an LRRangeTest, else None."""
+    """Return the config's scheduler block if its type is LRRangeTest, else None."""
     block = _read_block(Path(config), nproc) if config else None
     return block if block and block.get("type") == "LRRangeTest" else None
 
@@ -276,9 +283,10 @@ def _run_with_progress(
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a script and all its descendants.
+    """Kill the script and all its descendants.
 
-    Killing the process group is not enough: torchrun starts each worker in a separate session.
+    Killing the process group is not sufficient, because torchrun starts each worker in a
+    separate session.
     """
     import signal
 
@@ -293,23 +301,23 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
-    """Return why a run is not a usable test and how to fix it; empty if the run is usable."""
+    """Return an error message if a run produced no usable result, else an empty string."""
     from engine.range_test.suggestion import MIN_POINTS
 
     name = " ".join(args.script).removeprefix("-- ")
     if status != 0 and not run.end:
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()
         lines = "\n".join(last[-_LINES_OF_FAILURE:])
-        return f"{name} failed with status {status}. Its last lines (full output: {log}):\n{lines}"
+        return f"{name} failed with exit status {status}. Last lines of {log}:\n{lines}"
     if not run.facts:
         return (
-            f"{name} ended without calling engine.initialize. Train with the engine "
-            f"(output of the script: {log})."
+            f"{name} exited without calling engine.initialize. Call it in the script, and train "
+            f"with the engine that it returns. The script's output is in {log}."
         )
     if len(run.curve[0]) < MIN_POINTS and not run.end:
         return (
-            f"{name} ended after {len(run.lrs)} steps, but the test needs {MIN_POINTS + 1}. Train "
-            "for more epochs, or use smaller batches."
+            f"{name} ended after {len(run.lrs)} steps, but the test needs at least "
+            f"{MIN_POINTS + 1}. Train for more epochs, or use smaller batches."
         )
     return ""
 
@@ -322,7 +330,7 @@ def _print_result(
 ) -> int:
     import json
 
-    from engine.config.edits import put_scheduler
+    from engine.config.edits import write_scheduler
     from engine.display.terminal import supports_color
 
     picture, data = report.write(args.output)
@@ -332,13 +340,15 @@ def _print_result(
     console.print(report.table())
     ends = ", ".join(run.end or "the end of the script" for run in report.runs)
     steps = ", ".join(str(len(run.lrs)) for run in report.runs)
-    console.print(f"{steps} steps, ended by {ends}; {picture}, {data}", markup=False)
+    console.print(f"{steps} steps, ended by {ends}. Results: {picture}, {data}", markup=False)
     if report.max_lr is None:
         console.print(f"no suggestion: {report.suggestion.reason}", markup=False)
         return INVALID
     block = report.block(current)
     console.print_json(json.dumps({"scheduler": block}))
     if args.write is not None:
-        backup = put_scheduler(args.write, block)
-        console.print(f"written to {args.write}; backup of the old file: {backup}", markup=False)
+        backup = write_scheduler(args.write, block)
+        console.print(
+            f"Wrote the schedule to {args.write}; the old file is saved as {backup}.", markup=False
+        )
     return OK

@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from engine.cli.commands.arguments import positive
+from engine.cli.commands.arguments import parse_positive_int
 from engine.distributed.environment import OK
 
 if TYPE_CHECKING:
     from schedules.core.controller import Evidence
     from schedules.core.curves import Curve
 
-__all__ = ["add", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to the parser."""
     parser.description = (
         "Plot the learning rate and momentum of every step. The config needs only a `scheduler` "
         "section; batch sizes and a model are not required."
@@ -29,20 +29,21 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a ds_config.json")
     parser.add_argument(
         "--steps",
-        type=positive,
+        type=parse_positive_int,
         metavar="N",
-        help="number of steps to plot (default: the run or the whole schedule)",
+        help="number of steps to plot (default: the length of the run, or of the schedule)",
     )
     parser.add_argument(
         "--steps-per-epoch",
-        type=positive,
+        type=parse_positive_int,
         metavar="N",
         help="steps per epoch; required if the config has durations in epochs",
     )
     parser.add_argument(
         "--csv",
         metavar="FILE",
-        help="write one CSV row per step, columns step,lr,momentum,…; - for standard output",
+        help="CSV file to write, with columns step,lr,momentum,… and one row per step; - for "
+        "standard output",
     )
     parser.add_argument(
         "--compare",
@@ -55,8 +56,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--losses",
         type=Path,
         metavar="CSV",
-        help="recorded losses for a loss-driven schedule, in the last column of a CSV file such as "
-        "csv_monitor writes (default: a synthetic loss)",
+        help="recorded losses for a loss-driven schedule, in the last column of a CSV file, such "
+        "as a file of csv_monitor (default: a synthetic loss)",
     )
     parser.add_argument(
         "-o",
@@ -86,7 +87,7 @@ class _PlotData(NamedTuple):
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Plot the curves of a config, or write them to a CSV file."""
+    """Plot the schedule of a config, or write its values to a CSV file."""
     if args.losses and args.compare:
         raise ValueError("`--losses` and `--compare` cannot be combined. Use one of them.")
     data = _replay_losses(args) if args.losses else _preview_configs(args)
@@ -108,10 +109,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _preview_configs(args: argparse.Namespace) -> _PlotData:
-    """Compute the curves of a config, and of the configs to compare with it."""
+    """Compute the schedule's values for a config and for the configs to compare it with."""
     from engine.display.preview import preview
 
-    sources = [args.file, *map(_config_or_example, args.compare)]
+    sources = [args.file, *map(_find_example_or_path, args.compare)]
     previews = [preview(source, steps_per_epoch=args.steps_per_epoch) for source in sources]
     steps = args.steps or max(each.span for each in previews)
     labels = [f".{label}" for label in (Path(args.file).name, *args.compare)]
@@ -127,12 +128,12 @@ def _preview_configs(args: argparse.Namespace) -> _PlotData:
 
 
 def _replay_losses(args: argparse.Namespace) -> _PlotData:
-    """Run a loss-driven schedule on recorded losses, and return its values in each step."""
+    """Run a loss-driven schedule on recorded losses, and return its values at each step."""
     from engine.display.preview import preview
 
     data = preview(args.file, steps_per_epoch=args.steps_per_epoch)
     losses = _read_losses(args.losses)
-    values, evidence = data.told(losses)
+    values, evidence = data.replay_losses(losses)
     steps = args.steps or len(losses) + 1  # the last loss determines the values of the next step
     columns = {name: column[:steps] for name, column in (values | {"loss": losses}).items()}
     name = data.schedule.type_name
@@ -162,21 +163,19 @@ def _draw_on_terminal(data: _PlotData, out: TextIO) -> None:
 
 
 def _read_losses(path: Path) -> list[float]:
-    """Return the last column of a CSV file with a header."""
+    """Read the last column of a CSV file, skipping the header."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file) if row][1:]
     try:
         return [float(row[-1]) for row in rows]
     except ValueError as error:
-        raise ValueError(
-            f"{path}: the last column of each row must be a number: {error}."
-        ) from None
+        raise ValueError(f"{path}: the last column must contain only numbers: {error}.") from None
 
 
-def _config_or_example(name: str) -> str | dict[str, Any]:
-    """Return a config with example parameters if the name is a schedule type.
+def _find_example_or_path(name: str) -> str | dict[str, Any]:
+    """Return an example config if the name is a schedule type; otherwise return the name.
 
-    Any other name is a path, which is returned unchanged.
+    A name that is not a schedule type is the path of a config.
     """
     from schedules import SCHEDULES
 

@@ -7,11 +7,11 @@ from typing import TextIO
 
 from engine.distributed.environment import OK
 
-__all__ = ["add", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to the parser."""
     parser.description = (
         "List every schedule with a small plot of its learning rate. With TYPE, print the formula, "
         "parameters, units, defaults and an example block of one schedule."
@@ -21,9 +21,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """List all schedules, or print the documentation of one."""
-    from engine.display.catalog import listing, page
+    from engine.display.catalog import format_page, list_schedules
     from schedules.core.registry import find
 
-    for line in page(find(args.type)) if args.type else listing():
+    for line in format_page(find(args.type)) if args.type else list_schedules():
         print(line, file=out)
     return OK

@@ -8,11 +8,11 @@ from typing import TextIO
 
 from engine.distributed.environment import OK
 
-__all__ = ["add", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to the parser."""
     parser.description = (
         "Print the JSON Schema (draft 2020-12) of configs. With TYPE, print the schema of that "
         "schedule's `params`."

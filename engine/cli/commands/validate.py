@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from engine.cli.commands.arguments import positive
+from engine.cli.commands.arguments import parse_positive_int
 from engine.config import ConfigError, Problem, load_document
-from engine.config.edits import repair
+from engine.config.edits import apply_fixes
 from engine.config.parser import Document, parse
 from engine.config.validate import check
 from engine.config.wording import count_noun
@@ -19,11 +19,11 @@ from engine.display.problem_reports import FORMATS, Report
 from engine.display.terminal import supports_color
 from engine.distributed.environment import INVALID, OK, USAGE
 
-__all__ = ["add", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to the parser."""
     parser.description = (
         "Validate configs and report every problem with its location and how to fix it. "
         'Values that Hugging Face or another integration fills in may be "auto".'
@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--world-size",
-        type=positive,
+        type=parse_positive_int,
         metavar="N",
         help="number of ranks to validate the batch sizes for (default: any number)",
     )
@@ -42,7 +42,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-auto", action="store_true", help='treat every "auto" as an error, as a run does'
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="omit notes and verdicts")
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="omit notes and the summary line"
+    )
     parser.add_argument(
         "--format", choices=FORMATS, default="text", help="output format (default: text)"
     )
@@ -59,7 +61,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Validate all files, and return the highest exit status among them."""
+    """Validate all files, and return the highest exit status."""
     return max(_validate(name, args, out) for name in args.files)
 
 
@@ -67,7 +69,7 @@ def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
     color = supports_color(out)
     try:
         document = load_document(name)
-        problems = check(document, args.world_size, runs=args.no_auto)
+        problems = check(document, args.world_size, reject_auto=args.no_auto)
     except ConfigError as error:  # raised only if the file cannot be read
         for line in FORMATS[args.format](Report(Document(name, None), error.problems, color)):
             print(line, file=out)
@@ -81,14 +83,14 @@ def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
     for line in FORMATS[args.format](Report(document, problems, color)):
         print(line, file=out)
     if args.format == "text" and not args.quiet:
-        print(f"{name}: {_build_verdict(problems, args.world_size)}", file=out)
+        print(f"{name}: {_build_summary(problems, args.world_size)}", file=out)
     return INVALID if any(problem.severity == "error" for problem in problems) else OK
 
 
 def _apply_fixes(
     document: Document, problems: list[Problem], args: argparse.Namespace, out: TextIO
 ) -> tuple[Document, list[Problem]]:
-    text, fixes = repair(document, problems)
+    text, fixes = apply_fixes(document, problems)
     name = document.name
     if not fixes:
         return document, problems
@@ -97,9 +99,9 @@ def _apply_fixes(
         out.writelines(difflib.unified_diff(before, after, name, f"{name} (fixed)"))
         return document, problems
     if name != "-":
-        Path(name).write_bytes(document.encoded(text))
-    document = parse(document.encoded(text).decode(), name)
-    return document, check(document, args.world_size, runs=args.no_auto)
+        Path(name).write_bytes(document.encode_text(text))
+    document = parse(document.encode_text(text).decode(), name)
+    return document, check(document, args.world_size, reject_auto=args.no_auto)
 
 
 def _as_error(problem: Problem) -> Problem:
@@ -107,7 +109,7 @@ def _as_error(problem: Problem) -> Problem:
     return dataclasses.replace(problem, severity="error") if is_warning else problem
 
 
-def _build_verdict(problems: Sequence[Problem], world_size: int | None) -> str:
+def _build_summary(problems: Sequence[Problem], world_size: int | None) -> str:
     counts = {
         severity: sum(problem.severity == severity for problem in problems)
         for severity in ("error", "warning")

@@ -1,4 +1,4 @@
-"""Rule for activation checkpointing: report keys that have no effect without other keys."""
+"""Rule for activation checkpointing: check the keys that contiguous memory requires."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ __all__ = ["RULES"]
 
 _KEY = "contiguous_memory_optimization"
 _REQUIRED = ("partition_activations", "number_checkpoints")
-_PLACE = f"/activation_checkpointing/{_KEY}"
+_POINTER = f"/activation_checkpointing/{_KEY}"
 
 
 def _check_contiguous_memory(context: RuleContext) -> Iterator[Problem]:
-    section = context.section("activation_checkpointing")
+    section = context.get_section("activation_checkpointing")
     if section.get(_KEY) is not True:
         return
     partition, number = (f"/activation_checkpointing/{key}" for key in _REQUIRED)
-    if section.get("partition_activations") is False or context.lacks(partition):
+    if section.get("partition_activations") is False or context.is_absent(partition):
         message = f"`{_KEY}` requires `partition_activations`, which is not enabled."
         hint = f'Set "partition_activations": true, or remove `{_KEY}`.'
-        yield context.error("contiguous-without-partition", _PLACE, message, hint)
-    elif not section.get("number_checkpoints") and number not in context.unsure:
+        yield context.error("contiguous-without-partition", _POINTER, message, hint)
+    elif not section.get("number_checkpoints") and number not in context.unresolved:
         message = f"`{_KEY}` requires `number_checkpoints`. Set it here or in the script."
-        yield context.note("contiguous-without-number", _PLACE, message)
+        yield context.note("contiguous-without-number", _POINTER, message)
 
 
 RULES: tuple[Rule, ...] = (_check_contiguous_memory,)

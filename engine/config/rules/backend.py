@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.config.backend_choice import find_deepspeed_only
-from engine.config.pointers import dotted_name, key_at
+from engine.config.backend_choice import find_deepspeed_only_keys
+from engine.config.pointers import dotted_name, get_last_key
 from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
 from engine.versions import get_installed_version
@@ -18,22 +18,22 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
         yield from _find_torch_only(context)
         return
     for member in context.members:
-        if key_at(member.pointer) == "device" and member.value == "nvme":
+        if get_last_key(member.pointer) == "device" and member.value == "nvme":
             name = dotted_name(member.pointer)
             message = f'`{name}` must be "none" or "cpu" on the torch backend, got "nvme".'
-            hint = 'Use "cpu", or set "backend": "deepspeed".'
+            hint = 'Use "cpu", or set `engine.backend` to "deepspeed".'
             yield context.error("other-backend", member.pointer, message, hint)
-    for member in find_deepspeed_only(context.members):
+    for member in find_deepspeed_only_keys(context.members):
         name = dotted_name(member.pointer)
         message = f'`{name}` is supported only by DeepSpeed, but `engine.backend` is "torch".'
-        hint = 'Remove it, or set "backend": "deepspeed".'
+        hint = 'Remove it, or set `engine.backend` to "deepspeed".'
         yield context.error("other-backend", member.pointer, message, hint, at_key=True)
 
 
 def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
     """Yield an error for each key that only the torch backend supports.
 
-    A key that is set to its default value is not an error.
+    A key that has its default value is not an error.
     """
     for member in context.members:
         torch_only = member.schema.get("x-backend") == "torch"
@@ -43,7 +43,10 @@ def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
             name = dotted_name(member.pointer)
             reason = context.backend.reason
             message = f"`{name}` is not supported by DeepSpeed, the backend of this run ({reason})."
-            hint = 'Remove it, or set "backend": "torch" and remove all keys that need DeepSpeed.'
+            hint = (
+                'Remove it, or set `engine.backend` to "torch" and remove all keys that require '
+                "DeepSpeed."
+            )
             yield context.error("other-backend", member.pointer, message, hint, at_key=True)
 
 
@@ -68,13 +71,13 @@ def _parse_version(version: str) -> tuple[int, ...]:
 
 
 def _check_tag_validation(context: RuleContext) -> Iterator[Problem]:
-    wanted = context.section("checkpoint").get("tag_validation", "fail")
+    wanted = context.get_section("checkpoint").get("tag_validation", "fail")
     if str(wanted).lower() != "fail":
         message = (
             f'`checkpoint.tag_validation` is "{wanted}", which has no effect. '
             "A tag that differs between ranks is always an error."
         )
-        yield context.note("no-effect", "/checkpoint/tag_validation", message)
+        yield context.note("no-effect", "/checkpoint/tag_validation", message, "Remove the key.")
 
 
 RULES: tuple[Rule, ...] = (_check_support, _check_installed_version, _check_tag_validation)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from engine.config.batch_sizes import BATCH_KEYS, BatchError, solve
+from engine.config.batch_sizes import BATCH_KEYS, BatchError, derive_batch_sizes
 from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
 
@@ -16,7 +16,7 @@ __all__ = ["RULES"]
 
 
 def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
-    if {f"/{key}" for key in BATCH_KEYS} & set(context.unsure):
+    if {f"/{key}" for key in BATCH_KEYS} & set(context.unresolved):
         return
     given = {key: context.config[key] for key in BATCH_KEYS if key in context.config}
     world_size = context.world_size
@@ -28,7 +28,7 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
         fits = train is not None and all(others) and train % product == 0
         world_size = train // product if train is not None and fits else 1
     try:
-        solve(given, world_size)
+        derive_batch_sizes(given, world_size)
     except BatchError as error:
         pointer = f"/{error.key}" if error.key else ""
         yield context.error("batch-sizes", pointer, str(error), error.hint)

@@ -9,18 +9,18 @@ from engine.errors import Problem
 
 __all__ = ["RULES"]
 
-_PLACE = "/engine/checkpoint"
+_POINTER = "/engine/checkpoint"
 
 
 def _check_directory(context: RuleContext) -> Iterator[Problem]:
-    plan = context.section("engine").get("checkpoint", {})
-    if plan.get("dir") is not None or not context.lacks(f"{_PLACE}/dir"):
+    plan = context.get_section("engine").get("checkpoint", {})
+    if plan.get("dir") is not None or not context.is_absent(f"{_POINTER}/dir"):
         return
     for key in ("every", "keep", "keep_every", "resume"):
         if plan.get(key) is not None and plan[key] != "never":
             message = f"`engine.checkpoint.{key}` has no effect without `engine.checkpoint.dir`."
             hint = 'Add "dir": "checkpoints", or remove the key and save in the script.'
-            yield context.error("checkpoint-without-dir", f"{_PLACE}/{key}", message, hint)
+            yield context.error("checkpoint-without-dir", f"{_POINTER}/{key}", message, hint)
             return
 
 

@@ -1,4 +1,4 @@
-"""The input of the rules, which is the valid part of a config."""
+"""The input of the rules: the valid part of a config, with derived values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from engine.config.backend_choice import BackendChoice, choose_backend, zero_stage
 from engine.config.parser import Document
 from engine.config.pointers import is_within, split_pointer
-from engine.config.schedule_context import DrivenSchedule, drive
+from engine.config.schedule_context import EvaluatedSchedule, evaluate_schedule
 from engine.config.schema import Member
 from engine.config.structure import Structure
 from engine.errors import Problem
@@ -24,9 +24,9 @@ _OPAQUE = {"schedules.families.composites", "schedules.families.custom"}
 
 @dataclass(frozen=True)
 class RuleContext:
-    """The valid part of a config.
+    """The valid part of a config, and values derived from it.
 
-    ``world_size`` is None if the number of ranks is not known.
+    ``world_size`` is None if the number of ranks is unknown.
     """
 
     document: Document
@@ -44,9 +44,9 @@ class RuleContext:
         return self.structure.members
 
     @property
-    def unsure(self) -> Collection[str]:
+    def unresolved(self) -> Collection[str]:
         """Pointers of invalid values, "auto" values, and probably misspelled keys."""
-        return self.structure.unsure
+        return self.structure.unresolved
 
     @property
     def schedule(self) -> Schedule[Any] | None:
@@ -61,38 +61,38 @@ class RuleContext:
     @cached_property
     def stage(self) -> int | None:
         """The ZeRO stage; None if it is invalid or "auto"."""
-        unknown = is_within("/zero_optimization/stage", self.unsure)
+        unknown = is_within("/zero_optimization/stage", self.unresolved)
         return None if unknown else int(zero_stage(self.config))
 
     @cached_property
-    def driven(self) -> DrivenSchedule | None:
-        """The schedule with its curves; None if the curves cannot be computed from the config."""
+    def evaluated_schedule(self) -> EvaluatedSchedule | None:
+        """The schedule and its curves; None if the curves cannot be computed from the config."""
         sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
-        if self.schedule is None or any(each.startswith(sections) for each in self.unsure):
+        if self.schedule is None or any(each.startswith(sections) for each in self.unresolved):
             return None
-        cls = SCHEDULES.get(self.section("scheduler")["type"])
+        cls = SCHEDULES.get(self.get_section("scheduler")["type"])
         if cls is None or cls.__module__ in _OPAQUE:
             return None
         try:
-            return drive(self.schedule, self.config)
-        except ValueError:  # reported by another check or at the start of the run
+            return evaluate_schedule(self.schedule, self.config)
+        except ValueError:  # another check, or the start of the run, reports the error
             return None
 
-    def section(self, name: str) -> Mapping[str, Any]:
+    def get_section(self, name: str) -> Mapping[str, Any]:
         """Return a section of the config, or an empty dict if it is absent or not an object."""
         value = self.config.get(name)
         return value if isinstance(value, Mapping) else {}
 
-    def enabled(self, name: str) -> bool:
+    def is_enabled(self, name: str) -> bool:
         """Return whether a section exists and its key ``enabled`` is true."""
-        return self.section(name).get("enabled") is True
+        return self.get_section(name).get("enabled") is True
 
-    def lacks(self, pointer: str) -> bool:
+    def is_absent(self, pointer: str) -> bool:
         """Return whether a key is absent.
 
-        An invalid, "auto" or probably misspelled key does not count as absent.
+        Return False if the key is invalid, "auto" or probably misspelled.
         """
-        if is_within(pointer, self.unsure):
+        if is_within(pointer, self.unresolved):
             return False
         value: Any = self.config
         for key in split_pointer(pointer):
@@ -102,16 +102,16 @@ class RuleContext:
         return False
 
     def error(self, rule: str, pointer: str, message: str, hint: str = "", **more: Any) -> Problem:
-        """Build a problem that must be fixed before a run."""
-        return self.document.problem(rule, pointer, message, hint, **more)
+        """Build a problem that prevents a run."""
+        return self.document.build_problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem that is probably a mistake but does not prevent a run."""
-        return self.document.problem(rule, pointer, message, hint, severity="warning")
+        """Build a problem that is probably a mistake, but does not prevent a run."""
+        return self.document.build_problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem that does not prevent a run and is often intended."""
-        return self.document.problem(rule, pointer, message, hint, severity="note")
+        """Build a problem that may be intended and does not prevent a run."""
+        return self.document.build_problem(rule, pointer, message, hint, severity="note")
 
 
 Rule = Callable[[RuleContext], Iterator[Problem]]

@@ -1,4 +1,4 @@
-"""Rules for the optimizer: check that a schedule can set its momentum, and report unused keys."""
+"""Rules for the optimizer: check its momentum, and report parameters that have no effect."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ __all__ = ["RULES"]
 
 
 def _check_momentum(context: RuleContext) -> Iterator[Problem]:
-    name = optimizer_name(context.section("optimizer").get("type", ""))
+    name = optimizer_name(context.get_section("optimizer").get("type", ""))
     if name is None or context.schedule is None:
         return
     parameters = OPTIMIZERS[name]["properties"]
     if "momentum" in context.schedule.drives and not {"momentum", "betas"} & parameters.keys():
-        kind = context.section("scheduler")["type"]
+        kind = context.get_section("scheduler")["type"]
         message = f"{kind} changes momentum or betas, but {name} has neither."
         hint = 'Set "cycle_momentum": false in scheduler.params, or choose another optimizer.'
         yield context.error("no-momentum", "/scheduler", message, hint)
 
 
 def _check_adam_w_mode(context: RuleContext) -> Iterator[Problem]:
-    block = context.section("optimizer")
+    block = context.get_section("optimizer")
     mode = block.get("params", {}).get("adam_w_mode")
     if mode is not None and str(block.get("type")).lower() == "adamw":
         message = "`adam_w_mode` has no effect on AdamW, which always uses decoupled weight decay."
-        place = "/optimizer/params/adam_w_mode"
+        pointer = "/optimizer/params/adam_w_mode"
         if mode:
-            yield context.note("no-effect", place, message, "Remove it.")
+            yield context.note("no-effect", pointer, message, "Remove it.")
         else:
             hint = 'Use "type": "Adam" to add the weight decay to the gradient.'
-            yield context.error("no-effect", place, message, hint)
+            yield context.error("no-effect", pointer, message, hint)
 
 
 RULES: tuple[Rule, ...] = (_check_momentum, _check_adam_w_mode)

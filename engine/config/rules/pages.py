@@ -14,14 +14,14 @@ __all__ = ["RULEBOOK"]
 class RulePage:
     """The documentation of one rule.
 
-    ``summary`` says what the rule checks, ``why`` gives the reason, and ``cure`` describes the fix.
-    ``wrong`` is an example config that violates only this rule.
+    ``summary`` describes the problem, ``reason`` explains it, and ``fix`` describes how to fix it.
+    ``example`` is a config that violates only this rule.
     """
 
     summary: str
-    why: str
-    wrong: str
-    cure: str
+    reason: str
+    example: str
+    fix: str
 
 
 RULEBOOK: Mapping[str, RulePage] = {

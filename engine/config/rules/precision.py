@@ -1,4 +1,4 @@
-"""Rules for mixed precision: check that its keys do not conflict and fit the ZeRO stage."""
+"""Rules for mixed precision: report keys that conflict, or that require ZeRO."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAMES = ("fp16", "bf16", "bfloat16", "torch_autocast")
 
 
 def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
-    on = [name for name in _NAMES if context.enabled(name)]
+    on = [name for name in _NAMES if context.is_enabled(name)]
     if len(on) > 1:
         both = " and ".join(f"`{name}.enabled`" for name in on)
         message = f"Only one precision can be enabled, but {both} are true."
@@ -31,7 +31,7 @@ def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
         ("bf16", "bf16_master_weights_and_grads"),
         ("bf16", "bf16_optimizer_states"),
     ):
-        if context.section(name).get(key) is True and context.stage == 0:
+        if context.get_section(name).get(key) is True and context.stage == 0:
             message = f"`{name}.{key}` requires ZeRO stage 1, 2 or 3, got stage 0."
             hint = 'Set "zero_optimization": {"stage": 1}, or remove the key.'
             yield context.error("precision", f"/{name}/{key}", message, hint)

@@ -1,4 +1,4 @@
-"""Rules for the schedule: report conflicts with the optimizer, and unused parameters."""
+"""Rules for the schedule: report conflicts with the optimizer or the run, and unused keys."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["RULES"]
 
 _PARAMS = "/scheduler/params"
 _DEEPSPEED_PEAK = 0.001
-_NEAR = 0.02  # fraction of the run; smaller differences between the ends are ignored
+_NEAR = 0.02  # fraction of the run; smaller differences between the two ends are ignored
 _NEAR_ZERO = 0.01  # fraction of the peak; learning rates below it count as zero
 
 
-def _params_of_type(context: RuleContext, *types: str) -> Mapping[str, Any] | None:
-    block = context.section("scheduler")
+def _get_params(context: RuleContext, *types: str) -> Mapping[str, Any] | None:
+    block = context.get_section("scheduler")
     return block.get("params", {}) if block.get("type") in types else None
 
 
@@ -29,21 +29,22 @@ def _as_number(value: Any) -> float | None:
 
 
 def _check_warmup_peak(context: RuleContext) -> Iterator[Problem]:
-    own = _as_number(context.section("optimizer").get("params", {}).get("lr"))
+    own = _as_number(context.get_section("optimizer").get("params", {}).get("lr"))
     if own is None:
         return
-    place = "/optimizer/params/lr"
-    warmup = _params_of_type(context, "WarmupLR", "WarmupDecayLR")
+    pointer = "/optimizer/params/lr"
+    warmup = _get_params(context, "WarmupLR", "WarmupDecayLR")
     if warmup is not None:
         peak = _as_number(warmup.get("warmup_max_lr"))
         if peak is not None and peak != own:
             message = (
                 f"`lr` ({own:g}) is never used, because `warmup_max_lr` ({peak:g}) sets the peak."
             )
-            yield context.note("unused-lr", place, message)
+            hint = "Set both to the same value, or remove `warmup_max_lr` to use `lr` as the peak."
+            yield context.note("unused-lr", pointer, message, hint)
         if (
-            context.lacks(f"{_PARAMS}/warmup_max_lr")
-            and context.section("scheduler").get("type") == "WarmupDecayLR"
+            context.is_absent(f"{_PARAMS}/warmup_max_lr")
+            and context.get_section("scheduler").get("type") == "WarmupDecayLR"
             and own != _DEEPSPEED_PEAK
         ):
             message = (
@@ -56,86 +57,95 @@ def _check_warmup_peak(context: RuleContext) -> Iterator[Problem]:
 
 def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
     """Yield a note for each optimizer parameter that the schedule overwrites."""
-    driven = context.driven
-    if driven is None:
+    evaluated = context.evaluated_schedule
+    if evaluated is None:
         return
-    params = context.section("optimizer").get("params", {})
+    params = context.get_section("optimizer").get("params", {})
     own = _as_number(params.get("lr"))
-    if own is not None and driven.ignores("lr"):
-        low, high = driven.range_of("lr")
+    if own is not None and evaluated.overwrites("lr"):
+        low, high = evaluated.get_range("lr")
         if not low <= own <= high:
             message = (
-                f"`lr` ({own:g}) is never used; the schedule sets it from {low:g} to {high:g}."
+                f"`lr` ({own:g}) is never used, because the schedule sets learning rates from "
+                f"{low:g} to {high:g}."
             )
-            yield context.note("unused-lr", "/optimizer/params/lr", message)
+            hint = "Remove it, or change the learning rates of the schedule."
+            yield context.note("unused-lr", "/optimizer/params/lr", message, hint)
     for name in ("betas", "momentum"):
-        if name in params and "momentum" in driven.schedule.drives and driven.ignores("momentum"):
-            low, high = driven.range_of("momentum")
+        if (
+            name in params
+            and "momentum" in evaluated.schedule.drives
+            and evaluated.overwrites("momentum")
+        ):
+            low, high = evaluated.get_range("momentum")
             what = "betas[0]" if name == "betas" else name
             message = f"The schedule overwrites `{what}` with values from {low:g} to {high:g}."
             hint = "DeepSpeed also sets betas[1] to 0.99; onecycle does not change it."
-            place = f"/optimizer/params/{name}"
-            yield context.note("unused-betas", place, message, hint if name == "betas" else "")
+            pointer = f"/optimizer/params/{name}"
+            yield context.note("unused-betas", pointer, message, hint if name == "betas" else "")
 
 
 def _check_end(context: RuleContext) -> Iterator[Problem]:
     """Yield a problem if the schedule ends much earlier or later than the run.
 
-    Nothing is reported if either end is unknown before launch.
+    Yield nothing if the end of the schedule or of the run is unknown before launch.
     """
-    driven = context.driven
-    if driven is None or driven.horizon.scaled_steps is None or driven.end is None:
+    evaluated = context.evaluated_schedule
+    if evaluated is None or evaluated.horizon.scaled_steps is None or evaluated.end is None:
         return
-    place, total, end = "/engine/max_duration", int(driven.horizon.scaled_steps), driven.end
+    pointer, total, end = "/engine/max_duration", int(evaluated.horizon.scaled_steps), evaluated.end
     if abs(end - total) <= _NEAR * total:
         return
-    curve = driven.curves["lr"][0]
-    last, peak = curve(end), driven.range_of("lr")[1]
+    curve = evaluated.curves["lr"][0]
+    last, peak = curve(end), evaluated.get_range("lr")[1]
     if end > total and curve(total) != last:
         message = (
             f"The schedule ends at step {end:g}, but the run ends at step {total:g} with a "
             f"learning rate of {curve(total):.3g} instead of {last:.3g}."
         )
-        hint = 'Set durations as fractions of the run, such as "1dur", or set `max_duration`.'
-        yield context.warning("end-of-schedule", place, message, hint)
+        hint = 'Set durations as fractions of the run, such as "1dur", or change `max_duration`.'
+        yield context.warning("end-of-schedule", pointer, message, hint)
     elif end < total and last < peak:
         message = (
             f"The schedule ends at step {end:g} of {total:g}. The learning rate then stays at "
             f"{last:.3g}."
         )
-        hint = 'Set durations as fractions of the run, such as "1dur", or set `max_duration`.'
+        hint = 'Set durations as fractions of the run, such as "1dur", or change `max_duration`.'
         is_idle = last <= _NEAR_ZERO * peak
         report = context.warning if is_idle else context.note
-        yield report("end-of-schedule", place, message, hint)
+        yield report("end-of-schedule", pointer, message, hint)
 
 
 def _check_flat_warmup(context: RuleContext) -> Iterator[Problem]:
-    warmup = _params_of_type(context, "WarmupLR", "WarmupDecayLR") or {}
+    warmup = _get_params(context, "WarmupLR", "WarmupDecayLR") or {}
     low, high = warmup.get("warmup_min_lr"), warmup.get("warmup_max_lr")
     if _as_number(low) is not None and low == high and warmup.get("warmup_num_steps") != 0:
-        message = f"`warmup_min_lr` and `warmup_max_lr` are both {low:g}, so the warmup is flat."
+        message = f"`warmup_min_lr` and `warmup_max_lr` are both {low:g}, so there is no warmup."
         hint = 'Set "warmup_min_lr": 0, or choose a schedule without a warmup.'
         yield context.warning("flat-warmup", f"{_PARAMS}/warmup_min_lr", message, hint)
 
 
 def _check_log_warmup(context: RuleContext) -> Iterator[Problem]:
-    warmup = _params_of_type(context, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
-    if warmup is not None and context.lacks(f"{_PARAMS}/warmup_type"):
-        message = "`warmup_type` is not set. The default is logarithmic: it rises quickly at first."
+    warmup = _get_params(context, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+    if warmup is not None and context.is_absent(f"{_PARAMS}/warmup_type"):
+        message = (
+            '`warmup_type` is not set. With the default, "log", the learning rate rises quickly at '
+            "first."
+        )
         hint = 'Set "warmup_type" to "linear" for a linear warmup, or to "log" to keep the default.'
         yield context.note("log-warmup", "/scheduler/type", message, hint)
 
 
 def _check_stair_count(context: RuleContext) -> Iterator[Problem]:
-    cycle = _params_of_type(context, "OneCycle")
+    cycle = _get_params(context, "OneCycle")
     if cycle is None:
         return
-    first = cycle.get("cycle_first_step_size", _default_of_cycle("cycle_first_step_size"))
+    first = cycle.get("cycle_first_step_size", _get_onecycle_default("cycle_first_step_size"))
     for half, steps in (("first", first), ("second", cycle.get("cycle_second_step_size") or first)):
         key = f"cycle_{half}_stair_count"
         if cycle.get(key) and cycle[key] == steps:
             message = (
-                f"`{key}` equals the number of steps in that half, so the staircase is a "
+                f"`{key}` equals the number of steps in the {half} half, so the staircase is a "
                 "continuous ramp."
             )
             hint = "Use fewer stairs, or 0 for a continuous ramp."
@@ -143,36 +153,37 @@ def _check_stair_count(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
-    cycle = _params_of_type(context, "OneCycle") or {}
+    cycle = _get_params(context, "OneCycle") or {}
     interval = cycle.get("decay_step_size") or cycle.get("post_cycle_decay_step_size")
     rates = [key for key in ("decay_lr_rate", "decay_mom_rate") if cycle.get(key)]
-    absent = context.lacks(f"{_PARAMS}/decay_step_size") or interval == 0
+    absent = context.is_absent(f"{_PARAMS}/decay_step_size") or interval == 0
     if rates and not interval and absent:
         message = f"`{rates[0]}` has no effect without `decay_step_size`, the decay interval."
-        hint = f'Set "decay_step_size": {first_of(cycle)}, or remove `{rates[0]}`.'
+        hint = f'Set "decay_step_size": {_format_first_step_size(cycle)}, or remove `{rates[0]}`.'
         yield context.warning("decay-without-interval", f"{_PARAMS}/{rates[0]}", message, hint)
     elif interval and not rates and "decay_step_size" in cycle:
         message = "`decay_step_size` has no effect without `decay_lr_rate` or `decay_mom_rate`."
-        yield context.note("no-effect", f"{_PARAMS}/decay_step_size", message)
+        hint = "Set one of them, or remove `decay_step_size`."
+        yield context.note("no-effect", f"{_PARAMS}/decay_step_size", message, hint)
 
 
-def _default_of_cycle(name: str) -> Any:
+def _get_onecycle_default(name: str) -> Any:
     return fields_of(SCHEDULES["OneCycle"])[name].default
 
 
-def first_of(cycle: Mapping[str, Any]) -> str:
+def _format_first_step_size(cycle: Mapping[str, Any]) -> str:
     """Return the length of the first half of a cycle, formatted as JSON."""
     return json.dumps(
-        cycle.get("cycle_first_step_size", _default_of_cycle("cycle_first_step_size"))
+        cycle.get("cycle_first_step_size", _get_onecycle_default("cycle_first_step_size"))
     )
 
 
 def _check_report(context: RuleContext) -> Iterator[Problem]:
-    kind = context.section("scheduler").get("type")
-    wanted = context.section("engine").get("report")
+    kind = context.get_section("scheduler").get("type")
+    wanted = context.get_section("engine").get("report")
     if wanted is not None and kind not in {"AutoWU", "LRRangeTest"}:
         message = "`engine.report` has an effect only with AutoWU and LRRangeTest."
-        yield context.note("no-effect", "/engine/report", message)
+        yield context.note("no-effect", "/engine/report", message, "Remove the key.")
 
 
 RULES: tuple[Rule, ...] = (

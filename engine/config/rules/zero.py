@@ -19,16 +19,16 @@ def _check_stage(context: RuleContext) -> Iterator[Problem]:
     zero = context.config.get("zero_optimization")
     if isinstance(zero, bool):
         value = str(zero).lower()
-        message = f"`zero_optimization`: {value} is deprecated and means stage {context.stage}."
+        message = f"`zero_optimization`: {value} is deprecated. It means stage {context.stage}."
         hint = f'Use {{"stage": {context.stage}}}.'
         yield context.note("deprecated-key", _ZERO, message, hint)
-    elif "zero_optimization" in context.config and context.lacks(f"{_ZERO}/stage"):
+    elif "zero_optimization" in context.config and context.is_absent(f"{_ZERO}/stage"):
         message = "`zero_optimization.stage` must be set. The default, 0, disables ZeRO."
         yield context.error("zero-without-stage", _ZERO, message, 'Add "stage": 1, 2 or 3.')
 
 
 def _check_offload(context: RuleContext) -> Iterator[Problem]:
-    zero = context.section("zero_optimization")
+    zero = context.get_section("zero_optimization")
     if context.stage is None or "stage" not in zero:
         return
     for name, least, what in (
@@ -40,18 +40,18 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
         if device not in {"none", "auto"} and context.stage < least:
             stages = "1, 2 or 3" if least == 1 else "3"
             message = (
-                f"`{name}` requires ZeRO stage {stages}, which shards the {what}, got stage "
+                f"`{name}` offloads the {what}. It requires ZeRO stage {stages}, got stage "
                 f"{context.stage}."
             )
-            hint = f"Remove `{name}`, or change the stage."
+            hint = f"Remove `{name}`, or set the stage to {stages}."
             yield context.error("offload-without-stage", f"{_ZERO}/{name}", message, hint)
         if block.get("ratio", 1) != 1 and context.stage != 3:
             message = (
                 f"`{name}.ratio` must be 1 in ZeRO stages below 3, got {block['ratio']:g} in stage "
                 f"{context.stage}."
             )
-            place = f"{_ZERO}/{name}/ratio"
-            yield context.error("offload-without-stage", place, message, "Remove it.")
+            pointer = f"{_ZERO}/{name}/ratio"
+            yield context.error("offload-without-stage", pointer, message, "Remove it.")
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
@@ -61,72 +61,74 @@ def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
     """
     if context.world_size != 1 or context.backend.name != "torch":
         return
-    zero = context.section("zero_optimization")
+    zero = context.get_section("zero_optimization")
     for name in ("offload_optimizer", "offload_param"):
         if (zero.get(name) or {}).get("device") == "cpu":
-            message = f"`{name}` has no effect: a single process on PyTorch does not offload."
-            hint = 'Use several ranks, or set "backend": "deepspeed".'
+            message = f"`{name}` has no effect on a single process with the PyTorch backend."
+            hint = 'Use several ranks, or set `engine.backend` to "deepspeed".'
             yield context.warning("offload-single-process", f"{_ZERO}/{name}", message, hint)
 
 
 def _check_nvme(context: RuleContext) -> Iterator[Problem]:
-    zero = context.section("zero_optimization")
+    zero = context.get_section("zero_optimization")
     for name in ("offload_optimizer", "offload_param"):
         block = zero.get(name) or {}
-        place = f"{_ZERO}/{name}"
+        pointer = f"{_ZERO}/{name}"
         path = block.get("nvme_path")
-        if block.get("device") == "nvme" and context.lacks(f"{place}/nvme_path"):
+        if block.get("device") == "nvme" and context.is_absent(f"{pointer}/nvme_path"):
             message = f'`{name}.nvme_path` must be set if the device is "nvme".'
             yield context.error(
-                "nvme-without-path", place, message, 'Add "nvme_path": "/local_nvme".'
+                "nvme-without-path", pointer, message, 'Add "nvme_path": "/local_nvme".'
             )
         if path and block.get("device", "none") != "nvme":
             message = f'`{name}.nvme_path` has an effect only if the device is "nvme".'
-            yield context.note("no-effect", f"{place}/nvme_path", message)
+            hint = 'Remove it, or set "device": "nvme".'
+            yield context.note("no-effect", f"{pointer}/nvme_path", message, hint)
 
 
 def _check_stage_3_keys(context: RuleContext) -> Iterator[Problem]:
-    zero = context.section("zero_optimization")
+    zero = context.get_section("zero_optimization")
     keys = [key for key in zero if key.startswith("stage3_")]
     if keys and context.stage is not None and context.stage < 3 and "stage" in zero:
         others = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
         message = f"`{keys[0]}`{others} has no effect in ZeRO stage {context.stage}."
-        yield context.note("no-effect", f"{_ZERO}/{keys[0]}", message)
+        hint = 'Remove it, or set "stage": 3.'
+        yield context.note("no-effect", f"{_ZERO}/{keys[0]}", message, hint)
 
 
 def _check_gradient_reduction(context: RuleContext) -> Iterator[Problem]:
     if str(context.config.get("gradient_allreduce_op")).lower() != "sum":
         return
-    zero = context.section("zero_optimization")
-    for averages_only, what in (
+    zero = context.get_section("zero_optimization")
+    for is_average_only, what in (
         (context.stage == 3, "ZeRO stage 3"),
         (zero.get("zenflow") is not None, "ZenFlow"),
-        (context.section("compile").get("deepcompile") is True, "DeepCompile"),
+        (context.get_section("compile").get("deepcompile") is True, "DeepCompile"),
     ):
-        if averages_only:
+        if is_average_only:
             message = f'`gradient_allreduce_op` must be "mean" with {what}, got "sum".'
-            yield context.error("summed-gradients", "/gradient_allreduce_op", message)
+            hint = "Remove the key."
+            yield context.error("summed-gradients", "/gradient_allreduce_op", message, hint)
 
 
 def _check_untested_optimizer(context: RuleContext) -> Iterator[Problem]:
-    name = optimizer_name(context.section("optimizer").get("type", ""))
+    name = optimizer_name(context.get_section("optimizer").get("type", ""))
     on_deepspeed = context.backend.name == "deepspeed"
     if not context.stage or not on_deepspeed or name is None or name in _TESTED_OPTIMIZERS:
         return
-    if context.lacks("/zero_allow_untested_optimizer") or (
+    if context.is_absent("/zero_allow_untested_optimizer") or (
         context.config.get("zero_allow_untested_optimizer") is False
     ):
         message = (
-            f"DeepSpeed has not tested ZeRO with {name} and rejects it by default once all ranks "
-            "have started."
+            f"DeepSpeed has not tested ZeRO with {name}, and rejects this combination by default."
         )
         hint = 'Add "zero_allow_untested_optimizer": true, or set "engine": {"backend": "torch"}.'
         yield context.error("untested-optimizer", "/optimizer/type", message, hint)
 
 
 def _check_elastic_checkpoint(context: RuleContext) -> Iterator[Problem]:
-    block = context.section("optimizer")
-    zero = context.section("zero_optimization")
+    block = context.get_section("optimizer")
+    zero = context.get_section("zero_optimization")
     if zero.get("elastic_checkpoint") is not True or context.stage not in {1, 2}:
         return
     name = optimizer_name(block.get("type", "")) or ""
@@ -140,8 +142,8 @@ def _check_elastic_checkpoint(context: RuleContext) -> Iterator[Problem]:
         "load elastic checkpoints only with its fused Adam and Lion."
     )
     alternative = ', or set "torch_adam": false to use DeepSpeed\'s optimizer' if is_adam else ""
-    place = f"{_ZERO}/elastic_checkpoint"
-    yield context.error("elastic-checkpoint", place, message, f"Remove it{alternative}.")
+    pointer = f"{_ZERO}/elastic_checkpoint"
+    yield context.error("elastic-checkpoint", pointer, message, f"Remove it{alternative}.")
 
 
 RULES: tuple[Rule, ...] = (

@@ -538,7 +538,10 @@ def test_checkpoint_verify_without_checkpoints_reports_it(tmp_path, directory):
     path = tmp_path / directory
     out, err = io.StringIO(), io.StringIO()
     assert main(["checkpoint", "verify", str(path)], out, err) == 2
-    assert (out.getvalue(), err.getvalue()) == ("", f"onecycle: {path}: contains no checkpoint\n")
+    assert (out.getvalue(), err.getvalue()) == (
+        "",
+        f"onecycle: {path}: no checkpoint found in this directory\n",
+    )
 
 
 def test_checkpoint_verify_does_not_import_torch(saved):

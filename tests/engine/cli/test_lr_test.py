@@ -207,7 +207,7 @@ def test_lr_test_script_without_initialize_prints_the_reason(directory):
     (directory / "train.py").write_text("print('hello')")
     status, out, _ = lr_test("--", "train.py")
     assert status == 1
-    assert "train.py ended without calling engine.initialize" in out
+    assert "train.py exited without calling engine.initialize" in out
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_lr_test_script_without_initialize_prints_the_reason(directory):
         ([], "The script is missing"),
         (["--min", "1", "--max", "0.5", "--", "train.py"], "`min_lr`"),
         (["--training-steps", "9", "--", "train.py"], "`training_steps`"),
-        (["--", "missing.py"], "missing.py: no such script"),
+        (["--", "missing.py"], "missing.py: script not found"),
     ],
 )
 def test_lr_test_wrong_usage_exits_with_2(directory, arguments, message):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config.batch_sizes import BATCH_KEYS, BatchError, solve
+from engine.config.batch_sizes import BATCH_KEYS, BatchError, derive_batch_sizes
 
 TRAIN, MICRO, ACCUMULATION = BATCH_KEYS
 
@@ -17,9 +17,9 @@ TRAIN, MICRO, ACCUMULATION = BATCH_KEYS
         [{MICRO, ACCUMULATION}, {TRAIN, MICRO}, {TRAIN, ACCUMULATION}, set(BATCH_KEYS)]
     ),
 )
-def test_solve_two_sizes_determine_the_third(micro, accumulation, world_size, keys):
+def test_derive_batch_sizes_two_sizes_determine_the_third(micro, accumulation, world_size, keys):
     sizes = {TRAIN: micro * accumulation * world_size, MICRO: micro, ACCUMULATION: accumulation}
-    solved = solve({key: sizes[key] for key in keys}, world_size)
+    solved = derive_batch_sizes({key: sizes[key] for key in keys}, world_size)
     assert (solved.train, solved.micro, solved.accumulation) == tuple(sizes.values())
 
 
@@ -31,8 +31,8 @@ def test_solve_two_sizes_determine_the_third(micro, accumulation, world_size, ke
         ({MICRO: 8, ACCUMULATION: 2}, 4, (64, 8, 2)),
     ],
 )
-def test_solve_undetermined_accumulation_is_one(given_sizes, world_size, expected):
-    solved = solve(given_sizes, world_size)
+def test_derive_batch_sizes_undetermined_accumulation_is_one(given_sizes, world_size, expected):
+    solved = derive_batch_sizes(given_sizes, world_size)
     assert (solved.train, solved.micro, solved.accumulation) == expected
 
 
@@ -54,13 +54,15 @@ def test_solve_undetermined_accumulation_is_one(given_sizes, world_size, expecte
             4,
             TRAIN,
             "(4) x `gradient_accumulation_steps` (2) x 4 ranks = 32, got 33.",
-            "Set it to 32, or remove one of the three keys to have it derived.",
+            "Set it to 32, or remove one of the three keys.",
         ),
     ],
 )
-def test_solve_inconsistent_sizes_raises_with_the_fix(given_sizes, world_size, key, message, hint):
+def test_derive_batch_sizes_inconsistent_sizes_raises_with_the_fix(
+    given_sizes, world_size, key, message, hint
+):
     with pytest.raises(BatchError) as error:
-        solve(given_sizes, world_size)
+        derive_batch_sizes(given_sizes, world_size)
     assert error.value.key == key
     assert message in str(error.value)
     assert error.value.hint == hint

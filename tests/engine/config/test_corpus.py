@@ -9,8 +9,8 @@ import pytest
 import schemas
 from engine.config import load_document
 from engine.config.parser import parse
-from engine.config.schema import is_parked
-from engine.config.structure import against_schema
+from engine.config.schema import is_ignored
+from engine.config.structure import check_against_schema
 from engine.config.validate import check
 from tests.testing.corpus import CLEAN, INDEX, OTHER, path_of, problems_of
 
@@ -106,10 +106,10 @@ def known_keys(document):
     free = ("/autotuning/arg_mappings", "/pipeline", "curriculum_metrics", "schedule_config")
     return [
         pointer
-        for pointer in document.places
+        for pointer in document.locations
         if pointer
         and not pointer.rpartition("/")[2].isdigit()
-        and not any(is_parked(part) for part in pointer.split("/")[1:])
+        and not any(is_ignored(part) for part in pointer.split("/")[1:])
         and not any(f"{name}/" in f"{pointer}/" for name in free)
         and pointer.rpartition("/")[2].isidentifier()
     ]
@@ -126,10 +126,10 @@ def test_check_misspelled_keys_are_found_and_corrected():
         pointer = randomness.choice(known_keys(document))
         key = pointer.rpartition("/")[2]
         typo = misspell(key, randomness)
-        line, column = document.places[pointer].key
+        line, column = document.locations[pointer].key
         lines = document.text.splitlines(keepends=True)
-        around = json.loads(json.dumps(document.at(pointer.rpartition("/")[0])))
-        if typo in around or is_parked(typo) or typo == key:
+        around = json.loads(json.dumps(document.get_value(pointer.rpartition("/")[0])))
+        if typo in around or is_ignored(typo) or typo == key:
             continue
         start = column - 1
         lines[line - 1] = (
@@ -150,7 +150,7 @@ def test_check_misspelled_keys_are_found_and_corrected():
 def is_valid_key(document, pointer, typo):
     """Return whether the edited key is a valid key of the same object."""
     below = f"{pointer.rpartition('/')[0]}/{typo}"
-    problems = against_schema(document, document.value, schemas.read("ds_config.schema.json"))
+    problems = check_against_schema(document, document.value, schemas.read("ds_config.schema.json"))
     return below not in {p.pointer for p in problems} and not below.startswith(
         ("/optimizer/params/", "/scheduler/params/")
     )

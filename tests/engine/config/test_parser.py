@@ -27,7 +27,7 @@ def rules(document):
     ],
 )
 def test_parse_positions_of_keys_and_values_are_exact(text, pointer, key, value):
-    place = parse(text, "f").places[pointer]
+    place = parse(text, "f").locations[pointer]
     assert (place.key, place.value) == (key, value)
 
 
@@ -85,7 +85,7 @@ def test_parse_line_break_instead_of_comma_is_accepted_with_a_note():
     ("text", "expected", "message"),
     [
         ("", [("syntax", 1, 1)], "must be a JSON object"),
-        ("  \n ", [("syntax", 2, 2)], "empty text"),
+        ("  \n ", [("syntax", 2, 2)], "it is empty"),
         ('{"a": 1', [("syntax", 1, 8)], 'Expected "," or "}", got the end of the file'),
         ('{"a" 1}', [("syntax", 1, 6)], 'Expected ":", got "1"'),
         ('{"a": }', [("syntax", 1, 7)], "Expected a value"),
@@ -98,7 +98,7 @@ def test_parse_line_break_instead_of_comma_is_accepted_with_a_note():
         ('{"a": 01}', [("syntax", 1, 7)], "Expected a value"),
         ('{"a": "b\nc"}', [("syntax", 1, 7)], "Invalid string"),
         ('{"a": 1} {}', [("syntax", 1, 10)], "Expected the end of the file"),
-        ("[" * 5000, [("syntax", 1, 102)], "at most 100 levels deep"),
+        ("[" * 5000, [("syntax", 1, 102)], "at most 100 levels"),
         ('{"a": NaN}', [("not-finite", 1, 7)], "`/a` must be a finite number"),
         ('{"a": -Infinity}', [("not-finite", 1, 7)], "got -Infinity"),
         ('{"a": 1e999}', [("not-finite", 1, 7)], "got 1e999"),

@@ -17,9 +17,9 @@ RUNS_ALONE = {"unresolved-auto"}  # reported only if a run starts from the confi
 NOTES = {"unused-betas", "deprecated-key", "no-effect", "log-warmup", "unused-lr"}
 
 
-@pytest.mark.parametrize("rule", [rule for rule, page in RULEBOOK.items() if page.wrong])
+@pytest.mark.parametrize("rule", [rule for rule, page in RULEBOOK.items() if page.example])
 def test_rule_example_breaks_only_this_rule(rule):
-    problems = check(parse(RULEBOOK[rule].wrong, "f"), 1, runs=rule in RUNS_ALONE)
+    problems = check(parse(RULEBOOK[rule].example, "f"), 1, reject_auto=rule in RUNS_ALONE)
     serious = {problem.rule for problem in problems if problem.severity != "note"}
     assert rule in {problem.rule for problem in problems}
     assert serious <= {rule}
@@ -269,7 +269,11 @@ def test_check_combination_of_keys_reports_the_expected_rules(config, expected):
         ("stage", "", "Move it to `/zero_optimization`."),
         ("reduce_bucket_sizes", "zero_optimization", "Did you mean `reduce_bucket_size`?"),
         ("find_unused_parameters", "zero_optimization", "Use `ignore_unused_parameters` instead."),
-        ("completely_unheard_of", "", 'To keep it as a note, start the key with "//" or "x-".'),
+        (
+            "completely_unheard_of",
+            "",
+            'Remove it, or start the key with "//" or "x-" to keep it as a comment.',
+        ),
     ],
 )
 def test_check_unknown_key_has_a_suggestion(key, where, hint):

@@ -7,9 +7,9 @@ import pytest
 import schemas
 from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.config import load_config, load_document
-from engine.config.pointers import is_within, pointer_to
+from engine.config.pointers import is_within, join_pointer
 from engine.config.provenance import trace_origins
-from engine.config.schema import ABSENT, SCHEMA, SECTION, default_of, walk
+from engine.config.schema import ABSENT, SCHEMA, SECTION, get_default, walk
 from engine.config.validate import examine
 from tests.testing.corpus import INDEX, path_of
 
@@ -52,7 +52,7 @@ def test_walk_invalid_config_is_accepted(value, expected):
 
 def test_walk_does_not_fill_in_a_key_given_under_its_deprecated_name():
     filled = walk_pointers(
-        {"bfloat16": {"enabled": True}}, fill=partial(default_of, backend="torch")
+        {"bfloat16": {"enabled": True}}, fill=partial(get_default, backend="torch")
     )
     assert "/bfloat16/enabled" in filled
     assert "/bf16" not in filled
@@ -74,14 +74,14 @@ def test_walk_does_not_fill_in_a_key_given_under_its_deprecated_name():
     ],
 )
 def test_default_of_absent_key_depends_on_schema_and_backend(schema, backend, default):
-    assert default_of(schema, backend) is default
+    assert get_default(schema, backend) is default
 
 
 def flatten(value, pointer=""):
     """Yield the values of nested dicts by JSON pointer."""
     if isinstance(value, dict) and value:
         for key, below in value.items():
-            yield from flatten(below, pointer_to(pointer, key))
+            yield from flatten(below, join_pointer(pointer, key))
     else:
         yield pointer, value
 
@@ -89,7 +89,7 @@ def flatten(value, pointer=""):
 def valid_configs():
     """Yield each valid config of the corpus, resolved, with the context of its rules."""
     for entry in INDEX:
-        problems, context = examine(load_document(path_of(entry)), 1, runs=True)
+        problems, context = examine(load_document(path_of(entry)), 1, reject_auto=True)
         if not any(problem.severity == "error" for problem in problems):
             yield load_config(path_of(entry)), context
 
@@ -107,7 +107,7 @@ def test_resolved_printed_and_deepspeed_values_agree():
         }
         if config.optimizer is not None:
             params = config.optimizer.params.items()
-            used |= {pointer_to("/optimizer/params", key): value for key, value in params}
+            used |= {join_pointer("/optimizer/params", key): value for key, value in params}
         if config.backend.name == "deepspeed":
             received = build_deepspeed_config(config, builds_optimizer=True)
             received.pop("optimizer", None)

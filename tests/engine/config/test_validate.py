@@ -9,7 +9,7 @@ import pytest
 import engine
 from engine import ConfigError, load_config
 from engine.config import load_document
-from engine.config.edits import with_scheduler
+from engine.config.edits import replace_scheduler
 from engine.config.parser import parse
 from engine.config.validate import check
 
@@ -27,9 +27,9 @@ GOOD = {
 }
 
 
-def validate(config, world_size=None, *, runs=False):
+def validate(config, world_size=None, *, reject_auto=False):
     """Return the errors and warnings of a config, without notes."""
-    problems = check(load_document(config), world_size, runs=runs)
+    problems = check(load_document(config), world_size, reject_auto=reject_auto)
     return [problem for problem in problems if problem.severity != "note"]
 
 
@@ -60,7 +60,7 @@ MISTAKES = [
         "/gradient_cliping",
         "Did you mean `gradient_clipping`",
     ),
-    ("/zzz", 1, "unknown-key", "/zzz", 'start the key with "//" or "x-".'),
+    ("/zzz", 1, "unknown-key", "/zzz", 'start the key with "//" or "x-"'),
     ("/fp16/los_scale", 1, "unknown-key", "/fp16/los_scale", "Did you mean `loss_scale`?"),
     ("/optimizer/param", {}, "unknown-key", "/optimizer/param", "Did you mean `params`"),
     ("/optimizer/params/momentum", 0.9, "unknown-key", None, "Unknown key `momentum`"),
@@ -153,7 +153,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("pointer", "value", "rule", "place", "message"), MISTAKES)
 def test_validate_one_mistake_is_reported_once(pointer, value, rule, place, message):
     config = config_with(pointer, value)
-    (problem,) = validate(config, world_size=1, runs=True)
+    (problem,) = validate(config, world_size=1, reject_auto=True)
     assert (problem.rule, problem.severity) == (rule, "error")
     assert problem.pointer == (pointer if place is None else place)
     assert message in str(problem)
@@ -332,10 +332,10 @@ def test_validate_integer_too_large_for_a_float_is_rejected(value):
 @pytest.mark.parametrize("comment", ["// mine", "/* mine */", "  # mine"])
 def test_with_scheduler_keeps_comments_and_notes(comment):
     text = f'{{"// note": "a", "scheduler": {{"type": "A", "params": {{"x": 1{comment}\n}}}}}}'
-    new = with_scheduler(parse(text, "c.json"), {"type": "A", "params": {"x": 2.5}})
+    new = replace_scheduler(parse(text, "c.json"), {"type": "A", "params": {"x": 2.5}})
     assert new == text.replace('"x": 1', '"x": 2.5')
     without = parse('{"// note": "a"}', "c.json")
-    assert parse(with_scheduler(without, {"type": "A", "params": {}}), "c.json").value == {
+    assert parse(replace_scheduler(without, {"type": "A", "params": {}}), "c.json").value == {
         "// note": "a",
         "scheduler": {"type": "A", "params": {}},
     }

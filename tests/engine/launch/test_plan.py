@@ -285,18 +285,18 @@ def test_select_hosts_invalid_filter_is_an_error(filters, message):
     "arguments, message",
     [
         ([], "The script is missing"),
-        (["missing.py"], "missing.py: no such script"),
+        (["missing.py"], "missing.py: script not found"),
         (["--hostfile", "none", __file__], "none: No such file"),
-        (["--nnodes", "2", __file__], "`--nnodes` needs `--hostfile` or `--slurm`"),
+        (["--nnodes", "2", __file__], "`--nnodes` requires `--hostfile` or `--slurm`"),
         (["--nnodes", "2:x", __file__], "must be a number or MIN:MAX"),
         (["--nnodes", "3:2", "--write-sbatch", "job", __file__], "must be MIN:MAX with MIN <= MAX"),
         (["--nproc", "0", __file__], "`--nproc` must be a number >= 1 or `auto`"),
-        (["--rejoin", __file__], "`--rejoin` needs `--hostfile`"),
-        (["--port", "70000", __file__], "`--port` must be 0 to 65535, got 70000"),
-        (["--port", "7000", __file__], "`--port` needs `--hostfile`"),
-        (["--include", "node0", __file__], "`--include` needs `--hostfile`"),
-        (["--ssh-opt=-v", __file__], "`--ssh-opt` needs `--hostfile`"),
-        (["--slurm-opt", "a=b", __file__], "`--slurm-opt` needs `--slurm`"),
+        (["--rejoin", __file__], "`--rejoin` requires `--hostfile`"),
+        (["--port", "70000", __file__], "`--port` must be between 0 and 65535, got 70000"),
+        (["--port", "7000", __file__], "`--port` requires `--hostfile`"),
+        (["--include", "node0", __file__], "`--include` requires `--hostfile`"),
+        (["--ssh-opt=-v", __file__], "`--ssh-opt` requires `--hostfile`"),
+        (["--slurm-opt", "a=b", __file__], "`--slurm-opt` requires `--slurm`"),
         (["--slurm", "--console", "all", __file__], "`--console` has no effect in a Slurm job"),
         (["--slurm", "--pass-env", "W*", __file__], "`--pass-env` has no effect in a Slurm job"),
         (["--slurm", "--hostfile", "h", __file__], "`--hostfile` and Slurm cannot be combined"),
@@ -312,7 +312,7 @@ def test_launch_wrong_usage_exits_with_2(arguments, message):
 def test_launch_json_without_dry_run_exits_with_2():
     status, output = launch("--json", __file__)
     assert status == 2
-    assert "`--json` needs `--dry-run`" in output
+    assert "`--json` requires `--dry-run`" in output
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_environment_of_ranks_is_the_same_with_ssh_and_slurm():
 
 
 def test_doctor_and_launch_without_posix_do_not_crash():
-    """On Windows, `doctor` works, and `launch` reports that it requires Linux."""
+    """On Windows, `doctor` works, and `launch` reports that it supports only Linux."""
     code = """
 import io, sys
 sys.modules["fcntl"] = None
@@ -375,7 +375,7 @@ assert main(["doctor"], io.StringIO(), io.StringIO()) == 0
 sys.platform = "win32"
 err = io.StringIO()
 assert main(["launch", sys.argv[1]], io.StringIO(), err) == 2
-assert "requires Linux" in err.getvalue(), err.getvalue()
+assert "supports only Linux" in err.getvalue(), err.getvalue()
 """
     subprocess.run([sys.executable, "-c", code, __file__], check=True)
 
