@@ -200,7 +200,7 @@ class TrainingRun:
     def _record_step(self, recorder: StepRecorder) -> None:
         momentum = self.read_momentum()
         used = self.read_lr()[0], momentum[0] if momentum else None
-        recorder.note(*used, self.window.mean(), applied=self.counters.applied)
+        recorder.record(*used, self.window.mean(), applied=self.counters.applied)
         if self.is_trial:
             recorder.stop_if_over()
 

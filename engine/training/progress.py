@@ -61,7 +61,7 @@ class StepRecord:
 class StepRecorder(Protocol):
     """Receives the learning rate and the loss of each step, for an LR range test."""
 
-    def note(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
+    def record(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
         """Record a step."""
         ...
 
