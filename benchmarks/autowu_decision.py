@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/autowu_decision.py
 
-Prints the median CPU time of one test on n losses, and the speedup over the published code, which
-takes 176 ms for 70 losses and 230 ms for 1,000 and more (gpytorch 1.15.2, torch 2.13.0, one
-thread, an idle machine of the same kind). Decisions are compared on recorded warmups.
+Prints the median CPU time of one test for different numbers of losses, and the speedup over the
+published code. The published code takes 176 ms for 70 losses and 230 ms for 1,000 or more (gpytorch
+1.15.2, torch 2.13.0, one thread, an idle machine of the same kind). The decisions are compared on
+recorded warmups.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from tests.schedules.feedback.test_autowu import CURVES, find_decision
 PUBLISHED = {70: 176.0, 1_000: 230.0, 10_000: 230.0}  # ms
 
 
-def milliseconds(test: Callable[[], object], rounds: int) -> float:
+def measure_milliseconds(test: Callable[[], object], rounds: int) -> float:
     times = []
     for _ in range(rounds):
-        begin = time.process_time()
+        start = time.process_time()
         test()
-        times.append(time.process_time() - begin)
+        times.append(time.process_time() - start)
     return 1e3 * statistics.median(times)
 
 
@@ -59,8 +60,8 @@ def main() -> None:
             return robust_test(losses)
 
         ours, ours_robust = (
-            milliseconds(reference, args.rounds // 4),
-            milliseconds(robust, args.rounds),
+            measure_milliseconds(reference, args.rounds // 4),
+            measure_milliseconds(robust, args.rounds),
         )
         ratios = (f"{theirs / ours:.0f}x", f"{theirs / ours_robust:.0f}x")
         table.add_row(f"{count:,}", f"{ours:.2f}", ratios[0], f"{ours_robust:.2f}", ratios[1])

@@ -2,17 +2,17 @@
 
     python benchmarks/autowu_large_batch.py --output docs/results/autowu_large_batch.png
 
-Trains LeNet (no normalization) and a small ResNet (batch normalization) on Fashion-MNIST,
-averaged to 14 x 14, with AdamW, batch sizes of 256, 2,048 and 8,192, and the same number of
-epochs. The fixed learning rate is the best of three for batch size 256; the other methods are
+Trains LeNet (without normalization) and a small ResNet (with batch normalization) on Fashion-MNIST,
+with images averaged to 14 x 14. All runs use AdamW and the same number of epochs, with batch sizes
+of 256, 2,048 and 8,192. The methods are
 
+- fixed: the best of three learning rates for batch size 256;
 - scaled: the fixed learning rate times batch size / 256;
-- cosine: warmup to the scaled one in the first tenth of the run, then a cosine to 0;
-- 1Cycle: between the bounds that an LR range test suggests at that batch size;
+- cosine: warmup to the scaled learning rate in the first tenth of the run, then a cosine to 0;
+- 1Cycle: the bounds that an LR range test suggests for this batch size;
 - AutoWU: the robust test with rollback, without any tuning.
 
-Each result is saved at once in a JSON file with the name of the plot. Existing results are
-reused.
+The results are saved in a JSON file next to the plot. Results that already exist are reused.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ METHODS = ("fixed", "scaled", "cosine", "1Cycle", "AutoWU")
 CANDIDATES = (1e-3, 2e-3, 4e-3)
 
 
-def lenet() -> nn.Module:
+def build_lenet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(6, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
@@ -63,13 +63,13 @@ class Block(nn.Module):
             nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
             nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out),
         )  # fmt: skip
-        self.around = nn.Conv2d(channels, out, 1, stride, bias=False)
+        self.shortcut = nn.Conv2d(channels, out, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.body(x) + self.around(x)).relu()
+        return (self.body(x) + self.shortcut(x)).relu()
 
 
-def resnet() -> nn.Module:
+def build_resnet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
         Block(8, 16, 1), Block(16, 32, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -77,7 +77,7 @@ def resnet() -> nn.Module:
     )  # fmt: skip
 
 
-NETS = {"LeNet": lenet, "ResNet": resnet}
+NETS = {"LeNet": build_lenet, "ResNet": build_resnet}
 
 
 def loss_fn(trainer: engine.Engine, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -85,7 +85,7 @@ def loss_fn(trainer: engine.Engine, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Experiment:
-    """The data set, and training runs on it."""
+    """The data set, and methods that train models on it."""
 
     def __init__(self, epochs: int) -> None:
         found = images.load()
@@ -96,15 +96,17 @@ class Experiment:
         held_out = len(x) // 12
         self.valid, self.train = (x[:held_out], y[:held_out]), (x[held_out:], y[held_out:])
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def iterate_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            for part in torch.randperm(len(self.train[0])).split(size)[: self.per_epoch(size)]:
+            for part in torch.randperm(len(self.train[0])).split(size)[: self.count_steps(size)]:
                 yield self.train[0][part], self.train[1][part]
 
-    def per_epoch(self, size: int) -> int:
+    def count_steps(self, size: int) -> int:
         return max(1, len(self.train[0]) // size)
 
-    def start(self, net: str, seed: int, lr: float, block: dict[str, Any] | None) -> engine.Engine:
+    def build_engine(
+        self, net: str, seed: int, lr: float, block: dict[str, Any] | None
+    ) -> engine.Engine:
         torch.manual_seed(seed)
         config: dict[str, Any] = {
             "train_batch_size": 1,
@@ -114,7 +116,7 @@ class Experiment:
             config["scheduler"] = block
         return engine.initialize(config=config, model=NETS[net]())[0]
 
-    def accuracy(
+    def measure_accuracy(
         self,
         net: str,
         seed: int,
@@ -124,32 +126,32 @@ class Experiment:
         *,
         valid: bool,
     ) -> tuple[float, str]:
-        trainer = self.start(net, seed, lr, block)
-        batches = self.batches(size)
-        for _ in range(self.epochs * self.per_epoch(size)):
+        trainer = self.build_engine(net, seed, lr, block)
+        batches = self.iterate_batches(size)
+        for _ in range(self.epochs * self.count_steps(size)):
             trainer.backward(loss_fn(trainer, next(batches)))
             trainer.step()
         trainer.eval()
-        images_of, labels = self.valid if valid else self.test
+        inputs, labels = self.valid if valid else self.test
         with torch.no_grad():
-            right = sum(
+            correct = sum(
                 int((trainer(x).argmax(1) == y).sum())
-                for x, y in zip(images_of.split(2000), labels.split(2000), strict=True)
+                for x, y in zip(inputs.split(2000), labels.split(2000), strict=True)
             )
         decision = getattr(trainer.lr_scheduler, "decision", None)
         note = f"{decision.lr:.2g} at {decision.step}" if decision else ""
-        return 100 * right / len(labels), note
+        return 100 * correct / len(labels), note
 
-    def suggestion(self, net: str, size: int) -> float:
-        trainer = self.start(net, 100, 1e-3, None)
+    def suggest_max_lr(self, net: str, size: int) -> float:
+        trainer = self.build_engine(net, 100, 1e-3, None)
         report = engine.lr_range_test(
-            trainer, self.batches(size), loss_fn=loss_fn, min_lr=1e-5, max_lr=1.0, steps=120
+            trainer, self.iterate_batches(size), loss_fn=loss_fn, min_lr=1e-5, max_lr=1.0, steps=120
         )
         assert report.suggestion.max_lr is not None, report.suggestion.reason
         return report.suggestion.max_lr
 
-    def block(self, method: str, size: int, lr: float) -> dict[str, Any] | None:
-        steps = self.epochs * self.per_epoch(size)
+    def build_block(self, method: str, size: int, lr: float) -> dict[str, Any] | None:
+        steps = self.epochs * self.count_steps(size)
         if method == "cosine":
             params: dict[str, Any] = {"total_num_steps": steps, "warmup_num_steps": steps // 10}
             params |= {"warmup_type": "linear", "cos_min_ratio": 0.0, "warmup_min_ratio": 0.0}
@@ -160,29 +162,34 @@ class Experiment:
             params["cycle_second_step_size"] = steps - first
             return {"type": "OneCycle", "params": params}
         if method == "AutoWU":
-            params = {"steps_per_epoch": self.per_epoch(size), "total_epochs": self.epochs}
+            params = {
+                "steps_per_epoch": self.count_steps(size),
+                "total_epochs": self.epochs,
+            }
             params |= {"test": "robust", "rollback": True, "immediate_cooldown": True}
             return {"type": "AutoWU", "params": params}
         return None
 
 
-def learning_rate(
+def choose_learning_rate(
     found: Experiment, rows: dict[str, Any], net: str, method: str, size: int
 ) -> float:
     key = f"{net} tuned"
     if key not in rows:
-        tried = {lr: found.accuracy(net, 0, 256, lr, None, valid=True)[0] for lr in CANDIDATES}
+        tried = {
+            lr: found.measure_accuracy(net, 0, 256, lr, None, valid=True)[0] for lr in CANDIDATES
+        }
         rows[key] = max(tried, key=tried.__getitem__)
     tuned = float(rows[key])
     if method == "1Cycle":
         key = f"{net} {size} suggested"
         if key not in rows:
-            rows[key] = found.suggestion(net, size)
+            rows[key] = found.suggest_max_lr(net, size)
         return float(rows[key])
     return tuned if method == "fixed" else tuned * size / 256
 
 
-def tell(rows: dict[str, Any], seeds: int, path: Path, console: Console) -> None:
+def report_results(rows: dict[str, Any], seeds: int, path: Path, console: Console) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -231,15 +238,15 @@ def main() -> None:
                     key = f"{net} {size} {method} {seed}"
                     if key in rows:
                         continue
-                    begin = time.monotonic()
-                    lr = learning_rate(found, rows, net, method, size)
-                    block = found.block(method, size, lr)
-                    rows[key] = found.accuracy(net, seed, size, lr, block, valid=False)
+                    start = time.monotonic()
+                    lr = choose_learning_rate(found, rows, net, method, size)
+                    block = found.build_block(method, size, lr)
+                    rows[key] = found.measure_accuracy(net, seed, size, lr, block, valid=False)
                     path.write_text(json.dumps(rows, indent=1) + "\n")
                     console.print(
-                        key, f"lr {lr:.2g}", *rows[key], f"{time.monotonic() - begin:.0f} s"
+                        key, f"lr {lr:.2g}", *rows[key], f"{time.monotonic() - start:.0f} s"
                     )
-    tell(rows, args.seeds, args.output, console)
+    report_results(rows, args.seeds, args.output, console)
 
 
 if __name__ == "__main__":

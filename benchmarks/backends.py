@@ -1,10 +1,10 @@
-"""Train the same 40 steps on every backend, stage and precision, on one rank and on two.
+"""Train 40 steps with every backend, ZeRO stage and precision, on one rank and on two.
 
     python benchmarks/backends.py > docs/results/backends.md
 
-Prints a Markdown table: whether learning rate and momentum equal the schedule's at each step, the
-largest difference of the losses from those of one PyTorch process in float32, and the first and
-the last loss.
+Prints a Markdown table with the first and the last loss of each run. The table also shows whether
+learning rate and momentum follow the schedule at each step, and the largest difference between the
+losses and those of one PyTorch process in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.console import Console
 from schedules import trace
 from tests.testing.backend_runs import SCHEDULER, launch, parity
 
-UPDATES = 40
+STEPS = 40
 HEAD = """\
 # Training results on every backend
 
@@ -35,13 +35,13 @@ largest relative difference.
 
 def main() -> None:
     progress = Console(stderr=True)
-    expected = trace(SCHEDULER, UPDATES)
+    expected = trace(SCHEDULER, STEPS)
     print(HEAD.format(date=datetime.now(tz=timezone.utc).date()))
     reference: dict[str, list[float]] = {}
     with progress.status("one rank") as status:
         for world_size in (1, 2):
             status.update(f"{world_size} rank{'s' * (world_size > 1)}")
-            for name, run in launch(parity(UPDATES), world_size).items():
+            for name, run in launch(parity(STEPS), world_size).items():
                 model, precision, backend, stage = name.split()
                 if world_size == 1 and backend == "torch" and stage != "0":
                     continue  # A single process shards nothing, so this run would repeat stage 0.

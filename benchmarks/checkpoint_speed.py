@@ -2,10 +2,10 @@
 
     python benchmarks/checkpoint_speed.py
 
-Prints the CPU time of the training thread (medians of interleaved rounds) and its ratio to
-writing, reading or copying the same number of bytes from one buffer. Hashing and syncing, which
-verify that a checkpoint is complete, have a separate row. The third table shows how long training
-waits for an asynchronous save.
+Prints the CPU time of the training thread (medians of interleaved rounds), and its ratio to the
+time for writing, reading or copying a single buffer of the same size. Syncing and hashing, which
+make sure that a checkpoint is complete, have a separate row. The third table shows how long an
+asynchronous save blocks training.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ Contender = tuple[str, Callable[[Path], object]]
 WIDTH, LAYERS = 1024, 40
 
 
-def trained(backend: str, stage: int = 0, *, behind: bool = False) -> engine.Engine:
-    """Return an engine with a model of 42 million parameters and its Adam states: 0.5 GB."""
+def build_engine(backend: str, stage: int = 0, *, asynchronous: bool = False) -> engine.Engine:
+    """Build an engine with 42 million parameters, and train one step. Its state has 0.5 GB."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     config = {
         "train_batch_size": 2,
         "optimizer": {"type": "AdamW"},
         "zero_optimization": {"stage": stage},
-        "engine": {"backend": backend, "checkpoint": {"async": behind}},
+        "engine": {"backend": backend, "checkpoint": {"async": asynchronous}},
     }
     trainer, *_ = engine.initialize(config=config, model=model)
     trainer.backward(trainer(torch.randn(2, WIDTH)).pow(2).mean())
@@ -55,10 +55,10 @@ def read_into(path: Path, memory: memoryview) -> None:
         file.readinto(memory)
 
 
-def cpu_time(work: Callable[[Path], object], place: Path) -> float:
-    begin = time.thread_time()
-    work(place)
-    return time.thread_time() - begin
+def cpu_time(work: Callable[[Path], object], path: Path) -> float:
+    start = time.thread_time()
+    work(path)
+    return time.thread_time() - start
 
 
 def main() -> None:
@@ -70,8 +70,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    ours, deepspeed, divided = trained("torch"), trained("deepspeed"), trained("deepspeed", 1)
-    behind = trained("torch", behind=True)
+    ours, deepspeed, sharded = (
+        build_engine("torch"),
+        build_engine("deepspeed"),
+        build_engine("deepspeed", 1),
+    )
+    saver = build_engine("torch", asynchronous=True)
     states = (ours.module.state_dict(), ours.optimizer.state_dict())
     payload = sum(
         tensor.nbytes
@@ -85,55 +89,55 @@ def main() -> None:
         torch.frombuffer(buffer, dtype=torch.uint8).clone(),
         torch.zeros(payload, dtype=torch.uint8),
     )
-    folder = Path(tempfile.mkdtemp())
+    directory = Path(tempfile.mkdtemp())
 
-    def theirs(trainer: engine.Engine) -> Any:
+    def get_deepspeed_engine(trainer: engine.Engine) -> Any:
         return trainer._backend.engine
 
-    def write_tensors(place: Path) -> None:
-        place.mkdir()
-        state.write(place, ours.module, ours.optimizer)
+    def write_tensors(path: Path) -> None:
+        path.mkdir()
+        state.write(path, ours.module, ours.optimizer)
 
-    def prove(place: Path) -> None:
-        for path in (place.parent / "tensors").iterdir():
-            storage._sync(path)
-            storage._hash(path)
+    def sync_and_hash(path: Path) -> None:
+        for file in (path.parent / "tensors").iterdir():
+            storage._sync(file)
+            storage._hash(file)
 
-    def read_tensors(place: Path) -> None:
-        state.read(place.parent / "tensors", ours.module, ours.optimizer, strict=True)
+    def read_tensors(path: Path) -> None:
+        state.read(path.parent / "tensors", ours.module, ours.optimizer, strict=True)
 
-    behind.save_checkpoint(folder / "first", tag="t")  # allocates the memory for its copy
-    behind.wait_for_checkpoint()
-    held = behind._checkpointer.async_saver.buffers
+    saver.save_checkpoint(directory / "first", tag="t")  # allocates the memory for its copy
+    saver.wait_for_checkpoint()
+    allocated = saver._checkpointer.async_saver.buffers
     # Each contender writes to a new path. Removing the files is not measured.
     tables: dict[str, dict[str, Contender]] = {
         "save": {
-            "raw bytes": ("raw", lambda place: place.write_bytes(buffer)),
-            "torch.save": ("torch", lambda place: torch.save(states, place)),
+            "raw bytes": ("raw", lambda path: path.write_bytes(buffer)),
+            "torch.save": ("torch", lambda path: torch.save(states, path)),
             "onecycle, tensors only": ("tensors", write_tensors),
-            "onecycle, syncing and hashing": ("proof", prove),
-            "onecycle, total": ("ours", lambda place: ours.save_checkpoint(place, tag="t")),
+            "onecycle, syncing and hashing": ("synced", sync_and_hash),
+            "onecycle, total": ("ours", lambda path: ours.save_checkpoint(path, tag="t")),
             "DeepSpeed, stage 0": (
                 "stage0",
-                lambda place: theirs(deepspeed).save_checkpoint(place, tag="t"),
+                lambda path: get_deepspeed_engine(deepspeed).save_checkpoint(path, tag="t"),
             ),
             "DeepSpeed, stage 1": (
                 "stage1",
-                lambda place: theirs(divided).save_checkpoint(place, tag="t"),
+                lambda path: get_deepspeed_engine(sharded).save_checkpoint(path, tag="t"),
             ),
         },
         "load": {
-            "raw bytes": ("raw", lambda place: read_into(place, buffer)),
-            "torch.load": ("torch", lambda place: torch.load(place, weights_only=True)),
+            "raw bytes": ("raw", lambda path: read_into(path, buffer)),
+            "torch.load": ("torch", lambda path: torch.load(path, weights_only=True)),
             "onecycle, tensors only": ("reading", read_tensors),
             "onecycle, total": ("ours", ours.load_checkpoint),
             "DeepSpeed, stage 0": (
                 "stage0",
-                lambda place: theirs(deepspeed).load_checkpoint(place, tag="t"),
+                lambda path: get_deepspeed_engine(deepspeed).load_checkpoint(path, tag="t"),
             ),
             "DeepSpeed, stage 1": (
                 "stage1",
-                lambda place: theirs(divided).load_checkpoint(place, tag="t"),
+                lambda path: get_deepspeed_engine(sharded).load_checkpoint(path, tag="t"),
             ),
         },
         "wait": {
@@ -141,10 +145,13 @@ def main() -> None:
             "onecycle, copying": (
                 "copy",
                 lambda _: state._copy_to_host(
-                    state._get_state(behind.module, behind.optimizer), held
+                    state._get_state(saver.module, saver.optimizer), allocated
                 ),
             ),
-            "onecycle, async": ("behind", lambda place: behind.save_checkpoint(place, tag="t")),
+            "onecycle, async": (
+                "asynchronous",
+                lambda path: saver.save_checkpoint(path, tag="t"),
+            ),
         },
     }
     console = Console()
@@ -152,22 +159,22 @@ def main() -> None:
         times = {title: {name: [] for name in of} for title, of in tables.items()}
         for _ in track(range(args.rounds), console=console, transient=True):
             for title, contenders in tables.items():
-                for name, (place, work) in contenders.items():
-                    times[title][name].append(cpu_time(work, folder / place))
-                    behind.wait_for_checkpoint()
-            size = sum(path.stat().st_size for path in (folder / "tensors").iterdir())
-            for path in folder.iterdir():
+                for name, (path, work) in contenders.items():
+                    times[title][name].append(cpu_time(work, directory / path))
+                    saver.wait_for_checkpoint()
+            size = sum(path.stat().st_size for path in (directory / "tensors").iterdir())
+            for path in directory.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for title, of_title in times.items():
-            table = Table(title, "CPU ms", "times the first")
-            first = next(iter(of_title.values()))
-            for name, each in of_title.items():
+        for title, contender_times in times.items():
+            table = Table(title, "CPU ms", "relative to first row")
+            first = next(iter(contender_times.values()))
+            for name, each in contender_times.items():
                 ratio = statistics.median(a / b for a, b in zip(each, first, strict=True))
                 table.add_row(name, f"{statistics.median(each) * 1e3:.0f}", f"{ratio:.2f}x")
             console.print(table)
         console.print(f"{payload / 1e6:.1f} MB of tensors; {size / payload:.4f} times that on disk")
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(directory)
 
 
 if __name__ == "__main__":

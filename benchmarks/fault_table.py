@@ -1,11 +1,11 @@
-"""Damage checkpoints and saves in every known way; print the error message and the recovery.
+"""Damage checkpoints and interrupt saves in every known way, and print the error messages.
 
     python benchmarks/fault_table.py
 
-Each fault is real: the full file system is a mounted one of 2 MB (which requires root; without it
-the row is omitted), the killed rank gets SIGKILL. The last column is the newest step from which a
-new run resumes. Three checkpoints exist before each fault, the last one of step 6 (before the
-faults that need several ranks: one, of step 2).
+The faults are not simulated: the full file system is a mounted tmpfs of 2 MB (the row is omitted
+without root), and the killed rank receives SIGKILL. The last column shows the step from which a new
+run resumes. Three checkpoints exist before each fault, up to step 6. For faults that need several
+ranks, one checkpoint exists, at step 2.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from engine.checkpoint import collectives, storage
 from tests.engine.checkpoint.test_checkpoint import Bomb, damage
 from tests.engine.test_initialization import model, start, train
 
-IN_FILES = (
+FILE_FAULTS = (
     "a truncated shard",
     "a flipped byte",
     "a missing file",
@@ -45,15 +45,15 @@ IN_FILES = (
 )
 
 
-def saved(folder: Path) -> Path:
+def save_checkpoints(directory: Path) -> Path:
     trainer, loader = start()
     for _ in range(3):
         train(trainer, loader, 2)
-        trainer.save_checkpoint(folder)
-    return folder
+        trainer.save_checkpoint(directory)
+    return directory
 
 
-def said(call: Callable[[], Any]) -> str:
+def get_error(call: Callable[[], Any]) -> str:
     """Return the first line of the error that a call raises."""
     try:
         call()
@@ -62,48 +62,52 @@ def said(call: Callable[[], Any]) -> str:
     return "(nothing)"
 
 
-def newest(folder: Path) -> str:
+def find_resumed_step(directory: Path) -> str:
     fresh, _ = start()
-    fresh.load_checkpoint(folder)
+    fresh.load_checkpoint(directory)
     return f"step {fresh.global_steps}"
 
 
 @contextmanager
-def small_file_system(folder: Path) -> Iterator[Path | None]:
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+def mount_small_file_system(directory: Path) -> Iterator[Path | None]:
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(directory)]
     mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
     try:
-        yield folder if mounted else None
+        yield directory if mounted else None
     finally:
         if mounted:
-            subprocess.run(["umount", str(folder)], check=False)
+            subprocess.run(["umount", str(directory)], check=False)
 
 
-def in_files(folder: Path) -> Iterator[tuple[str, str, str]]:
-    for number, fault in enumerate(IN_FILES):
-        place = saved(folder / str(number))
-        damage(place, fault)
-        message = said(lambda p=place: start()[0].load_checkpoint(p, tag="global_step6"))
-        yield fault, message, newest(place)
+def damage_files(directory: Path) -> Iterator[tuple[str, str, str]]:
+    for number, fault in enumerate(FILE_FAULTS):
+        saved_dir = save_checkpoints(directory / str(number))
+        damage(saved_dir, fault)
+        message = get_error(lambda p=saved_dir: start()[0].load_checkpoint(p, tag="global_step6"))
+        yield fault, message, find_resumed_step(saved_dir)
     for fault in ("no latest", "an empty latest", "a dangling latest"):
-        place = saved(folder / fault.replace(" ", "_"))
-        damage(place, fault)
-        yield fault, said(lambda p=place: start()[0].load_checkpoint(p)), newest(place)
+        saved_dir = save_checkpoints(directory / fault.replace(" ", "_"))
+        damage(saved_dir, fault)
+        yield (
+            fault,
+            get_error(lambda p=saved_dir: start()[0].load_checkpoint(p)),
+            find_resumed_step(saved_dir),
+        )
 
 
-def of_the_model(folder: Path) -> Iterator[tuple[str, str, str]]:
-    place = saved(folder / "model")
+def replace_model(directory: Path) -> Iterator[tuple[str, str, str]]:
+    saved_dir = save_checkpoints(directory / "model")
     net = torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.Tanh(), torch.nn.Linear(9, 1))
     kept = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
     kept["engine"] = {"checkpoint": {"override": True}}
     other, *_ = engine.initialize(config=kept, model=net)
     yield (
         "a checkpoint of another model",
-        said(lambda: other.load_checkpoint(place)),
-        newest(place),
+        get_error(lambda: other.load_checkpoint(saved_dir)),
+        find_resumed_step(saved_dir),
     )
-    bomb = saved(folder / "bomb")
+    bomb = save_checkpoints(directory / "bomb")
     target = bomb / "global_step6" / "engine.pt"
     torch.save(Bomb(), target)
     manifest = json.loads((bomb / "global_step6" / "manifest.json").read_text())
@@ -112,44 +116,48 @@ def of_the_model(folder: Path) -> Iterator[tuple[str, str, str]]:
     (bomb / "global_step6" / "manifest.json").write_text(json.dumps(manifest))
     yield (
         "a pickle bomb with a correct hash",
-        said(lambda: start()[0].load_checkpoint(bomb)),
+        get_error(lambda: start()[0].load_checkpoint(bomb)),
         "step 4, by its tag",
     )
 
 
-def in_saving(folder: Path) -> Iterator[tuple[str, str, str]]:
-    place = saved(folder / "tag")
+def fail_to_save(directory: Path) -> Iterator[tuple[str, str, str]]:
+    saved_dir = save_checkpoints(directory / "tag")
     trainer, loader = start()
-    trainer.load_checkpoint(place)
+    trainer.load_checkpoint(saved_dir)
     yield (
         "a tag that exists",
-        said(lambda: trainer.save_checkpoint(place, tag="global_step6"))
+        get_error(lambda: trainer.save_checkpoint(saved_dir, tag="global_step6"))
         + " replaced when complete",
-        newest(place),
+        find_resumed_step(saved_dir),
     )
-    blocked = folder / "file"
+    blocked = directory / "file"
     blocked.write_text("")
-    yield "a directory that cannot be created", said(lambda: trainer.save_checkpoint(blocked)), "-"
-    with small_file_system(folder / "small") as small:
+    yield (
+        "a directory that cannot be created",
+        get_error(lambda: trainer.save_checkpoint(blocked)),
+        "-",
+    )
+    with mount_small_file_system(directory / "small") as small:
         if small is None:
             return
-        kept = saved(small)
+        kept = save_checkpoints(small)
         filler = small / "filler"
         free = shutil.disk_usage(small).free
         filler.write_bytes(bytes(free - 4096))
         train(trainer, loader, 1)
-        message = said(lambda: trainer.save_checkpoint(kept))
+        message = get_error(lambda: trainer.save_checkpoint(kept))
         filler.unlink()
-        yield "no space", message, newest(kept)
+        yield "no space", message, find_resumed_step(kept)
 
 
-def of_ranks(folder: Path) -> Iterator[tuple[str, str, str]]:
+def fail_on_rank(directory: Path) -> Iterator[tuple[str, str, str]]:
     for case, fault in (("absent", "a save on rank 0 only"), ("dead", "a rank that was killed")):
-        begin = time.monotonic()
+        start_time = time.monotonic()
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        place = folder / case
+        saved_dir = directory / case
         done = subprocess.run(
-            [sys.executable, *command, __file__, "--as-rank", case, str(place)],
+            [sys.executable, *command, __file__, "--as-rank", case, str(saved_dir)],
             capture_output=True,
             text=True,
             check=False,
@@ -158,23 +166,23 @@ def of_ranks(folder: Path) -> Iterator[tuple[str, str, str]]:
             line for line in done.stderr.splitlines() if "must be called on every rank" in line
         ]
         message = lines[0].split(": ", 1)[1][:170] if lines else done.stderr[-300:]
-        spent = time.monotonic() - begin
+        spent = time.monotonic() - start_time
         yield f"{fault} ({spent:.0f} s including startup)", f"{message} …", "step 2"
 
 
-def as_rank(case: str, folder: str) -> None:
+def run_rank(case: str, directory: str) -> None:
     collectives._TIMEOUT = timedelta(seconds=5)
     config = {"train_batch_size": 4, "optimizer": {"type": "AdamW"}}
     trainer, *_ = engine.initialize(config=config, model=model())
     trainer.backward(trainer(torch.ones(2, 4)).mean())
     trainer.step()
-    trainer.save_checkpoint(folder)
+    trainer.save_checkpoint(directory)
     if trainer.global_rank == 1:
         if case == "dead":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(10)
         return
-    trainer.save_checkpoint(folder, tag="next")
+    trainer.save_checkpoint(directory, tag="next")
 
 
 def main() -> None:
@@ -184,15 +192,15 @@ def main() -> None:
     parser.add_argument("--as-rank", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.as_rank:
-        as_rank(*args.as_rank)
+        run_rank(*args.as_rank)
         return
     console = Console(soft_wrap=True)
     print("| fault | message | a new run resumes from |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for rows in (in_files, of_the_model, in_saving, of_ranks):
-            for row in rows(folder):
-                shown = [cell.replace(str(folder), "…").replace("|", "\\|") for cell in row]
+        directory = Path(name)
+        for rows in (damage_files, replace_model, fail_to_save, fail_on_rank):
+            for row in rows(directory):
+                shown = [cell.replace(str(directory), "…").replace("|", "\\|") for cell in row]
                 console.print(f"| {' | '.join(shown)} |", markup=False, highlight=False)
 
 

@@ -2,12 +2,12 @@
 
     python benchmarks/kill_matrix.py --kills 200
 
-A run saves every second step: in one process and in two, synchronously and asynchronously, on
-PyTorch and on DeepSpeed. All of its processes are killed (SIGKILL) after a random time, and
-started again with the same config until the run is complete. The learning rate, data and weights
-(a hash) of every step are compared with those of an uninterrupted run.
+Each run saves a checkpoint every second step: with one and two processes, synchronously and
+asynchronously, with PyTorch and DeepSpeed. All its processes are killed with SIGKILL after a random
+time, and restarted with the same config until the run is complete. The learning rate, the data and
+a hash of the weights are compared with those of an uninterrupted run at each step.
 
-The exit status is 1 if a run lost anything.
+The exit status is 1 if a step differs or a run fails to restart.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SCRIPT = Path(__file__).parent.parent / "tests" / "testing" / "checkpoint_run.py
 
 
 class Case(NamedTuple):
-    """One kind of run, and the fraction of the kills that it gets."""
+    """The settings of a run, and its fraction of the kills."""
 
     backend: str
     processes: int
     mode: str
-    share: float
+    fraction: float
 
 
 CASES = (
@@ -50,13 +50,13 @@ CASES = (
 
 
 class Run:
-    """The processes of one start, and the output of rank 0."""
+    """The processes of a run from one start to the next kill."""
 
-    def __init__(self, case: Case, folder: Path, updates: int) -> None:
+    def __init__(self, case: Case, directory: Path, training_steps: int) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        command = [sys.executable, SCRIPT, folder, updates, case.backend, case.mode]
+        command = [sys.executable, SCRIPT, directory, training_steps, case.backend, case.mode]
         self.processes = [
             subprocess.Popen(  # ours
                 [str(part) for part in command],
@@ -70,7 +70,7 @@ class Run:
             for rank in range(case.processes)
         ]
 
-    def first_line(self) -> str:
+    def read_first_row(self) -> str:
         out = self.processes[0].stdout
         assert out is not None
         for line in out:
@@ -78,56 +78,61 @@ class Run:
                 return line
         return ""
 
-    def kill(self, randomness: random.Random) -> None:
-        for process in randomness.sample(self.processes, len(self.processes)):
+    def kill(self, rng: random.Random) -> None:
+        for process in rng.sample(self.processes, len(self.processes)):
             process.kill()
 
-    def end(self) -> tuple[str, bool]:
+    def wait(self) -> tuple[str, bool]:
         rest, _ = self.processes[0].communicate()
         return rest, {process.wait() for process in self.processes} == {0}
 
 
 def is_row(line: str) -> bool:
-    """Return whether a line is a complete row; DeepSpeed logs to the same stream."""
+    """Return whether a line is a complete row. DeepSpeed logs to the same stream."""
     fields = line.split()
     return len(fields) == 4 and fields[0].isdigit() and len(fields[3]) == 16
 
 
-def rows_of(text: str) -> dict[str, str]:
+def parse_rows(text: str) -> dict[str, str]:
     return {line.split()[0]: line for line in text.splitlines() if is_row(line)}
 
 
-def lost_of(
-    case: Case, folder: Path, updates: int, kills: int, randomness: random.Random, bar: Progress
+def kill_runs(
+    case: Case,
+    directory: Path,
+    training_steps: int,
+    kills: int,
+    rng: random.Random,
+    bar: Progress,
 ) -> tuple[int, int, int]:
-    """Kill runs of one case; return the number of kills, of runs, and of lost starts and steps."""
-    whole, ended = Run(case, folder / "whole", updates).end()
+    """Kill and restart runs of one case. Return the number of kills, runs and losses."""
+    whole, ended = Run(case, directory / "whole", training_steps).wait()
     assert ended, f"{case} does not run"
-    expected = rows_of(whole)
+    expected = parse_rows(whole)
     task = bar.add_task(f"{case.backend} {case.processes} {case.mode}", total=kills)
     lost = done = runs = 0
     while done < kills:
         runs += 1
         rows: dict[str, str] = {}
         while True:
-            run = Run(case, folder / str(runs), updates)
-            first = run.first_line()
+            run = Run(case, directory / str(runs), training_steps)
+            first = run.read_first_row()
             if done < kills:
-                time.sleep(randomness.uniform(0.0, 0.3))
-                run.kill(randomness)
+                time.sleep(rng.uniform(0.0, 0.3))
+                run.kill(rng)
                 done += 1
                 bar.advance(task)
-            rest, ended = run.end()
-            for step, row in rows_of(first + rest).items():
+            rest, ended = run.wait()
+            for step, row in parse_rows(first + rest).items():
                 lost += rows.setdefault(step, row) != row
             if ended:
                 break
-            if not first:  # it could not even start after the previous kill
+            if not first:  # the run could not start after the previous kill
                 lost += 1
                 break
-        # A process that dies between saving and printing omits one line; nothing else.
+        # Rows may be missing, because a run may be killed after it saves and before it prints.
         lost += not rows.items() <= expected.items()
-        lost += rows.get(str(updates)) != expected[str(updates)]
+        lost += rows.get(str(training_steps)) != expected[str(training_steps)]
     return done, runs, lost
 
 
@@ -141,21 +146,24 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    randomness = random.Random(args.seed)  # noqa: S311  # moments, not secrets
+    rng = random.Random(args.seed)  # noqa: S311  # moments, not secrets
     console = Console()
     table = Table("backend", "processes", "saves", "kills", "runs", "lost")
     total = [0, 0, 0]
-    with tempfile.TemporaryDirectory() as folder, Progress(console=console, transient=True) as bar:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Progress(console=console, transient=True) as bar,
+    ):
         for number, case in enumerate(CASES):
-            place = Path(folder, str(number))
-            place.mkdir()
-            kills = round(args.kills * case.share)
-            found = lost_of(case, place, args.updates, kills, randomness, bar)
-            table.add_row(case.backend, str(case.processes), case.mode, *map(str, found))
-            total = [a + b for a, b in zip(total, found, strict=True)]
+            case_dir = Path(directory, str(number))
+            case_dir.mkdir()
+            kills = round(args.kills * case.fraction)
+            counts = kill_runs(case, case_dir, args.training_steps, kills, rng, bar)
+            table.add_row(case.backend, str(case.processes), case.mode, *map(str, counts))
+            total = [a + b for a, b in zip(total, counts, strict=True)]
     console.print(table)
     console.print(
-        "{} kills in {} runs of {} steps: {} lost".format(*total[:2], args.updates, total[2])
+        "{} kills in {} runs of {} steps: {} lost".format(*total[:2], args.training_steps, total[2])
     )
     sys.exit(1 if total[2] else 0)
 

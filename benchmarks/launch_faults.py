@@ -1,11 +1,11 @@
-"""Break a launch over two hosts in every known way; print the message, delay and leftovers.
+"""Break a launch on two hosts in every known way. Print the message, the delay and the leftovers.
 
     python benchmarks/launch_faults.py
 
 The hosts are network namespaces of this machine, each with its own sshd (tests/testing/lab.sh;
-requires root). Each rank waits indefinitely, unless the fault is its own. The table shows the
-seconds from the fault to the exit of the launcher, and the number of the job's processes that are
-left on the hosts some seconds later.
+requires root). Each rank waits indefinitely, unless it causes the fault. The table shows the time
+from the fault to the exit of the launcher in seconds, and the number of processes of the job that
+are still running on the hosts some seconds later.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tests.testing.lab import lab
 WORKER = ROOT / "tests" / "testing" / "worker.py"
 START = """$ONECYCLE launch --hostfile hosts --grace 5 worker.py {what} 2> said & pid=$!
 {until}
-begin=$(date +%s.%N)
+start=$(date +%s.%N)
 {fault}
 wait $pid; status=$?
 end=$(date +%s.%N)
 sleep {settle}
 left=$(for i in 0 1; do on $i pgrep -f 'worker.py|engine.launch'; done | wc -l)
-echo "ROW|$status|$begin|$end|$left"
+echo "ROW|$status|$start|$end|$left"
 grep -h 'first failure\\|cannot' said | tail -n 1
 """
 READY = "until [ -e pid.0 ] && [ -e pid.1 ]; do sleep 0.05; done; sleep 0.5"
@@ -54,18 +54,18 @@ def main() -> None:
     print("| fault | message | status | seconds | processes left |\n|---|---|---|---|---|")
     for fault, what, until, happens, settle in FAULTS:
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
-            shutil.copy(WORKER, folder / "worker.py")
+            directory = Path(name)
+            (directory / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
+            shutil.copy(WORKER, directory / "worker.py")
             script = START.format(what=what, until=until, fault=happens, settle=settle)
             if fault == "a host is off before launch":
                 script = script.replace("$ONECYCLE", "power 1 off; $ONECYCLE").replace(
                     "2> said", "> said"
                 )
-            lines = lab(script, folder).out.splitlines()
+            lines = lab(script, directory).out.splitlines()
         [row] = [line for line in lines if line.startswith("ROW|")]
-        _, status, begin, end, left = row.split("|")
-        seconds = float(end) - float(begin)
+        _, status, start, end, left = row.split("|")
+        seconds = float(end) - float(start)
         said = (
             lines[-1].removeprefix("onecycle launch: ") if not lines[-1].startswith("ROW") else "-"
         )

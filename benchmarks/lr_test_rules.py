@@ -4,12 +4,12 @@
     python benchmarks/lr_test_rules.py
 
 Uses 1,000 curves of five families at five noise levels (the standard deviation as a fraction of
-the descent), and 200 curves without any learning. Each tool receives the losses as its own test
-would, and smooths and evaluates them with its own code. A suggestion is correct if it is within a
-factor of 3 of the true value. For the maximum of a cycle, the true value is the middle of the
-region where the loss is lowest (to within 5 % of the descent). For the rule "steepest", the only
-one that the other tools have, it is the learning rate at which the loss falls most per factor of
-the learning rate.
+the descent), and 200 curves on which the loss does not fall. Each tool receives the losses one by
+one, and smooths and evaluates them with its own code. A suggestion is correct if it differs from
+the true value by less than a factor of 3. For the maximum of a cycle, the true value is the middle
+of the region in which the loss exceeds its minimum by less than 5 % of the descent. For the rule
+"steepest", which is the only rule of the other tools, the true value is the learning rate at which
+the loss falls fastest over log(lr).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def lightning(curve: Curve) -> float | None:
 
 
 class _Planted(LRFinder):
-    """torch-lr-finder with training replaced by the synthetic losses."""
+    """torch-lr-finder that returns synthetic losses instead of training."""
 
     def __init__(self, curve: Curve) -> None:
         model = torch.nn.Linear(1, 1)
@@ -106,7 +106,7 @@ CONTENDERS: dict[str, Callable[[Curve], float | None]] = {
 }
 
 
-def asked(contender: Callable[[Curve], float | None], curve: Curve) -> float | None:
+def call_quietly(contender: Callable[[Curve], float | None], curve: Curve) -> float | None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return contender(curve)
 
@@ -124,32 +124,32 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     random = np.random.default_rng(args.seed)
-    each = args.curves // (len(NOISE) * len(FAMILIES))
-    right = {name: np.zeros(len(NOISE)) for name in CONTENDERS}
+    count = args.curves // (len(NOISE) * len(FAMILIES))
+    correct = {name: np.zeros(len(NOISE)) for name in CONTENDERS}
     by_family = {name: dict.fromkeys(FAMILIES, 0.0) for name in CONTENDERS}
     for level, noise in enumerate(track(NOISE, transient=True)):
         for family in FAMILIES:
-            for curve in (plant(family, noise, random) for _ in range(each)):
+            for curve in (plant(family, noise, random) for _ in range(count)):
                 for name, contender in CONTENDERS.items():
-                    lr = asked(contender, curve)
-                    planted = curve.lowest if contender is maximum else curve.steepest
-                    good = lr is not None and 1 / 3 < lr / planted < 3
-                    right[name][level] += good / (each * len(FAMILIES))
-                    by_family[name][family] += good / (each * len(NOISE))
-    silent = dict.fromkeys(CONTENDERS, 0)
+                    lr = call_quietly(contender, curve)
+                    true_lr = curve.lowest if contender is maximum else curve.steepest
+                    good = lr is not None and 1 / 3 < lr / true_lr < 3
+                    correct[name][level] += good / (count * len(FAMILIES))
+                    by_family[name][family] += good / (count * len(NOISE))
+    rejected = dict.fromkeys(CONTENDERS, 0)
     for kind in FLAT:
         for curve in (flat(kind, random) for _ in range(100)):
             for name, contender in CONTENDERS.items():
-                silent[name] += asked(contender, curve) is None
+                rejected[name] += call_quietly(contender, curve) is None
     console = Console()
     table = Table("fraction correct at noise level", *(f"{noise:.0%}" for noise in NOISE), "all")
-    for name, of_levels in right.items():
-        table.add_row(name, *(f"{share:.1%}" for share in (*of_levels, of_levels.mean())))
+    for name, fractions in correct.items():
+        table.add_row(name, *(f"{fraction:.1%}" for fraction in (*fractions, fractions.mean())))
     console.print(table)
     table = Table("fraction correct per family", *FAMILIES, "no suggestion on flat curves")
-    for name, of_families in by_family.items():
-        shares = (f"{share:.1%}" for share in of_families.values())
-        table.add_row(name, *shares, f"{silent[name]} of {100 * len(FLAT)}")
+    for name, fractions in by_family.items():
+        cells = (f"{fraction:.1%}" for fraction in fractions.values())
+        table.add_row(name, *cells, f"{rejected[name]} of {100 * len(FLAT)}")
     console.print(table)
 
 

@@ -1,13 +1,13 @@
-"""Compare 1Cycle with the learning rate that the range test suggests against a grid of nine.
+"""Compare the maximum learning rate that the LR range test suggests with a grid of nine maxima.
 
     python benchmarks/lr_test_training.py --output docs/results/lr_test_training.png
 
-The suggestion is that of ``onecycle lr-test --repeat 3``, with and without refinement (``--refine
---training-steps``). There are three tasks: LeNet on Fashion-MNIST (on scikit-learn's digits if
-Fashion-MNIST is not available), an MLP on the digits, and a small transformer that predicts the
-next character of this repository's own text. The same 1Cycle, starting at a tenth of its maximum,
-is trained with nine maxima half a decade apart and with the suggested ones, each with several
-seeds. Accuracy is measured on held-out data.
+The suggestions are those of ``onecycle lr-test --repeat 3``, with and without refinement
+(``--refine --training-steps``). There are three tasks: LeNet on Fashion-MNIST (or on scikit-learn's
+digits if Fashion-MNIST is not available), an MLP on the digits, and a small transformer that
+predicts the next character in the source code and docs of this repository. A 1Cycle schedule that
+starts at a tenth of its maximum is trained with nine maxima half a decade apart and with the
+suggested maxima, with several seeds each. Accuracy is measured on held-out data.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ Cells = dict[float, list[float]]
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its optimizer and data, and the number of training steps."""
+    """A model with its optimizer, data and number of training steps."""
 
     model: Callable[[], nn.Module]
     optimizer: dict[str, Any]
-    updates: int
+    training_steps: int
     batches: Callable[[], Iterator[Batch]]
     test: Batch
 
@@ -78,7 +78,7 @@ class Transformer(nn.Module):
         return self.head(hidden).flatten(0, 1)
 
 
-def of_dataset(train: Batch, size: int) -> Callable[[], Iterator[Batch]]:
+def make_batches(train: Batch, size: int) -> Callable[[], Iterator[Batch]]:
     def batches() -> Iterator[Batch]:
         while True:
             for part in torch.randperm(len(train[0])).split(size)[:-1]:
@@ -87,15 +87,15 @@ def of_dataset(train: Batch, size: int) -> Callable[[], Iterator[Batch]]:
     return batches
 
 
-def text_task() -> Task:
+def build_text_task() -> Task:
     paths = sorted((*ROOT.glob("schedules/*.py"), *ROOT.glob("docs/*.md")))
     text = "".join(path.read_text(encoding="utf-8") for path in paths)
     alphabet = {character: index for index, character in enumerate(sorted(set(text)))}
     data = torch.tensor([alphabet[character] for character in text])
     split = len(data) * 9 // 10
 
-    def windows(of: Tensor, begins: Tensor) -> Batch:
-        rows = of[begins[:, None] + torch.arange(CONTEXT + 1)]
+    def windows(tokens: Tensor, starts: Tensor) -> Batch:
+        rows = tokens[starts[:, None] + torch.arange(CONTEXT + 1)]
         return rows[:, :-1], rows[:, 1:].flatten()
 
     def batches() -> Iterator[Batch]:
@@ -108,10 +108,10 @@ def text_task() -> Task:
     return Task(lambda: Transformer(len(alphabet)), optimizer, 500, batches, test)
 
 
-def tasks() -> dict[str, Task]:
+def build_tasks() -> dict[str, Task]:
     pictures = images.load()
     train, test = pictures.train.tensors, pictures.test.tensors
-    digits = images._digits()
+    digits = images._load_digits()
     small, held_out = digits.train.tensors, digits.test.tensors
     adam = {"type": "AdamW", "params": {"weight_decay": 0.01}}
     sgd = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
@@ -124,10 +124,10 @@ def tasks() -> dict[str, Task]:
 
     return {
         f"LeNet, {pictures.source.split(' from')[0]}, AdamW": Task(
-            lenet, adam, 600, of_dataset(train, 64), test
+            lenet, adam, 600, make_batches(train, 64), test
         ),
-        "MLP, digits, SGD": Task(mlp, sgd, 300, of_dataset(small, 32), held_out),
-        "transformer, text, AdamW": text_task(),
+        "MLP, digits, SGD": Task(mlp, sgd, 300, make_batches(small, 32), held_out),
+        "transformer, text, AdamW": build_text_task(),
     }
 
 
@@ -135,7 +135,7 @@ def loss_fn(trainer: engine.Engine, batch: Batch) -> Tensor:
     return cross_entropy(trainer(batch[0]), batch[1])
 
 
-def started(task: Task, seed: int, scheduler: dict[str, Any] | None) -> engine.Engine:
+def build_engine(task: Task, seed: int, scheduler: dict[str, Any] | None) -> engine.Engine:
     torch.manual_seed(seed)
     config: dict[str, Any] = {"train_batch_size": 1, "optimizer": task.optimizer}
     if scheduler:
@@ -144,41 +144,41 @@ def started(task: Task, seed: int, scheduler: dict[str, Any] | None) -> engine.E
     return trainer
 
 
-def suggested(task: Task, seed: int) -> dict[str, float]:
-    """Return the maxima suggested by three range tests, and by short cycles after them."""
+def suggest_maxima(task: Task, seed: int) -> dict[str, float]:
+    """Return the maxima that three range tests suggest, without and with refinement."""
     runs = []
     for repeat in range(REPEATS):
-        trainer = started(task, seed + repeat, None)
+        trainer = build_engine(task, seed + repeat, None)
         runs += engine.lr_range_test(trainer, task.batches(), loss_fn=loss_fn, steps=STEPS).runs
     report = LRRangeReport(tuple(runs))
     assert report.max_lr is not None, report.suggestion.reason
 
     def train(block: dict[str, Any], repeat: int) -> Run:
-        trainer = started(task, seed + repeat, block)
-        return Run(losses=losses_of(trainer, task, STEPS))
+        trainer = build_engine(task, seed + repeat, block)
+        return Run(losses=train_engine(trainer, task, STEPS))
 
-    known = one_cycle(report.max_lr, task.updates)
-    refined = report.refined(train, steps=STEPS, training_steps=task.updates, known=known)
+    known = build_one_cycle(report.max_lr, task.training_steps)
+    refined = report.refine(train, steps=STEPS, training_steps=task.training_steps, known=known)
     assert refined.max_lr is not None
     return {"range test": report.max_lr, "refined": refined.max_lr}
 
 
-def one_cycle(max_lr: float, updates: int) -> dict[str, Any]:
-    first = updates * 3 // 10
+def build_one_cycle(max_lr: float, training_steps: int) -> dict[str, Any]:
+    first = training_steps * 3 // 10
     params = {
         "cycle_min_lr": max_lr / 10,
         "cycle_max_lr": max_lr,
         "cycle_first_step_size": first,
-        "cycle_second_step_size": updates - first,
+        "cycle_second_step_size": training_steps - first,
     }
     return {"type": "OneCycle", "params": params}
 
 
-def losses_of(trainer: engine.Engine, task: Task, updates: int) -> list[float]:
-    """Train, and return the loss of each step."""
+def train_engine(trainer: engine.Engine, task: Task, training_steps: int) -> list[float]:
+    """Train an engine, and return the loss of each step."""
     losses = []
     batches = task.batches()
-    for _ in range(updates):
+    for _ in range(training_steps):
         loss = loss_fn(trainer, next(batches))
         losses.append(loss.item())
         trainer.backward(loss)
@@ -186,30 +186,30 @@ def losses_of(trainer: engine.Engine, task: Task, updates: int) -> list[float]:
     return losses
 
 
-def accuracy(task: Task, max_lr: float, seed: int) -> float:
-    trainer = started(task, seed, one_cycle(max_lr, task.updates))
-    losses_of(trainer, task, task.updates)
+def measure_accuracy(task: Task, max_lr: float, seed: int) -> float:
+    trainer = build_engine(task, seed, build_one_cycle(max_lr, task.training_steps))
+    train_engine(trainer, task, task.training_steps)
     trainer.eval()
     with torch.no_grad():
-        parts = zip(task.test[0].split(500), _parts(task, 500), strict=True)
-        right = sum(int((trainer(x).argmax(1) == y).sum()) for x, y in parts)
-    return 100 * right / len(task.test[1])
+        parts = zip(task.test[0].split(500), _split_targets(task, 500), strict=True)
+        correct = sum(int((trainer(x).argmax(1) == y).sum()) for x, y in parts)
+    return 100 * correct / len(task.test[1])
 
 
-def _parts(task: Task, size: int) -> tuple[Tensor, ...]:
+def _split_targets(task: Task, size: int) -> tuple[Tensor, ...]:
     return task.test[1].split(size * (len(task.test[1]) // len(task.test[0])))
 
 
-def error_of(values: list[float]) -> float:
-    """Return the standard error of a mean."""
+def standard_error(values: list[float]) -> float:
+    """Return the standard error of the mean of the values."""
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def beside(mine: list[float], top: list[float], lr: float, bar_of: float) -> str:
-    """Return an accuracy, its difference from the grid's best (paired by seed), and a verdict."""
+def compare_with_grid(mine: list[float], top: list[float], lr: float, threshold: float) -> str:
+    """Format an accuracy, its difference from the best of the grid, and whether it is reached."""
     pairs = [own - other for own, other in zip(mine, top, strict=True)]
-    off = f"{statistics.mean(pairs):+.2f} ± {error_of(pairs):.2f}"
-    verdict = "reached" if statistics.mean(mine) >= bar_of else "missed"
+    off = f"{statistics.mean(pairs):+.2f} ± {standard_error(pairs):.2f}"
+    verdict = "reached" if statistics.mean(mine) >= threshold else "missed"
     return f"{statistics.mean(mine):.2f} at {lr:.1e} ({off}), {verdict}"
 
 
@@ -219,9 +219,9 @@ def draw(found: dict[str, Cells], best: dict[str, dict[str, float]], path: Path)
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, len(found), squeeze=False)[0]
     for axis, (name, cells) in zip(axes, found.items(), strict=True):
-        grid = {lr: of_seeds for lr, of_seeds in cells.items() if lr in GRID}
-        means = [statistics.mean(of_seeds) for of_seeds in grid.values()]
-        spread = [statistics.stdev(of_seeds) for of_seeds in grid.values()]
+        grid = {lr: accuracies for lr, accuracies in cells.items() if lr in GRID}
+        means = [statistics.mean(accuracies) for accuracies in grid.values()]
+        spread = [statistics.stdev(accuracies) for accuracies in grid.values()]
         axis.errorbar(list(grid), means, spread, marker="o", label="grid")
         for number, (way, lr) in enumerate(best[name].items()):
             mine, error = statistics.mean(cells[lr]), statistics.stdev(cells[lr])
@@ -250,25 +250,27 @@ def main() -> None:
     found: dict[str, Cells] = {}
     best: dict[str, dict[str, float]] = {}
     with Progress(console=console, transient=True) as bar:
-        chosen = {name: task for name, task in tasks().items() if name.startswith(args.task)}
+        chosen = {name: task for name, task in build_tasks().items() if name.startswith(args.task)}
         for name, task in chosen.items():
-            best[name] = suggested(task, seed=args.first_seed + 100)
+            best[name] = suggest_maxima(task, seed=args.first_seed + 100)
             maxima = list(dict.fromkeys((*GRID, *best[name].values())))
             row = bar.add_task(name, total=len(maxima) * args.seeds)
             found[name] = {}
             for lr in maxima:
                 found[name][lr] = []
                 for seed in range(args.first_seed, args.first_seed + args.seeds):
-                    found[name][lr].append(accuracy(task, lr, seed))
+                    found[name][lr].append(measure_accuracy(task, lr, seed))
                     bar.advance(row)
     table = Table("task", *(f"{lr:.1e}" for lr in GRID), "best - 1 SE", *next(iter(best.values())))
     for name, cells in found.items():
-        means = {lr: statistics.mean(of_seeds) for lr, of_seeds in cells.items()}
+        means = {lr: statistics.mean(accuracies) for lr, accuracies in cells.items()}
         top = max(GRID, key=lambda lr, means=means: means[lr])
-        bar_of = means[top] - error_of(cells[top])
+        threshold = means[top] - standard_error(cells[top])
         grid = (f"{means[lr]:.2f}" for lr in GRID)
-        said = (beside(cells[lr], cells[top], lr, bar_of) for lr in best[name].values())
-        table.add_row(name, *grid, f"{bar_of:.2f}", *said)
+        verdicts = (
+            compare_with_grid(cells[lr], cells[top], lr, threshold) for lr in best[name].values()
+        )
+        table.add_row(name, *grid, f"{threshold:.2f}", *verdicts)
     Console(width=260).print(table)
     draw(found, best, args.output)
 

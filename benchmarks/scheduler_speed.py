@@ -1,9 +1,8 @@
-"""Time one step and a whole curve of 1Cycle, compared with PyTorch and DeepSpeed.
+"""Measure the cost of 1Cycle, for single steps and whole curves, against PyTorch and DeepSpeed.
 
     python benchmarks/scheduler_speed.py
 
-Measures CPU time. Each contender runs once per round; every ratio is the median of the ratios of
-the rounds.
+Prints CPU times. Each contender runs once per round, and each ratio is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ CYCLE = {
 Step = Callable[[], object]
 
 
-def optimizer_of(groups: int) -> torch.optim.Optimizer:
+def build_optimizer(groups: int) -> torch.optim.Optimizer:
     one = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(groups)]
     return torch.optim.Adam(one, lr=1e-3)
 
 
-def bare_loop(groups: int) -> Callable[[int], None]:
-    """Lower bound: a loop over the groups that only assigns a learning rate and betas."""
-    optimizer = optimizer_of(groups)
+def build_bare_loop(groups: int) -> Callable[[int], None]:
+    """Build the lower bound: a loop that only assigns a learning rate and betas to each group."""
+    optimizer = build_optimizer(groups)
     param_groups = optimizer.param_groups
 
     def run(steps: int) -> None:
@@ -53,7 +52,7 @@ def bare_loop(groups: int) -> Callable[[int], None]:
     return run
 
 
-def stepping(step: Step) -> Callable[[int], None]:
+def repeat_step(step: Step) -> Callable[[int], None]:
     def run(steps: int) -> None:
         for _ in range(steps):
             step()
@@ -61,31 +60,36 @@ def stepping(step: Step) -> Callable[[int], None]:
     return run
 
 
-def contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Return, per contender, a function that runs a given number of steps."""
+def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
+    """Return a function for each contender that runs a given number of steps."""
     from deepspeed.runtime.lr_schedules import OneCycle
 
     own = CYCLE | {
         "cycle_min_lr": [1e-4 * (1 + index / groups) for index in range(groups)],
         "cycle_max_lr": [1e-3 * (1 + index / groups) for index in range(groups)],
     }
-    torchs = torch.optim.lr_scheduler.OneCycleLR(optimizer_of(groups), 1e-3, total_steps=10**9)
-    torchs.optimizer._opt_called = True  # suppress the warning that optimizer.step() was not called
+    torch_scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        build_optimizer(groups), 1e-3, total_steps=10**9
+    )
+    # Suppress the warning that optimizer.step() was not called.
+    torch_scheduler.optimizer._opt_called = True
     return {
-        "bare loop": bare_loop(groups),
-        "onecycle": stepping(schedules.attach("OneCycle", optimizer_of(groups), **CYCLE).step),
-        "onecycle, bounds per group": stepping(
-            schedules.attach("OneCycle", optimizer_of(groups), **own).step
+        "bare loop": build_bare_loop(groups),
+        "onecycle": repeat_step(
+            schedules.attach("OneCycle", build_optimizer(groups), **CYCLE).step
         ),
-        "DeepSpeed": stepping(OneCycle(optimizer_of(groups), **CYCLE).step),
-        "PyTorch": stepping(torchs.step),
+        "onecycle, bounds per group": repeat_step(
+            schedules.attach("OneCycle", build_optimizer(groups), **own).step
+        ),
+        "DeepSpeed": repeat_step(OneCycle(build_optimizer(groups), **CYCLE).step),
+        "PyTorch": repeat_step(torch_scheduler.step),
     }
 
 
-def cpu_time(run: Callable[[int], object], amount: int) -> float:
-    begin = time.process_time()
+def measure_cpu_time(run: Callable[[int], object], amount: int) -> float:
+    start = time.process_time()
     run(amount)
-    return time.process_time() - begin
+    return time.process_time() - start
 
 
 def time_steps(console: Console, rounds: int) -> None:
@@ -94,12 +98,12 @@ def time_steps(console: Console, rounds: int) -> None:
         table.add_column(f"{groups} group{'s' * (groups > 1)}", justify="right")
     cells: dict[str, list[str]] = {}
     for groups in (1, 2, 16, 256):
-        running = contenders(groups)
+        running = build_contenders(groups)
         amount = max(200, 20_000 // groups)
         times: dict[str, list[float]] = {name: [] for name in running}
         for _ in track(range(rounds), f"{groups} groups", console=console, transient=True):
             for name, run in running.items():
-                times[name].append(cpu_time(run, amount) / amount * 1e6)
+                times[name].append(measure_cpu_time(run, amount) / amount * 1e6)
         bare = times["bare loop"]
         for name, each in times.items():
             ratio = statistics.median(a / b for a, b in zip(each, bare, strict=True))
@@ -109,8 +113,8 @@ def time_steps(console: Console, rounds: int) -> None:
     console.print(table)
 
 
-def numpy_by_hand(steps: int) -> list[np.ndarray]:
-    """Reference for a whole curve: learning rate and momentum from numpy slices, in place."""
+def compute_with_numpy(steps: int) -> list[np.ndarray]:
+    """Compute a whole curve of learning rate and momentum with numpy, as a reference."""
     first, end = steps // 4, steps // 2
     progress = np.zeros(steps)
     progress[: first + 1] = np.floor(np.arange(first + 1) * (500 / first)) / 500
@@ -132,17 +136,17 @@ def time_curve(console: Console, rounds: int, steps: int) -> None:
     block = {"type": "OneCycle", "params": whole}
 
     def step_deepspeed(count: int) -> None:
-        stepping(OneCycle(optimizer_of(1), **whole).step)(count)
+        repeat_step(OneCycle(build_optimizer(1), **whole).step)(count)
 
     running: dict[str, Callable[[int], object]] = {
-        "numpy by hand": numpy_by_hand,
+        "numpy by hand": compute_with_numpy,
         "onecycle": lambda count: schedules.trace(block, count),
         "stepping DeepSpeed": step_deepspeed,
     }
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in track(range(rounds), f"{steps:,} steps", console=console, transient=True):
         for name, run in running.items():
-            times[name].append(cpu_time(run, steps) * 1e3)
+            times[name].append(measure_cpu_time(run, steps) * 1e3)
     ours = times["onecycle"]
     table = Table(
         f"1Cycle with stairs and decay, {steps:,} steps",
@@ -160,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=25, help="rounds of the steps (default: 25)")
+    parser.add_argument("--rounds", type=int, default=25, help="number of rounds (default: 25)")
     parser.add_argument("--steps", type=int, default=1_000_000, help="length of the whole curve")
     args = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -1,10 +1,11 @@
-"""Measure the startup time, beyond PyTorch's optimizer, and the memory of a training process.
+"""Measure the startup time and the memory of a training process.
 
     python benchmarks/start_up.py
 
-Each contender runs in its own process. The process first builds a PyTorch optimizer, because the
-first optimizer imports a part of torch in any case. Prints the additional CPU time of the import
-and of the call, and the peak memory after four steps of a GPT with 10 million parameters.
+Each contender runs in its own process. The process first builds a PyTorch optimizer, because
+building the first optimizer imports more of torch, which every contender needs. The table shows the
+additional CPU time of the import and of the call, and the peak memory after four steps of a GPT
+with 10 million parameters.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ import torch
 torch.set_num_threads(1)
 logging.disable(logging.WARNING)
 torch.optim.AdamW(torch.nn.Linear(8, 8).parameters())
-begin = imported = time.process_time()
+start_time = imported = time.process_time()
 """
 TAIL = """
-print(imported - begin, time.process_time() - imported, end=" ")
+print(imported - start_time, time.process_time() - imported, end=" ")
 import training_speed as speed
 step = {step}
 for _ in range(4):

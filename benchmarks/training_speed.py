@@ -1,11 +1,11 @@
-"""Compare the cost of an optimizer step with a raw loop and other libraries.
+"""Compare the cost of an optimizer step with that of a raw PyTorch loop and other libraries.
 
     python benchmarks/training_speed.py
 
-Each contender runs in its own process with one thread, so that they do not share a heap; they
-step in turn. Prints the CPU time (medians of the rounds) and the median of the rounds' ratios to
-the raw loop (PyTorch's default AdamW, clip_grad_norm_, zero_grad). "calls" is the number of
-function calls per optimizer step on the MLP, counted by cProfile; it is the same in each run.
+Each contender runs in its own process with one thread, so that contenders do not share a heap. The
+processes take turns. The table shows the median CPU time per step, and the median ratio to the raw
+loop (PyTorch's default AdamW, clip_grad_norm_ and zero_grad). The column "calls" is the number of
+function calls per optimizer step of the MLP, counted by cProfile.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def loss_fn(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def bound(task: Callable[[], tuple]) -> Step:
-    """Lower bound for every engine: clipping and an optimizer without any cost."""
+    """Build a lower bound for every engine: a loop without gradient clipping and optimizer step."""
     model, x, y = task()
 
     def step() -> None:
@@ -125,7 +125,7 @@ def loop(trainer: object, x: torch.Tensor, y: torch.Tensor) -> Step:
 
 
 def alone() -> None:
-    """Save DeepSpeed a rendezvous, and the compilation of an op that one process does not use."""
+    """Create a process group of one rank for DeepSpeed, and skip compiling an unused op."""
     os.environ["LOCAL_RANK"] = "0"
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -219,7 +219,7 @@ def contenders() -> dict[str, Callable[[Callable[[], tuple]], Step]]:
 
 
 def calls(step: Step, steps: int = 20) -> int:
-    """Return the number of function calls in one optimizer step."""
+    """Count the function calls per optimizer step."""
     for _ in range(3):
         step()
     profile = cProfile.Profile()
@@ -238,7 +238,7 @@ def cpu_time(step: Step, steps: int) -> float:
 
 
 def serve(connection: Connection, make: Callable, task: Callable[[], tuple], counts: bool) -> None:
-    """Run one contender: send its calls per step, then the CPU time of each requested run."""
+    """Run a contender: send its calls per step, then the CPU time of each requested run."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.manual_seed(0)

@@ -1,10 +1,9 @@
-"""Compare the cost of an optimizer step on two ranks with a hand-written loop and DeepSpeed.
+"""Compare the cost of a step on two ranks with that of a hand-written loop and DeepSpeed.
 
     torchrun --standalone --nproc_per_node 2 benchmarks/training_speed_ranks.py
 
-Prints the CPU time of rank 0 with one thread (medians of interleaved rounds), and the median of
-the rounds' ratios to the hand-written loop, which uses fused AdamW and a single all-reduce of all
-gradients in one buffer.
+Prints the CPU time of rank 0 with one thread (medians of interleaved rounds), and the median ratio
+to the hand-written loop, which uses fused AdamW and a single all-reduce of all gradients.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Compare the cost of validating a config in a new process: bare Python, onecycle, DeepSpeed.
+"""Compare the cost of validating a config with onecycle and with DeepSpeed in a new process.
 
     python benchmarks/validate_cost.py
 
-Prints the CPU time (user and system) of cold, interleaved processes: medians, and medians of the
-rounds' ratios. Peak memory is the largest resident set size of a process.
+Prints the CPU time (user and system) and its ratio to that of an empty Python process. The values
+are medians over the rounds, in which the contenders take turns. Peak memory is the largest resident
+set size.
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
 from engine.config import Config, ConfigError, Source, load_config
 from engine.distributed.ranks import (
     check_configs_match,
+    get_rank,
+    get_world_size,
     init_distributed,
-    process_rank,
-    world_size,
 )
 from engine.engine import Engine
 from engine.range_test.script import apply_sweep, attach_recorder
-from engine.range_test.sweep import sweep_of_environment
+from engine.range_test.sweep import read_sweep
 from engine.training.data import make_loader
 from engine.training.monitors import build_monitors
 from engine.training.optimizers import OptimizerFactory
@@ -108,7 +108,7 @@ def initialize(
     del dist_init_required
     if model is None:
         raise ValueError("`model` must be a torch.nn.Module, got None. Pass the model to train.")
-    sweep = sweep_of_environment()
+    sweep = read_sweep()
     source = sweep.config if sweep is not None else None
     resolved = _load(source or _choose_source(args, config, config_params), args)
     if sweep is not None:
@@ -161,9 +161,9 @@ def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> 
 def _load(source: Source, args: argparse.Namespace | None) -> Config:
     """Load and validate a config; report its problems on rank 0 only."""
     try:
-        return load_config(source, world_size=world_size(), args=args)
+        return load_config(source, world_size=get_world_size(), args=args)
     except ConfigError as error:
-        rank = process_rank()
+        rank = get_rank()
         if rank == 0:
             raise
         # Rank 0's error usually ends the job during this wait, so the error is printed only once.

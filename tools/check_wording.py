@@ -1,4 +1,4 @@
-"""Check the project's prose for banned phrases; print each with its location and replacement.
+"""Find banned phrases in comments, strings and docs, and print what to write instead.
 
     python tools/check_wording.py [PATH ...]
 

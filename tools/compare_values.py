@@ -1,11 +1,11 @@
-"""Compare all schedule values of two checkouts bit by bit, and resume checkpoints across them.
+"""Compare the schedule values of two checkouts bit for bit, and resume checkpoints across them.
 
     python tools/compare_values.py BEFORE AFTER
 
-BEFORE and AFTER are directories that contain a checkout. Each checkout evaluates the scheduler
-block of every golden vector and every corpus config at each step, with one and two param groups,
-and applies it to an SGD and an AdamW optimizer. Then BEFORE trains with several schedules and saves
-checkpoints, and AFTER resumes from them. The exit status is 1 if any value differs.
+BEFORE and AFTER are directories that contain a checkout. The script evaluates the scheduler block
+of every golden vector and every corpus config in both checkouts: at each step, with one and two
+param groups, and with SGD and AdamW. It then trains with several schedules in BEFORE, saves
+checkpoints, and resumes them in AFTER. The exit status is 1 if any value differs.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def step_optimizer(case, kind):
     return STEPPED, rows, list(numbers(binder.state_dict()))
 
 def numbers(value):
-    # Texts, such as the reason of a decision, may change; numbers may not.
+    # Yield only numbers, because texts, such as the reason of a decision, may change.
     if isinstance(value, dict):
         value = [value[key] for key in sorted(value)]
     if isinstance(value, list | tuple):

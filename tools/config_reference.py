@@ -1,4 +1,4 @@
-"""Build the Markdown reference of every config key from the schemas."""
+"""Build the Markdown reference of all config keys from the JSON Schemas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.config.pointers import dotted_name, get_last_key, get_parent, split_
 from engine.config.schema import ABSENT, OPTIMIZERS, SCHEMA, SECTION, Member, walk
 from schedules.core.fields import wanted
 
-__all__ = ["config_reference"]
+__all__ = ["build_config_reference"]
 
 _INTRODUCTION = """\
 # Keys of a config
@@ -24,8 +24,8 @@ it is omitted for version 0.6 and earlier. Keys that start with `x-`, `//` or `_
 them for notes. Schedules are documented in [Schedules](schedules.md)."""
 
 
-def config_reference() -> Iterator[str]:
-    """Yield the lines of the page."""
+def build_config_reference() -> Iterator[str]:
+    """Yield the lines of the Markdown page."""
     yield _INTRODUCTION
     members = list(walk({}, schemas.read(SCHEMA), fill=_skip_old_sections))
     yield "\n## Top level\n"
@@ -38,12 +38,13 @@ def config_reference() -> Iterator[str]:
             yield from _format_table(_select_keys(member.pointer, members))
     yield "\n## optimizer.params\n"
     yield "The parameters depend on `optimizer.type`, which is not case-sensitive."
-    for name, of in OPTIMIZERS.items():
-        if "x-removed" in of:
-            yield f"\n### {name}\n\nRemoved in DeepSpeed {of['x-removed']}. {of['x-instead']}"
+    for name, schema in OPTIMIZERS.items():
+        if "x-removed" in schema:
+            removed = f"Removed in DeepSpeed {schema['x-removed']}. {schema['x-instead']}"
+            yield f"\n### {name}\n\n{removed}"
         else:
-            yield f"\n### {name}\n\n{of['description']}{_format_marks(of)}\n"
-            yield from _format_table(of["properties"])
+            yield f"\n### {name}\n\n{schema['description']}{_format_marks(schema)}\n"
+            yield from _format_table(schema["properties"])
 
 
 def _skip_old_sections(schema: Mapping[str, Any]) -> Any:
@@ -60,19 +61,19 @@ def _select_keys(section: str, members: Sequence[Member]) -> dict[str, Mapping[s
 
 
 def _format_table(properties: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    usable = {key: of for key, of in properties.items() if "x-removed" not in of}
+    usable = {key: schema for key, schema in properties.items() if "x-removed" not in schema}
     if usable:
         yield "| key | accepts | default | meaning |\n|---|---|---|---|"
-    for key, of in usable.items():
-        default = f"`{json.dumps(of['default'])}`" if "default" in of else ""
-        meaning = f"{of['description']}{_format_marks(of)}"
-        cells = (f"`{key}`", wanted(of) if "type" in of else "", default, meaning)
+    for key, schema in usable.items():
+        default = f"`{json.dumps(schema['default'])}`" if "default" in schema else ""
+        meaning = f"{schema['description']}{_format_marks(schema)}"
+        cells = (f"`{key}`", wanted(schema) if "type" in schema else "", default, meaning)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-    removed = {key: of for key, of in properties.items() if "x-removed" in of}
+    removed = {key: schema for key, schema in properties.items() if "x-removed" in schema}
     if removed:
         yield "\nRemoved keys, which are rejected:\n"
-    for key, of in removed.items():
-        yield f"- `{key}` ({of['x-removed']}): {of['description']} {of['x-instead']}"
+    for key, schema in removed.items():
+        yield f"- `{key}` ({schema['x-removed']}): {schema['description']} {schema['x-instead']}"
 
 
 def _format_marks(schema: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Write the files that are generated from the code; with --check, list those that are outdated."""
+"""Write the generated files. With --check, list outdated files instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from config_reference import config_reference
+from config_reference import build_config_reference
 
 import engine
 import schedules
@@ -25,8 +25,8 @@ from schedules.core.registry import FAMILIES, of_family
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def schedule_schemas() -> dict[Path, str]:
-    """Return the path and the text of every schedule's JSON Schema."""
+def build_schedule_schemas() -> dict[Path, str]:
+    """Return the text of the JSON Schema of each schedule, by path."""
     directory = ROOT / "schemas" / "schedulers"
     return {
         directory / f"{name}.json": json.dumps(json_schema_of(cls), indent=2) + "\n"
@@ -35,20 +35,20 @@ def schedule_schemas() -> dict[Path, str]:
     }
 
 
-def generated() -> dict[Path, str]:
-    """Return the path and the text of every generated file."""
-    files = schedule_schemas()
+def generate_files() -> dict[Path, str]:
+    """Return the text of each generated file, by path."""
+    files = build_schedule_schemas()
     files[ROOT / "schemas" / schemas.EDITOR] = json.dumps(editor_schema(), indent=1) + "\n"
-    files[INDEX] = index()
+    files[INDEX] = build_index()
     for package in (engine, schedules):
-        files[ROOT / package.__name__ / "__init__.pyi"] = "\n".join(stub(package)) + "\n"
-    files[ROOT / "docs" / "config.md"] = "\n".join(config_reference()) + "\n"
-    files[ROOT / "docs" / "schedules.md"] = "\n".join(reference()) + "\n"
+        files[ROOT / package.__name__ / "__init__.pyi"] = "\n".join(build_stub(package)) + "\n"
+    files[ROOT / "docs" / "config.md"] = "\n".join(build_config_reference()) + "\n"
+    files[ROOT / "docs" / "schedules.md"] = "\n".join(build_schedule_reference()) + "\n"
     return files
 
 
-def index() -> str:
-    """Return the index of the schedules, with the family and field descriptions of each."""
+def build_index() -> str:
+    """Return the JSON index of the schedules, with the family and field descriptions of each."""
     entries = {
         name: {"family": family, "fields": descriptions_in_source(cls)}
         for family in FAMILIES
@@ -57,8 +57,8 @@ def index() -> str:
     return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
 
 
-def stub(package: ModuleType) -> Iterator[str]:
-    """Yield the lines of the type stub of a package that imports its names on first use."""
+def build_stub(package: ModuleType) -> Iterator[str]:
+    """Yield the lines of the type stub of a package that imports its public names lazily."""
     yield "# Generated from the package's `__all__` by `make generate`."
     yield ""
     imports = []
@@ -80,8 +80,8 @@ def stub(package: ModuleType) -> Iterator[str]:
     yield "]"
 
 
-def reference() -> Iterator[str]:
-    """Yield the lines of the schedule reference."""
+def build_schedule_reference() -> Iterator[str]:
+    """Yield the lines of the Markdown reference of all schedules."""
     yield "# Schedules"
     yield ""
     yield (
@@ -96,7 +96,7 @@ def reference() -> Iterator[str]:
 
 
 def draw_pictures() -> None:
-    """Plot the example of every schedule."""
+    """Plot the example of each schedule, for the reference."""
     directory = ROOT / "docs" / "pictures"
     for name, cls in SCHEDULES.items():
         curves = example_curves(cls)
@@ -110,20 +110,22 @@ def main() -> int:
         "--pictures", action="store_true", help="also draw the plots of the reference"
     )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 if a file is outdated"
+        "--check",
+        action="store_true",
+        help="exit with status 1 if a file is outdated; write nothing",
     )
     args = parser.parse_args()
     if args.pictures:
         draw_pictures()
     check = args.check
     if not check:
-        # The schemas are made of the index, and the other files of the schemas.
-        INDEX.write_text(index(), encoding="utf-8")
+        # The schemas are built from the index, and the other files are built from the schemas.
+        INDEX.write_text(build_index(), encoding="utf-8")
         read_index.cache_clear()
-        for path, text in schedule_schemas().items():
+        for path, text in build_schedule_schemas().items():
             path.write_text(text)
         schemas.read.cache_clear()
-    files = generated()
+    files = generate_files()
     stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
     directories = {path.parent for path in files if path.suffix == ".json"}
     stray = [

@@ -1,4 +1,4 @@
-"""Print statistics of the import graph: edges, cycles, longest chain, largest files.
+"""Print statistics of the import graph: edges, cycles, the longest chain and the largest files.
 
 python tools/import_graph.py [CHECKOUT]
 """
@@ -15,7 +15,7 @@ PACKAGES = ("engine", "schedules", "schemas")
 
 
 def build_graph(root: Path) -> nx.DiGraph[str]:
-    """Return the imports between the modules of a checkout, including imports inside functions."""
+    """Build the graph of imports between modules, including imports inside functions."""
     sys.path.insert(0, str(root))
     imports = grimp.build_graph(*PACKAGES, cache_dir=None)
     edges = [

@@ -143,7 +143,7 @@ class Checkpointer:
         plan = self._plan
         if plan.dir is None or run.is_trial:
             return
-        is_last = self._signals is not None and self._signals.came_to_any(self._ranks)
+        is_last = self._signals is not None and self._signals.is_received_on_any_rank(self._ranks)
         is_due = plan.every is not None and run.counters.global_steps % plan.every == 0
         if not (is_due or is_last):
             return
@@ -327,7 +327,7 @@ class Checkpointer:
     def close(self) -> None:
         """Restore the previous signal handlers and wait for this rank's last save."""
         if self._signals is not None:
-            self._signals.forget()
+            self._signals.restore_handlers()
         if self.async_saver is not None:
             self.async_saver.close()
 

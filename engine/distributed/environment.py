@@ -1,4 +1,4 @@
-"""Every `ONECYCLE_*` environment variable and every exit status. Does not import torch."""
+"""Names of the `ONECYCLE_*` environment variables, and exit statuses. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = [
 ]
 
 PREFIX = "ONECYCLE_"
-"""Prefix of every variable below; `onecycle launch` passes variables with it to all ranks."""
+"""Prefix of the variables below. `onecycle launch` passes all variables with it to the ranks."""
 
 ELASTIC = "ONECYCLE_ELASTIC"
-"""Set if hosts may join or leave, which changes the world size but not the batch size."""
+"""Set if hosts may join or leave during the run. The batch size then stays the same."""
 
 FAILURE_FILE = "ONECYCLE_FAILURE"
-"""File to which each failed node of a Slurm job appends the time and its exit status."""
+"""Path of the file to which each failed node of a Slurm job appends the time and exit status."""
 
 JOB_ID = "ONECYCLE_JOB_ID"
-"""Name of the launch, which all its ranks share; every launch has a different name."""
+"""Unique name of the launch; the same on all ranks."""
 
 LR_TEST = "ONECYCLE_LR_TEST"
-"""The sweep that a script's `initialize` must run, as JSON; set by `onecycle lr-test`."""
+"""The sweep that `initialize` must run, as JSON. Set by `onecycle lr-test`."""
 
 TIMEOUT = "ONECYCLE_TIMEOUT"
 """Timeout of collectives, in seconds."""
@@ -51,7 +51,7 @@ UNREACHABLE = 69
 """Exit status: a host did not answer or does not match this one (EX_UNAVAILABLE)."""
 
 SAVED_AND_ENDED = 75
-"""Exit status: the run saved a checkpoint and ended because of a signal (EX_TEMPFAIL: retry)."""
+"""Exit status: the run received a signal, saved a checkpoint and exited (EX_TEMPFAIL: retry)."""
 
 NODE_LOST = 75
 """Exit status: the launch lost a host (EX_TEMPFAIL: retry)."""
@@ -60,14 +60,15 @@ TIMED_OUT = 124
 """Exit status: the hosts did not find each other in time (as for the `timeout` command)."""
 
 SSH_FAILED = 255
-"""Exit status of ssh itself, if it could not connect or lost the connection."""
+"""Exit status of ssh if it could not connect or lost the connection."""
 
 
 def to_exit_status(returncode: int) -> int:
     """Return the exit status that a shell reports for a process.
 
     Args:
-        returncode: the process's return code as `subprocess` reports it: -n for signal n.
+        returncode: return code as reported by `subprocess`, which is -n if signal n killed the
+            process.
 
     >>> to_exit_status(7), to_exit_status(-15)
     (7, 143)

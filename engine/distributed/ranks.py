@@ -21,9 +21,9 @@ __all__ = [
     "Ranks",
     "check_configs_match",
     "destroy_distributed",
+    "get_rank",
+    "get_world_size",
     "init_distributed",
-    "process_rank",
-    "world_size",
 ]
 
 _EXIT_TIMEOUT = timedelta(seconds=5)
@@ -33,49 +33,60 @@ _TASK_COUNTS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpirun",
 }
-"""Environment variables that hold the number of tasks, and the launcher that sets each one."""
+"""Maps each environment variable that contains a number of tasks to the launcher that sets it."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank, its rank on its host, the world size and its device."""
+    """The rank, local rank, world size and device of this process."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
     control_group: Any = None
-    """Gloo group for barriers with a timeout, which NCCL lacks; None to use the default group."""
+    """Gloo group for barriers with a timeout, which NCCL does not support.
+
+    If None, the default group is used.
+    """
 
 
-def world_size() -> int:
-    """Return the world size of the process group, else the one that the launcher set, else 1."""
+def get_world_size() -> int:
+    """Return the world size.
+
+    Without a process group, return ``WORLD_SIZE``, or 1 if it is not set.
+    """
     if _has_process_group():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def process_rank() -> int:
-    """Return the rank in the process group, else the one that the launcher set, else 0."""
+def get_rank() -> int:
+    """Return the rank of this process.
+
+    Without a process group, return ``RANK``, or 0 if it is not set.
+    """
     if _has_process_group():
         return dist.get_rank()
     return int(os.environ.get("RANK") or "0")
 
 
 def init_distributed(*, always_create_group: bool = False, port: int | None = None) -> Ranks:
-    """Initialize the process group that the launcher's environment describes.
+    """Initialize the process group from the environment variables that the launcher sets.
 
-    An existing process group is reused. By default, a single process gets no process group.
+    An existing process group is reused. By default, no process group is created for a single
+    process.
 
     Args:
-        always_create_group: whether a single process gets a process group too, for libraries that
-            require one.
-        port: port of rank 0, if the environment does not set `MASTER_PORT`.
+        always_create_group: whether to create a process group for a single process too, for
+            libraries that require it.
+        port: port of rank 0; used only if `MASTER_PORT` is not set.
 
     Raises:
-        ValueError: if the environment describes several ranks but lacks the rank or the address.
+        ValueError: if there are several ranks, but `WORLD_SIZE`, `RANK`, `MASTER_ADDR` or
+            `MASTER_PORT` is not set.
     """
-    size = world_size()
+    size = get_world_size()
     _check_world_size_is_set()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -118,28 +129,28 @@ def _create_control_group(size: int) -> Any:
 
 
 def _check_world_size_is_set() -> None:
-    """Reject a process that is one of several tasks but would train as rank 0 of 1."""
+    """Check that `WORLD_SIZE` is set if srun or mpirun started several tasks."""
     if "WORLD_SIZE" in os.environ or _has_process_group():
         return
-    for name, starter in _TASK_COUNTS.items():
+    for name, launcher in _TASK_COUNTS.items():
         tasks = int(os.environ.get(name) or "1")
         if tasks > 1:
             raise ValueError(
-                f"WORLD_SIZE is not set, but {starter} started {tasks} tasks: each of them would "
-                f"train independently as rank 0 of 1. Let {starter} start one torchrun per node, "
-                "as `onecycle launch` does."
+                f"WORLD_SIZE is not set, but {launcher} started {tasks} tasks, so each task would "
+                f"train independently as rank 0. Use {launcher} to start one torchrun per node, or "
+                "use `onecycle launch`."
             )
 
 
 def check_configs_match(ranks: Ranks, config: str) -> None:
-    """Check that all ranks have the same config; different configs can cause a hang.
+    """Check that all ranks have the same config. Different configs can cause a deadlock.
 
     Args:
-        ranks: this process's rank and world size.
-        config: this rank's config, as JSON.
+        ranks: rank and world size of this process.
+        config: config of this rank, as JSON.
 
     Raises:
-        ValueError: if a rank's config differs from that of rank 0; the message shows a diff.
+        ValueError: if a rank has a different config than rank 0. The message contains a diff.
     """
     if ranks.world_size == 1:
         return
@@ -152,15 +163,16 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
             )
             lines = difflib.unified_diff(first, second, "rank 0", f"rank {rank}", n=0, lineterm="")
             raise ValueError(
-                f"The config must be the same on all ranks, but rank {rank} has a different config "
-                "than rank 0. Pass the same config on every rank. Difference:\n" + "\n".join(lines)
+                f"Rank {rank} has a different config than rank 0. Pass the same config on every "
+                "rank. Difference:\n" + "\n".join(lines)
             )
 
 
 def destroy_distributed() -> None:
-    """Destroy the process group once all ranks that still run have reached this call.
+    """Destroy the process group.
 
-    A rank that exits early would close connections that gloo threads of other ranks still use.
+    With gloo, first wait up to 5 seconds for the other ranks. A rank that exits early would close
+    connections that gloo threads of other ranks still use.
     """
     if not _has_process_group():
         return
@@ -168,7 +180,7 @@ def destroy_distributed() -> None:
         with contextlib.suppress(RuntimeError):
             dist.monitored_barrier(timeout=_EXIT_TIMEOUT)
     dist.destroy_process_group()
-    # A gloo thread may still hold a tensor, and needs the interpreter to release it. If the
+    # A gloo thread may still own a tensor, and needs the interpreter to release it. If the
     # interpreter has already exited, the process aborts ("terminate called without an active
     # exception").
     time.sleep(_RELEASE_TIME)

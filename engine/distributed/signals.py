@@ -18,35 +18,36 @@ _NAMES = ("SIGTERM", "SIGUSR1")
 
 
 class Signals:
-    """Records SIGTERM and SIGUSR1 (which Slurm can send before a job ends).
+    """Records whether this process received SIGTERM or SIGUSR1.
 
-    Recording ends with `forget`. The caller checks after each step whether a signal arrived. Python
-    can install signal handlers only in the main thread; in other threads no signal is recorded.
+    Slurm can send these signals before it ends a job. Check `is_received_on_any_rank` after each
+    step, and call `restore_handlers` to stop recording. In threads other than the main thread, no
+    signals are recorded, because Python does not allow signal handlers there.
     """
 
     def __init__(self) -> None:
         self._received = False
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for name in _NAMES:
                 if hasattr(signal, name):  # Windows has no SIGUSR1
                     number = getattr(signal, name)
-                    self._before[number] = signal.signal(number, self._note)
+                    self._previous_handlers[number] = signal.signal(number, self._record)
 
-    def forget(self) -> None:
+    def restore_handlers(self) -> None:
         """Restore the previous signal handlers."""
-        for number, handler in self._before.items():
-            if signal.getsignal(number) == self._note:
+        for number, handler in self._previous_handlers.items():
+            if signal.getsignal(number) == self._record:
                 # None means that the handler was not set by Python code, so it cannot be restored.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
+        self._previous_handlers = {}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self._received = True
 
-    def came_to_any(self, ranks: Ranks) -> bool:
-        """Return whether any rank received a signal; every rank must call this at the same step."""
+    def is_received_on_any_rank(self, ranks: Ranks) -> bool:
+        """Return whether any rank received a signal. Every rank must call this in the same step."""
         if ranks.world_size == 1:
             return self._received
         device = ranks.device if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Bind this process to some CPU cores, and replace it with the command of a rank."""
+"""Bind a rank to its own CPU cores, and run its command."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 __all__ = ["main"]
 
 
-def sort_by_core(cpus: Iterable[int], core_of: Callable[[int], int]) -> list[int]:
+def sort_by_core(cpus: Iterable[int], get_core: Callable[[int], int]) -> list[int]:
     """Sort logical CPUs so that the CPUs of the same core are adjacent.
 
-    >>> sort_by_core([0, 1, 2, 3], core_of=lambda cpu: cpu % 2)
+    >>> sort_by_core([0, 1, 2, 3], get_core=lambda cpu: cpu % 2)
     [0, 2, 1, 3]
     """
-    return sorted(cpus, key=lambda cpu: (core_of(cpu), cpu))
+    return sorted(cpus, key=lambda cpu: (get_core(cpu), cpu))
 
 
 def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
-    """Split the CPUs evenly among the ranks, and return the contiguous part of one rank.
+    """Return the CPUs of a rank. Each rank gets a contiguous part of about the same size.
 
-    If there are more ranks than CPUs, return all CPUs.
+    If there are more ranks than CPUs, all CPUs are returned.
 
     >>> select_cpus([0, 1, 2, 3, 8], rank=1, ranks=2)
     [2, 3, 8]
@@ -35,7 +35,7 @@ def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
 
 
 def _find_core(cpu: int) -> int:
-    """Return the first logical CPU of the core to which a logical CPU belongs."""
+    """Return the first logical CPU on the same core as the given logical CPU."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return int(topology.read_text().replace("-", ",").partition(",")[0])
@@ -46,7 +46,11 @@ def _find_core(cpu: int) -> int:
 def main(command: list[str]) -> None:
     """Bind this process to the CPUs of its rank, and replace it with a command.
 
-    torchrun sets the rank in ``LOCAL_RANK`` and the number of ranks in ``LOCAL_WORLD_SIZE``.
+    The rank and the number of ranks on this host are read from ``LOCAL_RANK`` and
+    ``LOCAL_WORLD_SIZE``, which torchrun sets.
+
+    Args:
+        command: command of the rank, with its arguments.
     """
     cpus = sort_by_core(os.sched_getaffinity(0), _find_core)
     own = select_cpus(cpus, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))

@@ -1,9 +1,10 @@
-"""The agent of a host, which runs the job on this host and finally kills all its processes.
+"""Run a job on this host, and kill all its processes at the end.
 
-The agent reads the job as JSON from the first line of standard input. Each later line is ``ping``,
-``term`` or ``kill``. The agent stops the job if it reads ``term`` or receives a signal. It also
-stops the job if its input is closed, which means that the launcher exited, or if it receives no
-input for 30 seconds, which means that the launcher is unreachable. It prints the job's output.
+The launcher starts this agent on each host. The agent reads the job as JSON from the first line of
+standard input. Each later line is ``ping``, ``term`` or ``kill``. The agent stops the job if it
+reads ``term`` or receives a signal. It also stops the job if standard input is closed (the launcher
+has exited) or if it receives no input for 30 seconds (the launcher is unreachable). The output of
+the job is written to the standard output of the agent.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import IO, Any
 
 from engine.distributed.environment import to_exit_status
 
-__all__ = ["STARTED", "descendants", "main", "map_slots_to_devices"]
+__all__ = ["STARTED", "find_descendants", "main", "map_slots_to_devices"]
 
 STARTED = "\x1eonecycle-started"
-"""The agent prints this line when it has acquired its lock and is about to start the job."""
+"""Line that the agent prints after it acquires its lock, just before it starts the job."""
 
 _MAX_SILENCE = 30.0
 _MASK = "CUDA_VISIBLE_DEVICES"
@@ -56,14 +57,14 @@ class _Job:
                 self.process.terminate()
 
     def kill_if_overdue(self) -> None:
-        """Kill the job if `stop` was called and the grace period has passed since then."""
+        """Kill the job if it is still running when the grace period after `stop` has ended."""
         since = self._stopping_since
         if since is not None and time.monotonic() - since > self._grace:
             self.kill()
 
     def kill(self) -> None:
         """Kill all descendants of this process, including those in other sessions."""
-        while left := descendants(os.getpid()):
+        while left := find_descendants(os.getpid()):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -76,7 +77,7 @@ class _Job:
 
 
 def main() -> int:
-    """Read a job from standard input and run it. Return its exit status."""
+    """Read a job from standard input and run it. Return the exit status of the job."""
     _prctl(_SUBREAPER)
     line, words = _read_first_line(sys.stdin.fileno())
     if not line:
@@ -99,11 +100,11 @@ def main() -> int:
 
 
 def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
-    """Wait until the job has exited. Stop it if the launcher requests this or is unreachable.
+    """Wait until the job exits. Stop it if the launcher requests this or is unreachable.
 
     Args:
         job: running job.
-        words: input that was already read.
+        words: input that was read together with the job.
         signals: list to which a signal handler appends each received signal.
     """
     last_input = time.monotonic()
@@ -127,14 +128,15 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
 
 
 def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
-    """Wait for the lock, which an earlier agent on this host may hold until it exits.
+    """Acquire a lock, and return the lock file. An earlier agent may hold the lock until it exits.
 
-    The lock file is never deleted, because a lock on a deleted file does not exclude processes that
-    create the file again.
+    The lock file is never deleted. Otherwise, another process could create it again and lock the
+    new file while this process still locks the deleted file.
 
     Args:
         name: name of the lock; None if no lock is needed.
-        signals: received signals. SIGTERM is appended if the launcher stops the job or exits.
+        signals: list of received signals. If the launcher stops the job or exits, SIGTERM is
+            appended and the wait ends.
     """
     if name is None:
         return None
@@ -148,9 +150,16 @@ def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
 
 
 def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
-    """Replace the slots in `CUDA_VISIBLE_DEVICES` with devices that are visible on this host.
+    """Replace each slot in `CUDA_VISIBLE_DEVICES` with the device that it refers to on this host.
 
-    If this host sets `CUDA_VISIBLE_DEVICES` itself, slot n is the n-th device in that list.
+    If `CUDA_VISIBLE_DEVICES` is already set on this host, slot n refers to the n-th device in that
+    list. Otherwise, slot n refers to device n.
+
+    Args:
+        env: environment variables of the job.
+
+    Raises:
+        SystemExit: if a slot refers to a device that is not visible.
     """
     own = [each.strip() for each in os.environ.get(_MASK, "").split(",") if each.strip()]
     if not own or _MASK not in env:
@@ -158,8 +167,8 @@ def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
     slots = [int(slot) for slot in env[_MASK].split(",")]
     if max(slots) >= len(own):
         raise SystemExit(
-            f"Slot {max(slots)} does not exist: {_MASK} on this host makes {len(own)} devices "
-            f"visible ({', '.join(own)}). Include fewer slots, or unset the variable on this host."
+            f"Slot {max(slots)} does not exist: {_MASK} lists only {len(own)} devices on this "
+            f"host ({', '.join(own)}). Select fewer slots, or unset {_MASK} on this host."
         )
     return env | {_MASK: ",".join(own[slot] for slot in slots)}
 
@@ -175,9 +184,9 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Return the first line, and input after it that was already read.
+    """Read the first line of the input. Return it, and any input after it that was also read.
 
-    The input is read without buffering, because `select` does not see buffered input.
+    The input is read without buffering, because `select` ignores input that is in a buffer.
     """
     read = b""
     while b"\n" not in read:
@@ -198,10 +207,10 @@ def _prctl(option: int, value: int = 1) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def descendants(root: int) -> list[int]:
-    """Return the IDs of all descendants of a process, including those in other sessions.
+def find_descendants(root: int) -> list[int]:
+    """Return the process IDs of all descendants of a process, including those in other sessions.
 
-    The list is empty on systems that do not have ``/proc``.
+    On systems without ``/proc``, the list is empty.
     """
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):

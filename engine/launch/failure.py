@@ -1,4 +1,4 @@
-"""Report the first failed rank of a host to the runner, as one line of output."""
+"""Format and parse the line of output that reports the first failed rank of a host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 __all__ = ["FAILURE_PREFIX", "Failure", "format_failure", "parse_failure"]
 
 FAILURE_PREFIX = "\x1eonecycle-failure "
-"""A line of output that starts with this prefix reports a failure."""
+"""Prefix of a line of output that reports a failure."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Failure:
     time: float = math.inf
     """The time of the failure in seconds since the Unix epoch."""
     reason: str = ""
-    """The error of torchrun, if torchrun itself failed."""
+    """The error message of torchrun, if torchrun itself failed."""
 
 
 def format_failure(failure: Failure) -> str:

@@ -1,4 +1,4 @@
-"""Read the hosts and slots from a hostfile, and select those to use.
+"""Read hosts and their slots from a hostfile, and select the hosts and slots to use.
 
 The hostfile and the filters have the same format as in DeepSpeed.
 """
@@ -19,9 +19,9 @@ _LINE = re.compile(r"(?P<name>[^\s#]+)\s+slots\s*=\s*(?P<slots>-?\d+)\s*(?:#.*)?
 
 @dataclass(frozen=True)
 class Host:
-    """A machine, and the slots on it that the launch uses.
+    """A host, and the slots to use on it.
 
-    Each slot runs one process. If the machine has GPUs, each process uses its own GPU.
+    Each slot runs one process. On hosts with GPUs, each process uses its own GPU.
 
     >>> Host("node0", (0, 1, 3)).size
     3
@@ -37,11 +37,13 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Read a hostfile in DeepSpeed's format, which has lines ``host slots=N`` and ``#`` comments.
+    """Read a hostfile in DeepSpeed's format.
+
+    Each line has the form ``host slots=N``. Comments start with ``#``.
 
     Raises:
-        LaunchError: a line is malformed, a host is repeated or has no slots, or no host is listed.
-        OSError: the file cannot be read.
+        LaunchError: if a line is invalid, a host is repeated, or the file lists no hosts.
+        OSError: if the file cannot be read.
     """
     hosts: dict[str, Host] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -49,31 +51,33 @@ def read_hostfile(path: Path) -> list[Host]:
             continue
         found = _LINE.fullmatch(line.strip())
         if found is None:
-            raise LaunchError(f"{path}:{number}: must be `host slots=N`, got {line.strip()!r}.")
+            raise LaunchError(
+                f"{path}:{number}: invalid line {line.strip()!r}. Write `host slots=N`."
+            )
         name, slots = found["name"], int(found["slots"])
         if slots < 1:
             raise LaunchError(f"{path}:{number}: {name} must have at least 1 slot, got {slots}.")
         if name in hosts:
             raise LaunchError(
-                f"{path}:{number}: {name} is repeated. Add its slots to the first line instead."
+                f"{path}:{number}: {name} is repeated. List all its slots on one line."
             )
         hosts[name] = Host(name, tuple(range(slots)))
     if not hosts:
-        raise LaunchError(f"{path} must list at least one host, such as `node0 slots=2`.")
+        raise LaunchError(f"{path} lists no hosts. Add at least one, such as `node0 slots=2`.")
     return list(hosts.values())
 
 
 def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") -> list[Host]:
-    """Return the hosts and slots that DeepSpeed's filters select.
+    """Select hosts and slots with filters in DeepSpeed's format.
 
     Args:
-        hosts: hosts in the hostfile.
+        hosts: hosts to select from.
         include: hosts and slots to use. For example, ``node0@node1:0,2-3`` selects all slots of
-            node0, and the slots 0, 2 and 3 of node1.
-        exclude: hosts and slots not to use, in the same format.
+            node0, and slots 0, 2 and 3 of node1.
+        exclude: hosts and slots to omit, in the same format.
 
     Raises:
-        LaunchError: both filters are given, a host or slot is unknown, or no slot is left.
+        LaunchError: if both filters are given, a host or slot is unknown, or no slots are left.
 
     >>> hosts = [Host("node0", (0, 1)), Host("node1", (0, 1))]
     >>> select_hosts(hosts, include="node1:1")
@@ -94,20 +98,20 @@ def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") ->
         if slots:
             left.append(Host(host.name, slots))
     if not left:
-        raise LaunchError(f"`{include or exclude}` selects no slots. Select at least one.")
+        raise LaunchError(f"`{include or exclude}` leaves no slots to use. Select at least one.")
     return left
 
 
 def limit_hosts(hosts: Sequence[Host], nnodes: int | None, nproc: str) -> tuple[Host, ...]:
-    """Return the first ``nnodes`` hosts, with the first ``nproc`` slots of each host.
+    """Return the first ``nnodes`` hosts, each with its first ``nproc`` slots.
 
     Args:
-        hosts: selected hosts.
+        hosts: hosts to choose from.
         nnodes: number of hosts to use; None to use all.
         nproc: number of slots to use per host; ``auto`` to use all.
 
     Raises:
-        LaunchError: too few hosts are selected, or a host has too few slots.
+        LaunchError: if there are too few hosts, or a host has too few slots.
     """
     if nproc != "auto":
         size = parse_nproc(nproc)
@@ -125,12 +129,14 @@ def limit_hosts(hosts: Sequence[Host], nnodes: int | None, nproc: str) -> tuple[
 
 
 def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
-    """Return the minimum number and the maximum number of hosts.
+    """Parse ``--nnodes``, which is a number of hosts or MIN:MAX.
 
-    Each number is None if the text does not contain it. A single number is the maximum.
+    Returns:
+        The minimum and the maximum number of hosts. A single number is the maximum; missing
+        numbers are None.
 
     Raises:
-        LaunchError: the text is neither a number nor MIN:MAX.
+        LaunchError: if the text is neither a number nor MIN:MAX.
 
     >>> parse_nnodes("2"), parse_nnodes("1:4"), parse_nnodes(None)
     ((None, 2), (1, 4), (None, None))
@@ -146,12 +152,12 @@ def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
 
 
 def parse_nproc(text: str) -> int:
-    """Return the number of processes per host.
+    """Parse ``--nproc``, the number of processes per host.
 
-    For ``auto``, this is the number of GPUs of this machine, or 1 if it has no GPU.
+    ``auto`` is the number of GPUs of this machine, or 1 if it has no GPU.
 
     Raises:
-        LaunchError: the text is neither ``auto`` nor a number >= 1.
+        LaunchError: if the text is neither ``auto`` nor a number >= 1.
     """
     if text == "auto":
         import torch
@@ -183,8 +189,10 @@ def _parse_slots(text: str, part: str) -> Iterator[int]:
     for each in text.split(","):
         ends = re.fullmatch(r"(\d+)(?:-(\d+))?", each.strip())
         if ends is None:
-            raise LaunchError(f"`{part}` must list slots after the colon, such as 0,2-3.")
+            raise LaunchError(f"`{part}`: invalid slots. List them after the colon, such as 0,2-3.")
         first, last = int(ends[1]), int(ends[2] or ends[1])
         if last < first:
-            raise LaunchError(f"`{part}` must list slots from low to high, got {each.strip()}.")
+            raise LaunchError(
+                f"`{part}`: invalid range {each.strip()}. Write the lower slot first."
+            )
         yield from range(first, last + 1)

@@ -1,6 +1,6 @@
-"""Build the plan of a launch from the request and from facts about the hosts.
+"""Build the launch plan: the command and the environment variables of each host.
 
-The functions of this module do not contact hosts or start processes.
+This module does not contact hosts or start processes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _DEFAULT_PORT = 29400
 
 @dataclass(frozen=True)
 class HostFacts:
-    """The facts that a host reported during the preflight check."""
+    """Network settings that a host reported during the preflight check."""
 
     address: str
     interface: str | None = None
@@ -56,26 +56,27 @@ class HostFacts:
 
 @dataclass(frozen=True)
 class NodePlan:
-    """The commands to run on one host, and their environment variables."""
+    """The commands and environment variables of one host."""
 
     host: str
     transport: tuple[str, ...]
     """The command that starts the agent. The agent reads its job from standard input."""
     argv: tuple[str, ...]
-    """The command that the agent runs, which is torchrun with its arguments."""
+    """The command that the agent runs: torchrun with its arguments."""
     env: Mapping[str, str]
     cwd: str
     ranks: tuple[int, ...]
     devices: tuple[int, ...]
     grace: int
     lock: str | None = None
-    """Name of a lock that only one agent can hold; None if no lock is needed.
+    """Name of the lock that the agent must acquire before it starts the job; None for no lock.
 
-    The lock is needed to reconnect to a lost host, where the old agent may still run.
+    After the launcher reconnects to a lost host, the new agent waits until the old agent has
+    released the lock.
     """
 
-    def spec(self) -> dict[str, Any]:
-        """Return the job in the format that the agent reads from standard input."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the job as a dict, which the agent reads as JSON from standard input."""
         return {
             "host": self.host,
             "argv": list(self.argv),
@@ -88,7 +89,7 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The plan of a launch, with the plan of each host and the settings of the rendezvous."""
+    """The plans of all hosts, and the settings of the rendezvous."""
 
     nodes: tuple[NodePlan, ...]
     min_nodes: int
@@ -99,9 +100,9 @@ class LaunchPlan:
     """Maximum time in seconds for reconnecting to a lost host; 0 disables reconnecting."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as a dict for JSON. The values of secret variables are masked."""
+        """Return the plan as a JSON object. Values of secret environment variables are masked."""
         nodes = [
-            node.spec()
+            node.to_dict()
             | {
                 "transport": list(node.transport),
                 "ranks": list(node.ranks),
@@ -118,7 +119,7 @@ class LaunchPlan:
         }
 
     def describe(self, *, as_json: bool = False) -> str:
-        """Return the plan as text, with the ranks of each host and the command to run there.
+        """Return the plan as text: the ranks and the command of each host.
 
         Args:
             as_json: whether to return the plan as indented JSON instead.
@@ -141,15 +142,15 @@ class LaunchPlan:
 def build_plan(
     request: LaunchRequest, facts: Mapping[str, HostFacts], environment: Mapping[str, str]
 ) -> LaunchPlan:
-    """Build the plan of a launch.
+    """Build the launch plan for a request.
 
     Args:
         request: launch to plan.
-        facts: facts by host name. If a host has no facts, its name is used as its address.
-        environment: environment variables of the launcher. Some of them are passed to the ranks.
+        facts: network settings by host name. If a host is missing, its name is used as its address.
+        environment: environment variables of the launcher; some of them are passed to the ranks.
 
     Raises:
-        LaunchError: options of the request contradict each other.
+        LaunchError: if options conflict, or the minimum number of hosts is invalid.
     """
     min_nodes = request.min_nodes or len(request.hosts)
     _check_request(request, min_nodes)
@@ -184,16 +185,18 @@ def build_plan(
 def _check_request(request: LaunchRequest, min_nodes: int) -> None:
     if request.min_nodes is not None and len({host.size for host in request.hosts}) > 1:
         raise LaunchError(
-            "With `--nnodes MIN:MAX`, all hosts must have the same number of slots. Set `--nproc`."
+            "With `--nnodes MIN:MAX`, all hosts must have the same number of slots. Set `--nproc` "
+            "to use the same number on each host."
         )
     if not 1 <= min_nodes <= len(request.hosts):
         raise LaunchError(
-            f"The MIN of `--nnodes MIN:MAX` must be 1 to {len(request.hosts)}, got {min_nodes}."
+            f"MIN in `--nnodes MIN:MAX` must be 1 to {len(request.hosts)} (the number of hosts), "
+            f"got {min_nodes}."
         )
     if request.store is not None and not request.max_restarts:
         raise LaunchError(
-            "`--rejoin` must be used with `--max-restarts`: the other ranks restart when a host is "
-            "lost and when it is back."
+            "`--rejoin` has no effect without `--max-restarts`, because the other ranks restart "
+            "when a host is lost and when it reconnects. Set `--max-restarts`."
         )
 
 
@@ -230,7 +233,7 @@ def _script_options(request: LaunchRequest, host: Host) -> Iterator[str]:
 
 
 def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
-    """Return the environment variables that all ranks need, both with ssh and with Slurm.
+    """Return the environment variables to set on all ranks, with ssh and with Slurm.
 
     Args:
         request: launch to run.
@@ -282,8 +285,8 @@ def _build_transport(request: LaunchRequest, host: Host) -> tuple[str, ...]:
 
 
 def build_ssh_command(request: LaunchRequest, host: Host) -> tuple[str, ...]:
-    """Return the ssh command for a host. The caller must append the command to run there."""
-    # If an option is repeated, ssh uses the first value, so the user's options come first.
+    """Return the ssh command for a host, to which the caller appends the command to run there."""
+    # If an option is repeated, ssh uses the first value, so put the user's options first.
     options = (
         *request.ssh_options,
         *("BatchMode=yes", "ConnectTimeout=8", "ServerAliveInterval=5", "ServerAliveCountMax=3"),

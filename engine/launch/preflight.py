@@ -1,7 +1,7 @@
-"""Check every host before launch.
+"""Check all hosts before launch.
 
-Each host must be reachable and must be able to connect to the rendezvous port. Its package versions
-and its config must be the same as on the launcher.
+Each host must be reachable, must be able to connect to the rendezvous port, and must have the same
+package versions and the same config as the launcher.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class HostCheck:
 
 
 def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
-    """Check all hosts in parallel. The checks take about 20 seconds at most.
+    """Check all hosts in parallel, in about 20 seconds at most.
 
     Args:
         request: launch to check.
-        config: path of the config, whose content must be the same on all hosts; None if the launch
-            has no config.
+        config: path of the config, which must have the same content on all hosts; None if the
+            launch has no config.
     """
     if request.is_local:
         return [HostCheck(host.name, HostFacts("127.0.0.1")) for host in request.hosts]
@@ -62,9 +62,10 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 def _open_rendezvous_port(
     request: LaunchRequest, first: HostCheck
 ) -> Iterator[tuple[str | None, int]]:
-    """Listen on the rendezvous port inside this context, and yield its address and port.
+    """Open the rendezvous port inside this context, and yield its address and number.
 
-    The address is None if the launcher listens: each host may reach it at a different address.
+    The address is None if the launcher opens the port, because each host may use a different
+    address to reach the launcher.
     """
     if request.store is not None:
         with reachability.listen(request.store[1]):
@@ -80,12 +81,12 @@ def _open_rendezvous_port(
         text=True,
     ) as listener:
         assert listener.stdout is not None
-        listener.stdout.readline()  # if it cannot listen, connecting fails later
+        listener.stdout.readline()  # if it cannot listen, the connection checks fail
         try:
             yield first.facts.address, port
         finally:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                listener.communicate(timeout=_TIMEOUT)  # closes its input, which stops it
+                listener.communicate(timeout=_TIMEOUT)  # closing standard input ends the process
             listener.kill()
 
 
@@ -106,8 +107,8 @@ def _check_connection(
     if not error:
         return check
     problem = (
-        f"cannot connect to the rendezvous at {address}, port {port}: {error}. Open the port "
-        "between the hosts, or choose another with `--port`."
+        f"cannot connect to the rendezvous at {address}, port {port}: {error}. Allow connections "
+        "to this port between the hosts, or choose another port with `--port`."
     )
     return replace(check, problem=problem)
 
@@ -123,8 +124,8 @@ def _build_command(
 def _probe_host(
     request: LaunchRequest, host: Host, config: str | None, here: Mapping[str, Any]
 ) -> HostCheck:
-    holds_store = host is request.hosts[0] and request.store is None
-    arguments = [str(request.port if holds_store else 0), *([config] if config else [])]
+    is_rendezvous_host = host is request.hosts[0] and request.store is None
+    arguments = [str(request.port if is_rendezvous_host else 0), *([config] if config else [])]
     try:
         done = subprocess.run(  # noqa: S603  # the user's own ssh
             _build_command(request, host, "engine.launch.probe", *arguments),
@@ -143,7 +144,7 @@ def _probe_host(
         answer = (
             "cannot be reached"
             if done.returncode == SSH_FAILED
-            else "can be reached, but the check failed there"
+            else "is reachable, but the check failed"
         )
         return HostCheck(host.name, None, f"{answer}: {lines[-1]}")
     there = json.loads(done.stdout.splitlines()[-1])
@@ -158,7 +159,14 @@ def _find_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iter
     for name in sorted({*here["versions"], *there["versions"]}):
         ours, theirs = here["versions"].get(name), there["versions"].get(name)
         if ours != theirs:
-            yield f"{name} {theirs or 'not installed'} (launcher: {ours or 'not installed'})"
+            yield (
+                f"different versions of {name}: {theirs or 'not installed'} on this host, "
+                f"{ours or 'not installed'} on the launcher"
+            )
     if here["config"] != there["config"]:
         missing = there["config"] == "missing"
-        yield "the config does not exist" if missing else "the config differs from the launcher's"
+        yield (
+            "the config does not exist on this host"
+            if missing
+            else "the config differs from the launcher's; copy it to this host"
+        )

@@ -1,4 +1,4 @@
-"""Print facts about this host as one line of JSON, for the preflight check."""
+"""Print the network settings and package versions of this host as JSON, for the preflight check."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import Any
 
 from engine.versions import get_installed_version
 
-__all__ = ["PACKAGES", "free_port", "probe"]
+__all__ = ["PACKAGES", "find_free_port", "probe"]
 
 PACKAGES = ("onecycle", "torch", "deepspeed", "numpy")
 _SIOCGIFADDR = 0x8915
 
 
 def probe(config: str | None, port: int = 0) -> dict[str, Any]:
-    """Return the package versions, addresses, a free port and the config's hash of this host.
+    """Return the network settings and package versions of this host, and the hash of the config.
 
-    The addresses are those of this host and of the launcher, as used by the ssh connection.
+    The addresses of this host and of the launcher are read from the ssh connection.
 
     Args:
         config: path of the config on this host; None if there is no config.
-        port: port to check. The returned port is None if this port is in use. With 0, any free port
-            is returned.
+        port: port to check; 0 to find any free port. If this port is in use, the returned port is
+            None.
     """
     launcher, address = _read_ssh_endpoints()
     versions = {"python": platform.python_version()}
@@ -42,14 +42,14 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
         "address": address,
         "launcher": launcher,
         "interface": _find_interface(address),
-        "port": free_port(port),
+        "port": find_free_port(port),
         "versions": versions,
         "config": digest,
     }
 
 
-def free_port(port: int = 0) -> int | None:
-    """Return the given port if it is free on this host, else None. For 0, return any free port."""
+def find_free_port(port: int = 0) -> int | None:
+    """Return a port if it is free on this host, else None. For port 0, return any free port."""
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TCPStore sets the same option
         try:
@@ -64,7 +64,7 @@ def free_port(port: int = 0) -> int | None:
 def _read_ssh_endpoints() -> tuple[str, str]:
     """Return the addresses of the ssh client and of this host.
 
-    They come from the ssh connection, because host names may resolve to loopback addresses.
+    They are read from the ssh connection, because host names may resolve to loopback addresses.
     """
     connection = os.environ.get("SSH_CONNECTION", "").split()
     return (connection[0], connection[2]) if len(connection) == 4 else ("127.0.0.1", "127.0.0.1")

@@ -11,10 +11,10 @@ _TIMEOUT = 5.0
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on a port. Clients can connect without a call of `accept`.
+    """Listen on a port, and return the socket. Clients can connect without a call to `accept`.
 
     Raises:
-        OSError: the port is in use.
+        OSError: if the port is in use.
     """
     return socket.create_server(("", port), backlog=128)
 
@@ -36,8 +36,8 @@ def connect(address: str, port: int) -> str:
 def main() -> None:
     """Listen on a port, or connect to one.
 
-    With the argument ``PORT``, listen on it until standard input is closed. With the arguments
-    ``ADDRESS PORT``, connect to it and print the error message, if any.
+    With the command-line argument ``PORT``, listen until standard input is closed. With the
+    arguments ``ADDRESS PORT``, connect and print the error message, if any.
     """
     *address, port = sys.argv[1:]
     if address:

@@ -1,4 +1,4 @@
-"""The request for a launch, which is built from command-line options and files."""
+"""The launch request, and functions to build it from command-line options and files."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _CONFIG_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "optimizer
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """The script to launch, the hosts to use, and all options."""
+    """The script to launch, the hosts to launch it on, and all options."""
 
     script: tuple[str, ...]
-    """The script and its arguments. If ``is_command`` is true, this is any command."""
+    """The script and its arguments, or any command if ``is_command`` is true."""
     hosts: tuple[Host, ...]
     is_local: bool = True
-    """Whether the job runs only on this machine. Otherwise, ssh connects to the hosts."""
+    """Whether the job runs only on this machine. Otherwise, hosts are reached with ssh."""
     is_command: bool = False
     is_module: bool = False
     min_nodes: int | None = None
-    """Minimum number of hosts that the job needs to continue; None if it needs all hosts."""
+    """Minimum number of hosts with which the job continues; None if it needs all hosts."""
     max_restarts: int = 0
     timeout: int = 600
     rendezvous_timeout: int = 300
     store: tuple[str, int] | None = None
     """Host name and port of the rendezvous if the launcher runs it; None if a host runs it.
 
-    A rendezvous on the launcher continues to work if any of the hosts is lost.
+    If the launcher runs the rendezvous, it survives the loss of any host.
     """
     port: int = 0
     interface: str | None = None
@@ -50,15 +50,15 @@ class LaunchRequest:
 def bind_to_cores(
     script: tuple[str, ...], python: str, *, is_module: bool, is_command: bool
 ) -> tuple[str, ...]:
-    """Return the command that binds a rank to its own CPU cores and then runs the script."""
+    """Return a command that binds a rank to its own CPU cores and then runs the script."""
     interpreter = () if is_command else (python, "-u", *(("-m",) if is_module else ()))
     return (python, "-m", "engine.launch.affinity", *interpreter, *script)
 
 
 def find_config(script: tuple[str, ...], cwd: str) -> str | None:
-    """Return the path of the first config among the arguments of a script, or None.
+    """Find the config among the arguments of a script. Return its path, or None.
 
-    A config is an existing JSON file with a typical config key, such as ``optimizer``.
+    The config is the first JSON file that has a typical config key, such as ``optimizer``.
 
     Args:
         script: script and its arguments. An argument can be a path or `--option=path`.
@@ -78,16 +78,16 @@ def find_config(script: tuple[str, ...], cwd: str) -> str | None:
 def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, str]:
     """Read the environment variables to set on all ranks.
 
-    They come from the file `.deepspeed_env` if it exists, then from ``file``, and then from
-    ``assignments``. If a variable is repeated, the last value is used.
+    The variables are read from `.deepspeed_env` in the working directory if it exists, then from
+    ``file``, and then from ``assignments``. If a variable is repeated, the last value is used.
 
     Args:
         file: file with lines ``NAME=VALUE`` and ``#`` comments.
         assignments: strings of the form ``NAME=VALUE``.
 
     Raises:
-        LaunchError: a line or an assignment does not have the form ``NAME=VALUE``.
-        OSError: the file cannot be read.
+        LaunchError: if a line or an assignment does not have the form ``NAME=VALUE``.
+        OSError: if the file cannot be read.
     """
     default = Path(".deepspeed_env")
     lines = []
@@ -101,6 +101,6 @@ def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, s
     for line in (*lines, *assignments):
         name, equals, value = line.partition("=")
         if not equals or not name.strip():
-            raise LaunchError(f"An environment variable must be NAME=VALUE, got {line!r}.")
+            raise LaunchError(f"Environment variables must be NAME=VALUE, got {line!r}.")
         variables[name.strip()] = value
     return variables

@@ -1,4 +1,4 @@
-"""Run a plan: start the agents, print their output and execute the state machine's actions."""
+"""Run a launch plan: start the agents, print their output, and stop them if a rank fails."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Report(NamedTuple):
 
 
 class _Agent:
-    """The local process for a host, which is the agent itself or an ssh connection to the agent."""
+    """The local process for a host: the agent itself, or the ssh connection to it."""
 
     def __init__(self, plan: NodePlan, reports: queue.Queue[_Report]) -> None:
         self._host = plan.host
@@ -54,7 +54,7 @@ class _Agent:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that Ctrl-C interrupts only the launcher
         )
-        self.send(json.dumps(plan.spec()))
+        self.send(json.dumps(plan.to_dict()))
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, line: str) -> None:
@@ -96,9 +96,12 @@ class _Output:
         self._kept: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=_KEPT_LINES))
 
     def print(self, line: str, host: str) -> None:
-        """Print a line of a host's output if its rank is selected.
+        """Print a line of output if its rank is selected, and remember it.
 
-        The line starts with the rank, for example ``[node0:r1]``, unless it is from the agent.
+        Args:
+            line: line of output. It starts with the rank, such as ``[node0:r1]``, unless the agent
+                printed it.
+            host: host that printed the line.
         """
         prefix = line[1:].partition("]")[0] if line.startswith("[") else ""
         source = prefix if ":r" in prefix else host
@@ -108,12 +111,12 @@ class _Output:
             print(line, file=self._out, flush=True)
 
     def get_last_lines(self, source: str) -> tuple[str, ...]:
-        """Return the last lines that a rank (``node0:r1``) or a host (``node0``) printed."""
+        """Return the last lines that a rank (``node0:r1``) or an agent (``node0``) printed."""
         return tuple(self._kept[source])
 
 
 class _Runner:
-    """Reports events to the state machine and executes its actions."""
+    """Reports events to the state machine, and executes the actions that it returns."""
 
     def __init__(self, plan: LaunchPlan, console: Console, out: IO[str]) -> None:
         self._machine = LaunchStateMachine(plan)
@@ -126,7 +129,7 @@ class _Runner:
         """Run until the agent of every host has exited.
 
         Args:
-            signals: queue with the numbers of the signals that the launcher received.
+            signals: queue of the signal numbers that the launcher received.
         """
         self._execute(Action("start", host) for host in self._nodes)
         next_ping = time.monotonic() + _PING_INTERVAL
@@ -167,19 +170,20 @@ class _Runner:
 
 
 def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
-    """Run a plan until the agent of every host has exited.
+    """Run a launch plan until the agent of every host has exited.
 
     Args:
         plan: plan to run.
-        console: ranks whose output is printed. If a rank fails, its last lines are always printed.
-        out: stream for the output of the ranks.
+        console: ranks whose output is printed. The outcome contains the last lines of a failed rank
+            in any case.
+        out: stream to which the output of the ranks is printed.
     """
     with _catch_signals() as signals, _serve_store(plan.store_port):
         return _Runner(plan, console, out).run(signals)
 
 
 def report_outcome(outcome: Outcome) -> int:
-    """Return the exit status of a launch. If it failed, print the reason to standard error."""
+    """Print the reason for a failed launch to standard error. Return the exit status."""
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:
@@ -189,9 +193,10 @@ def report_outcome(outcome: Outcome) -> int:
 
 @contextlib.contextmanager
 def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
-    """Put received signals into a queue, so that they do not terminate this process.
+    """Collect received signals in a queue, so that they do not terminate this process.
 
-    This has an effect only in the main thread, because other threads cannot handle signals.
+    In threads other than the main thread, the queue stays empty, because Python does not allow
+    signal handlers there.
     """
     caught: queue.SimpleQueue[int] = queue.SimpleQueue()
     if threading.current_thread() is not threading.main_thread():
@@ -210,7 +215,7 @@ def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
 
 @contextlib.contextmanager
 def _serve_store(port: int | None) -> Iterator[None]:
-    """Run the rendezvous store in this process; do nothing if the port is None."""
+    """Run the rendezvous store in this process. Do nothing if ``port`` is None."""
     store = None
     if port is not None:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but missing from the stubs

@@ -1,4 +1,4 @@
-"""Launch a script as a Slurm job, for which this module writes a self-contained sbatch script."""
+"""Launch a script as a Slurm job, with a self-contained sbatch script."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bas
     --rdzv-conf "is_host=$is_host,join_timeout={timeout}" --local-addr "$address" "$@"
 ' {command}
 status=$?
-# srun returns the highest status, even of a task that it killed; report the first failed rank.
+# srun returns the highest exit status, even of killed tasks. Return that of the first failed rank.
 if [ "$status" -ne 0 ] && [ -s "${failure}" ]; then
   status=$(sort -s -n -k 1,1 "${failure}" | awk 'NR == 1 {{ print $2 }}')
 fi
@@ -50,7 +50,7 @@ rm -f "${failure}"
 
 _TERMINATED = to_exit_status(-signal.SIGTERM)
 _REQUEUE = f"""\
-# The job was asked to stop and has saved a checkpoint: requeue it so that it resumes later.
+# The job received a signal and saved a checkpoint. Requeue it, so that it resumes later.
 case $status in {SAVED_AND_ENDED}|{_TERMINATED}) scontrol requeue "$SLURM_JOB_ID" ;; esac
 """
 
@@ -60,7 +60,7 @@ def build_sbatch(request: LaunchRequest, options: Mapping[str, str]) -> str:
 
     Args:
         request: launch to run. The names of its hosts are ignored, because Slurm chooses the hosts.
-        options: ``#SBATCH`` options by long name. They override the defaults. If they contain
+        options: values of ``#SBATCH`` options by long name; they override the defaults. With
             ``requeue``, a preempted job saves a checkpoint and is put back in the queue.
     """
     defaults = {
@@ -111,25 +111,25 @@ def _build_flags(request: LaunchRequest) -> str:
 
 
 def is_in_allocation() -> bool:
-    """Return whether this process runs in a Slurm allocation, but was not started by srun."""
+    """Return whether this process runs in a Slurm allocation and was not started by srun."""
     return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
 
 
 def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> NoReturn:
-    """Replace this process with bash, which runs the sbatch script in the current allocation.
+    """Run an sbatch script in the current allocation. This process is replaced by bash.
 
     Args:
         script: text of the script.
         nodes: number of nodes that the launch needs.
-        options: ``#SBATCH`` options. They must be empty, because the allocation already exists.
+        options: ``#SBATCH`` options; must be empty, because the allocation already exists.
 
     Raises:
-        LaunchError: the allocation has a different number of nodes, or options are given.
+        LaunchError: if the allocation has a different number of nodes, or options are given.
     """
     allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
     if nodes != allocated:
         raise LaunchError(
-            f"`--nnodes` must be {allocated}, the size of this allocation, got {nodes}."
+            f"`--nnodes` must be {allocated}, the number of nodes of this allocation, got {nodes}."
         )
     if options:
         raise LaunchError(
@@ -140,15 +140,16 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
 
 
 def submit(script: str) -> tuple[bool, str]:
-    """Submit an sbatch script. Return whether sbatch accepted it, and the output of sbatch.
+    """Submit an sbatch script. Return whether sbatch succeeded, and its output.
 
     Raises:
-        LaunchError: sbatch is not installed.
+        LaunchError: if sbatch is not installed.
     """
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise LaunchError(
-            "sbatch is not installed on this host. Write the script with `--write-sbatch` instead."
+            "sbatch is not installed on this host. Use a host of the Slurm cluster, or write the "
+            "script to a file with `--write-sbatch`."
         )
     done = subprocess.run(  # noqa: S603  # sbatch is Slurm's command
         [sbatch], input=script, text=True, capture_output=True, check=False

@@ -1,8 +1,8 @@
-"""The state machine of a launch, which decides how the launcher reacts to events.
+"""The state machine that decides how the launcher reacts to events.
 
-The state machine starts no processes and does not read the clock. Each event includes its time, and
-`runner.py` executes the actions. The table at the end of `LaunchStateMachine` defines the behavior.
-The public methods only convert their arguments to an event in this table.
+The state machine does not start processes or read the clock: the runner reports each event with its
+time, and executes the actions. The table at the end of `LaunchStateMachine` lists all transitions.
+The public methods convert their arguments to an event in this table.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ from engine.distributed.environment import NODE_LOST, OK, SSH_FAILED, to_exit_st
 from engine.launch.failure import Failure
 from engine.launch.plan import LaunchPlan, NodePlan
 
-__all__ = ["RECALL_INTERVAL", "Action", "HostState", "LaunchState", "LaunchStateMachine", "Outcome"]
+__all__ = [
+    "RECONNECT_INTERVAL",
+    "Action",
+    "HostState",
+    "LaunchState",
+    "LaunchStateMachine",
+    "Outcome",
+]
 
-RECALL_INTERVAL = 2.0
+RECONNECT_INTERVAL = 2.0
 """Time in seconds between two attempts to reconnect to a lost host."""
 
 _KILL_MARGIN = 5.0  # seconds after the grace period in which an agent must exit
@@ -29,19 +36,19 @@ _KILL_MARGIN = 5.0  # seconds after the grace period in which an agent must exit
 class LaunchState(Enum):
     """The state of the whole launch."""
 
-    RUNNING = "the job runs; a lost host may come back"
-    FINISHING = "a host has succeeded, so the job is done; a lost host may not come back"
+    RUNNING = "the job is running; the launcher tries to reconnect to lost hosts"
+    FINISHING = "a host has succeeded, so the job is done; lost hosts are given up"
     STOPPING = "the job failed or was interrupted; all hosts are stopping"
 
 
 class HostState(Enum):
     """The state of one host."""
 
-    RUNNING = "its agent runs"
+    RUNNING = "the agent is running"
     LOST = "the connection was lost; the launcher will reconnect"
-    RECALLED = "the launcher is reconnecting; the job has not started there yet"
-    DISMISSED = "it came back too late and is being killed; its exit status is ignored"
-    ENDED = "its agent has exited and will not be started again"
+    RECONNECTING = "the launcher is reconnecting; the job has not restarted on this host yet"
+    DISMISSED = "reconnected too late; the agent is being killed, and its exit status is ignored"
+    ENDED = "the agent has exited and will not be restarted"
 
 
 class _Event(Enum):
@@ -50,16 +57,16 @@ class _Event(Enum):
     HOST_STARTED = "a reconnected host has started the job"
     HOST_SUCCEEDED = "an agent exited with status 0"
     HOST_FAILED = "an agent exited with a nonzero status"
-    HOST_LOST = "the connection to a host was lost, and the host may still come back"
+    HOST_LOST = "the connection to a host was lost, and the launcher will reconnect"
     HOST_GIVEN_UP = "a host was lost permanently, and enough hosts are left"
     TOO_FEW_HOSTS = "a host was lost permanently, and too few hosts are left"
-    RECALL_DUE = "it is time to reconnect to a lost host"
+    RECONNECT_DUE = "it is time to reconnect to a lost host"
     SIGNAL = "the launcher received a signal"
     OVERDUE = "the grace period of stopping hosts is over"
 
 
 class Action(NamedTuple):
-    """An instruction to the runner for one host."""
+    """An action that the runner executes for one host."""
 
     verb: Literal["start", "send", "kill", "print"]
     """Start the agent, send it `text`, kill the local process of the host, or print `text`."""
@@ -99,7 +106,7 @@ class _Host:
     plan: NodePlan
     state: HostState = HostState.RUNNING
     lost_since: float | None = None
-    recall_at: float = math.inf
+    reconnect_at: float = math.inf
 
     @property
     def has_process(self) -> bool:
@@ -117,9 +124,9 @@ def _describe_end(host: str, returncode: int, failure: Failure | None) -> Outcom
 
 
 class LaunchStateMachine:
-    """The state of a launch and of its hosts. At first, every host is in the state `RUNNING`.
+    """The state of a launch and of its hosts. The initial state of every host is `RUNNING`.
 
-    Each method that reports an event returns the actions that the caller must execute, in order.
+    The methods that report an event return the actions that the caller must execute, in order.
     """
 
     def __init__(self, plan: LaunchPlan) -> None:
@@ -142,7 +149,7 @@ class LaunchStateMachine:
 
     def host_started(self, name: str, now: float) -> list[Action]:
         """Report that an agent has acquired the lock of its host and is starting the job."""
-        if self._hosts[name].state is not HostState.RECALLED:
+        if self._hosts[name].state is not HostState.RECONNECTING:
             return []
         return self._apply(_Event.HOST_STARTED, _Details(now, name))
 
@@ -153,9 +160,9 @@ class LaunchStateMachine:
 
         Args:
             name: name of the host.
-            returncode: return code of the local process, as `subprocess` reports it.
-            failure: failure that the host reported, or None.
-            now: time of the event in seconds on a monotonic clock, as in all methods.
+            returncode: return code of the local process, as reported by `subprocess`.
+            failure: failure that the host reported; None if it reported no failure.
+            now: time of the event in seconds, from a monotonic clock.
         """
         host = self._hosts[name]
         was_dismissed = host.state is HostState.DISMISSED
@@ -181,16 +188,18 @@ class LaunchStateMachine:
         return self._apply(_Event.SIGNAL, _Details(now, outcome=outcome, failed_at=-math.inf))
 
     def time_passed(self, now: float) -> list[Action]:
-        """Report the current time. The runner calls this method several times per second."""
+        """Report the current time. Call this method several times per second."""
         if now > self._kill_at:
             return self._apply(_Event.OVERDUE, _Details(now))
         due = [
             name
             for name, host in self._hosts.items()
-            if host.state is HostState.LOST and host.recall_at <= now
+            if host.state is HostState.LOST and host.reconnect_at <= now
         ]
         return [
-            action for name in due for action in self._apply(_Event.RECALL_DUE, _Details(now, name))
+            action
+            for name in due
+            for action in self._apply(_Event.RECONNECT_DUE, _Details(now, name))
         ]
 
     def _classify_loss(self, host: _Host, now: float) -> _Event:
@@ -209,17 +218,17 @@ class LaunchStateMachine:
         host.state, host.lost_since = HostState.RUNNING, None
         return ()
 
-    def _wait_for_return(self, details: _Details) -> Iterable[Action]:
+    def _wait_to_reconnect(self, details: _Details) -> Iterable[Action]:
         host = self._hosts[details.host]
         is_new = host.lost_since is None
         if is_new:
             host.lost_since = details.now
-        host.state, host.recall_at = HostState.LOST, details.now + RECALL_INTERVAL
-        text = f"{details.host} was lost; waiting up to {self._plan.patience} s for it to come back"
+        host.state, host.reconnect_at = HostState.LOST, details.now + RECONNECT_INTERVAL
+        text = f"{details.host} was lost; trying to reconnect for up to {self._plan.patience} s"
         return [Action("print", details.host, text)] if is_new else []
 
-    def _recall(self, details: _Details) -> Iterable[Action]:
-        self._hosts[details.host].state = HostState.RECALLED
+    def _reconnect(self, details: _Details) -> Iterable[Action]:
+        self._hosts[details.host].state = HostState.RECONNECTING
         return [Action("start", details.host)]
 
     def _give_up(self, details: _Details) -> Iterable[Action]:
@@ -230,7 +239,7 @@ class LaunchStateMachine:
     def _dismiss_late_hosts(self, details: _Details) -> Iterable[Action]:
         del details
         self._forget_lost_hosts()
-        late = [name for name, host in self._hosts.items() if host.state is HostState.RECALLED]
+        late = [name for name, host in self._hosts.items() if host.state is HostState.RECONNECTING]
         for name in late:
             self._hosts[name].state = HostState.DISMISSED
         return [Action("send", name, "kill") for name in late]
@@ -240,7 +249,7 @@ class LaunchStateMachine:
         return ()
 
     def _record_if_earlier(self, details: _Details) -> Iterable[Action]:
-        # Other hosts may fail because of the first failed rank, but exit before that rank's host.
+        # Another host may fail because of the first failed rank, but exit before that rank's host.
         return self._record_outcome(details) if details.failed_at < self._failed_at else ()
 
     def _stop_hosts(self, details: _Details) -> Iterable[Action]:
@@ -272,10 +281,10 @@ class LaunchStateMachine:
         (_RUNNING, _Event.HOST_STARTED): (_RUNNING, (_mark_running,)),
         (_RUNNING, _Event.HOST_SUCCEEDED): (_FINISHING, (_dismiss_late_hosts,)),
         (_RUNNING, _Event.HOST_FAILED): (_STOPPING, (_record_outcome, _stop_hosts)),
-        (_RUNNING, _Event.HOST_LOST): (_RUNNING, (_wait_for_return,)),
+        (_RUNNING, _Event.HOST_LOST): (_RUNNING, (_wait_to_reconnect,)),
         (_RUNNING, _Event.HOST_GIVEN_UP): (_RUNNING, (_give_up,)),
         (_RUNNING, _Event.TOO_FEW_HOSTS): (_STOPPING, (_record_outcome, _stop_hosts)),
-        (_RUNNING, _Event.RECALL_DUE): (_RUNNING, (_recall,)),
+        (_RUNNING, _Event.RECONNECT_DUE): (_RUNNING, (_reconnect,)),
         (_RUNNING, _Event.SIGNAL): (_STOPPING, (_record_outcome, _stop_hosts)),
         (_FINISHING, _Event.HOST_FAILED): (_STOPPING, (_record_outcome, _stop_hosts)),
         (_FINISHING, _Event.HOST_GIVEN_UP): (_FINISHING, (_give_up,)),

@@ -1,7 +1,7 @@
 """Run torchrun in this process, and report the first failed rank and its exit status.
 
 The ``torchrun`` command exits with status 1 for every failure. This module exits with the
-status of the rank that failed first, which is 128 + n if signal n killed it. The last line of its
+status of the rank that failed first, which is 128 + n if signal n killed the rank. The last line of
 output reports this rank.
 """
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _append_to_file(status: int, seconds: float) -> int:
-    """Append the time and the exit status to the file that a Slurm job reads after a failure."""
+    """Append the time and exit status to the failure file of a Slurm job. Return the status."""
     path = os.environ.get(FAILURE_FILE)
     if path:
         with contextlib.suppress(OSError), Path(path).open("a") as file:

@@ -1,1 +1,1 @@
-"""The LR range test: measure which learning rates a model can be trained with."""
+"""The LR range test: find the learning rates with which a model can be trained."""

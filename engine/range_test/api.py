@@ -1,4 +1,4 @@
-"""Run the LR range test on a training engine and restore its state afterwards."""
+"""Run an LR range test on a training engine, and restore its state afterwards."""
 
 from __future__ import annotations
 
@@ -34,36 +34,39 @@ def lr_range_test(
     refine: bool = False,
     training_steps: int | None = None,
 ) -> LRRangeReport:
-    """Train with increasing learning rates, suggest a range, and restore the initial state.
+    """Run an LR range test: train with increasing learning rates, and suggest a range for 1Cycle.
 
-    Weights, buffers, optimizer, schedule, loss scale, counters and random states are restored bit
-    for bit, even after an exception, so a second call measures the same curve. During the test, a
-    boundary set by `set_gradient_accumulation_boundary` has no effect. Every rank must call this
-    function; the loss is averaged over all ranks.
+    Afterwards, the weights, buffers, optimizer, schedule, loss scale, counters and random states
+    are restored bit for bit, even after an exception. A second call therefore measures the same
+    curve. Every rank must call this function; the loss is averaged over all ranks. Boundaries set
+    with `set_gradient_accumulation_boundary` are ignored during the test.
 
-    With `refine`, short 1Cycle runs of `steps` steps follow the range test. They try five maximum
-    learning rates around the suggestion, each twice the previous one, and more until the best one
-    has a neighbor on each side. This is more reliable than reading the maximum from a curve, but
-    takes five to ten times as long.
+    If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. It tries five
+    maximum learning rates around the suggestion, each twice the previous one, and adds more while
+    the best one is the smallest or the largest. The refined suggestion is more reliable, but takes
+    five to ten times as long.
 
     Args:
-        trainer: training engine from `engine.initialize`, not in the middle of a batch.
-        batches: micro-batches; when they are exhausted, they are iterated again from the start.
-        loss_fn: function that returns the loss for the engine and a batch. By default the model is
-            called with the batch (a tuple or mapping is unpacked) and must return the loss.
+        trainer: training engine from `engine.initialize`. Gradient accumulation must not be in
+            progress.
+        batches: iterable of micro-batches. When it is exhausted, it is iterated again.
+        loss_fn: function that takes the engine and a batch and returns the loss. By default, the
+            model is called with the batch, which is unpacked if it is a tuple or a mapping, and
+            must return the loss.
         min_lr: learning rate of the first step.
         max_lr: learning rate of the last step.
         steps: number of steps, at least 2.
         shape: "exponential", "linear" or "staircase".
-        momentum: first and last momentum; momentum decreases while the learning rate increases.
-        divergence_factor: end the test when the smoothed loss is this many times its minimum.
-        refine: whether to train short cycles around the suggestion.
-        training_steps: number of steps of the planned training. If it is longer than the short
-            cycles, the refined maximum is multiplied by ``(steps / training_steps) ** 0.32``; see
-            `Refinement.max_lr`. None if it is as long as the short cycles.
+        momentum: first and last momentum, for a momentum that decreases while the learning rate
+            increases. By default, the momentum stays constant.
+        divergence_factor: ratio of the smoothed loss to its minimum at which the test ends.
+        refine: whether to refine the suggestion by training short cycles.
+        training_steps: number of steps of the planned training; by default, the same as `steps`. If
+            the training is longer than the short cycles, the refined maximum is multiplied by
+            ``(steps / training_steps) ** 0.32``; see `Refinement.max_lr`.
 
     Returns:
-        The loss curve, the suggested range and its confidence; see `LRRangeReport`.
+        The loss curve and the suggested range.
 
     Raises:
         ValueError: if `batches` is empty, `min_lr` is not below `max_lr`, accumulation is in
@@ -97,7 +100,7 @@ def lr_range_test(
     report = LRRangeReport((run_trial(sweep.scheduler, divergence_factor),))
     if not refine:
         return report
-    return report.refined(
+    return report.refine(
         lambda block, _: run_trial(block, math.inf), steps=steps, training_steps=training_steps
     )
 
@@ -109,6 +112,6 @@ def _repeat_forever(batches: Iterable[Any]) -> Iterator[Any]:
             yield batch
         if count == 0:
             raise ValueError(
-                "`batches` must yield at least one micro-batch, got none. Pass a list or a data "
-                "loader; a generator can be iterated only once."
+                "`batches` yields no micro-batches. Pass a list or a data loader; a generator can "
+                "be iterated only once."
             )

@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["RECORD", "Recorder", "Run", "SweepOver"]
 
 RECORD = "record.jsonl"
-"""File name of the record. The lines describe the run, then each step, then the end."""
+"""Name of the record file, which has a line of facts, a line per step, and a line for the end."""
 
 _PATIENCE = 3  # consecutive losses that are not finite
 _SKIPS = 50  # consecutive skipped steps: more than any loss scale needs to adapt
@@ -23,7 +23,7 @@ _STOPS = 3  # times that a script may catch `SweepOver`
 
 
 class SweepOver(SystemExit):
-    """Ends the script with exit status 0 after the range test is complete."""
+    """Raised to end the script with exit status 0 when the range test is complete."""
 
 
 @dataclass
@@ -36,11 +36,14 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     """Backend, world size, precision and batch size of the engine."""
     end: str = ""
-    """Why the run ended: "divergence", "steps", or "" if the script ended first."""
+    """Reason for the end of the run: "divergence", "steps", or "" if the script ended first."""
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:
-        """The learning rates, each with the loss of the following step, which shows its effect.
+        """The learning rates, and for each of them the loss of the next step.
+
+        The loss of a step is computed before its learning rate is applied, so only the loss of the
+        next step shows the effect of the learning rate.
 
         >>> Run(lrs=[0.1, 0.2, 0.4], losses=[2.3, 2.0, 1.5]).curve
         ([0.1, 0.2], [2.0, 1.5])
@@ -49,7 +52,7 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Read a record; an incomplete last line is ignored."""
+        """Read a run from a record file. An incomplete last line is ignored."""
         run = cls()
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -68,16 +71,16 @@ class Run:
 
 
 class Recorder:
-    """Records the learning rate and loss of every step and detects the end of the sweep.
+    """Records the learning rate and loss of each step, and detects the end of the sweep.
 
-    Every rank has a recorder. All ranks end the sweep at the same step, since they receive the
+    Every rank has a recorder. All ranks end the sweep at the same step, because they receive the
     same averaged loss.
 
     Args:
         steps: number of steps of the sweep; if None, record until the script ends.
-        divergence: end the sweep when the smoothed loss is this many times its minimum.
-        path: file for the record; None on all ranks except rank 0, which do not write one.
-        facts: backend, world size, precision and batch size; the record's first line.
+        divergence: ratio of the smoothed loss to its minimum at which the sweep ends.
+        path: path of the record file; None on all ranks except rank 0.
+        facts: backend, world size, precision and batch size, for the first line of the file.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class Recorder:
         self._path = path
         self._mean = self._weight = 0.0
         self._lowest = math.inf
-        self._broken = self._skips = self._stops = 0
+        self._nonfinite = self._skips = self._stops = 0
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
@@ -106,7 +109,7 @@ class Recorder:
             lr: learning rate of the step.
             momentum: momentum of the step, if the optimizer has one.
             loss: mean loss over the batch.
-            applied: whether the step was applied rather than skipped.
+            applied: whether the step was applied; False if it was skipped.
         """
         if self.run.end:
             return
@@ -119,18 +122,18 @@ class Recorder:
             run.momenta.append(momentum)
             shown = {"lr": lr, "loss": loss if finite else None, "momentum": momentum}
             self._write(shown)
-        if self._diverged(loss):
+        if self._has_diverged(loss):
             run.end = "divergence"
         elif self._steps is not None and len(run.lrs) >= self._steps:
             run.end = "steps"
         if run.end:
             self._write({"end": run.end})
 
-    def _diverged(self, loss: float) -> bool:
+    def _has_diverged(self, loss: float) -> bool:
         if not math.isfinite(loss):
-            self._broken += 1
-            return self._broken >= _PATIENCE
-        self._broken = 0
+            self._nonfinite += 1
+            return self._nonfinite >= _PATIENCE
+        self._nonfinite = 0
         self._mean = _LAG * self._mean + (1 - _LAG) * loss
         self._weight = _LAG * self._weight + (1 - _LAG)
         smoothed = self._mean / self._weight
@@ -145,9 +148,9 @@ class Recorder:
                 file.write(json.dumps(entry) + "\n")
 
     def stop_if_over(self) -> None:
-        """End the script once the sweep is over.
+        """Raise `SweepOver` to end the script if the sweep is over.
 
-        A script that keeps catching the exception is ended with `os._exit`.
+        If the script repeatedly catches the exception, end the process with `os._exit` instead.
 
         Raises:
             SweepOver: if the sweep is over.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engine.range_test.recorder import Run
 
-__all__ = ["Refinement", "check_training_steps", "refine", "short_cycle"]
+__all__ = ["Refinement", "build_short_cycle", "check_training_steps", "refine"]
 
 _FACTOR = 2.0  # ratio of neighboring maxima
 _REACH = 2  # number of maxima on each side of the best one to which the parabola is fitted
@@ -26,19 +26,20 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Refinement:
-    """Losses of short cycles with several maximum learning rates, and the best maximum.
+    """Results of short cycles with different maximum learning rates, and the best maximum.
 
     >>> tried = {0.01 * 2**k: (1 + (k - 0.5) ** 2 / 10,) for k in range(-2, 3)}
-    >>> round(Refinement(tried, begin=3.0, steps=250).lowest, 4)  # between 0.01 and 0.02
+    >>> round(Refinement(tried, initial_loss=3.0, steps=250).lowest, 4)  # between 0.01 and 0.02
     0.0141
-    >>> Refinement(tried, begin=3.0, steps=250, training_steps=2500).max_lr  # 10 times as long
+    >>> # The planned training is 10 times as long:
+    >>> Refinement(tried, initial_loss=3.0, steps=250, training_steps=2500).max_lr
     0.0068
     """
 
     losses: Mapping[float, tuple[float, ...]]
-    """For each maximum learning rate, the final loss of each repeat; infinite if it diverged."""
-    begin: float
-    """Mean loss before training."""
+    """Maps each maximum learning rate to the final losses of its cycles; infinite if diverged."""
+    initial_loss: float
+    """Mean loss before training, over all cycles."""
     steps: int
     """Number of steps of each cycle."""
     training_steps: int | None = None
@@ -47,12 +48,12 @@ class Refinement:
     @cached_property
     def lowest(self) -> float:
         """The maximum learning rate at which a cycle of `steps` steps has the lowest final loss."""
-        return self._lowest_of(np.array(list(self.losses.values())).mean(axis=1))
+        return self._find_lowest(np.array(list(self.losses.values())).mean(axis=1))
 
     @property
-    def of_each(self) -> list[float]:
-        """`lowest` computed from each repeat separately, to show the spread."""
-        return [self._lowest_of(column) for column in np.array(list(self.losses.values())).T]
+    def lowest_per_repeat(self) -> list[float]:
+        """The value of `lowest` for each repeat separately, which shows the spread."""
+        return [self._find_lowest(column) for column in np.array(list(self.losses.values())).T]
 
     @property
     def shrinkage(self) -> float:
@@ -65,17 +66,17 @@ class Refinement:
 
     @property
     def max_lr(self) -> float:
-        """The suggested maximum learning rate, ``lowest * shrinkage``, to two significant digits.
+        """The suggested maximum learning rate: ``lowest * shrinkage``, to two significant digits.
 
-        The best learning rate decreases with the length of the training, following a power law.
+        The best learning rate decreases as a power of the number of training steps.
 
         Source of the exponent: Bjorck et al., Scaling Optimal LR Across Token Horizons,
         https://arxiv.org/abs/2409.19913.
         """
         return float(f"{self.lowest * self.shrinkage:.2g}")
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Return the results as table rows of label and value."""
+    def to_rows(self) -> list[tuple[str, str]]:
+        """Return the results as (label, value) rows of a table."""
         rows = [
             (
                 f"final loss of a cycle with maximum {lr:.2g}",
@@ -83,8 +84,8 @@ class Refinement:
             )
             for lr, losses in self.losses.items()
         ]
-        spread = f" ({min(self.of_each):.2g} to {max(self.of_each):.2g})"
-        is_single = len(self.of_each) == 1
+        spread = f" ({min(self.lowest_per_repeat):.2g} to {max(self.lowest_per_repeat):.2g})"
+        is_single = len(self.lowest_per_repeat) == 1
         rows.append(
             ("best maximum of short cycles", f"{self.lowest:.2g}{'' if is_single else spread}")
         )
@@ -93,7 +94,7 @@ class Refinement:
         return rows
 
     def to_json(self) -> dict[str, Any]:
-        """Return the results as a JSON object; the losses of diverged cycles are null."""
+        """Return the results as a JSON object. Losses of diverged cycles are null."""
         cycles = [
             {"max_lr": lr, "losses": [loss if math.isfinite(loss) else None for loss in losses]}
             for lr, losses in self.losses.items()
@@ -102,21 +103,21 @@ class Refinement:
             "steps": self.steps,
             "training_steps": self.training_steps,
             "lowest": self.lowest,
-            "of_each_run": self.of_each,
+            "of_each_run": self.lowest_per_repeat,
             "cycles": cycles,
         }
 
-    def _lowest_of(self, losses: Array) -> float:
-        """Return the minimum of a parabola over log(lr), fitted around the lowest of the losses."""
+    def _find_lowest(self, losses: Array) -> float:
+        """Fit a parabola over log(lr) near the lowest loss, and return the lr of its minimum."""
         maxima = np.array(list(self.losses))
         order = np.argsort(maxima)
         x, y = np.log(maxima[order]), losses[order]
         low = int(np.argmin(y))
         near = slice(max(low - _REACH, 0), low + _REACH + 1)
         x, y = x[near], y[near]
-        # Ignore cycles that improve the loss less than half as much as the best one: they are too
-        # far from the minimum.
-        basin = np.isfinite(y) & (y <= (y.min() + self.begin) / 2)
+        # Ignore cycles that improve the loss less than half as much as the best cycle, because they
+        # are too far from the minimum.
+        basin = np.isfinite(y) & (y <= (y.min() + self.initial_loss) / 2)
         if basin.sum() < 3:
             return float(maxima[order][low])
         bend, slope, _ = np.polyfit(x[basin], y[basin], 2)
@@ -132,15 +133,18 @@ def refine(
     steps: int,
     training_steps: int | None = None,
 ) -> Refinement:
-    """Train short cycles with maxima a factor of 2 apart; add more while the best is at the edge.
+    """Find the best maximum learning rate by training short cycles.
+
+    The search starts with five maximum learning rates, each twice the previous one. It adds more
+    while the best one is the smallest or the largest.
 
     Args:
-        train: function that trains a cycle of `steps` steps, given the maximum learning rate and
-            the index of the repeat, and returns its record.
-        around: maximum learning rate to start the search from.
+        train: function that takes the maximum learning rate and the index of the repeat, trains a
+            cycle of `steps` steps, and returns the recorded run.
+        around: maximum learning rate at which the search starts.
         repeats: number of cycles per maximum.
-        steps: number of steps of a cycle.
-        training_steps: number of steps of the planned training; None if it equals ``steps``.
+        steps: number of steps per cycle.
+        training_steps: number of steps of the planned training; None if it equals `steps`.
 
     Raises:
         ValueError: if cycles diverge at every maximum.
@@ -148,17 +152,17 @@ def refine(
     initial_losses: list[float] = []
     losses: dict[int, tuple[float, ...]] = {}
 
-    def attempt(place: int) -> None:
-        runs = [train(around * _FACTOR**place, repeat) for repeat in range(repeats)]
+    def attempt(exponent: int) -> None:
+        runs = [train(around * _FACTOR**exponent, repeat) for repeat in range(repeats)]
         initial_losses.extend(
             run.losses[0] for run in runs if run.losses and math.isfinite(run.losses[0])
         )
-        losses[place] = tuple(_final_loss(run, steps) for run in runs)
+        losses[exponent] = tuple(_final_loss(run, steps) for run in runs)
 
-    for place in range(-_REACH, _REACH + 1):
-        attempt(place)
+    for exponent in range(-_REACH, _REACH + 1):
+        attempt(exponent)
     while True:
-        lowest = min(losses, key=lambda place: sum(losses[place]))
+        lowest = min(losses, key=lambda exponent: sum(losses[exponent]))
         beyond = {lowest - 1, lowest + 1} - set(losses)
         if not beyond or abs(lowest) == _FARTHEST:
             break
@@ -169,7 +173,7 @@ def refine(
             f"Short cycles diverged at every maximum learning rate, down to {least:.2g}. Omit "
             "`refine` to use the suggestion of the range test."
         )
-    tried = {around * _FACTOR**place: losses[place] for place in sorted(losses)}
+    tried = {around * _FACTOR**exponent: losses[exponent] for exponent in sorted(losses)}
     return Refinement(tried, float(np.mean(initial_losses or [math.inf])), steps, training_steps)
 
 
@@ -179,25 +183,33 @@ def _final_loss(run: Run, steps: int) -> float:
     return last if math.isfinite(last) and run.end != "divergence" else math.inf
 
 
-def check_training_steps(refines: bool, training_steps: int | None) -> None:
-    """Reject `training_steps` without `refine`; it has no other effect.
+def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
+    """Check `training_steps`, which has an effect only if the suggestion is refined.
 
     Raises:
         ValueError: if `training_steps` is given without `refine`, or is below 1.
     """
-    if training_steps is not None and not refines:
+    if training_steps is not None and not is_refined:
         raise ValueError(
-            "`training_steps` has no effect without `refine`. Set `refine`, or omit the other."
+            "`training_steps` has no effect without `refine`. Set `refine`, or omit "
+            "`training_steps`."
         )
     if training_steps is not None and training_steps < 1:
         raise ValueError(f"`training_steps` must be >= 1, got {training_steps}.")
 
 
-def short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> dict[str, Any]:
-    """Return a short OneCycle block; keep the given block's momentum and ratio of its halves.
+def build_short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> dict[str, Any]:
+    """Build the scheduler block of a short cycle from another OneCycle block.
+
+    The momentum and the ratio of the two halves are kept.
+
+    Args:
+        block: OneCycle scheduler block.
+        max_lr: maximum learning rate of the short cycle.
+        steps: number of steps of the short cycle.
 
     >>> params = {"cycle_first_step_size": 300, "cycle_second_step_size": 700}
-    >>> short_cycle({"type": "OneCycle", "params": params}, 0.5, 100)["params"]
+    >>> build_short_cycle({"type": "OneCycle", "params": params}, 0.5, 100)["params"]
     ... # doctest: +NORMALIZE_WHITESPACE
     {'cycle_min_lr': 0.05, 'cycle_max_lr': 0.5,
      'cycle_first_step_size': 30, 'cycle_second_step_size': 70}

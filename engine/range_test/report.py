@@ -1,4 +1,4 @@
-"""The result of a range test: suggestion, plot, table and scheduler block."""
+"""The report of an LR range test: suggestion, plot, table and scheduler block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.range_test.recorder import Run
-from engine.range_test.refinement import Refinement, refine, short_cycle
+from engine.range_test.refinement import Refinement, build_short_cycle, refine
 from engine.range_test.suggestion import EDGE, Suggestion, suggest
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ __all__ = ["LRRangeReport"]
 
 @dataclass(frozen=True)
 class LRRangeReport:
-    """The runs of a range test, the suggested range, and its refinement by short cycles.
+    """The result of an LR range test: its runs, the suggested range, and its refinement.
 
     >>> lrs = [10 ** (-5 + k / 25) for k in range(150)]
     >>> losses = [2.3 - 1.5 / (1 + (1e-3 / lr) ** 2) + (lr / 0.1) ** 2 for lr in lrs]
@@ -48,7 +48,7 @@ class LRRangeReport:
         """The learning rate at the start and end of a cycle: a tenth of `max_lr`."""
         return None if self.max_lr is None else float(f"{self.max_lr / 10:.2g}")
 
-    def refined(
+    def refine(
         self,
         train: Callable[[dict[str, Any], int], Run],
         *,
@@ -56,20 +56,22 @@ class LRRangeReport:
         training_steps: int | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> LRRangeReport:
-        """Train short cycles around the suggestion, if any, and return the refined report.
+        """Return a report in which the suggestion is refined by training short cycles.
+
+        If there is no suggestion, return this report without training.
 
         Args:
             train: function that takes a scheduler block and the index of the repeat, trains with
-                this schedule and returns the record.
-            steps: number of steps of a cycle.
-            training_steps: number of steps of the planned training; None if it equals ``steps``.
-            known: OneCycle block; the cycles use its momentum and the ratio of its halves.
+                this schedule and returns the recorded run.
+            steps: number of steps per cycle.
+            training_steps: number of steps of the planned training; None if it equals `steps`.
+            known: OneCycle block whose momentum and ratio of the two halves the cycles use.
         """
         if self.suggestion.max_lr is None:
             return self
         block = self.block(known)
         found = refine(
-            lambda max_lr, repeat: train(short_cycle(block, max_lr, steps), repeat),
+            lambda max_lr, repeat: train(build_short_cycle(block, max_lr, steps), repeat),
             self.suggestion.max_lr,
             repeats=len(self.runs),
             steps=steps,
@@ -79,37 +81,37 @@ class LRRangeReport:
 
     @cached_property
     def suggestion(self) -> Suggestion:
-        """The suggestion from all runs; if ``max_lr`` is None, ``reason`` explains why.
+        """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The curve and the rules use the points of all runs. With several runs, ``max_lr`` is the
-        median of the suggestions of the individual runs if more than half of the runs have one.
-        A single run that diverged early therefore has little effect.
+        The smoothed curve and the rules use the points of all runs. If there are several runs, and
+        more than half of them have a suggestion, ``max_lr`` is the median of these suggestions, so
+        that a single run that diverged early has little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
             for parts in zip(*(run.curve for run in self.runs), strict=True)
         )
-        ends = [end for end in map(_diverged_at, self.runs) if end is not None]
+        ends = [end for end in map(_find_divergence, self.runs) if end is not None]
         diverged_at = statistics.median(ends) if len(ends) == len(self.runs) else None
         found = suggest(lrs, losses, diverged_at=diverged_at)
-        each = self.of_each
+        each = self.max_lrs
         max_lr = statistics.median(each) if 2 * len(each) > len(self.runs) > 1 else found.max_lr
         rounded = max_lr and float(f"{max_lr:.2g}")
         return Suggestion(rounded, "" if rounded else found.reason, found.rules, found.smoothed)
 
     @property
-    def of_each(self) -> list[float]:
-        """The suggested maximum of each run that has one, to show the spread; empty for one run."""
+    def max_lrs(self) -> list[float]:
+        """The suggested maximum of each run with a suggestion. Empty if there is only one run."""
         if len(self.runs) == 1:
             return []
         each = (_suggest_from(run).max_lr for run in self.runs)
         return [lr for lr in each if lr is not None]
 
     def block(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return a 1Cycle scheduler block with the suggested range.
+        """Return a OneCycle scheduler block with the suggested range.
 
         Args:
-            known: OneCycle scheduler block; params that the range test does not set are kept.
+            known: OneCycle scheduler block that provides the other params.
 
         Raises:
             ValueError: if there is no suggestion.
@@ -124,7 +126,7 @@ class LRRangeReport:
         return {"type": "OneCycle", "params": params}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as a JSON object; losses that are not finite are null."""
+        """Return the report as a JSON object. Losses that are not finite are null."""
         suggestion = self.suggestion
         return {
             "suggestion": {
@@ -132,7 +134,7 @@ class LRRangeReport:
                 "min_lr": self.min_lr,
                 "reason": suggestion.reason,
                 "rules": dict(suggestion.rules),
-                "of_each_run": self.of_each,
+                "of_each_run": self.max_lrs,
             },
             "refinement": self.refinement and self.refinement.to_json(),
             "scheduler": self.block() if self.max_lr is not None else None,
@@ -149,7 +151,7 @@ class LRRangeReport:
         }
 
     def table(self) -> Table:
-        """Return the value of each rule and the suggestion as a table for the terminal."""
+        """Return a table of each rule's learning rate and the suggestion, for the terminal."""
         from rich.table import Table
 
         suggestion = self.suggestion
@@ -162,20 +164,20 @@ class LRRangeReport:
         if suggestion.band:
             low, high = suggestion.band
             table.add_row(f"{', '.join(EDGE)} agree within a factor of", f"{high / low:.2g}")
-        if self.of_each:
-            low, high = min(self.of_each), max(self.of_each)
-            runs = f"each of {len(self.of_each)} runs separately"
-            middle = statistics.median(self.of_each)
+        if self.max_lrs:
+            low, high = min(self.max_lrs), max(self.max_lrs)
+            runs = f"each of {len(self.max_lrs)} runs separately"
+            middle = statistics.median(self.max_lrs)
             table.add_row(runs, f"{low:.2g} to {high:.2g}, median {middle:.2g}")
         if self.refinement:
-            for row in self.refinement.rows():
+            for row in self.refinement.to_rows():
                 table.add_row(*row)
         table.add_row("suggested maximum", f"{self.max_lr:.2g}", style="bold")
         table.add_row("suggested minimum", f"{self.min_lr:.2g}", style="bold")
         return table
 
     def draw(self, path: Path) -> None:
-        """Plot the loss against the learning rate, mark the suggested range, and save a PNG."""
+        """Plot the loss over the learning rate with the suggested range, and save it as PNG."""
         from matplotlib.figure import Figure
 
         panels = 2 if self.refinement else 1
@@ -189,7 +191,7 @@ class LRRangeReport:
     def _draw_sweep(self, axis: Axes) -> None:
         for run in self.runs:
             axis.plot(*run.curve, ".", markersize=3, color="tab:blue", alpha=0.35)
-            diverged_at = _diverged_at(run)
+            diverged_at = _find_divergence(run)
             if diverged_at is not None:
                 axis.axvline(diverged_at, color="tab:red", linewidth=0.8, label="divergence")
         suggestion = self.suggestion
@@ -222,8 +224,13 @@ class LRRangeReport:
         axis.set(xscale="log", xlabel="cycle_max_lr", ylabel="loss at the end", title=title)
         _add_grid_and_legend(axis)
 
-    def drawn_on_terminal(self, width: int, *, color: bool = False) -> str:
-        """Return a text plot of the smoothed loss over log10 of the learning rate."""
+    def draw_in_terminal(self, width: int, *, color: bool = False) -> str:
+        """Return a text plot of the smoothed loss over log10(lr).
+
+        Args:
+            width: width of the plot in characters.
+            color: whether to use terminal colors.
+        """
         import plotext
 
         smoothed = self.suggestion.smoothed
@@ -240,7 +247,7 @@ class LRRangeReport:
         return str(drawn if color else plotext.uncolorize(drawn))
 
     def write(self, directory: Path) -> Sequence[Path]:
-        """Write the plot and ``report.json`` to a directory; return their paths."""
+        """Write the plot and ``report.json`` to a directory. Return their paths."""
         directory.mkdir(parents=True, exist_ok=True)
         picture, data = directory / "lr_range.png", directory / "report.json"
         data.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -249,10 +256,10 @@ class LRRangeReport:
 
 
 def _suggest_from(run: Run) -> Suggestion:
-    return suggest(*run.curve, diverged_at=_diverged_at(run))
+    return suggest(*run.curve, diverged_at=_find_divergence(run))
 
 
-def _diverged_at(run: Run) -> float | None:
+def _find_divergence(run: Run) -> float | None:
     lrs, _ = run.curve
     return lrs[-1] if run.end == "divergence" and lrs else None
 

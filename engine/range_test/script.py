@@ -1,4 +1,4 @@
-"""Run the LR range test in a training script, for `onecycle lr-test` or an `LRRangeTest` config."""
+"""Run an LR range test in a training script, for `onecycle lr-test` or an `LRRangeTest` config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ log = logging.getLogger("onecycle")
 
 
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
-    """Return a script's config for `onecycle lr-test`, with its schedule replaced by the sweep."""
+    """Return a config whose schedule is replaced by the sweep of `onecycle lr-test`.
+
+    The sweep's seed offset is added to the seed of the config and to torch's seed.
+    """
     changed = config.copy_for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:
         torch.manual_seed(torch.initial_seed() + sweep.seed_offset)
@@ -32,15 +35,15 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
 
 
 def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
-    """Record the steps of a run whose schedule is a range test.
+    """Attach a recorder to an engine if its schedule is an LR range test.
 
     With `onecycle lr-test`, the script ends when the sweep is over. With an `LRRangeTest` in the
-    config, training continues and the report is written when the process exits.
+    config, training continues, and the report is written when the process exits.
 
     Args:
         engine: training engine before its first step.
-        sweep: sweep that `onecycle lr-test` requested; if None, record the run only if the config's
-            schedule is an `LRRangeTest`.
+        sweep: sweep of `onecycle lr-test`. If None, a recorder is attached only if the schedule in
+            the config is an `LRRangeTest`.
     """
     is_first = engine.global_rank == 0
     if sweep is not None:
@@ -69,6 +72,8 @@ def _write_report(recorder: Recorder, directory: Path) -> None:
     picture, _ = report.write(directory)
     found = report.suggestion
     verdict = (
-        f"cycle_max_lr {found.max_lr:.2g}" if found.max_lr else f"no suggestion: {found.reason}"
+        f"suggested cycle_max_lr: {found.max_lr:.2g}"
+        if found.max_lr
+        else f"no suggestion: {found.reason}"
     )
-    log.info("LR range test: %s; %s", verdict, picture)
+    log.info("LR range test: %s. See the plot in %s.", verdict, picture)

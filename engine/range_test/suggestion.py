@@ -1,6 +1,6 @@
-"""Suggest a maximum learning rate from a range test's losses, or explain why there is none.
+"""Suggest a maximum learning rate from the losses of an LR range test.
 
-This module only computes: it does not train and does not import torch.
+This module does not train a model or import torch.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ MIN_STEPS = 8
 """Minimum number of distinct learning rates for a suggestion."""
 
 EDGE = ("end of descent", "minimum", "divergence / 10")
-"""Rules for the largest learning rate that still lowers the loss; `max_lr` is their median."""
+"""Rules for the largest learning rate that still reduces the loss. `max_lr` is their median."""
 
 CAREFUL = ("steepest", "valley", "minimum / 10")
-"""Rules that other tools use for a constant learning rate; a cycle can use a larger maximum."""
+"""Rules of other tools for a constant learning rate. The maximum of a cycle can be larger."""
 
 Array = NDArray[np.float64]
 
-# Pure noise still has hills after smoothing. The highest and the lowest of about 50 independent
-# points are typically 4.5 standard errors apart, and hardly ever 7.
+# A curve of pure noise is not flat after smoothing. The highest and the lowest of about 50
+# independent points typically differ by 4.5 standard errors, and hardly ever by 7.
 _CERTAIN = 7.0
 _BANDWIDTHS = (0.015, 0.025, 0.04, 0.06, 0.09, 0.13)  # fractions of the sweep
 _MOST_POINTS = 400
@@ -38,29 +38,31 @@ _SPIKE = 5.0  # standard deviations from the median of its neighbors
 
 
 @dataclass(frozen=True)
-class Smoothed:
-    """A smoothed loss curve: log10 of the learning rates, the losses and their standard errors."""
+class SmoothedCurve:
+    """A smoothed loss curve."""
 
     x: Array
+    """Log10 of the learning rates."""
     loss: Array
+    """Smoothed losses."""
     error: Array
     """Standard error of each loss, estimated from the residuals of the smoothing."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The suggested maximum learning rate, and the values of the rules it is based on."""
+    """The suggested maximum learning rate, and the rules that it is based on."""
 
     max_lr: float | None
-    """None if the curve does not allow a suggestion; `reason` explains why."""
+    """Suggested maximum; None if the curve does not allow a suggestion (see `reason`)."""
     reason: str = ""
     rules: Mapping[str, float] = field(default_factory=dict)
-    """Learning rate of each rule of `EDGE` and `CAREFUL` that applies."""
-    smoothed: Smoothed | None = None
+    """Maps each rule of `EDGE` and `CAREFUL` that applies to its learning rate."""
+    smoothed: SmoothedCurve | None = None
 
     @property
     def band(self) -> tuple[float, float] | None:
-        """Smallest and largest learning rate of the `EDGE` rules; a narrow band if they agree."""
+        """Smallest and largest learning rate of the `EDGE` rules; close together if they agree."""
         edge = [self.rules[name] for name in EDGE if name in self.rules]
         return (min(edge), max(edge)) if edge else None
 
@@ -68,24 +70,24 @@ class Suggestion:
 def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = None) -> Suggestion:
     """Suggest a maximum learning rate from the losses of a range test.
 
-    The curve is smoothed over log(lr) without lag. Losses that are not finite and single spikes are
-    dropped, losses far above the initial loss are clipped, and a line is fitted locally around each
-    point; generalized cross-validation selects the bandwidth. Each rule then selects a learning
-    rate:
+    First, losses that are not finite and single spikes are dropped, and losses far above the
+    initial loss are clipped. The losses are then smoothed over log(lr) by local linear regression,
+    with a bandwidth that generalized cross-validation selects. Each rule selects a learning rate
+    from the smoothed curve:
 
     - end of descent: the point at which the loss has completed 90 % of its descent;
     - minimum: the middle of the range in which the loss exceeds its minimum by less than 5 % of the
       descent;
-    - divergence / 10: a tenth of the learning rate at which the loss diverges: it rises back by
-      90 % of the descent, is no longer finite, or makes the test end;
+    - divergence / 10: a tenth of the learning rate at which the loss diverges, that is, rises again
+      by 90 % of the descent, is no longer finite, or ends the test;
     - steepest: the point at which the loss falls fastest over log(lr);
     - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.
 
-    The suggestion is the median of the first three rules, or of those that apply. A cycle reaches
-    its maximum only briefly, so the maximum can be as large as the learning rate at which the loss
-    stops falling. The last three rules are meant for a constant learning rate. As the maximum of a
-    cycle, their values are too low, so training is slow (docs/results/lr_test.md).
+    The suggestion is the median of the first three rules; rules that do not apply are ignored. A
+    cycle reaches its maximum only briefly, so the maximum can be as large as the learning rate at
+    which the loss stops falling. The last three rules are meant for a constant learning rate. Their
+    values are too small for the maximum of a cycle (docs/results/lr_test.md).
 
     Args:
         lrs: learning rate of each step, positive, in any order and spacing.
@@ -109,7 +111,8 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     x, y = np.asarray(lrs, float), np.asarray(losses, float)
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(
-            f"`losses` must have as many values as `lrs`, got {y.size} losses for {x.size} lrs."
+            f"`lrs` and `losses` must be 1-D with the same length, got shapes {x.shape} and "
+            f"{y.shape}."
         )
     if not np.all(x > 0):
         raise ValueError(f"`lrs` must be positive, got {x.min()}.")
@@ -123,24 +126,24 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     if steps < MIN_STEPS:
         reason = f"at least {MIN_STEPS} different learning rates are required, got {steps}"
         return Suggestion(None, reason)
-    bursts = _first_burst(x, finite)
+    divergence = _find_divergence(x, finite)
     x, y = x[finite], y[finite]
     if np.ptp(y) <= 1e-9 * np.abs(y).max():
         return Suggestion(None, f"the loss does not fall: it is {y[0]:.4g} at every learning rate")
-    if bursts is None and diverged_at is not None:
-        bursts = math.log10(diverged_at)
-    return _read(smooth(x, y), bursts)
+    if divergence is None and diverged_at is not None:
+        divergence = math.log10(diverged_at)
+    return _apply_rules(smooth(x, y), divergence)
 
 
-def _first_burst(x: Array, finite: NDArray[np.bool_]) -> float | None:
-    """Return log10 of the first learning rate from which most losses are not finite, or None."""
+def _find_divergence(x: Array, finite: NDArray[np.bool_]) -> float | None:
+    """Return log10 of the learning rate after which most losses are not finite, or None."""
     finite_after = np.cumsum(finite[::-1])[::-1] / np.arange(finite.size, 0, -1)
     gone = np.flatnonzero(~finite & (finite_after < 0.5))
     return float(x[gone[0]]) if gone.size else None
 
 
-def smooth(x: Array, y: Array) -> Smoothed:
-    """Smooth a curve without lag by local linear fits; cross-validation selects the bandwidth.
+def smooth(x: Array, y: Array) -> SmoothedCurve:
+    """Smooth a loss curve by local linear regression. Cross-validation selects the bandwidth.
 
     Args:
         x: log10 of the learning rates, ascending.
@@ -150,9 +153,9 @@ def smooth(x: Array, y: Array) -> Smoothed:
     start = float(np.median(y[: max(5, y.size // 10)]))
     y = np.minimum(y, start + 0.5 * max(start - float(y.min()), 1e-12))
     span = x[-1] - x[0]
-    best: tuple[float, Smoothed] | None = None
+    best: tuple[float, SmoothedCurve] | None = None
     for bandwidth in _BANDWIDTHS:
-        weights = _local_lines(x, bandwidth * span)
+        weights = _build_smoother(x, bandwidth * span)
         fitted = weights @ y
         free = y.size - np.trace(weights)
         if free < 2:
@@ -161,16 +164,16 @@ def smooth(x: Array, y: Array) -> Smoothed:
         residuals = (y - fitted) ** 2
         score = y.size * float(residuals.sum()) / free**2
         if best is None or score < best[0]:
-            near = _local_lines(x, _BANDWIDTHS[-1] * span)
+            near = _build_smoother(x, _BANDWIDTHS[-1] * span)
             variance = np.maximum(near @ residuals, residuals.mean() / 4) * y.size / free
             error = np.sqrt(variance * (weights**2).sum(1))
-            best = score, Smoothed(x, fitted, error)
+            best = score, SmoothedCurve(x, fitted, error)
     assert best is not None  # the largest bandwidth always leaves degrees of freedom
     return best[1]
 
 
 def _reduce_points(x: Array, y: Array) -> tuple[Array, Array]:
-    """Average losses at the same learning rate, and neighbors if there are too many points."""
+    """Average losses with equal learning rates, and neighboring points if there are too many."""
     x, places = np.unique(x, return_inverse=True)
     y = np.bincount(places, y) / np.bincount(places)
     if x.size <= _MOST_POINTS:
@@ -184,7 +187,7 @@ def _reduce_points(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _remove_spikes(x: Array, y: Array) -> tuple[Array, Array]:
-    """Remove single points far above or below the median of their neighbors."""
+    """Remove single points that are far above or below the median of their neighbors."""
     around = np.lib.stride_tricks.sliding_window_view(np.pad(y, 3, mode="reflect"), 7)
     away = np.abs(y - np.median(around, axis=1))
     usual = 1.4826 * np.median(away)
@@ -192,8 +195,8 @@ def _remove_spikes(x: Array, y: Array) -> tuple[Array, Array]:
     return x[kept], y[kept]
 
 
-def _local_lines(x: Array, bandwidth: float) -> Array:
-    """Return the matrix that maps losses to the values of the local linear fits."""
+def _build_smoother(x: Array, bandwidth: float) -> Array:
+    """Return the matrix that maps losses to the values of local linear regression."""
     off = x[None, :] - x[:, None]
     # Widen the kernel where points are sparse, such as at the start of a linear sweep.
     nearest = np.partition(np.abs(off), min(6, x.size - 1), axis=1)[:, min(6, x.size - 1)]
@@ -204,7 +207,7 @@ def _local_lines(x: Array, bandwidth: float) -> Array:
     return np.asarray(lines / (zeroth * second - first**2))
 
 
-def _read(curve: Smoothed, burst: float | None) -> Suggestion:
+def _apply_rules(curve: SmoothedCurve, divergence: float | None) -> Suggestion:
     x, loss = curve.x, curve.loss
     low = int(np.argmin(loss))
     # The descent starts at the highest loss before the minimum.
@@ -212,18 +215,18 @@ def _read(curve: Smoothed, burst: float | None) -> Suggestion:
     fall = float(loss[top] - loss[low])
     error = float(np.hypot(curve.error[top], curve.error[low]))
     if fall <= _CERTAIN * error or fall <= 0:
-        if burst is not None and burst <= x[max(low, 1)]:
+        if divergence is not None and divergence <= x[max(low, 1)]:
             return Suggestion(
-                None, f"the loss is not finite at learning rates >= {10**burst:.3g}", {}, curve
+                None, f"the loss is not finite at learning rates >= {10**divergence:.3g}", {}, curve
             )
         reason = (
-            f"the loss falls by at most {max(fall, 0):.3g}, too little for a standard error of "
-            f"{error:.2g}"
+            f"the loss falls by only {max(fall, 0):.3g}, which is not significant with a standard "
+            f"error of {error:.2g}"
         )
         return Suggestion(None, reason, {}, curve)
     slope = np.gradient(loss, x)
     steepest = top + int(np.argmin(slope[top : low + 1]))
-    if low >= x.size - 2 and burst is None and slope[-1] < 0.5 * slope[steepest]:
+    if low >= x.size - 2 and divergence is None and slope[-1] < 0.5 * slope[steepest]:
         largest = f"{10 ** x[-1]:.3g}"
         reason = f"the loss still falls at the largest learning rate, {largest}; extend the range"
         return Suggestion(None, reason, {}, curve)
@@ -232,32 +235,32 @@ def _read(curve: Smoothed, burst: float | None) -> Suggestion:
     end = top + int(np.flatnonzero(gained >= 0.9)[0])
     rules = {"end of descent": x[end]}
     lost = np.flatnonzero(loss[low:] >= loss[low] + 0.9 * fall)
-    turns = lost.size > 0 or burst is not None or low < x.size - 2
+    turns = lost.size > 0 or divergence is not None or low < x.size - 2
     if turns:
-        rules["minimum"] = _middle_of_basin(x, loss, loss[low] + _BASIN * fall)
+        rules["minimum"] = _find_middle_of_basin(x, loss, loss[low] + _BASIN * fall)
     if lost.size:
         rules["divergence / 10"] = x[low + int(lost[0])] - 1
-    elif burst is not None:
-        rules["divergence / 10"] = burst - 1
+    elif divergence is not None:
+        rules["divergence / 10"] = divergence - 1
     middle = float(np.median(list(rules.values())))
     rules |= {"steepest": x[steepest], "valley": (x[first] + x[end]) / 2}
     if turns:
         # Before the descent starts, the model does not learn.
         rules["minimum / 10"] = max(x[low] - 1, x[first])
-    return Suggestion(10**middle, "", _powers(rules), curve)
+    return Suggestion(10**middle, "", _exponentiate(rules), curve)
 
 
-def _middle_of_basin(x: Array, loss: Array, shore: float) -> float:
-    """Return the middle of the interval around the minimum in which the loss is below ``shore``.
+def _find_middle_of_basin(x: Array, loss: Array, limit: float) -> float:
+    """Return the middle of the interval around the minimum in which the loss is below ``limit``.
 
-    In a flat basin, noise determines the lowest point, but hardly affects the middle.
+    If the curve is flat there, noise determines the lowest point, but hardly affects the middle.
     """
     low = int(np.argmin(loss))
-    above = np.flatnonzero(loss > shore)
+    above = np.flatnonzero(loss > limit)
     left = above[above < low].max(initial=-1) + 1
     right = above[above > low].min(initial=x.size) - 1
     return float(x[left] + x[right]) / 2
 
 
-def _powers(logarithms: Mapping[str, float]) -> dict[str, float]:
+def _exponentiate(logarithms: Mapping[str, float]) -> dict[str, float]:
     return {name: float(10**value) for name, value in logarithms.items()}

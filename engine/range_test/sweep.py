@@ -1,4 +1,4 @@
-"""The learning rates that an LR range test sweeps."""
+"""The settings of an LR range test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from engine.distributed.environment import LR_TEST
 
-__all__ = ["Sweep", "sweep_of_environment"]
+__all__ = ["Sweep", "read_sweep"]
 
 Shape = Literal["exponential", "linear", "staircase"]
 
@@ -20,24 +20,24 @@ _STAIRS = 20
 
 @dataclass(frozen=True)
 class Sweep:
-    """Learning rates that increase until training diverges, and the settings of the test.
+    """The settings of an LR range test, in which the learning rate increases at each step.
 
     Args:
         min_lr: learning rate of the first step.
         max_lr: learning rate of the last step.
         steps: number of steps.
         shape: "exponential", "linear", or "staircase" (20 stairs of equal height).
-        momentum: first and last momentum; it decreases while the learning rate increases. If
-            None, the momentum stays constant.
+        momentum: first and last momentum, for a momentum that decreases while the learning rate
+            increases. If None, the momentum stays constant.
         block: scheduler block to use instead of the arguments above.
-        divergence_factor: end the sweep when the smoothed loss is this many times its minimum.
-        directory: directory for the record.
-        config: config file to use instead of the script's config.
-        seed_offset: number to add to the config's seed.
+        divergence_factor: ratio of the smoothed loss to its minimum at which the sweep ends.
+        directory: directory of the record file.
+        config: path of the config to use instead of the script's config.
+        seed_offset: number that is added to the seed of the config and to torch's seed.
 
     Raises:
-        ValueError: if ``0 < min_lr < max_lr`` does not hold, `steps` is below 2, or `momentum` is
-            set for a staircase.
+        ValueError: if `min_lr` is not positive, `max_lr` is not finite or not above `min_lr`,
+            `steps` is below 2, or `momentum` is set for a staircase.
     """
 
     min_lr: float = 1e-6
@@ -54,8 +54,8 @@ class Sweep:
     def __post_init__(self) -> None:
         if not 0 < self.min_lr < self.max_lr < math.inf:
             raise ValueError(
-                f"`min_lr` must be > 0 and `max_lr` must be larger and finite, got {self.min_lr:g} "
-                f"and {self.max_lr:g}."
+                "`min_lr` and `max_lr` must be finite with 0 < `min_lr` < `max_lr`, got "
+                f"{self.min_lr:g} and {self.max_lr:g}."
             )
         if self.steps < 2:
             raise ValueError(f"`steps` must be >= 2, got {self.steps}.")
@@ -88,12 +88,12 @@ class Sweep:
         }
         return {"type": "LRRangeTest", "params": params}
 
-    def environment(self) -> dict[str, str]:
+    def to_environment(self) -> dict[str, str]:
         """Return the environment variable that passes this sweep to `initialize`."""
         return {LR_TEST: json.dumps(asdict(self))}
 
 
-def sweep_of_environment() -> Sweep | None:
-    """Return the sweep if `onecycle lr-test` runs this process, else None."""
+def read_sweep() -> Sweep | None:
+    """Return the sweep that `onecycle lr-test` passed to this process, or None."""
     text = os.environ.get(LR_TEST)
     return Sweep(**json.loads(text)) if text else None

@@ -1,4 +1,4 @@
-"""Training images: Fashion-MNIST if a copy is available, otherwise scikit-learn's digits."""
+"""Load Fashion-MNIST if a copy is available, otherwise scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, pad
 from torch.utils.data import TensorDataset
 
 _FILES = {"train": "train", "test": "t10k"}
-_FOLDERS = (
+_DIRECTORIES = (
     Path("/usr/share/datasets/fashion-mnist"),  # Debian's package dataset-fashion-mnist
     Path.home() / ".cache" / "torchvision" / "FashionMNIST" / "raw",
     Path("data") / "FashionMNIST" / "raw",  # torchvision's download in the working directory
@@ -22,7 +22,10 @@ _FOLDERS = (
 
 
 class Images(NamedTuple):
-    """Training and test images, shape (n, 1, 28, 28) in [0, 1], their labels, and their source."""
+    """Training and test sets with their source.
+
+    Images have shape (n, 1, 28, 28) and values in [0, 1].
+    """
 
     train: TensorDataset
     test: TensorDataset
@@ -30,27 +33,28 @@ class Images(NamedTuple):
 
 
 def load() -> Images:
-    """Return Fashion-MNIST from ``FASHION_MNIST_DIR`` or a default directory, otherwise the digits.
+    """Load Fashion-MNIST from ``FASHION_MNIST_DIR`` or a default directory, otherwise the digits.
 
     Raises:
-        FileNotFoundError: ``FASHION_MNIST_DIR`` is set but does not contain the four files.
+        FileNotFoundError: if ``FASHION_MNIST_DIR`` is set but does not contain the four files.
     """
     named = os.environ.get("FASHION_MNIST_DIR")
-    for directory in [Path(named)] if named else _FOLDERS:
-        files = {part: _files(directory, prefix) for part, prefix in _FILES.items()}
+    for directory in [Path(named)] if named else _DIRECTORIES:
+        files = {part: _find_files(directory, prefix) for part, prefix in _FILES.items()}
         if all(files.values()):
-            train, test = (_dataset(*files[part]) for part in _FILES)
+            train, test = (_build_dataset(*files[part]) for part in _FILES)
             return Images(train, test, f"Fashion-MNIST from {directory}")
     if named:
         raise FileNotFoundError(
-            f"FASHION_MNIST_DIR must hold train-images-idx3-ubyte(.gz) and the other three files "
-            f"of Fashion-MNIST; {named} does not. Unset it to train on scikit-learn's digits."
+            f"FASHION_MNIST_DIR must contain the four files of Fashion-MNIST, such as "
+            f"train-images-idx3-ubyte(.gz), but {named} does not. Set it to another directory, or "
+            "unset it to train on scikit-learn's digits."
         )
-    return _digits()
+    return _load_digits()
 
 
-def _files(directory: Path, prefix: str) -> tuple[Path, ...]:
-    """Return the paths of the image and label files, compressed or not; () if one is missing."""
+def _find_files(directory: Path, prefix: str) -> tuple[Path, ...]:
+    """Return the paths of the image file and the label file, or () if a file is missing."""
     found = []
     for kind in ("images-idx3", "labels-idx1"):
         plain = directory / f"{prefix}-{kind}-ubyte"
@@ -60,7 +64,7 @@ def _files(directory: Path, prefix: str) -> tuple[Path, ...]:
     return tuple(found) if len(found) == 2 else ()
 
 
-def _dataset(images: Path, labels: Path) -> TensorDataset:
+def _build_dataset(images: Path, labels: Path) -> TensorDataset:
     pixels = _read_idx(images).astype(np.float32) / 255
     return TensorDataset(
         torch.from_numpy(pixels)[:, None], torch.from_numpy(_read_idx(labels)).long()
@@ -68,14 +72,14 @@ def _dataset(images: Path, labels: Path) -> TensorDataset:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """Read an array from an IDX file: magic number, shape, then bytes."""
+    """Read an array of bytes from an IDX file, which may be compressed with gzip."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     rank = data[3]
     shape = np.frombuffer(data, ">u4", count=rank, offset=4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
 
 
-def _digits() -> Images:
+def _load_digits() -> Images:
     from sklearn.datasets import load_digits
 
     digits = load_digits()

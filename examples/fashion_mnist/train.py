@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 def lenet() -> nn.Module:
-    """Build LeNet with ReLU and max pooling, as in Dive into Deep Learning."""
+    """Build LeNet with ReLU and max pooling."""
     return nn.Sequential(
         nn.Conv2d(1, 6, kernel_size=5, padding=2),
         nn.ReLU(),
@@ -44,16 +44,16 @@ def lenet() -> nn.Module:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: TensorDataset) -> float:
+def compute_accuracy(model: nn.Module, data: TensorDataset) -> float:
     """Return the fraction of samples that the model classifies correctly."""
     model.eval()
     parts = zip(*(torch.split(tensor, 1000) for tensor in data.tensors), strict=True)
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in parts)
+    correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in parts)
     model.train()
-    return right / len(data)
+    return correct / len(data)
 
 
-def progress_bar(console: Console) -> Progress:
+def build_progress_bar(console: Console) -> Progress:
     return Progress(
         BarColumn(),
         MofNCompleteColumn(),
@@ -68,9 +68,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--config", default=HERE / "ds_config.json", help="a ds_config.json")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: 3000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
+    parser.add_argument("--config", default=HERE / "ds_config.json", help="path of the config")
+    parser.add_argument(
+        "--steps", type=int, default=3000, help="number of optimizer steps (default: 3000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("run"), help="directory for the plot")
     args = parser.parse_args()
 
@@ -82,13 +84,14 @@ def main() -> None:
     first = trainer.global_rank == 0
     console = Console(quiet=not first)
     console.print(
-        f"Training on {data.source}: {len(data.train):,} images, {len(data.test):,} to test."
+        f"Training on {data.source}: {len(data.train):,} training images, "
+        f"{len(data.test):,} test images."
     )
 
     used: dict[str, list[float]] = {"lr": [], "momentum": [], "loss": []}
     window = 0.0
     fields: dict[str, Any] = {"loss": float("nan"), "lr": 0.0, "momentum": 0.0, "speed": 0.0}
-    with progress_bar(console) as bar:
+    with build_progress_bar(console) as bar:
         task = bar.add_task("training", total=args.steps, **fields)
         for x, y in chain.from_iterable(repeat(loader)):
             if trainer.global_steps == args.steps:
@@ -106,12 +109,12 @@ def main() -> None:
                     task, advance=1, loss=used["loss"][-1], lr=lr, momentum=momentum, speed=speed
                 )
 
-    found = accuracy(trainer.module, data.test)  # on all ranks: ZeRO-3 gathers layers
+    found = compute_accuracy(trainer.module, data.test)  # on all ranks: ZeRO-3 gathers layers
     if first:
         picture = args.output / "lr_momentum_loss.png"
         draw(used, picture, f"LeNet on {data.source.partition(' from')[0].partition(' (')[0]}")
         console.print(f"Test accuracy: {found:.4f}")
-        console.print(f"Learning rate, momentum and loss of every step: {picture.resolve()}")
+        console.print(f"Plot of learning rate, momentum and loss: {picture.resolve()}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Continues on one of two hosts if the other is lost, and on both when it is started again. A
-# restarted run resumes from the checkpoint directory in the config. train_batch_size does not
-# change: with fewer ranks, each rank processes more samples per step.
+# Elastic training on two hosts. If a host is lost, training continues on the other host; start the
+# lost host again to use both. A restarted run resumes from the checkpoint directory in the config.
+# train_batch_size does not change: with fewer ranks, each rank processes more samples per step.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 exec onecycle launch --hostfile "${HOSTFILE:-examples/launch/hostfile}" \

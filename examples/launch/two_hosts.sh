@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs on the hosts of a hostfile. They need ssh without a password, and this directory, shared or
-# as a copy.
+# Training on the hosts of a hostfile. The hosts must accept ssh without a password, and must have
+# this directory at the same path, as a shared directory or a copy.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 exec onecycle launch --hostfile "${HOSTFILE:-examples/launch/hostfile}" \

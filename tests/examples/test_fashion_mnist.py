@@ -50,7 +50,10 @@ def test_example_reads_images_from_fashion_mnist_dir(tmp_path):
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", labels)
     run = demo(tmp_path, "--steps", "4", FASHION_MNIST_DIR=str(tmp_path))
     assert run.returncode == 0, run.stderr
-    assert f"Training on Fashion-MNIST from {tmp_path}: 128 images, 32 to test." in run.stdout
+    assert (
+        f"Training on Fashion-MNIST from {tmp_path}: 128 training images, 32 test images."
+        in run.stdout
+    )
     assert (tmp_path / "run" / "lr_momentum_loss.png").read_bytes().startswith(b"\x89PNG")
 
 

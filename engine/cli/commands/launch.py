@@ -24,7 +24,7 @@ from engine.launch.hosts import (
 )
 from engine.launch.plan import HostFacts, build_plan
 from engine.launch.preflight import check_hosts
-from engine.launch.probe import free_port
+from engine.launch.probe import find_free_port
 from engine.launch.request import LaunchRequest, bind_to_cores, find_config, read_variables
 from engine.launch.runner import report_outcome
 from engine.launch.runner import run as run_plan
@@ -270,7 +270,7 @@ def _build_hosts(args: argparse.Namespace, nnodes: int | None) -> tuple[Host, ..
 
 
 def _find_port(port: int) -> int:
-    found = free_port(port)
+    found = find_free_port(port)
     if found is None:
         raise LaunchError(f"Port {port} is in use on this host. Choose another with `--port`.")
     return found

@@ -171,7 +171,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         report = LRRangeReport(tuple(sweep_once(repeat) for repeat in range(args.repeat)))
         if args.refine:
             steps, training_steps = args.steps, args.training_steps
-            report = report.refined(
+            report = report.refine(
                 cycle_once, steps=steps, training_steps=training_steps, known=current
             )
     except _TestFailedError as error:
@@ -197,7 +197,7 @@ def _train(
     log = args.output / f"{name.replace(' ', '_')}.{sweep.seed_offset}.log"
     with tempfile.TemporaryDirectory(prefix="onecycle-") as directory:
         record = Path(directory, RECORD)
-        environment = replace(sweep, directory=directory).environment()
+        environment = replace(sweep, directory=directory).to_environment()
         status = _run_with_progress(command, environment, record, log, name, args, console)
         run = Run.read(record) if record.is_file() else Run()
     problem = _find_problem(status, run, log, args)
@@ -290,9 +290,9 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     """
     import signal
 
-    from engine.launch.agent import descendants
+    from engine.launch.agent import find_descendants
 
-    children = descendants(process.pid)
+    children = find_descendants(process.pid)
     os.killpg(process.pid, signal.SIGKILL)
     for pid in children:
         with contextlib.suppress(ProcessLookupError):
@@ -336,7 +336,7 @@ def _print_result(
     picture, data = report.write(args.output)
     terminal = console.file
     width = min(100, shutil.get_terminal_size().columns)
-    terminal.write(report.drawn_on_terminal(width, color=supports_color(terminal)) + "\n")
+    terminal.write(report.draw_in_terminal(width, color=supports_color(terminal)) + "\n")
     console.print(report.table())
     ends = ", ".join(run.end or "the end of the script" for run in report.runs)
     steps = ", ".join(str(len(run.lrs)) for run in report.runs)

@@ -8,7 +8,7 @@ import pytest
 from engine.launch.failure import FAILURE_PREFIX, Failure, format_failure, parse_failure
 from engine.launch.plan import LaunchPlan, NodePlan
 from engine.launch.state_machine import (
-    RECALL_INTERVAL,
+    RECONNECT_INTERVAL,
     Action,
     HostState,
     LaunchState,
@@ -40,7 +40,7 @@ def report(host, text):
     return [Action("print", host, f"{host} was lost; {text}")]
 
 
-WAIT = "waiting up to 60 s for it to come back"
+WAIT = "trying to reconnect for up to 60 s"
 
 
 def started(host, at=0.0):
@@ -200,8 +200,8 @@ CASES = {
     "a lost host comes back": (
         REJOIN,
         [(ended("b", SSH_LOST, at=10.0), report("b", WAIT)),
-         (time_is(10.0 + RECALL_INTERVAL - 0.1), []),
-         (time_is(10.0 + RECALL_INTERVAL), orders("start", "b")),
+         (time_is(10.0 + RECONNECT_INTERVAL - 0.1), []),
+         (time_is(10.0 + RECONNECT_INTERVAL), orders("start", "b")),
          (time_is(100.0), []),
          (started("b", at=100.0), []),
          (ended("a", 0), []), (ended("b", 0), []), (ended("c", 0), [])],
@@ -314,10 +314,10 @@ def test_state_machine_rejoining_host_passes_through_its_states():
         states.append(machine.get_host_state("b"))
     assert states == [
         HostState.LOST,
-        HostState.RECALLED,
+        HostState.RECONNECTING,
         HostState.RUNNING,
         HostState.LOST,
-        HostState.RECALLED,
+        HostState.RECONNECTING,
         HostState.DISMISSED,
         HostState.ENDED,
     ]

@@ -7,7 +7,7 @@ import pytest
 
 import schedules
 from engine.range_test.recorder import Run
-from engine.range_test.refinement import Refinement, refine, short_cycle
+from engine.range_test.refinement import Refinement, build_short_cycle, refine
 
 
 def make_train(best, noise=0.0, diverges_from=math.inf):
@@ -37,8 +37,8 @@ def test_refine_finds_best_maximum_from_any_start(off):
 def test_refine_repeats_average_noise_and_show_spread():
     found = refine(make_train(0.01, noise=0.05), 0.02, repeats=4, steps=100)
     assert found.lowest == pytest.approx(0.01, rel=0.25)
-    assert len(found.of_each) == 4
-    assert min(found.of_each) < found.lowest < max(found.of_each)
+    assert len(found.lowest_per_repeat) == 4
+    assert min(found.lowest_per_repeat) < found.lowest < max(found.lowest_per_repeat)
 
 
 def test_refine_diverged_cycles_are_excluded_from_the_fit():
@@ -54,7 +54,7 @@ def test_refine_all_cycles_diverge_is_an_error():
 
 def test_refinement_lowest_is_within_tried_maxima():
     falling = {0.01 * 2**k: (1.0 - 0.01 * k,) for k in range(5)}
-    found = Refinement(falling, begin=3.0, steps=100)
+    found = Refinement(falling, initial_loss=3.0, steps=100)
     assert found.lowest <= 0.16
     assert Refinement({0.1: (1.0,), 0.2: (math.inf,)}, 3.0, 100).lowest == pytest.approx(0.1)
 
@@ -87,7 +87,7 @@ def test_refinement_max_lr_decreases_for_longer_training_only():
 def test_short_cycle_is_valid_and_has_requested_length(steps, halves):
     params = dict(zip(("cycle_first_step_size", "cycle_second_step_size"), halves, strict=True))
     params |= {"cycle_first_stair_count": 1000, "cycle_max_mom": 0.95, "decay_lr_rate": 1.0}
-    block = short_cycle({"type": "OneCycle", "params": params}, 0.5, steps)
+    block = build_short_cycle({"type": "OneCycle", "params": params}, 0.5, steps)
     lrs = schedules.trace(schedules.from_config(block), steps + 1)["lr"]
     assert max(lrs) == 0.5
     assert (lrs[0], lrs[-1]) == (0.05, 0.05)
