@@ -244,7 +244,7 @@ def _show_log() -> None:
 def _describe_schedule(scheduler: LRScheduler | None, config_name: str) -> str:
     if isinstance(scheduler, ScheduleBinder):
         schedule = scheduler.schedule
-        return f"{type(schedule).__name__} from {config_name} sets {' and '.join(schedule.drives)}"
+        return f"{type(schedule).__name__} from {config_name} sets {' and '.join(schedule.hyperparameters)}"
     return (
         "no schedule"
         if scheduler is None

@@ -20,7 +20,7 @@ from typing import Any
 
 from schedules.core.registry import SCHEDULES
 
-_HOMES = {
+_MODULES = {
     "FeedbackSchedule": "schedules.feedback.base",
     "Horizon": "schedules.core.durations",
     "Schedule": "schedules.core.schedule",
@@ -32,12 +32,12 @@ _HOMES = {
     "trace": "schedules.core.trace",
 }
 
-__all__ = sorted([*_HOMES, *SCHEDULES, "SCHEDULES", "__version__"])  # noqa: PLE0605  # computed, to avoid a second list
+__all__ = sorted([*_MODULES, *SCHEDULES, "SCHEDULES", "__version__"])  # noqa: PLE0605  # computed, to avoid a second list
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     if name in SCHEDULES:
         return SCHEDULES[name]
     if name == "__version__":

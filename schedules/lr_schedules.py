@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from schedules.core.fields import fields_of
+from schedules.core.fields import read_fields
 from schedules.core.registry import find
 from schedules.torch_scheduler import ScheduleBinder, attach
 
@@ -42,7 +42,7 @@ _ORDER = {
     ),
 }
 _LAST = "last_batch_iteration"
-_OURS = "post_cycle_decay_step_size"  # not in DeepSpeed's signature
+_NOT_IN_DEEPSPEED = "post_cycle_decay_step_size"  # not in DeepSpeed's signature
 
 
 def _construct(
@@ -55,7 +55,7 @@ def _construct(
         ValueError: a parameter is invalid, or the schedule does not fit the optimizer.
     """
     order = _ORDER.get(type_name) or tuple(
-        name for name in fields_of(find(type_name)) if name not in (_LAST, _OURS)
+        name for name in read_fields(find(type_name)) if name not in (_LAST, _NOT_IN_DEEPSPEED)
     )
     order = (*order, _LAST)
     named = dict(zip(order, positional, strict=False))

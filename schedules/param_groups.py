@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from schedules.core.controller import Curves
 from schedules.core.curves import Formula, Piece
 
-__all__ = ["Group", "Slot", "Stretch", "momenta_of", "slots_of"]
+__all__ = ["Group", "RangeWriter", "Slot", "find_slots", "read_momenta"]
 
 Group = dict[str, Any]
 
@@ -24,7 +24,7 @@ class Slot(NamedTuple):
     write: Callable[[Group, float], None]
 
 
-def _plain(key: str) -> Slot:
+def _build_slot(key: str) -> Slot:
     def write(group: Group, value: float) -> None:
         # If the value is a tensor, a CUDA graph or a compiled step can refer to it. The tensor must
         # therefore be changed in place instead of replaced.
@@ -41,12 +41,12 @@ def _write_first_beta(group: Group, value: float) -> None:
 
 
 _SLOTS = {
-    "lr": (_plain("lr"),),
+    "lr": (_build_slot("lr"),),
     "momentum": (
-        _plain("momentum"),
+        _build_slot("momentum"),
         Slot("betas", lambda group: float(group["betas"][0]), _write_first_beta),
     ),
-    "weight_decay": (_plain("weight_decay"),),
+    "weight_decay": (_build_slot("weight_decay"),),
 }
 
 _FIXES = {
@@ -54,7 +54,7 @@ _FIXES = {
 }
 
 
-def slots_of(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
+def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
     """Return the slot that stores a hyperparameter in each param group.
 
     Raises:
@@ -74,7 +74,7 @@ def slots_of(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
     return tuple(slots)
 
 
-def momenta_of(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | None:
+def read_momenta(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | None:
     """Return the momentum or the betas of each group, or None if the optimizer has neither."""
     groups = optimizer.param_groups
     if "momentum" in groups[0]:
@@ -82,7 +82,7 @@ def momenta_of(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | 
     return [tuple(group["betas"]) for group in groups] if "betas" in groups[0] else None
 
 
-class Stretch:
+class RangeWriter:
     """Writes scheduled values in a range of steps in which no curve switches to its next piece.
 
     Preparing the writes once for the whole range makes each step fast.
@@ -103,19 +103,19 @@ class Stretch:
         curves: Curves,
         step: int,
     ) -> None:
-        found = {curve: curve.piece(step) for of_groups in curves.values() for curve in of_groups}
+        found = {curve: curve.piece(step) for in_groups in curves.values() for curve in in_groups}
         self.end = min(piece.end for piece in found.values())
         """Step after the range: a curve switches to its next piece there."""
         self.num_groups = len(groups)
         self.last_group = groups[-1]
         """Last param group. If groups are added or loaded, the last group is a different object."""
-        pieces = {name: [found[curve] for curve in of_groups] for name, of_groups in curves.items()}
+        pieces = {name: [found[curve] for curve in in_groups] for name, in_groups in curves.items()}
         self._lines = _find_shared_lines(groups, slots, pieces)
         self._shared = _find_shared_formulas(groups, slots, pieces)
         self._each = [
-            (group, slot.write, piece.at)
-            for name, of_groups in pieces.items()
-            for group, (slot, piece) in enumerate(zip(slots[name], of_groups, strict=True))
+            (group, slot.write, piece.formula)
+            for name, in_groups in pieces.items()
+            for group, (slot, piece) in enumerate(zip(slots[name], in_groups, strict=True))
         ]
 
     def write(self, groups: Sequence[Group], step: int) -> None:
@@ -162,14 +162,14 @@ def _find_shared_formulas(
         a hyperparameter is a tensor.
     """
     shared = []
-    for name, of_groups in pieces.items():
+    for name, in_groups in pieces.items():
         keys = {slot.key for slot in slots[name]}
         betas = {tuple(group["betas"][1:]) for group in groups} if keys == {"betas"} else {None}
-        if len(set(of_groups)) > 1 or len(keys) > 1 or len(betas) > 1:
+        if len(set(in_groups)) > 1 or len(keys) > 1 or len(betas) > 1:
             return []
         if any(isinstance(group[key], torch.Tensor) for group in groups for key in keys):
             return []
-        shared.append((keys.pop(), of_groups[0].at, betas.pop()))
+        shared.append((keys.pop(), in_groups[0].formula, betas.pop()))
     return shared
 
 
@@ -191,7 +191,7 @@ def _find_shared_lines(
         lengths, a learning rate is a tensor, or the schedule does not set exactly ``lr`` and
         ``betas``.
     """
-    keys = {slot.key for of_groups in slots.values() for slot in of_groups}
+    keys = {slot.key for in_groups in slots.values() for slot in in_groups}
     if keys != {"lr", "betas"} or len(pieces) != 2:
         return None
     if any(isinstance(group["lr"], torch.Tensor) or len(group["betas"]) != 2 for group in groups):

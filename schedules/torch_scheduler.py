@@ -16,7 +16,7 @@ from schedules.core.controller import Base, Controller, Decision, Evidence, Open
 from schedules.core.durations import Horizon
 from schedules.core.registry import from_config
 from schedules.core.schedule import Schedule
-from schedules.param_groups import Stretch, momenta_of, slots_of
+from schedules.param_groups import RangeWriter, find_slots, read_momenta
 
 __all__ = ["ScheduleBinder", "attach", "bind"]
 
@@ -72,13 +72,13 @@ class ScheduleBinder(LRScheduler):
         self.schedule = schedule
         self.optimizer = optimizer
         self._horizon = horizon
-        self._slots = {name: slots_of(name, optimizer) for name in schedule.drives}
+        self._slots = {name: find_slots(name, optimizer) for name in schedule.hyperparameters}
         self._bind(self._read_base())
         self.evidence: Evidence | None = None
         """Data that the last decision is based on. None before the first decision, and if the
         decision was restored from a checkpoint."""
         # It stays None for a feedback schedule, whose values are not known in advance.
-        self._stretch: Stretch | None = None
+        self._writer: RangeWriter | None = None
         for warning in schedule.resolve(horizon).warnings():
             warnings.warn(warning, stacklevel=3)
         self._go_to(self.controller.init(), 0)
@@ -96,7 +96,7 @@ class ScheduleBinder(LRScheduler):
         # Like PyTorch's schedulers, the binder stores the base values in the groups as `initial_…`.
         # A binder for a restored optimizer then reads the original values, not scheduled values.
         groups = self.optimizer.param_groups
-        slots = {"lr": slots_of("lr", self.optimizer)} | self._slots
+        slots = {"lr": find_slots("lr", self.optimizer)} | self._slots
         return {
             name: tuple(
                 float(group.get(f"initial_{name}", slot.read(group)))
@@ -122,8 +122,8 @@ class ScheduleBinder(LRScheduler):
                 epoch as for PyTorch's schedulers; or a param group was added after the binder was
                 built.
         """
-        stretch = self._stretch
-        if stretch is None:
+        writer = self._writer
+        if writer is None:
             self._step_with_feedback(loss, metric)
             return
         if loss is not None:
@@ -135,11 +135,11 @@ class ScheduleBinder(LRScheduler):
         # Look up the groups at each step, because loading an optimizer's state replaces them.
         groups = self.optimizer.param_groups
         if (
-            step < stretch.end
-            and groups[-1] is stretch.last_group
-            and len(groups) == stretch.num_groups
+            step < writer.end
+            and groups[-1] is writer.last_group
+            and len(groups) == writer.num_groups
         ):
-            stretch.write(groups, step)
+            writer.write(groups, step)
         else:
             self.write()
 
@@ -147,7 +147,7 @@ class ScheduleBinder(LRScheduler):
         self, loss: Tensor | float | None, metric: Tensor | float | None
     ) -> None:
         uses_metric = self.schedule.feedback == "metric" and metric is not None
-        received = _number(metric if uses_metric else loss)
+        received = _to_float(metric if uses_metric else loss)
         before, self.state = self.state, self.controller.update(self.state, received)
         self.last_epoch += 1
         self.write()
@@ -171,8 +171,8 @@ class ScheduleBinder(LRScheduler):
             )
         if isinstance(self.controller, OpenLoop):
             curves = self.controller.curves
-            self._stretch = Stretch(groups, self._slots, curves, self.last_epoch)
-            self._stretch.write(groups, self.last_epoch)
+            self._writer = RangeWriter(groups, self._slots, curves, self.last_epoch)
+            self._writer.write(groups, self.last_epoch)
             return
         for name, values in self.controller.values(self.state).items():
             for slot, group, value in zip(self._slots[name], groups, values, strict=True):
@@ -218,7 +218,7 @@ class ScheduleBinder(LRScheduler):
 
         Return None if the schedule does not set the momentum.
         """
-        return momenta_of(self.optimizer) if "momentum" in self._slots else None
+        return read_momenta(self.optimizer) if "momentum" in self._slots else None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class ScheduleBinder(LRScheduler):
         """
         schedule, horizon = self.schedule, self._horizon or Horizon()
         params: dict[str, Any] = {}
-        if schedule.clock_is_step and horizon.scale_ratio != 1:
+        if schedule.has_rate_per_step and horizon.scale_ratio != 1:
             params["scale_schedule_ratio"] = horizon.scale_ratio
             horizon = replace(horizon, scale_ratio=1.0)
         params |= schedule.resolve(horizon).params()
@@ -279,18 +279,20 @@ class ScheduleBinder(LRScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.
-        rebuilt = {"controller", "_stretch", "_slots"}
+        rebuilt = {"controller", "_writer", "_slots"}
         return {name: value for name, value in vars(self).items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._slots = {name: slots_of(name, self.optimizer) for name in self.schedule.drives}
+        self._slots = {
+            name: find_slots(name, self.optimizer) for name in self.schedule.hyperparameters
+        }
         self.controller = self.schedule.bind(self._base, self._horizon)
-        self._stretch = None
+        self._writer = None
         self.write()
 
 
-def _number(loss: Tensor | float | None) -> float | None:
+def _to_float(loss: Tensor | float | None) -> float | None:
     if loss is None:
         return None
     if isinstance(loss, Tensor) and loss.numel() != 1:

@@ -9,7 +9,7 @@ from typing import Any
 import schemas
 from engine.config.pointers import dotted_name, key_at, parent_of, split_pointer
 from engine.config.schema import ABSENT, OPTIMIZERS, SCHEMA, SECTION, Member, walk
-from schedules.core.fields import wanted
+from schedules.core.fields import describe_schema
 
 __all__ = ["config_reference"]
 
@@ -66,7 +66,7 @@ def _format_table(properties: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for key, of in usable.items():
         default = f"`{json.dumps(of['default'])}`" if "default" in of else ""
         meaning = f"{of['description']}{_format_marks(of)}"
-        cells = (f"`{key}`", wanted(of) if "type" in of else "", default, meaning)
+        cells = (f"`{key}`", describe_schema(of) if "type" in of else "", default, meaning)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     removed = {key: of for key, of in properties.items() if "x-removed" in of}
     if removed:

@@ -15,7 +15,7 @@ import schemas
 from engine.config.pointers import key_at, parent_of
 from engine.config.schema import ABSENT, SCHEMA, SECTION, resolve_reference, walk
 from engine.errors import Fix
-from schedules.core.spelling import edits, nearest
+from schedules.core.spelling import edit_distance, find_nearest
 
 __all__ = ["Suggestion", "suggestion"]
 
@@ -56,7 +56,7 @@ def suggestion(
         name for name in absent if _accepts_type(present[key], resolve_reference(known[name]))
     ]
     # Two edits are accepted in a short name if only one similar key accepts the type of the value.
-    near = nearest(key, fitting) or nearest(key, absent) or _find_only_near(key, fitting)
+    near = find_nearest(key, fitting) or find_nearest(key, absent) or _find_only_near(key, fitting)
     if near:
         return Suggestion(f"Did you mean `{near}`?", near)
     if meant and meant.startswith("/"):
@@ -65,7 +65,7 @@ def suggestion(
     if 0 < len(places) <= 3:
         where = " or ".join(f"`{place}`" if place else "the top level" for place in places)
         return Suggestion(f"Move it to {where}.")
-    if near := nearest(key, [name for name in usable if name in present]):
+    if near := find_nearest(key, [name for name in usable if name in present]):
         return Suggestion(f"Did you mean `{near}`, which is already set?")
     return Suggestion("")
 
@@ -78,7 +78,7 @@ def _find_only_near(name: str, known: Collection[str]) -> str | None:
     near = [
         other
         for other in known
-        if edits(name.lower(), other, 2) <= 2
+        if edit_distance(name.lower(), other, 2) <= 2
         and (other[:1] == name[:1].lower() or other[-1:] == name[-1:].lower())
     ]
     return near[0] if len(near) == 1 and len(name) > 1 else None

@@ -40,7 +40,7 @@ class Decision(NamedTuple):
     """Number of optimizer steps that were applied before the change took effect."""
     lr: float
     """New learning rate of the first param group."""
-    why: str
+    reason: str
     probability: float | None = None
     """Confidence of the test that led to the decision; None if no test led to it."""
 
@@ -51,7 +51,7 @@ class Band(NamedTuple):
     ``low`` and ``high`` are two standard deviations below and above the mean.
     """
 
-    places: Sequence[float]
+    positions: Sequence[float]
     """Positions of the points in the sequence of losses so far: 0 is its start, 1 is its end."""
     mean: Sequence[float]
     low: Sequence[float]

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["INDEX", "descriptions_in_source", "descriptions_of", "read_index"]
+__all__ = ["INDEX", "read_descriptions", "read_index", "read_source_descriptions"]
 
 INDEX = Path(__file__).parent / "index.json"
 """JSON file that ``tools/generate.py`` writes. It maps the name of each built-in schedule to the
@@ -31,21 +31,21 @@ def read_index() -> Mapping[str, Mapping[str, Any]]:
     return index
 
 
-def descriptions_of(schedule: type) -> dict[str, str]:
+def read_descriptions(schedule: type) -> dict[str, str]:
     """Return a dict that maps the name of each field to its description.
 
     Fields without a string below them are omitted. If the source code of a class is not available,
     the descriptions of its fields are "".
     """
-    return _descriptions(schedule, read_index())
+    return _collect_descriptions(schedule, read_index())
 
 
-def descriptions_in_source(schedule: type) -> dict[str, str]:
-    """Return the descriptions like `descriptions_of`, but always read them from the source code."""
-    return _descriptions(schedule, {})
+def read_source_descriptions(schedule: type) -> dict[str, str]:
+    """Return the descriptions like `read_descriptions`, but always read them from the source code."""
+    return _collect_descriptions(schedule, {})
 
 
-def _descriptions(schedule: type, index: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def _collect_descriptions(schedule: type, index: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     descriptions: dict[str, str] = {}
     for cls in schedule.__mro__:
         known = index.get(vars(cls).get("type_name", ""))

@@ -11,7 +11,14 @@ import dataclasses
 import re
 from typing import Any
 
-__all__ = ["PATTERN", "DurationError", "FractionalSteps", "Horizon", "is_unresolved", "steps_of"]
+__all__ = [
+    "PATTERN",
+    "DurationError",
+    "FractionalSteps",
+    "Horizon",
+    "convert_to_steps",
+    "is_time_string",
+]
 
 PATTERN = r"^\s*[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*([eE][pP]|[bB][aA]|[sS][pP]|[dD][uU][rR])\s*$"
 _TIME = re.compile(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]+)\s*")
@@ -71,16 +78,16 @@ class Horizon:
             return None
         if self.counts_samples and self.samples_per_step:
             samples = int(round(self.total_steps * self.samples_per_step) * self.scale_ratio)
-            return _whole(samples / self.samples_per_step)
+            return _to_steps(samples / self.samples_per_step)
         return int(self.total_steps * self.scale_ratio)
 
 
-def is_unresolved(value: Any) -> bool:
+def is_time_string(value: Any) -> bool:
     """Return whether the value of a field is a time string."""
     return isinstance(value, str) and _TIME.fullmatch(value) is not None
 
 
-def steps_of(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
+def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
     """Convert a duration to optimizer steps.
 
     The result is truncated to whole steps, as in Composer. Only a duration in samples can end
@@ -95,14 +102,14 @@ def steps_of(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
     Raises:
         DurationError: the unit is unknown, or the horizon lacks the value that the unit requires.
 
-    >>> steps_of("0.29dur", Horizon(total_steps=100), scaled=True)
+    >>> convert_to_steps("0.29dur", Horizon(total_steps=100), scaled=True)
     28
-    >>> steps_of("6sp", Horizon(samples_per_step=4), scaled=True)
+    >>> convert_to_steps("6sp", Horizon(samples_per_step=4), scaled=True)
     1.5
     """
     ratio = horizon.scale_ratio if scaled else 1.0
     if not isinstance(duration, str):
-        return _whole(duration * ratio, duration)
+        return _to_steps(duration * ratio, duration)
     value, unit = _parse(duration)
     if unit == "dur":
         if horizon.scaled_steps is None:
@@ -111,7 +118,7 @@ def steps_of(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
                 'Set "engine": {"max_duration": "10ep"} in the config, pass '
                 "horizon=Horizon(total_steps=…) in a custom loop, or specify a number of steps."
             )
-        return _share(value, horizon)
+        return _convert_fraction(value, horizon)
     if unit == "ep":
         if horizon.steps_per_epoch is None:
             raise DurationError(
@@ -125,16 +132,16 @@ def steps_of(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
                 f"{duration!r} needs the number of samples per step. "
                 "Set `train_batch_size`, or specify a number of steps."
             )
-        return _whole(int(value * ratio) / horizon.samples_per_step)
+        return _to_steps(int(value * ratio) / horizon.samples_per_step)
     return int(value * ratio)
 
 
-def _share(value: float, horizon: Horizon) -> float:
+def _convert_fraction(value: float, horizon: Horizon) -> float:
     total = horizon.scaled_steps
     assert total is not None
     if horizon.counts_samples and horizon.samples_per_step:
         samples = round(total * horizon.samples_per_step)
-        return _whole(int(value * samples) / horizon.samples_per_step)
+        return _to_steps(int(value * samples) / horizon.samples_per_step)
     return int(value * total)
 
 
@@ -159,7 +166,7 @@ def _parse(text: str) -> tuple[float, str]:
     return value, unit
 
 
-def _whole(scaled: float, configured: float | None = None) -> float:
+def _to_steps(scaled: float, configured: float | None = None) -> float:
     """Convert a scaled duration to an int, or to `FractionalSteps` if it is not whole.
 
     If ``configured``, the duration before scaling, is whole, the scaled duration is truncated.

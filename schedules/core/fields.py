@@ -1,6 +1,6 @@
 """Types of schedule fields, with ranges and units.
 
-A schedule annotates its fields with the types of this module. `fields_of` converts the annotations
+A schedule annotates its fields with the types of this module. `read_fields` converts the annotations
 to JSON schemas. The constructor of a schedule validates its arguments against the schemas, and
 ``make generate`` writes the schemas to ``schemas/schedulers``.
 """
@@ -18,14 +18,14 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from schedules.core.durations import PATTERN, FractionalSteps, Horizon, steps_of
+from schedules.core.durations import PATTERN, FractionalSteps, Horizon, convert_to_steps
 
 __all__ = [
     "AnyValue",
+    "AutoValue",
     "Duration",
     "Factor",
     "Field",
-    "FilledIn",
     "Items",
     "LearningRate",
     "Milestones",
@@ -43,8 +43,8 @@ __all__ = [
     "WeightDecay",
     "accepts",
     "as_number",
-    "fields_of",
-    "wanted",
+    "describe_schema",
+    "read_fields",
 ]
 
 
@@ -83,10 +83,10 @@ class Items:
     schema: Mapping[str, Any]
 
 
-class FilledIn(NamedTuple):
+class AutoValue(NamedTuple):
     """Marks a field that accepts "auto" in a config, which another library replaces by a value."""
 
-    by: str
+    integrations: str
 
 
 class AnyValue(NamedTuple):
@@ -141,12 +141,12 @@ _LIMITS = {
 }
 
 
-def wanted(schema: Mapping[str, Any]) -> str:
+def describe_schema(schema: Mapping[str, Any]) -> str:
     """Describe the values that a JSON schema accepts, for an error message.
 
-    >>> wanted({"type": ["integer", "null"], "minimum": 1})
+    >>> describe_schema({"type": ["integer", "null"], "minimum": 1})
     'a whole number or null, at least 1'
-    >>> wanted({"type": "string", "enum": ["log", "linear"]})
+    >>> describe_schema({"type": "string", "enum": ["log", "linear"]})
     'one of "log", "linear"'
     """
     if "enum" in schema:
@@ -230,7 +230,7 @@ class Field:
     duration: Duration | None
     required: bool
     default: Any
-    filled_in_by: str | None = None
+    auto_integrations: str | None = None
 
     @property
     def per_group(self) -> bool:
@@ -253,28 +253,34 @@ class Field:
             and value.is_integer()
         ):
             value = int(value)
-        if any(isinstance(each, FractionalSteps) for each in _each(value)):
+        if any(isinstance(each, FractionalSteps) for each in _as_tuple(value)):
             return value
         if isinstance(value, str) and self.duration is not None:
-            steps_of(value, _ANY_RUN, scaled=False)  # This raises if the time string is invalid.
+            convert_to_steps(
+                value, _ANY_RUN, scaled=False
+            )  # This raises if the time string is invalid.
         if not accepts(self.schema, value):
-            raise ValueError(f"`{self.name}` must be {wanted(self.schema)}, got {value!r}.")
+            raise ValueError(
+                f"`{self.name}` must be {describe_schema(self.schema)}, got {value!r}."
+            )
         return value
 
 
-def _each(value: Any) -> tuple[Any, ...]:
+def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
 @functools.cache
-def fields_of(schedule: type) -> Mapping[str, Field]:
+def read_fields(schedule: type) -> Mapping[str, Field]:
     """Read the fields of a schedule from its annotations. Return a dict that maps names to fields.
 
     Raises:
         TypeError: an annotation cannot be expressed in JSON Schema.
     """
     hints = typing.get_type_hints(schedule, include_extras=True)
-    return {field.name: _field(field, hints[field.name]) for field in dataclasses.fields(schedule)}
+    return {
+        field.name: _build_field(field, hints[field.name]) for field in dataclasses.fields(schedule)
+    }
 
 
 @dataclasses.dataclass
@@ -288,7 +294,7 @@ class _Annotation:
     choices: tuple[Any, ...] = ()
     unit: str | None = None
     duration: Duration | None = None
-    filled_in_by: str | None = None
+    auto_integrations: str | None = None
     free: bool = False
 
     def read(self, hint: Any) -> _Annotation:
@@ -322,8 +328,8 @@ class _Annotation:
                 self.duration = mark
             case Items():
                 self.items = mark.schema
-            case FilledIn():
-                self.filled_in_by = mark.by
+            case AutoValue():
+                self.auto_integrations = mark.integrations
             case AnyValue():
                 self.free = True
             case _:
@@ -350,7 +356,7 @@ class _Annotation:
         return schema
 
 
-def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
+def _build_field(field: dataclasses.Field[Any], hint: Any) -> Field:
     annotation = _Annotation(field.name).read(hint)
     required = field.default is dataclasses.MISSING
     return Field(
@@ -360,5 +366,5 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
         annotation.duration,
         required=required,
         default=None if required else field.default,
-        filled_in_by=annotation.filled_in_by,
+        auto_integrations=annotation.auto_integrations,
     )

@@ -8,12 +8,12 @@ import importlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar, cast
 
-from schedules.core.descriptions import descriptions_of, read_index
+from schedules.core.descriptions import read_descriptions, read_index
 from schedules.core.durations import Horizon
-from schedules.core.fields import accepts, fields_of, wanted
+from schedules.core.fields import accepts, describe_schema, read_fields
 from schedules.core.imports import import_attribute
-from schedules.core.schedule import Fault, Schedule, ScheduleError
-from schedules.core.spelling import nearest
+from schedules.core.schedule import ParameterProblem, Schedule, ScheduleError
+from schedules.core.spelling import find_nearest
 
 __all__ = ["SCHEDULES", "find", "from_config", "register"]
 
@@ -45,7 +45,7 @@ class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
 
     def __getitem__(self, name: str) -> type[Schedule[Any]]:
         if name not in self._loaded and name in self._families:
-            self._loaded |= of_family(self._families[name])
+            self._loaded |= import_family(self._families[name])
         return self._loaded[name]
 
     def __setitem__(self, name: str, cls: type[Schedule[Any]]) -> None:
@@ -65,7 +65,7 @@ class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
         return len(self._families.keys() | self._loaded.keys())
 
 
-def of_family(family: str) -> dict[str, type[Schedule[Any]]]:
+def import_family(family: str) -> dict[str, type[Schedule[Any]]]:
     """Import a family and return its schedules: a dict from name to class."""
     module = importlib.import_module(f"schedules.{family}")
     classes = (getattr(module, name) for name in module.__all__)
@@ -93,7 +93,7 @@ def register(cls: C) -> C:
     >>> @schedules.register
     ... @dataclasses.dataclass(frozen=True, kw_only=True)
     ... class ToZero(schedules.Schedule):
-    ...     drives = ("lr",)
+    ...     hyperparameters = ("lr",)
     ...     span = 10
     ...     def curves(self, base):
     ...         return {"lr": tuple(linear(lr, 0.0, self.span) for lr in base["lr"])}
@@ -118,13 +118,13 @@ def _check_class(cls: type[Schedule[Any]]) -> None:
             f"`{name}` must be a dataclass(frozen=True, kw_only=True). Decorate the class with it."
         )
     names = [field.name for field in dataclasses.fields(cls)]
-    undocumented = [name for name in names if name not in (descriptions_of(cls) if names else {})]
+    undocumented = [name for name in names if name not in (read_descriptions(cls) if names else {})]
     if undocumented or not all(field.kw_only for field in dataclasses.fields(cls)):
         raise ValueError(
             f"`{name}` must be keyword-only and have a string below each field. "
             f"Fields without a string: {', '.join(undocumented) or 'none'}."
         )
-    fields_of(cls)
+    read_fields(cls)
 
 
 def find(name: str) -> type[Schedule[Any]]:
@@ -150,11 +150,11 @@ def find(name: str) -> type[Schedule[Any]]:
         from importlib.metadata import entry_points
 
         for entry in entry_points(group=ENTRY_POINTS, name=name):
-            return _as_schedule(name, entry.load())
+            return _to_schedule(name, entry.load())
         custom = importlib.import_module(_CUSTOM)
         if name in custom.torch_scheduler_names():
             return _load(f"{custom.TORCH_MODULE}:{name}")
-        near = nearest(name, SCHEDULES)
+        near = find_nearest(name, SCHEDULES)
         fix = f"Did you mean `{near}`?" if near else "`onecycle schedules` lists them."
         raise ValueError(f"`scheduler.type` must name a known schedule, got {name!r}. {fix}")
     return SCHEDULES[name]
@@ -168,7 +168,7 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
         horizon: length of the run. If it is given, durations are converted to steps and scaled.
 
     Raises:
-        ScheduleError: a parameter is unknown, missing or invalid. Its ``faults`` list all problems.
+        ScheduleError: a parameter is unknown, missing or invalid. Its ``problems`` list all problems.
         ValueError: the type is unknown, or the block lacks ``type`` or has an unknown key.
 
     >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps
@@ -185,15 +185,19 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
         )
     cls = find(block["type"])
     params = block.get("params", {})
-    fields = fields_of(cls)
-    faults = [Fault(name, _unknown(cls, name, params)) for name in params if name not in fields]
-    faults += [
-        Fault(None, f"`{name}` is required. It accepts {wanted(field.schema)}.")
+    fields = read_fields(cls)
+    problems = [
+        ParameterProblem(name, _describe_unknown(cls, name, params))
+        for name in params
+        if name not in fields
+    ]
+    problems += [
+        ParameterProblem(None, f"`{name}` is required. It accepts {describe_schema(field.schema)}.")
         for name, field in fields.items()
         if field.required and name not in params
     ]
-    if faults:
-        raise ScheduleError(cls.type_name, faults)
+    if problems:
+        raise ScheduleError(cls.type_name, problems)
     schedule = cls(**params)
     return schedule if horizon is None else schedule.resolve(horizon)
 
@@ -204,23 +208,23 @@ def _load(path: str) -> type[Schedule[Any]]:
         found = import_attribute(path)
     except ValueError as error:
         raise ValueError(f"`scheduler.type` {error}") from error
-    return _as_schedule(path, found)
+    return _to_schedule(path, found)
 
 
-def _as_schedule(path: str, found: Any) -> type[Schedule[Any]]:
+def _to_schedule(path: str, found: Any) -> type[Schedule[Any]]:
     if isinstance(found, type) and issubclass(found, Schedule):
         _check_class(found)
         return found
     return cast("type[Schedule[Any]]", importlib.import_module(_CUSTOM).adapt(found, path))
 
 
-def _unknown(cls: type[Schedule[Any]], name: str, params: Mapping[str, Any]) -> str:
+def _describe_unknown(cls: type[Schedule[Any]], name: str, params: Mapping[str, Any]) -> str:
     message = f"Unknown parameter `{name}` of {cls.type_name}."
-    absent = {other: field for other, field in fields_of(cls).items() if other not in params}
+    absent = {other: field for other, field in read_fields(cls).items() if other not in params}
     fitting = [other for other, field in absent.items() if accepts(field.schema, params[name])]
-    if near := nearest(name, fitting) or nearest(name, absent):
+    if near := find_nearest(name, fitting) or find_nearest(name, absent):
         return f"{message} Did you mean `{near}`?"
-    owners = [other for other, known in SCHEDULES.items() if name in fields_of(known)]
+    owners = [other for other, known in SCHEDULES.items() if name in read_fields(known)]
     if owners:
         return f"{message} It is a parameter of {' and '.join(owners)}."
-    return f"{message} Valid parameters: {', '.join(fields_of(cls))}."
+    return f"{message} Valid parameters: {', '.join(read_fields(cls))}."

@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 from schedules.core.combinators import dilate
 from schedules.core.controller import Base, Controller, Curves, OpenLoop
 from schedules.core.curves import Curve
-from schedules.core.durations import FractionalSteps, Horizon, is_unresolved, steps_of
-from schedules.core.fields import Duration, PerGroup, fields_of
+from schedules.core.durations import FractionalSteps, Horizon, convert_to_steps, is_time_string
+from schedules.core.fields import Duration, PerGroup, read_fields
 
 if TYPE_CHECKING:
     from typing_extensions import Self, dataclass_transform
 
 __all__ = [
-    "Fault",
     "LearningRateSchedule",
+    "ParameterProblem",
     "Schedule",
     "ScheduleError",
     "broadcast",
-    "curve_per_group",
+    "broadcast_strict",
+    "build_curve_per_group",
     "exceeds",
     "schedule_class",
-    "spread",
 ]
 
 C = TypeVar("C")
@@ -39,7 +39,7 @@ S = TypeVar("S")
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
+class ParameterProblem:
     """A problem with a schedule's parameters.
 
     ``field`` is the name of the parameter to change; None if the problem is not in one parameter.
@@ -50,15 +50,15 @@ class Fault:
 
 
 class ScheduleError(ValueError):
-    """Raised if the parameters of a schedule are invalid; ``faults`` lists all problems.
+    """Raised if the parameters of a schedule are invalid; ``problems`` lists all problems.
 
     ValueError
     └── ScheduleError
     """
 
-    def __init__(self, type_name: str, faults: list[Fault]) -> None:
-        super().__init__(f"{type_name}: " + " ".join(fault.message for fault in faults))
-        self.faults = tuple(faults)
+    def __init__(self, type_name: str, problems: list[ParameterProblem]) -> None:
+        super().__init__(f"{type_name}: " + " ".join(problem.message for problem in problems))
+        self.problems = tuple(problems)
 
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Schedule(ABC, Generic[S]):
     """Base class of all schedules. Its fields are the ``params`` of a config's ``scheduler`` block.
 
     A subclass is a frozen, keyword-only dataclass with a string below each field that describes it.
-    It overrides `curves`, which returns the values, and optionally `faults`, which reports
+    It overrides `curves`, which returns the values, and optionally `find_problems`, which reports
     conflicts between fields.
 
     Raises:
@@ -90,7 +90,7 @@ class Schedule(ABC, Generic[S]):
     """Name of this schedule in a config. It is the class name unless the class statement passes
     ``type_name=``."""
 
-    clock_is_step: ClassVar[bool] = False
+    has_rate_per_step: ClassVar[bool] = False
     """Whether a parameter is a rate per step. If so, `Horizon.scale_ratio` stretches whole curves,
     because scaling only the durations would not scale the rate."""
 
@@ -111,27 +111,27 @@ class Schedule(ABC, Generic[S]):
         cls.example = example or {}
 
     def __post_init__(self) -> None:
-        faults = list(self._convert_fields())
-        if not faults and not self.unresolved:
-            faults = list(self.faults())
-        if faults:
-            raise ScheduleError(self.type_name, faults)
+        problems = list(self._convert_fields())
+        if not problems and not self.unresolved_fields:
+            problems = list(self.find_problems())
+        if problems:
+            raise ScheduleError(self.type_name, problems)
 
-    def _convert_fields(self) -> Iterator[Fault]:
-        for name, field in fields_of(type(self)).items():
+    def _convert_fields(self) -> Iterator[ParameterProblem]:
+        for name, field in read_fields(type(self)).items():
             try:
                 object.__setattr__(self, name, field.convert(getattr(self, name)))
             except ValueError as error:  # noqa: PERF203  # one error per field
-                yield Fault(name, str(error))
+                yield ParameterProblem(name, str(error))
 
     @property
-    def unresolved(self) -> tuple[str, ...]:
+    def unresolved_fields(self) -> tuple[str, ...]:
         """Names of the fields that are time strings; `resolve` converts them to steps."""
         return tuple(
             name
-            for name, field in fields_of(type(self)).items()
+            for name, field in read_fields(type(self)).items()
             if field.duration is not None
-            and any(map(is_unresolved, _as_tuple(getattr(self, name))))
+            and any(map(is_time_string, _as_tuple(getattr(self, name))))
         )
 
     def resolve(self, horizon: Horizon | None = None) -> Self:
@@ -149,35 +149,35 @@ class Schedule(ABC, Generic[S]):
         20
         """
         horizon = horizon or Horizon()
-        if not self.unresolved and horizon.scale_ratio == 1.0:
+        if not self.unresolved_fields and horizon.scale_ratio == 1.0:
             return self
         changes: dict[str, Any] = {}
-        faults = []
+        problems = []
         for name, in_steps in self._durations(horizon):
             try:
                 changes[name] = in_steps()
             except ValueError as error:  # noqa: PERF203  # one error per duration
-                faults.append(Fault(name, f"`{name}`: {error}"))
-        if faults:
-            raise ScheduleError(self.type_name, faults)
+                problems.append(ParameterProblem(name, f"`{name}`: {error}"))
+        if problems:
+            raise ScheduleError(self.type_name, problems)
         return dataclasses.replace(self, **changes)
 
     def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Yield the name of each duration and a function that returns its value in steps."""
-        for name, field in fields_of(type(self)).items():
+        for name, field in read_fields(type(self)).items():
             value = getattr(self, name)
             if field.duration is not None and value is not None:
                 yield name, functools.partial(self._in_steps, value, field.duration, horizon)
 
     def _in_steps(self, value: Any, duration: Duration, horizon: Horizon) -> Any:
         scaled = not duration.warmup or horizon.scale_warmup or getattr(self, "scale_warmup", False)
-        steps = tuple(steps_of(each, horizon, scaled=scaled) for each in _as_tuple(value))
-        if self.clock_is_step and horizon.scale_ratio != 1:
-            # `curves_for` stretches the curves by the ratio later. It must not apply twice.
+        steps = tuple(convert_to_steps(each, horizon, scaled=scaled) for each in _as_tuple(value))
+        if self.has_rate_per_step and horizon.scale_ratio != 1:
+            # `build_curves` stretches the curves by the ratio later. It must not apply twice.
             steps = tuple(FractionalSteps(each / horizon.scale_ratio) for each in steps)
         return steps if isinstance(value, tuple) else steps[0]
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         """Yield the conflicts between fields.
 
         The constructor calls this method after it has validated each field, and only if all
@@ -190,7 +190,7 @@ class Schedule(ABC, Generic[S]):
         yield from ()
 
     @property
-    def drives(self) -> tuple[str, ...]:
+    def hyperparameters(self) -> tuple[str, ...]:
         """Names of the hyperparameters that this schedule sets, "lr" first."""
         return ("lr",)
 
@@ -199,7 +199,7 @@ class Schedule(ABC, Generic[S]):
         """Number of steps that a plot must have to show the shape of the resolved schedule."""
         steps = [
             each
-            for name, field in fields_of(type(self)).items()
+            for name, field in read_fields(type(self)).items()
             if field.duration is not None
             for each in _as_tuple(getattr(self, name))
             if each is not None
@@ -215,7 +215,7 @@ class Schedule(ABC, Generic[S]):
                 is a single number but the groups have different learning rates.
         """
 
-    def curves_for(self, base: Base, horizon: Horizon | None = None) -> Curves:
+    def build_curves(self, base: Base, horizon: Horizon | None = None) -> Curves:
         """Resolve the durations, and return the curves after scaling.
 
         The curves of a feedback schedule show a run on a synthetic loss.
@@ -230,7 +230,7 @@ class Schedule(ABC, Generic[S]):
                 schedule.
         """
         curves = self.resolve(horizon).curves(base)
-        if self.clock_is_step and horizon is not None:
+        if self.has_rate_per_step and horizon is not None:
             curves = {
                 name: tuple(dilate(curve, horizon.scale_ratio) for curve in group)
                 for name, group in curves.items()
@@ -249,7 +249,7 @@ class Schedule(ABC, Generic[S]):
             ValueError: a duration cannot be converted to steps, or the base values do not fit the
                 schedule.
         """
-        return cast("Controller[S]", OpenLoop(self.curves_for(base, horizon)))
+        return cast("Controller[S]", OpenLoop(self.build_curves(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
         """Return one schedule for each param group, with that group's number from each list.
@@ -259,7 +259,7 @@ class Schedule(ABC, Generic[S]):
         """
         lists = {
             name: broadcast(name, value, (0.0,) * groups)
-            for name, field in fields_of(type(self)).items()
+            for name, field in read_fields(type(self)).items()
             if field.per_group and isinstance(value := getattr(self, name), tuple)
         }
         if not lists:
@@ -271,7 +271,7 @@ class Schedule(ABC, Generic[S]):
         """Return the parameters as JSON values. Optional ones with default values are omitted."""
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, field in fields_of(type(self)).items()
+            for name, field in read_fields(type(self)).items()
             if (value := getattr(self, name)) != field.default or field.required
         }
 
@@ -286,7 +286,7 @@ class LearningRateSchedule(Schedule[int]):
         """Return the learning rate curve of each group."""
         lrs = base["lr"]
         make = type(self).curve
-        return {"lr": curve_per_group(make, self.per_group(len(lrs)), lrs)}
+        return {"lr": build_curve_per_group(make, self.per_group(len(lrs)), lrs)}
 
     @abstractmethod
     def curve(self, lr: float) -> Curve:
@@ -297,7 +297,9 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def curve_per_group(make: Callable[..., Curve], *columns: tuple[Any, ...]) -> tuple[Curve, ...]:
+def build_curve_per_group(
+    make: Callable[..., Curve], *columns: tuple[Any, ...]
+) -> tuple[Curve, ...]:
     """Call ``make`` with the values of each param group, and return the curves.
 
     Args:
@@ -331,7 +333,7 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
     return tuple(value)
 
 
-def spread(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
+def broadcast_strict(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
     """Return the value of a field in each param group, like `broadcast`, but with a stricter check.
 
     Raises:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
-__all__ = ["edits", "nearest"]
+__all__ = ["edit_distance", "find_nearest"]
 
 
-def nearest(name: str, known: Collection[str]) -> str | None:
+def find_nearest(name: str, known: Collection[str]) -> str | None:
     """Return the known name with the closest spelling, or None if no name is close.
 
     A known name that has one more word at its start, such as ``warmup_num_steps`` for
     ``num_steps``, is also close, if there is only one such name.
 
-    >>> nearest("stge", ["stage", "type"])
+    >>> find_nearest("stge", ["stage", "type"])
     'stage'
-    >>> nearest("num_steps", ["warmup_num_steps", "warmup_type"])
+    >>> find_nearest("num_steps", ["warmup_num_steps", "warmup_type"])
     'warmup_num_steps'
     """
     folded = {other.lower(): other for other in known}
@@ -28,7 +28,7 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     if low in folded:
         return folded[low]
     most = 1 if len(low) <= 4 else 2 if len(low) <= 9 else 3
-    found = [(edits(low, other, most), other) for other in folded]
+    found = [(edit_distance(low, other, most), other) for other in folded]
     near = [
         (count, [-similarity for similarity in _compare_letters(low, other)], other)
         for count, other in found
@@ -49,12 +49,12 @@ def _compare_letters(one: str, other: str) -> tuple[float, float]:
     return letters, difflib.SequenceMatcher(None, one, other).ratio()
 
 
-def edits(one: str, other: str, most: int) -> int:
+def edit_distance(one: str, other: str, most: int) -> int:
     """Return the edit distance between two words, or ``most + 1`` if it is greater than ``most``.
 
     One edit inserts, removes or replaces a letter, or swaps two adjacent letters.
 
-    >>> edits("wramup", "warmup", 2), edits("warmup", "cooldown", 2)
+    >>> edit_distance("wramup", "warmup", 2), edit_distance("warmup", "cooldown", 2)
     (1, 3)
     """
     if abs(len(one) - len(other)) > most:

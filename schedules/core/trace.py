@@ -63,8 +63,8 @@ def trace(
                 f"`losses` must have at least {steps - 1} values for {steps} steps, "
                 f"got {len(rows) - 1}."
             )
-        return {name: np.array([row[name] for row in rows]) for name in schedule.drives}
-    curves = schedule.curves_for({**defaults, **given}, horizon)
+        return {name: np.array([row[name] for row in rows]) for name in schedule.hyperparameters}
+    curves = schedule.build_curves({**defaults, **given}, horizon)
     values = {}
     for name, of_groups in curves.items():
         arrays = {curve: curve.array(steps) for curve in set(of_groups)}

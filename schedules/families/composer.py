@@ -22,7 +22,7 @@ from schedules.core.fields import (
     WarmupStepsOrZero,
     as_number,
 )
-from schedules.core.schedule import Fault, LearningRateSchedule, schedule_class
+from schedules.core.schedule import LearningRateSchedule, ParameterProblem, schedule_class
 
 __all__ = [
     "ConstantScheduler",
@@ -66,12 +66,12 @@ class _WithWarmup(_Scheduler):
     scale_warmup: bool = False
     """Whether `engine.scale_schedule_ratio` also scales the warmup."""
 
-    def faults(self) -> Iterator[Fault]:
-        yield from super().faults()
+    def find_problems(self) -> Iterator[ParameterProblem]:
+        yield from super().find_problems()
         warmup = as_number(self.t_warmup)
         end = as_number(getattr(self, "t_max", warmup))
         if warmup > end:
-            yield Fault(
+            yield ParameterProblem(
                 "t_warmup",
                 f"`t_warmup` must be at most `t_max` ({end:g} steps), got {warmup:g} steps. "
                 "Shorten the warmup or increase `t_max`.",
@@ -170,10 +170,10 @@ class MultiStepScheduler(
     gamma: Factor = 0.1
     """Factor applied at each milestone."""
 
-    def faults(self) -> Iterator[Fault]:
-        yield from super().faults()
+    def find_problems(self) -> Iterator[ParameterProblem]:
+        yield from super().find_problems()
         if list(self.milestones) != sorted(self.milestones):
-            yield Fault(
+            yield ParameterProblem(
                 "milestones",
                 "`milestones` must be in ascending order, got "
                 f"{list(self.milestones)} steps. Sort them.",

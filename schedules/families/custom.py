@@ -4,7 +4,7 @@ A function of the step becomes a multiplier of the learning rate. A scheduler cl
 interface (LambdaLR, MultiplicativeLR, your own) runs on a private optimizer and its learning rates
 are recorded, so it is previewed, resumed and checked like any other schedule. Limits of such a
 class: a step is reached only by stepping to it, durations are step counts and cannot be scaled, and
-it drives only the learning rate.
+it sets only the learning rate.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from schedules.core.durations import Horizon
 from schedules.core.fields import AnyValue
 from schedules.core.imports import import_attribute
 from schedules.core.schedule import (
-    Fault,
     LearningRateSchedule,
+    ParameterProblem,
     Schedule,
     ScheduleError,
     schedule_class,
@@ -58,9 +58,9 @@ def adapt(found: Any, path: str) -> type[Schedule[Any]]:
         ValueError: ``found`` is neither, or the class's ``step`` requires arguments.
     """
     if isinstance(found, type) and _is_torch_scheduler(found):
-        return wrap(found, path)
+        return wrap_scheduler(found, path)
     if callable(found) and not isinstance(found, type):
-        return FunctionSchedule.of(path, found)
+        return FunctionSchedule.make_class(path, found)
     raise ValueError(
         "`scheduler.type` must name a scheduler class or a function of the step, but "
         f"{path!r} is {found!r}."
@@ -72,7 +72,7 @@ def _is_torch_scheduler(cls: type) -> bool:
     return any(f"{base.__module__}.{base.__name__}" == name for base in cls.__mro__)
 
 
-def wrap(cls: type[Any], name: str) -> type[WrappedScheduler]:
+def wrap_scheduler(cls: type[Any], name: str) -> type[WrappedScheduler]:
     """Return a schedule class, called ``name`` in a config, that runs a PyTorch-style scheduler.
 
     Its parameters are those of the scheduler's constructor, except the optimizer. A string such as
@@ -125,11 +125,13 @@ class WrappedScheduler(Schedule[int]):
 
     wrapped: ClassVar[type[Any]]
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         try:
             _Recorder(self, (0.1,))
         except (TypeError, ValueError) as error:
-            yield Fault(None, f"{self.wrapped.__name__} rejects its parameters: {error}.")
+            yield ParameterProblem(
+                None, f"{self.wrapped.__name__} rejects its parameters: {error}."
+            )
 
     def resolve(self, horizon: Horizon | None = None) -> WrappedScheduler:
         """Return the schedule itself; its durations are step counts and cannot be scaled."""
@@ -138,7 +140,7 @@ class WrappedScheduler(Schedule[int]):
                 f"`engine.scale_schedule_ratio` must be 1 with {self.type_name}, got "
                 f"{horizon.scale_ratio:g}. Scale the parameters of {self.type_name} instead."
             )
-            raise ScheduleError(self.type_name, [Fault(None, message)])
+            raise ScheduleError(self.type_name, [ParameterProblem(None, message)])
         return self
 
     def curves(self, base: Base) -> Curves:
@@ -189,14 +191,14 @@ class FunctionSchedule(LearningRateSchedule):
     With r = ``engine.scale_schedule_ratio`` it is ``lr(k) = lr * function(k / r)``.
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
     function: ClassVar[Any]
 
     @staticmethod
-    def of(name: str, function: Callable[[float], float]) -> type[FunctionSchedule]:
+    def make_class(name: str, function: Callable[[float], float]) -> type[FunctionSchedule]:
         """Return a schedule class, called ``name`` in a config, for a function of the step.
 
-        >>> halving = FunctionSchedule.of("halving", lambda k: 0.5 ** (k // 100))
+        >>> halving = FunctionSchedule.make_class("halving", lambda k: 0.5 ** (k // 100))
         >>> halving().curves({"lr": (0.1,)})["lr"][0](250)
         0.025
         """

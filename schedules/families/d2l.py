@@ -32,12 +32,12 @@ from schedules.core.fields import (
     as_number,
 )
 from schedules.core.schedule import (
-    Fault,
+    ParameterProblem,
     Schedule,
     broadcast,
-    curve_per_group,
+    broadcast_strict,
+    build_curve_per_group,
     schedule_class,
-    spread,
 )
 
 __all__ = [
@@ -62,10 +62,10 @@ class _WithWarmup(Schedule[int]):
     warmup_mode: Literal["linear", "constant"] = "linear"
     """Shape of the warmup; "constant" keeps `warmup_begin_lr` until the warmup ends."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         end = getattr(self, "max_update", None)
         if end is not None and self.warmup_steps >= end:
-            yield Fault(
+            yield ParameterProblem(
                 "warmup_steps",
                 f"`warmup_steps` must be less than `max_update` ({end:g}), got "
                 f"{self.warmup_steps:g}. Shorten the warmup or increase `max_update`.",
@@ -73,10 +73,10 @@ class _WithWarmup(Schedule[int]):
 
     def curves(self, base: Base) -> Curves:
         own = base["lr"]
-        starts = own if self.base_lr is None else spread("base_lr", self.base_lr, own)
+        starts = own if self.base_lr is None else broadcast_strict("base_lr", self.base_lr, own)
         warmup_starts = broadcast("warmup_begin_lr", self.warmup_begin_lr, own)
         each = self.per_group(len(own))
-        return {"lr": curve_per_group(_WithWarmup._curve, each, starts, warmup_starts)}
+        return {"lr": build_curve_per_group(_WithWarmup._curve, each, starts, warmup_starts)}
 
     def _curve(self, lr: float, start: float) -> Curve:
         steps = as_number(self.warmup_steps)
@@ -102,7 +102,7 @@ class SquareRootScheduler(_WithWarmup, example={}):
     Source: ``SquareRootScheduler`` in "Dive into Deep Learning".
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
 
     def _body(self, lr: float) -> Curve:
         return inverse_sqrt(lr, steps=1)
@@ -121,7 +121,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
     Source: ``FactorScheduler`` in "Dive into Deep Learning" and in python/mxnet/lr_scheduler.py.
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
 
     factor: Factor = 1.0
     """Factor applied at each decay."""
@@ -130,10 +130,10 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
     step: Steps | None = None
     """Number of steps between two decays; null decays before every step."""
 
-    def faults(self) -> Iterator[Fault]:
-        yield from super().faults()
+    def find_problems(self) -> Iterator[ParameterProblem]:
+        yield from super().find_problems()
         if not 0 < self.factor <= 1:
-            yield Fault(
+            yield ParameterProblem(
                 "factor",
                 f"`factor` must be more than 0 and at most 1, got {self.factor:g}.",
             )
@@ -164,10 +164,10 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
     factor: Factor = 1.0
     """Factor applied at each of these steps."""
 
-    def faults(self) -> Iterator[Fault]:
-        yield from super().faults()
+    def find_problems(self) -> Iterator[ParameterProblem]:
+        yield from super().find_problems()
         if list(self.step) != sorted(set(self.step)):
-            yield Fault(
+            yield ParameterProblem(
                 "step",
                 f"`step` must be in ascending order without duplicates, got {list(self.step)}. "
                 "Sort it and remove duplicates.",

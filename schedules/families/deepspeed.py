@@ -15,7 +15,7 @@ from schedules.core.combinators import delay, join, stairs
 from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant, cosine, inverse_time, linear, linear_growth, log
 from schedules.core.fields import (
-    FilledIn,
+    AutoValue,
     LearningRate,
     Momentum,
     PerGroup,
@@ -29,19 +29,19 @@ from schedules.core.fields import (
     as_number,
 )
 from schedules.core.schedule import (
-    Fault,
+    ParameterProblem,
     Schedule,
     broadcast,
-    curve_per_group,
+    broadcast_strict,
+    build_curve_per_group,
     exceeds,
     schedule_class,
-    spread,
 )
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
 LastBatch = Annotated[int, Range(at_least=-1), "optimizer steps"]
-_AUTO = FilledIn("transformers, accelerate")
+_AUTO = AutoValue("transformers, accelerate")
 _CYCLE = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 30}
 
 
@@ -127,10 +127,10 @@ class OneCycle(
     """Decay rate of momentum after the cycle: its divisor starts at 1 and increases by this rate
     every `decay_step_size` steps."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         for low, high in (("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")):
             if exceeds(getattr(self, low), getattr(self, high)):
-                yield Fault(
+                yield ParameterProblem(
                     high,
                     f"`{high}` must be at least `{low}` ({_format_value(getattr(self, low))}), "
                     f"got {_format_value(getattr(self, high))}. Swap the two values.",
@@ -143,20 +143,20 @@ class OneCycle(
         if len(invalid) == 2 and self.cycle_second_stair_count is None:
             del invalid[1]  # The second count defaults to the first, so it is the same problem.
         for name, count, steps in invalid:
-            yield Fault(
+            yield ParameterProblem(
                 name,
                 f"`{name}` must be at most {steps}, the number of steps in that half, got {count}. "
                 "Set it to 0 to make the half continuous.",
             )
         if self.decay_step_size is not None and self.post_cycle_decay_step_size is not None:
-            yield Fault(
+            yield ParameterProblem(
                 "post_cycle_decay_step_size",
                 "`post_cycle_decay_step_size` is an alias of `decay_step_size`, but both are set. "
                 "Remove one of them.",
             )
 
     @property
-    def drives(self) -> tuple[str, ...]:
+    def hyperparameters(self) -> tuple[str, ...]:
         return ("lr", "momentum") if self.cycle_momentum else ("lr",)
 
     @property
@@ -185,18 +185,18 @@ class OneCycle(
     def _curves(self, base: Base) -> Curves:
         lr = base["lr"]
         curves = {
-            "lr": curve_per_group(
+            "lr": build_curve_per_group(
                 partial(self._cycle, self.decay_lr_rate),
-                spread("cycle_min_lr", self.cycle_min_lr, lr),
-                spread("cycle_max_lr", self.cycle_max_lr, lr),
+                broadcast_strict("cycle_min_lr", self.cycle_min_lr, lr),
+                broadcast_strict("cycle_max_lr", self.cycle_max_lr, lr),
             )
         }
         if self.cycle_momentum:
             momentum = base["momentum"]
-            curves["momentum"] = curve_per_group(
+            curves["momentum"] = build_curve_per_group(
                 partial(self._cycle, self.decay_mom_rate),
-                spread("cycle_max_mom", self.cycle_max_mom, momentum),
-                spread("cycle_min_mom", self.cycle_min_mom, momentum),
+                broadcast_strict("cycle_max_mom", self.cycle_max_mom, momentum),
+                broadcast_strict("cycle_min_mom", self.cycle_min_mom, momentum),
             )
         return curves
 
@@ -253,8 +253,8 @@ class LRRangeTest(
         return 5 * int(self.lr_range_test_step_size)
 
     def _curves(self, base: Base) -> Curves:
-        minima = spread("lr_range_test_min_lr", self.lr_range_test_min_lr, base["lr"])
-        return {"lr": curve_per_group(self._growth, minima)}
+        minima = broadcast_strict("lr_range_test_min_lr", self.lr_range_test_min_lr, base["lr"])
+        return {"lr": build_curve_per_group(self._growth, minima)}
 
     def _growth(self, minimum: float) -> Curve:
         steps = as_number(self.lr_range_test_step_size)
@@ -294,9 +294,9 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     warmup_type: WarmupType = "log"
     """Shape of the warmup; "log" rises fastest in the first steps."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         if self.warmup_max_lr is not None and exceeds(self.warmup_min_lr, self.warmup_max_lr):
-            yield Fault(
+            yield ParameterProblem(
                 "warmup_min_lr",
                 "`warmup_min_lr` must be at most `warmup_max_lr` "
                 f"({_format_value(self.warmup_max_lr)}), got {_format_value(self.warmup_min_lr)}. "
@@ -312,8 +312,8 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
         minima = broadcast("warmup_min_lr", self.warmup_min_lr, own)
         maxima = own
         if self.warmup_max_lr is not None:
-            maxima = spread("warmup_max_lr", self.warmup_max_lr, own)
-        return {"lr": curve_per_group(self._curve, minima, maxima)}
+            maxima = broadcast_strict("warmup_max_lr", self.warmup_max_lr, own)
+        return {"lr": build_curve_per_group(self._curve, minima, maxima)}
 
     def _curve(self, minimum: float, maximum: float) -> Curve:
         return join(
@@ -355,8 +355,8 @@ class WarmupDecayLR(
     total_num_steps: Annotated[Steps, _AUTO]
     """Length of the run, including the warmup."""
 
-    def faults(self) -> Iterator[Fault]:
-        yield from super().faults()
+    def find_problems(self) -> Iterator[ParameterProblem]:
+        yield from super().find_problems()
         yield from _check_warmup_length(
             as_number(self.warmup_num_steps), as_number(self.total_num_steps)
         )
@@ -405,7 +405,7 @@ class WarmupCosineLR(
     warmup_type: WarmupType = "log"
     """Shape of the warmup; "log" rises fastest in the first steps."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         yield from _check_warmup_length(
             as_number(self.warmup_num_steps), as_number(self.total_num_steps)
         )
@@ -415,7 +415,7 @@ class WarmupCosineLR(
         return int(self.total_num_steps) + 1
 
     def _curves(self, base: Base) -> Curves:
-        return {"lr": curve_per_group(self._curve, base["lr"])}
+        return {"lr": build_curve_per_group(self._curve, base["lr"])}
 
     def _curve(self, peak: float) -> Curve:
         ramp = log if self.warmup_type == "log" else linear
@@ -435,9 +435,9 @@ def _format_value(value: PerGroup) -> str:
     return str(list(value)) if isinstance(value, tuple) else f"{value:g}"
 
 
-def _check_warmup_length(warmup: float, total: float) -> Iterator[Fault]:
+def _check_warmup_length(warmup: float, total: float) -> Iterator[ParameterProblem]:
     if warmup > total:
-        yield Fault(
+        yield ParameterProblem(
             "warmup_num_steps",
             f"`warmup_num_steps` must be at most `total_num_steps` ({total}), got {warmup}. "
             "Shorten the warmup or lengthen the run.",

@@ -26,12 +26,12 @@ from schedules.core.fields import (
     as_number,
 )
 from schedules.core.schedule import (
-    Fault,
     LearningRateSchedule,
+    ParameterProblem,
     Schedule,
-    curve_per_group,
+    broadcast_strict,
+    build_curve_per_group,
     schedule_class,
-    spread,
 )
 
 __all__ = [
@@ -149,7 +149,7 @@ class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
     Source: ``ExponentialLR`` in torch/optim/lr_scheduler.py.
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
 
     gamma: Gamma
     """Factor applied after every step."""
@@ -237,7 +237,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     https://arxiv.org/abs/1708.07120.
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
 
     max_lr: LearningRate
     """Learning rate at the peak."""
@@ -265,10 +265,10 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     three_phase: bool = False
     """Whether the learning rate returns to its initial value before it falls to its final one."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         by_epochs = (self.epochs is not None) + (self.steps_per_epoch is not None)
         if by_epochs != (2 if self.total_steps is None else 0):
-            yield Fault(
+            yield ParameterProblem(
                 "total_steps",
                 "Either only `total_steps` or both `epochs` and `steps_per_epoch` must be set. "
                 'Set `total_steps` to "1dur" to use the length of the run.',
@@ -276,7 +276,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
             return
         ends = self._phase_ends
         if sorted(set(ends)) != list(ends) or ends[0] <= 0:
-            yield Fault(
+            yield ParameterProblem(
                 "pct_start",
                 f"`pct_start` must leave every phase part of the {self._steps:g} steps, but the "
                 f"phases end at steps {', '.join(f'{end:g}' for end in ends)}. Lengthen the cycle "
@@ -284,7 +284,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
             )
 
     @property
-    def drives(self) -> tuple[str, ...]:
+    def hyperparameters(self) -> tuple[str, ...]:
         return ("lr", "momentum") if self.cycle_momentum else ("lr",)
 
     @property
@@ -306,13 +306,15 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
 
     def curves(self, base: Base) -> Curves:
         curves = {
-            "lr": curve_per_group(self._lr_curve, spread("max_lr", self.max_lr, base["lr"])),
+            "lr": build_curve_per_group(
+                self._lr_curve, broadcast_strict("max_lr", self.max_lr, base["lr"])
+            ),
         }
         if self.cycle_momentum:
-            curves["momentum"] = curve_per_group(
+            curves["momentum"] = build_curve_per_group(
                 self._momentum_curve,
-                spread("base_momentum", self.base_momentum, base["momentum"]),
-                spread("max_momentum", self.max_momentum, base["momentum"]),
+                broadcast_strict("base_momentum", self.base_momentum, base["momentum"]),
+                broadcast_strict("max_momentum", self.max_momentum, base["momentum"]),
             )
         return curves
 
@@ -359,7 +361,7 @@ class CyclicLR(
     Source: ``CyclicLR`` in torch/optim/lr_scheduler.py; Smith, https://arxiv.org/abs/1506.01186.
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
 
     base_lr: LearningRate
     """Learning rate at the bottom of the triangles."""
@@ -381,16 +383,16 @@ class CyclicLR(
     max_momentum: Momentum = 0.9
     """Momentum at the bottom of the triangles."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         if self.gamma > 1:
-            yield Fault(
+            yield ParameterProblem(
                 "gamma",
                 f"`gamma` must be at most 1, got {self.gamma:g}. Larger values make the triangles "
                 "grow.",
             )
 
     @property
-    def drives(self) -> tuple[str, ...]:
+    def hyperparameters(self) -> tuple[str, ...]:
         return ("lr", "momentum") if self.cycle_momentum else ("lr",)
 
     @property
@@ -408,18 +410,18 @@ class CyclicLR(
     def curves(self, base: Base) -> Curves:
         lr = base["lr"]
         curves = {
-            "lr": curve_per_group(
+            "lr": build_curve_per_group(
                 self._triangles,
-                spread("base_lr", self.base_lr, lr),
-                spread("max_lr", self.max_lr, lr),
+                broadcast_strict("base_lr", self.base_lr, lr),
+                broadcast_strict("max_lr", self.max_lr, lr),
             )
         }
         if self.cycle_momentum:
             momentum = base["momentum"]
-            curves["momentum"] = curve_per_group(
+            curves["momentum"] = build_curve_per_group(
                 self._triangles,
-                spread("max_momentum", self.max_momentum, momentum),
-                spread("base_momentum", self.base_momentum, momentum),
+                broadcast_strict("max_momentum", self.max_momentum, momentum),
+                broadcast_strict("base_momentum", self.base_momentum, momentum),
             )
         return curves
 

@@ -14,7 +14,13 @@ from schedules.core.combinators import join, stairs
 from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant, cosine, exponential, linear
 from schedules.core.fields import Factor, LearningRate, Ratio, Steps, WarmupStepsOrZero, as_number
-from schedules.core.schedule import Fault, Schedule, curve_per_group, schedule_class, spread
+from schedules.core.schedule import (
+    ParameterProblem,
+    Schedule,
+    broadcast_strict,
+    build_curve_per_group,
+    schedule_class,
+)
 
 __all__ = [
     "CosineScheduleWithWarmup",
@@ -33,8 +39,8 @@ class _PeakSchedule(Schedule[int]):
         own = base["lr"]
         peaks = own
         if self.learning_rate is not None:
-            peaks = spread("learning_rate", self.learning_rate, own)
-        return {"lr": curve_per_group(self.curve, peaks)}
+            peaks = broadcast_strict("learning_rate", self.learning_rate, own)
+        return {"lr": build_curve_per_group(self.curve, peaks)}
 
     @abstractmethod
     def curve(self, lr: float) -> Curve:
@@ -50,9 +56,9 @@ class _WarmupAndDecay(_PeakSchedule):
     end_lr_ratio: Ratio = 0.1
     """Ratio of the learning rate at the end of the run and afterwards to the peak."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         if as_number(self.warmup_steps) > as_number(self.max_steps):
-            yield Fault(
+            yield ParameterProblem(
                 "warmup_steps",
                 f"`warmup_steps` must be at most `max_steps` ({self.max_steps:g}), got "
                 f"{self.warmup_steps:g}. Shorten the warmup or increase `max_steps`.",

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from schedules.core.controller import Base
 from schedules.core.durations import Horizon
 from schedules.core.fields import Range
-from schedules.core.schedule import Fault, ScheduleError, schedule_class
+from schedules.core.schedule import ParameterProblem, ScheduleError, schedule_class
 from schedules.feedback.autowu_controller import AutoWUController, Decay
 from schedules.feedback.autowu_state import AutoWUState, Warmup
 from schedules.feedback.base import FeedbackSchedule
@@ -93,10 +93,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """Whether the weights and the optimizer state with the lowest loss are restored when the warmup
     ends."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:
             message = f"`min_lr` must be less than `max_lr` ({self.max_lr:g}), got {self.min_lr:g}."
-            yield Fault("min_lr", message)
+            yield ParameterProblem("min_lr", message)
 
     @property
     def total_steps(self) -> int:
@@ -133,7 +133,9 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
                         "Set `steps_per_epoch` to a divisor of the number of steps, or set "
                         '"test": "robust".'
                     )
-                    raise ScheduleError(self.type_name, [Fault("steps_per_epoch", message)])
+                    raise ScheduleError(
+                        self.type_name, [ParameterProblem("steps_per_epoch", message)]
+                    )
                 total = max(1, int(horizon.scaled_steps or 1))
                 return dataclasses.replace(self, steps_per_epoch=total, total_epochs=1)
         if epochs is not None and horizon.scale_ratio != 1.0:
@@ -154,7 +156,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
                     f"`{name}` is unknown. Set it, or pass `training_data` to `initialize` and set "
                     '"engine": {"max_duration": "30ep"} in the config.'
                 )
-                raise ScheduleError(self.type_name, [Fault(name, message)])
+                raise ScheduleError(self.type_name, [ParameterProblem(name, message)])
         return resolved.controller(base)
 
     def controller(self, base: Base) -> AutoWUController:
@@ -163,7 +165,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
             cooldown_start=(1 - self.cooldown_fraction) * self.total_steps,
             is_immediate=self.immediate_cooldown,
             factor=self.decay_phase_factor,
-            watches_loss=self.decay_phase_stat == "loss",
+            reduces_on_plateau=self.decay_phase_stat == "loss",
         )
         return AutoWUController(self._warmup_test, decay, self.total_steps, base["lr"])
 

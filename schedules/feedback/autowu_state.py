@@ -68,7 +68,7 @@ class AutoWUState:
         return cls(
             **{**state}
             | {
-                "losses": History.of(state["losses"]),
+                "losses": History.from_losses(state["losses"]),
                 "votes": tuple(state["votes"]),
                 "epoch": tuple(state["epoch"]),
                 "fit": fit,

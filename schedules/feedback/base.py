@@ -49,18 +49,18 @@ class FeedbackSchedule(Schedule[S]):
 
     def curves(self, base: Base) -> Curves:
         """Return the learning rate of each group in a run on the synthetic loss."""
-        lrs_of_run = functools.cache(self._run_on_synthetic_loss)
+        run_once = functools.cache(self._run_on_synthetic_loss)
         groups = tuple(base["lr"])
 
         def curve(group: int) -> Curve:
             def value(step: float) -> float:
-                rows = lrs_of_run(groups)
+                rows = run_once(groups)
                 return rows[min(max(int(step), 0), len(rows) - 1)][group]
 
             return from_function(value)
 
-        made = {lr: curve(group) for group, lr in reversed(list(enumerate(groups)))}
-        return {"lr": tuple(made[lr] for lr in groups)}
+        curve_by_lr = {lr: curve(group) for group, lr in reversed(list(enumerate(groups)))}
+        return {"lr": tuple(curve_by_lr[lr] for lr in groups)}
 
     def _run_on_synthetic_loss(self, groups: tuple[float, ...]) -> list[tuple[float, ...]]:
         controller = self.controller({"lr": groups})

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 __all__ = [
     "LENGTH_SCALE",
-    "Data",
     "Hyperparameters",
     "Posterior",
+    "Statistics",
+    "compute_statistics",
     "features",
-    "gathered",
     "solve_ratio",
 ]
 
@@ -65,7 +65,7 @@ def _whitening() -> Array:
     return np.asarray(vectors[:, kept] / np.sqrt(values[kept]))
 
 
-class Data(NamedTuple):
+class Statistics(NamedTuple):
     """Sufficient statistics of losses y at positions x, in the eigenbasis of phi^T phi."""
 
     size: float
@@ -81,7 +81,7 @@ class Data(NamedTuple):
     squares: float
 
     @classmethod
-    def of(cls, phi: Array, y: Array, weights: Array | None = None) -> Data:
+    def from_features(cls, phi: Array, y: Array, weights: Array | None = None) -> Statistics:
         """Compute the statistics of losses y at positions with features phi.
 
         Args:
@@ -104,9 +104,9 @@ class Data(NamedTuple):
         )
 
 
-def gathered(x: Array, y: Array) -> Data:
+def compute_statistics(x: Array, y: Array) -> Statistics:
     """Compute the statistics of losses y at positions x in [0, 1]."""
-    return Data.of(features(x), y)
+    return Statistics.from_features(features(x), y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Hyperparameters:
         """Return a copy of the hyperparameters with this mean."""
         return dataclasses.replace(self, raw=(self.raw[0], mean, self.raw[2]))
 
-    def loss(self, data: Data) -> float:
+    def loss(self, data: Statistics) -> float:
         """Return -log p(y) / n, the negative log likelihood per loss."""
         noise, mean, scale = self.noise, self.mean, self.scale
         ratio = scale / noise
@@ -157,11 +157,11 @@ class Hyperparameters:
         logarithm = float(np.log1p(ratio * data.values).sum()) + data.size * math.log(noise)
         return 0.5 * (quadratic + logarithm + data.size * math.log(2 * math.pi)) / data.size
 
-    def gradient(self, data: Data) -> Slopes:
+    def gradient(self, data: Statistics) -> Slopes:
         """Return the gradient of `loss` with respect to ``raw``."""
         return _Slopes(data, self.mean)(*self.raw)
 
-    def fitted(self, data: Data, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
+    def fit(self, data: Statistics, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
         """Minimize `loss` with more steps of Adam, and return the new hyperparameters."""
         raw, first, second = list(self.raw), list(self.first), list(self.second)
         slopes = _Slopes(data, self.mean)
@@ -192,7 +192,7 @@ class _Slopes:
             the losses reduces rounding errors.
     """
 
-    def __init__(self, data: Data, center: float) -> None:
+    def __init__(self, data: Statistics, center: float) -> None:
         self._size, self._values, self._center = data.size, data.values, center
         self._total = data.total - data.size * center
         self._squares = data.squares - 2 * center * data.total + data.size * center**2
@@ -237,7 +237,7 @@ class Posterior(NamedTuple):
     """A square root of the covariance, which is root @ root.T."""
 
     @classmethod
-    def of(cls, data: Data, by: Hyperparameters, basis: Array) -> Posterior:
+    def from_statistics(cls, data: Statistics, by: Hyperparameters, basis: Array) -> Posterior:
         """Return the posterior at the positions whose `features` are ``basis``."""
         ratio = by.scale / by.noise
         shrunk = 1 / (1 + ratio * data.values)
@@ -250,12 +250,12 @@ class Posterior(NamedTuple):
         """Variance of the process at each position."""
         return np.asarray((self.root**2).sum(1))
 
-    def deviation_from(self, place: int) -> Array:
-        """Return the variance of f(x) - f(place) at each position x."""
-        return np.asarray(((self.root - self.root[place]) ** 2).sum(1))
+    def compute_difference_variance(self, index: int) -> Array:
+        """Return the variance of f(x) - f(index) at each position x."""
+        return np.asarray(((self.root - self.root[index]) ** 2).sum(1))
 
 
-def solve_ratio(data: Data, within: float = 0.0) -> Hyperparameters:
+def solve_ratio(data: Statistics, within: float = 0.0) -> Hyperparameters:
     """Return the scale and the noise with the highest likelihood, for a process with mean 0.
 
     The function tries 73 ratios rho = scale / noise from 1e-4 to 1e5. The best noise for each ratio

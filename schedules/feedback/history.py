@@ -27,7 +27,7 @@ class History:
         self._count = 0
 
     @classmethod
-    def of(cls, losses: Iterable[float]) -> History:
+    def from_losses(cls, losses: Iterable[float]) -> History:
         """Build a history that has these losses."""
         history = cls()
         history._shared = list(losses)
@@ -37,7 +37,9 @@ class History:
     def with_loss(self, loss: float) -> History:
         """Return a new history that has one more loss than this one."""
         if self._count != len(self._shared):
-            return History.of([*self, loss])  # A longer history already uses the shared list.
+            return History.from_losses(
+                [*self, loss]
+            )  # A longer history already uses the shared list.
         self._shared.append(loss)
         longer = History()
         longer._shared, longer._count = self._shared, self._count + 1

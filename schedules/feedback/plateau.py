@@ -9,12 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from schedules.core.controller import Base, Decision, Values
 from schedules.core.fields import LearningRate, Range
-from schedules.core.schedule import Fault, broadcast, schedule_class
+from schedules.core.schedule import ParameterProblem, broadcast, schedule_class
 from schedules.feedback.base import FeedbackController, FeedbackSchedule
 
 __all__ = ["ReduceLROnPlateau"]
 
-Waits = Annotated[int, Range(at_least=0), "metrics"]
+MetricCount = Annotated[int, Range(at_least=0), "metrics"]
 
 
 class PlateauState(NamedTuple):
@@ -115,22 +115,22 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     """Whether a smaller ("min") or a larger ("max") metric is better."""
     factor: Annotated[float, Range(at_least=0)] = 0.1
     """Factor on the learning rate at each reduction."""
-    patience: Waits = 10
+    patience: MetricCount = 10
     """Number of metrics in a row without improvement that are tolerated."""
     threshold: Annotated[float, Range(at_least=0)] = 1e-4
     """Minimum change that counts as an improvement."""
     threshold_mode: Literal["rel", "abs"] = "rel"
     """Whether `threshold` is a fraction of the best metric ("rel") or a difference ("abs")."""
-    cooldown: Waits = 0
+    cooldown: MetricCount = 0
     """Number of metrics to ignore after a reduction."""
     min_lr: LearningRate = 0.0
     """Lower bound of the learning rate."""
     eps: Annotated[float, Range(at_least=0)] = 1e-8
     """Minimum change of the learning rate; smaller reductions are skipped."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         if self.factor >= 1:
-            yield Fault("factor", f"`factor` must be less than 1, got {self.factor:g}.")
+            yield ParameterProblem("factor", f"`factor` must be less than 1, got {self.factor:g}.")
 
     @property
     def span(self) -> int:
@@ -171,8 +171,8 @@ class PlateauController(FeedbackController[_State]):
         if plateau.reductions == state.plateau.reductions:
             return state._replace(step=step, plateau=plateau)
         lrs = tuple(map(self._reduce, state.lrs, self._least))
-        why = f"the metric has not improved in {self._rule.patience + 1} evaluations"
-        return _State(step, plateau, lrs, Decision(step, lrs[0], why))
+        reason = f"the metric has not improved in {self._rule.patience + 1} evaluations"
+        return _State(step, plateau, lrs, Decision(step, lrs[0], reason))
 
     def _reduce(self, lr: float, least: float) -> float:
         new = max(lr * self._rule.factor, least)

@@ -198,7 +198,7 @@ def test_sambaflow_golden_case_matches(name):
 
 
 def schedule_fields(type_name):
-    return schedules.core.fields.fields_of(SCHEDULES[type_name])
+    return schedules.core.fields.read_fields(SCHEDULES[type_name])
 
 
 def transformers_block(case):

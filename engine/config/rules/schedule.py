@@ -9,7 +9,7 @@ from typing import Any
 from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
 from schedules import SCHEDULES
-from schedules.core.fields import fields_of
+from schedules.core.fields import read_fields
 
 __all__ = ["RULES"]
 
@@ -69,7 +69,11 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
             )
             yield context.note("unused-lr", "/optimizer/params/lr", message)
     for name in ("betas", "momentum"):
-        if name in params and "momentum" in driven.schedule.drives and driven.ignores("momentum"):
+        if (
+            name in params
+            and "momentum" in driven.schedule.hyperparameters
+            and driven.ignores("momentum")
+        ):
             low, high = driven.range_of("momentum")
             what = "betas[0]" if name == "betas" else name
             message = f"The schedule overwrites `{what}` with values from {low:g} to {high:g}."
@@ -157,7 +161,7 @@ def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
 
 
 def _default_of_cycle(name: str) -> Any:
-    return fields_of(SCHEDULES["OneCycle"])[name].default
+    return read_fields(SCHEDULES["OneCycle"])[name].default
 
 
 def first_of(cycle: Mapping[str, Any]) -> str:
