@@ -1,7 +1,7 @@
-"""Schedules of the learning rate, momentum and weight decay.
+"""Schedules for the learning rate, momentum and weight decay.
 
-A schedule is a set of parameters that can be read from a config. The values that it returns are a
-pure function of the step, or of the losses so far.
+A schedule is a dataclass whose fields are the parameters in a config. Its values depend only on the
+step or, for a feedback schedule, on the losses so far.
 
 >>> import schedules
 >>> block = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}

@@ -1,8 +1,8 @@
-"""JSON schemas: ``ds_config.schema.json``, one file per config section, one per schedule.
+"""JSON schemas of the config, of its sections, and of the schedules.
 
 ``schedulers/`` is generated from the dataclasses of the package `schedules`, and ``editor/`` from
-all other schemas. The rest is written by hand. In addition to the keywords of JSON Schema, the
-schemas use:
+all other schemas. The other files are written by hand. In addition to the keywords of JSON Schema,
+the schemas use:
 
 - ``x-auto``: integrations that replace the value "auto"
 - ``x-backend``: the only backend that supports the key
@@ -10,8 +10,8 @@ schemas use:
 - ``x-removed`` and ``x-since``: DeepSpeed versions
 - ``x-alias-of``: the key with the same meaning
 
-``aliases.json`` maps the key names of other tools to ours. ``rules.json`` holds the page of each
-rule.
+``aliases.json`` maps key names of other tools to the equivalent keys here. ``rules.json`` documents
+the validation rules.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DIRECTORY = Path(__file__).parent
 
 @functools.cache
 def read(name: str) -> dict[str, Any]:
-    """Return the contents of a JSON file in this directory. Do not modify it: it is cached.
+    """Read a JSON file of this directory. The result is cached and must not be modified.
 
     >>> read("sections/bf16.json")["title"]
     'bf16'

@@ -155,7 +155,10 @@ def _convert_error(
             hint = schema["x-instead"]
             yield document.problem("removed-key", pointer, message, hint, at_key=True)
         case _ if value == "auto":
-            message = f'`{name}` must be {describe_schema(schema)}, got "auto", which no integration replaces.'
+            message = (
+                f"`{name}` must be {describe_schema(schema)}, "
+                'got "auto", which no integration replaces.'
+            )
             yield document.problem("unsupported-auto", pointer, message, "Set a value.")
         case _ if keyword in {"type", "enum", "pattern"} | _RANGE:
             message = f"`{name}` must be {describe_schema(schema)}, got {quote_value(value)}."

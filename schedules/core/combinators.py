@@ -1,4 +1,4 @@
-"""Build curves from other curves. The basic shapes are in `schedules.core.curves`.
+"""Functions that build curves from other curves. `schedules.core.curves` has the basic shapes.
 
 >>> from schedules.core.curves import linear
 >>> one_up_one_down = join([linear(0.0, 1.0, steps=4), linear(1.0, 0.0, steps=2)], [4])
@@ -59,24 +59,23 @@ class _Join(Curve):
 
 
 def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[str] = ()) -> Curve:
-    """Return a curve that consists of several curves in a row. Each part counts its steps from 0.
+    """Run several curves one after another. Each curve starts at its own step 0.
 
     Args:
-        parts: curves, in order.
-        boundaries: step at which each part except the first starts, in ascending order. A part
+        parts: curves to run, in order.
+        boundaries: steps at which the second and later parts start, in ascending order. A part
             between two equal boundaries is skipped.
-        names: name of each part, which plots show. If a part has named phases itself, plots show
-            these names instead.
+        names: names of the parts, shown in plots. A part that has named phases keeps their names.
 
     Raises:
-        ValueError: the number of boundaries does not match the number of parts, or the boundaries
-            are negative or not in ascending order.
+        ValueError: the number of boundaries is not one less than the number of parts, or the
+            boundaries are negative or not in ascending order.
     """
     parts, boundaries = tuple(parts), tuple(boundaries)
     if len(boundaries) != len(parts) - 1:
         raise ValueError(
             f"`boundaries` must have {len(parts) - 1} entries for {len(parts)} parts, "
-            f"got {boundaries}."
+            f"got {boundaries}. Pass the start of each part after the first."
         )
     if list(boundaries) != sorted(boundaries) or (boundaries and boundaries[0] < 0):
         raise ValueError(f"`boundaries` must be >= 0 and in ascending order, got {boundaries}.")
@@ -127,11 +126,11 @@ class _Stairs(Curve):
 
 
 def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
-    """Turn ``curve`` into a staircase with ``count`` equally long stairs per ``steps`` steps.
+    """Turn a curve into a staircase with ``count`` equally long stairs per ``steps`` steps.
 
     The value at step k is the value of ``curve`` at ``floor(k * count / steps) * steps / count``.
-    If ``rounds_up`` is true, ``ceil`` replaces ``floor``. A descending staircase with ``rounds_up``
-    is therefore the mirror image of an ascending one without it.
+    With ``rounds_up=True``, ``ceil`` replaces ``floor``. A descending staircase that rounds up is
+    the mirror image of an ascending staircase that rounds down.
 
     >>> from schedules.core.curves import linear
     >>> list(stairs(linear(0.0, 1.0, steps=4), steps=4, count=2).values(6))
@@ -165,14 +164,13 @@ class _Repeat(Curve):
 
 
 def repeat(make: Callable[[int, float], Curve], steps: float, growth: float = 1) -> Curve:
-    """Return a curve that consists of cycles.
+    """Return a curve that repeats a cycle indefinitely.
 
     Args:
-        make: function that returns the curve of a cycle. Its arguments are the number of the cycle,
-            counted from 0, and the length of the cycle. The curve counts its steps from the start
-            of the cycle.
+        make: function that builds the curve of a cycle from the index of the cycle (0, 1, 2, …)
+            and its length in steps. The curve starts at its own step 0.
         steps: length of the first cycle, in steps.
-        growth: ratio of a cycle's length to the length of the previous cycle, >= 1. Lengths are
+        growth: length of each cycle divided by the length of the previous cycle, >= 1. Lengths are
             truncated to whole steps.
 
     >>> from schedules.core.curves import linear
@@ -204,7 +202,7 @@ class _Pointwise(Curve):
 
 
 def pointwise(combine: Callable[[float, float], float], left: Curve, right: Curve) -> Curve:
-    """Return the curve whose value at step k is ``combine(left(k), right(k))``.
+    """Combine two curves. The value at step k is ``combine(left(k), right(k))``.
 
     >>> from schedules.core.curves import constant, linear
     >>> list(pointwise(max, linear(1.0, 0.0, steps=4), constant(0.3)).values(5))
@@ -236,7 +234,7 @@ class _Dilate(Curve):
 
 
 def dilate(curve: Curve, ratio: float) -> Curve:
-    """Return a stretched curve: its value at step k is the value of ``curve`` at ``k / ratio``.
+    """Stretch a curve. The value at step k is the value of ``curve`` at step ``k / ratio``.
 
     >>> from schedules.core.curves import linear
     >>> list(dilate(linear(0.0, 1.0, steps=2), ratio=2).values(5))
@@ -261,7 +259,7 @@ class _Delay(Curve):
 
 
 def delay(curve: Curve, steps: float) -> Curve:
-    """Return a shifted curve: its value at step k is the value of ``curve`` at ``k - steps``.
+    """Delay a curve. The value at step k is the value of ``curve`` at step ``k - steps``.
 
     If ``steps`` is negative, the start of ``curve`` is skipped.
 

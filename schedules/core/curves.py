@@ -1,9 +1,9 @@
-"""Curves, which are functions from a step to a value. This module has all basic shapes.
+"""Curves that map a step to a value, such as linear ramps and cosines.
 
-A `Curve` can be evaluated at one step, without numpy, or at an array of steps. Both give exactly
-the same values. A curve consists of pieces. Each piece is one formula on a half-open range of
-steps. All shapes count their steps from 0. The first value of a shape is exact. The end value of a
-ramp is also exact, and the ramp keeps it after the last step.
+A `Curve` can be evaluated at a single step, without numpy, or at an array of steps. Both give
+exactly the same values. A curve consists of pieces, each with one formula for a range of steps.
+All curves start at step 0. The first value of a curve is exact. A ramp also reaches its end value
+exactly, and keeps it after its last step.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
     >>> [warmup(step) for step in range(6)]
@@ -44,16 +44,16 @@ __all__ = [
     "shorten",
 ]
 
-# Maps a step to a value. If it uses only + - * /, it also accepts an array, with equal results.
+# Maps a step to a value. A formula that uses only + - * / also accepts an array of steps.
 Formula = Callable[[Any], Any]
 
 _BLOCK = 8192
 
 
 class Line(NamedTuple):
-    """The coefficients of a linear formula: ``start_value + rise * ((step - origin) / steps)``.
+    """Coefficients of the linear formula ``start_value + rise * ((step - origin) / steps)``.
 
-    Lines with the same ``origin`` and ``steps`` share the quotient, so it is computed only once.
+    For lines with the same ``origin`` and ``steps``, the quotient is computed only once.
     """
 
     start_value: float
@@ -65,26 +65,26 @@ class Line(NamedTuple):
 class Piece(NamedTuple):
     """One formula of a curve, valid for ``start <= step < end``.
 
-    The bounds can be between two steps, for example if a duration is specified in samples.
+    The bounds can be fractional, for example if a duration is specified in samples.
     """
 
     start: float
     end: float
     formula: Formula
     elementwise: bool
-    """Whether an array is evaluated in a loop. numpy's sin and log can differ from `math`'s."""
+    """Whether arrays are evaluated in a loop, because numpy's sin and log round differently."""
     line: Line | None = None
     """Coefficients of the formula, if it is linear."""
 
 
 def constant_piece(value: float, start: float, end: float) -> Piece:
-    """Return a piece that has a constant value from ``start`` to ``end``."""
+    """Return a piece with a constant value from ``start`` to ``end``."""
     line = Line(value, 0.0, start, 1.0)
     return Piece(start, end, lambda k: value, elementwise=False, line=line)
 
 
 def shorten(piece: Piece, end: float) -> Piece:
-    """Return the piece, shortened to end at ``end`` if it is longer."""
+    """Cut off a piece at ``end`` if it is longer."""
     return piece if piece.end <= end else Piece(piece.start, end, *piece[2:])
 
 
@@ -96,19 +96,19 @@ class Phase(NamedTuple):
 
 
 class Curve(ABC):
-    """Base class of curves, which are functions from a step (0, 1, 2, …) to a value."""
+    """Base class of curves, which map a step (0, 1, 2, …) to a value."""
 
     @abstractmethod
     def piece(self, step: float, origin: float = 0) -> Piece:
-        """Return the piece that contains ``step``, for a curve that starts at step ``origin``."""
+        """Return the piece that contains ``step`` if the curve starts at step ``origin``."""
 
     def phases(self, origin: float = 0) -> tuple[Phase, ...]:
-        """Return the named phases of a curve that starts at step ``origin``."""
+        """Return the named phases of the curve if it starts at step ``origin``."""
         del origin  # Only combined curves have phases.
         return ()
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yield the pieces that cover the steps ``start`` to ``end - 1``, cut at whole steps."""
+        """Yield the pieces for steps ``start`` to ``end - 1``, with bounds at whole steps."""
         while start < end:
             piece = self.piece(start)
             stop = math.ceil(piece.end) if piece.end < end else end
@@ -116,12 +116,12 @@ class Curve(ABC):
             start = stop
 
     def values(self, count: int) -> Iterator[float]:
-        """Yield the values of the steps 0 to ``count - 1``, without numpy."""
+        """Yield the first ``count`` values, without numpy."""
         for piece in self.pieces(0, count):
             yield from map(piece.formula, range(int(piece.start), int(piece.end)))
 
     def array(self, count: int) -> NDArray[Any]:
-        """Return the values of the steps 0 to ``count - 1`` as an array.
+        """Return the first ``count`` values as a numpy array.
 
         >>> linear(0.0, 1.0, steps=2).array(3)
         array([0. , 0.5, 1. ])
@@ -135,7 +135,7 @@ class Curve(ABC):
     def fill(self, values: NDArray[Any], start: int, origin: float = 0) -> None:
         """Fill an array with the values of consecutive steps, starting at step ``start``.
 
-        Curves with many pieces override this method, because a loop over many pieces is slow.
+        Curves with many pieces override this method to avoid a slow loop over their pieces.
         """
         import numpy as np
 
@@ -192,7 +192,7 @@ class Curve(ABC):
         return values.reshape(array.shape)
 
     def values_at(self, ascending: NDArray[Any]) -> NDArray[Any]:
-        """Return the values at an array of ascending steps. The steps can be fractional."""
+        """Return the values at an array of steps in ascending order. Steps can be fractional."""
         import numpy as np
 
         values = np.empty(ascending.size)
@@ -211,7 +211,7 @@ class Curve(ABC):
 
 
 class _Shape(Curve):
-    """A curve with a single formula. If ``steps`` is finite, the end value holds from there on."""
+    """A curve with a single formula. It is constant from step ``steps`` on."""
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ def constant(value: float) -> Curve:
 
 
 def linear(start_value: float, end_value: float, steps: float) -> Curve:
-    """Return a linear ramp, ``start + (end - start) * k / steps``, constant from ``steps`` on.
+    """Return the linear ramp ``start + (end - start) * k / steps``.
 
     >>> list(linear(1.0, 2.0, steps=4).values(6))
     [1.0, 1.25, 1.5, 1.75, 2.0, 2.0]
@@ -287,11 +287,11 @@ def linear(start_value: float, end_value: float, steps: float) -> Curve:
 def ramp(
     start_value: float, end_value: float, steps: float, rise: Callable[[float], float]
 ) -> Curve:
-    """Return ``start + (end - start) * rise(k / steps)``, constant from step ``steps`` on.
+    """Return a ramp of any shape: ``start + (end - start) * rise(k / steps)``.
 
     Args:
         start_value: value at step 0.
-        end_value: value at step ``steps`` and after.
+        end_value: value at and after step ``steps``.
         steps: length of the ramp.
         rise: function on [0, 1] with ``rise(0) == 0`` and ``rise(1) == 1``.
 
@@ -307,9 +307,7 @@ def ramp(
 
 
 def cosine(start_value: float, end_value: float, steps: float) -> Curve:
-    """Return half a cosine wave: ``end + (start - end) * (1 + cos(pi * k / steps)) / 2``.
-
-    The curve is constant from step ``steps`` on.
+    """Return the cosine ramp ``end + (start - end) * (1 + cos(pi * k / steps)) / 2``.
 
     >>> [round(value, 6) for value in cosine(1.0, 0.0, steps=4).values(6)]
     [1.0, 0.853553, 0.5, 0.146447, 0.0, 0.0]
@@ -322,7 +320,7 @@ def cosine(start_value: float, end_value: float, steps: float) -> Curve:
 
 
 def polynomial(start_value: float, end_value: float, steps: float, power: float) -> Curve:
-    """Return ``end + (start - end) * (1 - k / steps) ** power``, constant from step ``steps`` on.
+    """Return the polynomial ramp ``end + (start - end) * (1 - k / steps) ** power``.
 
     >>> list(polynomial(1.0, 0.0, steps=4, power=2.0).values(6))
     [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
@@ -331,7 +329,7 @@ def polynomial(start_value: float, end_value: float, steps: float, power: float)
 
 
 def one_minus_sqrt(start_value: float, end_value: float, steps: float) -> Curve:
-    """Return ``start + (end - start) * sqrt(k / steps)``, constant from step ``steps`` on.
+    """Return the square-root ramp ``start + (end - start) * sqrt(k / steps)``.
 
     The curve changes fast at first and then more slowly.
 
@@ -344,7 +342,7 @@ def one_minus_sqrt(start_value: float, end_value: float, steps: float) -> Curve:
 
 
 def half_life(start_value: float, end_value: float, steps: float) -> Curve:
-    """Return ``start + (end - start) * 2 * (1 - 2 ** (-k / steps))``, constant from ``steps`` on.
+    """Return the half-life ramp ``start + (end - start) * 2 * (1 - 2 ** (-k / steps))``.
 
     >>> [round(value, 6) for value in half_life(1.0, 0.0, steps=2).values(4)]
     [1.0, 0.414214, 0.0, 0.0]
@@ -356,7 +354,7 @@ def half_life(start_value: float, end_value: float, steps: float) -> Curve:
 
 
 def geometric(start_value: float, end_value: float, steps: float) -> Curve:
-    """Return ``start * (end / start) ** (k / steps)``, constant from step ``steps`` on.
+    """Return the geometric ramp ``start * (end / start) ** (k / steps)``.
 
     The curve is a straight line on a logarithmic scale.
 
@@ -374,7 +372,7 @@ def geometric(start_value: float, end_value: float, steps: float) -> Curve:
 def log(start_value: float, end_value: float, steps: float) -> Curve:
     """Return DeepSpeed's logarithmic ramp ``start + (end - start) * ln(1 + k) / ln(steps)``.
 
-    It reaches the end value at ``k = steps - 1`` (at ``k = 1`` if ``steps`` is 1) and keeps it.
+    The ramp reaches its end value at ``k = steps - 1``, or at ``k = 1`` if ``steps`` is 1.
 
     >>> [round(value, 6) for value in log(0.0, 1.0, steps=4).values(6)]
     [0.0, 0.5, 0.792481, 1.0, 1.0, 1.0]
@@ -386,7 +384,7 @@ def log(start_value: float, end_value: float, steps: float) -> Curve:
 
 
 def exponential(start_value: float, factor: float, steps: float) -> Curve:
-    """Return the exponential curve ``start * factor ** (k / steps)``, which has no last step.
+    """Return the exponential curve ``start * factor ** (k / steps)``.
 
     >>> list(exponential(1.0, factor=0.25, steps=2).values(5))
     [1.0, 0.5, 0.25, 0.125, 0.0625]
@@ -399,7 +397,7 @@ def exponential(start_value: float, factor: float, steps: float) -> Curve:
 
 
 def inverse_sqrt(start_value: float, steps: float) -> Curve:
-    """Return the decay ``start / sqrt(1 + k / steps)``, which has no last step.
+    """Return the inverse square root decay ``start / sqrt(1 + k / steps)``.
 
     >>> list(inverse_sqrt(1.0, steps=1).values(4))[::3]
     [1.0, 0.5]
@@ -412,7 +410,7 @@ def inverse_sqrt(start_value: float, steps: float) -> Curve:
 
 
 def inverse_time(start_value: float, rate: float, steps: float) -> Curve:
-    """Return the decay ``start / (1 + rate * k / steps)``, which has no last step.
+    """Return the inverse time decay ``start / (1 + rate * k / steps)``.
 
     >>> list(inverse_time(1.0, rate=1.0, steps=2).values(5))
     [1.0, 0.6666666666666666, 0.5, 0.4, 0.3333333333333333]
@@ -425,7 +423,7 @@ def inverse_time(start_value: float, rate: float, steps: float) -> Curve:
 
 
 def linear_growth(start_value: float, rate: float, steps: float) -> Curve:
-    """Return the linear growth ``start * (1 + rate * k / steps)``, which has no last step.
+    """Return the unbounded linear growth ``start * (1 + rate * k / steps)``.
 
     >>> list(linear_growth(0.5, rate=1.0, steps=2).values(4))
     [0.5, 0.75, 1.0, 1.25]

@@ -1,8 +1,8 @@
-"""Types of schedule fields, with ranges and units.
+"""Types for the fields of schedules, with valid ranges and units.
 
-A schedule annotates its fields with the types of this module. `read_fields` converts the annotations
-to JSON schemas. The constructor of a schedule validates its arguments against the schemas, and
-``make generate`` writes the schemas to ``schemas/schedulers``.
+Schedules annotate their fields with these types. `read_fields` converts the annotations to JSON
+schemas. The constructor of a schedule validates its arguments against them, and ``make generate``
+writes them to ``schemas/schedulers``.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ class Range(NamedTuple):
 
 
 class Duration(NamedTuple):
-    """Marks a field as a duration: it accepts a time string, and `Horizon.scale_ratio` scales it.
+    """Marks a field as a duration, which can be a time string.
 
-    A warmup is only scaled if ``scale_warmup`` is true or if it is a fraction of the run.
+    `Horizon.scale_ratio` scales durations. It scales a warmup only if ``scale_warmup`` is true or
+    if the warmup is a fraction of the run.
     """
 
     warmup: bool = False
@@ -84,9 +85,10 @@ class Items:
 
 
 class AutoValue(NamedTuple):
-    """Marks a field that accepts "auto" in a config, which another library replaces by a value."""
+    """Marks a field that accepts "auto", which an integration replaces by a value."""
 
     integrations: str
+    """Names of the integrations, such as "transformers"."""
 
 
 class AnyValue(NamedTuple):
@@ -164,10 +166,9 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 
 
 def accepts(schema: Mapping[str, Any], value: Any) -> bool:
-    """Return whether a value is valid for a field's JSON schema. A list is passed as a tuple.
+    """Return whether a value is valid for a field's JSON schema. Lists must be passed as tuples.
 
-    The function supports only the schema keywords that fields use. Validating a schedule therefore
-    does not require a JSON Schema library.
+    Only the schema keywords that fields use are supported, so no JSON Schema library is required.
 
     >>> accepts({"type": "number", "minimum": 0}, float("nan"))
     False
@@ -198,10 +199,10 @@ def accepts(schema: Mapping[str, Any], value: Any) -> bool:
 
 
 def as_number(value: float | str | Sequence[float]) -> float:
-    """Return the value of a field, and check that it is a number.
+    """Return the value of a field, which must be a number.
 
-    It is a number after `Schedule.resolve` has converted time strings to steps, and after
-    `Schedule.per_group` has replaced lists by numbers.
+    Call `Schedule.resolve` first to convert time strings to steps, and `Schedule.per_group` to
+    replace lists by numbers.
 
     Raises:
         ValueError: the value is a time string or a list.
@@ -234,11 +235,11 @@ class Field:
 
     @property
     def per_group(self) -> bool:
-        """Whether the field accepts a number, and a list with one number per param group."""
+        """Whether the field accepts a number or a list with one number per param group."""
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
     def convert(self, value: Any) -> Any:
-        """Validate and convert a value that was read from JSON.
+        """Validate and convert a value from a config.
 
         A list becomes a tuple. In a field for whole numbers, a float such as 1e3 becomes an int.
 
@@ -256,9 +257,7 @@ class Field:
         if any(isinstance(each, FractionalSteps) for each in _as_tuple(value)):
             return value
         if isinstance(value, str) and self.duration is not None:
-            convert_to_steps(
-                value, _ANY_RUN, scaled=False
-            )  # This raises if the time string is invalid.
+            convert_to_steps(value, _ANY_RUN, scaled=False)  # raises if the time string is invalid
         if not accepts(self.schema, value):
             raise ValueError(
                 f"`{self.name}` must be {describe_schema(self.schema)}, got {value!r}."
@@ -272,7 +271,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def read_fields(schedule: type) -> Mapping[str, Field]:
-    """Read the fields of a schedule from its annotations. Return a dict that maps names to fields.
+    """Return the fields of a schedule by name, read from its annotations.
 
     Raises:
         TypeError: an annotation cannot be expressed in JSON Schema.
@@ -285,7 +284,7 @@ def read_fields(schedule: type) -> Mapping[str, Field]:
 
 @dataclasses.dataclass
 class _Annotation:
-    """The parts of a field's annotation; `read` collects them."""
+    """The parts of a field's annotation, collected by `read`."""
 
     name: str
     types: list[str] = dataclasses.field(default_factory=list)
@@ -298,7 +297,7 @@ class _Annotation:
     free: bool = False
 
     def read(self, hint: Any) -> _Annotation:
-        """Add the parts of a type hint, recursively, and return the object itself."""
+        """Collect the parts of a type hint recursively, and return ``self``."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin is Annotated:
             for mark in arguments[1:]:
@@ -316,7 +315,8 @@ class _Annotation:
             self.types.append(_JSON_TYPES[plain])
         else:
             raise TypeError(
-                f"`{self.name}` has the annotation {hint}, which JSON Schema cannot express."
+                f"`{self.name}` has the annotation {hint}, which JSON Schema cannot express. Use a "
+                "type of `schedules.core.fields`."
             )
         return self
 
@@ -337,7 +337,7 @@ class _Annotation:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The JSON schema that describes the valid values of the field."""
+        """JSON schema of the field's valid values."""
         if self.free:
             return {}
         names = list(self.types)

@@ -47,9 +47,11 @@ def _build_property(field: Field, description: str) -> dict[str, Any]:
 
 
 def _add_auto(schema: Mapping[str, Any], auto_integrations: str) -> dict[str, Any]:
-    """Return schema keywords that accept the value "auto" in addition to the values of ``schema``.
+    """Return the keywords that make a field's schema also accept "auto".
 
-    The library that ``auto_integrations`` names replaces "auto" before training.
+    Args:
+        schema: schema of the field.
+        auto_integrations: names of the integrations that replace "auto" by a value.
     """
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     pattern = f"^auto$|{schema['pattern']}" if "pattern" in schema else "^auto$"

@@ -1,4 +1,4 @@
-"""`Schedule`, the base class of all schedules: it holds and validates a schedule's parameters.
+"""`Schedule`, the base class of all schedules, which validates the parameters of a schedule.
 
 `Schedule.bind` returns a `schedules.core.controller.Controller`, which computes the values for an
 optimizer.
@@ -42,7 +42,7 @@ S = TypeVar("S")
 class ParameterProblem:
     """A problem with a schedule's parameters.
 
-    ``field`` is the name of the parameter to change; None if the problem is not in one parameter.
+    ``field`` is the name of the parameter to change, or None if no single parameter is the cause.
     """
 
     field: str | None
@@ -50,7 +50,7 @@ class ParameterProblem:
 
 
 class ScheduleError(ValueError):
-    """Raised if the parameters of a schedule are invalid; ``problems`` lists all problems.
+    """Raised when parameters of a schedule are invalid. ``problems`` lists every problem.
 
     ValueError
     └── ScheduleError
@@ -69,8 +69,8 @@ if TYPE_CHECKING:
         ...
 
 else:
-    # Type checkers see the definition above instead, because with this alias they would reject
-    # keyword arguments in calls of a schedule.
+    # Type checkers use the definition above. With this alias, they would reject keyword arguments
+    # in the constructor of a schedule.
     schedule_class = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
@@ -78,27 +78,26 @@ else:
 class Schedule(ABC, Generic[S]):
     """Base class of all schedules. Its fields are the ``params`` of a config's ``scheduler`` block.
 
-    A subclass is a frozen, keyword-only dataclass with a string below each field that describes it.
-    It overrides `curves`, which returns the values, and optionally `find_problems`, which reports
-    conflicts between fields.
+    A subclass must be a frozen, keyword-only dataclass with a docstring below each field. Override
+    `curves` to define the values, and `find_problems` to report conflicts between fields.
 
     Raises:
-        ScheduleError: a parameter has the wrong type, is out of range, or conflicts with another.
+        ScheduleError: a parameter has an invalid type, is out of range, or conflicts with another.
     """
 
     type_name: ClassVar[str]
-    """Name of this schedule in a config. It is the class name unless the class statement passes
-    ``type_name=``."""
+    """Name of the schedule in a config. Defaults to the class name; the class statement can pass
+    ``type_name=`` to change it."""
 
     has_rate_per_step: ClassVar[bool] = False
     """Whether a parameter is a rate per step. If so, `Horizon.scale_ratio` stretches whole curves,
-    because scaling only the durations would not scale the rate."""
+    because scaling the durations does not scale a rate."""
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = None
-    """Input that the schedule receives at each step. None if its values depend only on the step."""
+    """Value that the schedule receives at each step. None if it depends only on the step."""
 
     example: ClassVar[Mapping[str, Any]] = {}
-    """Parameters for an example run of 100 steps with 10 steps per epoch."""
+    """Parameters of the example in the documentation: 100 steps with 10 steps per epoch."""
 
     def __init_subclass__(
         cls,
@@ -126,7 +125,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def unresolved_fields(self) -> tuple[str, ...]:
-        """Names of the fields that are time strings; `resolve` converts them to steps."""
+        """Names of the fields that are still time strings. `resolve` converts them to steps."""
         return tuple(
             name
             for name, field in read_fields(type(self)).items()
@@ -173,30 +172,30 @@ class Schedule(ABC, Generic[S]):
         scaled = not duration.warmup or horizon.scale_warmup or getattr(self, "scale_warmup", False)
         steps = tuple(convert_to_steps(each, horizon, scaled=scaled) for each in _as_tuple(value))
         if self.has_rate_per_step and horizon.scale_ratio != 1:
-            # `build_curves` stretches the curves by the ratio later. It must not apply twice.
+            # `build_curves` stretches the curves later, so the ratio must not be applied here.
             steps = tuple(FractionalSteps(each / horizon.scale_ratio) for each in steps)
         return steps if isinstance(value, tuple) else steps[0]
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         """Yield the conflicts between fields.
 
-        The constructor calls this method after it has validated each field, and only if all
-        durations are in steps.
+        The constructor calls this method after it has validated each field. If a duration is still
+        a time string, the call is postponed until `resolve`.
         """
         yield from ()
 
     def warnings(self) -> Iterator[str]:
-        """Yield warnings if the resolved schedule is valid but unlikely to work well."""
+        """Yield warnings about parameters that are valid but unlikely to work well."""
         yield from ()
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:
-        """Names of the hyperparameters that this schedule sets, "lr" first."""
+        """Names of the hyperparameters that the schedule sets, starting with "lr"."""
         return ("lr",)
 
     @property
     def span(self) -> int:
-        """Number of steps that a plot must have to show the shape of the resolved schedule."""
+        """Number of steps to plot so that the shape of the resolved schedule is visible."""
         steps = [
             each
             for name, field in read_fields(type(self)).items()
@@ -211,23 +210,24 @@ class Schedule(ABC, Generic[S]):
         """Return the curve of each hyperparameter in each param group.
 
         Raises:
-            ValueError: the parameters do not fit the base values, for example because a parameter
-                is a single number but the groups have different learning rates.
+            ValueError: the parameters are incompatible with the initial hyperparameters, for
+                example because a parameter is a single number but the groups have different
+                learning rates.
         """
 
     def build_curves(self, base: Base, horizon: Horizon | None = None) -> Curves:
-        """Resolve the durations, and return the curves after scaling.
+        """Resolve and scale the durations, and return the curves.
 
-        The curves of a feedback schedule show a run on a synthetic loss.
+        For a feedback schedule, the curves show a run on a synthetic loss.
 
         Args:
-            base: values that the optimizer was built with.
-            horizon: length of the run. It is used to convert time strings to steps, and for
-                scaling.
+            base: initial hyperparameters of the optimizer.
+            horizon: length of the run, used to convert time strings to steps and to scale
+                durations.
 
         Raises:
-            ValueError: a duration cannot be converted to steps, or the base values do not fit the
-                schedule.
+            ValueError: a duration cannot be converted to steps, or the schedule is incompatible
+                with the initial hyperparameters.
         """
         curves = self.resolve(horizon).curves(base)
         if self.has_rate_per_step and horizon is not None:
@@ -241,18 +241,18 @@ class Schedule(ABC, Generic[S]):
         """Return the controller that computes the values of this schedule for an optimizer.
 
         Args:
-            base: values that the optimizer was built with.
-            horizon: length of the run. It is used to convert time strings to steps, and for
-                scaling.
+            base: initial hyperparameters of the optimizer.
+            horizon: length of the run, used to convert time strings to steps and to scale
+                durations.
 
         Raises:
-            ValueError: a duration cannot be converted to steps, or the base values do not fit the
-                schedule.
+            ValueError: a duration cannot be converted to steps, or the schedule is incompatible
+                with the initial hyperparameters.
         """
         return cast("Controller[S]", OpenLoop(self.build_curves(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
-        """Return one schedule for each param group, with that group's number from each list.
+        """Return one schedule per param group, with each list replaced by the group's number.
 
         Raises:
             ValueError: a list does not have one number per group.
@@ -268,7 +268,7 @@ class Schedule(ABC, Generic[S]):
         return tuple(dataclasses.replace(self, **row) for row in rows)
 
     def params(self) -> dict[str, Any]:
-        """Return the parameters as JSON values. Optional ones with default values are omitted."""
+        """Return the parameters as JSON values. Parameters that equal their default are omitted."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, field in read_fields(type(self)).items()
@@ -279,18 +279,18 @@ class Schedule(ABC, Generic[S]):
 class LearningRateSchedule(Schedule[int]):
     """Base class of schedules that set only the learning rate.
 
-    The curve of a param group depends on the group's base learning rate.
+    The curve of a param group depends on the group's initial learning rate.
     """
 
     def curves(self, base: Base) -> Curves:
-        """Return the learning rate curve of each group."""
+        """Return the learning rate curve of each param group."""
         lrs = base["lr"]
         make = type(self).curve
         return {"lr": build_curve_per_group(make, self.per_group(len(lrs)), lrs)}
 
     @abstractmethod
     def curve(self, lr: float) -> Curve:
-        """Return the curve of a group with this base learning rate."""
+        """Return the curve of a param group with initial learning rate ``lr``."""
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -300,12 +300,12 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 def build_curve_per_group(
     make: Callable[..., Curve], *columns: tuple[Any, ...]
 ) -> tuple[Curve, ...]:
-    """Call ``make`` with the values of each param group, and return the curves.
+    """Build the curve of each param group.
 
     Args:
-        make: function that returns the curve of a group.
-        *columns: arguments of ``make``, each with one value per group. Groups with equal values
-            share one curve.
+        make: function that builds the curve of a group.
+        *columns: arguments of ``make``, each a tuple with one value per group. Groups with equal
+            values share one curve.
     """
     make_once = functools.cache(make)
     return tuple(make_once(*row) for row in zip(*columns, strict=True))
@@ -319,7 +319,7 @@ def exceeds(low: PerGroup, high: PerGroup) -> bool:
 
 
 def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the value of a field in each param group. A single number applies to all groups.
+    """Return the value of a field for each param group. A single number applies to all groups.
 
     Raises:
         ValueError: ``value`` is a list that does not have one number per group.
@@ -334,16 +334,16 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
 
 
 def broadcast_strict(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the value of a field in each param group, like `broadcast`, but with a stricter check.
+    """Return the value of a field for each param group. Groups that differ require a list.
 
     Raises:
-        ValueError: ``value`` is a single number but the groups were built with different values,
-            or ``value`` is a list that does not have one number per group.
+        ValueError: ``value`` is a single number but the groups have different initial values, or
+            ``value`` is a list that does not have one number per group.
     """
     if isinstance(value, int | float) and len(set(base)) > 1:
         groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))
         raise ValueError(
-            f"`{name}` must be a list of {len(base)} numbers, one per param group, got {value:g}. "
-            f"A single number would set all groups to the same value ({groups})."
+            f"`{name}` must be a list of {len(base)} numbers, one per param group, because the "
+            f"groups have different values ({groups}), got {value:g}."
         )
     return broadcast(name, value, base)

@@ -1,7 +1,7 @@
 """Suggest the correct spelling of a misspelled name.
 
-If no known name is close, nothing is suggested, because a misleading suggestion costs the reader
-more time than no suggestion.
+If no known name is similar, there is no suggestion, because a misleading suggestion would cost the
+user time.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ __all__ = ["edit_distance", "find_nearest"]
 
 
 def find_nearest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name with the closest spelling, or None if no name is close.
+    """Return the known name with the most similar spelling, or None if no name is similar.
 
-    A known name that has one more word at its start, such as ``warmup_num_steps`` for
-    ``num_steps``, is also close, if there is only one such name.
+    A known name with an additional first word, such as ``warmup_num_steps`` for ``num_steps``, is
+    also returned if it is the only one.
 
     >>> find_nearest("stge", ["stage", "type"])
     'stage'
@@ -44,7 +44,7 @@ def find_nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def _compare_letters(one: str, other: str) -> tuple[float, float]:
-    """Return two similarities: of the letters, ignoring their order, and of the whole words."""
+    """Return the fraction of common letters and the similarity of the letter sequences."""
     letters = len(set(one) & set(other)) / len(set(other))
     return letters, difflib.SequenceMatcher(None, one, other).ratio()
 
@@ -52,7 +52,7 @@ def _compare_letters(one: str, other: str) -> tuple[float, float]:
 def edit_distance(one: str, other: str, most: int) -> int:
     """Return the edit distance between two words, or ``most + 1`` if it is greater than ``most``.
 
-    One edit inserts, removes or replaces a letter, or swaps two adjacent letters.
+    An edit inserts, deletes or replaces a letter, or swaps two adjacent letters.
 
     >>> edit_distance("wramup", "warmup", 2), edit_distance("warmup", "cooldown", 2)
     (1, 3)

@@ -52,7 +52,7 @@ class _Composite(Schedule[int]):
             if part.feedback is not None:
                 message = (
                     f"`schedulers[{index}]` must not depend on the {part.feedback}, got "
-                    f"{part.type_name}. Use it as the `scheduler` itself instead."
+                    f"{part.type_name}. Use {part.type_name} as the `scheduler` itself."
                 )
                 yield ParameterProblem("schedulers", message)
 
@@ -109,9 +109,10 @@ class SequentialLR(
         "milestones": [20, 80],
     },
 ):
-    """Run several schedules one after another; each starts at its milestone and counts from there.
+    """Run several schedules one after another. Each schedule starts at its milestone.
 
-    A hyperparameter that the current schedule does not set has the param group's initial value.
+    A schedule counts its steps from its own start. A hyperparameter that the current schedule does
+    not set has the param group's initial value.
 
     Source: ``SequentialLR`` in torch/optim/lr_scheduler.py.
     """
@@ -129,9 +130,9 @@ class SequentialLR(
         if len(self.milestones) != len(self.schedulers) - 1:
             yield ParameterProblem(
                 "milestones",
-                "`milestones` must have one item fewer than `schedulers` "
-                f"({len(self.schedulers)}), got {len(self.milestones)} items. Set one for each "
-                "schedule after the first.",
+                f"`milestones` must have {len(self.schedulers) - 1} items, one fewer than "
+                f"`schedulers`, got {len(self.milestones)}. Set the start of each schedule after "
+                "the first.",
             )
 
     @property
@@ -162,9 +163,9 @@ class ChainedScheduler(
         ]
     },
 ):
-    """Multiply several schedules: each contributes a factor relative to the param group's value.
+    """Multiply the factors of several schedules.
 
-    With lr_i(k) as the learning rate of schedule i::
+    The factor of schedule i is the ratio of its learning rate lr_i(k) to the initial one::
 
         lr(k) = lr * product over i of (lr_i(k) / lr)
 
@@ -203,7 +204,7 @@ class Combined(
 ):
     """Run several schedules in parallel, each for different hyperparameters.
 
-    For example, a weight decay schedule together with any learning rate schedule::
+    For example, combine a learning rate schedule with a weight decay schedule::
 
         {"type": "Combined", "params": {"schedulers": [
             {"type": "OneCycle", "params": {…}},
@@ -224,5 +225,5 @@ class Combined(
                     )
 
     def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
-        del base  # `curves` has already passed the base values to each part.
+        del base  # Already passed to each schedule.
         return functools.reduce(operator.or_, (dict(part) for part in parts))

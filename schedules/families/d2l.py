@@ -1,8 +1,8 @@
-"""The schedulers of the book "Dive into Deep Learning" under its names, with MXNet's warmup.
+"""The schedulers of the book "Dive into Deep Learning", with MXNet's warmup.
 
-Learning rates are absolute. Every schedule can start with a linear or constant warmup. The value at
-step k is that of the book's class at k: https://d2l.ai/chapter_optimization/lr-scheduler.html.
-MXNet's trainer uses the value at k + 1, see docs/decisions/0007-d2l-schedules.md.
+Learning rates are absolute. Every schedule can start with a linear or constant warmup. The values
+match the book (https://d2l.ai/chapter_optimization/lr-scheduler.html). MXNet's trainer uses each
+value one step earlier; see docs/decisions/0007-d2l-schedules.md.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = [
 
 @schedule_class
 class _WithWarmup(Schedule[int]):
-    """Base class of the five schedules; holds the learning rate and the warmup."""
+    """Base class of the five schedules, with the parameters of the warmup."""
 
     base_lr: LearningRate | None = None
     """Learning rate after the warmup; null uses each param group's learning rate."""
@@ -88,7 +88,7 @@ class _WithWarmup(Schedule[int]):
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:
-        """Return the curve without the warmup. It counts its steps from the start of the run."""
+        """Return the curve without the warmup, from step 0 of the run."""
 
 
 @schedule_class
@@ -162,7 +162,7 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
     step: Milestones
     """Steps at which `factor` is applied, in ascending order."""
     factor: Factor = 1.0
-    """Factor applied at each of these steps."""
+    """Factor applied at each step in `step`."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()
@@ -180,7 +180,7 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
 
 @schedule_class
 class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
-    """Polynomial decay to a final learning rate, kept after ``max_update``.
+    """Polynomial decay to ``final_lr``, which is reached at step ``max_update``.
 
     With W = ``warmup_steps``::
 
@@ -204,7 +204,7 @@ class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10})
 
 @schedule_class
 class CosineScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
-    """Cosine decay to a final learning rate, kept after ``max_update``.
+    """Cosine decay to ``final_lr``, which is reached at step ``max_update``.
 
     With W = ``warmup_steps`` and x = min(1, (k - W) / (max_update - W))::
 

@@ -52,7 +52,7 @@ SHAPES: Mapping[str, Ramp] = {
     "half-life": half_life,
     "1-sqrt": one_minus_sqrt,
 }
-"""Functions that build a phase from its first value, last value and number of steps, by shape."""
+"""Maps each shape to the function that builds a phase from its start, end and number of steps."""
 
 _PHASE = {
     "type": "object",
@@ -81,14 +81,14 @@ class Phases(
         "weight_decay": [{"from": 0.0, "to": 0.1, "duration": "1dur"}],
     },
 ):
-    """Build any curve from a list of phases, each with a shape, a first value and a last value.
+    """Build a schedule from a list of phases, each with a shape, a start value and an end value.
 
     A phase is ``{"shape": …, "from": …, "to": …, "duration": …}``. "shape" is "linear" (the
     default), "constant", "cosine", "polynomial" (quadratic), "exponential" (linear on a log scale),
-    "half-life" or "1-sqrt". "from" defaults to the last value of the previous phase; in the first
-    phase, to the param group's value. "to" defaults to "from". With ``"warmup": true``,
-    ``engine.scale_schedule_ratio`` does not scale the phase. After the last phase, the value stays
-    constant.
+    "half-life" or "1-sqrt". "from" defaults to the end value of the previous phase or, in the
+    first phase, to the param group's value. "to" defaults to "from". With ``"warmup": true``,
+    ``engine.scale_schedule_ratio`` does not scale the phase. The value is constant after the last
+    phase.
 
     >>> phases = Phases(lr=[{"from": 0, "to": 1, "duration": 2}, {"to": 0, "duration": 4}])
     >>> list(phases.curves({"lr": (0.1,)})["lr"][0].values(8))
@@ -102,7 +102,7 @@ class Phases(
     weight_decay: PhaseList | None = None
     """Phases of the weight decay."""
     relative: bool = False
-    """Whether "from" and "to" are multiples of the param group's value instead of absolute."""
+    """Whether "from" and "to" are multiples of the param group's value, not absolute values."""
 
     def _convert_fields(self) -> Iterator[ParameterProblem]:
         yield from super()._convert_fields()
@@ -137,7 +137,7 @@ class Phases(
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         for name in self.hyperparameters:
-            previous = None  # The first phase starts at the param group's value, not known yet.
+            previous = None  # The first phase starts at the param group's value, unknown here.
             for index, phase in enumerate(getattr(self, name)):
                 start = phase.get("from", previous)
                 previous = phase.get("to", start)
@@ -176,7 +176,7 @@ class Phases(
             groups = ", ".join(f"group {index}: {value:g}" for index, value in enumerate(own))
             raise ValueError(
                 f"`{name}` must be relative, because the param groups have different values "
-                f'({groups}). Set "relative": true and write "from" and "to" as multiples of them.'
+                f'({groups}). Set "relative": true, and "from" and "to" to multiples of them.'
             )
 
     def _join_phases(self, name: str, phases: Sequence[Mapping[str, Any]], own: float) -> Curve:
@@ -222,8 +222,8 @@ class WarmupStableDecay(
 ):
     """Warmup-stable-decay (WSD): linear warmup, constant learning rate, and decay at the end.
 
-    The decay takes the last ``decay_steps`` of ``total_steps``. It ends at ``min_lr_ratio`` times
-    the learning rate, which is then kept.
+    The decay takes the last ``decay_steps`` of ``total_steps``. The final learning rate,
+    ``min_lr_ratio`` times the initial learning rate, is kept after the end.
 
     >>> wsd = WarmupStableDecay(warmup_steps=2, total_steps=8, decay_steps=4)
     >>> list(wsd.curves({"lr": (1.0,)})["lr"][0].values(9))
@@ -241,7 +241,7 @@ class WarmupStableDecay(
     decay_type: Literal["linear", "cosine", "1-sqrt", "half-life"] = "linear"
     """Shape of the decay."""
     min_lr_ratio: Ratio = 0.0
-    """Ratio of the learning rate at the end of the decay to the param group's learning rate."""
+    """Learning rate at the end of the decay, as a fraction of the param group's learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         needed, total = self._warmup + self._decay, as_number(self.total_steps)
@@ -275,7 +275,7 @@ class WarmupStableDecay(
 
 @schedule_class
 class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
-    """Linear warmup, then decay with the inverse square root of the step, indefinitely.
+    """Linear warmup, then inverse square root decay.
 
     ::
 

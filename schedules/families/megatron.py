@@ -1,4 +1,4 @@
-"""Megatron-LM's scheduler with Megatron-LM's parameter names."""
+"""Megatron-LM's scheduler, with Megatron-LM's parameter names."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class OptimizerParamScheduler(
         "wd_incr_steps": 90,
     },
 ):
-    """Megatron-LM's scheduler: warmup and decay of the learning rate, increase of the weight decay.
+    """Megatron-LM's scheduler: the learning rate warms up and decays, the weight decay increases.
 
-    Durations are steps; in Megatron-LM they are samples. The decay ends at step ``lr_decay_steps``
-    of the run, and ``min_lr`` is then kept. The style "WSD" is constant after the warmup and decays
-    in the last ``wsd_decay_steps``.
+    Durations are in steps. In Megatron-LM, they are in samples. The decay ends at step
+    ``lr_decay_steps`` of the run, and ``min_lr`` is kept afterwards. In the style "WSD", the
+    learning rate is constant after the warmup and decays in the last ``wsd_decay_steps``.
 
     Source: ``OptimizerParamScheduler`` in megatron/core/optimizer_param_scheduler.py.
     """
@@ -82,7 +82,7 @@ class OptimizerParamScheduler(
     wd_incr_steps: StepsOrZero = 0
     """Step at which the weight decay reaches `end_wd`."""
     wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the weight decay's increase."""
+    """Shape of the increase of the weight decay."""
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ class OptimizerParamScheduler(
         if (self.wsd_decay_steps is not None) != (self.lr_decay_style == "WSD"):
             yield ParameterProblem(
                 "wsd_decay_steps",
-                '`wsd_decay_steps` must be set if `lr_decay_style` is "WSD", and only then.',
+                '`wsd_decay_steps` must be set if `lr_decay_style` is "WSD", and null otherwise.',
             )
         elif (anneal := as_number(self.wsd_decay_steps or 0)) and anneal > end - warmup:
             yield ParameterProblem(

@@ -1,8 +1,8 @@
-"""SambaFlow's schedules under its names; parameters are named after its command-line arguments.
+"""SambaFlow's schedules, with parameters named after SambaFlow's command-line arguments.
 
-SambaFlow's source is not public, so shapes and defaults follow its documentation. Details that the
-documentation does not specify (the first value of a warmup, the values after the end) follow
-Hugging Face transformers.
+SambaFlow's source code is not public, so shapes and defaults follow its documentation. Details that
+the documentation does not specify, such as the first value of a warmup and the values after the
+end, follow Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class _WarmupAndDecay(_PeakSchedule):
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the linear warmup from 0."""
     max_steps: Steps
-    """Length of the run, including the warmup. It shapes the curve; it does not end training."""
+    """Length of the run, including the warmup. Training does not stop at this step."""
     end_lr_ratio: Ratio = 0.1
-    """Ratio of the learning rate at the end of the run and afterwards to the peak."""
+    """Learning rate at and after the end of the run, as a fraction of the peak."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if as_number(self.warmup_steps) > as_number(self.max_steps):
@@ -108,13 +108,13 @@ class PolynomialDecayScheduleWithWarmup(
         lr(k) = lr * k / warmup_steps                         k < warmup_steps
                 lr * (r + (1 - r) * (1 - min(1, x)))          k >= warmup_steps
 
-    Despite its name, the polynomial is always linear.
+    Despite its name, the decay is always linear.
 
     Source: SambaFlow's documentation, "Learning rate schedules".
     """
 
     end_lr_ratio: Ratio = 0.0
-    """Ratio of the learning rate at the end of the run and afterwards to the peak."""
+    """Learning rate at and after the end of the run, as a fraction of the peak."""
 
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
         return linear(lr, end, steps)

@@ -1,4 +1,4 @@
-"""The controller of `AutoWU`, which runs the warmup, its tests, and the decay after it."""
+"""The controller of `AutoWU`, which runs the warmup, the tests that end it, and the decay."""
 
 from __future__ import annotations
 
@@ -27,25 +27,24 @@ class Decay:
 
     cooldown_type: Literal["cosine", "half_cosine"]
     cooldown_start: float
-    """Step at which the cooldown starts at the latest."""
+    """Latest step at which the cooldown starts."""
     is_immediate: bool
     """Whether the cooldown starts right after the warmup, without a constant phase."""
     factor: float
     reduces_on_plateau: bool
-    """If true, the factor is applied whenever the loss stops improving. If false, it is applied
-    once after the warmup."""
+    """Whether the factor is applied at each plateau of the loss instead of after the warmup."""
 
 
 class AutoWUController(FeedbackController[AutoWUState]):
-    """Runs `AutoWU` for param groups that have the given base learning rates.
+    """Runs `AutoWU` for param groups with the given initial learning rates.
 
     Steps are counted from 1, as in the published code.
 
     Args:
-        test: test that ends the warmup. It also holds the parameters of the warmup.
+        test: test that ends the warmup. Its attribute ``warmup`` has the parameters of the warmup.
         decay: parameters of the phases after the warmup.
-        total_steps: number of steps of the run.
-        lrs: base learning rate of each group. The schedule keeps the ratios between them.
+        total_steps: length of the run in steps.
+        lrs: initial learning rate of each group. Their ratios do not change during the run.
     """
 
     def __init__(
@@ -87,14 +86,14 @@ class AutoWUController(FeedbackController[AutoWUState]):
     def update(self, state: AutoWUState, loss: float | None) -> AutoWUState:
         if loss is None:
             raise ValueError(
-                "AutoWU must receive the loss of every step. "
+                "AutoWU requires the loss of every step. "
                 "Call `step(loss=loss)`, or train with `trainer.backward(loss)`."
             )
         state = dataclasses.replace(state, step=state.step + 1, is_lowest=False)
         if self._must_cool_down(state):
             lr = self._lr(dataclasses.replace(state, step=state.step - 1))
             if state.phase == "warmup":
-                reason = "the cooldown starts before the warmup has ended"
+                reason = "the cooldown started before the warmup had ended"
                 state = _set_decision(state, lr, reason)
             return self._start_cooldown(state, lr)
         if state.phase == "warmup":

@@ -2,8 +2,8 @@
 
 The model is f ~ GP(mean, scale * exp(-(x - x')^2 / (2 l^2))) and y = f(x) + noise. With l = 0.2,
 about thirty features reproduce the kernel on [0, 1] to twelve digits. The size of a matrix is
-therefore the number of features, not the number of losses. Computing the posterior of thousands of
-losses takes less than a millisecond.
+therefore the number of features, not the number of losses, and computing the posterior of thousands
+of losses takes less than a millisecond.
 
 Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, chapters 2 and 5.
 """
@@ -87,8 +87,7 @@ class Statistics(NamedTuple):
         Args:
             phi: features of each position, of shape (positions, features).
             y: loss at each position, of shape (positions,).
-            weights: number of losses that were averaged in each y, of shape (positions,). The
-                default is 1.
+            weights: number of losses averaged in each y, of shape (positions,). Defaults to 1.
         """
         root = np.ones(len(y)) if weights is None else np.sqrt(weights)
         scaled, ones, y = phi * root[:, None], root, y * root
@@ -111,11 +110,10 @@ def compute_statistics(x: Array, y: Array) -> Statistics:
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """Noise, mean and scale of the Gaussian process, and the state of the Adam optimizer for them.
+    """Hyperparameters of the Gaussian process, and the state of the Adam optimizer that fits them.
 
-    The optimizer fits the unconstrained values ``raw``. The hyperparameters are computed from them:
-    noise = 1e-4 + softplus(raw[0]), mean = raw[1], scale = softplus(raw[2]). ``first`` and
-    ``second`` are Adam's moments.
+    Adam optimizes the unconstrained values ``raw``, with noise = 1e-4 + softplus(raw[0]),
+    mean = raw[1] and scale = softplus(raw[2]). ``first`` and ``second`` are Adam's moments.
     """
 
     raw: tuple[float, float, float]
@@ -125,7 +123,7 @@ class Hyperparameters:
 
     @classmethod
     def initial(cls, noise: float = 1e-3, scale: float = math.log(2)) -> Hyperparameters:
-        """Return hyperparameters with this noise and scale, and mean 0."""
+        """Return hyperparameters with the given noise and scale, and mean 0."""
         return cls((_inverse_softplus(noise - _LEAST_NOISE), 0.0, _inverse_softplus(scale)))
 
     @property
@@ -144,11 +142,11 @@ class Hyperparameters:
         return _softplus(self.raw[2])
 
     def with_mean(self, mean: float) -> Hyperparameters:
-        """Return a copy of the hyperparameters with this mean."""
+        """Return a copy of the hyperparameters with the given mean."""
         return dataclasses.replace(self, raw=(self.raw[0], mean, self.raw[2]))
 
     def loss(self, data: Statistics) -> float:
-        """Return -log p(y) / n, the negative log likelihood per loss."""
+        """Return the negative log likelihood per data point, -log p(y) / n."""
         noise, mean, scale = self.noise, self.mean, self.scale
         ratio = scale / noise
         rest = data.squares - 2 * mean * data.total + data.size * mean**2
@@ -162,7 +160,7 @@ class Hyperparameters:
         return _Slopes(data, self.mean)(*self.raw)
 
     def fit(self, data: Statistics, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
-        """Minimize `loss` with more steps of Adam, and return the new hyperparameters."""
+        """Minimize `loss` with ``steps`` steps of Adam, and return the new hyperparameters."""
         raw, first, second = list(self.raw), list(self.first), list(self.second)
         slopes = _Slopes(data, self.mean)
         for step in range(self.steps + 1, self.steps + steps + 1):
@@ -181,15 +179,15 @@ class Hyperparameters:
 
 
 class _Slopes:
-    """Computes the gradient of `Hyperparameters.loss` many times on the same data.
+    """Computes gradients of `Hyperparameters.loss` on the same data.
 
-    The constructor computes a matrix from the data. Each gradient then takes only a product with
-    this matrix.
+    The constructor computes a matrix from the data, so that each gradient requires only a product
+    with this matrix.
 
     Args:
         data: statistics of the losses.
-        center: value close to the means at which the gradient will be computed. Subtracting it from
-            the losses reduces rounding errors.
+        center: value close to the means at which the gradient will be computed. It is subtracted
+            from the losses to reduce rounding errors.
     """
 
     def __init__(self, data: Statistics, center: float) -> None:
@@ -234,11 +232,11 @@ class Posterior(NamedTuple):
 
     mean: Array
     root: Array
-    """A square root of the covariance, which is root @ root.T."""
+    """Square root of the covariance: root @ root.T is the covariance."""
 
     @classmethod
     def from_statistics(cls, data: Statistics, by: Hyperparameters, basis: Array) -> Posterior:
-        """Return the posterior at the positions whose `features` are ``basis``."""
+        """Return the posterior at the positions with the features ``basis``."""
         ratio = by.scale / by.noise
         shrunk = 1 / (1 + ratio * data.values)
         rotated = basis @ data.vectors
@@ -251,7 +249,7 @@ class Posterior(NamedTuple):
         return np.asarray((self.root**2).sum(1))
 
     def compute_difference_variance(self, index: int) -> Array:
-        """Return the variance of f(x) - f(index) at each position x."""
+        """Return the variance of f(x) - f(p) at each position x, where p is position ``index``."""
         return np.asarray(((self.root - self.root[index]) ** 2).sum(1))
 
 
@@ -265,8 +263,8 @@ def solve_ratio(data: Statistics, within: float = 0.0) -> Hyperparameters:
 
     Args:
         data: statistics of the losses, with eigenvalues lambda and projections b.
-        within: sum of the squared deviations of the losses from their means, if ``data`` was
-            computed from means.
+        within: sum of the squared deviations of the losses from their means, if ``data`` has means
+            of several losses.
     """
     shrunk = _RATIOS / (1 + _RATIOS * data.values)
     noise = (data.squares + within - shrunk @ data.projected**2) / data.size

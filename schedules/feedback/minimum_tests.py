@@ -1,8 +1,8 @@
-"""Two tests of whether the loss has passed its minimum.
+"""Statistical tests that check whether the loss has passed its minimum.
 
-One is AutoWU's published test. The other, the robust test, does not depend on the scale of the
-loss. Both fit a Gaussian process to the losses of the warmup, with time scaled to [0, 1]. They
-estimate the probability that the loss was lower at an earlier time than it is now.
+There are two tests: AutoWU's published test, and a robust test that does not depend on the scale of
+the loss. Both tests fit a Gaussian process to the losses of the warmup, with time scaled to [0, 1],
+and estimate the probability that an earlier loss was lower than the current loss.
 
 Source: Kim et al., Automated learning rate scheduler for large-batch training,
 https://arxiv.org/abs/2107.05855, and its code, github.com/kakaobrain/autowu.
@@ -41,8 +41,8 @@ __all__ = [
 Array = NDArray[np.float64]
 
 Sampler = Callable[[int, int], Array]
-"""Function that samples losses. It receives the number of losses and the number of samples, and
-returns the indices of the samples."""
+"""Function that samples losses. Its arguments are the number of losses and the number of samples.
+It returns the indices of the samples."""
 
 CONFIDENCE = 0.95
 REDRAWS = 5
@@ -79,15 +79,15 @@ def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> 
     """Run AutoWU's published test on all losses of the warmup so far.
 
     The test sets the mean of the Gaussian process to the mean of the losses. It then fits the
-    hyperparameters to at most 100 losses with 100 steps of Adam, which continue from the previous
-    fit. Finally it computes five posteriors, each from at most 500 losses. Losses that are not
-    finite are ignored, but the positions of the other losses do not change.
+    hyperparameters to at most 100 losses with 100 steps of Adam, starting from the previous fit.
+    Finally it computes five posteriors, each from at most 500 losses. Losses that are not finite
+    are ignored, but the positions of the other losses do not change.
 
     Args:
         losses: loss of each step, in order.
         fit: hyperparameters of the previous test, or `Hyperparameters.initial` in the first test.
-        sample: function that samples losses. It is used if there are more than 100 losses
-            for the fit or more than 500 for the posteriors.
+        sample: function that samples losses if there are more than 100 losses for the fit or more
+            than 500 for a posterior.
     """
     positions = np.arange(len(losses), dtype=np.float32) / np.float32(len(losses))
     finite = np.isfinite(losses)
@@ -108,11 +108,11 @@ def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> 
 
 
 def compute_published_band(losses: Array, fit: Hyperparameters) -> Band:
-    """Return the Gaussian process of `run_published_test`, computed from all losses.
+    """Return the Gaussian process of `run_published_test`, fitted to all losses.
 
     Args:
         losses: loss of each step, in order. At least one must be finite.
-        fit: hyperparameters that the test returned.
+        fit: hyperparameters returned by the test.
     """
     finite = np.isfinite(losses)
     x = np.arange(losses.size)[finite] / losses.size
@@ -125,9 +125,9 @@ class RobustResult(NamedTuple):
     """The result of the robust test."""
 
     now: float
-    """Probability that the loss is above its minimum now."""
+    """Probability that the current loss is above the minimum."""
     start: float
-    """Probability that the loss was above its minimum at the start."""
+    """Probability that the initial loss is above the minimum."""
     argmin: float
     """Position of the minimum (0 to 1)."""
 
@@ -138,11 +138,12 @@ class RobustResult(NamedTuple):
 
 
 def run_robust_test(losses: Array) -> RobustResult:
-    """Run a test that is robust to noise and spikes, and does not depend on the scale of the loss.
+    """Run the robust test on all losses of the warmup so far.
 
-    The test clips losses that differ from the lowest loss by more than twice the descent so far. A
-    loss that is not finite becomes the upper limit. The losses are then compressed by asinh and
-    averaged in at most 256 bins. The test needs no random samples and no optimizer, because the
+    The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
+    losses that differ from the lowest loss by more than twice the descent so far, and replaces
+    losses that are not finite by the upper limit. The losses are then compressed by asinh and
+    averaged in at most 256 bins. The test requires no random samples and no optimizer, because the
     best noise has a closed form.
 
     Args:
@@ -228,7 +229,7 @@ def _basis(points: int) -> Array:
 
 
 def _certainty(posterior: Posterior, index: int, floor: float) -> float:
-    """Return the maximum of P(f(index) > f(x)) over all other positions x."""
+    """Return the maximum over x of P(f(p) > f(x)), where p is the position ``index``."""
     rise = posterior.mean[index] - posterior.mean
     ratio = rise / np.sqrt(posterior.compute_difference_variance(index) + floor)
     others = np.delete(ratio, index)

@@ -1,4 +1,4 @@
-"""The two tests that can end AutoWU's warmup. Each needs several confident results to end it."""
+"""The tests that can end AutoWU's warmup. The warmup ends after several confident results."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class WarmupTest(ABC):
     dtype: ClassVar[type]
     """Data type of the losses that `apply` receives."""
     cooldown_lead: ClassVar[int]
-    """Number of steps that are skipped at the start of the cooldown."""
+    """Number of steps to skip at the start of the cooldown."""
     enforces_cooldown: ClassVar[bool]
-    """Whether the last part of the run is a cooldown even if ``immediate_cooldown`` is true."""
+    """Whether ``cooldown_fraction`` also applies if ``immediate_cooldown`` is true."""
 
     def __init__(self, warmup: Warmup) -> None:
         self.warmup = warmup
@@ -120,9 +120,9 @@ class PublishedTest(WarmupTest):
             return None
         return (
             f"AutoWU's warmup of at most {steps} steps is shorter than {_PATIENCE + 1} epochs of "
-            f"{self.interval} steps, so no test can end it. It will end at lr "
-            f"{self.warmup.lr(steps):.2g} or at the cooldown. Train for more epochs, or set "
-            '"test": "robust".'
+            f"{self.interval} steps, so no test can end it. The warmup will end at lr "
+            f"{self.warmup.lr(steps):.2g} or when the cooldown starts. Train for more epochs, or "
+            'set "test": "robust".'
         )
 
 
@@ -167,26 +167,26 @@ class RobustTest(WarmupTest):
         if steps >= _SHORTEST:
             return None
         return (
-            f"AutoWU's warmup of at most {steps} steps is short: with fewer than {_SHORTEST} "
-            "losses, the test is rarely confident. Train for more steps."
+            f"AutoWU's warmup of at most {steps} steps is short. The test is rarely confident with "
+            f"fewer than {_SHORTEST} losses. Train for more steps."
         )
 
 
 class TorchSampler:
-    """Samples indices without replacement, with the random numbers of the published code.
+    """Samples indices without replacement, with the same random numbers as the published code.
 
-    They come from a PyTorch generator with seed 0.
+    The random numbers come from a PyTorch generator with seed 0.
 
     Args:
-        state: `state` of an earlier instance whose random numbers are continued. By default, the
-            generator starts from its seed.
+        state: attribute `state` of an earlier sampler, to continue its random numbers. By default,
+            the generator starts from the seed.
     """
 
     def __init__(self, state: str | None = None) -> None:
         self.state = state
 
     def sample(self, count: int, wanted: int) -> Any:
-        """Return ``wanted`` different indices that are less than ``count``, in ascending order."""
+        """Return ``wanted`` distinct indices from 0 to ``count - 1``, in ascending order."""
         import torch
 
         generator = torch.Generator()

@@ -128,9 +128,9 @@ def _schedule_class(**namespace: Any) -> type:
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
-        (type("OneCycle", (Schedule,), {}), "already the name of a schedule"),
-        (_schedule_class(), "must be a dataclass\\(frozen=True, kw_only=True\\)"),
-        (Undescribed, "without a string: x"),
+        (type("OneCycle", (Schedule,), {}), "named `OneCycle` already exists"),
+        (_schedule_class(), "must be a frozen, keyword-only dataclass"),
+        (Undescribed, "without a docstring: x"),
     ],
 )
 def test_register_invalid_class_is_rejected(cls, message):
@@ -144,8 +144,8 @@ def test_register_invalid_class_is_rejected(cls, message):
     [
         ({"type": "OneCylce"}, "got 'OneCylce'. Did you mean `OneCycle`?"),
         ({"type": "onecycle"}, "Did you mean `OneCycle`?"),
-        ({"type": "math"}, "`onecycle schedules` lists them."),
-        ({"params": {}}, "must have `type`, and optionally `params`, got params"),
+        ({"type": "math"}, "Run `onecycle schedules`"),
+        ({"params": {}}, "must have the key `type`"),
         ({"type": "WarmupLR", "parms": {}}, "got parms, type"),
         ({"type": "WarmupLR", "params": {"warmup_steps": 1}}, "Did you mean `warmup_num_steps`?"),
         ({"type": "WarmupLR", "params": {"cos_min_ratio": 1}}, "parameter of WarmupCosineLR."),

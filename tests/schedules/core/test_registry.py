@@ -44,7 +44,7 @@ def test_register_class_without_readable_source_accepts_it(module):
 def test_from_config_class_without_field_description_is_rejected(tmp_path, monkeypatch):
     (tmp_path / "undescribed_level.py").write_text(CLASS)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="without a string: value"):
+    with pytest.raises(ValueError, match="without a docstring: value"):
         from_config({"type": "undescribed_level:Level"})
 
 
@@ -55,7 +55,7 @@ def test_register_subclass_of_a_known_schedule_inherits_its_descriptions():
 
 
 @pytest.mark.parametrize("cls", schedules.SCHEDULES.values(), ids=schedules.SCHEDULES)
-def test_descriptions_of_known_schedules_are_complete(cls: type[Schedule]):
+def test_read_descriptions_of_known_schedules_are_complete(cls: type[Schedule]):
     assert all(read_descriptions(cls).values())
 
 
@@ -135,5 +135,5 @@ def test_from_config_suggests_the_same_name_as_validate(name, meant):
     assert [hint[1] for hint in hints if hint] == ([meant] if meant else [])
 
 
-def test_descriptions_of_a_wrapped_torch_scheduler_name_its_class():
+def test_read_descriptions_of_a_wrapped_torch_scheduler_name_its_class():
     assert read_descriptions(find("LambdaLR")) == {"lr_lambda": "Passed to LambdaLR."}
