@@ -25,8 +25,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from schedules.feedback.gaussian_process import Hyperparameters
-from schedules.feedback.minimum_tests import published_test, robust_test
-from schedules.feedback.warmup_tests import TorchDraws
+from schedules.feedback.minimum_tests import run_published_test, run_robust_test
+from schedules.feedback.warmup_tests import TorchSampler
 from tests.schedules.feedback.test_autowu import CURVES, find_decision
 
 PUBLISHED = {70: 176.0, 1_000: 230.0, 10_000: 230.0}  # ms
@@ -54,10 +54,10 @@ def main() -> None:
         losses = random.normal(1, 0.1, count).astype(np.float32)
 
         def reference(losses: np.ndarray = losses) -> object:
-            return published_test(losses, Hyperparameters.initial(), TorchDraws().draw)
+            return run_published_test(losses, Hyperparameters.initial(), TorchSampler().sample)
 
         def robust(losses: np.ndarray = losses) -> object:
-            return robust_test(losses)
+            return run_robust_test(losses)
 
         ours, ours_robust = (
             measure_milliseconds(reference, args.rounds // 4),
@@ -70,7 +70,7 @@ def main() -> None:
     same = 0
     for curve in CURVES:
         decision = find_decision(curve)
-        kind = "test" if "passed" in decision.why else "timeout"
+        kind = "test" if "passed" in decision.reason else "timeout"
         same += (decision.step, kind) == (curve["trans_step"], curve["how"])
     console.print(f"reference: {same} of {len(CURVES)} recorded warmups end at the published step")
 

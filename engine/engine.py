@@ -25,7 +25,7 @@ from engine.training.monitors import Monitor
 from engine.training.progress import StepRecorder
 from engine.training_run import TrainingRun, preserve_state
 from schedules import Schedule
-from schedules.param_groups import momenta_of
+from schedules.param_groups import read_momenta
 
 __all__ = ["Engine"]
 
@@ -407,7 +407,7 @@ class Engine(nn.Module):
 
     def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
         """Return each param group's momentum (all betas for Adam); None if there is none."""
-        return momenta_of(self.optimizer)
+        return read_momenta(self.optimizer)
 
     def get_momentum(self) -> list[float] | None:
         """Return each param group's momentum (first beta for Adam); None if there is none."""

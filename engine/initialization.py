@@ -245,7 +245,8 @@ def _enable_logging() -> None:
 def _describe_schedule(scheduler: LRScheduler | None, config_name: str) -> str:
     if isinstance(scheduler, ScheduleBinder):
         schedule = scheduler.schedule
-        return f"{type(schedule).__name__} from {config_name} sets {' and '.join(schedule.drives)}"
+        names = " and ".join(schedule.hyperparameters)
+        return f"{type(schedule).__name__} from {config_name} sets {names}"
     return (
         "no schedule"
         if scheduler is None

@@ -22,7 +22,7 @@ from engine.training.monitors import Monitor
 from engine.training.progress import Counters, ProgressReporter, StepRecord, StepRecorder
 from engine.training.schedule_driver import ScheduleDriver
 from schedules import AutoWU, Schedule
-from schedules.param_groups import momenta_of
+from schedules.param_groups import read_momenta
 from schedules.torch_scheduler import bind
 
 __all__ = ["TrainingRun", "preserve_state"]
@@ -211,7 +211,7 @@ class TrainingRun:
 
     def read_momentum(self) -> list[float] | None:
         """Return the momentum (first beta for Adam) of each param group; None if there is none."""
-        momenta = momenta_of(self.backend.optimizer)
+        momenta = read_momenta(self.backend.optimizer)
         if momenta is None:
             return None
         return [float(each if isinstance(each, float) else each[0]) for each in momenta]

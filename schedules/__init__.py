@@ -1,7 +1,7 @@
-"""Schedules of the learning rate, momentum and weight decay.
+"""Schedules for the learning rate, momentum and weight decay.
 
-A schedule is a set of parameters that can be read from a config. The values that it returns are a
-pure function of the step, or of the losses so far.
+A schedule is a dataclass whose fields are the parameters in a config. Its values depend only on the
+step or, for a feedback schedule, on the losses so far.
 
 >>> import schedules
 >>> block = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
@@ -20,7 +20,7 @@ from typing import Any
 
 from schedules.core.registry import SCHEDULES
 
-_HOMES = {
+_MODULES = {
     "FeedbackSchedule": "schedules.feedback.base",
     "Horizon": "schedules.core.durations",
     "Schedule": "schedules.core.schedule",
@@ -32,12 +32,12 @@ _HOMES = {
     "trace": "schedules.core.trace",
 }
 
-__all__ = sorted([*_HOMES, *SCHEDULES, "SCHEDULES", "__version__"])  # noqa: PLE0605  # computed, to avoid a second list
+__all__ = sorted([*_MODULES, *SCHEDULES, "SCHEDULES", "__version__"])  # noqa: PLE0605  # computed, to avoid a second list
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     if name in SCHEDULES:
         return SCHEDULES[name]
     if name == "__version__":

@@ -1,6 +1,6 @@
 """Drop-in replacements for DeepSpeed's scheduler classes, with the same names and signatures.
 
-A script that constructs these classes only needs a different import. Replace
+To switch a script to these classes, replace the import
 ``from deepspeed.runtime.lr_schedules import OneCycle`` with
 ``from schedules.lr_schedules import OneCycle``.
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from schedules.core.fields import fields_of
+from schedules.core.fields import read_fields
 from schedules.core.registry import find
 from schedules.torch_scheduler import ScheduleBinder, attach
 
@@ -42,7 +42,7 @@ _ORDER = {
     ),
 }
 _LAST = "last_batch_iteration"
-_OURS = "post_cycle_decay_step_size"  # not in DeepSpeed's signature
+_NOT_IN_DEEPSPEED = "post_cycle_decay_step_size"  # not in DeepSpeed's signature
 
 
 def _construct(
@@ -52,17 +52,17 @@ def _construct(
 
     Raises:
         TypeError: there are too many positional arguments, or an argument is passed twice.
-        ValueError: a parameter is invalid, or the schedule does not fit the optimizer.
+        ValueError: a parameter is invalid, or the schedule is incompatible with the optimizer.
     """
     order = _ORDER.get(type_name) or tuple(
-        name for name in fields_of(find(type_name)) if name not in (_LAST, _OURS)
+        name for name in read_fields(find(type_name)) if name not in (_LAST, _NOT_IN_DEEPSPEED)
     )
     order = (*order, _LAST)
     named = dict(zip(order, positional, strict=False))
     if len(positional) > len(order) or named.keys() & params.keys():
         raise TypeError(
-            f"{type_name}() got too many positional arguments or the same argument twice. "
-            f"The order of the arguments is {', '.join(order)}."
+            f"{type_name}() got too many positional arguments, or the same argument twice. "
+            f"It accepts these arguments, in this order: {', '.join(order)}."
         )
     return attach(type_name, optimizer, **named, **params)
 

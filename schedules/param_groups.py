@@ -11,23 +11,22 @@ from torch.optim import Optimizer
 from schedules.core.controller import Curves
 from schedules.core.curves import Formula, Piece
 
-__all__ = ["Group", "Slot", "Stretch", "momenta_of", "slots_of"]
+__all__ = ["Group", "RangeWriter", "Slot", "find_slots", "read_momenta"]
 
 Group = dict[str, Any]
 
 
 class Slot(NamedTuple):
-    """Key under which a param group stores a hyperparameter, and functions to read and write it."""
+    """Key of a hyperparameter in a param group, and functions that read and write its value."""
 
     key: str
     read: Callable[[Group], float]
     write: Callable[[Group, float], None]
 
 
-def _plain(key: str) -> Slot:
+def _build_slot(key: str) -> Slot:
     def write(group: Group, value: float) -> None:
-        # If the value is a tensor, a CUDA graph or a compiled step can refer to it. The tensor must
-        # therefore be changed in place instead of replaced.
+        # A CUDA graph or a compiled step can refer to a tensor value, so it is modified in place.
         if isinstance(group[key], torch.Tensor):
             group[key].fill_(value)
         else:
@@ -41,12 +40,12 @@ def _write_first_beta(group: Group, value: float) -> None:
 
 
 _SLOTS = {
-    "lr": (_plain("lr"),),
+    "lr": (_build_slot("lr"),),
     "momentum": (
-        _plain("momentum"),
+        _build_slot("momentum"),
         Slot("betas", lambda group: float(group["betas"][0]), _write_first_beta),
     ),
-    "weight_decay": (_plain("weight_decay"),),
+    "weight_decay": (_build_slot("weight_decay"),),
 }
 
 _FIXES = {
@@ -54,8 +53,8 @@ _FIXES = {
 }
 
 
-def slots_of(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
-    """Return the slot that stores a hyperparameter in each param group.
+def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
+    """Return the slot of a hyperparameter in each param group.
 
     Raises:
         ValueError: a group does not have the hyperparameter.
@@ -66,15 +65,16 @@ def slots_of(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
         if not found:
             keys = ", ".join(key for key in group if key != "params")
             wanted = " or ".join(f"`{slot.key}`" for slot in _SLOTS[hyperparameter])
+            fix = _FIXES.get(hyperparameter, "Choose a different optimizer.")
             raise ValueError(
-                f"Param group {index} of {type(optimizer).__name__} must have {wanted}, because "
-                f"the schedule sets it, got {keys}. {_FIXES.get(hyperparameter, '')}".strip()
+                f"The schedule sets {wanted}, but param group {index} of "
+                f"{type(optimizer).__name__} has only {keys}. {fix}"
             )
         slots.append(found[0])
     return tuple(slots)
 
 
-def momenta_of(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | None:
+def read_momenta(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | None:
     """Return the momentum or the betas of each group, or None if the optimizer has neither."""
     groups = optimizer.param_groups
     if "momentum" in groups[0]:
@@ -82,10 +82,10 @@ def momenta_of(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | 
     return [tuple(group["betas"]) for group in groups] if "betas" in groups[0] else None
 
 
-class Stretch:
-    """Writes scheduled values in a range of steps in which no curve switches to its next piece.
+class RangeWriter:
+    """Writes scheduled values into param groups, for a range of steps.
 
-    Preparing the writes once for the whole range makes each step fast.
+    Each curve has a single formula in the range. Preparing the formulas once makes each step fast.
 
     Args:
         groups: param groups of the optimizer.
@@ -103,19 +103,19 @@ class Stretch:
         curves: Curves,
         step: int,
     ) -> None:
-        found = {curve: curve.piece(step) for of_groups in curves.values() for curve in of_groups}
+        found = {curve: curve.piece(step) for in_groups in curves.values() for curve in in_groups}
         self.end = min(piece.end for piece in found.values())
-        """Step after the range: a curve switches to its next piece there."""
+        """End of the range (exclusive), where the formula of a curve changes."""
         self.num_groups = len(groups)
         self.last_group = groups[-1]
-        """Last param group. If groups are added or loaded, the last group is a different object."""
-        pieces = {name: [found[curve] for curve in of_groups] for name, of_groups in curves.items()}
+        """Last param group, used to detect that groups were added or replaced."""
+        pieces = {name: [found[curve] for curve in in_groups] for name, in_groups in curves.items()}
         self._lines = _find_shared_lines(groups, slots, pieces)
         self._shared = _find_shared_formulas(groups, slots, pieces)
         self._each = [
-            (group, slot.write, piece.at)
-            for name, of_groups in pieces.items()
-            for group, (slot, piece) in enumerate(zip(slots[name], of_groups, strict=True))
+            (group, slot.write, piece.formula)
+            for name, in_groups in pieces.items()
+            for group, (slot, piece) in enumerate(zip(slots[name], in_groups, strict=True))
         ]
 
     def write(self, groups: Sequence[Group], step: int) -> None:
@@ -154,7 +154,7 @@ def _find_shared_formulas(
 ) -> list[tuple[str, Formula, tuple[float, ...] | None]]:
     """Return the formula of each hyperparameter if all param groups have the same formulas.
 
-    Each formula then has to be evaluated only once per step.
+    Each formula is then evaluated only once per step.
 
     Returns:
         One tuple per hyperparameter: its key in the param groups, its formula, and the betas after
@@ -162,14 +162,14 @@ def _find_shared_formulas(
         a hyperparameter is a tensor.
     """
     shared = []
-    for name, of_groups in pieces.items():
+    for name, in_groups in pieces.items():
         keys = {slot.key for slot in slots[name]}
         betas = {tuple(group["betas"][1:]) for group in groups} if keys == {"betas"} else {None}
-        if len(set(of_groups)) > 1 or len(keys) > 1 or len(betas) > 1:
+        if len(set(in_groups)) > 1 or len(keys) > 1 or len(betas) > 1:
             return []
         if any(isinstance(group[key], torch.Tensor) for group in groups for key in keys):
             return []
-        shared.append((keys.pop(), of_groups[0].at, betas.pop()))
+        shared.append((keys.pop(), in_groups[0].formula, betas.pop()))
     return shared
 
 
@@ -178,20 +178,19 @@ def _find_shared_lines(
     slots: Mapping[str, Sequence[Slot]],
     pieces: Mapping[str, Sequence[Piece]],
 ) -> tuple[float, float, list[tuple[float, ...]]] | None:
-    """Return the coefficients of the curves if all are linear on the same range of steps.
+    """Return the coefficients of the curves if all curves are linear on the same range of steps.
 
-    This is the case for 1Cycle with Adam. All groups then share ``(step - origin) / steps``, which
-    is computed once per step. If each group evaluated two formulas, a step with 256 groups would be
-    as slow as in DeepSpeed.
+    An example is 1Cycle with Adam. ``(step - origin) / steps`` is then computed once per step for
+    all groups, which is faster than evaluating two formulas per group.
 
     Returns:
         The origin, the number of steps, and one row per group with its learning rate, the change of
         the learning rate, its beta1, the change of beta1, and beta2. If all rows are equal, only
-        one is returned. None if a curve is not linear, the curves have different origins or
+        one row is returned. None if a curve is not linear, the curves have different origins or
         lengths, a learning rate is a tensor, or the schedule does not set exactly ``lr`` and
         ``betas``.
     """
-    keys = {slot.key for of_groups in slots.values() for slot in of_groups}
+    keys = {slot.key for in_groups in slots.values() for slot in in_groups}
     if keys != {"lr", "betas"} or len(pieces) != 2:
         return None
     if any(isinstance(group["lr"], torch.Tensor) or len(group["betas"]) != 2 for group in groups):

@@ -1,4 +1,4 @@
-"""`ScheduleBinder` attaches a schedule to an optimizer, like a PyTorch LR scheduler."""
+"""Attach schedules to optimizers. `ScheduleBinder` has the interface of PyTorch's schedulers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from schedules.core.controller import Base, Controller, Decision, Evidence, Open
 from schedules.core.durations import Horizon
 from schedules.core.registry import from_config
 from schedules.core.schedule import Schedule
-from schedules.param_groups import Stretch, momenta_of, slots_of
+from schedules.param_groups import RangeWriter, find_slots, read_momenta
 
 __all__ = ["ScheduleBinder", "attach", "bind"]
 
@@ -26,20 +26,20 @@ log = logging.getLogger("onecycle")
 class ScheduleBinder(LRScheduler):
     """Attaches a schedule to an optimizer and writes its values into the param groups.
 
-    It has the methods of PyTorch's schedulers. Call ``step()`` after each ``optimizer.step()`` that
-    was applied. If the schedule is a feedback schedule, pass the loss: ``step(loss)``. The binder
-    writes only the hyperparameters that the schedule sets. These can be the learning rate, the
-    momentum (``momentum`` or ``betas[0]``) and the weight decay.
+    The binder has the methods of PyTorch's schedulers. Call ``step()`` after each
+    ``optimizer.step()`` that was not skipped, or ``step(loss)`` for a feedback schedule. A schedule
+    can set the learning rate, the momentum (``momentum`` or ``betas[0]``) and the weight decay. The
+    binder leaves all other hyperparameters unchanged.
 
     Args:
         schedule: schedule to run.
         optimizer: optimizer whose hyperparameters the schedule sets.
-        horizon: length of the run. It is used to convert time strings to steps, and for scaling.
+        horizon: length of the run, used to convert time strings to steps and to scale durations.
 
     Raises:
-        ValueError: a param group does not have a hyperparameter that the schedule sets, the groups
-            do not fit the schedule, or the schedule needs the length of the run and it is unknown.
-            The optimizer is then unchanged.
+        ValueError: a param group does not have a hyperparameter that the schedule sets, the
+            schedule is incompatible with the param groups, or the schedule requires the length of
+            the run but it is unknown. The optimizer is left unchanged.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
@@ -61,24 +61,24 @@ class ScheduleBinder(LRScheduler):
     """
 
     state: Any
-    """State of the controller. It is replaced at each step, never changed in place."""
+    """State of the controller. It is replaced at each step, never modified in place."""
     last_epoch: int
-    """Number of applied optimizer steps."""
+    """Number of optimizer steps so far, without skipped steps."""
 
-    # PyTorch's constructor is not called: it would patch `optimizer.step` and take a first step.
+    # PyTorch's constructor is not called, because it patches `optimizer.step` and takes a step.
     def __init__(
         self, schedule: Schedule[Any], optimizer: Optimizer, *, horizon: Horizon | None = None
     ) -> None:
         self.schedule = schedule
         self.optimizer = optimizer
         self._horizon = horizon
-        self._slots = {name: slots_of(name, optimizer) for name in schedule.drives}
+        self._slots = {name: find_slots(name, optimizer) for name in schedule.hyperparameters}
         self._bind(self._read_base())
         self.evidence: Evidence | None = None
-        """Data that the last decision is based on. None before the first decision, and if the
-        decision was restored from a checkpoint."""
-        # It stays None for a feedback schedule, whose values are not known in advance.
-        self._stretch: Stretch | None = None
+        """Losses and learning rates that led to the last decision. None before the first decision,
+        and if the decision was restored from a checkpoint."""
+        # `_writer` stays None for a feedback schedule, whose values are not known in advance.
+        self._writer: RangeWriter | None = None
         for warning in schedule.resolve(horizon).warnings():
             warnings.warn(warning, stacklevel=3)
         self._go_to(self.controller.init(), 0)
@@ -92,11 +92,11 @@ class ScheduleBinder(LRScheduler):
                 group[f"initial_{name}"] = value
 
     def _read_base(self) -> Base:
-        """Return the values that the param groups were built with."""
-        # Like PyTorch's schedulers, the binder stores the base values in the groups as `initial_…`.
-        # A binder for a restored optimizer then reads the original values, not scheduled values.
+        """Return the initial hyperparameters of the param groups."""
+        # Like PyTorch's schedulers, the binder stores initial values in the groups as `initial_…`.
+        # A binder for a restored optimizer then reads the initial values, not scheduled values.
         groups = self.optimizer.param_groups
-        slots = {"lr": slots_of("lr", self.optimizer)} | self._slots
+        slots = {"lr": find_slots("lr", self.optimizer)} | self._slots
         return {
             name: tuple(
                 float(group.get(f"initial_{name}", slot.read(group)))
@@ -108,38 +108,38 @@ class ScheduleBinder(LRScheduler):
     def step(
         self, loss: Tensor | float | None = None, *, metric: Tensor | float | None = None
     ) -> None:
-        """Count one applied optimizer step, and write the values for the next step.
+        """Advance the schedule by one step, and write the values for the next optimizer step.
 
         Args:
             loss: loss of the step, a number or a scalar tensor. Only feedback schedules accept it.
                 Pass the mean over all ranks, so that all ranks make the same decision.
-            metric: metric of the step, a number or a scalar tensor. Only schedules that depend on a
-                metric use it; other schedules ignore it.
+            metric: metric of the step, a number or a scalar tensor. Schedules that do not depend on
+                a metric ignore it.
 
         Raises:
-            ValueError: the schedule requires the loss but does not receive it; the loss is not a
-                single number; ``loss`` is passed to a schedule that does not use it, for example an
-                epoch as for PyTorch's schedulers; or a param group was added after the binder was
-                built.
+            ValueError: the schedule requires the loss but it is not passed; the loss is not a
+                single number; ``loss`` (or an epoch, as in PyTorch) is passed to a schedule that
+                does not use the loss; or a param group was added after the schedule was attached.
         """
-        stretch = self._stretch
-        if stretch is None:
+        writer = self._writer
+        if writer is None:
             self._step_with_feedback(loss, metric)
             return
         if loss is not None:
             raise ValueError(
-                f"step() takes no `epoch`, and this schedule does not use the loss; got {loss}. "
-                "To start from a different step, pass a saved state to `load_state_dict`."
+                f"step() accepts no `epoch`, and this schedule does not use the loss, got {loss}. "
+                "Call step() without arguments. To continue from a different step, call "
+                "load_state_dict() with a saved state."
             )
         self.state = self.last_epoch = step = self.last_epoch + 1
         # Look up the groups at each step, because loading an optimizer's state replaces them.
         groups = self.optimizer.param_groups
         if (
-            step < stretch.end
-            and groups[-1] is stretch.last_group
-            and len(groups) == stretch.num_groups
+            step < writer.end
+            and groups[-1] is writer.last_group
+            and len(groups) == writer.num_groups
         ):
-            stretch.write(groups, step)
+            writer.write(groups, step)
         else:
             self.write()
 
@@ -147,7 +147,7 @@ class ScheduleBinder(LRScheduler):
         self, loss: Tensor | float | None, metric: Tensor | float | None
     ) -> None:
         uses_metric = self.schedule.feedback == "metric" and metric is not None
-        received = _number(metric if uses_metric else loss)
+        received = _to_float(metric if uses_metric else loss)
         before, self.state = self.state, self.controller.update(self.state, received)
         self.last_epoch += 1
         self.write()
@@ -161,18 +161,18 @@ class ScheduleBinder(LRScheduler):
             log.info("%s, step %d: lr %.4g: %s%s", name, *decision[:3], confidence)
 
     def write(self) -> None:
-        """Write the values for the next step into the optimizer's param groups."""
+        """Write the values for the next optimizer step into the param groups."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self.base_lrs):
             raise ValueError(
-                f"The optimizer must have the same number of param groups as when the schedule was "
-                f"attached ({len(self.base_lrs)}), got {len(groups)}. Add param groups before you "
-                "attach the schedule."
+                f"The optimizer had {len(self.base_lrs)} param groups when the schedule was "
+                f"attached, but has {len(groups)} now. Add all param groups before you attach the "
+                "schedule."
             )
         if isinstance(self.controller, OpenLoop):
             curves = self.controller.curves
-            self._stretch = Stretch(groups, self._slots, curves, self.last_epoch)
-            self._stretch.write(groups, self.last_epoch)
+            self._writer = RangeWriter(groups, self._slots, curves, self.last_epoch)
+            self._writer.write(groups, self.last_epoch)
             return
         for name, values in self.controller.values(self.state).items():
             for slot, group, value in zip(self._slots[name], groups, values, strict=True):
@@ -197,7 +197,7 @@ class ScheduleBinder(LRScheduler):
 
     @property
     def decision(self) -> Decision | None:
-        """The last decision of a feedback schedule, or None if no decision was made yet."""
+        """Latest decision of a feedback schedule, or None if there is none yet."""
         return self.controller.decision(self.state)
 
     @property
@@ -210,33 +210,33 @@ class ScheduleBinder(LRScheduler):
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the same as `get_last_lr`. Scripts that were written for DeepSpeed call it."""
+        """Return the same as `get_last_lr`, for compatibility with DeepSpeed's schedulers."""
         return self.get_last_lr()
 
     def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
-        """Return the momentum, or with Adam the betas, of each group.
+        """Return the momentum (with Adam, the betas) of each param group.
 
         Return None if the schedule does not set the momentum.
         """
-        return momenta_of(self.optimizer) if "momentum" in self._slots else None
+        return read_momenta(self.optimizer) if "momentum" in self._slots else None
 
     @property
     def identity(self) -> dict[str, Any]:
         """Type and parameters of the schedule, with durations in steps.
 
-        A saved state can only be loaded into a schedule with the same identity. Durations are
-        therefore in steps: for example, "1dur" in a longer run is a different schedule.
+        A saved state can be loaded only into a schedule with the same type and parameters.
+        Durations are in steps because a duration such as "1dur" depends on the length of the run.
         """
         schedule, horizon = self.schedule, self._horizon or Horizon()
         params: dict[str, Any] = {}
-        if schedule.clock_is_step and horizon.scale_ratio != 1:
+        if schedule.has_rate_per_step and horizon.scale_ratio != 1:
             params["scale_schedule_ratio"] = horizon.scale_ratio
             horizon = replace(horizon, scale_ratio=1.0)
         params |= schedule.resolve(horizon).params()
         return {"type": schedule.type_name, "params": params}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the identity, number of steps, base values and feedback state of the schedule."""
+        """Return the type, parameters, step count and other state of the schedule as a dict."""
         state: dict[str, Any] = {
             **self.identity,
             "step": self.last_epoch,
@@ -247,10 +247,10 @@ class ScheduleBinder(LRScheduler):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore a state from `state_dict`, and write the values for the next step.
+        """Load a state returned by `state_dict`, and write the values for the next optimizer step.
 
         Raises:
-            ValueError: the state was saved with a different schedule or number of param groups.
+            ValueError: the state is from a different schedule or number of param groups.
         """
         self._check_identity(state_dict)
         self._bind({name: tuple(values) for name, values in state_dict["base"].items()})
@@ -274,23 +274,25 @@ class ScheduleBinder(LRScheduler):
         if len(state["base"]["lr"]) != groups:
             raise ValueError(
                 f"The saved state has {len(state['base']['lr'])} param groups, but the optimizer "
-                f"has {groups}."
+                f"has {groups}. Build the optimizer with the same param groups."
             )
 
     def __getstate__(self) -> dict[str, Any]:
         # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.
-        rebuilt = {"controller", "_stretch", "_slots"}
+        rebuilt = {"controller", "_writer", "_slots"}
         return {name: value for name, value in vars(self).items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._slots = {name: slots_of(name, self.optimizer) for name in self.schedule.drives}
+        self._slots = {
+            name: find_slots(name, self.optimizer) for name in self.schedule.hyperparameters
+        }
         self.controller = self.schedule.bind(self._base, self._horizon)
-        self._stretch = None
+        self._writer = None
         self.write()
 
 
-def _number(loss: Tensor | float | None) -> float | None:
+def _to_float(loss: Tensor | float | None) -> float | None:
     if loss is None:
         return None
     if isinstance(loss, Tensor) and loss.numel() != 1:
@@ -313,12 +315,12 @@ def attach(
     Args:
         schedule: name of a schedule, a ``{"type": …, "params": {…}}`` block, or a `Schedule`.
         optimizer: optimizer whose hyperparameters the schedule sets.
-        horizon: length of the run. It is used to convert time strings to steps, and for scaling.
-        **params: parameters of the schedule. They are only accepted if ``schedule`` is a name.
+        horizon: length of the run, used to convert time strings to steps and to scale durations.
+        **params: parameters of the schedule, if ``schedule`` is a name.
 
     Raises:
-        ValueError: the schedule does not fit the optimizer, or its parameters are invalid. In the
-            second case, the error is a `ScheduleError`.
+        ScheduleError: a parameter of the schedule is invalid.
+        ValueError: the name is unknown, or the schedule is incompatible with the optimizer.
 
     >>> import torch
     >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.5)
@@ -329,7 +331,7 @@ def attach(
         schedule = {"type": schedule, "params": params}
     elif params:
         raise ValueError(
-            f"Keyword parameters are only accepted with the name of a schedule, got "
+            f"Schedule parameters can be passed as keywords only with the name of a schedule, got "
             f"{', '.join(params)} with {schedule!r}. Set them in the schedule itself."
         )
     if not isinstance(schedule, Schedule):
@@ -343,6 +345,7 @@ def bind(
     """Attach a `Schedule` to an optimizer.
 
     Raises:
-        ValueError: the schedule does not fit the optimizer or the run.
+        ValueError: the schedule is incompatible with the optimizer, or the length of the run is
+            required but unknown.
     """
     return ScheduleBinder(schedule, optimizer, horizon=horizon)

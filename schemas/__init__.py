@@ -1,8 +1,8 @@
-"""JSON schemas: ``ds_config.schema.json``, one file per config section, one per schedule.
+"""JSON schemas of the config, of its sections, and of the schedules.
 
 ``schedulers/`` is generated from the dataclasses of the package `schedules`, and ``editor/`` from
-all other schemas. The rest is written by hand. In addition to the keywords of JSON Schema, the
-schemas use:
+all other schemas. The other files are written by hand. In addition to the keywords of JSON Schema,
+the schemas use:
 
 - ``x-auto``: integrations that replace the value "auto"
 - ``x-backend``: the only backend that supports the key

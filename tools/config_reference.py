@@ -9,7 +9,7 @@ from typing import Any
 import schemas
 from engine.config.pointers import dotted_name, get_last_key, get_parent, split_pointer
 from engine.config.schema import ABSENT, OPTIMIZERS, SCHEMA, SECTION, Member, walk
-from schedules.core.fields import wanted
+from schedules.core.fields import describe_schema
 
 __all__ = ["build_config_reference"]
 
@@ -67,7 +67,7 @@ def _format_table(properties: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for key, schema in usable.items():
         default = f"`{json.dumps(schema['default'])}`" if "default" in schema else ""
         meaning = f"{schema['description']}{_format_marks(schema)}"
-        cells = (f"`{key}`", wanted(schema) if "type" in schema else "", default, meaning)
+        cells = (f"`{key}`", describe_schema(schema) if "type" in schema else "", default, meaning)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     removed = {key: schema for key, schema in properties.items() if "x-removed" in schema}
     if removed:

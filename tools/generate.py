@@ -18,9 +18,9 @@ from engine.config.editor_schema import editor_schema
 from engine.display.catalog import EXAMPLE_STEPS, example_curves, format_page
 from engine.display.plots import draw
 from schedules import SCHEDULES
-from schedules.core.descriptions import INDEX, descriptions_in_source, read_index
-from schedules.core.json_schema import json_schema_of
-from schedules.core.registry import FAMILIES, of_family
+from schedules.core.descriptions import INDEX, read_index, read_source_descriptions
+from schedules.core.json_schema import build_json_schema
+from schedules.core.registry import FAMILIES, import_family
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,9 +29,9 @@ def build_schedule_schemas() -> dict[Path, str]:
     """Return the text of the JSON Schema of each schedule, by path."""
     directory = ROOT / "schemas" / "schedulers"
     return {
-        directory / f"{name}.json": json.dumps(json_schema_of(cls), indent=2) + "\n"
+        directory / f"{name}.json": json.dumps(build_json_schema(cls), indent=2) + "\n"
         for family in FAMILIES
-        for name, cls in of_family(family).items()
+        for name, cls in import_family(family).items()
     }
 
 
@@ -50,9 +50,9 @@ def generate_files() -> dict[Path, str]:
 def build_index() -> str:
     """Return the JSON index of the schedules, with the family and field descriptions of each."""
     entries = {
-        name: {"family": family, "fields": descriptions_in_source(cls)}
+        name: {"family": family, "fields": read_source_descriptions(cls)}
         for family in FAMILIES
-        for name, cls in of_family(family).items()
+        for name, cls in import_family(family).items()
     }
     return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
 

@@ -17,9 +17,9 @@ from typing import Any
 from engine.config.parser import Document
 from engine.config.pointers import join_pointer, split_pointer
 from schedules import Schedule
-from schedules.core.descriptions import descriptions_of
-from schedules.core.fields import fields_of, wanted
-from schedules.core.registry import find, of_family
+from schedules.core.descriptions import read_descriptions
+from schedules.core.fields import describe_schema, read_fields
+from schedules.core.registry import find, import_family
 
 __all__ = ["Override", "add_config_arguments", "apply_overrides"]
 
@@ -62,8 +62,8 @@ def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
     """Map each parameter name of DeepSpeed's schedules to a schedule with this parameter."""
     return {
         name: cls
-        for cls in of_family("families.deepspeed").values()
-        for name in fields_of(cls)
+        for cls in import_family("families.deepspeed").values()
+        for name in read_fields(cls)
         if name != "last_batch_iteration"
     }
 
@@ -114,10 +114,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "schedule", "parameters of DeepSpeed's schedules; override `scheduler.params`"
     )
     for name, cls in _find_schedule_parameters().items():
-        field = fields_of(cls)[name]
+        field = read_fields(cls)[name]
         default = "" if field.required else f" (default: {json.dumps(field.default)})"
-        accepted = f"Accepts {wanted(field.schema)}{default}."
-        text = f"{cls.type_name}: {descriptions_of(cls)[name]} {accepted}"
+        accepted = f"Accepts {describe_schema(field.schema)}{default}."
+        text = f"{cls.type_name}: {read_descriptions(cls)[name]} {accepted}"
         # A flag without a value means true, like DeepSpeed's --cycle_momentum.
         flag: dict[str, Any] = (
             {"nargs": "?", "const": True} if field.default in (True, False) else {}
@@ -195,6 +195,6 @@ def _find_values_to_set(
 
 def _get_schedule_fields(name: object) -> Mapping[str, Any]:
     try:
-        return fields_of(find(name)) if isinstance(name, str) else {}
+        return read_fields(find(name)) if isinstance(name, str) else {}
     except ValueError:
         return {}  # `check` reports the unknown type

@@ -12,7 +12,7 @@ from typing import Any
 from engine.config.schema import add_defaults, optimizer_name, optimizer_schema
 from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves
-from schedules.core.durations import DurationError, steps_of
+from schedules.core.durations import DurationError, convert_to_steps
 
 __all__ = [
     "EvaluatedSchedule",
@@ -47,7 +47,7 @@ def build_horizon(
     total = None
     if length is not None:
         try:
-            total = steps_of(length, known, scaled=False)
+            total = convert_to_steps(length, known, scaled=False)
         except DurationError as error:
             raise DurationError(f"`engine.max_duration`: {error}") from None
     return Horizon(
@@ -117,7 +117,7 @@ class EvaluatedSchedule:
             name: hyperparameter to check, such as ``lr``.
         """
         other = {**self.base, name: tuple(value / 2 for value in self.base[name])}
-        changed = self.schedule.curves_for(other, self.horizon)[name][0]
+        changed = self.schedule.build_curves(other, self.horizon)[name][0]
         steps = range(0, self.schedule.span + 1, max(1, self.schedule.span // 20))
         return all(self.curves[name][0](step) == changed(step) for step in steps)
 
@@ -129,7 +129,7 @@ class EvaluatedSchedule:
         curve = self.curves[name][0]
         span = max(int(self.schedule.span), 1)
         pieces = itertools.islice(curve.pieces(0, span + 1), _MAX_PIECES)
-        values = [value for p in pieces for value in (p.at(p.begin), p.at(p.end - 1))]
+        values = [value for p in pieces for value in (p.formula(p.start), p.formula(p.end - 1))]
         return min(values), max(values)
 
     @property
@@ -140,7 +140,7 @@ class EvaluatedSchedule:
             piece = curve.piece(math.ceil(step))
             if math.isinf(piece.end):
                 is_constant = piece.line is not None and piece.line.rise == 0
-                return math.ceil(piece.begin) if is_constant else None
+                return math.ceil(piece.start) if is_constant else None
             step = piece.end
         return None
 
@@ -159,5 +159,5 @@ def evaluate_schedule(
     if horizon is None or schedule.feedback is not None:
         return None
     base = build_base_values(config, schedule)
-    curves = schedule.curves_for(base, horizon)
+    curves = schedule.build_curves(base, horizon)
     return EvaluatedSchedule(schedule.resolve(horizon), horizon, base, curves)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import schemas
 from engine.config.pointers import join_pointer, split_pointer
 from schedules import SCHEDULES, Schedule
-from schedules.core.json_schema import json_schema_of
+from schedules.core.json_schema import build_json_schema
 from schedules.core.registry import find
 
 __all__ = [
@@ -68,7 +68,7 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
     if SCHEDULES.get(cls.type_name) is cls:
         with contextlib.suppress(FileNotFoundError):
             return schemas.read(f"schedulers/{cls.type_name}.json")
-    return json_schema_of(cls)
+    return build_json_schema(cls)
 
 
 def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:

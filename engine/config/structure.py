@@ -39,9 +39,9 @@ from engine.config.wording import quote_value, shorten
 from engine.errors import Fix, Problem
 from schedules import SCHEDULES, Schedule, ScheduleError, from_config
 from schedules.core.durations import DurationError
-from schedules.core.fields import fields_of, wanted
+from schedules.core.fields import describe_schema, read_fields
 from schedules.core.registry import find
-from schedules.core.spelling import nearest
+from schedules.core.spelling import find_nearest
 
 __all__ = ["Structure", "check_against_schema", "check_structure"]
 
@@ -156,7 +156,7 @@ def _convert_error(
         case "required":
             # jsonschema yields one error per missing key, but does not name the key.
             for missing in (key for key in error.validator_value if key not in value):
-                takes = wanted(schema["properties"][missing])
+                takes = describe_schema(schema["properties"][missing])
                 message = f"Missing key `{missing}` in {name}."
                 below = join_pointer(pointer, missing)
                 hint = f"Add it. It accepts {takes}."
@@ -169,11 +169,12 @@ def _convert_error(
             yield document.build_problem("removed-key", pointer, message, hint, at_key=True)
         case _ if value == "auto":
             message = (
-                f'`{name}` must be {wanted(schema)}, got "auto", which no integration replaces.'
+                f"`{name}` must be {describe_schema(schema)}, "
+                'got "auto", which no integration replaces.'
             )
             yield document.build_problem("unsupported-auto", pointer, message, "Set a value.")
         case _ if keyword in {"type", "enum", "pattern"} | _RANGE:
-            message = f"`{name}` must be {wanted(schema)}, got {quote_value(value)}."
+            message = f"`{name}` must be {describe_schema(schema)}, got {quote_value(value)}."
             takes_auto = keyword == "pattern" and error.validator_value == "^auto$"
             kind = "wrong-type" if keyword == "type" or takes_auto else "out-of-range"
             hint, fix = _suggest_unquoting(value, schema) if kind == "wrong-type" else ("", None)
@@ -237,7 +238,7 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
     name = optimizer_name(block["type"])
     if name is None:
         usable = [known for known, schema in OPTIMIZERS.items() if "x-removed" not in schema]
-        near = nearest(block["type"], OPTIMIZERS)
+        near = find_nearest(block["type"], OPTIMIZERS)
         hint = (
             f"Did you mean `{near}`?"
             if near
@@ -273,7 +274,7 @@ def _suggest_schedules(problem: Problem) -> Problem:
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem
     key = get_last_key(problem.pointer)
-    owners = [name for name, cls in SCHEDULES.items() if key in fields_of(cls)]
+    owners = [name for name, cls in SCHEDULES.items() if key in read_fields(cls)]
     hint = f"It is a parameter of {', '.join(owners[:5])}."
     return dataclasses.replace(problem, hint=hint) if owners else problem
 
@@ -297,11 +298,11 @@ def _construct_schedule(
         if horizon is not None:
             schedule.resolve(horizon)
     except ScheduleError as error:
-        for fault in error.faults:
+        for fault in error.problems:
             below = join_pointer(pointer, fault.field) if fault.field else pointer
             problems.append(document.build_problem("schedule", below, fault.message))
         # Construct the schedule without the invalid parameters for rules that do not need them.
-        invalid = {fault.field for fault in error.faults}
+        invalid = {fault.field for fault in error.problems}
         valid = {name: value for name, value in params.items() if name not in invalid}
         with contextlib.suppress(ValueError):
             schedule = from_config({"type": block["type"], "params": valid})

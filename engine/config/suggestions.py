@@ -14,7 +14,7 @@ import schemas
 from engine.config.pointers import get_last_key, get_parent
 from engine.config.schema import ABSENT, SCHEMA, SECTION, resolve_reference, walk
 from engine.errors import Fix
-from schedules.core.spelling import edits, nearest
+from schedules.core.spelling import edit_distance, find_nearest
 
 __all__ = ["Suggestion", "suggest_key"]
 
@@ -55,7 +55,9 @@ def suggest_key(
         name for name in absent if _accepts_type(present[key], resolve_reference(known[name]))
     ]
     # A short name may differ in two letters if only one similar key accepts the value's type.
-    near = nearest(key, fitting) or nearest(key, absent) or _find_unique_match(key, fitting)
+    near = (
+        find_nearest(key, fitting) or find_nearest(key, absent) or _find_unique_match(key, fitting)
+    )
     if near:
         return Suggestion(f"Did you mean `{near}`?", near)
     if meant and meant.startswith("/"):
@@ -64,7 +66,7 @@ def suggest_key(
     if 0 < len(sections) <= 3:
         where = " or ".join(f"`{each}`" if each else "the top level" for each in sections)
         return Suggestion(f"Move it to {where}.")
-    if near := nearest(key, [name for name in usable if name in present]):
+    if near := find_nearest(key, [name for name in usable if name in present]):
         return Suggestion(f"Did you mean `{near}`, which is already set?")
     return Suggestion("")
 
@@ -77,7 +79,7 @@ def _find_unique_match(name: str, known: Collection[str]) -> str | None:
     near = [
         other
         for other in known
-        if edits(name.lower(), other, 2) <= 2
+        if edit_distance(name.lower(), other, 2) <= 2
         and (other[:1] == name[:1].lower() or other[-1:] == name[-1:].lower())
     ]
     return near[0] if len(near) == 1 and len(name) > 1 else None

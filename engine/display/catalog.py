@@ -9,8 +9,8 @@ from typing import Any
 
 from schedules import SCHEDULES, Horizon, Schedule
 from schedules.core.curves import Curve
-from schedules.core.descriptions import descriptions_of
-from schedules.core.fields import fields_of, wanted
+from schedules.core.descriptions import read_descriptions
+from schedules.core.fields import describe_schema, read_fields
 from schedules.core.trace import DEFAULT_BASE
 
 __all__ = ["EXAMPLE_STEPS", "example_curves", "format_page", "get_summary", "list_schedules"]
@@ -32,7 +32,7 @@ def get_summary(cls: type[Schedule[Any]]) -> str:
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
     """Return the curve of each hyperparameter for the schedule's example parameters."""
-    curves = cls(**cls.example).curves_for(_BASE, EXAMPLE_RUN)
+    curves = cls(**cls.example).build_curves(_BASE, EXAMPLE_RUN)
     return {name: groups[0] for name, groups in curves.items()}
 
 
@@ -49,10 +49,10 @@ def format_page(cls: type[Schedule[Any]]) -> Iterator[str]:
     yield ""
     yield (inspect.getdoc(cls) or "").partition("\n\n>>>")[0]
     yield ""
-    descriptions = descriptions_of(cls)
-    for name, field in fields_of(cls).items():
+    descriptions = read_descriptions(cls)
+    for name, field in read_fields(cls).items():
         default = "required" if field.required else f"default {json.dumps(field.default)}"
-        yield f"  {name}  ({wanted(field.schema)}; {default})"
+        yield f"  {name}  ({describe_schema(field.schema)}; {default})"
         yield f"      {descriptions[name]}" + (f" Unit: {field.unit}." if field.unit else "")
     yield ""
     block = {"scheduler": {"type": cls.type_name, "params": dict(cls.example)}}

@@ -41,7 +41,7 @@ def _find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) 
     if len(panel) > 1 or panel[0] not in curves:
         return {}
     named = curves[panel[0]].phases()
-    return {int(phase.begin): phase.name for phase in named if 0 <= phase.begin < steps}
+    return {int(phase.start): phase.name for phase in named if 0 <= phase.start < steps}
 
 
 def draw(
@@ -111,7 +111,7 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
     if evidence.band is None:
         return
     band, count = evidence.band, len(evidence.losses)
-    steps = [position * count for position in band.places]
+    steps = [position * count for position in band.positions]
     axis.plot(steps, band.mean, color="black", linewidth=1.2, label="Gaussian process")
     axis.fill_between(steps, band.low, band.high, color="black", alpha=0.15, linewidth=0)
     lowest = min(range(len(steps)), key=lambda index: band.mean[index])

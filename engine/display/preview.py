@@ -52,7 +52,9 @@ class Preview:
             name = self.schedule.type_name
             raise ValueError(f"`--losses` requires a loss-driven schedule, got {name}.")
         done = replay(self.schedule, losses, base=self.base, horizon=self.horizon)
-        columns = {name: [row[name][0] for row in done.rows] for name in self.schedule.drives}
+        columns = {
+            name: [row[name][0] for row in done.rows] for name in self.schedule.hyperparameters
+        }
         return columns, done.evidence
 
     @property
@@ -118,7 +120,7 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
         problem = document.build_problem("schedule", "/scheduler/params", str(error))
         raise ConfigError(document.name, [problem]) from None
     base = build_base_values(context.config, schedule)
-    curves = schedule.curves_for(base, horizon)
+    curves = schedule.build_curves(base, horizon)
     return Preview(document.name, resolved, curves, horizon, base)
 
 

@@ -1,1 +1,1 @@
-"""Building blocks of schedules: curves, parameter fields, durations, and the registry."""
+"""Core of the package: curves, parameter fields, durations, and the registry of schedules."""

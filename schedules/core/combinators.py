@@ -1,4 +1,4 @@
-"""Build curves from other curves. The basic shapes are in `schedules.core.curves`.
+"""Functions that build curves from other curves. `schedules.core.curves` has the basic shapes.
 
 >>> from schedules.core.curves import linear
 >>> one_up_one_down = join([linear(0.0, 1.0, steps=4), linear(1.0, 0.0, steps=2)], [4])
@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from schedules.core.curves import Curve, Phase, Piece, level, until
+from schedules.core.curves import Curve, Phase, Piece, constant_piece, shorten
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,56 +27,55 @@ class _Join(Curve):
         self, parts: Sequence[Curve], boundaries: Sequence[float], names: Sequence[str]
     ) -> None:
         self._parts = tuple(parts)
-        self._begins = (0, *boundaries)
+        self._starts = (0, *boundaries)
         self._names = names
 
     def phases(self, origin: float = 0) -> tuple[Phase, ...]:
-        ends = (*self._begins[1:], math.inf)
-        spans = [(origin + a, origin + b) for a, b in zip(self._begins, ends, strict=True)]
+        ends = (*self._starts[1:], math.inf)
+        spans = [(origin + a, origin + b) for a, b in zip(self._starts, ends, strict=True)]
         return tuple(
             phase
-            for part, name, (begin, end) in zip(self._parts, self._names, spans, strict=True)
-            for phase in part.phases(begin) or (Phase(begin, name),)
-            if phase.name and begin <= phase.begin < end
+            for part, name, (start, end) in zip(self._parts, self._names, spans, strict=True)
+            for phase in part.phases(start) or (Phase(start, name),)
+            if phase.name and start <= phase.start < end
         )
 
     def piece(self, step: float, origin: float = 0) -> Piece:
-        index = bisect_right(self._begins, step - origin) - 1
-        begin = origin + self._begins[index]
-        piece = self._parts[index].piece(step, begin)
-        if index + 1 == len(self._begins):
+        index = bisect_right(self._starts, step - origin) - 1
+        start = origin + self._starts[index]
+        piece = self._parts[index].piece(step, start)
+        if index + 1 == len(self._starts):
             return piece
-        return until(piece, origin + self._begins[index + 1])
+        return shorten(piece, origin + self._starts[index + 1])
 
-    def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
-        end = begin + len(values)
-        ends = (*self._begins[1:], math.inf)
-        for part, part_begin, part_end in zip(self._parts, self._begins, ends, strict=True):
-            first = max(begin, math.ceil(origin + part_begin))
+    def fill(self, values: NDArray[Any], start: int, origin: float = 0) -> None:
+        end = start + len(values)
+        ends = (*self._starts[1:], math.inf)
+        for part, part_start, part_end in zip(self._parts, self._starts, ends, strict=True):
+            first = max(start, math.ceil(origin + part_start))
             last = min(end, math.ceil(min(origin + part_end, end)))
             if first < last:
-                part.fill(values[first - begin : last - begin], first, origin + part_begin)
+                part.fill(values[first - start : last - start], first, origin + part_start)
 
 
 def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[str] = ()) -> Curve:
-    """Return a curve that consists of several curves in a row. Each part counts its steps from 0.
+    """Run several curves one after another. Each curve starts at its own step 0.
 
     Args:
-        parts: curves, in order.
-        boundaries: step at which each part except the first starts, in ascending order. A part
+        parts: curves to run, in order.
+        boundaries: steps at which the second and later parts start, in ascending order. A part
             between two equal boundaries is skipped.
-        names: name of each part, which plots show. If a part has named phases itself, plots show
-            these names instead.
+        names: names of the parts, shown in plots. A part that has named phases keeps their names.
 
     Raises:
-        ValueError: the number of boundaries does not match the number of parts, or the boundaries
-            are negative or not in ascending order.
+        ValueError: the number of boundaries is not one less than the number of parts, or the
+            boundaries are negative or not in ascending order.
     """
     parts, boundaries = tuple(parts), tuple(boundaries)
     if len(boundaries) != len(parts) - 1:
         raise ValueError(
             f"`boundaries` must have {len(parts) - 1} entries for {len(parts)} parts, "
-            f"got {boundaries}."
+            f"got {boundaries}. Pass the start of each part after the first."
         )
     if list(boundaries) != sorted(boundaries) or (boundaries and boundaries[0] < 0):
         raise ValueError(f"`boundaries` must be >= 0 and in ascending order, got {boundaries}.")
@@ -96,25 +95,25 @@ class _Stairs(Curve):
         climbed = (step - origin) * count
         if self._rounds_up:
             stair = -(-climbed // steps)
-            begin = ((stair - 1) * steps + origin * count) // count + 1 if stair else origin
+            start = ((stair - 1) * steps + origin * count) // count + 1 if stair else origin
             end = (stair * steps + origin * count) // count + 1
         else:
             stair = climbed // steps
-            begin = origin + stair * steps / count
+            start = origin + stair * steps / count
             end = origin + (stair + 1) * steps / count
         at_step = stair * steps / count
-        value = self._curve.piece(at_step).at(at_step)
-        return level(value, begin, end)
+        value = self._curve.piece(at_step).formula(at_step)
+        return constant_piece(value, start, end)
 
-    def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
+    def fill(self, values: NDArray[Any], start: int, origin: float = 0) -> None:
         import numpy as np
 
         steps, count = self._steps, self._count
         if not all(float(number).is_integer() for number in (steps, origin)):
-            super().fill(values, begin, origin)
+            super().fill(values, start, origin)
             return
         # Compute the number and the end of all stairs at once, with the arithmetic of `piece`.
-        first, last = begin - int(origin), begin - int(origin) + len(values) - 1
+        first, last = start - int(origin), start - int(origin) + len(values) - 1
         steps = int(steps)
         if self._rounds_up:
             flight = np.arange(-(-first * count // steps), -(-last * count // steps) + 1)
@@ -123,15 +122,15 @@ class _Stairs(Curve):
             flight = np.arange(first * count // steps, last * count // steps + 1)
             ends = -(-(flight + 1) * steps // count)
         edges = np.clip(np.concatenate(([first], ends)), first, last + 1)
-        values[:] = np.repeat(self._curve.over(flight * steps / count), np.diff(edges))
+        values[:] = np.repeat(self._curve.values_at(flight * steps / count), np.diff(edges))
 
 
 def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
-    """Turn ``curve`` into a staircase with ``count`` equally long stairs per ``steps`` steps.
+    """Turn a curve into a staircase with ``count`` equally long stairs per ``steps`` steps.
 
     The value at step k is the value of ``curve`` at ``floor(k * count / steps) * steps / count``.
-    If ``rounds_up`` is true, ``ceil`` replaces ``floor``. A descending staircase with ``rounds_up``
-    is therefore the mirror image of an ascending one without it.
+    With ``rounds_up=True``, ``ceil`` replaces ``floor``. A descending staircase that rounds up is
+    the mirror image of an ascending staircase that rounds down.
 
     >>> from schedules.core.curves import linear
     >>> list(stairs(linear(0.0, 1.0, steps=4), steps=4, count=2).values(6))
@@ -146,33 +145,32 @@ class _Repeat(Curve):
     def __init__(self, make: Callable[[int, float], Curve], steps: float, growth: float) -> None:
         self._make = functools.cache(make)
         self._growth = growth
-        self._begins = [0.0]
+        self._starts = [0.0]
         self._steps = [steps]
 
     def piece(self, step: float, origin: float = 0) -> Piece:
         local = step - origin
         if self._growth == 1:
             cycle = int(local // self._steps[0])
-            begin, steps = cycle * self._steps[0], self._steps[0]
+            start, steps = cycle * self._steps[0], self._steps[0]
         else:
-            while local >= self._begins[-1] + self._steps[-1]:
-                self._begins.append(self._begins[-1] + self._steps[-1])
+            while local >= self._starts[-1] + self._steps[-1]:
+                self._starts.append(self._starts[-1] + self._steps[-1])
                 self._steps.append(int(self._growth * self._steps[-1]))
-            cycle = bisect_right(self._begins, local) - 1
-            begin, steps = self._begins[cycle], self._steps[cycle]
-        piece = self._make(cycle, steps).piece(step, origin + begin)
-        return until(piece, origin + begin + steps)
+            cycle = bisect_right(self._starts, local) - 1
+            start, steps = self._starts[cycle], self._steps[cycle]
+        piece = self._make(cycle, steps).piece(step, origin + start)
+        return shorten(piece, origin + start + steps)
 
 
 def repeat(make: Callable[[int, float], Curve], steps: float, growth: float = 1) -> Curve:
-    """Return a curve that consists of cycles.
+    """Return a curve that repeats a cycle indefinitely.
 
     Args:
-        make: function that returns the curve of a cycle. Its arguments are the number of the cycle,
-            counted from 0, and the length of the cycle. The curve counts its steps from the start
-            of the cycle.
+        make: function that builds the curve of a cycle from the index of the cycle (0, 1, 2, …)
+            and its length in steps. The curve starts at its own step 0.
         steps: length of the first cycle, in steps.
-        growth: ratio of a cycle's length to the length of the previous cycle, >= 1. Lengths are
+        growth: length of each cycle divided by the length of the previous cycle, >= 1. Lengths are
             truncated to whole steps.
 
     >>> from schedules.core.curves import linear
@@ -191,9 +189,9 @@ class _Pointwise(Curve):
 
     def piece(self, step: float, origin: float = 0) -> Piece:
         left, right = self._left.piece(step, origin), self._right.piece(step, origin)
-        combine, left_at, right_at = self._combine, left.at, right.at
+        combine, left_at, right_at = self._combine, left.formula, right.formula
         return Piece(
-            max(left.begin, right.begin),
+            max(left.start, right.start),
             min(left.end, right.end),
             lambda k: combine(left_at(k), right_at(k)),
             elementwise=True,
@@ -204,7 +202,7 @@ class _Pointwise(Curve):
 
 
 def pointwise(combine: Callable[[float, float], float], left: Curve, right: Curve) -> Curve:
-    """Return the curve whose value at step k is ``combine(left(k), right(k))``.
+    """Combine two curves. The value at step k is ``combine(left(k), right(k))``.
 
     >>> from schedules.core.curves import constant, linear
     >>> list(pointwise(max, linear(1.0, 0.0, steps=4), constant(0.3)).values(5))
@@ -221,9 +219,9 @@ class _Dilate(Curve):
     def piece(self, step: float, origin: float = 0) -> Piece:
         ratio = self._ratio
         piece = self._curve.piece((step - origin) / ratio)
-        at = piece.at
+        at = piece.formula
         return Piece(
-            origin + piece.begin * ratio,
+            origin + piece.start * ratio,
             origin + piece.end * ratio,
             lambda k: at((k - origin) / ratio),
             elementwise=True,
@@ -231,12 +229,12 @@ class _Dilate(Curve):
 
     def phases(self, origin: float = 0) -> tuple[Phase, ...]:
         return tuple(
-            Phase(origin + phase.begin * self._ratio, phase.name) for phase in self._curve.phases()
+            Phase(origin + phase.start * self._ratio, phase.name) for phase in self._curve.phases()
         )
 
 
 def dilate(curve: Curve, ratio: float) -> Curve:
-    """Return a stretched curve: its value at step k is the value of ``curve`` at ``k / ratio``.
+    """Stretch a curve. The value at step k is the value of ``curve`` at step ``k / ratio``.
 
     >>> from schedules.core.curves import linear
     >>> list(dilate(linear(0.0, 1.0, steps=2), ratio=2).values(5))
@@ -253,15 +251,15 @@ class _Delay(Curve):
     def piece(self, step: float, origin: float = 0) -> Piece:
         return self._curve.piece(step, origin + self._steps)
 
-    def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
-        self._curve.fill(values, begin, origin + self._steps)
+    def fill(self, values: NDArray[Any], start: int, origin: float = 0) -> None:
+        self._curve.fill(values, start, origin + self._steps)
 
     def phases(self, origin: float = 0) -> tuple[Phase, ...]:
         return self._curve.phases(origin + self._steps)
 
 
 def delay(curve: Curve, steps: float) -> Curve:
-    """Return a shifted curve: its value at step k is the value of ``curve`` at ``k - steps``.
+    """Delay a curve. The value at step k is the value of ``curve`` at step ``k - steps``.
 
     If ``steps`` is negative, the start of ``curve`` is skipped.
 

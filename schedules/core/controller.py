@@ -1,4 +1,4 @@
-"""`Controller` computes the values of a schedule for an optimizer's param groups, step by step."""
+"""Controllers, which compute a schedule's values for an optimizer's param groups step by step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 S = TypeVar("S")
 
 Base = Mapping[str, tuple[float, ...]]
-"""Values that the optimizer was built with. Maps the name of a hyperparameter ("lr", "momentum" or
+"""Initial hyperparameters of an optimizer. Maps the name of a hyperparameter ("lr", "momentum" or
 "weight_decay") to its value in each param group."""
 
 Values = Mapping[str, tuple[float, ...]]
@@ -34,47 +34,47 @@ Curves = Mapping[str, tuple[Curve, ...]]
 
 
 class Decision(NamedTuple):
-    """A change of the learning rate that a feedback schedule decided on."""
+    """A change of the learning rate by a feedback schedule."""
 
     step: int
-    """Number of optimizer steps that were applied before the change took effect."""
+    """Number of optimizer steps before the change."""
     lr: float
     """New learning rate of the first param group."""
-    why: str
+    reason: str
     probability: float | None = None
-    """Confidence of the test that led to the decision; None if no test led to it."""
+    """Probability that the loss has passed its minimum, if a test led to the change."""
 
 
 class Band(NamedTuple):
-    """Curves of a Gaussian process that was fitted to the losses: its mean and its confidence band.
+    """Mean and confidence band of a Gaussian process fitted to the losses.
 
     ``low`` and ``high`` are two standard deviations below and above the mean.
     """
 
-    places: Sequence[float]
-    """Positions of the points in the sequence of losses so far: 0 is its start, 1 is its end."""
+    positions: Sequence[float]
+    """Positions of the points, from 0 (start of the losses) to 1 (end)."""
     mean: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
 
 
 class Evidence(NamedTuple):
-    """The data that a decision is based on; it is shown in a plot."""
+    """The losses and learning rates that led to a decision, for a plot."""
 
     decision: Decision
     lrs: Sequence[float]
-    """Learning rate of the first param group in each step before the decision."""
+    """Learning rate of the first param group at each step before the decision."""
     losses: Sequence[float]
     """Loss of each step before the decision."""
     band: Band | None
-    """Gaussian process that was fitted to the losses; None if no test was run."""
+    """Gaussian process fitted to the losses; None if no test was run."""
 
 
 class Controller(Protocol[S]):
-    """Computes the values of a schedule for an optimizer with given base values.
+    """Computes the values of a schedule step by step, for an optimizer with given initial values.
 
-    A controller is stateless: the caller keeps the state and passes it to each method. No method
-    changes a state in place.
+    A controller is stateless. The caller stores the state and passes it to each method. States are
+    never modified in place.
     """
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def update(self, state: S, loss: float | None) -> S:
-        """Return the state after one more applied step, whose loss (or metric) was ``loss``."""
+        """Return the state after one more optimizer step with this loss (or metric)."""
 
     @abstractmethod
     def values(self, state: S) -> Values:
@@ -91,32 +91,32 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def decision(self, state: S) -> Decision | None:
-        """Return the last decision, or None if no decision was made yet."""
+        """Return the latest decision, or None if there is none yet."""
 
     @abstractmethod
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return the data that the decision of a step is based on.
+        """Return the losses and learning rates that led to the decision in a step.
 
         Args:
             before: state before the step.
             loss: loss of the step.
-            after: state that ``update(before, loss)`` returned.
+            after: state after the step.
         """
 
     @abstractmethod
     def to_json(self, state: S) -> dict[str, Any]:
-        """Convert a state to a dict of JSON values."""
+        """Convert a state to a JSON-serializable dict."""
 
     @abstractmethod
     def from_json(self, state: Mapping[str, Any]) -> S:
-        """Restore a state from the value that `to_json` returned."""
+        """Restore a state from a dict returned by `to_json`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenLoop(Controller[int]):
-    """Controller of the schedules whose values depend only on the step, not on the loss.
+    """Controller for schedules that depend only on the step, not on the loss.
 
-    Its state is the number of applied steps.
+    The state is the number of optimizer steps so far.
 
     >>> import schedules
     >>> warmup = schedules.WarmupLR(warmup_num_steps=2, warmup_type="linear")
@@ -133,30 +133,30 @@ class OpenLoop(Controller[int]):
     curves: Curves
 
     def init(self) -> int:
-        """Return 0, because no step was applied yet."""
+        """Return the initial step count, 0."""
         return 0
 
     def update(self, state: int, loss: float | None = None) -> int:
-        """Return the number of applied steps plus 1; the loss is ignored."""
+        """Return the step count plus 1. The loss is ignored."""
         del loss
         return state + 1
 
     def values(self, state: int) -> Values:
-        """Return the value of each curve at the next step."""
+        """Return the values of all curves at the next step."""
         return {name: tuple(curve(state) for curve in group) for name, group in self.curves.items()}
 
     def decision(self, state: int) -> None:
-        """Return None: only feedback schedules make decisions."""
+        """Return None, because only feedback schedules make decisions."""
         del state
 
     def evidence(self, before: int, loss: float, after: int) -> None:
-        """Return None: only feedback schedules make decisions."""
+        """Return None, because only feedback schedules make decisions."""
         del before, loss, after
 
     def to_json(self, state: int) -> dict[str, Any]:
-        """Return a dict with the number of applied steps under the key "step"."""
+        """Return a dict with the step count under the key "step"."""
         return {"step": state}
 
     def from_json(self, state: Mapping[str, Any]) -> int:
-        """Return the number of applied steps, which `to_json` saved under the key "step"."""
+        """Return the step count from a dict returned by `to_json`."""
         return int(state["step"])

@@ -1,9 +1,9 @@
-"""Curves, which are functions from a step to a value. This module has all basic shapes.
+"""Curves that map a step to a value, such as linear ramps and cosines.
 
-A `Curve` can be evaluated at one step, without numpy, or at an array of steps. Both give exactly
-the same values. A curve consists of pieces. Each piece is one formula on a half-open range of
-steps. All shapes count their steps from 0. The first value of a shape is exact. The end value of a
-ramp is also exact, and the ramp keeps it after the last step.
+A `Curve` can be evaluated at a single step, without numpy, or at an array of steps. Both give
+exactly the same values. A curve consists of pieces, each with one formula for a range of steps.
+All curves start at step 0. The first value of a curve is exact. A ramp also reaches its end value
+exactly, and keeps it after its last step.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
     >>> [warmup(step) for step in range(6)]
@@ -27,101 +27,101 @@ __all__ = [
     "Phase",
     "Piece",
     "constant",
+    "constant_piece",
     "cosine",
-    "eased",
     "exponential",
     "from_function",
     "geometric",
     "half_life",
     "inverse_sqrt",
     "inverse_time",
-    "level",
     "linear",
     "linear_growth",
     "log",
     "one_minus_sqrt",
     "polynomial",
-    "until",
+    "ramp",
+    "shorten",
 ]
 
-# Maps a step to a value. If it uses only + - * /, it also accepts an array, with equal results.
+# Maps a step to a value. A formula that uses only + - * / also accepts an array of steps.
 Formula = Callable[[Any], Any]
 
 _BLOCK = 8192
 
 
 class Line(NamedTuple):
-    """The coefficients of a linear formula: ``begin_value + rise * ((step - origin) / steps)``.
+    """Coefficients of the linear formula ``start_value + rise * ((step - origin) / steps)``.
 
-    Lines with the same ``origin`` and ``steps`` share the quotient, so it is computed only once.
+    For lines with the same ``origin`` and ``steps``, the quotient is computed only once.
     """
 
-    begin_value: float
+    start_value: float
     rise: float
     origin: float
     steps: float
 
 
 class Piece(NamedTuple):
-    """One formula of a curve, valid for ``begin <= step < end``.
+    """One formula of a curve, valid for ``start <= step < end``.
 
-    The bounds can be between two steps, for example if a duration is specified in samples.
+    The bounds can be fractional, for example if a duration is specified in samples.
     """
 
-    begin: float
+    start: float
     end: float
-    at: Formula
+    formula: Formula
     elementwise: bool
-    """Whether an array is evaluated in a loop. numpy's sin and log can differ from `math`'s."""
+    """Whether arrays are evaluated in a loop, because numpy's sin and log round differently."""
     line: Line | None = None
     """Coefficients of the formula, if it is linear."""
 
 
-def level(value: float, begin: float, end: float) -> Piece:
-    """Return a piece that has a constant value from ``begin`` to ``end``."""
-    line = Line(value, 0.0, begin, 1.0)
-    return Piece(begin, end, lambda k: value, elementwise=False, line=line)
+def constant_piece(value: float, start: float, end: float) -> Piece:
+    """Return a piece with a constant value from ``start`` to ``end``."""
+    line = Line(value, 0.0, start, 1.0)
+    return Piece(start, end, lambda k: value, elementwise=False, line=line)
 
 
-def until(piece: Piece, end: float) -> Piece:
-    """Return the piece, shortened to end at ``end`` if it is longer."""
-    return piece if piece.end <= end else Piece(piece.begin, end, *piece[2:])
+def shorten(piece: Piece, end: float) -> Piece:
+    """Cut off a piece at ``end`` if it is longer."""
+    return piece if piece.end <= end else Piece(piece.start, end, *piece[2:])
 
 
 class Phase(NamedTuple):
     """A named part of a curve and the step at which it starts."""
 
-    begin: float
+    start: float
     name: str
 
 
 class Curve(ABC):
-    """Base class of curves, which are functions from a step (0, 1, 2, …) to a value."""
+    """Base class of curves, which map a step (0, 1, 2, …) to a value."""
 
     @abstractmethod
     def piece(self, step: float, origin: float = 0) -> Piece:
-        """Return the piece that contains ``step``, for a curve that starts at step ``origin``."""
+        """Return the piece that contains ``step`` if the curve starts at step ``origin``."""
 
     def phases(self, origin: float = 0) -> tuple[Phase, ...]:
-        """Return the named phases of a curve that starts at step ``origin``."""
+        """Return the named phases of the curve if it starts at step ``origin``."""
         del origin  # Only combined curves have phases.
         return ()
 
-    def pieces(self, begin: int, end: int) -> Iterator[Piece]:
-        """Yield the pieces that cover the steps ``begin`` to ``end - 1``, cut at whole steps."""
-        while begin < end:
-            piece = self.piece(begin)
+    def pieces(self, start: int, end: int) -> Iterator[Piece]:
+        """Yield the pieces for steps ``start`` to ``end - 1``, with bounds at whole steps."""
+        while start < end:
+            piece = self.piece(start)
             stop = math.ceil(piece.end) if piece.end < end else end
-            yield Piece(begin, stop, *piece[2:])
-            begin = stop
+            yield Piece(start, stop, *piece[2:])
+            start = stop
 
     def values(self, count: int) -> Iterator[float]:
-        """Yield the values of the steps 0 to ``count - 1``, without numpy."""
+        """Yield the first ``count`` values, without numpy."""
         for piece in self.pieces(0, count):
-            yield from map(piece.at, range(int(piece.begin), int(piece.end)))
+            yield from map(piece.formula, range(int(piece.start), int(piece.end)))
 
     def array(self, count: int) -> NDArray[Any]:
-        """Return the values of the steps 0 to ``count - 1`` as an array.
+        """Return the first ``count`` values as a numpy array.
 
         >>> linear(0.0, 1.0, steps=2).array(3)
         array([0. , 0.5, 1. ])
@@ -132,33 +132,33 @@ class Curve(ABC):
         self.fill(values, 0)
         return values
 
-    def fill(self, values: NDArray[Any], begin: int, origin: float = 0) -> None:
-        """Fill an array with the values of consecutive steps, starting at step ``begin``.
+    def fill(self, values: NDArray[Any], start: int, origin: float = 0) -> None:
+        """Fill an array with the values of consecutive steps, starting at step ``start``.
 
-        Curves with many pieces override this method, because a loop over many pieces is slow.
+        Curves with many pieces override this method to avoid a slow loop over their pieces.
         """
         import numpy as np
 
         counted = np.arange(min(_BLOCK, len(values)), dtype=float)
-        end, done = begin + len(values), begin
+        end, done = start + len(values), start
         while done < end:
             piece = self.piece(done, origin)
             stop = math.ceil(piece.end) if piece.end < end else end
             # Blocks that fit into the CPU cache are four times as fast as the whole array at once.
             for first in range(done, stop, _BLOCK):
                 last = min(first + _BLOCK, stop)
-                block = values[first - begin : last - begin]
+                block = values[first - start : last - start]
                 if piece.line is not None and piece.line.rise == 0:
-                    block[:] = piece.line.begin_value
+                    block[:] = piece.line.start_value
                 elif piece.elementwise:
-                    block[:] = [piece.at(step) for step in range(first, last)]
+                    block[:] = [piece.formula(step) for step in range(first, last)]
                 elif piece.line is None:
-                    block[:] = piece.at(counted[: last - first] + first)
+                    block[:] = piece.formula(counted[: last - first] + first)
                 else:
                     np.add(counted[: last - first], first - piece.line.origin, out=block)
                     block /= piece.line.steps
                     block *= piece.line.rise
-                    block += piece.line.begin_value
+                    block += piece.line.start_value
             done = stop
 
     @overload
@@ -174,7 +174,7 @@ class Curve(ABC):
         if isinstance(steps, int):
             if steps < 0:
                 raise ValueError(f"`step` must be >= 0, got {steps}.")
-            value: float = self.piece(steps).at(steps)
+            value: float = self.piece(steps).formula(steps)
             return value
         import numpy as np
 
@@ -184,15 +184,15 @@ class Curve(ABC):
             raise ValueError(f"`steps` must all be >= 0, got {flat.min()}.")
         order = None if (flat[1:] >= flat[:-1]).all() else np.argsort(flat, kind="stable")
         ascending = flat if order is None else flat[order]
-        values = self.over(ascending)
+        values = self.values_at(ascending)
         if order is not None:
             unsorted = np.empty_like(values)
             unsorted[order] = values
             values = unsorted
         return values.reshape(array.shape)
 
-    def over(self, ascending: NDArray[Any]) -> NDArray[Any]:
-        """Return the values at an array of ascending steps. The steps can be fractional."""
+    def values_at(self, ascending: NDArray[Any]) -> NDArray[Any]:
+        """Return the values at an array of steps in ascending order. Steps can be fractional."""
         import numpy as np
 
         values = np.empty(ascending.size)
@@ -202,16 +202,16 @@ class Curve(ABC):
             stop = int(np.searchsorted(ascending, piece.end))
             steps = ascending[done:stop]
             values[done:stop] = (
-                [piece.at(step) for step in steps.tolist()]
+                [piece.formula(step) for step in steps.tolist()]
                 if piece.elementwise
-                else piece.at(steps)
+                else piece.formula(steps)
             )
             done = stop
         return values
 
 
 class _Shape(Curve):
-    """A curve with a single formula. If ``steps`` is finite, the end value holds from there on."""
+    """A curve with a single formula. It is constant from step ``steps`` on."""
 
     def __init__(
         self,
@@ -231,29 +231,29 @@ class _Shape(Curve):
         if step < end:
             return Piece(origin, end, self._formula(origin), self._elementwise)
         held = self._end_value
-        return level(held, end, math.inf)
+        return constant_piece(held, end, math.inf)
 
 
 class _Linear(Curve):
-    def __init__(self, begin_value: float, end_value: float, steps: float) -> None:
-        self._begin_value = begin_value
+    def __init__(self, start_value: float, end_value: float, steps: float) -> None:
+        self._start_value = start_value
         self._end_value = end_value
         self._steps = steps
 
     def piece(self, step: float, origin: float = 0) -> Piece:
         # With a*(1-x) + b*x, rounding could give values outside [a, b], even if a == b. The formula
         # below can miss the end value by one bit, but the end value is in a separate piece.
-        begin_value, end_value, steps = self._begin_value, self._end_value, self._steps
+        start_value, end_value, steps = self._start_value, self._end_value, self._steps
         end = origin + steps
         if step >= end:
-            return level(end_value, end, math.inf)
-        rise = end_value - begin_value
+            return constant_piece(end_value, end, math.inf)
+        rise = end_value - start_value
         return Piece(
             origin,
             end,
-            lambda k: begin_value + rise * ((k - origin) / steps),
+            lambda k: start_value + rise * ((k - origin) / steps),
             elementwise=False,
-            line=Line(begin_value, rise, origin, steps),
+            line=Line(start_value, rise, origin, steps),
         )
 
 
@@ -263,7 +263,7 @@ class _Constant(Curve):
 
     def piece(self, step: float, origin: float = 0) -> Piece:
         del step  # One piece covers all steps.
-        return level(self._value, origin, math.inf)
+        return constant_piece(self._value, origin, math.inf)
 
 
 def constant(value: float) -> Curve:
@@ -275,41 +275,39 @@ def constant(value: float) -> Curve:
     return _Constant(value)
 
 
-def linear(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return a linear ramp, ``start + (end - start) * k / steps``, constant from ``steps`` on.
+def linear(start_value: float, end_value: float, steps: float) -> Curve:
+    """Return the linear ramp ``start + (end - start) * k / steps``.
 
     >>> list(linear(1.0, 2.0, steps=4).values(6))
     [1.0, 1.25, 1.5, 1.75, 2.0, 2.0]
     """
-    return _Linear(begin_value, end_value, steps)
+    return _Linear(start_value, end_value, steps)
 
 
-def eased(
-    begin_value: float, end_value: float, steps: float, rise: Callable[[float], float]
+def ramp(
+    start_value: float, end_value: float, steps: float, rise: Callable[[float], float]
 ) -> Curve:
-    """Return ``start + (end - start) * rise(k / steps)``, constant from step ``steps`` on.
+    """Return a ramp of any shape: ``start + (end - start) * rise(k / steps)``.
 
     Args:
-        begin_value: value at step 0.
-        end_value: value at step ``steps`` and after.
+        start_value: value at step 0.
+        end_value: value at and after step ``steps``.
         steps: length of the ramp.
         rise: function on [0, 1] with ``rise(0) == 0`` and ``rise(1) == 1``.
 
-    >>> list(eased(0.0, 1.0, steps=4, rise=lambda x: x * x).values(6))
+    >>> list(ramp(0.0, 1.0, steps=4, rise=lambda x: x * x).values(6))
     [0.0, 0.0625, 0.25, 0.5625, 1.0, 1.0]
     """
-    change = end_value - begin_value
+    change = end_value - start_value
 
     def formula(origin: float) -> Formula:
-        return lambda k: begin_value + change * rise((k - origin) / steps)
+        return lambda k: start_value + change * rise((k - origin) / steps)
 
     return _Shape(formula, steps=steps, end_value=end_value, elementwise=True)
 
 
-def cosine(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return half a cosine wave: ``end + (start - end) * (1 + cos(pi * k / steps)) / 2``.
-
-    The curve is constant from step ``steps`` on.
+def cosine(start_value: float, end_value: float, steps: float) -> Curve:
+    """Return the cosine ramp ``end + (start - end) * (1 + cos(pi * k / steps)) / 2``.
 
     >>> [round(value, 6) for value in cosine(1.0, 0.0, steps=4).values(6)]
     [1.0, 0.853553, 0.5, 0.146447, 0.0, 0.0]
@@ -318,20 +316,20 @@ def cosine(begin_value: float, end_value: float, steps: float) -> Curve:
     """
     # (1 + cos(pi x)) / 2 == 1 - sin(pi x / 2)**2. The right-hand side is exactly 1 at the start.
     quarter = math.pi / 2
-    return eased(begin_value, end_value, steps, lambda x: math.sin(quarter * x) ** 2)
+    return ramp(start_value, end_value, steps, lambda x: math.sin(quarter * x) ** 2)
 
 
-def polynomial(begin_value: float, end_value: float, steps: float, power: float) -> Curve:
-    """Return ``end + (start - end) * (1 - k / steps) ** power``, constant from step ``steps`` on.
+def polynomial(start_value: float, end_value: float, steps: float, power: float) -> Curve:
+    """Return the polynomial ramp ``end + (start - end) * (1 - k / steps) ** power``.
 
     >>> list(polynomial(1.0, 0.0, steps=4, power=2.0).values(6))
     [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
     """
-    return eased(begin_value, end_value, steps, lambda x: 1 - (1 - x) ** power)
+    return ramp(start_value, end_value, steps, lambda x: 1 - (1 - x) ** power)
 
 
-def one_minus_sqrt(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return ``start + (end - start) * sqrt(k / steps)``, constant from step ``steps`` on.
+def one_minus_sqrt(start_value: float, end_value: float, steps: float) -> Curve:
+    """Return the square-root ramp ``start + (end - start) * sqrt(k / steps)``.
 
     The curve changes fast at first and then more slowly.
 
@@ -340,11 +338,11 @@ def one_minus_sqrt(begin_value: float, end_value: float, steps: float) -> Curve:
 
     Source: Hägele et al., https://arxiv.org/abs/2405.18392, section 3.
     """
-    return eased(begin_value, end_value, steps, math.sqrt)
+    return ramp(start_value, end_value, steps, math.sqrt)
 
 
-def half_life(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return ``start + (end - start) * 2 * (1 - 2 ** (-k / steps))``, constant from ``steps`` on.
+def half_life(start_value: float, end_value: float, steps: float) -> Curve:
+    """Return the half-life ramp ``start + (end - start) * 2 * (1 - 2 ** (-k / steps))``.
 
     >>> [round(value, 6) for value in half_life(1.0, 0.0, steps=2).values(4)]
     [1.0, 0.414214, 0.0, 0.0]
@@ -352,29 +350,29 @@ def half_life(begin_value: float, end_value: float, steps: float) -> Curve:
     Source: the exponential decay of ``OptimizerParamScheduler``,
     megatron/core/optimizer_param_scheduler.py.
     """
-    return eased(begin_value, end_value, steps, lambda x: 2 - 2 * 0.5**x)
+    return ramp(start_value, end_value, steps, lambda x: 2 - 2 * 0.5**x)
 
 
-def geometric(begin_value: float, end_value: float, steps: float) -> Curve:
-    """Return ``start * (end / start) ** (k / steps)``, constant from step ``steps`` on.
+def geometric(start_value: float, end_value: float, steps: float) -> Curve:
+    """Return the geometric ramp ``start * (end / start) ** (k / steps)``.
 
     The curve is a straight line on a logarithmic scale.
 
     >>> [round(value, 6) for value in geometric(1.0, 0.01, steps=2).values(4)]
     [1.0, 0.1, 0.01, 0.01]
     """
-    ratio = end_value / begin_value
+    ratio = end_value / start_value
 
     def formula(origin: float) -> Formula:
-        return lambda k: begin_value * ratio ** ((k - origin) / steps)
+        return lambda k: start_value * ratio ** ((k - origin) / steps)
 
     return _Shape(formula, steps=steps, end_value=end_value, elementwise=True)
 
 
-def log(begin_value: float, end_value: float, steps: float) -> Curve:
+def log(start_value: float, end_value: float, steps: float) -> Curve:
     """Return DeepSpeed's logarithmic ramp ``start + (end - start) * ln(1 + k) / ln(steps)``.
 
-    It reaches the end value at ``k = steps - 1`` (at ``k = 1`` if ``steps`` is 1) and keeps it.
+    The ramp reaches its end value at ``k = steps - 1``, or at ``k = 1`` if ``steps`` is 1.
 
     >>> [round(value, 6) for value in log(0.0, 1.0, steps=4).values(6)]
     [0.0, 0.5, 0.792481, 1.0, 1.0, 1.0]
@@ -382,57 +380,57 @@ def log(begin_value: float, end_value: float, steps: float) -> Curve:
     Source: ``WarmupLR._get_gamma`` of deepspeed/runtime/lr_schedules.py.
     """
     last = max(2, steps) - 1
-    return eased(begin_value, end_value, last, lambda x: math.log1p(x * last) / math.log1p(last))
+    return ramp(start_value, end_value, last, lambda x: math.log1p(x * last) / math.log1p(last))
 
 
-def exponential(begin_value: float, factor: float, steps: float) -> Curve:
-    """Return the exponential curve ``start * factor ** (k / steps)``, which has no last step.
+def exponential(start_value: float, factor: float, steps: float) -> Curve:
+    """Return the exponential curve ``start * factor ** (k / steps)``.
 
     >>> list(exponential(1.0, factor=0.25, steps=2).values(5))
     [1.0, 0.5, 0.25, 0.125, 0.0625]
     """
 
     def formula(origin: float) -> Formula:
-        return lambda k: begin_value * factor ** ((k - origin) / steps)
+        return lambda k: start_value * factor ** ((k - origin) / steps)
 
     return _Shape(formula, elementwise=True)
 
 
-def inverse_sqrt(begin_value: float, steps: float) -> Curve:
-    """Return the decay ``start / sqrt(1 + k / steps)``, which has no last step.
+def inverse_sqrt(start_value: float, steps: float) -> Curve:
+    """Return the inverse square root decay ``start / sqrt(1 + k / steps)``.
 
     >>> list(inverse_sqrt(1.0, steps=1).values(4))[::3]
     [1.0, 0.5]
     """
 
     def formula(origin: float) -> Formula:
-        return lambda k: begin_value / math.sqrt(1 + (k - origin) / steps)
+        return lambda k: start_value / math.sqrt(1 + (k - origin) / steps)
 
     return _Shape(formula, elementwise=True)
 
 
-def inverse_time(begin_value: float, rate: float, steps: float) -> Curve:
-    """Return the decay ``start / (1 + rate * k / steps)``, which has no last step.
+def inverse_time(start_value: float, rate: float, steps: float) -> Curve:
+    """Return the inverse time decay ``start / (1 + rate * k / steps)``.
 
     >>> list(inverse_time(1.0, rate=1.0, steps=2).values(5))
     [1.0, 0.6666666666666666, 0.5, 0.4, 0.3333333333333333]
     """
 
     def formula(origin: float) -> Formula:
-        return lambda k: begin_value / (1 + rate * ((k - origin) / steps))
+        return lambda k: start_value / (1 + rate * ((k - origin) / steps))
 
     return _Shape(formula)
 
 
-def linear_growth(begin_value: float, rate: float, steps: float) -> Curve:
-    """Return the linear growth ``start * (1 + rate * k / steps)``, which has no last step.
+def linear_growth(start_value: float, rate: float, steps: float) -> Curve:
+    """Return the unbounded linear growth ``start * (1 + rate * k / steps)``.
 
     >>> list(linear_growth(0.5, rate=1.0, steps=2).values(4))
     [0.5, 0.75, 1.0, 1.25]
     """
 
     def formula(origin: float) -> Formula:
-        return lambda k: begin_value * (1 + rate * ((k - origin) / steps))
+        return lambda k: start_value * (1 + rate * ((k - origin) / steps))
 
     return _Shape(formula)
 

@@ -1,7 +1,7 @@
 """Read the descriptions of a schedule's fields.
 
-The description of a field is the string literal below it in the class body. The descriptions of the
-built-in schedules are stored in a generated index. Those of custom schedules are read from the
+The description of a field is the docstring below it in the class body. The descriptions of built-in
+schedules are stored in a generated index. The descriptions of custom schedules are read from their
 source code at run time.
 """
 
@@ -17,11 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["INDEX", "descriptions_in_source", "descriptions_of", "read_index"]
+__all__ = ["INDEX", "read_descriptions", "read_index", "read_source_descriptions"]
 
 INDEX = Path(__file__).parent / "index.json"
-"""JSON file that ``tools/generate.py`` writes. It maps the name of each built-in schedule to the
-schedule's family and field descriptions."""
+"""JSON file that maps the name of each built-in schedule to its family and field descriptions.
+``tools/generate.py`` writes it."""
 
 
 @functools.cache
@@ -31,21 +31,21 @@ def read_index() -> Mapping[str, Mapping[str, Any]]:
     return index
 
 
-def descriptions_of(schedule: type) -> dict[str, str]:
-    """Return a dict that maps the name of each field to its description.
+def read_descriptions(schedule: type) -> dict[str, str]:
+    """Return the descriptions of a schedule's fields by field name.
 
-    Fields without a string below them are omitted. If the source code of a class is not available,
-    the descriptions of its fields are "".
+    Fields without a docstring are omitted. If the source code of a class is not available, the
+    descriptions of its fields are empty strings.
     """
-    return _descriptions(schedule, read_index())
+    return _collect_descriptions(schedule, read_index())
 
 
-def descriptions_in_source(schedule: type) -> dict[str, str]:
-    """Return the descriptions like `descriptions_of`, but always read them from the source code."""
-    return _descriptions(schedule, {})
+def read_source_descriptions(schedule: type) -> dict[str, str]:
+    """Return the same as `read_descriptions`, but always read the source code."""
+    return _collect_descriptions(schedule, {})
 
 
-def _descriptions(schedule: type, index: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def _collect_descriptions(schedule: type, index: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     descriptions: dict[str, str] = {}
     for cls in schedule.__mro__:
         known = index.get(vars(cls).get("type_name", ""))
@@ -63,7 +63,7 @@ def _descriptions(schedule: type, index: Mapping[str, Mapping[str, Any]]) -> dic
 
 
 def _read_source(cls: type) -> dict[str, str]:
-    """Return the descriptions of the fields that are defined in this class, not in its bases."""
+    """Return the descriptions of a class's own fields, without inherited fields."""
     own = vars(cls).get("__annotations__", {})
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]

@@ -1,8 +1,9 @@
 """Convert durations to optimizer steps. A duration is a number of steps or a time string.
 
-Time strings are Composer's: a number followed by a unit. ``"10ep"`` is 10 epochs, ``"500ba"`` is
-500 batches (optimizer steps), ``"4096sp"`` is 4096 samples, and ``"0.1dur"`` is a tenth of the run.
-A `Horizon` holds the length of the run, which the conversion to steps requires.
+Time strings have Composer's format, a number followed by a unit. ``"10ep"`` is 10 epochs,
+``"500ba"`` is 500 batches (optimizer steps), ``"4096sp"`` is 4096 samples, and ``"0.1dur"`` is a
+tenth of the run.
+The length of the run, which the conversion requires, is passed as a `Horizon`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ import dataclasses
 import re
 from typing import Any
 
-__all__ = ["PATTERN", "DurationError", "FractionalSteps", "Horizon", "is_unresolved", "steps_of"]
+__all__ = [
+    "PATTERN",
+    "DurationError",
+    "FractionalSteps",
+    "Horizon",
+    "convert_to_steps",
+    "is_time_string",
+]
 
 PATTERN = r"^\s*[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*([eE][pP]|[bB][aA]|[sS][pP]|[dD][uU][rR])\s*$"
 _TIME = re.compile(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]+)\s*")
@@ -19,7 +27,7 @@ _WHOLE = ("ep", "ba", "sp")
 
 
 class DurationError(ValueError):
-    """Raised if a duration is invalid, or if information for its conversion to steps is missing.
+    """Raised when a duration is invalid or cannot be converted to steps.
 
     ValueError
     └── DurationError
@@ -27,7 +35,7 @@ class DurationError(ValueError):
 
 
 class FractionalSteps(float):
-    """Duration in steps that is not a whole number, such as 6 samples with 4 samples per step."""
+    """Fractional number of steps, such as 1.5 for 6 samples at 4 samples per step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +43,12 @@ class Horizon:
     """The length of a run in steps, epochs and samples, used to convert time strings to steps.
 
     Args:
-        total_steps: configured length of the run in optimizer steps, before scaling.
+        total_steps: length of the run in optimizer steps, before scaling by ``scale_ratio``.
         steps_per_epoch: number of optimizer steps in one pass over the data.
         samples_per_step: number of samples in one optimizer step (``train_batch_size``).
-        scale_ratio: Composer's scale schedule ratio, a factor on the length of the run and on the
-            durations of its schedule.
-        scale_warmup: whether ``scale_ratio`` also applies to the length of a warmup.
+        scale_ratio: factor by which the length of the run and the schedule's durations are
+            multiplied (Composer's scale schedule ratio).
+        scale_warmup: whether ``scale_ratio`` also applies to warmups.
         counts_samples: whether the length of the run was specified in samples. A fraction of the
             run is then rounded down to whole samples instead of whole steps.
 
@@ -71,16 +79,16 @@ class Horizon:
             return None
         if self.counts_samples and self.samples_per_step:
             samples = int(round(self.total_steps * self.samples_per_step) * self.scale_ratio)
-            return _whole(samples / self.samples_per_step)
+            return _to_steps(samples / self.samples_per_step)
         return int(self.total_steps * self.scale_ratio)
 
 
-def is_unresolved(value: Any) -> bool:
+def is_time_string(value: Any) -> bool:
     """Return whether the value of a field is a time string."""
     return isinstance(value, str) and _TIME.fullmatch(value) is not None
 
 
-def steps_of(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
+def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
     """Convert a duration to optimizer steps.
 
     The result is truncated to whole steps, as in Composer. Only a duration in samples can end
@@ -93,48 +101,49 @@ def steps_of(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
             fraction of the run (``dur``).
 
     Raises:
-        DurationError: the unit is unknown, or the horizon lacks the value that the unit requires.
+        DurationError: the unit is unknown, or the horizon does not have the value that the unit
+            requires.
 
-    >>> steps_of("0.29dur", Horizon(total_steps=100), scaled=True)
+    >>> convert_to_steps("0.29dur", Horizon(total_steps=100), scaled=True)
     28
-    >>> steps_of("6sp", Horizon(samples_per_step=4), scaled=True)
+    >>> convert_to_steps("6sp", Horizon(samples_per_step=4), scaled=True)
     1.5
     """
     ratio = horizon.scale_ratio if scaled else 1.0
     if not isinstance(duration, str):
-        return _whole(duration * ratio, duration)
+        return _to_steps(duration * ratio, duration)
     value, unit = _parse(duration)
     if unit == "dur":
         if horizon.scaled_steps is None:
             raise DurationError(
-                f"{duration!r} needs the length of the run. "
+                f"{duration!r} requires the length of the run. "
                 'Set "engine": {"max_duration": "10ep"} in the config, pass '
                 "horizon=Horizon(total_steps=…) in a custom loop, or specify a number of steps."
             )
-        return _share(value, horizon)
+        return _convert_fraction(value, horizon)
     if unit == "ep":
         if horizon.steps_per_epoch is None:
             raise DurationError(
-                f"{duration!r} needs the length of an epoch. Pass `training_data` to `initialize`, "
-                "pass `--steps-per-epoch` to the command, or specify a number of steps."
+                f"{duration!r} requires the length of an epoch. Pass `training_data` to "
+                "`initialize` or `--steps-per-epoch` to the command, or specify a number of steps."
             )
         return int(int(value * horizon.steps_per_epoch) * ratio)
     if unit == "sp":
         if horizon.samples_per_step is None:
             raise DurationError(
-                f"{duration!r} needs the number of samples per step. "
+                f"{duration!r} requires the number of samples per step. "
                 "Set `train_batch_size`, or specify a number of steps."
             )
-        return _whole(int(value * ratio) / horizon.samples_per_step)
+        return _to_steps(int(value * ratio) / horizon.samples_per_step)
     return int(value * ratio)
 
 
-def _share(value: float, horizon: Horizon) -> float:
+def _convert_fraction(value: float, horizon: Horizon) -> float:
     total = horizon.scaled_steps
     assert total is not None
     if horizon.counts_samples and horizon.samples_per_step:
         samples = round(total * horizon.samples_per_step)
-        return _whole(int(value * samples) / horizon.samples_per_step)
+        return _to_steps(int(value * samples) / horizon.samples_per_step)
     return int(value * total)
 
 
@@ -143,26 +152,27 @@ def _parse(text: str) -> tuple[float, str]:
     unit = match[2].lower() if match else ""
     if unit == "tok":
         raise DurationError(
-            f"{text!r} counts tokens, which vary from batch to batch, so it cannot be converted to "
-            'steps. Use a number of steps ("500ba") or a fraction of the run ("0.1dur").'
+            f"{text!r} is in tokens and cannot be converted to steps, because the number of tokens "
+            'varies from batch to batch. Use a number of steps ("500ba") or a fraction of the run '
+            '("0.1dur").'
         )
     if match is None or unit not in (*_WHOLE, "dur"):
         raise DurationError(
-            "a duration must be a number of steps, or a string in ep, ba, sp or dur such as "
-            f'"10ep" or "0.1dur", got {text!r}.'
+            "a duration must be a number of steps, or a number with the unit ep, ba, sp or dur "
+            f'such as "10ep" or "0.1dur", got {text!r}.'
         )
     value = float(match[1])
     if unit != "dur" and value != int(value):
         raise DurationError(
-            f"{text!r} must be a whole number of {unit}. Only dur accepts a fraction."
+            f"{text!r} must be a whole number of {unit}. Only dur can be fractional."
         )
     return value, unit
 
 
-def _whole(scaled: float, configured: float | None = None) -> float:
-    """Convert a scaled duration to an int, or to `FractionalSteps` if it is not whole.
+def _to_steps(scaled: float, configured: float | None = None) -> float:
+    """Return a scaled duration as an int, or as `FractionalSteps` if it is not whole.
 
-    If ``configured``, the duration before scaling, is whole, the scaled duration is truncated.
+    If the duration before scaling (``configured``) is a whole number, the result is truncated.
     """
     if configured is not None and float(configured).is_integer():
         return int(scaled)

@@ -1,8 +1,8 @@
-"""Types of schedule fields, with ranges and units.
+"""Types for the fields of schedules, with valid ranges and units.
 
-A schedule annotates its fields with the types of this module. `fields_of` converts the annotations
-to JSON schemas. The constructor of a schedule validates its arguments against the schemas, and
-``make generate`` writes the schemas to ``schemas/schedulers``.
+Schedules annotate their fields with these types. `read_fields` converts the annotations to JSON
+schemas. The constructor of a schedule validates its arguments against them, and ``make generate``
+writes them to ``schemas/schedulers``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from schedules.core.durations import PATTERN, FractionalSteps, Horizon, steps_of
+from schedules.core.durations import PATTERN, FractionalSteps, Horizon, convert_to_steps
 
 __all__ = [
     "AnyValue",
+    "AutoValue",
     "Duration",
     "Factor",
     "Field",
-    "FilledIn",
     "Items",
     "LearningRate",
     "Milestones",
@@ -43,8 +43,8 @@ __all__ = [
     "WeightDecay",
     "accepts",
     "as_number",
-    "fields_of",
-    "wanted",
+    "describe_schema",
+    "read_fields",
 ]
 
 
@@ -68,9 +68,10 @@ class Range(NamedTuple):
 
 
 class Duration(NamedTuple):
-    """Marks a field as a duration: it accepts a time string, and `Horizon.scale_ratio` scales it.
+    """Marks a field as a duration, which can be a time string.
 
-    A warmup is only scaled if ``scale_warmup`` is true or if it is a fraction of the run.
+    `Horizon.scale_ratio` scales durations. It scales a warmup only if ``scale_warmup`` is true or
+    if the warmup is a fraction of the run.
     """
 
     warmup: bool = False
@@ -83,10 +84,11 @@ class Items:
     schema: Mapping[str, Any]
 
 
-class FilledIn(NamedTuple):
-    """Marks a field that accepts "auto" in a config, which another library replaces by a value."""
+class AutoValue(NamedTuple):
+    """Marks a field that accepts "auto", which an integration replaces by a value."""
 
-    by: str
+    integrations: str
+    """Names of the integrations, such as "transformers"."""
 
 
 class AnyValue(NamedTuple):
@@ -141,12 +143,12 @@ _LIMITS = {
 }
 
 
-def wanted(schema: Mapping[str, Any]) -> str:
+def describe_schema(schema: Mapping[str, Any]) -> str:
     """Describe the values that a JSON schema accepts, for an error message.
 
-    >>> wanted({"type": ["integer", "null"], "minimum": 1})
+    >>> describe_schema({"type": ["integer", "null"], "minimum": 1})
     'a whole number or null, at least 1'
-    >>> wanted({"type": "string", "enum": ["log", "linear"]})
+    >>> describe_schema({"type": "string", "enum": ["log", "linear"]})
     'one of "log", "linear"'
     """
     if "enum" in schema:
@@ -164,10 +166,9 @@ def wanted(schema: Mapping[str, Any]) -> str:
 
 
 def accepts(schema: Mapping[str, Any], value: Any) -> bool:
-    """Return whether a value is valid for a field's JSON schema. A list is passed as a tuple.
+    """Return whether a value is valid for a field's JSON schema. Lists must be passed as tuples.
 
-    The function supports only the schema keywords that fields use. Validating a schedule therefore
-    does not require a JSON Schema library.
+    Only the schema keywords that fields use are supported, so no JSON Schema library is required.
 
     >>> accepts({"type": "number", "minimum": 0}, float("nan"))
     False
@@ -198,10 +199,10 @@ def accepts(schema: Mapping[str, Any], value: Any) -> bool:
 
 
 def as_number(value: float | str | Sequence[float]) -> float:
-    """Return the value of a field, and check that it is a number.
+    """Return the value of a field, which must be a number.
 
-    It is a number after `Schedule.resolve` has converted time strings to steps, and after
-    `Schedule.per_group` has replaced lists by numbers.
+    Call `Schedule.resolve` first to convert time strings to steps, and `Schedule.per_group` to
+    replace lists by numbers.
 
     Raises:
         ValueError: the value is a time string or a list.
@@ -230,15 +231,15 @@ class Field:
     duration: Duration | None
     required: bool
     default: Any
-    filled_in_by: str | None = None
+    auto_integrations: str | None = None
 
     @property
     def per_group(self) -> bool:
-        """Whether the field accepts a number, and a list with one number per param group."""
+        """Whether the field accepts a number or a list with one number per param group."""
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
     def convert(self, value: Any) -> Any:
-        """Validate and convert a value that was read from JSON.
+        """Validate and convert a value from a config.
 
         A list becomes a tuple. In a field for whole numbers, a float such as 1e3 becomes an int.
 
@@ -253,33 +254,37 @@ class Field:
             and value.is_integer()
         ):
             value = int(value)
-        if any(isinstance(each, FractionalSteps) for each in _each(value)):
+        if any(isinstance(each, FractionalSteps) for each in _as_tuple(value)):
             return value
         if isinstance(value, str) and self.duration is not None:
-            steps_of(value, _ANY_RUN, scaled=False)  # This raises if the time string is invalid.
+            convert_to_steps(value, _ANY_RUN, scaled=False)  # raises if the time string is invalid
         if not accepts(self.schema, value):
-            raise ValueError(f"`{self.name}` must be {wanted(self.schema)}, got {value!r}.")
+            raise ValueError(
+                f"`{self.name}` must be {describe_schema(self.schema)}, got {value!r}."
+            )
         return value
 
 
-def _each(value: Any) -> tuple[Any, ...]:
+def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
 @functools.cache
-def fields_of(schedule: type) -> Mapping[str, Field]:
-    """Read the fields of a schedule from its annotations. Return a dict that maps names to fields.
+def read_fields(schedule: type) -> Mapping[str, Field]:
+    """Return the fields of a schedule by name, read from its annotations.
 
     Raises:
         TypeError: an annotation cannot be expressed in JSON Schema.
     """
     hints = typing.get_type_hints(schedule, include_extras=True)
-    return {field.name: _field(field, hints[field.name]) for field in dataclasses.fields(schedule)}
+    return {
+        field.name: _build_field(field, hints[field.name]) for field in dataclasses.fields(schedule)
+    }
 
 
 @dataclasses.dataclass
 class _Annotation:
-    """The parts of a field's annotation; `read` collects them."""
+    """The parts of a field's annotation, collected by `read`."""
 
     name: str
     types: list[str] = dataclasses.field(default_factory=list)
@@ -288,11 +293,11 @@ class _Annotation:
     choices: tuple[Any, ...] = ()
     unit: str | None = None
     duration: Duration | None = None
-    filled_in_by: str | None = None
+    auto_integrations: str | None = None
     free: bool = False
 
     def read(self, hint: Any) -> _Annotation:
-        """Add the parts of a type hint, recursively, and return the object itself."""
+        """Collect the parts of a type hint recursively, and return ``self``."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin is Annotated:
             for mark in arguments[1:]:
@@ -310,7 +315,8 @@ class _Annotation:
             self.types.append(_JSON_TYPES[plain])
         else:
             raise TypeError(
-                f"`{self.name}` has the annotation {hint}, which JSON Schema cannot express."
+                f"`{self.name}` has the annotation {hint}, which JSON Schema cannot express. Use a "
+                "type of `schedules.core.fields`."
             )
         return self
 
@@ -322,8 +328,8 @@ class _Annotation:
                 self.duration = mark
             case Items():
                 self.items = mark.schema
-            case FilledIn():
-                self.filled_in_by = mark.by
+            case AutoValue():
+                self.auto_integrations = mark.integrations
             case AnyValue():
                 self.free = True
             case _:
@@ -331,7 +337,7 @@ class _Annotation:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The JSON schema that describes the valid values of the field."""
+        """JSON schema of the field's valid values."""
         if self.free:
             return {}
         names = list(self.types)
@@ -350,7 +356,7 @@ class _Annotation:
         return schema
 
 
-def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
+def _build_field(field: dataclasses.Field[Any], hint: Any) -> Field:
     annotation = _Annotation(field.name).read(hint)
     required = field.default is dataclasses.MISSING
     return Field(
@@ -360,5 +366,5 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> Field:
         annotation.duration,
         required=required,
         default=None if required else field.default,
-        filled_in_by=annotation.filled_in_by,
+        auto_integrations=annotation.auto_integrations,
     )

@@ -1,4 +1,4 @@
-"""Import objects that a config names as ``module:attribute``, and explain failed imports."""
+"""Import the objects that a config specifies as ``module:attribute``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def import_attribute(path: str) -> Any:
     """Import and return the object at ``module:attribute``.
 
     Raises:
-        ValueError: the module was not found, its import failed, or the attribute does not exist.
+        ValueError: the module is not found, its import fails, or the attribute does not exist.
 
     >>> import_attribute("math:pi")
     3.141592653589793

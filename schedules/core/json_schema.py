@@ -6,29 +6,29 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from schedules.core.descriptions import descriptions_of
-from schedules.core.fields import Field, fields_of
+from schedules.core.descriptions import read_descriptions
+from schedules.core.fields import Field, read_fields
 from schedules.core.schedule import Schedule
 
-__all__ = ["json_schema_of"]
+__all__ = ["build_json_schema"]
 
 
-def json_schema_of(schedule: type[Schedule[Any]]) -> dict[str, Any]:
+def build_json_schema(schedule: type[Schedule[Any]]) -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of the ``params`` of a schedule.
 
     >>> from schedules import WarmupDecayLR
-    >>> json_schema_of(WarmupDecayLR)["required"]
+    >>> build_json_schema(WarmupDecayLR)["required"]
     ['total_num_steps']
     """
-    descriptions = descriptions_of(schedule)
-    fields = fields_of(schedule)
+    descriptions = read_descriptions(schedule)
+    fields = read_fields(schedule)
     schema: dict[str, Any] = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": schedule.type_name,
         "description": (inspect.getdoc(schedule) or "").partition("\n\n>>>")[0],
         "type": "object",
         "properties": {
-            name: _property(field, descriptions[name]) for name, field in fields.items()
+            name: _build_property(field, descriptions[name]) for name, field in fields.items()
         },
         "required": [name for name, field in fields.items() if field.required],
         "additionalProperties": False,
@@ -38,20 +38,22 @@ def json_schema_of(schedule: type[Schedule[Any]]) -> dict[str, Any]:
     return schema
 
 
-def _property(field: Field, description: str) -> dict[str, Any]:
+def _build_property(field: Field, description: str) -> dict[str, Any]:
     if field.unit:
         description += f" Unit: {field.unit}."
     default = {} if field.required else {"default": field.default}
-    auto = _or_auto(field.schema, field.filled_in_by) if field.filled_in_by else {}
+    auto = _add_auto(field.schema, field.auto_integrations) if field.auto_integrations else {}
     return {"description": description, **field.schema, **default, **auto}
 
 
-def _or_auto(schema: Mapping[str, Any], filled_in_by: str) -> dict[str, Any]:
-    """Return schema keywords that accept the value "auto" in addition to the values of ``schema``.
+def _add_auto(schema: Mapping[str, Any], auto_integrations: str) -> dict[str, Any]:
+    """Return the keywords that make a field's schema also accept "auto".
 
-    The library that ``filled_in_by`` names replaces "auto" before training.
+    Args:
+        schema: schema of the field.
+        auto_integrations: names of the integrations that replace "auto" by a value.
     """
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     pattern = f"^auto$|{schema['pattern']}" if "pattern" in schema else "^auto$"
     names = types if "string" in types else [*types, "string"]
-    return {"type": names, "pattern": pattern, "x-auto": filled_in_by}
+    return {"type": names, "pattern": pattern, "x-auto": auto_integrations}

@@ -1,4 +1,4 @@
-"""Registry of schedules: find and build the schedule that a config's ``type`` names."""
+"""Registry of schedules: find a schedule by name, and build it from a config."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import importlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar, cast
 
-from schedules.core.descriptions import descriptions_of, read_index
+from schedules.core.descriptions import read_descriptions, read_index
 from schedules.core.durations import Horizon
-from schedules.core.fields import accepts, fields_of, wanted
+from schedules.core.fields import accepts, describe_schema, read_fields
 from schedules.core.imports import import_attribute
-from schedules.core.schedule import Fault, Schedule, ScheduleError
-from schedules.core.spelling import nearest
+from schedules.core.schedule import ParameterProblem, Schedule, ScheduleError
+from schedules.core.spelling import find_nearest
 
 __all__ = ["SCHEDULES", "find", "from_config", "register"]
 
@@ -29,11 +29,11 @@ FAMILIES = (
     "feedback.autowu",
     "feedback.plateau",
 )
-"""Modules whose ``__all__`` lists schedules. `SCHEDULES` lists the schedules in this order."""
+"""Modules that define schedules, in the order in which `SCHEDULES` lists them."""
 
 
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
-    """Mapping of names to schedules. It imports a family when one of its schedules is first used.
+    """Maps names to schedule classes, and imports a family when one of its schedules is first used.
 
     A config usually uses only one family, and importing all families takes longer than validating
     the config.
@@ -45,7 +45,7 @@ class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
 
     def __getitem__(self, name: str) -> type[Schedule[Any]]:
         if name not in self._loaded and name in self._families:
-            self._loaded |= of_family(self._families[name])
+            self._loaded |= import_family(self._families[name])
         return self._loaded[name]
 
     def __setitem__(self, name: str, cls: type[Schedule[Any]]) -> None:
@@ -65,15 +65,15 @@ class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
         return len(self._families.keys() | self._loaded.keys())
 
 
-def of_family(family: str) -> dict[str, type[Schedule[Any]]]:
-    """Import a family and return its schedules: a dict from name to class."""
+def import_family(family: str) -> dict[str, type[Schedule[Any]]]:
+    """Import the module of a family and return its schedule classes by name."""
     module = importlib.import_module(f"schedules.{family}")
     classes = (getattr(module, name) for name in module.__all__)
     return {cls.type_name: cls for cls in classes}
 
 
 SCHEDULES: MutableMapping[str, type[Schedule[Any]]] = _Schedules()
-"""Mapping of names to schedule classes, for all built-in and registered schedules."""
+"""Maps names to schedule classes, for all built-in and registered schedules."""
 
 ENTRY_POINTS = "onecycle.schedules"
 _CUSTOM = "schedules.families.custom"
@@ -81,19 +81,19 @@ C = TypeVar("C", bound=type[Schedule[Any]])
 
 
 def register(cls: C) -> C:
-    """Register a custom schedule under its class name. It can be used as a decorator.
+    """Register a custom schedule under its class name. Can be used as a decorator.
 
     Raises:
-        ValueError: the name is already taken, the class is not a frozen, keyword-only dataclass, or
-            a field has no string below it. The strings are not checked if the source code is not
-            available, for example at a prompt.
+        ValueError: the name is already in use, the class is not a frozen, keyword-only dataclass,
+            or a field has no docstring. Docstrings are not checked if the source code is not
+            available, for example in an interactive session.
 
     >>> import dataclasses, schedules
     >>> from schedules.core.curves import linear
     >>> @schedules.register
     ... @dataclasses.dataclass(frozen=True, kw_only=True)
     ... class ToZero(schedules.Schedule):
-    ...     drives = ("lr",)
+    ...     hyperparameters = ("lr",)
     ...     span = 10
     ...     def curves(self, base):
     ...         return {"lr": tuple(linear(lr, 0.0, self.span) for lr in base["lr"])}
@@ -103,7 +103,7 @@ def register(cls: C) -> C:
     """
     if cls.type_name in SCHEDULES:
         raise ValueError(
-            f"`{cls.type_name}` is already the name of a schedule. Choose another class name."
+            f"A schedule named `{cls.type_name}` already exists. Choose a different class name."
         )
     _check_class(cls)
     SCHEDULES[cls.type_name] = cls
@@ -115,31 +115,31 @@ def _check_class(cls: type[Schedule[Any]]) -> None:
     settings = getattr(cls, "__dataclass_params__", None)
     if settings is None or not settings.frozen or "__dataclass_fields__" not in vars(cls):
         raise ValueError(
-            f"`{name}` must be a dataclass(frozen=True, kw_only=True). Decorate the class with it."
+            f"`{name}` must be a frozen, keyword-only dataclass. "
+            "Decorate the class with `@dataclasses.dataclass(frozen=True, kw_only=True)`."
         )
     names = [field.name for field in dataclasses.fields(cls)]
-    undocumented = [name for name in names if name not in (descriptions_of(cls) if names else {})]
+    undocumented = [name for name in names if name not in (read_descriptions(cls) if names else {})]
     if undocumented or not all(field.kw_only for field in dataclasses.fields(cls)):
         raise ValueError(
-            f"`{name}` must be keyword-only and have a string below each field. "
-            f"Fields without a string: {', '.join(undocumented) or 'none'}."
+            f"`{name}` must be keyword-only and have a docstring below each field. "
+            f"Fields without a docstring: {', '.join(undocumented) or 'none'}."
         )
-    fields_of(cls)
+    read_fields(cls)
 
 
 def find(name: str) -> type[Schedule[Any]]:
-    """Return the schedule class that a name refers to.
+    """Return the schedule class with the given name or import path.
 
     Args:
-        name: name of a schedule, or the path ``module:attribute`` of an object. A name can be that
-            of a built-in or registered schedule, of an entry point in the group
-            ``onecycle.schedules``, or of a scheduler in ``torch.optim.lr_scheduler``. The object at
-            a path can be a schedule class, a PyTorch scheduler class, or a function that maps the
-            step to a factor on the learning rate.
+        name: name of a built-in or registered schedule, of an entry point in the group
+            ``onecycle.schedules``, or of a scheduler in ``torch.optim.lr_scheduler``.
+            Alternatively, the import path ``module:attribute`` of a schedule class, a PyTorch
+            scheduler class, or a function that maps the step to a learning rate factor.
 
     Raises:
-        ValueError: the name is unknown, or the object at the path is not valid. The message
-            suggests a known name if one is close.
+        ValueError: the name is unknown, or the imported object is not valid. The message suggests
+            a similar name if there is one.
 
     >>> find("math:exp").__name__
     'exp'
@@ -150,12 +150,12 @@ def find(name: str) -> type[Schedule[Any]]:
         from importlib.metadata import entry_points
 
         for entry in entry_points(group=ENTRY_POINTS, name=name):
-            return _as_schedule(name, entry.load())
+            return _to_schedule(name, entry.load())
         custom = importlib.import_module(_CUSTOM)
         if name in custom.torch_scheduler_names():
             return _load(f"{custom.TORCH_MODULE}:{name}")
-        near = nearest(name, SCHEDULES)
-        fix = f"Did you mean `{near}`?" if near else "`onecycle schedules` lists them."
+        near = find_nearest(name, SCHEDULES)
+        fix = f"Did you mean `{near}`?" if near else "Run `onecycle schedules` to list them."
         raise ValueError(f"`scheduler.type` must name a known schedule, got {name!r}. {fix}")
     return SCHEDULES[name]
 
@@ -165,11 +165,12 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
 
     Args:
         block: type and parameters of the schedule.
-        horizon: length of the run. If it is given, durations are converted to steps and scaled.
+        horizon: length of the run. If set, durations are converted to steps and scaled.
 
     Raises:
-        ScheduleError: a parameter is unknown, missing or invalid. Its ``faults`` list all problems.
-        ValueError: the type is unknown, or the block lacks ``type`` or has an unknown key.
+        ScheduleError: a parameter is unknown, missing or invalid. The attribute ``problems`` of the
+            error lists every problem.
+        ValueError: the type is unknown, or the block has no ``type`` or has an unknown key.
 
     >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps
     100
@@ -180,20 +181,24 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
     unknown = set(block) - {"type", "params"}
     if "type" not in block or unknown:
         raise ValueError(
-            "A scheduler block must have `type`, and optionally `params`, "
+            "A scheduler block must have the key `type` and can have the key `params`, "
             f"got {', '.join(sorted(block)) or 'no keys'}."
         )
     cls = find(block["type"])
     params = block.get("params", {})
-    fields = fields_of(cls)
-    faults = [Fault(name, _unknown(cls, name, params)) for name in params if name not in fields]
-    faults += [
-        Fault(None, f"`{name}` is required. It accepts {wanted(field.schema)}.")
+    fields = read_fields(cls)
+    problems = [
+        ParameterProblem(name, _describe_unknown(cls, name, params))
+        for name in params
+        if name not in fields
+    ]
+    problems += [
+        ParameterProblem(None, f"`{name}` is required. Set it to {describe_schema(field.schema)}.")
         for name, field in fields.items()
         if field.required and name not in params
     ]
-    if faults:
-        raise ScheduleError(cls.type_name, faults)
+    if problems:
+        raise ScheduleError(cls.type_name, problems)
     schedule = cls(**params)
     return schedule if horizon is None else schedule.resolve(horizon)
 
@@ -204,23 +209,23 @@ def _load(path: str) -> type[Schedule[Any]]:
         found = import_attribute(path)
     except ValueError as error:
         raise ValueError(f"`scheduler.type` {error}") from error
-    return _as_schedule(path, found)
+    return _to_schedule(path, found)
 
 
-def _as_schedule(path: str, found: Any) -> type[Schedule[Any]]:
+def _to_schedule(path: str, found: Any) -> type[Schedule[Any]]:
     if isinstance(found, type) and issubclass(found, Schedule):
         _check_class(found)
         return found
     return cast("type[Schedule[Any]]", importlib.import_module(_CUSTOM).adapt(found, path))
 
 
-def _unknown(cls: type[Schedule[Any]], name: str, params: Mapping[str, Any]) -> str:
+def _describe_unknown(cls: type[Schedule[Any]], name: str, params: Mapping[str, Any]) -> str:
     message = f"Unknown parameter `{name}` of {cls.type_name}."
-    absent = {other: field for other, field in fields_of(cls).items() if other not in params}
+    absent = {other: field for other, field in read_fields(cls).items() if other not in params}
     fitting = [other for other, field in absent.items() if accepts(field.schema, params[name])]
-    if near := nearest(name, fitting) or nearest(name, absent):
+    if near := find_nearest(name, fitting) or find_nearest(name, absent):
         return f"{message} Did you mean `{near}`?"
-    owners = [other for other, known in SCHEDULES.items() if name in fields_of(known)]
+    owners = [other for other, known in SCHEDULES.items() if name in read_fields(known)]
     if owners:
         return f"{message} It is a parameter of {' and '.join(owners)}."
-    return f"{message} Valid parameters: {', '.join(fields_of(cls))}."
+    return f"{message} Valid parameters: {', '.join(read_fields(cls))}."

@@ -1,4 +1,4 @@
-"""`Schedule`, the base class of all schedules: it holds and validates a schedule's parameters.
+"""`Schedule`, the base class of all schedules, which validates the parameters of a schedule.
 
 `Schedule.bind` returns a `schedules.core.controller.Controller`, which computes the values for an
 optimizer.
@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 from schedules.core.combinators import dilate
 from schedules.core.controller import Base, Controller, Curves, OpenLoop
 from schedules.core.curves import Curve
-from schedules.core.durations import FractionalSteps, Horizon, is_unresolved, steps_of
-from schedules.core.fields import Duration, PerGroup, fields_of
+from schedules.core.durations import FractionalSteps, Horizon, convert_to_steps, is_time_string
+from schedules.core.fields import Duration, PerGroup, read_fields
 
 if TYPE_CHECKING:
     from typing_extensions import Self, dataclass_transform
 
 __all__ = [
-    "Fault",
     "LearningRateSchedule",
+    "ParameterProblem",
     "Schedule",
     "ScheduleError",
     "broadcast",
-    "curve_per_group",
+    "broadcast_strict",
+    "build_curve_per_group",
     "exceeds",
     "schedule_class",
-    "spread",
 ]
 
 C = TypeVar("C")
@@ -39,10 +39,10 @@ S = TypeVar("S")
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
+class ParameterProblem:
     """A problem with a schedule's parameters.
 
-    ``field`` is the name of the parameter to change; None if the problem is not in one parameter.
+    ``field`` is the name of the parameter to change, or None if no single parameter is the cause.
     """
 
     field: str | None
@@ -50,15 +50,15 @@ class Fault:
 
 
 class ScheduleError(ValueError):
-    """Raised if the parameters of a schedule are invalid; ``faults`` lists all problems.
+    """Raised when parameters of a schedule are invalid. ``problems`` lists every problem.
 
     ValueError
     └── ScheduleError
     """
 
-    def __init__(self, type_name: str, faults: list[Fault]) -> None:
-        super().__init__(f"{type_name}: " + " ".join(fault.message for fault in faults))
-        self.faults = tuple(faults)
+    def __init__(self, type_name: str, problems: list[ParameterProblem]) -> None:
+        super().__init__(f"{type_name}: " + " ".join(problem.message for problem in problems))
+        self.problems = tuple(problems)
 
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ if TYPE_CHECKING:
         ...
 
 else:
-    # Type checkers see the definition above instead, because with this alias they would reject
-    # keyword arguments in calls of a schedule.
+    # Type checkers use the definition above. With this alias, they would reject keyword arguments
+    # in the constructor of a schedule.
     schedule_class = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
@@ -78,27 +78,26 @@ else:
 class Schedule(ABC, Generic[S]):
     """Base class of all schedules. Its fields are the ``params`` of a config's ``scheduler`` block.
 
-    A subclass is a frozen, keyword-only dataclass with a string below each field that describes it.
-    It overrides `curves`, which returns the values, and optionally `faults`, which reports
-    conflicts between fields.
+    A subclass must be a frozen, keyword-only dataclass with a docstring below each field. Override
+    `curves` to define the values, and `find_problems` to report conflicts between fields.
 
     Raises:
-        ScheduleError: a parameter has the wrong type, is out of range, or conflicts with another.
+        ScheduleError: a parameter has an invalid type, is out of range, or conflicts with another.
     """
 
     type_name: ClassVar[str]
-    """Name of this schedule in a config. It is the class name unless the class statement passes
-    ``type_name=``."""
+    """Name of the schedule in a config. Defaults to the class name; the class statement can pass
+    ``type_name=`` to change it."""
 
-    clock_is_step: ClassVar[bool] = False
+    has_rate_per_step: ClassVar[bool] = False
     """Whether a parameter is a rate per step. If so, `Horizon.scale_ratio` stretches whole curves,
-    because scaling only the durations would not scale the rate."""
+    because scaling the durations does not scale a rate."""
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = None
-    """Input that the schedule receives at each step. None if its values depend only on the step."""
+    """Value that the schedule receives at each step. None if it depends only on the step."""
 
     example: ClassVar[Mapping[str, Any]] = {}
-    """Parameters for an example run of 100 steps with 10 steps per epoch."""
+    """Parameters of the example in the documentation: 100 steps with 10 steps per epoch."""
 
     def __init_subclass__(
         cls,
@@ -111,27 +110,27 @@ class Schedule(ABC, Generic[S]):
         cls.example = example or {}
 
     def __post_init__(self) -> None:
-        faults = list(self._convert_fields())
-        if not faults and not self.unresolved:
-            faults = list(self.faults())
-        if faults:
-            raise ScheduleError(self.type_name, faults)
+        problems = list(self._convert_fields())
+        if not problems and not self.unresolved_fields:
+            problems = list(self.find_problems())
+        if problems:
+            raise ScheduleError(self.type_name, problems)
 
-    def _convert_fields(self) -> Iterator[Fault]:
-        for name, field in fields_of(type(self)).items():
+    def _convert_fields(self) -> Iterator[ParameterProblem]:
+        for name, field in read_fields(type(self)).items():
             try:
                 object.__setattr__(self, name, field.convert(getattr(self, name)))
             except ValueError as error:  # noqa: PERF203  # one error per field
-                yield Fault(name, str(error))
+                yield ParameterProblem(name, str(error))
 
     @property
-    def unresolved(self) -> tuple[str, ...]:
-        """Names of the fields that are time strings; `resolve` converts them to steps."""
+    def unresolved_fields(self) -> tuple[str, ...]:
+        """Names of the fields that are still time strings. `resolve` converts them to steps."""
         return tuple(
             name
-            for name, field in fields_of(type(self)).items()
+            for name, field in read_fields(type(self)).items()
             if field.duration is not None
-            and any(map(is_unresolved, _as_tuple(getattr(self, name))))
+            and any(map(is_time_string, _as_tuple(getattr(self, name))))
         )
 
     def resolve(self, horizon: Horizon | None = None) -> Self:
@@ -149,57 +148,57 @@ class Schedule(ABC, Generic[S]):
         20
         """
         horizon = horizon or Horizon()
-        if not self.unresolved and horizon.scale_ratio == 1.0:
+        if not self.unresolved_fields and horizon.scale_ratio == 1.0:
             return self
         changes: dict[str, Any] = {}
-        faults = []
+        problems = []
         for name, in_steps in self._durations(horizon):
             try:
                 changes[name] = in_steps()
             except ValueError as error:  # noqa: PERF203  # one error per duration
-                faults.append(Fault(name, f"`{name}`: {error}"))
-        if faults:
-            raise ScheduleError(self.type_name, faults)
+                problems.append(ParameterProblem(name, f"`{name}`: {error}"))
+        if problems:
+            raise ScheduleError(self.type_name, problems)
         return dataclasses.replace(self, **changes)
 
     def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Yield the name of each duration and a function that returns its value in steps."""
-        for name, field in fields_of(type(self)).items():
+        for name, field in read_fields(type(self)).items():
             value = getattr(self, name)
             if field.duration is not None and value is not None:
                 yield name, functools.partial(self._in_steps, value, field.duration, horizon)
 
     def _in_steps(self, value: Any, duration: Duration, horizon: Horizon) -> Any:
         scaled = not duration.warmup or horizon.scale_warmup or getattr(self, "scale_warmup", False)
-        steps = tuple(steps_of(each, horizon, scaled=scaled) for each in _as_tuple(value))
-        if self.clock_is_step and horizon.scale_ratio != 1:
-            # `curves_for` stretches the curves by the ratio later. It must not apply twice.
+        steps = tuple(convert_to_steps(each, horizon, scaled=scaled) for each in _as_tuple(value))
+        if self.has_rate_per_step and horizon.scale_ratio != 1:
+            # `build_curves` stretches the curves later, so the ratio must not be applied here.
             steps = tuple(FractionalSteps(each / horizon.scale_ratio) for each in steps)
         return steps if isinstance(value, tuple) else steps[0]
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         """Yield the conflicts between fields.
 
-        The constructor calls this method after it has validated each field, and only if all
-        durations are in steps.
+        The constructor calls this method after it has validated each field. If a duration is still
+        a time string, the call is postponed until `resolve`.
         """
         yield from ()
 
     def warnings(self) -> Iterator[str]:
-        """Yield warnings if the resolved schedule is valid but unlikely to work well."""
+        """Yield warnings about parameters that are valid but unlikely to work well."""
         yield from ()
 
     @property
-    def drives(self) -> tuple[str, ...]:
-        """Names of the hyperparameters that this schedule sets, "lr" first."""
+    def hyperparameters(self) -> tuple[str, ...]:
+        """Names of the hyperparameters that the schedule sets, starting with "lr"."""
         return ("lr",)
 
     @property
     def span(self) -> int:
-        """Number of steps that a plot must have to show the shape of the resolved schedule."""
+        """Number of steps to plot so that the shape of the resolved schedule is visible."""
         steps = [
             each
-            for name, field in fields_of(type(self)).items()
+            for name, field in read_fields(type(self)).items()
             if field.duration is not None
             for each in _as_tuple(getattr(self, name))
             if each is not None
@@ -211,26 +210,27 @@ class Schedule(ABC, Generic[S]):
         """Return the curve of each hyperparameter in each param group.
 
         Raises:
-            ValueError: the parameters do not fit the base values, for example because a parameter
-                is a single number but the groups have different learning rates.
+            ValueError: the parameters are incompatible with the initial hyperparameters, for
+                example because a parameter is a single number but the groups have different
+                learning rates.
         """
 
-    def curves_for(self, base: Base, horizon: Horizon | None = None) -> Curves:
-        """Resolve the durations, and return the curves after scaling.
+    def build_curves(self, base: Base, horizon: Horizon | None = None) -> Curves:
+        """Resolve and scale the durations, and return the curves.
 
-        The curves of a feedback schedule show a run on a synthetic loss.
+        For a feedback schedule, the curves show a run on a synthetic loss.
 
         Args:
-            base: values that the optimizer was built with.
-            horizon: length of the run. It is used to convert time strings to steps, and for
-                scaling.
+            base: initial hyperparameters of the optimizer.
+            horizon: length of the run, used to convert time strings to steps and to scale
+                durations.
 
         Raises:
-            ValueError: a duration cannot be converted to steps, or the base values do not fit the
-                schedule.
+            ValueError: a duration cannot be converted to steps, or the schedule is incompatible
+                with the initial hyperparameters.
         """
         curves = self.resolve(horizon).curves(base)
-        if self.clock_is_step and horizon is not None:
+        if self.has_rate_per_step and horizon is not None:
             curves = {
                 name: tuple(dilate(curve, horizon.scale_ratio) for curve in group)
                 for name, group in curves.items()
@@ -241,25 +241,25 @@ class Schedule(ABC, Generic[S]):
         """Return the controller that computes the values of this schedule for an optimizer.
 
         Args:
-            base: values that the optimizer was built with.
-            horizon: length of the run. It is used to convert time strings to steps, and for
-                scaling.
+            base: initial hyperparameters of the optimizer.
+            horizon: length of the run, used to convert time strings to steps and to scale
+                durations.
 
         Raises:
-            ValueError: a duration cannot be converted to steps, or the base values do not fit the
-                schedule.
+            ValueError: a duration cannot be converted to steps, or the schedule is incompatible
+                with the initial hyperparameters.
         """
-        return cast("Controller[S]", OpenLoop(self.curves_for(base, horizon)))
+        return cast("Controller[S]", OpenLoop(self.build_curves(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
-        """Return one schedule for each param group, with that group's number from each list.
+        """Return one schedule per param group, with each list replaced by the group's number.
 
         Raises:
             ValueError: a list does not have one number per group.
         """
         lists = {
             name: broadcast(name, value, (0.0,) * groups)
-            for name, field in fields_of(type(self)).items()
+            for name, field in read_fields(type(self)).items()
             if field.per_group and isinstance(value := getattr(self, name), tuple)
         }
         if not lists:
@@ -268,10 +268,10 @@ class Schedule(ABC, Generic[S]):
         return tuple(dataclasses.replace(self, **row) for row in rows)
 
     def params(self) -> dict[str, Any]:
-        """Return the parameters as JSON values. Optional ones with default values are omitted."""
+        """Return the parameters as JSON values. Parameters that equal their default are omitted."""
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, field in fields_of(type(self)).items()
+            for name, field in read_fields(type(self)).items()
             if (value := getattr(self, name)) != field.default or field.required
         }
 
@@ -279,31 +279,33 @@ class Schedule(ABC, Generic[S]):
 class LearningRateSchedule(Schedule[int]):
     """Base class of schedules that set only the learning rate.
 
-    The curve of a param group depends on the group's base learning rate.
+    The curve of a param group depends on the group's initial learning rate.
     """
 
     def curves(self, base: Base) -> Curves:
-        """Return the learning rate curve of each group."""
+        """Return the learning rate curve of each param group."""
         lrs = base["lr"]
         make = type(self).curve
-        return {"lr": curve_per_group(make, self.per_group(len(lrs)), lrs)}
+        return {"lr": build_curve_per_group(make, self.per_group(len(lrs)), lrs)}
 
     @abstractmethod
     def curve(self, lr: float) -> Curve:
-        """Return the curve of a group with this base learning rate."""
+        """Return the curve of a param group with initial learning rate ``lr``."""
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def curve_per_group(make: Callable[..., Curve], *columns: tuple[Any, ...]) -> tuple[Curve, ...]:
-    """Call ``make`` with the values of each param group, and return the curves.
+def build_curve_per_group(
+    make: Callable[..., Curve], *columns: tuple[Any, ...]
+) -> tuple[Curve, ...]:
+    """Build the curve of each param group.
 
     Args:
-        make: function that returns the curve of a group.
-        *columns: arguments of ``make``, each with one value per group. Groups with equal values
-            share one curve.
+        make: function that builds the curve of a group.
+        *columns: arguments of ``make``, each a tuple with one value per group. Groups with equal
+            values share one curve.
     """
     make_once = functools.cache(make)
     return tuple(make_once(*row) for row in zip(*columns, strict=True))
@@ -317,7 +319,7 @@ def exceeds(low: PerGroup, high: PerGroup) -> bool:
 
 
 def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the value of a field in each param group. A single number applies to all groups.
+    """Return the value of a field for each param group. A single number applies to all groups.
 
     Raises:
         ValueError: ``value`` is a list that does not have one number per group.
@@ -331,17 +333,17 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
     return tuple(value)
 
 
-def spread(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the value of a field in each param group, like `broadcast`, but with a stricter check.
+def broadcast_strict(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the value of a field for each param group. Groups that differ require a list.
 
     Raises:
-        ValueError: ``value`` is a single number but the groups were built with different values,
-            or ``value`` is a list that does not have one number per group.
+        ValueError: ``value`` is a single number but the groups have different initial values, or
+            ``value`` is a list that does not have one number per group.
     """
     if isinstance(value, int | float) and len(set(base)) > 1:
         groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))
         raise ValueError(
-            f"`{name}` must be a list of {len(base)} numbers, one per param group, got {value:g}. "
-            f"A single number would set all groups to the same value ({groups})."
+            f"`{name}` must be a list of {len(base)} numbers, one per param group, because the "
+            f"groups have different values ({groups}), got {value:g}."
         )
     return broadcast(name, value, base)

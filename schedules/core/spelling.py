@@ -1,7 +1,7 @@
 """Suggest the correct spelling of a misspelled name.
 
-If no known name is close, nothing is suggested, because a misleading suggestion costs the reader
-more time than no suggestion.
+If no known name is similar, there is no suggestion, because a misleading suggestion would cost the
+user time.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
-__all__ = ["edits", "nearest"]
+__all__ = ["edit_distance", "find_nearest"]
 
 
-def nearest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name with the closest spelling, or None if no name is close.
+def find_nearest(name: str, known: Collection[str]) -> str | None:
+    """Return the known name with the most similar spelling, or None if no name is similar.
 
-    A known name that has one more word at its start, such as ``warmup_num_steps`` for
-    ``num_steps``, is also close, if there is only one such name.
+    A known name with an additional first word, such as ``warmup_num_steps`` for ``num_steps``, is
+    also returned if it is the only one.
 
-    >>> nearest("stge", ["stage", "type"])
+    >>> find_nearest("stge", ["stage", "type"])
     'stage'
-    >>> nearest("num_steps", ["warmup_num_steps", "warmup_type"])
+    >>> find_nearest("num_steps", ["warmup_num_steps", "warmup_type"])
     'warmup_num_steps'
     """
     folded = {other.lower(): other for other in known}
@@ -28,7 +28,7 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     if low in folded:
         return folded[low]
     most = 1 if len(low) <= 4 else 2 if len(low) <= 9 else 3
-    found = [(edits(low, other, most), other) for other in folded]
+    found = [(edit_distance(low, other, most), other) for other in folded]
     near = [
         (count, [-similarity for similarity in _compare_letters(low, other)], other)
         for count, other in found
@@ -44,17 +44,17 @@ def nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def _compare_letters(one: str, other: str) -> tuple[float, float]:
-    """Return two similarities: of the letters, ignoring their order, and of the whole words."""
+    """Return the fraction of common letters and the similarity of the letter sequences."""
     letters = len(set(one) & set(other)) / len(set(other))
     return letters, difflib.SequenceMatcher(None, one, other).ratio()
 
 
-def edits(one: str, other: str, most: int) -> int:
+def edit_distance(one: str, other: str, most: int) -> int:
     """Return the edit distance between two words, or ``most + 1`` if it is greater than ``most``.
 
-    One edit inserts, removes or replaces a letter, or swaps two adjacent letters.
+    An edit inserts, deletes or replaces a letter, or swaps two adjacent letters.
 
-    >>> edits("wramup", "warmup", 2), edits("warmup", "cooldown", 2)
+    >>> edit_distance("wramup", "warmup", 2), edit_distance("warmup", "cooldown", 2)
     (1, 3)
     """
     if abs(len(one) - len(other)) > most:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_BASE", "Replay", "replay", "trace"]
 
 DEFAULT_BASE: Base = {"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.0,)}
-"""Base values of one param group, used if a schedule is evaluated without an optimizer."""
+"""Initial hyperparameters that are used if there is no optimizer, for a single param group."""
 
 
 def trace(
@@ -29,24 +29,23 @@ def trace(
     horizon: Horizon | None = None,
     losses: Iterable[float] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the values of each scheduled hyperparameter in the first ``steps`` steps.
+    """Return the values of each scheduled hyperparameter for the first ``steps`` steps.
 
     Args:
         schedule: schedule, or its ``{"type": …, "params": {…}}`` block.
         steps: number of steps, counted from step 0.
-        base: values that the optimizer was built with, one per param group. The default is a single
-            group with learning rate 0.1, momentum 0.9 and weight decay 0.
-        horizon: length of the run. It is used to convert time strings to steps, and for scaling.
-        losses: loss (or metric) of each step; only feedback schedules use it. By default they run
-            on a synthetic loss.
+        base: initial hyperparameters of the optimizer, with one value per param group. Defaults to
+            a single group with learning rate 0.1, momentum 0.9 and weight decay 0.
+        horizon: length of the run, used to convert time strings to steps and to scale durations.
+        losses: loss (or metric) of each step, for feedback schedules. Defaults to a synthetic loss.
 
     Returns:
         A dict that maps the name of each scheduled hyperparameter ("lr", "momentum" or
         "weight_decay") to its values, an array of shape (steps, groups).
 
     Raises:
-        ValueError: the block is invalid, the base values do not fit the schedule, or there are too
-            few losses.
+        ValueError: the block is invalid, the schedule is incompatible with the initial
+            hyperparameters, or there are too few losses.
     """
     import numpy as np
 
@@ -63,8 +62,8 @@ def trace(
                 f"`losses` must have at least {steps - 1} values for {steps} steps, "
                 f"got {len(rows) - 1}."
             )
-        return {name: np.array([row[name] for row in rows]) for name in schedule.drives}
-    curves = schedule.curves_for({**defaults, **given}, horizon)
+        return {name: np.array([row[name] for row in rows]) for name in schedule.hyperparameters}
+    curves = schedule.build_curves({**defaults, **given}, horizon)
     values = {}
     for name, of_groups in curves.items():
         arrays = {curve: curve.array(steps) for curve in set(of_groups)}
@@ -77,9 +76,9 @@ class Replay(NamedTuple):
     """The result of `replay`."""
 
     rows: list[Values]
-    """Values of each step. The last row has the values of the step after the last loss."""
+    """Values at each step. The last row is for the step after the last loss."""
     evidence: Evidence | None
-    """Data that the last decision is based on; None if no decision was made."""
+    """Losses and learning rates that led to the last decision; None if there was no decision."""
 
 
 def replay(
@@ -92,10 +91,10 @@ def replay(
     """Run a schedule on recorded losses and return the values of every step.
 
     Args:
-        schedule: schedule to run; schedules that do not use the loss ignore it.
+        schedule: schedule to run. Schedules without feedback ignore the losses.
         losses: loss (or metric) of each step.
-        base: values that the optimizer was built with, one per param group.
-        horizon: length of the run. It is used to convert time strings to steps, and for scaling.
+        base: initial hyperparameters of the optimizer, with one value per param group.
+        horizon: length of the run, used to convert time strings to steps and to scale durations.
     """
     controller = schedule.bind(base, horizon)
     state = controller.init()

@@ -1,1 +1,1 @@
-"""Schedules that depend only on the step: one module per system, with that system's names."""
+"""Schedules that depend only on the step. Each module has the schedules of one library."""

@@ -1,8 +1,9 @@
-"""Composer's schedulers under Composer's names: multipliers of each param group's learning rate.
+"""Composer's schedulers, with Composer's names and parameters.
 
-Durations are time strings or numbers of steps. Formulas and defaults match
-composer/optim/scheduler.py (0.32), as functions of the step. Composer's trainer applies each value
-one step later and scales warmups differently: docs/decisions/0005-composer-schedules.md.
+A schedule multiplies the learning rate of each param group. Durations are time strings or numbers
+of steps. Formulas and defaults match composer/optim/scheduler.py (0.32). Composer's trainer applies
+each value one step later and scales warmups differently; see
+docs/decisions/0005-composer-schedules.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from schedules.core.fields import (
     WarmupStepsOrZero,
     as_number,
 )
-from schedules.core.schedule import Fault, LearningRateSchedule, schedule_class
+from schedules.core.schedule import LearningRateSchedule, ParameterProblem, schedule_class
 
 __all__ = [
     "ConstantScheduler",
@@ -42,14 +43,14 @@ __all__ = [
 
 
 class _Scheduler(LearningRateSchedule):
-    """Base class of the schedulers, whose curve starts at step 0 or after a warmup."""
+    """Base class of Composer's schedulers. The curve starts at step 0 or after a warmup."""
 
     def curve(self, lr: float) -> Curve:
         return self._body(lr, start=0)
 
     @abstractmethod
     def _body(self, lr: float, start: float) -> Curve:
-        """Return the curve after the warmup. It counts its steps from step ``start`` of the run."""
+        """Return the curve after the warmup, which ends at step ``start`` of the run."""
 
     def _peak(self, lr: float) -> float:
         """Return the learning rate at the end of the warmup."""
@@ -58,7 +59,7 @@ class _Scheduler(LearningRateSchedule):
 
 @schedule_class
 class _WithWarmup(_Scheduler):
-    """Mixin that adds a linear warmup from 0 before the curve of the other base class."""
+    """Mixin that adds a linear warmup from 0 to the curve of the other base class."""
 
     t_warmup: WarmupStepsOrZero
     """Length of the linear warmup from 0. `engine.scale_schedule_ratio` scales it only if it is a
@@ -66,12 +67,12 @@ class _WithWarmup(_Scheduler):
     scale_warmup: bool = False
     """Whether `engine.scale_schedule_ratio` also scales the warmup."""
 
-    def faults(self) -> Iterator[Fault]:
-        yield from super().faults()
+    def find_problems(self) -> Iterator[ParameterProblem]:
+        yield from super().find_problems()
         warmup = as_number(self.t_warmup)
         end = as_number(getattr(self, "t_max", warmup))
         if warmup > end:
-            yield Fault(
+            yield ParameterProblem(
                 "t_warmup",
                 f"`t_warmup` must be at most `t_max` ({end:g} steps), got {warmup:g} steps. "
                 "Shorten the warmup or increase `t_max`.",
@@ -108,7 +109,7 @@ class ConstantScheduler(_Scheduler, example={"alpha": 0.5, "t_max": "0.5dur"}):
 
 @schedule_class
 class ConstantWithWarmupScheduler(_WithWarmup, example={"t_warmup": "0.2dur", "alpha": 0.5}):
-    """Linear warmup to a constant multiple of the learning rate, which is kept indefinitely.
+    """Linear warmup, then a constant learning rate.
 
     ::
 
@@ -170,10 +171,10 @@ class MultiStepScheduler(
     gamma: Factor = 0.1
     """Factor applied at each milestone."""
 
-    def faults(self) -> Iterator[Fault]:
-        yield from super().faults()
+    def find_problems(self) -> Iterator[ParameterProblem]:
+        yield from super().find_problems()
         if list(self.milestones) != sorted(self.milestones):
-            yield Fault(
+            yield ParameterProblem(
                 "milestones",
                 "`milestones` must be in ascending order, got "
                 f"{list(self.milestones)} steps. Sort them.",
@@ -190,7 +191,7 @@ class MultiStepWithWarmupScheduler(
     MultiStepScheduler,
     example={"t_warmup": "0.2dur", "milestones": ["5ep", "0.8dur"], "gamma": 0.5},
 ):
-    """Linear warmup followed by `MultiStepScheduler`; milestones count from the start of the run.
+    """Linear warmup followed by `MultiStepScheduler`. The warmup does not shift the milestones.
 
     ::
 
@@ -203,7 +204,7 @@ class MultiStepWithWarmupScheduler(
 
 @schedule_class
 class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
-    """Linear change from one multiplier to another, which is reached at ``t_max`` and then kept.
+    """Change the multiplier linearly from ``alpha_i`` to ``alpha_f`` in ``t_max`` steps.
 
     ::
 
@@ -213,7 +214,7 @@ class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """
 
     alpha_i: Factor = 1.0
-    """Multiplier at the start of the linear change."""
+    """Multiplier at the start."""
     alpha_f: Factor = 0.0
     """Multiplier at `t_max` and afterwards."""
     t_max: Steps = "1dur"
@@ -242,7 +243,7 @@ class LinearWithWarmupScheduler(_WithWarmup, LinearScheduler, example={"t_warmup
 
 @schedule_class
 class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
-    """Exponential decay by ``gamma`` per ``decay_period``, applied at every step.
+    """Decay the learning rate exponentially, by the factor ``gamma`` per ``decay_period``.
 
     ::
 
@@ -263,7 +264,7 @@ class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
 
 @schedule_class
 class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
-    """Cosine decay from the learning rate to a multiple of it, kept after ``t_max``.
+    """Cosine decay to ``alpha_f`` times the initial learning rate in ``t_max`` steps.
 
     ::
 
@@ -299,7 +300,7 @@ class CosineAnnealingWithWarmupScheduler(
 
 @schedule_class
 class CosineAnnealingWarmRestartsScheduler(_Scheduler, example={"t_0": "2ep", "t_mult": 2.0}):
-    """Cosine annealing with warm restarts; each cycle is ``t_mult`` times as long as the last.
+    """Cosine annealing with warm restarts, in cycles that grow by the factor ``t_mult``.
 
     Cycle i has ``T_i`` steps, with ``T_0 = t_0`` and ``T_{i+1} = int(t_mult * T_i)``. At the
     fraction x of a cycle::
@@ -324,7 +325,7 @@ class CosineAnnealingWarmRestartsScheduler(_Scheduler, example={"t_0": "2ep", "t
 
 @schedule_class
 class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
-    """Polynomial decay from the learning rate to a multiple of it, kept after ``t_max``.
+    """Polynomial decay to ``alpha_f`` times the initial learning rate in ``t_max`` steps.
 
     ::
 
@@ -348,7 +349,7 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
 class PolynomialWithWarmupScheduler(
     _WithWarmup, PolynomialScheduler, example={"t_warmup": "0.2dur"}
 ):
-    """Linear warmup followed by `PolynomialScheduler`; quadratic by default.
+    """Linear warmup followed by `PolynomialScheduler`, quadratic by default.
 
     ::
 

@@ -14,7 +14,7 @@ from schedules.core.curves import Curve, constant
 from schedules.core.durations import Horizon
 from schedules.core.fields import Items, Milestones, as_number
 from schedules.core.registry import from_config
-from schedules.core.schedule import Fault, Schedule, schedule_class
+from schedules.core.schedule import ParameterProblem, Schedule, schedule_class
 
 __all__ = ["ChainedScheduler", "Combined", "SequentialLR"]
 
@@ -38,36 +38,36 @@ class _Composite(Schedule[int]):
         """The schedules built from `schedulers`."""
         return tuple(from_config(block) for block in self.schedulers)
 
-    def _convert_fields(self) -> Iterator[Fault]:
+    def _convert_fields(self) -> Iterator[ParameterProblem]:
         problems = list(super()._convert_fields())
         yield from problems
-        if any(fault.field == "schedulers" for fault in problems):
+        if any(problem.field == "schedulers" for problem in problems):
             return
         for index, block in enumerate(self.schedulers):
             try:
                 part = from_config(block)
             except ValueError as error:
-                yield Fault("schedulers", f"`schedulers[{index}]`: {error}")
+                yield ParameterProblem("schedulers", f"`schedulers[{index}]`: {error}")
                 continue
             if part.feedback is not None:
                 message = (
                     f"`schedulers[{index}]` must not depend on the {part.feedback}, got "
-                    f"{part.type_name}. Use it as the `scheduler` itself instead."
+                    f"{part.type_name}. Use {part.type_name} as the `scheduler` itself."
                 )
-                yield Fault("schedulers", message)
+                yield ParameterProblem("schedulers", message)
 
     @property
-    def drives(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for part in self.parts for name in part.drives))
+    def hyperparameters(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.hyperparameters))
 
     @property
     def span(self) -> int:
         return max(part.span for part in self.parts)
 
     @property
-    def unresolved(self) -> tuple[str, ...]:
-        nested = ("schedulers",) if any(part.unresolved for part in self.parts) else ()
-        return super().unresolved + nested
+    def unresolved_fields(self) -> tuple[str, ...]:
+        nested = ("schedulers",) if any(part.unresolved_fields for part in self.parts) else ()
+        return super().unresolved_fields + nested
 
     def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield from super()._durations(horizon)
@@ -84,16 +84,16 @@ class _Composite(Schedule[int]):
         return tuple(blocks)
 
     def curves(self, base: Base) -> Curves:
-        return self.combined([part.curves(base) for part in self.parts], base)
+        return self.combine([part.curves(base) for part in self.parts], base)
 
-    def curves_for(self, base: Base, horizon: Horizon | None = None) -> Curves:
+    def build_curves(self, base: Base, horizon: Horizon | None = None) -> Curves:
         # Each part scales its own curves, because the curves of a part with a rate per step
-        # (`clock_is_step`) must be stretched as a whole.
-        parts = [part.curves_for(base, horizon) for part in self.parts]
-        return self.resolve(horizon).combined(parts, base)
+        # (`has_rate_per_step`) must be stretched as a whole.
+        parts = [part.build_curves(base, horizon) for part in self.parts]
+        return self.resolve(horizon).combine(parts, base)
 
     @abstractmethod
-    def combined(self, parts: Sequence[Curves], base: Base) -> Curves:
+    def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
         """Combine the curves of the schedules."""
 
 
@@ -109,9 +109,10 @@ class SequentialLR(
         "milestones": [20, 80],
     },
 ):
-    """Run several schedules one after another; each starts at its milestone and counts from there.
+    """Run several schedules one after another. Each schedule starts at its milestone.
 
-    A hyperparameter that the current schedule does not set has the param group's initial value.
+    A schedule counts its steps from its own start. A hyperparameter that the current schedule does
+    not set has the param group's initial value.
 
     Source: ``SequentialLR`` in torch/optim/lr_scheduler.py.
     """
@@ -119,26 +120,26 @@ class SequentialLR(
     milestones: Milestones
     """Steps at which the second and later schedules start, in ascending order."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         if list(self.milestones) != sorted(self.milestones):
-            yield Fault(
+            yield ParameterProblem(
                 "milestones",
                 "`milestones` must be in ascending order, got "
                 f"{list(self.milestones)} steps. Sort them.",
             )
         if len(self.milestones) != len(self.schedulers) - 1:
-            yield Fault(
+            yield ParameterProblem(
                 "milestones",
-                "`milestones` must have one item fewer than `schedulers` "
-                f"({len(self.schedulers)}), got {len(self.milestones)} items. Set one for each "
-                "schedule after the first.",
+                f"`milestones` must have {len(self.schedulers) - 1} items, one fewer than "
+                f"`schedulers`, got {len(self.milestones)}. Set the start of each schedule after "
+                "the first.",
             )
 
     @property
     def span(self) -> int:
         return int(self.milestones[-1]) + self.parts[-1].span
 
-    def combined(self, parts: Sequence[Curves], base: Base) -> Curves:
+    def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
         return {
             name: tuple(
                 join(
@@ -148,7 +149,7 @@ class SequentialLR(
                 )
                 for group, own in enumerate(base[name])
             )
-            for name in self.drives
+            for name in self.hyperparameters
         }
 
 
@@ -162,22 +163,22 @@ class ChainedScheduler(
         ]
     },
 ):
-    """Multiply several schedules: each contributes a factor relative to the param group's value.
+    """Multiply the factors of several schedules.
 
-    With lr_i(k) as the learning rate of schedule i::
+    The factor of schedule i is the ratio of its learning rate lr_i(k) to the initial one::
 
         lr(k) = lr * product over i of (lr_i(k) / lr)
 
     Source: ``ChainedScheduler`` in torch/optim/lr_scheduler.py.
     """
 
-    def combined(self, parts: Sequence[Curves], base: Base) -> Curves:
+    def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
         return {
             name: tuple(
                 _product([part[name][group] for part in parts if name in part], own)
                 for group, own in enumerate(base[name])
             )
-            for name in self.drives
+            for name in self.hyperparameters
         }
 
 
@@ -203,7 +204,7 @@ class Combined(
 ):
     """Run several schedules in parallel, each for different hyperparameters.
 
-    For example, a weight decay schedule together with any learning rate schedule::
+    For example, combine a learning rate schedule with a weight decay schedule::
 
         {"type": "Combined", "params": {"schedulers": [
             {"type": "OneCycle", "params": {…}},
@@ -211,18 +212,18 @@ class Combined(
         ]}}
     """
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         seen: dict[str, int] = {}
         for index, part in enumerate(self.parts):
-            for name in part.drives:
+            for name in part.hyperparameters:
                 if seen.setdefault(name, index) != index:
-                    yield Fault(
+                    yield ParameterProblem(
                         "schedulers",
                         f"`schedulers` must set each hyperparameter only once, but schedules "
                         f"{seen[name]} and {index} both set {name}. Use ChainedScheduler to "
                         "multiply them.",
                     )
 
-    def combined(self, parts: Sequence[Curves], base: Base) -> Curves:
-        del base  # `curves` has already passed the base values to each part.
+    def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
+        del base  # Already passed to each schedule.
         return functools.reduce(operator.or_, (dict(part) for part in parts))

@@ -1,10 +1,10 @@
-"""Your own functions and classes as schedules, named in a config as ``module:attribute``.
+"""Custom schedules, which a config specifies as ``module:attribute``.
 
-A function of the step becomes a multiplier of the learning rate. A scheduler class with PyTorch's
-interface (LambdaLR, MultiplicativeLR, your own) runs on a private optimizer and its learning rates
-are recorded, so it is previewed, resumed and checked like any other schedule. Limits of such a
-class: a step is reached only by stepping to it, durations are step counts and cannot be scaled, and
-it drives only the learning rate.
+A custom schedule can be a function or a scheduler class with PyTorch's interface, such as LambdaLR.
+A function maps the step to a factor on the learning rate. A scheduler class runs on a separate
+optimizer and its learning rates are recorded, so that the schedule can be previewed and resumed.
+Scheduler classes have three limitations: the value at a step requires running all previous steps,
+durations are numbers of steps that cannot be scaled, and only the learning rate can be set.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from schedules.core.durations import Horizon
 from schedules.core.fields import AnyValue
 from schedules.core.imports import import_attribute
 from schedules.core.schedule import (
-    Fault,
     LearningRateSchedule,
+    ParameterProblem,
     Schedule,
     ScheduleError,
     schedule_class,
@@ -55,15 +55,16 @@ def adapt(found: Any, path: str) -> type[Schedule[Any]]:
     """Return a schedule class for a function or for a scheduler class with PyTorch's interface.
 
     Raises:
-        ValueError: ``found`` is neither, or the class's ``step`` requires arguments.
+        ValueError: ``found`` is neither a function nor a scheduler class, or the ``step`` method of
+            the class requires arguments.
     """
     if isinstance(found, type) and _is_torch_scheduler(found):
-        return wrap(found, path)
+        return wrap_scheduler(found, path)
     if callable(found) and not isinstance(found, type):
-        return FunctionSchedule.of(path, found)
+        return FunctionSchedule.make_class(path, found)
     raise ValueError(
-        "`scheduler.type` must name a scheduler class or a function of the step, but "
-        f"{path!r} is {found!r}."
+        "`scheduler.type` must be the import path of a scheduler class or of a function of the "
+        f"step, got {path!r}, which is {found!r}."
     )
 
 
@@ -72,15 +73,19 @@ def _is_torch_scheduler(cls: type) -> bool:
     return any(f"{base.__module__}.{base.__name__}" == name for base in cls.__mro__)
 
 
-def wrap(cls: type[Any], name: str) -> type[WrappedScheduler]:
-    """Return a schedule class, called ``name`` in a config, that runs a PyTorch-style scheduler.
+def wrap_scheduler(cls: type[Any], name: str) -> type[WrappedScheduler]:
+    """Create a schedule class that runs a PyTorch-style scheduler.
 
-    Its parameters are those of the scheduler's constructor, except the optimizer. A string such as
-    "module:attribute" is imported, for parameters that are functions.
+    The schedule has the parameters of the scheduler's constructor, except the optimizer. If a
+    parameter is a function, the config specifies it as "module:attribute".
+
+    Args:
+        cls: scheduler class.
+        name: name of the schedule in a config.
 
     Raises:
-        ValueError: the scheduler's ``step`` requires arguments, or its constructor's parameters
-            cannot be read.
+        ValueError: the scheduler's ``step`` requires arguments, or the signature of its constructor
+            is not available.
     """
     required = [
         parameter.name
@@ -121,24 +126,30 @@ def wrap(cls: type[Any], name: str) -> type[WrappedScheduler]:
 
 @schedule_class
 class WrappedScheduler(Schedule[int]):
-    """Schedule with the learning rates that a PyTorch-style scheduler class sets at each step."""
+    """Schedule that returns the learning rates of a PyTorch-style scheduler."""
 
     wrapped: ClassVar[type[Any]]
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         try:
             _Recorder(self, (0.1,))
         except (TypeError, ValueError) as error:
-            yield Fault(None, f"{self.wrapped.__name__} rejects its parameters: {error}.")
+            yield ParameterProblem(
+                None, f"The parameters of {self.wrapped.__name__} are invalid: {error}."
+            )
 
     def resolve(self, horizon: Horizon | None = None) -> WrappedScheduler:
-        """Return the schedule itself; its durations are step counts and cannot be scaled."""
+        """Return the schedule itself, because its durations are numbers of steps.
+
+        Raises:
+            ScheduleError: ``horizon.scale_ratio`` is not 1. The durations cannot be scaled.
+        """
         if horizon is not None and horizon.scale_ratio != 1:
             message = (
                 f"`engine.scale_schedule_ratio` must be 1 with {self.type_name}, got "
                 f"{horizon.scale_ratio:g}. Scale the parameters of {self.type_name} instead."
             )
-            raise ScheduleError(self.type_name, [Fault(None, message)])
+            raise ScheduleError(self.type_name, [ParameterProblem(None, message)])
         return self
 
     def curves(self, base: Base) -> Curves:
@@ -152,7 +163,7 @@ class WrappedScheduler(Schedule[int]):
 
 
 class _Recorder:
-    """Runs a scheduler on an optimizer of its own and records the learning rate of every step."""
+    """Runs a scheduler on a separate optimizer and records the learning rate of every step."""
 
     def __init__(self, schedule: WrappedScheduler, lrs: tuple[float, ...]) -> None:
         import torch
@@ -186,17 +197,17 @@ def _import_functions(value: Any) -> Any:
 class FunctionSchedule(LearningRateSchedule):
     """Multiply the learning rate by a function of the step: ``lr(k) = lr * function(k)``.
 
-    With r = ``engine.scale_schedule_ratio`` it is ``lr(k) = lr * function(k / r)``.
+    If ``engine.scale_schedule_ratio`` is r, then ``lr(k) = lr * function(k / r)``.
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
     function: ClassVar[Any]
 
     @staticmethod
-    def of(name: str, function: Callable[[float], float]) -> type[FunctionSchedule]:
-        """Return a schedule class, called ``name`` in a config, for a function of the step.
+    def make_class(name: str, function: Callable[[float], float]) -> type[FunctionSchedule]:
+        """Create a schedule class with the given name from a function of the step.
 
-        >>> halving = FunctionSchedule.of("halving", lambda k: 0.5 ** (k // 100))
+        >>> halving = FunctionSchedule.make_class("halving", lambda k: 0.5 ** (k // 100))
         >>> halving().curves({"lr": (0.1,)})["lr"][0](250)
         0.025
         """

@@ -1,8 +1,8 @@
-"""The schedulers of the book "Dive into Deep Learning" under its names, with MXNet's warmup.
+"""The schedulers of the book "Dive into Deep Learning", with MXNet's warmup.
 
-Learning rates are absolute. Every schedule can start with a linear or constant warmup. The value at
-step k is that of the book's class at k: https://d2l.ai/chapter_optimization/lr-scheduler.html.
-MXNet's trainer uses the value at k + 1, see docs/decisions/0007-d2l-schedules.md.
+Learning rates are absolute. Every schedule can start with a linear or constant warmup. The values
+match the book (https://d2l.ai/chapter_optimization/lr-scheduler.html). MXNet's trainer uses each
+value one step earlier; see docs/decisions/0007-d2l-schedules.md.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from schedules.core.fields import (
     as_number,
 )
 from schedules.core.schedule import (
-    Fault,
+    ParameterProblem,
     Schedule,
     broadcast,
-    curve_per_group,
+    broadcast_strict,
+    build_curve_per_group,
     schedule_class,
-    spread,
 )
 
 __all__ = [
@@ -51,7 +51,7 @@ __all__ = [
 
 @schedule_class
 class _WithWarmup(Schedule[int]):
-    """Base class of the five schedules; holds the learning rate and the warmup."""
+    """Base class of the five schedules, with the parameters of the warmup."""
 
     base_lr: LearningRate | None = None
     """Learning rate after the warmup; null uses each param group's learning rate."""
@@ -62,10 +62,10 @@ class _WithWarmup(Schedule[int]):
     warmup_mode: Literal["linear", "constant"] = "linear"
     """Shape of the warmup; "constant" keeps `warmup_begin_lr` until the warmup ends."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         end = getattr(self, "max_update", None)
         if end is not None and self.warmup_steps >= end:
-            yield Fault(
+            yield ParameterProblem(
                 "warmup_steps",
                 f"`warmup_steps` must be less than `max_update` ({end:g}), got "
                 f"{self.warmup_steps:g}. Shorten the warmup or increase `max_update`.",
@@ -73,10 +73,10 @@ class _WithWarmup(Schedule[int]):
 
     def curves(self, base: Base) -> Curves:
         own = base["lr"]
-        starts = own if self.base_lr is None else spread("base_lr", self.base_lr, own)
+        starts = own if self.base_lr is None else broadcast_strict("base_lr", self.base_lr, own)
         warmup_starts = broadcast("warmup_begin_lr", self.warmup_begin_lr, own)
         each = self.per_group(len(own))
-        return {"lr": curve_per_group(_WithWarmup._curve, each, starts, warmup_starts)}
+        return {"lr": build_curve_per_group(_WithWarmup._curve, each, starts, warmup_starts)}
 
     def _curve(self, lr: float, start: float) -> Curve:
         steps = as_number(self.warmup_steps)
@@ -88,7 +88,7 @@ class _WithWarmup(Schedule[int]):
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:
-        """Return the curve without the warmup. It counts its steps from the start of the run."""
+        """Return the curve without the warmup, from step 0 of the run."""
 
 
 @schedule_class
@@ -102,7 +102,7 @@ class SquareRootScheduler(_WithWarmup, example={}):
     Source: ``SquareRootScheduler`` in "Dive into Deep Learning".
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
 
     def _body(self, lr: float) -> Curve:
         return inverse_sqrt(lr, steps=1)
@@ -121,7 +121,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
     Source: ``FactorScheduler`` in "Dive into Deep Learning" and in python/mxnet/lr_scheduler.py.
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
 
     factor: Factor = 1.0
     """Factor applied at each decay."""
@@ -130,10 +130,10 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
     step: Steps | None = None
     """Number of steps between two decays; null decays before every step."""
 
-    def faults(self) -> Iterator[Fault]:
-        yield from super().faults()
+    def find_problems(self) -> Iterator[ParameterProblem]:
+        yield from super().find_problems()
         if not 0 < self.factor <= 1:
-            yield Fault(
+            yield ParameterProblem(
                 "factor",
                 f"`factor` must be more than 0 and at most 1, got {self.factor:g}.",
             )
@@ -162,12 +162,12 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
     step: Milestones
     """Steps at which `factor` is applied, in ascending order."""
     factor: Factor = 1.0
-    """Factor applied at each of these steps."""
+    """Factor applied at each step in `step`."""
 
-    def faults(self) -> Iterator[Fault]:
-        yield from super().faults()
+    def find_problems(self) -> Iterator[ParameterProblem]:
+        yield from super().find_problems()
         if list(self.step) != sorted(set(self.step)):
-            yield Fault(
+            yield ParameterProblem(
                 "step",
                 f"`step` must be in ascending order without duplicates, got {list(self.step)}. "
                 "Sort it and remove duplicates.",
@@ -180,7 +180,7 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
 
 @schedule_class
 class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
-    """Polynomial decay to a final learning rate, kept after ``max_update``.
+    """Polynomial decay to ``final_lr``, which is reached at step ``max_update``.
 
     With W = ``warmup_steps``::
 
@@ -204,7 +204,7 @@ class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10})
 
 @schedule_class
 class CosineScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
-    """Cosine decay to a final learning rate, kept after ``max_update``.
+    """Cosine decay to ``final_lr``, which is reached at step ``max_update``.
 
     With W = ``warmup_steps`` and x = min(1, (k - W) / (max_update - W))::
 

@@ -1,7 +1,7 @@
-"""DeepSpeed's schedules under DeepSpeed's names: OneCycle, LRRangeTest and the three warmups.
+"""DeepSpeed's schedules: OneCycle, LRRangeTest, WarmupLR, WarmupDecayLR and WarmupCosineLR.
 
-Parameters, defaults and shapes match deepspeed/runtime/lr_schedules.py (0.19). If values differ,
-the class docstring describes how, and docs/decisions/0003-deepspeed-schedules.md explains why.
+Parameters, defaults and shapes match deepspeed/runtime/lr_schedules.py (0.19). The docstrings
+describe the differences, and docs/decisions/0003-deepspeed-schedules.md explains them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from schedules.core.combinators import delay, join, stairs
 from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant, cosine, inverse_time, linear, linear_growth, log
 from schedules.core.fields import (
-    FilledIn,
+    AutoValue,
     LearningRate,
     Momentum,
     PerGroup,
@@ -29,25 +29,25 @@ from schedules.core.fields import (
     as_number,
 )
 from schedules.core.schedule import (
-    Fault,
+    ParameterProblem,
     Schedule,
     broadcast,
-    curve_per_group,
+    broadcast_strict,
+    build_curve_per_group,
     exceeds,
     schedule_class,
-    spread,
 )
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
 LastBatch = Annotated[int, Range(at_least=-1), "optimizer steps"]
-_AUTO = FilledIn("transformers, accelerate")
+_AUTO = AutoValue("transformers, accelerate")
 _CYCLE = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 30}
 
 
 @schedule_class
 class _DeepSpeedSchedule(Schedule[int]):
-    """Base class of the five DeepSpeed schedules; holds the starting step."""
+    """Base class of the five DeepSpeed schedules, with the parameter for the starting step."""
 
     last_batch_iteration: LastBatch = -1
     """Index of the last completed step. The run starts at the next step; -1 starts at step 0."""
@@ -69,7 +69,7 @@ class OneCycle(
     _DeepSpeedSchedule,
     example=_CYCLE | {"cycle_first_stair_count": 6, "decay_step_size": 10, "decay_lr_rate": 0.5},
 ):
-    """1Cycle: the learning rate rises and falls once, momentum does the opposite, then both decay.
+    """1Cycle: the learning rate rises and falls, momentum falls and rises, and then both decay.
 
     s rises from 0 to 1 in ``first = cycle_first_step_size`` steps and falls back to 0 in
     ``second = cycle_second_step_size`` steps, continuously or in equal stairs. With
@@ -82,7 +82,7 @@ class OneCycle(
 
     The peak is exactly ``cycle_max_lr``, at k = first. Momentum starts at ``cycle_max_mom`` and
     decreases in the decay. In DeepSpeed, momentum is ``cycle_min_mom`` in the first step and
-    increases in the decay, above 1 in a long run; beta2 is set to 0.99.
+    increases in the decay, above 1 in a long run. DeepSpeed also sets beta2 to 0.99.
 
     >>> cycle = OneCycle(cycle_min_lr=0.1, cycle_max_lr=0.5, cycle_first_step_size=2)
     >>> curves = cycle.curves({"lr": (0.1,), "momentum": (0.9,)})
@@ -100,8 +100,8 @@ class OneCycle(
     cycle_max_lr: LearningRate
     """Learning rate at the peak, reached after exactly `cycle_first_step_size` steps."""
     decay_lr_rate: Rate = 0.0
-    """Decay rate of the learning rate after the cycle: its divisor starts at 1 and increases by
-    this rate every `decay_step_size` steps."""
+    """Decay rate of the learning rate after the cycle. The divisor of the learning rate starts at 1
+    and increases by this rate every `decay_step_size` steps."""
     cycle_first_step_size: Steps = 2000
     """Length of the first half of the cycle, in which the learning rate rises."""
     cycle_second_step_size: Steps | None = None
@@ -112,8 +112,8 @@ class OneCycle(
     """Number of equal stairs in the second half; 0 makes it continuous, null uses
     `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
-    """Number of steps in which the divisor of the decay after the cycle increases by the decay
-    rate; 0 or null disables the decay."""
+    """Number of steps after which the divisor increases by the decay rate; 0 or null disables the
+    decay."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size` that DeepSpeed's tutorial uses. Set only one of the two."""
     cycle_momentum: bool = True
@@ -124,13 +124,13 @@ class OneCycle(
     cycle_max_mom: Momentum = 0.9
     """Momentum at the start and at the end of the cycle."""
     decay_mom_rate: Rate = 0.0
-    """Decay rate of momentum after the cycle: its divisor starts at 1 and increases by this rate
-    every `decay_step_size` steps."""
+    """Decay rate of momentum after the cycle. The divisor of momentum starts at 1 and increases by
+    this rate every `decay_step_size` steps."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         for low, high in (("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")):
             if exceeds(getattr(self, low), getattr(self, high)):
-                yield Fault(
+                yield ParameterProblem(
                     high,
                     f"`{high}` must be at least `{low}` ({_format_value(getattr(self, low))}), "
                     f"got {_format_value(getattr(self, high))}. Swap the two values.",
@@ -143,20 +143,20 @@ class OneCycle(
         if len(invalid) == 2 and self.cycle_second_stair_count is None:
             del invalid[1]  # The second count defaults to the first, so it is the same problem.
         for name, count, steps in invalid:
-            yield Fault(
+            yield ParameterProblem(
                 name,
                 f"`{name}` must be at most {steps}, the number of steps in that half, got {count}. "
                 "Set it to 0 to make the half continuous.",
             )
         if self.decay_step_size is not None and self.post_cycle_decay_step_size is not None:
-            yield Fault(
+            yield ParameterProblem(
                 "post_cycle_decay_step_size",
                 "`post_cycle_decay_step_size` is an alias of `decay_step_size`, but both are set. "
                 "Remove one of them.",
             )
 
     @property
-    def drives(self) -> tuple[str, ...]:
+    def hyperparameters(self) -> tuple[str, ...]:
         return ("lr", "momentum") if self.cycle_momentum else ("lr",)
 
     @property
@@ -185,18 +185,18 @@ class OneCycle(
     def _curves(self, base: Base) -> Curves:
         lr = base["lr"]
         curves = {
-            "lr": curve_per_group(
+            "lr": build_curve_per_group(
                 partial(self._cycle, self.decay_lr_rate),
-                spread("cycle_min_lr", self.cycle_min_lr, lr),
-                spread("cycle_max_lr", self.cycle_max_lr, lr),
+                broadcast_strict("cycle_min_lr", self.cycle_min_lr, lr),
+                broadcast_strict("cycle_max_lr", self.cycle_max_lr, lr),
             )
         }
         if self.cycle_momentum:
             momentum = base["momentum"]
-            curves["momentum"] = curve_per_group(
+            curves["momentum"] = build_curve_per_group(
                 partial(self._cycle, self.decay_mom_rate),
-                spread("cycle_max_mom", self.cycle_max_mom, momentum),
-                spread("cycle_min_mom", self.cycle_min_mom, momentum),
+                broadcast_strict("cycle_max_mom", self.cycle_max_mom, momentum),
+                broadcast_strict("cycle_min_mom", self.cycle_min_mom, momentum),
             )
         return curves
 
@@ -221,12 +221,12 @@ class LRRangeTest(
 ):
     """LR range test: increase the learning rate from a small value until training diverges.
 
-    It increases at every step, or in one stair every ``lr_range_test_step_size`` steps (then x is
-    rounded down)::
+    The learning rate increases at every step. With ``lr_range_test_staircase``, it increases once
+    every ``lr_range_test_step_size`` steps, because x is rounded down::
 
         lr(k) = min_lr * (1 + step_rate * x),   x = k / step_size
 
-    The schedule has no end; the training loop decides when to stop.
+    The schedule has no end. The training loop decides when to stop.
 
     >>> test = LRRangeTest(lr_range_test_min_lr=0.1, lr_range_test_step_size=2)
     >>> [round(lr, 6) for lr in test.curves({"lr": (0.1,)})["lr"][0].values(5)]
@@ -253,8 +253,8 @@ class LRRangeTest(
         return 5 * int(self.lr_range_test_step_size)
 
     def _curves(self, base: Base) -> Curves:
-        minima = spread("lr_range_test_min_lr", self.lr_range_test_min_lr, base["lr"])
-        return {"lr": curve_per_group(self._growth, minima)}
+        minima = broadcast_strict("lr_range_test_min_lr", self.lr_range_test_min_lr, base["lr"])
+        return {"lr": build_curve_per_group(self._growth, minima)}
 
     def _growth(self, minimum: float) -> Curve:
         steps = as_number(self.lr_range_test_step_size)
@@ -275,8 +275,8 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
         g(k)  = min(1, ln(1 + k) / ln(max(2, N)))     "log"
                 min(1, k / N)                         "linear"
 
-    The linear ramp reaches the maximum at k = N, the logarithmic one at k = N - 1. DeepSpeed is one
-    step late: its first two steps both use the minimum.
+    The linear ramp reaches the maximum at k = N, the logarithmic ramp at k = N - 1. DeepSpeed
+    reaches it one step later, because its first two steps both use the minimum.
 
     >>> warmup = WarmupLR(warmup_max_lr=1.0, warmup_num_steps=4, warmup_type="linear")
     >>> list(warmup.curves({"lr": (1.0,)})["lr"][0].values(6))
@@ -294,9 +294,9 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     warmup_type: WarmupType = "log"
     """Shape of the warmup; "log" rises fastest in the first steps."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         if self.warmup_max_lr is not None and exceeds(self.warmup_min_lr, self.warmup_max_lr):
-            yield Fault(
+            yield ParameterProblem(
                 "warmup_min_lr",
                 "`warmup_min_lr` must be at most `warmup_max_lr` "
                 f"({_format_value(self.warmup_max_lr)}), got {_format_value(self.warmup_min_lr)}. "
@@ -312,8 +312,8 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
         minima = broadcast("warmup_min_lr", self.warmup_min_lr, own)
         maxima = own
         if self.warmup_max_lr is not None:
-            maxima = spread("warmup_max_lr", self.warmup_max_lr, own)
-        return {"lr": curve_per_group(self._curve, minima, maxima)}
+            maxima = broadcast_strict("warmup_max_lr", self.warmup_max_lr, own)
+        return {"lr": build_curve_per_group(self._curve, minima, maxima)}
 
     def _curve(self, minimum: float, maximum: float) -> Curve:
         return join(
@@ -335,15 +335,15 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
 class WarmupDecayLR(
     WarmupLR, example={"total_num_steps": "1dur", "warmup_num_steps": 20, "warmup_type": "linear"}
 ):
-    """Warmup, then linear decay to the minimum at the end of the run; the minimum is then kept.
+    """Warmup, then linear decay to the minimum at the end of the run.
 
-    The warmup is that of `WarmupLR`. With N = ``warmup_num_steps`` and T = ``total_num_steps``, the
-    decay is::
+    The warmup is the same as in `WarmupLR`. With N = ``warmup_num_steps`` and
+    T = ``total_num_steps``, the decay is::
 
         lr(k) = max_lr + (min_lr - max_lr) * (k - N) / (T - N),   N <= k <= T
 
-    If ``warmup_max_lr`` is null, the maximum is the param group's learning rate; in DeepSpeed it is
-    0.001.
+    The minimum is kept after T. If ``warmup_max_lr`` is null, the maximum is the param group's
+    learning rate. In DeepSpeed, it is 0.001.
 
     >>> decay = WarmupDecayLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> list(decay.curves({"lr": (1.0,)})["lr"][0].values(8))
@@ -355,8 +355,8 @@ class WarmupDecayLR(
     total_num_steps: Annotated[Steps, _AUTO]
     """Length of the run, including the warmup."""
 
-    def faults(self) -> Iterator[Fault]:
-        yield from super().faults()
+    def find_problems(self) -> Iterator[ParameterProblem]:
+        yield from super().find_problems()
         yield from _check_warmup_length(
             as_number(self.warmup_num_steps), as_number(self.total_num_steps)
         )
@@ -396,16 +396,16 @@ class WarmupCosineLR(
     total_num_steps: Annotated[Steps, _AUTO]
     """Length of the run, including the warmup."""
     warmup_min_ratio: Ratio = 0.0
-    """Ratio of the learning rate at the first step to the param group's learning rate."""
+    """Learning rate at the first step, as a fraction of the param group's learning rate."""
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     cos_min_ratio: Ratio = 0.0001
-    """Ratio of the learning rate at the end of the run and afterwards to the param group's learning
+    """Learning rate at and after the end of the run, as a fraction of the param group's learning
     rate."""
     warmup_type: WarmupType = "log"
     """Shape of the warmup; "log" rises fastest in the first steps."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         yield from _check_warmup_length(
             as_number(self.warmup_num_steps), as_number(self.total_num_steps)
         )
@@ -415,7 +415,7 @@ class WarmupCosineLR(
         return int(self.total_num_steps) + 1
 
     def _curves(self, base: Base) -> Curves:
-        return {"lr": curve_per_group(self._curve, base["lr"])}
+        return {"lr": build_curve_per_group(self._curve, base["lr"])}
 
     def _curve(self, peak: float) -> Curve:
         ramp = log if self.warmup_type == "log" else linear
@@ -435,9 +435,9 @@ def _format_value(value: PerGroup) -> str:
     return str(list(value)) if isinstance(value, tuple) else f"{value:g}"
 
 
-def _check_warmup_length(warmup: float, total: float) -> Iterator[Fault]:
+def _check_warmup_length(warmup: float, total: float) -> Iterator[ParameterProblem]:
     if warmup > total:
-        yield Fault(
+        yield ParameterProblem(
             "warmup_num_steps",
             f"`warmup_num_steps` must be at most `total_num_steps` ({total}), got {warmup}. "
             "Shorten the warmup or lengthen the run.",

@@ -20,7 +20,7 @@ from schedules.core.curves import (
     one_minus_sqrt,
     polynomial,
 )
-from schedules.core.durations import PATTERN, Horizon, is_unresolved, steps_of
+from schedules.core.durations import PATTERN, Horizon, convert_to_steps, is_time_string
 from schedules.core.fields import (
     Items,
     Ratio,
@@ -28,7 +28,7 @@ from schedules.core.fields import (
     WarmupStepsOrZero,
     as_number,
 )
-from schedules.core.schedule import Fault, LearningRateSchedule, Schedule, schedule_class
+from schedules.core.schedule import LearningRateSchedule, ParameterProblem, Schedule, schedule_class
 
 __all__ = [
     "InverseSquareRoot",
@@ -52,7 +52,7 @@ SHAPES: Mapping[str, Ramp] = {
     "half-life": half_life,
     "1-sqrt": one_minus_sqrt,
 }
-"""Functions that build a phase from its first value, last value and number of steps, by shape."""
+"""Maps each shape to the function that builds a phase from its start, end and number of steps."""
 
 _PHASE = {
     "type": "object",
@@ -81,14 +81,14 @@ class Phases(
         "weight_decay": [{"from": 0.0, "to": 0.1, "duration": "1dur"}],
     },
 ):
-    """Build any curve from a list of phases, each with a shape, a first value and a last value.
+    """Build a schedule from a list of phases, each with a shape, a start value and an end value.
 
     A phase is ``{"shape": …, "from": …, "to": …, "duration": …}``. "shape" is "linear" (the
     default), "constant", "cosine", "polynomial" (quadratic), "exponential" (linear on a log scale),
-    "half-life" or "1-sqrt". "from" defaults to the last value of the previous phase; in the first
-    phase, to the param group's value. "to" defaults to "from". With ``"warmup": true``,
-    ``engine.scale_schedule_ratio`` does not scale the phase. After the last phase, the value stays
-    constant.
+    "half-life" or "1-sqrt". "from" defaults to the end value of the previous phase or, in the
+    first phase, to the param group's value. "to" defaults to "from". With ``"warmup": true``,
+    ``engine.scale_schedule_ratio`` does not scale the phase. The value is constant after the last
+    phase.
 
     >>> phases = Phases(lr=[{"from": 0, "to": 1, "duration": 2}, {"to": 0, "duration": 4}])
     >>> list(phases.curves({"lr": (0.1,)})["lr"][0].values(8))
@@ -102,73 +102,73 @@ class Phases(
     weight_decay: PhaseList | None = None
     """Phases of the weight decay."""
     relative: bool = False
-    """Whether "from" and "to" are multiples of the param group's value instead of absolute."""
+    """Whether "from" and "to" are multiples of the param group's value, not absolute values."""
 
-    def _convert_fields(self) -> Iterator[Fault]:
+    def _convert_fields(self) -> Iterator[ParameterProblem]:
         yield from super()._convert_fields()
-        if not self.drives:
-            yield Fault(
+        if not self.hyperparameters:
+            yield ParameterProblem(
                 None,
                 "`lr`, `momentum` or `weight_decay` must be set, but all are null. "
                 "Set at least one to a list of phases.",
             )
 
     @property
-    def drives(self) -> tuple[str, ...]:
+    def hyperparameters(self) -> tuple[str, ...]:
         names = ("lr", "momentum", "weight_decay")
         return tuple(name for name in names if getattr(self, name) is not None)
 
     @property
     def span(self) -> int:
-        totals = [sum(p["duration"] for p in getattr(self, name)) for name in self.drives]
+        totals = [sum(p["duration"] for p in getattr(self, name)) for name in self.hyperparameters]
         return int(max(totals)) + 1
 
     @property
-    def unresolved(self) -> tuple[str, ...]:
+    def unresolved_fields(self) -> tuple[str, ...]:
         return tuple(
             name
-            for name in self.drives
-            if any(is_unresolved(phase["duration"]) for phase in getattr(self, name))
+            for name in self.hyperparameters
+            if any(is_time_string(phase["duration"]) for phase in getattr(self, name))
         )
 
     def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
-        for name in self.drives:
+        for name in self.hyperparameters:
             yield name, partial(_resolve_durations, getattr(self, name), horizon)
 
-    def faults(self) -> Iterator[Fault]:
-        for name in self.drives:
-            previous = None  # The first phase starts at the param group's value, not known yet.
+    def find_problems(self) -> Iterator[ParameterProblem]:
+        for name in self.hyperparameters:
+            previous = None  # The first phase starts at the param group's value, unknown here.
             for index, phase in enumerate(getattr(self, name)):
                 start = phase.get("from", previous)
                 previous = phase.get("to", start)
                 ends = [end for end in (start, previous) if end is not None]
-                yield from self._phase_faults(f"{name}[{index}]", name, phase, ends)
+                yield from self._find_phase_problems(f"{name}[{index}]", name, phase, ends)
 
-    def _phase_faults(
+    def _find_phase_problems(
         self, path: str, name: str, phase: Mapping[str, Any], ends: Sequence[float]
-    ) -> Iterator[Fault]:
+    ) -> Iterator[ParameterProblem]:
         if phase["duration"] <= 0:
-            yield Fault(
+            yield ParameterProblem(
                 name, f"`{path}.duration` must be at least 1 step, got 0. Set a longer duration."
             )
         if name == "momentum" and not self.relative and any(end >= 1 for end in ends):
-            yield Fault(
+            yield ParameterProblem(
                 name, f"`{path}` must be less than 1, got {max(ends):g}. Lower `from` or `to`."
             )
         if phase.get("shape") == "exponential" and 0 in ends:
-            yield Fault(
+            yield ParameterProblem(
                 name,
                 f"`{path}` must not start or end at 0, because its shape is exponential. "
                 "Use a small positive value.",
             )
 
     def curves(self, base: Base) -> Curves:
-        for name in self.drives:
+        for name in self.hyperparameters:
             if not self.relative and any("to" in phase for phase in getattr(self, name)):
                 self._check_groups_stay_different(name, base[name])
         return {
             name: tuple(self._join_phases(name, getattr(self, name), own) for own in base[name])
-            for name in self.drives
+            for name in self.hyperparameters
         }
 
     def _check_groups_stay_different(self, name: str, own: tuple[float, ...]) -> None:
@@ -176,7 +176,7 @@ class Phases(
             groups = ", ".join(f"group {index}: {value:g}" for index, value in enumerate(own))
             raise ValueError(
                 f"`{name}` must be relative, because the param groups have different values "
-                f'({groups}). Set "relative": true and write "from" and "to" as multiples of them.'
+                f'({groups}). Set "relative": true, and "from" and "to" to multiples of them.'
             )
 
     def _join_phases(self, name: str, phases: Sequence[Mapping[str, Any]], own: float) -> Curve:
@@ -209,7 +209,9 @@ def _resolve_durations(phases: Sequence[Mapping[str, Any]], horizon: Horizon) ->
     resolved = []
     for phase in phases:
         scaled = horizon.scale_warmup or not phase.get("warmup", False)
-        resolved.append({**phase, "duration": steps_of(phase["duration"], horizon, scaled=scaled)})
+        resolved.append(
+            {**phase, "duration": convert_to_steps(phase["duration"], horizon, scaled=scaled)}
+        )
     return tuple(resolved)
 
 
@@ -220,8 +222,8 @@ class WarmupStableDecay(
 ):
     """Warmup-stable-decay (WSD): linear warmup, constant learning rate, and decay at the end.
 
-    The decay takes the last ``decay_steps`` of ``total_steps``. It ends at ``min_lr_ratio`` times
-    the learning rate, which is then kept.
+    The decay takes the last ``decay_steps`` of ``total_steps``. The final learning rate,
+    ``min_lr_ratio`` times the initial learning rate, is kept after the end.
 
     >>> wsd = WarmupStableDecay(warmup_steps=2, total_steps=8, decay_steps=4)
     >>> list(wsd.curves({"lr": (1.0,)})["lr"][0].values(9))
@@ -239,12 +241,12 @@ class WarmupStableDecay(
     decay_type: Literal["linear", "cosine", "1-sqrt", "half-life"] = "linear"
     """Shape of the decay."""
     min_lr_ratio: Ratio = 0.0
-    """Ratio of the learning rate at the end of the decay to the param group's learning rate."""
+    """Learning rate at the end of the decay, as a fraction of the param group's learning rate."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         needed, total = self._warmup + self._decay, as_number(self.total_steps)
         if needed > total:
-            yield Fault(
+            yield ParameterProblem(
                 "decay_steps",
                 "`warmup_steps` plus `decay_steps` must be at most `total_steps` "
                 f"({total:g}), got {needed:g}. Shorten one of them.",
@@ -273,7 +275,7 @@ class WarmupStableDecay(
 
 @schedule_class
 class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
-    """Linear warmup, then decay with the inverse square root of the step, indefinitely.
+    """Linear warmup, then inverse square root decay.
 
     ::
 
@@ -290,9 +292,9 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
     """Number of steps after the warmup in which the learning rate falls to 1 / sqrt(2) of its peak;
     null uses `warmup_steps`."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         if not (self.timescale or self.warmup_steps):
-            yield Fault(
+            yield ParameterProblem(
                 "timescale", "`timescale` must be set if `warmup_steps` is 0. Set one of them."
             )
 

@@ -1,4 +1,4 @@
-"""Megatron-LM's scheduler with Megatron-LM's parameter names."""
+"""Megatron-LM's scheduler, with Megatron-LM's parameter names."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from schedules.core.fields import (
     as_number,
 )
 from schedules.core.schedule import (
-    Fault,
+    ParameterProblem,
     Schedule,
-    curve_per_group,
+    broadcast_strict,
+    build_curve_per_group,
     exceeds,
     schedule_class,
-    spread,
 )
 
 __all__ = ["OptimizerParamScheduler"]
@@ -48,16 +48,16 @@ class OptimizerParamScheduler(
         "wd_incr_steps": 90,
     },
 ):
-    """Megatron-LM's scheduler: warmup and decay of the learning rate, increase of the weight decay.
+    """Megatron-LM's scheduler: the learning rate warms up and decays, the weight decay increases.
 
-    Durations are steps; in Megatron-LM they are samples. The decay ends at step ``lr_decay_steps``
-    of the run, and ``min_lr`` is then kept. The style "WSD" is constant after the warmup and decays
-    in the last ``wsd_decay_steps``.
+    Durations are in steps. In Megatron-LM, they are in samples. The decay ends at step
+    ``lr_decay_steps`` of the run, and ``min_lr`` is kept afterwards. In the style "WSD", the
+    learning rate is constant after the warmup and decays in the last ``wsd_decay_steps``.
 
     Source: ``OptimizerParamScheduler`` in megatron/core/optimizer_param_scheduler.py.
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
 
     init_lr: LearningRate = 0.0
     """Learning rate at the first step of the warmup."""
@@ -82,41 +82,43 @@ class OptimizerParamScheduler(
     wd_incr_steps: StepsOrZero = 0
     """Step at which the weight decay reaches `end_wd`."""
     wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the weight decay's increase."""
+    """Shape of the increase of the weight decay."""
 
     @property
-    def drives(self) -> tuple[str, ...]:
+    def hyperparameters(self) -> tuple[str, ...]:
         return ("lr", "weight_decay")
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         warmup, end = as_number(self.lr_warmup_steps), as_number(self.lr_decay_steps)
         if warmup >= end:
-            yield Fault(
+            yield ParameterProblem(
                 "lr_warmup_steps",
                 f"`lr_warmup_steps` must be less than `lr_decay_steps` ({end:g}), got {warmup:g}. "
                 "Shorten the warmup or increase `lr_decay_steps`.",
             )
         if exceeds(self.init_lr, self.max_lr) or exceeds(self.min_lr, self.max_lr):
-            yield Fault(
+            yield ParameterProblem(
                 "max_lr",
                 "`max_lr` must be at least `init_lr` and `min_lr`. "
                 "Increase it or lower the other two.",
             )
         if exceeds(self.start_wd, self.end_wd):
-            yield Fault("end_wd", "`end_wd` must be at least `start_wd`. Swap the two values.")
+            yield ParameterProblem(
+                "end_wd", "`end_wd` must be at least `start_wd`. Swap the two values."
+            )
         if self.wd_incr_style == "constant" and self.start_wd != self.end_wd:
-            yield Fault(
+            yield ParameterProblem(
                 "wd_incr_style",
                 '`wd_incr_style` must not be "constant" if `start_wd` and `end_wd` differ. '
                 'Set it to "linear" or "cosine".',
             )
         if (self.wsd_decay_steps is not None) != (self.lr_decay_style == "WSD"):
-            yield Fault(
+            yield ParameterProblem(
                 "wsd_decay_steps",
-                '`wsd_decay_steps` must be set if `lr_decay_style` is "WSD", and only then.',
+                '`wsd_decay_steps` must be set if `lr_decay_style` is "WSD", and null otherwise.',
             )
         elif (anneal := as_number(self.wsd_decay_steps or 0)) and anneal > end - warmup:
-            yield Fault(
+            yield ParameterProblem(
                 "wsd_decay_steps",
                 f"`wsd_decay_steps` must be at most {end - warmup:g}, the difference between "
                 f"`lr_decay_steps` and `lr_warmup_steps`, got {anneal:g}. Shorten the decay.",
@@ -124,11 +126,13 @@ class OptimizerParamScheduler(
 
     def curves(self, base: Base) -> Curves:
         each = self.per_group(len(base["lr"]))
-        spread("max_lr", self.max_lr, base["lr"])
-        spread("end_wd", self.end_wd, base["weight_decay"])
+        broadcast_strict("max_lr", self.max_lr, base["lr"])
+        broadcast_strict("end_wd", self.end_wd, base["weight_decay"])
         return {
-            "lr": curve_per_group(OptimizerParamScheduler._lr_curve, each),
-            "weight_decay": curve_per_group(OptimizerParamScheduler._weight_decay_curve, each),
+            "lr": build_curve_per_group(OptimizerParamScheduler._lr_curve, each),
+            "weight_decay": build_curve_per_group(
+                OptimizerParamScheduler._weight_decay_curve, each
+            ),
         }
 
     def _weight_decay_curve(self) -> Curve:

@@ -1,8 +1,9 @@
-"""PyTorch's schedulers under PyTorch's names, as functions of the step.
+"""PyTorch's schedulers, with PyTorch's names and parameters.
 
 Formulas and defaults match torch/optim/lr_scheduler.py (2.13). PyTorch computes most values from
-the previous value; here each value depends only on the step k. At the end, the last value is kept,
-while PyTorch's cosine rises again: docs/decisions/0006-pytorch-schedules.md.
+the previous value. Here, each value depends only on the step k. After the end of a schedule, the
+last value is kept, while PyTorch's cosine rises again; see
+docs/decisions/0006-pytorch-schedules.md.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from schedules.core.fields import (
     as_number,
 )
 from schedules.core.schedule import (
-    Fault,
     LearningRateSchedule,
+    ParameterProblem,
     Schedule,
-    curve_per_group,
+    broadcast_strict,
+    build_curve_per_group,
     schedule_class,
-    spread,
 )
 
 __all__ = [
@@ -74,7 +75,7 @@ class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
 
 @schedule_class
 class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "gamma": 0.5}):
-    """Multiply the learning rate by ``gamma`` at each milestone; a repeated milestone counts twice.
+    """Multiply the learning rate by ``gamma`` at each milestone.
 
     ::
 
@@ -84,7 +85,7 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
     """
 
     milestones: Milestones
-    """Steps at which `gamma` is applied, in any order, as in PyTorch."""
+    """Steps at which `gamma` is applied, in any order. Duplicates apply it several times."""
     gamma: Factor = 0.1
     """Factor applied at each milestone."""
 
@@ -117,7 +118,7 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
 
 @schedule_class
 class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
-    """Linear change from one factor to another, which is reached at ``total_iters`` and then kept.
+    """Change the factor linearly from ``start_factor`` to ``end_factor`` in ``total_iters`` steps.
 
     ::
 
@@ -149,7 +150,7 @@ class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
     Source: ``ExponentialLR`` in torch/optim/lr_scheduler.py.
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
 
     gamma: Gamma
     """Factor applied after every step."""
@@ -160,7 +161,7 @@ class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
 
 @schedule_class
 class PolynomialLR(LearningRateSchedule, example={"total_iters": 80, "power": 2.0}):
-    """Polynomial decay to 0, which is reached at ``total_iters`` and then kept.
+    """Polynomial decay to 0 in ``total_iters`` steps.
 
     ::
 
@@ -180,13 +181,13 @@ class PolynomialLR(LearningRateSchedule, example={"total_iters": 80, "power": 2.
 
 @schedule_class
 class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0.01}):
-    """Cosine decay from the learning rate to ``eta_min``, kept after ``T_max``.
+    """Cosine decay from the initial learning rate to ``eta_min`` in ``T_max`` steps.
 
     ::
 
         lr(k) = eta_min + (lr - eta_min) * (1 + cos(pi * min(1, k / T_max))) / 2
 
-    PyTorch's class continues past ``T_max`` and rises back to the learning rate.
+    After ``T_max`` steps, the learning rate stays at ``eta_min``. In PyTorch, it rises again.
 
     Source: ``CosineAnnealingLR`` in torch/optim/lr_scheduler.py.
     """
@@ -202,7 +203,7 @@ class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0
 
 @schedule_class
 class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_mult": 2}):
-    """Cosine annealing with warm restarts; each cycle is ``T_mult`` times as long as the last.
+    """Cosine annealing with warm restarts, in cycles that grow by the factor ``T_mult``.
 
     At the fraction x of a cycle::
 
@@ -225,19 +226,19 @@ class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_m
 
 @schedule_class
 class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
-    """PyTorch's 1cycle: rise to a maximum, fall far below the start; momentum does the opposite.
+    """PyTorch's 1cycle: the learning rate rises to a maximum, then falls far below its first value.
 
     With n = ``total_steps``, the learning rate rises from ``max_lr / div_factor`` until step
     ``pct_start * n - 1``, then falls to ``max_lr / div_factor / final_div_factor`` until step
     ``n - 1``. With ``three_phase``, it first falls back to ``max_lr / div_factor`` in as many steps
     as it rose. Each phase is a cosine or a line. Momentum goes from ``max_momentum`` to
-    ``base_momentum`` and back. After the end, the last value is kept; PyTorch raises an error.
+    ``base_momentum`` and back. After the end, the last value is kept. PyTorch raises an error.
 
     Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
     https://arxiv.org/abs/1708.07120.
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
 
     max_lr: LearningRate
     """Learning rate at the peak."""
@@ -265,26 +266,26 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     three_phase: bool = False
     """Whether the learning rate returns to its initial value before it falls to its final one."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         by_epochs = (self.epochs is not None) + (self.steps_per_epoch is not None)
         if by_epochs != (2 if self.total_steps is None else 0):
-            yield Fault(
+            yield ParameterProblem(
                 "total_steps",
-                "Either only `total_steps` or both `epochs` and `steps_per_epoch` must be set. "
+                "Set either `total_steps` or both `epochs` and `steps_per_epoch`. "
                 'Set `total_steps` to "1dur" to use the length of the run.',
             )
             return
         ends = self._phase_ends
         if sorted(set(ends)) != list(ends) or ends[0] <= 0:
-            yield Fault(
+            yield ParameterProblem(
                 "pct_start",
-                f"`pct_start` must leave every phase part of the {self._steps:g} steps, but the "
+                f"`pct_start` must give each phase part of the {self._steps:g} steps, but the "
                 f"phases end at steps {', '.join(f'{end:g}' for end in ends)}. Lengthen the cycle "
                 "or change `pct_start`.",
             )
 
     @property
-    def drives(self) -> tuple[str, ...]:
+    def hyperparameters(self) -> tuple[str, ...]:
         return ("lr", "momentum") if self.cycle_momentum else ("lr",)
 
     @property
@@ -306,13 +307,15 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
 
     def curves(self, base: Base) -> Curves:
         curves = {
-            "lr": curve_per_group(self._lr_curve, spread("max_lr", self.max_lr, base["lr"])),
+            "lr": build_curve_per_group(
+                self._lr_curve, broadcast_strict("max_lr", self.max_lr, base["lr"])
+            ),
         }
         if self.cycle_momentum:
-            curves["momentum"] = curve_per_group(
+            curves["momentum"] = build_curve_per_group(
                 self._momentum_curve,
-                spread("base_momentum", self.base_momentum, base["momentum"]),
-                spread("max_momentum", self.max_momentum, base["momentum"]),
+                broadcast_strict("base_momentum", self.base_momentum, base["momentum"]),
+                broadcast_strict("max_momentum", self.max_momentum, base["momentum"]),
             )
         return curves
 
@@ -346,7 +349,7 @@ class CyclicLR(
     Schedule[int],
     example={"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 15, "mode": "triangular2"},
 ):
-    """Triangular cycles between two learning rates, repeated; momentum does the opposite.
+    """Cycle the learning rate linearly between two values. Momentum changes inversely.
 
     s rises from 0 to 1 in ``step_size_up`` steps and falls back to 0 in ``step_size_down`` steps::
 
@@ -359,7 +362,7 @@ class CyclicLR(
     Source: ``CyclicLR`` in torch/optim/lr_scheduler.py; Smith, https://arxiv.org/abs/1506.01186.
     """
 
-    clock_is_step = True
+    has_rate_per_step = True
 
     base_lr: LearningRate
     """Learning rate at the bottom of the triangles."""
@@ -381,16 +384,16 @@ class CyclicLR(
     max_momentum: Momentum = 0.9
     """Momentum at the bottom of the triangles."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         if self.gamma > 1:
-            yield Fault(
+            yield ParameterProblem(
                 "gamma",
-                f"`gamma` must be at most 1, got {self.gamma:g}. Larger values make the triangles "
-                "grow.",
+                f"`gamma` must be at most 1, got {self.gamma:g}. With a larger value, the "
+                "triangles would grow.",
             )
 
     @property
-    def drives(self) -> tuple[str, ...]:
+    def hyperparameters(self) -> tuple[str, ...]:
         return ("lr", "momentum") if self.cycle_momentum else ("lr",)
 
     @property
@@ -408,18 +411,18 @@ class CyclicLR(
     def curves(self, base: Base) -> Curves:
         lr = base["lr"]
         curves = {
-            "lr": curve_per_group(
+            "lr": build_curve_per_group(
                 self._triangles,
-                spread("base_lr", self.base_lr, lr),
-                spread("max_lr", self.max_lr, lr),
+                broadcast_strict("base_lr", self.base_lr, lr),
+                broadcast_strict("max_lr", self.max_lr, lr),
             )
         }
         if self.cycle_momentum:
             momentum = base["momentum"]
-            curves["momentum"] = curve_per_group(
+            curves["momentum"] = build_curve_per_group(
                 self._triangles,
-                spread("max_momentum", self.max_momentum, momentum),
-                spread("base_momentum", self.base_momentum, momentum),
+                broadcast_strict("max_momentum", self.max_momentum, momentum),
+                broadcast_strict("base_momentum", self.base_momentum, momentum),
             )
         return curves
 

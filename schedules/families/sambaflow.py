@@ -1,8 +1,8 @@
-"""SambaFlow's schedules under its names; parameters are named after its command-line arguments.
+"""SambaFlow's schedules, with parameters named after SambaFlow's command-line arguments.
 
-SambaFlow's source is not public, so shapes and defaults follow its documentation. Details that the
-documentation does not specify (the first value of a warmup, the values after the end) follow
-Hugging Face transformers.
+SambaFlow's source code is not public, so shapes and defaults follow its documentation. Details that
+the documentation does not specify, such as the first value of a warmup and the values after the
+end, follow Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from schedules.core.combinators import join, stairs
 from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant, cosine, exponential, linear
 from schedules.core.fields import Factor, LearningRate, Ratio, Steps, WarmupStepsOrZero, as_number
-from schedules.core.schedule import Fault, Schedule, curve_per_group, schedule_class, spread
+from schedules.core.schedule import (
+    ParameterProblem,
+    Schedule,
+    broadcast_strict,
+    build_curve_per_group,
+    schedule_class,
+)
 
 __all__ = [
     "CosineScheduleWithWarmup",
@@ -33,8 +39,8 @@ class _PeakSchedule(Schedule[int]):
         own = base["lr"]
         peaks = own
         if self.learning_rate is not None:
-            peaks = spread("learning_rate", self.learning_rate, own)
-        return {"lr": curve_per_group(self.curve, peaks)}
+            peaks = broadcast_strict("learning_rate", self.learning_rate, own)
+        return {"lr": build_curve_per_group(self.curve, peaks)}
 
     @abstractmethod
     def curve(self, lr: float) -> Curve:
@@ -46,13 +52,13 @@ class _WarmupAndDecay(_PeakSchedule):
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the linear warmup from 0."""
     max_steps: Steps
-    """Length of the run, including the warmup. It shapes the curve; it does not end training."""
+    """Length of the run, including the warmup. Training does not stop at this step."""
     end_lr_ratio: Ratio = 0.1
-    """Ratio of the learning rate at the end of the run and afterwards to the peak."""
+    """Learning rate at and after the end of the run, as a fraction of the peak."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         if as_number(self.warmup_steps) > as_number(self.max_steps):
-            yield Fault(
+            yield ParameterProblem(
                 "warmup_steps",
                 f"`warmup_steps` must be at most `max_steps` ({self.max_steps:g}), got "
                 f"{self.warmup_steps:g}. Shorten the warmup or increase `max_steps`.",
@@ -102,13 +108,13 @@ class PolynomialDecayScheduleWithWarmup(
         lr(k) = lr * k / warmup_steps                         k < warmup_steps
                 lr * (r + (1 - r) * (1 - min(1, x)))          k >= warmup_steps
 
-    Despite its name, the polynomial is always linear.
+    Despite its name, the decay is always linear.
 
     Source: SambaFlow's documentation, "Learning rate schedules".
     """
 
     end_lr_ratio: Ratio = 0.0
-    """Ratio of the learning rate at the end of the run and afterwards to the peak."""
+    """Learning rate at and after the end of the run, as a fraction of the peak."""
 
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
         return linear(lr, end, steps)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from schedules.core.controller import Base
 from schedules.core.durations import Horizon
 from schedules.core.fields import Range
-from schedules.core.schedule import Fault, ScheduleError, schedule_class
+from schedules.core.schedule import ParameterProblem, ScheduleError, schedule_class
 from schedules.feedback.autowu_controller import AutoWUController, Decay
 from schedules.feedback.autowu_state import AutoWUState, Warmup
 from schedules.feedback.base import FeedbackSchedule
@@ -24,7 +24,7 @@ Count = Annotated[int | None, Range(at_least=1)]
 
 @schedule_class
 class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "total_epochs": 10}):
-    """Warmup until the loss starts to rise, then decay. Finds the peak learning rate automatically.
+    """Increase the learning rate until the loss starts to rise, then decay it from its best value.
 
     The learning rate grows exponentially from ``min_lr`` towards ``max_lr``. A Gaussian process
     fitted to the losses estimates the probability that the loss has passed its minimum. After
@@ -32,21 +32,21 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     its value at the minimum and decays from there::
 
         warmup    lr(k) = min_lr * (max_lr / min_lr) ** (k / W),   W = int(max_warmup_fraction * T)
-        cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2         n of D remaining steps done
+        cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2         after n of D cooldown steps
 
-    T is ``steps_per_epoch * total_epochs``. If no estimate is confident, the warmup ends at W. The
-    ratios between the learning rates of the param groups are kept. After T steps the last value is
-    kept.
+    T is ``steps_per_epoch * total_epochs``. If no estimate is confident, the warmup ends after W
+    steps. After T steps, the learning rate stays constant. The ratios between the learning rates of
+    the param groups do not change.
 
-    ``"test": "reference"`` works like the published code: it tests once per epoch, needs about
+    ``"test": "reference"`` works like the published code. It tests once per epoch, needs about
     thirty epochs, and depends on the scale of the loss. ``"test": "robust"`` tests sixty times per
     warmup, does not depend on the scale of the loss, tolerates loss spikes, and starts the decay
-    exactly at the peak. ``"rollback": true`` restores the weights and the optimizer state with the
-    lowest loss when the warmup ends: without normalization layers, learning rates above the optimum
-    can make training diverge.
+    exactly at the peak. With ``"rollback": true``, the weights and the optimizer state with the
+    lowest loss are restored when the warmup ends. Use it for models without normalization layers,
+    which can diverge at learning rates above the optimum.
 
-    The loss comes from ``trainer.backward(loss)``, or from ``step(loss=loss)`` in a custom loop.
-    Previews show a run on a synthetic loss.
+    The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
+    ``step(loss=loss)``. Previews show a run on a synthetic loss.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -61,14 +61,14 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """
 
     steps_per_epoch: Count = None
-    """Number of steps per epoch; the reference test runs once per epoch. By default that of the
-    run."""
+    """Number of steps per epoch; null uses the value of the run. The reference test runs once per
+    epoch."""
     total_epochs: Count = None
-    """Number of epochs. By default that of the run."""
+    """Number of epochs; null uses the value of the run."""
     min_lr: Annotated[float, Range(above=0)] = 1e-5
     """Learning rate of the first step."""
     max_lr: Annotated[float, Range(above=0)] = 1.0
-    """Learning rate at the end of the longest possible warmup."""
+    """Learning rate at the end of a warmup of maximum length."""
     max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1), "fraction of the run"] = 0.5
     """Maximum length of the warmup."""
     warmup_unit: Literal["step", "epoch"] = "step"
@@ -78,29 +78,33 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     immediate_cooldown: bool = False
     """Whether the cooldown starts right after the warmup, without a constant phase."""
     decay_phase_stat: Literal["loss"] | None = None
-    """ "loss": in the constant phase, multiply the learning rate by `decay_phase_factor` whenever
-    the mean loss per epoch has not improved for more than five epochs."""
+    """Statistic that reduces the learning rate in the constant phase. With "loss", the learning
+    rate is multiplied by `decay_phase_factor` whenever the mean loss per epoch has not improved for
+    more than five epochs."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
-    """Factor on the learning rate of the constant phase, applied once if a test ended the warmup;
-    with `decay_phase_stat`, applied at each plateau of the loss instead."""
+    """Factor applied to the learning rate in the constant phase. It is applied once if a test ended
+    the warmup or, with `decay_phase_stat`, at each plateau of the loss."""
     cooldown_fraction: Fraction = 0.2
-    """Last part of the run, in which the learning rate decays even if the warmup has not ended."""
+    """Length of the decay at the end of the run. It starts even if the warmup has not ended."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
-    """Shape of the decay; the half cosine starts at half of the peak."""
+    """Shape of the decay; "half_cosine" starts at half of the peak."""
     test: Literal["reference", "robust"] = "reference"
     """Test that ends the warmup."""
     rollback: bool = False
-    """Whether the weights and the optimizer state with the lowest loss are restored when the warmup
+    """Whether to restore the weights and the optimizer state with the lowest loss when the warmup
     ends."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:
-            message = f"`min_lr` must be less than `max_lr` ({self.max_lr:g}), got {self.min_lr:g}."
-            yield Fault("min_lr", message)
+            message = (
+                f"`min_lr` must be less than `max_lr` ({self.max_lr:g}), got {self.min_lr:g}. "
+                "Swap the two values."
+            )
+            yield ParameterProblem("min_lr", message)
 
     @property
     def total_steps(self) -> int:
-        """Number of steps of the run. A preview uses 10 for each parameter that is null."""
+        """Length of the run in steps. In a preview, 10 replaces each parameter that is null."""
         return (self.steps_per_epoch or 10) * (self.total_epochs or 10)
 
     @property
@@ -110,8 +114,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     def resolve(self, horizon: Horizon | None = None) -> AutoWU:
         """Return a copy in which ``steps_per_epoch`` and ``total_epochs`` are set and scaled.
 
-        If a parameter is null, it is computed from ``horizon``, if possible. With the robust test,
-        a run that does not consist of whole epochs is treated as a single epoch.
+        Parameters that are null are computed from ``horizon`` if possible. With the robust test, a
+        run that does not consist of whole epochs is treated as a single epoch.
 
         Raises:
             ScheduleError: the schedule uses the reference test, but the run does not consist of
@@ -128,12 +132,14 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
             if abs(epochs * in_an_epoch - horizon.total_steps) >= 1:
                 if self.test == "reference":
                     message = (
-                        'with "test": "reference" the run must consist of whole epochs, got '
+                        'With "test": "reference", the run must consist of whole epochs, got '
                         f"{horizon.total_steps:g} steps with {in_an_epoch:g} steps per epoch. "
                         "Set `steps_per_epoch` to a divisor of the number of steps, or set "
                         '"test": "robust".'
                     )
-                    raise ScheduleError(self.type_name, [Fault("steps_per_epoch", message)])
+                    raise ScheduleError(
+                        self.type_name, [ParameterProblem("steps_per_epoch", message)]
+                    )
                 total = max(1, int(horizon.scaled_steps or 1))
                 return dataclasses.replace(self, steps_per_epoch=total, total_epochs=1)
         if epochs is not None and horizon.scale_ratio != 1.0:
@@ -141,11 +147,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         return dataclasses.replace(self, steps_per_epoch=steps, total_epochs=epochs)
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> AutoWUController:
-        """Return the controller for these base values.
+        """Return the controller for an optimizer with these initial hyperparameters.
 
         Raises:
-            ScheduleError: the length of the run is unknown, because neither the parameters nor
-                ``horizon`` define it.
+            ScheduleError: neither the parameters nor ``horizon`` specify the length of the run.
         """
         resolved = self.resolve(horizon)
         for name in ("steps_per_epoch", "total_epochs"):
@@ -154,7 +159,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
                     f"`{name}` is unknown. Set it, or pass `training_data` to `initialize` and set "
                     '"engine": {"max_duration": "30ep"} in the config.'
                 )
-                raise ScheduleError(self.type_name, [Fault(name, message)])
+                raise ScheduleError(self.type_name, [ParameterProblem(name, message)])
         return resolved.controller(base)
 
     def controller(self, base: Base) -> AutoWUController:
@@ -163,7 +168,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
             cooldown_start=(1 - self.cooldown_fraction) * self.total_steps,
             is_immediate=self.immediate_cooldown,
             factor=self.decay_phase_factor,
-            watches_loss=self.decay_phase_stat == "loss",
+            reduces_on_plateau=self.decay_phase_stat == "loss",
         )
         return AutoWUController(self._warmup_test, decay, self.total_steps, base["lr"])
 

@@ -1,4 +1,4 @@
-"""The controller of `AutoWU`, which runs the warmup, its tests, and the decay after it."""
+"""The controller of `AutoWU`, which runs the warmup, the tests that end it, and the decay."""
 
 from __future__ import annotations
 
@@ -27,25 +27,24 @@ class Decay:
 
     cooldown_type: Literal["cosine", "half_cosine"]
     cooldown_start: float
-    """Step at which the cooldown starts at the latest."""
+    """Latest step at which the cooldown starts."""
     is_immediate: bool
     """Whether the cooldown starts right after the warmup, without a constant phase."""
     factor: float
-    watches_loss: bool
-    """If true, the factor is applied whenever the loss stops improving. If false, it is applied
-    once after the warmup."""
+    reduces_on_plateau: bool
+    """Whether the factor is applied at each plateau of the loss instead of after the warmup."""
 
 
 class AutoWUController(FeedbackController[AutoWUState]):
-    """Runs `AutoWU` for param groups that have the given base learning rates.
+    """Runs `AutoWU` for param groups with the given initial learning rates.
 
     Steps are counted from 1, as in the published code.
 
     Args:
-        test: test that ends the warmup. It also holds the parameters of the warmup.
+        test: test that ends the warmup. Its attribute ``warmup`` has the parameters of the warmup.
         decay: parameters of the phases after the warmup.
-        total_steps: number of steps of the run.
-        lrs: base learning rate of each group. The schedule keeps the ratios between them.
+        total_steps: length of the run in steps.
+        lrs: initial learning rate of each group. Their ratios do not change during the run.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class AutoWUController(FeedbackController[AutoWUState]):
         if state.phase == "warmup":
             return self._warmup.lr(state.step)
         if state.phase == "constant":
-            factor = state.decay.factor if state.decay and self._decay.watches_loss else 1.0
+            factor = state.decay.factor if state.decay and self._decay.reduces_on_plateau else 1.0
             return state.peak * factor
         done = min(state.step - state.begin, state.length)
         if not state.length:
@@ -87,20 +86,20 @@ class AutoWUController(FeedbackController[AutoWUState]):
     def update(self, state: AutoWUState, loss: float | None) -> AutoWUState:
         if loss is None:
             raise ValueError(
-                "AutoWU must receive the loss of every step. "
+                "AutoWU requires the loss of every step. "
                 "Call `step(loss=loss)`, or train with `trainer.backward(loss)`."
             )
         state = dataclasses.replace(state, step=state.step + 1, is_lowest=False)
         if self._must_cool_down(state):
             lr = self._lr(dataclasses.replace(state, step=state.step - 1))
             if state.phase == "warmup":
-                why = "the cooldown starts before the warmup has ended"
-                state = _with_decision(state, lr, why)
+                reason = "the cooldown started before the warmup had ended"
+                state = _set_decision(state, lr, reason)
             return self._start_cooldown(state, lr)
         if state.phase == "warmup":
             return self._continue_warmup(state, loss)
-        if state.phase == "constant" and self._decay.watches_loss:
-            return self._watch_loss(state, loss)
+        if state.phase == "constant" and self._decay.reduces_on_plateau:
+            return self._update_plateau(state, loss)
         return state
 
     def _must_cool_down(self, state: AutoWUState) -> bool:
@@ -127,40 +126,40 @@ class AutoWUController(FeedbackController[AutoWUState]):
 
     def _continue_warmup(self, state: AutoWUState, loss: float) -> AutoWUState:
         if state.step >= self._warmup.steps:
-            return self._end_undecided(state)
+            return self._end_at_maximum(state)
         state = dataclasses.replace(state, losses=state.losses.with_loss(loss))
         if not self._test.is_due(state.step):
             return state
         losses = state.losses.array(self._test.dtype)
-        verdict = self._test.apply(self._with_lowest(state, losses), losses)
+        verdict = self._test.apply(self._update_lowest(state, losses), losses)
         if not verdict.ends_warmup:
             return verdict.state
         lr = self._warmup.lr(state.step - 1)
         peaks = [self._warmup.lr_between(lr, argmin) for argmin in verdict.argmins]
         peak = sum(peaks) / len(peaks)
-        why = "the loss has passed its minimum"
-        state = _with_decision(verdict.state, peak, why, verdict.probability)
+        reason = "the loss has passed its minimum"
+        state = _set_decision(verdict.state, peak, reason, verdict.probability)
         state = self._start_decay(state, peak)
-        if state.phase == "constant" and not self._decay.watches_loss:
+        if state.phase == "constant" and not self._decay.reduces_on_plateau:
             return dataclasses.replace(state, peak=peak * self._decay.factor)
         return state
 
-    def _end_undecided(self, state: AutoWUState) -> AutoWUState:
+    def _end_at_maximum(self, state: AutoWUState) -> AutoWUState:
         peak = self._warmup.lr(state.step - 1)
-        why = f"no minimum of the loss was found in {self._warmup.steps} steps of warmup"
-        likely = self._test.likely_minimum(state)
+        reason = f"no minimum of the loss was found in {self._warmup.steps} steps of warmup"
+        likely = self._test.find_likely_minimum(state)
         if likely is not None:
             peak = self._warmup.lr_between(peak, likely)
-            why += "; using the most likely position"
-        return self._start_decay(_with_decision(state, peak, why), peak)
+            reason += "; using the most likely position"
+        return self._start_decay(_set_decision(state, peak, reason), peak)
 
-    def _with_lowest(self, state: AutoWUState, losses: np.ndarray[Any, Any]) -> AutoWUState:
+    def _update_lowest(self, state: AutoWUState, losses: np.ndarray[Any, Any]) -> AutoWUState:
         mean = float(losses[-self._test.interval :].mean())
         if not mean < state.lowest:
             return state
         return dataclasses.replace(state, lowest=mean, is_lowest=True)
 
-    def _watch_loss(self, state: AutoWUState, loss: float) -> AutoWUState:
+    def _update_plateau(self, state: AutoWUState, loss: float) -> AutoWUState:
         epoch = (*state.epoch, loss)
         if len(epoch) < self._warmup.steps_per_epoch:
             return dataclasses.replace(state, epoch=epoch)
@@ -192,8 +191,8 @@ class AutoWUController(FeedbackController[AutoWUState]):
         return AutoWUState.from_json(state)
 
 
-def _with_decision(
-    state: AutoWUState, lr: float, why: str, probability: float | None = None
+def _set_decision(
+    state: AutoWUState, lr: float, reason: str, probability: float | None = None
 ) -> AutoWUState:
-    decision = Decision(state.step, lr, why, probability)
+    decision = Decision(state.step, lr, reason, probability)
     return dataclasses.replace(state, decision=decision, is_lowest=False)

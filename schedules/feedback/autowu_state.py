@@ -1,4 +1,4 @@
-"""AutoWU's state during a run, and the learning rate of its warmup as a function of the step."""
+"""The state of AutoWU during a run, and the parameters of its warmup."""
 
 from __future__ import annotations
 
@@ -17,37 +17,35 @@ __all__ = ["AutoWUState", "Warmup"]
 
 @dataclasses.dataclass(frozen=True)
 class AutoWUState:
-    """The state of AutoWU during a run; it is saved in checkpoints."""
+    """The state of AutoWU during a run. It is saved in checkpoints."""
 
     step: int = 0
     phase: Literal["warmup", "constant", "cooldown"] = "warmup"
     losses: History = dataclasses.field(default_factory=History)
-    """Losses of all steps of the warmup so far, in order."""
+    """Losses of all warmup steps so far, in order."""
     fit: Hyperparameters | None = None
     draws: str | None = None
-    """State of the random generator that samples losses. None before the first sample."""
+    """State of the random number generator that samples losses. None before the first sample."""
     votes: tuple[bool, ...] = ()
     alone: int = 0
-    """Number of robust tests in a row that were confident that the loss is above its minimum now.
-
-    These tests need not be confident that the loss was above its minimum at the start.
-    """
+    """Number of consecutive robust tests that were confident that the current loss is above the
+    minimum, whether or not they were confident about the initial loss."""
     chance: float = 0.0
     """Probability that the loss has passed its minimum, according to the last test."""
     argmin: float = 1.0
     lowest: float = math.inf
-    """Mean loss of the test interval with the lowest mean loss so far."""
+    """Lowest mean loss of a test interval so far."""
     is_lowest: bool = False
     peak: float = 0.0
     begin: int = 0
     length: int = 0
     decay: PlateauState | None = None
     epoch: tuple[float, ...] = ()
-    """Losses of the current epoch, if the constant phase needs their mean to detect a plateau."""
+    """Losses of the current epoch so far, used in the constant phase to detect a plateau."""
     decision: Decision | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Convert the state to a dict of JSON values."""
+        """Convert the state to a JSON-serializable dict."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["losses"] = list(self.losses)
         values["fit"] = self.fit and dataclasses.asdict(self.fit)
@@ -60,7 +58,7 @@ class AutoWUState:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> AutoWUState:
-        """Restore a state from the value that `to_json` returned."""
+        """Restore a state from a dict returned by `to_json`."""
         fit, decay, decision = state["fit"], state["decay"], state["decision"]
         if fit:
             raw, first, second = (tuple(fit[name]) for name in ("raw", "first", "second"))
@@ -68,7 +66,7 @@ class AutoWUState:
         return cls(
             **{**state}
             | {
-                "losses": History.of(state["losses"]),
+                "losses": History.from_losses(state["losses"]),
                 "votes": tuple(state["votes"]),
                 "epoch": tuple(state["epoch"]),
                 "fit": fit,
@@ -80,7 +78,7 @@ class AutoWUState:
 
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-    """Parameters of the warmup. ``steps`` is its maximum length; a test can end it earlier."""
+    """Parameters of the warmup. A test can end the warmup before its maximum length, ``steps``."""
 
     steps: int
     steps_per_epoch: int
@@ -99,7 +97,7 @@ class Warmup:
         return self.lr_between(self.max_lr, fraction)
 
     def lr_between(self, lr: float, fraction: float) -> float:
-        """Interpolate between ``min_lr`` (fraction 0) and ``lr`` (fraction 1)."""
+        """Return the learning rate between ``min_lr`` (fraction 0) and ``lr`` (fraction 1)."""
         if self.type == "linear":
             return self.min_lr + (lr - self.min_lr) * fraction
         return float(self.min_lr * (lr / self.min_lr) ** fraction)

@@ -28,19 +28,19 @@ class FeedbackController(Controller[S]):
 class FeedbackSchedule(Schedule[S]):
     """Base class of schedules that depend on the loss or on a metric.
 
-    The values are not known before the run. To preview the schedule, `curves` runs the controller
-    on a synthetic loss.
+    The values are not known before the run. For previews, `curves` runs the controller on a
+    synthetic loss.
     """
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = "loss"
 
     @abstractmethod
     def controller(self, base: Base) -> FeedbackController[S]:
-        """Return the controller for these base values. The schedule must already be resolved."""
+        """Return the controller for these initial values. All durations must be in steps."""
 
     @abstractmethod
     def synthetic_loss(self, step: int, lr: float) -> float:
-        """Return the loss that a preview uses at a step with learning rate ``lr``."""
+        """Return the synthetic loss of a step with learning rate ``lr``, for previews."""
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> FeedbackController[S]:
         """Resolve the schedule and return its controller."""
@@ -48,19 +48,19 @@ class FeedbackSchedule(Schedule[S]):
         return resolved.controller(base)
 
     def curves(self, base: Base) -> Curves:
-        """Return the learning rate of each group in a run on the synthetic loss."""
-        lrs_of_run = functools.cache(self._run_on_synthetic_loss)
+        """Return the learning rate of each param group in a run on the synthetic loss."""
+        run_once = functools.cache(self._run_on_synthetic_loss)
         groups = tuple(base["lr"])
 
         def curve(group: int) -> Curve:
             def value(step: float) -> float:
-                rows = lrs_of_run(groups)
+                rows = run_once(groups)
                 return rows[min(max(int(step), 0), len(rows) - 1)][group]
 
             return from_function(value)
 
-        made = {lr: curve(group) for group, lr in reversed(list(enumerate(groups)))}
-        return {"lr": tuple(made[lr] for lr in groups)}
+        curve_by_lr = {lr: curve(group) for group, lr in reversed(list(enumerate(groups)))}
+        return {"lr": tuple(curve_by_lr[lr] for lr in groups)}
 
     def _run_on_synthetic_loss(self, groups: tuple[float, ...]) -> list[tuple[float, ...]]:
         controller = self.controller({"lr": groups})

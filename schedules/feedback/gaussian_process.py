@@ -2,8 +2,8 @@
 
 The model is f ~ GP(mean, scale * exp(-(x - x')^2 / (2 l^2))) and y = f(x) + noise. With l = 0.2,
 about thirty features reproduce the kernel on [0, 1] to twelve digits. The size of a matrix is
-therefore the number of features, not the number of losses. Computing the posterior of thousands of
-losses takes less than a millisecond.
+therefore the number of features, not the number of losses, and computing the posterior of thousands
+of losses takes less than a millisecond.
 
 Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, chapters 2 and 5.
 """
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 __all__ = [
     "LENGTH_SCALE",
-    "Data",
     "Hyperparameters",
     "Posterior",
+    "Statistics",
+    "compute_statistics",
     "features",
-    "gathered",
     "solve_ratio",
 ]
 
@@ -65,7 +65,7 @@ def _whitening() -> Array:
     return np.asarray(vectors[:, kept] / np.sqrt(values[kept]))
 
 
-class Data(NamedTuple):
+class Statistics(NamedTuple):
     """Sufficient statistics of losses y at positions x, in the eigenbasis of phi^T phi."""
 
     size: float
@@ -81,14 +81,13 @@ class Data(NamedTuple):
     squares: float
 
     @classmethod
-    def of(cls, phi: Array, y: Array, weights: Array | None = None) -> Data:
+    def from_features(cls, phi: Array, y: Array, weights: Array | None = None) -> Statistics:
         """Compute the statistics of losses y at positions with features phi.
 
         Args:
             phi: features of each position, of shape (positions, features).
             y: loss at each position, of shape (positions,).
-            weights: number of losses that were averaged in each y, of shape (positions,). The
-                default is 1.
+            weights: number of losses averaged in each y, of shape (positions,). Defaults to 1.
         """
         root = np.ones(len(y)) if weights is None else np.sqrt(weights)
         scaled, ones, y = phi * root[:, None], root, y * root
@@ -104,18 +103,17 @@ class Data(NamedTuple):
         )
 
 
-def gathered(x: Array, y: Array) -> Data:
+def compute_statistics(x: Array, y: Array) -> Statistics:
     """Compute the statistics of losses y at positions x in [0, 1]."""
-    return Data.of(features(x), y)
+    return Statistics.from_features(features(x), y)
 
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """Noise, mean and scale of the Gaussian process, and the state of the Adam optimizer for them.
+    """Hyperparameters of the Gaussian process, and the state of the Adam optimizer that fits them.
 
-    The optimizer fits the unconstrained values ``raw``. The hyperparameters are computed from them:
-    noise = 1e-4 + softplus(raw[0]), mean = raw[1], scale = softplus(raw[2]). ``first`` and
-    ``second`` are Adam's moments.
+    Adam optimizes the unconstrained values ``raw``, with noise = 1e-4 + softplus(raw[0]),
+    mean = raw[1] and scale = softplus(raw[2]). ``first`` and ``second`` are Adam's moments.
     """
 
     raw: tuple[float, float, float]
@@ -125,7 +123,7 @@ class Hyperparameters:
 
     @classmethod
     def initial(cls, noise: float = 1e-3, scale: float = math.log(2)) -> Hyperparameters:
-        """Return hyperparameters with this noise and scale, and mean 0."""
+        """Return hyperparameters with the given noise and scale, and mean 0."""
         return cls((_inverse_softplus(noise - _LEAST_NOISE), 0.0, _inverse_softplus(scale)))
 
     @property
@@ -144,11 +142,11 @@ class Hyperparameters:
         return _softplus(self.raw[2])
 
     def with_mean(self, mean: float) -> Hyperparameters:
-        """Return a copy of the hyperparameters with this mean."""
+        """Return a copy of the hyperparameters with the given mean."""
         return dataclasses.replace(self, raw=(self.raw[0], mean, self.raw[2]))
 
-    def loss(self, data: Data) -> float:
-        """Return -log p(y) / n, the negative log likelihood per loss."""
+    def loss(self, data: Statistics) -> float:
+        """Return the negative log likelihood per data point, -log p(y) / n."""
         noise, mean, scale = self.noise, self.mean, self.scale
         ratio = scale / noise
         rest = data.squares - 2 * mean * data.total + data.size * mean**2
@@ -157,12 +155,12 @@ class Hyperparameters:
         logarithm = float(np.log1p(ratio * data.values).sum()) + data.size * math.log(noise)
         return 0.5 * (quadratic + logarithm + data.size * math.log(2 * math.pi)) / data.size
 
-    def gradient(self, data: Data) -> Slopes:
+    def gradient(self, data: Statistics) -> Slopes:
         """Return the gradient of `loss` with respect to ``raw``."""
         return _Slopes(data, self.mean)(*self.raw)
 
-    def fitted(self, data: Data, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
-        """Minimize `loss` with more steps of Adam, and return the new hyperparameters."""
+    def fit(self, data: Statistics, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
+        """Minimize `loss` with ``steps`` steps of Adam, and return the new hyperparameters."""
         raw, first, second = list(self.raw), list(self.first), list(self.second)
         slopes = _Slopes(data, self.mean)
         for step in range(self.steps + 1, self.steps + steps + 1):
@@ -181,18 +179,18 @@ class Hyperparameters:
 
 
 class _Slopes:
-    """Computes the gradient of `Hyperparameters.loss` many times on the same data.
+    """Computes gradients of `Hyperparameters.loss` on the same data.
 
-    The constructor computes a matrix from the data. Each gradient then takes only a product with
-    this matrix.
+    The constructor computes a matrix from the data, so that each gradient requires only a product
+    with this matrix.
 
     Args:
         data: statistics of the losses.
-        center: value close to the means at which the gradient will be computed. Subtracting it from
-            the losses reduces rounding errors.
+        center: value close to the means at which the gradient will be computed. It is subtracted
+            from the losses to reduce rounding errors.
     """
 
-    def __init__(self, data: Data, center: float) -> None:
+    def __init__(self, data: Statistics, center: float) -> None:
         self._size, self._values, self._center = data.size, data.values, center
         self._total = data.total - data.size * center
         self._squares = data.squares - 2 * center * data.total + data.size * center**2
@@ -234,11 +232,11 @@ class Posterior(NamedTuple):
 
     mean: Array
     root: Array
-    """A square root of the covariance, which is root @ root.T."""
+    """Square root of the covariance: root @ root.T is the covariance."""
 
     @classmethod
-    def of(cls, data: Data, by: Hyperparameters, basis: Array) -> Posterior:
-        """Return the posterior at the positions whose `features` are ``basis``."""
+    def from_statistics(cls, data: Statistics, by: Hyperparameters, basis: Array) -> Posterior:
+        """Return the posterior at the positions with the features ``basis``."""
         ratio = by.scale / by.noise
         shrunk = 1 / (1 + ratio * data.values)
         rotated = basis @ data.vectors
@@ -250,12 +248,12 @@ class Posterior(NamedTuple):
         """Variance of the process at each position."""
         return np.asarray((self.root**2).sum(1))
 
-    def deviation_from(self, place: int) -> Array:
-        """Return the variance of f(x) - f(place) at each position x."""
-        return np.asarray(((self.root - self.root[place]) ** 2).sum(1))
+    def compute_difference_variance(self, index: int) -> Array:
+        """Return the variance of f(x) - f(p) at each position x, where p is position ``index``."""
+        return np.asarray(((self.root - self.root[index]) ** 2).sum(1))
 
 
-def solve_ratio(data: Data, within: float = 0.0) -> Hyperparameters:
+def solve_ratio(data: Statistics, within: float = 0.0) -> Hyperparameters:
     """Return the scale and the noise with the highest likelihood, for a process with mean 0.
 
     The function tries 73 ratios rho = scale / noise from 1e-4 to 1e5. The best noise for each ratio
@@ -265,8 +263,8 @@ def solve_ratio(data: Data, within: float = 0.0) -> Hyperparameters:
 
     Args:
         data: statistics of the losses, with eigenvalues lambda and projections b.
-        within: sum of the squared deviations of the losses from their means, if ``data`` was
-            computed from means.
+        within: sum of the squared deviations of the losses from their means, if ``data`` has means
+            of several losses.
     """
     shrunk = _RATIOS / (1 + _RATIOS * data.values)
     noise = (data.squares + within - shrunk @ data.projected**2) / data.size

@@ -1,4 +1,4 @@
-"""`History`, an immutable list of losses. Adding a loss does not copy the list."""
+"""`History`, an immutable list of losses that can be extended without a copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["History"]
 
 
 class History:
-    """An immutable sequence of losses. A history shares its list with the one that it extends.
+    """An immutable sequence of losses. A history and its extension share the same list.
 
     >>> first = History().with_loss(1.0)
     >>> second, third = first.with_loss(2.0), first.with_loss(3.0)
@@ -27,17 +27,18 @@ class History:
         self._count = 0
 
     @classmethod
-    def of(cls, losses: Iterable[float]) -> History:
-        """Build a history that has these losses."""
+    def from_losses(cls, losses: Iterable[float]) -> History:
+        """Build a history from losses."""
         history = cls()
         history._shared = list(losses)
         history._count = len(history._shared)
         return history
 
     def with_loss(self, loss: float) -> History:
-        """Return a new history that has one more loss than this one."""
+        """Return a new history with one more loss."""
         if self._count != len(self._shared):
-            return History.of([*self, loss])  # A longer history already uses the shared list.
+            # A longer history already uses the shared list.
+            return History.from_losses([*self, loss])
         self._shared.append(loss)
         longer = History()
         longer._shared, longer._count = self._shared, self._count + 1

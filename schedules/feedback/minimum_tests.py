@@ -1,8 +1,8 @@
-"""Two tests of whether the loss has passed its minimum.
+"""Statistical tests that check whether the loss has passed its minimum.
 
-One is AutoWU's published test. The other, the robust test, does not depend on the scale of the
-loss. Both fit a Gaussian process to the losses of the warmup, with time scaled to [0, 1]. They
-estimate the probability that the loss was lower at an earlier time than it is now.
+There are two tests: AutoWU's published test, and a robust test that does not depend on the scale of
+the loss. Both tests fit a Gaussian process to the losses of the warmup, with time scaled to [0, 1],
+and estimate the probability that an earlier loss was lower than the current loss.
 
 Source: Kim et al., Automated learning rate scheduler for large-batch training,
 https://arxiv.org/abs/2107.05855, and its code, github.com/kakaobrain/autowu.
@@ -20,29 +20,29 @@ from numpy.typing import NDArray
 
 from schedules.core.controller import Band
 from schedules.feedback.gaussian_process import (
-    Data,
     Hyperparameters,
     Posterior,
+    Statistics,
+    compute_statistics,
     features,
-    gathered,
     solve_ratio,
 )
 
 __all__ = [
-    "Draw",
-    "Published",
-    "Robust",
-    "published_band",
-    "published_test",
-    "robust_band",
-    "robust_test",
+    "PublishedResult",
+    "RobustResult",
+    "Sampler",
+    "compute_published_band",
+    "compute_robust_band",
+    "run_published_test",
+    "run_robust_test",
 ]
 
 Array = NDArray[np.float64]
 
-Draw = Callable[[int, int], Array]
-"""Function that samples losses. It receives the number of losses and the number of samples, and
-returns the indices of the samples."""
+Sampler = Callable[[int, int], Array]
+"""Function that samples losses. Its arguments are the number of losses and the number of samples.
+It returns the indices of the samples."""
 
 CONFIDENCE = 0.95
 REDRAWS = 5
@@ -54,7 +54,7 @@ _ROBUST_FLOOR = 0.005**2
 _CONSTANT = 2.0
 
 
-class Published(NamedTuple):
+class PublishedResult(NamedTuple):
     """The result of the published test."""
 
     probabilities: tuple[float, ...]
@@ -64,7 +64,7 @@ class Published(NamedTuple):
     fit: Hyperparameters
 
     @property
-    def positive(self) -> bool:
+    def is_positive(self) -> bool:
         """Whether the probability exceeds `CONFIDENCE` for most of the samples."""
         votes = sum(probability > CONFIDENCE for probability in self.probabilities)
         return votes > REDRAWS / 2
@@ -75,87 +75,92 @@ class Published(NamedTuple):
         return sorted(self.probabilities)[REDRAWS // 2]
 
 
-def published_test(losses: Array, fit: Hyperparameters, draw: Draw) -> Published:
+def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> PublishedResult:
     """Run AutoWU's published test on all losses of the warmup so far.
 
     The test sets the mean of the Gaussian process to the mean of the losses. It then fits the
-    hyperparameters to at most 100 losses with 100 steps of Adam, which continue from the previous
-    fit. Finally it computes five posteriors, each from at most 500 losses. Losses that are not
-    finite are ignored, but the positions of the other losses do not change.
+    hyperparameters to at most 100 losses with 100 steps of Adam, starting from the previous fit.
+    Finally it computes five posteriors, each from at most 500 losses. Losses that are not finite
+    are ignored, but the positions of the other losses do not change.
 
     Args:
         losses: loss of each step, in order.
         fit: hyperparameters of the previous test, or `Hyperparameters.initial` in the first test.
-        draw: function that samples losses. It is used if there are more than 100 losses
-            for the fit or more than 500 for the posteriors.
+        sample: function that samples losses if there are more than 100 losses for the fit or more
+            than 500 for a posterior.
     """
-    places = np.arange(len(losses), dtype=np.float32) / np.float32(len(losses))
+    positions = np.arange(len(losses), dtype=np.float32) / np.float32(len(losses))
     finite = np.isfinite(losses)
-    x, y = places[finite].astype(np.float64), losses[finite].astype(np.float64)
+    x, y = positions[finite].astype(np.float64), losses[finite].astype(np.float64)
     if y.size < 2:
-        return Published((0.0,) * REDRAWS, (1.0,) * REDRAWS, fit)
-    chosen = draw(y.size, _FIT_POINTS) if y.size > _FIT_POINTS else slice(None)
-    fit = fit.with_mean(float(y.mean())).fitted(gathered(x[chosen], y[chosen]))
+        return PublishedResult((0.0,) * REDRAWS, (1.0,) * REDRAWS, fit)
+    chosen = sample(y.size, _FIT_POINTS) if y.size > _FIT_POINTS else slice(None)
+    fit = fit.with_mean(float(y.mean())).fit(compute_statistics(x[chosen], y[chosen]))
     found = []
     for _ in range(REDRAWS if y.size > _POINTS else 1):
-        chosen = draw(y.size, _POINTS) if y.size > _POINTS else slice(None)
-        posterior = Posterior.of(gathered(x[chosen], y[chosen]), fit, _basis(_GRID))
+        chosen = sample(y.size, _POINTS) if y.size > _POINTS else slice(None)
+        posterior = Posterior.from_statistics(
+            compute_statistics(x[chosen], y[chosen]), fit, _basis(_GRID)
+        )
         found.append((_certainty(posterior, -1, _FLOOR), _argmin(posterior)))
     probabilities, argmins = zip(*found * (REDRAWS // len(found)), strict=True)
-    return Published(probabilities, argmins, fit)
+    return PublishedResult(probabilities, argmins, fit)
 
 
-def published_band(losses: Array, fit: Hyperparameters) -> Band:
-    """Return the Gaussian process of `published_test`, computed from all losses.
+def compute_published_band(losses: Array, fit: Hyperparameters) -> Band:
+    """Return the Gaussian process of `run_published_test`, fitted to all losses.
 
     Args:
         losses: loss of each step, in order. At least one must be finite.
-        fit: hyperparameters that the test returned.
+        fit: hyperparameters returned by the test.
     """
     finite = np.isfinite(losses)
     x = np.arange(losses.size)[finite] / losses.size
-    return _band(Posterior.of(gathered(x, losses[finite]), fit, _basis(_GRID)))
+    return _band(
+        Posterior.from_statistics(compute_statistics(x, losses[finite]), fit, _basis(_GRID))
+    )
 
 
-class Robust(NamedTuple):
+class RobustResult(NamedTuple):
     """The result of the robust test."""
 
     now: float
-    """Probability that the loss is above its minimum now."""
+    """Probability that the current loss is above the minimum."""
     start: float
-    """Probability that the loss was above its minimum at the start."""
+    """Probability that the initial loss is above the minimum."""
     argmin: float
     """Position of the minimum (0 to 1)."""
 
     @property
-    def positive(self) -> bool:
+    def is_positive(self) -> bool:
         """Whether both probabilities exceed `CONFIDENCE`."""
         return min(self.now, self.start) > CONFIDENCE
 
 
-def robust_test(losses: Array) -> Robust:
-    """Run a test that is robust to noise and spikes, and does not depend on the scale of the loss.
+def run_robust_test(losses: Array) -> RobustResult:
+    """Run the robust test on all losses of the warmup so far.
 
-    The test clips losses that differ from the lowest loss by more than twice the descent so far. A
-    loss that is not finite becomes the upper limit. The losses are then compressed by asinh and
-    averaged in at most 256 bins. The test needs no random samples and no optimizer, because the
+    The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
+    losses that differ from the lowest loss by more than twice the descent so far, and replaces
+    losses that are not finite by the upper limit. The losses are then compressed by asinh and
+    averaged in at most 256 bins. The test requires no random samples and no optimizer, because the
     best noise has a closed form.
 
     Args:
         losses: loss of each step of the warmup so far, in order. There must be at least 8.
     """
-    posterior = _robust_posterior(_Compression.of(losses)(losses))
-    return Robust(
+    posterior = _robust_posterior(_Compression.from_losses(losses)(losses))
+    return RobustResult(
         _certainty(posterior, -1, _ROBUST_FLOOR),
         _certainty(posterior, 0, _ROBUST_FLOOR),
         _argmin(posterior),
     )
 
 
-def robust_band(losses: Array) -> Band:
-    """Return the Gaussian process of `robust_test` on the original scale of the losses."""
-    compression = _Compression.of(losses)
-    return _band(_robust_posterior(compression(losses)), compression.inverse)
+def compute_robust_band(losses: Array) -> Band:
+    """Return the Gaussian process of `run_robust_test` on the original scale of the losses."""
+    compression = _Compression.from_losses(losses)
+    return _band(_robust_posterior(compression(losses)), compression.invert)
 
 
 def _robust_posterior(y: Array) -> Posterior:
@@ -168,9 +173,9 @@ def _robust_posterior(y: Array) -> Posterior:
     means = np.add.reduceat(y, starts[:-1]) / weights
     within = float(y @ y - weights @ means**2)
     constant = np.full((x.size, 1), _CONSTANT)
-    data = Data.of(np.hstack([features(x), constant]), means, weights)
+    data = Statistics.from_features(np.hstack([features(x), constant]), means, weights)
     grid = np.hstack([_basis(_ROBUST_GRID), np.full((_ROBUST_GRID, 1), _CONSTANT)])
-    posterior = Posterior.of(data, solve_ratio(data, within), grid)
+    posterior = Posterior.from_statistics(data, solve_ratio(data, within), grid)
     return posterior._replace(mean=posterior.mean + center)
 
 
@@ -183,7 +188,7 @@ class _Compression(NamedTuple):
     unit: float
 
     @classmethod
-    def of(cls, losses: Array) -> _Compression:
+    def from_losses(cls, losses: Array) -> _Compression:
         y = np.asarray(losses, float)
         finite = np.isfinite(y)
         if not finite.any():
@@ -203,17 +208,17 @@ class _Compression(NamedTuple):
             below, above = np.quantile(y[finite], (0.1, 0.9))
             spread = float(above - below) or 1.0
         clips = cls(low - 2 * spread, low + 2 * spread, 0.0, 0.1 * spread)
-        return clips._replace(origin=float(np.quantile(clips._clipped(y), 0.05)))
+        return clips._replace(origin=float(np.quantile(clips._clip(y), 0.05)))
 
     def __call__(self, losses: Array) -> Array:
-        scaled = (self._clipped(losses) - self.origin) / self.unit
+        scaled = (self._clip(losses) - self.origin) / self.unit
         return np.asarray(np.arcsinh(scaled) / math.asinh(10))
 
-    def _clipped(self, losses: Array) -> Array:
+    def _clip(self, losses: Array) -> Array:
         y = np.asarray(losses, float)
         return np.clip(np.where(np.isfinite(y), y, np.inf), self.low, self.high)
 
-    def inverse(self, compressed: Array) -> Array:
+    def invert(self, compressed: Array) -> Array:
         scaled = np.sinh(compressed * math.asinh(10))
         return np.asarray(scaled * self.unit + self.origin)
 
@@ -223,11 +228,11 @@ def _basis(points: int) -> Array:
     return features(np.linspace(0, 1, points))
 
 
-def _certainty(posterior: Posterior, place: int, floor: float) -> float:
-    """Return the maximum of P(f(place) > f(x)) over all other positions x."""
-    rise = posterior.mean[place] - posterior.mean
-    ratio = rise / np.sqrt(posterior.deviation_from(place) + floor)
-    others = np.delete(ratio, place)
+def _certainty(posterior: Posterior, index: int, floor: float) -> float:
+    """Return the maximum over x of P(f(p) > f(x)), where p is the position ``index``."""
+    rise = posterior.mean[index] - posterior.mean
+    ratio = rise / np.sqrt(posterior.compute_difference_variance(index) + floor)
+    others = np.delete(ratio, index)
     return 0.5 * math.erfc(-float(others.max()) / math.sqrt(2))
 
 

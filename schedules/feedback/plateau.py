@@ -1,4 +1,4 @@
-"""ReduceLROnPlateau, a schedule that reduces the learning rate if a metric stops improving."""
+"""ReduceLROnPlateau, a schedule that reduces the learning rate when a metric stops improving."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from schedules.core.controller import Base, Decision, Values
 from schedules.core.fields import LearningRate, Range
-from schedules.core.schedule import Fault, broadcast, schedule_class
+from schedules.core.schedule import ParameterProblem, broadcast, schedule_class
 from schedules.feedback.base import FeedbackController, FeedbackSchedule
 
 __all__ = ["ReduceLROnPlateau"]
 
-Waits = Annotated[int, Range(at_least=0), "metrics"]
+MetricCount = Annotated[int, Range(at_least=0), "metrics"]
 
 
 class PlateauState(NamedTuple):
@@ -24,7 +24,7 @@ class PlateauState(NamedTuple):
     bad: int = 0
     """Number of consecutive metrics without improvement."""
     rests: int = 0
-    """Number of metrics until the cooldown after the last reduction ends."""
+    """Remaining number of metrics in the cooldown after the last reduction."""
     factor: float = 1.0
     """Product of the factors of all reductions so far."""
     reductions: int = 0
@@ -33,7 +33,7 @@ class PlateauState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-    """Computes a factor on the learning rate from the metrics, with `ReduceLROnPlateau`'s rule.
+    """Computes a factor on the learning rate from the metrics, like `ReduceLROnPlateau`.
 
     >>> rule = Plateau(factor=0.5, patience=1)
     >>> state = rule.init()
@@ -55,7 +55,7 @@ class Plateau:
         return PlateauState()
 
     def update(self, state: PlateauState, metric: float) -> PlateauState:
-        """Return the state after one more metric. NaN does not count as an improvement."""
+        """Return the state after one more metric. NaN is not an improvement."""
         best, bad, rests = state.best, state.bad + 1, state.rests
         if self._is_better(metric, best):
             best, bad = metric, 0
@@ -89,14 +89,14 @@ class _State(NamedTuple):
 class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "factor": 0.5}):
     """Reduce the learning rate when a metric has stopped improving.
 
-    An improvement is a metric that is better than the best so far by more than ``threshold``. After
-    more than ``patience`` metrics in a row without improvement::
+    A metric is an improvement if it is better than the best metric so far by more than
+    ``threshold``. After more than ``patience`` consecutive metrics without improvement::
 
         lr = max(lr * factor, min_lr)
 
-    Pass the metric when it is available, for example at the end of an epoch:
-    ``trainer.step(metric=…)``, or ``step(metric)`` in a custom loop. Steps without a metric change
-    nothing. Previews show a run on a synthetic metric.
+    Pass the metric when it is available, for example at the end of an epoch, to
+    ``trainer.step(metric=…)``, or to ``step(metric)`` in a custom loop. Steps without a metric do
+    not change the learning rate. Previews show a run on a synthetic metric.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -115,22 +115,22 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     """Whether a smaller ("min") or a larger ("max") metric is better."""
     factor: Annotated[float, Range(at_least=0)] = 0.1
     """Factor on the learning rate at each reduction."""
-    patience: Waits = 10
-    """Number of metrics in a row without improvement that are tolerated."""
+    patience: MetricCount = 10
+    """Number of consecutive metrics without improvement to tolerate."""
     threshold: Annotated[float, Range(at_least=0)] = 1e-4
-    """Minimum change that counts as an improvement."""
+    """Minimum change of the metric for an improvement."""
     threshold_mode: Literal["rel", "abs"] = "rel"
     """Whether `threshold` is a fraction of the best metric ("rel") or a difference ("abs")."""
-    cooldown: Waits = 0
+    cooldown: MetricCount = 0
     """Number of metrics to ignore after a reduction."""
     min_lr: LearningRate = 0.0
     """Lower bound of the learning rate."""
     eps: Annotated[float, Range(at_least=0)] = 1e-8
     """Minimum change of the learning rate; smaller reductions are skipped."""
 
-    def faults(self) -> Iterator[Fault]:
+    def find_problems(self) -> Iterator[ParameterProblem]:
         if self.factor >= 1:
-            yield Fault("factor", f"`factor` must be less than 1, got {self.factor:g}.")
+            yield ParameterProblem("factor", f"`factor` must be less than 1, got {self.factor:g}.")
 
     @property
     def span(self) -> int:
@@ -145,7 +145,7 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
 
 
 class PlateauController(FeedbackController[_State]):
-    """Runs `ReduceLROnPlateau` for param groups that have the given base learning rates."""
+    """Runs `ReduceLROnPlateau` for param groups with the given initial learning rates."""
 
     def __init__(self, params: ReduceLROnPlateau, lrs: tuple[float, ...]) -> None:
         self._lrs = lrs
@@ -171,8 +171,8 @@ class PlateauController(FeedbackController[_State]):
         if plateau.reductions == state.plateau.reductions:
             return state._replace(step=step, plateau=plateau)
         lrs = tuple(map(self._reduce, state.lrs, self._least))
-        why = f"the metric has not improved in {self._rule.patience + 1} evaluations"
-        return _State(step, plateau, lrs, Decision(step, lrs[0], why))
+        reason = f"the metric has not improved in {self._rule.patience + 1} evaluations"
+        return _State(step, plateau, lrs, Decision(step, lrs[0], reason))
 
     def _reduce(self, lr: float, least: float) -> float:
         new = max(lr * self._rule.factor, least)

@@ -1,4 +1,4 @@
-"""The two tests that can end AutoWU's warmup. Each needs several confident results to end it."""
+"""The tests that can end AutoWU's warmup. The warmup ends after several confident results."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from schedules.feedback.autowu_state import AutoWUState, Warmup
 from schedules.feedback.gaussian_process import Hyperparameters
 from schedules.feedback.minimum_tests import (
     CONFIDENCE,
-    published_band,
-    published_test,
-    robust_band,
-    robust_test,
+    compute_published_band,
+    compute_robust_band,
+    run_published_test,
+    run_robust_test,
 )
 
-__all__ = ["PublishedTest", "RobustTest", "TorchDraws", "Verdict", "WarmupTest"]
+__all__ = ["PublishedTest", "RobustTest", "TorchSampler", "Verdict", "WarmupTest"]
 
 _PATIENCE = 3  # The published test ends the warmup after this many confident results in a row.
 _ROBUST_TESTS = 60  # The robust test runs this many times in a warmup of maximum length.
@@ -47,9 +47,9 @@ class WarmupTest(ABC):
     dtype: ClassVar[type]
     """Data type of the losses that `apply` receives."""
     cooldown_lead: ClassVar[int]
-    """Number of steps that are skipped at the start of the cooldown."""
+    """Number of steps to skip at the start of the cooldown."""
     enforces_cooldown: ClassVar[bool]
-    """Whether the last part of the run is a cooldown even if ``immediate_cooldown`` is true."""
+    """Whether ``cooldown_fraction`` also applies if ``immediate_cooldown`` is true."""
 
     def __init__(self, warmup: Warmup) -> None:
         self.warmup = warmup
@@ -68,7 +68,7 @@ class WarmupTest(ABC):
         """Run the test on all losses of the warmup so far."""
 
     @abstractmethod
-    def likely_minimum(self, state: AutoWUState) -> float | None:
+    def find_likely_minimum(self, state: AutoWUState) -> float | None:
         """Return the most likely position of the minimum (0 to 1), or None if it is unknown."""
 
     @abstractmethod
@@ -100,19 +100,19 @@ class PublishedTest(WarmupTest):
         return step % self.interval == 0
 
     def apply(self, state: AutoWUState, losses: NDArray[Any]) -> Verdict:
-        draws = TorchDraws(state.draws)
-        found = published_test(losses, state.fit or Hyperparameters.initial(), draws.draw)
-        votes = (*state.votes, found.positive)[-_PATIENCE:]
+        sampler = TorchSampler(state.draws)
+        found = run_published_test(losses, state.fit or Hyperparameters.initial(), sampler.sample)
+        votes = (*state.votes, found.is_positive)[-_PATIENCE:]
         state = dataclasses.replace(
-            state, fit=found.fit, draws=draws.state, votes=votes, chance=found.probability
+            state, fit=found.fit, draws=sampler.state, votes=votes, chance=found.probability
         )
         return Verdict(state, sum(votes) >= _PATIENCE, found.argmins, found.probability)
 
-    def likely_minimum(self, state: AutoWUState) -> None:
+    def find_likely_minimum(self, state: AutoWUState) -> None:
         del state
 
     def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:
-        return None if state.fit is None else published_band(losses, state.fit)
+        return None if state.fit is None else compute_published_band(losses, state.fit)
 
     def warning(self) -> str | None:
         steps = self.warmup.steps
@@ -120,9 +120,9 @@ class PublishedTest(WarmupTest):
             return None
         return (
             f"AutoWU's warmup of at most {steps} steps is shorter than {_PATIENCE + 1} epochs of "
-            f"{self.interval} steps, so no test can end it. It will end at lr "
-            f"{self.warmup.lr(steps):.2g} or at the cooldown. Train for more epochs, or set "
-            '"test": "robust".'
+            f"{self.interval} steps, so no test can end it. The warmup will end at lr "
+            f"{self.warmup.lr(steps):.2g} or when the cooldown starts. Train for more epochs, or "
+            'set "test": "robust".'
         )
 
 
@@ -144,9 +144,9 @@ class RobustTest(WarmupTest):
         return step % self.interval == 0 and step >= 2 * self.interval + 6
 
     def apply(self, state: AutoWUState, losses: NDArray[Any]) -> Verdict:
-        found = robust_test(losses)
+        found = run_robust_test(losses)
         lost = not np.isfinite(losses[-self.interval :]).any()
-        votes = (*state.votes, True) if found.positive or lost else ()
+        votes = (*state.votes, True) if found.is_positive or lost else ()
         alone = state.alone + 1 if found.now > CONFIDENCE else 0
         state = dataclasses.replace(
             state, votes=votes, alone=alone, chance=found.now, argmin=found.argmin
@@ -155,38 +155,38 @@ class RobustTest(WarmupTest):
         ends_warmup = len(votes) >= patience or alone >= 3 * patience
         return Verdict(state, ends_warmup, (found.argmin,), found.now)
 
-    def likely_minimum(self, state: AutoWUState) -> float | None:
+    def find_likely_minimum(self, state: AutoWUState) -> float | None:
         return state.argmin if state.chance > 0.5 else None
 
     def band(self, losses: NDArray[Any], state: AutoWUState) -> Band:
         del state
-        return robust_band(losses)
+        return compute_robust_band(losses)
 
     def warning(self) -> str | None:
         steps = self.warmup.steps
         if steps >= _SHORTEST:
             return None
         return (
-            f"AutoWU's warmup of at most {steps} steps is short: with fewer than {_SHORTEST} "
-            "losses, the test is rarely confident. Train for more steps."
+            f"AutoWU's warmup of at most {steps} steps is short. The test is rarely confident with "
+            f"fewer than {_SHORTEST} losses. Train for more steps."
         )
 
 
-class TorchDraws:
-    """Samples indices without replacement, with the random numbers of the published code.
+class TorchSampler:
+    """Samples indices without replacement, with the same random numbers as the published code.
 
-    They come from a PyTorch generator with seed 0.
+    The random numbers come from a PyTorch generator with seed 0.
 
     Args:
-        state: `state` of an earlier instance whose random numbers are continued. By default, the
-            generator starts from its seed.
+        state: attribute `state` of an earlier sampler, to continue its random numbers. By default,
+            the generator starts from the seed.
     """
 
     def __init__(self, state: str | None = None) -> None:
         self.state = state
 
-    def draw(self, count: int, wanted: int) -> Any:
-        """Return ``wanted`` different indices that are less than ``count``, in ascending order."""
+    def sample(self, count: int, wanted: int) -> Any:
+        """Return ``wanted`` distinct indices from 0 to ``count - 1``, in ascending order."""
         import torch
 
         generator = torch.Generator()

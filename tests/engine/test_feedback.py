@@ -74,7 +74,7 @@ def test_report_directory_receives_the_plot_of_the_decision(tmp_path):
     evidence = trainer.lr_scheduler.evidence
     assert evidence.decision == trainer.lr_scheduler.decision
     assert len(evidence.losses) == evidence.decision.step
-    lowest = min(zip(evidence.band.mean, evidence.band.places, strict=True))[1]
+    lowest = min(zip(evidence.band.mean, evidence.band.positions, strict=True))[1]
     lr = evidence.lrs[0] * (evidence.lrs[-1] / evidence.lrs[0]) ** lowest
     assert lr == pytest.approx(evidence.decision.lr, rel=1e-6)
 

@@ -19,7 +19,7 @@ from schedules import (
     from_config,
     trace,
 )
-from schedules.core.fields import Duration, fields_of
+from schedules.core.fields import Duration, read_fields
 from tests.testing.schedule_bounds import LR_LEVELS, UNBOUNDED, bounds_of
 from tests.testing.schedule_instances import instances
 
@@ -50,7 +50,7 @@ drawing = settings(
 def test_schedule_values_are_finite_and_within_the_declared_bounds(cls, data):
     schedule = data.draw(instances(cls))
     values = trace(schedule, STEPS, base=BASE, horizon=HORIZON)
-    assert tuple(values) == schedule.drives
+    assert tuple(values) == schedule.hyperparameters
     resolved = schedule.resolve(HORIZON).per_group(2)[0]
     for name, array in values.items():
         assert array.shape == (STEPS, 2)
@@ -147,11 +147,11 @@ def test_schedule_different_groups_keep_different_values(cls):
 def test_curve_pieces_from_any_step_equal_pieces_from_step_0(cls, data):
     schedule = data.draw(instances(cls))
     start = data.draw(st.integers(0, STEPS - 1))
-    for curves in schedule.curves_for(BASE, HORIZON).values():
+    for curves in schedule.build_curves(BASE, HORIZON).values():
         values = [
-            piece.at(step)
+            piece.formula(step)
             for piece in curves[0].pieces(start, STEPS)
-            for step in range(int(piece.begin), int(piece.end))
+            for step in range(int(piece.start), int(piece.end))
         ]
         assert values == list(curves[0].values(STEPS))[start:]
 
@@ -176,11 +176,11 @@ def test_scale_ratio_with_warmup_stretches_the_whole_curve(cls, data, ratio):
     assume(float(getattr(schedule, "t_mult", 1)).is_integer())
     scaled = Horizon(**vars(HORIZON) | {"scale_ratio": ratio, "scale_warmup": True})
     try:
-        ours = schedule.curves_for(BASE, scaled)
+        ours = schedule.build_curves(BASE, scaled)
     except ScheduleError:
         assume(False)
         raise
-    plain = schedule.curves_for(BASE, HORIZON)
+    plain = schedule.build_curves(BASE, HORIZON)
     stride = max(1, int(1 / ratio))
     for name, curves in plain.items():
         for step in range(0, 60, stride * 2):
@@ -191,7 +191,9 @@ def test_scale_ratio_with_warmup_stretches_the_whole_curve(cls, data, ratio):
 
 
 def warmup_fields(cls):
-    return [name for name, field in fields_of(cls).items() if (field.duration or NO_WARMUP).warmup]
+    return [
+        name for name, field in read_fields(cls).items() if (field.duration or NO_WARMUP).warmup
+    ]
 
 
 @pytest.mark.parametrize("cls", [cls for cls in SCHEDULES.values() if warmup_fields(cls)])
@@ -209,9 +211,9 @@ def test_scale_ratio_without_warmup_keeps_the_warmup(cls, data, ratio):
     except ScheduleError:
         assume(False)  # the scaled run is shorter than its warmup
         raise
-    for name, field in fields_of(cls).items():
+    for name, field in read_fields(cls).items():
         before, after = getattr(plain, name), getattr(scaled, name)
-        if cls.clock_is_step and field.duration is not None:
+        if cls.has_rate_per_step and field.duration is not None:
             continue  # the curves are stretched instead of the durations
         if field.duration is None or before is None or field.duration.warmup:
             assert after == before
@@ -220,8 +222,8 @@ def test_scale_ratio_without_warmup_keeps_the_warmup(cls, data, ratio):
             expected = tuple(int(each * ratio) for each in steps)
             assert after == (expected if isinstance(before, tuple) else expected[0])
     end = max(getattr(plain, name) or 0 for name in warmup_fields(cls))
-    for name, curves in schedule.curves_for(BASE, horizon).items():
+    for name, curves in schedule.build_curves(BASE, horizon).items():
         if name == "lr":
-            before = schedule.curves_for(BASE, HORIZON)[name][0]
+            before = schedule.build_curves(BASE, HORIZON)[name][0]
             expected = pytest.approx(list(before.values(end)), rel=1e-9, abs=1e-12)
             assert list(curves[0].values(end)) == expected

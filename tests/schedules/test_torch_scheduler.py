@@ -211,8 +211,8 @@ def test_attach_failing_leaves_the_optimizer_unchanged():
     with pytest.raises(ValueError) as error:
         attach("OneCycle", optimizer, **CYCLE)
     message = str(error.value)
-    assert "Param group 0 of Adagrad must have `momentum` or `betas`" in message
-    assert "got lr, lr_decay, eps" in message
+    assert "sets `momentum` or `betas`, but param group 0 of Adagrad has" in message
+    assert "only lr, lr_decay, eps" in message
     assert 'Set `"cycle_momentum": false`' in message
     assert without_tensors(optimizer) == before
 
@@ -227,14 +227,14 @@ def test_binder_step_after_a_group_was_added_is_an_error():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
     binder = attach("OneCycle", optimizer, **CYCLE)
     optimizer.add_param_group({"params": weights()})
-    with pytest.raises(ValueError, match=r"number of param groups .* \(1\), got 2"):
+    with pytest.raises(ValueError, match="had 1 param groups when .* has 2 now"):
         binder.step()
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda o: attach("OneCycle", o, **CYCLE).step(5), "step() takes no `epoch`"),
+        (lambda o: attach("OneCycle", o, **CYCLE).step(5), "step() accepts no `epoch`"),
         (lambda o: attach(schedules.WarmupLR(), o, warmup_num_steps=5), "with WarmupLR("),
         (lambda o: attach("OneCicle", o), "Did you mean `OneCycle`?"),
     ],
@@ -303,7 +303,7 @@ def test_binder_in_sequential_lr_matches_torch():
 
 def test_binder_with_feedback_without_a_loss_rejects_the_step():
     binder = attach("AutoWU", torch.optim.SGD(weights(), lr=0.1), **AUTOWU)
-    with pytest.raises(ValueError, match="must receive the loss"):
+    with pytest.raises(ValueError, match="requires the loss"):
         binder.step()
     assert binder.last_epoch == 0
 

@@ -6,7 +6,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from schedules import Horizon, Schedule, ScheduleError
-from schedules.core.fields import Field, fields_of
+from schedules.core.fields import Field, read_fields
 from schedules.families.general import SHAPES
 from schedules.families.pytorch import OneCycleLR
 
@@ -105,7 +105,7 @@ def instances(draw: st.DrawFn, cls: type[Schedule[Any]], multiple: int = 1) -> S
     """Draw a schedule with valid fields; durations in steps are multiples of ``multiple``."""
     params = {
         name: draw(_value(field, multiple))
-        for name, field in fields_of(cls).items()
+        for name, field in read_fields(cls).items()
         if name != "last_batch_iteration"
         and (field.required or field.duration is not None or draw(st.booleans()))
     }

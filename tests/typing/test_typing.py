@@ -13,7 +13,7 @@ from textwrap import indent
 import pytest
 
 from schedules import SCHEDULES, Horizon
-from schedules.core.fields import fields_of
+from schedules.core.fields import read_fields
 from tests.typing import user_code
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def call(type_name, params):
 
 
 def misspelled_call(type_name, cls):
-    name = next(iter(fields_of(cls)))
+    name = next(iter(read_fields(cls)))
     return call(type_name, {**cls.example, name[:-1]: cls.example.get(name)})
 
 
@@ -58,7 +58,7 @@ CALLS = {
     "calls_with_wrong_types": [
         call(type_name, {**cls.example, name: {}})
         for type_name, cls in SCHEDULES.items()
-        for name in fields_of(cls)
+        for name in read_fields(cls)
     ],
 }
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Print the documentation of a rule, or one line per rule."""
     from engine.config.rules.pages import RULEBOOK
-    from schedules.core.spelling import nearest
+    from schedules.core.spelling import find_nearest
 
     if args.rule is None:
         width = max(map(len, RULEBOOK))
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             print(f"{name:{width}}  {page.summary}", file=out)
         return OK
     if args.rule not in RULEBOOK:
-        near = nearest(args.rule, RULEBOOK)
+        near = find_nearest(args.rule, RULEBOOK)
         fix = f"Did you mean `{near}`?" if near else "Run `onecycle explain` to list all rules."
         raise ValueError(f"Unknown rule `{args.rule}`. {fix}")
     page = RULEBOOK[args.rule]

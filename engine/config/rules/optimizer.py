@@ -16,7 +16,10 @@ def _check_momentum(context: RuleContext) -> Iterator[Problem]:
     if name is None or context.schedule is None:
         return
     parameters = OPTIMIZERS[name]["properties"]
-    if "momentum" in context.schedule.drives and not {"momentum", "betas"} & parameters.keys():
+    if (
+        "momentum" in context.schedule.hyperparameters
+        and not {"momentum", "betas"} & parameters.keys()
+    ):
         kind = context.get_section("scheduler")["type"]
         message = f"{kind} changes momentum or betas, but {name} has neither."
         hint = 'Set "cycle_momentum": false in scheduler.params, or choose another optimizer.'

@@ -9,7 +9,7 @@ from typing import Any
 from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
 from schedules import SCHEDULES
-from schedules.core.fields import fields_of
+from schedules.core.fields import read_fields
 
 __all__ = ["RULES"]
 
@@ -74,7 +74,7 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
     for name in ("betas", "momentum"):
         if (
             name in params
-            and "momentum" in evaluated.schedule.drives
+            and "momentum" in evaluated.schedule.hyperparameters
             and evaluated.overwrites("momentum")
         ):
             low, high = evaluated.get_range("momentum")
@@ -168,7 +168,7 @@ def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
 
 
 def _get_onecycle_default(name: str) -> Any:
-    return fields_of(SCHEDULES["OneCycle"])[name].default
+    return read_fields(SCHEDULES["OneCycle"])[name].default
 
 
 def _format_first_step_size(cycle: Mapping[str, Any]) -> str:

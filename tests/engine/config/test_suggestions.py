@@ -8,8 +8,8 @@ import pytest
 from engine.config.parser import parse
 from engine.config.validate import check
 from schedules import SCHEDULES, ScheduleError, from_config
-from schedules.core.fields import fields_of
-from schedules.core.spelling import nearest
+from schedules.core.fields import read_fields
+from schedules.core.spelling import find_nearest
 
 
 def suggest_in_validate(name, key, value):
@@ -24,7 +24,7 @@ def suggest_in_constructor(name, key, value):
     """Return the parameter that `from_config` suggests for an unknown one."""
     with pytest.raises(ScheduleError) as error:
         from_config({"type": name, "params": {key: value}})
-    message = next(f.message for f in error.value.faults if f"`{key}`" in f.message)
+    message = next(f.message for f in error.value.problems if f"`{key}`" in f.message)
     found = re.search(r"Did you mean `(\w+)`", message)
     return found[1] if found else ""
 
@@ -48,9 +48,9 @@ def test_suggestion_is_the_same_in_validate_and_from_config(name, key, meant):
 def test_suggestion_for_every_truncated_parameter_is_the_same():
     compared = 0
     for name, cls in SCHEDULES.items():
-        for key, field in fields_of(cls).items():
+        for key, field in read_fields(cls).items():
             value = cls.example.get(key, None if field.required else field.default)
-            if key[:-1] and key[:-1] not in fields_of(cls) and value is not None:
+            if key[:-1] and key[:-1] not in read_fields(cls) and value is not None:
                 theirs = suggest_in_validate(name, key[:-1], value)
                 assert theirs == suggest_in_constructor(name, key[:-1], value), (name, key)
                 compared += 1
@@ -68,4 +68,4 @@ def test_suggestion_for_every_truncated_parameter_is_the_same():
     ],
 )
 def test_nearest_returns_one_name_or_none(name, known, expected):
-    assert nearest(name, known) == expected
+    assert find_nearest(name, known) == expected

@@ -3,7 +3,7 @@
 import pytest
 
 from schedules import Horizon, ScheduleError, from_config, trace
-from schedules.core.durations import DurationError, steps_of
+from schedules.core.durations import DurationError, convert_to_steps
 
 RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=4)
 
@@ -27,32 +27,32 @@ RUN = Horizon(total_steps=100, steps_per_epoch=10, samples_per_step=4)
         ("1e2ba", 1.0, 100),
     ],
 )
-def test_steps_of_duration_returns_scaled_steps(duration, ratio, expected):
+def test_convert_to_steps_duration_returns_scaled_steps(duration, ratio, expected):
     horizon = Horizon(**vars(RUN) | {"scale_ratio": ratio})
-    assert steps_of(duration, horizon, scaled=True) == expected
+    assert convert_to_steps(duration, horizon, scaled=True) == expected
 
 
-def test_steps_of_unscaled_duration_scales_only_a_fraction_of_the_run():
+def test_convert_to_steps_unscaled_duration_scales_only_a_fraction_of_the_run():
     half = Horizon(**vars(RUN) | {"scale_ratio": 0.5})
-    assert steps_of("2ep", half, scaled=False) == 20
-    assert steps_of("0.2dur", half, scaled=False) == 10
+    assert convert_to_steps("2ep", half, scaled=False) == 20
+    assert convert_to_steps("0.2dur", half, scaled=False) == 10
 
 
 @pytest.mark.parametrize(
     ("duration", "message"),
     [
-        ("10tok", "counts tokens, which vary from batch to batch"),
+        ("10tok", "cannot be converted to steps"),
         ("1.5ep", "must be a whole number of ep"),
         ("10s", "got '10s'"),
         ("", "got ''"),
-        ("0.5dur", 'needs the length of the run. Set "engine": {"max_duration"'),
-        ("2ep", "needs the length of an epoch. Pass `training_data`"),
-        ("8sp", "needs the number of samples per step. Set `train_batch_size`"),
+        ("0.5dur", 'requires the length of the run. Set "engine": {"max_duration"'),
+        ("2ep", "requires the length of an epoch. Pass `training_data`"),
+        ("8sp", "requires the number of samples per step. Set `train_batch_size`"),
     ],
 )
-def test_steps_of_invalid_duration_or_missing_horizon_is_an_error(duration, message):
+def test_convert_to_steps_invalid_duration_or_missing_horizon_is_an_error(duration, message):
     with pytest.raises(DurationError) as error:
-        steps_of(duration, Horizon(), scaled=True)
+        convert_to_steps(duration, Horizon(), scaled=True)
     assert message in str(error.value)
 
 
@@ -85,8 +85,8 @@ def test_from_config_conflicting_durations_name_the_field(block, field, message)
     type_name, params = block
     with pytest.raises(ScheduleError) as error:
         from_config({"type": type_name, "params": params}, horizon=RUN)
-    assert [fault.field for fault in error.value.faults] == [field]
-    assert message in error.value.faults[0].message
+    assert [fault.field for fault in error.value.problems] == [field]
+    assert message in error.value.problems[0].message
 
 
 def halved_every_hundred(step):
@@ -108,7 +108,7 @@ def test_from_config_function_path_multiplies_base_lr():
     [
         ("no_such_module:f", "there is no module 'no_such_module'"),
         (f"{__name__}:nothing", "has no attribute 'nothing'"),
-        (f"{__name__}:RUN", "`scheduler.type` must name a scheduler class"),
+        (f"{__name__}:RUN", "`scheduler.type` must be the import path of a scheduler class"),
     ],
 )
 def test_from_config_path_without_schedule_is_rejected(path, message):

@@ -12,8 +12,8 @@ import pytest
 
 import schedules
 from schedules import SCHEDULES, Horizon, Schedule, register, trace
-from schedules.core.fields import fields_of
-from schedules.core.json_schema import json_schema_of
+from schedules.core.fields import read_fields
+from schedules.core.json_schema import build_json_schema
 
 ROOT = Path(__file__).parents[3]
 
@@ -76,7 +76,7 @@ def values(name, params, ratio):
     [
         (name, key)
         for name, cls in SCHEDULES.items()
-        for key in fields_of(cls)
+        for key in read_fields(cls)
         if key != "rollback"  # restores weights; it does not affect the schedule's values
     ],
 )
@@ -88,7 +88,7 @@ def test_schedule_parameter_has_an_effect(name, key):
     if key == "scale_warmup":
         ratio, params = 0.5, params | {"t_warmup": 12}
     before = values(name, params, ratio)
-    for value in alternatives(name, fields_of(SCHEDULES[name])[key]):
+    for value in alternatives(name, read_fields(SCHEDULES[name])[key]):
         try:
             after = values(name, params | {key: value}, ratio)
         except ValueError:
@@ -102,7 +102,7 @@ def test_schedule_parameter_has_an_effect(name, key):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_json_schema_accepts_the_example(name):
-    schema = json_schema_of(SCHEDULES[name])
+    schema = build_json_schema(SCHEDULES[name])
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(dict(SCHEDULES[name].example), schema)
     assert schema["description"]
@@ -120,15 +120,17 @@ class Undescribed(Schedule):
 
 
 def _schedule_class(**namespace: Any) -> type:
-    return type("Mine", (Schedule,), {"drives": ("lr",), "span": 1, "curves": None, **namespace})
+    return type(
+        "Mine", (Schedule,), {"hyperparameters": ("lr",), "span": 1, "curves": None, **namespace}
+    )
 
 
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
-        (type("OneCycle", (Schedule,), {}), "already the name of a schedule"),
-        (_schedule_class(), "must be a dataclass\\(frozen=True, kw_only=True\\)"),
-        (Undescribed, "without a string: x"),
+        (type("OneCycle", (Schedule,), {}), "named `OneCycle` already exists"),
+        (_schedule_class(), "must be a frozen, keyword-only dataclass"),
+        (Undescribed, "without a docstring: x"),
     ],
 )
 def test_register_invalid_class_is_rejected(cls, message):
@@ -142,8 +144,8 @@ def test_register_invalid_class_is_rejected(cls, message):
     [
         ({"type": "OneCylce"}, "got 'OneCylce'. Did you mean `OneCycle`?"),
         ({"type": "onecycle"}, "Did you mean `OneCycle`?"),
-        ({"type": "math"}, "`onecycle schedules` lists them."),
-        ({"params": {}}, "must have `type`, and optionally `params`, got params"),
+        ({"type": "math"}, "Run `onecycle schedules`"),
+        ({"params": {}}, "must have the key `type`"),
         ({"type": "WarmupLR", "parms": {}}, "got parms, type"),
         ({"type": "WarmupLR", "params": {"warmup_steps": 1}}, "Did you mean `warmup_num_steps`?"),
         ({"type": "WarmupLR", "params": {"cos_min_ratio": 1}}, "parameter of WarmupCosineLR."),

@@ -7,7 +7,7 @@ import pytest
 import schedules
 from engine import ConfigError, validate
 from schedules import Schedule, from_config, register
-from schedules.core.descriptions import descriptions_of
+from schedules.core.descriptions import read_descriptions
 from schedules.core.registry import find
 
 CLASS = """
@@ -38,25 +38,25 @@ def test_register_class_without_readable_source_accepts_it(module):
     exec(CLASS, namespace)
     cls = register(namespace["Level"])
     assert from_config({"type": "Level", "params": {"value": 0.25}}) == cls(value=0.25)
-    assert descriptions_of(cls) == {"value": ""}
+    assert read_descriptions(cls) == {"value": ""}
 
 
 def test_from_config_class_without_field_description_is_rejected(tmp_path, monkeypatch):
     (tmp_path / "undescribed_level.py").write_text(CLASS)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="without a string: value"):
+    with pytest.raises(ValueError, match="without a docstring: value"):
         from_config({"type": "undescribed_level:Level"})
 
 
 def test_register_subclass_of_a_known_schedule_inherits_its_descriptions():
     namespace = {"OneCycle": schedules.OneCycle}
     exec("class Twin(OneCycle): pass", namespace)
-    assert descriptions_of(namespace["Twin"]) == descriptions_of(schedules.OneCycle)
+    assert read_descriptions(namespace["Twin"]) == read_descriptions(schedules.OneCycle)
 
 
 @pytest.mark.parametrize("cls", schedules.SCHEDULES.values(), ids=schedules.SCHEDULES)
-def test_descriptions_of_known_schedules_are_complete(cls: type[Schedule]):
-    assert all(descriptions_of(cls).values())
+def test_read_descriptions_of_known_schedules_are_complete(cls: type[Schedule]):
+    assert all(read_descriptions(cls).values())
 
 
 def blocks(path):
@@ -135,5 +135,5 @@ def test_from_config_suggests_the_same_name_as_validate(name, meant):
     assert [hint[1] for hint in hints if hint] == ([meant] if meant else [])
 
 
-def test_descriptions_of_a_wrapped_torch_scheduler_name_its_class():
-    assert descriptions_of(find("LambdaLR")) == {"lr_lambda": "Passed to LambdaLR."}
+def test_read_descriptions_of_a_wrapped_torch_scheduler_name_its_class():
+    assert read_descriptions(find("LambdaLR")) == {"lr_lambda": "Passed to LambdaLR."}

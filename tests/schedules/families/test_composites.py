@@ -53,7 +53,7 @@ def test_sequential_durations_are_resolved_and_scaled():
     ("block", "message"),
     [
         (build_block("Combined", CYCLE, WARMUP), "0 and 1 both set lr"),
-        (build_block("SequentialLR", CYCLE, WARMUP, milestones=[2, 4]), "one item fewer than"),
+        (build_block("SequentialLR", CYCLE, WARMUP, milestones=[2, 4]), "one fewer than"),
         (
             build_block("SequentialLR", CYCLE, WARMUP, CYCLE, milestones=[4, 2]),
             r"`milestones`.*got \[4, 2\]",
@@ -106,7 +106,7 @@ def test_wrapped_class_can_be_previewed_attached_and_resumed():
     [
         (class_block("LambdaLR", lr_lambda="math:nothing"), "'math:nothing' cannot be imported"),
         (class_block("LambdaLR"), "`lr_lambda`"),
-        (class_block("LambdaLR", lr_lambda=3), "LambdaLR rejects its parameters"),
+        (class_block("LambdaLR", lr_lambda=3), "parameters of LambdaLR are invalid"),
         (class_block("LambdaLR", lr_lamda="math:exp"), "Did you mean `lr_lambda`"),
         (class_block("torch.optim.lr_scheduler:ReduceLROnPlateau"), "requires `metrics`"),
         (class_block("LRScheduler"), "must name a known schedule"),

@@ -165,7 +165,7 @@ INVALID_PARAMETERS = [
 def test_onecycle_invalid_parameter_is_named_with_its_value(params, field, parts):
     with pytest.raises(ScheduleError) as error:
         OneCycle(**(CYCLE | params))
-    (fault,) = error.value.faults
+    (fault,) = error.value.problems
     assert fault.field == field
     for part in (f"`{field}`", *parts):
         assert part in fault.message
@@ -174,7 +174,7 @@ def test_onecycle_invalid_parameter_is_named_with_its_value(params, field, parts
 def test_onecycle_several_invalid_fields_are_all_reported():
     with pytest.raises(ScheduleError) as error:
         OneCycle(cycle_min_lr=-1, cycle_max_lr="x", cycle_max_mom=2)
-    assert [fault.field for fault in error.value.faults] == [
+    assert [fault.field for fault in error.value.problems] == [
         "cycle_min_lr",
         "cycle_max_lr",
         "cycle_max_mom",

@@ -78,7 +78,7 @@ def test_onecycle_momentum_matches_golden_values_after_first_step(name):
 def test_golden_case_with_invalid_parameters_is_rejected(name, field):
     with pytest.raises(ScheduleError) as error:
         from_config({"type": CASES[name]["scheduler"], "params": CASES[name]["params"]})
-    assert field in [fault.field for fault in error.value.faults]
+    assert field in [fault.field for fault in error.value.problems]
 
 
 def test_golden_cases_cover_every_deepspeed_schedule():

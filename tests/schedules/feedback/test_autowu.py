@@ -16,10 +16,10 @@ from schedules.feedback.gaussian_process import (
     LENGTH_SCALE,
     Hyperparameters,
     Posterior,
+    compute_statistics,
     features,
-    gathered,
 )
-from schedules.feedback.minimum_tests import _certainty, robust_test
+from schedules.feedback.minimum_tests import _certainty, run_robust_test
 from tests.testing.golden import FOLDER, cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:AutoWU's warmup")
@@ -68,17 +68,17 @@ def find_decision(curve, **params):
 
 @pytest.mark.parametrize("case", UNIT["cases"], ids=lambda case: case["n"])
 def test_gaussian_process_matches_the_published_code(case):
-    data = gathered(np.array(case["x"]), np.array(case["y"]))
+    data = compute_statistics(np.array(case["x"]), np.array(case["y"]))
     start = Hyperparameters.initial().with_mean(float(np.mean(case["y"])))
     assert start.loss(data) == pytest.approx(case["init"]["nll_per_datum"], abs=1e-9)
     slopes = case["init"]["grad_raw"]
     names = ("likelihood.noise_covar.raw_noise", "mean_module.raw_constant")
     names += ("base_covar_module.raw_outputscale",)
     assert start.gradient(data) == pytest.approx([slopes[name] for name in names], abs=1e-9)
-    fit, after = start.fitted(data), case["after_100_adam"]
+    fit, after = start.fit(data), case["after_100_adam"]
     theirs = (after["noise"], after["mean"], after["outputscale"])
     assert (fit.noise, fit.mean, fit.scale) == pytest.approx(theirs, abs=1e-9)
-    posterior, expected = Posterior.of(data, fit, features(GRID)), case["posterior"]
+    posterior, expected = Posterior.from_statistics(data, fit, features(GRID)), case["posterior"]
     grid = expected["grid_idx"]
     np.testing.assert_allclose(posterior.mean[grid], expected["mean"], atol=1e-9)
     np.testing.assert_allclose(posterior.variance[grid], expected["var"], atol=1e-9)
@@ -90,7 +90,7 @@ def test_posterior_matches_scikit_learn():
     random = np.random.default_rng(0)
     x, y = np.sort(random.uniform(0, 1, 80)), random.normal(0, 1, 80)
     by = Hyperparameters.initial(noise=0.05, scale=0.7)
-    posterior = Posterior.of(gathered(x, y), by, features(GRID))
+    posterior = Posterior.from_statistics(compute_statistics(x, y), by, features(GRID))
     kernel = ConstantKernel(by.scale, "fixed") * RBF(LENGTH_SCALE, "fixed")
     peer = GaussianProcessRegressor(kernel, alpha=by.noise, optimizer=None).fit(x[:, None], y)
     mean, covariance = peer.predict(GRID[:, None], return_cov=True)
@@ -120,7 +120,7 @@ def test_autowu_recorded_run_matches_the_published_lrs(case):
 def check_published_decision(curve):
     decision = find_decision(curve)
     assert decision.step == curve["trans_step"], curve["id"]
-    assert ("passed" in decision.why) == (curve["how"] == "test"), curve["id"]
+    assert ("passed" in decision.reason) == (curve["how"] == "test"), curve["id"]
     assert decision.lr == pytest.approx(curve["peak_lr"], rel=0.025), curve["id"]
 
 
@@ -141,20 +141,20 @@ def test_robust_test_finds_more_minima_than_the_published_test():
     found, off = 0, []
     for curve in known[::2]:
         decision = find_decision(curve, test="robust")
-        if "passed" in decision.why:
+        if "passed" in decision.reason:
             found += 1
             off.append(abs(math.log10(decision.lr) - curve["u_star"]))
     theirs = sum(curve["how"] == "test" for curve in known[::2])
     assert found > theirs
     assert np.median(off) < 0.15
     monotone = [curve for curve in CURVES if curve.get("kind") == "mono"]
-    assert all("passed" not in find_decision(curve, test="robust").why for curve in monotone)
+    assert all("passed" not in find_decision(curve, test="robust").reason for curve in monotone)
 
 
 @pytest.mark.parametrize("scale", [0.01, 100.0])
 def test_robust_test_scaled_losses_give_the_same_result(scale):
     losses = np.array([float(loss) for loss in CURVES[0]["losses"]])
-    found, scaled = robust_test(losses), robust_test(scale * losses - 3)
+    found, scaled = run_robust_test(losses), run_robust_test(scale * losses - 3)
     assert scaled == pytest.approx(found, abs=1e-6)
 
 
@@ -241,7 +241,7 @@ def test_autowu_invalid_parameter_is_rejected(params, message):
 
 def test_autowu_step_accepts_only_a_scalar_loss():
     scheduler = attach_autowu(steps_per_epoch=20, total_epochs=20)
-    with pytest.raises(ValueError, match="must receive the loss of every step"):
+    with pytest.raises(ValueError, match="requires the loss of every step"):
         scheduler.step()
     with pytest.raises(ValueError, match="must be a single number, got a tensor of shape"):
         scheduler.step(torch.ones(3))
@@ -273,7 +273,7 @@ def test_evidence_band_contains_the_true_loss(test, unit):
         scheduler.step(unit * (truth + 0.02 * random.standard_normal()))
         step += 1
     band, count = scheduler.evidence.band, len(scheduler.evidence.losses)
-    truth = unit * (1 + 4 * (np.array(band.places) * count / 300 - 0.5) ** 2)
+    truth = unit * (1 + 4 * (np.array(band.positions) * count / 300 - 0.5) ** 2)
     mean, low, high = (np.array(line) for line in band[1:])
     assert ((low <= truth) & (truth <= high))[5:-5].mean() > 0.85
     assert np.abs(mean - truth).max() < 0.05 * unit
