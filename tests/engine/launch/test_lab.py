@@ -43,7 +43,13 @@ def example(directory, backend):
 
 
 @pytest.mark.parametrize(
-    ("backend", "slots"), [("torch", 1), ("torch", 2), ("deepspeed", 1), ("deepspeed", 2)]
+    ("backend", "slots"),
+    [
+        pytest.param("torch", 1, marks=pytest.mark.long),
+        ("torch", 2),
+        pytest.param("deepspeed", 1, marks=pytest.mark.long),
+        ("deepspeed", 2),
+    ],
 )
 def test_launch_example_on_two_hosts_equals_one_process(tmp_path, backend, slots):
     reference, both = tmp_path / "reference", tmp_path / "both"
@@ -97,7 +103,14 @@ def test_launch_hosts_with_loopback_names_connect(directory):
     assert done.out.count("sum 2") == 2
 
 
-@pytest.mark.parametrize(("name", "status"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("INT", 130),
+        ("TERM", 143),
+        pytest.param("HUP", 129, marks=pytest.mark.long),
+    ],
+)
 def test_launch_signal_lets_every_rank_save(directory, name, status):
     done = lab(
         f"""$ONECYCLE launch --hostfile hosts worker.py save & pid=$!
@@ -125,7 +138,9 @@ def test_launch_killed_launcher_leaves_no_process(directory):
     ("process", "status", "message"),
     [
         ("engine.launch.torchrun", 137, "first failure: node1 exited with status 137"),
-        ("engine.launch.agent", 75, "first failure: node1 was lost"),
+        pytest.param(
+            "engine.launch.agent", 75, "first failure: node1 was lost", marks=pytest.mark.long
+        ),
     ],
     ids=["torchrun", "agent"],
 )
@@ -234,6 +249,7 @@ def read_rows(path):
     return [line for line in lines if len(line) == 4 and line[0].isdecimal()]
 
 
+@pytest.mark.long
 def test_launch_restarted_ranks_reproduce_the_undisturbed_run(directory):
     script = ROOT / "tests" / "testing" / "checkpoint_run.py"
     done = lab(
@@ -255,7 +271,10 @@ def test_launch_restarted_ranks_reproduce_the_undisturbed_run(directory):
 
 @pytest.mark.parametrize(
     ("failure", "status"),
-    [("kill -INT $pid; wait $pid", 130), ("cable 1 down; wait $pid", 75)],
+    [
+        pytest.param("kill -INT $pid; wait $pid", 130, marks=pytest.mark.long),
+        ("cable 1 down; wait $pid", 75),
+    ],
     ids=["interrupted", "disconnected"],
 )
 def test_launch_started_again_reproduces_the_undisturbed_run(directory, failure, status):
