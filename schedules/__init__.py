@@ -1,7 +1,7 @@
 """Schedules for the learning rate, momentum and weight decay.
 
-A schedule is a dataclass whose fields are the parameters in a config. Its values depend only on the
-step or, for a feedback schedule, on the losses so far.
+A schedule is a dataclass. Its fields are the ``params`` of the ``scheduler`` block in a config.
+Most schedules depend only on the step. Feedback schedules also depend on the loss or on a metric.
 
 >>> import schedules
 >>> block = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}

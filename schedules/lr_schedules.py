@@ -51,7 +51,8 @@ def _construct(
     """Build a schedule by name and attach it to an optimizer.
 
     Raises:
-        TypeError: there are too many positional arguments, or an argument is passed twice.
+        TypeError: there are too many positional arguments, or an argument is passed both by
+            position and by keyword.
         ValueError: a parameter is invalid, or the schedule is incompatible with the optimizer.
     """
     order = _ORDER.get(type_name) or tuple(
@@ -62,7 +63,7 @@ def _construct(
     if len(positional) > len(order) or named.keys() & params.keys():
         raise TypeError(
             f"{type_name}() got too many positional arguments, or the same argument twice. "
-            f"It accepts these arguments, in this order: {', '.join(order)}."
+            f"The arguments after `optimizer` are, in this order: {', '.join(order)}."
         )
     return attach(type_name, optimizer, **named, **params)
 

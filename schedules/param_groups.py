@@ -54,7 +54,11 @@ _FIXES = {
 
 
 def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
-    """Return the slot of a hyperparameter in each param group.
+    """Return the `Slot` in which each param group stores a hyperparameter.
+
+    Args:
+        hyperparameter: "lr", "momentum" or "weight_decay".
+        optimizer: optimizer whose param groups are searched.
 
     Raises:
         ValueError: a group does not have the hyperparameter.
@@ -68,7 +72,7 @@ def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
             fix = _FIXES.get(hyperparameter, "Choose a different optimizer.")
             raise ValueError(
                 f"The schedule sets {wanted}, but param group {index} of "
-                f"{type(optimizer).__name__} has only {keys}. {fix}"
+                f"{type(optimizer).__name__} has only the keys {keys}. {fix}"
             )
         slots.append(found[0])
     return tuple(slots)
@@ -83,15 +87,15 @@ def read_momenta(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] 
 
 
 class RangeWriter:
-    """Writes scheduled values into param groups, for a range of steps.
+    """Writes scheduled values into param groups, for steps in which no curve changes its formula.
 
-    Each curve has a single formula in the range. Preparing the formulas once makes each step fast.
+    The constructor prepares the formulas, so that `write` is fast.
 
     Args:
         groups: param groups of the optimizer.
         slots: dict that maps each hyperparameter to its slot in each group.
         curves: dict that maps each hyperparameter to its curve in each group.
-        step: first step of the range.
+        step: first step to write.
     """
 
     __slots__ = ("_each", "_lines", "_shared", "end", "last_group", "num_groups")
@@ -119,7 +123,7 @@ class RangeWriter:
         ]
 
     def write(self, groups: Sequence[Group], step: int) -> None:
-        """Write the values of a step into the param groups."""
+        """Write the scheduled values at a step into the param groups."""
         if self._lines:
             origin, steps, rows = self._lines
             progress = (step - origin) / steps
@@ -152,9 +156,9 @@ def _find_shared_formulas(
     slots: Mapping[str, Sequence[Slot]],
     pieces: Mapping[str, Sequence[Piece]],
 ) -> list[tuple[str, Formula, tuple[float, ...] | None]]:
-    """Return the formula of each hyperparameter if all param groups have the same formulas.
+    """Return the formula of each hyperparameter, if it is the same in all param groups.
 
-    Each formula is then evaluated only once per step.
+    Each formula then has to be evaluated only once per step.
 
     Returns:
         One tuple per hyperparameter: its key in the param groups, its formula, and the betas after
@@ -178,16 +182,16 @@ def _find_shared_lines(
     slots: Mapping[str, Sequence[Slot]],
     pieces: Mapping[str, Sequence[Piece]],
 ) -> tuple[float, float, list[tuple[float, ...]]] | None:
-    """Return the coefficients of the curves if all curves are linear on the same range of steps.
+    """Return the coefficients of all curves, if all curves are linear in the same range of steps.
 
     An example is 1Cycle with Adam. ``(step - origin) / steps`` is then computed once per step for
     all groups, which is faster than evaluating two formulas per group.
 
     Returns:
-        The origin, the number of steps, and one row per group with its learning rate, the change of
-        the learning rate, its beta1, the change of beta1, and beta2. If all rows are equal, only
-        one row is returned. None if a curve is not linear, the curves have different origins or
-        lengths, a learning rate is a tensor, or the schedule does not set exactly ``lr`` and
+        The origin, the number of steps, and one row per group. A row has the initial learning rate,
+        its total change, the initial beta1, its total change, and beta2. If all rows are equal,
+        only one row is returned. None if a curve is not linear, the curves have different origins
+        or lengths, a learning rate is a tensor, or the schedule does not set exactly ``lr`` and
         ``betas``.
     """
     keys = {slot.key for in_groups in slots.values() for slot in in_groups}

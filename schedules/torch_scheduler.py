@@ -1,4 +1,4 @@
-"""Attach schedules to optimizers. `ScheduleBinder` has the interface of PyTorch's schedulers."""
+"""`ScheduleBinder`, which attaches a schedule to an optimizer like a PyTorch scheduler."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ log = logging.getLogger("onecycle")
 class ScheduleBinder(LRScheduler):
     """Attaches a schedule to an optimizer and writes its values into the param groups.
 
-    The binder has the methods of PyTorch's schedulers. Call ``step()`` after each
-    ``optimizer.step()`` that was not skipped, or ``step(loss)`` for a feedback schedule. A schedule
-    can set the learning rate, the momentum (``momentum`` or ``betas[0]``) and the weight decay. The
-    binder leaves all other hyperparameters unchanged.
+    The binder has the interface of PyTorch's schedulers. Call ``step()`` after each
+    ``optimizer.step()`` that was not skipped, or ``step(loss)`` if the schedule depends on the
+    loss. A schedule can set the learning rate, the momentum (``momentum`` or ``betas[0]``) and the
+    weight decay. The binder does not change other hyperparameters.
 
     Args:
         schedule: schedule to run.
@@ -39,7 +39,7 @@ class ScheduleBinder(LRScheduler):
     Raises:
         ValueError: a param group does not have a hyperparameter that the schedule sets, the
             schedule is incompatible with the param groups, or the schedule requires the length of
-            the run but it is unknown. The optimizer is left unchanged.
+            the run but ``horizon`` does not specify it. The optimizer is left unchanged.
 
     >>> import torch, schedules
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
@@ -108,7 +108,7 @@ class ScheduleBinder(LRScheduler):
     def step(
         self, loss: Tensor | float | None = None, *, metric: Tensor | float | None = None
     ) -> None:
-        """Advance the schedule by one step, and write the values for the next optimizer step.
+        """Advance the schedule, and set the optimizer's hyperparameters for its next step.
 
         Args:
             loss: loss of the step, a number or a scalar tensor. Only feedback schedules accept it.
@@ -127,7 +127,7 @@ class ScheduleBinder(LRScheduler):
             return
         if loss is not None:
             raise ValueError(
-                f"step() accepts no `epoch`, and this schedule does not use the loss, got {loss}. "
+                f"step() accepts neither an epoch nor, with this schedule, a loss, got {loss}. "
                 "Call step() without arguments. To continue from a different step, call "
                 "load_state_dict() with a saved state."
             )
@@ -158,10 +158,11 @@ class ScheduleBinder(LRScheduler):
             probability = decision.probability
             confidence = "" if probability is None else f" (probability {probability:.3f})"
             name = self.schedule.type_name
-            log.info("%s, step %d: lr %.4g: %s%s", name, *decision[:3], confidence)
+            text = "%s at step %d: set the learning rate to %.4g, because %s%s"
+            log.info(text, name, *decision[:3], confidence)
 
     def write(self) -> None:
-        """Write the values for the next optimizer step into the param groups."""
+        """Set the optimizer's hyperparameters for its next step."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self.base_lrs):
             raise ValueError(
@@ -192,12 +193,12 @@ class ScheduleBinder(LRScheduler):
             self.step()
             return
         if epoch != 0:
-            raise ValueError(f"`epoch` must be 0, got {epoch}. Load a saved state instead.")
+            raise ValueError(f"`epoch` must be 0, got {epoch}. Use load_state_dict() instead.")
         self._initial_step()
 
     @property
     def decision(self) -> Decision | None:
-        """Latest decision of a feedback schedule, or None if there is none yet."""
+        """Latest decision of the feedback schedule; None if it has not made one."""
         return self.controller.decision(self.state)
 
     @property
@@ -210,7 +211,7 @@ class ScheduleBinder(LRScheduler):
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the same as `get_last_lr`, for compatibility with DeepSpeed's schedulers."""
+        """Return the result of `get_last_lr`, for compatibility with DeepSpeed's schedulers."""
         return self.get_last_lr()
 
     def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
@@ -236,7 +237,7 @@ class ScheduleBinder(LRScheduler):
         return {"type": schedule.type_name, "params": params}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the type, parameters, step count and other state of the schedule as a dict."""
+        """Return the schedule's type, parameters, step count and other state as a dict."""
         state: dict[str, Any] = {
             **self.identity,
             "step": self.last_epoch,
@@ -247,10 +248,11 @@ class ScheduleBinder(LRScheduler):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state returned by `state_dict`, and write the values for the next optimizer step.
+        """Load a state returned by `state_dict`, and set the hyperparameters for the next step.
 
         Raises:
-            ValueError: the state is from a different schedule or number of param groups.
+            ValueError: the state is from a different schedule, or has a different number of param
+                groups.
         """
         self._check_identity(state_dict)
         self._bind({name: tuple(values) for name, values in state_dict["base"].items()})
@@ -331,7 +333,7 @@ def attach(
         schedule = {"type": schedule, "params": params}
     elif params:
         raise ValueError(
-            f"Schedule parameters can be passed as keywords only with the name of a schedule, got "
+            f"Schedule parameters can be passed as keywords only if `schedule` is a name, got "
             f"{', '.join(params)} with {schedule!r}. Set them in the schedule itself."
         )
     if not isinstance(schedule, Schedule):
@@ -345,7 +347,7 @@ def bind(
     """Attach a `Schedule` to an optimizer.
 
     Raises:
-        ValueError: the schedule is incompatible with the optimizer, or the length of the run is
-            required but unknown.
+        ValueError: the schedule is incompatible with the optimizer, or requires the length of the
+            run but ``horizon`` does not specify it.
     """
     return ScheduleBinder(schedule, optimizer, horizon=horizon)

@@ -59,10 +59,10 @@ class _Join(Curve):
 
 
 def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[str] = ()) -> Curve:
-    """Run several curves one after another. Each curve starts at its own step 0.
+    """Concatenate curves. Each curve counts its steps from the boundary at which it starts.
 
     Args:
-        parts: curves to run, in order.
+        parts: curves to concatenate, in order.
         boundaries: steps at which the second and later parts start, in ascending order. A part
             between two equal boundaries is skipped.
         names: names of the parts, shown in plots. A part that has named phases keeps their names.
@@ -126,7 +126,7 @@ class _Stairs(Curve):
 
 
 def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
-    """Turn a curve into a staircase with ``count`` equally long stairs per ``steps`` steps.
+    """Turn a curve into a staircase: every ``steps`` steps are divided into ``count`` equal stairs.
 
     The value at step k is the value of ``curve`` at ``floor(k * count / steps) * steps / count``.
     With ``rounds_up=True``, ``ceil`` replaces ``floor``. A descending staircase that rounds up is
@@ -168,10 +168,11 @@ def repeat(make: Callable[[int, float], Curve], steps: float, growth: float = 1)
 
     Args:
         make: function that builds the curve of a cycle from the index of the cycle (0, 1, 2, …)
-            and its length in steps. The curve starts at its own step 0.
+            and its length in steps. Each of these curves counts its steps from the start of its
+            cycle.
         steps: length of the first cycle, in steps.
-        growth: length of each cycle divided by the length of the previous cycle, >= 1. Lengths are
-            truncated to whole steps.
+        growth: factor by which each cycle is longer than the previous one, >= 1. If it is greater
+            than 1, the lengths of the later cycles are truncated to whole steps.
 
     >>> from schedules.core.curves import linear
     >>> saw = repeat(lambda cycle, steps: linear(1.0, 0.0, steps), steps=2, growth=2)
@@ -202,7 +203,7 @@ class _Pointwise(Curve):
 
 
 def pointwise(combine: Callable[[float, float], float], left: Curve, right: Curve) -> Curve:
-    """Combine two curves. The value at step k is ``combine(left(k), right(k))``.
+    """Combine two curves step by step. The value at step k is ``combine(left(k), right(k))``.
 
     >>> from schedules.core.curves import constant, linear
     >>> list(pointwise(max, linear(1.0, 0.0, steps=4), constant(0.3)).values(5))
@@ -234,7 +235,7 @@ class _Dilate(Curve):
 
 
 def dilate(curve: Curve, ratio: float) -> Curve:
-    """Stretch a curve. The value at step k is the value of ``curve`` at step ``k / ratio``.
+    """Stretch a curve in time. The value at step k is the value of ``curve`` at ``k / ratio``.
 
     >>> from schedules.core.curves import linear
     >>> list(dilate(linear(0.0, 1.0, steps=2), ratio=2).values(5))
@@ -259,9 +260,9 @@ class _Delay(Curve):
 
 
 def delay(curve: Curve, steps: float) -> Curve:
-    """Delay a curve. The value at step k is the value of ``curve`` at step ``k - steps``.
+    """Shift a curve in time. The value at step k is the value of ``curve`` at ``k - steps``.
 
-    If ``steps`` is negative, the start of ``curve`` is skipped.
+    With a negative ``steps``, the curve starts earlier and its first steps are skipped.
 
     >>> from schedules.core.curves import linear
     >>> list(delay(linear(0.0, 1.0, steps=4), steps=-2).values(4))

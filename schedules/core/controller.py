@@ -1,4 +1,4 @@
-"""Controllers, which compute a schedule's values for an optimizer's param groups step by step."""
+"""Controllers, which compute a schedule's hyperparameters for each param group at each step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Curves = Mapping[str, tuple[Curve, ...]]
 
 
 class Decision(NamedTuple):
-    """A change of the learning rate by a feedback schedule."""
+    """A change that a feedback schedule made to the learning rate, with the reason."""
 
     step: int
     """Number of optimizer steps before the change."""
@@ -59,7 +59,7 @@ class Band(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """The losses and learning rates that led to a decision, for a plot."""
+    """The losses and learning rates that led to a `Decision`, for plotting."""
 
     decision: Decision
     lrs: Sequence[float]
@@ -71,10 +71,10 @@ class Evidence(NamedTuple):
 
 
 class Controller(Protocol[S]):
-    """Computes the values of a schedule step by step, for an optimizer with given initial values.
+    """Interface of controllers, which compute the values that a schedule sets at each step.
 
-    A controller is stateless. The caller stores the state and passes it to each method. States are
-    never modified in place.
+    A controller is built for the initial hyperparameters of one optimizer. It is stateless: the
+    caller stores the state and passes it to each method. States are never modified in place.
     """
 
     @abstractmethod
@@ -83,11 +83,16 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def update(self, state: S, loss: float | None) -> S:
-        """Return the state after one more optimizer step with this loss (or metric)."""
+        """Return the state after one more optimizer step.
+
+        Args:
+            state: state before the step.
+            loss: loss (or metric) of the step; None if there is none.
+        """
 
     @abstractmethod
     def values(self, state: S) -> Values:
-        """Return the values of the hyperparameters for the next step."""
+        """Return the scheduled hyperparameters of each param group for the next step."""
 
     @abstractmethod
     def decision(self, state: S) -> Decision | None:
@@ -95,12 +100,12 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return the losses and learning rates that led to the decision in a step.
+        """Return the losses and learning rates that led to a decision, or None if not available.
 
         Args:
-            before: state before the step.
-            loss: loss of the step.
-            after: state after the step.
+            before: state before the step in which the decision was made.
+            loss: loss of that step.
+            after: state after that step.
         """
 
     @abstractmethod
@@ -142,7 +147,7 @@ class OpenLoop(Controller[int]):
         return state + 1
 
     def values(self, state: int) -> Values:
-        """Return the values of all curves at the next step."""
+        """Return the scheduled hyperparameters of each param group for the next step."""
         return {name: tuple(curve(state) for curve in group) for name, group in self.curves.items()}
 
     def decision(self, state: int) -> None:

@@ -1,9 +1,8 @@
 """Curves that map a step to a value, such as linear ramps and cosines.
 
-A `Curve` can be evaluated at a single step, without numpy, or at an array of steps. Both give
-exactly the same values. A curve consists of pieces, each with one formula for a range of steps.
-All curves start at step 0. The first value of a curve is exact. A ramp also reaches its end value
-exactly, and keeps it after its last step.
+A `Curve` can be evaluated at a single step, without numpy, or at an array of steps. The results are
+bitwise identical. A curve consists of pieces, each with one formula for a range of steps. A ramp
+starts at step 0 with exactly its start value. From its last step on, it has exactly its end value.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
     >>> [warmup(step) for step in range(6)]
@@ -53,7 +52,7 @@ _BLOCK = 8192
 class Line(NamedTuple):
     """Coefficients of the linear formula ``start_value + rise * ((step - origin) / steps)``.
 
-    For lines with the same ``origin`` and ``steps``, the quotient is computed only once.
+    Lines with the same ``origin`` and ``steps`` can share the quotient.
     """
 
     start_value: float
@@ -63,7 +62,7 @@ class Line(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One formula of a curve, valid for ``start <= step < end``.
+    """A range of steps, ``start <= step < end``, in which a curve has a single formula.
 
     The bounds can be fractional, for example if a duration is specified in samples.
     """
@@ -78,18 +77,18 @@ class Piece(NamedTuple):
 
 
 def constant_piece(value: float, start: float, end: float) -> Piece:
-    """Return a piece with a constant value from ``start`` to ``end``."""
+    """Return a piece that has the same value at every step of ``start <= step < end``."""
     line = Line(value, 0.0, start, 1.0)
     return Piece(start, end, lambda k: value, elementwise=False, line=line)
 
 
 def shorten(piece: Piece, end: float) -> Piece:
-    """Cut off a piece at ``end`` if it is longer."""
+    """Return the piece truncated at ``end``, or unchanged if it ends earlier."""
     return piece if piece.end <= end else Piece(piece.start, end, *piece[2:])
 
 
 class Phase(NamedTuple):
-    """A named part of a curve and the step at which it starts."""
+    """A named part of a curve, such as the warmup, and the step at which it starts."""
 
     start: float
     name: str
@@ -100,15 +99,15 @@ class Curve(ABC):
 
     @abstractmethod
     def piece(self, step: float, origin: float = 0) -> Piece:
-        """Return the piece that contains ``step`` if the curve starts at step ``origin``."""
+        """Return the piece that contains ``step``, for a curve that starts at step ``origin``."""
 
     def phases(self, origin: float = 0) -> tuple[Phase, ...]:
-        """Return the named phases of the curve if it starts at step ``origin``."""
+        """Return the named phases of the curve, for a curve that starts at step ``origin``."""
         del origin  # Only combined curves have phases.
         return ()
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yield the pieces for steps ``start`` to ``end - 1``, with bounds at whole steps."""
+        """Yield the pieces of ``start <= step < end``, with bounds rounded up to whole steps."""
         while start < end:
             piece = self.piece(start)
             stop = math.ceil(piece.end) if piece.end < end else end
@@ -116,12 +115,12 @@ class Curve(ABC):
             start = stop
 
     def values(self, count: int) -> Iterator[float]:
-        """Yield the first ``count`` values, without numpy."""
+        """Yield the values at steps 0 to ``count - 1``. Does not require numpy."""
         for piece in self.pieces(0, count):
             yield from map(piece.formula, range(int(piece.start), int(piece.end)))
 
     def array(self, count: int) -> NDArray[Any]:
-        """Return the first ``count`` values as a numpy array.
+        """Return the values at steps 0 to ``count - 1`` as a numpy array.
 
         >>> linear(0.0, 1.0, steps=2).array(3)
         array([0. , 0.5, 1. ])
@@ -133,9 +132,9 @@ class Curve(ABC):
         return values
 
     def fill(self, values: NDArray[Any], start: int, origin: float = 0) -> None:
-        """Fill an array with the values of consecutive steps, starting at step ``start``.
+        """Fill ``values`` with the values at consecutive steps from ``start``.
 
-        Curves with many pieces override this method to avoid a slow loop over their pieces.
+        The curve starts at step ``origin``. Curves with many pieces override this loop over pieces.
         """
         import numpy as np
 
@@ -173,7 +172,7 @@ class Curve(ABC):
         """
         if isinstance(steps, int):
             if steps < 0:
-                raise ValueError(f"`step` must be >= 0, got {steps}.")
+                raise ValueError(f"`steps` must be >= 0, got {steps}.")
             value: float = self.piece(steps).formula(steps)
             return value
         import numpy as np
@@ -181,7 +180,7 @@ class Curve(ABC):
         array = np.asarray(steps)
         flat = array.ravel()
         if flat.size and flat.min() < 0:
-            raise ValueError(f"`steps` must all be >= 0, got {flat.min()}.")
+            raise ValueError(f"All `steps` must be >= 0, got {flat.min()}.")
         order = None if (flat[1:] >= flat[:-1]).all() else np.argsort(flat, kind="stable")
         ascending = flat if order is None else flat[order]
         values = self.values_at(ascending)
@@ -211,7 +210,7 @@ class Curve(ABC):
 
 
 class _Shape(Curve):
-    """A curve with a single formula. It is constant from step ``steps`` on."""
+    """A curve with one formula before step ``steps``, and the value ``end_value`` from then on."""
 
     def __init__(
         self,
@@ -276,7 +275,7 @@ def constant(value: float) -> Curve:
 
 
 def linear(start_value: float, end_value: float, steps: float) -> Curve:
-    """Return the linear ramp ``start + (end - start) * k / steps``.
+    """Return the linear ramp ``f(k) = start + (end - start) * min(1, k / steps)``.
 
     >>> list(linear(1.0, 2.0, steps=4).values(6))
     [1.0, 1.25, 1.5, 1.75, 2.0, 2.0]
@@ -287,12 +286,12 @@ def linear(start_value: float, end_value: float, steps: float) -> Curve:
 def ramp(
     start_value: float, end_value: float, steps: float, rise: Callable[[float], float]
 ) -> Curve:
-    """Return a ramp of any shape: ``start + (end - start) * rise(k / steps)``.
+    """Return a ramp of any shape: ``f(k) = start + (end - start) * rise(min(1, k / steps))``.
 
     Args:
         start_value: value at step 0.
         end_value: value at and after step ``steps``.
-        steps: length of the ramp.
+        steps: length of the ramp in steps.
         rise: function on [0, 1] with ``rise(0) == 0`` and ``rise(1) == 1``.
 
     >>> list(ramp(0.0, 1.0, steps=4, rise=lambda x: x * x).values(6))
@@ -307,7 +306,9 @@ def ramp(
 
 
 def cosine(start_value: float, end_value: float, steps: float) -> Curve:
-    """Return the cosine ramp ``end + (start - end) * (1 + cos(pi * k / steps)) / 2``.
+    """Return the cosine ramp ``f(k) = end + (start - end) * (1 + cos(pi * k / steps)) / 2``.
+
+    After step ``steps``, the value is ``end``.
 
     >>> [round(value, 6) for value in cosine(1.0, 0.0, steps=4).values(6)]
     [1.0, 0.853553, 0.5, 0.146447, 0.0, 0.0]
@@ -320,7 +321,7 @@ def cosine(start_value: float, end_value: float, steps: float) -> Curve:
 
 
 def polynomial(start_value: float, end_value: float, steps: float, power: float) -> Curve:
-    """Return the polynomial ramp ``end + (start - end) * (1 - k / steps) ** power``.
+    """Return the ramp ``f(k) = end + (start - end) * (1 - min(1, k / steps)) ** power``.
 
     >>> list(polynomial(1.0, 0.0, steps=4, power=2.0).values(6))
     [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
@@ -329,9 +330,9 @@ def polynomial(start_value: float, end_value: float, steps: float, power: float)
 
 
 def one_minus_sqrt(start_value: float, end_value: float, steps: float) -> Curve:
-    """Return the square-root ramp ``start + (end - start) * sqrt(k / steps)``.
+    """Return the ramp ``f(k) = start + (end - start) * sqrt(min(1, k / steps))``.
 
-    The curve changes fast at first and then more slowly.
+    The slope is steepest at the start.
 
     >>> list(one_minus_sqrt(1.0, 0.0, steps=4).values(6))[:2]
     [1.0, 0.5]
@@ -342,7 +343,7 @@ def one_minus_sqrt(start_value: float, end_value: float, steps: float) -> Curve:
 
 
 def half_life(start_value: float, end_value: float, steps: float) -> Curve:
-    """Return the half-life ramp ``start + (end - start) * 2 * (1 - 2 ** (-k / steps))``.
+    """Return the ramp ``f(k) = start + (end - start) * 2 * (1 - 2 ** -min(1, k / steps))``.
 
     >>> [round(value, 6) for value in half_life(1.0, 0.0, steps=2).values(4)]
     [1.0, 0.414214, 0.0, 0.0]
@@ -354,9 +355,9 @@ def half_life(start_value: float, end_value: float, steps: float) -> Curve:
 
 
 def geometric(start_value: float, end_value: float, steps: float) -> Curve:
-    """Return the geometric ramp ``start * (end / start) ** (k / steps)``.
+    """Return the geometric ramp ``f(k) = start * (end / start) ** min(1, k / steps)``.
 
-    The curve is a straight line on a logarithmic scale.
+    The ramp is a straight line on a logarithmic scale.
 
     >>> [round(value, 6) for value in geometric(1.0, 0.01, steps=2).values(4)]
     [1.0, 0.1, 0.01, 0.01]
@@ -370,9 +371,9 @@ def geometric(start_value: float, end_value: float, steps: float) -> Curve:
 
 
 def log(start_value: float, end_value: float, steps: float) -> Curve:
-    """Return DeepSpeed's logarithmic ramp ``start + (end - start) * ln(1 + k) / ln(steps)``.
+    """Return the ramp ``f(k) = start + (end - start) * min(1, ln(1 + k) / ln(max(2, steps)))``.
 
-    The ramp reaches its end value at ``k = steps - 1``, or at ``k = 1`` if ``steps`` is 1.
+    This is DeepSpeed's logarithmic warmup. It reaches its end value at ``k = max(2, steps) - 1``.
 
     >>> [round(value, 6) for value in log(0.0, 1.0, steps=4).values(6)]
     [0.0, 0.5, 0.792481, 1.0, 1.0, 1.0]
@@ -384,7 +385,7 @@ def log(start_value: float, end_value: float, steps: float) -> Curve:
 
 
 def exponential(start_value: float, factor: float, steps: float) -> Curve:
-    """Return the exponential curve ``start * factor ** (k / steps)``.
+    """Return the exponential curve ``f(k) = start * factor ** (k / steps)``.
 
     >>> list(exponential(1.0, factor=0.25, steps=2).values(5))
     [1.0, 0.5, 0.25, 0.125, 0.0625]
@@ -397,7 +398,7 @@ def exponential(start_value: float, factor: float, steps: float) -> Curve:
 
 
 def inverse_sqrt(start_value: float, steps: float) -> Curve:
-    """Return the inverse square root decay ``start / sqrt(1 + k / steps)``.
+    """Return the inverse square root decay ``f(k) = start / sqrt(1 + k / steps)``.
 
     >>> list(inverse_sqrt(1.0, steps=1).values(4))[::3]
     [1.0, 0.5]
@@ -410,7 +411,7 @@ def inverse_sqrt(start_value: float, steps: float) -> Curve:
 
 
 def inverse_time(start_value: float, rate: float, steps: float) -> Curve:
-    """Return the inverse time decay ``start / (1 + rate * k / steps)``.
+    """Return the inverse time decay ``f(k) = start / (1 + rate * k / steps)``.
 
     >>> list(inverse_time(1.0, rate=1.0, steps=2).values(5))
     [1.0, 0.6666666666666666, 0.5, 0.4, 0.3333333333333333]
@@ -423,7 +424,7 @@ def inverse_time(start_value: float, rate: float, steps: float) -> Curve:
 
 
 def linear_growth(start_value: float, rate: float, steps: float) -> Curve:
-    """Return the unbounded linear growth ``start * (1 + rate * k / steps)``.
+    """Return the unbounded linear growth ``f(k) = start * (1 + rate * k / steps)``.
 
     >>> list(linear_growth(0.5, rate=1.0, steps=2).values(4))
     [0.5, 0.75, 1.0, 1.25]

@@ -1,8 +1,8 @@
 """Read the descriptions of a schedule's fields.
 
 The description of a field is the docstring below it in the class body. The descriptions of built-in
-schedules are stored in a generated index. The descriptions of custom schedules are read from their
-source code at run time.
+schedules are stored in a generated file, `INDEX`. The descriptions of custom schedules are read
+from their source code at run time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INDEX = Path(__file__).parent / "index.json"
 
 @functools.cache
 def read_index() -> Mapping[str, Mapping[str, Any]]:
-    """Read the generated index from `INDEX`."""
+    """Return the contents of the generated file `INDEX`, by schedule name."""
     index: dict[str, dict[str, Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
     return index
 
@@ -41,7 +41,7 @@ def read_descriptions(schedule: type) -> dict[str, str]:
 
 
 def read_source_descriptions(schedule: type) -> dict[str, str]:
-    """Return the same as `read_descriptions`, but always read the source code."""
+    """Return the descriptions of a schedule's fields, always read from its source code."""
     return _collect_descriptions(schedule, {})
 
 

@@ -2,8 +2,8 @@
 
 Time strings have Composer's format, a number followed by a unit. ``"10ep"`` is 10 epochs,
 ``"500ba"`` is 500 batches (optimizer steps), ``"4096sp"`` is 4096 samples, and ``"0.1dur"`` is a
-tenth of the run.
-The length of the run, which the conversion requires, is passed as a `Horizon`.
+tenth of the run. Epochs, samples and fractions of the run are converted with a `Horizon`, which
+holds the length of the run.
 """
 
 from __future__ import annotations
@@ -40,20 +40,22 @@ class FractionalSteps(float):
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """The length of a run in steps, epochs and samples, used to convert time strings to steps.
+    """The length of a run and of an epoch in steps, and of a step in samples.
+
+    These lengths are used to convert time strings to steps.
 
     Args:
         total_steps: length of the run in optimizer steps, before scaling by ``scale_ratio``.
         steps_per_epoch: number of optimizer steps in one pass over the data.
         samples_per_step: number of samples in one optimizer step (``train_batch_size``).
         scale_ratio: factor by which the length of the run and the schedule's durations are
-            multiplied (Composer's scale schedule ratio).
+            multiplied (``scale_schedule_ratio`` in Composer).
         scale_warmup: whether ``scale_ratio`` also applies to warmups.
         counts_samples: whether the length of the run was specified in samples. A fraction of the
             run is then rounded down to whole samples instead of whole steps.
 
     Raises:
-        ValueError: a number is not positive and finite.
+        ValueError: a number is zero, negative, infinite or NaN.
 
     >>> Horizon(total_steps=60, scale_ratio=0.5).scaled_steps
     30
@@ -70,11 +72,11 @@ class Horizon:
         for field in dataclasses.fields(self)[:4]:
             value = getattr(self, field.name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"`{field.name}` must be a positive number, got {value}.")
+                raise ValueError(f"`{field.name}` must be positive and finite, got {value}.")
 
     @property
     def scaled_steps(self) -> float | None:
-        """Length of the run after scaling, in optimizer steps."""
+        """Length of the run in optimizer steps, multiplied by ``scale_ratio``."""
         if self.total_steps is None:
             return None
         if self.counts_samples and self.samples_per_step:
@@ -91,8 +93,9 @@ def is_time_string(value: Any) -> bool:
 def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -> float:
     """Convert a duration to optimizer steps.
 
-    The result is truncated to whole steps, as in Composer. Only a duration in samples can end
-    between two steps.
+    Epochs, batches and fractions of the run are truncated to whole steps, as in Composer. A
+    duration in samples can give a fractional number of steps. So can a fraction of the run if
+    ``horizon.counts_samples`` is true.
 
     Args:
         duration: number of steps, or a time string.
@@ -101,8 +104,8 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
             fraction of the run (``dur``).
 
     Raises:
-        DurationError: the unit is unknown, or the horizon does not have the value that the unit
-            requires.
+        DurationError: the time string is invalid, or ``horizon`` does not have the value that its
+            unit requires.
 
     >>> convert_to_steps("0.29dur", Horizon(total_steps=100), scaled=True)
     28
@@ -124,8 +127,9 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
     if unit == "ep":
         if horizon.steps_per_epoch is None:
             raise DurationError(
-                f"{duration!r} requires the length of an epoch. Pass `training_data` to "
-                "`initialize` or `--steps-per-epoch` to the command, or specify a number of steps."
+                f"{duration!r} requires the number of steps per epoch. Pass `training_data` to "
+                "`initialize`, set `--steps-per-epoch` on the command line, or specify a number of "
+                "steps."
             )
         return int(int(value * horizon.steps_per_epoch) * ratio)
     if unit == "sp":
@@ -158,13 +162,13 @@ def _parse(text: str) -> tuple[float, str]:
         )
     if match is None or unit not in (*_WHOLE, "dur"):
         raise DurationError(
-            "a duration must be a number of steps, or a number with the unit ep, ba, sp or dur "
-            f'such as "10ep" or "0.1dur", got {text!r}.'
+            "a duration must be a number of steps, or a number followed by the unit ep, ba, sp or "
+            f'dur, such as "10ep" or "0.1dur", got {text!r}.'
         )
     value = float(match[1])
     if unit != "dur" and value != int(value):
         raise DurationError(
-            f"{text!r} must be a whole number of {unit}. Only dur can be fractional."
+            f"{text!r} must be a whole number of {unit}. Only the unit dur accepts fractions."
         )
     return value, unit
 

@@ -1,8 +1,8 @@
-"""Types for the fields of schedules, with valid ranges and units.
+"""Annotated types for the fields of schedules, which define the valid range and the unit.
 
-Schedules annotate their fields with these types. `read_fields` converts the annotations to JSON
-schemas. The constructor of a schedule validates its arguments against them, and ``make generate``
-writes them to ``schemas/schedulers``.
+`read_fields` converts the annotations of a schedule to JSON schemas. The constructor of the
+schedule validates its arguments against these schemas, and ``make generate`` writes the schemas to
+``schemas/schedulers``.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Range(NamedTuple):
 class Duration(NamedTuple):
     """Marks a field as a duration, which can be a time string.
 
-    `Horizon.scale_ratio` scales durations. It scales a warmup only if ``scale_warmup`` is true or
-    if the warmup is a fraction of the run.
+    Durations are multiplied by `Horizon.scale_ratio`. Warmups are multiplied only if they are
+    fractions of the run or if ``scale_warmup`` is true.
     """
 
     warmup: bool = False
@@ -85,14 +85,14 @@ class Items:
 
 
 class AutoValue(NamedTuple):
-    """Marks a field that accepts "auto", which an integration replaces by a value."""
+    """Marks a field that accepts "auto", which an integration replaces with a value."""
 
     integrations: str
     """Names of the integrations, such as "transformers"."""
 
 
 class AnyValue(NamedTuple):
-    """Marks a field that accepts any JSON value, because another class validates it."""
+    """Marks a field that accepts any JSON value, because the wrapped scheduler validates it."""
 
 
 PerGroup = float | Sequence[float]
@@ -168,7 +168,8 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 def accepts(schema: Mapping[str, Any], value: Any) -> bool:
     """Return whether a value is valid for a field's JSON schema. Lists must be passed as tuples.
 
-    Only the schema keywords that fields use are supported, so no JSON Schema library is required.
+    The function supports only the JSON Schema keywords that fields use. This avoids a dependency on
+    a JSON Schema library.
 
     >>> accepts({"type": "number", "minimum": 0}, float("nan"))
     False
@@ -199,10 +200,10 @@ def accepts(schema: Mapping[str, Any], value: Any) -> bool:
 
 
 def as_number(value: float | str | Sequence[float]) -> float:
-    """Return the value of a field, which must be a number.
+    """Check that the value of a field is a number, and return it.
 
     Call `Schedule.resolve` first to convert time strings to steps, and `Schedule.per_group` to
-    replace lists by numbers.
+    replace each list with the number for one param group.
 
     Raises:
         ValueError: the value is a time string or a list.
@@ -239,9 +240,9 @@ class Field:
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
     def convert(self, value: Any) -> Any:
-        """Validate and convert a value from a config.
+        """Validate a value from a config, and return it as the field's type.
 
-        A list becomes a tuple. In a field for whole numbers, a float such as 1e3 becomes an int.
+        A list becomes a tuple. In an integer field, a whole float such as 1e3 becomes an int.
 
         Raises:
             ValueError: the value is invalid for this field.
@@ -271,7 +272,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def read_fields(schedule: type) -> Mapping[str, Field]:
-    """Return the fields of a schedule by name, read from its annotations.
+    """Return a dict that maps the name of each field of a schedule class to its `Field`.
 
     Raises:
         TypeError: an annotation cannot be expressed in JSON Schema.
@@ -284,7 +285,7 @@ def read_fields(schedule: type) -> Mapping[str, Field]:
 
 @dataclasses.dataclass
 class _Annotation:
-    """The parts of a field's annotation, collected by `read`."""
+    """The types, limits and unit in a field's annotation, from which its schema is built."""
 
     name: str
     types: list[str] = dataclasses.field(default_factory=list)
@@ -297,7 +298,7 @@ class _Annotation:
     free: bool = False
 
     def read(self, hint: Any) -> _Annotation:
-        """Collect the parts of a type hint recursively, and return ``self``."""
+        """Add the types, limits and unit of a type hint recursively, and return ``self``."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin is Annotated:
             for mark in arguments[1:]:
@@ -316,7 +317,7 @@ class _Annotation:
         else:
             raise TypeError(
                 f"`{self.name}` has the annotation {hint}, which JSON Schema cannot express. Use a "
-                "type of `schedules.core.fields`."
+                "type from `schedules.core.fields`."
             )
         return self
 

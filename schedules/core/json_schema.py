@@ -47,11 +47,11 @@ def _build_property(field: Field, description: str) -> dict[str, Any]:
 
 
 def _add_auto(schema: Mapping[str, Any], auto_integrations: str) -> dict[str, Any]:
-    """Return the keywords that make a field's schema also accept "auto".
+    """Return the JSON Schema keywords to change so that a field also accepts "auto".
 
     Args:
-        schema: schema of the field.
-        auto_integrations: names of the integrations that replace "auto" by a value.
+        schema: JSON schema of the field.
+        auto_integrations: names of the integrations that replace "auto" with a value.
     """
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     pattern = f"^auto$|{schema['pattern']}" if "pattern" in schema else "^auto$"

@@ -33,10 +33,10 @@ FAMILIES = (
 
 
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
-    """Maps names to schedule classes, and imports a family when one of its schedules is first used.
+    """Maps names to schedule classes, and imports the module of a schedule on first use.
 
-    A config usually uses only one family, and importing all families takes longer than validating
-    the config.
+    A config usually uses schedules from only one module. Importing all modules takes longer than
+    validating the config.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
 
 
 def import_family(family: str) -> dict[str, type[Schedule[Any]]]:
-    """Import the module of a family and return its schedule classes by name."""
+    """Import a module of schedules, such as "families.pytorch", and return its classes by name."""
     module = importlib.import_module(f"schedules.{family}")
     classes = (getattr(module, name) for name in module.__all__)
     return {cls.type_name: cls for cls in classes}
@@ -122,7 +122,7 @@ def _check_class(cls: type[Schedule[Any]]) -> None:
     undocumented = [name for name in names if name not in (read_descriptions(cls) if names else {})]
     if undocumented or not all(field.kw_only for field in dataclasses.fields(cls)):
         raise ValueError(
-            f"`{name}` must be keyword-only and have a docstring below each field. "
+            f"`{name}` must be a keyword-only dataclass with a docstring below each field. "
             f"Fields without a docstring: {', '.join(undocumented) or 'none'}."
         )
     read_fields(cls)
@@ -138,8 +138,8 @@ def find(name: str) -> type[Schedule[Any]]:
             scheduler class, or a function that maps the step to a learning rate factor.
 
     Raises:
-        ValueError: the name is unknown, or the imported object is not valid. The message suggests
-            a similar name if there is one.
+        ValueError: the name is unknown, or the imported object is not a schedule, a scheduler or a
+            function. If the name is similar to a known name, the message suggests that name.
 
     >>> find("math:exp").__name__
     'exp'
@@ -155,8 +155,8 @@ def find(name: str) -> type[Schedule[Any]]:
         if name in custom.torch_scheduler_names():
             return _load(f"{custom.TORCH_MODULE}:{name}")
         near = find_nearest(name, SCHEDULES)
-        fix = f"Did you mean `{near}`?" if near else "Run `onecycle schedules` to list them."
-        raise ValueError(f"`scheduler.type` must name a known schedule, got {name!r}. {fix}")
+        fix = f"Did you mean `{near}`?" if near else "Run `onecycle schedules` for a list."
+        raise ValueError(f"`scheduler.type` must be the name of a schedule, got {name!r}. {fix}")
     return SCHEDULES[name]
 
 
@@ -181,7 +181,7 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
     unknown = set(block) - {"type", "params"}
     if "type" not in block or unknown:
         raise ValueError(
-            "A scheduler block must have the key `type` and can have the key `params`, "
+            "A scheduler block must have the key `type`, optionally `params`, and no other keys, "
             f"got {', '.join(sorted(block)) or 'no keys'}."
         )
     cls = find(block["type"])

@@ -1,7 +1,7 @@
-"""`Schedule`, the base class of all schedules, which validates the parameters of a schedule.
+"""`Schedule`, the base class of all schedules, which validates their parameters.
 
-`Schedule.bind` returns a `schedules.core.controller.Controller`, which computes the values for an
-optimizer.
+`Schedule.bind` returns a `schedules.core.controller.Controller`, which computes the scheduled
+hyperparameters for an optimizer.
 """
 
 from __future__ import annotations
@@ -134,13 +134,14 @@ class Schedule(ABC, Generic[S]):
         )
 
     def resolve(self, horizon: Horizon | None = None) -> Self:
-        """Return a copy of the schedule with all durations converted to steps and scaled.
+        """Return a copy with all durations in steps, scaled by ``horizon.scale_ratio``.
 
         Args:
-            horizon: length of the run; required if a field is a time string.
+            horizon: length of the run, and the scale ratio. Required if a field is a time string.
 
         Raises:
-            ScheduleError: a duration cannot be converted, is too short, or conflicts with another.
+            ScheduleError: a duration cannot be converted to steps, is out of range, or conflicts
+                with another parameter.
 
         >>> from schedules import Horizon, WarmupDecayLR
         >>> decay = WarmupDecayLR(total_num_steps="1dur", warmup_num_steps="2ep")
@@ -177,7 +178,7 @@ class Schedule(ABC, Generic[S]):
         return steps if isinstance(value, tuple) else steps[0]
 
     def find_problems(self) -> Iterator[ParameterProblem]:
-        """Yield the conflicts between fields.
+        """Yield a problem for each conflict between fields.
 
         The constructor calls this method after it has validated each field. If a duration is still
         a time string, the call is postponed until `resolve`.
@@ -190,12 +191,12 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:
-        """Names of the hyperparameters that the schedule sets, starting with "lr"."""
+        """Names of the hyperparameters that the schedule sets, such as ``("lr", "momentum")``."""
         return ("lr",)
 
     @property
     def span(self) -> int:
-        """Number of steps to plot so that the shape of the resolved schedule is visible."""
+        """Number of steps that a plot of the resolved schedule should show."""
         steps = [
             each
             for name, field in read_fields(type(self)).items()
@@ -216,7 +217,7 @@ class Schedule(ABC, Generic[S]):
         """
 
     def build_curves(self, base: Base, horizon: Horizon | None = None) -> Curves:
-        """Resolve and scale the durations, and return the curves.
+        """Resolve the schedule, and return the curve of each hyperparameter in each param group.
 
         For a feedback schedule, the curves show a run on a synthetic loss.
 
@@ -252,7 +253,7 @@ class Schedule(ABC, Generic[S]):
         return cast("Controller[S]", OpenLoop(self.build_curves(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
-        """Return one schedule per param group, with each list replaced by the group's number.
+        """Return one schedule per param group, with the group's number in place of each list.
 
         Raises:
             ValueError: a list does not have one number per group.
@@ -268,7 +269,7 @@ class Schedule(ABC, Generic[S]):
         return tuple(dataclasses.replace(self, **row) for row in rows)
 
     def params(self) -> dict[str, Any]:
-        """Return the parameters as JSON values. Parameters that equal their default are omitted."""
+        """Return the parameters as JSON values. Omits parameters that have their default value."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, field in read_fields(type(self)).items()
@@ -305,7 +306,7 @@ def build_curve_per_group(
     Args:
         make: function that builds the curve of a group.
         *columns: arguments of ``make``, each a tuple with one value per group. Groups with equal
-            values share one curve.
+            arguments share one curve.
     """
     make_once = functools.cache(make)
     return tuple(make_once(*row) for row in zip(*columns, strict=True))
@@ -328,13 +329,16 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
         return (value,) * len(base)
     if len(value) != len(base):
         raise ValueError(
-            f"`{name}` must have one number per param group ({len(base)}), got {len(value)}."
+            f"`{name}` must be a number or a list with one number per param group ({len(base)}), "
+            f"got {len(value)} numbers."
         )
     return tuple(value)
 
 
 def broadcast_strict(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the value of a field for each param group. Groups that differ require a list.
+    """Return the value of a field for each param group.
+
+    If the groups have different initial values, ``value`` must be a list.
 
     Raises:
         ValueError: ``value`` is a single number but the groups have different initial values, or
@@ -344,6 +348,6 @@ def broadcast_strict(name: str, value: PerGroup, base: tuple[float, ...]) -> tup
         groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))
         raise ValueError(
             f"`{name}` must be a list of {len(base)} numbers, one per param group, because the "
-            f"groups have different values ({groups}), got {value:g}."
+            f"groups have different initial values ({groups}), got {value:g}."
         )
     return broadcast(name, value, base)

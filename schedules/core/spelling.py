@@ -1,7 +1,6 @@
 """Suggest the correct spelling of a misspelled name.
 
-If no known name is similar, there is no suggestion, because a misleading suggestion would cost the
-user time.
+If no known name is similar, there is no suggestion, because a wrong suggestion is worse than none.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ __all__ = ["edit_distance", "find_nearest"]
 def find_nearest(name: str, known: Collection[str]) -> str | None:
     """Return the known name with the most similar spelling, or None if no name is similar.
 
-    A known name with an additional first word, such as ``warmup_num_steps`` for ``num_steps``, is
-    also returned if it is the only one.
+    A known name that adds one word at the start, such as ``warmup_num_steps`` for ``num_steps``, is
+    also returned if it is the only such name.
 
     >>> find_nearest("stge", ["stage", "type"])
     'stage'
@@ -44,7 +43,7 @@ def find_nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def _compare_letters(one: str, other: str) -> tuple[float, float]:
-    """Return the fraction of common letters and the similarity of the letter sequences."""
+    """Return the fraction of ``other``'s letters that are in ``one``, and difflib's ratio."""
     letters = len(set(one) & set(other)) / len(set(other))
     return letters, difflib.SequenceMatcher(None, one, other).ratio()
 

@@ -32,7 +32,7 @@ def trace(
     """Return the values of each scheduled hyperparameter for the first ``steps`` steps.
 
     Args:
-        schedule: schedule, or its ``{"type": …, "params": {…}}`` block.
+        schedule: `Schedule`, or a ``{"type": …, "params": {…}}`` block.
         steps: number of steps, counted from step 0.
         base: initial hyperparameters of the optimizer, with one value per param group. Defaults to
             a single group with learning rate 0.1, momentum 0.9 and weight decay 0.
@@ -73,7 +73,7 @@ def trace(
 
 
 class Replay(NamedTuple):
-    """The result of `replay`."""
+    """Values and evidence returned by `replay`."""
 
     rows: list[Values]
     """Values at each step. The last row is for the step after the last loss."""
@@ -88,7 +88,7 @@ def replay(
     base: Base,
     horizon: Horizon | None = None,
 ) -> Replay:
-    """Run a schedule on recorded losses and return the values of every step.
+    """Run a schedule on recorded losses, and return the hyperparameters at every step.
 
     Args:
         schedule: schedule to run. Schedules without feedback ignore the losses.

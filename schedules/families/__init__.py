@@ -1,1 +1,1 @@
-"""Schedules that depend only on the step. Each module has the schedules of one library."""
+"""Schedules that depend only on the step, grouped by the library that they come from."""

@@ -1,8 +1,8 @@
 """Composer's schedulers, with Composer's names and parameters.
 
-A schedule multiplies the learning rate of each param group. Durations are time strings or numbers
-of steps. Formulas and defaults match composer/optim/scheduler.py (0.32). Composer's trainer applies
-each value one step later and scales warmups differently; see
+Each schedule multiplies the initial learning rate of a param group by a factor. Durations are time
+strings or numbers of steps. Formulas and defaults match composer/optim/scheduler.py (0.32).
+Composer's trainer applies each value one step later and scales warmups differently; see
 docs/decisions/0005-composer-schedules.md.
 """
 
@@ -43,14 +43,14 @@ __all__ = [
 
 
 class _Scheduler(LearningRateSchedule):
-    """Base class of Composer's schedulers. The curve starts at step 0 or after a warmup."""
+    """Base class of Composer's schedulers. Subclasses define the curve after the warmup, if any."""
 
     def curve(self, lr: float) -> Curve:
         return self._body(lr, start=0)
 
     @abstractmethod
     def _body(self, lr: float, start: float) -> Curve:
-        """Return the curve after the warmup, which ends at step ``start`` of the run."""
+        """Return the curve that follows the warmup. Its step 0 is step ``start`` of the run."""
 
     def _peak(self, lr: float) -> float:
         """Return the learning rate at the end of the warmup."""
@@ -59,7 +59,7 @@ class _Scheduler(LearningRateSchedule):
 
 @schedule_class
 class _WithWarmup(_Scheduler):
-    """Mixin that adds a linear warmup from 0 to the curve of the other base class."""
+    """Mixin that adds a linear warmup before the curve of the other base class."""
 
     t_warmup: WarmupStepsOrZero
     """Length of the linear warmup from 0. `engine.scale_schedule_ratio` scales it only if it is a
@@ -115,7 +115,7 @@ class ConstantWithWarmupScheduler(_WithWarmup, example={"t_warmup": "0.2dur", "a
 
         lr(k) = lr * alpha * min(1, k / t_warmup)
 
-    Composer's ``t_max`` is not a parameter here, because it has no effect.
+    Composer's parameter ``t_max`` is not available, because it has no effect in Composer.
 
     Source: ``ConstantWithWarmupScheduler`` in composer/optim/scheduler.py.
     """
@@ -177,7 +177,7 @@ class MultiStepScheduler(
             yield ParameterProblem(
                 "milestones",
                 "`milestones` must be in ascending order, got "
-                f"{list(self.milestones)} steps. Sort them.",
+                f"{list(self.milestones)} (in steps). Sort the list.",
             )
 
     def _body(self, lr: float, start: float) -> Curve:
@@ -204,7 +204,7 @@ class MultiStepWithWarmupScheduler(
 
 @schedule_class
 class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
-    """Change the multiplier linearly from ``alpha_i`` to ``alpha_f`` in ``t_max`` steps.
+    """Change the learning rate linearly from ``alpha_i`` to ``alpha_f`` times its initial value.
 
     ::
 
@@ -229,7 +229,7 @@ class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
 
 @schedule_class
 class LinearWithWarmupScheduler(_WithWarmup, LinearScheduler, example={"t_warmup": "0.2dur"}):
-    """Linear warmup to ``alpha_i``, followed by `LinearScheduler`.
+    """Linear warmup to ``alpha_i`` times the learning rate, followed by `LinearScheduler`.
 
     ::
 
@@ -300,9 +300,9 @@ class CosineAnnealingWithWarmupScheduler(
 
 @schedule_class
 class CosineAnnealingWarmRestartsScheduler(_Scheduler, example={"t_0": "2ep", "t_mult": 2.0}):
-    """Cosine annealing with warm restarts, in cycles that grow by the factor ``t_mult``.
+    """Cosine annealing with warm restarts.
 
-    Cycle i has ``T_i`` steps, with ``T_0 = t_0`` and ``T_{i+1} = int(t_mult * T_i)``. At the
+    Each cycle is ``t_mult`` times as long as the previous one, truncated to whole steps. After the
     fraction x of a cycle::
 
         lr(x) = lr * (alpha_f + (1 - alpha_f) * (1 + cos(pi * x)) / 2)

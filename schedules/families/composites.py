@@ -94,7 +94,12 @@ class _Composite(Schedule[int]):
 
     @abstractmethod
     def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
-        """Combine the curves of the schedules."""
+        """Return the combined curve of each hyperparameter in each param group.
+
+        Args:
+            parts: curves of each schedule.
+            base: initial hyperparameters of the optimizer.
+        """
 
 
 @schedule_class
@@ -109,10 +114,10 @@ class SequentialLR(
         "milestones": [20, 80],
     },
 ):
-    """Run several schedules one after another. Each schedule starts at its milestone.
+    """Run several schedules one after another. Each milestone starts the next schedule.
 
-    A schedule counts its steps from its own start. A hyperparameter that the current schedule does
-    not set has the param group's initial value.
+    Each schedule counts its steps from its own start. If the active schedule does not set a
+    hyperparameter that another schedule sets, the param group's initial value is used.
 
     Source: ``SequentialLR`` in torch/optim/lr_scheduler.py.
     """
@@ -125,14 +130,14 @@ class SequentialLR(
             yield ParameterProblem(
                 "milestones",
                 "`milestones` must be in ascending order, got "
-                f"{list(self.milestones)} steps. Sort them.",
+                f"{list(self.milestones)} (in steps). Sort the list.",
             )
         if len(self.milestones) != len(self.schedulers) - 1:
             yield ParameterProblem(
                 "milestones",
                 f"`milestones` must have {len(self.schedulers) - 1} items, one fewer than "
-                f"`schedulers`, got {len(self.milestones)}. Set the start of each schedule after "
-                "the first.",
+                f"`schedulers`, got {len(self.milestones)}. List the first step of each schedule "
+                "except the first one.",
             )
 
     @property
@@ -163,11 +168,13 @@ class ChainedScheduler(
         ]
     },
 ):
-    """Multiply the factors of several schedules.
+    """Apply several schedules at the same time, by multiplying their factors.
 
-    The factor of schedule i is the ratio of its learning rate lr_i(k) to the initial one::
+    The factor of schedule i is its learning rate lr_i(k) divided by the initial learning rate::
 
         lr(k) = lr * product over i of (lr_i(k) / lr)
+
+    Momentum and weight decay are combined in the same way.
 
     Source: ``ChainedScheduler`` in torch/optim/lr_scheduler.py.
     """
@@ -221,7 +228,7 @@ class Combined(
                         "schedulers",
                         f"`schedulers` must set each hyperparameter only once, but schedules "
                         f"{seen[name]} and {index} both set {name}. Use ChainedScheduler to "
-                        "multiply them.",
+                        "multiply their factors.",
                     )
 
     def combine(self, parts: Sequence[Curves], base: Base) -> Curves:

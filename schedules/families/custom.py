@@ -1,10 +1,10 @@
 """Custom schedules, which a config specifies as ``module:attribute``.
 
-A custom schedule can be a function or a scheduler class with PyTorch's interface, such as LambdaLR.
-A function maps the step to a factor on the learning rate. A scheduler class runs on a separate
-optimizer and its learning rates are recorded, so that the schedule can be previewed and resumed.
-Scheduler classes have three limitations: the value at a step requires running all previous steps,
-durations are numbers of steps that cannot be scaled, and only the learning rate can be set.
+A custom schedule can be a function or a subclass of PyTorch's LRScheduler, such as LambdaLR. A
+function maps the step to a factor on the learning rate. A scheduler class runs on a dummy optimizer
+and its learning rates are recorded, so that the schedule can be previewed and resumed. Scheduler
+classes have three limitations: the value at a step requires running all previous steps, durations
+are numbers of steps that cannot be scaled, and only the learning rate can be set.
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ def torch_scheduler_names() -> frozenset[str]:
 
 
 def adapt(found: Any, path: str) -> type[Schedule[Any]]:
-    """Return a schedule class for a function or for a scheduler class with PyTorch's interface.
+    """Return a schedule class that wraps a function or a subclass of PyTorch's ``LRScheduler``.
+
+    Args:
+        found: function or class to wrap.
+        path: import path of ``found``, which is also the name of the schedule in a config.
 
     Raises:
         ValueError: ``found`` is neither a function nor a scheduler class, or the ``step`` method of
@@ -74,13 +78,13 @@ def _is_torch_scheduler(cls: type) -> bool:
 
 
 def wrap_scheduler(cls: type[Any], name: str) -> type[WrappedScheduler]:
-    """Create a schedule class that runs a PyTorch-style scheduler.
+    """Create a schedule class that wraps a subclass of PyTorch's ``LRScheduler``.
 
     The schedule has the parameters of the scheduler's constructor, except the optimizer. If a
     parameter is a function, the config specifies it as "module:attribute".
 
     Args:
-        cls: scheduler class.
+        cls: scheduler class to wrap.
         name: name of the schedule in a config.
 
     Raises:
@@ -96,7 +100,7 @@ def wrap_scheduler(cls: type[Any], name: str) -> type[WrappedScheduler]:
     if required:
         raise ValueError(
             f"`scheduler.type` {name!r} must depend only on the step, but its `step` method "
-            f"requires `{required[0]}`. Use a scheduler whose `step` takes no arguments."
+            f"requires the argument `{required[0]}`. Use a scheduler that does not require it."
         )
     fields = [
         (
@@ -126,7 +130,7 @@ def wrap_scheduler(cls: type[Any], name: str) -> type[WrappedScheduler]:
 
 @schedule_class
 class WrappedScheduler(Schedule[int]):
-    """Schedule that returns the learning rates of a PyTorch-style scheduler."""
+    """Schedule with the learning rates of a subclass of PyTorch's ``LRScheduler``."""
 
     wrapped: ClassVar[type[Any]]
 
@@ -139,7 +143,7 @@ class WrappedScheduler(Schedule[int]):
             )
 
     def resolve(self, horizon: Horizon | None = None) -> WrappedScheduler:
-        """Return the schedule itself, because its durations are numbers of steps.
+        """Return the schedule unchanged, because its durations are already numbers of steps.
 
         Raises:
             ScheduleError: ``horizon.scale_ratio`` is not 1. The durations cannot be scaled.
@@ -163,7 +167,7 @@ class WrappedScheduler(Schedule[int]):
 
 
 class _Recorder:
-    """Runs a scheduler on a separate optimizer and records the learning rate of every step."""
+    """Runs a scheduler on a dummy optimizer, and records the learning rate at every step."""
 
     def __init__(self, schedule: WrappedScheduler, lrs: tuple[float, ...]) -> None:
         import torch

@@ -1,8 +1,8 @@
 """The schedulers of the book "Dive into Deep Learning", with MXNet's warmup.
 
-Learning rates are absolute. Every schedule can start with a linear or constant warmup. The values
-match the book (https://d2l.ai/chapter_optimization/lr-scheduler.html). MXNet's trainer uses each
-value one step earlier; see docs/decisions/0007-d2l-schedules.md.
+Learning rates are absolute values, not factors. Every schedule can start with a linear or constant
+warmup. The values match the book (https://d2l.ai/chapter_optimization/lr-scheduler.html). MXNet's
+trainer uses each value one step earlier; see docs/decisions/0007-d2l-schedules.md.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = [
 
 @schedule_class
 class _WithWarmup(Schedule[int]):
-    """Base class of the five schedules, with the parameters of the warmup."""
+    """Base class of the schedules in this module, with the parameters of the warmup."""
 
     base_lr: LearningRate | None = None
     """Learning rate after the warmup; null uses each param group's learning rate."""
@@ -88,12 +88,12 @@ class _WithWarmup(Schedule[int]):
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:
-        """Return the curve without the warmup, from step 0 of the run."""
+        """Return the curve that applies after the warmup. Its step 0 is the start of the run."""
 
 
 @schedule_class
 class SquareRootScheduler(_WithWarmup, example={}):
-    """Divide the learning rate by the square root of the number of steps.
+    """Inverse square root decay that starts at the first step.
 
     ::
 
@@ -112,8 +112,8 @@ class SquareRootScheduler(_WithWarmup, example={}):
 class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.02}):
     """Multiply the learning rate by a factor at regular intervals, down to a minimum.
 
-    The factor is applied every ``step`` steps, as in MXNet. If ``step`` is null, it is applied
-    before every step, including the first, as in the book::
+    The factor is applied every ``step`` steps, as in MXNet. If ``step`` is null, the factor is
+    applied before every step, including the first, as in the book::
 
         lr(k) = max(stop_factor_lr, base_lr * factor ** floor(k / step))    step is set
         lr(k) = max(stop_factor_lr, base_lr * factor ** (k + 1))            step is null
@@ -135,7 +135,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
         if not 0 < self.factor <= 1:
             yield ParameterProblem(
                 "factor",
-                f"`factor` must be more than 0 and at most 1, got {self.factor:g}.",
+                f"`factor` must be greater than 0 and at most 1, got {self.factor:g}.",
             )
 
     def _body(self, lr: float) -> Curve:
@@ -149,11 +149,11 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
 
 @schedule_class
 class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5}):
-    """Multiply the learning rate by a factor at each of the given steps.
+    """Multiply the learning rate by ``factor`` at each step in the list ``step``.
 
     ::
 
-        lr(k) = base_lr * factor ** (number of steps s with s <= k)
+        lr(k) = base_lr * factor ** (number of entries s of ``step`` with s <= k)
 
     Source: ``MultiFactorScheduler`` in "Dive into Deep Learning" and in
     python/mxnet/lr_scheduler.py.
@@ -182,7 +182,7 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
 class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
     """Polynomial decay to ``final_lr``, which is reached at step ``max_update``.
 
-    With W = ``warmup_steps``::
+    After the warmup, with W = ``warmup_steps``::
 
         lr(k) = final_lr + (base_lr - final_lr) * (1 - min(1, (k - W) / (max_update - W))) ** pwr
 
@@ -206,7 +206,7 @@ class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10})
 class CosineScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10}):
     """Cosine decay to ``final_lr``, which is reached at step ``max_update``.
 
-    With W = ``warmup_steps`` and x = min(1, (k - W) / (max_update - W))::
+    After the warmup, with W = ``warmup_steps`` and x = min(1, (k - W) / (max_update - W))::
 
         lr(k) = final_lr + (base_lr - final_lr) * (1 + cos(pi * x)) / 2
 

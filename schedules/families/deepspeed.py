@@ -47,7 +47,7 @@ _CYCLE = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 30
 
 @schedule_class
 class _DeepSpeedSchedule(Schedule[int]):
-    """Base class of the five DeepSpeed schedules, with the parameter for the starting step."""
+    """Base class of the DeepSpeed schedules, with the parameter ``last_batch_iteration``."""
 
     last_batch_iteration: LastBatch = -1
     """Index of the last completed step. The run starts at the next step; -1 starts at step 0."""
@@ -61,7 +61,7 @@ class _DeepSpeedSchedule(Schedule[int]):
 
     @abstractmethod
     def _curves(self, base: Base) -> Curves:
-        """Return the curves of a run that starts at step 0."""
+        """Return the curves from step 0, without the shift by ``last_batch_iteration``."""
 
 
 @schedule_class
@@ -75,14 +75,14 @@ class OneCycle(
     ``second = cycle_second_step_size`` steps, continuously or in equal stairs. With
     ``T = first + second``::
 
-        lr(k)       = min_lr + (max_lr - min_lr) * s(k)                             k <= T
-                      min_lr / (1 + decay_lr_rate * (k - T) / decay_step_size)      k > T
-        momentum(k) = max_mom - (max_mom - min_mom) * s(k)                          k <= T
-                      max_mom / (1 + decay_mom_rate * (k - T) / decay_step_size)    k > T
+        lr(k)       = cycle_min_lr + (cycle_max_lr - cycle_min_lr) * s(k)                 k <= T
+                      cycle_min_lr / (1 + decay_lr_rate * (k - T) / decay_step_size)      k > T
+        momentum(k) = cycle_max_mom - (cycle_max_mom - cycle_min_mom) * s(k)              k <= T
+                      cycle_max_mom / (1 + decay_mom_rate * (k - T) / decay_step_size)    k > T
 
     The peak is exactly ``cycle_max_lr``, at k = first. Momentum starts at ``cycle_max_mom`` and
-    decreases in the decay. In DeepSpeed, momentum is ``cycle_min_mom`` in the first step and
-    increases in the decay, above 1 in a long run. DeepSpeed also sets beta2 to 0.99.
+    decreases after the cycle. In DeepSpeed, momentum is ``cycle_min_mom`` at the first step and
+    increases after the cycle, above 1 in a long run. DeepSpeed also sets beta2 to 0.99.
 
     >>> cycle = OneCycle(cycle_min_lr=0.1, cycle_max_lr=0.5, cycle_first_step_size=2)
     >>> curves = cycle.curves({"lr": (0.1,), "momentum": (0.9,)})
@@ -145,8 +145,8 @@ class OneCycle(
         for name, count, steps in invalid:
             yield ParameterProblem(
                 name,
-                f"`{name}` must be at most {steps}, the number of steps in that half, got {count}. "
-                "Set it to 0 to make the half continuous.",
+                f"`{name}` must be at most {steps}, the number of steps in that half of the cycle, "
+                f"got {count}. Set it to 0 to disable the staircase.",
             )
         if self.decay_step_size is not None and self.post_cycle_decay_step_size is not None:
             yield ParameterProblem(
@@ -219,14 +219,13 @@ class LRRangeTest(
     _DeepSpeedSchedule,
     example={"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 20},
 ):
-    """LR range test: increase the learning rate from a small value until training diverges.
+    """LR range test: increase the learning rate linearly and indefinitely.
 
-    The learning rate increases at every step. With ``lr_range_test_staircase``, it increases once
-    every ``lr_range_test_step_size`` steps, because x is rounded down::
+    With x = k / ``lr_range_test_step_size``, rounded down if ``lr_range_test_staircase`` is true::
 
-        lr(k) = min_lr * (1 + step_rate * x),   x = k / step_size
+        lr(k) = lr_range_test_min_lr * (1 + lr_range_test_step_rate * x)
 
-    The schedule has no end. The training loop decides when to stop.
+    Stop training when the loss diverges; the schedule does not stop it.
 
     >>> test = LRRangeTest(lr_range_test_min_lr=0.1, lr_range_test_step_size=2)
     >>> [round(lr, 6) for lr in test.curves({"lr": (0.1,)})["lr"][0].values(5)]
@@ -267,16 +266,16 @@ WarmupType = Literal["log", "linear"]
 
 @schedule_class
 class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type": "linear"}):
-    """Warmup: increase the learning rate from a minimum to a maximum, then keep the maximum.
+    """Warmup: increase the learning rate to a maximum, then keep it constant.
 
     With N = ``warmup_num_steps``::
 
-        lr(k) = min_lr + (max_lr - min_lr) * g(k)
-        g(k)  = min(1, ln(1 + k) / ln(max(2, N)))     "log"
-                min(1, k / N)                         "linear"
+        lr(k) = warmup_min_lr + (warmup_max_lr - warmup_min_lr) * g(k)
+        g(k)  = min(1, ln(1 + k) / ln(max(2, N)))     warmup_type "log"
+                min(1, k / N)                         warmup_type "linear"
 
     The linear ramp reaches the maximum at k = N, the logarithmic ramp at k = N - 1. DeepSpeed
-    reaches it one step later, because its first two steps both use the minimum.
+    reaches the maximum one step later, because its first two steps both use the minimum.
 
     >>> warmup = WarmupLR(warmup_max_lr=1.0, warmup_num_steps=4, warmup_type="linear")
     >>> list(warmup.curves({"lr": (1.0,)})["lr"][0].values(6))
@@ -335,15 +334,15 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
 class WarmupDecayLR(
     WarmupLR, example={"total_num_steps": "1dur", "warmup_num_steps": 20, "warmup_type": "linear"}
 ):
-    """Warmup, then linear decay to the minimum at the end of the run.
+    """Warmup, then linear decay to the minimum at step ``total_num_steps``.
 
     The warmup is the same as in `WarmupLR`. With N = ``warmup_num_steps`` and
     T = ``total_num_steps``, the decay is::
 
-        lr(k) = max_lr + (min_lr - max_lr) * (k - N) / (T - N),   N <= k <= T
+        lr(k) = warmup_max_lr + (warmup_min_lr - warmup_max_lr) * (k - N) / (T - N),   N <= k <= T
 
-    The minimum is kept after T. If ``warmup_max_lr`` is null, the maximum is the param group's
-    learning rate. In DeepSpeed, it is 0.001.
+    After step T, the learning rate stays at the minimum. If ``warmup_max_lr`` is null, the maximum
+    is the param group's learning rate, whereas in DeepSpeed it is 0.001.
 
     >>> decay = WarmupDecayLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> list(decay.curves({"lr": (1.0,)})["lr"][0].values(8))
@@ -383,8 +382,8 @@ class WarmupCosineLR(
         ratio(k) = warmup_min_ratio + (1 - warmup_min_ratio) * g(k)              k <= N
                    c + (1 - c) * (1 + cos(pi * (k - N) / (T - N))) / 2           N <= k <= T
 
-    The peak (ratio 1) is reached at k = N. DeepSpeed never reaches it with a linear warmup, and its
-    first step uses ratio 0, ignoring ``warmup_min_ratio``.
+    The peak (ratio 1) is reached at k = N. DeepSpeed never reaches the peak with a linear warmup,
+    and uses ratio 0 instead of ``warmup_min_ratio`` at the first step.
 
     >>> decay = WarmupCosineLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> [round(lr, 6) for lr in decay.curves({"lr": (1.0,)})["lr"][0].values(7)]
@@ -440,5 +439,5 @@ def _check_warmup_length(warmup: float, total: float) -> Iterator[ParameterProbl
         yield ParameterProblem(
             "warmup_num_steps",
             f"`warmup_num_steps` must be at most `total_num_steps` ({total}), got {warmup}. "
-            "Shorten the warmup or lengthen the run.",
+            "Shorten the warmup or increase `total_num_steps`.",
         )

@@ -81,14 +81,16 @@ class Phases(
         "weight_decay": [{"from": 0.0, "to": 0.1, "duration": "1dur"}],
     },
 ):
-    """Build a schedule from a list of phases, each with a shape, a start value and an end value.
+    """Run a list of phases, each with a shape, a start value, an end value and a duration.
 
     A phase is ``{"shape": …, "from": …, "to": …, "duration": …}``. "shape" is "linear" (the
     default), "constant", "cosine", "polynomial" (quadratic), "exponential" (linear on a log scale),
-    "half-life" or "1-sqrt". "from" defaults to the end value of the previous phase or, in the
-    first phase, to the param group's value. "to" defaults to "from". With ``"warmup": true``,
-    ``engine.scale_schedule_ratio`` does not scale the phase. The value is constant after the last
-    phase.
+    "half-life" (Megatron-LM's exponential decay) or "1-sqrt" (1 minus square root). "from" defaults
+    to the end value of the previous phase or, in the first phase, to the param group's initial
+    value. "to" defaults to the start value. After the last phase, the value stays constant.
+
+    ``engine.scale_schedule_ratio`` scales a phase with ``"warmup": true`` only if its duration is a
+    fraction of the run or ``engine.scale_warmup`` is true.
 
     >>> phases = Phases(lr=[{"from": 0, "to": 1, "duration": 2}, {"to": 0, "duration": 4}])
     >>> list(phases.curves({"lr": (0.1,)})["lr"][0].values(8))
@@ -153,7 +155,8 @@ class Phases(
             )
         if name == "momentum" and not self.relative and any(end >= 1 for end in ends):
             yield ParameterProblem(
-                name, f"`{path}` must be less than 1, got {max(ends):g}. Lower `from` or `to`."
+                name,
+                f"`from` and `to` of `{path}` must be less than 1, got {max(ends):g}. Lower them.",
             )
         if phase.get("shape") == "exponential" and 0 in ends:
             yield ParameterProblem(
@@ -175,8 +178,9 @@ class Phases(
         if len(set(own)) > 1:
             groups = ", ".join(f"group {index}: {value:g}" for index, value in enumerate(own))
             raise ValueError(
-                f"`{name}` must be relative, because the param groups have different values "
-                f'({groups}). Set "relative": true, and "from" and "to" to multiples of them.'
+                f"`{name}` must use relative values, because the param groups have different "
+                f'initial values ({groups}). Set "relative": true, and set "from" and "to" to '
+                "multiples of the initial values."
             )
 
     def _join_phases(self, name: str, phases: Sequence[Mapping[str, Any]], own: float) -> Curve:
@@ -187,14 +191,14 @@ class Phases(
             value = phase["to"] * unit if "to" in phase else start
             if phase.get("shape") == "exponential" and 0 in (start, value):
                 raise ValueError(
-                    f"An exponential phase of `{name}` must not start or end at 0, got {start:g} "
-                    f"to {value:g} for a param group with the value {own:g}. Use small positive "
-                    "values."
+                    f"An exponential phase of `{name}` must not start or end at 0, got a phase "
+                    f"from {start:g} to {value:g} for a param group with the initial value "
+                    f"{own:g}. Use small positive values."
                 )
             if name == "momentum" and max(start, value) >= 1:
                 raise ValueError(
                     f"`momentum` must be less than 1, got a phase from {start:g} to {value:g} for "
-                    f"a param group with momentum {own:g}. Lower `from` or `to`."
+                    f"a param group with initial momentum {own:g}. Lower `from` or `to`."
                 )
             parts.append(SHAPES[phase.get("shape", "linear")](start, value, phase["duration"]))
         boundaries = itertools.accumulate(phase["duration"] for phase in phases[:-1])
@@ -222,8 +226,8 @@ class WarmupStableDecay(
 ):
     """Warmup-stable-decay (WSD): linear warmup, constant learning rate, and decay at the end.
 
-    The decay takes the last ``decay_steps`` of ``total_steps``. The final learning rate,
-    ``min_lr_ratio`` times the initial learning rate, is kept after the end.
+    The decay takes the last ``decay_steps`` of ``total_steps``. It ends at ``min_lr_ratio`` times
+    the initial learning rate, which is kept after ``total_steps``.
 
     >>> wsd = WarmupStableDecay(warmup_steps=2, total_steps=8, decay_steps=4)
     >>> list(wsd.curves({"lr": (1.0,)})["lr"][0].values(9))
@@ -295,7 +299,7 @@ class InverseSquareRoot(LearningRateSchedule, example={"warmup_steps": 10}):
     def find_problems(self) -> Iterator[ParameterProblem]:
         if not (self.timescale or self.warmup_steps):
             yield ParameterProblem(
-                "timescale", "`timescale` must be set if `warmup_steps` is 0. Set one of them."
+                "timescale", "`timescale` must be set if `warmup_steps` is 0. Set one of the two."
             )
 
     def curve(self, lr: float) -> Curve:

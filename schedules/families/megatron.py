@@ -48,11 +48,12 @@ class OptimizerParamScheduler(
         "wd_incr_steps": 90,
     },
 ):
-    """Megatron-LM's scheduler: the learning rate warms up and decays, the weight decay increases.
+    """Megatron-LM's scheduler: learning rate warmup and decay, and an increasing weight decay.
 
-    Durations are in steps. In Megatron-LM, they are in samples. The decay ends at step
-    ``lr_decay_steps`` of the run, and ``min_lr`` is kept afterwards. In the style "WSD", the
-    learning rate is constant after the warmup and decays in the last ``wsd_decay_steps``.
+    Durations are in optimizer steps; in Megatron-LM, they are in samples. The decay ends at step
+    ``lr_decay_steps`` of the run, and the learning rate stays at ``min_lr`` afterwards. With
+    ``lr_decay_style`` "WSD", the learning rate is constant after the warmup and decays in the last
+    ``wsd_decay_steps`` steps. With "constant", it does not decay.
 
     Source: ``OptimizerParamScheduler`` in megatron/core/optimizer_param_scheduler.py.
     """
@@ -99,8 +100,8 @@ class OptimizerParamScheduler(
         if exceeds(self.init_lr, self.max_lr) or exceeds(self.min_lr, self.max_lr):
             yield ParameterProblem(
                 "max_lr",
-                "`max_lr` must be at least `init_lr` and `min_lr`. "
-                "Increase it or lower the other two.",
+                "`max_lr` must be at least `init_lr` and at least `min_lr`. "
+                "Increase `max_lr` or lower the other two.",
             )
         if exceeds(self.start_wd, self.end_wd):
             yield ParameterProblem(
@@ -121,7 +122,7 @@ class OptimizerParamScheduler(
             yield ParameterProblem(
                 "wsd_decay_steps",
                 f"`wsd_decay_steps` must be at most {end - warmup:g}, the difference between "
-                f"`lr_decay_steps` and `lr_warmup_steps`, got {anneal:g}. Shorten the decay.",
+                f"`lr_decay_steps` and `lr_warmup_steps`, got {anneal:g}. Lower it.",
             )
 
     def curves(self, base: Base) -> Curves:

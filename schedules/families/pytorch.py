@@ -2,7 +2,7 @@
 
 Formulas and defaults match torch/optim/lr_scheduler.py (2.13). PyTorch computes most values from
 the previous value. Here, each value depends only on the step k. After the end of a schedule, the
-last value is kept, while PyTorch's cosine rises again; see
+last value is kept, whereas PyTorch's CosineAnnealingLR rises again; see
 docs/decisions/0006-pytorch-schedules.md.
 """
 
@@ -118,7 +118,7 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
 
 @schedule_class
 class LinearLR(LearningRateSchedule, example={"total_iters": 60}):
-    """Change the factor linearly from ``start_factor`` to ``end_factor`` in ``total_iters`` steps.
+    """Multiply the learning rate by a factor that changes linearly in ``total_iters`` steps.
 
     ::
 
@@ -203,9 +203,9 @@ class CosineAnnealingLR(LearningRateSchedule, example={"T_max": 80, "eta_min": 0
 
 @schedule_class
 class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_mult": 2}):
-    """Cosine annealing with warm restarts, in cycles that grow by the factor ``T_mult``.
+    """Cosine annealing with warm restarts.
 
-    At the fraction x of a cycle::
+    Each cycle is ``T_mult`` times as long as the previous one. After the fraction x of a cycle::
 
         lr(x) = eta_min + (lr - eta_min) * (1 + cos(pi * x)) / 2
 
@@ -226,13 +226,13 @@ class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_m
 
 @schedule_class
 class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
-    """PyTorch's 1cycle: the learning rate rises to a maximum, then falls far below its first value.
+    """PyTorch's 1cycle: the learning rate rises to a peak, then falls far below its initial value.
 
     With n = ``total_steps``, the learning rate rises from ``max_lr / div_factor`` until step
     ``pct_start * n - 1``, then falls to ``max_lr / div_factor / final_div_factor`` until step
     ``n - 1``. With ``three_phase``, it first falls back to ``max_lr / div_factor`` in as many steps
     as it rose. Each phase is a cosine or a line. Momentum goes from ``max_momentum`` to
-    ``base_momentum`` and back. After the end, the last value is kept. PyTorch raises an error.
+    ``base_momentum`` and back. After the end, the last value is kept; PyTorch raises an error.
 
     Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
     https://arxiv.org/abs/1708.07120.
@@ -279,9 +279,10 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
         if sorted(set(ends)) != list(ends) or ends[0] <= 0:
             yield ParameterProblem(
                 "pct_start",
-                f"`pct_start` must give each phase part of the {self._steps:g} steps, but the "
-                f"phases end at steps {', '.join(f'{end:g}' for end in ends)}. Lengthen the cycle "
-                "or change `pct_start`.",
+                f"Each phase must have a positive length, but with `pct_start` "
+                f"{self.pct_start:g} and {self._steps:g} steps, the phases end at steps "
+                f"{', '.join(f'{end:g}' for end in ends)}. Increase the number of steps or "
+                "change `pct_start`.",
             )
 
     @property
@@ -349,15 +350,15 @@ class CyclicLR(
     Schedule[int],
     example={"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 15, "mode": "triangular2"},
 ):
-    """Cycle the learning rate linearly between two values. Momentum changes inversely.
+    """Cycle the learning rate linearly between two values, and momentum inversely to it.
 
     s rises from 0 to 1 in ``step_size_up`` steps and falls back to 0 in ``step_size_down`` steps::
 
         lr(k)       = base_lr + (max_lr - base_lr) * s(k) * A
         momentum(k) = max_momentum - (max_momentum - base_momentum) * s(k) * A
 
-    In the mode "triangular", A is 1. In "triangular2", A is halved after each cycle. In
-    "exp_range", A is ``gamma ** k``.
+    The amplitude A is 1 in the mode "triangular", is halved after each cycle in "triangular2", and
+    is ``gamma ** k`` in "exp_range".
 
     Source: ``CyclicLR`` in torch/optim/lr_scheduler.py; Smith, https://arxiv.org/abs/1506.01186.
     """
@@ -389,7 +390,7 @@ class CyclicLR(
             yield ParameterProblem(
                 "gamma",
                 f"`gamma` must be at most 1, got {self.gamma:g}. With a larger value, the "
-                "triangles would grow.",
+                "amplitude would grow.",
             )
 
     @property

@@ -1,8 +1,8 @@
 """SambaFlow's schedules, with parameters named after SambaFlow's command-line arguments.
 
 SambaFlow's source code is not public, so shapes and defaults follow its documentation. Details that
-the documentation does not specify, such as the first value of a warmup and the values after the
-end, follow Hugging Face transformers.
+the documentation does not specify, such as the first value of a warmup and the values after the end
+of a schedule, follow Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _WarmupAndDecay(_PeakSchedule):
 
     @abstractmethod
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
-        """Return the curve after the warmup."""
+        """Return the decay after the warmup, from ``lr`` to ``end`` in ``steps`` steps."""
 
 
 @schedule_class
@@ -81,7 +81,7 @@ class CosineScheduleWithWarmup(
     type_name="cosine_schedule_with_warmup",
     example={"warmup_steps": 20, "max_steps": "1dur"},
 ):
-    """Linear warmup, then cosine decay to a fraction of the learning rate.
+    """Linear warmup, then cosine decay to ``end_lr_ratio`` times the peak learning rate.
 
     With x = (k - warmup_steps) / (max_steps - warmup_steps) and r = end_lr_ratio::
 
@@ -101,7 +101,7 @@ class PolynomialDecayScheduleWithWarmup(
     type_name="polynomial_decay_schedule_with_warmup",
     example={"warmup_steps": 20, "max_steps": "1dur"},
 ):
-    """Linear warmup, then linear decay to a fraction of the learning rate.
+    """Linear warmup, then linear decay to ``end_lr_ratio`` times the peak learning rate.
 
     With x = (k - warmup_steps) / (max_steps - warmup_steps) and r = end_lr_ratio::
 

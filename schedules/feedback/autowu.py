@@ -24,26 +24,27 @@ Count = Annotated[int | None, Range(at_least=1)]
 
 @schedule_class
 class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "total_epochs": 10}):
-    """Increase the learning rate until the loss starts to rise, then decay it from its best value.
+    """Increase the learning rate until the loss has passed its minimum, then hold and decay it.
 
-    The learning rate grows exponentially from ``min_lr`` towards ``max_lr``. A Gaussian process
-    fitted to the losses estimates the probability that the loss has passed its minimum. After
-    several confident estimates in a row (three with the default test), the learning rate returns to
-    its value at the minimum and decays from there::
+    The warmup increases the learning rate exponentially from ``min_lr`` to ``max_lr``. Meanwhile, a
+    Gaussian process fitted to the losses estimates the probability that the loss has passed its
+    minimum. Several confident estimates in a row (three with the default test) end the warmup. The
+    learning rate then returns to its value at the minimum (the peak), stays constant unless
+    ``immediate_cooldown`` is true, and decays in the cooldown at the end of the run::
 
         warmup    lr(k) = min_lr * (max_lr / min_lr) ** (k / W),   W = int(max_warmup_fraction * T)
         cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2         after n of D cooldown steps
 
-    T is ``steps_per_epoch * total_epochs``. If no estimate is confident, the warmup ends after W
-    steps. After T steps, the learning rate stays constant. The ratios between the learning rates of
-    the param groups do not change.
+    T is ``steps_per_epoch * total_epochs``. Without enough confident estimates, the warmup ends
+    after W steps. After T steps, the learning rate stays constant. The formulas give the learning
+    rate of the first param group; the other groups keep their initial ratios to it.
 
-    ``"test": "reference"`` works like the published code. It tests once per epoch, needs about
-    thirty epochs, and depends on the scale of the loss. ``"test": "robust"`` tests sixty times per
-    warmup, does not depend on the scale of the loss, tolerates loss spikes, and starts the decay
-    exactly at the peak. With ``"rollback": true``, the weights and the optimizer state with the
-    lowest loss are restored when the warmup ends. Use it for models without normalization layers,
-    which can diverge at learning rates above the optimum.
+    ``"test": "reference"`` works like the published code. It runs once per epoch, needs about
+    thirty epochs, and depends on the scale of the loss. ``"test": "robust"`` runs about sixty times
+    per warmup, does not depend on the scale of the loss, tolerates loss spikes, and starts the
+    decay exactly at the peak. With ``"rollback": true``, the weights and the optimizer state are
+    restored when the warmup ends, from the end of the test interval with the lowest mean loss. Use
+    it for models without normalization layers, which can diverge at high learning rates.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews show a run on a synthetic loss.
@@ -104,7 +105,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
     @property
     def total_steps(self) -> int:
-        """Length of the run in steps. In a preview, 10 replaces each parameter that is null."""
+        """Length of the run in steps. In previews, parameters that are null default to 10."""
         return (self.steps_per_epoch or 10) * (self.total_epochs or 10)
 
     @property
@@ -112,10 +113,11 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         return self.total_steps
 
     def resolve(self, horizon: Horizon | None = None) -> AutoWU:
-        """Return a copy in which ``steps_per_epoch`` and ``total_epochs`` are set and scaled.
+        """Return a copy with ``steps_per_epoch`` and ``total_epochs`` set from ``horizon``.
 
-        Parameters that are null are computed from ``horizon`` if possible. With the robust test, a
-        run that does not consist of whole epochs is treated as a single epoch.
+        Only parameters that are null are set, if ``horizon`` has the required values. The number of
+        epochs is multiplied by ``horizon.scale_ratio``. With the robust test, a run that does not
+        consist of whole epochs is treated as a single epoch.
 
         Raises:
             ScheduleError: the schedule uses the reference test, but the run does not consist of
@@ -147,7 +149,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         return dataclasses.replace(self, steps_per_epoch=steps, total_epochs=epochs)
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> AutoWUController:
-        """Return the controller for an optimizer with these initial hyperparameters.
+        """Return the controller for an optimizer with the initial hyperparameters ``base``.
 
         Raises:
             ScheduleError: neither the parameters nor ``horizon`` specify the length of the run.

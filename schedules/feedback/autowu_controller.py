@@ -44,7 +44,7 @@ class AutoWUController(FeedbackController[AutoWUState]):
         test: test that ends the warmup. Its attribute ``warmup`` has the parameters of the warmup.
         decay: parameters of the phases after the warmup.
         total_steps: length of the run in steps.
-        lrs: initial learning rate of each group. Their ratios do not change during the run.
+        lrs: initial learning rate of each param group. Only the ratios to the first group are used.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class AutoWUController(FeedbackController[AutoWUState]):
         if loss is None:
             raise ValueError(
                 "AutoWU requires the loss of every step. "
-                "Call `step(loss=loss)`, or train with `trainer.backward(loss)`."
+                "Pass it to `step(loss=loss)`, or to `trainer.backward(loss)` with the engine."
             )
         state = dataclasses.replace(state, step=state.step + 1, is_lowest=False)
         if self._must_cool_down(state):
@@ -171,7 +171,7 @@ class AutoWUController(FeedbackController[AutoWUState]):
         return state.decision
 
     def is_lowest(self, state: AutoWUState) -> bool:
-        """Return whether the test interval that just ended has the lowest mean loss so far."""
+        """Return whether the last step ended a test interval with the lowest mean loss so far."""
         return state.is_lowest
 
     def evidence(self, before: AutoWUState, loss: float, after: AutoWUState) -> Evidence | None:

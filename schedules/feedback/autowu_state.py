@@ -90,14 +90,14 @@ class Warmup:
     type: Literal["exp", "linear"]
 
     def lr(self, step: int) -> float:
-        """Return the learning rate at a step of the warmup."""
+        """Return the learning rate of the first param group at a step of the warmup."""
         fraction = step / self.steps
         if self.unit == "epoch":
             fraction = step // self.steps_per_epoch / self.epochs
         return self.lr_between(self.max_lr, fraction)
 
     def lr_between(self, lr: float, fraction: float) -> float:
-        """Return the learning rate between ``min_lr`` (fraction 0) and ``lr`` (fraction 1)."""
+        """Return the learning rate at a fraction of a warmup from ``min_lr`` to ``lr``."""
         if self.type == "linear":
             return self.min_lr + (lr - self.min_lr) * fraction
         return float(self.min_lr * (lr / self.min_lr) ** fraction)

@@ -1,4 +1,4 @@
-"""Base classes of feedback schedules, which depend on the losses (or metrics) so far."""
+"""Base classes of feedback schedules, which depend on the loss or on a metric."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ S = TypeVar("S")
 
 
 class FeedbackController(Controller[S]):
-    """Base class of the controllers of feedback schedules; see `Controller` for the methods."""
+    """Base class of the controllers of feedback schedules; see `Controller` for the interface."""
 
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return None. Subclasses can override this method to provide data for a plot."""
+        """Return None. Override this method to return the evidence for a decision."""
         del before, loss, after
         return None
 
@@ -28,15 +28,15 @@ class FeedbackController(Controller[S]):
 class FeedbackSchedule(Schedule[S]):
     """Base class of schedules that depend on the loss or on a metric.
 
-    The values are not known before the run. For previews, `curves` runs the controller on a
-    synthetic loss.
+    The hyperparameters of such a schedule are not known before the run. For previews, `curves` runs
+    the controller on a synthetic loss.
     """
 
     feedback: ClassVar[Literal["loss", "metric"] | None] = "loss"
 
     @abstractmethod
     def controller(self, base: Base) -> FeedbackController[S]:
-        """Return the controller for these initial values. All durations must be in steps."""
+        """Build the controller for the initial hyperparameters. Requires a resolved schedule."""
 
     @abstractmethod
     def synthetic_loss(self, step: int, lr: float) -> float:
@@ -48,7 +48,7 @@ class FeedbackSchedule(Schedule[S]):
         return resolved.controller(base)
 
     def curves(self, base: Base) -> Curves:
-        """Return the learning rate of each param group in a run on the synthetic loss."""
+        """Return the learning rate curve of each param group in a run on the synthetic loss."""
         run_once = functools.cache(self._run_on_synthetic_loss)
         groups = tuple(base["lr"])
 

@@ -1,9 +1,9 @@
-"""A Gaussian process on [0, 1] whose matrices do not grow with the number of losses.
+"""A Gaussian process on [0, 1], approximated by a fixed number of features.
 
 The model is f ~ GP(mean, scale * exp(-(x - x')^2 / (2 l^2))) and y = f(x) + noise. With l = 0.2,
-about thirty features reproduce the kernel on [0, 1] to twelve digits. The size of a matrix is
-therefore the number of features, not the number of losses, and computing the posterior of thousands
-of losses takes less than a millisecond.
+about thirty features reproduce the kernel on [0, 1] to twelve digits. The size of the matrices is
+therefore the number of features, not the number of losses, and computing the posterior given
+thousands of losses takes less than a millisecond.
 
 Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, chapters 2 and 5.
 """
@@ -41,7 +41,7 @@ _RATIOS = np.logspace(-4, 5, 73)[:, None]
 def features(x: Array) -> Array:
     """Return the features phi(x), an array of shape (len(x), number of features).
 
-    Their product phi(x) phi(x')^T is the kernel exp(-(x - x')^2 / (2 l^2)).
+    The product phi(x) phi(x')^T approximates the kernel exp(-(x - x')^2 / (2 l^2)).
 
     Args:
         x: positions in [0, 1].
@@ -86,8 +86,8 @@ class Statistics(NamedTuple):
 
         Args:
             phi: features of each position, of shape (positions, features).
-            y: loss at each position, of shape (positions,).
-            weights: number of losses averaged in each y, of shape (positions,). Defaults to 1.
+            y: loss, or mean of several losses, at each position, of shape (positions,).
+            weights: number of losses whose mean is y, of shape (positions,). Defaults to 1.
         """
         root = np.ones(len(y)) if weights is None else np.sqrt(weights)
         scaled, ones, y = phi * root[:, None], root, y * root
@@ -110,7 +110,7 @@ def compute_statistics(x: Array, y: Array) -> Statistics:
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """Hyperparameters of the Gaussian process, and the state of the Adam optimizer that fits them.
+    """Hyperparameters of the Gaussian process, and the state of Adam, which fits them.
 
     Adam optimizes the unconstrained values ``raw``, with noise = 1e-4 + softplus(raw[0]),
     mean = raw[1] and scale = softplus(raw[2]). ``first`` and ``second`` are Adam's moments.
@@ -123,7 +123,7 @@ class Hyperparameters:
 
     @classmethod
     def initial(cls, noise: float = 1e-3, scale: float = math.log(2)) -> Hyperparameters:
-        """Return hyperparameters with the given noise and scale, and mean 0."""
+        """Return hyperparameters with mean 0 and the given noise and process variances."""
         return cls((_inverse_softplus(noise - _LEAST_NOISE), 0.0, _inverse_softplus(scale)))
 
     @property
@@ -133,12 +133,12 @@ class Hyperparameters:
 
     @property
     def mean(self) -> float:
-        """Constant mean of the process."""
+        """Mean of the process, the same at every position."""
         return self.raw[1]
 
     @property
     def scale(self) -> float:
-        """Variance of the process."""
+        """Prior variance of the process."""
         return _softplus(self.raw[2])
 
     def with_mean(self, mean: float) -> Hyperparameters:
@@ -146,7 +146,7 @@ class Hyperparameters:
         return dataclasses.replace(self, raw=(self.raw[0], mean, self.raw[2]))
 
     def loss(self, data: Statistics) -> float:
-        """Return the negative log likelihood per data point, -log p(y) / n."""
+        """Return the negative log marginal likelihood divided by the number of losses."""
         noise, mean, scale = self.noise, self.mean, self.scale
         ratio = scale / noise
         rest = data.squares - 2 * mean * data.total + data.size * mean**2
@@ -160,7 +160,7 @@ class Hyperparameters:
         return _Slopes(data, self.mean)(*self.raw)
 
     def fit(self, data: Statistics, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
-        """Minimize `loss` with ``steps`` steps of Adam, and return the new hyperparameters."""
+        """Return the hyperparameters after minimizing `loss` with ``steps`` steps of Adam."""
         raw, first, second = list(self.raw), list(self.first), list(self.second)
         slopes = _Slopes(data, self.mean)
         for step in range(self.steps + 1, self.steps + steps + 1):
@@ -179,15 +179,14 @@ class Hyperparameters:
 
 
 class _Slopes:
-    """Computes gradients of `Hyperparameters.loss` on the same data.
+    """Computes the gradient of `Hyperparameters.loss` repeatedly on the same data.
 
-    The constructor computes a matrix from the data, so that each gradient requires only a product
-    with this matrix.
+    The constructor precomputes a matrix, so that each gradient requires only a product with it.
 
     Args:
         data: statistics of the losses.
-        center: value close to the means at which the gradient will be computed. It is subtracted
-            from the losses to reduce rounding errors.
+        center: approximate mean of the process. It is subtracted from the losses to reduce rounding
+            errors.
     """
 
     def __init__(self, data: Statistics, center: float) -> None:
@@ -236,7 +235,13 @@ class Posterior(NamedTuple):
 
     @classmethod
     def from_statistics(cls, data: Statistics, by: Hyperparameters, basis: Array) -> Posterior:
-        """Return the posterior at the positions with the features ``basis``."""
+        """Compute the posterior at given positions.
+
+        Args:
+            data: statistics of the losses.
+            by: hyperparameters of the process.
+            basis: features of the positions, of shape (positions, features).
+        """
         ratio = by.scale / by.noise
         shrunk = 1 / (1 + ratio * data.values)
         rotated = basis @ data.vectors
@@ -245,26 +250,26 @@ class Posterior(NamedTuple):
 
     @property
     def variance(self) -> Array:
-        """Variance of the process at each position."""
+        """Posterior variance at each position."""
         return np.asarray((self.root**2).sum(1))
 
     def compute_difference_variance(self, index: int) -> Array:
-        """Return the variance of f(x) - f(p) at each position x, where p is position ``index``."""
+        """Return the posterior variance of f(x) - f(p) at each x, where p is position ``index``."""
         return np.asarray(((self.root - self.root[index]) ** 2).sum(1))
 
 
 def solve_ratio(data: Statistics, within: float = 0.0) -> Hyperparameters:
-    """Return the scale and the noise with the highest likelihood, for a process with mean 0.
+    """Return the hyperparameters with the highest likelihood, for a process with mean 0.
 
-    The function tries 73 ratios rho = scale / noise from 1e-4 to 1e5. The best noise for each ratio
-    has a closed form::
+    The function tries 73 ratios rho = scale / noise from 1e-4 to 1e5. For each ratio, the most
+    likely noise has a closed form::
 
         noise(rho) = (y^T y + within - sum(rho b^2 / (1 + rho lambda))) / n
 
     Args:
         data: statistics of the losses, with eigenvalues lambda and projections b.
-        within: sum of the squared deviations of the losses from their means, if ``data`` has means
-            of several losses.
+        within: sum of the squared deviations of the losses from the means of their bins, if
+            ``data`` was computed from these means. Defaults to 0.
     """
     shrunk = _RATIOS / (1 + _RATIOS * data.values)
     noise = (data.squares + within - shrunk @ data.projected**2) / data.size

@@ -1,4 +1,4 @@
-"""`History`, an immutable list of losses that can be extended without a copy."""
+"""`History`, an immutable sequence of losses to which a loss can be added without a copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["History"]
 
 
 class History:
-    """An immutable sequence of losses. A history and its extension share the same list.
+    """An immutable sequence of losses. A history and its extension can share one list.
 
     >>> first = History().with_loss(1.0)
     >>> second, third = first.with_loss(2.0), first.with_loss(3.0)
@@ -35,7 +35,7 @@ class History:
         return history
 
     def with_loss(self, loss: float) -> History:
-        """Return a new history with one more loss."""
+        """Return a new history with ``loss`` added at the end."""
         if self._count != len(self._shared):
             # A longer history already uses the shared list.
             return History.from_losses([*self, loss])

@@ -55,7 +55,7 @@ _CONSTANT = 2.0
 
 
 class PublishedResult(NamedTuple):
-    """The result of the published test."""
+    """The result of `run_published_test`."""
 
     probabilities: tuple[float, ...]
     """Probability that the loss has passed its minimum, for each of five samples of the losses."""
@@ -65,13 +65,13 @@ class PublishedResult(NamedTuple):
 
     @property
     def is_positive(self) -> bool:
-        """Whether the probability exceeds `CONFIDENCE` for most of the samples."""
+        """Whether the probability exceeds `CONFIDENCE` for a majority of the samples."""
         votes = sum(probability > CONFIDENCE for probability in self.probabilities)
         return votes > REDRAWS / 2
 
     @property
     def probability(self) -> float:
-        """Median of the probabilities."""
+        """Median of the probabilities over the samples."""
         return sorted(self.probabilities)[REDRAWS // 2]
 
 
@@ -86,8 +86,8 @@ def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> 
     Args:
         losses: loss of each step, in order.
         fit: hyperparameters of the previous test, or `Hyperparameters.initial` in the first test.
-        sample: function that samples losses if there are more than 100 losses for the fit or more
-            than 500 for a posterior.
+        sample: function that draws random losses; see `Sampler`. It is called only if there are
+            more losses than the fit or a posterior uses.
     """
     positions = np.arange(len(losses), dtype=np.float32) / np.float32(len(losses))
     finite = np.isfinite(losses)
@@ -108,11 +108,13 @@ def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> 
 
 
 def compute_published_band(losses: Array, fit: Hyperparameters) -> Band:
-    """Return the Gaussian process of `run_published_test`, fitted to all losses.
+    """Return the mean and confidence band of the Gaussian process of `run_published_test`.
+
+    The posterior is computed from all finite losses.
 
     Args:
         losses: loss of each step, in order. At least one must be finite.
-        fit: hyperparameters returned by the test.
+        fit: hyperparameters that the test returned.
     """
     finite = np.isfinite(losses)
     x = np.arange(losses.size)[finite] / losses.size
@@ -122,7 +124,7 @@ def compute_published_band(losses: Array, fit: Hyperparameters) -> Band:
 
 
 class RobustResult(NamedTuple):
-    """The result of the robust test."""
+    """The result of `run_robust_test`."""
 
     now: float
     """Probability that the current loss is above the minimum."""
@@ -133,7 +135,7 @@ class RobustResult(NamedTuple):
 
     @property
     def is_positive(self) -> bool:
-        """Whether both probabilities exceed `CONFIDENCE`."""
+        """Whether the probabilities ``now`` and ``start`` both exceed `CONFIDENCE`."""
         return min(self.now, self.start) > CONFIDENCE
 
 
@@ -141,10 +143,10 @@ def run_robust_test(losses: Array) -> RobustResult:
     """Run the robust test on all losses of the warmup so far.
 
     The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
-    losses that differ from the lowest loss by more than twice the descent so far, and replaces
-    losses that are not finite by the upper limit. The losses are then compressed by asinh and
-    averaged in at most 256 bins. The test requires no random samples and no optimizer, because the
-    best noise has a closed form.
+    losses that differ from the lowest loss by more than twice the decrease of the loss so far, and
+    replaces losses that are not finite with the upper limit. The losses are then compressed with
+    asinh and averaged in at most 256 bins. Unlike the published test, this test needs neither
+    random samples nor Adam, because the most likely noise has a closed form.
 
     Args:
         losses: loss of each step of the warmup so far, in order. There must be at least 8.
@@ -158,7 +160,7 @@ def run_robust_test(losses: Array) -> RobustResult:
 
 
 def compute_robust_band(losses: Array) -> Band:
-    """Return the Gaussian process of `run_robust_test` on the original scale of the losses."""
+    """Return the mean and confidence band of `run_robust_test`, on the scale of the losses."""
     compression = _Compression.from_losses(losses)
     return _band(_robust_posterior(compression(losses)), compression.invert)
 
@@ -180,7 +182,7 @@ def _robust_posterior(y: Array) -> Posterior:
 
 
 class _Compression(NamedTuple):
-    """Clips losses to a range around the lowest loss, and compresses them by asinh."""
+    """Clips losses to a range around the lowest loss, and compresses them with asinh."""
 
     low: float
     high: float
@@ -229,7 +231,10 @@ def _basis(points: int) -> Array:
 
 
 def _certainty(posterior: Posterior, index: int, floor: float) -> float:
-    """Return the maximum over x of P(f(p) > f(x)), where p is the position ``index``."""
+    """Return the maximum over x of P(f(p) > f(x)), where p is position ``index``.
+
+    ``floor`` is added to the variance of f(p) - f(x), so that tiny differences do not count.
+    """
     rise = posterior.mean[index] - posterior.mean
     ratio = rise / np.sqrt(posterior.compute_difference_variance(index) + floor)
     others = np.delete(ratio, index)

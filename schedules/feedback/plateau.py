@@ -33,7 +33,7 @@ class PlateauState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-    """Computes a factor on the learning rate from the metrics, like `ReduceLROnPlateau`.
+    """The rule of `ReduceLROnPlateau`: computes the learning rate factor from the metrics so far.
 
     >>> rule = Plateau(factor=0.5, patience=1)
     >>> state = rule.init()
@@ -55,7 +55,7 @@ class Plateau:
         return PlateauState()
 
     def update(self, state: PlateauState, metric: float) -> PlateauState:
-        """Return the state after one more metric. NaN is not an improvement."""
+        """Return the state after one more metric. NaN never counts as an improvement."""
         best, bad, rests = state.best, state.bad + 1, state.rests
         if self._is_better(metric, best):
             best, bad = metric, 0
@@ -90,7 +90,8 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     """Reduce the learning rate when a metric has stopped improving.
 
     A metric is an improvement if it is better than the best metric so far by more than
-    ``threshold``. After more than ``patience`` consecutive metrics without improvement::
+    ``threshold``, by default a fraction of the best metric. After more than ``patience``
+    consecutive metrics without improvement::
 
         lr = max(lr * factor, min_lr)
 

@@ -1,4 +1,4 @@
-"""The tests that can end AutoWU's warmup. The warmup ends after several confident results."""
+"""The tests that can end AutoWU's warmup, after several confident results in a row."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SHORTEST = 90  # In a warmup with fewer steps, the robust test is rarely confid
 
 
 class Verdict(NamedTuple):
-    """The result of a test."""
+    """The result of one run of a `WarmupTest`."""
 
     state: AutoWUState
     """State after the test, which includes its result."""
@@ -65,23 +65,23 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def apply(self, state: AutoWUState, losses: NDArray[Any]) -> Verdict:
-        """Run the test on all losses of the warmup so far."""
+        """Run the test on all losses of the warmup so far, and return its result."""
 
     @abstractmethod
     def find_likely_minimum(self, state: AutoWUState) -> float | None:
-        """Return the most likely position of the minimum (0 to 1), or None if it is unknown."""
+        """Return the likely position of the lowest loss (0 to 1), or None if there is none."""
 
     @abstractmethod
     def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:
-        """Return the Gaussian process that the last test fitted to the losses, for a plot."""
+        """Return the mean and confidence band of the last test, or None if no test has been run."""
 
     @abstractmethod
     def warning(self) -> str | None:
-        """Return a warning if the warmup is too short for the test."""
+        """Return a warning if the warmup is too short for the test, otherwise None."""
 
 
 class PublishedTest(WarmupTest):
-    """The test of the published code.
+    """AutoWU's published test.
 
     It runs once per epoch and ends the warmup after three confident results in a row.
     """
@@ -129,7 +129,8 @@ class PublishedTest(WarmupTest):
 class RobustTest(WarmupTest):
     """A test that does not depend on the scale of the loss.
 
-    It runs sixty times in a warmup of maximum length.
+    It runs about sixty times in a warmup of maximum length, and ends the warmup after at least five
+    confident results in a row.
     """
 
     dtype = np.float64
@@ -178,8 +179,8 @@ class TorchSampler:
     The random numbers come from a PyTorch generator with seed 0.
 
     Args:
-        state: attribute `state` of an earlier sampler, to continue its random numbers. By default,
-            the generator starts from the seed.
+        state: the `state` attribute of an earlier sampler, to resume from its generator state.
+            By default, the generator is seeded with 0.
     """
 
     def __init__(self, state: str | None = None) -> None:

@@ -212,13 +212,13 @@ def test_attach_failing_leaves_the_optimizer_unchanged():
         attach("OneCycle", optimizer, **CYCLE)
     message = str(error.value)
     assert "sets `momentum` or `betas`, but param group 0 of Adagrad has" in message
-    assert "only lr, lr_decay, eps" in message
+    assert "keys lr, lr_decay, eps" in message
     assert 'Set `"cycle_momentum": false`' in message
     assert without_tensors(optimizer) == before
 
     optimizer = torch.optim.SGD([{"params": weights()}, {"params": weights()}], lr=0.2)
     before = without_tensors(optimizer)
-    with pytest.raises(ValueError, match=r"`cycle_max_mom` must have .* \(2\), got 3"):
+    with pytest.raises(ValueError, match=r"`cycle_max_mom` must be .* \(2\), got 3"):
         attach("OneCycle", optimizer, **(CYCLE | {"cycle_max_mom": [0.9, 0.9, 0.9]}))
     assert without_tensors(optimizer) == before
 
@@ -234,7 +234,7 @@ def test_binder_step_after_a_group_was_added_is_an_error():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda o: attach("OneCycle", o, **CYCLE).step(5), "step() accepts no `epoch`"),
+        (lambda o: attach("OneCycle", o, **CYCLE).step(5), "step() accepts neither an epoch nor"),
         (lambda o: attach(schedules.WarmupLR(), o, warmup_num_steps=5), "with WarmupLR("),
         (lambda o: attach("OneCicle", o), "Did you mean `OneCycle`?"),
     ],
@@ -277,7 +277,7 @@ def test_attach_list_parameter_applies_per_group(type_name, params, step, lrs):
 
 def test_attach_list_of_wrong_length_names_the_parameter():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    with pytest.raises(ValueError, match=r"`eta_min` must have .* \(1\), got 2"):
+    with pytest.raises(ValueError, match=r"`eta_min` must be .* \(1\), got 2"):
         schedules.attach("CosineAnnealingLR", optimizer, T_max=4, eta_min=[0.01, 0.02])
 
 

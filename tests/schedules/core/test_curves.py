@@ -97,8 +97,8 @@ def test_stairs_descent_mirrors_ascent(steps, data):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: linear(0.0, 1.0, 2)(-1), "`step` must be >= 0, got -1"),
-        (lambda: linear(0.0, 1.0, 2)(np.array([3, -4])), "`steps` must all be >= 0, got -4"),
+        (lambda: linear(0.0, 1.0, 2)(-1), "`steps` must be >= 0, got -1"),
+        (lambda: linear(0.0, 1.0, 2)(np.array([3, -4])), "All `steps` must be >= 0, got -4"),
         (lambda: join([constant(1.0)], [3]), "for 1 parts, got (3,)"),
         (lambda: join([constant(1.0)] * 3, [5, 3]), "in ascending order, got (5, 3)"),
     ],

@@ -46,7 +46,7 @@ def test_convert_to_steps_unscaled_duration_scales_only_a_fraction_of_the_run():
         ("10s", "got '10s'"),
         ("", "got ''"),
         ("0.5dur", 'requires the length of the run. Set "engine": {"max_duration"'),
-        ("2ep", "requires the length of an epoch. Pass `training_data`"),
+        ("2ep", "requires the number of steps per epoch. Pass `training_data`"),
         ("8sp", "requires the number of samples per step. Set `train_batch_size`"),
     ],
 )
@@ -58,7 +58,7 @@ def test_convert_to_steps_invalid_duration_or_missing_horizon_is_an_error(durati
 
 @pytest.mark.parametrize("ratio", [0, -1, float("nan"), float("inf")])
 def test_horizon_scale_ratio_not_positive_is_rejected(ratio):
-    with pytest.raises(ValueError, match="`scale_ratio` must be a positive number"):
+    with pytest.raises(ValueError, match="`scale_ratio` must be positive and finite"):
         Horizon(scale_ratio=ratio)
 
 
@@ -127,5 +127,5 @@ def test_from_config_finds_schedule_by_entry_point(monkeypatch):
 
     monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
     assert trace({"type": "halving"}, 101)["lr"][100, 0] == 0.05
-    with pytest.raises(ValueError, match="must name a known schedule, got 'halvin'"):
+    with pytest.raises(ValueError, match="must be the name of a schedule, got 'halvin'"):
         from_config({"type": "halvin"})

@@ -108,8 +108,8 @@ def test_wrapped_class_can_be_previewed_attached_and_resumed():
         (class_block("LambdaLR"), "`lr_lambda`"),
         (class_block("LambdaLR", lr_lambda=3), "parameters of LambdaLR are invalid"),
         (class_block("LambdaLR", lr_lamda="math:exp"), "Did you mean `lr_lambda`"),
-        (class_block("torch.optim.lr_scheduler:ReduceLROnPlateau"), "requires `metrics`"),
-        (class_block("LRScheduler"), "must name a known schedule"),
+        (class_block("torch.optim.lr_scheduler:ReduceLROnPlateau"), "argument `metrics`"),
+        (class_block("LRScheduler"), "must be the name of a schedule"),
     ],
 )
 def test_wrapped_class_invalid_block_raises_a_specific_error(block, message):
@@ -135,7 +135,7 @@ def test_phases_exponential_start_at_zero_is_an_error():
     with pytest.raises(ScheduleError, match=r"`lr\[1\]` must not start or end at 0"):
         from_config(phases)
     weight_decay = from_config({"type": "Phases", "params": {"weight_decay": [up]}})
-    with pytest.raises(ValueError, match="must not start or end at 0, got 0 to 0.1"):
+    with pytest.raises(ValueError, match="must not start or end at 0, got a phase from 0 to 0.1"):
         weight_decay.curves({"lr": (0.1,), "momentum": (0.9,), "weight_decay": (0.0,)})
 
 
