@@ -1,1 +1,1 @@
-"""The `onecycle` command. Each subcommand is a module of ``commands``."""
+"""The ``onecycle`` command-line interface. Each subcommand has a module in ``commands``."""

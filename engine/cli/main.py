@@ -12,14 +12,14 @@ from typing import NoReturn, TextIO
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
-    "validate": "report every problem of a config and how to fix it",
+    "validate": "report every problem in a config and how to fix it",
     "explain": "print what a validation rule checks, why, and how to fix it",
-    "config": "print every value that a run would use and its origin",
-    "plot": "plot the learning rate and momentum of every step",
+    "config": "print every config value that a run would use, and its origin",
+    "plot": "plot the learning rate and momentum at every step",
     "schedules": "list every schedule, or print the documentation of one",
     "lr-test": "run an LR range test on a script and suggest learning-rate bounds",
     "launch": "start a script on one host or several, and stop all ranks if one fails",
-    "doctor": "report which features work on this machine, and why others do not",
+    "doctor": "report which features work on this machine, and why the others do not",
     "checkpoint": "list, verify, show or export the checkpoints of a run",
     "schema": "print the JSON Schema of configs, or of one schedule's params",
 }
@@ -50,12 +50,12 @@ def main(
     out: TextIO | None = None,
     err: TextIO | None = None,
 ) -> int:
-    """Run the command and return its exit status.
+    """Run the ``onecycle`` command and return its exit status.
 
     Args:
-        arguments: command-line arguments (default: the arguments of this process).
+        arguments: command-line arguments without the program name (default: ``sys.argv[1:]``).
         out: stream for results and config problems (default: standard output).
-        err: stream for usage errors and unreadable files (default: standard error).
+        err: stream for other errors, such as an unreadable file (default: standard error).
     """
     out, err = out or sys.stdout, err or sys.stderr
     # Garbage collection costs time, and most commands exit before it would free any memory.
@@ -103,7 +103,7 @@ def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
 
 
 class _Version(argparse.Action):
-    """An argparse action that prints package versions for bug reports."""
+    """Print the versions of onecycle, torch and DeepSpeed, and exit (``--version``)."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from engine.versions import get_installed_version
@@ -126,7 +126,7 @@ def _print_help_or_error(arguments: Sequence[str]) -> NoReturn:
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)
     parser.parse_args(arguments)
-    raise AssertionError("the parser exits on every input without a valid command")
+    raise AssertionError("argparse did not exit, although no valid command was given")
 
 
 if __name__ == "__main__":

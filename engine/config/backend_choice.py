@@ -1,4 +1,4 @@
-"""Choose the backend that runs a config."""
+"""Choose the backend for a config: torch or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BackendChoice(NamedTuple):
 
 
 def zero_stage(config: Mapping[str, Any]) -> int | str:
-    """Return the ZeRO stage of a config, which is a number or "auto". The default is 0.
+    """Return the ZeRO stage of a config: 0 to 3, or "auto". The default is 0.
 
     >>> zero_stage({"zero_optimization": True}), zero_stage({"zero_optimization": {"stage": 2}})
     (1, 2)
@@ -30,9 +30,12 @@ def zero_stage(config: Mapping[str, Any]) -> int | str:
 
 
 def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
-    """Return the keys and sections that only DeepSpeed supports.
+    """Return the keys and sections of a config that only DeepSpeed supports.
 
-    If a whole section requires DeepSpeed, the keys inside it are not listed.
+    If DeepSpeed is required for a whole section, only the section is returned, not its keys.
+
+    Args:
+        members: all keys of the config; each section precedes its keys.
     """
     found: list[Member] = []
     for member in members:
@@ -43,10 +46,15 @@ def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
 
 
 def choose_backend(config: Mapping[str, Any], members: Sequence[Member]) -> BackendChoice:
-    """Choose the backend that runs a config.
+    """Choose the backend for a config.
 
-    `engine.backend` sets the backend. If it is "auto", DeepSpeed is chosen for configs that use
-    ZeRO or a key that only DeepSpeed supports, and torch otherwise.
+    If the config sets ``engine.backend`` to "torch" or "deepspeed", use this backend. Otherwise,
+    use DeepSpeed if the config enables ZeRO or contains a key that only DeepSpeed supports, and
+    torch if not.
+
+    Args:
+        config: config to choose the backend for.
+        members: all keys of the config; each section precedes its keys.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'

@@ -1,6 +1,6 @@
-"""Derive missing batch sizes from the others.
+"""Derive the batch sizes that a config does not set.
 
-Train batch size = micro-batch size x gradient accumulation steps x world size.
+train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x world size
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class BatchSizes:
 
 
 class BatchError(ValueError):
-    """The batch sizes are inconsistent, or cannot be derived.
+    """Raised if the batch sizes are inconsistent, or cannot be derived.
 
     ``key`` is the config key to change. ``hint`` describes the fix.
     """
@@ -53,18 +53,19 @@ class BatchError(ValueError):
 
 
 def derive_batch_sizes(given: Mapping[str, int], world_size: int) -> BatchSizes:
-    """Return all three batch sizes, and derive those that are not given.
+    """Return the batch sizes of a run, and derive those that the config does not set.
 
-    Two of the three sizes determine the third. If only one size is given, the number of
-    accumulation steps is 1, as in DeepSpeed.
+    Any two of train batch size, micro-batch size and gradient accumulation steps determine the
+    third. If only one of the two batch sizes is set, the number of gradient accumulation steps is
+    1, as in DeepSpeed.
 
     Args:
-        given: values of the `BATCH_KEYS` that the config sets; each is at least 1.
+        given: values that the config sets, by key (one of `BATCH_KEYS`); each is at least 1.
         world_size: number of ranks, at least 1.
 
     Raises:
-        BatchError: the sizes are inconsistent, or neither the train batch size nor the
-            micro-batch size is given.
+        BatchError: the values are inconsistent, or neither the train batch size nor the
+            micro-batch size is set.
 
     >>> given = {"train_batch_size": 32, "gradient_accumulation_steps": 2}
     >>> print(derive_batch_sizes(given, world_size=4))

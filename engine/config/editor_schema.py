@@ -1,4 +1,4 @@
-"""Build the JSON schema for editors: one draft-07 schema that covers a whole config."""
+"""Build the JSON Schema for editors: one self-contained draft-07 schema for configs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _DRAFT = "http://json-schema.org/draft-07/schema#"
 
 
 def editor_schema() -> dict[str, Any]:
-    """Build the schema that editors use for completion, tooltips and error highlighting.
+    """Build the JSON Schema that editors use for completion, tooltips and error highlighting.
 
-    A config refers to this schema with the key ``$schema``. The schema validates each value
-    separately. To validate combinations of values, use `onecycle validate`. The schema of
-    ``params`` depends on ``type``.
+    A config refers to this schema with the key ``$schema``. The schema of ``params`` depends on
+    the value of ``type``. Combinations of other values are not checked; use `onecycle validate`
+    to check them.
     """
     schema = _inline_references(schemas.read(SCHEMA))
     schema["$schema"] = _DRAFT
@@ -39,7 +39,7 @@ def editor_schema() -> dict[str, Any]:
 
 
 def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a schema in which each reference is replaced by the file's content."""
+    """Return a copy of a schema with each ``$ref`` replaced by the schema that it refers to."""
     inlined = {"": _copy_for_editors(schema)}
     for member in walk({}, schema, fill=lambda _: SECTION):
         inlined[member.pointer] = _copy_for_editors(member.schema)
@@ -49,9 +49,9 @@ def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a schema with empty ``properties`` and without references.
+    """Return a copy of a schema without ``$ref`` and ``$schema``, and with empty ``properties``.
 
-    If the key is deprecated or removed, add the message that editors show.
+    If the schema describes a deprecated or removed key, add a ``deprecationMessage`` for editors.
     """
     copy = {key: value for key, value in schema.items() if key not in {"$ref", "$schema"}}
     if "properties" in copy:
@@ -62,7 +62,15 @@ def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _branch_on_type(of_types: Mapping[str, Mapping[str, Any]], *, any_case: bool) -> dict[str, Any]:
-    """Build one if/then branch per ``type`` that selects the schema of ``params``."""
+    """Build a schema that selects the schema of ``params`` by the value of ``type``.
+
+    Args:
+        of_types: schema of ``params``, by type.
+        any_case: whether types are matched case-insensitively.
+
+    Returns:
+        A schema with one if/then branch per type.
+    """
     branches = []
     for name, schema in of_types.items():
         of_type = (

@@ -1,4 +1,4 @@
-"""Apply fixes to the text of a config, and insert a scheduler block.
+"""Edit the text of a config: apply automatic fixes, and add or replace the scheduler block.
 
 All other text is preserved, including comments, whitespace and the order of keys.
 """
@@ -25,12 +25,16 @@ _INDENT = 2
 
 
 def apply_fixes(document: Document, problems: Sequence[Problem]) -> tuple[str, list[Problem]]:
-    """Apply all automatic fixes to the text of a config.
+    """Apply the automatic fixes of problems to the text of a config.
 
-    A key is not renamed if the config already has a key with the new name.
+    A key is not renamed if the config already contains a key with the new name.
+
+    Args:
+        document: config to fix.
+        problems: problems in the config; those without an automatic fix are skipped.
 
     Returns:
-        The new text and the problems that were fixed.
+        The fixed text, and the problems that were fixed.
     """
     text = document.text
     edits: list[tuple[int, int, str]] = []
@@ -57,12 +61,13 @@ def apply_fixes(document: Document, problems: Sequence[Problem]) -> tuple[str, l
 
 
 def write_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
-    """Write a scheduler block to a config file, and back up the old file.
+    """Add or replace the scheduler block in a config file, and keep a backup of the original.
 
     Returns:
-        Path of the backup.
+        Path of the backup: the config's path with ``.bak`` appended.
 
     Raises:
+        ConfigError: the config cannot be read.
         OSError: the config or its backup cannot be written.
     """
     document = load_document(path)
@@ -74,10 +79,10 @@ def write_scheduler(path: Path, block: Mapping[str, Any]) -> Path:
 
 
 def replace_scheduler(document: Document, block: Mapping[str, Any]) -> str:
-    """Return the text of a config with its scheduler block replaced or added.
+    """Return the text of a config with the scheduler block added or replaced.
 
-    If the old block has the same type and the same parameter names, only the values that differ
-    are replaced, so that comments inside the block are preserved.
+    If the existing block has the same type and the same parameter names, only the values that
+    differ are replaced, so that comments inside the block are preserved.
 
     >>> from engine.config.parser import parse
     >>> text = '{"scheduler": {"type": "A", "params": {"x": 1}} // mine\\n}'
@@ -109,7 +114,7 @@ def _replace_values(document: Document, values: Mapping[str, Any]) -> str:
 
 
 def _insert_block(document: Document, block: Mapping[str, Any]) -> str:
-    """Insert the block before the closing brace of the config."""
+    """Return the text of a config with the scheduler block added after the last key."""
     text = document.text
     tokens = [token for token in _TOKEN.finditer(text) if not _is_comment(token.group())]
     close = tokens[-1].start()
@@ -125,7 +130,7 @@ def _insert_block(document: Document, block: Mapping[str, Any]) -> str:
 
 
 def _find_span(document: Document, pointer: str) -> tuple[int, int]:
-    """Return the start and end index of a value in the text."""
+    """Return the start and end index in the text of the value at a JSON pointer."""
     text = document.text
     start = document.get_offset(document.locations[pointer].value)
     if text[start] not in "{[":
@@ -137,7 +142,7 @@ def _find_span(document: Document, pointer: str) -> tuple[int, int]:
         depth += (token.group() in "{[") - (token.group() in "}]")
         if depth == 0:
             return start, token.end()
-    raise AssertionError("a parsed config has balanced braces")
+    raise AssertionError("unbalanced brackets in a config that was parsed without an error")
 
 
 def _is_comment(token: str) -> bool:

@@ -1,8 +1,8 @@
-"""Command-line arguments for training scripts that override values of the config.
+"""Override config values with command-line arguments of the training script.
 
 Some arguments have the same names and meanings as in SambaFlow (``--learning_rate``,
-``--max_steps``, …). The others are DeepSpeed's arguments: ``--deepspeed_config``, and one argument
-per parameter of DeepSpeed's schedules.
+``--max_steps``, …). The others are DeepSpeed's arguments: ``--deepspeed``, ``--deepspeed_config``,
+and one argument per parameter of DeepSpeed's schedules.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _RUN_ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
 
 @functools.cache
 def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
-    """Map each parameter name of DeepSpeed's schedules to a schedule with this parameter."""
+    """Map each parameter name of DeepSpeed's schedules to one schedule that has the parameter."""
     return {
         name: cls
         for cls in import_family("families.deepspeed").values()
@@ -77,8 +77,8 @@ _MARKER = "config_arguments"
 class Override:
     """A config value that was set by a command-line argument.
 
-    ``replaced_value`` is the value in the file, with its position. It is empty if the file does not
-    contain the key or has the same value.
+    ``replaced_value`` describes the overridden value and its position in the config file. It is
+    empty if the file does not contain the key, or sets it to the same value.
     """
 
     argument: str
@@ -92,10 +92,13 @@ class Override:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add arguments that specify a config file and override its values; return the parser.
+    """Add the arguments that specify a config file and override its values.
 
     Pass the parsed namespace to ``initialize(args=…)``. Arguments that are not given on the command
     line do not change the config.
+
+    Returns:
+        The parser that was passed in.
 
     >>> parser = add_config_arguments(argparse.ArgumentParser())
     >>> args = parser.parse_args(["--deepspeed_config", "ds_config.json", "--max_steps", "100"])
@@ -134,10 +137,13 @@ def apply_overrides(
 ) -> tuple[Document, list[Override]]:
     """Override config values with command-line arguments.
 
-    If the parser of ``args`` was not passed to `add_config_arguments`, nothing is changed.
+    Args:
+        document: config to override. It is not modified.
+        args: parsed command-line arguments. They are ignored unless their parser was passed to
+            `add_config_arguments`.
 
     Returns:
-        The new document and the overrides.
+        The config with the new values, and one `Override` per value that was set.
     """
     if not getattr(args, _MARKER, False) or not isinstance(document.value, dict):
         return document, []
@@ -170,7 +176,10 @@ def apply_overrides(
 def _find_values_to_set(
     given: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Any]]:
-    """Yield (argument, JSON pointer, value) for each value to set; the schedule type is first."""
+    """Yield (argument, JSON pointer, value) for each config value to set.
+
+    The type of the schedule is yielded first.
+    """
     if "lr_schedule" in given:
         yield "lr_schedule", "/scheduler/type", given["lr_schedule"]
     schedule = config.get("scheduler")

@@ -1,7 +1,7 @@
 """Parse the text of a config into values, and record the position of every key and value.
 
-Like DeepSpeed's parser, it accepts JSON with the comments and trailing commas of hjson. Unlike
-DeepSpeed's parser, it reports duplicate keys, NaN and unquoted text. If possible, it continues
+Like DeepSpeed, which parses configs with hjson, the parser accepts comments and trailing commas.
+Unlike DeepSpeed, it reports duplicate keys, NaN and unquoted text. Where possible, it continues
 after an error, so that all problems are reported at once.
 """
 
@@ -36,7 +36,7 @@ _LITERALS = {"true": True, "false": False, "null": None}
 
 @dataclass(frozen=True)
 class Location:
-    """The start of a key and of its value, each as 1-based (line, column)."""
+    """The positions of a key and of its value, each as a 1-based (line, column) pair."""
 
     key: tuple[int, int]
     value: tuple[int, int]
@@ -44,9 +44,10 @@ class Location:
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed config, with the position of each value and the syntax problems.
+    """A parsed config.
 
-    ``locations`` maps JSON pointers to positions.
+    ``locations`` maps the JSON pointer of each value to its position. ``problems`` lists the
+    problems that the parser found, such as duplicate keys.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Document:
     """Maps a JSON pointer to the command-line argument that set its value."""
 
     def encode_text(self, text: str) -> bytes:
-        """Encode a text as UTF-8, with a byte order mark if the config file has one."""
+        """Encode text as UTF-8, with a byte order mark if the original file has one."""
         return (_BYTE_ORDER_MARK + text if self.has_byte_order_mark else text).encode()
 
     @property
@@ -69,7 +70,7 @@ class Document:
         return [line.removesuffix("\r") for line in self.text.split("\n")]
 
     def get_offset(self, location: tuple[int, int]) -> int:
-        """Convert a (line, column) position to an index into the text."""
+        """Convert a 1-based (line, column) position to an index into ``text``."""
         line, column = location
         return self._line_starts[line - 1] + column - 1
 
@@ -96,10 +97,19 @@ class Document:
         fix: Fix | None = None,
         suggestion: str = "",
     ) -> Problem:
-        """Build a problem at the position of a JSON pointer.
+        """Build a problem, and look up its line and column in the config.
 
-        If the pointer has no position, for example because the key is missing, use the position of
-        the nearest enclosing object.
+        If the key is missing, use the position of the nearest enclosing section.
+
+        Args:
+            rule: ID of the rule that found the problem.
+            pointer: JSON pointer of the key.
+            message: description of the problem.
+            hint: description of the fix.
+            at_key: whether to use the position of the key instead of the position of its value.
+            severity: "error", "warning" or "note".
+            fix: automatic fix, if there is one.
+            suggestion: key that the user probably meant, or JSON pointer of a missing key.
         """
         around = pointer
         while around and around not in self.locations and around not in self.arguments:
@@ -122,7 +132,7 @@ class Document:
 
 
 def is_finite(number: float) -> bool:
-    """Return whether a number is finite and not too large for a float.
+    """Return whether a number is finite and fits in a 64-bit float.
 
     >>> is_finite(10**300), is_finite(10**400), is_finite(float("nan"))
     (True, False, False)
@@ -136,7 +146,12 @@ def is_finite(number: float) -> bool:
 def parse(text: str, name: str) -> Document:
     """Parse the text of a config.
 
-    If the syntax is invalid, ``value`` is None and ``problems`` contains the error.
+    If a syntax error prevents parsing, the ``value`` of the returned document is None, and its
+    ``problems`` contain the error.
+
+    Args:
+        text: text of the config.
+        name: file name to use in messages.
     """
     has_byte_order_mark = text.startswith(_BYTE_ORDER_MARK)
     text = text.removeprefix(_BYTE_ORDER_MARK)
@@ -156,7 +171,7 @@ def parse(text: str, name: str) -> Document:
 
 @functools.cache
 def _compile_unquoted_pattern() -> re.Pattern[str]:
-    """Compile the pattern of unquoted or single-quoted text."""
+    """Compile the regular expression that matches unquoted or single-quoted text."""
     return re.compile(
         r"""
         '[^'\n]*'                                       # text in single quotes
@@ -204,7 +219,7 @@ class _Parser:
         self.locations[pointer] = Location(key, location)
         if depth > MAX_DEPTH:
             raise _BrokenSyntaxError(
-                self.at, f"The config must have at most {MAX_DEPTH} levels of nesting."
+                self.at, f"The config must not be nested more than {MAX_DEPTH} levels deep."
             )
         match self.text[self.at : self.at + 1]:
             case "{":
@@ -232,7 +247,7 @@ class _Parser:
                         below,
                         *key_location,
                         f"Duplicate key `{key}`, already set on line {first}.",
-                        "Remove one of the two keys. JSON parsers disagree on which one to use.",
+                        "Remove one of them. JSON parsers do not agree on which value to use.",
                     )
                 )
             self._space()
@@ -250,9 +265,14 @@ class _Parser:
         return items
 
     def _skip_closing_bracket(self, bracket: str, *, first: bool) -> bool:
-        """Skip the closing bracket if it is next, and return whether it was.
+        """Advance past the closing bracket, or past the comma before the next item.
 
-        If it is not, skip the comma before the next item.
+        Args:
+            bracket: closing bracket of the current object or array.
+            first: whether no item has been parsed yet, so that no comma is expected.
+
+        Returns:
+            Whether the closing bracket was found.
         """
         end = self.at
         self._space()

@@ -1,4 +1,4 @@
-"""Helpers for JSON pointers (RFC 6901), which identify the keys of a config."""
+"""Functions for JSON pointers (RFC 6901), which identify the keys of a config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def join_pointer(parent: str, key: str | int) -> str:
 
 
 def split_pointer(pointer: str) -> list[str]:
-    """Split a JSON pointer into its keys, outermost first.
+    """Split a JSON pointer into its unescaped keys, outermost first.
 
     >>> split_pointer("/engine/a~1b"), split_pointer("")
     (['engine', 'a/b'], [])
@@ -35,7 +35,7 @@ def split_pointer(pointer: str) -> list[str]:
 
 
 def dotted_name(pointer: str) -> str:
-    """Convert a JSON pointer to the dotted name that messages use.
+    """Convert a JSON pointer to a dotted name for messages.
 
     >>> dotted_name("/fp16/enabled")
     'fp16.enabled'
@@ -49,12 +49,12 @@ def get_last_key(pointer: str) -> str:
 
 
 def get_parent(pointer: str) -> str:
-    """Return the JSON pointer of the enclosing object."""
+    """Return the JSON pointer of the object or array that contains the key."""
     return pointer.rpartition("/")[0]
 
 
 def is_within(pointer: str, others: Iterable[str]) -> bool:
-    """Return whether a pointer equals one of the others or is nested inside one of them.
+    """Return whether a JSON pointer equals one of ``others``, or is nested inside one of them.
 
     >>> is_within("/fp16/enabled", ["/fp16"]), is_within("/fp16", ["/fp16/enabled"])
     (True, False)
@@ -63,10 +63,10 @@ def is_within(pointer: str, others: Iterable[str]) -> bool:
 
 
 def remove_keys(value: Any, pointers: Collection[str], pointer: str = "") -> Any:
-    """Return a copy of a value without the keys at the given pointers.
+    """Return a copy of a JSON value without the keys at the given JSON pointers.
 
     Args:
-        value: value to copy. Keys inside lists are not removed.
+        value: JSON value to copy. Keys inside arrays are not removed.
         pointers: JSON pointers of the keys to remove.
         pointer: JSON pointer of ``value`` itself.
 

@@ -1,4 +1,4 @@
-"""List every value that a run uses, with its origin."""
+"""List every config value that a run uses, and the origin of each value."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 
 def trace_origins(context: RuleContext) -> Iterator[Entry]:
-    """Yield every value that a run with this config uses, including defaults, and its origin."""
+    """Yield every config value that a run uses, including defaults, with its origin."""
     document, backend = context.document, context.backend
     yield from _trace_batch_sizes(document, context.world_size or 1)
     fill = partial(get_default, backend=backend.name)
@@ -67,9 +67,9 @@ def _trace_batch_sizes(document: Document, world_size: int) -> Iterator[Entry]:
 
 
 def _describe_origin(document: Document, member: Member) -> str:
-    """Return the command-line argument or the line of the file that set a value.
+    """Return the origin of a value: a command-line argument, or a file name and line.
 
-    For "auto", also name the integrations that replace it.
+    If the value is "auto", also name the integrations that replace it.
     """
     filled_in = member.value == "auto" and "x-auto" in member.schema
     suffix = f", filled in by {member.schema['x-auto']}" if filled_in else ""
@@ -79,7 +79,7 @@ def _describe_origin(document: Document, member: Member) -> str:
 
 
 def as_config(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Convert entries to a config (a nested dict).
+    """Convert entries to a config, as a nested dict.
 
     >>> as_config([Entry("/fp16/enabled", False, "default")])
     {'fp16': {'enabled': False}}

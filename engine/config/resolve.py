@@ -27,7 +27,7 @@ __all__ = ["Config", "LossScaling", "load_config"]
 
 @dataclass(frozen=True)
 class LossScaling:
-    """Loss-scaling settings of fp16; each field has the name of its key in ``fp16``."""
+    """The loss-scaling settings of the ``fp16`` section. Field names are the config keys."""
 
     loss_scale: float
     initial_scale_power: int
@@ -43,9 +43,9 @@ _RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup", "steps_this_run"
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """The settings in ``engine.checkpoint``.
+    """The settings of the ``engine.checkpoint`` section.
 
-    If ``dir`` is None, the engine neither saves nor loads checkpoints automatically.
+    If ``dir`` is None, checkpoints are not saved or loaded automatically.
     """
 
     dir: str | None
@@ -70,7 +70,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class OptimizerBlock:
-    """The config's ``optimizer`` block, with the canonical name and all default parameters."""
+    """The config's ``optimizer`` block, with the canonical optimizer name and all defaults."""
 
     type: str
     params: Mapping[str, Any]
@@ -85,7 +85,7 @@ class Config:
     raw: Mapping[str, Any]
     """The user's config, including command-line overrides, without defaults."""
     zero_stage: int
-    """Sharded state: 0 none, 1 optimizer states, 2 also gradients, 3 also parameters."""
+    """ZeRO shards nothing (0), optimizer states (1), also gradients (2), also parameters (3)."""
     cpu_offload: bool
     """Whether parameters or optimizer states are offloaded to CPU memory."""
     wrap_classes: tuple[str, ...]
@@ -116,7 +116,14 @@ class Config:
     """The keys of the section ``engine`` that set or scale the length of the run."""
 
     def copy_for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
-        """Return a copy for a trial run: it has a different schedule and writes no files."""
+        """Return a copy of the config for a trial run of the LR finder.
+
+        The copy disables checkpoints, monitors, reports, ``steps_per_print`` and
+        ``engine.steps_this_run``.
+
+        Args:
+            schedule: schedule of the trial run; None to use no schedule.
+        """
         off = CheckpointPlan(None, None, None, None, is_async=False, resume="never", override=False)
         silent = {name: {**section, "enabled": False} for name, section in self.monitors.items()}
         return replace(
@@ -130,10 +137,10 @@ class Config:
         )
 
     def horizon(self, steps_per_epoch: float | None) -> Horizon:
-        """Return the length of the run, which is used to convert durations to steps.
+        """Return the length of the run, which is required to convert durations to steps.
 
         Args:
-            steps_per_epoch: optimizer steps per pass over the data; None if unknown.
+            steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
         Raises:
             DurationError: ``max_duration`` is in epochs and ``steps_per_epoch`` is None.
@@ -146,7 +153,7 @@ class Config:
 def load_config(
     config: Source, *, world_size: int = 1, args: argparse.Namespace | None = None
 ) -> Config:
-    """Validate a config, and fill in all defaults and derived values.
+    """Load and validate a config, and fill in all defaults and derived values.
 
     Args:
         config: path of the config, or the config as a dict. The dict is not modified.
@@ -155,7 +162,7 @@ def load_config(
             been passed to `add_config_arguments`.
 
     Raises:
-        ConfigError: the config is invalid; ``problems`` lists every error.
+        ConfigError: the config cannot be read or is invalid; ``problems`` lists every error.
 
     >>> print(load_config({"train_batch_size": 8}, world_size=2).batch)
     batch size 8 = 4 per rank x 1 accumulation step x 2 ranks

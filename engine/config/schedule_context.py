@@ -1,4 +1,4 @@
-"""Evaluate the schedule of a config for the config's run length and optimizer."""
+"""Compute the curves of a config's schedule for the optimizer and run length of the config."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ def build_horizon(
     Args:
         engine: the ``engine`` section, with or without defaults.
         samples_per_step: ``train_batch_size``; None if unknown.
-        steps_per_epoch: optimizer steps per pass over the data; None if unknown.
+        steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
     Raises:
-        DurationError: ``max_duration`` is in epochs and ``steps_per_epoch`` is None.
+        DurationError: ``max_duration`` is in epochs or samples, and cannot be converted to steps
+            because ``steps_per_epoch`` or ``samples_per_step`` is None.
 
     >>> build_horizon({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
     100
@@ -81,9 +82,9 @@ def get_train_batch_size(config: Mapping[str, Any]) -> int | None:
 
 
 def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
-    """Return the initial hyperparameters of the config's optimizer, one value per param group.
+    """Return the optimizer's initial learning rate, momentum and weight decay per param group.
 
-    If the config has no optimizer, use the defaults of Adam.
+    If the config has no ``optimizer`` block, use the defaults of Adam.
 
     Args:
         config: config without "auto" values.
@@ -103,7 +104,7 @@ def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Bas
 
 @dataclass(frozen=True)
 class EvaluatedSchedule:
-    """A schedule and its curves for a given optimizer and run length."""
+    """A schedule, and its curves for a given optimizer and run length."""
 
     schedule: Schedule[Any]
     horizon: Horizon
@@ -111,7 +112,7 @@ class EvaluatedSchedule:
     curves: Curves
 
     def overwrites(self, name: str) -> bool:
-        """Return whether the schedule overwrites the optimizer's initial value without using it.
+        """Return whether the schedule's values are independent of the optimizer's initial value.
 
         Args:
             name: hyperparameter to check, such as ``lr``.
@@ -122,9 +123,9 @@ class EvaluatedSchedule:
         return all(self.curves[name][0](step) == changed(step) for step in steps)
 
     def get_range(self, name: str) -> tuple[float, float]:
-        """Return the lowest and the highest value of a hyperparameter during the schedule.
+        """Return the minimum and maximum of a hyperparameter over the length of the schedule.
 
-        Only the two ends of each piece of the curve are evaluated.
+        The curve is evaluated only at the first and the last step of each of its pieces.
         """
         curve = self.curves[name][0]
         span = max(int(self.schedule.span), 1)
@@ -134,7 +135,7 @@ class EvaluatedSchedule:
 
     @property
     def end(self) -> int | None:
-        """The step after which the learning rate is constant; None if it keeps changing."""
+        """The step at which the learning rate becomes constant; None if it never does."""
         curve, step = self.curves["lr"][0], 0.0
         for _ in range(_MAX_PIECES):
             piece = curve.piece(math.ceil(step))
@@ -150,10 +151,10 @@ def evaluate_schedule(
 ) -> EvaluatedSchedule | None:
     """Compute the curves of a schedule for the optimizer and run length of a config.
 
-    Return None if the curves depend on the loss, the data loader or the number of ranks.
+    Return None if the curves depend on the loss, the length of an epoch or the number of ranks.
 
     Raises:
-        ValueError: the schedule does not match the run or the optimizer.
+        ValueError: the schedule is invalid for this run length or optimizer.
     """
     horizon = find_horizon(schedule, config)
     if horizon is None or schedule.feedback is not None:

@@ -1,4 +1,4 @@
-"""Iterate over the keys of a config with their schemas, and look up default values."""
+"""Iterate over the keys of a config and their JSON schemas, and look up default values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SECTION: Mapping[str, Any] = {}
 
 
 def is_ignored(key: str) -> bool:
-    """Return whether a key has a prefix that marks it as ignored.
+    """Return whether a key is ignored because it starts with "x-", "//" or "_".
 
     >>> is_ignored("_comment"), is_ignored("fp16")
     (True, False)
@@ -51,17 +51,20 @@ def is_ignored(key: str) -> bool:
 
 
 def optimizer_name(name: str) -> str | None:
-    """Return the canonical name of an optimizer, ignoring case; None if it is unknown."""
+    """Return the canonical spelling of an optimizer name; None if the name is unknown.
+
+    The name is matched case-insensitively.
+    """
     return {known.lower(): known for known in OPTIMIZERS}.get(name.lower())
 
 
 def optimizer_schema(name: str) -> dict[str, Any]:
-    """Return the schema of an optimizer's ``params``."""
+    """Return the JSON schema of the ``params`` of an optimizer, given its canonical name."""
     return OPTIMIZERS[name]
 
 
 def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
-    """Return the schema of a schedule's ``params``.
+    """Return the JSON schema of a schedule's ``params``.
 
     The schema is read from a file for built-in schedules, and generated for custom schedules.
     """
@@ -72,7 +75,10 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
 
 
 def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a schema, merged with the schema file that it references, if any."""
+    """Merge a schema with the schema file that its ``$ref`` names, if it has a ``$ref``.
+
+    If both contain the same keyword, the value in ``schema`` takes precedence.
+    """
     reference = schema.get("$ref")
     return {**schemas.read(reference), **schema} if reference else schema
 
@@ -89,7 +95,7 @@ class Member(NamedTuple):
 
     @property
     def is_section(self) -> bool:
-        """Whether the value is a section, whose keys are also members."""
+        """Whether the value is a section: an object whose keys `walk` also yields."""
         if "properties" not in self.schema:
             return False
         return isinstance(self.value, Mapping) if self.is_given else self.value is SECTION
@@ -102,17 +108,18 @@ def walk(
     *,
     fill: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> Iterator[Member]:
-    """Yield all keys of an object and of its sections; each section precedes its keys.
+    """Yield every key of an object and of its nested sections; each section precedes its keys.
 
-    The schema of ``params`` depends on ``type``. Keys with an ignored prefix are skipped.
+    The schema of ``params`` depends on the value of ``type``. Keys for which `is_ignored` is true
+    are skipped.
 
     Args:
-        value: object to iterate over; it may be invalid.
-        schema: schema of the object.
+        value: object to iterate over. If it is not a mapping, nothing is yielded.
+        schema: JSON schema of the object.
         pointer: JSON pointer of the object.
-        fill: function that maps the schema of an absent key to its value. `SECTION` also fills in
-            the keys of that section, and `ABSENT` skips the key. By default, all absent keys are
-            skipped.
+        fill: function that returns a value for an absent key, given the key's schema. It returns
+            `SECTION` to also fill in the keys of a section, or `ABSENT` to skip the key. By
+            default, all absent keys are skipped.
 
     >>> [member.pointer for member in walk({"fp16": {"enabled": True}}, schemas.read(SCHEMA))]
     ['/fp16', '/fp16/enabled']
@@ -137,7 +144,7 @@ def walk(
 
 
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
-    """Return the keys that the object sets under an alias or a deprecated name."""
+    """Return the canonical names of the keys that the object sets under another name."""
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
 
@@ -147,8 +154,13 @@ def _get_member_schema(
 ) -> Mapping[str, Any]:
     """Return the schema of a key, with references resolved.
 
-    The schema of ``params`` depends on ``type``. For the ``type`` of an
-    optimizer, return the schema of the optimizer, which has annotations such as the backend.
+    The schema of ``params`` depends on the value of ``type``. For ``optimizer.type``, return the
+    schema of the optimizer itself, which has annotations such as ``x-backend``.
+
+    Args:
+        schema: schema of the key, as given in the schema of the enclosing object.
+        pointer: JSON pointer of the key.
+        around: object that contains the key.
     """
     name = around.get("type")
     if isinstance(name, str):
@@ -164,10 +176,10 @@ def _get_member_schema(
 
 
 def get_default(schema: Mapping[str, Any], backend: str) -> Any:
-    """Return the default value of a key for a backend.
+    """Return the default value of a key on the given backend.
 
     Args:
-        schema: schema of the key.
+        schema: JSON schema of the key.
         backend: "torch" or "deepspeed".
 
     Returns:
@@ -185,11 +197,11 @@ def get_default(schema: Mapping[str, Any], backend: str) -> Any:
 
 
 def to_nested_dict(members: Iterable[Member], pointer: str = "") -> dict[str, Any]:
-    """Convert members to a nested dict.
+    """Convert the members of a config to a nested dict.
 
     Args:
         members: members in the order in which `walk` yields them.
-        pointer: JSON pointer of the object that contains them.
+        pointer: JSON pointer of the object that the dict represents.
 
     >>> to_nested_dict([Member("/fp16/enabled", False, {})])
     {'fp16': {'enabled': False}}
@@ -207,7 +219,7 @@ def to_nested_dict(members: Iterable[Member], pointer: str = "") -> dict[str, An
 def add_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of an object with default values added and ignored keys removed.
 
-    Keys that only DeepSpeed supports are not added, because DeepSpeed has its own defaults.
+    No defaults are added for keys that only DeepSpeed supports. DeepSpeed fills them in itself.
 
     >>> add_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))["enabled"]
     True

@@ -35,11 +35,11 @@ def load_document(config: Source) -> Document:
     try:
         data = sys.stdin.buffer.read(_MAX_BYTES + 1) if name == "-" else _read(path)
         if len(data) > _MAX_BYTES:
-            raise _build_unreadable_error(name, f"The config must be at most {_MAX_BYTES:,} bytes.")
+            raise _build_unreadable_error(name, f"The config must not exceed {_MAX_BYTES:,} bytes.")
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _build_unreadable_error(
-            name, f"The config must be UTF-8 text, but byte {error.start} is not valid UTF-8."
+            name, f"The config must be UTF-8 text, but the byte at offset {error.start} is invalid."
         ) from None
     except FileNotFoundError:
         near = _find_nearest_file(path)
@@ -67,7 +67,7 @@ def _load_mapping(config: Mapping[str, Any]) -> Document:
 
 
 def find_unserializable(value: Any, pointer: str) -> Iterator[Problem]:
-    """Yield a problem for each key or value that JSON cannot represent, such as NaN."""
+    """Yield a problem for each nested key or value that JSON cannot represent, such as NaN."""
     members: Any = ()
     if isinstance(value, Mapping):
         members = value.items()

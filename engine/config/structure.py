@@ -1,4 +1,4 @@
-"""Check each value of a config against its JSON schema, and construct its schedule."""
+"""Check each value of a config against its JSON schema, and construct the schedule."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _REGISTRY: Registry[Any] = Registry(
 class Structure:
     """The result of checking each value of a config against its schema.
 
-    It is the input of the rules that check combinations of values.
+    The rules that check combinations of values use it as their input.
     """
 
     problems: Sequence[Problem]
@@ -108,11 +108,11 @@ def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
 def check_against_schema(
     document: Document, value: Any, schema: Mapping[str, Any], pointer: str = ""
 ) -> Iterator[Problem]:
-    """Check a value and its nested values against a schema, and yield each violation.
+    """Check a value and its nested values against a schema, and yield a problem per violation.
 
     Args:
-        document: parsed config, which provides the positions of problems.
-        value: value to check, which is part of the config.
+        document: parsed config, used to look up the line and column of each problem.
+        value: value from the config to check.
         schema: JSON schema of the value.
         pointer: JSON pointer of the value.
     """
@@ -132,9 +132,9 @@ def check_against_schema(
 
 
 def _get_suggested_pointer(problem: Problem) -> str:
-    """Return the JSON pointer of the key that is suggested for an unknown key.
+    """Return the JSON pointer of the key that is suggested in place of an unknown key.
 
-    Return an empty string if there is no suggestion, or if the problem is not an unknown key.
+    Return an empty string if the problem is not an unknown key, or has no suggestion.
     """
     found = problem.rule == "unknown-key" and problem.suggestion
     return join_pointer(get_parent(problem.pointer), problem.suggestion) if found else ""
@@ -180,11 +180,15 @@ def _convert_error(
             hint, fix = _suggest_unquoting(value, schema) if kind == "wrong-type" else ("", None)
             yield document.build_problem(kind, pointer, message, hint, fix=fix)
         case _:
-            raise AssertionError(f"no message is defined for the JSON schema keyword {keyword}")
+            raise AssertionError(f"no message is defined for the JSON Schema keyword `{keyword}`")
 
 
 def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:
-    """Suggest to remove the quotes if the value is then valid, as for "1" or "True"."""
+    """Suggest removing the quotes from a string such as "1" or "True".
+
+    Returns:
+        A hint and an automatic fix; an empty hint and None if the unquoted value is invalid.
+    """
     if not isinstance(value, str):
         return "", None
     try:
@@ -270,7 +274,7 @@ def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[P
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """If other schedules have the unknown parameter, name them in the hint."""
+    """For an unknown parameter, set the hint to the names of the schedules that have it."""
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem
     key = get_last_key(problem.pointer)
@@ -282,9 +286,11 @@ def _suggest_schedules(problem: Problem) -> Problem:
 def _construct_schedule(
     document: Document, config: Mapping[str, Any], unresolved: Collection[str]
 ) -> tuple[Schedule[Any] | None, list[Problem]]:
-    """Construct the config's schedule, and return it with the problems of its parameters.
+    """Construct the config's schedule.
 
-    If a parameter is invalid or "auto", no problems are returned.
+    Returns:
+        The schedule, or None if it cannot be constructed, and the problems of its parameters. No
+        problems are returned if a parameter in ``unresolved`` could be their cause.
     """
     block = config.get("scheduler")
     if not isinstance(block, Mapping) or "type" not in block:

@@ -1,7 +1,7 @@
 """Suggest a known key for an unknown key.
 
-A suggestion is a key with a similar name, the key with the same meaning as a key of another tool,
-or the section to which the key belongs. Nothing is suggested unless it is likely to be correct.
+A suggestion is a key with a similar name, the equivalent of another tool's key, or the section in
+which the key is valid. Unlikely suggestions are not made.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ __all__ = ["Suggestion", "suggest_key"]
 class Suggestion(NamedTuple):
     """A suggestion for an unknown key.
 
-    ``hint`` is the text for the message. ``meant`` is the key that the user probably meant, if it
-    belongs to the same object. ``fix`` is set only if the replacement is certainly correct.
+    ``hint`` is the sentence to show to the user; it is empty if there is no suggestion. ``meant``
+    is the key that the user probably meant, if it belongs to the same object. ``fix`` renames the
+    key automatically; it is set only if the unknown key is a known alias.
     """
 
     hint: str
@@ -39,7 +40,7 @@ def suggest_key(
     Args:
         pointer: JSON pointer of the object that contains the unknown key.
         key: unknown key.
-        known: schemas of the known keys of the object, by name.
+        known: JSON schema of each key that is valid in the object.
         present: object that contains the unknown key.
 
     >>> known = {"gradient_clipping": {"type": "number"}}
@@ -72,7 +73,7 @@ def suggest_key(
 
 
 def _find_unique_match(name: str, known: Collection[str]) -> str | None:
-    """Return the only known name within two edits that has the same first or last letter.
+    """Return the known name with an edit distance of at most 2 and the same first or last letter.
 
     Return None if there is no such name, or more than one.
     """
@@ -108,7 +109,7 @@ _ALIASES: Mapping[str, Mapping[str, str]] = schemas.read("aliases.json")
 
 @functools.cache
 def _map_keys_to_sections() -> dict[str, tuple[str, ...]]:
-    """Map each key name to the JSON pointers of the sections that have such a key.
+    """Return the JSON pointers of the sections in which each key is valid, by key name.
 
     The ``params`` of optimizers and schedules are not included.
     """

@@ -21,17 +21,17 @@ SEVERITIES = ("error", "warning", "note")
 
 
 def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
-    """Return all problems of a config, sorted by position.
+    """Validate a config, and return its problems, sorted by line and column.
 
-    A config without problems of severity "error" is valid.
+    The config is valid if no problem has the severity "error".
 
     Args:
         config: path of the config, or the config as a dict.
-        world_size: number of ranks to validate the batch sizes for. If None, they must be valid for
-            at least one number of ranks.
+        world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
+            be valid for at least one number of ranks.
 
     Raises:
-        ConfigError: the file cannot be read or is not text.
+        ConfigError: the file cannot be read, is too large or is not UTF-8 text.
 
     >>> [problem.rule for problem in validate({"train_batch_size": 8, "sheduler": {}})]
     ['unknown-key']
@@ -42,25 +42,28 @@ def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
 def check(
     document: Document, world_size: int | None, *, reject_auto: bool = False
 ) -> list[Problem]:
-    """Return every problem of a parsed config, sorted by position."""
+    """Validate a parsed config, and return its problems, sorted by line and column.
+
+    The arguments are the same as for `examine`.
+    """
     return examine(document, world_size, reject_auto=reject_auto)[0]
 
 
 def examine(
     document: Document, world_size: int | None, *, reject_auto: bool = False
 ) -> tuple[list[Problem], RuleContext | None]:
-    """Return every problem of a parsed config, sorted by position, and the config's valid part.
+    """Validate a parsed config, and return its problems and its valid values.
 
     Args:
         document: parsed config.
-        world_size: number of ranks to validate the batch sizes for. If None, they must be valid for
-            at least one number of ranks.
-        reject_auto: whether to report every "auto" value as an error, as for a run that no
-            integration starts.
+        world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
+            be valid for at least one number of ranks.
+        reject_auto: whether to report every "auto" value as an error. Set this for runs that are
+            not started through an integration, such as the Hugging Face Trainer.
 
     Returns:
-        The problems, and the `RuleContext` passed to the rules. The context is None if the syntax
-        is invalid or the config is not a JSON object.
+        The problems, sorted by line and column, and the `RuleContext` with the valid values. The
+        context is None if the syntax is invalid or the config is not a JSON object.
     """
     problems = list(document.problems)
     context = None

@@ -1,4 +1,4 @@
-"""Format counts, values and keys for messages."""
+"""Format counts and values for messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WIDTH = 60
 
 
 def count_noun(count: int, noun: str) -> str:
-    """Format a count with its noun, which is singular or plural.
+    """Format a count and a noun, in the plural unless the count is 1.
 
     >>> count_noun(1, "rank"), count_noun(8, "rank")
     ('1 rank', '8 ranks')

@@ -1,4 +1,4 @@
-"""Generate the output of `onecycle schedules`: the list of schedules, or one schedule's page."""
+"""Generate the output of `onecycle schedules`: a list, or the page of one schedule."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def get_summary(cls: type[Schedule[Any]]) -> str:
 
 
 def example_curves(cls: type[Schedule[Any]]) -> dict[str, Curve]:
-    """Return the curve of each hyperparameter for the schedule's example parameters."""
+    """Return the curve of each hyperparameter of a schedule with its example parameters."""
     curves = cls(**cls.example).build_curves(_BASE, EXAMPLE_RUN)
     return {name: groups[0] for name, groups in curves.items()}
 
@@ -44,7 +44,7 @@ def list_schedules() -> Iterator[str]:
 
 
 def format_page(cls: type[Schedule[Any]]) -> Iterator[str]:
-    """Yield the lines of a schedule's page: its docstring, parameters, example and small plots."""
+    """Yield the lines of a schedule's page: description, parameters, example and small plots."""
     yield cls.type_name
     yield ""
     yield (inspect.getdoc(cls) or "").partition("\n\n>>>")[0]

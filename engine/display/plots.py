@@ -1,4 +1,4 @@
-"""Plot hyperparameters over the steps, in an image file or in the terminal."""
+"""Plot hyperparameters against the step, as an image file or in the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_PLOTTED = 1e200
 
 
 def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
-    """Group columns by panel. For example, the panel ``lr`` shows ``lr.0`` and ``lr.1``.
+    """Group column names by plot panel. The panel ``lr``, for example, shows ``lr.0`` and ``lr.1``.
 
     >>> group_by_panel(["lr.0", "lr.1", "momentum"])
     {'lr': ['lr.0', 'lr.1'], 'momentum': ['momentum']}
@@ -34,9 +34,9 @@ def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
-    """Return the name of each phase of a panel's curve, by its first step.
+    """Return the phases of a panel's curve, as a dict from first step to phase name.
 
-    Return an empty dict if the panel has several curves.
+    Return an empty dict if the panel shows several curves, or if its curve is unknown.
     """
     if len(panel) > 1 or panel[0] not in curves:
         return {}
@@ -53,15 +53,16 @@ def draw(
     evidence: Evidence | None = None,
     dpi: int = 150,
 ) -> None:
-    """Plot columns over the steps, with one panel per hyperparameter, and save the image.
+    """Plot columns against the step, with one panel per hyperparameter, and save the figure.
 
     Args:
-        columns: value at each step, by column name; see `Preview.columns` for the names.
+        columns: values at each step, by column name; see `Preview.columns` for the names.
         path: output file. Its suffix, such as ``.png`` or ``.pdf``, selects the format.
         title: title of the figure.
-        curves: curves by column name; the panels label their phases.
-        evidence: data on which a loss-driven schedule based the end of its warmup. It is plotted
-            in the last panel, with the column ``loss`` if there is one.
+        curves: curve of each column; its phases, such as the warmup, are labeled in the plot.
+        evidence: losses from which a loss-driven schedule determined the end of its warmup, and
+            the Gaussian process fitted to them. Both are plotted in an additional panel. If
+            ``columns`` contains ``loss``, the panel shows the losses of that column instead.
         dpi: resolution of the image in dots per inch.
     """
     from matplotlib.figure import Figure
@@ -104,7 +105,7 @@ def draw(
 
 
 def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
-    """Plot the losses, and the Gaussian process fitted to the losses of the warmup."""
+    """Plot the losses of a run, and the Gaussian process fitted to the losses of its warmup."""
     axis.plot(range(len(losses)), losses, ".", markersize=2, color="tab:blue", alpha=0.4)
     axis.set_ylabel(_LOSS)
     axis.grid(alpha=0.3)
@@ -125,7 +126,7 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
 
 
 def draw_decision(evidence: Evidence, path: Path, title: str) -> None:
-    """Plot the learning rate and losses of a warmup, with the reason for its end in the title."""
+    """Plot the learning rate and losses of a loss-driven warmup; the title states why it ended."""
     step, lr, reason, probability = evidence.decision
     confidence = "" if probability is None else f" (probability {probability:.3f})"
     draw(
@@ -144,14 +145,14 @@ def draw_on_terminal(
     size: tuple[int, int] = (80, 24),
     color: bool = False,
 ) -> str:
-    """Return a text plot of columns over the steps, with one panel per hyperparameter.
+    """Return a text plot of columns against the step, with one panel per hyperparameter.
 
     Args:
-        columns: value at each step, by column name, as in `draw`.
+        columns: values at each step, by column name, as in `draw`.
         title: first line of the text.
-        curves: curves by column name; their phases are listed below each panel.
+        curves: curve of each column; its phases are listed below the panel.
         size: width and height of the terminal in characters.
-        color: whether to use terminal colors.
+        color: whether to color the plot with ANSI escape codes.
     """
     import plotext
 

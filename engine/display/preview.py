@@ -1,4 +1,4 @@
-"""Preview a config's schedule: compute its values at each step before launch."""
+"""Preview a config's schedule: compute the learning rate at each step before launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Preview", "preview"]
 
 @dataclass(frozen=True)
 class Preview:
-    """The schedule of a config and its curves for the config's optimizer and run length."""
+    """A config's schedule, and its curves for the optimizer and run length of the config."""
 
     name: str
     schedule: Schedule[Any]
@@ -36,21 +36,23 @@ class Preview:
     def replay_losses(
         self, losses: Sequence[float]
     ) -> tuple[dict[str, list[float]], Evidence | None]:
-        """Run a loss-driven schedule on recorded losses.
+        """Compute the values of a loss-driven schedule for recorded losses.
 
         Args:
-            losses: loss of each step.
+            losses: recorded loss at each step.
 
         Returns:
-            The values of each column, and the data on which the schedule based the end of its
-            warmup. The data is None if the warmup did not end.
+            The values of each hyperparameter at each step, and the losses from which the schedule
+            determined the end of its warmup (None if the warmup did not end).
 
         Raises:
-            ValueError: the schedule does not depend on the loss.
+            ValueError: the schedule is not loss-driven.
         """
         if self.schedule.feedback is None:
             name = self.schedule.type_name
-            raise ValueError(f"`--losses` requires a loss-driven schedule, got {name}.")
+            raise ValueError(
+                f"`--losses` requires a loss-driven schedule such as AutoWU, got {name}."
+            )
         done = replay(self.schedule, losses, base=self.base, horizon=self.horizon)
         columns = {
             name: [row[name][0] for row in done.rows] for name in self.schedule.hyperparameters
@@ -59,15 +61,19 @@ class Preview:
 
     @property
     def span(self) -> int:
-        """Number of steps to plot: the length of the run; if unknown, of the schedule."""
+        """Default number of steps to plot.
+
+        This is the length of the run, or of the schedule if the length of the run is
+        unknown.
+        """
         return int(self.horizon.scaled_steps or 0) or self.schedule.span
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Curves by column name.
+        """The curves, by column name.
 
-        A column has the name of its hyperparameter, such as ``lr``. If param groups have different
-        curves, there is one column per group: ``lr.0``, ``lr.1``, …
+        The column name is the hyperparameter, such as ``lr``. If the param groups have different
+        curves, there is one column per param group: ``lr.0``, ``lr.1``, …
         """
         columns = {}
         for name, curves in self.curves.items():
@@ -78,19 +84,23 @@ class Preview:
         return columns
 
     def rows(self, steps: int) -> Iterator[tuple[float, ...]]:
-        """Return an iterator of rows: the step and the value of each column."""
+        """Return an iterator over the first ``steps`` steps.
+
+        Each item contains the step and the value of each column at that step.
+        """
         values = [curve.values(steps) for curve in self.columns.values()]
         return zip(range(steps), *values, strict=True)
 
 
 def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
-    """Validate the schedule of a config, and return its preview.
+    """Validate the schedule of a config, and return a preview of it.
 
-    Problems of sections that do not affect the schedule are ignored.
+    Problems in sections that do not affect the schedule are ignored.
 
     Args:
         config: path of the config, or the config as a dict. Only ``scheduler`` is required.
-        steps_per_epoch: steps per epoch; required if the config has durations in epochs.
+        steps_per_epoch: number of optimizer steps per epoch; required if the config has durations
+            in epochs.
 
     Raises:
         ConfigError: the file cannot be read or parsed, there is no ``scheduler``, or the section
@@ -125,7 +135,7 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
 
 
 def _prevents_curve(problem: Problem) -> bool:
-    """Return whether a problem prevents the computation of the curves."""
+    """Return whether the curves of the schedule cannot be computed because of a problem."""
     if problem.severity != "error" or problem.rule == "batch-sizes":
         return False
     section, *_ = [*split_pointer(problem.pointer), ""]

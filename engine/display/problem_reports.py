@@ -19,7 +19,7 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Report:
-    """The problems of a parsed config, and whether to print them in color."""
+    """A parsed config, its problems, and whether to print them in color."""
 
     document: Document
     problems: Sequence[Problem]
@@ -100,7 +100,7 @@ def _build_sarif_location(name: str, problem: Problem) -> dict[str, Any]:
 
 
 def write_error(error: ConfigError, out: TextIO) -> None:
-    """Write the problems of a `ConfigError` as text."""
+    """Write the problems of a `ConfigError` to a stream, one after another, as text."""
     for line in _format_text(Report(Document(error.name, None), error.problems)):
         print(line, file=out)
 

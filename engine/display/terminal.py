@@ -1,4 +1,4 @@
-"""Detect the capabilities of output streams."""
+"""Detect whether an output stream supports color."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["supports_color"]
 
 
 def supports_color(stream: IO[str]) -> bool:
-    """Return whether a stream is a terminal and ``NO_COLOR`` is not set.
+    """Return whether to color output: the stream is a terminal, and ``NO_COLOR`` is not set.
 
     >>> import io
     >>> supports_color(io.StringIO())

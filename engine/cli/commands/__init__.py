@@ -1,4 +1,5 @@
 """The subcommands of ``onecycle``, one per module.
 
-In each module, `add_arguments` adds the arguments to a parser, and `run` executes the subcommand.
+Each module defines ``add_arguments(parser)``, which adds the subcommand's arguments to a parser,
+and ``run(args, out)``, which runs the subcommand and returns its exit status.
 """

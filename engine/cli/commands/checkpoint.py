@@ -16,7 +16,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to the parser."""
+    """Add the arguments of ``onecycle checkpoint`` to a parser."""
     parser.description = (
         "List the checkpoints of a run (ls), verify their hashes (verify), print the manifest of a "
         "checkpoint (show), or export its weights to one safetensors file (export). Only export "
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Run the requested action and return the exit status."""
+    """List, verify, show or export checkpoints, and return the exit status."""
     actions = {"ls": _list, "verify": _verify, "show": _show, "export": _export}
     return actions[args.action](args, out)
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 def _list(args: argparse.Namespace, out: TextIO) -> int:
     complete = storage.list_checkpoints(args.dir)
     if not complete:
-        raise FileNotFoundError(2, "no complete checkpoint found in this directory", str(args.dir))
+        raise FileNotFoundError(2, "the directory contains no complete checkpoint", str(args.dir))
     width = max(len(path.name) for path, _ in complete)
     for path, manifest in complete:
         ranks = count_noun(manifest.world_size, "rank")
@@ -57,7 +57,7 @@ def _list(args: argparse.Namespace, out: TextIO) -> int:
 def _verify(args: argparse.Namespace, out: TextIO) -> int:
     tags = [args.tag] if args.tag else _list_tags(args.dir)
     if not tags:
-        raise FileNotFoundError(2, "no checkpoint found in this directory", str(args.dir))
+        raise FileNotFoundError(2, "the directory contains no checkpoint", str(args.dir))
     status = OK
     for tag in tags:
         try:
@@ -86,9 +86,9 @@ def _export(args: argparse.Namespace, out: TextIO) -> int:
     path, manifest = storage.find(args.dir, args.tag)
     if manifest.backend != "torch":
         raise ValueError(
-            f"`export` supports only checkpoints of the PyTorch backend, but {path} was "
-            f"written by {manifest.backend}. Run the script zero_to_fp32.py, which DeepSpeed saved "
-            "with the checkpoint."
+            f"`export` supports only checkpoints of the torch backend, but {path} was written by "
+            f"{manifest.backend}. To export its weights, run the script zero_to_fp32.py, which "
+            "DeepSpeed saves in the checkpoint directory."
         )
     from engine.checkpoint.state import export
 

@@ -1,4 +1,4 @@
-"""``onecycle config``: print every value that a run would use and its origin."""
+"""``onecycle config``: print every config value that a run would use, and its origin."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to the parser."""
+    """Add the arguments of ``onecycle config`` to a parser."""
     parser.description = (
-        "Print the resolved config: every value that a run would use and its origin (a line of the "
-        "file, a default, or a derived value)."
+        "Print the resolved config: every value that a run would use, and its origin (a line of "
+        "the file, a default or a derived value)."
     )
     parser.add_argument("file", metavar="FILE", help="a ds_config.json; - for standard input")
     parser.add_argument(
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the values of a config with their origins, or the differences from another config."""
+    """Print the resolved config, or its differences from another config (``--diff``)."""
     from engine.config.provenance import as_config
 
     entries = _resolve(args.file, args.world_size)
@@ -69,7 +69,7 @@ def _resolve(name: str, world_size: int) -> list[Entry]:
 
 
 def _print_differences(first: Sequence[Entry], second: Sequence[Entry], out: TextIO) -> None:
-    """Print the keys whose values differ between two configs, including default values."""
+    """Print the keys whose values, given or default, differ between two configs."""
     here, there = (
         {each.name: json.dumps(each.value) for each in entries} for entries in (first, second)
     )

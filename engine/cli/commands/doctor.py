@@ -1,4 +1,4 @@
-"""``onecycle doctor``: report which features work on this machine, and why others do not."""
+"""``onecycle doctor``: report which features work on this machine, and why the others do not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Finding(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to the parser."""
+    """Add the arguments of ``onecycle doctor`` to a parser."""
     parser.description = (
         "Report which features work on this machine: torch and its devices, process groups, "
         "DeepSpeed and its ops, ssh and Slurm. Print the reason for each feature that does not "
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Run all checks and print their results."""
+    """Check all features and print the results. The exit status is always 0."""
     checks: tuple[Callable[[], Iterator[_Finding]], ...] = (
         _check_packages,
         _check_torch,

@@ -11,7 +11,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to the parser."""
+    """Add the arguments of ``onecycle explain`` to a parser."""
     parser.description = (
         "Print what a validation rule checks, why, and how to fix it. Without RULE, list all "
         "rules. `onecycle validate` prints the rule of each problem in brackets."
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the documentation of a rule, or one line per rule."""
+    """Print the documentation of a rule, or a one-line summary of each rule."""
     from engine.config.rules.pages import RULEBOOK
     from schedules.core.spelling import find_nearest
 

@@ -1,4 +1,4 @@
-"""``onecycle launch``: start, monitor and stop a script on one host or several."""
+"""``onecycle launch``: start a script on one or more hosts, and stop all ranks if one fails."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to the parser."""
+    """Add the arguments of ``onecycle launch`` to a parser."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
         "Start a script on this machine, on the hosts of a hostfile over ssh, or as a Slurm job.\n"
@@ -97,24 +97,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_host_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--hostfile", type=Path, metavar="F", help="file with lines `host slots=N`")
-    add(
-        "--include", default="", metavar="H", help="hosts and slots to use, as in node0@node1:0,2-3"
-    )
-    add("--exclude", default="", metavar="H", help="hosts and slots to exclude")
+    add("--hostfile", type=Path, metavar="F", help="hostfile: one line `host slots=N` per host")
+    include_help = "hosts and slots to use, for example node0@node1:0,2-3"
+    add("--include", default="", metavar="H", help=include_help)
+    exclude_help = "hosts and slots to exclude, in the format of --include"
+    add("--exclude", default="", metavar="H", help=exclude_help)
     add("--nproc", default="auto", metavar="N", help="processes per host (default: one per GPU)")
     nnodes_help = "number of hosts; with MIN:MAX, the job continues with at least MIN hosts"
     add("--nnodes", metavar="N|MIN:MAX", help=nnodes_help)
-    add("--slurm", action="store_true", help="submit a Slurm job, or run in the current allocation")
-    add("--write-sbatch", type=Path, metavar="F", help="write the Slurm job script to a file")
-    option_help = "#SBATCH option, such as time=30"
+    slurm_help = "submit a Slurm job; inside an allocation, run in the allocation"
+    add("--slurm", action="store_true", help=slurm_help)
+    sbatch_help = "write the Slurm job script to a file without submitting it"
+    add("--write-sbatch", type=Path, metavar="F", help=sbatch_help)
+    option_help = "#SBATCH option, such as time=30; can be repeated"
     add("--slurm-opt", action="append", default=[], metavar="K=V", help=option_help)
     add(
         "--ssh-opt",
         action="append",
         default=[],
         metavar="O",
-        help="ssh option, such as ProxyJump=gate",
+        help="ssh option, such as ProxyJump=gate; can be repeated",
     )
 
 
@@ -125,16 +127,17 @@ def _add_rank_arguments(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="K=V",
-        help="environment variable to set",
+        help="environment variable to set for every rank; can be repeated",
     )
-    add("--env-file", type=Path, metavar="F", help="file with lines K=V and # comments")
+    file_help = "file of environment variables: one K=V per line; # starts a comment"
+    add("--env-file", type=Path, metavar="F", help=file_help)
     pattern_help = "variables to forward, such as WANDB_* (NCCL_*, HF_* and others always are)"
     add("--pass-env", action="append", default=[], metavar="PATTERN", help=pattern_help)
     add("--cwd", default=".", metavar="D", help="working directory on every host")
     python_help = "interpreter on every host (default: this one)"
     add("--python", default=sys.executable, metavar="EXE", help=python_help)
     add("--bind-cores", action="store_true", help="bind each rank to its own CPU cores")
-    add("--log-dir", metavar="D", help="directory for one log file per rank")
+    add("--log-dir", metavar="D", help="directory for the log files, one per rank")
     restarts_help = "maximum number of restarts (default: 0)"
     add("--max-restarts", type=int, default=0, metavar="R", help=restarts_help)
     timeout_help = "timeout of collectives (default: 600)"
@@ -148,7 +151,7 @@ def _add_launcher_arguments(group: argparse._ArgumentGroup) -> None:
     add(
         "--config",
         metavar="F",
-        help="config to validate before launch (default: a .json among ARGS)",
+        help="config to validate before launch (default: the .json file in ARGS)",
     )
     rejoin_help = "reconnect to a lost host for up to --rdzv-timeout seconds"
     add("--rejoin", action="store_true", help=rejoin_help)
@@ -156,15 +159,17 @@ def _add_launcher_arguments(group: argparse._ArgumentGroup) -> None:
     add("--rdzv-timeout", type=parse_positive_int, default=300, metavar="S", help=rendezvous_help)
     port_help = "port of the rendezvous (default: a free port)"
     add("--port", type=int, default=0, metavar="P", help=port_help)
-    add("--iface", metavar="NAME", help="network interface (default: the same as ssh)")
+    iface_help = "network interface for Gloo and NCCL (default: the interface that ssh uses)"
+    add("--iface", metavar="NAME", help=iface_help)
     choices = ["all", "rank0", "none"]
     console_help = (
         "ranks whose output is printed (default: rank0, and the last lines of a failed rank)"
     )
     add("--console", choices=choices, default="rank0", help=console_help)
-    add("--dry-run", action="store_true", help="print the plan without connecting to any host")
-    add("--json", action="store_true", help="print the plan as JSON")
-    add("--no-preflight", action="store_true", help="do not check the hosts before launch")
+    dry_run_help = "print the launch plan and exit, without connecting to any host"
+    add("--dry-run", action="store_true", help=dry_run_help)
+    add("--json", action="store_true", help="with --dry-run: print the launch plan as JSON")
+    add("--no-preflight", action="store_true", help="skip the preflight checks of the hosts")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -193,9 +198,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def _check_script(args: argparse.Namespace, script: tuple[str, ...]) -> None:
     if not script:
-        raise LaunchError(
-            "The script is missing. Usage: `onecycle launch --nproc 2 train.py ARGS`."
-        )
+        raise LaunchError("No script was given. Usage: `onecycle launch --nproc 2 train.py ARGS`.")
     if not args.module and not args.no_python and not Path(args.cwd, script[0]).is_file():
         raise FileNotFoundError(2, "script not found", script[0])
     if sys.platform != "linux":
@@ -210,11 +213,19 @@ def _is_slurm(args: argparse.Namespace) -> bool:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Reject invalid values, and options that this kind of launch does not support."""
+    """Check the command-line options.
+
+    Raises:
+        LaunchError: an option has an invalid value, or is not supported by this kind of launch
+            (local, ssh or Slurm).
+    """
     if not 0 <= args.port < 2**16:
         raise LaunchError(f"`--port` must be between 0 and 65535, got {args.port}.")
     if args.hostfile and _is_slurm(args):
-        raise LaunchError("`--hostfile` and Slurm cannot be combined. Use one of them.")
+        raise LaunchError(
+            "`--hostfile` cannot be combined with `--slurm` or `--write-sbatch`. Remove one of "
+            "the options."
+        )
     kind = "slurm" if _is_slurm(args) else "ssh" if args.hostfile else "local"
     for option, (supported, error) in _SUPPORTED_BY.items():
         is_default = getattr(args, option) in (None, False, 0, [], "", "rank0")
@@ -262,7 +273,7 @@ def _build_hosts(args: argparse.Namespace, nnodes: int | None) -> tuple[Host, ..
         return limit_hosts(hosts, nnodes, args.nproc)
     count = nnodes or 1
     if count > 1 and not _is_slurm(args):
-        raise LaunchError("`--nnodes` requires `--hostfile` or `--slurm`. Add one of them.")
+        raise LaunchError("`--nnodes` > 1 requires `--hostfile` or `--slurm`. Add one of them.")
     slots = tuple(range(parse_nproc(args.nproc)))
     if not _is_slurm(args):
         return (Host("localhost", slots),)
@@ -272,7 +283,9 @@ def _build_hosts(args: argparse.Namespace, nnodes: int | None) -> tuple[Host, ..
 def _find_port(port: int) -> int:
     found = find_free_port(port)
     if found is None:
-        raise LaunchError(f"Port {port} is in use on this host. Choose another with `--port`.")
+        raise LaunchError(
+            f"Port {port} is already in use on this host. Choose another port with `--port`."
+        )
     return found
 
 
@@ -293,7 +306,8 @@ def _run_preflight(
     """Run the preflight checks on all hosts.
 
     Returns:
-        Facts that each host reports, by host name. None if a check failed; the problem is printed.
+        Network settings of each host, by host name. If a check failed, the problem is printed and
+        None is returned.
     """
     checks = check_hosts(request, config and str(Path(config).resolve()))
     failed = [check for check in checks if check.problem]
@@ -311,7 +325,7 @@ def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: Text
     script = build_sbatch(request, options)
     if args.write_sbatch:
         args.write_sbatch.write_text(script, encoding="utf-8")
-        print(f"Wrote {args.write_sbatch}. Submit it with sbatch.", file=out)
+        print(f"Wrote the job script. Submit it with `sbatch {args.write_sbatch}`.", file=out)
         return OK
     if args.dry_run:
         print(json.dumps({"sbatch": script}) if args.json else script, file=out)

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
+_END_REASONS = {"divergence": "divergence", "steps": "the step limit"}
 _LINES_OF_FAILURE = 15
 _GRACE = 30.0  # seconds to wait after the test before the script is killed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to the parser."""
+    """Add the arguments of ``onecycle lr-test`` to a parser."""
     parser.description = (
         "Run an unmodified training script while increasing the learning rate from --min to\n"
         "--max, and suggest learning-rate bounds for OneCycle. During the test, the sweep\n"
@@ -128,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Run the test and print its suggestion."""
+    """Run the LR range test, and print the suggested learning-rate bounds."""
     from rich.console import Console
 
     from engine.range_test.refinement import check_training_steps
@@ -162,8 +163,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         run = _train(command, cycle, name, args, console)
         if not run.end:
             raise _TestFailedError(
-                f"the script ended after {len(run.lrs)} of the {args.steps} steps of a short "
-                "1Cycle run. Train for more epochs, or reduce --steps."
+                f"the script ended after {len(run.lrs)} steps, but a short 1Cycle run has "
+                f"{args.steps} steps. Train for more epochs, or reduce --steps."
             )
         return run
 
@@ -181,16 +182,17 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 class _TestFailedError(Exception):
-    """A run of the script produced no usable result. The message has the reason and the fix."""
+    """A run of the script produced no usable result. The message states why, and how to fix it."""
 
 
 def _train(
     command: Sequence[str], sweep: Sweep, name: str, args: argparse.Namespace, console: Console
 ) -> Run:
-    """Run the script once with a sweep, and return the recorded learning rates and losses.
+    """Run the script once with the schedule of ``sweep``, and return the recorded run.
 
     Raises:
-        _TestFailedError: the script failed or ended after too few steps.
+        _TestFailedError: the script failed, did not call `engine.initialize`, or ended after too
+            few steps.
     """
     from engine.range_test.recorder import RECORD, Run
 
@@ -209,7 +211,7 @@ def _train(
 def _build_command(args: argparse.Namespace) -> list[str]:
     script = args.script[1:] if args.script[:1] == ["--"] else args.script
     if not script:
-        raise ValueError("The script is missing. Usage: `onecycle lr-test -- train.py ARGS`.")
+        raise ValueError("No script was given. Usage: `onecycle lr-test -- train.py ARGS`.")
     if script[0].endswith(".py") and not Path(script[0]).is_file():
         raise FileNotFoundError(2, "script not found", script[0])
     python = [sys.executable] if script[0].endswith(".py") else []
@@ -242,7 +244,10 @@ def _run_with_progress(
     args: argparse.Namespace,
     console: Console,
 ) -> int:
-    """Run the script with a progress bar until it exits, and return its exit status."""
+    """Run the script, show a progress bar until it exits, and return its exit status.
+
+    If the script was killed after the test was complete, return 0.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from engine.range_test.recorder import Run
@@ -301,7 +306,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
-    """Return an error message if a run produced no usable result, else an empty string."""
+    """Return the reason why a run has no usable result, or an empty string if it has one."""
     from engine.range_test.suggestion import MIN_POINTS
 
     name = " ".join(args.script).removeprefix("-- ")
@@ -338,7 +343,7 @@ def _print_result(
     width = min(100, shutil.get_terminal_size().columns)
     terminal.write(report.draw_in_terminal(width, color=supports_color(terminal)) + "\n")
     console.print(report.table())
-    ends = ", ".join(run.end or "the end of the script" for run in report.runs)
+    ends = ", ".join(_END_REASONS.get(run.end, "the end of the script") for run in report.runs)
     steps = ", ".join(str(len(run.lrs)) for run in report.runs)
     console.print(f"{steps} steps, ended by {ends}. Results: {picture}, {data}", markup=False)
     if report.max_lr is None:
@@ -349,6 +354,7 @@ def _print_result(
     if args.write is not None:
         backup = write_scheduler(args.write, block)
         console.print(
-            f"Wrote the schedule to {args.write}; the old file is saved as {backup}.", markup=False
+            f"Wrote the OneCycle block to {args.write}. The original file is kept as {backup}.",
+            markup=False,
         )
     return OK

@@ -1,4 +1,4 @@
-"""``onecycle plot``: plot the learning rate and momentum of every step."""
+"""``onecycle plot``: plot the learning rate and momentum at every step."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to the parser."""
+    """Add the arguments of ``onecycle plot`` to a parser."""
     parser.description = (
-        "Plot the learning rate and momentum of every step. The config needs only a `scheduler` "
+        "Plot the learning rate and momentum at every step. The config needs only a `scheduler` "
         "section; batch sizes and a model are not required."
     )
     parser.add_argument("file", metavar="FILE", help="a ds_config.json")
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _PlotData(NamedTuple):
-    """The data to plot or to write as CSV."""
+    """The hyperparameter values to plot or to write as CSV."""
 
     title: str
     columns: dict[str, list[float]]
@@ -87,7 +87,7 @@ class _PlotData(NamedTuple):
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Plot the schedule of a config, or write its values to a CSV file."""
+    """Plot the schedule of a config to an image or the terminal, or write its values as CSV."""
     if args.losses and args.compare:
         raise ValueError("`--losses` and `--compare` cannot be combined. Use one of them.")
     data = _replay_losses(args) if args.losses else _preview_configs(args)
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _preview_configs(args: argparse.Namespace) -> _PlotData:
-    """Compute the schedule's values for a config and for the configs to compare it with."""
+    """Compute the schedules of the config and of the configs given with ``--compare``."""
     from engine.display.preview import preview
 
     sources = [args.file, *map(_find_example_or_path, args.compare)]
@@ -128,7 +128,7 @@ def _preview_configs(args: argparse.Namespace) -> _PlotData:
 
 
 def _replay_losses(args: argparse.Namespace) -> _PlotData:
-    """Run a loss-driven schedule on recorded losses, and return its values at each step."""
+    """Compute a loss-driven schedule for the recorded losses given with ``--losses``."""
     from engine.display.preview import preview
 
     data = preview(args.file, steps_per_epoch=args.steps_per_epoch)
@@ -163,7 +163,7 @@ def _draw_on_terminal(data: _PlotData, out: TextIO) -> None:
 
 
 def _read_losses(path: Path) -> list[float]:
-    """Read the last column of a CSV file, skipping the header."""
+    """Return the numbers in the last column of a CSV file, without the header row."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file) if row][1:]
     try:
@@ -173,9 +173,9 @@ def _read_losses(path: Path) -> list[float]:
 
 
 def _find_example_or_path(name: str) -> str | dict[str, Any]:
-    """Return an example config if the name is a schedule type; otherwise return the name.
+    """Return the example config of a schedule type.
 
-    A name that is not a schedule type is the path of a config.
+    Any other name is the path of a config and is returned unchanged.
     """
     from schedules import SCHEDULES
 

@@ -11,7 +11,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to the parser."""
+    """Add the arguments of ``onecycle schedules`` to a parser."""
     parser.description = (
         "List every schedule with a small plot of its learning rate. With TYPE, print the formula, "
         "parameters, units, defaults and an example block of one schedule."

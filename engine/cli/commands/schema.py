@@ -12,7 +12,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to the parser."""
+    """Add the arguments of ``onecycle schema`` to a parser."""
     parser.description = (
         "Print the JSON Schema (draft 2020-12) of configs. With TYPE, print the schema of that "
         "schedule's `params`."
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the schema of configs, or of a schedule's `params`."""
+    """Print the JSON Schema of configs, or of one schedule's ``params``."""
     import schemas
     from engine.config.schema import SCHEMA, schedule_schema
     from schedules.core.registry import find

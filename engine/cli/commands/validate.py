@@ -1,4 +1,4 @@
-"""``onecycle validate``: report every problem of a config, its location and how to fix it."""
+"""``onecycle validate``: report every problem in a config, its location and how to fix it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to the parser."""
+    """Add the arguments of ``onecycle validate`` to a parser."""
     parser.description = (
         "Validate configs and report every problem with its location and how to fix it. "
         'Values that Hugging Face or another integration fills in may be "auto".'
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Validate all files, and return the highest exit status."""
+    """Validate each file, report its problems, and return the highest exit status."""
     return max(_validate(name, args, out) for name in args.files)
 
 

@@ -1,4 +1,4 @@
-"""Rule for activation checkpointing: check the keys that contiguous memory requires."""
+"""Rule for activation checkpointing: check ``contiguous_memory_optimization``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for keys that the config's backend does not support."""
+"""Rules for keys that the backend, or its installed version, does not support."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
 def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
     """Yield an error for each key that only the torch backend supports.
 
-    A key that has its default value is not an error.
+    A key that is set to its default value is accepted.
     """
     for member in context.members:
         torch_only = member.schema.get("x-backend") == "torch"

@@ -1,6 +1,6 @@
-"""Rule for batch sizes.
+"""Rule for the batch sizes.
 
-The train batch size must be micro-batch size x gradient accumulation steps x world size.
+The train batch size must equal micro-batch size x gradient accumulation steps x world size.
 """
 
 from __future__ import annotations

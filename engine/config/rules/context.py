@@ -1,4 +1,4 @@
-"""The input of the rules: the valid part of a config, with derived values."""
+"""The input of the validation rules: the valid values of a config, and derived values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OPAQUE = {"schedules.families.composites", "schedules.families.custom"}
 
 @dataclass(frozen=True)
 class RuleContext:
-    """The valid part of a config, and values derived from it.
+    """The valid values of a config, and values derived from them.
 
     ``world_size`` is None if the number of ranks is unknown.
     """
@@ -40,17 +40,17 @@ class RuleContext:
 
     @property
     def members(self) -> Sequence[Member]:
-        """The config's keys, with their schemas."""
+        """The keys of the config, each with its value and JSON schema."""
         return self.structure.members
 
     @property
     def unresolved(self) -> Collection[str]:
-        """Pointers of invalid values, "auto" values, and probably misspelled keys."""
+        """JSON pointers of invalid values, "auto" values, and keys that are probably misspelled."""
         return self.structure.unresolved
 
     @property
     def schedule(self) -> Schedule[Any] | None:
-        """The config's schedule, constructed from the parameters that are valid and not "auto"."""
+        """The config's schedule, without invalid parameters; None if it cannot be constructed."""
         return self.structure.schedule
 
     @cached_property
@@ -66,7 +66,7 @@ class RuleContext:
 
     @cached_property
     def evaluated_schedule(self) -> EvaluatedSchedule | None:
-        """The schedule and its curves; None if the curves cannot be computed from the config."""
+        """The schedule with its curves; None if they cannot be computed before the run starts."""
         sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
         if self.schedule is None or any(each.startswith(sections) for each in self.unresolved):
             return None
@@ -90,7 +90,7 @@ class RuleContext:
     def is_absent(self, pointer: str) -> bool:
         """Return whether a key is absent.
 
-        Return False if the key is invalid, "auto" or probably misspelled.
+        Return False for a key whose value is invalid or "auto", or that is probably misspelled.
         """
         if is_within(pointer, self.unresolved):
             return False
@@ -102,15 +102,15 @@ class RuleContext:
         return False
 
     def error(self, rule: str, pointer: str, message: str, hint: str = "", **more: Any) -> Problem:
-        """Build a problem that prevents a run."""
+        """Build a problem of severity "error", which prevents the run from starting."""
         return self.document.build_problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem that is probably a mistake, but does not prevent a run."""
+        """Build a problem of severity "warning": a probable mistake that does not prevent a run."""
         return self.document.build_problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem that may be intended and does not prevent a run."""
+        """Build a problem of severity "note": a value that may be intended."""
         return self.document.build_problem(rule, pointer, message, hint, severity="note")
 
 

@@ -1,4 +1,8 @@
-"""Rules for the optimizer: check its momentum, and report parameters that have no effect."""
+"""Rules for the optimizer.
+
+They report schedules that change the momentum of an optimizer without momentum, and parameters that
+have no effect.
+"""
 
 from __future__ import annotations
 

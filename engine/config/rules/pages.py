@@ -1,4 +1,4 @@
-"""The documentation of each validation rule, which `onecycle explain` prints."""
+"""The documentation of the validation rules, printed by `onecycle explain`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ __all__ = ["RULEBOOK"]
 class RulePage:
     """The documentation of one rule.
 
-    ``summary`` describes the problem, ``reason`` explains it, and ``fix`` describes how to fix it.
-    ``example`` is a config that violates only this rule.
+    ``summary`` describes the problem, ``reason`` explains why the rule exists, and ``fix``
+    describes how to fix the problem. ``example`` is a config that violates only this rule, or an
+    empty string.
     """
 
     summary: str

@@ -1,4 +1,4 @@
-"""Rules for mixed precision: report keys that conflict, or that require ZeRO."""
+"""Rules for mixed precision: report keys that conflict with each other or require ZeRO."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rules for the schedule: report conflicts with the optimizer or the run, and unused keys."""
+"""Rules for the schedule.
+
+They report conflicts with the optimizer or the run length, and keys that have no effect.
+"""
 
 from __future__ import annotations
 
@@ -86,9 +89,9 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_end(context: RuleContext) -> Iterator[Problem]:
-    """Yield a problem if the schedule ends much earlier or later than the run.
+    """Yield a problem if the schedule ends well before or after the end of the run.
 
-    Yield nothing if the end of the schedule or of the run is unknown before launch.
+    Yield nothing if the length of the schedule or of the run is unknown before launch.
     """
     evaluated = context.evaluated_schedule
     if evaluated is None or evaluated.horizon.scaled_steps is None or evaluated.end is None:
@@ -172,7 +175,7 @@ def _get_onecycle_default(name: str) -> Any:
 
 
 def _format_first_step_size(cycle: Mapping[str, Any]) -> str:
-    """Return the length of the first half of a cycle, formatted as JSON."""
+    """Return ``cycle_first_step_size``, or its default if it is not set, formatted as JSON."""
     return json.dumps(
         cycle.get("cycle_first_step_size", _get_onecycle_default("cycle_first_step_size"))
     )

@@ -1,4 +1,7 @@
-"""Rules for ZeRO: report keys that require a different stage, and keys that have no effect."""
+"""Rules for ZeRO.
+
+They report keys that conflict with the stage or the optimizer, and keys that have no effect.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def _check_stage(context: RuleContext) -> Iterator[Problem]:
         yield context.note("deprecated-key", _ZERO, message, hint)
     elif "zero_optimization" in context.config and context.is_absent(f"{_ZERO}/stage"):
         message = "`zero_optimization.stage` must be set. The default, 0, disables ZeRO."
-        yield context.error("zero-without-stage", _ZERO, message, 'Add "stage": 1, 2 or 3.')
+        yield context.error("zero-without-stage", _ZERO, message, 'Set "stage" to 1, 2 or 3.')
 
 
 def _check_offload(context: RuleContext) -> Iterator[Problem]:
@@ -55,9 +58,9 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning if offloading is configured for a single process on the torch backend.
+    """Yield a warning if CPU offloading is configured, but the torch backend will ignore it.
 
-    The torch backend offloads only if there are several ranks.
+    The torch backend offloads parameters and optimizer states only if there are several ranks.
     """
     if context.world_size != 1 or context.backend.name != "torch":
         return

@@ -540,7 +540,7 @@ def test_checkpoint_verify_without_checkpoints_reports_it(tmp_path, directory):
     assert main(["checkpoint", "verify", str(path)], out, err) == 2
     assert (out.getvalue(), err.getvalue()) == (
         "",
-        f"onecycle: {path}: no checkpoint found in this directory\n",
+        f"onecycle: {path}: the directory contains no checkpoint\n",
     )
 
 

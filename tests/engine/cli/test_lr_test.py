@@ -133,7 +133,7 @@ def test_lr_test_refine_script_too_short_reports_the_step(directory):
     arguments = ("--min", 1e-4, "--max", 1, "--steps", 60, "--refine")
     status, out, _ = lr_test(*arguments, "--", write_script(directory), 50)
     assert status == 1
-    assert "ended after 50 of the 60 steps of a short cycle" in out
+    assert "ended after 50 steps" in out
 
 
 @pytest.mark.slow
@@ -213,7 +213,7 @@ def test_lr_test_script_without_initialize_prints_the_reason(directory):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "The script is missing"),
+        ([], "No script was given"),
         (["--min", "1", "--max", "0.5", "--", "train.py"], "`min_lr`"),
         (["--training-steps", "9", "--", "train.py"], "`training_steps`"),
         (["--", "missing.py"], "missing.py: script not found"),

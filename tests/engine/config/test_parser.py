@@ -98,7 +98,7 @@ def test_parse_line_break_instead_of_comma_is_accepted_with_a_note():
         ('{"a": 01}', [("syntax", 1, 7)], "Expected a value"),
         ('{"a": "b\nc"}', [("syntax", 1, 7)], "Invalid string"),
         ('{"a": 1} {}', [("syntax", 1, 10)], "Expected the end of the file"),
-        ("[" * 5000, [("syntax", 1, 102)], "at most 100 levels"),
+        ("[" * 5000, [("syntax", 1, 102)], "more than 100 levels"),
         ('{"a": NaN}', [("not-finite", 1, 7)], "`/a` must be a finite number"),
         ('{"a": -Infinity}', [("not-finite", 1, 7)], "got -Infinity"),
         ('{"a": 1e999}', [("not-finite", 1, 7)], "got 1e999"),
