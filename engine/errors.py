@@ -21,7 +21,7 @@ __all__ = ["CheckpointError", "ConfigError", "Fix", "LaunchError", "MisuseError"
 
 @dataclass(frozen=True)
 class Fix:
-    """An automatic fix for a problem: a new name for the key, or a new value."""
+    """A fix that can be applied to the config automatically: a new name or value for a key."""
 
     key: str | None = None
     value: Any = None
@@ -72,7 +72,7 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """Raised if a checkpoint cannot be saved or loaded. The run is unchanged.
+    """Raised if a checkpoint cannot be saved or loaded.
 
     ValueError
     └── CheckpointError
@@ -80,7 +80,7 @@ class CheckpointError(ValueError):
 
 
 class LaunchError(ValueError):
-    """Raised if a launch cannot start. The message names the option to change.
+    """Raised if a launch cannot start, for example because its options or hostfile are invalid.
 
     ValueError
     └── LaunchError
@@ -90,7 +90,8 @@ class LaunchError(ValueError):
 class MisuseError(RuntimeError, AssertionError):
     """Raised if a method is called at the wrong time.
 
-    It also derives from `AssertionError`, which DeepSpeed raises in such cases.
+    For compatibility with DeepSpeed, which uses ``assert`` for these checks, it is also an
+    `AssertionError`.
 
     RuntimeError
     └── MisuseError

@@ -34,13 +34,21 @@ class AsyncSaver:
         atexit.register(self._wait_at_exit)
 
     def get_process_group(self, world_size: int) -> dist.ProcessGroup | None:
-        """Return the process group used only for saving, or None for a single process."""
+        """Return a gloo process group that is used only for saving; None if the world size is 1.
+
+        Every rank must make the first call, which creates the group.
+        """
         if self._group is None and world_size > 1:
             self._group = dist.new_group(backend="gloo")
         return self._group
 
     def commit_after(self, written: Future[None], commit: Callable[[], None]) -> None:
-        """Call ``commit`` in the background once all files are written."""
+        """Call ``commit`` in a background thread once all files are written.
+
+        Args:
+            written: future that completes when the files of the checkpoint are written.
+            commit: function that turns the written files into a complete checkpoint.
+        """
 
         def finish() -> None:
             try:
@@ -53,10 +61,10 @@ class AsyncSaver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the current save has finished.
+        """Wait until the current save has finished. Return at once if there is none.
 
         Raises:
-            Exception: the error of the last save, if it failed.
+            Exception: the exception of the last save, if it failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -66,10 +74,10 @@ class AsyncSaver:
             raise failure
 
     def close(self) -> None:
-        """Wait until the current save has finished, then release the buffers.
+        """Wait until the current save has finished, then free the copies in host memory.
 
         Raises:
-            Exception: the error of the last save, if it failed.
+            Exception: the exception of the last save, if it failed.
         """
         atexit.unregister(self._wait_at_exit)
         self.wait()

@@ -1,4 +1,4 @@
-"""Synchronize the ranks while they save a checkpoint, and report errors on all ranks."""
+"""Synchronize the ranks before and during a save, and raise the error of one rank on all ranks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ _TIMEOUT = dt.timedelta(seconds=30)
 
 
 def wait_for_ranks(ranks: Ranks, call: str) -> None:
-    """Wait for at most 30 seconds until all ranks have reached the same call.
+    """Block until every rank has called this function, for at most 30 seconds.
 
     Args:
         ranks: rank, world size and control group of this process.
-        call: call that every rank must make, for the error message.
+        call: user's call that every rank must make, such as ``save_checkpoint('runs/1')``; used
+            only in the error message.
 
     Raises:
-        RuntimeError: if a rank does not reach the call in time; the message names the rank.
+        RuntimeError: if a rank does not call this function in time. On rank 0, the message lists
+            all missing ranks.
     """
     if ranks.world_size == 1:
         return
@@ -38,7 +40,11 @@ def wait_for_ranks(ranks: Ranks, call: str) -> None:
 
 
 def check_same_tag(tag: str, world_size: int) -> None:
-    """Check that all ranks pass the same tag; otherwise they would write different checkpoints.
+    """Check that all ranks pass the same tag, so that they write to the same checkpoint.
+
+    Args:
+        tag: tag that this rank passes.
+        world_size: number of ranks.
 
     Raises:
         ValueError: if the tags differ between ranks.
@@ -52,12 +58,14 @@ def check_same_tag(tag: str, world_size: int) -> None:
 
 @contextlib.contextmanager
 def raise_on_all_ranks(world_size: int) -> Iterator[None]:
-    """Raise on all ranks if the block fails on any rank.
+    """Raise an exception on all ranks if the ``with`` block raises one on any rank.
 
-    Otherwise, the other ranks would wait indefinitely in the next collective operation.
+    Otherwise, the other ranks would wait indefinitely in the next collective operation. Every rank
+    must enter the block.
 
     Raises:
-        RuntimeError: if the block failed on another rank.
+        Exception: the exception that the block raised on this rank.
+        RuntimeError: if the block raised an exception on another rank only.
     """
     failure: Exception | None = None
     try:

@@ -1,4 +1,4 @@
-"""The identity of a run: the settings that must not change when it resumes."""
+"""Build and compare the identities of runs: the settings that must not change on resume."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity | None
 
     Args:
         config: config of the run.
-        scheduler: scheduler of the run, with all durations converted to steps, or None.
-        optimizer: result of `read_hyperparameters` for the user's own optimizer; ignored if the
-            config has an `optimizer` block.
+        scheduler: scheduler of the run, with all durations resolved to steps; None if the run has
+            no scheduler.
+        optimizer: result of `read_hyperparameters` for an optimizer that the user passes in;
+            ignored if the config has an `optimizer` block.
     """
     block = config.optimizer
     return {
@@ -46,7 +47,7 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity | None
 
 
 def read_hyperparameters(optimizer: Optimizer) -> Identity:
-    """Return an optimizer's type and the hyperparameters of each param group.
+    """Return an optimizer's class name and each param group's hyperparameters, as JSON types.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -62,7 +63,7 @@ def read_hyperparameters(optimizer: Optimizer) -> Identity:
 
 
 def _read_attributes(scheduler: object) -> Identity:
-    """Return the type and the public attributes of a scheduler from another library."""
+    """Return the class name and the public attributes of a torch or custom scheduler."""
     converted: set[str] = set()
     # Leave out the optimizer, which has its own entry in the identity.
     public = {
@@ -75,7 +76,7 @@ def _read_attributes(scheduler: object) -> Identity:
 
 
 def check_identity(checkpoint_dir: Path, saved: Identity, own: Identity) -> None:
-    """Check that a checkpoint matches this run.
+    """Check that the identity in a checkpoint's manifest equals the identity of this run.
 
     Args:
         checkpoint_dir: directory of the checkpoint, for the error message.
@@ -83,26 +84,27 @@ def check_identity(checkpoint_dir: Path, saved: Identity, own: Identity) -> None
         own: identity of this run.
 
     Raises:
-        CheckpointError: if the identities differ; the message names each value that differs.
+        CheckpointError: if the identities differ. The message lists each setting that differs.
     """
     changed = list(_find_differences(saved, json.loads(json.dumps(own))))
     if changed:
         raise CheckpointError(
-            f"{checkpoint_dir} does not match this run: {'; '.join(changed)}. Restore the saved "
-            "values, or set `engine.checkpoint.override` to true to resume with the new ones."
+            f"{checkpoint_dir} does not match this run: {'; '.join(changed)}. Use the values of "
+            "the checkpoint, or set `engine.checkpoint.override` to true to resume with the values "
+            "of this run."
         )
 
 
 def _find_differences(
     saved: Any, own: Any, name: str = "", unknown: Collection[str] = ()
 ) -> Iterator[str]:
-    """Yield a message for each value that differs.
+    """Yield a message for each setting that differs between a checkpoint and this run.
 
     Args:
-        saved: value in the checkpoint.
-        own: value of this run.
-        name: dotted name of the value.
-        unknown: names of values that may be absent from the checkpoint.
+        saved: value in the checkpoint; may be a mapping or a list of settings.
+        own: value at the same place in the identity of this run.
+        name: dotted path of the value; empty for the whole identity.
+        unknown: keys that are not reported as different if the checkpoint does not contain them.
     """
     if isinstance(saved, Mapping) and isinstance(own, Mapping):
         # Checkpoints of earlier versions do not contain the values that JSON cannot represent,
@@ -125,7 +127,10 @@ def _find_differences(
 
 
 def _to_json(values: Mapping[str, Any], converted: set[str]) -> dict[str, Any]:
-    """Convert values to JSON types; add the names of all others to ``converted``."""
+    """Convert values to JSON types.
+
+    The names of values that JSON cannot represent, such as tensors, are added to ``converted``.
+    """
     converted |= {name for name, value in values.items() if not _is_json(value)}
     return {name: _describe(value) for name, value in values.items()}
 
@@ -139,7 +144,11 @@ def _is_json(value: Any) -> bool:
 
 
 def _describe(value: Any) -> Any:
-    """Convert a value to JSON types: tensors to numbers, other objects to names."""
+    """Convert a value to JSON types.
+
+    A tensor or array becomes a number, a list of numbers, or, if it is large, a hash. A function or
+    class becomes its name; any other object becomes the name of its class.
+    """
     try:
         return json.loads(json.dumps(value, default=_describe_object))
     except (TypeError, ValueError):  # invalid keys, or a circular reference

@@ -40,7 +40,7 @@ _ENGINE = "engine.pt"
 
 
 class SavedBackend(Protocol):
-    """The methods of a backend that `Checkpointer` calls; see `engine.backends.base.Backend`."""
+    """The part of `engine.backends.base.Backend` that `Checkpointer` uses."""
 
     @property
     def ranks(self) -> Ranks:
@@ -48,7 +48,7 @@ class SavedBackend(Protocol):
         ...
 
     def save(self, checkpoint_dir: Path, *, frozen: bool = True) -> None:
-        """Write the model, the optimizer and the loss scale."""
+        """Write the state of the model, the optimizer and the loss scaler to a checkpoint."""
         ...
 
     def save_async(
@@ -59,13 +59,13 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Copy the model, the optimizer and the loss scale; write the copy in the background."""
+        """Copy the states that `save` writes to host memory, and write them in the background."""
         ...
 
     def load(
         self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
     ) -> None:
-        """Restore the model and, if requested, the optimizer and the loss scale."""
+        """Restore the model and, if ``optimizer`` is true, the optimizer and the loss scaler."""
         ...
 
 
@@ -81,7 +81,7 @@ class RunState(Protocol):
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The scheduler, or None."""
+        """The learning-rate scheduler of the run; None if it has none."""
         ...
 
 
@@ -92,7 +92,8 @@ class Checkpointer:
         config: config of the run; provides ``engine.checkpoint``, batch sizes and backend name.
         backend: backend that saves and loads the model and the optimizer.
         identity: settings that must match between this run and a checkpoint that it loads.
-        loader: data loader; its position is saved if `initialize` built it.
+        loader: data loader of the run, or None. Its position is saved only if `initialize` built
+            it.
     """
 
     def __init__(
@@ -113,12 +114,14 @@ class Checkpointer:
         self._signals: Signals | None = None
 
     def resume(self, run: RunState) -> None:
-        """Resume from the newest checkpoint as ``engine.checkpoint.resume`` specifies.
+        """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
 
-        After this call, SIGTERM and SIGUSR1 trigger a save.
+        After this call, `save_if_due` also saves if a rank has received SIGTERM or SIGUSR1. Without
+        ``engine.checkpoint.dir``, this method does nothing.
 
         Raises:
-            FileNotFoundError: if a checkpoint is required and none exists, or if all are damaged.
+            FileNotFoundError: if all checkpoints are damaged, or if there is none and
+                ``engine.checkpoint.resume`` is "must".
         """
         plan = self._plan
         if plan.dir is None:
@@ -135,10 +138,12 @@ class Checkpointer:
             log.info("resuming from %s at step %d", checkpoint_dir, run.counters.applied_steps)
 
     def save_if_due(self, run: RunState) -> None:
-        """Save a checkpoint if one is due, or if a signal requests the end of the process.
+        """Save a checkpoint if one is due, or if any rank has received SIGTERM or SIGUSR1.
+
+        A checkpoint is due every ``engine.checkpoint.every`` batches.
 
         Raises:
-            SystemExit: after the save, if any rank received SIGTERM or SIGUSR1.
+            SystemExit: after the save, if any rank has received SIGTERM or SIGUSR1.
         """
         plan = self._plan
         if plan.dir is None or run.is_trial:
@@ -151,7 +156,10 @@ class Checkpointer:
         if is_last:
             self.wait()
             step = run.counters.applied_steps
-            log.warning("saved a checkpoint at step %d; exiting because of a signal", step)
+            log.warning(
+                "saved a checkpoint at step %d; exiting because a rank received SIGTERM or SIGUSR1",
+                step,
+            )
             raise SystemExit(SAVED_AND_ENDED)
 
     def save(
@@ -170,12 +178,13 @@ class Checkpointer:
             run: state of the run to save.
             directory: directory that holds the run's checkpoints.
             tag: name of the checkpoint; default: ``global_stepN`` after N batches.
-            client_state: the user's own numbers, strings and tensors.
+            client_state: user data to save in the checkpoint: numbers, strings, tensors, and lists
+                and mappings of them.
             save_latest: whether a load without a tag may use this checkpoint.
             frozen: whether to include frozen parameters.
         """
         if run.is_trial:
-            log.info("skipping the checkpoint during an LR range test")
+            log.info("no checkpoints are saved during an LR range test")
             return
         ranks, tag = self._ranks, tag or f"global_step{run.counters.global_steps}"
         wait_for_ranks(ranks, f"save_checkpoint({str(directory)!r}, tag={tag!r})")
@@ -252,13 +261,18 @@ class Checkpointer:
             run: state of the run to restore.
             directory: directory that holds the run's checkpoints.
             tag: name of the checkpoint; default: the newest complete one.
-            strict: whether the model must have exactly the saved parameters.
-            optimizer: whether to restore the optimizer, the loss scale and the random states.
+            strict: whether to raise an error if the checkpoint contains parameters or buffers
+                that the model does not have.
+            optimizer: whether to restore the optimizer, the loss scaler and the RNG states.
             scheduler: whether to restore the scheduler.
-            counters: whether to restore the counters and the data position.
+            counters: whether to restore the step counters and the position in the training data.
 
         Returns:
             The checkpoint's directory and its ``client_state``.
+
+        Raises:
+            FileNotFoundError: if there is no such checkpoint.
+            CheckpointError: if the checkpoint is damaged, or does not match the model or the run.
         """
         self.wait()
         checkpoint_dir, manifest = storage.find(directory, tag)
@@ -266,7 +280,8 @@ class Checkpointer:
             check_identity(checkpoint_dir, manifest.identity, self._expected_identity(manifest))
         if not manifest.frozen and self._ranks.rank == 0:
             log.info(
-                "%s has no frozen parameters; the model keeps its current ones", checkpoint_dir
+                "%s does not contain the frozen parameters; the model keeps their current values",
+                checkpoint_dir,
             )
         state: dict[str, Any] = read_values(checkpoint_dir / _ENGINE)
         self._backend.load(
@@ -290,7 +305,10 @@ class Checkpointer:
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _restore_counters(self, run: RunState, state: Mapping[str, Any]) -> None:
-        """Restore the counters and the data position; adapt them to changed batch sizes."""
+        """Restore the step counters and the position in the training data.
+
+        If the batch sizes have changed, both are converted to the new batch sizes.
+        """
         batch = self._batch
         saved = state.get("batch") or asdict(batch)
         counters, position = Counters(**state["counters"]), state["loader"]
@@ -315,17 +333,17 @@ class Checkpointer:
         scheduler.load_state_dict(dict(saved))
 
     def wait(self) -> None:
-        """Wait until the current save has finished.
+        """Wait until the current save has finished on all ranks.
 
         Raises:
-            Exception: the error of the last save, if it failed on any rank.
+            Exception: if the last save failed on any rank.
         """
         if self.async_saver is not None:
             with raise_on_all_ranks(self._ranks.world_size):
                 self.async_saver.wait()
 
     def close(self) -> None:
-        """Restore the previous signal handlers and wait for this rank's last save."""
+        """Restore the previous signal handlers, and wait for this rank's last save to finish."""
         if self._signals is not None:
             self._signals.restore_handlers()
         if self.async_saver is not None:
@@ -335,10 +353,15 @@ class Checkpointer:
 def _adapt_schedule_state(
     saved: Mapping[str, Any], own: dict[str, Any], applied_steps: int
 ) -> dict[str, Any]:
-    """Return the state to load if this run's schedule may differ from the saved one.
+    """Adapt a saved scheduler state to this run's schedule, which may be a different one.
 
-    A schedule without feedback continues at the number of applied steps. A feedback schedule
+    A schedule without feedback continues at the current step of the run. A feedback schedule
     depends on past losses, so it restarts unless its type and params match the saved ones.
+
+    Args:
+        saved: scheduler state in the checkpoint; empty if the checkpoint contains none.
+        own: current state of this run's scheduler.
+        applied_steps: number of applied optimizer steps of the run.
     """
     state = own | {"step": applied_steps}
     if "state" in own:

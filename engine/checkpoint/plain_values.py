@@ -29,10 +29,10 @@ def write_values(path: Path, values: Any) -> None:
 
 
 def check_plain_values(values: Mapping[str, Any], name: str) -> None:
-    """Check that all values have types that `read_values` can read.
+    """Check that `read_values` supports the types of all values.
 
     Args:
-        values: values to check.
+        values: mapping whose values are checked.
         name: name of the argument, for the error message.
 
     Raises:
@@ -55,7 +55,10 @@ def check_plain_values(values: Mapping[str, Any], name: str) -> None:
 
 
 def _find_class_name(error: Exception) -> str:
-    """Return the class name in an unpickling error, or an empty string."""
+    """Return the name of the class that an unpickling error reports, in backticks.
+
+    If the error does not report a class, return an empty string.
+    """
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f"`{named.group(1)}`" if named else ""
 
@@ -64,7 +67,8 @@ def read_values(path: Path) -> Any:
     """Return the values that `write_values` wrote, with tensors on the CPU.
 
     Raises:
-        CheckpointError: if the file contains other objects, which could run code, or is damaged.
+        CheckpointError: if the file is damaged, or if it contains objects of other types, which
+            could run code when they are unpickled.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -72,6 +76,6 @@ def read_values(path: Path) -> Any:
         class_name = _find_class_name(error)
         problem = f"it contains {class_name}" if class_name else str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path} cannot be loaded: {problem}. Files may contain only tensors and plain values, "
-            "because unpickling other objects can run code."
+            f"{path} cannot be loaded: {problem}. Use another checkpoint. Only tensors and plain "
+            "values are loaded, because unpickling other objects can run code."
         ) from None

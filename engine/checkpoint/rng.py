@@ -1,4 +1,4 @@
-"""Get and set the states of the random number generators that a training script uses."""
+"""Get and set the RNG states of Python, NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["get_rng_state", "set_rng_state"]
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return the RNG states of Python, NumPy, PyTorch and this rank's GPU."""
+    """Return the RNG states of Python, NumPy and PyTorch, including that of this rank's GPU."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # scripts use the global generator
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -25,7 +25,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore the states that `get_rng_state` returned."""
+    """Restore RNG states returned by `get_rng_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

@@ -1,4 +1,4 @@
-"""Roll back to the lowest loss of the warmup, for AutoWU with ``"rollback": true``."""
+"""Restore the model with the lowest loss of the warmup, for AutoWU with ``"rollback": true``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("onecycle")
 
 
 class RestorableBackend(Protocol):
-    """The methods of a backend that `Rollback` calls."""
+    """The part of `engine.backends.base.Backend` that `Rollback` uses."""
 
     @property
     def ranks(self) -> Ranks:
@@ -25,18 +25,19 @@ class RestorableBackend(Protocol):
         ...
 
     def snapshot(self) -> Any:
-        """Return a copy of model, optimizer and loss scale."""
+        """Return a copy of the state of the model, the optimizer and the loss scaler."""
         ...
 
     def restore(self, snapshot: Any) -> None:
-        """Restore a snapshot exactly."""
+        """Restore a state returned by `snapshot`, bit for bit."""
         ...
 
 
 class Rollback:
-    """Keeps a snapshot of the training state at the lowest loss so far.
+    """Keeps a snapshot of the model, the optimizer and the loss scaler at the lowest loss so far.
 
-    The snapshot is restored when AutoWU switches from warmup to decay.
+    AutoWU compares the mean losses of its test intervals. The snapshot is restored when AutoWU
+    switches from warmup to decay.
     """
 
     def __init__(self, backend: RestorableBackend) -> None:
@@ -45,10 +46,10 @@ class Rollback:
         self._snapshot: Any = None
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot at the lowest loss so far, or restore it when the decay starts.
+        """Take a snapshot at the lowest loss so far; restore the last one when the decay starts.
 
         Args:
-            scheduler: AutoWU scheduler that has received the loss of the last step.
+            scheduler: AutoWU scheduler, after it has received the loss of the last step.
         """
         assert isinstance(scheduler, ScheduleBinder)
         assert isinstance(scheduler.controller, AutoWUController)
@@ -58,22 +59,26 @@ class Rollback:
             self._backend.restore(self._snapshot)
             self._snapshot = None
             scheduler.write()  # restoring also reset the learning rate
-            log.info("restored the model and the optimizer of the step with the lowest loss")
+            log.info("rolled back the model and the optimizer to the lowest loss of the warmup")
 
     def save(self, checkpoint_dir: Path) -> None:
-        """Write this rank's snapshot to a checkpoint, if there is one."""
+        """Write this rank's snapshot to a checkpoint; do nothing if no snapshot was taken."""
         if self._snapshot is not None:
             write_values(checkpoint_dir / f"rollback.{self._ranks.rank}.pt", self._snapshot)
 
     def load(self, checkpoint_dir: Path) -> None:
-        """Read this rank's snapshot from a checkpoint, if the same number of ranks saved one."""
+        """Load this rank's snapshot from a checkpoint.
+
+        Snapshots that were saved with a different world size are ignored.
+        """
         found = len(list(checkpoint_dir.glob("rollback.*.pt")))
         is_complete = found == self._ranks.world_size
         path = checkpoint_dir / f"rollback.{self._ranks.rank}.pt"
         self._snapshot = read_values(path) if is_complete else None
         if found and not is_complete:
             log.warning(
-                "ignoring the rollback snapshots in %s: %d ranks saved them, but this run has %d",
+                "ignoring the rollback snapshots in %s: they were saved on %d ranks, "
+                "but this run has %d ranks",
                 checkpoint_dir,
                 found,
                 self._ranks.world_size,

@@ -1,8 +1,8 @@
 """Storage for torch.distributed.checkpoint: one safetensors file per rank, without pickle.
 
-An unsharded tensor is stored under its own name, so that any safetensors reader finds it. A shard
-of a tensor is stored under ``name@offset,…``; the file's metadata contains the full shape. No
-separate index file is needed, and opening a file never runs code.
+An unsharded tensor is stored under its own name, so that any safetensors reader can load it. A
+shard of a tensor is stored under ``name@offset,…``, and the header of its file contains the shape
+of the full tensor. No separate index file is needed, and opening a file never runs code.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ __all__ = ["ShardReader", "ShardWriter", "write_tensors"]
 
 
 class ShardWriter(StorageWriter):
-    """Writes each rank's tensors to ``shard.RANK.safetensors`` in an existing directory."""
+    """Storage writer that writes each rank's tensors to ``shard.RANK.safetensors``."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: a writer has a fixed directory."""
+        """Do nothing, because the directory of a writer is fixed."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: no setup is needed."""
+        """Do nothing, because no setup is needed."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Store each rank in its plan; the rank is part of the file name."""
+        """Set ``storage_data`` of each plan to its rank, which is part of the file name."""
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's tensors to its file."""
+        """Write the planned tensors to this rank's file. Return a completed future."""
         tensors: dict[str, Tensor] = {}
         parts: dict[str, Any] = {}
         results = []
@@ -82,11 +82,11 @@ class ShardWriter(StorageWriter):
         return _wrap_in_future(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Do nothing: the metadata is in the files."""
+        """Do nothing, because the headers of the shard files contain the metadata."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether the ID is an existing directory."""
+        """Return whether the checkpoint ID is the path of an existing directory."""
         return Path(checkpoint_id).is_dir()
 
 
@@ -113,16 +113,19 @@ def write_tensors(
 
 
 class ShardReader(StorageReader):
-    """Reads checkpoints written at any world size, and loads only the slices that a rank needs."""
+    """Storage reader for the files of `ShardWriter`, written at any world size.
+
+    A rank reads only the saved shards that overlap its own shards.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: a reader has a fixed directory."""
+        """Do nothing, because the directory of a reader is fixed."""
 
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
-        """Return the saved tensors, their shards, and the file that contains each shard."""
+        """Return the shapes and shards of all saved tensors, and the location of each shard."""
         known: dict[str, TensorStorageMetadata] = {}
         locations: dict[MetadataIndex, tuple[Path, str]] = {}
         for path in sorted(self._directory.glob("shard.*.safetensors")):
@@ -149,7 +152,7 @@ class ShardReader(StorageReader):
         *_args: Any,
         **_options: Any,
     ) -> None:
-        """Store the location of each shard."""
+        """Keep the locations of the shards, which `read_metadata` returned."""
         self._locations = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -161,7 +164,7 @@ class ShardReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy the planned slices into this rank's tensors."""
+        """Copy the planned slices into this rank's tensors. Return a completed future."""
         items_by_file: dict[Path, list[tuple[str, ReadItem]]] = {}
         for item in plan.items:
             path, name = self._locations[item.storage_index]
@@ -180,7 +183,7 @@ class ShardReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether the ID is an existing directory."""
+        """Return whether the checkpoint ID is the path of an existing directory."""
         return Path(checkpoint_id).is_dir()
 
 

@@ -36,7 +36,7 @@ _MODEL = "model."
 
 
 def write(directory: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bool = True) -> None:
-    """Write this rank's shard of the model and the optimizer; every rank must call this.
+    """Write this rank's shards of the model and the optimizer. Every rank must call this.
 
     Args:
         directory: existing directory to write to.
@@ -56,19 +56,21 @@ def write_async(
     *,
     frozen: bool = True,
 ) -> Future[None]:
-    """Copy this rank's shard and write the copy in the background; every rank must call this.
+    """Copy this rank's shards to host memory, and write the copies in the background.
+
+    Every rank must call this function. Training can continue as soon as it returns.
 
     Args:
         directory: existing directory to write to.
-        model: model to save in its current state.
-        optimizer: optimizer to save in its current state.
-        group: process group used only for saving; None for a single process.
-        buffers: copies from the previous save; their memory is reused.
+        model: model to save.
+        optimizer: optimizer of the model.
+        group: process group that is used only for saving; None for a single process.
+        buffers: copies from the previous save, whose memory is reused; updated in place.
         frozen: whether to include frozen parameters.
 
     Returns:
-        A future that completes once this rank has written its files; on rank 0, once all ranks
-        have.
+        A future that completes when this rank has written its files. On rank 0, it completes when
+        all ranks have written their files.
     """
     copies = _copy_to_host(_get_state(model, optimizer, frozen=frozen), buffers)
     buffers.update(copies)
@@ -79,7 +81,10 @@ def write_async(
 
 
 def _copy_to_host(value: Any, old: Any) -> Any:
-    """Copy a value to host memory; reuse ``old`` if its type, shape and dtype match."""
+    """Copy the tensors in nested dicts and lists to host memory.
+
+    The memory of a tensor in ``old`` is reused if its type, shape and dtype match.
+    """
     if isinstance(value, dict):
         before = old if isinstance(old, dict) else {}
         return {key: _copy_to_host(below, before.get(key)) for key, below in value.items()}
@@ -102,18 +107,22 @@ def read(
     strict: bool,
     frozen: bool = True,
 ) -> None:
-    """Restore model and optimizer in place, with their current sharding; every rank must call this.
+    """Restore a model and its optimizer in place, with their current sharding.
+
+    Every rank must call this function.
 
     Args:
         directory: directory that `write` wrote to.
         model: model to restore.
         optimizer: optimizer to restore; None restores only the model.
-        strict: whether to reject saved tensors that the model does not have.
-        frozen: whether to reject a checkpoint without the frozen parameters; if False, parameters
-            that are missing keep their current values.
+        strict: whether to raise an error if the checkpoint contains parameters or buffers that the
+            model does not have.
+        frozen: whether the checkpoint must contain the frozen parameters. If False, frozen
+            parameters that it does not contain keep their current values.
 
     Raises:
-        CheckpointError: if the model does not match; the message names the first key that differs.
+        CheckpointError: if a parameter or buffer is missing, unexpected, or has a different shape.
+            The message names the first one.
     """
     state = _get_state(model, optimizer)
     saved_tensors = {
@@ -147,7 +156,7 @@ def read(
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Return the model's full (unsharded) tensors from a checkpoint."""
+    """Load the model's parameters and buffers from a checkpoint, unsharded, by name."""
     weights: dict[str, Any] = {
         name: torch.empty(metadata.size, dtype=metadata.properties.dtype)
         for name, metadata in _read_saved_tensors(directory).items()
@@ -159,11 +168,14 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def export(checkpoint_dir: Path, path: Path) -> tuple[int, int]:
-    """Write the model's tensors to a safetensors file; return their number and size in bytes.
+    """Export the model's parameters and buffers from a checkpoint to one safetensors file.
 
     Args:
         checkpoint_dir: directory of the checkpoint.
         path: file to write.
+
+    Returns:
+        The number of exported tensors, and their total size in bytes.
 
     Raises:
         OSError: if the disk is full or the file is not writable.
@@ -186,7 +198,7 @@ def _get_state(
 
 
 def _find_frozen_names(model: nn.Module) -> set[str]:
-    """Return the names of all frozen parameters; a tied parameter has several names."""
+    """Return the names of all frozen parameters, including every name of a tied parameter."""
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if not parameter.requires_grad}
 
@@ -209,7 +221,7 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
 
 
 def _find_leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return the dotted name, the container and the key of each leaf value."""
+    """Return (dotted name, container, key) for each leaf of a nested state dict."""
     found = []
     for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
         name = f"{prefix}{key}"
@@ -235,13 +247,15 @@ def _check_model_matches(
         else:
             continue
         raise CheckpointError(
-            f"{directory} does not match the model: {problem}. Build the model as in the saved run."
+            f"{directory} does not match the model: {problem}. Use the model architecture of the "
+            "saved run."
         )
     extra = [key for key in saved if key not in own]
     if extra and strict:
         raise CheckpointError(
-            f"{directory} does not match the model: the model has no `{extra[0]}`. Build the model "
-            "as in the saved run, or pass `load_module_strict=False`."
+            f"{directory} does not match the model: the model has no `{extra[0]}`. Use the model "
+            "architecture of the saved run, or pass `load_module_strict=False` to ignore saved "
+            "tensors that the model does not have."
         )
 
 

@@ -2,14 +2,14 @@
 
 ::
 
-    DIR/latest              name of the newest checkpoint, for other tools; not read here
-    DIR/TAG/manifest.json   the files' sizes and hashes, package versions and the run's identity
-    DIR/TAG/…               the other files of a checkpoint
+    DIR/latest              tag of the newest checkpoint, for other tools; never read by onecycle
+    DIR/TAG/manifest.json   sizes and hashes of the files, package versions, identity of the run
+    DIR/TAG/…               model, optimizer and all other saved states
     DIR/.TAG.partial/       a checkpoint whose save is in progress or was interrupted
 
-A directory without a manifest is not a checkpoint. The manifest is written last; then the directory
-is renamed to its tag. If the process is killed during a save, the previous checkpoint therefore
-stays complete.
+A directory without a manifest is not a complete checkpoint. The manifest is written last, and then
+the directory is renamed from ``.TAG.partial`` to ``TAG``. If the process is killed during a save,
+the previous checkpoint therefore stays complete.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Manifest:
     """Contents of ``manifest.json``, which describes a checkpoint.
 
     ``files`` maps each file's relative path to its size in bytes and its SHA-256 hash. ``identity``
-    contains the settings that a run must share to resume from the checkpoint. ``versions`` contains
-    the versions of Python and of the packages that wrote the checkpoint.
+    contains the settings that must be the same in a run that resumes from the checkpoint.
+    ``versions`` contains the versions of Python and of the packages that wrote the checkpoint.
     """
 
     tag: str
@@ -89,12 +89,14 @@ def create_partial(directory: Path, tag: str) -> Path:
     """
     if not tag or tag in {".", "..", LATEST} or "/" in tag or os.sep in tag or tag.startswith("."):
         raise CheckpointError(
-            f"`tag` must be a valid directory name other than `{LATEST}` that does not start with "
-            f"a dot, got {tag!r}. Choose a name such as `step100`."
+            f"`tag` must be a valid directory name that does not start with a dot and is not "
+            f"`{LATEST}`, got {tag!r}. Choose a tag such as `step100`."
         )
     partial = directory / f".{tag}.partial"
     if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(20, "The checkpoint directory is a file", str(directory))
+        raise NotADirectoryError(
+            20, "The path of the checkpoint directory is a file", str(directory)
+        )
     directory.mkdir(parents=True, exist_ok=True)
     if partial.exists():
         shutil.rmtree(partial)  # left by a writer that was killed
@@ -103,13 +105,16 @@ def create_partial(directory: Path, tag: str) -> Path:
 
 
 def commit(partial: Path, manifest: Manifest) -> Path:
-    """Write the manifest, rename the partial directory to its tag, and return the new path.
+    """Complete a checkpoint: write its manifest, and rename the partial directory to its tag.
 
     An existing checkpoint with the same tag is replaced once the new one is complete.
 
     Args:
-        partial: directory from `create_partial`, with all files written.
-        manifest: manifest of the checkpoint, in which this function sets ``files``.
+        partial: directory returned by `create_partial`, with all files written.
+        manifest: manifest to write. Its ``files`` are ignored and computed from the directory.
+
+    Returns:
+        The directory of the complete checkpoint.
 
     Raises:
         OSError: if the disk is full or the directory is not writable.
@@ -158,8 +163,8 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
         return Manifest(**found)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{checkpoint_dir} is not a complete checkpoint because {MANIFEST} is missing. Saving "
-            "it was interrupted, or another tool wrote it."
+            f"{checkpoint_dir} is not a complete checkpoint because {MANIFEST} is missing. Either "
+            "the save was interrupted, or another tool wrote the directory."
         ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
@@ -168,7 +173,10 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
 
 
 def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
-    """Return the complete checkpoints in a directory, from oldest to newest."""
+    """Return the path and the manifest of each complete checkpoint, from oldest to newest.
+
+    The sizes of the files are checked, but not their hashes.
+    """
     found = []
     for checkpoint_dir in directory.iterdir() if directory.is_dir() else ():
         hidden = checkpoint_dir.name.startswith(".")
@@ -185,21 +193,24 @@ def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
 
 
 def has_any_checkpoint(directory: Path) -> bool:
-    """Return whether a directory contains a checkpoint, even an incomplete or another tool's."""
+    """Return whether a directory contains a checkpoint, even if damaged or of another tool."""
     return (directory / LATEST).exists() or any(directory.glob(f"*/{MANIFEST}"))
 
 
 def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
-    """Find the checkpoint with the given tag, or the newest complete one, and check its hashes.
+    """Find the checkpoint with the given tag, or the newest complete one, and verify its hashes.
 
     Args:
         directory: directory that holds the run's checkpoints.
-        tag: name of the checkpoint; if None, the newest complete one with ``resumable`` set.
+        tag: name of the checkpoint. If None, the newest complete checkpoint with ``resumable`` set
+            is used, and damaged checkpoints are skipped.
+
+    Returns:
+        The directory and the manifest of the checkpoint.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        CheckpointError: if the checkpoint with this tag is damaged; the message lists the complete
-            ones.
+        CheckpointError: if the checkpoint with this tag is incomplete or damaged.
     """
     complete = list_checkpoints(directory)
     names = ", ".join(checkpoint_dir.name for checkpoint_dir, _ in complete) or "none"
@@ -235,7 +246,7 @@ def _find_newest(directory: Path, complete: list[tuple[Path, Manifest]]) -> tupl
 
 
 def _describe_incomplete(directory: Path) -> Iterator[str]:
-    """Yield a message for each subdirectory that is not a complete checkpoint."""
+    """Yield a message for each subdirectory that is an incomplete or damaged checkpoint."""
     inside = directory.iterdir() if directory.is_dir() else ()
     for checkpoint_dir in sorted(each for each in inside if each.is_dir() and each.name[0] != "."):
         message = _describe_damage(checkpoint_dir)
@@ -252,12 +263,12 @@ def _describe_damage(checkpoint_dir: Path) -> str:
 
 
 def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True) -> Iterator[str]:
-    """Yield a message for each file that is missing or whose size or hash does not match.
+    """Yield a message for each file that is missing or differs from the manifest.
 
     Args:
         checkpoint_dir: directory of the checkpoint.
         manifest: manifest of the checkpoint.
-        hashes: whether to also check the hashes, which requires reading all files.
+        hashes: whether to check the hashes in addition to the sizes, which reads all files.
     """
     for name, entry in manifest.files.items():
         path = checkpoint_dir / name
@@ -270,12 +281,13 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
 
 
 def prune(directory: Path, keep: int | None, keep_every: int | None) -> list[str]:
-    """Remove all complete checkpoints except the newest ``keep``; return the removed tags.
+    """Delete all complete checkpoints except the newest ``keep``. Return the deleted tags.
 
     Args:
         directory: directory that holds the run's checkpoints.
         keep: number of checkpoints to keep; None keeps all.
-        keep_every: also keep checkpoints whose step is a multiple of this number.
+        keep_every: interval in optimizer steps; checkpoints whose step is a multiple of it are
+            never deleted. None keeps only the newest ``keep``.
     """
     if keep is None:
         return []
@@ -303,7 +315,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to disk."""
+    """Flush a file or a directory to disk, so that a crash does not lose it."""
     if path.is_dir() and os.name != "posix":
         return  # only POSIX systems can open a directory
     descriptor = os.open(path, os.O_RDONLY)

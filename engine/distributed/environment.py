@@ -1,4 +1,7 @@
-"""Names of the `ONECYCLE_*` environment variables, and exit statuses. Does not import torch."""
+"""Names of the `ONECYCLE_*` environment variables, and exit statuses of the commands.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -64,11 +67,10 @@ SSH_FAILED = 255
 
 
 def to_exit_status(returncode: int) -> int:
-    """Return the exit status that a shell reports for a process.
+    """Convert a return code of `subprocess` to the exit status that a shell reports.
 
     Args:
-        returncode: return code as reported by `subprocess`, which is -n if signal n killed the
-            process.
+        returncode: return code of a process; -n if signal n killed the process.
 
     >>> to_exit_status(7), to_exit_status(-15)
     (7, 143)

@@ -1,4 +1,4 @@
-"""The rank of this process, its device, and the process group."""
+"""Initialize the process group, and get the rank, world size and device of this process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Ranks:
 def get_world_size() -> int:
     """Return the world size.
 
-    Without a process group, return ``WORLD_SIZE``, or 1 if it is not set.
+    If no process group is initialized, return the environment variable ``WORLD_SIZE``, or 1 if it
+    is not set.
     """
     if _has_process_group():
         return dist.get_world_size()
@@ -64,7 +65,8 @@ def get_world_size() -> int:
 def get_rank() -> int:
     """Return the rank of this process.
 
-    Without a process group, return ``RANK``, or 0 if it is not set.
+    If no process group is initialized, return the environment variable ``RANK``, or 0 if it is not
+    set.
     """
     if _has_process_group():
         return dist.get_rank()
@@ -80,7 +82,10 @@ def init_distributed(*, always_create_group: bool = False, port: int | None = No
     Args:
         always_create_group: whether to create a process group for a single process too, for
             libraries that require it.
-        port: port of rank 0; used only if `MASTER_PORT` is not set.
+        port: port at which the ranks connect to rank 0; used only if `MASTER_PORT` is not set.
+
+    Returns:
+        The ranks and the device of this process.
 
     Raises:
         ValueError: if there are several ranks, but `WORLD_SIZE`, `RANK`, `MASTER_ADDR` or
@@ -143,14 +148,15 @@ def _check_world_size_is_set() -> None:
 
 
 def check_configs_match(ranks: Ranks, config: str) -> None:
-    """Check that all ranks have the same config. Different configs can cause a deadlock.
+    """Check that all ranks have the same config, because different configs can cause a deadlock.
 
     Args:
         ranks: rank and world size of this process.
         config: config of this rank, as JSON.
 
     Raises:
-        ValueError: if a rank has a different config than rank 0. The message contains a diff.
+        ValueError: if a rank has a different config than rank 0. The message contains a diff of
+            the two configs.
     """
     if ranks.world_size == 1:
         return
@@ -171,8 +177,8 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
 def destroy_distributed() -> None:
     """Destroy the process group.
 
-    With gloo, first wait up to 5 seconds for the other ranks. A rank that exits early would close
-    connections that gloo threads of other ranks still use.
+    With gloo, first wait up to 5 seconds for the other ranks. Otherwise, a rank that exits early
+    would close connections that the gloo threads of other ranks still use.
     """
     if not _has_process_group():
         return

@@ -1,4 +1,4 @@
-"""Detect SIGTERM and SIGUSR1, so that a run can save a checkpoint before it ends."""
+"""Detect SIGTERM and SIGUSR1, so that a run can save a checkpoint before it is killed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _NAMES = ("SIGTERM", "SIGUSR1")
 class Signals:
     """Records whether this process received SIGTERM or SIGUSR1.
 
-    Slurm can send these signals before it ends a job. Check `is_received_on_any_rank` after each
-    step, and call `restore_handlers` to stop recording. In threads other than the main thread, no
-    signals are recorded, because Python does not allow signal handlers there.
+    Slurm can send these signals shortly before it kills a job. Call `is_received_on_any_rank` after
+    each step, and `restore_handlers` to stop recording. An instance that is created outside of the
+    main thread records nothing, because Python allows signal handlers only in the main thread.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Signals:
                     self._previous_handlers[number] = signal.signal(number, self._record)
 
     def restore_handlers(self) -> None:
-        """Restore the previous signal handlers."""
+        """Restore the signal handlers that were set before, and stop recording."""
         for number, handler in self._previous_handlers.items():
             if signal.getsignal(number) == self._record:
                 # None means that the handler was not set by Python code, so it cannot be restored.
@@ -47,7 +47,10 @@ class Signals:
         self._received = True
 
     def is_received_on_any_rank(self, ranks: Ranks) -> bool:
-        """Return whether any rank received a signal. Every rank must call this in the same step."""
+        """Return whether any rank received SIGTERM or SIGUSR1.
+
+        Every rank must call this method in the same step.
+        """
         if ranks.world_size == 1:
             return self._received
         device = ranks.device if dist.get_backend() == "nccl" else torch.device("cpu")

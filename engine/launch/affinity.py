@@ -1,4 +1,4 @@
-"""Bind a rank to its own CPU cores, and run its command."""
+"""Bind a rank to its own CPU cores, then run its command."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ __all__ = ["main"]
 def sort_by_core(cpus: Iterable[int], get_core: Callable[[int], int]) -> list[int]:
     """Sort logical CPUs so that the CPUs of the same core are adjacent.
 
+    Args:
+        cpus: numbers of the logical CPUs.
+        get_core: function that maps a logical CPU to its physical core.
+
     >>> sort_by_core([0, 1, 2, 3], get_core=lambda cpu: cpu % 2)
     [0, 2, 1, 3]
     """
@@ -20,9 +24,15 @@ def sort_by_core(cpus: Iterable[int], get_core: Callable[[int], int]) -> list[in
 
 
 def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
-    """Return the CPUs of a rank. Each rank gets a contiguous part of about the same size.
+    """Return the logical CPUs to which a rank is bound.
 
-    If there are more ranks than CPUs, all CPUs are returned.
+    The CPUs are split into contiguous parts of about the same size, one per rank of this host. If
+    there are more ranks than CPUs, every rank gets all CPUs.
+
+    Args:
+        cpus: logical CPUs of this host, sorted by core.
+        rank: local rank.
+        ranks: number of ranks on this host.
 
     >>> select_cpus([0, 1, 2, 3, 8], rank=1, ranks=2)
     [2, 3, 8]
@@ -35,7 +45,7 @@ def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
 
 
 def _find_core(cpu: int) -> int:
-    """Return the first logical CPU on the same core as the given logical CPU."""
+    """Return the lowest-numbered logical CPU on the same core, which identifies the core."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return int(topology.read_text().replace("-", ",").partition(",")[0])
@@ -44,13 +54,13 @@ def _find_core(cpu: int) -> int:
 
 
 def main(command: list[str]) -> None:
-    """Bind this process to the CPUs of its rank, and replace it with a command.
+    """Bind this process to the CPU cores of its rank, and replace it with a command.
 
-    The rank and the number of ranks on this host are read from ``LOCAL_RANK`` and
+    The local rank and the number of ranks on this host are read from ``LOCAL_RANK`` and
     ``LOCAL_WORLD_SIZE``, which torchrun sets.
 
     Args:
-        command: command of the rank, with its arguments.
+        command: command to run, with its arguments.
     """
     cpus = sort_by_core(os.sched_getaffinity(0), _find_core)
     own = select_cpus(cpus, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))

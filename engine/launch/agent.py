@@ -1,4 +1,4 @@
-"""Run a job on this host, and kill all its processes at the end.
+"""Run a job on this host, and kill all of its processes when it ends.
 
 The launcher starts this agent on each host. The agent reads the job as JSON from the first line of
 standard input. Each later line is ``ping``, ``term`` or ``kill``. The agent stops the job if it
@@ -57,7 +57,7 @@ class _Job:
                 self.process.terminate()
 
     def kill_if_overdue(self) -> None:
-        """Kill the job if it is still running when the grace period after `stop` has ended."""
+        """Kill the job if the grace period after `stop` has ended."""
         since = self._stopping_since
         if since is not None and time.monotonic() - since > self._grace:
             self.kill()
@@ -104,8 +104,8 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
 
     Args:
         job: running job.
-        words: input that was read together with the job.
-        signals: list to which a signal handler appends each received signal.
+        words: commands from standard input that were read together with the job.
+        signals: signals received so far; the signal handlers append to this list.
     """
     last_input = time.monotonic()
     inputs = [sys.stdin.fileno()]
@@ -128,15 +128,19 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
 
 
 def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
-    """Acquire a lock, and return the lock file. An earlier agent may hold the lock until it exits.
+    """Wait until this process acquires a lock, which an earlier agent may hold until it exits.
 
     The lock file is never deleted. Otherwise, another process could create it again and lock the
     new file while this process still locks the deleted file.
 
     Args:
         name: name of the lock; None if no lock is needed.
-        signals: list of received signals. If the launcher stops the job or exits, SIGTERM is
-            appended and the wait ends.
+        signals: signals received so far. A signal ends the wait. If the launcher stops the job or
+            exits, SIGTERM is appended.
+
+    Returns:
+        The open lock file, or None if no lock is needed. If a signal ended the wait, the file may
+        not be locked.
     """
     if name is None:
         return None
@@ -157,6 +161,9 @@ def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
 
     Args:
         env: environment variables of the job.
+
+    Returns:
+        The environment variables with the updated `CUDA_VISIBLE_DEVICES`.
 
     Raises:
         SystemExit: if a slot refers to a device that is not visible.
@@ -184,9 +191,9 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Read the first line of the input. Return it, and any input after it that was also read.
+    """Read the first line from a file descriptor. Return it, and the bytes read after it.
 
-    The input is read without buffering, because `select` ignores input that is in a buffer.
+    The reads bypass Python's buffer, because `select` does not see data that is in the buffer.
     """
     read = b""
     while b"\n" not in read:

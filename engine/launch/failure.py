@@ -1,4 +1,4 @@
-"""Format and parse the line of output that reports the first failed rank of a host."""
+"""Format and parse the output line with which a host reports its first failed rank."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Failure:
 
 
 def format_failure(failure: Failure) -> str:
-    """Format a failure as one line of output."""
+    """Format a failure as one output line, which `parse_failure` reads."""
     return FAILURE_PREFIX + json.dumps(asdict(failure))
 
 
 def parse_failure(line: str) -> Failure | None:
-    """Parse a line that reports a failure. Return None if the line is incomplete.
+    """Parse an output line of `format_failure`. Return None if the line is not valid.
 
     >>> parse_failure(format_failure(Failure(rank=1, status=7, time=100.0)))
     Failure(rank=1, status=7, time=100.0, reason='')

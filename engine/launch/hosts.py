@@ -1,6 +1,6 @@
 """Read hosts and their slots from a hostfile, and select the hosts and slots to use.
 
-The hostfile and the filters have the same format as in DeepSpeed.
+The hostfile and the ``--include`` and ``--exclude`` filters use DeepSpeed's formats.
 """
 
 from __future__ import annotations
@@ -52,18 +52,21 @@ def read_hostfile(path: Path) -> list[Host]:
         found = _LINE.fullmatch(line.strip())
         if found is None:
             raise LaunchError(
-                f"{path}:{number}: invalid line {line.strip()!r}. Write `host slots=N`."
+                f"{path}:{number}: invalid line {line.strip()!r}. Use the form `host slots=N`."
             )
         name, slots = found["name"], int(found["slots"])
         if slots < 1:
-            raise LaunchError(f"{path}:{number}: {name} must have at least 1 slot, got {slots}.")
+            raise LaunchError(
+                f"{path}:{number}: {name} must have at least 1 slot, got {slots}. To exclude the "
+                "host, delete this line."
+            )
         if name in hosts:
             raise LaunchError(
-                f"{path}:{number}: {name} is repeated. List all its slots on one line."
+                f"{path}:{number}: {name} is listed more than once. Combine its lines into one."
             )
         hosts[name] = Host(name, tuple(range(slots)))
     if not hosts:
-        raise LaunchError(f"{path} lists no hosts. Add at least one, such as `node0 slots=2`.")
+        raise LaunchError(f"{path} lists no hosts. Add a line such as `node0 slots=2`.")
     return list(hosts.values())
 
 
@@ -72,12 +75,13 @@ def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") ->
 
     Args:
         hosts: hosts to select from.
-        include: hosts and slots to use. For example, ``node0@node1:0,2-3`` selects all slots of
-            node0, and slots 0, 2 and 3 of node1.
-        exclude: hosts and slots to omit, in the same format.
+        include: hosts and slots to use; empty to use all. For example, ``node0@node1:0,2-3``
+            selects all slots of node0, and slots 0, 2 and 3 of node1.
+        exclude: hosts and slots not to use, in the same format.
 
     Raises:
-        LaunchError: if both filters are given, a host or slot is unknown, or no slots are left.
+        LaunchError: if both filters are given, a filter is invalid or names an unknown host or
+            slot, or no slots are left.
 
     >>> hosts = [Host("node0", (0, 1)), Host("node1", (0, 1))]
     >>> select_hosts(hosts, include="node1:1")
@@ -98,7 +102,10 @@ def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") ->
         if slots:
             left.append(Host(host.name, slots))
     if not left:
-        raise LaunchError(f"`{include or exclude}` leaves no slots to use. Select at least one.")
+        raise LaunchError(
+            f"The filter `{include or exclude}` leaves no slots. Change it to leave at least one "
+            "slot."
+        )
     return left
 
 
@@ -118,25 +125,27 @@ def limit_hosts(hosts: Sequence[Host], nnodes: int | None, nproc: str) -> tuple[
         small = [host.name for host in hosts if host.size < size]
         if small:
             raise LaunchError(
-                f"`--nproc` is {size}, but {small[0]} has fewer slots. Reduce `--nproc`."
+                f"`--nproc` is {size}, but {small[0]} has fewer slots. Reduce `--nproc`, or "
+                "exclude this host."
             )
         hosts = [Host(host.name, host.slots[:size]) for host in hosts]
     if nnodes is not None and nnodes > len(hosts):
         raise LaunchError(
-            f"`--nnodes` is {nnodes}, but only {len(hosts)} hosts are selected. Reduce `--nnodes`."
+            f"`--nnodes` is {nnodes}, but the number of available hosts is {len(hosts)}. Reduce "
+            "`--nnodes`, or add hosts."
         )
     return tuple(hosts[:nnodes])
 
 
 def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
-    """Parse ``--nnodes``, which is a number of hosts or MIN:MAX.
+    """Parse ``--nnodes``, which is a number of hosts or a range MIN:MAX.
 
     Returns:
-        The minimum and the maximum number of hosts. A single number is the maximum; missing
-        numbers are None.
+        The minimum and the maximum number of hosts. For a single number, the minimum is None. If
+        ``text`` is None, both are None.
 
     Raises:
-        LaunchError: if the text is neither a number nor MIN:MAX.
+        LaunchError: if the text is neither a number >= 1 nor a range with 1 <= MIN <= MAX.
 
     >>> parse_nnodes("2"), parse_nnodes("1:4"), parse_nnodes(None)
     ((None, 2), (1, 4), (None, None))
@@ -145,7 +154,7 @@ def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
         return None, None
     low, colon, high = text.partition(":")
     if not low.isdecimal() or (colon and not high.isdecimal()) or int(low) < 1:
-        raise LaunchError(f"`--nnodes` must be a number or MIN:MAX, got {text!r}.")
+        raise LaunchError(f"`--nnodes` must be a number >= 1 or MIN:MAX, got {text!r}.")
     if colon and int(high) < int(low):
         raise LaunchError(f"`--nnodes` must be MIN:MAX with MIN <= MAX, got {text!r}.")
     return (int(low), int(high)) if colon else (None, int(low))
@@ -154,7 +163,7 @@ def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
 def parse_nproc(text: str) -> int:
     """Parse ``--nproc``, the number of processes per host.
 
-    ``auto`` is the number of GPUs of this machine, or 1 if it has no GPU.
+    ``auto`` is the number of GPUs of this host, or 1 if it has no GPU.
 
     Raises:
         LaunchError: if the text is neither ``auto`` nor a number >= 1.
@@ -178,7 +187,7 @@ def _parse_filter(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, 
         unknown = [slot for slot in slots if slot not in hosts[name].slots]
         if unknown:
             raise LaunchError(
-                f"`{part}`: unknown slot {unknown[0]}. {name} has slots 0 to "
+                f"`{part}`: {name} has no slot {unknown[0]}. Use slots from 0 to "
                 f"{hosts[name].slots[-1]}."
             )
         found[name] = tuple(dict.fromkeys((*found.get(name, ()), *slots)))
@@ -189,10 +198,14 @@ def _parse_slots(text: str, part: str) -> Iterator[int]:
     for each in text.split(","):
         ends = re.fullmatch(r"(\d+)(?:-(\d+))?", each.strip())
         if ends is None:
-            raise LaunchError(f"`{part}`: invalid slots. List them after the colon, such as 0,2-3.")
+            raise LaunchError(
+                f"`{part}`: invalid slots. List the slots after the host name and a colon, for "
+                "example `worker-1:0,2-3`."
+            )
         first, last = int(ends[1]), int(ends[2] or ends[1])
         if last < first:
             raise LaunchError(
-                f"`{part}`: invalid range {each.strip()}. Write the lower slot first."
+                f"`{part}`: invalid range {each.strip()}. Put the lower slot first, for example "
+                "`2-3`."
             )
         yield from range(first, last + 1)

@@ -56,7 +56,7 @@ class HostFacts:
 
 @dataclass(frozen=True)
 class NodePlan:
-    """The commands and environment variables of one host."""
+    """The part of a launch plan for one host: its ranks, commands and environment variables."""
 
     host: str
     transport: tuple[str, ...]
@@ -76,7 +76,7 @@ class NodePlan:
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the job as a dict, which the agent reads as JSON from standard input."""
+        """Return the job of this host as a dict. The launcher sends it to the agent as JSON."""
         return {
             "host": self.host,
             "argv": list(self.argv),
@@ -100,7 +100,11 @@ class LaunchPlan:
     """Maximum time in seconds for reconnecting to a lost host; 0 disables reconnecting."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as a JSON object. Values of secret environment variables are masked."""
+        """Return the plan as a JSON-compatible dict.
+
+        The value of an environment variable is masked if its name suggests a secret, for example
+        if it contains ``TOKEN``.
+        """
         nodes = [
             node.to_dict()
             | {
@@ -119,7 +123,7 @@ class LaunchPlan:
         }
 
     def describe(self, *, as_json: bool = False) -> str:
-        """Return the plan as text: the ranks and the command of each host.
+        """Return the plan as text: the ranks, slots and command of each host.
 
         Args:
             as_json: whether to return the plan as indented JSON instead.
@@ -145,9 +149,10 @@ def build_plan(
     """Build the launch plan for a request.
 
     Args:
-        request: launch to plan.
-        facts: network settings by host name. If a host is missing, its name is used as its address.
-        environment: environment variables of the launcher; some of them are passed to the ranks.
+        request: launch request.
+        facts: network settings by host name. A host without an entry is addressed by its name.
+        environment: environment variables of the launcher. The ranks receive those that match a
+            pattern such as ``NCCL_*``, or a pattern in ``request.pass_env``.
 
     Raises:
         LaunchError: if options conflict, or the minimum number of hosts is invalid.
@@ -190,13 +195,13 @@ def _check_request(request: LaunchRequest, min_nodes: int) -> None:
         )
     if not 1 <= min_nodes <= len(request.hosts):
         raise LaunchError(
-            f"MIN in `--nnodes MIN:MAX` must be 1 to {len(request.hosts)} (the number of hosts), "
-            f"got {min_nodes}."
+            f"MIN in `--nnodes MIN:MAX` must be between 1 and {len(request.hosts)}, the number of "
+            f"hosts, got {min_nodes}."
         )
     if request.store is not None and not request.max_restarts:
         raise LaunchError(
-            "`--rejoin` has no effect without `--max-restarts`, because the other ranks restart "
-            "when a host is lost and when it reconnects. Set `--max-restarts`."
+            "`--rejoin` requires `--max-restarts`, because torchrun must restart the ranks of the "
+            "other hosts when a host is lost and when it reconnects. Set `--max-restarts`."
         )
 
 
@@ -233,10 +238,10 @@ def _script_options(request: LaunchRequest, host: Host) -> Iterator[str]:
 
 
 def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
-    """Return the environment variables to set on all ranks, with ssh and with Slurm.
+    """Return the environment variables that are set on all ranks, both with ssh and with Slurm.
 
     Args:
-        request: launch to run.
+        request: launch request.
         size: number of ranks per host.
     """
     env = {
@@ -285,7 +290,7 @@ def _build_transport(request: LaunchRequest, host: Host) -> tuple[str, ...]:
 
 
 def build_ssh_command(request: LaunchRequest, host: Host) -> tuple[str, ...]:
-    """Return the ssh command for a host, to which the caller appends the command to run there."""
+    """Return the ssh command that connects to a host; the caller appends the remote command."""
     # If an option is repeated, ssh uses the first value, so put the user's options first.
     options = (
         *request.ssh_options,

@@ -1,4 +1,4 @@
-"""Check all hosts before launch.
+"""Check all hosts before launch (preflight check).
 
 Each host must be reachable, must be able to connect to the rendezvous port, and must have the same
 package versions and the same config as the launcher.
@@ -29,7 +29,7 @@ _TIMEOUT = 10.0
 
 @dataclass(frozen=True)
 class HostCheck:
-    """The result of checking one host."""
+    """The result of the preflight check of one host."""
 
     host: str
     facts: HostFacts | None
@@ -37,10 +37,12 @@ class HostCheck:
 
 
 def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
-    """Check all hosts in parallel, in about 20 seconds at most.
+    """Check all hosts in parallel, and return one result per host.
+
+    For up to 32 hosts, the check takes at most about 20 seconds.
 
     Args:
-        request: launch to check.
+        request: launch request.
         config: path of the config, which must have the same content on all hosts; None if the
             launch has no config.
     """
@@ -62,9 +64,9 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 def _open_rendezvous_port(
     request: LaunchRequest, first: HostCheck
 ) -> Iterator[tuple[str | None, int]]:
-    """Open the rendezvous port inside this context, and yield its address and number.
+    """Listen on the rendezvous port inside this context, and yield its address and port number.
 
-    The address is None if the launcher opens the port, because each host may use a different
+    The address is None if the launcher listens on the port, because each host may use a different
     address to reach the launcher.
     """
     if request.store is not None:
@@ -116,7 +118,7 @@ def _check_connection(
 def _build_command(
     request: LaunchRequest, host: Host, module: str, *arguments: str
 ) -> tuple[str, ...]:
-    """Return the ssh command that runs a Python module with arguments on a host."""
+    """Return the ssh command that runs a Python module on a host with the given arguments."""
     remote = shlex.join([request.python, "-m", module, *arguments])
     return (*build_ssh_command(request, host), f"cd {shlex.quote(request.cwd)} && {remote}")
 

@@ -11,7 +11,7 @@ _TIMEOUT = 5.0
 
 
 def listen(port: int) -> socket.socket:
-    """Listen on a port, and return the socket. Clients can connect without a call to `accept`.
+    """Return a socket that listens on a port. Clients can connect without a call to `accept`.
 
     Raises:
         OSError: if the port is in use.
@@ -20,7 +20,7 @@ def listen(port: int) -> socket.socket:
 
 
 def connect(address: str, port: int) -> str:
-    """Try to connect to a port. Return the error message, or an empty string on success.
+    """Try to connect to a port of a host. Return the error message; empty on success.
 
     >>> with listen(0) as listener:
     ...     connect("127.0.0.1", listener.getsockname()[1])

@@ -50,13 +50,20 @@ class LaunchRequest:
 def bind_to_cores(
     script: tuple[str, ...], python: str, *, is_module: bool, is_command: bool
 ) -> tuple[str, ...]:
-    """Return a command that binds a rank to its own CPU cores and then runs the script."""
+    """Return a command that binds a rank to its own CPU cores and then runs the script.
+
+    Args:
+        script: script or command to run, with its arguments.
+        python: Python interpreter.
+        is_module: whether the script is the name of a module, as for ``python -m``.
+        is_command: whether ``script`` is a command that is run without Python.
+    """
     interpreter = () if is_command else (python, "-u", *(("-m",) if is_module else ()))
     return (python, "-m", "engine.launch.affinity", *interpreter, *script)
 
 
 def find_config(script: tuple[str, ...], cwd: str) -> str | None:
-    """Find the config among the arguments of a script. Return its path, or None.
+    """Return the path of the config among the arguments of a script; None if there is none.
 
     The config is the first JSON file that has a typical config key, such as ``optimizer``.
 
@@ -101,6 +108,6 @@ def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, s
     for line in (*lines, *assignments):
         name, equals, value = line.partition("=")
         if not equals or not name.strip():
-            raise LaunchError(f"Environment variables must be NAME=VALUE, got {line!r}.")
+            raise LaunchError(f"Environment variables must have the form NAME=VALUE, got {line!r}.")
         variables[name.strip()] = value
     return variables

@@ -42,7 +42,7 @@ class _Report(NamedTuple):
 
 
 class _Agent:
-    """The local process for a host: the agent itself, or the ssh connection to it."""
+    """The local process of one host: the agent itself, or the ssh client that connects to it."""
 
     def __init__(self, plan: NodePlan, reports: queue.Queue[_Report]) -> None:
         self._host = plan.host
@@ -58,14 +58,14 @@ class _Agent:
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, line: str) -> None:
-        """Send a line to the agent. Do nothing if the agent has exited."""
+        """Send a line to the standard input of the agent. Do nothing if the agent has exited."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
 
     def kill(self) -> None:
-        """Kill the agent, or the ssh connection to it."""
+        """Kill the local process: the agent itself, or the ssh client."""
         self._process.kill()
 
     def _read(self) -> None:
@@ -96,12 +96,12 @@ class _Output:
         self._kept: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=_KEPT_LINES))
 
     def print(self, line: str, host: str) -> None:
-        """Print a line of output if its rank is selected, and remember it.
+        """Keep an output line, and print it if the output of its rank is selected.
 
         Args:
-            line: line of output. It starts with the rank, such as ``[node0:r1]``, unless the agent
-                printed it.
-            host: host that printed the line.
+            line: output line. A line of a rank starts with a prefix such as ``[node0:r1]``; a line
+                of the agent has no prefix.
+            host: host that the line comes from.
         """
         prefix = line[1:].partition("]")[0] if line.startswith("[") else ""
         source = prefix if ":r" in prefix else host
@@ -126,10 +126,10 @@ class _Runner:
         self._output = _Output(console, out)
 
     def run(self, signals: queue.SimpleQueue[int]) -> Outcome:
-        """Run until the agent of every host has exited.
+        """Start all agents, and run until the agent of every host has exited.
 
         Args:
-            signals: queue of the signal numbers that the launcher received.
+            signals: queue of the numbers of the signals that the launcher receives.
         """
         self._execute(Action("start", host) for host in self._nodes)
         next_ping = time.monotonic() + _PING_INTERVAL
@@ -174,8 +174,8 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
     Args:
         plan: plan to run.
-        console: ranks whose output is printed. The outcome contains the last lines of a failed rank
-            in any case.
+        console: ranks whose output is printed: "all", "rank0" or "none". The outcome contains the
+            last lines of the first failed rank in any case.
         out: stream to which the output of the ranks is printed.
     """
     with _catch_signals() as signals, _serve_store(plan.store_port):
@@ -183,7 +183,7 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
 
 def report_outcome(outcome: Outcome) -> int:
-    """Print the reason for a failed launch to standard error. Return the exit status."""
+    """Print the reason for a failed launch and the last output lines; return the exit status."""
     for line in outcome.last_lines:
         print(line, file=sys.stderr)
     if outcome.reason:
@@ -193,7 +193,7 @@ def report_outcome(outcome: Outcome) -> int:
 
 @contextlib.contextmanager
 def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
-    """Collect received signals in a queue, so that they do not terminate this process.
+    """Collect signals in a queue inside this context, so that they do not end this process.
 
     In threads other than the main thread, the queue stays empty, because Python does not allow
     signal handlers there.
@@ -215,7 +215,7 @@ def _catch_signals() -> Iterator[queue.SimpleQueue[int]]:
 
 @contextlib.contextmanager
 def _serve_store(port: int | None) -> Iterator[None]:
-    """Run the rendezvous store in this process. Do nothing if ``port`` is None."""
+    """Serve the rendezvous store on a port inside this context; do nothing if ``port`` is None."""
     store = None
     if port is not None:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but missing from the stubs

@@ -59,9 +59,10 @@ def build_sbatch(request: LaunchRequest, options: Mapping[str, str]) -> str:
     """Return the text of an sbatch script that launches the job.
 
     Args:
-        request: launch to run. The names of its hosts are ignored, because Slurm chooses the hosts.
-        options: values of ``#SBATCH`` options by long name; they override the defaults. With
-            ``requeue``, a preempted job saves a checkpoint and is put back in the queue.
+        request: launch request. Its host names are ignored, because Slurm chooses the hosts.
+        options: maps the long name of each ``#SBATCH`` option to its value; empty for a flag. These
+            options override the defaults. With ``requeue``, a job that ends because of a signal,
+            for example when it is preempted, is requeued.
     """
     defaults = {
         "job-name": "onecycle",
@@ -120,7 +121,7 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
 
     Args:
         script: text of the script.
-        nodes: number of nodes that the launch needs.
+        nodes: number of nodes that the launch requires.
         options: ``#SBATCH`` options; must be empty, because the allocation already exists.
 
     Raises:
@@ -129,11 +130,12 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
     allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
     if nodes != allocated:
         raise LaunchError(
-            f"`--nnodes` must be {allocated}, the number of nodes of this allocation, got {nodes}."
+            f"`--nnodes` must be {allocated}, the number of nodes in this allocation, got {nodes}."
         )
     if options:
         raise LaunchError(
-            "`--slurm-opt` has no effect in an existing allocation. Pass the option to salloc."
+            "`--slurm-opt` has no effect in an existing allocation. Pass the options to `salloc` "
+            "or `sbatch` instead."
         )
     # Replace this process, so that signals reach srun directly.
     os.execvp("bash", ["bash", "-c", script])  # noqa: S606, S607  # our own script
@@ -148,8 +150,8 @@ def submit(script: str) -> tuple[bool, str]:
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise LaunchError(
-            "sbatch is not installed on this host. Use a host of the Slurm cluster, or write the "
-            "script to a file with `--write-sbatch`."
+            "sbatch is not installed on this host. Run this command on a Slurm login node, or "
+            "write the script to a file with `--write-sbatch`."
         )
     done = subprocess.run(  # noqa: S603  # sbatch is Slurm's command
         [sbatch], input=script, text=True, capture_output=True, check=False

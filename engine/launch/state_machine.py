@@ -1,8 +1,9 @@
 """The state machine that decides how the launcher reacts to events.
 
-The state machine does not start processes or read the clock: the runner reports each event with its
-time, and executes the actions. The table at the end of `LaunchStateMachine` lists all transitions.
-The public methods convert their arguments to an event in this table.
+The state machine does not start processes or read the clock. The runner reports each event with its
+time, and executes the actions that the state machine returns. The table at the end of
+`LaunchStateMachine` lists all transitions. The public methods convert their arguments to an event
+in this table.
 """
 
 from __future__ import annotations
@@ -124,9 +125,10 @@ def _describe_end(host: str, returncode: int, failure: Failure | None) -> Outcom
 
 
 class LaunchStateMachine:
-    """The state of a launch and of its hosts. The initial state of every host is `RUNNING`.
+    """Tracks the state of a launch and of its hosts, and decides how to react to events.
 
-    The methods that report an event return the actions that the caller must execute, in order.
+    Every host starts in the state `HostState.RUNNING`. The methods that report an event return the
+    actions that the caller must execute, in order.
     """
 
     def __init__(self, plan: LaunchPlan) -> None:
@@ -188,7 +190,10 @@ class LaunchStateMachine:
         return self._apply(_Event.SIGNAL, _Details(now, outcome=outcome, failed_at=-math.inf))
 
     def time_passed(self, now: float) -> list[Action]:
-        """Report the current time. Call this method several times per second."""
+        """Return the actions that are due now, such as reconnecting to a lost host.
+
+        Call this method several times per second.
+        """
         if now > self._kill_at:
             return self._apply(_Event.OVERDUE, _Details(now))
         due = [

@@ -46,7 +46,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _append_to_file(status: int, seconds: float) -> int:
-    """Append the time and exit status to the failure file of a Slurm job. Return the status."""
+    """Append the time and exit status to the failure file of a Slurm job, and return the status.
+
+    Outside of a Slurm job, only return the status.
+    """
     path = os.environ.get(FAILURE_FILE)
     if path:
         with contextlib.suppress(OSError), Path(path).open("a") as file:

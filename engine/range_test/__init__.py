@@ -1,1 +1,1 @@
-"""The LR range test: find the learning rates with which a model can be trained."""
+"""The LR range test: find a learning-rate range for a 1Cycle schedule."""

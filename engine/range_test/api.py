@@ -1,4 +1,4 @@
-"""Run an LR range test on a training engine, and restore its state afterwards."""
+"""Run an LR range test with a training engine, and restore the state of the engine afterwards."""
 
 from __future__ import annotations
 
@@ -36,37 +36,38 @@ def lr_range_test(
 ) -> LRRangeReport:
     """Run an LR range test: train with increasing learning rates, and suggest a range for 1Cycle.
 
-    Afterwards, the weights, buffers, optimizer, schedule, loss scale, counters and random states
-    are restored bit for bit, even after an exception. A second call therefore measures the same
+    Afterwards, the weights, buffers, optimizer, schedule, loss scale, counters and RNG states are
+    restored bit for bit, even after an exception. A second call therefore measures the same
     curve. Every rank must call this function; the loss is averaged over all ranks. Boundaries set
     with `set_gradient_accumulation_boundary` are ignored during the test.
 
     If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. It tries five
-    maximum learning rates around the suggestion, each twice the previous one, and adds more while
-    the best one is the smallest or the largest. The refined suggestion is more reliable, but takes
-    five to ten times as long.
+    maximum learning rates around the suggestion, each twice the previous one, and extends the
+    search while the best one is the smallest or the largest so far. The refined suggestion is more
+    reliable, but takes five to ten times as long as the range test alone.
 
     Args:
         trainer: training engine from `engine.initialize`. Gradient accumulation must not be in
             progress.
         batches: iterable of micro-batches. When it is exhausted, it is iterated again.
-        loss_fn: function that takes the engine and a batch and returns the loss. By default, the
-            model is called with the batch, which is unpacked if it is a tuple or a mapping, and
-            must return the loss.
+        loss_fn: function that takes the engine and a micro-batch and returns the loss. By default,
+            the model is called with the micro-batch and must return the loss; a tuple, list or
+            mapping is unpacked into the model's arguments.
         min_lr: learning rate of the first step.
         max_lr: learning rate of the last step.
         steps: number of steps, at least 2.
-        shape: "exponential", "linear" or "staircase".
-        momentum: first and last momentum, for a momentum that decreases while the learning rate
-            increases. By default, the momentum stays constant.
-        divergence_factor: ratio of the smoothed loss to its minimum at which the test ends.
+        shape: how the learning rate increases: "exponential", "linear" or "staircase".
+        momentum: momentum of the first and of the last step, with a linear change in between. By
+            default, the momentum stays constant.
+        divergence_factor: the test ends when the smoothed loss exceeds its minimum so far by this
+            factor.
         refine: whether to refine the suggestion by training short cycles.
         training_steps: number of steps of the planned training; by default, the same as `steps`. If
             the training is longer than the short cycles, the refined maximum is multiplied by
             ``(steps / training_steps) ** 0.32``; see `Refinement.max_lr`.
 
     Returns:
-        The loss curve and the suggested range.
+        Report with the loss curve and the suggested learning-rate range.
 
     Raises:
         ValueError: if `batches` is empty, `min_lr` is not below `max_lr`, accumulation is in

@@ -28,7 +28,7 @@ class SweepOver(SystemExit):
 
 @dataclass
 class Run:
-    """The recorded steps of one run of a sweep."""
+    """The recorded steps of one sweep over the learning rates, or of one short cycle."""
 
     lrs: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -40,10 +40,10 @@ class Run:
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:
-        """The learning rates, and for each of them the loss of the next step.
+        """The learning rate of each step, and the loss after that step.
 
-        The loss of a step is computed before its learning rate is applied, so only the loss of the
-        next step shows the effect of the learning rate.
+        The recorded loss of a step is computed before the parameters are updated. The effect of its
+        learning rate is therefore visible in the loss of the next step.
 
         >>> Run(lrs=[0.1, 0.2, 0.4], losses=[2.3, 2.0, 1.5]).curve
         ([0.1, 0.2], [2.0, 1.5])
@@ -78,9 +78,10 @@ class Recorder:
 
     Args:
         steps: number of steps of the sweep; if None, record until the script ends.
-        divergence: ratio of the smoothed loss to its minimum at which the sweep ends.
-        path: path of the record file; None on all ranks except rank 0.
-        facts: backend, world size, precision and batch size, for the first line of the file.
+        divergence: the sweep ends when the smoothed loss exceeds its minimum so far by this factor.
+        path: path of the record file; None to write no file, as on ranks other than 0.
+        facts: backend, world size, precision and batch size, which the first line of the file
+            contains.
     """
 
     def __init__(
@@ -107,8 +108,8 @@ class Recorder:
 
         Args:
             lr: learning rate of the step.
-            momentum: momentum of the step, if the optimizer has one.
-            loss: mean loss over the batch.
+            momentum: momentum of the step; None if the optimizer has no momentum.
+            loss: mean loss over the batch and all ranks.
             applied: whether the step was applied; False if it was skipped.
         """
         if self.run.end:
@@ -150,7 +151,7 @@ class Recorder:
     def stop_if_over(self) -> None:
         """Raise `SweepOver` to end the script if the sweep is over.
 
-        If the script repeatedly catches the exception, end the process with `os._exit` instead.
+        If the script has already caught the exception three times, exit with `os._exit` instead.
 
         Raises:
             SweepOver: if the sweep is over.

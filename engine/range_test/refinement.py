@@ -1,4 +1,4 @@
-"""Find the best maximum learning rate by training short cycles around a suggestion."""
+"""Refine a suggested maximum learning rate by training short 1Cycle runs with several maxima."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Refinement:
-    """Results of short cycles with different maximum learning rates, and the best maximum.
+    """Results of short 1Cycle runs with different maximum learning rates, and the best maximum.
 
     >>> tried = {0.01 * 2**k: (1 + (k - 0.5) ** 2 / 10,) for k in range(-2, 3)}
     >>> round(Refinement(tried, initial_loss=3.0, steps=250).lowest, 4)  # between 0.01 and 0.02
@@ -47,17 +47,23 @@ class Refinement:
 
     @cached_property
     def lowest(self) -> float:
-        """The maximum learning rate at which a cycle of `steps` steps has the lowest final loss."""
+        """Estimate of the maximum learning rate with the lowest loss at the end of a cycle.
+
+        The estimate is the minimum of a parabola, fitted to the final losses near the best cycle.
+        """
         return self._find_lowest(np.array(list(self.losses.values())).mean(axis=1))
 
     @property
     def lowest_per_repeat(self) -> list[float]:
-        """The value of `lowest` for each repeat separately, which shows the spread."""
+        """The value of `lowest` for each repeat separately, which shows how much it varies."""
         return [self._find_lowest(column) for column in np.array(list(self.losses.values())).T]
 
     @property
     def shrinkage(self) -> float:
-        """Factor for longer training: ``(steps / training_steps) ** 0.32``, at most 1."""
+        """Factor by which the maximum is reduced if the planned training is longer than a cycle.
+
+        It is ``(steps / training_steps) ** 0.32``, and at most 1.
+        """
         return (
             1.0
             if self.training_steps is None
@@ -68,7 +74,7 @@ class Refinement:
     def max_lr(self) -> float:
         """The suggested maximum learning rate: ``lowest * shrinkage``, to two significant digits.
 
-        The best learning rate decreases as a power of the number of training steps.
+        The optimal learning rate decreases with the number of training steps, by a power law.
 
         Source of the exponent: Bjorck et al., Scaling Optimal LR Across Token Horizons,
         https://arxiv.org/abs/2409.19913.
@@ -94,7 +100,7 @@ class Refinement:
         return rows
 
     def to_json(self) -> dict[str, Any]:
-        """Return the results as a JSON object. Losses of diverged cycles are null."""
+        """Return the results as a JSON-compatible dict. Losses of diverged cycles are None."""
         cycles = [
             {"max_lr": lr, "losses": [loss if math.isfinite(loss) else None for loss in losses]}
             for lr, losses in self.losses.items()
@@ -108,7 +114,7 @@ class Refinement:
         }
 
     def _find_lowest(self, losses: Array) -> float:
-        """Fit a parabola over log(lr) near the lowest loss, and return the lr of its minimum."""
+        """Fit a parabola in log(lr) near the lowest loss, and return the lr at its minimum."""
         maxima = np.array(list(self.losses))
         order = np.argsort(maxima)
         x, y = np.log(maxima[order]), losses[order]
@@ -135,14 +141,14 @@ def refine(
 ) -> Refinement:
     """Find the best maximum learning rate by training short cycles.
 
-    The search starts with five maximum learning rates, each twice the previous one. It adds more
-    while the best one is the smallest or the largest.
+    The search starts with five maximum learning rates, each twice the previous one. It is extended
+    while the best one is the smallest or the largest so far, up to 64 times `around` or 1/64 of it.
 
     Args:
-        train: function that takes the maximum learning rate and the index of the repeat, trains a
+        train: function that takes a maximum learning rate and the index of the repeat, trains for a
             cycle of `steps` steps, and returns the recorded run.
-        around: maximum learning rate at which the search starts.
-        repeats: number of cycles per maximum.
+        around: middle of the first five maximum learning rates.
+        repeats: number of cycles per maximum learning rate.
         steps: number of steps per cycle.
         training_steps: number of steps of the planned training; None if it equals `steps`.
 
@@ -178,13 +184,17 @@ def refine(
 
 
 def _final_loss(run: Run, steps: int) -> float:
-    """Return the mean loss of the last tenth of the steps; infinite if the run diverged."""
+    """Return the mean loss over the last 10 % of the steps; infinite if the run diverged."""
     last = float(np.mean(run.losses[-max(1, steps // 10) :]))
     return last if math.isfinite(last) and run.end != "divergence" else math.inf
 
 
 def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
     """Check `training_steps`, which has an effect only if the suggestion is refined.
+
+    Args:
+        is_refined: whether the suggestion is refined.
+        training_steps: number of steps of the planned training; None if it was not given.
 
     Raises:
         ValueError: if `training_steps` is given without `refine`, or is below 1.
@@ -201,7 +211,7 @@ def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
 def build_short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> dict[str, Any]:
     """Build the scheduler block of a short cycle from another OneCycle block.
 
-    The momentum and the ratio of the two halves are kept.
+    The momentum settings and the ratio of the two phases' lengths are kept.
 
     Args:
         block: OneCycle scheduler block.

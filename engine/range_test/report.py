@@ -26,7 +26,7 @@ __all__ = ["LRRangeReport"]
 
 @dataclass(frozen=True)
 class LRRangeReport:
-    """The result of an LR range test: its runs, the suggested range, and its refinement.
+    """The result of an LR range test: recorded runs, suggested learning rates and refinement.
 
     >>> lrs = [10 ** (-5 + k / 25) for k in range(150)]
     >>> losses = [2.3 - 1.5 / (1 + (1e-3 / lr) ** 2) + (lr / 0.1) ** 2 for lr in lrs]
@@ -40,7 +40,10 @@ class LRRangeReport:
 
     @property
     def max_lr(self) -> float | None:
-        """The suggested maximum learning rate; the refined one if short cycles were trained."""
+        """The suggested maximum learning rate, refined if short cycles were trained.
+
+        None if the range test has no suggestion.
+        """
         return self.refinement.max_lr if self.refinement else self.suggestion.max_lr
 
     @property
@@ -65,7 +68,8 @@ class LRRangeReport:
                 this schedule and returns the recorded run.
             steps: number of steps per cycle.
             training_steps: number of steps of the planned training; None if it equals `steps`.
-            known: OneCycle block whose momentum and ratio of the two halves the cycles use.
+            known: OneCycle block that provides the momentum settings and the ratio of the two
+                phases' lengths.
         """
         if self.suggestion.max_lr is None:
             return self
@@ -83,9 +87,9 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The smoothed curve and the rules use the points of all runs. If there are several runs, and
-        more than half of them have a suggestion, ``max_lr`` is the median of these suggestions, so
-        that a single run that diverged early has little effect.
+        The smoothed curve and the rules are computed from the points of all runs. If there are
+        several runs, and more than half of them have a suggestion of their own, ``max_lr`` is the
+        median of these suggestions, so that a single run that diverged early has little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -101,7 +105,10 @@ class LRRangeReport:
 
     @property
     def max_lrs(self) -> list[float]:
-        """The suggested maximum of each run with a suggestion. Empty if there is only one run."""
+        """The suggested maximum learning rate of each run on its own.
+
+        Runs without a suggestion are omitted. If there is only one run, the list is empty.
+        """
         if len(self.runs) == 1:
             return []
         each = (_suggest_from(run).max_lr for run in self.runs)
@@ -111,13 +118,16 @@ class LRRangeReport:
         """Return a OneCycle scheduler block with the suggested range.
 
         Args:
-            known: OneCycle scheduler block that provides the other params.
+            known: OneCycle scheduler block that provides all other params, or None.
 
         Raises:
             ValueError: if there is no suggestion.
         """
         if self.max_lr is None:
-            raise ValueError(f"The range test has no suggestion: {self.suggestion.reason}.")
+            raise ValueError(
+                f"The range test has no suggestion: {self.suggestion.reason}. Repeat the test with "
+                "a different range of learning rates or more steps."
+            )
         params = dict(known.get("params", {})) if known and known["type"] == "OneCycle" else {}
         params["cycle_min_lr"], params["cycle_max_lr"] = self.min_lr, self.max_lr
         momenta = [value for run in self.runs for value in run.momenta if value is not None]
@@ -126,7 +136,7 @@ class LRRangeReport:
         return {"type": "OneCycle", "params": params}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as a JSON object. Losses that are not finite are null."""
+        """Return the report as a JSON-compatible dict. Losses that are not finite are None."""
         suggestion = self.suggestion
         return {
             "suggestion": {
@@ -151,7 +161,7 @@ class LRRangeReport:
         }
 
     def table(self) -> Table:
-        """Return a table of each rule's learning rate and the suggestion, for the terminal."""
+        """Return a table for the terminal: the learning rate of each rule, and the suggestion."""
         from rich.table import Table
 
         suggestion = self.suggestion
@@ -177,7 +187,7 @@ class LRRangeReport:
         return table
 
     def draw(self, path: Path) -> None:
-        """Plot the loss over the learning rate with the suggested range, and save it as PNG."""
+        """Save a PNG plot of the loss against the learning rate, with the suggested range."""
         from matplotlib.figure import Figure
 
         panels = 2 if self.refinement else 1
@@ -225,7 +235,7 @@ class LRRangeReport:
         _add_grid_and_legend(axis)
 
     def draw_in_terminal(self, width: int, *, color: bool = False) -> str:
-        """Return a text plot of the smoothed loss over log10(lr).
+        """Return a text plot of the smoothed loss against log10(lr).
 
         Args:
             width: width of the plot in characters.
@@ -247,7 +257,7 @@ class LRRangeReport:
         return str(drawn if color else plotext.uncolorize(drawn))
 
     def write(self, directory: Path) -> Sequence[Path]:
-        """Write the plot and ``report.json`` to a directory. Return their paths."""
+        """Write ``lr_range.png`` and ``report.json`` to a directory. Return their paths."""
         directory.mkdir(parents=True, exist_ok=True)
         picture, data = directory / "lr_range.png", directory / "report.json"
         data.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")

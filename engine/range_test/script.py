@@ -1,4 +1,7 @@
-"""Run an LR range test in a training script, for `onecycle lr-test` or an `LRRangeTest` config."""
+"""Run an LR range test in a training script.
+
+The test is requested by `onecycle lr-test`, or by an `LRRangeTest` schedule in the config.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ log = logging.getLogger("onecycle")
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
     """Return a config whose schedule is replaced by the sweep of `onecycle lr-test`.
 
-    The sweep's seed offset is added to the seed of the config and to torch's seed.
+    The sweep's seed offset is added to the config's seed and to torch's initial seed.
     """
     changed = config.copy_for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:

@@ -39,7 +39,7 @@ _SPIKE = 5.0  # standard deviations from the median of its neighbors
 
 @dataclass(frozen=True)
 class SmoothedCurve:
-    """A smoothed loss curve."""
+    """A smoothed curve of the loss against the learning rate."""
 
     x: Array
     """Log10 of the learning rates."""
@@ -51,7 +51,7 @@ class SmoothedCurve:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The suggested maximum learning rate, and the rules that it is based on."""
+    """The suggested maximum learning rate, and the learning rate that each rule selects."""
 
     max_lr: float | None
     """Suggested maximum; None if the curve does not allow a suggestion (see `reason`)."""
@@ -62,7 +62,10 @@ class Suggestion:
 
     @property
     def band(self) -> tuple[float, float] | None:
-        """Smallest and largest learning rate of the `EDGE` rules; close together if they agree."""
+        """The smallest and the largest learning rate that the `EDGE` rules select.
+
+        The narrower this band, the better the rules agree. None if no rule applies.
+        """
         edge = [self.rules[name] for name in EDGE if name in self.rules]
         return (min(edge), max(edge)) if edge else None
 
@@ -70,17 +73,17 @@ class Suggestion:
 def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = None) -> Suggestion:
     """Suggest a maximum learning rate from the losses of a range test.
 
-    First, losses that are not finite and single spikes are dropped, and losses far above the
-    initial loss are clipped. The losses are then smoothed over log(lr) by local linear regression,
-    with a bandwidth that generalized cross-validation selects. Each rule selects a learning rate
-    from the smoothed curve:
+    First, non-finite losses and isolated spikes are removed, and losses far above the initial loss
+    are clipped. The losses are then smoothed over log(lr) by local linear regression, with a
+    bandwidth selected by generalized cross-validation. The descent is the fall of the smoothed loss
+    from its highest value before the minimum to the minimum. Each rule selects a learning rate:
 
-    - end of descent: the point at which the loss has completed 90 % of its descent;
-    - minimum: the middle of the range in which the loss exceeds its minimum by less than 5 % of the
-      descent;
+    - end of descent: the learning rate at which the loss has completed 90 % of its descent;
+    - minimum: the middle, in log(lr), of the range in which the loss exceeds its minimum by less
+      than 5 % of the descent;
     - divergence / 10: a tenth of the learning rate at which the loss diverges, that is, rises again
       by 90 % of the descent, is no longer finite, or ends the test;
-    - steepest: the point at which the loss falls fastest over log(lr);
+    - steepest: the learning rate at which the loss falls fastest over log(lr);
     - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.
 
@@ -136,14 +139,16 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
 
 
 def _find_divergence(x: Array, finite: NDArray[np.bool_]) -> float | None:
-    """Return log10 of the learning rate after which most losses are not finite, or None."""
+    """Return log10 of the learning rate from which on most losses are not finite, or None."""
     finite_after = np.cumsum(finite[::-1])[::-1] / np.arange(finite.size, 0, -1)
     gone = np.flatnonzero(~finite & (finite_after < 0.5))
     return float(x[gone[0]]) if gone.size else None
 
 
 def smooth(x: Array, y: Array) -> SmoothedCurve:
-    """Smooth a loss curve by local linear regression. Cross-validation selects the bandwidth.
+    """Smooth a loss curve by local linear regression.
+
+    The bandwidth is selected by generalized cross-validation.
 
     Args:
         x: log10 of the learning rates, ascending.
@@ -173,7 +178,10 @@ def smooth(x: Array, y: Array) -> SmoothedCurve:
 
 
 def _reduce_points(x: Array, y: Array) -> tuple[Array, Array]:
-    """Average losses with equal learning rates, and neighboring points if there are too many."""
+    """Average losses with equal learning rates.
+
+    If more than 400 points are left, average neighboring points, too.
+    """
     x, places = np.unique(x, return_inverse=True)
     y = np.bincount(places, y) / np.bincount(places)
     if x.size <= _MOST_POINTS:
@@ -187,7 +195,7 @@ def _reduce_points(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _remove_spikes(x: Array, y: Array) -> tuple[Array, Array]:
-    """Remove single points that are far above or below the median of their neighbors."""
+    """Remove isolated points that are far above or below the median of their neighbors."""
     around = np.lib.stride_tricks.sliding_window_view(np.pad(y, 3, mode="reflect"), 7)
     away = np.abs(y - np.median(around, axis=1))
     usual = 1.4826 * np.median(away)
@@ -196,7 +204,7 @@ def _remove_spikes(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _build_smoother(x: Array, bandwidth: float) -> Array:
-    """Return the matrix that maps losses to the values of local linear regression."""
+    """Return the smoother matrix of local linear regression, which maps losses to fitted values."""
     off = x[None, :] - x[:, None]
     # Widen the kernel where points are sparse, such as at the start of a linear sweep.
     nearest = np.partition(np.abs(off), min(6, x.size - 1), axis=1)[:, min(6, x.size - 1)]
@@ -253,7 +261,8 @@ def _apply_rules(curve: SmoothedCurve, divergence: float | None) -> Suggestion:
 def _find_middle_of_basin(x: Array, loss: Array, limit: float) -> float:
     """Return the middle of the interval around the minimum in which the loss is below ``limit``.
 
-    If the curve is flat there, noise determines the lowest point, but hardly affects the middle.
+    Around a flat minimum, noise determines where the lowest point is, but has little effect on the
+    middle of the interval.
     """
     low = int(np.argmin(loss))
     above = np.flatnonzero(loss > limit)

@@ -20,20 +20,23 @@ _STAIRS = 20
 
 @dataclass(frozen=True)
 class Sweep:
-    """The settings of an LR range test, in which the learning rate increases at each step.
+    """The settings of an LR range test, which increases the learning rate step by step.
 
     Args:
         min_lr: learning rate of the first step.
         max_lr: learning rate of the last step.
         steps: number of steps.
-        shape: "exponential", "linear", or "staircase" (20 stairs of equal height).
-        momentum: first and last momentum, for a momentum that decreases while the learning rate
-            increases. If None, the momentum stays constant.
-        block: scheduler block to use instead of the arguments above.
-        divergence_factor: ratio of the smoothed loss to its minimum at which the sweep ends.
-        directory: directory of the record file.
+        shape: how the learning rate increases: "exponential", "linear", or "staircase" (20 stairs
+            of equal height).
+        momentum: momentum of the first and of the last step, with a linear change in between. If
+            None, the momentum stays constant.
+        block: scheduler block to use instead of one that is built from the arguments above.
+        divergence_factor: the sweep ends when the smoothed loss exceeds its minimum so far by this
+            factor.
+        directory: directory of the record file; None to write no file.
         config: path of the config to use instead of the script's config.
-        seed_offset: number that is added to the seed of the config and to torch's seed.
+        seed_offset: number that is added to the config's seed and to torch's initial seed, so that
+            repeated sweeps differ.
 
     Raises:
         ValueError: if `min_lr` is not positive, `max_lr` is not finite or not above `min_lr`,
@@ -66,7 +69,7 @@ class Sweep:
 
     @property
     def scheduler(self) -> dict[str, Any]:
-        """The scheduler block of the sweep."""
+        """The scheduler block that produces the learning rates of the sweep."""
         if self.block is not None:
             return dict(self.block)
         duration = self.steps - 1

@@ -1,4 +1,4 @@
-"""Loss scaling for float16, with DeepSpeed's rules and config keys."""
+"""Static and dynamic loss scaling for fp16, with DeepSpeed's algorithm and config keys."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ __all__ = ["LossScaler"]
 
 
 class LossScaler:
-    """Scales the loss so that small float16 gradients do not underflow to zero.
+    """Holds the factor by which the loss is scaled, so that fp16 gradients do not underflow.
 
     If ``loss_scale`` is above 0, the scale is static. If it is 0, the scale is dynamic and starts
     at ``2 ** initial_scale_power``. The first ``hysteresis - 1`` overflows do not change the scale;
     every later overflow halves it, down to ``min_loss_scale``. After ``loss_scale_window + 1``
     consecutive steps without overflow, the scale doubles. It doubles again after every further
-    ``loss_scale_window`` steps without overflow. Doubling also resets the count of overflows.
+    ``loss_scale_window`` steps without overflow. Doubling also resets the count of overflows. With
+    ``consecutive_hysteresis``, every step without overflow resets it.
 
     >>> scaler = LossScaler(LossScaling(0, 4, 2, 1, False, 1))
     >>> for overflow in (True, False, False, False):
@@ -36,13 +37,13 @@ class LossScaler:
         self._clean_steps = 0
 
     def update(self, *, overflow: bool) -> None:
-        """Update the scale after a step.
+        """Update a dynamic scale after a step; a static scale does not change.
 
         Args:
             overflow: whether the gradients of the step overflowed.
 
         Raises:
-            FloatingPointError: the gradients overflow at the lowest scale.
+            FloatingPointError: if the gradients overflow at the minimum scale.
         """
         if not self._dynamic:
             return
@@ -53,7 +54,7 @@ class LossScaler:
                 self._hysteresis -= 1
             elif self.scale <= settings.min_loss_scale:
                 raise FloatingPointError(
-                    f"Training diverges: the gradients overflow even at the lowest loss scale, "
+                    f"Training diverges: the gradients overflow even at the minimum loss scale, "
                     f"{self.scale:g}. Lower the learning rate, or use bf16 or fp32."
                 )
             else:
@@ -69,7 +70,7 @@ class LossScaler:
             self._hysteresis = settings.hysteresis
 
     def state_dict(self) -> dict[str, float]:
-        """Return the state of the scaler as a dict."""
+        """Return the state of the scaler as a dict, for a checkpoint."""
         return {
             "scale": self.scale,
             "hysteresis": self._hysteresis,
@@ -77,7 +78,7 @@ class LossScaler:
         }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Load a state that `state_dict` returned."""
+        """Load a state returned by `state_dict`."""
         self.scale = float(state["scale"])
         self._hysteresis = int(state["hysteresis"])
         self._clean_steps = int(state["clean_updates"])

@@ -1,4 +1,4 @@
-"""Check the loss, and average the losses of the micro-batches of an optimizer step."""
+"""Validate the loss, and average it over the micro-batches of an optimizer step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_loss(loss: object) -> None:
     """Check that a loss is a scalar tensor that requires grad.
 
     Raises:
-        ValueError: the loss is not a scalar tensor that requires grad.
+        ValueError: if the loss is not a scalar tensor that requires grad.
     """
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
         return
@@ -30,8 +30,9 @@ class LossWindow:
     """Collects the losses of the micro-batches since the last optimizer step.
 
     Args:
-        average: function that returns the mean of a number over the ranks.
-        is_kept: whether a feedback schedule, a monitor or an LR range test needs the losses.
+        average: function that averages a number over all ranks.
+        is_kept: whether to keep the losses; needed by feedback schedules, monitors and LR range
+            tests.
     """
 
     def __init__(self, average: Callable[[float], float], *, is_kept: bool) -> None:
@@ -51,10 +52,10 @@ class LossWindow:
         return bool(self._losses)
 
     def mean(self) -> float:
-        """Return the mean over micro-batches and ranks. Every rank must call this.
+        """Return the mean loss over the micro-batches and ranks. Every rank must call this.
 
         Raises:
-            RuntimeError: the window is empty.
+            RuntimeError: if no loss was added since the last optimizer step.
         """
         if not self._losses:
             raise RuntimeError(

@@ -14,7 +14,7 @@ __all__ = ["CSVMonitor", "Event", "Monitor", "TensorBoardMonitor", "WandbMonitor
 
 
 class Event(NamedTuple):
-    """A metric's name (as in DeepSpeed), its value, and the number of samples so far."""
+    """A metric's name (as in DeepSpeed), its value, and the number of samples trained on so far."""
 
     name: str
     value: float
@@ -22,10 +22,10 @@ class Event(NamedTuple):
 
 
 class Monitor(Protocol):
-    """Writes the metrics of each step."""
+    """Interface of the monitors: writes the metrics of each step."""
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Write events to disk immediately, so that a crash does not lose them."""
+        """Write the events of a step without delay, so that a crash does not lose them."""
         ...
 
 
@@ -38,7 +38,7 @@ class TensorBoardMonitor:
         self._writer = SummaryWriter(str(_get_output_directory(section, "runs")))
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Write events and flush."""
+        """Add each event as a scalar, then flush the event file."""
         for event in events:
             self._writer.add_scalar(event.name, event.value, event.samples)
         self._writer.flush()
@@ -47,7 +47,7 @@ class TensorBoardMonitor:
 class CSVMonitor:
     """Writes one CSV file per metric to ``output_path/job_name``.
 
-    Each row has the number of samples so far and the value.
+    Each row contains the number of samples so far and the value of the metric.
     """
 
     def __init__(self, section: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ class CSVMonitor:
 
 
 class WandbMonitor:
-    """Logs to Weights & Biases, offline unless WANDB_MODE is set."""
+    """Logs metrics to Weights & Biases, in offline mode unless ``WANDB_MODE`` is set."""
 
     def __init__(self, section: Mapping[str, Any]) -> None:
         try:
@@ -85,7 +85,7 @@ class WandbMonitor:
         )
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Log events, with the number of samples as the step."""
+        """Log the events, with the number of samples so far as the W&B step."""
         for event in events:
             self._run.log({event.name: event.value}, step=event.samples)
 
@@ -98,14 +98,15 @@ _MONITOR_TYPES: Mapping[str, Callable[[Mapping[str, Any]], Monitor]] = {
 
 
 def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> list[Monitor]:
-    """Build the monitors that a config enables; return an empty list on ranks other than 0.
+    """Build the monitors that the config enables. On ranks other than 0, return an empty list.
 
     Args:
-        sections: sections ``tensorboard``, ``csv_monitor`` and ``wandb``, with defaults filled in.
+        sections: config sections ``tensorboard``, ``csv_monitor`` and ``wandb``, with defaults
+            filled in.
         ranks: rank, world size and device of this process.
 
     Raises:
-        ValueError: a monitor needs a package that is not installed.
+        ValueError: if ``wandb`` is enabled, but the package is not installed.
     """
     if ranks.rank != 0:
         return []

@@ -1,4 +1,4 @@
-"""Build the optimizer that a config selects, in PyTorch's fastest implementation."""
+"""Build the optimizer of a config, with PyTorch's fused implementation if there is one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimiz
 
     Args:
         block: type and hyperparameters of the optimizer.
-        parameters: tensors or param groups; values in a group override those of the block.
+        parameters: tensors or param groups. Hyperparameters in a group override those of the block.
 
     >>> weight = torch.nn.Parameter(torch.ones(1))
     >>> params = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "dampening": 0.0}
@@ -46,7 +46,7 @@ def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimiz
 
 
 def is_buildable(block: Mapping[str, Any]) -> bool:
-    """Return whether PyTorch supports the type and all parameters of an `optimizer` block.
+    """Return whether `torch.optim` supports the type and all params of an `optimizer` block.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)

@@ -1,4 +1,4 @@
-"""Count the steps of a run, and report them to the log and to the monitors."""
+"""Count the steps of a run, and report the metrics of each step to the log and the monitors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("onecycle")
 
 @dataclass
 class Counters:
-    """Counters of a run, which are saved in its checkpoints."""
+    """Step counters of a run, which are saved in its checkpoints."""
 
     micro_steps: int = 0
     global_steps: int = 0
@@ -63,11 +63,11 @@ class StepRecorder(Protocol):
     """Records the learning rate and the loss of each step, for an LR range test."""
 
     def record(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
-        """Record the values of a step."""
+        """Record the learning rate, momentum and loss of a step, and whether it was applied."""
         ...
 
     def stop_if_over(self) -> None:
-        """End the script if the LR range test is over."""
+        """Raise `SystemExit` if the LR range test is over."""
         ...
 
 
@@ -75,9 +75,9 @@ class ProgressReporter:
     """Writes a run's log lines and sends its metrics to the monitors.
 
     Args:
-        config: config with ``steps_per_print`` and the monitors' sections.
+        config: config with ``steps_per_print`` and the sections of the monitors.
         monitors: monitors to write to; empty on all ranks except rank 0.
-        average: function that returns the mean of a number over the ranks.
+        average: function that averages a number over all ranks.
         writes_log: whether this rank writes log lines.
     """
 
@@ -100,13 +100,13 @@ class ProgressReporter:
         self._count = 0
 
     def add(self, loss: Tensor) -> None:
-        """Add the loss of a micro-batch to the mean loss in the next log line."""
+        """Include the loss of a micro-batch in the mean loss of the next log line."""
         if self._every:
             self._sum = self._sum + loss.detach().float()
             self._count += 1
 
     def needs_record(self, counters: Counters) -> bool:
-        """Return whether `report` must be called for the last step."""
+        """Return whether the last step must be passed to `report`, for the log or for a monitor."""
         return self.is_monitored or self._is_line_due(counters.global_steps, counters.applied)
 
     def report(self, record: StepRecord) -> None:

@@ -1,4 +1,4 @@
-"""Step the scheduler of a run, which may be built in, from torch or custom."""
+"""Step the scheduler of a run: a built-in one, one from torch, or a custom one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ log = logging.getLogger("onecycle")
 
 
 class ScheduleDriver:
-    """Steps a scheduler after each applied optimizer step, with the loss or metric that it needs.
+    """Steps a scheduler after each applied optimizer step, and passes it the loss or a metric.
 
     Args:
         scheduler: any object with a ``step`` method, such as a torch scheduler; may be None.
-        average: function that returns the mean of a number over the ranks.
-        report: directory for a plot of a feedback schedule's decision; None disables the plot.
+        average: function that averages a number over all ranks.
+        report: directory in which to save a plot when a feedback schedule makes its decision, for
+            example to end the warmup; None to save no plot.
     """
 
     def __init__(
@@ -41,12 +42,16 @@ class ScheduleDriver:
 
     @property
     def feedback(self) -> Literal["loss", "metric"] | None:
-        """The kind of value that the schedule receives at each step; None if it needs none."""
+        """The value that the schedule needs at each step: "loss" or "metric"; None for neither."""
         scheduler = self.scheduler
         return scheduler.schedule.feedback if isinstance(scheduler, ScheduleBinder) else None
 
     def step(self, window: LossWindow) -> None:
-        """Step the scheduler. Every rank must call this after each applied optimizer step."""
+        """Step the scheduler. Every rank must call this after each applied optimizer step.
+
+        Args:
+            window: losses of the micro-batches of this step.
+        """
         scheduler = self.scheduler
         if isinstance(scheduler, ScheduleBinder) and self.feedback is not None:
             if self.feedback == "loss":

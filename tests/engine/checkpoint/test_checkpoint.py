@@ -204,7 +204,7 @@ def test_resume_auto_with_only_damaged_checkpoints_is_an_error(saved):
 def test_resume_auto_with_checkpoints_of_another_tool_is_an_error(tmp_path):
     (tmp_path / "global_step9").mkdir()
     (tmp_path / "latest").write_text("global_step9")
-    with pytest.raises(FileNotFoundError, match="another tool wrote it"):
+    with pytest.raises(FileNotFoundError, match="another tool wrote the directory"):
         start(**checkpoint_section(tmp_path))
 
 

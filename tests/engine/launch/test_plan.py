@@ -102,7 +102,7 @@ def test_build_plan_rejoin_uses_a_rendezvous_on_the_launcher():
         assert "is_host=false" in flags(node)["--rdzv-conf"]
     assert (plan.store_port, plan.patience) == (4000, 60)
     assert len({node.to_dict()["lock"] for node in plan.nodes}) == 2
-    with pytest.raises(LaunchError, match="`--rejoin` has no effect without `--max-restarts`"):
+    with pytest.raises(LaunchError, match="`--rejoin` requires `--max-restarts`"):
         build_plan(request_with(store=("hub", 4000)), facts, {})
 
 
@@ -111,7 +111,7 @@ def test_build_plan_min_nodes_is_elastic():
     assert plan.min_nodes == 1
     assert flags(plan.nodes[0])["--nnodes"] == "1:2"
     assert plan.nodes[0].env["ONECYCLE_ELASTIC"] == "1"
-    with pytest.raises(LaunchError, match="must be 1 to 2 .* got 3"):
+    with pytest.raises(LaunchError, match="must be between 1 and 2.* got 3"):
         build_plan(request_with(min_nodes=3), FACTS, {})
 
 
@@ -238,10 +238,10 @@ def test_sbatch_script_passes_argv_and_environment_unchanged(tmp_path, argv, env
         ("", "lists no hosts"),
         ("# comment\n\n", "lists no hosts"),
         ("node0\n", ":1: invalid line 'node0'"),
-        ("node0 slots=2\nnode0 slots=1\n", ":2: node0 is repeated"),
+        ("node0 slots=2\nnode0 slots=1\n", ":2: node0 is listed more than once"),
         ("node0 slots=0\n", "node0 must have at least 1 slot, got 0"),
         ("node0 slots=-1\n", "node0 must have at least 1 slot, got -1"),
-        ("node0 slots=two\n", "Write `host slots=N`"),
+        ("node0 slots=two\n", "Use the form `host slots=N`"),
     ],
 )
 def test_read_hostfile_invalid_file_is_an_error(tmp_path, content, message):
@@ -269,7 +269,7 @@ def test_read_hostfile_accepts_comments_and_spaces(tmp_path):
     "filters, message",
     [
         ({"include": "node2"}, "unknown host 'node2'. Use one of node0, node1"),
-        ({"include": "node0:5"}, "unknown slot 5. node0 has slots 0 to 1"),
+        ({"include": "node0:5"}, "node0 has no slot 5. Use slots from 0 to 1"),
         ({"include": "node0:x"}, "invalid slots"),
         ({"include": "node1:1-0"}, "invalid range 1-0"),
         ({"exclude": "node0@node1"}, "leaves no slots"),
@@ -287,8 +287,8 @@ def test_select_hosts_invalid_filter_is_an_error(filters, message):
         ([], "No script was given"),
         (["missing.py"], "missing.py: script not found"),
         (["--hostfile", "none", __file__], "none: No such file"),
-        (["--nnodes", "2", __file__], "`--hostfile` or `--slurm`"),
-        (["--nnodes", "2:x", __file__], "must be a number or MIN:MAX"),
+        (["--nnodes", "2", __file__], "`--nnodes` requires `--hostfile` or `--slurm`"),
+        (["--nnodes", "2:x", __file__], "must be a number >= 1 or MIN:MAX"),
         (["--nnodes", "3:2", "--write-sbatch", "job", __file__], "must be MIN:MAX with MIN <= MAX"),
         (["--nproc", "0", __file__], "`--nproc` must be a number >= 1 or `auto`"),
         (["--rejoin", __file__], "`--rejoin` requires `--hostfile`"),
@@ -299,8 +299,8 @@ def test_select_hosts_invalid_filter_is_an_error(filters, message):
         (["--slurm-opt", "a=b", __file__], "`--slurm-opt` requires `--slurm`"),
         (["--slurm", "--console", "all", __file__], "`--console` has no effect in a Slurm job"),
         (["--slurm", "--pass-env", "W*", __file__], "`--pass-env` has no effect in a Slurm job"),
-        (["--slurm", "--hostfile", "h", __file__], "`--hostfile` cannot be combined"),
-        (["--env", "NOVALUE", __file__], "must be NAME=VALUE"),
+        (["--slurm", "--hostfile", "h", __file__], "`--hostfile` and Slurm cannot be combined"),
+        (["--env", "NOVALUE", __file__], "must have the form NAME=VALUE"),
     ],
 )
 def test_launch_wrong_usage_exits_with_2(arguments, message):

@@ -52,7 +52,7 @@ def test_scaler_after_overflows_has_the_expected_scale(changes, overflows, expec
 
 
 def test_scaler_overflow_at_the_lowest_scale_raises():
-    with pytest.raises(FloatingPointError, match="lowest loss scale, 8"):
+    with pytest.raises(FloatingPointError, match="minimum loss scale, 8"):
         scales(scaling(hysteresis=1, min_loss_scale=8), "xx")
 
 
