@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from engine.backends.base import Backend
 from engine.checkpoint.fingerprint import Identity
 from engine.checkpoint.manager import Checkpointer
 from engine.config import Config
-from engine.errors import MisuseError
 from engine.training.data import call_on_batches
 from engine.training.loss_window import check_loss
 from engine.training.monitors import Monitor
@@ -52,8 +52,6 @@ class Engine(nn.Module):
         self.optimizer = backend.optimizer
         self.training_dataloader = loader
         self._backend = backend
-        self._accumulation = config.batch.accumulation
-        self._synchronizes = True
         self._checkpointer = Checkpointer(config, backend, identity, loader)
         self._run = TrainingRun.start(config, backend, lr_scheduler, monitors)
 
@@ -82,8 +80,8 @@ class Engine(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward pass in the precision that the config specifies."""
-        last = self.is_gradient_accumulation_boundary() and self._synchronizes
-        return self._backend.forward(*args, last_micro_batch=last, **kwargs)
+        self._backend.prepare_backward(is_last=self._run.is_last_backward())
+        return self._backend.forward(*args, **kwargs)
 
     def backward(
         self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
@@ -102,8 +100,9 @@ class Engine(nn.Module):
             ValueError: the loss is not a scalar tensor that requires grad.
         """
         check_loss(loss)
-        divisor = self._accumulation if scale_wrt_gas else 1
-        self._backend.backward(loss, divisor, retain_graph=retain_graph)
+        divisor = self._run.accumulation if scale_wrt_gas else 1
+        is_last = self._run.is_last_backward()
+        self._backend.backward(loss, divisor, is_last=is_last, retain_graph=retain_graph)
         self._run.add_loss(loss)
         return loss if divisor == 1 else loss / divisor
 
@@ -115,7 +114,8 @@ class Engine(nn.Module):
         """
         check_loss(loss)
         self._run.add_loss(loss)
-        return self._backend.scale(loss, self._accumulation)
+        run = self._run
+        return self._backend.scale(loss, run.accumulation, is_last=run.is_last_backward())
 
     def step(
         self, lr_kwargs: Mapping[str, Any] | None = None, *, metric: Tensor | float | None = None
@@ -138,10 +138,6 @@ class Engine(nn.Module):
             RuntimeError: the run is over (see `run_is_over`), or `no_sync` is active.
         """
         del lr_kwargs
-        if not self._synchronizes:
-            raise MisuseError(
-                "`step()` must not be called inside `no_sync()`. Leave the context first."
-            )
         is_applied = self._run.step(metric)
         if self._run.micro_batches == 0:
             self._checkpointer.save_if_due(self._run)
@@ -167,28 +163,16 @@ class Engine(nn.Module):
         return self._run.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether `step` runs the optimizer from now on; call this before the forward pass."""
+        """Set whether `step` runs the optimizer from now on; call it before `backward`."""
         self._run.boundary = is_boundary
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Disable gradient synchronization across ranks for backward passes inside this context.
 
         Raises:
             RuntimeError: the ZeRO stage is 2 or 3, or this context is already active.
         """
-        if self.config.zero_stage >= 2:
-            raise MisuseError(
-                "`no_sync()` must not be used with ZeRO stages 2 and 3, which shard gradients in "
-                "each backward pass. Use `gradient_accumulation_steps` instead."
-            )
-        if not self._synchronizes:
-            raise MisuseError("`no_sync()` must not be nested. Leave the outer context first.")
-        self._synchronizes = False
-        try:
-            yield
-        finally:
-            self._synchronizes = True
+        return self._run.no_sync()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the accumulated gradients."""
@@ -202,7 +186,7 @@ class Engine(nn.Module):
         unpacked into arguments. The model must return the loss, as in a DeepSpeed pipeline.
         """
         losses = []
-        for loss in call_on_batches(self, data_iter, self._accumulation):
+        for loss in call_on_batches(self, data_iter, self._run.accumulation):
             losses.append(self.backward(loss).detach())
             self.step()
         return torch.stack(losses).sum()
@@ -212,7 +196,7 @@ class Engine(nn.Module):
         training = self.training
         self.eval()
         with torch.no_grad():
-            losses = list(call_on_batches(self, data_iter, self._accumulation))
+            losses = list(call_on_batches(self, data_iter, self._run.accumulation))
         self.train(training)
         return torch.stack(losses).mean()
 
@@ -291,10 +275,6 @@ class Engine(nn.Module):
         """Wait until every rank has finished writing its checkpoint; raise if a save failed."""
         self._checkpointer.wait()
 
-    def _resume(self) -> None:
-        """Resume the run as ``engine.checkpoint.resume`` specifies; called by `initialize`."""
-        self._checkpointer.resume(self._run)
-
     def destroy(self) -> None:
         """Release the backend's resources; the model stays usable."""
         self._checkpointer.close()
@@ -360,6 +340,14 @@ class Engine(nn.Module):
         """Return the number of micro-batches per optimizer step."""
         return self.config.batch.accumulation
 
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the batch size and the micro-batches per step; call it between two steps."""
+        self._run.set_batch_sizes(self.config.batch.with_train(train_batch_size))
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the micro-batch size and the batch size; call it between two steps."""
+        self._run.set_batch_sizes(self.config.batch.with_micro(micro_batch_size))
+
     def gradient_clipping(self) -> float:
         """Return the maximum gradient norm; 0 means that gradients are not clipped."""
         return self.config.gradient_clipping
@@ -416,7 +404,8 @@ class Engine(nn.Module):
     def get_global_grad_norm(self) -> float | None:
         """Return the 2-norm of the last gradients before clipping; None before the first step.
 
-        On DeepSpeed without ZeRO, the result is always None.
+        On DeepSpeed, the result is None in bf16 without ZeRO, and for models with rank-local
+        weights, such as MoE.
         """
         return self._backend.grad_norm
 
@@ -429,10 +418,14 @@ class Engine(nn.Module):
         """The number of completed batches, including those of skipped steps."""
         return self._run.counters.global_steps
 
+    @global_steps.setter
+    def global_steps(self, value: int) -> None:
+        self._run.counters.global_steps = value
+
     @property
     def global_samples(self) -> int:
         """The number of samples in the completed batches, over all ranks."""
-        return self.global_steps * self.config.batch.train
+        return self._run.counters.global_samples
 
     @property
     def skipped_steps(self) -> int:
@@ -443,6 +436,10 @@ class Engine(nn.Module):
     def micro_steps(self) -> int:
         """The number of micro-batches processed so far."""
         return self._run.counters.micro_steps
+
+    @micro_steps.setter
+    def micro_steps(self, value: int) -> None:
+        self._run.set_micro_steps(value)
 
     def empty_partition_cache(self) -> None:
         """Release the gathered parameters that DeepSpeed's ZeRO stage 3 caches."""

@@ -110,7 +110,11 @@ def initialize(
         raise ValueError("`model` must be a torch.nn.Module, got None. Pass the model to train.")
     sweep = read_sweep()
     source = sweep.config if sweep is not None else None
-    resolved = _load(source or _choose_source(args, config, config_params), args)
+    resolved = _load(
+        source or _choose_source(args, config, config_params),
+        args,
+        backends.find_deepspeed_need(model, mpu=mpu, mesh_param=mesh_param),
+    )
     if sweep is not None:
         resolved, lr_scheduler = apply_sweep(resolved, sweep), None
     _check_sources(resolved, optimizer, lr_scheduler)
@@ -137,10 +141,11 @@ def initialize(
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
     if loader is not None:
         loader.stop_when(lambda: engine.run_is_over)
+        loader.call_after_epoch(engine._run.discard_incomplete_batch)  # noqa: SLF001  # private to the package
     attach_recorder(engine, sweep)
     if ranks.rank == 0:
         _log_setup(engine, backend)
-    engine._resume()  # noqa: SLF001  # private to the package
+    engine._checkpointer.resume(engine._run)  # noqa: SLF001  # private to the package
     return engine, backend.optimizer, loader, scheduler
 
 
@@ -158,10 +163,12 @@ def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> 
     return given[0]
 
 
-def _load(source: Source, args: argparse.Namespace | None) -> Config:
+def _load(source: Source, args: argparse.Namespace | None, needs_deepspeed: str | None) -> Config:
     """Load and validate a config; report its problems on rank 0 only."""
     try:
-        return load_config(source, world_size=get_world_size(), args=args)
+        return load_config(
+            source, world_size=get_world_size(), args=args, needs_deepspeed=needs_deepspeed
+        )
     except ConfigError as error:
         rank = get_rank()
         if rank == 0:

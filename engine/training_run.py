@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from engine.backends.base import Backend
 from engine.checkpoint.rng import get_rng_state, set_rng_state
 from engine.checkpoint.rollback import Rollback
 from engine.config import Config
+from engine.config.batch_sizes import BatchSizes
+from engine.errors import MisuseError
 from engine.training.data import RunLoader
 from engine.training.loss_window import LossWindow
 from engine.training.monitors import Monitor
@@ -52,6 +54,8 @@ class TrainingRun:
     """Number of applied steps in the loaded checkpoint; `is_over` does not count them."""
     boundary: bool | None = None
     """Value set by `Engine.set_gradient_accumulation_boundary`; if None, count micro-batches."""
+    averages_gradients: bool = True
+    """Whether backward passes average gradients across ranks; false inside `no_sync`."""
     micro_batches: int = 0
     """Number of micro-batches since the last optimizer step."""
     scaled_losses: int = 0
@@ -118,7 +122,75 @@ class TrainingRun:
         """Return whether the next micro-batch completes a batch."""
         if self.boundary is not None:
             return self.boundary
-        return (self.counters.micro_steps + 1) % self.config.batch.accumulation == 0
+        return (self.micro_batches + 1) % self.accumulation == 0
+
+    def is_last_backward(self) -> bool:
+        """Return whether the next backward pass should average gradients across ranks."""
+        return self.averages_gradients and self.is_boundary()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients on each rank inside this context; see `Engine.no_sync`."""
+        if self.config.zero_stage >= 2:
+            raise MisuseError(
+                "`no_sync()` must not be used with ZeRO stages 2 and 3, which shard gradients in "
+                "each backward pass. Use `gradient_accumulation_steps` instead."
+            )
+        if not self.averages_gradients:
+            raise MisuseError("`no_sync()` must not be nested. Leave the outer context first.")
+        self.averages_gradients = False
+        try:
+            yield
+        finally:
+            self.averages_gradients = True
+
+    @property
+    def accumulation(self) -> int:
+        """The number of micro-batches per optimizer step."""
+        return self.config.batch.accumulation
+
+    def set_batch_sizes(self, batch: BatchSizes) -> None:
+        """Change the batch sizes of the following steps.
+
+        Raises:
+            RuntimeError: the current batch is incomplete.
+        """
+        if self.micro_batches:
+            raise MisuseError(
+                "The batch size must be changed between optimizer steps, but "
+                f"{self.micro_batches} micro-batches of the next step have been processed. Change "
+                "it after a step for which `trainer.was_step_applied()` is true."
+            )
+        self.config = replace(self.config, batch=batch)
+        self.backend.set_batch_sizes(batch)
+
+    def restore_counters(self, counters: Counters) -> None:
+        """Continue at the counters of a checkpoint."""
+        self.counters = counters
+        self.steps_before = counters.applied_steps
+        self.set_micro_steps(counters.micro_steps)
+        self.scaled_losses = 0
+        self.window.clear()
+        self.backend.zero_grad()
+
+    def set_micro_steps(self, micro_steps: int) -> None:
+        """Set the count of micro-batches, and with it the position in the current batch."""
+        self.counters.micro_steps = micro_steps
+        self.micro_batches = micro_steps % self.accumulation
+
+    def discard_incomplete_batch(self) -> None:
+        """Clear the gradients of a batch that the end of the data has left incomplete."""
+        if self.micro_batches == 0 or self.boundary is not None:
+            return
+        log.info(
+            "the epoch ended after %d of %d micro-batches of a step; their gradients are discarded",
+            self.micro_batches,
+            self.accumulation,
+        )
+        self.backend.zero_grad()
+        self.counters.micro_steps -= self.micro_batches
+        self.micro_batches = self.scaled_losses = 0
+        self.window.clear()
 
     def add_loss(self, loss: Tensor) -> None:
         """Record the loss of a micro-batch that was passed to `backward` or `scale`."""
@@ -128,6 +200,10 @@ class TrainingRun:
 
     def step(self, metric: Tensor | float | None) -> bool:
         """Finish a micro-batch; if it is the last one of its batch, run the optimizer."""
+        if not self.averages_gradients:
+            raise MisuseError(
+                "`step()` must not be called inside `no_sync()`. Leave the context first."
+            )
         if self.is_trial and self.recorder is not None:
             # A script may catch the exception that ends the run; in that case, raise it again.
             self.recorder.stop_if_over()
@@ -157,13 +233,14 @@ class TrainingRun:
                 "`trainer.scale(loss).backward()` was called in this step. Call one of them "
                 "instead of `loss.backward()`."
             )
-        return self.backend.step(divide_by=self.config.batch.accumulation)
+        return self.backend.step(divide_by=self.accumulation)
 
     def _finish_step(self) -> None:
         """Count and report a completed step, then step the scheduler if it was applied."""
         counters = self.counters
         self.micro_batches = 0
         counters.global_steps += 1
+        counters.global_samples += self.config.batch.train
         if not counters.applied:
             counters.skipped_steps += 1
             log.warning(

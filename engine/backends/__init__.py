@@ -10,11 +10,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from engine.backends.base import Backend
+from engine.backends.model_parallelism import find_model_parallelism
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.training.optimizers import OptimizerFactory
 
-__all__ = ["build"]
+__all__ = ["build", "find_deepspeed_need"]
+
+
+def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
+    """Return what only DeepSpeed supports: a part of the model or an argument; None if nothing."""
+    given = [f"the argument `{name}`" for name, value in arguments.items() if value is not None]
+    return given[0] if given else find_model_parallelism(model)
 
 
 def build(
@@ -52,7 +59,11 @@ def build(
         return DeepSpeedBackend(
             model, optimizer, config, ranks, parameters=groups, mpu=mpu, mesh_param=mesh_param
         )
-    _check_unset(mpu=mpu, mesh_param=mesh_param)
+    if need := find_deepspeed_need(model, mpu=mpu, mesh_param=mesh_param):
+        raise ValueError(
+            f"{need[0].upper()}{need[1:]} needs DeepSpeed, but this config selects the torch "
+            'backend. Set "engine": {"backend": "deepspeed"} in the config.'
+        )
     if config.zero_stage > 0 and ranks.world_size > 1:
         from engine.backends.fsdp import FSDPBackend
 
@@ -68,12 +79,3 @@ def _list_members(each: Any) -> Any:
         return each
     params = each["params"]
     return {**each, "params": [params] if isinstance(params, torch.Tensor) else list(params)}
-
-
-def _check_unset(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(
-                f"`{name}` is supported only by the DeepSpeed backend, got {value!r}. Remove the "
-                'argument, or set "engine": {"backend": "deepspeed"} in the config.'
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from pathlib import Path
@@ -12,12 +13,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from engine.config.batch_sizes import BatchSizes
 from engine.distributed.ranks import Ranks
 
-__all__ = ["DTYPES", "Backend"]
+__all__ = ["DTYPES", "Backend", "compute_norm"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of each reduced precision."""
+
+
+def compute_norm(gradients: list[Tensor]) -> float:
+    """Return the 2-norm of all gradients; it is finite if every gradient is.
+
+    >>> compute_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+    5.0
+    >>> compute_norm([torch.tensor([1e30, 1e30])]) > 1e30
+    True
+    """
+    if not gradients:
+        return 0.0
+    # torch's clip_grad_norm_ also uses this private kernel, but takes twice as long.
+    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))  # noqa: SLF001
+    if math.isinf(norm):  # the squares of large gradients overflow in float32
+        norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients]
+        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    return norm
 
 
 class Backend(ABC):
@@ -52,27 +72,37 @@ class Backend(ABC):
         self.grad_norm = None
 
     @abstractmethod
-    def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward pass in the precision that the config specifies.
 
         Args:
             args: positional arguments of the model.
-            last_micro_batch: whether the next backward pass synchronizes gradients across ranks.
             kwargs: keyword arguments of the model.
         """
 
+    def prepare_backward(self, *, is_last: bool) -> None:  # noqa: B027  # most backends do not need it
+        """Prepare for a ``loss.backward()`` that the script may call after a forward pass.
+
+        Args:
+            is_last: whether gradients should be averaged across ranks during this pass.
+        """
+
     @abstractmethod
-    def backward(self, loss: Tensor, accumulation: int, *, retain_graph: bool = False) -> None:
+    def backward(
+        self, loss: Tensor, accumulation: int, *, is_last: bool, retain_graph: bool = False
+    ) -> None:
         """Run the backward pass of a loss and accumulate its gradients.
 
         Args:
             loss: scalar tensor that requires grad.
             accumulation: number of micro-batches per step; the loss is divided by it.
+            is_last: whether the next `step` of the engine runs the optimizer, so that gradients
+                should be averaged across ranks during this pass.
             retain_graph: whether to keep the graph for another backward pass.
         """
 
     @abstractmethod
-    def scale(self, loss: Tensor, accumulation: int) -> Tensor:
+    def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
         """Return the loss scaled as in `backward`, for scripts that call ``.backward()`` on it."""
 
     @abstractmethod
@@ -89,6 +119,9 @@ class Backend(ABC):
     def zero_grad(self) -> None:
         """Clear the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def set_batch_sizes(self, batch: BatchSizes) -> None:  # noqa: B027  # most backends do not need it
+        """Change the batch sizes; only DeepSpeed's engine has its own copy of them."""
 
     @property
     @abstractmethod

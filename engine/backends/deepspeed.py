@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -9,20 +10,22 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from engine.backends.base import DTYPES, Backend
+from engine.backends.base import DTYPES, Backend, compute_norm
 from engine.backends.deepspeed_config import build_deepspeed_config
+from engine.backends.deepspeed_order import BackwardOrder
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
+from engine.config.batch_sizes import BatchSizes
 from engine.config.wording import count_noun
 from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
 from engine.training.optimizers import OptimizerFactory, build_optimizer, is_buildable
+from engine.training.precision import cast_layer_inputs
 
 __all__ = ["DeepSpeedBackend"]
 
@@ -62,8 +65,14 @@ class DeepSpeedBackend(Backend):
         mesh_param: Any = None,
     ) -> None:
         deepspeed = _import_deepspeed()
+        from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param
+
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups = trainable if parameters is None else parameters
+        if any(is_moe_param(p) for p in model.parameters()) and not isinstance(
+            optimizer, Optimizer
+        ):
+            groups = parameters = configure_moe_param_groups(groups)
         block = config.optimizer
         if optimizer is None and block is not None and is_buildable(config.raw["optimizer"]):
             optimizer = build_optimizer(block, groups)
@@ -88,25 +97,38 @@ class DeepSpeedBackend(Backend):
             basic_optimizer=self.engine.basic_optimizer,
         )
         self._config = config
-        self._dtype = DTYPES.get(config.precision)
+        self._order = BackwardOrder(self.engine, config.zero_stage)
+        self._has_rank_local_weights = mpu is not None or self.engine.has_moe_layers
+        self._input_casts: list[Any] = []
+        dtype = DTYPES.get(config.precision)
+        if dtype is not None and config.cast_inputs:
+            # DeepSpeed's weights have 16 bits. Cast the layers' inputs too, so that scripts do not
+            # have to; autocast does the same.
+            self._input_casts += cast_layer_inputs(self.model, dtype)
 
     @override
-    def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        # In bf16 and fp16, DeepSpeed's weights have 16 bits. Cast the inputs to the same dtype, so
-        # that scripts do not have to; autocast does the same.
-        self.engine.set_gradient_accumulation_boundary(last_micro_batch)
-        if self._dtype is not None:
-            args, kwargs = _cast(args, self._dtype), _cast(kwargs, self._dtype)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
 
     @override
-    def backward(self, loss: Tensor, accumulation: int, *, retain_graph: bool = False) -> None:
-        scaled = accumulation == self.engine.gradient_accumulation_steps()
-        loss = loss if scaled else loss / accumulation
-        self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scaled)
+    def prepare_backward(self, *, is_last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_last)
 
     @override
-    def scale(self, loss: Tensor, accumulation: int) -> Tensor:
+    def backward(
+        self, loss: Tensor, accumulation: int, *, is_last: bool, retain_graph: bool = False
+    ) -> None:
+        self._order.check(is_last=is_last)
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        scaled = accumulation == self.engine.gradient_accumulation_steps()
+        loss = loss if scaled else loss / accumulation
+        with self._order.explain_errors():
+            self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scaled)
+
+    @override
+    def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
+        self._order.check(is_last=is_last)
+        self.engine.set_gradient_accumulation_boundary(is_last)
         del accumulation  # DeepSpeed divides by it in its backward hooks
         scaled: Tensor = self.engine.scale(loss)
         return scaled
@@ -116,10 +138,15 @@ class DeepSpeedBackend(Backend):
         # Without ZeRO, DeepSpeed rejects a direct `loss.backward()`. With ZeRO, DeepSpeed's hooks
         # have already divided the gradients.
         del divide_by
+        self._order.start_step()
         # Under torch_autocast without ZeRO, DeepSpeed counts a step as applied even if torch's
         # scaler skips it. The scaler lowers its scale after each skipped step, so compare scales.
         scaler = self.engine.torch_autocast_z0_gradscaler
         before = scaler.get_scale() if scaler else 0.0
+        checks_overflow = scaler is not None or hasattr(self.engine.optimizer, "overflow")
+        if not checks_overflow and not self._are_gradients_finite():
+            self._skip_step()
+            return False
         self.engine.set_gradient_accumulation_boundary(is_boundary=True)
         self.engine.step()
         applied: bool = self.engine.was_step_applied()
@@ -127,8 +154,30 @@ class DeepSpeedBackend(Backend):
             applied = False
             self.engine.skipped_steps += 1
         norm = self.engine.get_global_grad_norm()
-        self.grad_norm = None if norm is None else float(norm)
+        if norm is not None:
+            self.grad_norm = float(norm)
         return applied
+
+    def _are_gradients_finite(self) -> bool:
+        """Compute the norm of the gradients, which DeepSpeed does not check without ZeRO."""
+        parameters = (p for g in self.optimizer.param_groups for p in g["params"])
+        norm = compute_norm([p.grad for p in parameters if p.grad is not None])
+        if not self._has_rank_local_weights:
+            self.grad_norm = norm
+            return math.isfinite(norm)
+        return self.mean(float(not math.isfinite(norm))) == 0
+
+    def _skip_step(self) -> None:
+        self.engine.zero_grad()
+        self.engine.micro_steps += 1
+        self.engine.global_steps += 1
+        self.engine.skipped_steps += 1
+        self.engine.global_samples += self.engine.train_batch_size()
+
+    @override
+    def set_batch_sizes(self, batch: BatchSizes) -> None:
+        self.engine.set_train_micro_batch_size(batch.micro)
+        self.engine.set_train_batch_size(batch.train)
 
     @override
     def zero_grad(self) -> None:
@@ -224,18 +273,10 @@ class DeepSpeedBackend(Backend):
 
     @override
     def destroy(self) -> None:
+        self._order.release()
+        for handle in self._input_casts:
+            handle.remove()
         self.engine.destroy()
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Cast floating-point tensors to a dtype, at any depth of lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if type(value) in {list, tuple}:
-        return type(value)(_cast(each, dtype) for each in value)
-    if type(value) is dict:
-        return {name: _cast(each, dtype) for name, each in value.items()}
-    return value
 
 
 def _count_elements(groups: list[Any]) -> int:

@@ -8,7 +8,7 @@ them, and reduces gradients only once per step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,23 +20,36 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import skip_init
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from engine.backends.base import DTYPES
 from engine.backends.pytorch import PyTorchBackend
+from engine.checkpoint.optimizer_state import reshard
 from engine.config import Config
 from engine.distributed.ranks import Ranks
+from engine.errors import MisuseError
 from engine.training.activation_checkpointing import find_blocks
+from engine.training.gradient_averaging import broadcast
 from engine.training.optimizers import OptimizerFactory
+from engine.training.precision import cast_layer_inputs, find_methods
 
 __all__ = ["FSDPBackend", "check_gradient_averaging", "shard"]
 
 
 class FSDPBackend(PyTorchBackend):
     """Backend that shards the model across ranks with FSDP2 (ZeRO stages 1 to 3)."""
+
+    _input_casts: Sequence[Any] = ()
+    """Handles of the hooks that cast the inputs of layers."""
+    _has_unreduced = False
+    """Whether gradients of the last backward pass were only accumulated on this rank."""
+    _frozen_16_bits: list[tuple[str, nn.Parameter]]
+    """Names and parameters that stay in 16 bits because they were frozen at the start."""
 
     @override
     def _prepare_optimizer(
@@ -47,25 +60,60 @@ class FSDPBackend(PyTorchBackend):
     ) -> Optimizer:
         # Sharding replaces the model's parameters, so shard before building the optimizer.
         if not isinstance(optimizer, Optimizer):
-            sharded = shard(model, self._config, parameters)
-            return super()._prepare_optimizer(model, optimizer, sharded)
-        groups = shard(model, self._config, optimizer.param_groups)
+            sharded = shard(model, self._config, parameters, self._dtype)
+            return _check_supported(super()._prepare_optimizer(model, optimizer, sharded))
+        _check_supported(optimizer)
+        groups = shard(model, self._config, optimizer.param_groups, self._dtype)
         for group, sharded_group in zip(optimizer.param_groups, groups, strict=True):
             group["params"] = sharded_group["params"]
         return optimizer
 
     @override
-    def _set_up_averaging(self) -> None:
-        check_gradient_averaging(self.ranks)  # FSDP averages gradients without a wrapper
+    def _build_averager(self) -> None:
+        check_gradient_averaging(self.ranks)  # FSDP itself averages gradients
 
     @override
-    def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        # FSDP's mixed-precision policy casts the tensors, so autocast is not needed. Stages 2 and 3
-        # reduce gradients after every micro-batch, since they do not store unsharded ones.
+    def _set_precision(self) -> None:
+        # FSDP gathers the parameters in the run's dtype, so autocast is not needed.
+        if self._dtype is not None and self._config.cast_inputs:
+            self._input_casts = cast_layer_inputs(self.model, self._dtype)
+        self._frozen_16_bits = [
+            (name, parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.dtype in DTYPES.values() and not parameter.requires_grad
+        ]
+
+    @override
+    def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
+        if self._config.master_weights:
+            self._check_frozen()
+        # Stages 2 and 3 reduce gradients after every micro-batch, since they do not store
+        # unsharded ones.
         if self._config.zero_stage == 1:
             assert isinstance(self.model, FSDPModule)
-            self.model.set_requires_gradient_sync(last_micro_batch)
-        return self._forward_module(*args, **kwargs)
+            self.model.set_requires_gradient_sync(is_last)
+        self._has_unreduced = not is_last and self._config.zero_stage == 1
+        return super().scale(loss, accumulation, is_last=is_last)
+
+    def _check_frozen(self) -> None:
+        """Check that no 16-bit parameter was unfrozen: FSDP cannot convert it to float32 later."""
+        for name, parameter in self._frozen_16_bits:
+            if parameter.requires_grad:
+                raise MisuseError(
+                    f"`{name}` has 16 bits and was frozen when the engine was built, so FSDP "
+                    "cannot train it in float32. Unfreeze it before `initialize`, or convert it "
+                    "with `.float()` before `initialize`."
+                )
+
+    @override
+    def step(self, *, divide_by: int = 1) -> bool:
+        if self._has_unreduced:
+            raise MisuseError(
+                "In ZeRO stage 1, the last backward pass before an optimizer step must reduce the "
+                "gradients. Call `set_gradient_accumulation_boundary(True)` before "
+                "`trainer.backward(loss)`, and leave `no_sync()` before it."
+            )
+        return super().step(divide_by=divide_by)
 
     @override
     def _collect_gradients(self) -> list[Tensor]:
@@ -79,13 +127,60 @@ class FSDPBackend(PyTorchBackend):
         return math.sqrt(float(squares))
 
     @override
+    def get_attribute(self, name: str) -> Any:
+        if name not in find_methods(self.model) or hasattr(FSDPModule, name):
+            return super().get_attribute(name)
+        # A method that is called through the engine gathers the parameters. One that is called on
+        # the model does not: scripts call many of them, such as `save_pretrained`, on rank 0 only.
+        register_fsdp_forward_method(self.model, name)
+        method = getattr(self.model, name)
+        delattr(self.model, name)
+        return method
+
+    @override
+    def snapshot(self) -> Any:
+        reshard(self.model)
+        return super().snapshot()
+
+    @override
+    def restore(self, snapshot: Any) -> None:
+        reshard(self.model)
+        super().restore(snapshot)
+
+    @override
+    def destroy(self) -> None:
+        for handle in self._input_casts:
+            handle.remove()
+        super().destroy()
+
+    @override
     def describe(self) -> str:
         ranks = self.ranks
         stage = f"FSDP2, stage {self._config.zero_stage}, over {ranks.world_size} ranks"
-        return f"PyTorch, {stage}, {ranks.device}, {self._config.precision}"
+        return f"PyTorch, {stage}, {ranks.device}, {self._describe_precision()}"
 
 
-def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) -> list[Any]:
+def _check_supported(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer.
+
+    Raises:
+        ValueError: it cannot update sharded parameters.
+    """
+    is_rprop = isinstance(optimizer, torch.optim.Rprop)
+    if is_rprop:  # its masked assignment fails for a DTensor
+        raise ValueError(
+            "`Rprop` cannot update sharded parameters in PyTorch. Set "
+            '"zero_optimization": {"stage": 0}, or choose a different optimizer.'
+        )
+    return optimizer
+
+
+def shard(
+    model: nn.Module,
+    config: Config,
+    parameters: Iterable[Any] | None,
+    dtype: torch.dtype | None = None,
+) -> list[Any]:
     """Shard a model's parameters across ranks, in place, and return the parameters to train.
 
     As with DDP, all ranks start with rank 0's values.
@@ -94,6 +189,7 @@ def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) ->
         model: module on its device.
         config: config with the ZeRO stage, the precision, offloading and ``engine.wrap``.
         parameters: unsharded tensors or param groups to train; if None, all that require gradients.
+        dtype: 16-bit dtype to compute in; None keeps the parameters' dtype.
 
     Returns:
         The sharded parameters to train, in the structure of ``parameters``.
@@ -102,12 +198,14 @@ def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) ->
         ValueError: a parameter does not belong to the model, or the model contains none of the
             classes in ``engine.wrap``.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor.detach(), src=0)
+    broadcast((*model.parameters(), *model.buffers()))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     wanted = None if parameters is None else list(parameters)
-    dtype = DTYPES.get(config.precision)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=torch.float32 if dtype else None,
+        cast_forward_inputs=False,  # it would also cast targets and positions
+    )
     on_host = next(model.parameters()).device.type == "cpu"
     offload = CPUOffloadPolicy() if config.cpu_offload and not on_host else OffloadPolicy()
     settings: dict[str, Any] = {
@@ -117,7 +215,9 @@ def shard(model: nn.Module, config: Config, parameters: Iterable[Any] | None) ->
     }
     for block in find_blocks(model, config.wrap_classes):
         fully_shard(block, **settings)
-    fully_shard(model, **settings)
+    # Keep the root's own parameters gathered after a forward pass: a method of the model may use
+    # them after it has called the model.
+    fully_shard(model, **{**settings, "reshard_after_forward": False})
     sharded = dict(model.named_parameters())
     if wanted is None:
         return [parameter for parameter in sharded.values() if parameter.requires_grad]
@@ -146,7 +246,8 @@ def check_gradient_averaging(ranks: Ranks) -> None:
     Raises:
         RuntimeError: FSDP's gradient of a test weight is not the mean of the ranks' gradients.
     """
-    probe = nn.Linear(ranks.world_size, 1, bias=False, device=ranks.device)
+    # Leave the weight uninitialized, so that the script's random state does not change.
+    probe = skip_init(nn.Linear, ranks.world_size, 1, bias=False, device=ranks.device)  # type: ignore[no-untyped-call]  # untyped in torch
     fully_shard(probe)
     given = torch.full((1, ranks.world_size), float(ranks.rank + 1), device=ranks.device)
     probe(given).sum().backward()

@@ -1,30 +1,29 @@
-"""The PyTorch backend, which trains in a single process or, with DDP, in several."""
+"""The PyTorch backend, which trains in a single process or replicates the model on several."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from engine.backends.base import DTYPES, Backend
+from engine.backends.base import DTYPES, Backend, compute_norm
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.training.activation_checkpointing import checkpoint_activations
+from engine.training.gradient_averaging import GradientAverager, find_sparse_weights
 from engine.training.loss_scaling import LossScaler
 from engine.training.optimizers import OptimizerFactory, build_optimizer
+from engine.training.precision import autocast_methods, convert_to_float32, restore_methods
 
 __all__ = ["PyTorchBackend"]
 
@@ -32,9 +31,11 @@ _SCALER = "loss_scaler.pt"
 
 
 class PyTorchBackend(Backend):
-    """Backend that trains with PyTorch, using DDP if there are several ranks.
+    """Backend that trains with PyTorch; several ranks average the gradients of model replicas.
 
-    Parameters stay in float32. In bf16 and fp16, the forward pass runs under autocast.
+    Trained parameters are in float32. In bf16 and fp16, the model's methods run under autocast.
+    Trained 16-bit parameters are converted to float32, and the model then computes in their dtype,
+    unless ``engine.master_weights`` is false.
 
     Args:
         model: the user's module; it is moved to the device of ``ranks``.
@@ -60,19 +61,28 @@ class PyTorchBackend(Backend):
         parameters: list[Any] | None = None,
     ) -> None:
         self._config = config
+        self._dtype = DTYPES.get(config.precision)
         _prepare_model(model, config, ranks.device)
+        if config.master_weights:
+            given = optimizer if isinstance(optimizer, Optimizer) else None
+            converted_from = convert_to_float32(model.parameters(), given)
+            self._dtype = self._dtype or converted_from
         chosen = self._prepare_optimizer(model, optimizer, parameters)
         groups = chosen.param_groups
         super().__init__(
             model, chosen, ranks, num_parameters=sum(p.numel() for g in groups for p in g["params"])
         )
-        self._autocast = DTYPES.get(config.precision)
+        optimized = {id(p) for group in groups for p in group["params"]}
+        self._not_optimized = [p for p in model.parameters() if id(p) not in optimized]
+        self._may_have_16_bits = config.master_weights and any(
+            p.dtype in DTYPES.values() for p in model.parameters()
+        )
         self._clipping = config.gradient_clipping
         self._scaler = LossScaler(config.loss_scaling) if config.loss_scaling else None
         self._keeps_gradients = False
         self._old_gradients: list[Tensor] = []
-        self._parallel = self._set_up_averaging() if ranks.world_size > 1 else None
-        self._forward_module: nn.Module = self._parallel or model
+        self._averager = self._build_averager() if ranks.world_size > 1 else None
+        self._set_precision()
 
     def _prepare_optimizer(
         self,
@@ -88,44 +98,46 @@ class PyTorchBackend(Backend):
         if optimizer is not None:
             return optimizer(parameters)
         assert self._config.optimizer is not None
-        return build_optimizer(self._config.optimizer, parameters)
+        may_fuse = not find_sparse_weights(model)
+        return build_optimizer(self._config.optimizer, parameters, may_fuse=may_fuse)
 
-    def _set_up_averaging(self) -> DistributedDataParallel | None:
-        """Set up gradient averaging across ranks; return the DDP model, or None without DDP."""
-        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
-        return DistributedDataParallel(
-            self.model,
-            device_ids=devices,
-            find_unused_parameters=self._config.find_unused_parameters,
-        )
+    def _build_averager(self) -> GradientAverager | None:
+        """Build what averages gradients across ranks; None if the model itself does it."""
+        return GradientAverager(self.model, self.optimizer, self.ranks)
 
-    @override
-    def forward(self, *args: Any, last_micro_batch: bool, **kwargs: Any) -> Any:
-        if self._parallel is not None:
-            # Set the attribute directly: DDP's no_sync() sets it only inside its context, which
-            # would have to include the backward pass.
-            self._parallel.require_backward_grad_sync = last_micro_batch
-        with self._precision_context():
-            return self._forward_module(*args, **kwargs)
-
-    def _precision_context(self) -> AbstractContextManager[Any]:
-        if self._autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.ranks.device.type, dtype=self._autocast)
+    def _set_precision(self) -> None:
+        """Make the model's methods compute in the run's precision."""
+        if self._dtype is not None:
+            autocast_methods(self.model, self.ranks.device.type, self._dtype)
 
     @override
-    def backward(self, loss: Tensor, accumulation: int, *, retain_graph: bool = False) -> None:
-        scaled = self.scale(loss, accumulation)
-        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # untyped in torch
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
     @override
-    def scale(self, loss: Tensor, accumulation: int) -> Tensor:
+    def backward(
+        self, loss: Tensor, accumulation: int, *, is_last: bool, retain_graph: bool = False
+    ) -> None:
+        scaled = self.scale(loss, accumulation, is_last=is_last)
+        if self._averager is None or not is_last:
+            scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # untyped in torch
+            return
+        with self._averager.overlap():
+            scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # untyped in torch
+
+    @override
+    def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
+        del is_last  # `step` averages what no call of `backward` has averaged
         self._old_gradients, self._keeps_gradients = [], self.ranks.device.type == "cpu"
         factor = self.loss_scale / accumulation
         return loss if factor == 1.0 else loss * factor
 
     @override
     def step(self, *, divide_by: int = 1) -> bool:
+        if self._may_have_16_bits:
+            self._convert_unfrozen()
+        if self._averager is not None:
+            self._averager.finish()
         gradients = self._collect_gradients()
         scale = self.loss_scale * divide_by
         norm = self._compute_norm(gradients) / scale
@@ -151,18 +163,26 @@ class PyTorchBackend(Backend):
     def _collect_gradients(self) -> list[Tensor]:
         """Return this rank's gradients; with FSDP, only this rank's shards."""
         return [
-            parameter.grad
+            _get_values(parameter) if parameter.grad.is_sparse else parameter.grad
             for group in self.optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
         ]
 
     def _compute_norm(self, gradients: list[Tensor]) -> float:
-        """Return the 2-norm of all gradients."""
-        if not gradients:
-            return 0.0
-        # torch's clip_grad_norm_ also uses this private kernel, but takes twice as long.
-        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))  # noqa: SLF001
+        return compute_norm(gradients)
+
+    def _convert_unfrozen(self) -> None:
+        """Convert 16-bit parameters that were frozen when the run started to float32."""
+        for group in self.optimizer.param_groups:
+            convert_to_float32((p for p in group["params"] if p.grad is not None), self.optimizer)
+
+    @override
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        for parameter in self._not_optimized:  # gradients that would add up until they are used
+            if parameter.grad is not None:
+                parameter.grad.zero_()
 
     @property
     @override
@@ -227,14 +247,21 @@ class PyTorchBackend(Backend):
 
     @override
     def destroy(self) -> None:
-        self._parallel = None
-        self._forward_module = self.model
+        if self._averager is not None:
+            self._averager.release()
+        restore_methods(self.model)
         self._old_gradients = []
 
     @override
     def describe(self) -> str:
-        how = f"DDP over {self.ranks.world_size} ranks" if self._parallel else "one process"
-        return f"PyTorch, {how}, {self.ranks.device}, {self._config.precision}"
+        count = self.ranks.world_size
+        how = f"replicated on {count} ranks" if count > 1 else "one process"
+        return f"PyTorch, {how}, {self.ranks.device}, {self._describe_precision()}"
+
+    def _describe_precision(self) -> str:
+        if self._dtype is None or self._config.precision != "fp32":
+            return self._config.precision
+        return f"fp32 weights, computing in {str(self._dtype).removeprefix('torch.')}"
 
 
 def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> None:
@@ -252,6 +279,13 @@ def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> No
         )
     if config.compile_backend is not None:
         model.compile(backend=config.compile_backend)
+
+
+def _get_values(parameter: nn.Parameter) -> Tensor:
+    """Return the values of a sparse gradient; changing them in place changes the gradient."""
+    assert parameter.grad is not None
+    parameter.grad = parameter.grad.coalesce()
+    return parameter.grad._values()  # noqa: SLF001  # `values()` would return a detached copy
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:

@@ -72,16 +72,19 @@ class SavedBackend(Protocol):
 class RunState(Protocol):
     """The attributes of a training run that `Checkpointer` saves and restores."""
 
+    config: Config
     is_trial: bool
     """Whether this is an LR range test, which writes no checkpoints."""
     counters: Counters
-    steps_before: int
-    """Number of applied steps in the loaded checkpoint; 0 without one."""
     rollback: Rollback | None
 
     @property
     def scheduler(self) -> LRScheduler | None:
         """The learning-rate scheduler of the run; None if it has none."""
+        ...
+
+    def restore_counters(self, counters: Counters) -> None:
+        """Continue at the counters of a checkpoint."""
         ...
 
 
@@ -105,7 +108,6 @@ class Checkpointer:
     ) -> None:
         self.async_saver = AsyncSaver() if config.checkpoint.is_async else None
         self._plan = config.checkpoint
-        self._batch = config.batch
         self._backend_name = config.backend.name
         self._backend = backend
         self._ranks = backend.ranks
@@ -218,7 +220,7 @@ class Checkpointer:
         return {
             "lr_scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
             "counters": asdict(run.counters),
-            "batch": asdict(self._batch),
+            "batch": asdict(run.config.batch),
             "loader": None if self._loader is None else self._loader.state_dict(),
             "client_state": dict(client_state),
         }
@@ -309,13 +311,14 @@ class Checkpointer:
 
         If the batch sizes have changed, both are converted to the new batch sizes.
         """
-        batch = self._batch
+        batch = run.config.batch
         saved = state.get("batch") or asdict(batch)
         counters, position = Counters(**state["counters"]), state["loader"]
         if saved["accumulation"] != batch.accumulation:
             counters.micro_steps = counters.global_steps * batch.accumulation
-        run.counters = counters
-        run.steps_before = counters.applied_steps
+        if "global_samples" not in state["counters"]:  # written by an older version
+            counters.global_samples = counters.global_steps * saved["train"]
+        run.restore_counters(counters)
         if self._loader is None or position is None:
             return
         if (saved["accumulation"], saved["train"]) != (batch.accumulation, batch.train):

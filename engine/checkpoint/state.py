@@ -16,14 +16,18 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
     set_model_state_dict,
-    set_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from engine.checkpoint.optimizer_state import (
+    build_empty_state,
+    find_outside_parameters,
+    get_optimizer_state,
+    load_optimizer_state,
+)
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.checkpoint.safetensors_storage import ShardReader, ShardWriter, write_tensors
 from engine.errors import CheckpointError
@@ -124,35 +128,40 @@ def read(
         CheckpointError: if a parameter or buffer is missing, unexpected, or has a different shape.
             The message names the first one.
     """
-    state = _get_state(model, optimizer)
-    saved_tensors = {
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    saved_tensors = _read_saved_tensors(directory)
+    saved_values = read_values(directory / VALUES)
+    saved_model = {
         name.removeprefix(_MODEL): metadata
-        for name, metadata in _read_saved_tensors(directory).items()
+        for name, metadata in saved_tensors.items()
         if name.startswith(_MODEL)
     }
     if not frozen:
-        absent = _find_frozen_names(model) - saved_tensors.keys()
+        absent = _find_frozen_names(model) - saved_model.keys()
         state["model"] = {key: value for key, value in state["model"].items() if key not in absent}
-    _check_model_matches(directory, state["model"], saved_tensors, strict=strict)
-    options = StateDictOptions(strict=strict and frozen)
+    _check_model_matches(directory, state["model"], saved_model, strict=strict)
+    if optimizer is not None:
+        saved = saved_values | saved_tensors
+        state["optimizer"] = build_empty_state(directory, model, optimizer, saved)
+        state["outside"] = {
+            name: torch.empty_like(parameter)
+            for name, parameter in find_outside_parameters(model, optimizer).items()
+            if f"outside.{name}" in saved_tensors
+        }
     leaves = _find_leaves(state)
     own = {name: holder[key] for name, holder, key in leaves if isinstance(holder[key], Tensor)}
     with _ignore_process_group_warning():
         load(own, storage_reader=ShardReader(directory), no_dist=not dist.is_initialized())
-    saved = read_values(directory / VALUES)
     for name, holder, key in leaves:
-        if name in saved:
-            holder[key] = saved[name]
-    if optimizer is None:
-        set_model_state_dict(model, state["model"], options=options)
-    else:
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=options,
-        )
+        if name in saved_values and name.startswith(_MODEL):
+            holder[key] = saved_values[name]
+    options = StateDictOptions(strict=strict and frozen)
+    set_model_state_dict(model, state["model"], options=options)
+    if optimizer is not None:
+        load_optimizer_state(model, optimizer, state["optimizer"])
+        for name, parameter in find_outside_parameters(model, optimizer).items():
+            if name in state["outside"]:
+                parameter.data.copy_(state["outside"][name])
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
@@ -185,16 +194,16 @@ def export(checkpoint_dir: Path, path: Path) -> tuple[int, int]:
     return len(weights), sum(tensor.nbytes for tensor in weights.values())
 
 
-def _get_state(
-    model: nn.Module, optimizer: Optimizer | None, *, frozen: bool = True
-) -> dict[str, Any]:
-    if optimizer is None:
-        return {"model": get_model_state_dict(model)}
-    weights, states = get_state_dict(model, optimizer)
+def _get_state(model: nn.Module, optimizer: Optimizer, *, frozen: bool) -> dict[str, Any]:
+    weights = get_model_state_dict(model)
     if not frozen:
         excluded = _find_frozen_names(model)
         weights = {key: value for key, value in weights.items() if key not in excluded}
-    return {"model": weights, "optimizer": states}
+    return {
+        "model": weights,
+        "optimizer": get_optimizer_state(model, optimizer),
+        "outside": find_outside_parameters(model, optimizer),
+    }
 
 
 def _find_frozen_names(model: nn.Module) -> set[str]:

@@ -45,7 +45,9 @@ def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
     return found
 
 
-def choose_backend(config: Mapping[str, Any], members: Sequence[Member]) -> BackendChoice:
+def choose_backend(
+    config: Mapping[str, Any], members: Sequence[Member], needs_deepspeed: str | None = None
+) -> BackendChoice:
     """Choose the backend for a config.
 
     If the config sets ``engine.backend`` to "torch" or "deepspeed", use this backend. Otherwise,
@@ -55,6 +57,8 @@ def choose_backend(config: Mapping[str, Any], members: Sequence[Member]) -> Back
     Args:
         config: config to choose the backend for.
         members: all keys of the config; each section precedes its keys.
+        needs_deepspeed: part of the model that only DeepSpeed supports, such as a MoE layer; it
+            selects DeepSpeed as such a key does.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'
@@ -66,6 +70,8 @@ def choose_backend(config: Mapping[str, Any], members: Sequence[Member]) -> Back
     if zero_stage(config) not in {0, "auto"}:
         is_old = isinstance(config["zero_optimization"], bool)
         keys.insert(0, "zero_optimization" if is_old else "zero_optimization.stage")
+    if needs_deepspeed:
+        keys.insert(0, needs_deepspeed)
     if keys:
         return BackendChoice("deepspeed", f"selected by {', '.join(keys[:3])}")
     return BackendChoice("torch", "no key selects DeepSpeed")

@@ -6,7 +6,7 @@ train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.config.wording import count_noun
 
@@ -38,6 +38,32 @@ class BatchSizes:
             f"x {count_noun(self.accumulation, 'accumulation step')} "
             f"x {count_noun(self.world_size, 'rank')}"
         )
+
+    def with_train(self, train: int) -> BatchSizes:
+        """Return the sizes with another batch size and the same micro-batch size.
+
+        Raises:
+            ValueError: the batch size is not a positive multiple of what the ranks process at once.
+        """
+        at_once = self.micro * self.world_size
+        if train <= 0 or train % at_once:
+            raise ValueError(
+                f"`train_batch_size` must be a positive multiple of {at_once}, the micro-batch "
+                f"size times the world size, got {train}. Use {max(train // at_once, 1) * at_once}."
+            )
+        return replace(self, train=train, accumulation=train // at_once)
+
+    def with_micro(self, micro: int) -> BatchSizes:
+        """Return the sizes with another micro-batch size and as many micro-batches per step.
+
+        Raises:
+            ValueError: the micro-batch size is not positive.
+        """
+        if micro <= 0:
+            raise ValueError(
+                f"`micro_batch_size` must be >= 1, got {micro}. Pass a rank's number of samples."
+            )
+        return replace(self, micro=micro, train=micro * self.accumulation * self.world_size)
 
 
 class BatchError(ValueError):

@@ -11,10 +11,20 @@ from engine.config.batch_sizes import BATCH_KEYS, BatchError, derive_batch_sizes
 from engine.config.parser import Document
 from engine.config.pointers import dotted_name
 from engine.config.rules import RuleContext
-from engine.config.schema import SCHEMA, Member, get_default, to_nested_dict, walk
+from engine.config.schema import (
+    SCHEMA,
+    Member,
+    add_optimizer_defaults,
+    get_default,
+    optimizer_name,
+    to_nested_dict,
+    walk,
+)
 from engine.config.wording import count_noun
 
 __all__ = ["Entry", "as_config", "trace_origins"]
+
+_WEIGHT_DECAY = "/optimizer/params/weight_decay"
 
 
 class Entry(NamedTuple):
@@ -40,9 +50,20 @@ def trace_origins(context: RuleContext) -> Iterator[Entry]:
             continue
         if member.pointer == "/engine/backend" and member.value == "auto":
             yield Entry(member.pointer, backend.name, f"derived: {backend.reason}")
+        elif member.is_given:
+            yield Entry(member.pointer, member.value, _describe_origin(document, member))
         else:
-            origin = _describe_origin(document, member) if member.is_given else "default"
-            yield Entry(member.pointer, member.value, origin)
+            value = _get_weight_decay(document) if member.pointer == _WEIGHT_DECAY else member.value
+            yield Entry(member.pointer, value, "default")
+
+
+def _get_weight_decay(document: Document) -> float:
+    """Return the default weight decay, which depends on other params of the optimizer."""
+    block = document.value["optimizer"]
+    name = optimizer_name(block["type"])
+    assert name is not None
+    weight_decay: float = add_optimizer_defaults(name, block.get("params", {}))["weight_decay"]
+    return weight_decay
 
 
 def _trace_batch_sizes(document: Document, world_size: int) -> Iterator[Entry]:

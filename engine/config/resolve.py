@@ -11,7 +11,7 @@ from engine.config.backend_choice import BackendChoice, zero_stage
 from engine.config.batch_sizes import BATCH_KEYS, BatchSizes, derive_batch_sizes
 from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_horizon
-from engine.config.schema import SCHEMA, add_defaults, optimizer_name
+from engine.config.schema import SCHEMA, add_defaults, add_optimizer_defaults, optimizer_name
 from engine.config.source import Source, find_unserializable, load_document
 from engine.config.validate import examine
 from engine.errors import ConfigError, Problem
@@ -94,8 +94,10 @@ class Config:
     """Where activation checkpointing stores the inputs of each block; None if it is disabled."""
     compile_backend: str | None
     """The backend of torch.compile; None if the model is not compiled."""
-    find_unused_parameters: bool
-    """Value of the argument ``find_unused_parameters`` of DistributedDataParallel."""
+    master_weights: bool
+    """Whether trained 16-bit parameters are converted to float32 on PyTorch."""
+    cast_inputs: bool
+    """Whether layers with 16-bit weights cast their floating-point inputs."""
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -151,7 +153,11 @@ class Config:
 
 
 def load_config(
-    config: Source, *, world_size: int = 1, args: argparse.Namespace | None = None
+    config: Source,
+    *,
+    world_size: int = 1,
+    args: argparse.Namespace | None = None,
+    needs_deepspeed: str | None = None,
 ) -> Config:
     """Load and validate a config, and fill in all defaults and derived values.
 
@@ -160,6 +166,8 @@ def load_config(
         world_size: number of ranks of the run.
         args: parsed command-line arguments that override config values. Their parser must have
             been passed to `add_config_arguments`.
+        needs_deepspeed: part of the model that only DeepSpeed supports, if there is one; it then
+            selects DeepSpeed unless ``engine.backend`` is set.
 
     Raises:
         ConfigError: the config cannot be read or is invalid; ``problems`` lists every error.
@@ -176,7 +184,9 @@ def load_config(
         unserializable = list(find_unserializable(document.value, ""))
         if unserializable:
             raise ConfigError(document.name, unserializable)
-    problems, context = examine(document, world_size, reject_auto=True)
+    problems, context = examine(
+        document, world_size, reject_auto=True, needs_deepspeed=needs_deepspeed
+    )
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or context is None:
         raise ConfigError(document.name, errors)
@@ -204,14 +214,15 @@ def _resolve(
         wrap_classes=tuple(engine["wrap"]),
         activation_checkpointing=_get_input_storage(raw.get("activation_checkpointing")),
         compile_backend=engine["compile"],
-        find_unused_parameters=engine["find_unused_parameters"],
+        master_weights=engine["master_weights"],
+        cast_inputs=engine["cast_inputs"],
         batch=derive_batch_sizes(
             {key: value[key] for key in BATCH_KEYS if key in value}, world_size
         ),
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
         loss_scaling=LossScaling(**{key: fp16[key] for key in _LOSS_SCALING}) if enabled else None,
-        optimizer=_build_optimizer_block(value.get("optimizer")),
+        optimizer=_build_optimizer_block(raw.get("optimizer")),
         schedule=context.schedule,
         steps_per_print=value["steps_per_print"],
         data=DataSettings(engine["seed"], value["dataloader_drop_last"]),
@@ -229,7 +240,7 @@ def _build_optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | 
         return None
     name = optimizer_name(block["type"])
     assert name is not None
-    return OptimizerBlock(name, block["params"])
+    return OptimizerBlock(name, add_optimizer_defaults(name, block.get("params", {})))
 
 
 def _build_checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:

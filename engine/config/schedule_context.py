@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config.schema import add_defaults, optimizer_name, optimizer_schema
+from engine.config.schema import add_optimizer_defaults, optimizer_name
 from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves
 from schedules.core.durations import DurationError, convert_to_steps
@@ -93,7 +93,7 @@ def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Bas
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
     assert name is not None
-    params = add_defaults(block.get("params", {}), optimizer_schema(name))
+    params = add_optimizer_defaults(name, block.get("params", {}))
     momentum = params.get("momentum", params["betas"][0] if "betas" in params else 0.0)
     lists = [value for value in vars(schedule).values() if isinstance(value, tuple)]
     groups = max(map(len, lists), default=1)

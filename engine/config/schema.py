@@ -20,6 +20,7 @@ __all__ = [
     "SECTION",
     "Member",
     "add_defaults",
+    "add_optimizer_defaults",
     "get_default",
     "is_ignored",
     "optimizer_name",
@@ -225,3 +226,16 @@ def add_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[st
     True
     """
     return to_nested_dict(walk(value, schema, fill=partial(get_default, backend="torch")))
+
+
+def add_optimizer_defaults(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's params with default values added; some depend on other params.
+
+    >>> add_optimizer_defaults("Adam", {"torch_adam": True})["weight_decay"]
+    0.01
+    """
+    filled = add_defaults(params, optimizer_schema(name))
+    is_torch_adam_w = filled.get("torch_adam") and filled.get("adam_w_mode", True)
+    if is_torch_adam_w and "weight_decay" not in params:
+        filled["weight_decay"] = 0.01  # the default of torch's AdamW, as in DeepSpeed
+    return filled

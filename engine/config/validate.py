@@ -50,7 +50,11 @@ def check(
 
 
 def examine(
-    document: Document, world_size: int | None, *, reject_auto: bool = False
+    document: Document,
+    world_size: int | None,
+    *,
+    reject_auto: bool = False,
+    needs_deepspeed: str | None = None,
 ) -> tuple[list[Problem], RuleContext | None]:
     """Validate a parsed config, and return its problems and its valid values.
 
@@ -60,6 +64,7 @@ def examine(
             be valid for at least one number of ranks.
         reject_auto: whether to report every "auto" value as an error. Set this for runs that are
             not started through an integration, such as the Hugging Face Trainer.
+        needs_deepspeed: part of the model that only DeepSpeed supports; None if unknown.
 
     Returns:
         The problems, sorted by line and column, and the `RuleContext` with the valid values. The
@@ -69,7 +74,9 @@ def examine(
     context = None
     if not any(problem.rule == "syntax" for problem in problems):
         invalid = {problem.pointer for problem in problems if problem.severity == "error"} - {""}
-        found, context = _examine_values(document, world_size, reject_auto=reject_auto)
+        found, context = _examine_values(
+            document, world_size, needs_deepspeed, reject_auto=reject_auto
+        )
         problems += [problem for problem in found if problem.pointer not in invalid]
     return sorted(problems, key=_sort_key), context
 
@@ -80,13 +87,13 @@ def _sort_key(problem: Problem) -> tuple[int, int, int, str]:
 
 
 def _examine_values(
-    document: Document, world_size: int | None, *, reject_auto: bool
+    document: Document, world_size: int | None, needs_deepspeed: str | None, *, reject_auto: bool
 ) -> tuple[Iterable[Problem], RuleContext | None]:
     if not isinstance(document.value, dict):
         message = f"The config must be a JSON object, got {quote_value(document.value)}."
         return [document.build_problem("wrong-type", "", message)], None
     structure = check_structure(document)
-    context = RuleContext(document, structure, world_size)
+    context = RuleContext(document, structure, world_size, needs_deepspeed)
     autos = _find_unresolved(context) if reject_auto else ()
     from_rules = (problem for rule in RULES for problem in rule(context))
     return [*structure.problems, *autos, *from_rules], context

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["checkpoint_activations", "find_blocks"]
+__all__ = ["CheckpointedForward", "checkpoint_activations", "find_blocks"]
 
 
 def checkpoint_activations(
@@ -37,19 +37,33 @@ def checkpoint_activations(
             'layers of the same class. List the blocks\' classes in "engine": {"wrap": […]}.'
         )
     for block in blocks:
-        block.forward = _add_checkpointing(block.forward, on_host=on_host)
+        block.forward = CheckpointedForward(block.forward, on_host=on_host)
 
 
-def _add_checkpointing(forward: Any, *, on_host: bool) -> Any:
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
+class CheckpointedForward:
+    """A block's ``forward`` that saves only its inputs and is recomputed in the backward pass.
+
+    A copy or an unpickled copy of the block computes with its own weights, because copying this
+    object also binds the method to the copied block.
+
+    Args:
+        forward: bound ``forward`` method of a block.
+        on_host: whether to move the saved inputs to CPU memory.
+    """
+
+    __wrapped__: Callable[..., Any]
+
+    def __init__(self, forward: Callable[..., Any], *, on_host: bool) -> None:
+        functools.update_wrapper(self, forward)
+        self.on_host = on_host
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block; without gradients, save nothing."""
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        storage = torch.autograd.graph.save_on_cpu() if on_host else contextlib.nullcontext()
+            return self.__wrapped__(*args, **kwargs)
+        storage = torch.autograd.graph.save_on_cpu() if self.on_host else contextlib.nullcontext()
         with storage:
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run
+            return checkpoint(self.__wrapped__, *args, use_reentrant=False, **kwargs)
 
 
 def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:

@@ -99,6 +99,7 @@ class RunLoader(DataLoader[Any]):
     """Data loader that stops when the run is over, even in the middle of an epoch."""
 
     _run_is_over: Callable[[], bool] | None = None
+    _end_epoch: Callable[[], None] | None = None
     _seed = 0
     _epoch = -1
     _requested = 0  # micro-batches of this epoch that were requested
@@ -120,6 +121,10 @@ class RunLoader(DataLoader[Any]):
     def stop_when(self, run_is_over: Callable[[], bool]) -> None:
         """Stop iterating once ``run_is_over`` returns true."""
         self._run_is_over = run_is_over
+
+    def call_after_epoch(self, end_epoch: Callable[[], None]) -> None:
+        """Call ``end_epoch`` whenever the data of an epoch is used up."""
+        self._end_epoch = end_epoch
 
     def __iter__(self) -> Any:
         if self._run_is_over is not None and self._run_is_over():
@@ -143,6 +148,8 @@ class RunLoader(DataLoader[Any]):
             yield batch
             if self._run_is_over is not None and self._run_is_over():
                 return
+        if self._end_epoch is not None:
+            self._end_epoch()
 
 
 def make_loader(

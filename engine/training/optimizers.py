@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from engine.config.resolve import OptimizerBlock
@@ -19,12 +20,16 @@ OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 _FUSED_OPTIMIZERS = {"Adam", "AdamW", "SGD"}
 
 
-def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimizer:
+def build_optimizer(
+    block: OptimizerBlock, parameters: Iterable[Any], *, may_fuse: bool = True
+) -> Optimizer:
     """Build the optimizer described by the config's `optimizer` block.
 
     Args:
         block: type and hyperparameters of the optimizer.
         parameters: tensors or param groups. Hyperparameters in a group override those of the block.
+        may_fuse: whether to use a fused kernel if there is one. Fused kernels do not support sparse
+            gradients.
 
     >>> weight = torch.nn.Parameter(torch.ones(1))
     >>> params = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "dampening": 0.0}
@@ -35,9 +40,9 @@ def build_optimizer(block: OptimizerBlock, parameters: Iterable[Any]) -> Optimiz
     name = block.type
     if params.pop("adam_w_mode", False) and name == "Adam":
         name = "AdamW"
-    plain = params.pop("torch_adam", False)
+    may_fuse &= not params.pop("torch_adam", False)
     groups = list(parameters)
-    if name in _FUSED_OPTIMIZERS and not plain and _has_fused_kernel(groups):
+    if name in _FUSED_OPTIMIZERS and may_fuse and _has_fused_kernel(name, groups):
         params["fused"] = True
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
@@ -59,12 +64,17 @@ def is_buildable(block: Mapping[str, Any]) -> bool:
     return "x-backend" not in schema and not has_deepspeed_keys and not wants_deepspeed_adam
 
 
-def _has_fused_kernel(groups: list[Any]) -> bool:
+def _has_fused_kernel(name: str, groups: list[Any]) -> bool:
     tensors = [
         tensor
         for group in groups
         for tensor in (group["params"] if isinstance(group, dict) else [group])
     ]
+    # torch 2.13's fused SGD on the CPU updates only the end of a 16-bit tensor, and it does not
+    # support sharded tensors.
     return all(
-        tensor.is_floating_point() and tensor.device.type in {"cpu", "cuda"} for tensor in tensors
+        tensor.dtype in {torch.float32, torch.float64}
+        and tensor.device.type in {"cpu", "cuda"}
+        and not (name == "SGD" and isinstance(tensor, DTensor))
+        for tensor in tensors
     )

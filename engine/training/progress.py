@@ -25,6 +25,8 @@ class Counters:
     micro_steps: int = 0
     global_steps: int = 0
     """Number of completed batches, including those of skipped steps."""
+    global_samples: int = 0
+    """Number of samples in the completed batches, over all ranks."""
     skipped_steps: int = 0
     applied: bool = False
     """Whether the last call of `Engine.step` applied an optimizer step."""
@@ -132,8 +134,8 @@ class ProgressReporter:
             "grad_norm": record.grad_norm,
             "loss_scale": record.loss_scale,
             "samples_per_second": record.batch_size / max(seconds, 1e-9),
-            "skipped_updates": record.skipped_steps,
-            "update": record.step,
+            "skipped_steps": record.skipped_steps,
+            "step": record.step,
         }
         samples = record.global_steps * record.batch_size
         events = [

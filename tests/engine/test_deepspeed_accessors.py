@@ -117,10 +117,17 @@ def test_zero_grad_after_no_sync_clears_the_gradients():
     assert all(p.grad is None for p in trainer.module.parameters())
 
 
-def test_initialize_with_mpu_on_pytorch_raises():
-    config = {"train_batch_size": 1, "optimizer": {"type": "SGD"}}
-    with pytest.raises(ValueError, match="`mpu` is supported only by the DeepSpeed backend"):
-        engine.initialize(config=config, model=torch.nn.Linear(1, 1), mpu=object())
+def test_micro_steps_set_by_the_script_determine_the_next_step():
+    trainer = start()
+    trainer.micro_steps = 7  # of two micro-batches per step
+    trainer.global_steps = 10
+    assert trainer.is_gradient_accumulation_boundary()
+    trainer.backward(trainer(X[:2]).mean())
+    assert trainer.step()
+    assert (trainer.micro_steps, trainer.global_steps) == (8, 11)
+    assert not trainer.is_gradient_accumulation_boundary()
+    trainer.backward(trainer(X[:2]).mean())
+    assert not trainer.step()
 
 
 def test_no_sync_at_zero_stage_2_raises():

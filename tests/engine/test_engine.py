@@ -29,7 +29,7 @@ def test_step_accumulating_applies_at_the_boundary_only():
     backend = FakeBackend()
     trainer = build_engine(backend, gradient_accumulation_steps=3, scheduler=WARMUP)
     assert train(trainer, 6) == [False, False, True] * 2
-    assert backend.arguments("forward") == [False, False, True] * 2
+    assert backend.arguments("is_last") == [False, False, True] * 2
     assert backend.arguments("backward") == [3] * 6
     assert backend.arguments("step") == [1, 1]
     assert (trainer.global_steps, trainer.micro_steps, trainer.global_samples) == (2, 6, 12)
@@ -100,7 +100,7 @@ def test_set_gradient_accumulation_boundary_overrides_the_count_of_micro_batches
     assert train(trainer, 3) == [False] * 3
     trainer.set_gradient_accumulation_boundary(is_boundary=True)
     assert train(trainer, 2) == [True] * 2
-    assert backend.arguments("forward") == [False] * 3 + [True] * 2
+    assert backend.arguments("is_last") == [False] * 3 + [True] * 2
 
 
 def test_step_after_a_direct_loss_backward_divides_by_the_accumulation():
@@ -158,7 +158,7 @@ def test_no_sync_suspends_synchronization_and_steps():
         with pytest.raises(MisuseError, match="nested"), trainer.no_sync():
             pass
     train(trainer, 1)
-    assert backend.arguments("forward") == [False, True]
+    assert backend.arguments("is_last") == [False, True]
     sharded = build_engine(zero_optimization={"stage": 2})
     with pytest.raises(MisuseError, match="stages 2 and 3"), sharded.no_sync():
         pass
@@ -206,7 +206,7 @@ def test_monitors_receive_the_values_of_each_step():
     backend.overflows_next = True
     train(trainer, 1)
     assert [step["lr"].value for step in events] == [0.0, pytest.approx(0.1)]
-    assert [step["skipped_updates"].value for step in events] == [0, 1]
+    assert [step["skipped_steps"].value for step in events] == [0, 1]
     assert [step["lr"].samples for step in events] == [4, 8]
     assert events[0]["train_loss"].value == pytest.approx((loss.item() + 2.0) / 2)
 

@@ -48,17 +48,16 @@ class FakeBackend(Backend):
         return [argument for called, argument in self.calls if called == name]
 
     @override
-    def forward(self, *args, last_micro_batch, **kwargs):
-        self.calls.append(("forward", last_micro_batch))
+    def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)
 
     @override
-    def backward(self, loss, accumulation, *, retain_graph=False):
-        self.calls.append(("backward", accumulation))
+    def backward(self, loss, accumulation, *, is_last, retain_graph=False):
+        self.calls += [("backward", accumulation), ("is_last", is_last)]
         (loss * self._loss_scale / accumulation).backward(retain_graph=retain_graph)
 
     @override
-    def scale(self, loss, accumulation):
+    def scale(self, loss, accumulation, *, is_last):
         self.calls.append(("scale", accumulation))
         return loss * self._loss_scale / accumulation
 

@@ -80,4 +80,18 @@ def _check_tag_validation(context: RuleContext) -> Iterator[Problem]:
         yield context.note("no-effect", "/checkpoint/tag_validation", message, "Remove the key.")
 
 
-RULES: tuple[Rule, ...] = (_check_support, _check_installed_version, _check_tag_validation)
+def _check_unused_parameters(context: RuleContext) -> Iterator[Problem]:
+    if "find_unused_parameters" in context.get_section("engine"):
+        message = (
+            "`engine.find_unused_parameters` has no effect: parameters that the forward pass did "
+            "not use are always found."
+        )
+        yield context.note("no-effect", "/engine/find_unused_parameters", message, "Remove it.")
+
+
+RULES: tuple[Rule, ...] = (
+    _check_support,
+    _check_installed_version,
+    _check_tag_validation,
+    _check_unused_parameters,
+)

@@ -24,7 +24,7 @@ _OPAQUE = {"schedules.families.composites", "schedules.families.custom"}
 
 @dataclass(frozen=True)
 class RuleContext:
-    """The valid values of a config, and values derived from them.
+    """The config values that passed validation, and values derived from them.
 
     ``world_size`` is None if the number of ranks is unknown.
     """
@@ -32,6 +32,8 @@ class RuleContext:
     document: Document
     structure: Structure
     world_size: int | None
+    needs_deepspeed: str | None = None
+    """Part of the model that only DeepSpeed supports, if it is known and has one."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -56,7 +58,7 @@ class RuleContext:
     @cached_property
     def backend(self) -> BackendChoice:
         """The backend that runs the config, and the reason for this choice."""
-        return choose_backend(self.config, self.members)
+        return choose_backend(self.config, self.members, self.needs_deepspeed)
 
     @cached_property
     def stage(self) -> int | None:

@@ -1,8 +1,9 @@
-"""DeepSpeed: the three ways to run a backward pass give the same steps."""
+"""DeepSpeed: the ways to run a backward pass, and steps with NaN."""
 
 import pytest
 import torch
 
+from tests.testing import replicas
 from tests.testing.distributed import run_distributed_test
 from tests.testing.small_model import all_equal, copy_parameters, start
 
@@ -33,6 +34,45 @@ def train_by_each_way():
     assert all_equal(train_by("loss.backward"), expected)
 
 
-@pytest.mark.slow
 def test_deepspeed_with_each_way_to_run_backward_takes_the_same_steps():
     run_distributed_test(train_by_each_way, 2)
+
+
+def train_with_nan(backend, steps, poisoned):
+    """Train steps of two micro-batches; NaN is in the last rank's first one of a step."""
+    trainer = replicas.start(
+        replicas.build_layers(),
+        gradient_accumulation_steps=2,
+        optimizer={"type": "AdamW", "params": {"lr": 0.01}},
+        scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 3}},
+        engine={"backend": backend},
+    )
+    rank, world_size = trainer.global_rank, trainer.world_size
+    for step in steps:
+        for index in range(2):
+            loss = replicas.compute_loss(trainer, rank, 2 * step + index)
+            is_poisoned = step in poisoned and index == 0 and rank == world_size - 1
+            trainer.backward(loss * float("nan") if is_poisoned else loss)
+            applied = trainer.step()
+        assert applied == (step not in poisoned)
+        assert trainer.was_step_applied() == applied
+    return trainer
+
+
+def skip_nan():
+    expected = train_with_nan("torch", [0, 3], [])
+    trainer = train_with_nan("deepspeed", range(4), [1, 2])
+    for one, two in zip(trainer.module.parameters(), expected.module.parameters(), strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+    samples = 4 * 2 * 3 * trainer.world_size
+    for counted in (trainer, trainer._backend.engine):
+        assert (counted.global_steps, counted.skipped_steps) == (4, 2)
+        assert counted.global_samples == samples
+    assert trainer.lr_scheduler.last_epoch == 2
+    replicas.assert_equal_on_all_ranks(trainer.module.parameters())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_deepspeed_in_fp32_without_zero_skips_steps_with_nan(world_size):
+    run_distributed_test(skip_nan, world_size)

@@ -54,7 +54,7 @@ def test_log_describes_backend_precision_and_optimizer(runs, request):
         elif on_two and stage != "0":
             trained_by = f"PyTorch, FSDP2, stage {stage}, over 2 ranks"
         else:
-            trained_by = "PyTorch, DDP over 2 ranks" if on_two else "PyTorch, one process"
+            trained_by = "PyTorch, replicated on 2 ranks" if on_two else "PyTorch, one process"
         announced = next(line for line in run["announcement"].splitlines() if trained_by in line)
         assert f", {precision} (" in announced, name
         # All parameters are counted, even if a library flattens or shards them.

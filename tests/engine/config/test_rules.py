@@ -109,6 +109,14 @@ PAIRS = [
     ),
     ({"train_batch_size": 8, "checkpoint": {"tag_validation": "FAIL"}}, []),
     (
+        {"train_batch_size": 8, "engine": {"find_unused_parameters": True}},
+        [("no-effect", "note", "/engine/find_unused_parameters")],
+    ),
+    (
+        {"train_batch_size": 8, "engine": {"find_unused_parameters": False}},
+        [("no-effect", "note", "/engine/find_unused_parameters")],
+    ),
+    (
         elastic_config(1, "AdamW"),
         [("elastic-checkpoint", "error", "/zero_optimization/elastic_checkpoint")],
     ),

@@ -287,7 +287,7 @@ def test_select_hosts_invalid_filter_is_an_error(filters, message):
         ([], "No script was given"),
         (["missing.py"], "missing.py: script not found"),
         (["--hostfile", "none", __file__], "none: No such file"),
-        (["--nnodes", "2", __file__], "`--nnodes` requires `--hostfile` or `--slurm`"),
+        (["--nnodes", "2", __file__], "`--hostfile` or `--slurm`"),
         (["--nnodes", "2:x", __file__], "must be a number >= 1 or MIN:MAX"),
         (["--nnodes", "3:2", "--write-sbatch", "job", __file__], "must be MIN:MAX with MIN <= MAX"),
         (["--nproc", "0", __file__], "`--nproc` must be a number >= 1 or `auto`"),
@@ -299,7 +299,7 @@ def test_select_hosts_invalid_filter_is_an_error(filters, message):
         (["--slurm-opt", "a=b", __file__], "`--slurm-opt` requires `--slurm`"),
         (["--slurm", "--console", "all", __file__], "`--console` has no effect in a Slurm job"),
         (["--slurm", "--pass-env", "W*", __file__], "`--pass-env` has no effect in a Slurm job"),
-        (["--slurm", "--hostfile", "h", __file__], "`--hostfile` and Slurm cannot be combined"),
+        (["--slurm", "--hostfile", "h", __file__], "`--hostfile` cannot be combined"),
         (["--env", "NOVALUE", __file__], "must have the form NAME=VALUE"),
     ],
 )

@@ -59,8 +59,8 @@ def test_csv_monitor_writes_the_values_of_each_step(tmp_path):
     assert set(rows(directory, "weight_decay").values()) == {0.25}
     losses = rows(directory, "train_loss")
     assert [losses[at] for at in (4, 8, 16)] == pytest.approx([used[k][2] for k in (0, 1, 3)])
-    assert list(rows(directory, "skipped_updates").values()) == [0, 0, 1, 1, 1]
-    assert list(rows(directory, "update").values()) == [0, 1, 1, 2, 3]
+    assert list(rows(directory, "skipped_steps").values()) == [0, 0, 1, 1, 1]
+    assert list(rows(directory, "step").values()) == [0, 1, 1, 2, 3]
     assert rows(directory, "grad_norm")[4] > 0
     assert min(rows(directory, "samples_per_second").values()) > 0
 

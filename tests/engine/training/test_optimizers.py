@@ -5,8 +5,10 @@ import torch
 
 import engine
 from engine import load_config
+from engine.config.schedule_context import build_base_values
 from engine.config.schema import OPTIMIZERS
 from engine.training.optimizers import build_optimizer
+from schedules import WarmupLR
 
 
 def build(block, parameters):
@@ -88,6 +90,60 @@ def test_build_optimizer_is_fused_unless_torch_adam_is_set():
     assert build({"type": "AdamW"}, weights()).defaults["fused"] is True
     plain = build({"type": "AdamW", "params": {"torch_adam": True}}, weights())
     assert plain.defaults["fused"] is None
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
+@pytest.mark.parametrize(
+    ("dtypes", "is_fused"),
+    [
+        ([torch.float32], True),
+        ([torch.float64], True),
+        ([torch.float32, torch.float64], True),
+        ([torch.bfloat16], False),
+        ([torch.float32, torch.float16], False),
+    ],
+)
+def test_build_optimizer_is_fused_for_float32_and_float64_only(name, dtypes, is_fused):
+    parameters = [torch.nn.Parameter(torch.ones(5, dtype=dtype)) for dtype in dtypes]
+    for groups in (parameters, [{"params": parameters}]):
+        assert bool(build({"type": name}, groups).defaults["fused"]) == is_fused
+
+
+def test_initialize_with_sparse_gradients_uses_no_fused_kernel():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 2, sparse=True), torch.nn.Linear(2, 1))
+    before = model[0].weight.detach().clone()
+    config = {"train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    trainer, *_ = engine.initialize(config=config, model=model)
+    trainer.backward(trainer(torch.tensor([1, 3])).sum())
+    assert trainer.step()
+    changed = (model[0].weight != before).any(dim=1)
+    assert changed.tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "weight_decay"),
+    [
+        ("Adam", {"torch_adam": True}, 0.01),
+        ("AdamW", {"torch_adam": True}, 0.01),
+        ("Adam", {"torch_adam": True, "adam_w_mode": False}, 0.0),
+        ("Adam", {"torch_adam": True, "weight_decay": 0.0}, 0.0),
+        ("Adam", {"torch_adam": True, "weight_decay": 0.5}, 0.5),
+        ("Adam", {}, 0.0),
+        ("AdamW", {"torch_adam": False}, 0.0),
+    ],
+)
+def test_torch_adam_without_weight_decay_decays_as_torch_does(name, params, weight_decay):
+    params = {"lr": 0.1, **params}
+    if params.get("torch_adam") is not False:  # DeepSpeed's optimizer
+        (weight,) = parameters = weights()
+        before = weight.detach().clone()
+        optimizer = build({"type": name, "params": params}, parameters)
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), before * (1 - 0.1 * weight_decay))
+    schedule = WarmupLR(warmup_num_steps=2)
+    base = build_base_values({"optimizer": {"type": name, "params": params}}, schedule)
+    assert base["weight_decay"] == (weight_decay,)
 
 
 def test_build_optimizer_keeps_the_values_of_param_groups():

@@ -1,0 +1,105 @@
+"""Reject orders of forward and backward passes that DeepSpeed does not support."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from engine.errors import MisuseError
+
+__all__ = ["BackwardOrder"]
+
+_UNSUPPORTED = ("Direct calls to tensor.backward()", "The size of tensor a (0)")
+"""Parts of DeepSpeed's errors for a backward pass that involves a second engine or forward pass."""
+
+
+class BackwardOrder:
+    """Checks the order of passes of a DeepSpeed engine.
+
+    DeepSpeed 0.19 loses gradients without an error in these cases:
+
+    - ZeRO stages 1 and 2 average the gradients in the first of several last backward passes of a
+      step. Those of the second one are wrong.
+    - ZeRO stage 3 releases the parameters after a backward pass, so a second one whose forward pass
+      came before the first gets wrong gradients.
+    - All stages with master weights train only parameters that required gradients when the engine
+      was built.
+
+    Args:
+        engine: DeepSpeed's engine.
+        zero_stage: ZeRO stage of the run.
+    """
+
+    def __init__(self, engine: Any, zero_stage: int) -> None:
+        self._zero_stage = zero_stage
+        has_master_weights = engine.optimizer is not engine.basic_optimizer
+        self._frozen = [
+            (name, parameter)
+            for name, parameter in engine.module.named_parameters()
+            if has_master_weights and not parameter.requires_grad
+        ]
+        self._forwards = 0  # since the last backward pass
+        self._has_several_forwards = False  # before the last backward pass
+        self._has_averaged = False  # in this step
+        self._hook = engine.module.register_forward_pre_hook(self._count_forward)
+
+    def _count_forward(self, *_: Any) -> None:
+        self._forwards += torch.is_grad_enabled()
+
+    def check(self, *, is_last: bool) -> None:
+        """Check that DeepSpeed computes the gradients of the next backward pass correctly.
+
+        Raises:
+            RuntimeError: DeepSpeed would lose gradients.
+        """
+        if self._has_averaged and self._zero_stage in {1, 2}:
+            raise MisuseError(
+                f"On DeepSpeed with ZeRO stage {self._zero_stage}, only one backward pass of a "
+                "step may be the last one, but `backward` was called again before `step`. Add the "
+                "losses and call `backward` once, or call "
+                "`set_gradient_accumulation_boundary(False)` before all but the last call."
+            )
+        if self._zero_stage == 3 and self._forwards == 0 and self._has_several_forwards:
+            raise MisuseError(
+                "On DeepSpeed with ZeRO stage 3, `backward` was called twice after two forward "
+                "passes, so its gradients would be wrong. Call `backward` after each forward "
+                "pass, or add the losses and call it once."
+            )
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise MisuseError(
+                    f"`{name}` was frozen when the engine was built, so DeepSpeed does not train "
+                    'it. Unfreeze it before `initialize`, or set "engine": {"backend": "torch"}.'
+                )
+        self._has_several_forwards, self._forwards = self._forwards > 1, 0
+        self._has_averaged = is_last
+
+    @contextlib.contextmanager
+    def explain_errors(self) -> Iterator[None]:
+        """Add how to fix them to the errors of an unsupported backward pass, such as a GAN's."""
+        try:
+            yield
+        except (AssertionError, RuntimeError) as error:
+            is_known = isinstance(error, AssertionError) or any(
+                part in str(error) for part in _UNSUPPORTED
+            )
+            if not is_known:
+                raise
+            reason = " ".join(str(error).split()).rstrip(".") or "an assertion failed"
+            raise MisuseError(
+                f"DeepSpeed does not support this backward pass: {reason}. "
+                "Call `backward` once per forward pass. If the loss depends on the model of "
+                "another engine, as in a GAN, freeze that model with `requires_grad_(False)` "
+                'during the pass, or set "engine": {"backend": "torch"}.'
+            ) from error
+
+    def start_step(self) -> None:
+        """Forget the passes of the previous step."""
+        self._has_averaged = self._has_several_forwards = False
+
+    def release(self) -> None:
+        """Stop counting forward passes."""
+        self._hook.remove()

@@ -1,0 +1,369 @@
+"""Average gradients across ranks that hold replicas of the model, as DDP does.
+
+DDP averages only what passes through its own ``forward``. This module attaches to the parameters
+instead, so that a loss from a method of the model, from the unwrapped model or from several forward
+passes is averaged as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from engine.distributed.ranks import Ranks
+from engine.errors import MisuseError
+
+__all__ = ["GradientAverager", "broadcast", "find_sparse_weights"]
+
+_FIRST_BUCKET_BYTES = 1 << 20
+_BUCKET_BYTES = 25 << 20
+_STEP_PERIOD = 4
+_CHECKED_STEPS = 3
+_CHECK_INTERVAL = 100
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with rank 0's values. Every rank must call this with equal shapes."""
+    works = [dist.broadcast(tensor.detach(), src=0, async_op=True) for tensor in tensors]
+    for work in works:
+        work.wait()
+
+
+@dataclass
+class _Bucket:
+    """Parameters whose gradients are averaged in one all-reduce."""
+
+    parameters: list[nn.Parameter]
+    buffer: Tensor
+    """The gradients, then one flag per parameter (whether it has a gradient), then the number of
+    the step."""
+    views: list[Tensor]
+    """The gradients inside the buffer, in the shapes of the parameters."""
+    pending: int = 0
+    """Number of gradients that the current backward pass has not accumulated yet."""
+    work: Any = None
+    """The all-reduce that is running; None if none is."""
+    is_stale: bool = False
+    """Whether a gradient changed after its all-reduce started."""
+
+
+class GradientAverager:
+    """Averages the gradients of the trained parameters across ranks.
+
+    During a backward pass inside `overlap`, a bucket of gradients is averaged as soon as it is
+    complete, while the pass continues. `finish` averages everything else, so that every gradient
+    that reaches the optimizer is averaged. Averaging twice is safe: the mean of values that are
+    equal on all ranks is the same value. A parameter without a gradient on any rank keeps none.
+
+    All ranks must run the same backward passes. The step's number in each buffer, and the
+    gradients' norms in the first steps and every hundredth, are compared to detect ranks that do
+    not.
+
+    Args:
+        model: replicated module; rank 0's parameters and buffers are copied to all ranks.
+        optimizer: optimizer whose parameters are averaged, including those added later.
+        ranks: rank and world size of this process, at least 2.
+
+    Raises:
+        ValueError: the ranks' models have different parameters.
+
+    Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training".
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
+        self._optimizer = optimizer
+        self._ranks = ranks
+        self._model = model if any(True for _ in model.buffers()) else None
+        self._sparse = find_sparse_weights(model)
+        self._parameters: list[nn.Parameter] = []
+        self._buckets: list[_Bucket] = []
+        self._hooks: list[Any] = []
+        self._next = 0  # index of the bucket that is averaged next
+        self._is_overlapping = False
+        self._is_averaged = False
+        self._averaged: list[Tensor | None] = []
+        self._steps = 0
+        _check_models_match(model, ranks)
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        tensors |= {id(parameter): parameter for parameter in self._trained()}
+        broadcast(tensors.values())
+        self._update_buckets()
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [
+            parameter
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        ]
+
+    @contextlib.contextmanager
+    def overlap(self) -> Iterator[None]:
+        """Average gradients during the backward pass inside this context, and finish at its end."""
+        self._update_buckets()
+        for bucket in self._buckets:
+            bucket.pending = len(bucket.parameters)
+        self._is_overlapping = True
+        try:
+            yield
+            self._average_all()
+        except BaseException:
+            self.release()  # an all-reduce may still write to the buffers
+            raise
+        finally:
+            self._is_overlapping = False
+            self._next = 0
+
+    def finish(self) -> None:
+        """Average the remaining gradients across ranks, and copy rank 0's buffers to all ranks.
+
+        Call this before each optimizer step.
+
+        Raises:
+            RuntimeError: the gradients still differ between ranks after averaging, or the ranks
+                have run different numbers of backward passes.
+        """
+        self._update_buckets(keeps_frozen=True)  # those may have gradients of this step
+        if not self._is_averaged or self._are_replaced():
+            self._average_all()
+        self._is_averaged = False
+        self._steps += 1
+        if self._is_check_due():
+            self._check_steps_match()
+            self._check_gradients_match()
+        self._average_buffers()
+
+    def release(self) -> None:
+        """Remove the hooks from the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._buckets, self._parameters, self._averaged = [], [], [], []
+        self._is_averaged = False
+
+    def _update_buckets(self, *, keeps_frozen: bool = False) -> None:
+        """Rebuild the buckets if parameters were added, frozen or unfrozen."""
+        trained = self._trained()
+        if keeps_frozen:
+            trained += [p for p in self._parameters if not p.requires_grad]
+        if [id(p) for p in trained] == [id(p) for p in self._parameters]:
+            return
+        self.release()
+        self._parameters = trained
+        dense = [parameter for parameter in trained if id(parameter) not in self._sparse]
+        for members in _split(reversed(dense)):  # the last layers' gradients come first
+            bucket = _build_bucket(members)
+            self._buckets.append(bucket)
+            self._add_hooks(members, functools.partial(self._on_gradient, bucket))
+        self._add_hooks([p for p in trained if id(p) in self._sparse], self._on_sparse)
+
+    def _add_hooks(self, parameters: list[nn.Parameter], hook: Callable[[Tensor], None]) -> None:
+        for parameter in parameters:
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]  # untyped in torch
+
+    def _on_gradient(self, bucket: _Bucket, parameter: Tensor) -> None:
+        del parameter
+        self._is_averaged = False
+        if not self._is_overlapping:
+            return
+        bucket.pending -= 1
+        bucket.is_stale |= bucket.work is not None
+        # All ranks must start the all-reduces in the same order.
+        while self._next < len(self._buckets) and self._buckets[self._next].pending <= 0:
+            self._start(self._buckets[self._next])
+            self._next += 1
+
+    def _on_sparse(self, parameter: Tensor) -> None:
+        del parameter
+        self._is_averaged = False
+
+    @torch.no_grad()
+    def _average_all(self) -> None:
+        for bucket in self._buckets[self._next :]:
+            self._start(bucket)
+        for bucket in self._buckets:
+            self._finish(bucket)
+        for bucket in self._buckets:
+            if bucket.is_stale:
+                bucket.is_stale = False
+                self._start(bucket)
+                self._finish(bucket)
+        for parameter in self._parameters:
+            if id(parameter) in self._sparse:
+                self._average_sparse(parameter)
+        self._averaged = [parameter.grad for parameter in self._parameters]
+        self._is_averaged = True
+
+    @torch.no_grad()
+    def _start(self, bucket: _Bucket) -> None:
+        size = len(bucket.parameters)
+        present = [i for i, each in enumerate(bucket.parameters) if each.grad is not None]
+        flags = bucket.buffer[-size - 1 : -1]
+        if len(present) == size:
+            flags.fill_(1.0)
+        else:
+            bucket.buffer.zero_()
+            flags[present] = 1.0
+        gradients: Any = [bucket.parameters[i].grad for i in present]
+        torch._foreach_copy_([bucket.views[i] for i in present], gradients)
+        self._all_reduce(bucket)
+
+    def _all_reduce(self, bucket: _Bucket) -> None:
+        bucket.buffer[-1] = self._steps % _STEP_PERIOD
+        bucket.buffer.div_(self._ranks.world_size)  # before the sum, which may overflow
+        bucket.work = dist.all_reduce(bucket.buffer, async_op=True)
+
+    @torch.no_grad()
+    def _finish(self, bucket: _Bucket) -> None:
+        bucket.work.wait()
+        bucket.work = None
+        if self._is_check_due() or self._ranks.device.type == "cpu":
+            self._check_step(bucket)
+        if bucket.is_stale:
+            return  # copying the mean would discard what was accumulated since
+        size = len(bucket.parameters)
+        present = [i for i, each in enumerate(bucket.parameters) if each.grad is not None]
+        gradients: Any = [bucket.parameters[i].grad for i in present]
+        torch._foreach_copy_(gradients, [bucket.views[i] for i in present])
+        if len(present) == size:
+            return
+        flags = bucket.buffer[-size - 1 : -1].tolist()
+        for parameter, view, flag in zip(bucket.parameters, bucket.views, flags, strict=True):
+            if parameter.grad is None and flag > 0:
+                parameter.grad = view.to(parameter.dtype, copy=True)
+
+    def _average_sparse(self, parameter: nn.Parameter) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = torch.zeros_like(parameter).to_sparse(1)  # rows, as in an embedding's
+        parameter.grad = (gradient / self._ranks.world_size).coalesce()
+        dist.all_reduce(parameter.grad)
+
+    def _average_buffers(self) -> None:
+        """Copy rank 0's buffers, such as the running statistics of BatchNorm, to all ranks."""
+        by_type: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for buffer in () if self._model is None else self._model.buffers():
+            by_type.setdefault((buffer.device, buffer.dtype), []).append(buffer.detach())
+        for buffers in by_type.values():
+            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+            dist.broadcast(flat, src=0)
+            sizes = [buffer.numel() for buffer in buffers]
+            views = [
+                part.view_as(buffer)
+                for part, buffer in zip(torch.split(flat, sizes), buffers, strict=True)
+            ]
+            torch._foreach_copy_(buffers, views)
+
+    def _are_replaced(self) -> bool:
+        """Whether the script has assigned other gradients since they were averaged."""
+        return any(
+            parameter.grad is not averaged
+            for parameter, averaged in zip(self._parameters, self._averaged, strict=True)
+        )
+
+    def _is_check_due(self) -> bool:
+        return self._steps <= _CHECKED_STEPS or self._steps % _CHECK_INTERVAL == 0
+
+    def _check_step(self, bucket: _Bucket) -> None:
+        own = self._steps % _STEP_PERIOD
+        if abs(float(bucket.buffer[-1]) - own) > 0.5 / self._ranks.world_size:
+            raise MisuseError(
+                "The ranks have run different numbers of backward passes, so gradients of "
+                "different steps were averaged. Call `trainer.backward(loss)` equally often on "
+                "every rank; compute extra losses under `torch.no_grad()`."
+            )
+
+    @torch.no_grad()
+    def _check_steps_match(self) -> None:
+        """Check that no rank still averages gradients of the step that this rank has finished.
+
+        If one does, its next all-reduce has the size of the first bucket; any other collective
+        would hang.
+        """
+        for bucket in self._buckets[:1]:
+            bucket.buffer.zero_()
+            self._all_reduce(bucket)
+            bucket.work.wait()
+            bucket.work = None
+            self._check_step(bucket)
+
+    def _check_gradients_match(self) -> None:
+        own = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
+        for parameter in self._parameters:
+            if parameter.grad is not None and not parameter.grad.is_sparse:
+                own += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
+        all_ranks = [torch.empty_like(own) for _ in range(self._ranks.world_size)]
+        dist.all_gather(all_ranks, own)
+        values = [float(value) for value in all_ranks]
+        for rank, value in enumerate(values):
+            are_finite = math.isfinite(value) or math.isfinite(values[0])
+            if are_finite and not math.isclose(value, values[0], rel_tol=1e-3):
+                raise MisuseError(
+                    f"The gradients differ between ranks: the sum of their norms is {values[0]:g} "
+                    f"on rank 0 and {value:g} on rank {rank}. After `trainer.backward(loss)`, "
+                    "change `.grad` in the same way on every rank."
+                )
+
+
+def _split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Split parameters into buckets of one device and dtype; the first bucket is small."""
+    buckets: list[list[nn.Parameter]] = []
+    size, limit = 0, 0
+    for parameter in parameters:
+        is_alike = bool(buckets) and _buffer_type(buckets[-1][0]) == _buffer_type(parameter)
+        if not is_alike or size >= limit:
+            limit = _BUCKET_BYTES if buckets else _FIRST_BUCKET_BYTES
+            buckets.append([])
+            size = 0
+        buckets[-1].append(parameter)
+        size += parameter.nbytes
+    return buckets
+
+
+def _buffer_type(parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the dtype to average in; sums of 16-bit gradients lose precision."""
+    return parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _build_bucket(parameters: list[nn.Parameter]) -> _Bucket:
+    device, dtype = _buffer_type(parameters[0])
+    sizes = [parameter.numel() for parameter in parameters]
+    buffer = torch.zeros(sum(sizes) + len(parameters) + 1, device=device, dtype=dtype)
+    parts = torch.split(buffer[: sum(sizes)], sizes)
+    views = [part.view(each.shape) for part, each in zip(parts, parameters, strict=True)]
+    return _Bucket(parameters, buffer, views)
+
+
+def find_sparse_weights(model: nn.Module) -> set[int]:
+    """Return the ids of a model's weights whose gradients are sparse tensors."""
+    return {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+    }
+
+
+def _check_models_match(model: nn.Module, ranks: Ranks) -> None:
+    own = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    models: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(models, own)
+    for rank, other in enumerate(models):
+        if other != models[0]:
+            pairs = zip(models[0], other, strict=False)
+            here, there = next(
+                ((a, b) for a, b in pairs if a != b),
+                (f"{len(models[0])} parameters", f"{len(other)}"),
+            )
+            raise ValueError(
+                f"`model` must have the same parameters on all ranks, got {here} on rank 0 and "
+                f"{there} on rank {rank}. Build the same model on every rank."
+            )

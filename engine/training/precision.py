@@ -1,0 +1,159 @@
+"""Compute in 16 bits with weights in float32: autocast methods, master weights and input dtypes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = [
+    "AutocastMethod",
+    "autocast_methods",
+    "cast_layer_inputs",
+    "convert_to_float32",
+    "find_methods",
+    "restore_methods",
+]
+
+
+class AutocastMethod:
+    """A bound method that runs under autocast.
+
+    A copy or an unpickled copy of the model computes with its own weights, because copying this
+    object also binds the method to the copied model.
+
+    Args:
+        method: bound method of a module.
+        device_type: type of the device that autocast applies to, such as "cuda".
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+    """
+
+    __wrapped__: Callable[..., Any]
+
+    def __init__(self, method: Callable[..., Any], device_type: str, dtype: torch.dtype) -> None:
+        functools.update_wrapper(self, method)
+        self.device_type = device_type
+        self.dtype = dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method under autocast."""
+        with torch.autocast(self.device_type, dtype=self.dtype):
+            return self.__wrapped__(*args, **kwargs)
+
+
+def find_methods(model: nn.Module) -> list[str]:
+    """Return the names of the public methods that a model's class adds to ``nn.Module``.
+
+    >>> find_methods(nn.Linear(2, 2))
+    ['reset_parameters']
+    """
+    return [
+        name
+        for name in dir(type(model))
+        if not name.startswith("_")
+        and not hasattr(nn.Module, name)
+        and isinstance(inspect.getattr_static(type(model), name), types.FunctionType)
+    ]
+
+
+def autocast_methods(model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+    """Let each public method of a model run under autocast, whoever calls it.
+
+    >>> model = nn.Linear(2, 2)
+    >>> autocast_methods(model, "cpu", torch.bfloat16)
+    >>> model(torch.ones(1, 2)).dtype
+    torch.bfloat16
+    """
+    for name in ("forward", *find_methods(model)):
+        setattr(model, name, AutocastMethod(getattr(model, name), device_type, dtype))
+
+
+def restore_methods(model: nn.Module) -> None:
+    """Undo `autocast_methods`."""
+    for name, method in list(vars(model).items()):
+        if isinstance(method, AutocastMethod):
+            delattr(model, name)
+            if getattr(model, name) != method.__wrapped__:  # the model had replaced its method
+                setattr(model, name, method.__wrapped__)
+
+
+def convert_to_float32(
+    parameters: Iterable[nn.Parameter], optimizer: Optimizer | None = None
+) -> torch.dtype | None:
+    """Convert trained 16-bit parameters to float32 in place, so that small steps are not lost.
+
+    A bfloat16 weight has 8 bits of precision: adding 1e-5 to 1.0 does not change it.
+
+    Args:
+        parameters: parameters of the model; those that do not require gradients stay unchanged.
+        optimizer: optimizer whose state for these parameters is converted too.
+
+    Returns:
+        The dtype that the parameters had; None if no parameter was converted.
+
+    >>> weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    >>> convert_to_float32([weight]), weight.dtype
+    (torch.bfloat16, torch.float32)
+    """
+    found = None
+    states = {} if optimizer is None else optimizer.state
+    for parameter in parameters:
+        dtype = parameter.dtype
+        if not parameter.requires_grad or dtype not in {torch.bfloat16, torch.float16}:
+            continue
+        found = dtype
+        parameter.data = parameter.data.float()
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.float()
+        state = states.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dtype == dtype:
+                state[key] = value.float()
+    return found
+
+
+def cast_layer_inputs(model: nn.Module, dtype: torch.dtype) -> list[Any]:
+    """Cast the floating-point inputs of layers whose weights have a 16-bit dtype.
+
+    Only modules without submodules cast, such as ``nn.Linear``. So the model's own inputs, such as
+    targets and positions, keep their precision.
+
+    Returns:
+        The handles that remove the hooks.
+    """
+    layers = [module for module in model.modules() if not any(True for _ in module.children())]
+    return [
+        layer.register_forward_pre_hook(_InputCast(dtype), with_kwargs=True)
+        for layer in layers
+        if any(parameter.is_floating_point() for parameter in layer.parameters())
+    ]
+
+
+class _InputCast:
+    """Forward pre-hook that casts floating-point tensors to a dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        del module
+        return _cast(args, self._dtype), _cast(kwargs, self._dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Cast floating-point tensors to a dtype, at any depth of lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in {list, tuple}:
+        return type(value)(_cast(each, dtype) for each in value)
+    if type(value) is dict:
+        return {name: _cast(each, dtype) for name, each in value.items()}
+    return value
