@@ -80,7 +80,7 @@ class Engine(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward pass in the precision that the config specifies."""
-        self._backend.prepare_backward(is_last=self._run.is_last_backward())
+        self._backend.prepare_backward(is_last=self._run.accumulation.is_last_backward())
         return self._backend.forward(*args, **kwargs)
 
     def backward(
@@ -100,8 +100,8 @@ class Engine(nn.Module):
             ValueError: the loss is not a scalar tensor that requires grad.
         """
         check_loss(loss)
-        divisor = self._run.accumulation if scale_wrt_gas else 1
-        is_last = self._run.is_last_backward()
+        divisor = self._run.accumulation.steps if scale_wrt_gas else 1
+        is_last = self._run.accumulation.is_last_backward()
         self._backend.backward(loss, divisor, is_last=is_last, retain_graph=retain_graph)
         self._run.add_loss(loss)
         return loss if divisor == 1 else loss / divisor
@@ -114,8 +114,9 @@ class Engine(nn.Module):
         """
         check_loss(loss)
         self._run.add_loss(loss)
-        run = self._run
-        return self._backend.scale(loss, run.accumulation, is_last=run.is_last_backward())
+        accumulation = self._run.accumulation
+        is_last = accumulation.is_last_backward()
+        return self._backend.scale(loss, accumulation.steps, is_last=is_last)
 
     def step(
         self, lr_kwargs: Mapping[str, Any] | None = None, *, metric: Tensor | float | None = None
@@ -139,7 +140,7 @@ class Engine(nn.Module):
         """
         del lr_kwargs
         is_applied = self._run.step(metric)
-        if self._run.micro_batches == 0:
+        if self._run.accumulation.micro_batches == 0:
             self._checkpointer.save_if_due(self._run)
         return is_applied
 
@@ -160,11 +161,11 @@ class Engine(nn.Module):
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Return whether the next `step` completes a batch and runs the optimizer."""
-        return self._run.is_boundary()
+        return self._run.accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Set whether `step` runs the optimizer from now on; call it before `backward`."""
-        self._run.boundary = is_boundary
+        self._run.accumulation.boundary = is_boundary
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Disable gradient synchronization across ranks for backward passes inside this context.
@@ -172,7 +173,7 @@ class Engine(nn.Module):
         Raises:
             RuntimeError: the ZeRO stage is 2 or 3, or this context is already active.
         """
-        return self._run.no_sync()
+        return self._run.accumulation.no_sync(self.config.zero_stage)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the accumulated gradients."""
@@ -186,7 +187,7 @@ class Engine(nn.Module):
         unpacked into arguments. The model must return the loss, as in a DeepSpeed pipeline.
         """
         losses = []
-        for loss in call_on_batches(self, data_iter, self._run.accumulation):
+        for loss in call_on_batches(self, data_iter, self._run.accumulation.steps):
             losses.append(self.backward(loss).detach())
             self.step()
         return torch.stack(losses).sum()
@@ -196,7 +197,7 @@ class Engine(nn.Module):
         training = self.training
         self.eval()
         with torch.no_grad():
-            losses = list(call_on_batches(self, data_iter, self._run.accumulation))
+            losses = list(call_on_batches(self, data_iter, self._run.accumulation.steps))
         self.train(training)
         return torch.stack(losses).mean()
 
@@ -439,7 +440,8 @@ class Engine(nn.Module):
 
     @micro_steps.setter
     def micro_steps(self, value: int) -> None:
-        self._run.set_micro_steps(value)
+        self._run.counters.micro_steps = value
+        self._run.accumulation.micro_batches = value % self.gradient_accumulation_steps()
 
     def empty_partition_cache(self) -> None:
         """Release the gathered parameters that DeepSpeed's ZeRO stage 3 caches."""

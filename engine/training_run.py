@@ -18,6 +18,7 @@ from engine.checkpoint.rollback import Rollback
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
 from engine.errors import MisuseError
+from engine.training.accumulation import Accumulation
 from engine.training.data import RunLoader
 from engine.training.loss_window import LossWindow
 from engine.training.monitors import Monitor
@@ -46,20 +47,13 @@ class TrainingRun:
     progress: ProgressReporter
     window: LossWindow
     rollback: Rollback | None
+    accumulation: Accumulation
     recorder: StepRecorder | None = None
     is_trial: bool = False
     """Whether this is an LR range test, which saves no checkpoints; `recorder` decides its end."""
     counters: Counters = field(default_factory=Counters)
     steps_before: int = 0
     """Number of applied steps in the loaded checkpoint; `is_over` does not count them."""
-    boundary: bool | None = None
-    """Value set by `Engine.set_gradient_accumulation_boundary`; if None, count micro-batches."""
-    averages_gradients: bool = True
-    """Whether backward passes average gradients across ranks; false inside `no_sync`."""
-    micro_batches: int = 0
-    """Number of micro-batches since the last optimizer step."""
-    scaled_losses: int = 0
-    """Number of losses passed to `backward` or `scale` since the last optimizer step."""
 
     @classmethod
     def start(
@@ -77,7 +71,8 @@ class TrainingRun:
         window = LossWindow(backend.mean, is_kept=is_needed)
         rolls_back = isinstance(config.schedule, AutoWU) and config.schedule.rollback
         rollback = Rollback(backend) if rolls_back else None
-        return cls(config, backend, driver, progress, window, rollback)
+        accumulation = Accumulation(config.batch.accumulation)
+        return cls(config, backend, driver, progress, window, rollback, accumulation)
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
         """Build a trial run with another schedule on the same backend. It writes no files."""
@@ -92,7 +87,7 @@ class TrainingRun:
         Raises:
             ValueError: the current batch is incomplete.
         """
-        if self.micro_batches or self.scaled_losses:
+        if self.accumulation.micro_batches or self.accumulation.scaled_losses:
             raise ValueError(
                 "An LR range test cannot start in the middle of a batch. Train the remaining "
                 "micro-batches of the batch first."
@@ -118,89 +113,54 @@ class TrainingRun:
         limit = self.config.run.get("steps_this_run")
         return limit is not None and self.counters.applied_steps - self.steps_before >= limit
 
-    def is_boundary(self) -> bool:
-        """Return whether the next micro-batch completes a batch."""
-        if self.boundary is not None:
-            return self.boundary
-        return (self.micro_batches + 1) % self.accumulation == 0
-
-    def is_last_backward(self) -> bool:
-        """Return whether the next backward pass should average gradients across ranks."""
-        return self.averages_gradients and self.is_boundary()
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients on each rank inside this context; see `Engine.no_sync`."""
-        if self.config.zero_stage >= 2:
-            raise MisuseError(
-                "`no_sync()` must not be used with ZeRO stages 2 and 3, which shard gradients in "
-                "each backward pass. Use `gradient_accumulation_steps` instead."
-            )
-        if not self.averages_gradients:
-            raise MisuseError("`no_sync()` must not be nested. Leave the outer context first.")
-        self.averages_gradients = False
-        try:
-            yield
-        finally:
-            self.averages_gradients = True
-
-    @property
-    def accumulation(self) -> int:
-        """The number of micro-batches per optimizer step."""
-        return self.config.batch.accumulation
-
     def set_batch_sizes(self, batch: BatchSizes) -> None:
         """Change the batch sizes of the following steps.
 
         Raises:
             RuntimeError: the current batch is incomplete.
         """
-        if self.micro_batches:
+        if self.accumulation.micro_batches:
             raise MisuseError(
-                "The batch size must be changed between optimizer steps, but "
-                f"{self.micro_batches} micro-batches of the next step have been processed. Change "
-                "it after a step for which `trainer.was_step_applied()` is true."
+                "The batch size must be changed between optimizer steps, but micro-batches of the "
+                f"next step have been processed: {self.accumulation.micro_batches}. Change it when "
+                "`trainer.is_gradient_accumulation_boundary()` was true for the last step."
             )
         self.config = replace(self.config, batch=batch)
+        self.accumulation.steps = batch.accumulation
         self.backend.set_batch_sizes(batch)
 
     def restore_counters(self, counters: Counters) -> None:
         """Continue at the counters of a checkpoint."""
         self.counters = counters
         self.steps_before = counters.applied_steps
-        self.set_micro_steps(counters.micro_steps)
-        self.scaled_losses = 0
+        self.accumulation.restart(counters.micro_steps)
         self.window.clear()
         self.backend.zero_grad()
 
-    def set_micro_steps(self, micro_steps: int) -> None:
-        """Set the count of micro-batches, and with it the position in the current batch."""
-        self.counters.micro_steps = micro_steps
-        self.micro_batches = micro_steps % self.accumulation
-
     def discard_incomplete_batch(self) -> None:
         """Clear the gradients of a batch that the end of the data has left incomplete."""
-        if self.micro_batches == 0 or self.boundary is not None:
+        accumulation = self.accumulation
+        if accumulation.micro_batches == 0 or accumulation.boundary is not None:
             return
         log.info(
             "the epoch ended after %d of %d micro-batches of a step; their gradients are discarded",
-            self.micro_batches,
-            self.accumulation,
+            accumulation.micro_batches,
+            accumulation.steps,
         )
         self.backend.zero_grad()
-        self.counters.micro_steps -= self.micro_batches
-        self.micro_batches = self.scaled_losses = 0
+        self.counters.micro_steps -= accumulation.micro_batches
+        accumulation.restart()
         self.window.clear()
 
     def add_loss(self, loss: Tensor) -> None:
         """Record the loss of a micro-batch that was passed to `backward` or `scale`."""
-        self.scaled_losses += 1
+        self.accumulation.scaled_losses += 1
         self.window.add(loss)
         self.progress.add(loss)
 
     def step(self, metric: Tensor | float | None) -> bool:
         """Finish a micro-batch; if it is the last one of its batch, run the optimizer."""
-        if not self.averages_gradients:
+        if not self.accumulation.averages_gradients:
             raise MisuseError(
                 "`step()` must not be called inside `no_sync()`. Leave the context first."
             )
@@ -215,16 +175,16 @@ class TrainingRun:
         if metric is not None:
             self.driver.metric = metric
         counters = self.counters
-        is_boundary = self.is_boundary()
+        is_boundary = self.accumulation.is_boundary()
         counters.micro_steps += 1
-        self.micro_batches += 1
+        self.accumulation.micro_batches += 1
         counters.applied = is_boundary and self._step_optimizer()
         if is_boundary:
             self._finish_step()
         return counters.applied
 
     def _step_optimizer(self) -> bool:
-        scaled, self.scaled_losses = self.scaled_losses, 0
+        scaled, self.accumulation.scaled_losses = self.accumulation.scaled_losses, 0
         if scaled:
             return self.backend.step()
         if self.backend.loss_scale != 1.0:
@@ -233,12 +193,12 @@ class TrainingRun:
                 "`trainer.scale(loss).backward()` was called in this step. Call one of them "
                 "instead of `loss.backward()`."
             )
-        return self.backend.step(divide_by=self.accumulation)
+        return self.backend.step(divide_by=self.accumulation.steps)
 
     def _finish_step(self) -> None:
         """Count and report a completed step, then step the scheduler if it was applied."""
         counters = self.counters
-        self.micro_batches = 0
+        self.accumulation.micro_batches = 0
         counters.global_steps += 1
         counters.global_samples += self.config.batch.train
         if not counters.applied:

@@ -101,7 +101,7 @@ class DeepSpeedBackend(Backend):
         self._has_rank_local_weights = mpu is not None or self.engine.has_moe_layers
         self._input_casts: list[Any] = []
         dtype = DTYPES.get(config.precision)
-        if dtype is not None and config.cast_inputs:
+        if dtype is not None and config.model.cast_inputs:
             # DeepSpeed's weights have 16 bits. Cast the layers' inputs too, so that scripts do not
             # have to; autocast does the same.
             self._input_casts += cast_layer_inputs(self.model, dtype)

@@ -75,7 +75,7 @@ class FSDPBackend(PyTorchBackend):
     @override
     def _set_precision(self) -> None:
         # FSDP gathers the parameters in the run's dtype, so autocast is not needed.
-        if self._dtype is not None and self._config.cast_inputs:
+        if self._dtype is not None and self._config.model.cast_inputs:
             self._input_casts = cast_layer_inputs(self.model, self._dtype)
         self._frozen_16_bits = [
             (name, parameter)
@@ -85,7 +85,7 @@ class FSDPBackend(PyTorchBackend):
 
     @override
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
-        if self._config.master_weights:
+        if self._config.model.master_weights:
             self._check_frozen()
         # Stages 2 and 3 reduce gradients after every micro-batch, since they do not store
         # unsharded ones.
@@ -213,7 +213,7 @@ def shard(
         "mp_policy": policy,
         "offload_policy": offload,
     }
-    for block in find_blocks(model, config.wrap_classes):
+    for block in find_blocks(model, config.model.wrap_classes):
         fully_shard(block, **settings)
     # Keep the root's own parameters gathered after a forward pass: a method of the model may use
     # them after it has called the model.

@@ -63,7 +63,7 @@ class PyTorchBackend(Backend):
         self._config = config
         self._dtype = DTYPES.get(config.precision)
         _prepare_model(model, config, ranks.device)
-        if config.master_weights:
+        if config.model.master_weights:
             given = optimizer if isinstance(optimizer, Optimizer) else None
             converted_from = convert_to_float32(model.parameters(), given)
             self._dtype = self._dtype or converted_from
@@ -74,7 +74,7 @@ class PyTorchBackend(Backend):
         )
         optimized = {id(p) for group in groups for p in group["params"]}
         self._not_optimized = [p for p in model.parameters() if id(p) not in optimized]
-        self._may_have_16_bits = config.master_weights and any(
+        self._may_have_16_bits = config.model.master_weights and any(
             p.dtype in DTYPES.values() for p in model.parameters()
         )
         self._clipping = config.gradient_clipping
@@ -266,19 +266,23 @@ class PyTorchBackend(Backend):
 
 def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> None:
     """Move a model to a device; enable activation checkpointing and compilation if configured."""
-    compilers = torch.compiler.list_backends(exclude_tags=()) if config.compile_backend else ()
-    if config.compile_backend is not None and config.compile_backend not in compilers:
+    compilers = (
+        torch.compiler.list_backends(exclude_tags=()) if config.model.compile_backend else ()
+    )
+    if config.model.compile_backend is not None and config.model.compile_backend not in compilers:
         raise ValueError(
             f"`engine.compile` must be one of {', '.join(compilers)}, "
-            f"got {config.compile_backend!r}. Choose one of these compilers, or remove the key."
+            f"got {config.model.compile_backend!r}. Choose one of these compilers, or remove the key."
         )
     model.to(device)
-    if config.activation_checkpointing is not None:
+    if config.model.activation_checkpointing is not None:
         checkpoint_activations(
-            model, config.wrap_classes, on_host=config.activation_checkpointing == "host"
+            model,
+            config.model.wrap_classes,
+            on_host=config.model.activation_checkpointing == "host",
         )
-    if config.compile_backend is not None:
-        model.compile(backend=config.compile_backend)
+    if config.model.compile_backend is not None:
+        model.compile(backend=config.model.compile_backend)
 
 
 def _get_values(parameter: nn.Parameter) -> Tensor:

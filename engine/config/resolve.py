@@ -69,6 +69,22 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class ModelSettings:
+    """Settings that decide how a backend prepares the model."""
+
+    wrap_classes: tuple[str, ...]
+    """Class names of the modules to shard and to recompute as a unit."""
+    activation_checkpointing: Literal["device", "host"] | None
+    """Where activation checkpointing stores the inputs of each block; None if it is disabled."""
+    compile_backend: str | None
+    """The backend of torch.compile; None if the model is not compiled."""
+    master_weights: bool
+    """Whether trained 16-bit parameters are converted to float32 on PyTorch."""
+    cast_inputs: bool
+    """Whether layers with 16-bit weights cast their floating-point inputs."""
+
+
+@dataclass(frozen=True)
 class OptimizerBlock:
     """The config's ``optimizer`` block, with the canonical optimizer name and all defaults."""
 
@@ -88,16 +104,7 @@ class Config:
     """ZeRO shards nothing (0), optimizer states (1), also gradients (2), also parameters (3)."""
     cpu_offload: bool
     """Whether parameters or optimizer states are offloaded to CPU memory."""
-    wrap_classes: tuple[str, ...]
-    """Class names of the modules to shard and to recompute as a unit."""
-    activation_checkpointing: Literal["device", "host"] | None
-    """Where activation checkpointing stores the inputs of each block; None if it is disabled."""
-    compile_backend: str | None
-    """The backend of torch.compile; None if the model is not compiled."""
-    master_weights: bool
-    """Whether trained 16-bit parameters are converted to float32 on PyTorch."""
-    cast_inputs: bool
-    """Whether layers with 16-bit weights cast their floating-point inputs."""
+    model: ModelSettings
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -211,11 +218,13 @@ def _resolve(
         raw=raw,
         zero_stage=int(zero_stage(raw)),
         cpu_offload=_is_offloading(context.get_section("zero_optimization")),
-        wrap_classes=tuple(engine["wrap"]),
-        activation_checkpointing=_get_input_storage(raw.get("activation_checkpointing")),
-        compile_backend=engine["compile"],
-        master_weights=engine["master_weights"],
-        cast_inputs=engine["cast_inputs"],
+        model=ModelSettings(
+            wrap_classes=tuple(engine["wrap"]),
+            activation_checkpointing=_get_input_storage(raw.get("activation_checkpointing")),
+            compile_backend=engine["compile"],
+            master_weights=engine["master_weights"],
+            cast_inputs=engine["cast_inputs"],
+        ),
         batch=derive_batch_sizes(
             {key: value[key] for key in BATCH_KEYS if key in value}, world_size
         ),

@@ -1,0 +1,69 @@
+"""Gradient accumulation: the position in the current batch, and where a batch ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.errors import MisuseError
+
+__all__ = ["Accumulation"]
+
+
+@dataclass
+class Accumulation:
+    """The micro-batches since the last optimizer step.
+
+    >>> accumulation = Accumulation(steps=2)
+    >>> accumulation.is_boundary()
+    False
+    >>> accumulation.micro_batches = 1
+    >>> accumulation.is_boundary()
+    True
+    """
+
+    steps: int
+    """Number of micro-batches per optimizer step."""
+    micro_batches: int = 0
+    """Number of micro-batches since the last optimizer step."""
+    scaled_losses: int = 0
+    """Number of losses passed to `backward` or `scale` since the last optimizer step."""
+    boundary: bool | None = None
+    """Value set by `Engine.set_gradient_accumulation_boundary`; if None, count micro-batches."""
+    averages_gradients: bool = True
+    """Whether backward passes average gradients across ranks; false inside `no_sync`."""
+
+    def is_boundary(self) -> bool:
+        """Return whether the next micro-batch completes a batch."""
+        if self.boundary is not None:
+            return self.boundary
+        return (self.micro_batches + 1) % self.steps == 0
+
+    def is_last_backward(self) -> bool:
+        """Return whether the next backward pass should average gradients across ranks."""
+        return self.averages_gradients and self.is_boundary()
+
+    def restart(self, micro_batches: int = 0) -> None:
+        """Start a batch of which a number of micro-batches was processed before."""
+        self.micro_batches, self.scaled_losses = micro_batches % self.steps, 0
+
+    @contextlib.contextmanager
+    def no_sync(self, zero_stage: int) -> Iterator[None]:
+        """Accumulate gradients on each rank inside this context; see `Engine.no_sync`.
+
+        Raises:
+            RuntimeError: the ZeRO stage is 2 or 3, or this context is already active.
+        """
+        if zero_stage >= 2:
+            raise MisuseError(
+                "`no_sync()` must not be used with ZeRO stages 2 and 3, which shard gradients in "
+                "each backward pass. Use `gradient_accumulation_steps` instead."
+            )
+        if not self.averages_gradients:
+            raise MisuseError("`no_sync()` must not be nested. Leave the outer context first.")
+        self.averages_gradients = False
+        try:
+            yield
+        finally:
+            self.averages_gradients = True
