@@ -266,23 +266,20 @@ class PyTorchBackend(Backend):
 
 def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> None:
     """Move a model to a device; enable activation checkpointing and compilation if configured."""
-    compilers = (
-        torch.compiler.list_backends(exclude_tags=()) if config.model.compile_backend else ()
-    )
-    if config.model.compile_backend is not None and config.model.compile_backend not in compilers:
+    settings = config.model
+    compiler = settings.compile_backend
+    known = torch.compiler.list_backends(exclude_tags=()) if compiler else ()
+    if compiler is not None and compiler not in known:
         raise ValueError(
-            f"`engine.compile` must be one of {', '.join(compilers)}, "
-            f"got {config.model.compile_backend!r}. Choose one of these compilers, or remove the key."
+            f"`engine.compile` must be one of {', '.join(known)}, got {compiler!r}. Choose one of "
+            "these compilers, or remove the key."
         )
     model.to(device)
-    if config.model.activation_checkpointing is not None:
-        checkpoint_activations(
-            model,
-            config.model.wrap_classes,
-            on_host=config.model.activation_checkpointing == "host",
-        )
-    if config.model.compile_backend is not None:
-        model.compile(backend=config.model.compile_backend)
+    if settings.activation_checkpointing is not None:
+        is_on_host = settings.activation_checkpointing == "host"
+        checkpoint_activations(model, settings.wrap_classes, on_host=is_on_host)
+    if compiler is not None:
+        model.compile(backend=compiler)
 
 
 def _get_values(parameter: nn.Parameter) -> Tensor:
