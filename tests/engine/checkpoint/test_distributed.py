@@ -83,7 +83,7 @@ def save_or_reload(directory, is_first):
     trainer.save_checkpoint(directory)
     tensors = list(trainer.module.state_dict().values())
     for values in optimizer.state_dict()["state"].values():
-        tensors += values.values()
+        tensors += [values[name] for name in sorted(values)]
     return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
 
 
