@@ -93,7 +93,7 @@ def build_empty_state(
             if setting not in _NOT_RESTORED:
                 _insert(settings[int(index)], setting.split("."), _allocate(None, value))
     return {
-        "state": {name: _restore_lists(each) for name, each in state.items()},
+        "state": {name: _restore_lists(state[name]) for name in parameters if name in state},
         "param_groups": [
             {**group, **_restore_lists(each)} for group, each in zip(groups, settings, strict=True)
         ],
