@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,12 +18,10 @@ from engine.backends.base import Backend
 from engine.checkpoint.fingerprint import Identity
 from engine.checkpoint.manager import Checkpointer
 from engine.config import Config
-from engine.training.data import call_on_batches
+from engine.training.data import call_on_batches, read_epoch
 from engine.training.loss_window import check_loss
 from engine.training.monitors import Monitor
-from engine.training.progress import StepRecorder
-from engine.training_run import TrainingRun, preserve_state
-from schedules import Schedule
+from engine.training_run import TrainingRun
 from schedules.param_groups import read_momenta
 
 __all__ = ["Engine"]
@@ -67,7 +64,7 @@ class Engine(nn.Module):
 
     @lr_scheduler.setter
     def lr_scheduler(self, scheduler: LRScheduler | None) -> None:
-        self._run.set_scheduler(scheduler)
+        self._run.scheduler = scheduler
 
     def __getattr__(self, name: str) -> Any:
         # nn.Module looks up modules and parameters; the backend looks up all other names.
@@ -143,21 +140,6 @@ class Engine(nn.Module):
         if self._run.accumulation.micro_batches == 0:
             self._checkpointer.save_if_due(self._run)
         return is_applied
-
-    @contextlib.contextmanager
-    def _trial_run(self, recorder: StepRecorder, schedule: Schedule[Any]) -> Iterator[None]:
-        """Train with another schedule inside this context; restore the training state on exit.
-
-        The state is also restored after an exception. The recorder records every step.
-        """
-        run = self._run
-        run.check_between_steps()
-        with preserve_state(self, self._backend, self.training_dataloader):
-            try:
-                self._run = run.start_trial(recorder, schedule)
-                yield
-            finally:
-                self._run = run
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Return whether the next `step` completes a batch and runs the optimizer."""
@@ -283,8 +265,14 @@ class Engine(nn.Module):
 
     @property
     def run_is_over(self) -> bool:
-        """Whether this run has applied ``engine.steps_this_run`` optimizer steps."""
+        """Whether the run has reached ``engine.steps_this_run`` or ``engine.max_duration``."""
         return self._run.is_over
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch or, between epochs, the next one; from 0. Needs ``training_data``."""
+        self._run.length.is_position_known = True
+        return read_epoch(self.training_dataloader)
 
     # ---- Accessors with DeepSpeed's names; their meaning is the same on every backend. ----
 
@@ -403,10 +391,9 @@ class Engine(nn.Module):
         return self._run.read_momentum()
 
     def get_global_grad_norm(self) -> float | None:
-        """Return the 2-norm of the last gradients before clipping; None before the first step.
+        """Return the 2-norm of the last gradients before clipping, over all parameters.
 
-        On DeepSpeed, the result is None in bf16 without ZeRO, and for models with rank-local
-        weights, such as MoE.
+        None before the first step, and on DeepSpeed in bf16 without ZeRO and for MoE.
         """
         return self._backend.grad_norm
 
@@ -417,6 +404,7 @@ class Engine(nn.Module):
     @property
     def global_steps(self) -> int:
         """The number of completed batches, including those of skipped steps."""
+        self._run.length.is_position_known = True
         return self._run.counters.global_steps
 
     @global_steps.setter

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from engine import backends
 from engine.backends.base import Backend
@@ -27,7 +27,7 @@ from engine.distributed.ranks import (
 from engine.engine import Engine
 from engine.range_test.script import apply_sweep, attach_recorder
 from engine.range_test.sweep import read_sweep
-from engine.training.data import make_loader
+from engine.training.data import RunLoader, count_steps_per_epoch, make_loader
 from engine.training.monitors import build_monitors
 from engine.training.optimizers import OptimizerFactory
 from schedules import ScheduleBinder
@@ -140,12 +140,14 @@ def initialize(
     monitors = build_monitors(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
     if loader is not None:
-        loader.stop_when(lambda: engine.run_is_over)
-        loader.call_after_epoch(engine._run.discard_incomplete_batch)  # noqa: SLF001  # private to the package
+        _connect_loader(engine, loader)
     attach_recorder(engine, sweep)
     if ranks.rank == 0:
         _log_setup(engine, backend)
-    engine._checkpointer.resume(engine._run)  # noqa: SLF001  # private to the package
+    run = engine._run  # noqa: SLF001  # private to the package
+    is_resumed = engine._checkpointer.resume(run)  # noqa: SLF001  # private to the package
+    if is_resumed and loader is not None and loader.epoch > 0:
+        loader.check_before_resuming(run.length.check_is_known)
     return engine, backend.optimizer, loader, scheduler
 
 
@@ -208,13 +210,20 @@ def _bind_schedule(
     loader: DataLoader[Any] | None,
 ) -> LRScheduler | None:
     if config.schedule is not None:
-        per_epoch = None
-        if loader is not None and not isinstance(loader.dataset, IterableDataset):
-            per_epoch = len(loader) / config.batch.accumulation
-        return bind(config.schedule, optimizer, horizon=config.horizon(per_epoch))
+        horizon = config.horizon(count_steps_per_epoch(loader, config))
+        return bind(config.schedule, optimizer, horizon=horizon)
     if given is None or isinstance(given, LRScheduler) or not callable(given):
         return given  # a custom scheduler may not derive from torch's class
     return given(optimizer)
+
+
+def _connect_loader(engine: Engine, loader: RunLoader) -> None:
+    """Let the loader end with the run, and tell the run its length in steps."""
+    run, checkpointer = engine._run, engine._checkpointer  # noqa: SLF001  # private to the package
+    horizon = engine.config.horizon(count_steps_per_epoch(loader, engine.config))
+    run.length.total_steps = horizon.scaled_steps
+    loader.stop_when(lambda: engine.run_is_over, lambda: checkpointer.save_last(run))
+    loader.call_after_epoch(run.discard_incomplete_batch)
 
 
 def _log_setup(engine: Engine, backend: Backend) -> None:

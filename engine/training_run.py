@@ -20,9 +20,11 @@ from engine.config.batch_sizes import BatchSizes
 from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
 from engine.training.data import RunLoader
+from engine.training.divergence import DivergenceCheck
 from engine.training.loss_window import LossWindow
 from engine.training.monitors import Monitor
 from engine.training.progress import Counters, ProgressReporter, StepRecord, StepRecorder
+from engine.training.run_length import RunLength
 from engine.training.schedule_driver import ScheduleDriver
 from schedules import AutoWU, Schedule
 from schedules.param_groups import read_momenta
@@ -48,12 +50,12 @@ class TrainingRun:
     window: LossWindow
     rollback: Rollback | None
     accumulation: Accumulation
+    length: RunLength
+    divergence: DivergenceCheck
     recorder: StepRecorder | None = None
     is_trial: bool = False
     """Whether this is an LR range test, which saves no checkpoints; `recorder` decides its end."""
     counters: Counters = field(default_factory=Counters)
-    steps_before: int = 0
-    """Number of applied steps in the loaded checkpoint; `is_over` does not count them."""
 
     @classmethod
     def start(
@@ -69,10 +71,21 @@ class TrainingRun:
         progress = ProgressReporter(config, monitors, backend.mean, writes_log=is_first)
         is_needed = driver.feedback == "loss" or progress.is_monitored
         window = LossWindow(backend.mean, is_kept=is_needed)
+        is_dynamic = config.loss_scaling is not None and config.loss_scaling.loss_scale == 0
         rolls_back = isinstance(config.schedule, AutoWU) and config.schedule.rollback
         rollback = Rollback(backend) if rolls_back else None
-        accumulation = Accumulation(config.batch.accumulation)
-        return cls(config, backend, driver, progress, window, rollback, accumulation)
+        return cls(
+            config,
+            backend,
+            driver,
+            progress,
+            window,
+            rollback,
+            Accumulation(config.batch.accumulation),
+            RunLength(config.run.get("steps_this_run")),
+            # A dynamic loss scale skips steps until it is low enough, and ends the run itself.
+            DivergenceCheck(None if is_dynamic else config.max_skipped_steps),
+        )
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
         """Build a trial run with another schedule on the same backend. It writes no files."""
@@ -102,16 +115,15 @@ class TrainingRun:
         """The learning-rate scheduler or None; it is stepped after each applied optimizer step."""
         return self.driver.scheduler
 
-    def set_scheduler(self, scheduler: LRScheduler | None) -> None:
-        """Replace the scheduler, and start to collect losses if the new one needs them."""
+    @scheduler.setter
+    def scheduler(self, scheduler: LRScheduler | None) -> None:
         self.driver.scheduler = scheduler
         self.window.is_kept |= self.driver.feedback == "loss"
 
     @property
     def is_over(self) -> bool:
-        """Whether this run has applied ``engine.steps_this_run`` optimizer steps."""
-        limit = self.config.run.get("steps_this_run")
-        return limit is not None and self.counters.applied_steps - self.steps_before >= limit
+        """Whether the run has reached ``engine.steps_this_run`` or ``engine.max_duration``."""
+        return self.length.is_over(self.counters)
 
     def set_batch_sizes(self, batch: BatchSizes) -> None:
         """Change the batch sizes of the following steps.
@@ -132,7 +144,7 @@ class TrainingRun:
     def restore_counters(self, counters: Counters) -> None:
         """Continue at the counters of a checkpoint."""
         self.counters = counters
-        self.steps_before = counters.applied_steps
+        self.length.steps_before = counters.applied_steps
         self.accumulation.restart(counters.micro_steps)
         self.window.clear()
         self.backend.zero_grad()
@@ -155,6 +167,7 @@ class TrainingRun:
     def add_loss(self, loss: Tensor) -> None:
         """Record the loss of a micro-batch that was passed to `backward` or `scale`."""
         self.accumulation.scaled_losses += 1
+        self.divergence.last_loss = loss.detach()
         self.window.add(loss)
         self.progress.add(loss)
 
@@ -167,7 +180,7 @@ class TrainingRun:
         if self.is_trial and self.recorder is not None:
             # A script may catch the exception that ends the run; in that case, raise it again.
             self.recorder.stop_if_over()
-        if self.is_over:
+        if self.length.is_session_over(self.counters):
             raise RuntimeError(
                 f"The run has ended after {self.config.run['steps_this_run']} steps "
                 "(`engine.steps_this_run`). Exit the training loop when `run_is_over` is true."
@@ -218,6 +231,8 @@ class TrainingRun:
             if self.rollback is not None:
                 self.rollback.update(self.scheduler)
         self.window.clear()
+        if not self.is_trial:
+            self.divergence.update(self.counters, self.read_lr()[0])
 
     def _collect_record(self) -> StepRecord:
         counters, backend = self.counters, self.backend

@@ -129,8 +129,11 @@ class PyTorchBackend(Backend):
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
         del is_last  # `step` averages what no call of `backward` has averaged
         self._old_gradients, self._keeps_gradients = [], self.ranks.device.type == "cpu"
+        if self._scaler is not None and loss.dtype == torch.float16:
+            self._scaler.limit_to_float16()
         factor = self.loss_scale / accumulation
-        return loss if factor == 1.0 else loss * factor
+        # Multiply in float32: a 16-bit product would overflow or lose precision.
+        return loss if factor == 1.0 else loss.float() * factor
 
     @override
     def step(self, *, divide_by: int = 1) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime as dt
 import logging
 import os
 import platform
+import sys
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
@@ -23,11 +27,13 @@ from engine.checkpoint.fingerprint import Identity, check_identity
 from engine.checkpoint.plain_values import check_plain_values, read_values, write_values
 from engine.checkpoint.rng import get_rng_state, set_rng_state
 from engine.checkpoint.rollback import Rollback
+from engine.checkpoint.schedule_state import adapt_schedule_state, convert_position
 from engine.checkpoint.storage import Manifest
 from engine.config import Config
-from engine.distributed.environment import ELASTIC, SAVED_AND_ENDED
-from engine.distributed.ranks import Ranks
+from engine.distributed.environment import ELASTIC, INTERRUPTED, SAVED_AND_ENDED
+from engine.distributed.ranks import Ranks, wait_for_exit_of_all_ranks
 from engine.distributed.signals import Signals
+from engine.errors import MisuseError
 from engine.training.data import RunLoader
 from engine.training.progress import Counters
 from engine.versions import get_installed_version
@@ -37,10 +43,17 @@ __all__ = ["Checkpointer"]
 log = logging.getLogger("onecycle")
 
 _ENGINE = "engine.pt"
+_USERS: weakref.WeakValueDictionary[str, Checkpointer] = weakref.WeakValueDictionary()
+"""The last engine of this process that uses each directory for automatic checkpoints."""
 
 
 class SavedBackend(Protocol):
     """The part of `engine.backends.base.Backend` that `Checkpointer` uses."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer that the schedule and the user see."""
+        ...
 
     @property
     def ranks(self) -> Ranks:
@@ -114,12 +127,17 @@ class Checkpointer:
         self._identity = identity
         self._loader = loader if isinstance(loader, RunLoader) else None
         self._signals: Signals | None = None
+        self._saved_steps: int | None = 0  # batches in the last checkpoint of the run
 
-    def resume(self, run: RunState) -> None:
+    def resume(self, run: RunState) -> bool:
         """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
 
-        After this call, `save_if_due` also saves if a rank has received SIGTERM or SIGUSR1. Without
-        ``engine.checkpoint.dir``, this method does nothing.
+        After this call, `save_if_due` also saves if a rank has received SIGINT, SIGTERM or SIGUSR1,
+        and the last steps are saved when the process exits. Without ``engine.checkpoint.dir``, this
+        method does nothing.
+
+        Returns:
+            Whether a checkpoint was loaded.
 
         Raises:
             FileNotFoundError: if all checkpoints are damaged, or if there is none and
@@ -127,17 +145,22 @@ class Checkpointer:
         """
         plan = self._plan
         if plan.dir is None:
-            return
+            return False
+        if plan.every is not None:
+            atexit.register(self._save_at_exit, weakref.ref(run))
+        _USERS[str(Path(plan.dir).resolve())] = self
         if self._signals is None:
             self._signals = Signals()
         # If every checkpoint is damaged, `load` raises: a new run would overwrite them.
         if plan.resume == "never" or (
             plan.resume == "auto" and not storage.has_any_checkpoint(Path(plan.dir))
         ):
-            return
+            return False
         checkpoint_dir, _ = self.load(run, Path(plan.dir))
         if self._ranks.rank == 0:
             log.info("resuming from %s at step %d", checkpoint_dir, run.counters.applied_steps)
+        self._saved_steps = run.counters.global_steps
+        return True
 
     def save_if_due(self, run: RunState) -> None:
         """Save a checkpoint if one is due, or if any rank has received SIGTERM or SIGUSR1.
@@ -150,19 +173,62 @@ class Checkpointer:
         plan = self._plan
         if plan.dir is None or run.is_trial:
             return
-        is_last = self._signals is not None and self._signals.is_received_on_any_rank(self._ranks)
+        received = None if self._signals is None else self._signals.find_on_any_rank(self._ranks)
+        is_last = received is not None
         is_due = plan.every is not None and run.counters.global_steps % plan.every == 0
         if not (is_due or is_last):
             return
+        self._check_directory_is_not_shared(plan.dir)
         self.save(run, Path(plan.dir))
         if is_last:
             self.wait()
             step = run.counters.applied_steps
             log.warning(
-                "saved a checkpoint at step %d; exiting because a rank received SIGTERM or SIGUSR1",
-                step,
+                "saved a checkpoint at step %d; exiting because a rank received %s", step, received
             )
-            raise SystemExit(SAVED_AND_ENDED)
+            raise SystemExit(INTERRUPTED if received == "SIGINT" else SAVED_AND_ENDED)
+
+    def save_last(self, run: RunState) -> None:
+        """Save the last steps of the run, unless they are saved already."""
+        plan = self._plan
+        if plan.dir is None or plan.every is None or run.is_trial:
+            return
+        if self._saved_steps == run.counters.global_steps:
+            return
+        self._check_directory_is_not_shared(plan.dir)
+        self.save(run, Path(plan.dir))
+        self.wait()
+
+    def _save_at_exit(self, run_reference: weakref.ref[RunState]) -> None:
+        run = run_reference()
+        directory = self._plan.dir
+        if run is None or directory is None or hasattr(sys, "last_value"):
+            return
+        is_saved = self._saved_steps == run.counters.global_steps
+        is_deleted = bool(self._saved_steps) and not Path(directory).exists()
+        if is_saved or is_deleted or not self._is_only_user(directory):
+            return
+        if not wait_for_exit_of_all_ranks():
+            log.warning("not all ranks exited; the steps since the last checkpoint are not saved")
+            return
+        try:
+            self.wait()
+            self.async_saver = None  # no thread can be started while the process exits
+            self.save_last(run)
+        except Exception:  # no caller is left to catch it, so the exit status reports the failure
+            log.exception("the last checkpoint could not be saved")
+            logging.shutdown()
+            os._exit(1)
+
+    def _is_only_user(self, directory: str) -> bool:
+        return _USERS.get(str(Path(directory).resolve()), self) is self
+
+    def _check_directory_is_not_shared(self, directory: str) -> None:
+        if not self._is_only_user(directory):
+            raise MisuseError(
+                f"`engine.checkpoint.dir` must be different for each engine of a process, but two "
+                f"engines save to {directory}. Give each engine its own directory."
+            )
 
     def save(
         self,
@@ -203,6 +269,8 @@ class Checkpointer:
                 run.rollback.save(partial)
             if ranks.rank == 0:
                 write_values(partial / _ENGINE, self._collect(run, client_state or {}))
+        if self._plan.dir is not None and Path(self._plan.dir) == directory:
+            self._saved_steps = run.counters.global_steps
         manifest = Manifest(
             tag=tag,
             step=run.counters.applied_steps,
@@ -286,16 +354,22 @@ class Checkpointer:
                 checkpoint_dir,
             )
         state: dict[str, Any] = read_values(checkpoint_dir / _ENGINE)
+        own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
         self._backend.load(
             checkpoint_dir, optimizer=optimizer, strict=strict, frozen=manifest.frozen
         )
+        if self._plan.override:  # keep this run's learning rate, betas and weight decay
+            for group, settings in zip(
+                self._backend.optimizer.param_groups, own_groups, strict=True
+            ):
+                group.update(settings)
         own = checkpoint_dir / f"random.{self._ranks.rank}.pt"
         if optimizer and own.is_file() and manifest.world_size == self._ranks.world_size:
             set_rng_state(read_values(own))
         if counters:
             self._restore_counters(run, state)
         if scheduler and run.scheduler is not None:
-            self._restore_scheduler(run, run.scheduler, state["lr_scheduler"])
+            self._restore_scheduler(run, run.scheduler, state)
             if run.rollback is not None:
                 run.rollback.load(checkpoint_dir)
         return checkpoint_dir, state["client_state"]
@@ -327,12 +401,14 @@ class Checkpointer:
         self._loader.load_state_dict(position)
 
     def _restore_scheduler(
-        self, run: RunState, scheduler: LRScheduler, saved: Mapping[str, Any] | None
+        self, run: RunState, scheduler: LRScheduler, state: Mapping[str, Any]
     ) -> None:
+        saved = state["lr_scheduler"]
         if saved is None or self._plan.override:
-            saved = _adapt_schedule_state(
-                saved or {}, scheduler.state_dict(), run.counters.applied_steps
+            position = convert_position(
+                run.counters.applied_steps, run.config, state.get("batch") or {}
             )
+            saved = adapt_schedule_state(saved or {}, scheduler.state_dict(), position)
         scheduler.load_state_dict(dict(saved))
 
     def wait(self) -> None:
@@ -347,37 +423,16 @@ class Checkpointer:
 
     def close(self) -> None:
         """Restore the previous signal handlers, and wait for this rank's last save to finish."""
+        atexit.unregister(self._save_at_exit)
         if self._signals is not None:
             self._signals.restore_handlers()
         if self.async_saver is not None:
             self.async_saver.close()
 
 
-def _adapt_schedule_state(
-    saved: Mapping[str, Any], own: dict[str, Any], applied_steps: int
-) -> dict[str, Any]:
-    """Adapt a saved scheduler state to this run's schedule, which may be a different one.
-
-    A schedule without feedback continues at the current step of the run. A feedback schedule
-    depends on past losses, so it restarts unless its type and params match the saved ones.
-
-    Args:
-        saved: scheduler state in the checkpoint; empty if the checkpoint contains none.
-        own: current state of this run's scheduler.
-        applied_steps: number of applied optimizer steps of the run.
-    """
-    state = own | {"step": applied_steps}
-    if "state" in own:
-        if all(saved.get(name) == own[name] for name in ("type", "params")):
-            state |= {"state": saved["state"], "step": saved["step"]}
-        else:
-            log.warning(
-                "%s depends on past losses that this checkpoint does not contain; "
-                "restarting the schedule",
-                own["type"],
-            )
-            state["step"] = own["step"]
-    return state
+def _copy_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the settings of a param group, without what an optimizer counts in it."""
+    return {key: value for key, value in group.items() if key not in {"params", "step"}}
 
 
 def _collect_versions() -> dict[str, str]:

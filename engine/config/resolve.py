@@ -105,6 +105,8 @@ class Config:
     cpu_offload: bool
     """Whether parameters or optimizer states are offloaded to CPU memory."""
     model: ModelSettings
+    max_skipped_steps: int | None
+    """Number of consecutive skipped steps that ends the run; None for no limit."""
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -225,6 +227,7 @@ def _resolve(
             master_weights=engine["master_weights"],
             cast_inputs=engine["cast_inputs"],
         ),
+        max_skipped_steps=engine["max_skipped_steps"],
         batch=derive_batch_sizes(
             {key: value[key] for key in BATCH_KEYS if key in value}, world_size
         ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "ELASTIC",
     "FAILURE_FILE",
+    "INTERRUPTED",
     "INVALID",
     "JOB_ID",
     "LR_TEST",
@@ -55,6 +56,9 @@ UNREACHABLE = 69
 
 SAVED_AND_ENDED = 75
 """Exit status: the run received a signal, saved a checkpoint and exited (EX_TEMPFAIL: retry)."""
+
+INTERRUPTED = 130
+"""Exit status: Ctrl-C ended the run, which saved a checkpoint if it saves any (128 + SIGINT)."""
 
 NODE_LOST = 75
 """Exit status: the launch lost a host (EX_TEMPFAIL: retry)."""

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,9 +25,10 @@ __all__ = [
     "get_rank",
     "get_world_size",
     "init_distributed",
+    "wait_for_exit_of_all_ranks",
 ]
 
-_EXIT_TIMEOUT = timedelta(seconds=5)
+_EXIT_TIMEOUT = 5.0  # seconds
 _RELEASE_TIME = 0.05
 _TASK_COUNTS = {
     "SLURM_STEP_NUM_TASKS": "srun",
@@ -178,15 +180,31 @@ def destroy_distributed() -> None:
     """Destroy the process group.
 
     With gloo, first wait up to 5 seconds for the other ranks. Otherwise, a rank that exits early
-    would close connections that the gloo threads of other ranks still use.
+    would close connections that the gloo threads of other ranks still use. If an exception ends
+    this process, do not wait: the others may be waiting for this rank in a collective operation.
     """
     if not _has_process_group():
         return
-    if dist.get_backend() == "gloo":
-        with contextlib.suppress(RuntimeError):
-            dist.monitored_barrier(timeout=_EXIT_TIMEOUT)
+    if dist.get_backend() == "gloo" and not hasattr(sys, "last_value"):
+        wait_for_exit_of_all_ranks()
     dist.destroy_process_group()
     # A gloo thread may still own a tensor, and needs the interpreter to release it. If the
     # interpreter has already exited, the process aborts ("terminate called without an active
     # exception").
     time.sleep(_RELEASE_TIME)
+
+
+def wait_for_exit_of_all_ranks() -> bool:
+    """Wait up to 5 seconds until all ranks have called this; return whether they have."""
+    if not _has_process_group():
+        return True
+    # Use the store: a rank that is in another collective operation would not answer a barrier.
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # it has no public name
+    keys = [f"onecycle/exit/{rank}" for rank in range(dist.get_world_size())]
+    deadline = time.monotonic() + _EXIT_TIMEOUT
+    with contextlib.suppress(RuntimeError):  # the rank that hosts the store has exited
+        store.set(keys[dist.get_rank()], "")
+        while not store.check(keys) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return bool(store.check(keys))
+    return False

@@ -1,9 +1,11 @@
-"""Detect SIGTERM and SIGUSR1, so that a run can save a checkpoint before it is killed."""
+"""Detect signals that end a run, so that it can save a checkpoint before it exits."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -14,19 +16,26 @@ from engine.distributed.ranks import Ranks
 
 __all__ = ["Signals"]
 
-_NAMES = ("SIGTERM", "SIGUSR1")
+log = logging.getLogger("onecycle")
+
+_NAMES = ("SIGUSR1", "SIGTERM", "SIGINT")
+"""If the ranks receive several signals, the last one of these counts."""
+_MAX_STEP_TIME = 60.0
+"""Seconds after the last check in which the script is assumed to train."""
 
 
 class Signals:
-    """Records whether this process received SIGTERM or SIGUSR1.
+    """Records whether this process received SIGINT, SIGTERM or SIGUSR1.
 
-    Slurm can send these signals shortly before it kills a job. Call `is_received_on_any_rank` after
-    each step, and `restore_handlers` to stop recording. An instance that is created outside of the
-    main thread records nothing, because Python allows signal handlers only in the main thread.
+    Slurm can send the last two shortly before it kills a job. Call `find_on_any_rank` after each
+    step, and `restore_handlers` to stop recording. A second SIGINT (Ctrl-C), and one between
+    trainings, raises KeyboardInterrupt as usual. An instance that is created outside of the main
+    thread records nothing, because Python allows signal handlers only in the main thread.
     """
 
     def __init__(self) -> None:
-        self._received = False
+        self._received = 0  # 1 + index in _NAMES
+        self._last_check = -_MAX_STEP_TIME
         self._previous_handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for name in _NAMES:
@@ -43,17 +52,25 @@ class Signals:
         self._previous_handlers = {}
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self._received = True
+        del frame
+        name = signal.Signals(number).name
+        is_training = time.monotonic() - self._last_check < _MAX_STEP_TIME
+        if name == "SIGINT":
+            if self._received == len(_NAMES) or not is_training:
+                raise KeyboardInterrupt
+            log.warning("saving a checkpoint after this step; press Ctrl-C again to stop at once")
+        self._received = max(self._received, 1 + _NAMES.index(name))
 
-    def is_received_on_any_rank(self, ranks: Ranks) -> bool:
-        """Return whether any rank received SIGTERM or SIGUSR1.
+    def find_on_any_rank(self, ranks: Ranks) -> str | None:
+        """Return the name of the signal that a rank received; None if no rank received one.
 
         Every rank must call this method in the same step.
         """
-        if ranks.world_size == 1:
-            return self._received
-        device = ranks.device if dist.get_backend() == "nccl" else torch.device("cpu")
-        received = torch.tensor(int(self._received), device=device)
-        dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        return bool(received)
+        self._last_check = time.monotonic()
+        received = self._received
+        if ranks.world_size > 1:
+            device = ranks.device if dist.get_backend() == "nccl" else torch.device("cpu")
+            highest = torch.tensor(received, device=device)
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+            received = int(highest)
+        return _NAMES[received - 1] if received else None

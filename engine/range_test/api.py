@@ -15,7 +15,8 @@ from engine.range_test.refinement import check_training_steps
 from engine.range_test.report import LRRangeReport
 from engine.range_test.sweep import Shape, Sweep
 from engine.training.data import call_model
-from schedules import from_config
+from engine.training_run import preserve_state
+from schedules import Schedule, from_config
 
 __all__ = ["lr_range_test"]
 
@@ -90,7 +91,7 @@ def lr_range_test(
 
     def run_trial(block: dict[str, Any], factor: float) -> Run:
         recorder = Recorder(steps, factor)
-        with trainer._trial_run(recorder, from_config(block)):  # noqa: SLF001  # private to the package
+        with _trial_run(trainer, recorder, from_config(block)):
             trainer.train()
             with contextlib.suppress(SweepOver):
                 for batch in _repeat_forever(batches):
@@ -104,6 +105,22 @@ def lr_range_test(
     return report.refine(
         lambda block, _: run_trial(block, math.inf), steps=steps, training_steps=training_steps
     )
+
+
+@contextlib.contextmanager
+def _trial_run(trainer: Engine, recorder: Recorder, schedule: Schedule[Any]) -> Iterator[None]:
+    """Train with another schedule inside this context; restore the training state on exit.
+
+    The state is also restored after an exception. The recorder records every step.
+    """
+    run = trainer._run  # noqa: SLF001  # private to the package
+    run.check_between_steps()
+    with preserve_state(trainer, trainer._backend, trainer.training_dataloader):  # noqa: SLF001  # private to the package
+        try:
+            trainer._run = run.start_trial(recorder, schedule)  # noqa: SLF001  # private to the package
+            yield
+        finally:
+            trainer._run = run  # noqa: SLF001  # private to the package
 
 
 def _repeat_forever(batches: Iterable[Any]) -> Iterator[Any]:

@@ -12,8 +12,21 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from engine.config import Config
 from engine.distributed.ranks import Ranks
+from engine.errors import MisuseError
 
-__all__ = ["GlobalBatchSampler", "RunLoader", "call_model", "call_on_batches", "make_loader"]
+__all__ = [
+    "GlobalBatchSampler",
+    "RunLoader",
+    "call_model",
+    "call_on_batches",
+    "count_steps_per_epoch",
+    "make_loader",
+    "read_epoch",
+]
+
+
+_MAX_EMPTY_EPOCHS = 10_000
+"""Iterations of a loader after the end of a run; more of them are an endless loop."""
 
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:
@@ -100,27 +113,50 @@ class RunLoader(DataLoader[Any]):
 
     _run_is_over: Callable[[], bool] | None = None
     _end_epoch: Callable[[], None] | None = None
+    _save_last: Callable[[], None] | None = None
+    _check_resume: Callable[[], None] | None = None
     _seed = 0
     _epoch = -1
+    _empty_epochs = 0  # iterations after the end of the run
     _requested = 0  # micro-batches of this epoch that were requested
+    _is_finished = True  # whether the data of this epoch is used up
     resumes = False
     """Whether the next iteration resumes the current epoch instead of starting a new one."""
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of micro-batches requested in this epoch."""
-        return {"epoch": self._epoch, "given": self._requested}
+    @property
+    def epoch(self) -> int:
+        """The epoch that is being iterated over or, between epochs, the next one; from 0."""
+        return self._epoch + 1 if self._is_finished else self._epoch
 
-    def load_state_dict(self, state: dict[str, int], *, resumes: bool = True) -> None:
-        """Load a saved position; if ``resumes`` is false, start with the next epoch instead."""
-        self._epoch, self._requested, self.resumes = state["epoch"], state["given"], resumes
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch, the micro-batches requested in it, and whether its data is used up."""
+        finished = self._is_finished or self._requested == self._count_micro_batches()
+        return {"epoch": self._epoch, "given": self._requested, "finished": int(finished)}
+
+    def load_state_dict(self, state: Mapping[str, int], *, resumes: bool = True) -> None:
+        """Load a saved position; if ``resumes`` is false, start with the next epoch instead.
+
+        If the data of the saved epoch is used up, the next iteration starts the next epoch.
+        """
+        self._epoch, self._requested = state["epoch"], state["given"]
+        finished = self._requested == self._count_micro_batches()  # written by older versions
+        self._is_finished = bool(state.get("finished", finished))
+        self.resumes = resumes and not self._is_finished
+
+    def _count_micro_batches(self) -> int | None:
+        return None if isinstance(self.dataset, IterableDataset) else len(self)
+
+    def check_before_resuming(self, check_resume: Callable[[], None]) -> None:
+        """Call ``check_resume`` before the first iteration after an automatic resume."""
+        self._check_resume = check_resume
 
     def set_seed(self, seed: int) -> None:
         """Set the seed of the workers' random number generators."""
         self._seed = seed
 
-    def stop_when(self, run_is_over: Callable[[], bool]) -> None:
-        """Stop iterating once ``run_is_over`` returns true."""
-        self._run_is_over = run_is_over
+    def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
+        """Stop iterating once ``run_is_over`` returns true, and then call ``save_last``."""
+        self._run_is_over, self._save_last = run_is_over, save_last
 
     def call_after_epoch(self, end_epoch: Callable[[], None]) -> None:
         """Call ``end_epoch`` whenever the data of an epoch is used up."""
@@ -128,10 +164,13 @@ class RunLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         if self._run_is_over is not None and self._run_is_over():
-            return iter(())
+            return self._end_run()
+        check, self._check_resume = self._check_resume, None
+        if check is not None:
+            check()
         if not self.resumes:
             self._epoch, self._requested = self._epoch + 1, 0
-        self.resumes = False
+        self.resumes = self._is_finished = False
         if self.generator is not None:
             # Worker seeds come from this generator, which leaves the global random state unchanged.
             self.generator.manual_seed(self._seed + self._epoch)
@@ -147,9 +186,42 @@ class RunLoader(DataLoader[Any]):
             self._requested += 1
             yield batch
             if self._run_is_over is not None and self._run_is_over():
+                yield from self._end_run()
                 return
+        self._is_finished = True
         if self._end_epoch is not None:
             self._end_epoch()
+        if self._run_is_over is not None and self._run_is_over():
+            yield from self._end_run()
+
+    def _end_run(self) -> Iterator[Any]:
+        self._empty_epochs += 1
+        if self._empty_epochs > _MAX_EMPTY_EPOCHS:
+            raise MisuseError(
+                "The run is over, but the training loop continues to iterate over the data. Exit "
+                "the loop when `trainer.run_is_over` is true, or increase `engine.max_duration`."
+            )
+        if self._save_last is not None:
+            self._save_last()
+        return iter(())
+
+
+def read_epoch(loader: DataLoader[Any] | None) -> int:
+    """Return the epoch of the loader that `initialize` built.
+
+    Raises:
+        RuntimeError: `initialize` did not build a loader.
+    """
+    if not isinstance(loader, RunLoader):
+        raise MisuseError("`epoch` is unknown. Pass `training_data` to `initialize`.")
+    return loader.epoch
+
+
+def count_steps_per_epoch(loader: DataLoader[Any] | None, config: Config) -> float | None:
+    """Return the number of optimizer steps per pass over the data; None if it is unknown."""
+    if loader is None or isinstance(loader.dataset, IterableDataset):
+        return None
+    return len(loader) / config.batch.accumulation
 
 
 def make_loader(

@@ -6,6 +6,8 @@ from engine.config import LossScaling
 
 __all__ = ["LossScaler"]
 
+_MAX_FLOAT16_SCALE = 2.0**15
+
 
 class LossScaler:
     """Holds the factor by which the loss is scaled, so that fp16 gradients do not underflow.
@@ -35,6 +37,15 @@ class LossScaler:
         self.scale = float(settings.loss_scale or 2**settings.initial_scale_power)
         self._hysteresis = settings.hysteresis
         self._clean_steps = 0
+
+    def limit_to_float16(self) -> None:
+        """Lower a dynamic scale to the largest power of two that float16 can represent.
+
+        The gradient of a float16 loss with respect to itself is the scale. Any higher scale would
+        be infinite, and the step would be skipped whatever the loss is.
+        """
+        if self._dynamic and self.scale > _MAX_FLOAT16_SCALE:
+            self.scale = _MAX_FLOAT16_SCALE
 
     def update(self, *, overflow: bool) -> None:
         """Update a dynamic scale after a step; a static scale does not change.

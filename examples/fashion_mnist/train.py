@@ -92,7 +92,8 @@ def main() -> None:
     window = 0.0
     fields: dict[str, Any] = {"loss": float("nan"), "lr": 0.0, "momentum": 0.0, "speed": 0.0}
     with build_progress_bar(console) as bar:
-        task = bar.add_task("training", total=args.steps, **fields)
+        done = trainer.global_steps  # above 0 if the run was resumed
+        task = bar.add_task("training", total=args.steps, completed=done, **fields)
         for x, y in chain.from_iterable(repeat(loader)):
             if trainer.global_steps == args.steps:
                 break

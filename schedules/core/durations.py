@@ -18,6 +18,7 @@ __all__ = [
     "FractionalSteps",
     "Horizon",
     "convert_to_steps",
+    "has_data_durations",
     "is_time_string",
 ]
 
@@ -140,6 +141,22 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
             )
         return _to_steps(int(value * ratio) / horizon.samples_per_step)
     return int(value * ratio)
+
+
+def has_data_durations(schedule: Any) -> bool:
+    """Return whether a field of a schedule is a duration in epochs, samples or ``dur``.
+
+    >>> from schedules import WarmupDecayLR
+    >>> has_data_durations(WarmupDecayLR(total_num_steps="10ep"))
+    True
+    >>> has_data_durations(WarmupDecayLR(total_num_steps=100))
+    False
+    """
+    values = [getattr(schedule, field.name) for field in dataclasses.fields(schedule)]
+    return any(
+        isinstance(value, str) and _TIME.fullmatch(value) and _parse(value)[1] != "ba"
+        for value in values
+    )
 
 
 def _convert_fraction(value: float, horizon: Horizon) -> float:

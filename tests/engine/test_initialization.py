@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 
 import engine
 import schedules
-from engine import ConfigError
+from engine import ConfigError, MisuseError
 from tests.testing.regression import CONFIG, CYCLE, dataset, model, start, train
 
 # With this scale, these small models never overflow.
@@ -259,10 +259,26 @@ def test_schedule_durations_use_the_epoch_length_and_the_scale_ratio():
     run = {"max_duration": "4ep", "scale_schedule_ratio": 0.5}
     linear = {"type": "LinearWithWarmupScheduler", "params": {"t_warmup": "4ba", "t_max": "1dur"}}
     trainer, loader = start(scheduler=linear, engine=run)
-    rates = [lr for _, (lr,), _ in train(trainer, loader, 18)]  # an epoch has 8 steps
+    rates = [lr for _, (lr,), _ in train(trainer, loader, 15)]  # an epoch has 8 steps
     climb = [0.01 * k / 4 for k in range(4)]
-    fall = [0.01 * (1 - k / 12) for k in range(12)]
-    assert rates == pytest.approx([*climb, *fall, 0.0, 0.0])
+    fall = [0.01 * (1 - k / 12) for k in range(11)]
+    assert rates == pytest.approx([*climb, *fall])
+    assert (trainer.epoch, trainer.run_is_over) == (1, False)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_loader_with_max_duration_ends_with_the_run(ratio):
+    run = {"max_duration": "2ep", "scale_schedule_ratio": ratio}
+    trainer, loader = start(engine=run, scheduler={"type": "ConstantScheduler", "params": {}})
+    for _ in range(4):
+        for x, y in loader:
+            trainer.backward(mse_loss(trainer(x), y))
+            trainer.step()
+    assert trainer.global_steps == 16 * ratio  # an epoch has 8 steps
+    assert trainer.run_is_over
+    with pytest.raises(MisuseError, match="run_is_over"):
+        while True:
+            list(loader)
 
 
 def test_initialize_with_epoch_duration_but_no_data_raises():

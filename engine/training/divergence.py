@@ -1,0 +1,40 @@
+"""End a run whose gradients stay non-finite."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from engine.training.progress import Counters
+
+__all__ = ["DivergenceCheck"]
+
+
+class DivergenceCheck:
+    """Counts consecutive skipped steps.
+
+    Args:
+        limit: number of consecutive skipped steps that ends the run; None for no limit.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.last_loss: Tensor | None = None
+        """The last loss on this rank, for the error message."""
+        self._limit = limit
+        self._skipped = 0
+
+    def update(self, counters: Counters, lr: float) -> None:
+        """Count the last step, or start to count again if it was applied.
+
+        Raises:
+            FloatingPointError: as many steps as the limit were skipped in a row.
+        """
+        self._skipped = 0 if counters.applied else self._skipped + 1
+        if self._limit is None or self._skipped < self._limit:
+            return
+        loss = "" if self.last_loss is None else f", loss {float(self.last_loss):g}"
+        raise FloatingPointError(
+            f"Training diverges: the gradients of the last {self._limit} batches are not finite "
+            f"(batch {counters.global_steps}{loss}, lr {lr:g}). Check the data and the model for "
+            "NaN, lower the learning rate, or use bf16 instead of fp16. "
+            "`engine.max_skipped_steps` sets the limit."
+        )

@@ -1,0 +1,52 @@
+"""The length of a run: where it ends, and whether the script knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import MisuseError
+from engine.training.progress import Counters
+
+__all__ = ["RunLength"]
+
+
+@dataclass
+class RunLength:
+    """Where a run ends.
+
+    >>> RunLength(steps_this_run=3).is_over(Counters(global_steps=3))
+    True
+    """
+
+    steps_this_run: int | None = None
+    """Number of optimizer steps after which this process ends; None for no limit."""
+    total_steps: float | None = None
+    """Length of the whole run in batches, from ``engine.max_duration``; None if unknown."""
+    steps_before: int = 0
+    """Number of applied steps in the loaded checkpoint, which `steps_this_run` does not count."""
+    is_position_known: bool = False
+    """Whether the script has read the epoch or the number of steps."""
+
+    def is_over(self, counters: Counters) -> bool:
+        """Return whether the run has reached one of its limits."""
+        is_complete = self.total_steps is not None and counters.global_steps >= self.total_steps
+        return is_complete or self.is_session_over(counters)
+
+    def is_session_over(self, counters: Counters) -> bool:
+        """Return whether this process has applied `steps_this_run` steps."""
+        limit = self.steps_this_run
+        return limit is not None and counters.applied_steps - self.steps_before >= limit
+
+    def check_is_known(self) -> None:
+        """Check that a loop over epochs does not start again at 0 after an automatic resume.
+
+        Raises:
+            RuntimeError: the run's length is not set, and the script did not read its position.
+        """
+        is_set = self.total_steps is not None or self.steps_this_run is not None
+        if not (is_set or self.is_position_known):
+            raise MisuseError(
+                "The run resumed after its first epoch, but its length is unknown, so a loop such "
+                "as `for epoch in range(n)` would train too many epochs. Loop over "
+                "`range(trainer.epoch, n)`, or set `engine.max_duration`."
+            )

@@ -1,0 +1,313 @@
+"""Epochs, the end of a run, and runs that cannot continue."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset, TensorDataset
+
+import engine
+from engine import MisuseError
+from engine.checkpoint import storage
+
+SAMPLES, BATCH = 28, 4
+STEPS_PER_EPOCH = SAMPLES // BATCH
+
+
+def build_data():
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(SAMPLES, 2, generator=generator))
+
+
+def start(directory=None, data=None, every=3, **section):
+    torch.manual_seed(0)
+    if directory is not None:
+        section["checkpoint"] = {"dir": str(directory), "every": every}
+    config = {
+        "train_batch_size": BATCH,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+        "engine": section,
+    }
+    trainer, _, loader, _ = engine.initialize(
+        config=config, model=torch.nn.Linear(2, 1), training_data=data or build_data()
+    )
+    return trainer, loader
+
+
+def train_epoch(trainer, loader, stop_at=math.inf):
+    """Train on the loader's batches and return their sums; stop early at a number of steps."""
+    seen = []
+    for (x,) in loader:
+        trainer.backward(trainer(x).pow(2).mean())
+        trainer.step()
+        seen.append(x.sum().item())
+        if trainer.global_steps == stop_at:
+            break
+    return seen
+
+
+def test_checkpoint_loaded_after_an_epoch_starts_the_next_epoch(tmp_path):
+    trainer, loader = start()
+    whole = [train_epoch(trainer, loader) for _ in range(3)]
+    stopped, loader = start()
+    train_epoch(stopped, loader)
+    stopped.save_checkpoint(tmp_path, client_state={"epoch": 0})
+    resumed, loader = start()
+    _, state = resumed.load_checkpoint(tmp_path)
+    assert resumed.epoch == state["epoch"] + 1
+    assert [train_epoch(resumed, loader) for _ in range(1, 3)] == whole[1:]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from ((x,) for (x,) in build_data())
+
+
+def test_checkpoint_of_an_iterable_dataset_loaded_after_an_epoch_starts_the_next_epoch(tmp_path):
+    trainer, loader = start(data=Stream())
+    train_epoch(trainer, loader)
+    trainer.save_checkpoint(tmp_path)
+    resumed, loader = start(data=Stream())
+    resumed.load_checkpoint(tmp_path)
+    assert resumed.epoch == 1
+    assert len(train_epoch(resumed, loader)) == STEPS_PER_EPOCH
+
+
+def test_checkpoint_loaded_within_an_epoch_continues_it(tmp_path):
+    trainer, loader = start()
+    whole = train_epoch(trainer, loader)
+    stopped, loader = start()
+    train_epoch(stopped, loader, stop_at=5)
+    stopped.save_checkpoint(tmp_path)
+    resumed, loader = start()
+    resumed.load_checkpoint(tmp_path)
+    assert resumed.epoch == 0
+    assert train_epoch(resumed, loader) == whole[5:]
+
+
+@pytest.mark.parametrize("stop_at", [2, STEPS_PER_EPOCH, 10, 2 * STEPS_PER_EPOCH])
+def test_loop_from_the_trainers_epoch_trains_as_long_as_without_a_stop(tmp_path, stop_at):
+    trainer, loader = start()
+    for _ in range(2):
+        train_epoch(trainer, loader)
+    expected = trainer.module.weight.detach().clone()
+    stopped, loader = start(tmp_path, every=1)
+    while stopped.global_steps < stop_at:
+        train_epoch(stopped, loader, stop_at)
+    resumed, loader = start(tmp_path, every=1)
+    for _ in range(resumed.epoch, 2):
+        train_epoch(resumed, loader)
+    assert resumed.global_steps == 2 * STEPS_PER_EPOCH
+    assert torch.equal(resumed.module.weight, expected)
+
+
+def test_loop_over_a_range_ends_at_max_duration_after_a_resume(tmp_path):
+    stopped, loader = start(tmp_path, max_duration="2ep")
+    while stopped.global_steps < 10:
+        train_epoch(stopped, loader, stop_at=10)
+    resumed, loader = start(tmp_path, max_duration="2ep")
+    for _ in range(2):
+        train_epoch(resumed, loader)
+    assert resumed.global_steps == 2 * STEPS_PER_EPOCH
+    assert resumed.run_is_over
+    done, loader = start(tmp_path, max_duration="2ep")
+    assert [train_epoch(done, loader) for _ in range(2)] == [[], []]
+
+
+def test_loop_after_a_resume_of_unknown_length_raises(tmp_path):
+    stopped, loader = start(tmp_path)
+    for _ in range(2):
+        train_epoch(stopped, loader)
+    _, loader = start(tmp_path)
+    with pytest.raises(MisuseError, match=r"trainer\.epoch.*engine\.max_duration"):
+        next(iter(loader))
+
+
+def test_last_steps_are_saved_when_the_loader_ends_the_run(tmp_path):
+    trainer, loader = start(tmp_path, max_duration="2ep")
+    for _ in range(2):
+        train_epoch(trainer, loader)
+    assert storage.list_checkpoints(tmp_path)[-1][1].step == 2 * STEPS_PER_EPOCH
+
+
+SCRIPT = """
+import os, signal, sys, torch, engine
+config = {
+    "train_batch_size": 4,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+    "engine": {"checkpoint": {"dir": sys.argv[1], "every": 20, "async": sys.argv[2] == "async"}},
+}
+trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(2, 1))
+for step in range(8):
+    trainer.backward(trainer(torch.ones(4, 2)).mean())
+    trainer.step()
+    if sys.argv[2] == "interrupt" and step == 4:
+        os.kill(os.getpid(), signal.SIGINT)
+    if sys.argv[2] == "raise" and step == 4:
+        raise ValueError("five steps")
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "status", "saved"),
+    [
+        ("sync", 0, [8]),
+        pytest.param("async", 0, [8], marks=pytest.mark.slow),
+        ("interrupt", 130, [6]),
+        pytest.param("raise", 1, [], marks=pytest.mark.slow),
+    ],
+)
+def test_script_that_exits_saves_its_last_steps_unless_it_fails(tmp_path, case, status, saved):
+    command = [sys.executable, "-c", SCRIPT, tmp_path / "checkpoints", case]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == status
+    found = storage.list_checkpoints(tmp_path / "checkpoints")
+    assert [manifest.step for _, manifest in found] == saved
+
+
+def test_second_ctrl_c_and_one_between_trainings_interrupt_at_once(tmp_path):
+    trainer, loader = start(tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        train_epoch(trainer, loader)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        trainer.destroy()
+
+
+FAILING = """
+import os, sys, torch, engine
+config = {"train_batch_size": 4, "optimizer": {"type": "SGD"}, "engine": {"backend": sys.argv[2]}}
+trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(2, 1))
+for step in range(10):
+    if trainer.global_rank == 1 and step == 3:
+        if sys.argv[1] == "exit":
+            sys.exit(3)
+        raise {"error": ValueError("rank 1 fails"), "interrupt": KeyboardInterrupt}[sys.argv[1]]
+    trainer.backward(trainer(torch.ones(2, 2)).mean())
+    trainer.step()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "deepspeed"])
+@pytest.mark.parametrize("case", ["error", "exit", "interrupt"])
+def test_failing_rank_ends_the_job_within_seconds(tmp_path, case, backend):
+    script = tmp_path / "train.py"
+    script.write_text(FAILING)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*torchrun, script, case, backend], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert time.monotonic() - begin < 60  # without the fix, it waits for half an hour
+    assert done.returncode != 0
+    assert ("ValueError: rank 1 fails" in done.stderr) == (case == "error")
+    assert "exitcode  : 3" in done.stderr or case != "exit"
+
+
+@pytest.mark.parametrize("limit", [3, None])
+def test_run_with_only_nan_gradients_ends_at_max_skipped_steps(limit):
+    trainer, _ = start(max_skipped_steps=limit)
+    raises = pytest.raises(FloatingPointError, match=r"max_skipped_steps")
+    for step in range(1, 40):
+        trainer.backward(trainer(torch.full((4, 2), math.nan)).mean())
+        if step == limit:
+            with raises:
+                trainer.step()
+            assert trainer.skipped_steps == 3
+            return
+        assert not trainer.step()
+    assert limit is None
+
+
+def test_skipped_steps_that_are_not_consecutive_do_not_end_the_run():
+    trainer, _ = start(max_skipped_steps=2)
+    for step in range(10):
+        value = math.nan if step % 2 else 1.0
+        trainer.backward(trainer(torch.full((4, 2), value)).mean())
+        assert trainer.step() == (step % 2 == 0)
+
+
+def test_fp16_loss_of_fp16_outputs_does_not_overflow_at_the_initial_scale():
+    torch.manual_seed(0)
+    config = {
+        "train_batch_size": 8,
+        "fp16": {"enabled": True, "initial_scale_power": 16},
+        "optimizer": {"type": "AdamW"},
+    }
+    trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(8, 4))
+    targets = torch.arange(8) % 4
+    for _ in range(3):
+        outputs = trainer(torch.randn(8, 8))
+        loss = torch.nn.functional.cross_entropy(4 * outputs, targets)
+        assert (outputs.dtype, loss.dtype) == (torch.float16, torch.float16)
+        assert loss > 1
+        trainer.backward(loss)
+        assert trainer.step()
+    assert trainer.skipped_steps == 0
+
+
+def test_two_engines_that_save_to_one_directory_raise(tmp_path):
+    first, _ = start(tmp_path)
+    second, _ = start(tmp_path)
+    batch = torch.ones(BATCH, 2)
+    for _ in range(2):
+        first.backward(first(batch).mean())
+        first.step()
+    first.backward(first(batch).mean())
+    with pytest.raises(MisuseError, match=r"engine\.checkpoint\.dir"):
+        first.step()
+    for _ in range(3):
+        second.backward(second(batch).mean())
+        second.step()
+    assert [manifest.step for _, manifest in storage.list_checkpoints(tmp_path)] == [3]
+
+
+def test_override_keeps_the_hyperparameters_of_this_run(tmp_path):
+    def build(override, **params):
+        section = {"dir": str(tmp_path), "every": 2, "override": override}
+        config = {
+            "train_batch_size": 4,
+            "optimizer": {"type": "AdamW", "params": params},
+            "engine": {"checkpoint": section},
+        }
+        return engine.initialize(config=config, model=torch.nn.Linear(2, 1))[:2]
+
+    trainer, _ = build(False, lr=1e-3)
+    for _ in range(2):
+        trainer.backward(trainer(torch.ones(4, 2)).mean())
+        trainer.step()
+    changed = {"lr": 1e-5, "weight_decay": 0.2, "betas": [0.8, 0.9]}
+    resumed, optimizer = build(True, **changed)
+    assert resumed.global_steps == 2
+    found = {name: optimizer.param_groups[0][name] for name in changed}
+    assert found == changed | {"betas": (0.8, 0.9)}
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
+@pytest.mark.parametrize(("duration", "lr"), [("4000sp", 0.5), ("100ba", 0.5), (100, 0.5)])
+def test_schedule_after_a_batch_size_change_continues_in_its_unit(tmp_path, duration, lr):
+    def build(batch, override):
+        config = {
+            "train_batch_size": batch,
+            "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+            "scheduler": {"type": "CosineAnnealingScheduler", "params": {"t_max": duration}},
+            "engine": {"checkpoint": {"dir": str(tmp_path), "every": 50, "override": override}},
+        }
+        return engine.initialize(config=config, model=torch.nn.Linear(4, 1))[0]
+
+    trainer = build(40, override=False)
+    for _ in range(50):
+        trainer.backward(trainer(torch.ones(40, 4)).mean())
+        trainer.step()
+    resumed = build(80, override=True)
+    assert resumed.get_lr() == pytest.approx([lr])
+    assert resumed.global_samples == 2000
