@@ -149,7 +149,7 @@ def has_data_durations(schedule: Any) -> bool:
     >>> from schedules import WarmupDecayLR
     >>> has_data_durations(WarmupDecayLR(total_num_steps="10ep"))
     True
-    >>> has_data_durations(WarmupDecayLR(total_num_steps=100))
+    >>> has_data_durations(WarmupDecayLR(total_num_steps=2000))
     False
     """
     values = [getattr(schedule, field.name) for field in dataclasses.fields(schedule)]
