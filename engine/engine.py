@@ -133,7 +133,8 @@ class Engine(nn.Module):
             does not advance the schedule.
 
         Raises:
-            RuntimeError: the run is over (see `run_is_over`), or `no_sync` is active.
+            RuntimeError: ``engine.steps_this_run`` steps have been applied, or `no_sync` is active.
+            FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped.
         """
         del lr_kwargs
         is_applied = self._run.step(metric)

@@ -30,7 +30,9 @@ from engine.range_test.sweep import read_sweep
 from engine.training.data import RunLoader, count_steps_per_epoch, make_loader
 from engine.training.monitors import build_monitors
 from engine.training.optimizers import OptimizerFactory
+from engine.training.run_length import RunLength
 from schedules import ScheduleBinder
+from schedules.core.durations import DurationError
 from schedules.torch_scheduler import bind
 
 __all__ = ["initialize"]
@@ -139,12 +141,15 @@ def initialize(
     identity = build_identity(resolved, scheduler, user_settings)
     monitors = build_monitors(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
+    run = engine._run  # noqa: SLF001  # private to the package
+    _set_length(run.length, resolved, loader)
     if loader is not None:
-        _connect_loader(engine, loader)
+        checkpointer = engine._checkpointer  # noqa: SLF001  # private to the package
+        loader.stop_when(lambda: engine.run_is_over, lambda: checkpointer.save_last(run))
+        loader.call_after_epoch(run.discard_incomplete_batch)
     attach_recorder(engine, sweep)
     if ranks.rank == 0:
         _log_setup(engine, backend)
-    run = engine._run  # noqa: SLF001  # private to the package
     is_resumed = engine._checkpointer.resume(run)  # noqa: SLF001  # private to the package
     if is_resumed and loader is not None and loader.epoch > 0:
         loader.check_before_resuming(run.length.check_is_known)
@@ -217,13 +222,17 @@ def _bind_schedule(
     return given(optimizer)
 
 
-def _connect_loader(engine: Engine, loader: RunLoader) -> None:
-    """Let the loader end with the run, and tell the run its length in steps."""
-    run, checkpointer = engine._run, engine._checkpointer  # noqa: SLF001  # private to the package
-    horizon = engine.config.horizon(count_steps_per_epoch(loader, engine.config))
-    run.length.total_steps = horizon.scaled_steps
-    loader.stop_when(lambda: engine.run_is_over, lambda: checkpointer.save_last(run))
-    loader.call_after_epoch(run.discard_incomplete_batch)
+def _set_length(length: RunLength, config: Config, loader: RunLoader | None) -> None:
+    """Set the length of a run to the config's ``max_duration``, if it is set."""
+    duration = config.run.get("max_duration")
+    try:
+        total = config.horizon(count_steps_per_epoch(loader, config)).scaled_steps
+    except DurationError:  # in epochs, whose length is unknown without `training_data`
+        return
+    if total is not None and isinstance(duration, str) and not duration.strip().endswith("ba"):
+        length.total_samples = total * config.batch.train
+    else:
+        length.total_steps = total
 
 
 def _log_setup(engine: Engine, backend: Backend) -> None:

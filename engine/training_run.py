@@ -239,6 +239,7 @@ class TrainingRun:
         return StepRecord(
             step=counters.applied_steps - 1,
             global_steps=counters.global_steps,
+            global_samples=counters.global_samples,
             is_applied=counters.applied,
             skipped_steps=counters.skipped_steps,
             lr=self.read_lr(),

@@ -181,6 +181,7 @@ class DeepSpeedBackend(Backend):
 
     @override
     def zero_grad(self) -> None:
+        self._order.start_step()
         self.engine.zero_grad()
 
     @property

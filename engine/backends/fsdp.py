@@ -127,6 +127,15 @@ class FSDPBackend(PyTorchBackend):
         return math.sqrt(float(squares))
 
     @override
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        if self._has_unreduced:
+            self._has_unreduced = False
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    _clear_unreduced_gradients(module)
+
+    @override
     def get_attribute(self, name: str) -> Any:
         if name not in find_methods(self.model) or hasattr(FSDPModule, name):
             return super().get_attribute(name)
@@ -173,6 +182,16 @@ def _check_supported(optimizer: Optimizer) -> Optimizer:
             '"zero_optimization": {"stage": 0}, or choose a different optimizer.'
         )
     return optimizer
+
+
+def _clear_unreduced_gradients(module: FSDPModule) -> None:
+    """Clear the gradients of backward passes that did not reduce them; FSDP has no such method."""
+    group = module._get_fsdp_state()._fsdp_param_group  # noqa: SLF001  # private in torch
+    for parameter in group.fsdp_params if group is not None else ():
+        parameter.unsharded_accumulated_grad = None
+        unsharded = getattr(parameter, "_unsharded_param", None)
+        if unsharded is not None:
+            unsharded.grad = None
 
 
 def shard(

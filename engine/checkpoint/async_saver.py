@@ -9,13 +9,21 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-__all__ = ["AsyncSaver"]
+__all__ = ["AsyncSaver", "exit_with_failure"]
 
 log = logging.getLogger("onecycle")
+
+
+def exit_with_failure(error: Exception) -> NoReturn:
+    """End a process that is exiting already with status 1, because its last save failed."""
+    log.critical("the last checkpoint was not written", exc_info=error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class AsyncSaver:
@@ -87,8 +95,5 @@ class AsyncSaver:
         # No caller is left to catch an exception, so the exit status reports the failure.
         try:
             self.wait()
-        except Exception as error:
-            log.critical("the last checkpoint was not written", exc_info=error)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
+        except Exception as error:  # noqa: BLE001  # the exit status reports the failure
+            exit_with_failure(error)

@@ -6,7 +6,6 @@ import atexit
 import datetime as dt
 import logging
 import os
-import platform
 import sys
 import weakref
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from engine.checkpoint import storage
-from engine.checkpoint.async_saver import AsyncSaver
+from engine.checkpoint.async_saver import AsyncSaver, exit_with_failure
 from engine.checkpoint.collectives import check_same_tag, raise_on_all_ranks, wait_for_ranks
 from engine.checkpoint.fingerprint import Identity, check_identity
 from engine.checkpoint.plain_values import check_plain_values, read_values, write_values
@@ -31,12 +30,11 @@ from engine.checkpoint.schedule_state import adapt_schedule_state, convert_posit
 from engine.checkpoint.storage import Manifest
 from engine.config import Config
 from engine.distributed.environment import ELASTIC, INTERRUPTED, SAVED_AND_ENDED
-from engine.distributed.ranks import Ranks, wait_for_exit_of_all_ranks
+from engine.distributed.ranks import Ranks
 from engine.distributed.signals import Signals
 from engine.errors import MisuseError
 from engine.training.data import RunLoader
 from engine.training.progress import Counters
-from engine.versions import get_installed_version
 
 __all__ = ["Checkpointer"]
 
@@ -127,7 +125,7 @@ class Checkpointer:
         self._identity = identity
         self._loader = loader if isinstance(loader, RunLoader) else None
         self._signals: Signals | None = None
-        self._saved_steps: int | None = 0  # batches in the last checkpoint of the run
+        self._saved_steps = 0  # batches in the last checkpoint of the run
 
     def resume(self, run: RunState) -> bool:
         """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
@@ -146,20 +144,22 @@ class Checkpointer:
         plan = self._plan
         if plan.dir is None:
             return False
+        previous = _USERS.get(str(Path(plan.dir).resolve()))
+        if previous is not None:
+            atexit.unregister(previous._save_at_exit)  # noqa: SLF001  # the same class
         if plan.every is not None:
-            atexit.register(self._save_at_exit, weakref.ref(run))
+            atexit.register(self._save_at_exit, run)
         _USERS[str(Path(plan.dir).resolve())] = self
-        if self._signals is None:
-            self._signals = Signals()
         # If every checkpoint is damaged, `load` raises: a new run would overwrite them.
         if plan.resume == "never" or (
             plan.resume == "auto" and not storage.has_any_checkpoint(Path(plan.dir))
         ):
+            self._signals = self._signals or Signals()
             return False
         checkpoint_dir, _ = self.load(run, Path(plan.dir))
         if self._ranks.rank == 0:
             log.info("resuming from %s at step %d", checkpoint_dir, run.counters.applied_steps)
-        self._saved_steps = run.counters.global_steps
+        self._signals = self._signals or Signals()
         return True
 
     def save_if_due(self, run: RunState) -> None:
@@ -190,35 +190,41 @@ class Checkpointer:
 
     def save_last(self, run: RunState) -> None:
         """Save the last steps of the run, unless they are saved already."""
-        plan = self._plan
-        if plan.dir is None or plan.every is None or run.is_trial:
-            return
-        if self._saved_steps == run.counters.global_steps:
+        plan, is_saved = self._plan, self._saved_steps == run.counters.global_steps
+        if plan.dir is None or plan.every is None or run.is_trial or is_saved:
             return
         self._check_directory_is_not_shared(plan.dir)
         self.save(run, Path(plan.dir))
         self.wait()
 
-    def _save_at_exit(self, run_reference: weakref.ref[RunState]) -> None:
-        run = run_reference()
-        directory = self._plan.dir
-        if run is None or directory is None or hasattr(sys, "last_value"):
+    def _save_at_exit(self, run: RunState) -> None:
+        """Save the last steps of a single process that ends without an exception.
+
+        Several ranks cannot do so: one of them may have left already.
+        """
+        if self._is_saved(run) or hasattr(sys, "last_value"):
             return
-        is_saved = self._saved_steps == run.counters.global_steps
-        is_deleted = bool(self._saved_steps) and not Path(directory).exists()
-        if is_saved or is_deleted or not self._is_only_user(directory):
-            return
-        if not wait_for_exit_of_all_ranks():
-            log.warning("not all ranks exited; the steps since the last checkpoint are not saved")
+        if self._ranks.world_size > 1:
+            if self._ranks.rank == 0:
+                log.warning(
+                    "the steps after step %d are in no checkpoint; set `engine.max_duration`, or "
+                    "call `trainer.save_checkpoint` at the end of the script",
+                    self._saved_steps,
+                )
             return
         try:
             self.wait()
             self.async_saver = None  # no thread can be started while the process exits
             self.save_last(run)
-        except Exception:  # no caller is left to catch it, so the exit status reports the failure
-            log.exception("the last checkpoint could not be saved")
-            logging.shutdown()
-            os._exit(1)
+        except Exception as error:  # noqa: BLE001  # the exit status reports the failure
+            exit_with_failure(error)
+
+    def _is_saved(self, run: RunState) -> bool:
+        directory = self._plan.dir
+        if directory is None or not self._is_only_user(directory):
+            return True
+        is_deleted = self._saved_steps > 0 and not Path(directory).exists()
+        return is_deleted or self._saved_steps == run.counters.global_steps
 
     def _is_only_user(self, directory: str) -> bool:
         return _USERS.get(str(Path(directory).resolve()), self) is self
@@ -269,20 +275,23 @@ class Checkpointer:
                 run.rollback.save(partial)
             if ranks.rank == 0:
                 write_values(partial / _ENGINE, self._collect(run, client_state or {}))
-        if self._plan.dir is not None and Path(self._plan.dir) == directory:
-            self._saved_steps = run.counters.global_steps
         manifest = Manifest(
             tag=tag,
             step=run.counters.applied_steps,
             world_size=ranks.world_size,
             backend=self._backend_name,
             identity=self._identity,
-            versions=_collect_versions(),
+            versions=storage.collect_versions(),
             resumable=save_latest,
             frozen=frozen,
             created=dt.datetime.now(tz=dt.timezone.utc).isoformat(),
         )
         self._write_backend(partial, manifest)
+        self._note_saved(directory, run)
+
+    def _note_saved(self, directory: Path, run: RunState) -> None:
+        if self._plan.dir is not None and Path(self._plan.dir) == directory:
+            self._saved_steps = run.counters.global_steps
 
     def _collect(self, run: RunState, client_state: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -368,6 +377,7 @@ class Checkpointer:
             set_rng_state(read_values(own))
         if counters:
             self._restore_counters(run, state)
+            self._note_saved(directory, run)
         if scheduler and run.scheduler is not None:
             self._restore_scheduler(run, run.scheduler, state)
             if run.rollback is not None:
@@ -418,8 +428,12 @@ class Checkpointer:
             Exception: if the last save failed on any rank.
         """
         if self.async_saver is not None:
-            with raise_on_all_ranks(self._ranks.world_size):
-                self.async_saver.wait()
+            try:
+                with raise_on_all_ranks(self._ranks.world_size):
+                    self.async_saver.wait()
+            except BaseException:
+                self._saved_steps = -1  # unknown
+                raise
 
     def close(self) -> None:
         """Restore the previous signal handlers, and wait for this rank's last save to finish."""
@@ -433,9 +447,3 @@ class Checkpointer:
 def _copy_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """Copy the settings of a param group, without what an optimizer counts in it."""
     return {key: value for key, value in group.items() if key not in {"params", "step"}}
-
-
-def _collect_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    packages = ("onecycle", "torch", "deepspeed")
-    return versions | {name: found for name in packages if (found := get_installed_version(name))}

@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
+from engine.versions import get_installed_version
 
 __all__ = [
     "Manifest",
+    "collect_versions",
     "commit",
     "create_partial",
     "find",
@@ -323,3 +326,10 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def collect_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that write a checkpoint."""
+    versions = {"python": platform.python_version()}
+    packages = ("onecycle", "torch", "deepspeed")
+    return versions | {name: found for name in packages if (found := get_installed_version(name))}

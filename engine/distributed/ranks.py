@@ -25,7 +25,6 @@ __all__ = [
     "get_rank",
     "get_world_size",
     "init_distributed",
-    "wait_for_exit_of_all_ranks",
 ]
 
 _EXIT_TIMEOUT = 5.0  # seconds
@@ -186,7 +185,7 @@ def destroy_distributed() -> None:
     if not _has_process_group():
         return
     if dist.get_backend() == "gloo" and not hasattr(sys, "last_value"):
-        wait_for_exit_of_all_ranks()
+        _wait_for_exit_of_all_ranks()
     dist.destroy_process_group()
     # A gloo thread may still own a tensor, and needs the interpreter to release it. If the
     # interpreter has already exited, the process aborts ("terminate called without an active
@@ -194,10 +193,7 @@ def destroy_distributed() -> None:
     time.sleep(_RELEASE_TIME)
 
 
-def wait_for_exit_of_all_ranks() -> bool:
-    """Wait up to 5 seconds until all ranks have called this; return whether they have."""
-    if not _has_process_group():
-        return True
+def _wait_for_exit_of_all_ranks() -> None:
     # Use the store: a rank that is in another collective operation would not answer a barrier.
     store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # it has no public name
     keys = [f"onecycle/exit/{rank}" for rank in range(dist.get_world_size())]
@@ -206,5 +202,3 @@ def wait_for_exit_of_all_ranks() -> bool:
         store.set(keys[dist.get_rank()], "")
         while not store.check(keys) and time.monotonic() < deadline:
             time.sleep(0.01)
-        return bool(store.check(keys))
-    return False

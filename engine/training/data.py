@@ -126,12 +126,15 @@ class RunLoader(DataLoader[Any]):
     @property
     def epoch(self) -> int:
         """The epoch that is being iterated over or, between epochs, the next one; from 0."""
-        return self._epoch + 1 if self._is_finished else self._epoch
+        return self._epoch + 1 if self._is_used_up() else self._epoch
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch, the micro-batches requested in it, and whether its data is used up."""
-        finished = self._is_finished or self._requested == self._count_micro_batches()
-        return {"epoch": self._epoch, "given": self._requested, "finished": int(finished)}
+        finished = int(self._is_used_up())
+        return {"epoch": self._epoch, "given": self._requested, "finished": finished}
+
+    def _is_used_up(self) -> bool:
+        return self._is_finished or self._requested == self._count_micro_batches()
 
     def load_state_dict(self, state: Mapping[str, int], *, resumes: bool = True) -> None:
         """Load a saved position; if ``resumes`` is false, start with the next epoch instead.

@@ -33,9 +33,14 @@ _CHECK_INTERVAL = 100
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors with rank 0's values. Every rank must call this with equal shapes."""
-    works = [dist.broadcast(tensor.detach(), src=0, async_op=True) for tensor in tensors]
-    for work in works:
+    started = []
+    for tensor in tensors:
+        contiguous = tensor.detach().contiguous()  # NCCL accepts no other tensors
+        started.append((tensor, contiguous, dist.broadcast(contiguous, src=0, async_op=True)))
+    for tensor, contiguous, work in started:
         work.wait()
+        if contiguous.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(contiguous)
 
 
 @dataclass
@@ -135,7 +140,7 @@ class GradientAverager:
         self._update_buckets(keeps_frozen=True)  # those may have gradients of this step
         if not self._is_averaged or self._are_replaced():
             self._average_all()
-        self._is_averaged = False
+        self._is_averaged, self._averaged = False, []  # `zero_grad` can free the gradients
         self._steps += 1
         if self._is_check_due():
             self._check_steps_match()

@@ -44,6 +44,7 @@ class StepRecord:
     step: int
     """Zero-based index of the last applied step; a skipped step does not advance it."""
     global_steps: int
+    global_samples: int
     is_applied: bool
     skipped_steps: int
     """Number of skipped steps so far."""
@@ -137,7 +138,7 @@ class ProgressReporter:
             "skipped_steps": record.skipped_steps,
             "step": record.step,
         }
-        samples = record.global_steps * record.batch_size
+        samples = record.global_samples
         events = [
             Event(f"Train/Samples/{name}", float(value), samples)
             for name, value in values.items()

@@ -21,7 +21,9 @@ class RunLength:
     steps_this_run: int | None = None
     """Number of optimizer steps after which this process ends; None for no limit."""
     total_steps: float | None = None
-    """Length of the whole run in batches, from ``engine.max_duration``; None if unknown."""
+    """Length of the whole run in batches, if ``engine.max_duration`` is a number of batches."""
+    total_samples: float | None = None
+    """Length of the whole run in samples, if ``engine.max_duration`` is in epochs or samples."""
     steps_before: int = 0
     """Number of applied steps in the loaded checkpoint, which `steps_this_run` does not count."""
     is_position_known: bool = False
@@ -29,8 +31,12 @@ class RunLength:
 
     def is_over(self, counters: Counters) -> bool:
         """Return whether the run has reached one of its limits."""
-        is_complete = self.total_steps is not None and counters.global_steps >= self.total_steps
-        return is_complete or self.is_session_over(counters)
+        if self.total_steps is not None and counters.global_steps >= self.total_steps:
+            return True
+        # After a change of the batch size, the same samples are a different number of batches.
+        if self.total_samples is not None and counters.global_samples >= self.total_samples:
+            return True
+        return self.is_session_over(counters)
 
     def is_session_over(self, counters: Counters) -> bool:
         """Return whether this process has applied `steps_this_run` steps."""
@@ -43,8 +49,8 @@ class RunLength:
         Raises:
             RuntimeError: the run's length is not set, and the script did not read its position.
         """
-        is_set = self.total_steps is not None or self.steps_this_run is not None
-        if not (is_set or self.is_position_known):
+        limits = (self.total_steps, self.total_samples, self.steps_this_run)
+        if not (self.is_position_known or any(limit is not None for limit in limits)):
             raise MisuseError(
                 "The run resumed after its first epoch, but its length is unknown, so a loop such "
                 "as `for epoch in range(n)` would train too many epochs. Loop over "

@@ -119,6 +119,49 @@ def test_loop_over_a_range_ends_at_max_duration_after_a_resume(tmp_path):
     assert [train_epoch(done, loader) for _ in range(2)] == [[], []]
 
 
+@pytest.mark.parametrize(("duration", "steps"), [("40sp", 10), ("12ba", 12), (9, 9)])
+def test_run_without_a_loader_is_over_at_max_duration(duration, steps):
+    config = {
+        "train_batch_size": BATCH,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+        "engine": {"max_duration": duration},
+    }
+    trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(2, 1))
+    while not trainer.run_is_over:
+        trainer.backward(trainer(torch.ones(BATCH, 2)).mean())
+        trainer.step()
+    assert trainer.global_steps == steps
+
+
+@pytest.mark.parametrize(("duration", "steps"), [("56sp", 7 + 4), ("14ba", 14)])
+def test_run_with_a_larger_batch_ends_after_the_same_samples_or_batches(duration, steps):
+    trainer, loader = start(max_duration=duration)
+    train_epoch(trainer, loader)
+    trainer.set_train_micro_batch_size(2 * BATCH)
+    while not trainer.run_is_over:
+        trainer.backward(trainer(torch.ones(2 * BATCH, 2)).mean())
+        trainer.step()
+    assert trainer.global_steps == steps
+
+
+def test_epoch_at_the_end_of_a_run_is_the_next_one():
+    trainer, loader = start(max_duration="2ep")
+    while trainer.epoch < 2:
+        train_epoch(trainer, loader)
+    assert trainer.run_is_over
+
+
+def test_checkpoint_loaded_explicitly_is_not_saved_again_at_exit(tmp_path):
+    trainer, loader = start(tmp_path)
+    for _ in range(2):
+        train_epoch(trainer, loader)
+    resumed, _ = start(tmp_path)
+    resumed.load_checkpoint(tmp_path, tag="global_step9")
+    before = storage.list_checkpoints(tmp_path)
+    resumed._checkpointer.save_last(resumed._run)
+    assert storage.list_checkpoints(tmp_path) == before
+
+
 def test_loop_after_a_resume_of_unknown_length_raises(tmp_path):
     stopped, loader = start(tmp_path)
     for _ in range(2):

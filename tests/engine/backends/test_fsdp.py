@@ -99,3 +99,23 @@ def initialize_with_unknown_class_to_wrap():
 
 def test_fsdp_with_an_unknown_class_to_wrap_raises():
     run_distributed_test(initialize_with_unknown_class_to_wrap, 2)
+
+
+def discard_gradients_of_a_micro_batch(stage):
+    trainer = start(zero_optimization={"stage": stage}, gradient_accumulation_steps=2)
+    expected = start(zero_optimization={"stage": stage}, gradient_accumulation_steps=2)
+    inputs = torch.ones(1, 6)
+    trainer.backward(trainer(inputs).sum())
+    trainer.zero_grad()
+    trainer.micro_steps = 0
+    for each in (trainer, expected):
+        for _ in range(2):
+            each.backward(each(inputs).pow(2).sum())
+            each.step()
+        assert each.was_step_applied()
+    assert all_equal(copy_parameters(trainer), copy_parameters(expected))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_fsdp_zero_grad_discards_unreduced_gradients(stage):
+    run_distributed_test(discard_gradients_of_a_micro_batch, 2, stage)
