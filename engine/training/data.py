@@ -126,7 +126,7 @@ class RunLoader(DataLoader[Any]):
     @property
     def epoch(self) -> int:
         """The epoch that is being iterated over or, between epochs, the next one; from 0."""
-        return self._epoch + 1 if self._is_used_up() else self._epoch
+        return self._epoch + 1 if self._is_finished else self._epoch
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch, the micro-batches requested in it, and whether its data is used up."""
@@ -189,6 +189,7 @@ class RunLoader(DataLoader[Any]):
             self._requested += 1
             yield batch
             if self._run_is_over is not None and self._run_is_over():
+                self._is_finished = self._is_used_up()
                 yield from self._end_run()
                 return
         self._is_finished = True
