@@ -33,10 +33,11 @@ def compute_norm(gradients: list[Tensor]) -> float:
     if not gradients:
         return 0.0
     # torch's clip_grad_norm_ also uses this private kernel, but takes twice as long.
-    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))  # noqa: SLF001
+    norms = torch._foreach_norm(gradients)  # noqa: SLF001  # it has no public name
+    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
     if math.isinf(norm):  # the squares of large gradients overflow in float32
-        norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients]
-        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+        wide = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients]
+        norm = float(torch.linalg.vector_norm(torch.stack(wide)))
     return norm
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterator
@@ -119,10 +120,8 @@ class PyTorchBackend(Backend):
         self, loss: Tensor, accumulation: int, *, is_last: bool, retain_graph: bool = False
     ) -> None:
         scaled = self.scale(loss, accumulation, is_last=is_last)
-        if self._averager is None or not is_last:
-            scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # untyped in torch
-            return
-        with self._averager.overlap():
+        averager = self._averager if is_last else None
+        with averager.overlap() if averager is not None else contextlib.nullcontext():
             scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # untyped in torch
 
     @override
