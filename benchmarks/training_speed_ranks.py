@@ -1,4 +1,4 @@
-"""Compare the cost of a step on two ranks with that of a hand-written loop and DeepSpeed.
+"""Compare the cost of a step on two ranks with hand-written loops and DeepSpeed.
 
     torchrun --standalone --nproc_per_node 2 benchmarks/training_speed_ranks.py
 
@@ -52,6 +52,21 @@ def limit(task: Callable[[], tuple]) -> alone.Step:
     return step
 
 
+def ddp(task: Callable[[], tuple]) -> alone.Step:
+    model, x, y = task()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    parameters = list(model.parameters())
+    replica = nn.parallel.DistributedDataParallel(model)
+
+    def step() -> None:
+        alone.loss_fn(replica(x), y).backward()
+        nn.utils.clip_grad_norm_(parameters, alone.CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def ours(task: Callable[[], tuple]) -> alone.Step:
     model, x, y = task()
     config = alone.config(len(x) * dist.get_world_size())
@@ -78,8 +93,12 @@ def main() -> None:
     torch.manual_seed(0)
     dist.init_process_group("gloo")
     for name, task, steps in (("MLP", alone.mlp, 100), ("GPT, 10M", alone.gpt, 2)):
-        running = {"one flat all-reduce": limit(task), "onecycle": ours(task)}
-        running["DeepSpeed, stage 0"] = deepspeed(task)
+        running = {
+            "one flat all-reduce": limit(task),
+            "DDP, fused AdamW": ddp(task),
+            "onecycle": ours(task),
+            "DeepSpeed, stage 0": deepspeed(task),
+        }
         times: dict[str, list[float]] = {each: [] for each in running}
         for _ in range(ROUNDS):
             for each, step in running.items():

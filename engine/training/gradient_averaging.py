@@ -8,10 +8,10 @@ passes is averaged as well.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             tensor.detach().copy_(contiguous)
 
 
-@dataclass
+@dataclasses.dataclass
 class _Bucket:
     """Parameters whose gradients are averaged in one all-reduce."""
 
@@ -53,12 +53,16 @@ class _Bucket:
     the step."""
     views: list[Tensor]
     """The gradients inside the buffer, in the shapes of the parameters."""
-    pending: int = 0
-    """Number of gradients that the current backward pass has not accumulated yet."""
+    copied: set[int] = dataclasses.field(default_factory=set)
+    """Indices of the gradients that the current backward pass has copied into the buffer."""
     work: Any = None
     """The all-reduce that is running; None if none is."""
     is_stale: bool = False
     """Whether a gradient changed after its all-reduce started."""
+
+    def is_complete(self) -> bool:
+        """Return whether the backward pass has copied every gradient."""
+        return len(self.copied) == len(self.parameters)
 
 
 class GradientAverager:
@@ -91,6 +95,7 @@ class GradientAverager:
         self._sparse = find_sparse_weights(model)
         self._parameters: list[nn.Parameter] = []
         self._buckets: list[_Bucket] = []
+        self._nodes: list[torch.autograd.graph.Node] = []
         self._hooks: list[Any] = []
         self._next = 0  # index of the bucket that is averaged next
         self._is_overlapping = False
@@ -116,7 +121,7 @@ class GradientAverager:
         """Average gradients during the backward pass inside this context, and finish at its end."""
         self._update_buckets()
         for bucket in self._buckets:
-            bucket.pending = len(bucket.parameters)
+            bucket.copied.clear()
         self._is_overlapping = True
         try:
             yield
@@ -151,7 +156,8 @@ class GradientAverager:
         """Remove the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._buckets, self._parameters, self._averaged = [], [], [], []
+        self._nodes, self._hooks, self._buckets = [], [], []
+        self._parameters, self._averaged = [], []
         self._is_averaged = False
 
     def _update_buckets(self, *, keeps_frozen: bool = False) -> None:
@@ -167,28 +173,34 @@ class GradientAverager:
         for members in _split(reversed(dense)):  # the last layers' gradients come first
             bucket = _build_bucket(members)
             self._buckets.append(bucket)
-            self._add_hooks(members, functools.partial(self._on_gradient, bucket))
-        self._add_hooks([p for p in trained if id(p) in self._sparse], self._on_sparse)
+            for index, parameter in enumerate(members):
+                self._add_hook(parameter, functools.partial(self._on_gradient, bucket, index))
+        for parameter in trained:
+            if id(parameter) in self._sparse:
+                self._add_hook(parameter, self._on_sparse)
 
-    def _add_hooks(self, parameters: list[nn.Parameter], hook: Callable[[Tensor], None]) -> None:
-        for parameter in parameters:
-            if parameter.requires_grad:
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]  # untyped in torch
+    def _add_hook(self, parameter: nn.Parameter, hook: Callable[..., None]) -> None:
+        """Call a hook after each accumulation of a gradient, and after the script's own hooks."""
+        if parameter.requires_grad:
+            node = torch.autograd.graph.get_gradient_edge(parameter).node
+            self._nodes.append(node)  # the parameter itself keeps no reference to its node
+            self._hooks.append(node.register_hook(hook))
 
-    def _on_gradient(self, bucket: _Bucket, parameter: Tensor) -> None:
-        del parameter
+    def _on_gradient(self, bucket: _Bucket, index: int, *_: object) -> None:
         self._is_averaged = False
         if not self._is_overlapping:
             return
-        bucket.pending -= 1
-        bucket.is_stale |= bucket.work is not None
+        if bucket.work is not None:
+            bucket.is_stale = True
+            return
+        self._copy(bucket, index)  # the gradient is still in the cache
+        bucket.copied.add(index)
         # All ranks must start the all-reduces in the same order.
-        while self._next < len(self._buckets) and self._buckets[self._next].pending <= 0:
+        while self._next < len(self._buckets) and self._buckets[self._next].is_complete():
             self._start(self._buckets[self._next])
             self._next += 1
 
-    def _on_sparse(self, parameter: Tensor) -> None:
-        del parameter
+    def _on_sparse(self, *_: object) -> None:
         self._is_averaged = False
 
     @torch.no_grad()
@@ -209,22 +221,28 @@ class GradientAverager:
         self._is_averaged = True
 
     @torch.no_grad()
+    def _copy(self, bucket: _Bucket, index: int) -> bool:
+        """Copy a gradient into the buffer, as its share of the mean; return whether it exists."""
+        gradient, view = bucket.parameters[index].grad, bucket.views[index]
+        if gradient is None:
+            view.zero_()
+            return False
+        # Divided before the sum, which may overflow.
+        torch.div(gradient.to(view.dtype), self._ranks.world_size, out=view)
+        return True
+
+    @torch.no_grad()
     def _start(self, bucket: _Bucket) -> None:
-        size = len(bucket.parameters)
-        present = [i for i, each in enumerate(bucket.parameters) if each.grad is not None]
-        flags = bucket.buffer[-size - 1 : -1]
-        if len(present) == size:
-            flags.fill_(1.0)
-        else:
-            bucket.buffer.zero_()
-            flags[present] = 1.0
-        gradients: Any = [bucket.parameters[i].grad for i in present]
-        torch._foreach_copy_([bucket.views[i] for i in present], gradients)
+        flags = bucket.buffer[-len(bucket.parameters) - 1 : -1]
+        flags.fill_(1.0 / self._ranks.world_size)
+        for index in range(len(bucket.parameters)):
+            if index not in bucket.copied and not self._copy(bucket, index):
+                flags[index] = 0.0
+        bucket.copied.clear()
         self._all_reduce(bucket)
 
     def _all_reduce(self, bucket: _Bucket) -> None:
-        bucket.buffer[-1] = self._steps % _STEP_PERIOD
-        bucket.buffer.div_(self._ranks.world_size)  # before the sum, which may overflow
+        bucket.buffer[-1] = self._steps % _STEP_PERIOD / self._ranks.world_size
         bucket.work = dist.all_reduce(bucket.buffer, async_op=True)
 
     @torch.no_grad()

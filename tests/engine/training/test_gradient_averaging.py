@@ -307,6 +307,31 @@ def test_forward_without_gradients_on_rank_0_does_not_change_the_steps():
     run_distributed_test(evaluate_on_rank_0, 2)
 
 
+def train_with_hooks_of_the_script(way):
+    trainer = start(build_layers())
+
+    def scale_gradient(parameter):
+        parameter.grad.mul_(trainer.global_rank + 1)
+
+    for parameter in trainer.module.parameters():
+        parameter.register_post_accumulate_grad_hook(scale_gradient)
+    for step in range(2):
+        before = copy_weights(trainer.module)
+        expected = compute_mean_gradients(
+            trainer.module,
+            step,
+            lambda model, rank, step: (rank + 1) * compute_loss(model, rank, step),
+        )
+        WAYS[way](trainer, compute_loss(trainer, trainer.global_rank, step))
+        trainer.step()
+        check_step(trainer.module, before, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_that_a_hook_of_the_script_changes_are_averaged(way):
+    run_distributed_test(train_with_hooks_of_the_script, 2, way)
+
+
 def destroy_and_run_backward_on_rank_0():
     trainer = start(build_layers())
     trainer.backward(compute_loss(trainer, trainer.global_rank))
@@ -318,8 +343,6 @@ def destroy_and_run_backward_on_rank_0():
         compute_loss(trainer.module, 0).backward()
         pairs = zip(trainer.module.parameters(), expected.parameters(), strict=True)
         assert all(torch.equal(p.grad, q.grad) for p, q in pairs)
-    for parameter in trainer.module.parameters():
-        assert not parameter._post_accumulate_grad_hooks
 
 
 def test_destroy_removes_the_hooks():
