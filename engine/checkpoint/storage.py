@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.config.versions import get_installed_version
 from engine.errors import CheckpointError
-from engine.versions import get_installed_version
 
 __all__ = [
     "Manifest",

@@ -106,7 +106,7 @@ class _Version(argparse.Action):
     """Print the versions of onecycle, torch and DeepSpeed, and exit (``--version``)."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from engine.versions import get_installed_version
+        from engine.config.versions import get_installed_version
 
         for package in ("onecycle", "torch", "deepspeed"):
             print(f"{package} {get_installed_version(package) or 'is not installed'}")

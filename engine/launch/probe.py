@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.versions import get_installed_version
+from engine.config.versions import get_installed_version
 
 __all__ = ["PACKAGES", "find_free_port", "probe"]
 

@@ -11,9 +11,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TextIO
 
+from engine.config.versions import get_installed_version
 from engine.distributed.environment import OK
 from engine.launch.probe import PACKAGES
-from engine.versions import get_installed_version
 
 __all__ = ["add_arguments", "run"]
 

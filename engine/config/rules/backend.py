@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from engine.config.backend_choice import find_deepspeed_only_keys
 from engine.config.pointers import dotted_name, get_last_key
 from engine.config.rules.context import Rule, RuleContext
+from engine.config.versions import get_installed_version
 from engine.errors import Problem
-from engine.versions import get_installed_version
 
 __all__ = ["RULES"]
 
