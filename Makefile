@@ -32,7 +32,7 @@ check: $(READY)  ## check lint, types, import layers, wording, generated files a
 	$(BIN)/codespell
 	$(BIN)/python tools/check_wording.py
 	$(BIN)/python tools/generate.py --check
-	$(BIN)/python -m pytest --doctest-modules engine schedules schemas --durations=0
+	$(BIN)/python -m pytest --doctest-modules onecycle engine schedules schemas --durations=0
 
 format: $(READY)  ## format the code and apply the linter's fixes
 	$(BIN)/ruff format .
@@ -50,5 +50,5 @@ clean:  ## remove the virtual environment and the output of runs
 $(READY): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples]'
-	$(BIN)/python -m compileall -q engine schedules schemas
+	$(BIN)/python -m compileall -q onecycle engine schedules schemas
 	touch $(READY)

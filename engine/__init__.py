@@ -7,7 +7,7 @@ Public names are imported lazily, so that loading and validating a config does n
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from typing import Any
 
 _MODULES = {
@@ -29,6 +29,22 @@ _MODULES = {
 __all__ = sorted([*_MODULES, "__version__"])  # noqa: PLE0605  # computed, so that each name is listed once
 
 
+def _check_packages() -> None:
+    """Raise ImportError if a module of the user has the name of a package that is needed here.
+
+    `onecycle.packages` does the same for this package. It cannot use this function, because it
+    must find such a module before it imports this package.
+    """
+    for name in ("schedules", "schemas"):
+        spec = importlib.util.find_spec(name)
+        found = spec and [*(spec.submodule_search_locations or ()), spec.origin][0]
+        if found != __path__[0].removesuffix("engine") + name:
+            raise ImportError(
+                f"`{name}` must be a package of onecycle, but Python imports {found} under this "
+                f"name. Rename that file or directory, for example to `my_{name}`."
+            )
+
+
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
@@ -41,3 +57,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_check_packages()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import engine
+import onecycle
 import schedules
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,7 @@ ENGINE_NAMES = [
     "register_with_deepspeed",
     "validate",
 ]
+ONECYCLE_NAMES = [*ENGINE_NAMES, "schedules"]
 SCHEDULES_NAMES = [
     "FeedbackSchedule",
     "Horizon",
@@ -45,8 +47,8 @@ SCHEDULES_NAMES = [
 ] + [schema.stem for schema in (ROOT / "schemas/schedulers").glob("*.json")]
 
 VALIDATE = """
-import engine, schedules
-assert "Engine" in dir(engine) and "attach" in dir(schedules)
+import engine, onecycle, schedules
+assert "Engine" in dir(engine) and "Engine" in dir(onecycle) and "attach" in dir(schedules)
 scheduler = {"type": "WarmupLR", "params": {"warmup_type": "linear"}}
 config = {"train_batch_size": 8, "scheduler": scheduler}
 assert engine.validate(config) == []
@@ -74,7 +76,8 @@ def test_validate_schema_and_csv_import_no_large_library(code):
 
 
 @pytest.mark.parametrize(
-    ("package", "names"), [(engine, ENGINE_NAMES), (schedules, SCHEDULES_NAMES)]
+    ("package", "names"),
+    [(engine, ENGINE_NAMES), (onecycle, ONECYCLE_NAMES), (schedules, SCHEDULES_NAMES)],
 )
 def test_package_public_names_are_listed_documented_and_importable(package, names):
     assert package.__all__ == sorted(names)
@@ -92,14 +95,14 @@ def test_import_changes_no_global_state():
     code = (
         "import logging, os, signal, sys\n"
         "before = dict(os.environ), logging.root.handlers[:], sys.excepthook\n"
-        "import engine, engine.config, schedules, schemas\n"
+        "import engine, engine.config, onecycle, schedules, schemas\n"
         "assert before == (dict(os.environ), logging.root.handlers[:], sys.excepthook)\n"
         "assert not logging.getLogger('onecycle').handlers\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("package", [engine, schedules])
+@pytest.mark.parametrize("package", [engine, onecycle, schedules])
 def test_package_stays_small_at_the_top_and_in_every_file(package):
     root = Path(package.__file__).parent
     assert len(list(root.glob("*.py"))) <= 6
@@ -115,7 +118,7 @@ def public_names(cls):
                     yield name
 
 
-@pytest.mark.parametrize("package", [engine, schedules])
+@pytest.mark.parametrize("package", [engine, onecycle, schedules])
 def test_classes_have_at_most_25_public_names(package):
     for path in Path(package.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -11,7 +11,7 @@ from pathlib import Path
 import grimp
 import networkx as nx
 
-PACKAGES = ("engine", "schedules", "schemas")
+PACKAGES = ("onecycle", "engine", "schedules", "schemas")
 
 
 def build_graph(root: Path) -> nx.DiGraph[str]:

@@ -17,7 +17,7 @@ from typing import Any
 from engine.distributed.environment import ELASTIC, JOB_ID, PREFIX, TIMEOUT
 from engine.errors import LaunchError
 from engine.launch.hosts import Host
-from engine.launch.request import LaunchRequest
+from engine.launch.request import LaunchRequest, build_module_command
 
 __all__ = [
     "HostFacts",
@@ -163,7 +163,7 @@ def build_plan(
     nodes, next_rank = [], 0
     for host in request.hosts:
         argv = (
-            *(request.python, "-m", "engine.launch.torchrun"),
+            *build_module_command(request.python, "engine.launch.torchrun"),
             *_rendezvous_options(request, host, known, min_nodes),
             *_script_options(request, host),
             *request.script,
@@ -285,7 +285,7 @@ def _build_node_environment(
 
 
 def _build_transport(request: LaunchRequest, host: Host) -> tuple[str, ...]:
-    agent = (request.python, "-m", "engine.launch.agent")
+    agent = build_module_command(request.python, "engine.launch.agent")
     return agent if request.is_local else (*build_ssh_command(request, host), shlex.join(agent))
 
 

@@ -20,7 +20,7 @@ from engine.launch import reachability
 from engine.launch.hosts import Host
 from engine.launch.plan import HostFacts, build_ssh_command
 from engine.launch.probe import probe
-from engine.launch.request import LaunchRequest
+from engine.launch.request import LaunchRequest, build_module_command
 
 __all__ = ["HostCheck", "check_hosts"]
 
@@ -119,7 +119,7 @@ def _build_command(
     request: LaunchRequest, host: Host, module: str, *arguments: str
 ) -> tuple[str, ...]:
     """Return the ssh command that runs a Python module on a host with the given arguments."""
-    remote = shlex.join([request.python, "-m", module, *arguments])
+    remote = shlex.join([*build_module_command(request.python, module), *arguments])
     return (*build_ssh_command(request, host), f"cd {shlex.quote(request.cwd)} && {remote}")
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 from engine.errors import LaunchError
 from engine.launch.hosts import Host
 
-__all__ = ["LaunchRequest", "bind_to_cores", "find_config", "read_variables"]
+__all__ = [
+    "LaunchRequest",
+    "bind_to_cores",
+    "build_module_command",
+    "find_config",
+    "read_variables",
+]
 
 _CONFIG_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler"}
 
@@ -59,7 +65,17 @@ def bind_to_cores(
         is_command: whether ``script`` is a command that is run without Python.
     """
     interpreter = () if is_command else (python, "-u", *(("-m",) if is_module else ()))
-    return (python, "-m", "engine.launch.affinity", *interpreter, *script)
+    return (*build_module_command(python, "engine.launch.affinity"), *interpreter, *script)
+
+
+def build_module_command(python: str, module: str) -> tuple[str, ...]:
+    """Return a command that runs a module of onecycle, never one of the working directory.
+
+    Args:
+        python: Python interpreter.
+        module: full name of the module.
+    """
+    return (python, "-m", "onecycle.isolated", module)
 
 
 def find_config(script: tuple[str, ...], cwd: str) -> str | None:

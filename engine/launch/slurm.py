@@ -34,7 +34,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bas
   address=$(getent ahostsv4 "$SLURMD_NODENAME" | awk "NR == 1 {{ print \\$1 }}")
   [ "$SLURM_NODEID" = 0 ] && is_host=true || is_host=false
   export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[$SLURMD_NODENAME:r\\${{rank}}] "
-  exec "$0" -m engine.launch.torchrun \\
+  exec "$0" -m onecycle.isolated engine.launch.torchrun \\
     --nnodes {nodes} --nproc-per-node {nproc} --max-restarts {restarts} --tee 3 {flags}\\
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$FIRST_ADDRESS:$RDZV_PORT" \\
     --rdzv-conf "is_host=$is_host,join_timeout={timeout}" --local-addr "$address" "$@"

@@ -74,7 +74,7 @@ def snippets():
 def installed_python(tmp_path_factory):
     """Return the Python of a virtual environment in which the built wheel is installed."""
     directory = tmp_path_factory.mktemp("installed")
-    for name in ("engine", "schedules", "schemas"):
+    for name in ("onecycle", "engine", "schedules", "schemas"):
         shutil.copytree(ROOT / name, directory / "source" / name)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, directory / "source" / name)

@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import assert_type
 
 import engine
+import onecycle
 import schedules
 
 
@@ -61,3 +62,13 @@ def handle_errors(path: str) -> list[engine.Problem]:
     except (engine.ConfigError, engine.CheckpointError, engine.MisuseError):
         return engine.validate(path)
     return []
+
+
+def use_the_facade(dataset: Dataset[tuple[Tensor, Tensor]]) -> onecycle.Engine:
+    trainer, *_ = onecycle.initialize(
+        config={"train_batch_size": 8}, model=nn.Linear(2, 2), training_data=dataset
+    )
+    assert_type(trainer, engine.Engine)
+    assert_type(onecycle.__version__, str)
+    assert_type(onecycle.schedules.Horizon(), schedules.Horizon)
+    return trainer

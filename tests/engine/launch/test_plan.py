@@ -42,7 +42,7 @@ def request_with(**changes):
 def flags(node):
     """Return the options of torchrun that precede the script."""
     argv = list(node.argv)
-    return dict(zip(argv[3::2], argv[4::2], strict=False))
+    return dict(zip(argv[4::2], argv[5::2], strict=False))
 
 
 def launch(*arguments):
@@ -73,14 +73,14 @@ def test_build_plan_gives_each_host_its_ranks_and_addresses():
         assert node.env["GLOO_SOCKET_IFNAME"] == "eth0"
         assert node.argv[-2:] == ("train.py", "-4C")
         assert node.transport[0] == "ssh"
-        assert node.transport[-2:] == (node.host, "py -m engine.launch.agent")
+        assert node.transport[-2:] == (node.host, "py -m onecycle.isolated engine.launch.agent")
 
 
 def test_build_plan_local_launch_is_standalone():
     plan = build_plan(request_with(hosts=(Host("localhost", (0, 1)),), is_local=True), {}, {})
     [node] = plan.nodes
     assert "--standalone" in node.argv
-    assert node.transport == ("py", "-m", "engine.launch.agent")
+    assert node.transport == ("py", "-m", "onecycle.isolated", "engine.launch.agent")
     assert "GLOO_SOCKET_IFNAME" not in node.env
 
 

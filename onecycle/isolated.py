@@ -1,0 +1,36 @@
+"""Run a module of onecycle that imports nothing from the working directory.
+
+``python -m`` puts the working directory first on ``sys.path``. If a project has its own
+``engine.py``, ``python -m engine.launch.agent`` would import that file. Python 3.11 has the option
+``-P`` to prevent this; Python 3.10 does not. ``python -m onecycle.isolated engine.launch.agent``
+works in both.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+from onecycle.packages import ROOT, import_engine
+
+__all__ = ["run_isolated"]
+
+
+def run_isolated(module: str) -> None:
+    """Remove the working directory from ``sys.path``, then run a module as ``python -m`` does.
+
+    Call this function only in a process that was started with ``python -m``.
+
+    Args:
+        module: full name of the module. Its arguments are ``sys.argv[1:]``.
+    """
+    is_removed_by_python = getattr(sys.flags, "safe_path", False)  # new in Python 3.11
+    # Keep the working directory if it is a checkout of onecycle, which may not be installed.
+    if not is_removed_by_python and sys.path[0] != ROOT:
+        del sys.path[0]
+    import_engine()  # an error is raised if, for example, PYTHONPATH contains an `engine.py`
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    run_isolated(sys.argv.pop(1))
