@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from engine.backends.base import Backend
 from engine.config import Config
 from engine.training_run import TrainingRun
-from schedules.param_groups import read_momenta
+from schedules.param_groups import read_lr, read_momenta, read_momentum
 
 __all__ = ["DeepSpeedAccessors"]
 
@@ -132,7 +132,7 @@ class DeepSpeedAccessors(nn.Module):
 
     def get_lr(self) -> list[float]:
         """Return the learning rate of each param group for the next step."""
-        return self._run.read_lr()
+        return read_lr(self._backend.optimizer)
 
     def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
         """Return each param group's momentum (all betas for Adam); None if there is none."""
@@ -140,7 +140,7 @@ class DeepSpeedAccessors(nn.Module):
 
     def get_momentum(self) -> list[float] | None:
         """Return each param group's momentum (first beta for Adam); None if there is none."""
-        return self._run.read_momentum()
+        return read_momentum(self._backend.optimizer)
 
     def get_global_grad_norm(self) -> float | None:
         """Return the 2-norm of the last gradients before clipping, over all parameters.

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from engine.backends.base import Backend
+from engine.checkpoint.automatic import AutomaticCheckpoints
 from engine.checkpoint.fingerprint import Identity
 from engine.checkpoint.manager import Checkpointer
 from engine.config import Config
@@ -20,7 +21,7 @@ from engine.deepspeed_accessors import DeepSpeedAccessors
 from engine.training.data import call_on_batches, read_epoch
 from engine.training.loss_window import check_loss
 from engine.training.monitors import Monitor
-from engine.training_run import TrainingRun
+from engine.training_run import TrainingRun, iterate_batches
 
 __all__ = ["Engine"]
 
@@ -48,6 +49,7 @@ class Engine(DeepSpeedAccessors):
         self.training_dataloader = loader
         self._backend = backend
         self._checkpointer = Checkpointer(config, backend, identity, loader)
+        self._automatic = AutomaticCheckpoints(config.checkpoint, self._checkpointer, backend.ranks)
         self._run = TrainingRun.start(config, backend, lr_scheduler, monitors)
 
     @property
@@ -119,7 +121,8 @@ class Engine(DeepSpeedAccessors):
         Args:
             lr_kwargs: ignored; accepted for compatibility with DeepSpeed.
             metric: validation loss or similar value for a schedule such as ReduceLROnPlateau; it is
-                averaged over the ranks. Pass it in the last step of each epoch.
+                averaged over the ranks. Pass it in the last step of each epoch. It is also the
+                metric of ``engine.checkpoint.best``.
 
         Returns:
             Whether an optimizer step was applied. A step with non-finite gradients is skipped and
@@ -132,8 +135,34 @@ class Engine(DeepSpeedAccessors):
         del lr_kwargs
         is_applied = self._run.step(metric)
         if self._run.accumulation.micro_batches == 0:
-            self._checkpointer.save_if_due(self._run)
+            self._automatic.save_if_due(self._run)
         return is_applied
+
+    def report(self, **metrics: Tensor | float) -> None:
+        """Report metrics, such as a validation loss, to the log and the monitors.
+
+        The metric that ``engine.checkpoint.best`` names also decides which checkpoint is saved as
+        the best one and whether the run ends early, and is passed to a schedule that uses a metric.
+        Metrics are averaged over the ranks. Every rank must call this method.
+
+        Args:
+            metrics: numbers or scalar tensors by name, such as ``val_loss=0.25``.
+        """
+        self._run.report(metrics)
+        if self._run.accumulation.micro_batches == 0:
+            self._automatic.save_best(self._run)
+
+    def batches(self) -> Iterator[Any]:
+        """Yield the batches of the training data, epoch after epoch, until the run is over.
+
+        The run ends at ``engine.max_duration`` or, if it is not set, at the end of the schedule.
+        After a resume, the batches continue at the saved position.
+
+        Raises:
+            RuntimeError: there is no training data; the length of the run is unknown; or an epoch
+                ends without a step.
+        """
+        return iterate_batches(self.training_dataloader, self._run)
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Return whether the next `step` completes a batch and runs the optimizer."""
@@ -254,12 +283,17 @@ class Engine(DeepSpeedAccessors):
 
     def destroy(self) -> None:
         """Release the backend's resources; the model stays usable."""
+        self._automatic.close()
         self._checkpointer.close()
         self._backend.destroy()
 
     @property
     def run_is_over(self) -> bool:
-        """Whether the run has reached ``engine.steps_this_run`` or ``engine.max_duration``."""
+        """Whether the run has reached its end.
+
+        The end is ``engine.max_duration``, ``engine.steps_this_run`` or, in `batches`, the end of
+        the schedule. ``engine.checkpoint.best`` can end the run earlier.
+        """
         return self._run.is_over
 
     @property

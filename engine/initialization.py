@@ -142,15 +142,15 @@ def initialize(
     monitors = build_monitors(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
     run = engine._run  # noqa: SLF001  # private to the package
+    automatic = engine._automatic  # noqa: SLF001  # private to the package
     _set_length(run.length, resolved, loader)
     if loader is not None:
-        checkpointer = engine._checkpointer  # noqa: SLF001  # private to the package
-        loader.stop_when(lambda: engine.run_is_over, lambda: checkpointer.save_last(run))
+        loader.stop_when(lambda: engine.run_is_over, lambda: automatic.save_last(run))
         loader.call_after_epoch(run.discard_incomplete_batch)
     attach_recorder(engine, sweep)
     if ranks.rank == 0:
         _log_setup(engine, backend)
-    is_resumed = engine._checkpointer.resume(run)  # noqa: SLF001  # private to the package
+    is_resumed = automatic.resume(run)
     if is_resumed and loader is not None and loader.epoch > 0:
         loader.check_before_resuming(run.length.check_is_known)
     return engine, backend.optimizer, loader, scheduler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
 from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
+from engine.training.best_metric import BestMetric
 from engine.training.data import RunLoader
 from engine.training.divergence import DivergenceCheck
 from engine.training.loss_window import LossWindow
@@ -26,11 +27,11 @@ from engine.training.monitors import Monitor
 from engine.training.progress import Counters, ProgressReporter, StepRecord, StepRecorder
 from engine.training.run_length import RunLength
 from engine.training.schedule_driver import ScheduleDriver
-from schedules import AutoWU, Schedule
-from schedules.param_groups import read_momenta
+from schedules import AutoWU, Schedule, ScheduleBinder
+from schedules.param_groups import read_lr, read_momentum
 from schedules.torch_scheduler import bind
 
-__all__ = ["TrainingRun", "preserve_state"]
+__all__ = ["TrainingRun", "iterate_batches", "preserve_state"]
 
 log = logging.getLogger("onecycle")
 
@@ -52,6 +53,7 @@ class TrainingRun:
     accumulation: Accumulation
     length: RunLength
     divergence: DivergenceCheck
+    best: BestMetric | None = None
     recorder: StepRecorder | None = None
     is_trial: bool = False
     """Whether this is an LR range test, which saves no checkpoints; `recorder` decides its end."""
@@ -67,13 +69,14 @@ class TrainingRun:
     ) -> TrainingRun:
         """Build a run at step 0."""
         is_first = backend.ranks.rank == 0
-        driver = ScheduleDriver(scheduler, backend.mean, config.report if is_first else None)
+        driver = ScheduleDriver(scheduler, config.report if is_first else None)
         progress = ProgressReporter(config, monitors, backend.mean, writes_log=is_first)
         is_needed = driver.feedback == "loss" or progress.is_monitored
         window = LossWindow(backend.mean, is_kept=is_needed)
         is_dynamic = config.loss_scaling is not None and config.loss_scaling.loss_scale == 0
         rolls_back = isinstance(config.schedule, AutoWU) and config.schedule.rollback
         rollback = Rollback(backend) if rolls_back else None
+        best = config.checkpoint.best
         return cls(
             config,
             backend,
@@ -85,6 +88,7 @@ class TrainingRun:
             RunLength(config.run.get("steps_this_run")),
             # A dynamic loss scale skips steps until it is low enough, and ends the run itself.
             DivergenceCheck(None if is_dynamic else config.max_skipped_steps),
+            None if best is None else BestMetric(best.metric, best.mode, best.patience),
         )
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
@@ -122,8 +126,9 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has reached ``engine.steps_this_run`` or ``engine.max_duration``."""
-        return self.length.is_over(self.counters)
+        """Whether the run has reached its end, or `best` ends it early."""
+        is_early = self.best is not None and self.best.is_exhausted
+        return is_early or self.length.is_over(self.counters)
 
     def set_batch_sizes(self, batch: BatchSizes) -> None:
         """Change the batch sizes of the following steps.
@@ -186,7 +191,7 @@ class TrainingRun:
                 "(`engine.steps_this_run`). Exit the training loop when `run_is_over` is true."
             )
         if metric is not None:
-            self.driver.metric = metric
+            metric = self.driver.metric = self.backend.mean(float(metric))
         counters = self.counters
         is_boundary = self.accumulation.is_boundary()
         counters.micro_steps += 1
@@ -194,7 +199,31 @@ class TrainingRun:
         counters.applied = is_boundary and self._step_optimizer()
         if is_boundary:
             self._finish_step()
+        if metric is not None and self.best is not None:
+            self._update_best(metric)
         return counters.applied
+
+    def report(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Average metrics over the ranks, and report them to the log and the monitors."""
+        means = {name: self.backend.mean(float(value)) for name, value in metrics.items()}
+        self.progress.report_metrics(means, self.counters)
+        if self.best is not None and self.best.name in means:
+            self.driver.metric = means[self.best.name]
+            self._update_best(means[self.best.name])
+
+    def _update_best(self, value: float) -> None:
+        best, was_over = self.best, self.is_over
+        assert best is not None
+        best.update(value, self.counters.global_steps)
+        if best.is_exhausted and not was_over and self.backend.ranks.rank == 0:
+            log.info(
+                "stopping early: %s has not improved in %d reports; the best value is %g, at step "
+                "%d",
+                best.name,
+                best.misses,
+                best.value,
+                best.step,
+            )
 
     def _step_optimizer(self) -> bool:
         scaled, self.accumulation.scaled_losses = self.accumulation.scaled_losses, 0
@@ -232,7 +261,7 @@ class TrainingRun:
                 self.rollback.update(self.scheduler)
         self.window.clear()
         if not self.is_trial:
-            self.divergence.update(self.counters, self.read_lr()[0])
+            self.divergence.update(self.counters, read_lr(self.backend.optimizer)[0])
 
     def _collect_record(self) -> StepRecord:
         counters, backend = self.counters, self.backend
@@ -242,8 +271,8 @@ class TrainingRun:
             global_samples=counters.global_samples,
             is_applied=counters.applied,
             skipped_steps=counters.skipped_steps,
-            lr=self.read_lr(),
-            momentum=self.read_momentum(),
+            lr=read_lr(backend.optimizer),
+            momentum=read_momentum(backend.optimizer),
             weight_decay=backend.optimizer.param_groups[0].get("weight_decay"),
             loss=self.window.mean() if self.window.has_losses else None,
             grad_norm=backend.grad_norm,
@@ -252,22 +281,48 @@ class TrainingRun:
         )
 
     def _record_step(self, recorder: StepRecorder) -> None:
-        momentum = self.read_momentum()
-        used = self.read_lr()[0], momentum[0] if momentum else None
+        momentum = read_momentum(self.backend.optimizer)
+        used = read_lr(self.backend.optimizer)[0], momentum[0] if momentum else None
         recorder.record(*used, self.window.mean(), applied=self.counters.applied)
         if self.is_trial:
             recorder.stop_if_over()
 
-    def read_lr(self) -> list[float]:
-        """Return the learning rate of each param group."""
-        return [float(group["lr"]) for group in self.backend.optimizer.param_groups]
 
-    def read_momentum(self) -> list[float] | None:
-        """Return the momentum (first beta for Adam) of each param group; None if there is none."""
-        momenta = read_momenta(self.backend.optimizer)
-        if momenta is None:
-            return None
-        return [float(each if isinstance(each, float) else each[0]) for each in momenta]
+def iterate_batches(loader: DataLoader[Any] | None, run: TrainingRun) -> Iterator[Any]:
+    """Return an iterator over the batches of a run; see `Engine.batches`."""
+    if not isinstance(loader, RunLoader):
+        raise MisuseError(
+            "`trainer.batches()` needs training data. Pass `training_data` to `initialize`."
+        )
+    if not (run.length.is_known or run.is_trial):
+        scheduler = run.scheduler
+        run.length.schedule_steps = (
+            scheduler.length if isinstance(scheduler, ScheduleBinder) else None
+        )
+        if not run.length.is_known:
+            raise MisuseError(
+                "The length of the run is unknown, because the schedule does not end. Set "
+                '`engine.max_duration`, for example to "10ep".'
+            )
+    if run.is_over and run.backend.ranks.rank == 0:
+        log.info("the run is over at step %d: nothing to train", run.counters.applied_steps)
+    return _iterate_epochs(loader, run)
+
+
+def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
+    while not run.is_over:
+        steps = run.counters.global_steps
+        try:
+            yield from loader
+        finally:
+            # If the script leaves its loop in the middle of an epoch, the next call continues it.
+            loader.load_state_dict(loader.state_dict())
+        if run.counters.global_steps == steps:
+            raise MisuseError(
+                "An epoch of the training data ended without a step. Call `trainer.step()` after "
+                "each `trainer.backward(loss)`, and check that the data has at least "
+                f"{run.accumulation.steps} micro-batches."
+            )
 
 
 @contextlib.contextmanager

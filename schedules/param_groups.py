@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from schedules.core.controller import Curves
 from schedules.core.curves import Formula, Piece
 
-__all__ = ["Group", "RangeWriter", "Slot", "find_slots", "read_momenta"]
+__all__ = ["Group", "RangeWriter", "Slot", "find_slots", "read_lr", "read_momenta", "read_momentum"]
 
 Group = dict[str, Any]
 
@@ -84,6 +84,19 @@ def read_momenta(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] 
     if "momentum" in groups[0]:
         return [float(group["momentum"]) for group in groups]
     return [tuple(group["betas"]) for group in groups] if "betas" in groups[0] else None
+
+
+def read_lr(optimizer: Optimizer) -> list[float]:
+    """Return the learning rate of each group."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def read_momentum(optimizer: Optimizer) -> list[float] | None:
+    """Return the momentum or the first beta of each group; None if the optimizer has neither."""
+    momenta = read_momenta(optimizer)
+    if momenta is None:
+        return None
+    return [float(each if isinstance(each, float) else each[0]) for each in momenta]
 
 
 class RangeWriter:

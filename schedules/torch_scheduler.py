@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -235,6 +236,15 @@ class ScheduleBinder(LRScheduler):
             horizon = replace(horizon, scale_ratio=1.0)
         params |= schedule.resolve(horizon).params()
         return {"type": schedule.type_name, "params": params}
+
+    @property
+    def length(self) -> int | None:
+        """Number of steps after which the schedule has ended; None if it does not end."""
+        length = self.schedule.resolve(self._horizon).length
+        ratio = self._horizon.scale_ratio if self._horizon is not None else 1.0
+        if length is None or not self.schedule.has_rate_per_step:
+            return length
+        return math.ceil(length * ratio)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the schedule's type, parameters, step count and other state as a dict."""

@@ -1,13 +1,11 @@
-"""Save the checkpoints of a run, and resume from them."""
+"""Save and load checkpoints of a run."""
 
 from __future__ import annotations
 
-import atexit
 import datetime as dt
 import logging
 import os
-import sys
-import weakref
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -20,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from engine.checkpoint import storage
-from engine.checkpoint.async_saver import AsyncSaver, exit_with_failure
+from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.collectives import check_same_tag, raise_on_all_ranks, wait_for_ranks
 from engine.checkpoint.fingerprint import Identity, check_identity
 from engine.checkpoint.plain_values import check_plain_values, read_values, write_values
@@ -29,10 +27,9 @@ from engine.checkpoint.rollback import Rollback
 from engine.checkpoint.schedule_state import adapt_schedule_state, convert_position
 from engine.checkpoint.storage import Manifest
 from engine.config import Config
-from engine.distributed.environment import ELASTIC, INTERRUPTED, SAVED_AND_ENDED
+from engine.distributed.environment import ELASTIC
 from engine.distributed.ranks import Ranks
-from engine.distributed.signals import Signals
-from engine.errors import MisuseError
+from engine.training.best_metric import BestMetric
 from engine.training.data import RunLoader
 from engine.training.progress import Counters
 
@@ -41,8 +38,6 @@ __all__ = ["Checkpointer"]
 log = logging.getLogger("onecycle")
 
 _ENGINE = "engine.pt"
-_USERS: weakref.WeakValueDictionary[str, Checkpointer] = weakref.WeakValueDictionary()
-"""The last engine of this process that uses each directory for automatic checkpoints."""
 
 
 class SavedBackend(Protocol):
@@ -88,6 +83,12 @@ class RunState(Protocol):
     """Whether this is an LR range test, which writes no checkpoints."""
     counters: Counters
     rollback: Rollback | None
+    best: BestMetric | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has reached its end."""
+        ...
 
     @property
     def scheduler(self) -> LRScheduler | None:
@@ -124,117 +125,8 @@ class Checkpointer:
         self._ranks = backend.ranks
         self._identity = identity
         self._loader = loader if isinstance(loader, RunLoader) else None
-        self._signals: Signals | None = None
-        self._saved_steps = 0  # batches in the last checkpoint of the run
-
-    def resume(self, run: RunState) -> bool:
-        """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
-
-        After this call, `save_if_due` also saves if a rank has received SIGINT, SIGTERM or SIGUSR1,
-        and the last steps are saved when the process exits. Without ``engine.checkpoint.dir``, this
-        method does nothing.
-
-        Returns:
-            Whether a checkpoint was loaded.
-
-        Raises:
-            FileNotFoundError: if all checkpoints are damaged, or if there is none and
-                ``engine.checkpoint.resume`` is "must".
-        """
-        plan = self._plan
-        if plan.dir is None:
-            return False
-        previous = _USERS.get(str(Path(plan.dir).resolve()))
-        if previous is not None:
-            atexit.unregister(previous._save_at_exit)  # noqa: SLF001  # the same class
-        if plan.every is not None:
-            atexit.register(self._save_at_exit, run)
-        _USERS[str(Path(plan.dir).resolve())] = self
-        # If every checkpoint is damaged, `load` raises: a new run would overwrite them.
-        if plan.resume == "never" or (
-            plan.resume == "auto" and not storage.has_any_checkpoint(Path(plan.dir))
-        ):
-            self._signals = self._signals or Signals()
-            return False
-        checkpoint_dir, _ = self.load(run, Path(plan.dir))
-        if self._ranks.rank == 0:
-            log.info("resuming from %s at step %d", checkpoint_dir, run.counters.applied_steps)
-        self._signals = self._signals or Signals()
-        return True
-
-    def save_if_due(self, run: RunState) -> None:
-        """Save a checkpoint if one is due, or if any rank has received SIGTERM or SIGUSR1.
-
-        A checkpoint is due every ``engine.checkpoint.every`` batches.
-
-        Raises:
-            SystemExit: after the save, if any rank has received SIGTERM or SIGUSR1.
-        """
-        plan = self._plan
-        if plan.dir is None or run.is_trial:
-            return
-        received = None if self._signals is None else self._signals.find_on_any_rank(self._ranks)
-        is_last = received is not None
-        is_due = plan.every is not None and run.counters.global_steps % plan.every == 0
-        if not (is_due or is_last):
-            return
-        self._check_directory_is_not_shared(plan.dir)
-        self.save(run, Path(plan.dir))
-        if is_last:
-            self.wait()
-            step = run.counters.applied_steps
-            log.warning(
-                "saved a checkpoint at step %d; exiting because a rank received %s", step, received
-            )
-            raise SystemExit(INTERRUPTED if received == "SIGINT" else SAVED_AND_ENDED)
-
-    def save_last(self, run: RunState) -> None:
-        """Save the last steps of the run, unless they are saved already."""
-        plan, is_saved = self._plan, self._saved_steps == run.counters.global_steps
-        if plan.dir is None or plan.every is None or run.is_trial or is_saved:
-            return
-        self._check_directory_is_not_shared(plan.dir)
-        self.save(run, Path(plan.dir))
-        self.wait()
-
-    def _save_at_exit(self, run: RunState) -> None:
-        """Save the last steps of a single process that ends without an exception.
-
-        Several ranks cannot do so: one of them may have left already.
-        """
-        if self._is_saved(run) or hasattr(sys, "last_value"):
-            return
-        if self._ranks.world_size > 1:
-            if self._ranks.rank == 0:
-                log.warning(
-                    "the steps after step %d are in no checkpoint; set `engine.max_duration`, or "
-                    "call `trainer.save_checkpoint` at the end of the script",
-                    self._saved_steps,
-                )
-            return
-        try:
-            self.wait()
-            self.async_saver = None  # no thread can be started while the process exits
-            self.save_last(run)
-        except Exception as error:  # noqa: BLE001  # the exit status reports the failure
-            exit_with_failure(error)
-
-    def _is_saved(self, run: RunState) -> bool:
-        directory = self._plan.dir
-        if directory is None or not self._is_only_user(directory):
-            return True
-        is_deleted = self._saved_steps > 0 and not Path(directory).exists()
-        return is_deleted or self._saved_steps == run.counters.global_steps
-
-    def _is_only_user(self, directory: str) -> bool:
-        return _USERS.get(str(Path(directory).resolve()), self) is self
-
-    def _check_directory_is_not_shared(self, directory: str) -> None:
-        if not self._is_only_user(directory):
-            raise MisuseError(
-                f"`engine.checkpoint.dir` must be different for each engine of a process, but two "
-                f"engines save to {directory}. Give each engine its own directory."
-            )
+        self._saved: dict[Path, tuple[int, int]] = {}  # steps and last report, by directory
+        self._run_id = uuid.uuid4().hex
 
     def save(
         self,
@@ -245,6 +137,7 @@ class Checkpointer:
         client_state: Mapping[str, Any] | None = None,
         save_latest: bool = True,
         frozen: bool = True,
+        is_automatic: bool = False,
     ) -> None:
         """Write a checkpoint; see `Engine.save_checkpoint`.
 
@@ -256,6 +149,8 @@ class Checkpointer:
                 and mappings of them.
             save_latest: whether a load without a tag may use this checkpoint.
             frozen: whether to include frozen parameters.
+            is_automatic: whether ``engine.checkpoint.keep`` may delete this checkpoint later. Old
+                automatic checkpoints are deleted now.
         """
         if run.is_trial:
             log.info("no checkpoints are saved during an LR range test")
@@ -284,14 +179,20 @@ class Checkpointer:
             versions=storage.collect_versions(),
             resumable=save_latest,
             frozen=frozen,
+            run=self._run_id,
+            is_automatic=is_automatic,
             created=dt.datetime.now(tz=dt.timezone.utc).isoformat(),
         )
         self._write_backend(partial, manifest)
-        self._note_saved(directory, run)
+        self._saved[directory.resolve()] = _get_position(run)
 
-    def _note_saved(self, directory: Path, run: RunState) -> None:
-        if self._plan.dir is not None and Path(self._plan.dir) == directory:
-            self._saved_steps = run.counters.global_steps
+    def is_saved(self, run: RunState, directory: Path) -> bool:
+        """Return whether the run's last checkpoint in a directory has its steps and its metric."""
+        return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
+
+    def find_saved_steps(self, directory: Path) -> int:
+        """Return the number of steps in this run's last checkpoint in a directory; 0 if none."""
+        return self._saved.get(directory.resolve(), (0, -1))[0]
 
     def _collect(self, run: RunState, client_state: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -299,6 +200,7 @@ class Checkpointer:
             "counters": asdict(run.counters),
             "batch": asdict(run.config.batch),
             "loader": None if self._loader is None else self._loader.state_dict(),
+            "best": None if run.best is None else run.best.state_dict(),
             "client_state": dict(client_state),
         }
 
@@ -320,8 +222,9 @@ class Checkpointer:
         if self._ranks.rank != 0:
             return
         storage.commit(partial, manifest)
-        if self._plan.dir is not None and Path(self._plan.dir) == partial.parent:
-            storage.prune(partial.parent, self._plan.keep, self._plan.keep_every)
+        if manifest.is_automatic:
+            keep, keep_every = self._plan.keep, self._plan.keep_every
+            storage.prune(partial.parent, manifest.run, keep, keep_every)
 
     def load(
         self,
@@ -362,6 +265,7 @@ class Checkpointer:
                 "%s does not contain the frozen parameters; the model keeps their current values",
                 checkpoint_dir,
             )
+        self._run_id = manifest.run or self._run_id
         state: dict[str, Any] = read_values(checkpoint_dir / _ENGINE)
         own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
         self._backend.load(
@@ -377,7 +281,9 @@ class Checkpointer:
             set_rng_state(read_values(own))
         if counters:
             self._restore_counters(run, state)
-            self._note_saved(directory, run)
+            if run.best is not None:
+                run.best.load_state_dict(state.get("best"))
+            self._saved[directory.resolve()] = _get_position(run)
         if scheduler and run.scheduler is not None:
             self._restore_scheduler(run, run.scheduler, state)
             if run.rollback is not None:
@@ -432,16 +338,17 @@ class Checkpointer:
                 with raise_on_all_ranks(self._ranks.world_size):
                     self.async_saver.wait()
             except BaseException:
-                self._saved_steps = -1  # unknown
+                self._saved = dict.fromkeys(self._saved, (-1, -1))  # unknown
                 raise
 
     def close(self) -> None:
-        """Restore the previous signal handlers, and wait for this rank's last save to finish."""
-        atexit.unregister(self._save_at_exit)
-        if self._signals is not None:
-            self._signals.restore_handlers()
+        """Wait for this rank's last save to finish."""
         if self.async_saver is not None:
             self.async_saver.close()
+
+
+def _get_position(run: RunState) -> tuple[int, int]:
+    return run.counters.global_steps, -1 if run.best is None else run.best.last_step
 
 
 def _copy_settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,12 @@ class Manifest:
     """Whether a load without a tag may use this checkpoint."""
     frozen: bool = True
     """Whether the checkpoint contains the frozen parameters."""
+    run: str = ""
+    """Identifier of the run, the same after a resume."""
+    is_automatic: bool = False
+    """Whether ``engine.checkpoint`` asked for the checkpoint, so that `prune` may delete it."""
+    sequence: int = 0
+    """Number of the checkpoint in its directory; clocks may be set back."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -101,7 +107,9 @@ def create_partial(directory: Path, tag: str) -> Path:
             20, "The path of the checkpoint directory is a file", str(directory)
         )
     directory.mkdir(parents=True, exist_ok=True)
-    if partial.exists():
+    if partial.is_symlink():
+        partial.unlink()
+    elif partial.exists():
         shutil.rmtree(partial)  # left by a writer that was killed
     partial.mkdir()
     return partial
@@ -114,7 +122,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
 
     Args:
         partial: directory returned by `create_partial`, with all files written.
-        manifest: manifest to write. Its ``files`` are ignored and computed from the directory.
+        manifest: manifest to write. Its ``files`` and ``sequence`` are computed here.
 
     Returns:
         The directory of the complete checkpoint.
@@ -128,14 +136,17 @@ def commit(partial: Path, manifest: Manifest) -> Path:
         _sync(path)
         name = path.relative_to(partial).as_posix()
         files[name] = {"size": path.stat().st_size, "sha256": _hash(path)}
-    content = asdict(manifest) | {"files": files}
+    sequences = (each.sequence for _, each in list_checkpoints(directory))
+    content = asdict(manifest) | {"files": files, "sequence": 1 + max(sequences, default=0)}
     _write(partial / MANIFEST, json.dumps(content, indent=1))
     for inner in (path for path in partial.rglob("*") if path.is_dir()):
         _sync(inner)
     _sync(partial)
     checkpoint_dir = directory / manifest.tag
     old = directory / f".{manifest.tag}.old"
-    if checkpoint_dir.exists():
+    if checkpoint_dir.is_symlink():
+        checkpoint_dir.unlink()  # another directory's checkpoint
+    elif checkpoint_dir.exists():
         shutil.rmtree(old, ignore_errors=True)
         checkpoint_dir.rename(old)
     partial.rename(checkpoint_dir)
@@ -192,7 +203,7 @@ def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
                 manifest = read_manifest(checkpoint_dir)
                 if not any(find_damage(checkpoint_dir, manifest, hashes=False)):
                     found.append((checkpoint_dir, manifest))
-    return sorted(found, key=lambda each: (each[1].created, each[1].step))
+    return sorted(found, key=lambda each: (each[1].sequence, each[1].created, each[1].step))
 
 
 def has_any_checkpoint(directory: Path) -> bool:
@@ -220,6 +231,9 @@ def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
     if tag is None:
         return _find_newest(directory, [each for each in complete if each[1].resumable])
     checkpoint_dir = directory / tag
+    if not checkpoint_dir.is_dir():
+        # The writer was killed while it replaced the tag.
+        checkpoint_dir = next((d for d, m in complete if m.tag == tag), checkpoint_dir)
     if not checkpoint_dir.is_dir():
         raise FileNotFoundError(
             f"{directory} does not contain the checkpoint {tag!r}. Complete checkpoints: {names}."
@@ -283,19 +297,25 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
             yield f"{name} does not match its SHA-256 hash"
 
 
-def prune(directory: Path, keep: int | None, keep_every: int | None) -> list[str]:
-    """Delete all complete checkpoints except the newest ``keep``. Return the deleted tags.
+def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -> list[str]:
+    """Delete all automatic checkpoints of a run except the newest ``keep``. Return their tags.
 
     Args:
         directory: directory that holds the run's checkpoints.
+        run: identifier of the run.
         keep: number of checkpoints to keep; None keeps all.
         keep_every: interval in optimizer steps; checkpoints whose step is a multiple of it are
             never deleted. None keeps only the newest ``keep``.
     """
     if keep is None:
         return []
+    own = [
+        (checkpoint_dir, manifest)
+        for checkpoint_dir, manifest in list_checkpoints(directory)
+        if manifest.is_automatic and manifest.run == run and not checkpoint_dir.is_symlink()
+    ]
     removed = []
-    for checkpoint_dir, manifest in list_checkpoints(directory)[:-keep]:
+    for checkpoint_dir, manifest in own[:-keep]:
         if keep_every is None or manifest.step % keep_every:
             # Remove the manifest first, so that an interrupted removal leaves no valid checkpoint.
             (checkpoint_dir / MANIFEST).unlink()

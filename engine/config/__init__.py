@@ -1,11 +1,12 @@
 """Read, validate and resolve configs. This package does not import torch."""
 
-from engine.config.resolve import Config, LossScaling, load_config
+from engine.config.resolve import CheckpointPlan, Config, LossScaling, load_config
 from engine.config.source import Source, load_document
 from engine.config.validate import validate
 from engine.errors import ConfigError, Problem
 
 __all__ = [
+    "CheckpointPlan",
     "Config",
     "ConfigError",
     "LossScaling",

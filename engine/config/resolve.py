@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from engine.config.overrides import Override
 
-__all__ = ["Config", "LossScaling", "load_config"]
+__all__ = ["BestSettings", "CheckpointPlan", "Config", "LossScaling", "load_config"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,15 @@ _RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup", "steps_this_run"
 
 
 @dataclass(frozen=True)
+class BestSettings:
+    """The settings of the ``engine.checkpoint.best`` section."""
+
+    metric: str
+    mode: Literal["min", "max"]
+    patience: int | None
+
+
+@dataclass(frozen=True)
 class CheckpointPlan:
     """The settings of the ``engine.checkpoint`` section.
 
@@ -56,6 +65,7 @@ class CheckpointPlan:
     """Whether checkpoints are written in the background (the config key ``async``)."""
     resume: Literal["auto", "must", "never"]
     override: bool
+    best: BestSettings | None
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,16 @@ class Config:
         Args:
             schedule: schedule of the trial run; None to use no schedule.
         """
-        off = CheckpointPlan(None, None, None, None, is_async=False, resume="never", override=False)
+        off = CheckpointPlan(
+            dir=None,
+            every=None,
+            keep=None,
+            keep_every=None,
+            is_async=False,
+            resume="never",
+            override=False,
+            best=None,
+        )
         silent = {name: {**section, "enabled": False} for name, section in self.monitors.items()}
         return replace(
             self,
@@ -257,7 +276,12 @@ def _build_optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | 
 
 def _build_checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:
     plan = dict(section)
-    return CheckpointPlan(is_async=plan.pop("async"), **plan)  # async is a Python keyword
+    best = plan.pop("best")
+    return CheckpointPlan(
+        is_async=plan.pop("async"),  # async is a Python keyword
+        best=None if best is None else BestSettings(**best),
+        **plan,
+    )
 
 
 def _get_input_storage(section: Mapping[str, Any] | None) -> Literal["device", "host"] | None:

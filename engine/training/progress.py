@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -118,6 +118,15 @@ class ProgressReporter:
             self._write_events(record)
         if self._is_line_due(record.global_steps, record.is_applied):
             self._write_line(record)
+
+    def report_metrics(self, metrics: Mapping[str, float], counters: Counters) -> None:
+        """Report metrics such as a validation loss, which are already averaged over the ranks."""
+        events = [Event(name, value, counters.global_samples) for name, value in metrics.items()]
+        for monitor in self._monitors:
+            monitor.write_events(events)
+        if self._writes_log:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            log.info("step %d: %s", counters.applied_steps, shown)
 
     def _is_line_due(self, global_steps: int, is_applied: bool) -> bool:
         if not self._every:

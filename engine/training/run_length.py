@@ -24,6 +24,8 @@ class RunLength:
     """Length of the whole run in batches, if ``engine.max_duration`` is a number of batches."""
     total_samples: float | None = None
     """Length of the whole run in samples, if ``engine.max_duration`` is in epochs or samples."""
+    schedule_steps: int | None = None
+    """Length of the schedule in applied steps, if the run ends with it."""
     steps_before: int = 0
     """Number of applied steps in the loaded checkpoint, which `steps_this_run` does not count."""
     is_position_known: bool = False
@@ -36,6 +38,8 @@ class RunLength:
         # After a change of the batch size, the same samples are a different number of batches.
         if self.total_samples is not None and counters.global_samples >= self.total_samples:
             return True
+        if self.schedule_steps is not None and counters.applied_steps >= self.schedule_steps:
+            return True
         return self.is_session_over(counters)
 
     def is_session_over(self, counters: Counters) -> bool:
@@ -43,14 +47,19 @@ class RunLength:
         limit = self.steps_this_run
         return limit is not None and counters.applied_steps - self.steps_before >= limit
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the run has a limit."""
+        limits = (self.total_steps, self.total_samples, self.schedule_steps, self.steps_this_run)
+        return any(limit is not None for limit in limits)
+
     def check_is_known(self) -> None:
         """Check that a loop over epochs does not start again at 0 after an automatic resume.
 
         Raises:
             RuntimeError: the run's length is not set, and the script did not read its position.
         """
-        limits = (self.total_steps, self.total_samples, self.steps_this_run)
-        if not (self.is_position_known or any(limit is not None for limit in limits)):
+        if not (self.is_position_known or self.is_known):
             raise MisuseError(
                 "The run resumed after its first epoch, but its length is unknown, so a loop such "
                 "as `for epoch in range(n)` would train too many epochs. Loop over "

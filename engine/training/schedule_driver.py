@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from engine.training.loss_window import LossWindow
@@ -23,7 +21,6 @@ class ScheduleDriver:
 
     Args:
         scheduler: any object with a ``step`` method, such as a torch scheduler; may be None.
-        average: function that averages a number over all ranks.
         report: directory in which to save a plot when a feedback schedule makes its decision, for
             example to end the warmup; None to save no plot.
     """
@@ -31,13 +28,11 @@ class ScheduleDriver:
     def __init__(
         self,
         scheduler: LRScheduler | None,
-        average: Callable[[float], float],
         report: str | None = None,
     ) -> None:
         self.scheduler = scheduler
-        self.metric: Tensor | float | None = None
-        """Last metric passed to `Engine.step`, kept until the scheduler receives it."""
-        self._average = average
+        self.metric: float | None = None
+        """Last metric, averaged over the ranks, kept until the scheduler receives it."""
         self._report = report
 
     @property
@@ -69,7 +64,7 @@ class ScheduleDriver:
 
     def _take_metric(self) -> float | None:
         metric, self.metric = self.metric, None
-        return None if metric is None else self._average(float(metric))
+        return metric
 
     def _plot_decision(self, binder: ScheduleBinder, directory: Path) -> None:
         if binder.evidence is None:

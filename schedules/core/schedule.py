@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,16 @@ __all__ = [
     "exceeds",
     "schedule_class",
 ]
+
+_LENGTH_FIELDS = (
+    "total_num_steps",
+    "total_steps",
+    "max_steps",
+    "max_update",
+    "t_max",
+    "T_max",
+)
+"""Names that other libraries use for the length of a schedule."""
 
 C = TypeVar("C")
 S = TypeVar("S")
@@ -193,6 +204,12 @@ class Schedule(ABC, Generic[S]):
     def hyperparameters(self) -> tuple[str, ...]:
         """Names of the hyperparameters that the schedule sets, such as ``("lr", "momentum")``."""
         return ("lr",)
+
+    @property
+    def length(self) -> int | None:
+        """Number of steps after which the resolved schedule has ended; None if it does not end."""
+        steps = (getattr(self, name) for name in _LENGTH_FIELDS if hasattr(self, name))
+        return next((math.ceil(each) for each in steps if each is not None), None)
 
     @property
     def span(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,6 +60,11 @@ class _Composite(Schedule[int]):
     @property
     def hyperparameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for part in self.parts for name in part.hyperparameters))
+
+    @property
+    def length(self) -> int | None:
+        lengths = [part.length for part in self.parts]
+        return None if None in lengths else max(filter(None, lengths), default=0)
 
     @property
     def span(self) -> int:
@@ -139,6 +145,11 @@ class SequentialLR(
                 f"`schedulers`, got {len(self.milestones)}. List the first step of each schedule "
                 "except the first one.",
             )
+
+    @property
+    def length(self) -> int | None:
+        last = self.parts[-1].length
+        return None if last is None else math.ceil(as_number(self.milestones[-1])) + last
 
     @property
     def span(self) -> int:

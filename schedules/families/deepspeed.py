@@ -160,10 +160,14 @@ class OneCycle(
         return ("lr", "momentum") if self.cycle_momentum else ("lr",)
 
     @property
+    def length(self) -> int | None:
+        decays = self._decay_steps and (self.decay_lr_rate or self.decay_mom_rate)
+        return None if decays else int(self._first_steps) + self._second_steps
+
+    @property
     def span(self) -> int:
         cycle = int(self._first_steps) + self._second_steps
-        decays = self._decay_steps and (self.decay_lr_rate or self.decay_mom_rate)
-        return cycle + (cycle // 2 if decays else 1)
+        return cycle + (cycle // 2 if self.length is None else 1)
 
     @property
     def _first_steps(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -121,9 +122,14 @@ class Phases(
         return tuple(name for name in names if getattr(self, name) is not None)
 
     @property
+    def length(self) -> int:
+        phases = (getattr(self, name) for name in self.hyperparameters)
+        totals: Iterator[float] = (sum(each["duration"] for each in part) for part in phases)
+        return math.ceil(max(totals))
+
+    @property
     def span(self) -> int:
-        totals = [sum(p["duration"] for p in getattr(self, name)) for name in self.hyperparameters]
-        return int(max(totals)) + 1
+        return self.length + 1
 
     @property
     def unresolved_fields(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -88,6 +89,10 @@ class OptimizerParamScheduler(
     @property
     def hyperparameters(self) -> tuple[str, ...]:
         return ("lr", "weight_decay")
+
+    @property
+    def length(self) -> int:
+        return math.ceil(max(as_number(self.lr_decay_steps), as_number(self.wd_incr_steps)))
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         warmup, end = as_number(self.lr_warmup_steps), as_number(self.lr_decay_steps)

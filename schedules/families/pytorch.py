@@ -8,6 +8,7 @@ docs/decisions/0006-pytorch-schedules.md.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from functools import partial
@@ -288,6 +289,10 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     @property
     def hyperparameters(self) -> tuple[str, ...]:
         return ("lr", "momentum") if self.cycle_momentum else ("lr",)
+
+    @property
+    def length(self) -> int:
+        return math.ceil(self._steps)
 
     @property
     def span(self) -> int:

@@ -158,7 +158,7 @@ def test_checkpoint_loaded_explicitly_is_not_saved_again_at_exit(tmp_path):
     resumed, _ = start(tmp_path)
     resumed.load_checkpoint(tmp_path, tag="global_step9")
     before = storage.list_checkpoints(tmp_path)
-    resumed._checkpointer.save_last(resumed._run)
+    resumed._automatic.save_last(resumed._run)
     assert storage.list_checkpoints(tmp_path) == before
 
 

@@ -62,6 +62,30 @@ def test_schedule_values_are_finite_and_within_the_declared_bounds(cls, data):
         assert array[:, 0].max() <= high * (1 + 1e-9)
 
 
+@every_schedule_without_feedback
+@drawing
+@given(data=st.data())
+def test_schedule_is_constant_after_its_length(cls, data):
+    schedule = data.draw(instances(cls))
+    length = schedule.resolve(HORIZON).length
+    if length is not None and length < 1000:
+        for array in trace(schedule, length + 50, base=BASE, horizon=HORIZON).values():
+            assert (array[length + 1 :] == array[length + 1]).all()
+
+
+def test_length_of_a_schedule_is_that_of_its_config():
+    cycle = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2, "cycle_first_step_size": 20}
+    assert from_config({"type": "OneCycle", "params": cycle}).length == 40
+    decay = {"decay_step_size": 5, "decay_lr_rate": 0.1}
+    assert from_config({"type": "OneCycle", "params": cycle | decay}).length is None
+    assert schedules.WarmupCosineLR(total_num_steps=30, warmup_num_steps=3).length == 30
+    assert schedules.WarmupLR(warmup_num_steps=3).length is None
+    last = {"type": "CosineAnnealingLR", "params": {"T_max": 7}}
+    parts = [{"type": "LinearLR"}, last]
+    assert schedules.SequentialLR(schedulers=parts, milestones=[5]).length == 12
+    assert schedules.ChainedScheduler(schedulers=parts).length is None
+
+
 def test_bounds_are_declared_for_every_schedule():
     assert LR_LEVELS.keys() | UNBOUNDED == set(SCHEDULES)
 

@@ -16,7 +16,7 @@ def _check_directory(context: RuleContext) -> Iterator[Problem]:
     plan = context.get_section("engine").get("checkpoint", {})
     if plan.get("dir") is not None or not context.is_absent(f"{_POINTER}/dir"):
         return
-    for key in ("every", "keep", "keep_every", "resume"):
+    for key in ("every", "keep", "keep_every", "resume", "best"):
         if plan.get(key) is not None and plan[key] != "never":
             message = f"`engine.checkpoint.{key}` has no effect without `engine.checkpoint.dir`."
             hint = 'Add "dir": "checkpoints", or remove the key and save in the script.'

@@ -110,14 +110,6 @@ def test_resume_with_different_micro_batch_size_matches(tmp_path, before, after)
     assert [row[0] for row in seen] == pytest.approx([row[0] for row in rest], rel=1e-5)
 
 
-def test_prune_keeps_newest_checkpoint_despite_higher_steps(tmp_path):
-    train(*start(**checkpoint_section(tmp_path, every=2, keep=2)), 6)
-    train(*start(**checkpoint_section(tmp_path, every=2, keep=2, resume="never")), 2)
-    assert complete_tags(tmp_path) == ["global_step6", "global_step2"]
-    again, _ = start(**checkpoint_section(tmp_path))
-    assert again.global_steps == 2
-
-
 def test_save_checkpoint_unsupported_client_state_is_rejected(tmp_path):
     trainer, _ = start()
     with pytest.raises(ValueError, match=r"`client_state\['best'\]` must .* got `numpy"):

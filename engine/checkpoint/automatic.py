@@ -1,0 +1,163 @@
+"""Save the checkpoints that a config asks for, and resume from them."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+import weakref
+from pathlib import Path
+
+from engine.checkpoint import storage
+from engine.checkpoint.async_saver import exit_with_failure
+from engine.checkpoint.manager import Checkpointer, RunState
+from engine.config import CheckpointPlan
+from engine.distributed.environment import INTERRUPTED, SAVED_AND_ENDED
+from engine.distributed.ranks import Ranks
+from engine.distributed.signals import Signals
+from engine.errors import MisuseError
+
+__all__ = ["AutomaticCheckpoints"]
+
+log = logging.getLogger("onecycle")
+
+_BEST = "best"
+_USERS: weakref.WeakValueDictionary[str, AutomaticCheckpoints] = weakref.WeakValueDictionary()
+"""The last engine of this process that uses each directory."""
+
+
+class AutomaticCheckpoints:
+    """Decides when a run saves a checkpoint, and where it resumes.
+
+    Every rank must call each method. Without ``engine.checkpoint.dir``, every method does nothing.
+
+    Args:
+        plan: the config's section ``engine.checkpoint``.
+        checkpointer: writes and reads the checkpoints.
+        ranks: rank and world size of this process.
+    """
+
+    def __init__(self, plan: CheckpointPlan, checkpointer: Checkpointer, ranks: Ranks) -> None:
+        self._plan = plan
+        self._directory = None if plan.dir is None else Path(plan.dir)
+        self._checkpointer = checkpointer
+        self._ranks = ranks
+        self._signals: Signals | None = None
+
+    def resume(self, run: RunState) -> bool:
+        """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
+
+        From this call on, a run also saves if a rank has received SIGINT, SIGTERM or SIGUSR1, and
+        at the end of the process.
+
+        Returns:
+            Whether a checkpoint was loaded.
+
+        Raises:
+            FileNotFoundError: if all checkpoints are damaged, or if there is none and
+                ``engine.checkpoint.resume`` is "must".
+        """
+        directory, plan = self._directory, self._plan
+        if directory is None:
+            return False
+        previous = _USERS.get(str(directory.resolve()))
+        if previous is not None:
+            atexit.unregister(previous._save_at_exit)  # noqa: SLF001  # the same class
+        _USERS[str(directory.resolve())] = self
+        if plan.every is not None:
+            atexit.register(self._save_at_exit, run)
+        # If every checkpoint is damaged, `load` raises: a new run would overwrite them.
+        is_loaded = plan.resume == "must" or (
+            plan.resume == "auto" and storage.has_any_checkpoint(directory)
+        )
+        if is_loaded:
+            checkpoint_dir, _ = self._checkpointer.load(run, directory)
+            if self._ranks.rank == 0:
+                log.info("resuming from %s at step %d", checkpoint_dir, run.counters.applied_steps)
+        self._signals = self._signals or Signals()
+        return is_loaded
+
+    def save_if_due(self, run: RunState) -> None:
+        """Save what is due after a step: the best checkpoint, a regular one, or the last one.
+
+        A regular checkpoint is due every ``engine.checkpoint.every`` steps. The last one is due if
+        any rank has received SIGINT, SIGTERM or SIGUSR1.
+
+        Raises:
+            SystemExit: after the save, if any rank has received one of these signals.
+        """
+        directory, every = self._directory, self._plan.every
+        if directory is None or run.is_trial:
+            return
+        self.save_best(run)
+        received = None if self._signals is None else self._signals.find_on_any_rank(self._ranks)
+        if received is not None or (every is not None and run.counters.global_steps % every == 0):
+            self._save(run, directory)
+        if received is not None:
+            self._checkpointer.wait()
+            step = run.counters.applied_steps
+            log.warning(
+                "saved a checkpoint at step %d; exiting because a rank received %s", step, received
+            )
+            raise SystemExit(INTERRUPTED if received == "SIGINT" else SAVED_AND_ENDED)
+
+    def save_best(self, run: RunState) -> None:
+        """Save the best checkpoint if the last reported metric is the best so far."""
+        if self._directory is None or run.best is None or not run.best.is_unsaved:
+            return
+        self._save(run, self._directory, _BEST)
+        run.best.is_unsaved = False
+
+    def save_last(self, run: RunState) -> None:
+        """Save the last steps of the run, unless they are saved already."""
+        if self._directory is None or self._plan.every is None or run.is_trial:
+            return
+        if not self._checkpointer.is_saved(run, self._directory):
+            self._save(run, self._directory)
+            self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Restore the previous signal handlers; the end of the process saves nothing any more."""
+        atexit.unregister(self._save_at_exit)
+        if self._signals is not None:
+            self._signals.restore_handlers()
+
+    def _save(self, run: RunState, directory: Path, tag: str | None = None) -> None:
+        if not self._is_only_user(directory):
+            raise MisuseError(
+                f"`engine.checkpoint.dir` must be different for each engine of a process, but two "
+                f"engines save to {directory}. Give each engine its own directory."
+            )
+        self._checkpointer.save(run, directory, tag, is_automatic=tag is None)
+
+    def _save_at_exit(self, run: RunState) -> None:
+        """Save the last steps of a single process that ends without an exception.
+
+        Several ranks cannot do so: one of them may have left already.
+        """
+        directory = self._directory
+        if directory is None or hasattr(sys, "last_value") or self._is_saved(run, directory):
+            return
+        if self._ranks.world_size > 1:
+            if self._ranks.rank == 0:
+                log.warning(
+                    "the steps after step %d are in no checkpoint; set `engine.max_duration`, or "
+                    "call `trainer.save_checkpoint` at the end of the script",
+                    self._checkpointer.find_saved_steps(directory),
+                )
+            return
+        try:
+            self._checkpointer.wait()
+            self._checkpointer.async_saver = None  # no thread can start while the process exits
+            self.save_last(run)
+        except Exception as error:  # noqa: BLE001  # the exit status reports the failure
+            exit_with_failure(error)
+
+    def _is_saved(self, run: RunState, directory: Path) -> bool:
+        if not self._is_only_user(directory):
+            return True
+        is_deleted = self._checkpointer.find_saved_steps(directory) > 0 and not directory.exists()
+        return is_deleted or self._checkpointer.is_saved(run, directory)
+
+    def _is_only_user(self, directory: Path) -> bool:
+        return _USERS.get(str(directory.resolve()), self) is self

@@ -1,0 +1,79 @@
+"""The best value of a metric, for the best checkpoint and for early stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["BestMetric"]
+
+
+@dataclass
+class BestMetric:
+    """Tracks the best value of a metric.
+
+    A NaN is never the best value.
+
+    >>> best = BestMetric("accuracy", mode="max", patience=2)
+    >>> [best.update(value, step) for step, value in enumerate([0.5, 0.7, 0.6, 0.7])]
+    [True, True, False, False]
+    >>> best.value, best.step, best.is_exhausted
+    (0.7, 1, True)
+    """
+
+    name: str
+    mode: Literal["min", "max"] = "min"
+    patience: int | None = None
+    """Number of reports in a row without an improvement that ends the run; None for no limit."""
+    value: float | None = None
+    """Best value so far; None before the first report."""
+    step: int = 0
+    """Number of steps at the best value."""
+    misses: int = 0
+    """Number of reports since the best value."""
+    last_step: int = -1
+    """Number of steps at the last report."""
+    is_unsaved: bool = False
+    """Whether the best value is newer than the best checkpoint."""
+
+    def update(self, value: float, step: int) -> bool:
+        """Record a report and return whether it is the best so far.
+
+        Several reports in one step, such as those of `Engine.step` and `Engine.report`, count as
+        one.
+        """
+        is_new_report = step != self.last_step
+        self.last_step = step
+        if math.isnan(value) or (self.value is not None and not self._is_better(value, self.value)):
+            self.misses += is_new_report
+            return False
+        self.value, self.step, self.misses, self.is_unsaved = value, step, 0, True
+        return True
+
+    def _is_better(self, value: float, other: float) -> bool:
+        return value < other if self.mode == "min" else value > other
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether `patience` reports in a row have not improved the value."""
+        return self.patience is not None and self.misses >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the values that a checkpoint stores."""
+        return {
+            "name": self.name,
+            "mode": self.mode,
+            "value": self.value,
+            "step": self.step,
+            "misses": self.misses,
+            "last_step": self.last_step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Continue from a checkpoint, unless it tracked another metric or none."""
+        if state is not None and (state["name"], state["mode"]) == (self.name, self.mode):
+            for key in ("value", "step", "misses", "last_step"):
+                setattr(self, key, state[key])
+            self.is_unsaved = False

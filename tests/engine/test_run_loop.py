@@ -1,0 +1,216 @@
+"""`Engine.batches`, reported metrics, the best checkpoint and early stopping."""
+
+import logging
+import math
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+import engine
+from engine import MisuseError
+from engine.checkpoint import storage
+from tests.engine.test_run_ends import BATCH, STEPS_PER_EPOCH, build_data
+from tests.testing.distributed import run_distributed_test
+
+
+def start(directory=None, data=None, scheduler=None, batch=BATCH, accumulation=1, **section):
+    torch.manual_seed(0)
+    if directory is not None:
+        plan = {"dir": str(directory), "every": 3} | section.get("checkpoint", {})
+        section["checkpoint"] = plan
+    config = {
+        "train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+        "engine": section,
+    }
+    if scheduler is not None:
+        config["scheduler"] = scheduler
+    model = torch.nn.Linear(2, 1)
+    return engine.initialize(config=config, model=model, training_data=data or build_data())[0]
+
+
+def train(trainer, stop_at=math.inf):
+    """Train on `batches` and return their sums; leave the loop at a number of steps."""
+    seen = []
+    for (x,) in trainer.batches():
+        trainer.backward(trainer(x).pow(2).mean())
+        trainer.step()
+        seen.append(x.sum().item())
+        if trainer.global_steps == stop_at:
+            break
+    return seen
+
+
+def test_batches_end_at_max_duration():
+    trainer = start(max_duration="2ep")
+    assert len(train(trainer)) == 2 * STEPS_PER_EPOCH
+    assert trainer.run_is_over
+
+
+def test_batches_end_with_the_schedule_if_the_run_has_no_length():
+    cycle = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 5}
+    trainer = start(scheduler={"type": "OneCycle", "params": cycle | {"cycle_momentum": False}})
+    train(trainer)
+    assert trainer.global_steps == 10
+    assert trainer.get_lr() == [0.01]
+
+
+@pytest.mark.parametrize("scheduler", [None, {"type": "WarmupLR"}])
+def test_batches_without_a_length_are_an_error(scheduler):
+    trainer = start(scheduler=scheduler)
+    with pytest.raises(MisuseError, match=r"length of the run is unknown.*`engine.max_duration`"):
+        trainer.batches()
+
+
+def test_batches_without_data_are_an_error():
+    config = {"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(2, 1))
+    with pytest.raises(MisuseError, match="needs training data"):
+        trainer.batches()
+
+
+def test_epoch_without_a_step_is_an_error():
+    trainer = start(max_duration="2ep")
+    with pytest.raises(MisuseError, match=r"epoch .* without a step.*`trainer.step\(\)`"):
+        list(trainer.batches())
+
+
+class ShortStream(IterableDataset):
+    def __iter__(self):
+        yield torch.ones(2)
+
+
+def test_epoch_that_is_shorter_than_a_step_is_an_error():
+    trainer = start(data=ShortStream(), batch=4, accumulation=4, max_duration="10ba")
+    with pytest.raises(MisuseError, match="at least 4 micro-batches"):
+        for x in trainer.batches():
+            trainer.backward(trainer(x).pow(2).mean())
+            trainer.step()
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 3])
+def test_batches_continue_where_the_script_left_its_loop(stop_at):
+    whole = train(start(max_duration="2ep"))
+    trainer = start(max_duration="2ep")
+    assert train(trainer, stop_at) + train(trainer) == whole
+
+
+@pytest.mark.parametrize("stop_at", [2, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 2, 2 * STEPS_PER_EPOCH])
+def test_resumed_batches_are_those_of_the_whole_run(tmp_path, stop_at):
+    expected = start(max_duration="2ep")
+    whole = train(expected)
+    stopped = start(tmp_path, checkpoint={"every": 1}, max_duration="2ep")
+    first = train(stopped, stop_at)
+    resumed = start(tmp_path, checkpoint={"every": 1}, max_duration="2ep")
+    assert first + train(resumed) == whole
+    assert torch.equal(resumed.module.weight, expected.module.weight)
+
+
+def test_run_that_is_over_trains_nothing_and_logs_it(tmp_path, caplog):
+    train(start(tmp_path, max_duration="1ep"))
+    with caplog.at_level(logging.INFO):
+        again = start(tmp_path, max_duration="1ep")
+        assert train(again) == []
+    assert again.global_steps == STEPS_PER_EPOCH  # the last steps were saved
+    assert "nothing to train" in caplog.text
+
+
+BEST = {"metric": "val_loss", "mode": "min"}
+
+
+def report_losses(trainer, losses):
+    """Train and report a validation loss after each step; return the number of steps."""
+    for (x,), loss in zip(trainer.batches(), losses, strict=False):
+        trainer.backward(trainer(x).pow(2).mean())
+        trainer.step()
+        trainer.report(val_loss=loss, accuracy=torch.tensor(0.5))
+    return trainer.global_steps
+
+
+def load_best(directory):
+    _, manifest = storage.find(directory, "best")
+    return manifest.step
+
+
+def test_best_checkpoint_is_that_of_the_best_metric(tmp_path):
+    plan = {"keep": 1, "best": BEST}
+    trainer = start(tmp_path, checkpoint=plan, max_duration="10ba")
+    report_losses(trainer, [3.0, 2.0, 2.5, math.nan, 2.0, 2.1])
+    assert load_best(tmp_path) == 2
+    report_losses(trainer, [1.5, 9.0])
+    assert load_best(tmp_path) == 7
+    resumed = start(tmp_path, checkpoint=plan, max_duration="10ba")
+    report_losses(resumed, [1.6])
+    assert load_best(tmp_path) == 7
+    resumed.load_checkpoint(tmp_path, tag="best")
+    assert resumed.global_steps == 7
+
+
+def test_largest_metric_is_the_best_if_the_mode_is_max(tmp_path):
+    plan = {"best": {"metric": "val_loss", "mode": "max"}}
+    report_losses(start(tmp_path, checkpoint=plan, max_duration="10ba"), [1.0, 3.0, 2.0])
+    assert load_best(tmp_path) == 2
+
+
+def test_metric_passed_to_step_is_that_of_the_best_checkpoint(tmp_path):
+    trainer = start(tmp_path, checkpoint={"best": BEST}, max_duration="10ba")
+    for (x,), loss in zip(trainer.batches(), [3.0, 2.0, 2.5], strict=False):
+        trainer.backward(trainer(x).pow(2).mean())
+        trainer.step(metric=loss)
+    assert load_best(tmp_path) == 2
+
+
+def test_best_checkpoint_reported_within_a_step_is_saved_after_it(tmp_path):
+    trainer = start(tmp_path, checkpoint={"best": BEST}, accumulation=2, max_duration="2ba")
+    for index, (x,) in enumerate(trainer.batches()):
+        trainer.backward(trainer(x).pow(2).mean())
+        trainer.step()
+        if index == 2:
+            trainer.report(val_loss=1.0)
+    assert load_best(tmp_path) == 2
+
+
+def test_run_stops_early_when_the_metric_does_not_improve(tmp_path, caplog):
+    section = {"checkpoint": {"every": 1, "best": BEST | {"patience": 2}}, "max_duration": "10ba"}
+    with caplog.at_level(logging.INFO):
+        assert report_losses(start(tmp_path, **section), [3.0, 2.0, 2.5, 2.2, 1.0]) == 4
+    assert "val_loss has not improved in 2 reports; the best value is 2, at step 2" in caplog.text
+    resumed = start(tmp_path, **section)
+    assert resumed.run_is_over
+    assert train(resumed) == []
+
+
+def test_reported_metrics_are_logged_and_sent_to_the_monitors(tmp_path, caplog):
+    config = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "run"},
+    }
+    trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(2, 1))
+    with caplog.at_level(logging.INFO):
+        trainer.report(val_loss=0.25)
+    assert "val_loss 0.25" in caplog.text
+    (file,) = tmp_path.rglob("val_loss.csv")
+    assert file.read_text().splitlines() == ["step,val_loss", "0,0.25"]
+
+
+def test_plateau_schedule_uses_the_reported_metric(tmp_path):
+    plateau = {"type": "ReduceLROnPlateau", "params": {"patience": 0, "factor": 0.1}}
+    section = {"checkpoint": {"best": BEST}, "max_duration": "10ba"}
+    trainer = start(tmp_path, scheduler=plateau, **section)
+    report_losses(trainer, [1.0, 2.0, 2.0, 2.0])
+    assert trainer.get_lr()[0] < 0.01
+
+
+def report_different_losses(directory):
+    trainer = start(directory, checkpoint={"best": BEST}, max_duration="3ba")
+    # Rank 0 alone would find the last value the best.
+    losses = [[3.0, 2.0, 1.0], [1.0, 1.0, 5.0]][trainer.global_rank]
+    report_losses(trainer, losses)
+    assert load_best(directory) == 2
+
+
+def test_best_metric_is_the_mean_over_the_ranks(tmp_path):
+    run_distributed_test(report_different_losses, 2, tmp_path)
