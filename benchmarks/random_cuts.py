@@ -2,11 +2,11 @@
 
     python benchmarks/random_cuts.py --cuts 30
 
-Each run is interrupted once: it is killed, gets SIGTERM or Ctrl-C, or exits after an epoch or at its
-end. Then it is started again. The samples, the learning rate and a hash of the weights of each step are
-compared with those of an uninterrupted run, on one rank and on two, for four training loops: over
-``trainer.batches()``, the same over a loader of the script with two workers, over the epochs that
-remain, and with checkpoints that the script saves itself.
+Each run is interrupted once: it is killed, gets SIGTERM or Ctrl-C, or exits after an epoch or at
+its end. Then it is started again. The samples, the learning rate and a hash of the weights of each
+step are compared with those of an uninterrupted run. There are four training loops, on one rank and
+on two: over ``trainer.batches()``, the same over a loader of the script with two workers, over the
+epochs that remain, and one that saves and loads checkpoints itself.
 
 The exit status is 1 if a step differs, is missing or is trained after the end of the run.
 """
