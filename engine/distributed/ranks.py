@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from engine.distributed.environment import TIMEOUT
+from engine.distributed.tasks import read_task_variables
 
 __all__ = [
     "Ranks",
@@ -29,12 +30,6 @@ __all__ = [
 
 _EXIT_TIMEOUT = 5.0  # seconds
 _RELEASE_TIME = 0.05
-_TASK_COUNTS = {
-    "SLURM_STEP_NUM_TASKS": "srun",
-    "OMPI_COMM_WORLD_SIZE": "mpirun",
-    "PMI_SIZE": "mpirun",
-}
-"""Maps each environment variable that contains a number of tasks to the launcher that sets it."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +50,35 @@ class Ranks:
 def get_world_size() -> int:
     """Return the world size.
 
-    If no process group is initialized, return the environment variable ``WORLD_SIZE``, or 1 if it
-    is not set.
+    If no process group is initialized, return the environment variable ``WORLD_SIZE``. If it is not
+    set, return the number of tasks that srun or mpirun started, or 1.
+
+    Raises:
+        ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
     """
     if _has_process_group():
         return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int((read_task_variables(os.environ) or os.environ).get("WORLD_SIZE", "1"))
 
 
 def get_rank() -> int:
     """Return the rank of this process.
 
-    If no process group is initialized, return the environment variable ``RANK``, or 0 if it is not
-    set.
+    If no process group is initialized, return the environment variable ``RANK``. If ``WORLD_SIZE``
+    is not set, return the rank that srun or mpirun set, or 0.
+
+    Raises:
+        ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
     """
     if _has_process_group():
         return dist.get_rank()
-    return int(os.environ.get("RANK") or "0")
+    return int((read_task_variables(os.environ) or os.environ).get("RANK") or "0")
 
 
 def init_distributed(*, always_create_group: bool = False, port: int | None = None) -> Ranks:
     """Initialize the process group from the environment variables that the launcher sets.
+
+    If torchrun did not start this process, but srun or mpirun did, set torchrun's variables first.
 
     An existing process group is reused. By default, no process group is created for a single
     process.
@@ -90,10 +93,11 @@ def init_distributed(*, always_create_group: bool = False, port: int | None = No
 
     Raises:
         ValueError: if there are several ranks, but `WORLD_SIZE`, `RANK`, `MASTER_ADDR` or
-            `MASTER_PORT` is not set.
+            `MASTER_PORT` is not set, and srun or mpirun did not set their values.
     """
+    if not _has_process_group():
+        os.environ.update(read_task_variables(os.environ, port))
     size = get_world_size()
-    _check_world_size_is_set()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -132,20 +136,6 @@ def _create_process_group(backend: str, size: int, port: int | None) -> None:
 
 def _create_control_group(size: int) -> Any:
     return None if size == 1 or dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-
-
-def _check_world_size_is_set() -> None:
-    """Check that `WORLD_SIZE` is set if srun or mpirun started several tasks."""
-    if "WORLD_SIZE" in os.environ or _has_process_group():
-        return
-    for name, launcher in _TASK_COUNTS.items():
-        tasks = int(os.environ.get(name) or "1")
-        if tasks > 1:
-            raise ValueError(
-                f"WORLD_SIZE is not set, but {launcher} started {tasks} tasks, so each task would "
-                f"train independently as rank 0. Use {launcher} to start one torchrun per node, or "
-                "use `onecycle launch`."
-            )
 
 
 def check_configs_match(ranks: Ranks, config: str) -> None:

@@ -1,10 +1,12 @@
 """Read hosts and their slots from a hostfile, and select the hosts and slots to use.
 
-The hostfile and the ``--include`` and ``--exclude`` filters use DeepSpeed's formats.
+The hostfile and the ``--include`` and ``--exclude`` filters use DeepSpeed's formats. Hostfiles of
+Open MPI can also be read.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,10 @@ from engine.errors import LaunchError
 
 __all__ = ["Host", "limit_hosts", "parse_nnodes", "parse_nproc", "read_hostfile", "select_hosts"]
 
-_LINE = re.compile(r"(?P<name>[^\s#]+)\s+slots\s*=\s*(?P<slots>-?\d+)\s*(?:#.*)?")
+_LINE = re.compile(r"(?P<name>[^\s#]+)(?P<options>(?:\s+[\w-]+\s*=\s*-?\d+)*)\s*(?:#.*)?")
+_OPTION = re.compile(r"([\w-]+)\s*=\s*(-?\d+)")
+# ssh reads a name that starts with `-` as an option. `[` and `:` are for IPv6 addresses.
+_NAME = re.compile(r"(?!.*@-)[\w\[:][\w.:%@\[\]-]*")
 
 
 @dataclass(frozen=True)
@@ -30,44 +35,65 @@ class Host:
     name: str
     slots: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or self.name.count(":") == 1:
+            raise LaunchError(
+                f"Invalid host name {self.name!r}. Use a name such as `node0` or `user@node0`, or "
+                "an IP address."
+            )
+
     @property
     def size(self) -> int:
         """The number of processes to start on this host."""
         return len(self.slots)
 
 
-def read_hostfile(path: Path) -> list[Host]:
-    """Read a hostfile in DeepSpeed's format.
+def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
+    """Read a hostfile in the format of DeepSpeed or Open MPI.
 
-    Each line has the form ``host slots=N``. Comments start with ``#``.
+    Each line has the form ``host slots=N``. ``slots=N`` can be omitted, and ``max_slots=N`` has no
+    effect. Comments start with ``#``.
+
+    Args:
+        path: path of the hostfile.
+        nproc: number of slots of a host without ``slots=N``, as for `parse_nproc`.
 
     Raises:
         LaunchError: if a line is invalid, a host is repeated, or the file lists no hosts.
         OSError: if the file cannot be read.
     """
     hosts: dict[str, Host] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Editors on Windows write a byte order mark at the start of the file; `utf-8-sig` skips it.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        found = _LINE.fullmatch(line.strip())
-        if found is None:
+        try:
+            host = _parse_host(line.strip(), nproc)
+        except LaunchError as error:
+            raise LaunchError(f"{path}:{number}: {error}") from None
+        if host.name in hosts:
             raise LaunchError(
-                f"{path}:{number}: invalid line {line.strip()!r}. Use the form `host slots=N`."
+                f"{path}:{number}: {host.name} is listed more than once. Combine its lines into "
+                "one."
             )
-        name, slots = found["name"], int(found["slots"])
-        if slots < 1:
-            raise LaunchError(
-                f"{path}:{number}: {name} must have at least 1 slot, got {slots}. To exclude the "
-                "host, delete this line."
-            )
-        if name in hosts:
-            raise LaunchError(
-                f"{path}:{number}: {name} is listed more than once. Combine its lines into one."
-            )
-        hosts[name] = Host(name, tuple(range(slots)))
+        hosts[host.name] = host
     if not hosts:
         raise LaunchError(f"{path} lists no hosts. Add a line such as `node0 slots=2`.")
     return list(hosts.values())
+
+
+def _parse_host(line: str, nproc: str) -> Host:
+    found = _LINE.fullmatch(line)
+    options = dict(_OPTION.findall(found["options"])) if found else {}
+    if found is None or not options.keys() <= {"slots", "max_slots", "max-slots"}:
+        raise LaunchError(f"invalid line {line!r}. Use the form `host slots=N`.")
+    slots = int(options["slots"]) if "slots" in options else parse_nproc(nproc)
+    if slots < 1:
+        raise LaunchError(
+            f"{found['name']} must have at least 1 slot, got {slots}. To exclude the host, delete "
+            "this line."
+        )
+    return Host(found["name"], tuple(range(slots)))
 
 
 def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") -> list[Host]:
@@ -163,15 +189,22 @@ def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
 def parse_nproc(text: str) -> int:
     """Parse ``--nproc``, the number of processes per host.
 
-    ``auto`` is the number of GPUs of this host, or 1 if it has no GPU.
+    ``auto`` is the number of GPUs of this host, or 1 if it has no GPU. ``gpu`` and ``cpu`` are
+    torchrun's words for the number of GPUs and of CPUs.
 
     Raises:
-        LaunchError: if the text is neither ``auto`` nor a number >= 1.
+        LaunchError: if the text is none of these words and not a number >= 1, or if it is ``gpu``
+            and this host has no GPU.
     """
-    if text == "auto":
+    if text in ("auto", "gpu"):
         import torch
 
-        return max(1, torch.cuda.device_count())
+        gpus = torch.cuda.device_count()
+        if text == "gpu" and not gpus:
+            raise LaunchError("`--nproc gpu` requires a GPU, but this host has none. Set a number.")
+        return max(1, gpus)
+    if text == "cpu":
+        return os.cpu_count() or 1
     if not text.isdecimal() or int(text) < 1:
         raise LaunchError(f"`--nproc` must be a number >= 1 or `auto`, got {text!r}.")
     return int(text)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -26,6 +26,8 @@ __all__ = [
     "build_environment",
     "build_plan",
     "build_ssh_command",
+    "format_assignments",
+    "is_secret",
 ]
 
 _PASSED_PATTERNS = (
@@ -39,7 +41,11 @@ _PASSED_PATTERNS = (
     "PYTHONPATH",
 )
 _NEVER_PASSED_NAMES = ("CUDA_VISIBLE_DEVICES",)
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|CREDENTIAL|PRIVATE", re.IGNORECASE)
+_SECRET = re.compile(
+    r"TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|API_?KEY|CREDENTIAL|PRIVATE|COOKIE"
+    r"|(^|_)(KEY|PASS|PAT|AUTH)(_|$)",
+    re.IGNORECASE,
+)
 _DEFAULT_PORT = 29400
 
 
@@ -125,6 +131,9 @@ class LaunchPlan:
     def describe(self, *, as_json: bool = False) -> str:
         """Return the plan as text: the ranks, slots and command of each host.
 
+        A command can be pasted into a shell. Instead of the value of a variable whose name suggests
+        a secret, it contains a reference to the variable, and it fails if the variable is not set.
+
         Args:
             as_json: whether to return the plan as indented JSON instead.
         """
@@ -137,9 +146,11 @@ class LaunchPlan:
                 for rank, slot in zip(node.ranks, node.devices, strict=True)
             )
             lines += ["", f"# {node.host}: {slots}"]
-            env = [f"{name}={_mask(name, value)}" for name, value in sorted(node.env.items())]
-            command = ["env", *env, *node.argv]
-            lines.append(f"cd {shlex.quote(node.cwd)} && {shlex.join(command)}")
+            secrets = [name for name in sorted(node.env) if node.env[name] and is_secret(name)]
+            if secrets:
+                lines.append(f"# Set {', '.join(secrets)} before you run this command.")
+            env = " ".join(format_assignments(dict(sorted(node.env.items())), hide_secrets=True))
+            lines.append(f"cd {shlex.quote(node.cwd)} && env {env} {shlex.join(node.argv)}")
         return "\n".join(lines)
 
 
@@ -209,11 +220,12 @@ def _rendezvous_options(
     request: LaunchRequest, host: Host, known: Mapping[str, HostFacts], min_nodes: int
 ) -> Iterator[str]:
     count = len(request.hosts)
-    if count == 1 and request.is_local:
+    if request.is_local and not request.port:
         yield "--standalone"
         return
     first, own = known[request.hosts[0].name], known[host.name]
-    endpoint = f"{first.address}:{request.port or first.port or _DEFAULT_PORT}"
+    port = request.port or first.port or _DEFAULT_PORT
+    endpoint = f"{request.address or first.address}:{port}"
     if request.store is not None:
         endpoint = f"{own.launcher or request.store[0]}:{request.store[1]}"
     # By default, torchrun finds the host of the rendezvous by its name. This fails if the name
@@ -279,7 +291,7 @@ def _build_node_environment(
     if interface and len(request.hosts) > 1:
         for library in ("GLOO", "NCCL", "TP"):
             env.setdefault(f"{library}_SOCKET_IFNAME", interface)
-    if not request.is_local and host.slots != tuple(range(host.size)):
+    if host.slots != tuple(range(host.size)):
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
     return env | dict(request.env)
 
@@ -290,14 +302,50 @@ def _build_transport(request: LaunchRequest, host: Host) -> tuple[str, ...]:
 
 
 def build_ssh_command(request: LaunchRequest, host: Host) -> tuple[str, ...]:
-    """Return the ssh command that connects to a host; the caller appends the remote command."""
+    """Return the ssh command that connects to a host; the caller appends the remote command.
+
+    >>> request = LaunchRequest((), (), ssh_options=("ProxyJump=gate", "-p 22", "-oUser=me"))
+    >>> build_ssh_command(request, Host("node0", (0,)))[:7]
+    ('ssh', '-T', '-o', 'ProxyJump=gate', '-p', '22', '-oUser=me')
+    """
     # If an option is repeated, ssh uses the first value, so put the user's options first.
     options = (
         *request.ssh_options,
         *("BatchMode=yes", "ConnectTimeout=8", "ServerAliveInterval=5", "ServerAliveCountMax=3"),
     )
-    return ("ssh", "-T", *(part for option in options for part in ("-o", option)), host.name)
+    words = (word for option in options for word in _split_ssh_option(option))
+    return ("ssh", "-T", *words, host.name)
+
+
+def _split_ssh_option(option: str) -> Iterable[str]:
+    if not option.startswith("-"):
+        return ("-o", option)
+    return option.split(maxsplit=1) if option[2:3].isspace() else (option,)
+
+
+def format_assignments(env: Mapping[str, str], *, hide_secrets: bool) -> list[str]:
+    """Return ``NAME=VALUE`` for each variable, quoted for a shell.
+
+    Args:
+        env: environment variables.
+        hide_secrets: whether to replace the value of a variable whose name suggests a secret. The
+            shell then uses the value that the variable already has, and fails if it has none.
+
+    >>> format_assignments({"A": "b c", "HF_TOKEN": "hf_123"}, hide_secrets=True)
+    ["A='b c'", 'HF_TOKEN="${HF_TOKEN:?}"']
+    """
+    return [
+        f'{name}="${{{name}:?}}"'
+        if hide_secrets and value and is_secret(name)
+        else f"{shlex.quote(name)}={shlex.quote(value)}"
+        for name, value in env.items()
+    ]
+
+
+def is_secret(name: str) -> bool:
+    """Return whether the name of an environment variable suggests a secret, such as ``TOKEN``."""
+    return _SECRET.search(name) is not None
 
 
 def _mask(name: str, value: str) -> str:
-    return "***" if _SECRET.search(name) else value
+    return "***" if is_secret(name) else value

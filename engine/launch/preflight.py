@@ -85,7 +85,7 @@ def _open_rendezvous_port(
         assert listener.stdout is not None
         listener.stdout.readline()  # if it cannot listen, the connection checks fail
         try:
-            yield first.facts.address, port
+            yield request.address or first.facts.address, port
         finally:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 listener.communicate(timeout=_TIMEOUT)  # closing standard input ends the process

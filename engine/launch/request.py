@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = [
     "read_variables",
 ]
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _CONFIG_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler"}
 
 
@@ -41,7 +43,10 @@ class LaunchRequest:
 
     If the launcher runs the rendezvous, it survives the loss of any host.
     """
+    address: str | None = None
+    """The address at which all hosts reach the first host; None for the address that ssh uses."""
     port: int = 0
+    """The port of the rendezvous; 0 for a free port."""
     interface: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     pass_env: tuple[str, ...] = ()
@@ -109,7 +114,8 @@ def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, s
         assignments: strings of the form ``NAME=VALUE``.
 
     Raises:
-        LaunchError: if a line or an assignment does not have the form ``NAME=VALUE``.
+        LaunchError: if a line or an assignment does not have the form ``NAME=VALUE``, or a name
+            contains other characters than letters, digits and underscores.
         OSError: if the file cannot be read.
     """
     default = Path(".deepspeed_env")
@@ -117,13 +123,14 @@ def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, s
     for path in ([default] if default.is_file() else []) + ([file] if file else []):
         lines += [
             line
-            for line in path.read_text(encoding="utf-8").splitlines()
+            for line in path.read_text(encoding="utf-8-sig").split("\n")
             if line.strip() and not line.lstrip().startswith("#")
         ]
     variables = {}
     for line in (*lines, *assignments):
         name, equals, value = line.partition("=")
-        if not equals or not name.strip():
-            raise LaunchError(f"Environment variables must have the form NAME=VALUE, got {line!r}.")
+        # Other names cannot be set in a shell, and would be code in a job script.
+        if not equals or not _VARIABLE.fullmatch(name.strip()) or "\0" in value:
+            raise LaunchError(f"Environment variables must have the form NAME=VALUE, got {name!r}.")
         variables[name.strip()] = value
     return variables

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,7 +13,7 @@ from typing import NoReturn
 
 from engine.distributed.environment import FAILURE_FILE, SAVED_AND_ENDED, to_exit_status
 from engine.errors import LaunchError
-from engine.launch.plan import build_environment
+from engine.launch.plan import build_environment, format_assignments
 from engine.launch.request import LaunchRequest
 
 __all__ = ["build_sbatch", "is_in_allocation", "run_in_allocation", "submit"]
@@ -24,7 +25,7 @@ _TEMPLATE = """\
 set -u
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export FIRST_ADDRESS=$(getent ahostsv4 "$first" | awk 'NR == 1 {{ print $1 }}')
-export RDZV_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export RDZV_PORT={port}
 {exports}
 cd {cwd} || exit 1
 export {failure}="$PWD/.onecycle-$SLURM_JOB_ID"
@@ -35,7 +36,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bas
   [ "$SLURM_NODEID" = 0 ] && is_host=true || is_host=false
   export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[$SLURMD_NODENAME:r\\${{rank}}] "
   exec "$0" -m onecycle.isolated engine.launch.torchrun \\
-    --nnodes {nodes} --nproc-per-node {nproc} --max-restarts {restarts} --tee 3 {flags}\\
+    --nnodes {nodes} --nproc-per-node {nproc} --max-restarts {restarts} --tee 3 \\
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$FIRST_ADDRESS:$RDZV_PORT" \\
     --rdzv-conf "is_host=$is_host,join_timeout={timeout}" --local-addr "$address" "$@"
 ' {command}
@@ -48,6 +49,7 @@ rm -f "${failure}"
 {requeue}exit $status
 """
 
+_OPTION_NAME = re.compile(r"[a-z][a-z0-9-]*")
 _TERMINATED = to_exit_status(-signal.SIGTERM)
 _REQUEUE = f"""\
 # The job received a signal and saved a checkpoint. Requeue it, so that it resumes later.
@@ -55,7 +57,9 @@ case $status in {SAVED_AND_ENDED}|{_TERMINATED}) scontrol requeue "$SLURM_JOB_ID
 """
 
 
-def build_sbatch(request: LaunchRequest, options: Mapping[str, str]) -> str:
+def build_sbatch(
+    request: LaunchRequest, options: Mapping[str, str], *, hide_secrets: bool = False
+) -> str:
     """Return the text of an sbatch script that launches the job.
 
     Args:
@@ -63,6 +67,11 @@ def build_sbatch(request: LaunchRequest, options: Mapping[str, str]) -> str:
         options: maps the long name of each ``#SBATCH`` option to its value; empty for a flag. These
             options override the defaults. With ``requeue``, a job that ends because of a signal,
             for example when it is preempted, is requeued.
+        hide_secrets: whether to leave out the values of variables whose names suggest a secret. The
+            script then uses the values in the environment of sbatch.
+
+    Raises:
+        LaunchError: if an option has an invalid name, or a value of more than one line.
     """
     defaults = {
         "job-name": "onecycle",
@@ -72,43 +81,53 @@ def build_sbatch(request: LaunchRequest, options: Mapping[str, str]) -> str:
         "open-mode": "append",
         "signal": f"TERM@{max(60, request.grace)}",
     }
-    lines = [
-        f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}"
-        for name, value in (defaults | dict(options)).items()
-    ]
+    lines = [_format_option(*option) for option in (defaults | dict(options)).items()]
     nodes = '"$SLURM_JOB_NUM_NODES"'
     if request.min_nodes:
         nodes = f'"{request.min_nodes}:$SLURM_JOB_NUM_NODES"'
     return _TEMPLATE.format(
         options="\n".join(lines),
-        exports=_build_exports(request),
+        port=request.port or "$((20000 + SLURM_JOB_ID % 20000))",
+        exports=_build_exports(request, hide_secrets=hide_secrets),
         failure=FAILURE_FILE,
         cwd=shlex.quote(request.cwd),
         nproc=request.hosts[0].size,
         nodes=nodes,
-        flags=_build_flags(request),
         restarts=request.max_restarts,
         timeout=request.rendezvous_timeout,
-        command=shlex.join([request.python, *request.script]),
+        command=shlex.join([request.python, *_build_flags(request), *request.script]),
         requeue=_REQUEUE if "requeue" in options else "",
     )
 
 
-def _build_exports(request: LaunchRequest) -> str:
+def _format_option(name: str, value: str) -> str:
+    # A line break would end the comment, so that bash would run the rest of the value.
+    if not _OPTION_NAME.fullmatch(name) or not value.isprintable():
+        raise LaunchError(
+            f"`--slurm-opt` must have the form NAME=VALUE in one line, with the long name of an "
+            f"sbatch option, got {f'{name}={value}'!r}."
+        )
+    return f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}"
+
+
+def _build_exports(request: LaunchRequest, *, hide_secrets: bool) -> str:
     interfaces = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if request.interface else ()
     exports = {
         **build_environment(request, request.hosts[0].size),
         **dict.fromkeys(interfaces, str(request.interface)),
         **request.env,
     }
-    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in exports.items())
+    assignments = format_assignments(exports, hide_secrets=hide_secrets)
+    return "\n".join(f"export {assignment}" for assignment in assignments)
 
 
-def _build_flags(request: LaunchRequest) -> str:
-    flags = ["--module"] * request.is_module + ["--no-python"] * request.is_command
-    if request.log_dir:
-        flags += ["--log-dir", f'"{request.log_dir}"']
-    return "".join(f"{flag} " for flag in flags)
+def _build_flags(request: LaunchRequest) -> list[str]:
+    log_dir = ["--log-dir", request.log_dir] if request.log_dir else []
+    return [
+        *log_dir,
+        *["--module"] * request.is_module,
+        *["--no-python"] * request.is_command,
+    ]
 
 
 def is_in_allocation() -> bool:
@@ -137,8 +156,12 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
             "`--slurm-opt` has no effect in an existing allocation. Pass the options to `salloc` "
             "or `sbatch` instead."
         )
-    # Replace this process, so that signals reach srun directly.
-    os.execvp("bash", ["bash", "-c", script])  # noqa: S606, S607  # our own script
+    # Every user of this host can read the arguments of a process, so pass the script, which may
+    # contain secrets, as a file. Replace this process, so that signals reach srun directly.
+    file = os.memfd_create("onecycle-launch", 0)
+    with open(file, "w", encoding="utf-8", closefd=False) as memory:
+        memory.write(script)
+    os.execvp("bash", ["bash", f"/dev/fd/{file}"])  # noqa: S606, S607  # our own script
 
 
 def submit(script: str) -> tuple[bool, str]:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from engine.distributed.environment import FAILURE_FILE, TIMED_OUT, to_exit_status
 from engine.launch.failure import Failure, format_failure
 
-__all__ = ["main"]
+__all__ = ["LOCAL_RANK_ARGUMENT", "main"]
+
+LOCAL_RANK_ARGUMENT = "--local_rank=${local_rank}"
+"""Argument in which torchrun replaces ``${local_rank}`` with the local rank of each process."""
 
 
 def main(arguments: list[str]) -> int:
@@ -28,8 +32,17 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    options = parse_args(arguments)  # type: ignore[no-untyped-call]  # untyped in torch
+    options.training_script_args = [*map(_escape, options.training_script_args)]
+    if not options.no_python:  # the script is then an argument of Python
+        options.training_script = _escape(options.training_script)
     try:
-        run(parse_args(arguments))  # type: ignore[no-untyped-call]  # untyped in torch
+        with tempfile.TemporaryDirectory(
+            prefix="torchelastic_", ignore_cleanup_errors=True
+        ) as directory:
+            # torchrun never removes the directory that it creates if no --log-dir is given.
+            options.log_dir = options.log_dir or directory
+            run(options)  # type: ignore[no-untyped-call]  # untyped in torch
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         # torch reports -n for signal n. If it reports a failed rank with exit code 0, return 128.
@@ -43,6 +56,11 @@ def main(arguments: list[str]) -> int:
         _print_failure(Failure(None, status, reason=f"{type(error).__name__}: {error}"))
         return _append_to_file(status, time.time())
     return 0
+
+
+def _escape(argument: str) -> str:
+    """Escape an argument of the script, because torchrun expands it with `string.Template`."""
+    return argument if argument == LOCAL_RANK_ARGUMENT else argument.replace("$", "$$")
 
 
 def _append_to_file(status: int, seconds: float) -> int:

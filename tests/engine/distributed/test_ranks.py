@@ -1,5 +1,6 @@
 """Initialize ranks from the environment, compare their configs, and time out collectives."""
 
+import os
 import subprocess
 import sys
 import time
@@ -10,7 +11,8 @@ import torch.distributed as dist
 
 import engine
 from engine.distributed.environment import TIMEOUT
-from engine.distributed.ranks import init_distributed
+from engine.distributed.ranks import get_rank, get_world_size, init_distributed
+from engine.distributed.tasks import read_task_variables
 from tests.testing.distributed import run_distributed_test
 from tests.testing.small_model import start
 
@@ -24,10 +26,78 @@ def test_init_distributed_several_tasks_without_world_size_is_an_error(monkeypat
     monkeypatch.setenv(name, "1")
     assert init_distributed().world_size == 1
     monkeypatch.setenv(name, "4")
-    with pytest.raises(ValueError, match=f"WORLD_SIZE is not set, but {starter} started 4 tasks"):
+    with pytest.raises(ValueError, match=f"{starter} started 4 tasks, but RANK and WORLD_SIZE"):
         init_distributed()
     monkeypatch.setenv("WORLD_SIZE", "1")  # the user wants four independent runs
     assert init_distributed().world_size == 1
+
+
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+}
+MPIRUN = {
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (SRUN | {"MASTER_ADDR": "node0"}, "3 4 1 node0 20007"),
+        (SRUN | {"MASTER_ADDR": "node0", "MASTER_PORT": "99"}, "3 4 1 node0 99"),
+        (SRUN | {"SLURM_STEP_NUM_NODES": "1"}, "3 4 1 127.0.0.1 20007"),
+        (SRUN | {"MASTER_ADDR": "a", "CUDA_VISIBLE_DEVICES": "5"}, "3 4 0 a 20007"),
+        (SRUN | {"MASTER_ADDR": "a", "CUDA_VISIBLE_DEVICES": "4,5"}, "3 4 1 a 20007"),
+        (MPIRUN, "1 2 1 127.0.0.1 29500"),
+        (SRUN | MPIRUN, "1 2 1 127.0.0.1 20007"),  # mpirun inside of Slurm
+        (SRUN | {"MASTER_ADDR": "a", "WORLD_SIZE": "4"}, "3 4 1 a 20007"),
+        (SRUN | {"WORLD_SIZE": "1"}, ""),
+        (SRUN | {"WORLD_SIZE": "4", "RANK": "0"}, ""),  # torchrun started by srun
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PTY_PORT": "5"}, ""),  # srun --pty bash
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, ""),  # salloc, or the script of sbatch
+    ],
+)
+def test_read_task_variables_returns_the_variables_of_torchrun(environment, expected):
+    found = read_task_variables(environment)
+    assert list(found.values()) == expected.split()
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    assert list(found) == (names if expected else [])
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (SRUN, "MASTER_ADDR is not set, but srun started 4 tasks on several hosts"),
+        (SRUN | {"SLURM_PTY_PORT": "5", "MASTER_ADDR": "a"}, "set WORLD_SIZE to 1"),
+    ],
+)
+def test_read_task_variables_unknown_ranks_are_an_error(environment, message):
+    with pytest.raises(ValueError, match=message):
+        read_task_variables(environment)
+
+
+def train_as_task_of_mpirun():
+    names = {"RANK": "RANK", "WORLD_SIZE": "SIZE", "LOCAL_RANK": "LOCAL_RANK"}
+    for name, own in names.items():
+        os.environ[f"OMPI_COMM_WORLD_{own}"] = os.environ.pop(name)
+    os.environ["OMPI_COMM_WORLD_LOCAL_SIZE"] = "2"
+    del os.environ["MASTER_ADDR"]
+    rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+    assert (get_rank(), get_world_size()) == (rank, 2)
+    engine = start()
+    assert (engine.global_rank, engine.world_size) == (rank, 2)
+
+
+def test_initialize_uses_the_ranks_of_mpirun():
+    run_distributed_test(train_as_task_of_mpirun, 2)
 
 
 def test_init_distributed_missing_variables_are_reported(monkeypatch):

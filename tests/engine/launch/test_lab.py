@@ -67,7 +67,7 @@ def test_launch_example_on_two_hosts_equals_one_process(tmp_path, backend, slots
 
 
 def test_launch_passes_arguments_and_environment_unchanged(directory):
-    odd = "$HOME `id` 'q' \"d\" \\ ; | & -4C  two  spaces é"
+    odd = "$HOME $$ ${rank} `id` 'q' \"d\" \\ ; | & -4C  two  spaces é"
     (directory / "odd").write_text(f"ODD={odd}\n")
     done = lab(
         "$ONECYCLE launch --hostfile hosts --console all --env-file odd worker.py print "
