@@ -81,6 +81,8 @@ def _list_running(threads: set[threading.Thread], processes: set[int]) -> list[s
     names = [
         repr(thread)
         for thread in threading.enumerate()
-        if thread not in threads and type(thread).__name__ not in LIBRARY_THREADS
+        if thread not in threads
+        and type(thread).__name__ not in LIBRARY_THREADS
+        and thread.name != "checkpoint lock"  # an engine locks its directory until `destroy`
     ]
     return names + [f"process {pid}" for pid in sorted(started)]

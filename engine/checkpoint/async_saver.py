@@ -37,7 +37,7 @@ class AsyncSaver:
         self.buffers: dict[str, Any] = {}
         """Copies of the tensors in host memory; the next save reuses this memory."""
         self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._group: dist.ProcessGroup | None = None
         atexit.register(self._wait_at_exit)
 
@@ -50,19 +50,23 @@ class AsyncSaver:
             self._group = dist.new_group(backend="gloo")
         return self._group
 
-    def commit_after(self, written: Future[None], commit: Callable[[], None]) -> None:
+    def commit_after(
+        self, written: Future[None], commit: Callable[[], None], discard: Callable[[], None]
+    ) -> None:
         """Call ``commit`` in a background thread once all files are written.
 
         Args:
             written: future that completes when the files of the checkpoint are written.
             commit: function that turns the written files into a complete checkpoint.
+            discard: function that deletes the files if a rank fails to write them.
         """
 
         def finish() -> None:
             try:
                 written.result()
                 commit()
-            except Exception as error:  # noqa: BLE001  # the next `wait` raises it
+            except BaseException as error:  # noqa: BLE001  # the next `wait` raises it
+                discard()
                 self._failure = error
 
         self._thread = threading.Thread(target=finish, name="checkpoint")

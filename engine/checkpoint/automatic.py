@@ -84,11 +84,14 @@ class AutomaticCheckpoints:
         any rank has received SIGINT, SIGTERM or SIGUSR1.
 
         Raises:
+            CheckpointError: at the first call, if another process writes to the directory.
             SystemExit: after the save, if any rank has received one of these signals.
         """
         directory, every = self._directory, self._plan.every
         if directory is None or run.is_trial:
             return
+        # A script that only evaluates needs no lock, so lock after the first step.
+        self._checkpointer.lock(directory)
         self.save_best(run)
         received = None if self._signals is None else self._signals.find_on_any_rank(self._ranks)
         if received is not None or (every is not None and run.counters.global_steps % every == 0):

@@ -21,6 +21,7 @@ from engine.checkpoint import storage
 from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.collectives import check_same_tag, raise_on_all_ranks, wait_for_ranks
 from engine.checkpoint.fingerprint import Identity, check_identity
+from engine.checkpoint.lock import DirectoryLock
 from engine.checkpoint.plain_values import check_plain_values, read_values, write_values
 from engine.checkpoint.rng import get_rng_state, set_rng_state
 from engine.checkpoint.rollback import Rollback
@@ -127,6 +128,7 @@ class Checkpointer:
         self._loader = loader if isinstance(loader, RunLoader) else None
         self._saved: dict[Path, tuple[int, int]] = {}  # steps and last report, by directory
         self._run_id = uuid.uuid4().hex
+        self._locks: dict[Path, DirectoryLock | None] = {}  # None on ranks other than 0
 
     def save(
         self,
@@ -159,17 +161,10 @@ class Checkpointer:
         wait_for_ranks(ranks, f"save_checkpoint({str(directory)!r}, tag={tag!r})")
         check_same_tag(tag, ranks.world_size)
         self.wait()
-        partial = directory / f".{tag}.partial"
         with raise_on_all_ranks(ranks.world_size):
-            if ranks.rank == 0:
-                check_plain_values(client_state or {}, "client_state")
-                storage.create_partial(directory, tag)
-        with raise_on_all_ranks(ranks.world_size):
-            write_values(partial / f"random.{ranks.rank}.pt", get_rng_state())
-            if run.rollback is not None:
-                run.rollback.save(partial)
-            if ranks.rank == 0:
-                write_values(partial / _ENGINE, self._collect(run, client_state or {}))
+            storage.check_tag(tag)
+            check_plain_values(dict(client_state or {}), "client_state")
+        self.lock(directory)
         manifest = Manifest(
             tag=tag,
             step=run.counters.applied_steps,
@@ -183,8 +178,29 @@ class Checkpointer:
             is_automatic=is_automatic,
             created=dt.datetime.now(tz=dt.timezone.utc).isoformat(),
         )
-        self._write_backend(partial, manifest)
+        try:
+            self._write(run, directory / f".{tag}.partial", manifest, client_state or {})
+        except BaseException:
+            self._discard(directory / f".{tag}.partial")
+            raise
         self._saved[directory.resolve()] = _get_position(run)
+
+    def lock(self, directory: Path) -> None:
+        """Lock a directory for this run until `close`, and delete incomplete checkpoints in it.
+
+        Raises:
+            CheckpointError: if another process writes to the directory.
+            OSError: if the directory is not writable.
+        """
+        path = directory.resolve()
+        if path in self._locks:
+            return
+        with raise_on_all_ranks(self._ranks.world_size):
+            if self._ranks.rank == 0:
+                storage.create_directory(directory)
+                self._locks[path] = DirectoryLock(directory)
+                storage.discard_partials(directory)
+        self._locks.setdefault(path, None)
 
     def is_saved(self, run: RunState, directory: Path) -> bool:
         """Return whether the run's last checkpoint in a directory has its steps and its metric."""
@@ -204,8 +220,19 @@ class Checkpointer:
             "client_state": dict(client_state),
         }
 
-    def _write_backend(self, partial: Path, manifest: Manifest) -> None:
-        size, saver = self._ranks.world_size, self.async_saver
+    def _write(
+        self, run: RunState, partial: Path, manifest: Manifest, client_state: Mapping[str, Any]
+    ) -> None:
+        ranks, size, saver = self._ranks, self._ranks.world_size, self.async_saver
+        with raise_on_all_ranks(size):
+            if ranks.rank == 0:
+                storage.create_partial(partial.parent, manifest.tag)
+        with raise_on_all_ranks(size):
+            write_values(partial / f"random.{ranks.rank}.pt", get_rng_state())
+            if run.rollback is not None:
+                run.rollback.save(partial)
+            if ranks.rank == 0:
+                write_values(partial / _ENGINE, self._collect(run, client_state))
         if saver is None:
             with raise_on_all_ranks(size):
                 self._backend.save(partial, frozen=manifest.frozen)
@@ -216,7 +243,13 @@ class Checkpointer:
             written = self._backend.save_async(
                 partial, saver.get_process_group(size), saver.buffers, frozen=manifest.frozen
             )
-        saver.commit_after(written, lambda: self._commit(partial, manifest))
+        saver.commit_after(
+            written, lambda: self._commit(partial, manifest), lambda: self._discard(partial)
+        )
+
+    def _discard(self, partial: Path) -> None:
+        if self._ranks.rank == 0:
+            storage.discard(partial)
 
     def _commit(self, partial: Path, manifest: Manifest) -> None:
         if self._ranks.rank != 0:
@@ -342,9 +375,13 @@ class Checkpointer:
                 raise
 
     def close(self) -> None:
-        """Wait for this rank's last save to finish."""
+        """Wait for this rank's last save to finish, and unlock the directories."""
         if self.async_saver is not None:
             self.async_saver.close()
+        for lock in self._locks.values():
+            if lock is not None:
+                lock.release()
+        self._locks.clear()
 
 
 def _get_position(run: RunState) -> tuple[int, int]:

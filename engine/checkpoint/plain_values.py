@@ -2,65 +2,113 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import datetime as dt
+import importlib
 import io
+import pathlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.serialization import safe_globals
 
 from engine.errors import CheckpointError
 
-__all__ = ["check_plain_values", "read_values", "write_values"]
+__all__ = ["LOADABLE", "check_plain_values", "read_values", "write_values"]
+
+_CONTAINERS = (dict, collections.OrderedDict, collections.Counter, argparse.Namespace)
+_SEQUENCES = (list, tuple, set, torch.Size)
+_SCALARS = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    dt.datetime,
+    dt.date,
+    dt.timedelta,
+    dt.timezone,
+    type(Path()),
+)
+_ARRAYS = importlib.import_module(f"numpy.{'_core' if hasattr(np, '_core') else 'core'}.multiarray")
+LOADABLE: list[Any] = [
+    _ARRAYS._reconstruct,  # noqa: SLF001  # how numpy stores an array
+    _ARRAYS.scalar,
+    np.ndarray,
+    np.dtype,
+    *(getattr(np.dtypes, name) for name in np.dtypes.__all__ if name != "ObjectDType"),
+    argparse.Namespace,
+    dt.datetime,
+    dt.date,
+    dt.timedelta,
+    dt.timezone,
+    pathlib.PosixPath,
+    pathlib.WindowsPath,
+]
+"""Classes and functions outside of PyTorch that are unpickled; none of them runs other code."""
 
 
 def write_values(path: Path, values: Any) -> None:
-    """Write numbers, strings and tensors, or nested lists and mappings of them, to a file.
+    """Write plain values, tensors and arrays, or nested lists and mappings of them, to a file.
 
     Raises:
         OSError: if the disk is full or the directory is not writable.
+        ValueError: if a value has a type that `read_values` does not load.
     """
+    check_plain_values(values, path.stem)
     # If torch.save wrote the file, its RuntimeError would not name the cause of a failure.
     buffer = io.BytesIO()
     torch.save(values, buffer)
     path.write_bytes(buffer.getbuffer())
 
 
-def check_plain_values(values: Mapping[str, Any], name: str) -> None:
+def check_plain_values(values: Any, name: str) -> None:
     """Check that `read_values` supports the types of all values.
 
     Args:
-        values: mapping whose values are checked.
-        name: name of the argument, for the error message.
+        values: value to check, and all values in it.
+        name: name of the value, for the error message.
 
     Raises:
-        ValueError: if a value has or contains an unsupported type.
+        ValueError: if a value has an unsupported type.
 
-    >>> check_plain_values({"epoch": 3}, "client_state")
+    >>> check_plain_values({"epoch": 3, "losses": [0.5]}, "client_state")
     """
-    for key, value in values.items():
-        buffer = io.BytesIO()
-        try:
-            torch.save(value, buffer)
-            buffer.seek(0)
-            torch.load(buffer, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001  # custom pickling code can raise anything
-            raise ValueError(
-                f"`{name}[{key!r}]` must contain only tensors, numbers, strings, lists and "
-                f"mappings, got {_find_class_name(error) or type(value).__name__}. Convert it, for "
-                "example with `float`, `str` or `tolist`."
-            ) from None
+    for place, value in _find_unsupported(values, name):
+        kind = type(value)
+        raise ValueError(
+            f"`{place}` must be a number, a string, a tensor, an array, or a list or mapping of "
+            f"them, got `{kind.__module__}.{kind.__qualname__}`. Convert it, for example with "
+            "`float`, `str` or `dict`."
+        )
 
 
-def _find_class_name(error: Exception) -> str:
-    """Return the name of the class that an unpickling error reports, in backticks.
-
-    If the error does not report a class, return an empty string.
-    """
-    named = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return f"`{named.group(1)}`" if named else ""
+def _find_unsupported(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Tensor) or type(value) in _SCALARS:
+        return
+    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
+        return
+    if type(value) in _CONTAINERS:
+        items = vars(value) if isinstance(value, argparse.Namespace) else value
+        for key, below in items.items():
+            yield from _find_unsupported(key, f"key of {name}")
+            yield from _find_unsupported(below, f"{name}[{key!r}]")
+    elif type(value) in _SEQUENCES:
+        for index, below in enumerate(value):
+            yield from _find_unsupported(below, f"{name}[{index}]")
+    else:
+        yield name, value
 
 
 def read_values(path: Path) -> Any:
@@ -71,10 +119,11 @@ def read_values(path: Path) -> Any:
             could run code when they are unpickled.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        class_name = _find_class_name(error)
-        problem = f"it contains {class_name}" if class_name else str(error).splitlines()[0]
+        with safe_globals(LOADABLE):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        problem = f"it contains `{named[1]}`" if named else str(error).splitlines()[0]
         raise CheckpointError(
             f"{path} cannot be loaded: {problem}. Use another checkpoint. Only tensors and plain "
             "values are loaded, because unpickling other objects can run code."

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -149,9 +151,8 @@ def read(
             if f"outside.{name}" in saved_tensors
         }
     leaves = _find_leaves(state)
-    own = {name: holder[key] for name, holder, key in leaves if isinstance(holder[key], Tensor)}
-    with _ignore_process_group_warning():
-        load(own, storage_reader=ShardReader(directory), no_dist=not dist.is_initialized())
+    own = {name: holder[key] for name, holder, key in leaves if _is_sharded(name, holder[key])}
+    _load_tensors(directory, own, is_single_process=not dist.is_initialized())
     for name, holder, key in leaves:
         if name in saved_values and name.startswith(_MODEL):
             holder[key] = saved_values[name]
@@ -171,8 +172,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         for name, metadata in _read_saved_tensors(directory).items()
         if name.startswith(_MODEL)
     }
-    with _ignore_process_group_warning():
-        load(weights, storage_reader=ShardReader(directory), no_dist=True)
+    _load_tensors(directory, weights, is_single_process=True)
     return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
 
 
@@ -215,9 +215,9 @@ def _find_frozen_names(model: nn.Module) -> set[str]:
 def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     leaves = {name: holder[key] for name, holder, key in _find_leaves(state)}
     is_single_process = not dist.is_initialized()
-    with _ignore_process_group_warning():
+    with _ignore_process_group_warning(), _raise_cause():
         save(
-            {name: value for name, value in leaves.items() if isinstance(value, Tensor)},
+            {name: value for name, value in leaves.items() if _is_sharded(name, value)},
             storage_writer=ShardWriter(directory),
             process_group=group,
             no_dist=is_single_process,
@@ -225,8 +225,32 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
     # Write this file after the collective `save`. If rank 0 failed here before that call, the other
     # ranks would wait in it indefinitely.
     if is_single_process or dist.get_rank() == 0:
-        values = {name: value for name, value in leaves.items() if not isinstance(value, Tensor)}
+        values = {name: value for name, value in leaves.items() if not _is_sharded(name, value)}
         write_values(directory / VALUES, values)
+
+
+def _load_tensors(directory: Path, own: dict[str, Any], *, is_single_process: bool) -> None:
+    """Load tensors by name, in place."""
+    try:
+        with _ignore_process_group_warning(), _raise_cause():
+            load(own, storage_reader=ShardReader(directory), no_dist=is_single_process)
+    except (SafetensorError, LookupError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory} cannot be loaded: {error}. Use another checkpoint."
+        ) from error
+
+
+@contextlib.contextmanager
+def _raise_cause() -> Iterator[None]:
+    """Raise the exception of the first rank that failed, instead of torch's collection of them.
+
+    Torch's `CheckpointException` is not an `Exception`, so no caller would catch it.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = error.failures[min(error.failures)]
+        raise cause from None
 
 
 def _find_leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -235,18 +259,31 @@ def _find_leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
         name = f"{prefix}{key}"
         is_nested = isinstance(value, list) and any(isinstance(v, dict | Tensor) for v in value)
-        if isinstance(value, dict) or is_nested:
+        if (isinstance(value, dict) or is_nested) and not _is_extra_state(name):
             found += _find_leaves(value, f"{name}.")
         else:
             found.append((name, holder, key))
     return found
 
 
+def _is_sharded(name: str, value: Any) -> bool:
+    """Return whether a value is written to the shards, and not to `VALUES`."""
+    return isinstance(value, Tensor) and not _is_extra_state(name)
+
+
+def _is_extra_state(name: str) -> bool:
+    """Return whether a value comes from a module's ``get_extra_state``, which may return anything.
+
+    At the time of loading, it may have another structure.
+    """
+    return name.rpartition(".")[2] == "_extra_state"
+
+
 def _check_model_matches(
     directory: Path, own: dict[str, Any], saved: dict[str, TensorStorageMetadata], *, strict: bool
 ) -> None:
     for key, tensor in own.items():
-        if not isinstance(tensor, Tensor):
+        if not _is_sharded(key, tensor):
             continue
         if key not in saved:
             problem = f"`{key}` is missing from the checkpoint"
@@ -269,7 +306,12 @@ def _check_model_matches(
 
 
 def _read_saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
-    found: Any = ShardReader(directory).read_metadata().state_dict_metadata
+    try:
+        found: Any = ShardReader(directory).read_metadata().state_dict_metadata
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory} cannot be loaded: {error}. Use another checkpoint."
+        ) from error
     return dict(found)
 
 

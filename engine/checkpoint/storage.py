@@ -31,9 +31,13 @@ from engine.errors import CheckpointError
 
 __all__ = [
     "Manifest",
+    "check_tag",
     "collect_versions",
     "commit",
+    "create_directory",
     "create_partial",
+    "discard",
+    "discard_partials",
     "find",
     "find_damage",
     "has_any_checkpoint",
@@ -85,34 +89,61 @@ class Manifest:
         return sum(entry["size"] for entry in self.files.values())
 
 
-def create_partial(directory: Path, tag: str) -> Path:
-    """Create an empty directory ``.TAG.partial`` for a new checkpoint and return its path.
-
-    Args:
-        directory: directory that holds the run's checkpoints; created if it does not exist.
-        tag: name of the checkpoint.
+def check_tag(tag: str) -> None:
+    """Check that a tag can be the name of a checkpoint.
 
     Raises:
         CheckpointError: if the tag is not a valid directory name.
-        OSError: if the directory is not writable.
     """
     if not tag or tag in {".", "..", LATEST} or "/" in tag or os.sep in tag or tag.startswith("."):
         raise CheckpointError(
             f"`tag` must be a valid directory name that does not start with a dot and is not "
             f"`{LATEST}`, got {tag!r}. Choose a tag such as `step100`."
         )
-    partial = directory / f".{tag}.partial"
+
+
+def create_directory(directory: Path) -> None:
+    """Create the directory that holds a run's checkpoints, unless it exists.
+
+    Raises:
+        OSError: if the directory cannot be created, or its path is a file.
+    """
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(
             20, "The path of the checkpoint directory is a file", str(directory)
         )
     directory.mkdir(parents=True, exist_ok=True)
-    if partial.is_symlink():
-        partial.unlink()
-    elif partial.exists():
-        shutil.rmtree(partial)  # left by a writer that was killed
+
+
+def create_partial(directory: Path, tag: str) -> Path:
+    """Create an empty directory ``.TAG.partial`` for a new checkpoint and return its path.
+
+    Args:
+        directory: existing directory that holds the run's checkpoints.
+        tag: name of the checkpoint.
+
+    Raises:
+        OSError: if the directory is not writable.
+    """
+    partial = directory / f".{tag}.partial"
+    discard(partial)  # left by a writer that was killed
     partial.mkdir()
     return partial
+
+
+def discard(partial: Path) -> None:
+    """Delete an incomplete checkpoint, so that failed saves do not fill the disk."""
+    if partial.is_symlink():
+        partial.unlink()
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def discard_partials(directory: Path) -> None:
+    """Delete the incomplete checkpoints of processes that were killed."""
+    for partial in directory.glob(".*.partial"):
+        if partial.is_dir():
+            discard(partial)
 
 
 def commit(partial: Path, manifest: Manifest) -> Path:

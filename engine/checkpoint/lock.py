@@ -1,0 +1,167 @@
+"""A lock on a checkpoint directory, so that two jobs do not write to it at the same time."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError
+
+__all__ = ["DirectoryLock"]
+
+_NAME = ".lock"
+_BEAT_SECONDS = 10.0
+_STALE_SECONDS = 60.0
+
+
+class DirectoryLock:
+    """Lock on a directory, held until `release` or until the process ends.
+
+    The file ``.lock`` names the owner. If the owner no longer runs, the lock is taken over: on the
+    same host at once; on another host if it belongs to the same Slurm job, or if its heartbeat has
+    not changed for 60 seconds. Reading checkpoints needs no lock.
+
+    Args:
+        directory: existing directory.
+
+    Raises:
+        CheckpointError: another process holds the lock.
+        OSError: the directory is not writable.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / _NAME
+        self._owner = _describe_process()
+        _acquire(self._path, self._owner)
+        stop = threading.Event()
+        self.release = weakref.finalize(self, _release, self._path, self._owner, stop)
+        """Remove the lock, unless another process has taken it over."""
+        beat = threading.Thread(
+            target=_beat, args=(self._path, self._owner, stop), name="checkpoint lock", daemon=True
+        )
+        beat.start()
+
+
+def _acquire(path: Path, own: Mapping[str, Any]) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(own, file)
+    except FileExistsError:
+        owner = _read(path)
+        if owner is not None and not _is_stale(path, owner, own):
+            raise CheckpointError(
+                f"{path.parent} is in use by process {owner.get('pid')} on host "
+                f"{owner.get('host')}, which writes checkpoints to it. Use another directory, or "
+                "stop that process."
+            ) from None
+        _write(path, own)
+        time.sleep(0.05)  # if two processes take over the lock at once, the last one has it
+        if not _is_owner(path, own):
+            _acquire(path, own)
+
+
+def _beat(path: Path, own: Mapping[str, Any], stop: threading.Event) -> None:
+    """Change the lock regularly, so that other hosts see that its owner runs."""
+    beats = 0
+    while not stop.wait(_BEAT_SECONDS):
+        beats += 1
+        try:
+            if not _is_owner(path, own):
+                return
+            _write(path, {**own, "beats": beats})
+        except OSError:  # the disk is full or the directory is gone; saving reports it
+            continue
+
+
+def _release(path: Path, own: Mapping[str, Any], stop: threading.Event) -> None:
+    stop.set()
+    if _is_owner(path, own):
+        path.unlink(missing_ok=True)
+
+
+def _describe_process() -> dict[str, Any]:
+    return {
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "boot": _read_text("/proc/sys/kernel/random/boot_id"),
+        "pid": os.getpid(),
+        "start": _find_start_time(os.getpid()),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "beats": 0,
+    }
+
+
+def _is_stale(path: Path, owner: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Return whether the owner of a lock no longer runs; this can take 60 seconds."""
+    if owner.get("host") == own["host"] and os.name == "posix":
+        return (
+            owner.get("boot") != own["boot"]
+            or owner.get("pid") == own["pid"]  # another engine of this process
+            or not _is_running(owner)
+        )
+    if own["slurm_job"] is not None and owner.get("slurm_job") == own["slurm_job"]:
+        return True
+    end = time.monotonic() + _STALE_SECONDS
+    while time.monotonic() < end:
+        time.sleep(_STALE_SECONDS / 60)
+        if _read(path) != owner:
+            return False
+    return True
+
+
+def _is_running(owner: Mapping[str, Any]) -> bool:
+    pid = owner.get("pid")
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it belongs to another user
+    return _find_start_time(pid) == owner.get("start")  # otherwise, the number was used again
+
+
+def _find_start_time(pid: int) -> str | None:
+    """Return when a process was started, in clock ticks since boot; None if it is unknown."""
+    stat = _read_text(f"/proc/{pid}/stat")
+    fields = stat.rpartition(")")[2].split()  # the name in parentheses can contain spaces
+    # A zombie has ended, although its parent has not noticed yet.
+    return fields[19] if len(fields) > 19 and fields[0] != "Z" else None
+
+
+def _is_owner(path: Path, own: Mapping[str, Any]) -> bool:
+    owner = _read(path)
+    return owner is not None and owner.get("id") == own["id"]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the contents of a lock; None if there is none. A damaged lock has no owner."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: Path, own: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f"{_NAME}.{own['id']}")
+    temporary.write_text(json.dumps(own), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
