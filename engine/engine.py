@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from engine.backends.base import Backend
 from engine.checkpoint.automatic import AutomaticCheckpoints
 from engine.checkpoint.fingerprint import Identity
 from engine.checkpoint.manager import Checkpointer
+from engine.checkpoint.rng import preserve_rng_state
 from engine.config import Config
 from engine.deepspeed_accessors import DeepSpeedAccessors
 from engine.training.data import call_on_batches, read_epoch
+from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
 from engine.training.loss_window import check_loss
 from engine.training.monitors import Monitor
 from engine.training_run import TrainingRun, iterate_batches
@@ -50,6 +52,7 @@ class Engine(DeepSpeedAccessors):
         self._backend = backend
         self._checkpointer = Checkpointer(config, backend, identity, loader)
         self._automatic = AutomaticCheckpoints(config.checkpoint, self._checkpointer, backend.ranks)
+        self._evaluator = Evaluator(backend.ranks)
         self._run = TrainingRun.start(config, backend, lr_scheduler, monitors)
 
     @property
@@ -199,12 +202,69 @@ class Engine(DeepSpeedAccessors):
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Evaluate one whole batch and return its mean loss; see `train_batch`."""
-        training = self.training
-        self.eval()
-        with torch.no_grad():
+        with evaluation_mode(self):
             losses = list(call_on_batches(self, data_iter, self._run.accumulation.steps))
-        self.train(training)
         return torch.stack(losses).mean()
+
+    @overload
+    def evaluate(
+        self, loader: Iterable[Any], fn: Callable[[Any], Scalar | tuple[Scalar, Scalar]]
+    ) -> float: ...
+
+    @overload
+    def evaluate(
+        self, loader: Iterable[Any], fn: Callable[[Any], Metrics | tuple[Metrics, Scalar]]
+    ) -> dict[str, float]: ...
+
+    def evaluate(self, loader: Iterable[Any], fn: Callable[[Any], Any]) -> Any:
+        """Evaluate the model and return the mean of each metric over all samples.
+
+        The model is in eval mode and computes no gradients. Afterwards, the mode of each submodule
+        and the random state are restored; the training state does not change. Every rank must call
+        this method.
+
+        A `DataLoader` of the whole dataset is split across ranks, whether it shuffles, uses a
+        ``DistributedSampler`` or neither. In all other cases, each rank evaluates all batches of
+        its own ``loader``: those of an iterable dataset, a custom sampler, or a different dataset
+        on each rank.
+
+        Args:
+            loader: `DataLoader`, list or other iterable that ends. Its batches are moved to
+                `device`.
+            fn: function of a batch that returns the loss or a dict of metrics, each a number or a
+                scalar tensor, averaged over the batch. The number of samples is the first dimension
+                of the batch's first tensor; to set it, return ``(metrics, number)``, for example
+                with the number of tokens. Every rank calls ``fn`` equally often: a rank without a
+                batch repeats one and its result is dropped. Collect other results with `gather`,
+                which drops them, too.
+
+        Returns:
+            The mean loss, or a dict of mean metrics, equal on all ranks.
+
+        Raises:
+            ValueError: ``loader`` yields no samples or is the training loader, or the result of
+                ``fn`` is not as described.
+        """
+        with preserve_rng_state(), evaluation_mode(self):
+            return self._evaluator.average(loader, fn)
+
+    def gather(self, value: Any) -> Any:
+        """Concatenate the tensors of all ranks along the first dimension, in rank order.
+
+        Every rank must call this method. The first dimension may differ between ranks, and a tensor
+        without dimensions counts as one row. Inside `evaluate`, each sample is gathered once.
+
+        Args:
+            value: tensor, or nested tuples, lists, dicts or dataclasses of tensors.
+
+        Returns:
+            The same structure with detached tensors, equal on all ranks.
+
+        Raises:
+            ValueError: ``value`` contains something else, or the dtypes or other dimensions differ
+                between ranks.
+        """
+        return self._evaluator.gather(value)
 
     def save_checkpoint(
         self,

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from engine.backends.base import Backend
-from engine.checkpoint.rng import get_rng_state, set_rng_state
+from engine.checkpoint.rng import preserve_rng_state
 from engine.checkpoint.rollback import Rollback
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
@@ -22,6 +22,7 @@ from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
 from engine.training.data import RunLoader
 from engine.training.divergence import DivergenceCheck
+from engine.training.evaluation import preserve_modes
 from engine.training.loss_window import LossWindow
 from engine.training.monitors import Monitor
 from engine.training.progress import Counters, ProgressReporter, StepRecord, StepRecorder
@@ -338,15 +339,13 @@ def preserve_state(
         loader: data loader whose position is restored, if `initialize` built it.
     """
     data = (loader.state_dict(), loader.resumes) if isinstance(loader, RunLoader) else None
-    modes = {module: module.training for module in model.modules()}
-    randomness, snapshot = get_rng_state(), backend.snapshot()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        backend.zero_grad()
-        backend.restore(snapshot)
-        set_rng_state(randomness)
-        if isinstance(loader, RunLoader) and data is not None:
-            loader.load_state_dict(data[0], resumes=data[1])
+    with preserve_rng_state():
+        snapshot = backend.snapshot()
+        try:
+            with preserve_modes(model):
+                yield
+        finally:
+            backend.zero_grad()
+            backend.restore(snapshot)
+            if isinstance(loader, RunLoader) and data is not None:
+                loader.load_state_dict(data[0], resumes=data[1])

@@ -113,6 +113,8 @@ class FSDPBackend(PyTorchBackend):
                 "gradients. Call `set_gradient_accumulation_boundary(True)` before "
                 "`trainer.backward(loss)`, and leave `no_sync()` before it."
             )
+        # An evaluation after the last backward pass has gathered weights that this step changes.
+        reshard(self.model)
         return super().step(divide_by=divide_by)
 
     @override

@@ -102,10 +102,11 @@ def test_eval_batch_keeps_the_parameters_and_the_training_mode():
     before = weights(trainer)
     with pytest.raises(ValueError, match="`data_iter` must yield 2 micro-batches, got 1"):
         trainer.eval_batch(iter([X[:1]]))
-    trainer.train()
+    assert trainer.training
+    trainer.module[1].eval()
     loss = trainer.eval_batch(iter([X[:1], X[1:2]]))
     assert loss.numel() == 1
-    assert trainer.training
+    assert [module.training for module in trainer.module] == [True, False]
     assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import engine
 import schedules
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset

@@ -1,5 +1,6 @@
 """A user's script that a type checker must accept; `test_typing` also runs it."""
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -54,6 +55,11 @@ def train(dataset: Dataset[tuple[Tensor, Tensor]]) -> None:
     scheduler.get_last_lr()
     batches = DataLoader(dataset, batch_size=8)
     assert_type(engine.lr_range_test(trainer, batches), engine.LRRangeReport)
+    assert_type(trainer.evaluate(batches, lambda batch: torch.ones(())), float)
+    assert_type(trainer.evaluate(batches, lambda batch: (0.5, len(batch))), float)
+    assert_type(trainer.evaluate(batches, lambda batch: {"loss": 0.5}), dict[str, float])
+    metrics = {"loss": torch.ones(()), "accuracy": 0.5}
+    assert_type(trainer.evaluate(batches, lambda batch: (metrics, 3)), dict[str, float])
 
 
 def handle_errors(path: str) -> list[engine.Problem]:

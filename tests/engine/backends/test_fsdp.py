@@ -119,3 +119,19 @@ def discard_gradients_of_a_micro_batch(stage):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_fsdp_zero_grad_discards_unreduced_gradients(stage):
     run_distributed_test(discard_gradients_of_a_micro_batch, 2, stage)
+
+
+def evaluate_before_a_step():
+    trainers = [start(zero_optimization={"stage": 1}) for _ in range(2)]
+    for index, trainer in enumerate(trainers):
+        for _ in range(2):
+            trainer.backward(trainer(torch.ones(2, 6)).pow(2).mean())
+            if index == 0:
+                with torch.no_grad():
+                    trainer(torch.ones(1, 6))
+            trainer.step()
+    assert all_equal(*map(copy_parameters, trainers))
+
+
+def test_fsdp_forward_pass_before_a_step_does_not_keep_the_old_weights():
+    run_distributed_test(evaluate_before_a_step, 2)
