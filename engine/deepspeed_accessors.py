@@ -94,8 +94,8 @@ class DeepSpeedAccessors(nn.Module):
         return self.config.gradient_clipping
 
     def steps_per_print(self) -> int | None:
-        """Return the number of steps between two log lines; None if no log lines are written."""
-        return self.config.steps_per_print
+        """Return the config's `steps_per_print`; None if it is null or absent."""
+        return self.config.progress.every
 
     def log_level(self) -> str | None:
         """Return the log level that the config sets for DeepSpeed; None if it sets none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, overload
@@ -22,7 +22,7 @@ from engine.deepspeed_accessors import DeepSpeedAccessors
 from engine.training.data import call_on_batches, read_epoch
 from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
 from engine.training.loss_window import check_loss
-from engine.training.monitors import Monitor
+from engine.training.monitors import Monitors
 from engine.training_run import TrainingRun, iterate_batches
 
 __all__ = ["Engine"]
@@ -43,7 +43,7 @@ class Engine(DeepSpeedAccessors):
         lr_scheduler: LRScheduler | None,
         loader: DataLoader[Any] | None,
         identity: Identity,
-        monitors: Sequence[Monitor] = (),
+        monitors: Monitors | None = None,
     ) -> None:
         super().__init__()
         self.module = backend.model
@@ -342,8 +342,9 @@ class Engine(DeepSpeedAccessors):
         self._checkpointer.wait()
 
     def destroy(self) -> None:
-        """Release the backend's resources; the model stays usable."""
+        """Close the monitors and release the backend's resources; the model stays usable."""
         self._automatic.close()
+        self._run.progress.close()
         self._checkpointer.close()
         self._backend.destroy()
 

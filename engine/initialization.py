@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from engine import backends
-from engine.backends.base import Backend
 from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
 from engine.config import Config, ConfigError, Source, load_config
 from engine.distributed.ranks import (
@@ -31,13 +29,11 @@ from engine.training.data import RunLoader, count_steps_per_epoch, make_loader
 from engine.training.monitors import build_monitors
 from engine.training.optimizers import OptimizerFactory
 from engine.training.run_length import RunLength
-from schedules import ScheduleBinder
+from engine.training.setup_log import log_setup
 from schedules.core.durations import DurationError
 from schedules.torch_scheduler import bind
 
 __all__ = ["initialize"]
-
-log = logging.getLogger("onecycle")
 
 _RANK_0_GRACE_SECONDS = 10.0
 
@@ -149,7 +145,15 @@ def initialize(
         loader.call_after_epoch(run.discard_incomplete_batch)
     attach_recorder(engine, sweep)
     if ranks.rank == 0:
-        _log_setup(engine, backend)
+        log_setup(
+            resolved,
+            backend=backend.describe(),
+            device=str(ranks.device),
+            precision=backend.describe_precision(),
+            optimizer=type(backend.basic_optimizer).__name__,
+            num_parameters=backend.num_parameters,
+            scheduler=scheduler,
+        )
     is_resumed = automatic.resume(run)
     if is_resumed and loader is not None and loader.epoch > 0:
         loader.check_before_resuming(run.length.check_is_known)
@@ -233,47 +237,3 @@ def _set_length(length: RunLength, config: Config, loader: RunLoader | None) -> 
         length.total_samples = total * config.batch.train
     else:
         length.total_steps = total
-
-
-def _log_setup(engine: Engine, backend: Backend) -> None:
-    """Log the training setup, the config's warnings and its overrides."""
-    _enable_logging()
-    config = engine.config
-    for override in config.overrides:
-        log.info("%s", override)
-    for problem in config.warnings:
-        log.warning("%s: %s", config.name, problem)
-    norm = config.gradient_clipping
-    log.info(
-        "%s (%s); %s; %s updates %s parameters%s; %s",
-        backend.describe(),
-        config.backend.reason,
-        config.batch,
-        type(backend.basic_optimizer).__name__,
-        f"{backend.num_parameters:,}",
-        f", gradients clipped to norm {norm:g}" if norm else "",
-        _describe_schedule(engine.lr_scheduler, config.name),
-    )
-
-
-def _enable_logging() -> None:
-    """Print log messages of level INFO, even if the script does not configure logging.
-
-    A level that the script has set on the ``onecycle`` logger is kept.
-    """
-    if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
-    if log.level == logging.NOTSET:
-        log.setLevel(logging.INFO)
-
-
-def _describe_schedule(scheduler: LRScheduler | None, config_name: str) -> str:
-    if isinstance(scheduler, ScheduleBinder):
-        schedule = scheduler.schedule
-        names = " and ".join(schedule.hyperparameters)
-        return f"{type(schedule).__name__} from {config_name} sets {names}"
-    return (
-        "no schedule"
-        if scheduler is None
-        else f"{type(scheduler).__name__} passed as `lr_scheduler`"
-    )

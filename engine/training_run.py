@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from engine.training.data import RunLoader
 from engine.training.divergence import DivergenceCheck
 from engine.training.evaluation import preserve_modes
 from engine.training.loss_window import LossWindow
-from engine.training.monitors import Monitor
+from engine.training.monitors import Monitors
 from engine.training.progress import Counters, ProgressReporter, StepRecord, StepRecorder
 from engine.training.run_length import RunLength
 from engine.training.schedule_driver import ScheduleDriver
@@ -66,12 +66,13 @@ class TrainingRun:
         config: Config,
         backend: Backend,
         scheduler: LRScheduler | None,
-        monitors: Sequence[Monitor] = (),
+        monitors: Monitors | None = None,
     ) -> TrainingRun:
         """Build a run at step 0."""
         is_first = backend.ranks.rank == 0
         driver = ScheduleDriver(scheduler, config.report if is_first else None)
-        progress = ProgressReporter(config, monitors, backend.mean, writes_log=is_first)
+        monitors = monitors or Monitors()
+        progress = ProgressReporter(config, monitors, backend.mean, is_first=is_first)
         is_needed = driver.feedback == "loss" or progress.is_monitored
         window = LossWindow(backend.mean, is_kept=is_needed)
         is_dynamic = config.loss_scaling is not None and config.loss_scaling.loss_scale == 0
@@ -246,13 +247,17 @@ class TrainingRun:
         counters.global_samples += self.config.batch.train
         if not counters.applied:
             counters.skipped_steps += 1
+            self.progress.clear_losses()
             log.warning(
-                "skipped the step of batch %d because of non-finite gradients (%d skipped so far)",
+                "skipped step %d because of non-finite gradients (%d skipped so far)",
                 counters.global_steps,
                 counters.skipped_steps,
             )
         if self.progress.needs_record(counters):
             self.progress.report(self._collect_record())
+        if self.progress.has_bar:
+            last = self.length.find_last_step(counters, self.config.batch.train)
+            self.progress.move_bar(counters.global_steps, last)
         # The window is empty if the script calls `loss.backward()` itself.
         if self.recorder is not None and (self.window.has_losses or self.is_trial):
             self._record_step(self.recorder)
@@ -266,15 +271,15 @@ class TrainingRun:
 
     def _collect_record(self) -> StepRecord:
         counters, backend = self.counters, self.backend
+        groups = backend.optimizer.param_groups
         return StepRecord(
-            step=counters.applied_steps - 1,
-            global_steps=counters.global_steps,
+            step=counters.global_steps,
             global_samples=counters.global_samples,
             is_applied=counters.applied,
             skipped_steps=counters.skipped_steps,
             lr=read_lr(backend.optimizer),
             momentum=read_momentum(backend.optimizer),
-            weight_decay=backend.optimizer.param_groups[0].get("weight_decay"),
+            weight_decay=[group["weight_decay"] for group in groups if "weight_decay" in group],
             loss=self.window.mean() if self.window.has_losses else None,
             grad_norm=backend.grad_norm,
             loss_scale=backend.loss_scale if self.config.precision == "fp16" else None,
@@ -306,7 +311,7 @@ def iterate_batches(loader: DataLoader[Any] | None, run: TrainingRun) -> Iterato
                 '`engine.max_duration`, for example to "10ep".'
             )
     if run.is_over and run.backend.ranks.rank == 0:
-        log.info("the run is over at step %d: nothing to train", run.counters.applied_steps)
+        log.info("the run is over at step %d: nothing to train", run.counters.global_steps)
     return _iterate_epochs(loader, run)
 
 

@@ -194,7 +194,11 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Return a human-readable description of the training setup for the log."""
+        """Return the name of the backend and how it uses the ranks, for the log."""
+
+    @abstractmethod
+    def describe_precision(self) -> str:
+        """Return the precision of the weights and of the computation, for the log."""
 
     def get_attribute(self, name: str) -> Any:
         """Return an attribute that the engine does not have; by default, the model's.

@@ -263,10 +263,12 @@ class DeepSpeedBackend(Backend):
 
     @override
     def describe(self) -> str:
-        ranks = self.ranks
-        stage = f"ZeRO stage {self._config.zero_stage}"
-        count = count_noun(ranks.world_size, "rank")
-        return f"DeepSpeed, {stage}, {count}, {ranks.device}, {self._config.precision}"
+        count = count_noun(self.ranks.world_size, "rank")
+        return f"DeepSpeed, ZeRO stage {self._config.zero_stage}, {count}"
+
+    @override
+    def describe_precision(self) -> str:
+        return self._config.precision
 
     @override
     def get_attribute(self, name: str) -> Any:

@@ -166,9 +166,8 @@ class FSDPBackend(PyTorchBackend):
 
     @override
     def describe(self) -> str:
-        ranks = self.ranks
-        stage = f"FSDP2, stage {self._config.zero_stage}, over {ranks.world_size} ranks"
-        return f"PyTorch, {stage}, {ranks.device}, {self._describe_precision()}"
+        size = self.ranks.world_size
+        return f"PyTorch FSDP2, ZeRO stage {self._config.zero_stage} over {size} ranks"
 
 
 def _check_supported(optimizer: Optimizer) -> Optimizer:

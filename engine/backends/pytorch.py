@@ -258,9 +258,10 @@ class PyTorchBackend(Backend):
     def describe(self) -> str:
         count = self.ranks.world_size
         how = f"replicated on {count} ranks" if count > 1 else "one process"
-        return f"PyTorch, {how}, {self.ranks.device}, {self._describe_precision()}"
+        return f"PyTorch, {how}"
 
-    def _describe_precision(self) -> str:
+    @override
+    def describe_precision(self) -> str:
         if self._dtype is None or self._config.precision != "fp32":
             return self._config.precision
         return f"fp32 weights, computing in {str(self._dtype).removeprefix('torch.')}"

@@ -73,7 +73,7 @@ class AutomaticCheckpoints:
         if is_loaded:
             checkpoint_dir, _ = self._checkpointer.load(run, directory)
             if self._ranks.rank == 0:
-                log.info("resuming from %s at step %d", checkpoint_dir, run.counters.applied_steps)
+                log.info("resuming from %s at step %d", checkpoint_dir, run.counters.global_steps)
         self._signals = self._signals or Signals()
         return is_loaded
 
@@ -98,7 +98,7 @@ class AutomaticCheckpoints:
             self._save(run, directory)
         if received is not None:
             self._checkpointer.wait()
-            step = run.counters.applied_steps
+            step = run.counters.global_steps
             log.warning(
                 "saved a checkpoint at step %d; exiting because a rank received %s", step, received
             )

@@ -41,13 +41,19 @@ class DirectoryLock:
         self._path = directory / _NAME
         self._owner = _describe_process()
         _acquire(self._path, self._owner)
-        stop = threading.Event()
-        self.release = weakref.finalize(self, _release, self._path, self._owner, stop)
-        """Remove the lock, unless another process has taken it over."""
-        beat = threading.Thread(
-            target=_beat, args=(self._path, self._owner, stop), name="checkpoint lock", daemon=True
+        self._stop = threading.Event()
+        arguments = self._path, self._owner, self._stop
+        self._finalizer = weakref.finalize(self, _release, *arguments)
+        self._thread = threading.Thread(
+            target=_beat, args=arguments, name="checkpoint lock", daemon=True
         )
-        beat.start()
+        self._thread.start()
+
+    def release(self) -> None:
+        """Remove the lock, unless another process has taken it over."""
+        self._stop.set()
+        self._thread.join()
+        self._finalizer()
 
 
 def _acquire(path: Path, own: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from engine.distributed.environment import ELASTIC
 from engine.distributed.ranks import Ranks
 from engine.training.best_metric import BestMetric
 from engine.training.data import RunLoader
-from engine.training.progress import Counters
+from engine.training.progress import Counters, ProgressReporter
 
 __all__ = ["Checkpointer"]
 
@@ -83,6 +83,7 @@ class RunState(Protocol):
     is_trial: bool
     """Whether this is an LR range test, which writes no checkpoints."""
     counters: Counters
+    progress: ProgressReporter
     rollback: Rollback | None
     best: BestMetric | None
 
@@ -147,8 +148,7 @@ class Checkpointer:
             run: state of the run to save.
             directory: directory that holds the run's checkpoints.
             tag: name of the checkpoint; default: ``global_stepN`` after N batches.
-            client_state: user data to save in the checkpoint: numbers, strings, tensors, and lists
-                and mappings of them.
+            client_state: user data: numbers, strings, tensors, and lists and mappings of them.
             save_latest: whether a load without a tag may use this checkpoint.
             frozen: whether to include frozen parameters.
             is_automatic: whether ``engine.checkpoint.keep`` may delete this checkpoint later. Old
@@ -167,7 +167,7 @@ class Checkpointer:
         self.lock(directory)
         manifest = Manifest(
             tag=tag,
-            step=run.counters.applied_steps,
+            step=run.counters.global_steps,
             world_size=ranks.world_size,
             backend=self._backend_name,
             identity=self._identity,
@@ -214,6 +214,7 @@ class Checkpointer:
         return {
             "lr_scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
             "counters": asdict(run.counters),
+            "monitors": run.progress.monitors.state_dict(),
             "batch": asdict(run.config.batch),
             "loader": None if self._loader is None else self._loader.state_dict(),
             "best": None if run.best is None else run.best.state_dict(),
@@ -276,8 +277,7 @@ class Checkpointer:
             run: state of the run to restore.
             directory: directory that holds the run's checkpoints.
             tag: name of the checkpoint; default: the newest complete one.
-            strict: whether to raise an error if the checkpoint contains parameters or buffers
-                that the model does not have.
+            strict: whether the model must have all saved parameters and buffers.
             optimizer: whether to restore the optimizer, the loss scaler and the RNG states.
             scheduler: whether to restore the scheduler.
             counters: whether to restore the step counters and the position in the training data.
@@ -342,6 +342,7 @@ class Checkpointer:
         if "global_samples" not in state["counters"]:  # written by an older version
             counters.global_samples = counters.global_steps * saved["train"]
         run.restore_counters(counters)
+        run.progress.monitors.resume(state.get("monitors", {}), counters.global_samples)
         if self._loader is None or position is None:
             return
         if (saved["accumulation"], saved["train"]) != (batch.accumulation, batch.train):

@@ -95,6 +95,18 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class ProgressSettings:
+    """How rank 0 reports the progress of the run."""
+
+    is_logged: bool
+    """Whether the loss and the learning rate are reported; false for ``steps_per_print: null``."""
+    every: int | None
+    """Number of steps between two reports; None for the intervals of `ProgressReporter`."""
+    has_bar: bool
+    """Whether a progress bar shows the reports, instead of lines in the log."""
+
+
+@dataclass(frozen=True)
 class OptimizerBlock:
     """The config's ``optimizer`` block, with the canonical optimizer name and all defaults."""
 
@@ -123,7 +135,7 @@ class Config:
     loss_scaling: LossScaling | None
     optimizer: OptimizerBlock | None
     schedule: Schedule[Any] | None
-    steps_per_print: int | None
+    progress: ProgressSettings
     data: DataSettings
     report: str | None
     """Directory for plots of AutoWU or LRRangeTest results; None for the default directory."""
@@ -139,7 +151,7 @@ class Config:
     def copy_for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
         """Return a copy of the config for a trial run of the LR finder.
 
-        The copy disables checkpoints, monitors, reports, ``steps_per_print`` and
+        The copy disables checkpoints, monitors, reports, the reports of progress and
         ``engine.steps_this_run``.
 
         Args:
@@ -161,7 +173,7 @@ class Config:
             schedule=schedule,
             checkpoint=off,
             monitors=silent,
-            steps_per_print=None,
+            progress=ProgressSettings(is_logged=False, every=None, has_bar=False),
             run={**self.run, "steps_this_run": None},
             report=None,
         )
@@ -255,7 +267,11 @@ def _resolve(
         loss_scaling=LossScaling(**{key: fp16[key] for key in _LOSS_SCALING}) if enabled else None,
         optimizer=_build_optimizer_block(raw.get("optimizer")),
         schedule=context.schedule,
-        steps_per_print=value["steps_per_print"],
+        progress=ProgressSettings(
+            is_logged=raw.get("steps_per_print", 1) is not None,
+            every=raw.get("steps_per_print"),
+            has_bar=engine["progress_bar"],
+        ),
         data=DataSettings(engine["seed"], value["dataloader_drop_last"]),
         report=engine["report"],
         overrides=tuple(overrides),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -58,6 +59,9 @@ def _read(path: Path) -> bytes:
 
 
 def _load_mapping(config: Mapping[str, Any]) -> Document:
+    if config.get("steps_per_print") == math.inf:
+        # Accelerate disables DeepSpeed's messages with infinity, which JSON does not have.
+        config = {**config, "steps_per_print": None}
     problems = tuple(find_unserializable(config, ""))
     value = config
     if not problems:

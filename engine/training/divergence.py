@@ -33,8 +33,8 @@ class DivergenceCheck:
             return
         loss = "" if self.last_loss is None else f", loss {float(self.last_loss):g}"
         raise FloatingPointError(
-            f"Training diverges: the gradients of the last {self._limit} batches are not finite "
-            f"(batch {counters.global_steps}{loss}, lr {lr:g}). Check the data and the model for "
+            f"Training diverges: the gradients of the last {self._limit} steps are not finite "
+            f"(step {counters.global_steps}{loss}, lr {lr:g}). Check the data and the model for "
             "NaN, lower the learning rate, or use bf16 instead of fp16. "
             "`engine.max_skipped_steps` sets the limit."
         )

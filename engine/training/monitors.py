@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from engine.distributed.ranks import Ranks
 
-__all__ = ["CSVMonitor", "Event", "Monitor", "TensorBoardMonitor", "WandbMonitor", "build_monitors"]
+__all__ = [
+    "CSVMonitor",
+    "Event",
+    "Monitor",
+    "Monitors",
+    "RunDirectories",
+    "TensorBoardMonitor",
+    "WandbMonitor",
+    "build_monitors",
+]
+
+log = logging.getLogger("onecycle")
 
 
 class Event(NamedTuple):
@@ -28,42 +42,143 @@ class Monitor(Protocol):
         """Write the events of a step without delay, so that a crash does not lose them."""
         ...
 
+    def rewind(self, samples: int) -> None:
+        """Remove the events after a number of samples; the run will write them again."""
+        ...
+
+    def close(self) -> None:
+        """Release files and threads."""
+        ...
+
+
+class RunDirectories:
+    """Chooses directories for the files of a run, so that two runs never share a directory.
+
+    The first run writes to ``DIR``, the next ones to ``DIR-2``, ``DIR-3`` and so on.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        """The number of this run in each ``DIR``. It is saved in checkpoints."""
+
+    def get(self, directory: str) -> Path:
+        """Return this run's directory for a configured one; the first call chooses it."""
+        number = self.numbers.get(directory)
+        if number is None or _OWNERS.get(_add_number(directory, number)) is not self:
+            number = self.numbers[directory] = _create_unused(directory)
+            _OWNERS[_add_number(directory, number)] = self
+            log.info("metrics are written to %s", _add_number(directory, number))
+        path = _add_number(directory, number)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def take_over(self) -> None:
+        """Make an earlier engine of this process that uses these directories choose others."""
+        for directory, number in self.numbers.items():
+            _OWNERS[_add_number(directory, number)] = self
+
+
+_OWNERS: weakref.WeakValueDictionary[Path, RunDirectories] = weakref.WeakValueDictionary()
+"""The last run of this process that writes to each directory."""
+
+
+def _add_number(directory: str, number: int) -> Path:
+    path = Path(directory).absolute()
+    return path if number == 1 else path.with_name(f"{path.name}-{number}")
+
+
+def _create_unused(directory: str) -> int:
+    """Create the first directory that no run has used, and return its number."""
+    first = Path(directory)
+    if first.is_dir() and not any(first.iterdir()):  # the user has created it
+        return 1
+    number = 1
+    while True:
+        # If two processes try to create a directory at once, one of them fails.
+        with contextlib.suppress(FileExistsError):
+            _add_number(directory, number).mkdir(parents=True)
+            return number
+        number += 1
+
 
 class TensorBoardMonitor:
-    """Writes TensorBoard event files to ``output_path/job_name``."""
+    """Writes TensorBoard event files.
 
-    def __init__(self, section: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    Args:
+        directory: configured directory.
+        directories: directories of the run.
+    """
 
-        self._writer = SummaryWriter(str(_get_output_directory(section, "runs")))
+    def __init__(self, directory: str, directories: RunDirectories) -> None:
+        self._directory = directory
+        self._directories = directories
+        self._writer: Any = None
+        self._purge_step: int | None = None
 
     def write_events(self, events: Iterable[Event]) -> None:
         """Add each event as a scalar, then flush the event file."""
+        directory = str(self._directories.get(self._directory))
+        if self._writer is None or self._writer.log_dir != directory:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.close()
+            self._writer = SummaryWriter(directory, purge_step=self._purge_step)
         for event in events:
             self._writer.add_scalar(event.name, event.value, event.samples)
         self._writer.flush()
 
+    def rewind(self, samples: int) -> None:
+        """Start a new event file, which makes TensorBoard hide the later events of older files."""
+        self.close()
+        self._purge_step = samples + 1
+
+    def close(self) -> None:
+        """Close the event file and end the writer's thread."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
 
 class CSVMonitor:
-    """Writes one CSV file per metric to ``output_path/job_name``.
+    """Writes one CSV file per metric.
 
     Each row contains the number of samples so far and the value of the metric.
+
+    Args:
+        directory: configured directory.
+        directories: directories of the run.
     """
 
-    def __init__(self, section: Mapping[str, Any]) -> None:
-        self._directory = _get_output_directory(section, "csv_monitor")
-        self._directory.mkdir(parents=True, exist_ok=True)
+    def __init__(self, directory: str, directories: RunDirectories) -> None:
+        self._directory = directory
+        self._directories = directories
 
     def write_events(self, events: Iterable[Event]) -> None:
         """Append a row to the CSV file of each event's metric."""
+        directory = self._directories.get(self._directory)
         for event in events:
-            path = self._directory / f"{event.name.replace('/', '_')}.csv"
+            path = directory / f"{event.name.replace('/', '_')}.csv"
             new = not path.exists()
             with path.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 if new:
                     writer.writerow(["step", event.name.rpartition("/")[2]])
                 writer.writerow([event.samples, event.value])
+
+    def rewind(self, samples: int) -> None:
+        """Remove the rows after a number of samples, and a last row that a crash has cut off."""
+        if self._directory not in self._directories.numbers:
+            return
+        for path in self._directories.get(self._directory).glob("*.csv"):
+            lines = path.read_bytes().splitlines(keepends=True)
+            rows = (row for row in lines[1:] if row.endswith(b"\n"))
+            kept = [row for row in rows if int(row.partition(b",")[0]) <= samples]
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(b"".join(lines[:1] + kept))
+            partial.replace(path)
+
+    def close(self) -> None:
+        """Do nothing: no file stays open between steps."""
 
 
 class WandbMonitor:
@@ -89,16 +204,64 @@ class WandbMonitor:
         for event in events:
             self._run.log({event.name: event.value}, step=event.samples)
 
+    def rewind(self, samples: int) -> None:
+        """Do nothing: a resumed run is a new run in Weights & Biases."""
 
-_MONITOR_TYPES: Mapping[str, Callable[[Mapping[str, Any]], Monitor]] = {
-    "tensorboard": TensorBoardMonitor,
-    "csv_monitor": CSVMonitor,
-    "wandb": WandbMonitor,
+    def close(self) -> None:
+        """Finish the W&B run."""
+        self._run.finish()
+
+
+class Monitors:
+    """The monitors of a run, and the directories that they write to.
+
+    Args:
+        monitors: monitors that receive the events of each step.
+        directories: directories of the run, if monitors write files.
+    """
+
+    def __init__(
+        self, monitors: Sequence[Monitor] = (), directories: RunDirectories | None = None
+    ) -> None:
+        self._monitors = tuple(monitors)
+        self._directories = directories or RunDirectories()
+        self._resumes_after: int | None = None
+
+    def write_events(self, events: Sequence[Event]) -> None:
+        """Pass the events of a step to each monitor."""
+        # Only now: a script may load a checkpoint to evaluate the model, and not train.
+        if self._resumes_after is not None:
+            samples, self._resumes_after = self._resumes_after, None
+            self._directories.take_over()
+            for monitor in self._monitors:
+                monitor.rewind(samples)
+        for monitor in self._monitors:
+            monitor.write_events(events)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the numbers of the run's directories, for a checkpoint."""
+        return dict(self._directories.numbers)
+
+    def resume(self, state: Mapping[str, int], samples: int) -> None:
+        """Continue the files of a checkpoint's run after a number of samples."""
+        self._directories.numbers.update(state)
+        self._resumes_after = samples
+
+    def close(self) -> None:
+        """Close each monitor."""
+        for monitor in self._monitors:
+            monitor.close()
+
+
+_FILE_MONITORS: Mapping[str, tuple[Callable[[str, RunDirectories], Monitor], str]] = {
+    "tensorboard": (TensorBoardMonitor, "runs"),
+    "csv_monitor": (CSVMonitor, "csv_monitor"),
 }
+"""The class of each monitor that writes files, and its default ``output_path``."""
 
 
-def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> list[Monitor]:
-    """Build the monitors that the config enables. On ranks other than 0, return an empty list.
+def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> Monitors:
+    """Build the monitors that the config enables. On ranks other than 0, there are none.
 
     Args:
         sections: config sections ``tensorboard``, ``csv_monitor`` and ``wandb``, with defaults
@@ -108,14 +271,15 @@ def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> l
     Raises:
         ValueError: if ``wandb`` is enabled, but the package is not installed.
     """
+    enabled = {name: section for name, section in sections.items() if section["enabled"]}
     if ranks.rank != 0:
-        return []
-    return [
-        kind(sections[name])
-        for name, kind in _MONITOR_TYPES.items()
-        if sections.get(name, {}).get("enabled")
-    ]
-
-
-def _get_output_directory(section: Mapping[str, Any], default: str) -> Path:
-    return Path(section["output_path"] or default) / str(section["job_name"])
+        return Monitors()
+    directories = RunDirectories()
+    monitors: list[Monitor] = []
+    for name, (kind, default) in _FILE_MONITORS.items():
+        if name in enabled:
+            parent, job = enabled[name]["output_path"] or default, enabled[name]["job_name"]
+            monitors.append(kind(str(Path(parent, job)), directories))
+    if "wandb" in enabled:
+        monitors.append(WandbMonitor(enabled["wandb"]))
+    return Monitors(monitors, directories)

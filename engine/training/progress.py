@@ -11,7 +11,8 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.config import Config
-from engine.training.monitors import Event, Monitor
+from engine.display.progress_bar import ProgressBar
+from engine.training.monitors import Event, Monitors
 
 __all__ = ["Counters", "ProgressReporter", "StepRecord", "StepRecorder"]
 
@@ -42,8 +43,7 @@ class StepRecord:
     """Metrics of one optimizer step, for the log and the monitors."""
 
     step: int
-    """Zero-based index of the last applied step; a skipped step does not advance it."""
-    global_steps: int
+    """Number of completed steps, including this one and the skipped ones."""
     global_samples: int
     is_applied: bool
     skipped_steps: int
@@ -52,8 +52,8 @@ class StepRecord:
     """Learning rate of each param group."""
     momentum: Sequence[float] | None
     """Momentum (first beta for Adam) of each param group; None if there is none."""
-    weight_decay: float | None
-    """Weight decay of the first param group."""
+    weight_decay: Sequence[float] | None
+    """Weight decay of each param group; None if there is none."""
     loss: float | None
     """Mean loss over micro-batches and ranks; None if it is unknown or was not needed."""
     grad_norm: float | None
@@ -75,38 +75,54 @@ class StepRecorder(Protocol):
 
 
 class ProgressReporter:
-    """Writes a run's log lines and sends its metrics to the monitors.
+    """Reports the progress of a run: lines in the log or a progress bar, and the monitors.
+
+    By default, there is a line for the first step of the process, for every 10th step up to step
+    100, and for every 100th step after that. These steps do not depend on the clock: the loss is
+    averaged over the ranks, so all ranks must report the same steps.
 
     Args:
-        config: config with ``steps_per_print`` and the sections of the monitors.
-        monitors: monitors to write to; empty on all ranks except rank 0.
+        config: config with ``steps_per_print``, ``engine.progress_bar`` and the monitors' sections.
+        monitors: monitors to write to.
         average: function that averages a number over all ranks.
-        writes_log: whether this rank writes log lines.
+        is_first: whether this is rank 0, which writes the log lines or shows the bar.
     """
 
     def __init__(
         self,
         config: Config,
-        monitors: Sequence[Monitor],
+        monitors: Monitors,
         average: Callable[[float], float],
         *,
-        writes_log: bool,
+        is_first: bool,
     ) -> None:
+        settings = config.progress
         self.is_monitored = any(section["enabled"] for section in config.monitors.values())
-        self._every = config.steps_per_print
-        self._monitors = tuple(monitors)
+        self.monitors = monitors
+        self.has_bar = settings.has_bar and is_first and ProgressBar.is_supported()
+        """Whether `move_bar` must be called after each step."""
+        self._bar: ProgressBar | None = None
+        self._bar_text = ""
+        self._is_logged = settings.is_logged
+        self._every = settings.every
+        self._is_first_line = True
         self._average = average
-        self._writes_log = writes_log
+        self._is_first = is_first
         self._clock = time.perf_counter()
+        self._differing: set[str] = set()
         # The sum and number of losses since the last log line.
         self._sum: Tensor | float = 0.0
         self._count = 0
 
     def add(self, loss: Tensor) -> None:
         """Include the loss of a micro-batch in the mean loss of the next log line."""
-        if self._every:
+        if self._is_logged:
             self._sum = self._sum + loss.detach().float()
             self._count += 1
+
+    def clear_losses(self) -> None:
+        """Remove the losses since the last log line. A skipped step's loss may not be finite."""
+        self._sum, self._count = 0.0, 0
 
     def needs_record(self, counters: Counters) -> bool:
         """Return whether the last step must be passed to `report`, for the log or for a monitor."""
@@ -116,30 +132,50 @@ class ProgressReporter:
         """Report a step to the log and the monitors. Every rank must call this method."""
         if self.is_monitored:
             self._write_events(record)
-        if self._is_line_due(record.global_steps, record.is_applied):
+        if self._is_line_due(record.step, record.is_applied):
             self._write_line(record)
 
     def report_metrics(self, metrics: Mapping[str, float], counters: Counters) -> None:
         """Report metrics such as a validation loss, which are already averaged over the ranks."""
-        events = [Event(name, value, counters.global_samples) for name, value in metrics.items()]
-        for monitor in self._monitors:
-            monitor.write_events(events)
-        if self._writes_log:
+        samples = counters.global_samples
+        self.monitors.write_events([Event(name, value, samples) for name, value in metrics.items()])
+        if self._is_first:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            log.info("step %d: %s", counters.applied_steps, shown)
+            log.info("step %d: %s", counters.global_steps, shown)
 
-    def _is_line_due(self, global_steps: int, is_applied: bool) -> bool:
-        if not self._every:
+    def move_bar(self, step: int, total: float | None) -> None:
+        """Show a number of completed steps on the progress bar; the first call opens the bar.
+
+        Args:
+            step: number of completed steps.
+            total: number of steps of the whole run; None if it is unknown.
+        """
+        if self._bar is None:
+            self._bar = ProgressBar(step - 1, total)
+        self._bar.move_to(step, total, self._bar_text)
+        self.has_bar = self._bar.is_open
+
+    def close(self) -> None:
+        """Close the progress bar and the monitors."""
+        self.has_bar = False
+        if self._bar is not None:
+            self._bar.close()
+        self.monitors.close()
+
+    def _is_line_due(self, step: int, is_applied: bool) -> bool:
+        if not (self._is_logged and is_applied):
             return False
-        return is_applied and global_steps % self._every == 0
+        if self._every is not None:
+            return step % self._every == 0
+        return step % (10 if step < 100 else 100) == 0 or self._is_first_line
 
     def _write_events(self, record: StepRecord) -> None:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         values = {
-            "lr": record.lr[0],
-            "momentum": record.momentum[0] if record.momentum else None,
-            "weight_decay": record.weight_decay,
+            **self._name_values("lr", record.lr, always=True),
+            **self._name_values("momentum", record.momentum),
+            **self._name_values("weight_decay", record.weight_decay),
             "train_loss": record.loss,
             "grad_norm": record.grad_norm,
             "loss_scale": record.loss_scale,
@@ -153,18 +189,32 @@ class ProgressReporter:
             for name, value in values.items()
             if value is not None
         ]
-        for monitor in self._monitors:
-            monitor.write_events(events)
+        self.monitors.write_events(events)
+
+    def _name_values(
+        self, name: str, values: Sequence[float] | None, *, always: bool = False
+    ) -> dict[str, float]:
+        """Name the values of the param groups; only the first one, if they have never differed."""
+        if not values:
+            return {}
+        if always or len(set(values)) > 1:
+            self._differing.add(name)
+        shown = values if name in self._differing else values[:1]
+        return {f"{name}_group_{i}" if i else name: value for i, value in enumerate(shown)}
 
     def _write_line(self, record: StepRecord) -> None:
+        self._is_first_line = False
         # No loss was added if the script calls `loss.backward()` itself.
         loss = self._average(float(self._sum) / self._count) if self._count else None
-        self._sum, self._count = 0.0, 0
-        if not self._writes_log:
+        self.clear_losses()
+        if not self._is_first:
             return
         shown = [] if loss is None else [f"loss {loss:.4f}"]
         for name, values in (("lr", record.lr), ("momentum", record.momentum)):
             if values:
                 distinct = [format(value, ".4g") for value in dict.fromkeys(values)]
                 shown.append(f"{name} {' '.join(distinct)}")
-        log.info("step %d: %s", record.step, ", ".join(shown))
+        if self.has_bar:
+            self._bar_text = ", ".join(shown)
+        else:
+            log.info("step %d: %s", record.step, ", ".join(shown))

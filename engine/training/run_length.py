@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from engine.errors import MisuseError
@@ -41,6 +42,22 @@ class RunLength:
         if self.schedule_steps is not None and counters.applied_steps >= self.schedule_steps:
             return True
         return self.is_session_over(counters)
+
+    def find_last_step(self, counters: Counters, samples_per_step: int) -> float | None:
+        """Return the number of completed steps at the end of the run; None if it is unknown.
+
+        >>> RunLength(total_samples=80).find_last_step(Counters(5, 5, 40), samples_per_step=10)
+        9
+        """
+        ends = [self.total_steps] if self.total_steps is not None else []
+        if self.total_samples is not None:
+            left = math.ceil((self.total_samples - counters.global_samples) / samples_per_step)
+            ends.append(counters.global_steps + left)
+        if self.schedule_steps is not None:
+            ends.append(self.schedule_steps + counters.skipped_steps)
+        if self.steps_this_run is not None:
+            ends.append(self.steps_before + self.steps_this_run + counters.skipped_steps)
+        return min(ends, default=None)
 
     def is_session_over(self, counters: Counters) -> bool:
         """Return whether this process has applied `steps_this_run` steps."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine.errors import MisuseError
+from engine.training.monitors import Monitors
 from tests.testing.fake_backend import FakeBackend, build_engine
 
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.4, "warmup_num_steps": 4}}
@@ -198,7 +199,7 @@ def test_monitors_receive_the_values_of_each_step():
 
     backend = FakeBackend(others=(2.0,))
     trainer = build_engine(
-        backend, monitors=[Monitor()], scheduler=WARMUP, csv_monitor={"enabled": True}
+        backend, monitors=Monitors([Monitor()]), scheduler=WARMUP, csv_monitor={"enabled": True}
     )
     loss = trainer(X).mean()
     trainer.backward(loss)

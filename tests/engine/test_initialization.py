@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss
 import engine
 import schedules
 from engine import ConfigError, MisuseError
+from engine.training.setup_log import log_setup
 from tests.testing.regression import CONFIG, CYCLE, dataset, model, start, train
 
 # With this scale, these small models never overflow.
@@ -103,7 +104,7 @@ def test_overflow_skips_the_step_and_does_not_advance_the_schedule(changes, capl
     values, scale = (trainer.get_lr(), trainer.get_momentum()), trainer.loss_scale
     with caplog.at_level(logging.WARNING, "onecycle"):
         train(trainer, loader, 1, poison={3})
-    assert "step of batch 4 because of non-finite gradients (1 skipped" in caplog.text
+    assert "skipped step 4 because of non-finite gradients (1 skipped" in caplog.text
     assert not trainer.was_step_applied()
     assert (trainer.global_steps, trainer.skipped_steps) == (4, 1)
     assert (trainer.get_lr(), trainer.get_momentum()) == values
@@ -307,19 +308,40 @@ def test_log_describes_the_run_once_and_then_each_printed_step(caplog):
     with caplog.at_level(logging.INFO, "onecycle"):
         trainer, loader = start(steps_per_print=2)
         seen = train(trainer, loader, 4)
-    first, *progress = [record.getMessage() for record in caplog.records]
-    assert first == (
-        f"PyTorch, one process, cpu, fp32 ({trainer.config.backend.reason}); "
-        f"{trainer.config.batch}; "
-        "SGD updates 49 parameters, gradients clipped to norm 1; "
-        "OneCycle from config sets lr and momentum"
+    setup, progress = (
+        (records := [record.getMessage() for record in caplog.records])[:8],
+        records[8:],
     )
+    assert setup == [
+        f"backend      PyTorch, one process ({trainer.config.backend.reason})",
+        "device       cpu",
+        "precision    fp32",
+        "batch        8 = 8 per rank x 1 accumulation step x 1 rank",
+        "optimizer    SGD, gradients clipped to norm 1",
+        "schedule     OneCycle from config sets lr and momentum",
+        "parameters   49",
+        "checkpoints  not saved automatically (`engine.checkpoint.dir` is not set)",
+    ]
     losses = [sum(loss for loss, *_ in seen[at : at + 2]) / 2 for at in (0, 2)]
     assert progress == [
-        f"step {2 * at + 1}: loss {losses[at]:.4f}, "
+        f"step {2 * at + 2}: loss {losses[at]:.4f}, "
         f"lr {seen[2 * at + 1][1][0]:.4g}, momentum {seen[2 * at + 1][2][0]:.4g}"
         for at in (0, 1)
     ]
+
+
+def test_setup_log_wraps_long_lines_and_keeps_them_aligned(caplog):
+    keys = {"zero_optimization": {"stage": 3}, "communication_data_type": "fp32"}
+    keys |= {"zero_allow_untested_optimizer": True}
+    config = engine.load_config(CONFIG | keys)
+    names = {"backend": "DeepSpeed, ZeRO stage 3, 64 ranks", "device": "cuda:0"}
+    names |= {"precision": "fp32", "optimizer": "SGD"}
+    with caplog.at_level(logging.INFO, "onecycle"):
+        log_setup(config, **names, num_parameters=10**9, scheduler=None)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[1].startswith(13 * " " + "communication")
+    assert lines[2] == "device       cuda:0"
+    assert max(map(len, lines)) < 100
 
 
 def test_initialize_logs_the_warnings_of_the_config(caplog):
@@ -345,7 +367,7 @@ trainer.step()
     done = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
     )
-    assert ("step 0: loss" in done.stderr) == (level == "NOTSET")
+    assert ("step 1: loss" in done.stderr) == (level == "NOTSET")
 
 
 def test_initialize_with_args_reads_their_deepspeed_config(tmp_path):

@@ -109,11 +109,15 @@ class FakeBackend(Backend):
         return "fake"
 
     @override
+    def describe_precision(self):
+        return "fp32"
+
+    @override
     def destroy(self):
         self.calls.append(("destroy", None))
 
 
-def build_engine(backend=None, *, lr_scheduler=None, monitors=(), **sections):
+def build_engine(backend=None, *, lr_scheduler=None, monitors=None, **sections):
     """Build an engine on a fake backend, in the same way as `initialize`.
 
     Args:

@@ -101,10 +101,12 @@ def test_resolved_printed_and_deepspeed_values_agree():
         printed = {entry.pointer: entry.value for entry in trace_origins(context)}
         used = {
             "/gradient_clipping": config.gradient_clipping,
-            "/steps_per_print": config.steps_per_print,
+            "/engine/progress_bar": config.progress.has_bar,
             "/engine/seed": config.data.seed,
             "/train_batch_size": config.batch.train,
         }
+        if "steps_per_print" in config.raw:
+            used["/steps_per_print"] = config.progress.every
         if config.optimizer is not None:
             params = config.optimizer.params.items()
             used |= {join_pointer("/optimizer/params", key): value for key, value in params}

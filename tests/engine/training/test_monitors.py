@@ -3,6 +3,7 @@
 import csv
 import gc
 import sys
+import threading
 import types
 import warnings
 
@@ -60,7 +61,7 @@ def test_csv_monitor_writes_the_values_of_each_step(tmp_path):
     losses = rows(directory, "train_loss")
     assert [losses[at] for at in (4, 8, 16)] == pytest.approx([used[k][2] for k in (0, 1, 3)])
     assert list(rows(directory, "skipped_steps").values()) == [0, 0, 1, 1, 1]
-    assert list(rows(directory, "step").values()) == [0, 1, 1, 2, 3]
+    assert list(rows(directory, "step").values()) == [1, 2, 3, 4, 5]
     assert rows(directory, "grad_norm")[4] > 0
     assert min(rows(directory, "samples_per_second").values()) > 0
 
@@ -135,3 +136,110 @@ def test_engine_without_monitors_keeps_no_losses(sections):
         return sum(type(each) is torch.Tensor for each in gc.get_objects())
 
     assert tensors_after(5) == tensors_after(50)
+
+
+def start_monitored(tmp_path, *, groups=None, **sections):
+    """Start a run that saves checkpoints every two steps and writes CSV files to ``logs``."""
+    checkpoint = {"dir": str(tmp_path / "checkpoints"), "every": 2} | sections.pop("checkpoint", {})
+    config = {
+        "train_batch_size": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+        "csv_monitor": {"enabled": True, "output_path": str(tmp_path / "logs"), "job_name": "job"},
+        "engine": {"checkpoint": checkpoint},
+        **sections,
+    }
+    model = torch.nn.Linear(1, 1)
+    parameters = groups and groups(model)
+    return engine.initialize(config=config, model=model, model_parameters=parameters)[0]
+
+
+def step(trainer, times=1):
+    for _ in range(times):
+        trainer.backward(trainer(torch.ones(1, 1)).mean())
+        trainer.step()
+
+
+def read_steps(tmp_path, job="job"):
+    return list(rows(tmp_path / "logs" / job, "step").items())
+
+
+def test_new_run_gets_its_own_directory_and_resumed_run_continues_its_own(tmp_path):
+    step(start_monitored(tmp_path), 2)
+    step(start_monitored(tmp_path, checkpoint={"resume": "never"}), 5)  # saved after step 4
+    with (tmp_path / "logs/job-2/Train_Samples_step.csv").open("a") as file:
+        file.write("6,6")  # cut off by a crash
+    resumed = start_monitored(tmp_path)
+    assert resumed.global_steps == 4
+    step(resumed, 3)
+    assert read_steps(tmp_path) == [(1, 1.0), (2, 2.0)]
+    assert read_steps(tmp_path, "job-2") == [(k, float(k)) for k in range(1, 8)]
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["job", "job-2"]
+
+
+def test_run_that_only_loads_a_checkpoint_keeps_the_rows_after_it(tmp_path):
+    step(start_monitored(tmp_path), 3)
+    assert start_monitored(tmp_path).global_steps == 2
+    assert len(read_steps(tmp_path)) == 3
+
+
+def test_engines_of_one_process_never_share_a_directory(tmp_path):
+    first = start_monitored(tmp_path)
+    second = start_monitored(tmp_path, checkpoint={"dir": str(tmp_path / "others")})
+    step(first, 2)
+    step(second, 1)
+    resumed = start_monitored(tmp_path)
+    step(resumed, 1)
+    step(first, 1)  # `resumed` has taken its directory over
+    assert read_steps(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert read_steps(tmp_path, "job-2") == [(1, 1.0)]
+    assert read_steps(tmp_path, "job-3") == [(3, 3.0)]
+
+
+def test_monitors_write_to_directories_named_after_this_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(1, csv_monitor={"enabled": True}, tensorboard={"enabled": True})
+    assert (tmp_path / "csv_monitor/onecycle/Train_Samples_lr.csv").is_file()
+    assert list((tmp_path / "runs/onecycle").glob("events*"))
+
+
+def test_monitors_with_the_same_directory_share_it(tmp_path):
+    section = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(1, csv_monitor=section, tensorboard=section)
+    assert [path.name for path in tmp_path.iterdir()] == ["job"]
+
+
+def test_resumed_run_continues_its_tensorboard_curves_and_destroy_ends_the_threads(tmp_path):
+    threads = threading.active_count()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        section = {"enabled": True, "output_path": str(tmp_path), "job_name": "board"}
+        for steps in (3, 2):  # the second run resumes after step 2
+            trainer = start_monitored(tmp_path, tensorboard=section)
+            step(trainer, steps)
+            assert threading.active_count() > threads
+            trainer.destroy()
+            assert threading.active_count() == threads
+        events = EventAccumulator(str(tmp_path / "board"))
+        events.Reload()
+    scalars = events.Scalars("Train/Samples/step")
+    assert [(scalar.step, scalar.value) for scalar in scalars] == [(k, k) for k in (1, 2, 3, 4)]
+
+
+def test_monitors_receive_the_values_of_every_param_group_if_they_differ(tmp_path):
+    def groups(model):
+        return [
+            {"params": [model.weight], "weight_decay": 0.25},
+            {"params": [model.bias], "lr": 0.125, "weight_decay": 0.0},
+        ]
+
+    step(start_monitored(tmp_path, groups=groups))
+    directory = tmp_path / "logs/job"
+    names = ("lr", "lr_group_1", "weight_decay", "weight_decay_group_1")
+    assert [rows(directory, name)[1] for name in names] == [0.5, 0.125, 0.25, 0.0]
+    assert not list(directory.glob("*momentum_group*"))

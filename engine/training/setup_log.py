@@ -1,0 +1,89 @@
+"""Log the training setup when a run starts."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from engine.config import Config
+from schedules import ScheduleBinder
+
+__all__ = ["log_setup"]
+
+log = logging.getLogger("onecycle")
+
+_WIDTH = 95
+_NAME_WIDTH = 12
+
+
+def log_setup(
+    config: Config,
+    *,
+    backend: str,
+    device: str,
+    precision: str,
+    optimizer: str,
+    num_parameters: int,
+    scheduler: LRScheduler | None,
+) -> None:
+    """Log the config's overrides and warnings, and the training setup as aligned lines.
+
+    Args:
+        config: a validated config.
+        backend: description of the backend.
+        device: device of rank 0.
+        precision: precision of weights and computation.
+        optimizer: name of the optimizer.
+        num_parameters: number of elements of all trained parameters.
+        scheduler: scheduler of the run; None if it has none.
+    """
+    _enable_logging()
+    for override in config.overrides:
+        log.info("%s", override)
+    for problem in config.warnings:
+        log.warning("%s: %s", config.name, problem)
+    norm = config.gradient_clipping
+    setup = {
+        "backend": f"{backend} ({config.backend.reason})",
+        "device": device,
+        "precision": precision,
+        "batch": str(config.batch).removeprefix("batch size "),
+        "optimizer": optimizer + (f", gradients clipped to norm {norm:g}" if norm else ""),
+        "schedule": _describe_schedule(scheduler, config.name),
+        "parameters": f"{num_parameters:,}",
+        "checkpoints": _describe_checkpoints(config),
+    }
+    for name, text in setup.items():
+        first, *others = textwrap.wrap(text, _WIDTH - _NAME_WIDTH, break_on_hyphens=False)
+        log.info("%-*s %s", _NAME_WIDTH, name, first)
+        for line in others:
+            log.info("%-*s %s", _NAME_WIDTH, "", line)
+
+
+def _enable_logging() -> None:
+    """Print log messages of level INFO, even if the script does not configure logging.
+
+    A level that the script has set on the ``onecycle`` logger is kept.
+    """
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
+
+
+def _describe_schedule(scheduler: LRScheduler | None, config_name: str) -> str:
+    if isinstance(scheduler, ScheduleBinder):
+        schedule = scheduler.schedule
+        names = " and ".join(schedule.hyperparameters)
+        return f"{type(schedule).__name__} from {config_name} sets {names}"
+    return "none" if scheduler is None else f"{type(scheduler).__name__} passed as `lr_scheduler`"
+
+
+def _describe_checkpoints(config: Config) -> str:
+    plan = config.checkpoint
+    if plan.dir is None:
+        return "not saved automatically (`engine.checkpoint.dir` is not set)"
+    when = "on a signal only" if plan.every is None else f"every {plan.every:,} steps"
+    return f"{when}, in {plan.dir}"
