@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from engine.backends.base import DTYPES, Backend, compute_norm
+from engine.backends.deepspeed_checkpoint import refuse_pickled_code
 from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.backends.deepspeed_order import BackwardOrder
 from engine.checkpoint.plain_values import read_values, write_values
@@ -227,13 +229,15 @@ class DeepSpeedBackend(Backend):
     def load(
         self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
     ) -> None:
-        path, _ = self.engine.load_checkpoint(
-            str(checkpoint_dir.parent),
-            tag=checkpoint_dir.name,
-            load_module_strict=strict and frozen,
-            load_optimizer_states=optimizer,
-            load_lr_scheduler_states=False,
-        )
+        trusts = self._config.checkpoint.trust_pickle
+        with contextlib.nullcontext() if trusts else refuse_pickled_code():
+            path, _ = self.engine.load_checkpoint(
+                str(checkpoint_dir.parent),
+                tag=checkpoint_dir.name,
+                load_module_strict=strict and frozen,
+                load_optimizer_states=optimizer,
+                load_lr_scheduler_states=False,
+            )
         if path is None:
             raise CheckpointError(
                 f"{checkpoint_dir} does not contain a DeepSpeed checkpoint. Load a checkpoint "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engine.checkpoint import storage
 from engine.checkpoint.async_saver import exit_with_failure
+from engine.checkpoint.collectives import call_on_rank_0
 from engine.checkpoint.manager import Checkpointer, RunState
 from engine.config import CheckpointPlan
 from engine.distributed.environment import INTERRUPTED, SAVED_AND_ENDED
@@ -68,7 +69,8 @@ class AutomaticCheckpoints:
             atexit.register(self._save_at_exit, run)
         # If every checkpoint is damaged, `load` raises: a new run would overwrite them.
         is_loaded = plan.resume == "must" or (
-            plan.resume == "auto" and storage.has_any_checkpoint(directory)
+            plan.resume == "auto"
+            and call_on_rank_0(self._ranks, lambda: storage.has_any_checkpoint(directory))
         )
         if is_loaded:
             checkpoint_dir, _ = self._checkpointer.load(run, directory)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from engine.distributed.ranks import Ranks
 
-__all__ = ["check_same_tag", "raise_on_all_ranks", "wait_for_ranks"]
+__all__ = ["call_on_rank_0", "check_same_tag", "raise_on_all_ranks", "wait_for_ranks"]
+
+T = TypeVar("T")
 
 _TIMEOUT = dt.timedelta(seconds=30)
 
@@ -56,12 +58,39 @@ def check_same_tag(tag: str, world_size: int) -> None:
         )
 
 
+def call_on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
+    """Return the result of a function that only rank 0 calls. Every rank must call this.
+
+    Raises:
+        Exception: on every rank, the exception that the function raised on rank 0.
+    """
+    result: list[Any] = [None, None]
+    if ranks.rank == 0:
+        try:
+            result[0] = function()
+        except Exception as error:  # noqa: BLE001  # all ranks must learn of any error
+            result[1] = error
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(result, src=0)
+    value, failure = result
+    if failure is not None:
+        raise failure
+    found: T = value
+    return found
+
+
 @contextlib.contextmanager
-def raise_on_all_ranks(world_size: int) -> Iterator[None]:
+def raise_on_all_ranks(
+    world_size: int, consequence: str = "The checkpoint was not written"
+) -> Iterator[None]:
     """Raise an exception on all ranks if the ``with`` block raises one on any rank.
 
     Otherwise, the other ranks would wait indefinitely in the next collective operation. Every rank
     must enter the block.
+
+    Args:
+        world_size: number of ranks.
+        consequence: start of the message on ranks on which the block did not fail.
 
     Raises:
         Exception: the exception that the block raised on this rank.
@@ -77,7 +106,7 @@ def raise_on_all_ranks(world_size: int) -> Iterator[None]:
         raise failure
     for rank, text in enumerate(texts):
         if text:
-            raise RuntimeError(f"The checkpoint was not written because rank {rank} failed: {text}")
+            raise RuntimeError(f"{consequence} because rank {rank} failed: {text}")
 
 
 def _gather(value: Any, world_size: int) -> list[Any]:

@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,17 +19,24 @@ from torch.utils.data import DataLoader
 
 from engine.checkpoint import storage
 from engine.checkpoint.async_saver import AsyncSaver
-from engine.checkpoint.collectives import check_same_tag, raise_on_all_ranks, wait_for_ranks
+from engine.checkpoint.collectives import (
+    call_on_rank_0,
+    check_same_tag,
+    raise_on_all_ranks,
+    wait_for_ranks,
+)
 from engine.checkpoint.fingerprint import Identity, check_identity
 from engine.checkpoint.lock import DirectoryLock
+from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.plain_values import check_plain_values, read_values, write_values
 from engine.checkpoint.rng import get_rng_state, set_rng_state
 from engine.checkpoint.rollback import Rollback
 from engine.checkpoint.schedule_state import adapt_schedule_state, convert_position
-from engine.checkpoint.storage import Manifest
 from engine.config import Config
 from engine.distributed.environment import ELASTIC
 from engine.distributed.ranks import Ranks
+from engine.errors import CheckpointError
+from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
 from engine.training.data import RunLoader
 from engine.training.progress import Counters, ProgressReporter
@@ -83,6 +90,7 @@ class RunState(Protocol):
     is_trial: bool
     """Whether this is an LR range test, which writes no checkpoints."""
     counters: Counters
+    accumulation: Accumulation
     progress: ProgressReporter
     rollback: Rollback | None
     best: BestMetric | None
@@ -211,12 +219,22 @@ class Checkpointer:
         return self._saved.get(directory.resolve(), (0, -1))[0]
 
     def _collect(self, run: RunState, client_state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state to save, except for the model's and the optimizer's.
+
+        Gradients are not saved. Within a step, the state is therefore that at the start of the
+        step: after a resume, the micro-batches of the step are processed again.
+        """
+        open_batches = run.accumulation.micro_batches
+        counters = replace(run.counters, micro_steps=run.counters.micro_steps - open_batches)
+        loader = None if self._loader is None else self._loader.state_dict()
+        if loader is not None and open_batches:
+            loader |= {"given": loader["given"] - open_batches, "finished": 0}
         return {
             "lr_scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
-            "counters": asdict(run.counters),
+            "counters": asdict(counters),
             "monitors": run.progress.monitors.state_dict(),
             "batch": asdict(run.config.batch),
-            "loader": None if self._loader is None else self._loader.state_dict(),
+            "loader": loader,
             "best": None if run.best is None else run.best.state_dict(),
             "client_state": dict(client_state),
         }
@@ -290,7 +308,7 @@ class Checkpointer:
             CheckpointError: if the checkpoint is damaged, or does not match the model or the run.
         """
         self.wait()
-        checkpoint_dir, manifest = storage.find(directory, tag)
+        checkpoint_dir, manifest = self._find(directory, tag)
         if optimizer and not self._plan.override:
             check_identity(checkpoint_dir, manifest.identity, self._expected_identity(manifest))
         if not manifest.frozen and self._ranks.rank == 0:
@@ -322,6 +340,24 @@ class Checkpointer:
             if run.rollback is not None:
                 run.rollback.load(checkpoint_dir)
         return checkpoint_dir, state["client_state"]
+
+    def _find(self, directory: Path, tag: str | None) -> tuple[Path, Manifest]:
+        """Return the checkpoint that rank 0 chooses, and check that all ranks see the same one.
+
+        Rank 0 reads all files to verify their hashes. The other ranks check the files' sizes.
+        """
+        chosen, manifest = call_on_rank_0(self._ranks, lambda: storage.find(directory, tag))
+        checkpoint_dir = directory / chosen.name
+        with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
+            own = read_manifest(checkpoint_dir)
+            problems = list(storage.find_damage(checkpoint_dir, own, hashes=False))
+            if own != manifest or problems:
+                what = "; ".join(problems) or "its manifest differs"
+                raise CheckpointError(
+                    f"{checkpoint_dir} is not the same on rank {self._ranks.rank} as on rank 0: "
+                    f"{what}. Use a directory that all hosts share."
+                )
+        return checkpoint_dir, manifest
 
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):

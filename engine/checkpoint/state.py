@@ -290,6 +290,9 @@ def _check_model_matches(
         elif tuple(saved[key].size) != tuple(tensor.shape):
             shape, own_shape = tuple(saved[key].size), tuple(tensor.shape)
             problem = f"`{key}` has shape {shape} in the checkpoint, {own_shape} in the model"
+        elif saved[key].properties.dtype.is_floating_point != tensor.is_floating_point():
+            dtype = saved[key].properties.dtype
+            problem = f"`{key}` has dtype {dtype} in the checkpoint, {tensor.dtype} in the model"
         else:
             continue
         raise CheckpointError(

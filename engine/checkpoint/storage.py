@@ -16,21 +16,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from engine.checkpoint.manifest import MANIFEST, Manifest, format_manifest, read_manifest
 from engine.config.versions import get_installed_version
 from engine.errors import CheckpointError
 
 __all__ = [
-    "Manifest",
     "check_tag",
     "collect_versions",
     "commit",
@@ -43,50 +41,12 @@ __all__ = [
     "has_any_checkpoint",
     "list_checkpoints",
     "prune",
-    "read_manifest",
 ]
 
 log = logging.getLogger("onecycle")
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
-FORMAT = 1
 _CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Contents of ``manifest.json``, which describes a checkpoint.
-
-    ``files`` maps each file's relative path to its size in bytes and its SHA-256 hash. ``identity``
-    contains the settings that must be the same in a run that resumes from the checkpoint.
-    ``versions`` contains the versions of Python and of the packages that wrote the checkpoint.
-    """
-
-    tag: str
-    step: int
-    world_size: int
-    backend: str
-    identity: Mapping[str, Any]
-    versions: Mapping[str, str]
-    created: str
-    resumable: bool = True
-    """Whether a load without a tag may use this checkpoint."""
-    frozen: bool = True
-    """Whether the checkpoint contains the frozen parameters."""
-    run: str = ""
-    """Identifier of the run, the same after a resume."""
-    is_automatic: bool = False
-    """Whether ``engine.checkpoint`` asked for the checkpoint, so that `prune` may delete it."""
-    sequence: int = 0
-    """Number of the checkpoint in its directory; clocks may be set back."""
-    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    format: int = FORMAT
-
-    @property
-    def size(self) -> int:
-        """Total size of the files in bytes."""
-        return sum(entry["size"] for entry in self.files.values())
 
 
 def check_tag(tag: str) -> None:
@@ -168,8 +128,8 @@ def commit(partial: Path, manifest: Manifest) -> Path:
         name = path.relative_to(partial).as_posix()
         files[name] = {"size": path.stat().st_size, "sha256": _hash(path)}
     sequences = (each.sequence for _, each in list_checkpoints(directory))
-    content = asdict(manifest) | {"files": files, "sequence": 1 + max(sequences, default=0)}
-    _write(partial / MANIFEST, json.dumps(content, indent=1))
+    manifest = replace(manifest, files=files, sequence=1 + max(sequences, default=0))
+    _write(partial / MANIFEST, format_manifest(manifest))
     for inner in (path for path in partial.rglob("*") if path.is_dir()):
         _sync(inner)
     _sync(partial)
@@ -189,32 +149,6 @@ def commit(partial: Path, manifest: Manifest) -> Path:
         pointer.replace(directory / LATEST)
         _sync(directory)
     return checkpoint_dir
-
-
-def read_manifest(checkpoint_dir: Path) -> Manifest:
-    """Read the manifest of a checkpoint.
-
-    Raises:
-        CheckpointError: if the manifest is missing, unreadable or has an unsupported format.
-    """
-    try:
-        found = json.loads((checkpoint_dir / MANIFEST).read_text(encoding="utf-8"))
-        if found.get("format") != FORMAT:
-            raise CheckpointError(
-                f"`format` must be {FORMAT} in {checkpoint_dir / MANIFEST}, "
-                f"got {found.get('format')!r}. Load the checkpoint with the version of "
-                "onecycle that wrote it."
-            )
-        return Manifest(**found)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{checkpoint_dir} is not a complete checkpoint because {MANIFEST} is missing. Either "
-            "the save was interrupted, or another tool wrote the directory."
-        ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{checkpoint_dir / MANIFEST} cannot be read: {error}.") from None
 
 
 def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:

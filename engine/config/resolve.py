@@ -65,6 +65,8 @@ class CheckpointPlan:
     """Whether checkpoints are written in the background (the config key ``async``)."""
     resume: Literal["auto", "must", "never"]
     override: bool
+    trust_pickle: bool
+    """Whether DeepSpeed may unpickle any object from a checkpoint."""
     best: BestSettings | None
 
 
@@ -165,6 +167,7 @@ class Config:
             is_async=False,
             resume="never",
             override=False,
+            trust_pickle=False,
             best=None,
         )
         silent = {name: {**section, "enabled": False} for name, section in self.monitors.items()}

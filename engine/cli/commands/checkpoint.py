@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from engine.checkpoint import storage
+from engine.checkpoint.manifest import read_manifest
 from engine.config.wording import count_noun
 from engine.distributed.environment import INVALID, OK
 from engine.errors import CheckpointError
@@ -61,7 +62,7 @@ def _verify(args: argparse.Namespace, out: TextIO) -> int:
     status = OK
     for tag in tags:
         try:
-            manifest = storage.read_manifest(args.dir / tag)
+            manifest = read_manifest(args.dir / tag)
             problems = list(storage.find_damage(args.dir / tag, manifest))
         except CheckpointError as error:
             problems = [str(error)]

@@ -4,6 +4,7 @@ import argparse
 import collections
 import datetime as dt
 import io
+import itertools
 import json
 import os
 import random
@@ -135,6 +136,46 @@ def test_client_state_of_common_types_is_returned_as_it_was_saved(tmp_path):
     assert np.array_equal(loaded.pop("counts"), saved.pop("counts"))
     assert loaded == saved
     assert type(loaded["accuracy"]) is np.float64
+
+
+def test_checkpoint_saved_within_a_step_loses_no_gradient(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        sizes = {"train_batch_size": 8, "gradient_accumulation_steps": 4}
+        config = CONFIG | sizes
+        return engine.initialize(model=torch.nn.Linear(4, 1), config=config, training_data=data)
+
+    def train_micro_batches(trainer, batches, count):
+        for x, y in itertools.islice(batches, count):
+            trainer.backward((trainer(x) - y).pow(2).mean())
+            trainer.step()
+
+    x = torch.randn(48, 4, generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+    whole, _, loader, _ = build()
+    train_micro_batches(whole, iter(loader), 24)
+    stopped, _, loader, _ = build()
+    train_micro_batches(stopped, iter(loader), 11)
+    stopped.save_checkpoint(tmp_path)
+    resumed, _, loader, _ = build()
+    resumed.load_checkpoint(tmp_path)
+    assert (resumed.global_steps, resumed.micro_steps) == (2, 8)
+    train_micro_batches(resumed, iter(loader), 16)
+    assert resumed.global_steps == 6
+    assert torch.equal(resumed.module.weight, whole.module.weight)
+
+
+def test_checkpoint_with_an_integer_buffer_in_place_of_a_float_one_is_an_error(tmp_path):
+    def build(dtype):
+        net = torch.nn.Linear(2, 1)
+        net.register_buffer("count", torch.ones(1, dtype=dtype))
+        return engine.initialize(model=net, config=CONFIG)[0]
+
+    build(torch.float32).save_checkpoint(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"`count` has dtype torch\.float32 in the checkpoint"
+    ):
+        build(torch.int64).load_checkpoint(tmp_path)
 
 
 class Calibrated(torch.nn.Linear):
@@ -409,6 +450,7 @@ def test_load_checkpoint_different_tensor_value_is_rejected(tmp_path, kind):
 def rewrite_identity(place, change):
     manifest = json.loads((place / "manifest.json").read_text())
     change(manifest["identity"])
+    manifest.pop("checksum", None)  # earlier versions wrote none
     (place / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -542,6 +584,7 @@ def test_load_checkpoint_pickle_bomb_is_rejected(saved, monkeypatch):
         "size": (place / "engine.pt").stat().st_size,
         "sha256": storage._hash(place / "engine.pt"),
     }
+    del manifest["checksum"]
     (place / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"`posix\.system`"):
         start()[0].load_checkpoint(saved)

@@ -1,0 +1,147 @@
+"""The manifest of a checkpoint: what it contains, and which run has saved it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from engine.errors import CheckpointError
+
+__all__ = ["MANIFEST", "Manifest", "format_manifest", "read_manifest"]
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of ``manifest.json``, which describes a checkpoint.
+
+    ``files`` maps each file's relative path to its size in bytes and its SHA-256 hash. ``identity``
+    contains the settings that must be the same in a run that resumes from the checkpoint.
+    ``versions`` contains the versions of Python and of the packages that wrote the checkpoint.
+    """
+
+    tag: str
+    step: int
+    world_size: int
+    backend: str
+    identity: Mapping[str, Any]
+    versions: Mapping[str, str]
+    created: str
+    resumable: bool = True
+    """Whether a load without a tag may use this checkpoint."""
+    frozen: bool = True
+    """Whether the checkpoint contains the frozen parameters."""
+    run: str = ""
+    """Identifier of the run, the same after a resume."""
+    is_automatic: bool = False
+    """Whether ``engine.checkpoint`` asked for the checkpoint, so that `prune` may delete it."""
+    sequence: int = 0
+    """Number of the checkpoint in its directory; clocks may be set back."""
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    checksum: str = ""
+    """SHA-256 hash of the other keys; empty in checkpoints of earlier versions."""
+    format: int = FORMAT
+
+    @property
+    def size(self) -> int:
+        """Total size of the files in bytes."""
+        return sum(entry["size"] for entry in self.files.values())
+
+
+def format_manifest(manifest: Manifest) -> str:
+    """Return a manifest as JSON, with a checksum of its contents."""
+    content = asdict(manifest)
+    return json.dumps({**content, "checksum": _compute_checksum(content)}, indent=1)
+
+
+def read_manifest(checkpoint_dir: Path) -> Manifest:
+    """Read the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: if the manifest is missing, damaged or has an unsupported format.
+    """
+    path = checkpoint_dir / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{checkpoint_dir} is not a complete checkpoint because {MANIFEST} is missing. Either "
+            "the save was interrupted, or another tool wrote the directory."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must contain a JSON object, got {type(found).__name__}.")
+    if found.get("format") != FORMAT:
+        raise CheckpointError(
+            f"`format` must be {FORMAT} in {path}, got {found.get('format')!r}. Load the "
+            "checkpoint with the version of onecycle that wrote it."
+        )
+    for name, is_valid in _CHECKS.items():
+        if name in found and not is_valid(found[name]):
+            raise CheckpointError(f"{path} is damaged: the value of `{name}` is invalid.")
+    names = {each.name for each in fields(Manifest)}
+    required = {"tag", "step", "world_size", "backend", "identity", "versions", "created"}
+    if not required <= found.keys() <= names:
+        wrong = ", ".join(sorted((required - found.keys()) | (found.keys() - names)))
+        raise CheckpointError(f"{path} is damaged: keys are missing or unknown: {wrong}.")
+    if "checksum" in found and found["checksum"] != _compute_checksum(found):
+        raise CheckpointError(f"{path} is damaged: it does not match its checksum.")
+    return Manifest(**found)
+
+
+def _compute_checksum(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_files(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(entry, dict)
+        and _is_count(entry.get("size"))
+        and isinstance(entry.get("sha256"), str)
+        and not PurePosixPath(name).is_absolute()
+        and ".." not in PurePosixPath(name).parts
+        for name, entry in value.items()
+    )
+
+
+_CHECKS: dict[str, Callable[[object], bool]] = {
+    "tag": _is_text,
+    "step": _is_count,
+    "world_size": _is_count,
+    "backend": lambda value: value in ("torch", "deepspeed"),
+    "identity": _is_mapping,
+    "versions": _is_mapping,
+    "created": _is_text,
+    "resumable": _is_flag,
+    "frozen": _is_flag,
+    "run": _is_text,
+    "is_automatic": _is_flag,
+    "sequence": _is_count,
+    "files": _are_files,
+    "checksum": _is_text,
+}
+"""For each key of a manifest, whether a value is valid."""

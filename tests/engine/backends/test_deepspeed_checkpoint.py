@@ -1,0 +1,64 @@
+"""DeepSpeed's checkpoint files are loaded without running code from them."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import engine
+from engine.errors import CheckpointError
+from tests.testing.distributed import run_distributed_test
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.makedirs, ("exploded", 0o700, True)
+
+
+def start(stage, **checkpoint):
+    config = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
+        "bf16": {"enabled": stage > 0},
+        "zero_optimization": {"stage": stage},
+        "engine": {"backend": "deepspeed", "checkpoint": checkpoint},
+    }
+    return engine.initialize(config=config, model=torch.nn.Linear(2, 1))[0]
+
+
+def train(trainer):
+    x = torch.ones(4, 2, dtype=next(trainer.module.parameters()).dtype)
+    trainer.backward(trainer(x).float().pow(2).mean())
+    trainer.step()
+
+
+def load_checkpoints_and_a_bomb(stage, directory):
+    os.chdir(directory)
+    trainer = start(stage)
+    train(trainer)
+    trainer.save_checkpoint(directory)
+    resumed = start(stage)
+    resumed.load_checkpoint(directory)
+    assert resumed.global_steps == 1
+    (file,) = directory.rglob("*model_states.pt")
+    state = torch.load(file, weights_only=False)
+    torch.save({**state, "extra": Bomb()}, file)
+    manifest = file.with_name("manifest.json")
+    manifest.write_text(remove_hashes(manifest.read_text()))
+    with pytest.raises(CheckpointError, match=r"`os\.makedirs`.*`engine.checkpoint.trust_pickle`"):
+        start(stage).load_checkpoint(directory)
+    assert not (directory / "exploded").exists()
+    start(stage, trust_pickle=True).load_checkpoint(directory)
+    assert (directory / "exploded").exists()
+
+
+def remove_hashes(text):
+    content = json.loads(text)
+    del content["checksum"]
+    return json.dumps({**content, "files": {}})
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_deepspeed_checkpoint_with_code_in_it_is_refused_unless_it_is_trusted(stage, tmp_path):
+    run_distributed_test(load_checkpoints_and_a_bomb, 1, stage, tmp_path)
