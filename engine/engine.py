@@ -75,7 +75,7 @@ class Engine(DeepSpeedAccessors):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward pass in the precision that the config specifies."""
-        self._backend.prepare_backward(is_last=self._run.accumulation.is_last_backward())
+        self._backend.prepare_backward(is_last=self._start_pass())
         return self._backend.forward(*args, **kwargs)
 
     def backward(
@@ -96,7 +96,7 @@ class Engine(DeepSpeedAccessors):
         """
         check_loss(loss)
         divisor = self._run.accumulation.steps if scale_wrt_gas else 1
-        is_last = self._run.accumulation.is_last_backward()
+        is_last = self._start_pass()
         self._backend.backward(loss, divisor, is_last=is_last, retain_graph=retain_graph)
         self._run.add_loss(loss)
         return loss if divisor == 1 else loss / divisor
@@ -108,10 +108,16 @@ class Engine(DeepSpeedAccessors):
             ValueError: the loss is not a scalar tensor that requires grad.
         """
         check_loss(loss)
+        is_last = self._start_pass()
         self._run.add_loss(loss)
+        return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
+
+    def _start_pass(self) -> bool:
+        """Check the gradients so far; return whether the next backward pass should average them."""
         accumulation = self._run.accumulation
-        is_last = accumulation.is_last_backward()
-        return self._backend.scale(loss, accumulation.steps, is_last=is_last)
+        if accumulation.has_gradients:
+            self._run.misuse.check_accumulated(accumulation)
+        return accumulation.is_last_backward()
 
     def step(
         self, lr_kwargs: Mapping[str, Any] | None = None, *, metric: Tensor | float | None = None
@@ -132,7 +138,9 @@ class Engine(DeepSpeedAccessors):
             does not advance the schedule.
 
         Raises:
-            RuntimeError: ``engine.steps_this_run`` steps have been applied, or `no_sync` is active.
+            RuntimeError: ``engine.steps_this_run`` steps have been applied, `no_sync` is active,
+                there are no gradients, or the script has also called ``optimizer.step()`` or
+                ``scheduler.step()``.
             FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped.
         """
         del lr_kwargs
@@ -346,6 +354,7 @@ class Engine(DeepSpeedAccessors):
         self._automatic.close()
         self._run.progress.close()
         self._checkpointer.close()
+        self._run.misuse.release()
         self._backend.destroy()
 
     @property

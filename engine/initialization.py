@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from engine import backends
 from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
@@ -25,6 +26,7 @@ from engine.distributed.ranks import (
 from engine.engine import Engine
 from engine.range_test.script import apply_sweep, attach_recorder
 from engine.range_test.sweep import read_sweep
+from engine.training.arguments import check_arguments, check_is_trainable
 from engine.training.data import RunLoader, count_steps_per_epoch, make_loader
 from engine.training.monitors import build_monitors
 from engine.training.optimizers import OptimizerFactory
@@ -34,6 +36,8 @@ from schedules.core.durations import DurationError
 from schedules.torch_scheduler import bind
 
 __all__ = ["initialize"]
+
+log = logging.getLogger("onecycle")
 
 _RANK_0_GRACE_SECONDS = 10.0
 
@@ -86,8 +90,9 @@ def initialize(
 
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every problem.
-        ValueError: the arguments contradict the config, the optimizer does not match the
-            schedule, or the ranks have different configs.
+        ValueError: an argument has the wrong type or contradicts the config, the model has nothing
+            to train, the optimizer does not match the schedule, or the ranks have different
+            configs.
         ImportError: the config needs DeepSpeed, which is not installed.
 
     >>> import torch, engine
@@ -104,8 +109,8 @@ def initialize(
     (True, [0.1])
     """
     del dist_init_required
-    if model is None:
-        raise ValueError("`model` must be a torch.nn.Module, got None. Pass the model to train.")
+    check_arguments(args, model, optimizer, training_data, lr_scheduler)
+    assert model is not None
     sweep = read_sweep()
     source = sweep.config if sweep is not None else None
     resolved = _load(
@@ -116,6 +121,8 @@ def initialize(
     if sweep is not None:
         resolved, lr_scheduler = apply_sweep(resolved, sweep), None
     _check_sources(resolved, optimizer, lr_scheduler)
+    if model_parameters is None and (resolved.optimizer or callable(optimizer)):
+        check_is_trainable(model)
     is_deepspeed = resolved.backend.name == "deepspeed"
     ranks = init_distributed(always_create_group=is_deepspeed, port=distributed_port)
     check_configs_match(ranks, json.dumps(resolved.raw, sort_keys=True))
@@ -142,7 +149,7 @@ def initialize(
     _set_length(run.length, resolved, loader)
     if loader is not None:
         loader.stop_when(lambda: engine.run_is_over, lambda: automatic.save_last(run))
-        loader.call_after_epoch(run.discard_incomplete_batch)
+        loader.call_after_epoch(run.end_epoch)
     attach_recorder(engine, sweep)
     if ranks.rank == 0:
         log_setup(
@@ -154,6 +161,7 @@ def initialize(
             num_parameters=backend.num_parameters,
             scheduler=scheduler,
         )
+        _warn_of_repeated_samples(loader, resolved)
     is_resumed = automatic.resume(run)
     if is_resumed and loader is not None and loader.epoch > 0:
         loader.check_before_resuming(run.length.check_is_known)
@@ -237,3 +245,17 @@ def _set_length(length: RunLength, config: Config, loader: RunLoader | None) -> 
         length.total_samples = total * config.batch.train
     else:
         length.total_steps = total
+
+
+def _warn_of_repeated_samples(loader: DataLoader[Any] | None, config: Config) -> None:
+    """Warn if the loader repeats samples within a batch, because the dataset is too small."""
+    if loader is None or isinstance(loader.dataset, IterableDataset):
+        return
+    samples = len(loader.dataset)  # type: ignore[arg-type]  # Dataset does not declare __len__
+    if samples < config.batch.train:
+        log.warning(
+            "`len(training_data)` is %d, less than the `train_batch_size` of %d, so each batch "
+            "repeats samples; use a smaller batch size",
+            samples,
+            config.batch.train,
+        )

@@ -24,6 +24,7 @@ from engine.training.data import RunLoader
 from engine.training.divergence import DivergenceCheck
 from engine.training.evaluation import preserve_modes
 from engine.training.loss_window import LossWindow
+from engine.training.misuse import MisuseChecks
 from engine.training.monitors import Monitors
 from engine.training.progress import Counters, ProgressReporter, StepRecord, StepRecorder
 from engine.training.run_length import RunLength
@@ -54,6 +55,7 @@ class TrainingRun:
     accumulation: Accumulation
     length: RunLength
     divergence: DivergenceCheck
+    misuse: MisuseChecks
     best: BestMetric | None = None
     recorder: StepRecorder | None = None
     is_trial: bool = False
@@ -67,8 +69,10 @@ class TrainingRun:
         backend: Backend,
         scheduler: LRScheduler | None,
         monitors: Monitors | None = None,
+        *,
+        misuse: MisuseChecks | None = None,
     ) -> TrainingRun:
-        """Build a run at step 0."""
+        """Build a run at step 0; a trial run shares the checks of its engine."""
         is_first = backend.ranks.rank == 0
         driver = ScheduleDriver(scheduler, config.report if is_first else None)
         monitors = monitors or Monitors()
@@ -90,27 +94,17 @@ class TrainingRun:
             RunLength(config.run.get("steps_this_run")),
             # A dynamic loss scale skips steps until it is low enough, and ends the run itself.
             DivergenceCheck(None if is_dynamic else config.max_skipped_steps),
+            misuse or MisuseChecks(backend),
             None if best is None else BestMetric(best.metric, best.mode, best.patience),
         )
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
         """Build a trial run with another schedule on the same backend. It writes no files."""
         config = self.config.copy_for_trial_run(schedule)
-        trial = self.start(config, self.backend, bind(schedule, self.backend.optimizer))
+        binder = bind(schedule, self.backend.optimizer)
+        trial = self.start(config, self.backend, binder, misuse=self.misuse)
         trial.record_steps(recorder, is_trial=True)
         return trial
-
-    def check_between_steps(self) -> None:
-        """Check that a trial run can start without discarding accumulated gradients.
-
-        Raises:
-            ValueError: the current batch is incomplete.
-        """
-        if self.accumulation.micro_batches or self.accumulation.scaled_losses:
-            raise ValueError(
-                "An LR range test cannot start in the middle of a batch. Train the remaining "
-                "micro-batches of the batch first."
-            )
 
     def record_steps(self, recorder: StepRecorder, *, is_trial: bool) -> None:
         """Record every step with ``recorder`` from now on."""
@@ -153,12 +147,18 @@ class TrainingRun:
         self.counters = counters
         self.length.steps_before = counters.applied_steps
         self.accumulation.restart(counters.micro_steps)
+        self.misuse.restart()
         self.window.clear()
         self.backend.zero_grad()
 
-    def discard_incomplete_batch(self) -> None:
-        """Clear the gradients of a batch that the end of the data has left incomplete."""
+    def end_epoch(self) -> None:
+        """Clear the gradients of a batch that the end of the data has left incomplete.
+
+        Raises:
+            RuntimeError: two epochs have called `backward` but not `step`.
+        """
         accumulation = self.accumulation
+        self.misuse.check_epoch(self.counters.micro_steps, accumulation)
         if accumulation.micro_batches == 0 or accumulation.boundary is not None:
             return
         log.info(
@@ -194,13 +194,16 @@ class TrainingRun:
             )
         if metric is not None:
             metric = self.driver.metric = self.backend.mean(float(metric))
-        counters = self.counters
-        is_boundary = self.accumulation.is_boundary()
+        counters, accumulation = self.counters, self.accumulation
+        is_boundary = accumulation.is_boundary()
+        self.misuse.check_step(self.scheduler, accumulation, is_boundary=is_boundary)
         counters.micro_steps += 1
-        self.accumulation.micro_batches += 1
+        accumulation.micro_batches += 1
+        accumulation.has_gradients = not is_boundary and self.backend.has_gradients()
         counters.applied = is_boundary and self._step_optimizer()
         if is_boundary:
             self._finish_step()
+            self.misuse.note_step(self.scheduler, counters.global_steps)
         if metric is not None and self.best is not None:
             self._update_best(metric)
         return counters.applied

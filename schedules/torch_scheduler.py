@@ -75,6 +75,7 @@ class ScheduleBinder(LRScheduler):
         self._horizon = horizon
         self._slots = {name: find_slots(name, optimizer) for name in schedule.hyperparameters}
         self._bind(self._read_base())
+        self._first_step = _FirstStep(optimizer)
         self.evidence: Evidence | None = None
         """Losses and learning rates that led to the last decision. None before the first decision,
         and if the decision was restored from a checkpoint."""
@@ -122,6 +123,8 @@ class ScheduleBinder(LRScheduler):
                 single number; ``loss`` (or an epoch, as in PyTorch) is passed to a schedule that
                 does not use the loss; or a param group was added after the schedule was attached.
         """
+        if self.last_epoch == 0:
+            self._first_step.check()
         writer = self._writer
         if writer is None:
             self._step_with_feedback(loss, metric)
@@ -291,7 +294,7 @@ class ScheduleBinder(LRScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.
-        rebuilt = {"controller", "_writer", "_slots"}
+        rebuilt = {"controller", "_writer", "_slots", "_first_step"}
         return {name: value for name, value in vars(self).items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -300,8 +303,41 @@ class ScheduleBinder(LRScheduler):
             name: find_slots(name, self.optimizer) for name in self.schedule.hyperparameters
         }
         self.controller = self.schedule.bind(self._base, self._horizon)
+        self._first_step = _FirstStep(None)
         self._writer = None
         self.write()
+
+
+class _FirstStep:
+    """Checks, as torch's schedulers do, that the optimizer steps before the schedule does.
+
+    Args:
+        optimizer: optimizer to observe; None to check nothing.
+    """
+
+    def __init__(self, optimizer: Optimizer | None) -> None:
+        self._is_taken = True
+        self._handle: Any = None
+        # Wrappers of an optimizer, such as Accelerate's, may not have hooks.
+        if optimizer is not None and hasattr(optimizer, "_optimizer_step_post_hooks"):
+            self._is_taken = False
+            self._handle = optimizer.register_step_post_hook(self._note)
+
+    def _note(self, *_: object) -> None:
+        self._is_taken = True
+
+    def check(self) -> None:
+        """Warn if the optimizer has not taken a step. Only the first call checks."""
+        is_taken, self._is_taken = self._is_taken, True
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if not is_taken:
+            warnings.warn(
+                "`scheduler.step()` was called before the first `optimizer.step()`, so the first "
+                "value of the schedule is not used. Call `optimizer.step()` first.",
+                stacklevel=3,
+            )
 
 
 def _to_float(loss: Tensor | float | None) -> float | None:

@@ -117,6 +117,14 @@ class Backend(ABC):
             Whether the step was applied. A step with non-finite gradients is skipped.
         """
 
+    def has_gradients(self) -> bool:
+        """Return whether a trained parameter has a gradient; true if that is unknown."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    return True
+        return False
+
     def zero_grad(self) -> None:
         """Clear the gradients."""
         self.optimizer.zero_grad(set_to_none=True)

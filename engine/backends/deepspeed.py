@@ -182,6 +182,18 @@ class DeepSpeedBackend(Backend):
         self.engine.set_train_batch_size(batch.train)
 
     @override
+    def has_gradients(self) -> bool:
+        if self.optimizer is self.basic_optimizer:
+            return super().has_gradients()
+        # DeepSpeed moves the gradients to its own buffers. ZeRO's optimizer fills this dict in the
+        # last backward pass of a step, and its `step` fails without it.
+        averaged = getattr(self.optimizer, "averaged_gradients", None)
+        is_kept = self._config.zero_stage in {1, 2} and not self._config.cpu_offload
+        if averaged is None or not is_kept:
+            return True
+        return any(gradients is not None for gradients in averaged.values())
+
+    @override
     def zero_grad(self) -> None:
         self._order.start_step()
         self.engine.zero_grad()

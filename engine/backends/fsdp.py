@@ -129,6 +129,10 @@ class FSDPBackend(PyTorchBackend):
         return math.sqrt(float(squares))
 
     @override
+    def has_gradients(self) -> bool:
+        return self._has_unreduced or super().has_gradients()
+
+    @override
     def zero_grad(self) -> None:
         super().zero_grad()
         if self._has_unreduced:

@@ -114,7 +114,7 @@ def _trial_run(trainer: Engine, recorder: Recorder, schedule: Schedule[Any]) -> 
     The state is also restored after an exception. The recorder records every step.
     """
     run = trainer._run  # noqa: SLF001  # private to the package
-    run.check_between_steps()
+    run.accumulation.check_between_steps()
     with preserve_state(trainer, trainer._backend, trainer.training_dataloader):  # noqa: SLF001  # private to the package
         try:
             trainer._run = run.start_trial(recorder, schedule)  # noqa: SLF001  # private to the package

@@ -31,6 +31,8 @@ class Accumulation:
     """Number of losses passed to `backward` or `scale` since the last optimizer step."""
     boundary: bool | None = None
     """Value set by `Engine.set_gradient_accumulation_boundary`; if None, count micro-batches."""
+    has_gradients: bool = False
+    """Whether trained parameters had gradients after the last micro-batch of this batch."""
     averages_gradients: bool = True
     """Whether backward passes average gradients across ranks; false inside `no_sync`."""
 
@@ -47,6 +49,19 @@ class Accumulation:
     def restart(self, micro_batches: int = 0) -> None:
         """Start a batch of which a number of micro-batches was processed before."""
         self.micro_batches, self.scaled_losses = micro_batches % self.steps, 0
+        self.has_gradients = False
+
+    def check_between_steps(self) -> None:
+        """Check that a trial run can start without discarding accumulated gradients.
+
+        Raises:
+            ValueError: the current batch is incomplete.
+        """
+        if self.micro_batches or self.scaled_losses:
+            raise ValueError(
+                "An LR range test cannot start in the middle of a batch. Train the remaining "
+                "micro-batches of the batch first."
+            )
 
     @contextlib.contextmanager
     def no_sync(self, zero_stage: int) -> Iterator[None]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
 
 import engine
 import schedules
@@ -245,8 +246,35 @@ def test_param_groups_keep_their_learning_rates():
             "The optimizer is specified twice: by `optimizer` in config",
         ),
         (
-            {"lr_scheduler": torch.optim.lr_scheduler.StepLR},
+            {"lr_scheduler": torch.optim.lr_scheduler.ConstantLR},
             "The scheduler is specified twice: by `scheduler` in config",
+        ),
+        ({"model": torch.nn.Linear}, "`model` must be a torch.nn.Module, got the class Linear"),
+        (
+            {"model": model().requires_grad_(False)},
+            "`model` must have a parameter that requires gradients, got 0 of 4 parameters",
+        ),
+        (
+            {"training_data": TensorDataset},
+            "`training_data` must be a dataset, got the class TensorDataset",
+        ),
+        (
+            {"training_data": DataLoader(dataset())},
+            "`training_data` must be a dataset, got a value of type DataLoader",
+        ),
+        (
+            {"lr_scheduler": torch.optim.lr_scheduler.StepLR},
+            "got the class StepLR: missing a required argument: 'step_size'. Pass `lambda",
+        ),
+        ({"optimizer": "AdamW"}, "got a value of type str. Pass one of these, or set `optimizer`"),
+        *(
+            ({"args": args}, f"`args`, the first argument, must be a parsed command line, got {of}")
+            for args, of in [
+                (model(), "a value of type Sequential"),
+                (torch.nn.Linear, "the class Linear"),
+                (CONFIG, "a value of type dict"),
+                ("ds_config.json", "a value of type str"),
+            ]
         ),
     ],
 )

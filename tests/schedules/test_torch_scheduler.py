@@ -113,14 +113,20 @@ def test_binder_has_the_methods_of_torch_schedulers():
     assert attach("WarmupLR", optimizer).get_mom() is None
 
 
-def test_binder_step_before_optimizer_step_does_not_warn():
-    optimizer = torch.optim.SGD(weights(), lr=0.1)
+@pytest.mark.parametrize("schedule", [("OneCycle", CYCLE, {}), ("AutoWU", AUTOWU, {"loss": 1.0})])
+def test_binder_step_before_the_first_optimizer_step_warns_once(schedule):
+    name, params, arguments = schedule
+    binder = attach(name, torch.optim.SGD(weights(), lr=0.1), **params)
+    with pytest.warns(UserWarning, match=r"was called before the first `optimizer\.step"):
+        binder.step(**arguments)
+    in_order = torch.optim.SGD(weights(), lr=0.1)
+    other = attach(name, in_order, **params)
+    in_order.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        binder = attach("OneCycle", optimizer, **CYCLE)
-        binder.step()
-        optimizer.step()
-    assert binder.last_epoch == 1
+        binder.step(**arguments)
+        other.step(**arguments)
+    assert not in_order._optimizer_step_post_hooks, "the hook is removed"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,22 @@
-"""DeepSpeed: the ways to run a backward pass, and steps with NaN."""
+"""DeepSpeed: the ways to run a backward pass, steps with NaN, and loops that raise."""
 
 import pytest
 import torch
 
+import engine
+from engine.errors import MisuseError
 from tests.testing import replicas
 from tests.testing.distributed import run_distributed_test
-from tests.testing.small_model import all_equal, copy_parameters, start
+from tests.testing.small_model import (
+    all_equal,
+    build_config,
+    build_model,
+    copy_parameters,
+    start,
+    train_step,
+)
 
+WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}
 ZERO_2 = {"zero_optimization": {"stage": 2}, "engine": {"backend": "deepspeed"}}
 
 
@@ -76,3 +86,28 @@ def skip_nan():
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_deepspeed_in_fp32_without_zero_skips_steps_with_nan(world_size):
     run_distributed_test(skip_nan, world_size)
+
+
+def misuse_each_stage():
+    for stage in (0, 1):
+        config = build_config(
+            zero_optimization={"stage": stage}, engine={"backend": "deepspeed"}, scheduler=WARMUP
+        )
+        model = build_model()
+        trainer, _, _, scheduler = engine.initialize(model=model, config=config)
+        train_step(trainer)
+        with pytest.raises(MisuseError, match="without a backward pass"):
+            trainer.step()
+        scheduler.step()
+        trainer.basic_optimizer.step()
+        with pytest.raises(MisuseError, match=r"`optimizer\.step\(\)` and `scheduler\.step\(\)`"):
+            train_step(trainer)
+    first, second = (engine.initialize(model=model, config=config)[0] for _ in range(2))
+    with pytest.raises(MisuseError, match="Two engines take turns"):
+        for _ in range(2):
+            train_step(first)
+            train_step(second)
+
+
+def test_deepspeed_step_after_misuse_raises():
+    run_distributed_test(misuse_each_stage, 1)

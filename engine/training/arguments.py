@@ -1,0 +1,94 @@
+"""Check the types and the order of the arguments of `initialize`."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+__all__ = ["check_arguments", "check_is_trainable"]
+
+
+def check_arguments(
+    args: Any, model: Any, optimizer: Any, training_data: Any, lr_scheduler: Any
+) -> None:
+    """Check the types of arguments of `initialize`, which have the same names there.
+
+    Raises:
+        ValueError: an argument is of the wrong type, such as a class in place of an instance.
+    """
+    # A dict of another type, such as EasyDict, may be a command line.
+    is_misplaced = isinstance(args, nn.Module | str | os.PathLike | type) or type(args) is dict
+    _check(
+        not is_misplaced,
+        f"`args`, the first argument, must be a parsed command line, got {_describe(args)}. "
+        "Pass the others by name, as in `initialize(model=model, config=config)`.",
+    )
+    _check(
+        isinstance(model, nn.Module),
+        f"`model` must be a torch.nn.Module, got {_describe(model)}. Pass the model to train.",
+    )
+    _check(
+        not isinstance(training_data, type | DataLoader),
+        f"`training_data` must be a dataset, got {_describe(training_data)}. Pass a dataset; "
+        "`initialize` builds its data loader.",
+    )
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        _check_factory("optimizer", optimizer, argument="parameters")
+    has_step = hasattr(lr_scheduler, "step") and not isinstance(lr_scheduler, type)
+    if lr_scheduler is not None and not has_step:
+        _check_factory("lr_scheduler", lr_scheduler, argument="optimizer")
+
+
+def check_is_trainable(model: nn.Module) -> None:
+    """Check that a model has a parameter that requires gradients.
+
+    Raises:
+        ValueError: it has none.
+    """
+    count = sum(1 for _ in model.parameters())
+    _check(
+        any(parameter.requires_grad for parameter in model.parameters()),
+        f"`model` must have a parameter that requires gradients, got 0 of {count} parameters. "
+        "Unfreeze those to train before `initialize`, or pass `model_parameters` to train them "
+        "later.",
+    )
+
+
+def _check_factory(name: str, value: Any, *, argument: str) -> None:
+    """Check that a value can be called with one argument."""
+    kind = name.removeprefix("lr_")
+    _check(
+        callable(value),
+        f"`{name}` must be a torch {kind} or a function that takes the {argument}, got "
+        f"{_describe(value)}. Pass one of these, or set `{kind}` in the config.",
+    )
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # some functions that are written in C have none
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        builder = getattr(value, "__name__", "build")
+        raise ValueError(
+            f"`{name}` must be callable with only the {argument}, got {_describe(value)}: {error}. "
+            f"Pass `lambda {argument}: {builder}({argument}, …)`."
+        ) from None
+
+
+def _check(is_valid: bool, message: str) -> None:  # reads like an assertion
+    if not is_valid:
+        raise ValueError(message)
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"a value of type {type(value).__name__}"

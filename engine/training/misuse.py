@@ -1,0 +1,306 @@
+"""Notice training loops that run but train incorrectly, such as one that steps twice."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from engine.config.wording import count_noun
+from engine.distributed.ranks import Ranks
+from engine.errors import MisuseError
+from engine.training.accumulation import Accumulation
+from schedules import ScheduleBinder
+
+__all__ = ["MisuseChecks"]
+
+log = logging.getLogger("onecycle")
+
+_CHECKED_STEPS = 3
+_CHECK_INTERVAL = 100
+
+
+class CheckedBackend(Protocol):
+    """The part of `engine.backends.base.Backend` that `MisuseChecks` uses."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's module."""
+        ...
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer whose param groups the schedule changes."""
+        ...
+
+    @property
+    def basic_optimizer(self) -> Optimizer:
+        """The underlying torch optimizer."""
+        ...
+
+    @property
+    def ranks(self) -> Ranks:
+        """Rank and world size of this process."""
+        ...
+
+    def has_gradients(self) -> bool:
+        """Return whether a trained parameter has a gradient; true if that is unknown."""
+        ...
+
+
+class MisuseChecks:
+    """Checks the training loop at each pass, at each step and at the end of each epoch.
+
+    The checks do not wait for the device, communicate with other ranks or change the script's
+    objects, except for a hook that counts the steps of the optimizer. The engine and its trial runs
+    share one object.
+
+    Args:
+        backend: backend of the engine.
+    """
+
+    def __init__(self, backend: CheckedBackend) -> None:
+        self._backend = backend
+        self._counter = _StepCounter(backend.basic_optimizer)
+        self._is_position_known = False
+        # The next four are the position after the last step.
+        self._count = 0
+        self._scheduler: Any = None
+        self._last_epoch = 0
+        self._base_lrs: object = None
+        self._micro_steps = 0  # at the end of the last epoch
+        self._idle_epochs = 0
+        self._claim = _Claim(_find_trained(backend))
+        self._steps_of_rivals: int | None = None
+        self._frozen = [
+            (name, parameter)
+            for name, parameter in backend.model.named_parameters()
+            if not parameter.requires_grad and parameter not in self._claim.parameters
+        ]
+
+    def release(self) -> None:
+        """Remove the hook from the optimizer."""
+        self._counter.release()
+
+    def restart(self) -> None:
+        """Accept any position of the optimizer and the scheduler, for example after a restore."""
+        self._is_position_known = False
+
+    def check_accumulated(self, accumulation: Accumulation) -> None:
+        """Check that the gradients of the earlier micro-batches of a batch still exist.
+
+        Raises:
+            RuntimeError: they were cleared.
+        """
+        if not self._backend.has_gradients():
+            done, steps = accumulation.micro_batches, accumulation.steps
+            raise MisuseError(
+                f"The gradients of {count_noun(done, 'micro-batch')} were cleared before the batch "
+                f"of {steps} was complete, so they would not be trained on. Remove the call of "
+                "`zero_grad()`; `trainer.step()` clears the gradients after each optimizer step."
+            )
+
+    def check_step(
+        self, scheduler: object, accumulation: Accumulation, *, is_boundary: bool
+    ) -> None:
+        """Check the calls since the last step. Call this at the start of each step.
+
+        Args:
+            scheduler: the run's scheduler; may be None.
+            accumulation: the micro-batches since the last optimizer step.
+            is_boundary: whether this step runs the optimizer.
+
+        Raises:
+            RuntimeError: the script has stepped the optimizer or the scheduler itself, there are no
+                gradients, gradients of earlier micro-batches were cleared, or two engines undo each
+                other's steps.
+        """
+        if self._is_position_known:
+            self._check_position(scheduler)
+        if accumulation.has_gradients:
+            self.check_accumulated(accumulation)
+        if not is_boundary:
+            return
+        if not self._backend.has_gradients():
+            _raise_without_gradients(accumulation)
+        if self._claim.rivals:
+            self._check_rivals()
+        self._is_position_known = False  # unless this step completes
+
+    def note_step(self, scheduler: Any, global_steps: int) -> None:
+        """Remember the optimizer's and the scheduler's position. Call this after each batch.
+
+        Args:
+            scheduler: the run's scheduler; may be None.
+            global_steps: number of completed batches.
+        """
+        if scheduler is not self._scheduler:
+            self._scheduler = scheduler if _has_position(scheduler) else None
+        if self._scheduler is not None:
+            self._last_epoch = self._scheduler.last_epoch
+            self._base_lrs = getattr(scheduler, "base_lrs", None)
+        self._count = self._counter.count
+        self._is_position_known = True
+        self._claim.steps += 1
+        if self._frozen and (global_steps <= _CHECKED_STEPS or global_steps % _CHECK_INTERVAL == 0):
+            self._check_unfrozen()
+
+    def check_epoch(self, micro_steps: int, accumulation: Accumulation) -> None:
+        """Check that `step` was called in an epoch that called `backward`, at the epoch's end.
+
+        Args:
+            micro_steps: number of calls of `step` so far.
+            accumulation: the micro-batches since the last optimizer step.
+
+        Raises:
+            RuntimeError: `step` was not called in two consecutive epochs.
+        """
+        has_stepped = micro_steps != self._micro_steps or accumulation.micro_batches > 0
+        is_idle = accumulation.scaled_losses > 0 and not has_stepped
+        self._idle_epochs = self._idle_epochs + 1 if is_idle else 0
+        self._micro_steps = micro_steps
+        self._check_unfrozen()
+        text = (
+            f"`trainer.backward(loss)` was called in {count_noun(self._idle_epochs, 'epoch')}, but "
+            "`trainer.step()` was not, so the model was not trained. Call `trainer.step()` after "
+            "each backward pass."
+        )
+        if self._idle_epochs > 1:
+            raise MisuseError(text)
+        # A script may train on the whole dataset at once: its step follows the first epoch.
+        if self._idle_epochs == 1:
+            self._warn(text)
+
+    def _check_position(self, scheduler: Any) -> None:
+        known = self._scheduler
+        has_moved = known is not None and scheduler is known and known.last_epoch > self._last_epoch
+        # Loading a state also moves a scheduler, but replaces `base_lrs`.
+        has_moved = has_moved and getattr(known, "base_lrs", None) is self._base_lrs
+        stepped = ["`optimizer.step()`"] if self._counter.count != self._count else []
+        stepped += ["`scheduler.step()`"] if has_moved else []
+        if stepped:
+            calls = " and ".join(stepped)
+            raise MisuseError(
+                f"The script calls {calls} besides `trainer.step()`, which steps the optimizer and "
+                f"the scheduler itself, so they would step too often. Remove the call of {calls}."
+            )
+
+    def _check_rivals(self) -> None:
+        claim = self._claim
+        before, now = self._steps_of_rivals, sum(rival.steps for rival in claim.rivals)
+        self._steps_of_rivals = now
+        # A script may build an engine for a model and then another one that replaces it.
+        if before is None or before == now:
+            return
+        shared = claim.parameters & set[Any]().union(*(each.parameters for each in claim.rivals))
+        claim.forget_rivals()
+        named = self._backend.model.named_parameters()
+        example = next(f"`{name}`" for name, parameter in named if parameter in shared)
+        text = (
+            f"Two engines take turns to train the same parameters, such as {example}. Each has its "
+            "own optimizer state and schedule. Build only one engine for a model, or pass "
+            "different `model_parameters` to each."
+        )
+        # DeepSpeed's own optimizers have copies of the weights, so each engine would undo the steps
+        # of the other.
+        if self._backend.optimizer is not self._backend.basic_optimizer:
+            raise MisuseError(text)
+        self._warn(text)
+
+    def _check_unfrozen(self) -> None:
+        unfrozen = [(name, p) for name, p in self._frozen if p.requires_grad]
+        if not unfrozen:
+            return
+        self._frozen = [(name, p) for name, p in self._frozen if not p.requires_grad]
+        groups = self._backend.optimizer.param_groups
+        trained = {id(parameter) for group in groups for parameter in group["params"]}
+        names = [f"`{name}`" for name, parameter in unfrozen if id(parameter) not in trained]
+        if names:
+            self._warn(
+                f"{_shorten(names)} required no gradients when the engine was built and are in no "
+                "param group, so they are not trained now that they do. Pass frozen parameters to "
+                "`initialize` as `model_parameters` or, if there is no schedule, call "
+                "`optimizer.add_param_group`."
+            )
+
+    def _warn(self, text: str) -> None:
+        if self._backend.ranks.rank == 0:
+            log.warning("%s", text)
+
+
+class _Claim:
+    """The parameters that an engine trains, the steps it took, and the engines that share some."""
+
+    def __init__(self, parameters: set[Any]) -> None:
+        self.parameters = parameters
+        self.steps = 0
+        shares = [each for each in _CLAIMS if not each.parameters.isdisjoint(parameters)]
+        self.rivals = weakref.WeakSet(shares)
+        for rival in shares:
+            rival.rivals.add(self)
+        _CLAIMS.add(self)
+
+    def forget_rivals(self) -> None:
+        """Forget the other engines, and make them forget this one."""
+        for rival in list(self.rivals):
+            rival.rivals.discard(self)
+        self.rivals.clear()
+
+
+_CLAIMS: weakref.WeakSet[_Claim] = weakref.WeakSet()
+
+
+class _StepCounter:
+    """Counts the steps of an optimizer. It holds no reference to the engine."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.count = 0
+        self._handle: Any = None
+        if hasattr(optimizer, "_optimizer_step_post_hooks"):  # some wrappers have no hooks
+            self._handle = optimizer.register_step_post_hook(self._add)
+
+    def _add(self, *_: object) -> None:
+        self.count += 1
+
+    def release(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+
+def _find_trained(backend: CheckedBackend) -> set[Any]:
+    """Return the trained parameters of the model, also if the optimizer has flat copies of them."""
+    groups = getattr(backend.optimizer, "param_groups", ())  # DeepSpeed's inference has none
+    optimized = {id(parameter) for group in groups for parameter in group["params"]}
+    parameters = list(backend.model.parameters())
+    trained = {parameter for parameter in parameters if id(parameter) in optimized}
+    return trained or {parameter for parameter in parameters if parameter.requires_grad}
+
+
+def _has_position(scheduler: object) -> bool:
+    """Return whether only the engine may step a scheduler; scripts may pass a metric to one."""
+    takes_metric = isinstance(scheduler, ReduceLROnPlateau) or (
+        isinstance(scheduler, ScheduleBinder) and scheduler.schedule.feedback == "metric"
+    )
+    return not takes_metric and isinstance(getattr(scheduler, "last_epoch", None), int)
+
+
+def _raise_without_gradients(accumulation: Accumulation) -> None:
+    if accumulation.scaled_losses == 0:
+        raise MisuseError(
+            "`trainer.step()` was called without a backward pass since the last step. Call "
+            "`trainer.backward(loss)` before each `trainer.step()`."
+        )
+    raise MisuseError(
+        "`trainer.step()` found no gradients, although `trainer.backward(loss)` was called. Do not "
+        "clear the gradients between the two calls, and check that the loss depends on the "
+        "parameters of the optimizer."
+    )
+
+
+def _shorten(names: list[str], most: int = 3) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more parameters"

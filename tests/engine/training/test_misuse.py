@@ -1,0 +1,321 @@
+"""Loops that train incorrectly raise or warn once; loops that are only unusual do neither."""
+
+import contextlib
+import copy
+import logging
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.utils.data import IterableDataset, TensorDataset
+
+import engine
+from engine.errors import MisuseError
+from tests.testing.fake_backend import FakeBackend, build_engine
+
+WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.4, "warmup_num_steps": 4}}
+PLATEAU = {"type": "ReduceLROnPlateau", "params": {"patience": 0, "factor": 0.5}}
+X = torch.ones(2, 2)
+
+
+def build_step_lr(optimizer):
+    return StepLR(optimizer, 1)
+
+
+SCHEDULERS = pytest.mark.parametrize(
+    "scheduler", [{"scheduler": WARMUP}, {"lr_scheduler": build_step_lr}], ids=["config", "torch"]
+)
+
+
+def backward(trainer):
+    trainer.backward(trainer(X).mean())
+
+
+def train(trainer, micro_batches=1):
+    for _ in range(micro_batches):
+        backward(trainer)
+        trainer.step()
+
+
+def start(model, *, micro_batch_size=2, **arguments):
+    """Return an engine of `initialize`, and its loader."""
+    config = {
+        "train_batch_size": 2,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    }
+    trainer, _, loader, _ = engine.initialize(config=config, model=model, **arguments)
+    return trainer, loader
+
+
+def dataset(samples):
+    return TensorDataset(torch.ones(samples, 2))
+
+
+class OneSample(IterableDataset):
+    def __iter__(self):
+        yield torch.ones(2)
+
+
+def read_warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@SCHEDULERS
+def test_step_after_the_script_stepped_the_scheduler_raises(scheduler):
+    trainer = build_engine(**scheduler)
+    trainer.optimizer.step()
+    trainer.lr_scheduler.step()  # before the first step, a script may move the schedule
+    train(trainer, 2)
+    trainer.lr_scheduler.step()
+    with pytest.raises(MisuseError, match=r"Remove the call of `scheduler\.step\(\)`\."):
+        train(trainer)
+
+
+@SCHEDULERS
+def test_step_after_the_script_loaded_or_replaced_the_scheduler_is_valid(scheduler):
+    trainer, other = build_engine(**scheduler), build_engine(**scheduler)
+    train(other, 5)
+    train(trainer)
+    trainer.lr_scheduler.load_state_dict(copy.deepcopy(other.lr_scheduler.state_dict()))
+    train(trainer)
+    trainer.lr_scheduler = build_step_lr(trainer.optimizer)
+    trainer.lr_scheduler.last_epoch = 10
+    train(trainer)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "metric"),
+    [({"lr_scheduler": ReduceLROnPlateau}, {"metrics": 1.0}), ({"scheduler": PLATEAU}, {})],
+    ids=["torch", "config"],
+)
+def test_step_after_the_script_passed_a_metric_to_the_scheduler_is_valid(scheduler, metric):
+    trainer = build_engine(**scheduler)
+    for _ in range(3):
+        train(trainer)
+        trainer.lr_scheduler.step(**(metric or {"metric": 1.0}))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_step_after_the_script_stepped_the_optimizer_raises(accumulation):
+    trainer = build_engine(scheduler=WARMUP, gradient_accumulation_steps=accumulation)
+    train(trainer, accumulation)
+    backward(trainer)
+    trainer.optimizer.step()
+    with pytest.raises(MisuseError, match=r"Remove the call of `optimizer\.step\(\)`\."):
+        trainer.step()
+    trainer.lr_scheduler.step()
+    with pytest.raises(MisuseError, match=r"`optimizer\.step\(\)` and `scheduler\.step\(\)`"):
+        trainer.step()
+
+
+def test_step_after_a_step_that_failed_is_valid():
+    backend = FakeBackend()
+    trainer = build_engine(backend, engine={"max_skipped_steps": 1})
+    train(trainer)
+    backend.overflows_next = True
+    with pytest.raises(FloatingPointError):
+        train(trainer)
+    trainer.optimizer.step()
+    train(trainer)
+
+
+def test_step_without_a_backward_pass_raises_and_changes_nothing():
+    trainer = build_engine(scheduler=WARMUP)
+    train(trainer)
+    with pytest.raises(MisuseError, match="without a backward pass since the last step"):
+        trainer.step()
+    assert (trainer.global_steps, trainer.lr_scheduler.last_epoch) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "message"),
+    [(1, "found no gradients"), (2, "were cleared before the batch of 2 was complete")],
+)
+def test_step_after_zero_grad_raises(accumulation, message):
+    trainer = build_engine(gradient_accumulation_steps=accumulation)
+    train(trainer, accumulation - 1)
+    backward(trainer)
+    trainer.optimizer.zero_grad()
+    with pytest.raises(MisuseError, match=message):
+        trainer.step()
+
+
+@pytest.mark.parametrize("method", ["backward", "scale", "forward"])
+def test_pass_after_zero_grad_in_the_middle_of_a_batch_raises(method):
+    trainer = build_engine(gradient_accumulation_steps=3)
+    train(trainer, 4)
+    loss = trainer(X).mean()
+    trainer.module.zero_grad()
+    with pytest.raises(MisuseError, match="gradients of 1 micro-batch were cleared"):
+        getattr(trainer, method)(X if method == "forward" else loss)
+
+
+def step_gradients_by_hand(trainer):
+    for parameter in trainer.module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    trainer.step()
+
+
+def step_loss_backward(trainer):
+    trainer(X).mean().backward()
+    trainer.step()
+
+
+def step_combined_gradients(trainer):
+    backward(trainer)
+    first = [parameter.grad for parameter in trainer.module.parameters()]
+    trainer.zero_grad()
+    backward(trainer)
+    for parameter, gradient in zip(trainer.module.parameters(), first, strict=True):
+        parameter.grad += gradient
+    trainer.step()
+
+
+def step_with_an_omitted_micro_batch(trainer):
+    trainer.set_gradient_accumulation_boundary(is_boundary=False)
+    train(trainer)
+    trainer.set_gradient_accumulation_boundary(is_boundary=True)
+    trainer.step()
+
+
+def step_between_zero_grads(trainer):
+    trainer.optimizer.zero_grad()
+    train(trainer)
+    trainer.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        step_gradients_by_hand,
+        step_loss_backward,
+        step_combined_gradients,
+        step_with_an_omitted_micro_batch,
+        step_between_zero_grads,
+    ],
+)
+def test_step_of_an_unusual_loop_is_valid(step):
+    trainer = build_engine(scheduler=WARMUP)
+    for _ in range(3):
+        step(trainer)
+    assert trainer.global_steps == 3
+
+
+def test_step_after_loading_a_checkpoint_or_a_range_test_is_valid(tmp_path):
+    trainer = build_engine(scheduler=WARMUP, gradient_accumulation_steps=2)
+    train(trainer, 2)
+    trainer.save_checkpoint(tmp_path)
+    train(trainer, 1)
+    trainer.load_checkpoint(tmp_path)
+    trainer.optimizer.step()  # torch's checkpoint functions do so to create its state
+    train(trainer, 2)
+
+    def fail_in_the_middle_of_a_batch(trainer, batch):
+        if trainer.micro_steps == 3:
+            raise KeyError
+        return trainer(batch).mean()
+
+    with contextlib.suppress(KeyError):
+        engine.lr_range_test(trainer, [X], loss_fn=fail_in_the_middle_of_a_batch, steps=5)
+    train(trainer, 2)
+    assert trainer.global_steps == 3
+
+
+def test_epochs_without_a_step_warn_and_then_raise(caplog):
+    trainer, loader = start(torch.nn.Linear(2, 1), training_data=dataset(4))
+
+    def run_epoch(*, steps):
+        for (x,) in loader:
+            trainer.backward(trainer(x).mean())
+            if steps:
+                trainer.step()
+
+    for (x,) in loader:  # evaluation
+        trainer(x)
+    run_epoch(steps=True)
+    assert not read_warnings(caplog)
+    run_epoch(steps=False)
+    (message,) = read_warnings(caplog)
+    assert "`trainer.step()` was not" in message
+    trainer.step()  # one step for the whole dataset
+    run_epoch(steps=False)
+    trainer.step()
+    assert len(read_warnings(caplog)) == 1
+    run_epoch(steps=False)
+    run_epoch(steps=False)
+    with pytest.raises(MisuseError, match=r"in 2 epochs, but `trainer\.step\(\)` was not"):
+        run_epoch(steps=False)
+
+
+def test_epochs_that_each_end_in_the_middle_of_a_batch_are_valid(caplog):
+    trainer, loader = start(torch.nn.Linear(2, 1), micro_batch_size=1, training_data=OneSample())
+    for _ in range(3):
+        for x in loader:
+            trainer.backward(trainer(x).mean())
+            trainer.step()
+    assert not read_warnings(caplog)
+
+
+def test_engines_that_take_turns_on_one_model_warn_once(caplog):
+    model = torch.nn.Linear(2, 1)
+    (first, _), (second, _) = start(model), start(model)
+    train(first, 2)
+    train(second, 2)  # the second engine may have replaced the first one
+    assert not read_warnings(caplog)
+    for _ in range(3):
+        train(first)
+        train(second)
+    (message,) = read_warnings(caplog)
+    assert "such as `weight`" in message
+
+
+def test_engines_that_train_different_parts_of_one_model_do_not_warn(caplog):
+    model = torch.nn.Linear(2, 1)
+    (first, _), (second, _) = (start(model, model_parameters=[p]) for p in model.parameters())
+    for _ in range(3):
+        train(first)
+        train(second)
+        first.zero_grad()
+    assert not read_warnings(caplog)
+
+
+def test_engine_on_a_dataset_smaller_than_a_batch_warns(caplog):
+    start(torch.nn.Linear(2, 1), training_data=dataset(2))
+    assert not read_warnings(caplog)
+    start(torch.nn.Linear(2, 1), training_data=dataset(1))
+    (message,) = read_warnings(caplog)
+    assert "`len(training_data)` is 1, less than the `train_batch_size` of 2" in message
+
+
+@pytest.mark.parametrize("steps_before", [1, 50])
+def test_unfrozen_parameters_that_are_not_trained_are_named_once(steps_before, caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    model[:2].requires_grad_(False)
+    trained = [*model[1].parameters(), *model[2].parameters()]
+    trainer, _ = start(model, model_parameters=trained)
+    train(trainer, steps_before)
+    model.requires_grad_(True)
+    train(trainer, 51)
+    (message,) = read_warnings(caplog)
+    assert message.startswith("`0.weight`, `0.bias` required no gradients")
+
+
+def test_parameters_added_to_the_optimizer_or_left_out_at_the_start_do_not_warn(caplog):
+    model = torch.nn.Linear(2, 1)
+    model.bias.requires_grad_(False)
+    trainer, _ = start(model)
+    model.bias.requires_grad_(True)
+    trainer.optimizer.add_param_group({"params": [model.bias]})
+    train(trainer, 3)
+    model = torch.nn.Linear(2, 1)
+    trainer, _ = start(model, model_parameters=[model.weight])
+    train(trainer, 3)
+    assert not read_warnings(caplog)
+
+
+def test_destroy_removes_the_hook_from_the_optimizer():
+    trainer = build_engine()
+    assert trainer.optimizer._optimizer_step_post_hooks
+    trainer.destroy()
+    assert not trainer.optimizer._optimizer_step_post_hooks
