@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from engine.backends.base import Backend
 from engine.checkpoint.automatic import AutomaticCheckpoints
 from engine.checkpoint.fingerprint import Identity
 from engine.checkpoint.manager import Checkpointer
-from engine.checkpoint.rng import preserve_rng_state
 from engine.config import Config
 from engine.deepspeed_accessors import DeepSpeedAccessors
-from engine.training.data import call_on_batches, read_epoch
+from engine.errors import MisuseError
+from engine.training.data import call_on_batches, count_steps_per_epoch, read_epoch
 from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
+from engine.training.loader import RunLoader
 from engine.training.loss_window import check_loss
 from engine.training.monitors import Monitors
+from engine.training.own_loaders import prepare_loader
+from engine.training.rng import preserve_rng_state
 from engine.training_run import TrainingRun, iterate_batches
 
 __all__ = ["Engine"]
+
+log = logging.getLogger("onecycle")
+
+LoaderT = TypeVar("LoaderT", bound=Iterable[Any])
 
 
 class Engine(DeepSpeedAccessors):
@@ -41,19 +48,26 @@ class Engine(DeepSpeedAccessors):
         config: Config,
         backend: Backend,
         lr_scheduler: LRScheduler | None,
-        loader: DataLoader[Any] | None,
+        loader: RunLoader | None,
         identity: Identity,
         monitors: Monitors | None = None,
     ) -> None:
         super().__init__()
         self.module = backend.model
         self.optimizer = backend.optimizer
-        self.training_dataloader = loader
+        self.training_dataloader: RunLoader | None = None
         self._backend = backend
-        self._checkpointer = Checkpointer(config, backend, identity, loader)
+        self._checkpointer = Checkpointer(config, backend, identity)
         self._automatic = AutomaticCheckpoints(config.checkpoint, self._checkpointer, backend.ranks)
         self._evaluator = Evaluator(backend.ranks)
         self._run = TrainingRun.start(config, backend, lr_scheduler, monitors)
+        if loader is not None:
+            self._use_loader(loader)
+        elif not self._run.length.set_total(config, None) and backend.ranks.rank == 0:
+            log.warning(
+                "`engine.max_duration` has no effect until the data loader is passed to "
+                "`trainer.prepare`, because the length of an epoch is unknown"
+            )
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
@@ -72,6 +86,51 @@ class Engine(DeepSpeedAccessors):
             if name.startswith("__") or "_backend" not in vars(self):
                 raise
             return self._backend.get_attribute(name)
+
+    def prepare(self, loader: LoaderT) -> LoaderT:
+        """Prepare your own data loader for training. Every rank must call this method.
+
+        The returned loader iterates like ``loader`` and
+
+        - moves batches to this rank's device,
+        - splits the samples across the ranks, unless the loader does so already,
+        - stops at ``engine.max_duration``, and
+        - resumes at the position that a checkpoint was saved at.
+
+        ``loader`` itself stays unchanged. A schedule with durations in epochs needs the loader
+        earlier: pass it as ``training_data`` to `initialize`.
+
+        Args:
+            loader: torch DataLoader that yields micro-batches, or a data loader that has
+                ``state_dict`` and ``load_state_dict``.
+
+        Raises:
+            ValueError: the loader does not match the config or the ranks.
+            RuntimeError: the run has a data loader already.
+        """
+        if loader is self.training_dataloader:
+            return loader
+        if self.training_dataloader is not None:
+            raise MisuseError(
+                "The run has a training data loader already. Pass `training_data` to `initialize` "
+                "or one loader to `prepare`; pass other loaders to `trainer.evaluate`."
+            )
+        prepared = prepare_loader(loader, self.config, self._backend.ranks)
+        self._use_loader(prepared)
+        return cast("LoaderT", prepared)
+
+    def _use_loader(self, loader: RunLoader) -> None:
+        run = self._run
+        if not run.length.set_total(run.config, count_steps_per_epoch(loader, run.config)):
+            raise ValueError(
+                "`engine.max_duration` must not be in epochs, because the data loader has no "
+                "length. Set it in steps or samples, or add `__len__` to the dataset."
+            )
+        self.training_dataloader = loader
+        loader.stop_when(lambda: self.run_is_over, lambda: self._automatic.save_last(run))
+        loader.call_after_epoch(run.end_epoch)
+        loader.check_before_resuming(run.length.check_is_known)
+        self._checkpointer.data.set_loader(loader)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward pass in the precision that the config specifies."""
@@ -334,6 +393,7 @@ class Engine(DeepSpeedAccessors):
             CheckpointError: the checkpoint is damaged, or its schedule, optimizer, batch size,
                 precision or world size does not match this run. The run stays unchanged.
         """
+        self._run.length.is_position_known = True
         path, client_state = self._checkpointer.load(
             self._run,
             Path(load_dir),
@@ -355,6 +415,8 @@ class Engine(DeepSpeedAccessors):
         self._run.progress.close()
         self._checkpointer.close()
         self._run.misuse.release()
+        if self.training_dataloader is not None:
+            self.training_dataloader.close()
         self._backend.destroy()
 
     @property
@@ -368,6 +430,6 @@ class Engine(DeepSpeedAccessors):
 
     @property
     def epoch(self) -> int:
-        """The current epoch or, between epochs, the next one; from 0. Needs ``training_data``."""
+        """The current epoch or, between epochs, the next one; from 0. Needs a data loader."""
         self._run.length.is_position_known = True
         return read_epoch(self.training_dataloader)

@@ -27,12 +27,11 @@ from engine.engine import Engine
 from engine.range_test.script import apply_sweep, attach_recorder
 from engine.range_test.sweep import read_sweep
 from engine.training.arguments import check_arguments, check_is_trainable
-from engine.training.data import RunLoader, count_steps_per_epoch, make_loader
+from engine.training.data import build_loader, count_steps_per_epoch
+from engine.training.loader import RunLoader
 from engine.training.monitors import build_monitors
 from engine.training.optimizers import OptimizerFactory
-from engine.training.run_length import RunLength
 from engine.training.setup_log import log_setup
-from schedules.core.durations import DurationError
 from schedules.torch_scheduler import bind
 
 __all__ = ["initialize"]
@@ -49,7 +48,7 @@ def initialize(
     model: nn.Module | None = None,
     optimizer: Optimizer | OptimizerFactory | None = None,
     model_parameters: Iterable[Any] | None = None,
-    training_data: Dataset[Any] | None = None,
+    training_data: Dataset[Any] | Iterable[Any] | None = None,
     lr_scheduler: LRScheduler | SchedulerFactory | None = None,
     distributed_port: int | None = None,
     mpu: Any = None,
@@ -72,7 +71,8 @@ def initialize(
         optimizer: your own optimizer, or a function that takes the parameters and returns one;
             default: the optimizer in the config.
         model_parameters: parameters or param groups to train; default: all that require gradients.
-        training_data: dataset for the returned data loader.
+        training_data: dataset for the returned data loader, or your own data loader, which is
+            prepared as by `Engine.prepare`.
         lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one;
             default: the scheduler in the config. It is stepped after each applied optimizer step.
         distributed_port: port of rank 0, used if the environment does not set ``MASTER_PORT``.
@@ -128,7 +128,7 @@ def initialize(
     check_configs_match(ranks, json.dumps(resolved.raw, sort_keys=True))
     loader = None
     if training_data is not None:
-        loader = make_loader(training_data, resolved, ranks, collate_fn)
+        loader = build_loader(training_data, resolved, ranks, collate_fn)
     backend = backends.build(
         model,
         optimizer,
@@ -144,12 +144,6 @@ def initialize(
     identity = build_identity(resolved, scheduler, user_settings)
     monitors = build_monitors(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
-    run = engine._run  # noqa: SLF001  # private to the package
-    automatic = engine._automatic  # noqa: SLF001  # private to the package
-    _set_length(run.length, resolved, loader)
-    if loader is not None:
-        loader.stop_when(lambda: engine.run_is_over, lambda: automatic.save_last(run))
-        loader.call_after_epoch(run.end_epoch)
     attach_recorder(engine, sweep)
     if ranks.rank == 0:
         log_setup(
@@ -161,10 +155,8 @@ def initialize(
             num_parameters=backend.num_parameters,
             scheduler=scheduler,
         )
-        _warn_of_repeated_samples(loader, resolved)
-    is_resumed = automatic.resume(run)
-    if is_resumed and loader is not None and loader.epoch > 0:
-        loader.check_before_resuming(run.length.check_is_known)
+        _warn_of_repeated_samples(training_data, resolved)
+    engine._automatic.resume(engine._run)  # noqa: SLF001  # private to the package
     return engine, backend.optimizer, loader, scheduler
 
 
@@ -224,7 +216,7 @@ def _bind_schedule(
     config: Config,
     given: LRScheduler | SchedulerFactory | None,
     optimizer: Optimizer,
-    loader: DataLoader[Any] | None,
+    loader: RunLoader | None,
 ) -> LRScheduler | None:
     if config.schedule is not None:
         horizon = config.horizon(count_steps_per_epoch(loader, config))
@@ -234,24 +226,11 @@ def _bind_schedule(
     return given(optimizer)
 
 
-def _set_length(length: RunLength, config: Config, loader: RunLoader | None) -> None:
-    """Set the length of a run to the config's ``max_duration``, if it is set."""
-    duration = config.run.get("max_duration")
-    try:
-        total = config.horizon(count_steps_per_epoch(loader, config)).scaled_steps
-    except DurationError:  # in epochs, whose length is unknown without `training_data`
-        return
-    if total is not None and isinstance(duration, str) and not duration.strip().endswith("ba"):
-        length.total_samples = total * config.batch.train
-    else:
-        length.total_steps = total
-
-
-def _warn_of_repeated_samples(loader: DataLoader[Any] | None, config: Config) -> None:
+def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
     """Warn if the loader repeats samples within a batch, because the dataset is too small."""
-    if loader is None or isinstance(loader.dataset, IterableDataset):
+    if not isinstance(training_data, Dataset) or isinstance(training_data, IterableDataset):
         return
-    samples = len(loader.dataset)  # type: ignore[arg-type]  # Dataset does not declare __len__
+    samples = len(training_data)  # type: ignore[arg-type]  # Dataset does not declare __len__
     if samples < config.batch.train:
         log.warning(
             "`len(training_data)` is %d, less than the `train_batch_size` of %d, so each batch "

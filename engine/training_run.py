@@ -10,23 +10,22 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from engine.backends.base import Backend
-from engine.checkpoint.rng import preserve_rng_state
 from engine.checkpoint.rollback import Rollback
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
 from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
-from engine.training.data import RunLoader
 from engine.training.divergence import DivergenceCheck
 from engine.training.evaluation import preserve_modes
+from engine.training.loader import RunLoader
 from engine.training.loss_window import LossWindow
 from engine.training.misuse import MisuseChecks
 from engine.training.monitors import Monitors
 from engine.training.progress import Counters, ProgressReporter, StepRecord, StepRecorder
+from engine.training.rng import preserve_rng_state
 from engine.training.run_length import RunLength
 from engine.training.schedule_driver import ScheduleDriver
 from schedules import AutoWU, Schedule, ScheduleBinder
@@ -297,11 +296,12 @@ class TrainingRun:
             recorder.stop_if_over()
 
 
-def iterate_batches(loader: DataLoader[Any] | None, run: TrainingRun) -> Iterator[Any]:
+def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]:
     """Return an iterator over the batches of a run; see `Engine.batches`."""
-    if not isinstance(loader, RunLoader):
+    if loader is None:
         raise MisuseError(
-            "`trainer.batches()` needs training data. Pass `training_data` to `initialize`."
+            "`trainer.batches()` needs training data. Pass `training_data` to `initialize`, or "
+            "your data loader to `trainer.prepare`."
         )
     if not (run.length.is_known or run.is_trial):
         scheduler = run.scheduler
@@ -335,18 +335,16 @@ def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def preserve_state(
-    model: nn.Module, backend: Backend, loader: DataLoader[Any] | None
-) -> Iterator[None]:
+def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None) -> Iterator[None]:
     """Restore the training state when the context exits, even after an exception.
 
     Args:
         model: module whose training mode, and that of each submodule, is restored.
         backend: backend whose model, optimizer and loss scale are restored; its gradients are
             cleared.
-        loader: data loader whose position is restored, if `initialize` built it.
+        loader: data loader whose position is restored, or None.
     """
-    data = (loader.state_dict(), loader.resumes) if isinstance(loader, RunLoader) else None
+    data = None if loader is None else (loader.state_dict(), loader.resumes)
     with preserve_rng_state():
         snapshot = backend.snapshot()
         try:
@@ -355,5 +353,5 @@ def preserve_state(
         finally:
             backend.zero_grad()
             backend.restore(snapshot)
-            if isinstance(loader, RunLoader) and data is not None:
+            if loader is not None and data is not None:
                 loader.load_state_dict(data[0], resumes=data[1])

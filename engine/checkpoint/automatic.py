@@ -94,6 +94,7 @@ class AutomaticCheckpoints:
             return
         # A script that only evaluates needs no lock, so lock after the first step.
         self._checkpointer.lock(directory)
+        self._checkpointer.data.check_is_used()
         self.save_best(run)
         received = None if self._signals is None else self._signals.find_on_any_rank(self._ranks)
         if received is not None or (every is not None and run.counters.global_steps % every == 0):

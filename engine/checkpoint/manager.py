@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from engine.checkpoint import storage
 from engine.checkpoint.async_saver import AsyncSaver
@@ -25,11 +24,11 @@ from engine.checkpoint.collectives import (
     raise_on_all_ranks,
     wait_for_ranks,
 )
+from engine.checkpoint.data_position import DataPosition
 from engine.checkpoint.fingerprint import Identity, check_identity
 from engine.checkpoint.lock import DirectoryLock
 from engine.checkpoint.manifest import Manifest, read_manifest
 from engine.checkpoint.plain_values import check_plain_values, read_values, write_values
-from engine.checkpoint.rng import get_rng_state, set_rng_state
 from engine.checkpoint.rollback import Rollback
 from engine.checkpoint.schedule_state import adapt_schedule_state, convert_position
 from engine.config import Config
@@ -38,8 +37,8 @@ from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
-from engine.training.data import RunLoader
 from engine.training.progress import Counters, ProgressReporter
+from engine.training.rng import get_rng_state, set_rng_state
 
 __all__ = ["Checkpointer"]
 
@@ -117,24 +116,16 @@ class Checkpointer:
         config: config of the run; provides ``engine.checkpoint``, batch sizes and backend name.
         backend: backend that saves and loads the model and the optimizer.
         identity: settings that must match between this run and a checkpoint that it loads.
-        loader: data loader of the run, or None. Its position is saved only if `initialize` built
-            it.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        backend: SavedBackend,
-        identity: Identity,
-        loader: DataLoader[Any] | None,
-    ) -> None:
+    def __init__(self, config: Config, backend: SavedBackend, identity: Identity) -> None:
+        self.data = DataPosition(backend.ranks)
         self.async_saver = AsyncSaver() if config.checkpoint.is_async else None
         self._plan = config.checkpoint
         self._backend_name = config.backend.name
         self._backend = backend
         self._ranks = backend.ranks
         self._identity = identity
-        self._loader = loader if isinstance(loader, RunLoader) else None
         self._saved: dict[Path, tuple[int, int]] = {}  # steps and last report, by directory
         self._run_id = uuid.uuid4().hex
         self._locks: dict[Path, DirectoryLock | None] = {}  # None on ranks other than 0
@@ -226,15 +217,15 @@ class Checkpointer:
         """
         open_batches = run.accumulation.micro_batches
         counters = replace(run.counters, micro_steps=run.counters.micro_steps - open_batches)
-        loader = None if self._loader is None else self._loader.state_dict()
-        if loader is not None and open_batches:
-            loader |= {"given": loader["given"] - open_batches, "finished": 0}
+        position = self.data.get_state()
+        if position is not None and open_batches:
+            position |= {"given": position["given"] - open_batches, "finished": 0}
         return {
             "lr_scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
             "counters": asdict(counters),
             "monitors": run.progress.monitors.state_dict(),
             "batch": asdict(run.config.batch),
-            "loader": loader,
+            "loader": position,
             "best": None if run.best is None else run.best.state_dict(),
             "client_state": dict(client_state),
         }
@@ -248,6 +239,7 @@ class Checkpointer:
                 storage.create_partial(partial.parent, manifest.tag)
         with raise_on_all_ranks(size):
             write_values(partial / f"random.{ranks.rank}.pt", get_rng_state())
+            self.data.save(partial)
             if run.rollback is not None:
                 run.rollback.save(partial)
             if ranks.rank == 0:
@@ -332,6 +324,7 @@ class Checkpointer:
             set_rng_state(read_values(own))
         if counters:
             self._restore_counters(run, state)
+            self.data.load(state, run.config.batch, checkpoint_dir, manifest.world_size)
             if run.best is not None:
                 run.best.load_state_dict(state.get("best"))
             self._saved[directory.resolve()] = _get_position(run)
@@ -366,25 +359,16 @@ class Checkpointer:
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _restore_counters(self, run: RunState, state: Mapping[str, Any]) -> None:
-        """Restore the step counters and the position in the training data.
-
-        If the batch sizes have changed, both are converted to the new batch sizes.
-        """
+        """Restore the step counters, converted to the new batch sizes if these have changed."""
         batch = run.config.batch
         saved = state.get("batch") or asdict(batch)
-        counters, position = Counters(**state["counters"]), state["loader"]
+        counters = Counters(**state["counters"])
         if saved["accumulation"] != batch.accumulation:
             counters.micro_steps = counters.global_steps * batch.accumulation
         if "global_samples" not in state["counters"]:  # written by an older version
             counters.global_samples = counters.global_steps * saved["train"]
         run.restore_counters(counters)
         run.progress.monitors.resume(state.get("monitors", {}), counters.global_samples)
-        if self._loader is None or position is None:
-            return
-        if (saved["accumulation"], saved["train"]) != (batch.accumulation, batch.train):
-            samples = position["given"] // saved["accumulation"] * saved["train"]
-            position = position | {"given": samples // batch.train * batch.accumulation}
-        self._loader.load_state_dict(position)
 
     def _restore_scheduler(
         self, run: RunState, scheduler: LRScheduler, state: Mapping[str, Any]

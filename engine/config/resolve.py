@@ -78,6 +78,16 @@ class DataSettings:
     """Seed for shuffling the samples."""
     drop_last: bool
     """Whether the last batch of an epoch is dropped if it is incomplete."""
+    num_workers: int
+    """Number of processes that load data in the background."""
+    prefetch_factor: int | None
+    """Number of micro-batches that each worker loads in advance; None means 2."""
+    persistent_workers: bool
+    """Whether the workers keep running between epochs."""
+    pin_memory: bool
+    """Whether batches are loaded into pinned memory, if there is a GPU."""
+    shuffle: bool
+    """Whether the samples of a map-style dataset have a new order in each epoch."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +285,7 @@ def _resolve(
             every=raw.get("steps_per_print"),
             has_bar=engine["progress_bar"],
         ),
-        data=DataSettings(engine["seed"], value["dataloader_drop_last"]),
+        data=DataSettings(engine["seed"], value["dataloader_drop_last"], **engine["dataloader"]),
         report=engine["report"],
         overrides=tuple(overrides),
         warnings=tuple(warnings),

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 __all__ = ["check_arguments", "check_is_trainable"]
 
@@ -33,9 +32,9 @@ def check_arguments(
         f"`model` must be a torch.nn.Module, got {_describe(model)}. Pass the model to train.",
     )
     _check(
-        not isinstance(training_data, type | DataLoader),
-        f"`training_data` must be a dataset, got {_describe(training_data)}. Pass a dataset; "
-        "`initialize` builds its data loader.",
+        not isinstance(training_data, type),
+        f"`training_data` must be a dataset or a data loader, got {_describe(training_data)}. Pass "
+        "an instance.",
     )
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         _check_factory("optimizer", optimizer, argument="parameters")

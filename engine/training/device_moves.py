@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 __all__ = ["map_leaves", "move_to_device"]
 
@@ -18,9 +17,10 @@ def map_leaves(
     value: Any,
     is_leaf: Callable[[Any], bool] = lambda value: False,
 ) -> Any:
-    """Copy nested containers, with a function applied to each value inside that is no container.
+    """Replace each value in nested containers with the result of a function.
 
-    Containers are tuples, named tuples, lists, mappings and dataclasses, at any depth.
+    Containers are tuples, namedtuples, lists, mappings and dataclasses, at any depth. A container
+    in which nothing changes is returned itself; otherwise a copy of the same class is returned.
 
     Args:
         function: function of a leaf, whose result takes the leaf's place.
@@ -34,51 +34,76 @@ def map_leaves(
     def convert(inner: Any) -> Any:
         return map_leaves(function, inner, is_leaf)
 
-    if is_leaf(value):
+    if is_leaf(value) or isinstance(value, type):
         return function(value)
     if isinstance(value, Mapping):
-        items = {key: convert(inner) for key, inner in value.items()}
-        return items if type(value) is dict else _replace_items(value, items)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(convert, value))
+        return _map_mapping(convert, value)
     if isinstance(value, list | tuple):
-        return type(value)(map(convert, value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        clone = copy.copy(value)
-        for field in dataclasses.fields(value):
-            # The dataclass may be frozen.
-            object.__setattr__(clone, field.name, convert(getattr(value, field.name)))
-        return clone
+        return _map_sequence(convert, value)
+    if dataclasses.is_dataclass(value):
+        return _map_dataclass(convert, value)
     return function(value)
 
 
-def _replace_items(mapping: Any, items: dict[Any, Any]) -> Any:
-    """Return a copy of a mapping, of the same class, with other values."""
-    if not isinstance(mapping, MutableMapping):
-        return type(mapping)(items)
-    clone = copy.copy(mapping)
-    for key, value in items.items():  # Hugging Face's ModelOutput has no `update`
-        clone[key] = value
+def _map_mapping(convert: Callable[[Any], Any], value: Mapping[Any, Any]) -> Any:
+    items = {key: convert(inner) for key, inner in value.items()}
+    if all(items[key] is value[key] for key in items):
+        return value
+    if not isinstance(value, MutableMapping):
+        return type(value)(items)  # type: ignore[call-arg]  # read-only mappings wrap another one
+    clone: Any = copy.copy(
+        value
+    )  # a constructor may take other arguments, as that of `defaultdict`
+    for key, inner in items.items():  # Hugging Face's ModelOutput has no `update`
+        clone[key] = inner
     return clone
 
 
-def move_to_device(batch: Any, device: torch.device) -> Any:
+def _map_sequence(convert: Callable[[Any], Any], value: list[Any] | tuple[Any, ...]) -> Any:
+    items = [convert(inner) for inner in value]
+    if all(new is old for new, old in zip(items, value, strict=True)):
+        return value
+    if isinstance(value, list):
+        clone = copy.copy(value)
+        clone[:] = items
+        return clone
+    # A namedtuple takes its fields as separate arguments.
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _map_dataclass(convert: Callable[[Any], Any], value: Any) -> Any:
+    names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+    items = {name: convert(getattr(value, name)) for name in names}
+    if all(items[name] is getattr(value, name) for name in names):
+        return value
+    clone = copy.copy(value)
+    for name, inner in items.items():
+        object.__setattr__(clone, name, inner)  # works for frozen dataclasses, too
+    return clone
+
+
+def move_to_device(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
     """Return a batch with its tensors on a device.
 
     Args:
         batch: tensor, nested container of tensors as in `map_leaves`, or object with a method
             ``to(device)``, such as Hugging Face's ``BatchEncoding``. Anything else is kept.
         device: device to move to.
+        non_blocking: whether copies from pinned memory to a GPU overlap with computation.
 
     >>> move_to_device({"x": [torch.ones(2), "text"]}, torch.device("meta"))
     {'x': [tensor(..., device='meta', size=(2,)), 'text']}
     """
 
     def move(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            # A copy from pinned memory to a GPU then overlaps with computation.
-            return leaf.to(device, non_blocking=device.type == "cuda")
-        return leaf.to(device) if _has_to(leaf) else leaf
+        if not _has_to(leaf):
+            return leaf
+        if non_blocking:
+            try:
+                return leaf.to(device, non_blocking=True)
+            except TypeError:  # the method takes only a device
+                pass
+        return leaf.to(device)
 
     return map_leaves(move, batch, is_leaf=_has_to)
 

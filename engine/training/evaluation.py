@@ -22,8 +22,8 @@ from torch.utils.data import (
 )
 
 from engine.distributed.ranks import Ranks
-from engine.training.data import RunLoader
 from engine.training.device_moves import map_leaves, move_to_device
+from engine.training.loader import RunLoader
 
 __all__ = ["Evaluator", "Metrics", "Scalar", "evaluation_mode", "preserve_modes"]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from engine.config import Config
 from engine.errors import MisuseError
 from engine.training.progress import Counters
+from schedules.core.durations import DurationError
 
 __all__ = ["RunLength"]
 
@@ -31,6 +33,28 @@ class RunLength:
     """Number of applied steps in the loaded checkpoint, which `steps_this_run` does not count."""
     is_position_known: bool = False
     """Whether the script has read the epoch or the number of steps."""
+
+    def set_total(self, config: Config, steps_per_epoch: int | None) -> bool:
+        """Set the length of the run to the config's ``max_duration``, if it is set.
+
+        Args:
+            config: config of the run.
+            steps_per_epoch: number of optimizer steps per epoch; None if unknown.
+
+        Returns:
+            Whether the length is known, or unlimited. A length in epochs is unknown without
+            ``steps_per_epoch``.
+        """
+        duration = config.run.get("max_duration")
+        try:
+            total = config.horizon(steps_per_epoch).scaled_steps
+        except DurationError:
+            return False
+        if total is not None and isinstance(duration, str) and not duration.strip().endswith("ba"):
+            self.total_samples = total * config.batch.train
+        else:
+            self.total_steps = total
+        return True
 
     def is_over(self, counters: Counters) -> bool:
         """Return whether the run has reached one of its limits."""

@@ -128,9 +128,9 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
     if unit == "ep":
         if horizon.steps_per_epoch is None:
             raise DurationError(
-                f"{duration!r} requires the number of steps per epoch. Pass `training_data` to "
-                "`initialize`, set `--steps-per-epoch` on the command line, or specify a number of "
-                "steps."
+                f"{duration!r} requires the number of steps per epoch. Pass `training_data`, a "
+                "dataset or a data loader, to `initialize`, set `--steps-per-epoch` on the command "
+                "line, or specify a number of steps."
             )
         return int(int(value * horizon.steps_per_epoch) * ratio)
     if unit == "sp":

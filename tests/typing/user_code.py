@@ -54,12 +54,14 @@ def train(dataset: Dataset[tuple[Tensor, Tensor]]) -> None:
         assert_type(trainer.step(), bool)
     scheduler.get_last_lr()
     batches = DataLoader(dataset, batch_size=8)
+    assert_type(trainer.prepare(batches), DataLoader[tuple[Tensor, Tensor]])
     assert_type(engine.lr_range_test(trainer, batches), engine.LRRangeReport)
     assert_type(trainer.evaluate(batches, lambda batch: torch.ones(())), float)
     assert_type(trainer.evaluate(batches, lambda batch: (0.5, len(batch))), float)
     assert_type(trainer.evaluate(batches, lambda batch: {"loss": 0.5}), dict[str, float])
     metrics = {"loss": torch.ones(()), "accuracy": 0.5}
     assert_type(trainer.evaluate(batches, lambda batch: (metrics, 3)), dict[str, float])
+    engine.initialize(config={}, model=nn.Linear(2, 2), training_data=batches)
 
 
 def handle_errors(path: str) -> list[engine.Problem]:

@@ -9,6 +9,7 @@ from engine.config.rules.backend import RULES as _BACKEND
 from engine.config.rules.batch_sizes import RULES as _BATCH_SIZES
 from engine.config.rules.checkpoint import RULES as _CHECKPOINT
 from engine.config.rules.context import Rule, RuleContext
+from engine.config.rules.dataloader import RULES as _DATALOADER
 from engine.config.rules.optimizer import RULES as _OPTIMIZER
 from engine.config.rules.precision import RULES as _PRECISION
 from engine.config.rules.schedule import RULES as _SCHEDULE
@@ -24,5 +25,6 @@ RULES: tuple[Rule, ...] = (
     *_ZERO,
     *_ACTIVATION_CHECKPOINTING,
     *_CHECKPOINT,
+    *_DATALOADER,
     *_BACKEND,
 )

@@ -64,6 +64,10 @@ CYCLE = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.1}
 OFFLOAD = "/zero_optimization/offload_param"
 
 
+def dataloader_config(**settings):
+    return {"train_batch_size": 8, "engine": {"dataloader": settings}}
+
+
 def elastic_config(stage, optimizer, **params):
     block = {"optimizer": {"type": optimizer, "params": params}}
     return zero_config(stage=stage, elastic_checkpoint=True) | block
@@ -217,6 +221,19 @@ PAIRS = [
         [("checkpoint-without-dir", "error", "/engine/checkpoint/every")],
     ),
     ({"train_batch_size": 8, "engine": {"checkpoint": {"async": True, "resume": "never"}}}, []),
+    (
+        dataloader_config(num_workers=0, prefetch_factor=2, persistent_workers=True),
+        [
+            ("dataloader-without-workers", "error", "/engine/dataloader/prefetch_factor"),
+            ("dataloader-without-workers", "error", "/engine/dataloader/persistent_workers"),
+        ],
+    ),
+    (dataloader_config(num_workers=2, prefetch_factor=2, persistent_workers=True), []),
+    (dataloader_config(prefetch_factor=None, persistent_workers=False), []),
+    (
+        dataloader_config(num_worker=2, prefetch_factor=2),
+        [("unknown-key", "error", "/engine/dataloader/num_worker")],
+    ),
     (
         schedule_config("OneCycle", **CYCLE, cycle_first_step_size=9, cycle_first_stair_count=9),
         [("no-effect", "note", "/scheduler/params/cycle_first_stair_count")],

@@ -8,13 +8,15 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from engine.config import load_config
 from engine.distributed.ranks import Ranks
-from engine.training.data import GlobalBatchSampler, make_loader
+from engine.training.batch_sampler import GlobalBatchSampler, order_dataset
+from engine.training.data import build_loader
 
 
 def batches(samples, world_size=1, epochs=2, **config):
     """Return the sorted samples of each step, over all ranks and micro-batches."""
     resolved = load_config(config, world_size=world_size)
-    ranks = [GlobalBatchSampler(samples, resolved, rank) for rank in range(world_size)]
+    order = order_dataset(samples, resolved)
+    ranks = [GlobalBatchSampler(order, resolved, rank) for rank in range(world_size)]
     seen = []
     for _ in range(epochs):
         micro = [list(sampler) for sampler in ranks]
@@ -77,11 +79,11 @@ ONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
 def test_loader_of_an_iterable_dataset_keeps_its_order():
-    loader = make_loader(Stream(), load_config({"train_batch_size": 4}), ONE, None)
+    loader = build_loader(Stream(), load_config({"train_batch_size": 4}), ONE, None)
     assert [batch.tolist() for batch in loader] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_loader_with_collate_fn_yields_its_batches():
     data = TensorDataset(torch.arange(8))
-    loader = make_loader(data, load_config({"train_batch_size": 4}), ONE, len)
+    loader = build_loader(data, load_config({"train_batch_size": 4}), ONE, len)
     assert list(loader) == [4, 4]

@@ -1,13 +1,20 @@
-"""Moving batches to a device: every container keeps its class, and every tensor moves."""
+"""Moves of batches to a device; the device "meta" shows them without a GPU."""
 
-import dataclasses
+import types
 from collections import OrderedDict, UserDict, defaultdict
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import TensorDataset
+from transformers import BatchEncoding
+from transformers.modeling_outputs import BaseModelOutput
 
+from engine.config import load_config
+from engine.distributed.ranks import Ranks
+from engine.training.data import build_loader
 from engine.training.device_moves import move_to_device
 
 META = torch.device("meta")
@@ -15,52 +22,78 @@ META = torch.device("meta")
 
 class Pair(NamedTuple):
     x: torch.Tensor
-    y: None
+    y: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Sample:
     x: torch.Tensor
     name: str = "a"
+    size: int = field(init=False, default=3)
 
 
-class Encoding(UserDict):
-    """Moves itself, as Hugging Face's BatchEncoding does."""
+class Graph:
+    """A batch with its own method, which takes only a device."""
+
+    def __init__(self, x):
+        self.x = x
 
     def to(self, device):
-        self.data = {name: value.to(device) for name, value in self.data.items()}
-        return self
+        return Graph(self.x.to(device))
 
 
-def x():
+def tensor():
     return torch.ones(2)
 
 
-CONTAINERS = {
-    "tensor": (x(), lambda batch: batch),
-    "tuple": ((x(), 1), lambda batch: batch[0]),
-    "nested": ([{"a": (x(), "text")}], lambda batch: batch[0]["a"][0]),
-    "named tuple": (Pair(x(), None), lambda batch: batch.x),
-    "ordered dict": (OrderedDict(a=x()), lambda batch: batch["a"]),
-    "default dict": (defaultdict(list, a=x()), lambda batch: batch["a"]),
-    "user dict": (UserDict(a=x()), lambda batch: batch["a"]),
-    "read-only mapping": (MappingProxyType({"a": x()}), lambda batch: batch["a"]),
-    "dataclass": (Sample(x()), lambda batch: batch.x),
-    "object with `to`": (Encoding(a=x()), lambda batch: batch["a"]),
-}
-
-
-@pytest.mark.parametrize("name", CONTAINERS)
-def test_move_to_device_moves_the_tensors_of_each_container(name):
-    batch, get = CONTAINERS[name]
-    moved = move_to_device(batch, META)
+@pytest.mark.parametrize(
+    ("batch", "read"),
+    [
+        ([tensor(), [tensor(), "text"]], lambda batch: batch[1][0]),
+        ((1, (tensor(),)), lambda batch: batch[1][0]),
+        (Pair(tensor(), 2), lambda batch: batch.x),
+        ({"a": {"b": tensor()}}, lambda batch: batch["a"]["b"]),
+        (defaultdict(list, a=[tensor()]), lambda batch: batch["a"][0]),
+        (OrderedDict(a=tensor()), lambda batch: batch["a"]),
+        (types.MappingProxyType({"a": tensor()}), lambda batch: batch["a"]),
+        (UserDict(a=tensor()), lambda batch: batch["a"]),
+        (Sample(tensor()), lambda batch: batch.x),
+        ([Sample(tensor())], lambda batch: batch[0].x),
+        (Graph(tensor()), lambda batch: batch.x),
+        (BatchEncoding({"input_ids": tensor()}), lambda batch: batch["input_ids"]),
+        (BaseModelOutput(last_hidden_state=tensor()), lambda batch: batch.last_hidden_state),
+        (pack_sequence([tensor()]), lambda batch: batch.data),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("non_blocking", [False, True])
+def test_move_of_a_nested_batch_moves_a_copy(batch, read, non_blocking):
+    moved = move_to_device(batch, META, non_blocking=non_blocking)
     assert type(moved) is type(batch)
-    assert get(moved).device == META
-    if name != "object with `to`":
-        assert get(batch).device.type == "cpu"
+    assert read(moved).device == META
+    if not isinstance(batch, BatchEncoding):  # its method `to` changes it
+        assert read(batch).device.type == "cpu"
 
 
-def test_move_to_device_keeps_the_batch_sizes_of_a_packed_sequence_on_the_cpu():
-    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
-    moved = move_to_device([packed], META)[0]
+def test_move_of_a_packed_sequence_keeps_its_batch_sizes_on_the_cpu():
+    moved = move_to_device([pack_sequence([torch.ones(3), torch.ones(2)])], META)[0]
     assert (moved.data.device, moved.batch_sizes.device.type) == (META, "cpu")
+
+
+@pytest.mark.parametrize(
+    "batch", [3, "text", None, [1, ("a", {"b": None})], {"size": 2}, torch.Tensor, Sample]
+)
+def test_move_of_a_batch_without_tensors_returns_the_same_object(batch):
+    assert move_to_device(batch, META) is batch
+
+
+def test_move_of_a_batch_on_the_device_returns_the_same_object():
+    batch = {"x": [tensor()], "pair": (tensor(), Sample(tensor()))}
+    assert move_to_device(batch, torch.device("cpu")) is batch
+
+
+def test_loader_moves_its_batches_to_the_device_of_the_rank():
+    data = TensorDataset(torch.arange(8.0))
+    config = load_config({"train_batch_size": 4})
+    loader = build_loader(data, config, Ranks(0, 0, 1, META), None)
+    assert [x.device for (x,) in loader] == [META, META]

@@ -1,4 +1,4 @@
-"""Get and set the RNG states of Python, NumPy and PyTorch."""
+"""Get, set and seed the RNG states of Python, NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["get_rng_state", "preserve_rng_state", "set_rng_state"]
+__all__ = ["get_rng_state", "preserve_rng_state", "seed_rng", "set_rng_state"]
 
 
 def get_rng_state() -> dict[str, Any]:
@@ -45,3 +45,19 @@ def preserve_rng_state() -> Iterator[None]:
         yield
     finally:
         set_rng_state(state)
+
+
+def seed_rng(seed: str) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators of the CPU.
+
+    >>> with preserve_rng_state():
+    ...     seed_rng("0")
+    ...     first = torch.rand(1)
+    ...     seed_rng("0")
+    ...     bool(first == torch.rand(1))
+    True
+    """
+    random.seed(seed)
+    np.random.seed(random.getrandbits(32))  # noqa: NPY002  # data sets use the global generator
+    # `torch.manual_seed` would also seed the GPUs, which a worker does not use.
+    torch.default_generator.manual_seed(random.getrandbits(63))

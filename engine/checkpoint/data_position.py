@@ -1,0 +1,95 @@
+"""The position in the training data, in a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint.plain_values import read_values, write_values
+from engine.config.batch_sizes import BatchSizes
+from engine.distributed.ranks import Ranks
+from engine.training.loader import RunLoader
+
+__all__ = ["DataPosition"]
+
+log = logging.getLogger("onecycle")
+
+
+class DataPosition:
+    """Saves and restores the position of the run's data loader.
+
+    A checkpoint may be loaded before the script passes its data loader to `Engine.prepare`. Its
+    position is then restored when the loader is passed.
+
+    Args:
+        ranks: rank and world size of this process.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._loader: RunLoader | None = None
+        self._pending: Mapping[str, Any] | None = None
+
+    def set_loader(self, loader: RunLoader) -> None:
+        """Set the data loader of the run, and restore the position that was loaded before."""
+        self._loader = loader
+        if self._pending is not None:
+            loader.load_state_dict(self._pending)
+            self._pending = None
+
+    def get_state(self) -> dict[str, Any] | None:
+        """Return the part of the position that is the same on all ranks; None without a loader."""
+        state = None if self._loader is None else self._loader.state_dict()
+        return state and {key: value for key, value in state.items() if key != "loader"}
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's state of a data loader that saves its own position, if it has one."""
+        state = {} if self._loader is None else self._loader.state_dict()
+        if "loader" in state:
+            write_values(self._get_path(directory), state["loader"])
+
+    def _get_path(self, directory: Path) -> Path:
+        return directory / f"loader.{self._ranks.rank}.pt"
+
+    def load(
+        self, state: Mapping[str, Any], batch: BatchSizes, directory: Path, world_size: int
+    ) -> None:
+        """Restore the position, in whole batches if the batch sizes have changed.
+
+        Args:
+            state: contents of the checkpoint; "loader" is the value of `get_state`.
+            batch: batch sizes of this run.
+            directory: directory of the checkpoint.
+            world_size: number of ranks that saved the checkpoint.
+        """
+        position, saved = state["loader"], state.get("batch") or asdict(batch)
+        if position is None:
+            if self._ranks.rank == 0:
+                log.warning(
+                    "the checkpoint does not contain the position in the data, which starts from "
+                    "its beginning; pass the data loader as `training_data`, or to "
+                    "`trainer.prepare`, to save its position"
+                )
+            return
+        if (saved["accumulation"], saved["train"]) != (batch.accumulation, batch.train):
+            samples = position["given"] // saved["accumulation"] * saved["train"]
+            position = position | {"given": samples // batch.train * batch.accumulation}
+        path = self._get_path(directory)
+        if path.is_file() and world_size == self._ranks.world_size:
+            position = position | {"loader": read_values(path)}
+        self._pending = position
+        if self._loader is not None:
+            self.set_loader(self._loader)
+
+    def check_is_used(self) -> None:
+        """Warn, once, if the script trains without the data loader whose position was loaded."""
+        if self._pending is not None:
+            self._pending = None
+            if self._ranks.rank == 0:
+                log.warning(
+                    "the position in the data was not restored, because the run has no data "
+                    "loader; pass it as `training_data`, or to `trainer.prepare`"
+                )

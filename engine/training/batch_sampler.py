@@ -1,0 +1,189 @@
+"""Sample the micro-batches of one rank from the order of an epoch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler, get_worker_info
+
+from engine.config import Config
+from engine.training.rng import preserve_rng_state, seed_rng
+
+__all__ = [
+    "EpochOrder",
+    "GlobalBatchSampler",
+    "find_samplers",
+    "order_dataset",
+    "order_sampler",
+    "set_epoch",
+]
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The order in which each epoch visits the data."""
+
+    name: str
+    """Name of ``length`` in error messages."""
+    draw: Callable[[int], Sequence[Any]]
+    """Function that returns the items of an epoch, given its number. It must be reproducible."""
+    length: int
+    """Number of items per epoch."""
+    drop_last: bool
+    """Whether an incomplete last batch of an epoch is dropped."""
+    is_batched: bool = False
+    """Whether each item is a micro-batch of one rank; if false, it is a sample."""
+    is_sharded: bool = False
+    """Whether the items are those of this rank only; if false, they are the same on all ranks."""
+
+
+def order_dataset(samples: int, config: Config) -> EpochOrder:
+    """Return the order of a dataset: a random permutation for each epoch, unless it is disabled.
+
+    Args:
+        samples: number of samples in the dataset.
+        config: config with the seed, ``engine.dataloader.shuffle`` and ``dataloader_drop_last``.
+    """
+
+    def draw(epoch: int) -> Sequence[int]:
+        if not config.data.shuffle:
+            return range(samples)
+        generator = torch.Generator().manual_seed(config.data.seed + epoch)
+        return torch.randperm(samples, generator=generator).tolist()
+
+    return EpochOrder("len(training_data)", draw, samples, config.data.drop_last)
+
+
+def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
+    """Return the order that a sampler draws, reproducibly.
+
+    Each epoch is drawn with random generators that are seeded with ``engine.seed``: the global
+    ones, and those of the sampler. All of them get their state back afterwards.
+
+    Args:
+        source: sampler or batch sampler with a length.
+        config: config with the seed.
+        **settings: the other fields of `EpochOrder`.
+    """
+    samplers = find_samplers(source)
+    generators = [getattr(each, "generator", None) for each in samplers]
+    own = [each for each in generators if isinstance(each, torch.Generator)]
+
+    def draw(epoch: int) -> Sequence[Any]:
+        set_epoch(source, epoch)
+        states = [generator.get_state() for generator in own]
+        with preserve_rng_state():
+            seed_rng(f"{config.data.seed} {epoch}")
+            for generator in own:
+                generator.manual_seed(config.data.seed + epoch)
+            items = list(itertools.islice(source, len(source)))
+        for generator, state in zip(own, states, strict=True):
+            generator.set_state(state)
+        return items
+
+    return EpochOrder(draw=draw, **settings)
+
+
+def find_samplers(source: Any) -> list[Any]:
+    """Return a sampler or data loader and the samplers inside it, from the outside in."""
+    found: list[Any] = []
+    while source is not None and not any(source is each for each in found):
+        found.append(source)
+        inner = (getattr(source, name, None) for name in ("batch_sampler", "sampler"))
+        source = next((each for each in inner if each is not None), None)
+    return found
+
+
+def set_epoch(source: Any, epoch: int) -> None:
+    """Call ``set_epoch`` of a data loader, dataset or sampler, and of the samplers inside it."""
+    for each in find_samplers(source):
+        if callable(getattr(each, "set_epoch", None)):
+            each.set_epoch(epoch)
+
+
+class GlobalBatchSampler(Sampler[Any]):
+    """Samples one rank's micro-batches, so that global batches do not depend on the world size.
+
+    The order of an epoch is cut into batches of ``train_batch_size``. Each batch is split across
+    ranks and micro-batches. Step k therefore trains on the same samples whether a batch of 8 is
+    processed on one rank, in 2 micro-batches of 4, or on two ranks with 4 samples each. The last
+    batch is filled up with samples from the start of the epoch, or dropped. Each iteration over the
+    sampler is one epoch.
+
+    Args:
+        order: order in which each epoch visits the data.
+        config: config with the batch sizes and the seed.
+        rank: rank whose micro-batches are yielded.
+        seeds_workers: whether the micro-batches are sent to worker processes, which they then seed.
+
+    Raises:
+        ValueError: the data is empty, or its only batch is dropped.
+    """
+
+    def __init__(
+        self, order: EpochOrder, config: Config, rank: int, *, seeds_workers: bool = False
+    ) -> None:
+        self._order = order
+        self._seed = f"{config.data.seed} {rank if order.is_sharded else ''}"
+        self._seeds_workers = seeds_workers
+        self.epoch = 0
+        self.skips = 0
+        """Number of micro-batches that the next iteration skips, without loading their samples."""
+        world_size = 1 if order.is_sharded else config.batch.world_size
+        self._micro = 1 if order.is_batched else config.batch.micro
+        self._stride = self._micro * world_size
+        self._rank = 0 if order.is_sharded else rank
+        self._accumulation = config.batch.accumulation
+        train = self._stride * self._accumulation
+        self.batches = order.length // train if order.drop_last else math.ceil(order.length / train)
+        if self.batches == 0:
+            fix = (
+                'Set "dataloader_drop_last": false (for your own loader, `drop_last=False`), or a '
+                'smaller "train_batch_size".'
+                if order.length
+                else "Check how the dataset is built."
+            )
+            minimum = train if order.length else 1
+            raise ValueError(f"`{order.name}` must be >= {minimum}, got {order.length}. {fix}")
+
+    def __len__(self) -> int:
+        return self.batches * self._accumulation
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, skips = self.epoch, self.skips
+        self.epoch, self.skips = epoch + 1, 0
+        order = list(self._order.draw(epoch))
+        wanted = len(self) * self._stride
+        order = (order * math.ceil(wanted / len(order)))[:wanted]
+        first = skips * self._stride + self._rank * self._micro
+        for start in range(first, wanted, self._stride):
+            items = order[start] if self._order.is_batched else order[start : start + self._micro]
+            if self._seeds_workers:
+                yield _SeededItems(items, f"{self._seed} {epoch} {start // self._micro}")
+            else:
+                yield items
+
+
+class _SeededItems:
+    """The items of a micro-batch that a worker loads; unpickling them seeds the worker.
+
+    torch seeds a worker when it starts. Its random numbers would then depend on the micro-batches
+    that it has loaded before, and a resumed run would draw others.
+    """
+
+    def __init__(self, items: Any, seed: str) -> None:
+        self._items, self._seed = items, seed
+
+    def __reduce__(self) -> tuple[Callable[[Any, str], Any], tuple[Any, str]]:
+        return _seed_worker, (self._items, self._seed)
+
+
+def _seed_worker(items: Any, seed: str) -> Any:
+    if get_worker_info() is not None:
+        seed_rng(seed)
+    return items

@@ -1,0 +1,203 @@
+"""The data loader of a run: it counts epochs, keeps its position and ends with the run."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from engine.distributed.ranks import Ranks
+from engine.errors import MisuseError
+from engine.training.batch_sampler import GlobalBatchSampler, set_epoch
+from engine.training.device_moves import move_to_device
+from engine.training.repeats import RepeatCheck
+from engine.training.rng import preserve_rng_state
+
+__all__ = ["RunLoader", "has_state"]
+
+log = logging.getLogger("onecycle")
+
+_MAX_EMPTY_EPOCHS = 10_000
+"""Iterations of a loader after the end of a run; more of them are an endless loop."""
+
+
+def has_state(loader: object) -> bool:
+    """Return whether a data loader saves its own position, like torchdata's StatefulDataLoader."""
+    return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+class RunLoader:
+    """Iterates over the micro-batches of a data loader until the run is over.
+
+    Each iteration is one epoch, or the rest of the epoch that a checkpoint was saved in. Batches
+    are moved to the rank's device. Attributes that this class does not have, such as ``dataset``,
+    are those of the data loader.
+
+    Args:
+        batches: data loader of this rank.
+        ranks: device, rank and world size of this process.
+        seed: seed of ``generator`` in the first epoch.
+        generator: generator of ``batches``, from which torch draws the seeds of the workers. It is
+            seeded in each epoch, and leaves the global random state unchanged.
+        sampler: batch sampler of ``batches``, which can skip micro-batches. Without it, a loader
+            that does not save its own position yields the skipped micro-batches again.
+        repeats: check that the ranks load different batches, if the loader does not ensure it.
+    """
+
+    def __init__(
+        self,
+        batches: Any,
+        ranks: Ranks,
+        *,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        sampler: GlobalBatchSampler | None = None,
+        repeats: RepeatCheck | None = None,
+    ) -> None:
+        self._batches = batches
+        self._device = ranks.device
+        self._seed = seed
+        self._generator = generator
+        self._sampler = sampler
+        self._repeats = repeats
+        self._is_pinned = bool(getattr(batches, "pin_memory", False))
+        self._run_is_over: Callable[[], bool] = lambda: False
+        self._end_epoch: Callable[[], None] = lambda: None
+        self._save_last: Callable[[], None] = lambda: None
+        self._check_resume: Callable[[], None] = lambda: None
+        self._epoch = -1
+        self._empty_epochs = 0  # iterations after the end of the run
+        self._requested = 0  # micro-batches of this epoch that were requested
+        self._is_finished = True  # whether the data of this epoch is used up
+        self.resumes = False
+        """Whether the next iteration resumes the current epoch instead of starting a new one."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # `copy` and `pickle` look for special methods
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._batches, name)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is being iterated over or, between epochs, the next one; from 0."""
+        return self._epoch + 1 if self._is_finished else self._epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the data.
+
+        Returns:
+            The epoch, the micro-batches requested in it, whether its data is used up and, as
+            "loader", this rank's state of a data loader that saves its own position.
+        """
+        finished = int(self._is_used_up())
+        state = {"epoch": self._epoch, "given": self._requested, "finished": finished}
+        return state | {"loader": self._batches.state_dict()} if has_state(self._batches) else state
+
+    def _is_used_up(self) -> bool:
+        return self._is_finished or self._has_requested_all()
+
+    def _has_requested_all(self) -> bool:
+        return self._sampler is not None and self._requested == len(self._sampler)
+
+    def load_state_dict(self, state: Mapping[str, Any], *, resumes: bool = True) -> None:
+        """Load a saved position; if ``resumes`` is false, start with the next epoch instead.
+
+        If the data of the saved epoch is used up, the next iteration starts the next epoch.
+        """
+        self._epoch, self._requested = state["epoch"], state["given"]
+        finished = self._has_requested_all()  # written by older versions
+        self._is_finished = bool(state.get("finished", finished))
+        self.resumes = resumes and not self._is_finished
+        if not has_state(self._batches) or not (self.resumes or self._is_finished):
+            return
+        if "loader" in state:
+            self._batches.load_state_dict(state["loader"])
+        elif self.resumes:
+            log.warning(
+                "the checkpoint has no state of the data loader of this rank; epoch %d starts from "
+                "its beginning",
+                self._epoch,
+            )
+
+    def close(self) -> None:
+        """End the workers that keep running between epochs.
+
+        If Python's garbage collector ends them instead, it waits for seconds, because it may delete
+        their queues first.
+        """
+        if getattr(self._batches, "persistent_workers", False):
+            self._batches._iterator = None  # noqa: SLF001  # torch has no public way
+
+    def check_before_resuming(self, check_resume: Callable[[], None]) -> None:
+        """Call ``check_resume`` before the first iteration, if it is not in the first epoch."""
+        self._check_resume = check_resume
+
+    def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
+        """Stop iterating once ``run_is_over`` returns true, and then call ``save_last``."""
+        self._run_is_over, self._save_last = run_is_over, save_last
+
+    def call_after_epoch(self, end_epoch: Callable[[], None]) -> None:
+        """Call ``end_epoch`` whenever the data of an epoch is used up."""
+        self._end_epoch = end_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._run_is_over():
+            return self._end_run()
+        check, self._check_resume = self._check_resume, lambda: None
+        if self.epoch > 0:
+            check()
+        if not self.resumes:
+            self._epoch, self._requested = self._epoch + 1, 0
+        self.resumes = self._is_finished = False
+        return self._count_requests(self._start_epoch())
+
+    def _start_epoch(self) -> Iterator[Any]:
+        """Return the rest of the current epoch."""
+        set_epoch(self._batches, self._epoch)
+        set_epoch(getattr(self._batches, "dataset", None), self._epoch)
+        if self._generator is not None:
+            self._generator.manual_seed(self._seed + self._epoch)
+        if self._sampler is not None:
+            self._sampler.epoch, self._sampler.skips = self._epoch, self._requested
+        batches: Iterator[Any] = iter(self._batches)
+        is_replayed = self._sampler is None and not has_state(self._batches)
+        if is_replayed and self._requested:
+            with preserve_rng_state():  # it was restored to the state after these batches
+                next(itertools.islice(batches, self._requested - 1, None), None)
+        return batches
+
+    def _count_requests(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            if self._repeats is not None and not self._repeats.add(batch):
+                self._repeats = None
+            self._requested += 1
+            yield self._move(batch)
+            if self._run_is_over():
+                self._is_finished = self._is_used_up()
+                yield from self._end_run()
+                return
+        self._is_finished = True
+        self._end_epoch()
+        if self._run_is_over():
+            yield from self._end_run()
+
+    def _move(self, batch: Any) -> Any:
+        if self._device.type == "cpu":
+            return batch
+        return move_to_device(batch, self._device, non_blocking=self._is_pinned)
+
+    def _end_run(self) -> Iterator[Any]:
+        self._empty_epochs += 1
+        if self._empty_epochs > _MAX_EMPTY_EPOCHS:
+            raise MisuseError(
+                "The run is over, but the training loop continues to iterate over the data. Exit "
+                "the loop when `trainer.run_is_over` is true, or increase `engine.max_duration`."
+            )
+        self._save_last()
+        return iter(())

@@ -1,0 +1,247 @@
+"""Prepare a data loader of the user's own for a run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+
+from engine.config import Config
+from engine.distributed.ranks import Ranks
+from engine.training.batch_sampler import (
+    EpochOrder,
+    GlobalBatchSampler,
+    find_samplers,
+    order_sampler,
+)
+from engine.training.loader import RunLoader, has_state
+from engine.training.repeats import RepeatCheck
+
+__all__ = ["build_run_loader", "is_loader", "prepare_loader"]
+
+log = logging.getLogger("onecycle")
+
+_SETTINGS = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "persistent_workers",
+    "in_order",
+)
+"""Arguments of torch's DataLoader that do not decide which samples it loads."""
+
+
+def is_loader(value: object) -> bool:
+    """Return whether a value is a data loader, not a dataset."""
+    if isinstance(value, Dataset) or hasattr(value, "__getitem__"):
+        return False
+    return isinstance(value, DataLoader) or (isinstance(value, Iterable) and has_state(value))
+
+
+def prepare_loader(loader: Iterable[Any], config: Config, ranks: Ranks) -> RunLoader:
+    """Prepare a data loader; the loader itself stays unchanged. Every rank must call this function.
+
+    A `torch.utils.data.DataLoader` is built again from its parts, so that its samples are split
+    across the ranks and its order is reproducible. A loader that saves its own position, or that
+    overrides how it iterates, is used as it is and must split its samples itself.
+
+    Args:
+        loader: data loader that yields micro-batches.
+        config: config with the batch sizes and the seed.
+        ranks: device, rank and world size of this process.
+
+    Raises:
+        ValueError: ``loader`` is not a data loader, or does not match the config or the ranks.
+    """
+    if not is_loader(loader):
+        raise ValueError(
+            "`loader` must be a torch DataLoader, or a loader with `state_dict` and "
+            f"`load_state_dict`, got {type(loader).__name__}. Wrap it in a DataLoader, or pass a "
+            "dataset as `training_data` to `initialize`."
+        )
+    _check_settings(loader, config)
+    if not isinstance(loader, DataLoader) or has_state(loader) or _overrides_iteration(loader):
+        prepared, description = _use_loader(loader, config, ranks), "is used as it is"
+    else:
+        prepared, description = _rebuild_loader(loader, config, ranks)
+    if ranks.rank == 0:
+        log.info("the data loader %s", description)
+    return prepared
+
+
+def _check_settings(loader: Any, config: Config) -> None:
+    section = config.raw.get("engine", {}).get("dataloader")
+    if section:
+        raise ValueError(
+            f"`engine.dataloader` is for datasets, but {type(loader).__name__} has its own "
+            "settings. Remove the section, or pass the dataset instead of the loader."
+        )
+    size, micro = _read_batch_size(loader), config.batch.micro
+    if size not in {None, micro}:
+        raise ValueError(
+            f"The data loader must have the batch size of `train_micro_batch_size_per_gpu`, "
+            f"{micro}, got {size} ({config.batch}). Create it with `batch_size={micro}`, or set "
+            f'"train_micro_batch_size_per_gpu": {size}.'
+        )
+
+
+def _read_batch_size(loader: Any) -> int | None:
+    """Return the batch size of a data loader; None if it is not known."""
+    for part in find_samplers(loader)[:2]:
+        size = getattr(part, "batch_size", None)
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def _overrides_iteration(loader: DataLoader[Any]) -> bool:
+    """Return whether a subclass of torch's DataLoader yields its batches in its own way."""
+    names = ("__iter__", "_get_iterator")
+    return any(getattr(type(loader), name) is not getattr(DataLoader, name) for name in names)
+
+
+def _use_loader(loader: Any, config: Config, ranks: Ranks) -> RunLoader:
+    is_sharded = _check_shard(loader, ranks)
+    is_map_style = not isinstance(getattr(loader, "dataset", None), IterableDataset | None)
+    if ranks.world_size > 1 and is_map_style and not is_sharded:
+        raise ValueError(
+            f"{type(loader).__name__} must split its samples across {ranks.world_size} ranks. "
+            "Create it with `sampler=DistributedSampler(dataset)`."
+        )
+    if not has_state(loader) and ranks.rank == 0:
+        log.warning(
+            "%s iterates in its own way, so a resumed run skips batches by loading them again, "
+            "which is correct only if each epoch has a fixed order",
+            type(loader).__name__,
+        )
+    repeats = None if is_sharded or is_map_style else _build_repeat_check(config, ranks, loader)
+    return RunLoader(loader, ranks, repeats=repeats)
+
+
+def _check_shard(source: Any, ranks: Ranks) -> bool:
+    """Return whether a sampler yields the samples of one rank, like a `DistributedSampler`.
+
+    Raises:
+        ValueError: it yields the samples of another rank, or of another number of ranks.
+    """
+    for sampler in find_samplers(source):
+        shard = getattr(sampler, "rank", None), getattr(sampler, "num_replicas", None)
+        if None in shard:
+            continue
+        if shard != (ranks.rank, ranks.world_size):
+            raise ValueError(
+                f"The sampler must yield the samples of rank {ranks.rank} of {ranks.world_size}, "
+                f"got those of rank {shard[0]} of {shard[1]}. Create the "
+                f"{type(sampler).__name__} after `engine.initialize`, or use a sampler that does "
+                "not split the samples."
+            )
+        return True
+    return False
+
+
+def _rebuild_loader(loader: DataLoader[Any], config: Config, ranks: Ranks) -> tuple[RunLoader, str]:
+    """Return a new loader with the same dataset and settings, and a description for the log."""
+    settings = {name: getattr(loader, name) for name in _SETTINGS if hasattr(loader, name)}
+    settings["pin_memory"] &= ranks.device.type == "cuda"  # torch warns on the CPU
+    if not settings.get("in_order", True) and ranks.rank == 0:
+        log.warning("with `in_order=False`, a resumed run may repeat some batches and miss others")
+    if isinstance(loader.dataset, IterableDataset):
+        settings |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        built = build_run_loader(loader.dataset, settings, None, config, ranks)
+        return built, "reads an iterable dataset, which must split its samples across the ranks"
+    if loader.batch_sampler is None:
+        settings["batch_size"] = None
+    order = _read_order(loader, config, ranks)
+    _check_same_order(order, ranks)
+    built = build_run_loader(loader.dataset, settings, order, config, ranks)
+    sampler = find_samplers(loader)[-1]
+    is_split = ranks.world_size > 1 and not order.is_sharded
+    split = f", split across {ranks.world_size} ranks" if is_split else ""
+    return built, f"is built again with the order of its {type(sampler).__name__}{split}"
+
+
+def _read_order(loader: DataLoader[Any], config: Config, ranks: Ranks) -> EpochOrder:
+    source = find_samplers(loader)[1]
+    drop_last = bool(getattr(source, "drop_last", False))
+    is_batched = type(source) is not BatchSampler
+    source = source if is_batched else source.sampler
+    if not hasattr(source, "__len__"):
+        raise ValueError(
+            f"{type(source).__name__} must have a length. Add `__len__`, which returns the number "
+            f"of {'micro-batches' if is_batched else 'samples'} per epoch."
+        )
+    return order_sampler(
+        source,
+        config,
+        name=f"len({type(source).__name__})",
+        length=len(source),
+        drop_last=drop_last,
+        is_batched=is_batched,
+        is_sharded=_check_shard(source, ranks),
+    )
+
+
+def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
+    """Check that all ranks draw the same order, of which each rank then takes its part."""
+    if ranks.world_size == 1:
+        return
+    found: list[Any] = [None] * ranks.world_size
+    items = b"" if order.is_sharded else repr(list(order.draw(0))).encode()
+    dist.all_gather_object(found, (order.length, hashlib.sha256(items).hexdigest()))
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise ValueError(
+                f"`{order.name}` is {found[0][0]} on rank 0 and {other[0]} on rank {rank}, or the "
+                "samples are different. Use a sampler that yields all samples, in the same order "
+                "on all ranks, or give it the attributes `rank` and `num_replicas`."
+            )
+
+
+def _build_repeat_check(config: Config, ranks: Ranks, loader: Any) -> RepeatCheck | None:
+    if config.backend.name == "deepspeed":  # ranks that share a model load the same batches
+        return None
+    return RepeatCheck(ranks, getattr(loader, "num_workers", 0))
+
+
+def build_run_loader(
+    dataset: Dataset[Any],
+    settings: dict[str, Any],
+    order: EpochOrder | None,
+    config: Config,
+    ranks: Ranks,
+) -> RunLoader:
+    """Build the loader of a run from a dataset.
+
+    Args:
+        dataset: dataset to load.
+        settings: arguments of torch's DataLoader. For a dataset that returns whole micro-batches,
+            ``batch_size`` is None.
+        order: order of the samples; None for an iterable dataset, which has its own order.
+        config: config with the batch sizes and the seed.
+        ranks: device, rank and world size of this process.
+    """
+    seed, generator = config.data.seed, torch.Generator()
+    if order is None:
+        loader = DataLoader(dataset, generator=generator, **settings)
+        if loader.persistent_workers and ranks.rank == 0:
+            log.warning(
+                "persistent workers of an iterable dataset keep their random generators between "
+                "epochs, so a resumed run may draw different random numbers"
+            )
+        repeats = _build_repeat_check(config, ranks, loader)
+        return RunLoader(loader, ranks, seed=seed, generator=generator, repeats=repeats)
+    sampler = GlobalBatchSampler(
+        order, config, ranks.rank, seeds_workers=settings["num_workers"] > 0
+    )
+    key = "sampler" if "batch_size" in settings else "batch_sampler"
+    loader = DataLoader(dataset, generator=generator, **(settings | {key: sampler}))
+    return RunLoader(loader, ranks, seed=seed, generator=generator, sampler=sampler)
