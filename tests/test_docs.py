@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,20 @@ def test_config_in_documentation_is_valid(block):
     shown = json.loads(block if block.startswith("{") else f"{{{block}}}")
     whole = {"train_batch_size": 8, "optimizer": {"type": "AdamW"}} | shown
     assert [problem for problem in validate(whole) if problem.severity != "note"] == []
+
+
+def test_first_example_of_the_readme_trains_to_the_end_of_its_schedule(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    config, code = (
+        re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)[1]
+        for language in ("json", "python")
+    )
+    assert '"cycle_first_step_size": 1000' in config
+    (tmp_path / "ds_config.json").write_text(config.replace("1000", "20"))
+    (tmp_path / "train.py").write_text(code)
+    command = [sys.executable, "train.py"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    assert (tmp_path / "checkpoints" / "global_step40").is_dir()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

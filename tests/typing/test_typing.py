@@ -40,6 +40,9 @@ dataset: Dataset[tuple[Tensor, Tensor]]
 loader: DataLoader[tuple[Tensor, Tensor]]
 loss_fn: Callable[[Tensor, Tensor], Tensor]
 optimizer: Optimizer
+trainer: engine.Engine
+validation_loader: DataLoader[tuple[Tensor, Tensor]]
+compute_loss: Callable[[Any], Tensor]
 """
 
 
