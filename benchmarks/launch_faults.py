@@ -1,27 +1,39 @@
-"""Break a launch on two hosts in every known way. Print the message, the delay and the leftovers.
+"""Break a launch in every known way. Print the message, the delay and the leftovers.
 
-    python benchmarks/launch_faults.py
+    python benchmarks/launch_faults.py [--only TEXT]
 
-The hosts are network namespaces of this machine, each with its own sshd (tests/testing/lab.sh;
-requires root). Each rank waits indefinitely, unless it causes the fault. The table shows the time
-from the fault to the exit of the launcher in seconds, and the number of processes of the job that
-are still running on the hosts some seconds later.
+Faults of hosts: the two hosts are network namespaces of this machine, each with its own sshd
+(tests/testing/lab.sh; requires root). Each rank waits indefinitely, unless it causes the fault.
+
+Faults of ranks: two ranks train on this machine, and one of them fails while the other one waits
+for it in a collective (tests/testing/failing_rank.py).
+
+The tables show the time from the fault to the exit of the launcher in seconds, and the number of
+processes of the job that are still running some seconds later.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
+import time
+import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.testing.lab import lab
+from engine.checkpoint import storage
+from tests.testing.lab import ONECYCLE, lab
 
 WORKER = ROOT / "tests" / "testing" / "worker.py"
+FAILING_RANK = WORKER.with_name("failing_rank.py")
 START = """$ONECYCLE launch --hostfile hosts --grace 5 worker.py {what} 2> said & pid=$!
 {until}
 start=$(date +%s.%N)
@@ -34,7 +46,7 @@ echo "ROW|$status|$start|$end|$left"
 grep -h 'first failure\\|cannot' said | tail -n 1
 """
 READY = "until [ -e pid.0 ] && [ -e pid.1 ]; do sleep 0.05; done; sleep 0.5"
-FAULTS = (
+HOST_FAULTS = (
     ("a rank ends with 7", "fail", "until [ -e pid.1 ]; do sleep 0.05; done", "", 1),
     ("a worker is killed", "wait", READY, "on 1 pkill -KILL -f '[w]orker.py wait' -n", 1),
     ("the launcher gets SIGINT", "wait", READY, "kill -INT $pid", 1),
@@ -45,31 +57,114 @@ FAULTS = (
     ("a host is disconnected", "wait", READY, "cable 1 down", 32),
     ("a host is off before launch", "wait", "power 1 off", "", 0),
 )
+RANK_FAULTS = (
+    ("an exception in the loop", "loop"),
+    ("an exception in a data-loader worker", "worker"),
+    ("an exception in a backward hook", "hook"),
+    ("`sys.exit(3)`", "exit"),
+    ("a KeyboardInterrupt on one rank", "interrupt"),
+    ("Ctrl-C: SIGINT to the launcher", "launcher"),
+    ("SIGINT to every rank", "ranks"),
+)
+BACKENDS = ("torch", "deepspeed")
+MARK = "LAUNCH_FAULTS"
+"""Environment variable that marks every process of a launch."""
+
+
+def break_host(fault: str, what: str, until: str, happens: str, settle: int) -> str:
+    """Cause a fault of a host, and return the row of the table."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
+        shutil.copy(WORKER, directory / "worker.py")
+        script = START.format(what=what, until=until, fault=happens, settle=settle)
+        if fault == "a host is off before launch":
+            script = script.replace("$ONECYCLE", "power 1 off; $ONECYCLE").replace(
+                "2> said", "> said"
+            )
+        lines = lab(script, directory).out.splitlines()
+    [row] = [line for line in lines if line.startswith("ROW|")]
+    _, status, start, end, left = row.split("|")
+    seconds = float(end) - float(start)
+    said = lines[-1].removeprefix("onecycle launch: ") if not lines[-1].startswith("ROW") else "-"
+    return f"| {fault} | {said} | {status} | {seconds:.1f} | {left} |"
+
+
+def break_rank(fault: str, kind: str, backend: str) -> str:
+    """Cause a fault of a rank, and return the row of the table."""
+    with tempfile.TemporaryDirectory() as name:
+        directory, mark = Path(name), uuid.uuid4().hex
+        is_signal = kind in {"launcher", "ranks"}
+        arguments = ["none", backend, "checkpoints"] if is_signal else [kind, backend]
+        with (directory / "errors").open("wb") as errors:
+            launcher = subprocess.Popen(
+                [*ONECYCLE, "launch", "--nproc", "2", "--grace", "20", FAILING_RANK, *arguments],
+                cwd=directory,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: mark},
+            )
+        if is_signal:
+            send_interrupt(launcher, directory, to_ranks=kind == "ranks")
+        status = launcher.wait()
+        seconds = time.time() - float((directory / "failed_at").read_text())
+        time.sleep(1)
+        said = describe_end(directory)
+    return f"| {fault} | {backend} | {said} | {status} | {seconds:.1f} | {count_processes(mark)} |"
+
+
+def send_interrupt(launcher: subprocess.Popen[bytes], directory: Path, *, to_ranks: bool) -> None:
+    """Wait until both ranks train, and send SIGINT to them or to the launcher."""
+    files = [directory / f"training.{rank}" for rank in range(2)]
+    while not all(path.exists() for path in files):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    (directory / "failed_at").write_text(str(time.time()))
+    for pid in [int(path.read_text()) for path in files] if to_ranks else [launcher.pid]:
+        os.kill(pid, signal.SIGINT)
+
+
+def describe_end(directory: Path) -> str:
+    """Return the last line of the rank's traceback, the launcher's message, and the checkpoint."""
+    lines = [
+        line.replace("[rank1]:", "").partition("] ")[2].strip() or line
+        for line in (directory / "errors").read_text().splitlines()
+        if not line.rstrip().endswith("]")  # the empty last line of a traceback
+    ]
+    has_traceback = any("Traceback" in line for line in lines)
+    said = lines[-1].removeprefix("onecycle launch: first failure: ")
+    said = f"{lines[-2]}; {said}" if has_traceback else said
+    found = storage.list_checkpoints(directory / "checkpoints")
+    return f"{said}; saved a checkpoint" if found else said
+
+
+def count_processes(mark: str) -> int:
+    """Return the number of processes whose environment contains the mark of a launch."""
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # the process has exited
+            count += f"{MARK}={mark}".encode() in path.read_bytes()
+    return count
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    ).parse_args()
-    print("| fault | message | status | seconds | processes left |\n|---|---|---|---|---|")
-    for fault, what, until, happens, settle in FAULTS:
-        with tempfile.TemporaryDirectory() as name:
-            directory = Path(name)
-            (directory / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
-            shutil.copy(WORKER, directory / "worker.py")
-            script = START.format(what=what, until=until, fault=happens, settle=settle)
-            if fault == "a host is off before launch":
-                script = script.replace("$ONECYCLE", "power 1 off; $ONECYCLE").replace(
-                    "2> said", "> said"
-                )
-            lines = lab(script, directory).out.splitlines()
-        [row] = [line for line in lines if line.startswith("ROW|")]
-        _, status, start, end, left = row.split("|")
-        seconds = float(end) - float(start)
-        said = (
-            lines[-1].removeprefix("onecycle launch: ") if not lines[-1].startswith("ROW") else "-"
-        )
-        print(f"| {fault} | {said} | {status} | {seconds:.1f} | {left} |", flush=True)
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose fault contains TEXT")
+    only = parser.parse_args().only
+    host_faults = [each for each in HOST_FAULTS if only in each[0]]
+    rank_faults = [each for each in RANK_FAULTS if only in each[0]]
+    if host_faults:
+        print("| fault | message | status | seconds | processes left |\n|---|---|---|---|---|")
+    for host_fault in host_faults:
+        print(break_host(*host_fault), flush=True)
+    if rank_faults:
+        print("| fault | backend | message | status | seconds | processes left |")
+        print("|---|---|---|---|---|---|")
+    for fault, kind in rank_faults:
+        for backend in BACKENDS:
+            print(break_rank(fault, kind, backend), flush=True)
 
 
 if __name__ == "__main__":

@@ -410,14 +410,20 @@ class Engine(DeepSpeedAccessors):
         self._checkpointer.wait()
 
     def destroy(self) -> None:
-        """Close the monitors and release the backend's resources; the model stays usable."""
-        self._automatic.close()
-        self._run.progress.close()
-        self._checkpointer.close()
-        self._run.misuse.release()
-        if self.training_dataloader is not None:
-            self.training_dataloader.close()
-        self._backend.destroy()
+        """Save the last steps, and release the monitors and the backend; the model stays usable.
+
+        With ``engine.checkpoint.every``, steps that are in no checkpoint are saved, unless an
+        exception is being handled. Several ranks save if all of them call this method.
+        """
+        try:
+            self._automatic.close(self._run)
+        finally:
+            self._run.progress.close()
+            self._checkpointer.close()
+            self._run.misuse.release()
+            if self.training_dataloader is not None:
+                self.training_dataloader.close()
+            self._backend.destroy()
 
     @property
     def run_is_over(self) -> bool:

@@ -24,7 +24,7 @@ from engine.distributed.ranks import (
     init_distributed,
 )
 from engine.engine import Engine
-from engine.range_test.script import apply_sweep, attach_recorder
+from engine.range_test.script import apply_sweep, attach_recorder, is_next_engine_swept
 from engine.range_test.sweep import read_sweep
 from engine.training.arguments import check_arguments, check_is_trainable
 from engine.training.data import build_loader, count_steps_per_epoch
@@ -111,7 +111,8 @@ def initialize(
     del dist_init_required
     check_arguments(args, model, optimizer, training_data, lr_scheduler)
     assert model is not None
-    sweep = read_sweep()
+    lr_test = read_sweep()
+    sweep = lr_test if lr_test is not None and is_next_engine_swept(lr_test) else None
     source = sweep.config if sweep is not None else None
     resolved = _load(
         source or _choose_source(args, config, config_params),
@@ -120,6 +121,8 @@ def initialize(
     )
     if sweep is not None:
         resolved, lr_scheduler = apply_sweep(resolved, sweep), None
+    elif lr_test is not None:
+        resolved = resolved.copy_for_trial_run(resolved.schedule)
     _check_sources(resolved, optimizer, lr_scheduler)
     if model_parameters is None and (resolved.optimizer or callable(optimizer)):
         check_is_trainable(model)
@@ -144,7 +147,9 @@ def initialize(
     identity = build_identity(resolved, scheduler, user_settings)
     monitors = build_monitors(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
-    attach_recorder(engine, sweep)
+    engine._run.is_trial = lr_test is not None  # noqa: SLF001  # private to the package
+    if sweep is not None or lr_test is None:
+        attach_recorder(engine, sweep)
     if ranks.rank == 0:
         log_setup(
             resolved,

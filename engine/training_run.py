@@ -58,7 +58,11 @@ class TrainingRun:
     best: BestMetric | None = None
     recorder: StepRecorder | None = None
     is_trial: bool = False
-    """Whether this is an LR range test, which saves no checkpoints; `recorder` decides its end."""
+    """Whether this is part of an LR range test, which saves no checkpoints.
+
+    `recorder` decides the end of the test. With `onecycle lr-test`, only one engine of the script
+    has a recorder.
+    """
     counters: Counters = field(default_factory=Counters)
 
     @classmethod

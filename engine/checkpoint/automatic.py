@@ -8,9 +8,11 @@ import sys
 import weakref
 from pathlib import Path
 
+import torch.distributed as dist
+
 from engine.checkpoint import storage
 from engine.checkpoint.async_saver import exit_with_failure
-from engine.checkpoint.collectives import call_on_rank_0
+from engine.checkpoint.collectives import call_on_rank_0, find_missing_ranks
 from engine.checkpoint.manager import Checkpointer, RunState
 from engine.config import CheckpointPlan
 from engine.distributed.environment import INTERRUPTED, SAVED_AND_ENDED
@@ -122,11 +124,30 @@ class AutomaticCheckpoints:
             self._save(run, self._directory)
             self._checkpointer.wait()
 
-    def close(self) -> None:
-        """Restore the previous signal handlers; the end of the process saves nothing any more."""
+    def close(self, run: RunState) -> None:
+        """Save the last steps as at the end of the process; restore the previous signal handlers.
+
+        Several ranks save if each of them calls this method within 30 seconds.
+        """
         atexit.unregister(self._save_at_exit)
-        if self._signals is not None:
-            self._signals.restore_handlers()
+        try:
+            # An exception that is being handled may have interrupted a step.
+            if self._directory is not None and sys.exc_info()[0] is None:
+                self._save_unsaved(run, self._directory)
+        finally:
+            if self._signals is not None:
+                self._signals.restore_handlers()
+
+    def _save_unsaved(self, run: RunState, directory: Path) -> None:
+        if self._plan.every is None or run.is_trial or hasattr(sys, "last_value"):
+            return
+        if self._is_saved(run, directory):
+            return
+        has_group = self._ranks.world_size == 1 or dist.is_initialized()
+        if has_group and not find_missing_ranks(self._ranks):
+            self.save_last(run)
+        else:
+            self._warn_of_unsaved_steps(directory)
 
     def _save(self, run: RunState, directory: Path, tag: str | None = None) -> None:
         if not self._is_only_user(directory):
@@ -145,12 +166,7 @@ class AutomaticCheckpoints:
         if directory is None or hasattr(sys, "last_value") or self._is_saved(run, directory):
             return
         if self._ranks.world_size > 1:
-            if self._ranks.rank == 0:
-                log.warning(
-                    "the steps after step %d are in no checkpoint; set `engine.max_duration`, or "
-                    "call `trainer.save_checkpoint` at the end of the script",
-                    self._checkpointer.find_saved_steps(directory),
-                )
+            self._warn_of_unsaved_steps(directory)
             return
         try:
             self._checkpointer.wait()
@@ -158,6 +174,14 @@ class AutomaticCheckpoints:
             self.save_last(run)
         except Exception as error:  # noqa: BLE001  # the exit status reports the failure
             exit_with_failure(error)
+
+    def _warn_of_unsaved_steps(self, directory: Path) -> None:
+        if self._ranks.rank == 0:
+            log.warning(
+                "the steps after step %d are in no checkpoint; set `engine.max_duration`, or call "
+                "`trainer.destroy()` on every rank at the end of the script",
+                self._checkpointer.find_saved_steps(directory),
+            )
 
     def _is_saved(self, run: RunState, directory: Path) -> bool:
         if not self._is_only_user(directory):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
+import itertools
+import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -11,34 +13,67 @@ import torch.distributed as dist
 
 from engine.distributed.ranks import Ranks
 
-__all__ = ["call_on_rank_0", "check_same_tag", "raise_on_all_ranks", "wait_for_ranks"]
+__all__ = [
+    "call_on_rank_0",
+    "check_same_tag",
+    "find_missing_ranks",
+    "raise_on_all_ranks",
+    "wait_for_ranks",
+]
 
 T = TypeVar("T")
 
-_TIMEOUT = dt.timedelta(seconds=30)
+_TIMEOUT = 30.0  # seconds
+_MAX_PAUSE = 0.1  # seconds between two checks
+_calls = itertools.count()
 
 
 def wait_for_ranks(ranks: Ranks, call: str) -> None:
     """Block until every rank has called this function, for at most 30 seconds.
 
     Args:
-        ranks: rank, world size and control group of this process.
+        ranks: rank and world size of this process.
         call: user's call that every rank must make, such as ``save_checkpoint('runs/1')``; used
             only in the error message.
 
     Raises:
-        RuntimeError: if a rank does not call this function in time. On rank 0, the message lists
-            all missing ranks.
+        RuntimeError: if a rank does not call this function in time. The message lists all missing
+            ranks.
+    """
+    missing = find_missing_ranks(ranks)
+    if missing:
+        names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+        raise RuntimeError(
+            f"{call} must be called on every rank, but {names} did not reach it within "
+            f"{_TIMEOUT:g} seconds. Call it outside of any `if rank == 0` block."
+        )
+
+
+def find_missing_ranks(ranks: Ranks) -> list[int]:
+    """Return the ranks that do not call this function within 30 seconds of the first call.
+
+    The result is the same on all ranks; a rank that calls too late is missing. The ranks use the
+    process group's store, because a barrier with a timeout is available only with gloo, and does
+    not time out on the other ranks if rank 0 is missing.
     """
     if ranks.world_size == 1:
-        return
-    try:
-        dist.monitored_barrier(ranks.control_group, timeout=_TIMEOUT, wait_all_ranks=True)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{call} must be called on every rank, but some ranks did not reach it within "
-            f"{_TIMEOUT.seconds} seconds: {error}. Call it outside of any `if rank == 0` block."
-        ) from None
+        return []
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # it has no public name
+    prefix = f"onecycle/save/{next(_calls)}"
+    arrived, missing = [f"{prefix}/{rank}" for rank in range(ranks.world_size)], f"{prefix}/missing"
+    store.set(arrived[ranks.rank], "")
+    # The first decision counts: "nobody" of the last rank to arrive, or that of a timeout.
+    if store.add(f"{prefix}/count", 1) == ranks.world_size:
+        store.compare_set(missing, "", json.dumps([]))
+    deadline, pause = time.monotonic() + _TIMEOUT, 0.001
+    while not store.check([missing]):  # `store.wait` would block signal handlers
+        if time.monotonic() > deadline:
+            absent = [rank for rank, key in enumerate(arrived) if not store.check([key])]
+            store.compare_set(missing, "", json.dumps(absent))
+        time.sleep(pause)
+        pause = min(2 * pause, _MAX_PAUSE)
+    store.delete_key(arrived[ranks.rank])
+    return list(json.loads(store.get(missing)))
 
 
 def check_same_tag(tag: str, world_size: int) -> None:

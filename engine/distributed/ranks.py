@@ -41,7 +41,7 @@ class Ranks:
     world_size: int
     device: torch.device
     control_group: Any = None
-    """Gloo group for barriers with a timeout, which NCCL does not support.
+    """Gloo group for collective operations on CPU tensors, which NCCL does not support.
 
     If None, the default group is used.
     """

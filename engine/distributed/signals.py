@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -22,20 +23,32 @@ _NAMES = ("SIGUSR1", "SIGTERM", "SIGINT")
 """If the ranks receive several signals, the last one of these counts."""
 _MAX_STEP_TIME = 60.0
 """Seconds after the last check in which the script is assumed to train."""
+_MAX_DUPLICATE_TIME = 5.0
+"""Seconds after a signal in which another SIGTERM is assumed to be a copy of it.
+
+Slurm, for example, signals all processes of a job, and torchrun passes its signal on to the ranks.
+"""
 
 
 class Signals:
     """Records whether this process received SIGINT, SIGTERM or SIGUSR1.
 
     Slurm can send the last two shortly before it kills a job. Call `find_on_any_rank` after each
-    step, and `restore_handlers` to stop recording. A second SIGINT (Ctrl-C), and one between
-    trainings, raises KeyboardInterrupt as usual. An instance that is created outside of the main
-    thread records nothing, because Python allows signal handlers only in the main thread.
+    step, and `restore_handlers` to stop recording.
+
+    A second signal ends the process at once, because the next step may be far away, as in an
+    evaluation, or may never come: SIGINT (Ctrl-C) raises KeyboardInterrupt, and SIGTERM kills the
+    process. SIGINT between trainings also raises KeyboardInterrupt. SIGUSR1 only announces the end,
+    so a signal after it is a first signal.
+
+    An instance that is created outside of the main thread records nothing, because Python allows
+    signal handlers only in the main thread.
     """
 
     def __init__(self) -> None:
         self._received = 0  # 1 + index in _NAMES
         self._last_check = -_MAX_STEP_TIME
+        self._received_at = math.inf  # time of the first SIGTERM or SIGINT
         self._previous_handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for name in _NAMES:
@@ -53,12 +66,18 @@ class Signals:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         del frame
-        name = signal.Signals(number).name
-        is_training = time.monotonic() - self._last_check < _MAX_STEP_TIME
+        name, now = signal.Signals(number).name, time.monotonic()
+        is_training = now - self._last_check < _MAX_STEP_TIME
+        if name == "SIGINT" and (self._received_at < now or not is_training):
+            raise KeyboardInterrupt
+        if name == "SIGTERM" and now - self._received_at > _MAX_DUPLICATE_TIME:
+            log.warning("received SIGTERM again; exiting without a checkpoint")
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         if name == "SIGINT":
-            if self._received == len(_NAMES) or not is_training:
-                raise KeyboardInterrupt
             log.warning("saving a checkpoint after this step; press Ctrl-C again to stop at once")
+        if name != "SIGUSR1":
+            self._received_at = min(self._received_at, now)
         self._received = max(self._received, 1 + _NAMES.index(name))
 
     def find_on_any_rank(self, ranks: Ranks) -> str | None:

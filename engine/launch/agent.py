@@ -107,7 +107,7 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
         words: commands from standard input that were read together with the job.
         signals: signals received so far; the signal handlers append to this list.
     """
-    last_input = time.monotonic()
+    silence = 0.0
     inputs = [sys.stdin.fileno()]
     while job.process.poll() is None:
         if b"term" in words:
@@ -115,14 +115,16 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
         if b"kill" in words:
             job.kill()
         words = b""
+        before = time.monotonic()
         ready, _, _ = select.select(inputs, [], [], 0.1)
+        silence += min(time.monotonic() - before, 1.0)  # not the time while this host is suspended
         if ready:
-            last_input = time.monotonic()
+            silence = 0.0
             words = os.read(ready[0], 4096)
             if not words:  # the launcher exited
                 job.stop()
                 inputs = []
-        if signals or time.monotonic() - last_input > _MAX_SILENCE:
+        if signals or silence > _MAX_SILENCE:
             job.stop()
         job.kill_if_overdue()
 

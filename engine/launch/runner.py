@@ -23,8 +23,13 @@ from engine.launch.state_machine import Action, LaunchStateMachine, Outcome
 __all__ = ["report_outcome", "run"]
 
 _PING_INTERVAL = 5.0
+_PING = """import os, select, sys
+while not select.select([0], [], [], float(sys.argv[1]))[0]:
+    os.write(1, b"ping\\n")
+"""
+"""Program that writes pings to an agent until the launcher exits, which closes standard input."""
 _TICK = 0.1
-_KEPT_LINES = 20  # last lines of output that are kept per rank
+_KEPT_LINES = 50  # last lines of output that are kept per rank: a whole traceback
 # SIGHUP does not exist on Windows.
 _SIGNALS = tuple(
     signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
@@ -55,6 +60,15 @@ class _Agent:
             start_new_session=True,  # so that Ctrl-C interrupts only the launcher
         )
         self.send(json.dumps(plan.to_dict()))
+        # The agent stops the job if it receives no pings. A process of its own sends them even
+        # while the launcher is stopped (Ctrl-Z), and does not receive signals of the terminal.
+        self._pings = subprocess.Popen(  # noqa: S603  # the program above
+            [sys.executable, "-I", "-S", "-c", _PING, str(_PING_INTERVAL)],
+            stdin=subprocess.PIPE,
+            stdout=self._process.stdin,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, line: str) -> None:
@@ -80,6 +94,8 @@ class _Agent:
             else:
                 self._reports.put(_Report("line", self._host, line))
         returncode = self._process.wait()
+        self._pings.kill()
+        self._pings.communicate()
         with contextlib.suppress(OSError):  # closing stdin flushes it, which can fail
             self._process.stdout.close()
             if self._process.stdin is not None:
@@ -88,12 +104,19 @@ class _Agent:
 
 
 class _Output:
-    """Prints the output of the selected ranks, and keeps the last lines of every rank and host."""
+    """Prints the output of the selected ranks, and keeps the last lines of every rank and host.
+
+    A thread prints, so that the launcher also reacts to events while nobody reads its output.
+    """
 
     def __init__(self, console: Console, out: IO[str]) -> None:
         self._console = console
         self._out = out
         self._kept: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=_KEPT_LINES))
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._print_lines, daemon=True)
+        self._thread.start()
 
     def print(self, line: str, host: str) -> None:
         """Keep an output line, and print it if the output of its rank is selected.
@@ -102,13 +125,38 @@ class _Output:
             line: output line. A line of a rank starts with a prefix such as ``[node0:r1]``; a line
                 of the agent has no prefix.
             host: host that the line comes from.
+
+        Raises:
+            OSError: if an earlier line could not be printed.
         """
         prefix = line[1:].partition("]")[0] if line.startswith("[") else ""
         source = prefix if ":r" in prefix else host
         self._kept[source].append(line)
         is_first = source == host or source.endswith(":r0")
         if self._console == "all" or (self._console == "rank0" and is_first):
-            print(line, file=self._out, flush=True)
+            self._raise_error()
+            self._lines.put(line)
+
+    def close(self) -> None:
+        """Wait until all lines have been printed.
+
+        Raises:
+            OSError: if a line could not be printed.
+        """
+        self._lines.put(None)
+        self._thread.join()
+        self._raise_error()
+
+    def _print_lines(self) -> None:
+        try:
+            while (line := self._lines.get()) is not None:
+                print(line, file=self._out, flush=True)
+        except OSError as error:
+            self._error = error
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     def get_last_lines(self, source: str) -> tuple[str, ...]:
         """Return the last lines that a rank (``node0:r1``) or an agent (``node0``) printed."""
@@ -123,7 +171,7 @@ class _Runner:
         self._nodes = {node.host: node for node in plan.nodes}
         self._agents: dict[str, _Agent] = {}
         self._reports: queue.Queue[_Report] = queue.Queue()
-        self._output = _Output(console, out)
+        self.output = _Output(console, out)
 
     def run(self, signals: queue.SimpleQueue[int]) -> Outcome:
         """Start all agents, and run until the agent of every host has exited.
@@ -132,7 +180,6 @@ class _Runner:
             signals: queue of the numbers of the signals that the launcher receives.
         """
         self._execute(Action("start", host) for host in self._nodes)
-        next_ping = time.monotonic() + _PING_INTERVAL
         while not self._machine.is_over:
             with contextlib.suppress(queue.Empty):
                 self._handle(self._reports.get(timeout=_TICK))
@@ -140,17 +187,13 @@ class _Runner:
             with contextlib.suppress(queue.Empty):
                 self._execute(self._machine.signal_received(signals.get_nowait(), now))
             self._execute(self._machine.time_passed(now))
-            if now > next_ping:
-                next_ping = now + _PING_INTERVAL
-                for agent in self._agents.values():
-                    agent.send("ping")
         outcome = self._machine.outcome
-        return replace(outcome, last_lines=self._output.get_last_lines(outcome.source))
+        return replace(outcome, last_lines=self.output.get_last_lines(outcome.source))
 
     def _handle(self, report: _Report) -> None:
         now = time.monotonic()
         if report.kind == "line":
-            self._output.print(report.line, report.host)
+            self.output.print(report.line, report.host)
         elif report.kind == "started":
             self._execute(self._machine.host_started(report.host, now))
         else:
@@ -166,7 +209,7 @@ class _Runner:
             elif verb == "kill":
                 self._agents[host].kill()
             else:
-                self._output.print(text, host)
+                self.output.print(text, host)
 
 
 def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
@@ -178,8 +221,11 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
             last lines of the first failed rank in any case.
         out: stream to which the output of the ranks is printed.
     """
+    runner = _Runner(plan, console, out)
     with _catch_signals() as signals, _serve_store(plan.store_port):
-        return _Runner(plan, console, out).run(signals)
+        outcome = runner.run(signals)
+    runner.output.close()  # after the handlers are restored: a signal ends the wait for a reader
+    return outcome
 
 
 def report_outcome(outcome: Outcome) -> int:

@@ -6,6 +6,7 @@ The test is requested by `onecycle lr-test`, or by an `LRRangeTest` schedule in 
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import math
 from dataclasses import replace
@@ -15,14 +16,38 @@ import torch
 
 from engine.config import Config
 from engine.engine import Engine
+from engine.errors import MisuseError
 from engine.range_test.recorder import RECORD, Recorder
 from engine.range_test.suggestion import MIN_POINTS
 from engine.range_test.sweep import Sweep
 from schedules import LRRangeTest, from_config
 
-__all__ = ["apply_sweep", "attach_recorder"]
+__all__ = ["apply_sweep", "attach_recorder", "is_next_engine_swept"]
 
 log = logging.getLogger("onecycle")
+
+_engines = itertools.count(1)
+"""Numbers of the engines that this process creates during `onecycle lr-test`."""
+_reports: list[Path] = []
+"""Report directories of the engines of this process whose schedule is an LR range test."""
+
+
+def is_next_engine_swept(sweep: Sweep) -> bool:
+    """Return whether the engine that `initialize` is about to create is the one to sweep.
+
+    Every other engine trains with its own schedule.
+
+    Raises:
+        MisuseError: the script creates a second engine, but `sweep` does not select one.
+    """
+    number = next(_engines)
+    if sweep.engine is None and number > 1:
+        raise MisuseError(
+            "`onecycle lr-test` tests the learning rate of one engine, but this script calls "
+            "`engine.initialize` several times. Select an engine: add `--engine 1` to test the "
+            "first one that the script creates, `--engine 2` to test the second one."
+        )
+    return number == (sweep.engine or 1)
 
 
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
@@ -63,7 +88,15 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
         recorder = Recorder(None, math.inf)
         engine._run.record_steps(recorder, is_trial=False)  # noqa: SLF001  # private to the package
         if is_first:
-            atexit.register(_write_report, recorder, Path(engine.config.report or "lr_test"))
+            directory = Path(engine.config.report or "lr_test")
+            atexit.register(_write_report, recorder, _find_own_directory(directory))
+
+
+def _find_own_directory(directory: Path) -> Path:
+    """Return the directory; append a number if another engine of this process reports there."""
+    count = _reports.count(directory)
+    _reports.append(directory)
+    return directory if count == 0 else directory.with_name(f"{directory.name}_{count + 1}")
 
 
 def _write_report(recorder: Recorder, directory: Path) -> None:

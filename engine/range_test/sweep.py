@@ -37,6 +37,8 @@ class Sweep:
         config: path of the config to use instead of the script's config.
         seed_offset: number that is added to the config's seed and to torch's initial seed, so that
             repeated sweeps differ.
+        engine: which engine of the script is swept, in the order of their creation, from 1. If
+            None, the script must create only one.
 
     Raises:
         ValueError: if `min_lr` is not positive, `max_lr` is not finite or not above `min_lr`,
@@ -53,6 +55,7 @@ class Sweep:
     directory: str | None = None
     config: str | None = None
     seed_offset: int = 0
+    engine: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.min_lr < self.max_lr < math.inf:

@@ -105,6 +105,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(https://arxiv.org/abs/2409.19913)",
     )
     parser.add_argument(
+        "--engine",
+        type=parse_positive_int,
+        metavar="N",
+        help="the engine to test, if the script calls engine.initialize several times: 1 is the "
+        "first one that it creates. The others train with their own schedules",
+    )
+    parser.add_argument(
         "--nproc",
         type=parse_positive_int,
         default=1,
@@ -147,6 +154,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         _read_range_test_block(args.config, args.nproc),
         args.divergence,
         config=args.config and str(Path(args.config).resolve()),
+        engine=args.engine,
     )
     target = args.write or args.config
     # Read the config before the test, so that an unreadable file is reported immediately.
@@ -315,6 +323,8 @@ def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) ->
         lines = "\n".join(last[-_LINES_OF_FAILURE:])
         return f"{name} failed with exit status {status}. Last lines of {log}:\n{lines}"
     if not run.facts:
+        if args.engine not in (None, 1):
+            return f"{name} created fewer than {args.engine} engines. Use a smaller --engine."
         return (
             f"{name} exited without calling engine.initialize. Call it in the script, and train "
             f"with the engine that it returns. The script's output is in {log}."

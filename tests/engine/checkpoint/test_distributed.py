@@ -2,7 +2,6 @@
 
 import errno
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -169,21 +168,51 @@ def test_deepspeed_loads_a_checkpoint_without_frozen_parameters(tmp_path):
     run_distributed_test(resume_without_frozen_parameters, 2, tmp_path)
 
 
-def save_on_rank_0_only(directory):
+def save_on_one_rank_only(directory, saving):
     trainer = start()
-    done = directory / "rank 0 is done"
+    done = directory / "the rank that saves is done"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "_TIMEOUT", timedelta(seconds=1))
-        if trainer.global_rank == 0:
-            with pytest.raises(RuntimeError, match="must be called on every rank"):
+        patch.setattr(collectives, "_TIMEOUT", 1.0)
+        message = f"must be called on every rank, but rank {1 - saving} did not reach it within 1 s"
+        if trainer.global_rank == saving:
+            begin = time.monotonic()
+            with pytest.raises(RuntimeError, match=message):
                 trainer.save_checkpoint(directory)
+            assert 1 <= time.monotonic() - begin < 3
+            done.touch()
+        while not done.exists():
+            time.sleep(0.01)
+        if trainer.global_rank != saving:  # too late
+            patch.setattr(collectives, "_TIMEOUT", 1000.0)
+            with pytest.raises(RuntimeError, match=f"but rank {1 - saving} did not reach it"):
+                trainer.save_checkpoint(directory)
+    trainer.save_checkpoint(directory)
+
+
+@pytest.mark.parametrize("saving", [0, 1])
+def test_save_checkpoint_on_one_rank_only_raises_in_time_and_names_the_other(tmp_path, saving):
+    run_distributed_test(save_on_one_rank_only, 2, tmp_path, saving, timeout=30)
+    assert storage.find(tmp_path)[1].tag == "global_step0"
+
+
+def destroy_on(destroying, directory):
+    trainer = start(**checkpoint_section(directory / "run", every=5))
+    train(trainer, 2)
+    done = directory / "destroyed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "_TIMEOUT", 1.0)
+        if trainer.global_rank in destroying:
+            trainer.destroy()
             done.touch()
     while not done.exists():
         time.sleep(0.01)
 
 
-def test_save_checkpoint_on_one_rank_only_is_an_error(tmp_path):
-    run_distributed_test(save_on_rank_0_only, 2, tmp_path)
+@pytest.mark.parametrize(("destroying", "saved"), [((0, 1), [2]), ((1,), [])])
+def test_destroy_saves_the_last_steps_if_every_rank_calls_it(tmp_path, destroying, saved):
+    run_distributed_test(destroy_on, 2, destroying, tmp_path, timeout=30)
+    found = storage.list_checkpoints(tmp_path / "run")
+    assert [manifest.step for _, manifest in found] == saved
 
 
 def save_with_different_tags(directory):

@@ -159,6 +159,66 @@ def test_lr_test_config_with_range_test_defines_the_sweep(directory):
     assert lrs[:11] == pytest.approx([0.001] * 5 + [0.006] * 5 + [0.011])
 
 
+TWO_ENGINES = """
+import torch
+import engine
+
+config = {
+    "train_batch_size": 8,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.125}},
+    "scheduler": {"type": "ConstantLR", "params": {"factor": 0.5, "total_iters": 1000}},
+    "csv_monitor": {"enabled": True, "output_path": "monitor"},
+    "engine": {"checkpoint": {"dir": "checkpoints", "every": 1}},
+}
+teacher, student = (
+    engine.initialize(config=config, model=torch.nn.Linear(4, 1))[0] for _ in range(2)
+)
+for step in range(40):
+    for trainer in (teacher, student):
+        trainer.backward(trainer(torch.ones(8, 4)).pow(2).mean())
+        trainer.step()
+    teacher.save_checkpoint("manual")
+    print("teacher", teacher.get_lr())
+"""
+
+
+def test_lr_test_script_with_two_engines_must_select_one(directory):
+    Path("train.py").write_text(TWO_ENGINES)
+    status, out, _ = lr_test("--", "train.py")
+    assert status == 1
+    assert "add `--engine 1` to test the first one" in out
+
+
+def test_lr_test_engine_tests_only_the_selected_one(directory):
+    Path("train.py").write_text(TWO_ENGINES)
+    lr_test("--engine", 2, "--steps", 30, "--divergence", 1e9, "--", "train.py")
+    [run] = read_report()["runs"]
+    assert len(run["lr"]) == 30
+    assert run["lr"][0] < run["lr"][-1]
+    lines = Path("lr_test/sweep.0.log").read_text().splitlines()
+    assert lines.count("teacher [0.0625]") == 29
+    assert {path.name for path in directory.iterdir()} == {"train.py", "lr_test"}
+
+
+@pytest.mark.slow
+def test_lr_test_engine_that_the_script_does_not_create_is_reported(directory):
+    Path("train.py").write_text(TWO_ENGINES)
+    status, out, _ = lr_test("--engine", 3, "--", "train.py")
+    assert status == 1
+    assert "train.py created fewer than 3 engines" in out
+
+
+@pytest.mark.slow
+def test_two_range_tests_of_a_script_write_two_reports(directory):
+    lines = TWO_ENGINES.splitlines()
+    lines = [line for line in lines if "checkpoint" not in line]
+    [index] = [index for index, line in enumerate(lines) if "scheduler" in line]
+    lines[index] = '"scheduler": {"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 1e-3}},'
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True)
+    assert Path("lr_test/report.json").exists()
+    assert Path("lr_test_2/report.json").exists()
+
+
 @pytest.mark.slow
 def test_range_test_in_config_writes_the_report_without_lr_test(directory):
     body = "trainer.step()\n    print(trainer.get_lr()[0])"
