@@ -16,7 +16,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CheckpointError", "ConfigError", "Fix", "LaunchError", "MisuseError", "Problem"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Fix",
+    "LaunchError",
+    "MisuseError",
+    "Problem",
+    "escape",
+]
+
+_MAX_LISTED = 100
+
+
+def escape(text: str) -> str:
+    """Escape the characters of a text that a terminal or log would interpret.
+
+    Keys and values of a config can contain line breaks, terminal escape sequences, or characters
+    that change the direction of text.
+
+    >>> escape("clear\\x1b[2J\\n::error::forged é")
+    'clear\\\\x1b[2J\\\\n::error::forged é'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 @dataclass(frozen=True)
@@ -49,11 +75,11 @@ class Problem:
     """The known key that the user probably meant, or the JSON pointer of a missing key."""
 
     def __str__(self) -> str:
-        return f"{self.message} {self.hint}".strip()
+        return escape(f"{self.message} {self.hint}".strip())
 
 
 class ConfigError(ValueError):
-    """Raised if a config is invalid; ``problems`` lists every problem.
+    """Raised if a config is invalid; ``problems`` lists every problem, the message the first 100.
 
     ValueError
     └── ConfigError
@@ -63,11 +89,13 @@ class ConfigError(ValueError):
         self.name = name
         self.problems = tuple(problems)
         lines = [
-            f"{name}:{problem.line}:{problem.column}: {problem}"
+            escape(f"{name}:{problem.line}:{problem.column}: ") + str(problem)
             if problem.line
-            else f"{name}: {problem.pointer or 'the config'}: {problem}"
-            for problem in self.problems
+            else escape(f"{name}: {problem.pointer or 'the config'}: ") + str(problem)
+            for problem in self.problems[:_MAX_LISTED]
         ]
+        if len(self.problems) > _MAX_LISTED:
+            lines.append(f"… and {len(self.problems) - _MAX_LISTED:,} more")
         super().__init__("\n".join(lines))
 
 

@@ -62,7 +62,8 @@ def initialize(
     """Validate a config and build the engine that trains the model.
 
     The arguments and results are the same as those of ``deepspeed.initialize``, in the same order.
-    If the config is invalid, the model and the optimizer are not changed.
+    If the config is invalid, the model and the optimizer are not changed. Code that the config
+    names, such as ``"my_module:MySchedule"``, is imported and logged.
 
     Args:
         args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from schedules.core.controller import Curves
-from schedules.core.curves import Formula, Piece
+from schedules.core.pieces import Formula, Piece
 
 __all__ = ["Group", "RangeWriter", "Slot", "find_slots", "read_lr", "read_momenta", "read_momentum"]
 

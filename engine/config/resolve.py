@@ -11,7 +11,13 @@ from engine.config.backend_choice import BackendChoice, zero_stage
 from engine.config.batch_sizes import BATCH_KEYS, BatchSizes, derive_batch_sizes
 from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_horizon
-from engine.config.schema import SCHEMA, add_defaults, add_optimizer_defaults, optimizer_name
+from engine.config.schema import (
+    SCHEMA,
+    add_defaults,
+    add_optimizer_defaults,
+    optimizer_name,
+    optimizer_schema,
+)
 from engine.config.source import Source, find_unserializable, load_document
 from engine.config.validate import examine
 from engine.errors import ConfigError, Problem
@@ -214,6 +220,9 @@ def load_config(
 ) -> Config:
     """Load and validate a config, and fill in all defaults and derived values.
 
+    The code that the config names, such as ``"my_module:MySchedule"``, is imported, because the
+    returned config contains the schedule. To check a config that you do not trust, use `validate`.
+
     Args:
         config: path of the config, or the config as a dict. The dict is not modified.
         world_size: number of ranks of the run.
@@ -238,7 +247,11 @@ def load_config(
         if unserializable:
             raise ConfigError(document.name, unserializable)
     problems, context = examine(
-        document, world_size, reject_auto=True, needs_deepspeed=needs_deepspeed
+        document,
+        world_size,
+        reject_auto=True,
+        needs_deepspeed=needs_deepspeed,
+        allow_imports=True,
     )
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or context is None:
@@ -300,7 +313,23 @@ def _build_optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | 
         return None
     name = optimizer_name(block["type"])
     assert name is not None
-    return OptimizerBlock(name, add_optimizer_defaults(name, block.get("params", {})))
+    schemas_of_params = optimizer_schema(name)["properties"]
+    params = add_optimizer_defaults(name, block.get("params", {}))
+    return OptimizerBlock(
+        name,
+        {key: _as_floats(value, schemas_of_params.get(key, {})) for key, value in params.items()},
+    )
+
+
+def _as_floats(value: Any, schema: Mapping[str, Any]) -> Any:
+    """Convert whole numbers to floats if the schema does not require whole numbers.
+
+    JSON does not distinguish 0 from 0.0, but PyTorch rejects betas of mixed types.
+    """
+    if isinstance(value, list):
+        return [_as_floats(each, schema.get("items", {})) for each in value]
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole and "number" in schema.get("type", ()) else value
 
 
 def _build_checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -9,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.config.batch_sizes import BATCH_KEYS, BatchError, derive_batch_sizes
 from engine.config.schema import add_optimizer_defaults, optimizer_name
 from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves
-from schedules.core.durations import DurationError, convert_to_steps
+from schedules.core.durations import MAX_STEPS, DurationError, convert_to_steps
+from schedules.core.pieces import find_next_step
 
 __all__ = [
     "EvaluatedSchedule",
@@ -21,9 +24,12 @@ __all__ = [
     "evaluate_schedule",
     "find_horizon",
     "get_train_batch_size",
+    "list_possible_horizons",
 ]
 
 _MAX_PIECES = 5000
+_POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
+"""Steps per epoch, and samples per step, to try if they are unknown before launch."""
 
 
 def build_horizon(
@@ -38,7 +44,8 @@ def build_horizon(
 
     Raises:
         DurationError: ``max_duration`` is in epochs or samples, and cannot be converted to steps
-            because ``steps_per_epoch`` or ``samples_per_step`` is None.
+            because ``steps_per_epoch`` or ``samples_per_step`` is None; or the run is shorter than
+            one step or too long.
 
     >>> build_horizon({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
     100
@@ -51,34 +58,82 @@ def build_horizon(
             total = convert_to_steps(length, known, scaled=False)
         except DurationError as error:
             raise DurationError(f"`engine.max_duration`: {error}") from None
+    ratio = engine.get("scale_schedule_ratio", 1.0)
+    if total is not None and total * ratio < 1:
+        scaled = "" if ratio == 1 else f" x `scale_schedule_ratio` ({ratio:g})"
+        raise DurationError(
+            f"`engine.max_duration`{scaled} must be at least 1 step, got {length!r}, which is "
+            f"{total * ratio:g} steps. Increase it."
+        )
     return Horizon(
         total_steps=total,
         steps_per_epoch=steps_per_epoch,
         samples_per_step=samples_per_step,
-        scale_ratio=engine.get("scale_schedule_ratio", 1.0),
+        scale_ratio=ratio,
         scale_warmup=engine.get("scale_warmup", False),
         counts_samples=isinstance(length, str) and length.strip().lower().endswith("sp"),
     )
 
 
-def find_horizon(schedule: Schedule[Any], config: Mapping[str, Any]) -> Horizon | None:
+def find_horizon(
+    schedule: Schedule[Any], config: Mapping[str, Any], world_size: int | None = None
+) -> Horizon | None:
     """Return the length of the run; None if it cannot be determined before launch.
 
     Durations in epochs depend on the data loader. Durations in samples depend on the batch size,
     which depends on the number of ranks if ``train_batch_size`` is absent.
     """
+    horizons = list_possible_horizons(schedule, config, world_size)
+    return horizons[0] if len(horizons) == 1 else None
+
+
+def list_possible_horizons(
+    schedule: Schedule[Any], config: Mapping[str, Any], world_size: int | None
+) -> list[Horizon]:
+    """Return the length of the run, or several possible lengths if it is unknown before launch.
+
+    A problem that all of them have is a problem of the config.
+
+    Args:
+        schedule: schedule whose durations are to be converted to steps.
+        config: config without invalid values.
+        world_size: number of ranks; None if unknown.
+
+    Raises:
+        DurationError: the run is shorter than one step, or too long.
+    """
     run = config.get("engine", {})
     texts = f"{run.get('max_duration')} {list(vars(schedule).values())}".lower()
-    samples = get_train_batch_size(config)
-    if re.search(r"\d\s*ep\b", texts) or (samples is None and re.search(r"\d\s*sp\b", texts)):
-        return None
-    return build_horizon(run, samples_per_step=samples, steps_per_epoch=None)
+    samples = get_train_batch_size(config, world_size)
+    epochs: tuple[int | None, ...] = (None,)
+    if re.search(r"\d\s*ep\b", texts):
+        epochs = _POSSIBLE_LENGTHS
+    batches: tuple[int | None, ...] = (samples,)
+    if samples is None and re.search(r"\d\s*sp\b", texts):
+        batches = _POSSIBLE_LENGTHS
+    horizons, errors = [], []
+    for steps_per_epoch, samples_per_step in itertools.product(epochs, batches):
+        try:
+            horizons.append(
+                build_horizon(
+                    run, samples_per_step=samples_per_step, steps_per_epoch=steps_per_epoch
+                )
+            )
+        except DurationError as error:  # noqa: PERF203  # one error per length
+            errors.append(error)
+    if not horizons:
+        raise errors[0]
+    return horizons
 
 
-def get_train_batch_size(config: Mapping[str, Any]) -> int | None:
-    """Return ``train_batch_size``; None if the key is absent or "auto"."""
-    size = config.get("train_batch_size")
-    return size if isinstance(size, int) else None
+def get_train_batch_size(config: Mapping[str, Any], world_size: int | None = None) -> int | None:
+    """Return the number of samples per step; None if it is unknown or invalid."""
+    given = {key: config[key] for key in BATCH_KEYS if isinstance(config.get(key), int)}
+    size = given.get(BATCH_KEYS[0])
+    if size is None and world_size is not None:
+        with contextlib.suppress(BatchError):
+            size = derive_batch_sizes(given, world_size).train
+    return size
 
 
 def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
@@ -88,15 +143,14 @@ def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Bas
 
     Args:
         config: config without "auto" values.
-        schedule: schedule whose list-valued parameters determine the number of param groups.
+        schedule: schedule whose lists of numbers determine the number of param groups.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
     assert name is not None
     params = add_optimizer_defaults(name, block.get("params", {}))
     momentum = params.get("momentum", params["betas"][0] if "betas" in params else 0.0)
-    lists = [value for value in vars(schedule).values() if isinstance(value, tuple)]
-    groups = max(map(len, lists), default=1)
+    groups = max(map(len, schedule.lists_per_group.values()), default=1)
     weight_decay = params.get("weight_decay", 0.0)
     base = {"lr": params["lr"], "momentum": momentum, "weight_decay": weight_decay}
     return {name: (value,) * groups for name, value in base.items()}
@@ -106,7 +160,10 @@ def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Bas
 class EvaluatedSchedule:
     """A schedule, and its curves for a given optimizer and run length."""
 
+    configured: Schedule[Any]
+    """The schedule as configured, with unscaled durations."""
     schedule: Schedule[Any]
+    """The schedule with scaled durations in steps."""
     horizon: Horizon
     base: Base
     curves: Curves
@@ -117,8 +174,10 @@ class EvaluatedSchedule:
         Args:
             name: hyperparameter to check, such as ``lr``.
         """
+        if name not in self.curves:
+            return False
         other = {**self.base, name: tuple(value / 2 for value in self.base[name])}
-        changed = self.schedule.build_curves(other, self.horizon)[name][0]
+        changed = self.configured.build_curves(other, self.horizon)[name][0]
         steps = range(0, self.schedule.span + 1, max(1, self.schedule.span // 20))
         return all(self.curves[name][0](step) == changed(step) for step in steps)
 
@@ -133,21 +192,40 @@ class EvaluatedSchedule:
         values = [value for p in pieces for value in (p.formula(p.start), p.formula(p.end - 1))]
         return min(values), max(values)
 
+    def find_infinite(self) -> tuple[str, int, float] | None:
+        """Return the first value that is not finite: hyperparameter, step and value.
+
+        Return None if all values of the run are finite. The curves are evaluated only at the first
+        and the last step of each of their pieces.
+        """
+        steps = int(self.horizon.scaled_steps or self.schedule.span)
+        for name, curves in self.curves.items():
+            for curve in set(curves):
+                for piece in itertools.islice(curve.pieces(0, steps + 1), _MAX_PIECES):
+                    for step in (int(piece.start), int(piece.end) - 1):
+                        if not math.isfinite(value := piece.formula(step)):
+                            return name, step, value
+        return None
+
     @property
     def end(self) -> int | None:
         """The step at which the learning rate becomes constant; None if it never does."""
-        curve, step = self.curves["lr"][0], 0.0
+        if "lr" not in self.curves:
+            return None
+        curve, step = self.curves["lr"][0], 0
         for _ in range(_MAX_PIECES):
-            piece = curve.piece(math.ceil(step))
+            piece = curve.piece(step)
             if math.isinf(piece.end):
                 is_constant = piece.line is not None and piece.line.rise == 0
-                return math.ceil(piece.start) if is_constant else None
-            step = piece.end
+                return max(0, math.ceil(piece.start)) if is_constant else None
+            step = find_next_step(piece, step, MAX_STEPS)
+            if step == MAX_STEPS:
+                return None
         return None
 
 
 def evaluate_schedule(
-    schedule: Schedule[Any], config: Mapping[str, Any]
+    schedule: Schedule[Any], config: Mapping[str, Any], world_size: int | None
 ) -> EvaluatedSchedule | None:
     """Compute the curves of a schedule for the optimizer and run length of a config.
 
@@ -156,9 +234,9 @@ def evaluate_schedule(
     Raises:
         ValueError: the schedule is invalid for this run length or optimizer.
     """
-    horizon = find_horizon(schedule, config)
+    horizon = find_horizon(schedule, config, world_size)
     if horizon is None or schedule.feedback is not None:
         return None
     base = build_base_values(config, schedule)
     curves = schedule.build_curves(base, horizon)
-    return EvaluatedSchedule(schedule.resolve(horizon), horizon, base, curves)
+    return EvaluatedSchedule(schedule, schedule.resolve(horizon), horizon, base, curves)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import math
 import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,16 +17,21 @@ from engine.config.parser import Document, is_finite, parse
 from engine.config.pointers import join_pointer
 from engine.errors import ConfigError, Problem
 
-__all__ = ["Source", "find_unserializable", "load_document"]
+__all__ = ["Source", "check_is_readable", "find_unserializable", "load_document"]
 
 # A config is usually a few kilobytes long. A much larger file is probably not a config.
 _MAX_BYTES = 1_000_000
+_OPEN_FILES = {"/dev/fd", "/proc/self/fd"}
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
 def load_document(config: Source) -> Document:
     """Read a config from a file, standard input ("-") or a dict.
+
+    A path must name a regular file, because reading a named pipe or a device can block or never
+    end. The paths of pipes that the shell has opened, such as ``/dev/fd/63`` for ``<(command)``,
+    are accepted.
 
     Raises:
         ConfigError: the file does not exist, cannot be read, is too large, or is not UTF-8 text.
@@ -53,7 +60,24 @@ def load_document(config: Source) -> Document:
     return parse(text, name)
 
 
+def check_is_readable(path: Path) -> None:
+    """Raise an error if reading a file could block or never end.
+
+    Raises:
+        OSError: the path does not exist, or is neither a regular file nor a pipe that is open in
+            this process.
+    """
+    is_open = str(path) == "/dev/stdin" or str(path.parent) in _OPEN_FILES
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not (stat.S_ISREG(mode) or (is_open and not stat.S_ISBLK(mode))):
+        reason = "not a regular file; use - to read standard input"
+        raise OSError(errno.EINVAL, reason, str(path))
+
+
 def _read(path: Path) -> bytes:
+    check_is_readable(path)
     with path.open("rb") as file:
         return file.read(_MAX_BYTES + 1)
 

@@ -14,6 +14,7 @@ import jsonschema
 from referencing import Registry, Resource
 
 import schemas
+from engine.config.named_code import check_named_code
 from engine.config.parser import Document
 from engine.config.pointers import (
     dotted_name,
@@ -23,7 +24,11 @@ from engine.config.pointers import (
     join_pointer,
     remove_keys,
 )
-from engine.config.schedule_context import find_horizon
+from engine.config.schedule_context import (
+    build_horizon,
+    get_train_batch_size,
+    list_possible_horizons,
+)
 from engine.config.schema import (
     OPTIMIZERS,
     SCHEMA,
@@ -34,18 +39,22 @@ from engine.config.schema import (
     schedule_schema,
     walk,
 )
-from engine.config.suggestions import suggest_key
+from engine.config.suggestions import Suggestion, suggest_key
 from engine.config.wording import quote_value, shorten
 from engine.errors import Fix, Problem
-from schedules import SCHEDULES, Schedule, ScheduleError, from_config
+from schedules import SCHEDULES, Horizon, Schedule, ScheduleError, from_config
 from schedules.core.durations import DurationError
 from schedules.core.fields import describe_schema, read_fields
-from schedules.core.registry import find
+from schedules.core.imports import ImportForbiddenError, are_imports_allowed
+from schedules.core.registry import find, read_torch_parameters
+from schedules.core.schedule import ParameterProblem
 from schedules.core.spelling import find_nearest
 
 __all__ = ["Structure", "check_against_schema", "check_structure"]
 
 _RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
+_MAX_SUGGESTIONS = 100
+_NO_SUGGESTION = Suggestion("")
 _REGISTRY: Registry[Any] = Registry(
     retrieve=lambda uri: Resource.from_contents(schemas.read(uri))  # type: ignore[call-arg]  # mypy does not know that attrs renames the field
 )
@@ -69,11 +78,12 @@ class Structure:
     """The schedule in ``config``; None if there is none or it cannot be constructed."""
 
 
-def check_structure(document: Document) -> Structure:
+def check_structure(document: Document, world_size: int | None) -> Structure:
     """Check each value of a config against its schema, and construct the config's schedule.
 
     Args:
         document: parsed config; its value must be an object.
+        world_size: number of ranks; None if unknown.
     """
     schema = schemas.read(SCHEMA)
     problems = list(check_against_schema(document, document.value, schema))
@@ -85,12 +95,14 @@ def check_structure(document: Document) -> Structure:
         if isinstance(block, dict) and "type" in block and f"/{key}/params" not in invalid:
             problems += check_block(document, block)
     problems += _find_deprecated(document)
+    if not invalid & {"/engine", "/engine/max_duration", "/engine/scale_schedule_ratio"}:
+        problems += _check_run_length(document, config, world_size)
     unresolved = {
         each.pointer for each in members if each.value == "auto" and "x-auto" in each.schema
     }
     unresolved |= _get_error_pointers(problems)
     config = remove_keys(config, unresolved)
-    schedule, from_schedule = _construct_schedule(document, config, unresolved)
+    schedule, from_schedule = _construct_schedule(document, config, unresolved, world_size)
     problems += from_schedule
     unresolved |= _get_error_pointers(from_schedule)
     return Structure(
@@ -122,7 +134,7 @@ def check_against_schema(
         below = pointer
         for part in error.absolute_path:
             below = join_pointer(below, part)
-        problems += _convert_error(document, error, below)
+        problems += _convert_error(document, error, below, _MAX_SUGGESTIONS - len(problems))
     problems = list({(each.rule, each.pointer, each.message): each for each in problems}.values())
     meant = {_get_suggested_pointer(problem) for problem in problems}
     for problem in problems:
@@ -141,8 +153,9 @@ def _get_suggested_pointer(problem: Problem) -> str:
 
 
 def _convert_error(
-    document: Document, error: jsonschema.ValidationError, pointer: str
+    document: Document, error: jsonschema.ValidationError, pointer: str, suggestions: int
 ) -> Iterator[Problem]:
+    """Yield the problems of a schema violation; only the first ``suggestions`` have suggestions."""
     name = dotted_name(pointer) or "the config"
     keyword = str(error.validator)
     schema: Mapping[str, Any] = error.schema
@@ -150,9 +163,12 @@ def _convert_error(
     match keyword:
         case "additionalProperties":
             known = schema["properties"]
-            for key in value:
-                if key not in known and not is_ignored(key):
-                    yield _build_unknown_key_problem(document, pointer, key, known, value)
+            unknown = (key for key in value if key not in known and not is_ignored(key))
+            for index, key in enumerate(unknown):
+                found = _NO_SUGGESTION
+                if index < suggestions:
+                    found = suggest_key(pointer, key, known, value)
+                yield _build_unknown_key_problem(document, join_pointer(pointer, key), key, found)
         case "required":
             # jsonschema yields one error per missing key, but does not name the key.
             for missing in (key for key in error.validator_value if key not in value):
@@ -203,13 +219,12 @@ def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix 
 
 
 def _build_unknown_key_problem(
-    document: Document, pointer: str, key: str, known: Mapping[str, Any], present: Mapping[str, Any]
+    document: Document, pointer: str, key: str, found: Suggestion
 ) -> Problem:
-    found = suggest_key(pointer, key, known, present)
     message = f"Unknown key `{shorten(key)}`."
     return document.build_problem(
         "unknown-key",
-        join_pointer(pointer, key),
+        pointer,
         message,
         found.hint or 'Remove it, or start the key with "//" or "x-" to keep it as a comment.',
         at_key=True,
@@ -263,14 +278,42 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
 
 
 def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
+    if not are_imports_allowed():
+        yield from check_named_code(document, block)
     try:
-        cls = find(block["type"])
+        schema: Mapping[str, Any] = schedule_schema(find(block["type"]))
+    except ImportForbiddenError:
+        schema = _read_torch_schema(block["type"])
     except ValueError as error:
         yield document.build_problem("unknown-scheduler", "/scheduler/type", str(error))
         return
-    params, schema = block.get("params", {}), schedule_schema(cls)
-    for problem in check_against_schema(document, params, schema, "/scheduler/params"):
-        yield _suggest_schedules(problem)
+    params = block.get("params", {})
+    problems = check_against_schema(document, params, schema, "/scheduler/params")
+    for index, problem in enumerate(problems):
+        yield _suggest_schedules(problem) if index < _MAX_SUGGESTIONS else problem
+
+
+def _check_run_length(
+    document: Document, config: Mapping[str, Any], world_size: int | None
+) -> Iterator[Problem]:
+    """Yield an error if the run would be too long, or shorter than one step, with any data set."""
+    samples = get_train_batch_size(config, world_size) or 1
+    try:
+        build_horizon(config.get("engine", {}), samples_per_step=samples, steps_per_epoch=1)
+    except ValueError as error:
+        yield document.build_problem("out-of-range", "/engine/max_duration", str(error))
+
+
+def _read_torch_schema(name: str) -> Mapping[str, Any]:
+    """Return a schema with the names of the params of a scheduler that is not imported."""
+    parameters = read_torch_parameters(name)
+    if parameters is None:
+        return {}
+    return {
+        "properties": {each: {} for each in parameters},
+        "required": [each for each, is_required in parameters.items() if is_required],
+        "additionalProperties": False,
+    }
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
@@ -284,7 +327,10 @@ def _suggest_schedules(problem: Problem) -> Problem:
 
 
 def _construct_schedule(
-    document: Document, config: Mapping[str, Any], unresolved: Collection[str]
+    document: Document,
+    config: Mapping[str, Any],
+    unresolved: Collection[str],
+    world_size: int | None,
 ) -> tuple[Schedule[Any] | None, list[Problem]]:
     """Construct the config's schedule.
 
@@ -300,9 +346,7 @@ def _construct_schedule(
     problems = []
     try:
         schedule = from_config({"type": block["type"], "params": params})
-        horizon = find_horizon(schedule, config)
-        if horizon is not None:
-            schedule.resolve(horizon)
+        _resolve_in_any_run(schedule, list_possible_horizons(schedule, config, world_size))
     except ScheduleError as error:
         for fault in error.problems:
             below = join_pointer(pointer, fault.field) if fault.field else pointer
@@ -315,6 +359,33 @@ def _construct_schedule(
     except DurationError as error:
         problems.append(document.build_problem("schedule", "/engine/max_duration", str(error)))
     except ValueError:
-        return None, []  # the type is unknown, or `params` is not an object
+        return None, []  # the type is unknown or not imported, or `params` is not an object
     is_complete = not any(is_within(each, [pointer]) for each in unresolved)
     return schedule, problems if is_complete else []
+
+
+def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) -> None:
+    """Check that a schedule can be resolved for at least one of the possible lengths of its run.
+
+    Raises:
+        ScheduleError: a field has a problem for all lengths.
+    """
+    found: list[dict[str | None, ParameterProblem]] = []
+    for horizon in horizons:
+        try:
+            schedule.resolve(horizon)
+        except ScheduleError as error:  # noqa: PERF203  # one error per length
+            found.append({problem.field: problem for problem in error.problems})
+            if len(horizons) == 1:
+                raise
+        else:
+            return
+    first, *others = found
+    problems = [first[field] for field in first if all(field in each for each in others)]
+    for index, problem in enumerate(problems):
+        if any(each[problem.field].message != problem.message for each in others):
+            message = f"{problem.message} These numbers of steps are examples: they depend on the "
+            message += "data set or the batch size, but the problem does not."
+            problems[index] = dataclasses.replace(problem, message=message)
+    if problems:
+        raise ScheduleError(schedule.type_name, problems)

@@ -14,13 +14,16 @@ from engine.config.source import Source, load_document
 from engine.config.structure import check_structure
 from engine.config.wording import quote_value
 from engine.errors import Problem
+from schedules.core.imports import imports_allowed
 
 __all__ = ["check", "examine", "validate"]
 
 SEVERITIES = ("error", "warning", "note")
 
 
-def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
+def validate(
+    config: Source, *, world_size: int | None = None, allow_imports: bool = False
+) -> list[Problem]:
     """Validate a config, and return its problems, sorted by line and column.
 
     The config is valid if no problem has the severity "error".
@@ -29,6 +32,9 @@ def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
         config: path of the config, or the config as a dict.
         world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
             be valid for at least one number of ranks.
+        allow_imports: whether to import and check the code that the config names, such as
+            ``"my_module:MySchedule"``. Importing runs the code, so only allow it for a config that
+            you trust. If false, nothing is imported.
 
     Raises:
         ConfigError: the file cannot be read, is too large or is not UTF-8 text.
@@ -36,17 +42,21 @@ def validate(config: Source, *, world_size: int | None = None) -> list[Problem]:
     >>> [problem.rule for problem in validate({"train_batch_size": 8, "sheduler": {}})]
     ['unknown-key']
     """
-    return check(load_document(config), world_size)
+    return check(load_document(config), world_size, allow_imports=allow_imports)
 
 
 def check(
-    document: Document, world_size: int | None, *, reject_auto: bool = False
+    document: Document,
+    world_size: int | None,
+    *,
+    reject_auto: bool = False,
+    allow_imports: bool = False,
 ) -> list[Problem]:
     """Validate a parsed config, and return its problems, sorted by line and column.
 
     The arguments are the same as for `examine`.
     """
-    return examine(document, world_size, reject_auto=reject_auto)[0]
+    return examine(document, world_size, reject_auto=reject_auto, allow_imports=allow_imports)[0]
 
 
 def examine(
@@ -55,6 +65,7 @@ def examine(
     *,
     reject_auto: bool = False,
     needs_deepspeed: str | None = None,
+    allow_imports: bool = False,
 ) -> tuple[list[Problem], RuleContext | None]:
     """Validate a parsed config, and return its problems and its valid values.
 
@@ -65,6 +76,7 @@ def examine(
         reject_auto: whether to report every "auto" value as an error. Set this for runs that are
             not started through an integration, such as the Hugging Face Trainer.
         needs_deepspeed: part of the model that only DeepSpeed supports; None if unknown.
+        allow_imports: whether to import and check the code that the config names.
 
     Returns:
         The problems, sorted by line and column, and the `RuleContext` with the valid values. The
@@ -74,9 +86,10 @@ def examine(
     context = None
     if not any(problem.rule == "syntax" for problem in problems):
         invalid = {problem.pointer for problem in problems if problem.severity == "error"} - {""}
-        found, context = _examine_values(
-            document, world_size, needs_deepspeed, reject_auto=reject_auto
-        )
+        with imports_allowed(allow_imports):
+            found, context = _examine_values(
+                document, world_size, needs_deepspeed, reject_auto=reject_auto
+            )
         problems += [problem for problem in found if problem.pointer not in invalid]
     return sorted(problems, key=_sort_key), context
 
@@ -92,7 +105,7 @@ def _examine_values(
     if not isinstance(document.value, dict):
         message = f"The config must be a JSON object, got {quote_value(document.value)}."
         return [document.build_problem("wrong-type", "", message)], None
-    structure = check_structure(document)
+    structure = check_structure(document, world_size)
     context = RuleContext(document, structure, world_size, needs_deepspeed)
     autos = _find_unresolved(context) if reject_auto else ()
     from_rules = (problem for rule in RULES for problem in rule(context))

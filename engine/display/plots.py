@@ -44,11 +44,17 @@ def _find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) 
     return {int(phase.start): phase.name for phase in named if 0 <= phase.start < steps}
 
 
+def _find_end(values: Sequence[float], steps: Sequence[int] | None) -> int:
+    """Return the number of steps that a plot shows."""
+    return len(values) if steps is None else steps[-1] + 1
+
+
 def draw(
     columns: Mapping[str, Sequence[float]],
     path: Path,
     title: str,
     *,
+    steps: Sequence[int] | None = None,
     curves: Mapping[str, Curve] | None = None,
     evidence: Evidence | None = None,
     dpi: int = 150,
@@ -56,9 +62,10 @@ def draw(
     """Plot columns against the step, with one panel per hyperparameter, and save the figure.
 
     Args:
-        columns: values at each step, by column name; see `Preview.columns` for the names.
+        columns: values, by column name; see `Preview.columns` for the names.
         path: output file. Its suffix, such as ``.png`` or ``.pdf``, selects the format.
         title: title of the figure.
+        steps: step of each value, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column; its phases, such as the warmup, are labeled in the plot.
         evidence: losses from which a loss-driven schedule determined the end of its warmup, and
             the Gaussian process fitted to them. Both are plotted in an additional panel. If
@@ -79,15 +86,14 @@ def draw(
             values = columns[column]
             # Values are constant during a step, so the plot is a staircase.
             axis.plot(
-                range(len(values)),
+                range(len(values)) if steps is None else steps[: len(values)],
                 values,
                 drawstyle="steps-post",
                 linewidth=1.2,
                 label=column.partition(".")[2],
             )
-        for start, phase in _find_phases(
-            curves or {}, panel_columns, len(columns[panel_columns[0]])
-        ).items():
+        end = _find_end(columns[panel_columns[0]], steps)
+        for start, phase in _find_phases(curves or {}, panel_columns, end).items():
             axis.axvline(start, color="gray", linestyle=":", linewidth=0.8)
             position = ((start, 1.0), axis.get_xaxis_transform())
             axis.annotate(
@@ -99,7 +105,7 @@ def draw(
             axis.legend(fontsize="small")
     axes[-1].set_xlabel("step (k)")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # file names can contain $
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
 
@@ -141,6 +147,7 @@ def draw_on_terminal(
     columns: Mapping[str, Sequence[float]],
     title: str,
     *,
+    steps: Sequence[int] | None = None,
     curves: Mapping[str, Curve] | None = None,
     size: tuple[int, int] = (80, 24),
     color: bool = False,
@@ -148,8 +155,9 @@ def draw_on_terminal(
     """Return a text plot of columns against the step, with one panel per hyperparameter.
 
     Args:
-        columns: values at each step, by column name, as in `draw`.
+        columns: values, by column name, as in `draw`.
         title: first line of the text.
+        steps: step of each value, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column; its phases are listed below the panel.
         size: width and height of the terminal in characters.
         color: whether to color the plot with ANSI escape codes.
@@ -167,8 +175,10 @@ def draw_on_terminal(
             label = column.partition(".")[2] or None
             # plotext fails on infinite values and overflows on values near the largest float.
             drawn = [value if abs(value) < _MAX_PLOTTED else math.nan for value in columns[column]]
-            plotext.plot(drawn, marker="braille", label=label)
-        phases = _find_phases(curves or {}, panel_columns, len(columns[panel_columns[0]]))
+            positions = list(range(len(drawn)) if steps is None else steps[: len(drawn)])
+            plotext.plot(positions, drawn, marker="braille", label=label)
+        end = _find_end(columns[panel_columns[0]], steps)
+        phases = _find_phases(curves or {}, panel_columns, end)
         for start in phases:
             plotext.vline(start)
         plotext.title(LABELS.get(name, name))

@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import ConfigError, Problem, Source, load_document
+from engine.config.named_code import find_named_code
 from engine.config.pointers import split_pointer
+from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_base_values, build_horizon, get_train_batch_size
 from engine.config.validate import examine
+from engine.config.wording import quote_value
 from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves, Evidence
+from schedules.core.imports import imports_allowed
 from schedules.core.trace import replay
 
 __all__ = ["Preview", "preview"]
+
+_MAX_SYNTHETIC_STEPS = 100_000
+_MAX_RUN_STEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,10 @@ class Preview:
     """A config's schedule, and its curves for the optimizer and run length of the config."""
 
     name: str
+    configured: Schedule[Any]
+    """The schedule as configured, with unscaled durations."""
     schedule: Schedule[Any]
+    """The schedule with scaled durations in steps."""
     curves: Curves
     horizon: Horizon
     base: Base
@@ -53,11 +63,25 @@ class Preview:
             raise ValueError(
                 f"`--losses` requires a loss-driven schedule such as AutoWU, got {name}."
             )
-        done = replay(self.schedule, losses, base=self.base, horizon=self.horizon)
+        done = replay(self.configured, losses, base=self.base, horizon=self.horizon)
         columns = {
             name: [row[name][0] for row in done.rows] for name in self.schedule.hyperparameters
         }
         return columns, done.evidence
+
+    def check_length(self, steps: int) -> None:
+        """Raise an error if the values of so many steps cannot be computed in a short time.
+
+        Raises:
+            ValueError: the schedule is a PyTorch scheduler, which must run every step.
+        """
+        from schedules.families.custom import WrappedScheduler
+
+        if isinstance(self.schedule, WrappedScheduler) and steps > _MAX_RUN_STEPS:
+            raise ValueError(
+                f"{self.schedule.type_name} must run every step, so at most {_MAX_RUN_STEPS:,} "
+                f"steps are plotted, got {steps:,}. Set `--steps` to plot the first steps."
+            )
 
     @property
     def span(self) -> int:
@@ -66,7 +90,7 @@ class Preview:
         This is the length of the run, or of the schedule if the length of the run is
         unknown.
         """
-        return int(self.horizon.scaled_steps or 0) or self.schedule.span
+        return int(self.horizon.scaled_steps or 0) or max(1, self.schedule.span)
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -92,7 +116,9 @@ class Preview:
         return zip(range(steps), *values, strict=True)
 
 
-def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
+def preview(
+    config: Source, *, steps_per_epoch: int | None = None, allow_imports: bool = False
+) -> Preview:
     """Validate the schedule of a config, and return a preview of it.
 
     Problems in sections that do not affect the schedule are ignored.
@@ -101,37 +127,56 @@ def preview(config: Source, *, steps_per_epoch: int | None = None) -> Preview:
         config: path of the config, or the config as a dict. Only ``scheduler`` is required.
         steps_per_epoch: number of optimizer steps per epoch; required if the config has durations
             in epochs.
+        allow_imports: whether to import the code that the config names.
 
     Raises:
-        ConfigError: the file cannot be read or parsed, there is no ``scheduler``, or the section
-            ``scheduler``, ``optimizer`` or ``engine`` is invalid.
+        ConfigError: the file cannot be read or parsed, there is no ``scheduler``, the section
+            ``scheduler``, ``optimizer`` or ``engine`` is invalid, the schedule requires code that
+            must not be imported, or it depends on the loss and the run is too long.
 
     >>> warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     >>> list(preview({"scheduler": warmup}).rows(3))
     [(0, 0.0), (1, 0.0005), (2, 0.001)]
     """
     document = load_document(config)
-    problems, context = examine(document, None, reject_auto=True)
+    problems, context = examine(document, None, reject_auto=True, allow_imports=allow_imports)
     problems = [problem for problem in problems if _prevents_curve(problem)]
     if problems or context is None:
         raise ConfigError(document.name, problems)
     if context.schedule is None:
+        for code in find_named_code(context.config.get("scheduler")):
+            message = f"The values of the schedule depend on code, {quote_value(code.name)}."
+            hint = "If you trust the config, import and run the code with --allow-imports."
+            problems.append(document.build_problem("named-code", code.pointer, message, hint))
+        if problems:
+            raise ConfigError(document.name, problems)
         message = "The section `scheduler` is missing. Add it to preview a schedule."
         raise ConfigError(document.name, [Problem("missing-key", "error", "", 0, 0, message)])
-    schedule = context.schedule
     try:
         horizon = build_horizon(
             context.get_section("engine"),
             samples_per_step=get_train_batch_size(context.config),
             steps_per_epoch=steps_per_epoch,
         )
-        resolved = schedule.resolve(horizon)
+        with imports_allowed(allow_imports):
+            return _build_preview(document.name, context, context.schedule, horizon)
     except ValueError as error:
         problem = document.build_problem("schedule", "/scheduler/params", str(error))
         raise ConfigError(document.name, [problem]) from None
+
+
+def _build_preview(
+    name: str, context: RuleContext, schedule: Schedule[Any], horizon: Horizon
+) -> Preview:
+    resolved = schedule.resolve(horizon)
+    if schedule.feedback is not None and resolved.span > _MAX_SYNTHETIC_STEPS:
+        raise ValueError(
+            f"The preview of {schedule.type_name} runs it on a synthetic loss, for at most "
+            f"{_MAX_SYNTHETIC_STEPS:,} steps, got {resolved.span:,}. Shorten the run in a copy of "
+            "the config."
+        )
     base = build_base_values(context.config, schedule)
-    curves = schedule.build_curves(base, horizon)
-    return Preview(document.name, resolved, curves, horizon, base)
+    return Preview(name, schedule, resolved, schedule.build_curves(base, horizon), horizon, base)
 
 
 def _prevents_curve(problem: Problem) -> bool:

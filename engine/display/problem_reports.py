@@ -9,12 +9,16 @@ from typing import Any, TextIO
 
 from engine.config import ConfigError, Problem
 from engine.config.parser import Document
+from engine.errors import escape
 
 __all__ = ["FORMATS", "Report", "write_error"]
 
 _COLORS = {"error": "31", "warning": "33", "note": "36"}
+_GITHUB_MESSAGE = "%\r\n"
+_GITHUB_PROPERTY = "%\r\n:,"
 _SARIF_LEVELS = {"error": "error", "warning": "warning", "note": "note"}
 _WIDTH = 100
+_MAX_PRINTED = 100
 
 
 @dataclass(frozen=True)
@@ -26,19 +30,40 @@ class Report:
     color: bool = False
 
 
+def _select_problems(problems: Sequence[Problem]) -> tuple[list[Problem], int]:
+    """Return the problems to print, most severe first if there are too many, and the rest's number.
+
+    The selected problems keep their order.
+    """
+    severities = list(_COLORS)
+    by_severity = sorted(
+        range(len(problems)), key=lambda index: severities.index(problems[index].severity)
+    )
+    chosen = sorted(by_severity[:_MAX_PRINTED])
+    return [problems[index] for index in chosen], len(problems) - len(chosen)
+
+
 def _format_text(report: Report) -> Iterator[str]:
     lines = report.document.lines
-    for problem in report.problems:
+    name = escape(report.document.name)
+    problems, omitted = _select_problems(report.problems)
+    for problem in problems:
         location = f":{problem.line}:{problem.column}" if problem.line else ""
         head = f"{problem.severity}[{problem.rule}]"
         if report.color:
             head = f"\033[1;{_COLORS[problem.severity]}m{head}\033[0m"
-        yield f"{report.document.name}{location}: {head}: {problem}"
-        if problem.line and problem.line <= len(lines):
+        yield f"{name}{location}: {head}: {problem}"
+        if problem.line and problem.line <= len(lines) and report.document.text:
             source = lines[problem.line - 1].replace("\t", " ")
             start = max(0, problem.column - _WIDTH // 2) if len(source) > _WIDTH else 0
-            yield f"  {source[start : start + _WIDTH]}"
-            yield f"  {' ' * (problem.column - 1 - start)}^"
+            excerpt = source[start : start + _WIDTH]
+            column = len(escape(excerpt[: problem.column - 1 - start]))
+            # GitHub executes a line of a log that starts with "::", also after spaces.
+            margin = "| " if excerpt.lstrip().startswith(("::", "##")) else "  "
+            yield f"{margin}{escape(excerpt)}"
+            yield f"{margin}{' ' * column}^"
+    if omitted:
+        yield f"{name}: … and {omitted:,} more"
 
 
 def _format_json(report: Report) -> Iterator[str]:
@@ -50,11 +75,21 @@ def _format_json(report: Report) -> Iterator[str]:
 
 
 def _format_github(report: Report) -> Iterator[str]:
-    for problem in report.problems:
+    name = _encode(report.document.name, _GITHUB_PROPERTY)
+    problems, omitted = _select_problems(report.problems)
+    for problem in problems:
         command = "notice" if problem.severity == "note" else problem.severity
         location = f",line={problem.line},col={problem.column}" if problem.line else ""
-        message = str(problem).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-        yield f"::{command} file={report.document.name}{location},title={problem.rule}::{message}"
+        message = _encode(f"{problem.message} {problem.hint}".strip(), _GITHUB_MESSAGE)
+        yield f"::{command} file={name}{location},title={problem.rule}::{message}"
+    if omitted:
+        yield f"::notice file={name}::… and {omitted:,} more"
+
+
+def _encode(text: str, characters: str) -> str:
+    """Percent-encode characters as GitHub's workflow commands require, and escape the others."""
+    encoded = "".join(f"%{ord(each):02X}" if each in characters else each for each in text)
+    return escape(encoded)
 
 
 def _format_sarif(report: Report) -> Iterator[str]:

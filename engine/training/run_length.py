@@ -44,11 +44,16 @@ class RunLength:
         Returns:
             Whether the length is known, or unlimited. A length in epochs is unknown without
             ``steps_per_epoch``.
+
+        Raises:
+            DurationError: the length is shorter than a step or too large.
         """
         duration = config.run.get("max_duration")
         try:
             total = config.horizon(steps_per_epoch).scaled_steps
         except DurationError:
+            if steps_per_epoch is not None:  # the length is known, but invalid
+                raise
             return False
         if total is not None and isinstance(duration, str) and not duration.strip().endswith("ba"):
             self.total_samples = total * config.batch.train

@@ -8,6 +8,7 @@ import textwrap
 from torch.optim.lr_scheduler import LRScheduler
 
 from engine.config import Config
+from engine.config.named_code import find_named_code
 from schedules import ScheduleBinder
 
 __all__ = ["log_setup"]
@@ -40,6 +41,8 @@ def log_setup(
         scheduler: scheduler of the run; None if it has none.
     """
     _enable_logging()
+    for code in find_named_code(config.raw.get("scheduler")):
+        log.info("imported %s, which %s names in %s", code.name, code.pointer, config.name)
     for override in config.overrides:
         log.info("%s", override)
     for problem in config.warnings:

@@ -14,12 +14,17 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from schedules.core.curves import Curve, Phase, Piece, constant_piece, shorten
+from schedules.core.curves import Curve, constant, power_of
+from schedules.core.pieces import Phase, Piece, constant_piece, shorten
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["delay", "dilate", "join", "pointwise", "repeat", "stairs"]
+__all__ = ["delay", "dilate", "join", "multiply_at", "pointwise", "repeat", "stairs"]
+
+_CACHED_CYCLES = 16
+_MAX_GROWING_CYCLES = 100_000  # all later cycles have the same length
+_NEVER = 2.0**100  # steps; no run is that long
 
 
 class _Join(Curve):
@@ -80,6 +85,17 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
     if list(boundaries) != sorted(boundaries) or (boundaries and boundaries[0] < 0):
         raise ValueError(f"`boundaries` must be >= 0 and in ascending order, got {boundaries}.")
     return _Join(parts, boundaries, names or ("",) * len(parts))
+
+
+def multiply_at(start_value: float, factor: float, boundaries: Iterable[float]) -> Curve:
+    """Return a constant that is multiplied by a factor at each boundary, in ascending order.
+
+    >>> list(multiply_at(1.0, 0.5, [1, 3]).values(5))
+    [1.0, 0.5, 0.5, 0.25, 0.25]
+    """
+    ends = tuple(boundaries)
+    levels = [power_of(start_value, factor, passed) for passed in range(len(ends) + 1)]
+    return join(map(constant, levels), ends)
 
 
 class _Stairs(Curve):
@@ -143,7 +159,7 @@ def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -
 
 class _Repeat(Curve):
     def __init__(self, make: Callable[[int, float], Curve], steps: float, growth: float) -> None:
-        self._make = functools.cache(make)
+        self._make = functools.lru_cache(maxsize=_CACHED_CYCLES)(make)
         self._growth = growth
         self._starts = [0.0]
         self._steps = [steps]
@@ -154,13 +170,27 @@ class _Repeat(Curve):
             cycle = int(local // self._steps[0])
             start, steps = cycle * self._steps[0], self._steps[0]
         else:
-            while local >= self._starts[-1] + self._steps[-1]:
+            while local >= self._starts[-1] + self._steps[-1] and not self._is_stuck:
                 self._starts.append(self._starts[-1] + self._steps[-1])
-                self._steps.append(int(self._growth * self._steps[-1]))
+                self._steps.append(_grow(self._steps[-1], self._growth))
             cycle = bisect_right(self._starts, local) - 1
             start, steps = self._starts[cycle], self._steps[cycle]
+            if local >= start + steps:  # the last cycle has the same length as all later ones
+                later = int((local - start) // steps)
+                cycle, start = cycle + later, start + later * steps
         piece = self._make(cycle, steps).piece(step, origin + start)
         return shorten(piece, origin + start + steps)
+
+    @property
+    def _is_stuck(self) -> bool:
+        """Whether truncation to whole steps keeps all later cycles at the length of the last."""
+        last = self._steps[-1]
+        return last == _grow(last, self._growth) or len(self._steps) >= _MAX_GROWING_CYCLES
+
+
+def _grow(steps: float, growth: float) -> float:
+    longer = growth * steps
+    return max(1, int(longer)) if longer <= _NEVER else math.inf
 
 
 def repeat(make: Callable[[int, float], Curve], steps: float, growth: float = 1) -> Curve:
@@ -221,9 +251,14 @@ class _Dilate(Curve):
         ratio = self._ratio
         piece = self._curve.piece((step - origin) / ratio)
         at = piece.formula
+        end = origin + piece.end * ratio
+        if math.isfinite(end):
+            last = math.ceil(end) - 1
+            if (last - origin) / ratio >= piece.end:  # the multiplication was rounded up
+                end = last
         return Piece(
             origin + piece.start * ratio,
-            origin + piece.end * ratio,
+            end,
             lambda k: at((k - origin) / ratio),
             elementwise=True,
         )

@@ -14,19 +14,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
+
+from schedules.core.pieces import Formula, Line, Phase, Piece, constant_piece, find_next_step
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "Curve",
-    "Formula",
-    "Line",
-    "Phase",
-    "Piece",
     "constant",
-    "constant_piece",
     "cosine",
     "exponential",
     "from_function",
@@ -39,59 +36,11 @@ __all__ = [
     "log",
     "one_minus_sqrt",
     "polynomial",
+    "power_of",
     "ramp",
-    "shorten",
 ]
 
-# Maps a step to a value. A formula that uses only + - * / also accepts an array of steps.
-Formula = Callable[[Any], Any]
-
 _BLOCK = 8192
-
-
-class Line(NamedTuple):
-    """Coefficients of the linear formula ``start_value + rise * ((step - origin) / steps)``.
-
-    Lines with the same ``origin`` and ``steps`` can share the quotient.
-    """
-
-    start_value: float
-    rise: float
-    origin: float
-    steps: float
-
-
-class Piece(NamedTuple):
-    """A range of steps, ``start <= step < end``, in which a curve has a single formula.
-
-    The bounds can be fractional, for example if a duration is specified in samples.
-    """
-
-    start: float
-    end: float
-    formula: Formula
-    elementwise: bool
-    """Whether arrays are evaluated in a loop, because numpy's sin and log round differently."""
-    line: Line | None = None
-    """Coefficients of the formula, if it is linear."""
-
-
-def constant_piece(value: float, start: float, end: float) -> Piece:
-    """Return a piece that has the same value at every step of ``start <= step < end``."""
-    line = Line(value, 0.0, start, 1.0)
-    return Piece(start, end, lambda k: value, elementwise=False, line=line)
-
-
-def shorten(piece: Piece, end: float) -> Piece:
-    """Return the piece truncated at ``end``, or unchanged if it ends earlier."""
-    return piece if piece.end <= end else Piece(piece.start, end, *piece[2:])
-
-
-class Phase(NamedTuple):
-    """A named part of a curve, such as the warmup, and the step at which it starts."""
-
-    start: float
-    name: str
 
 
 class Curve(ABC):
@@ -110,7 +59,7 @@ class Curve(ABC):
         """Yield the pieces of ``start <= step < end``, with bounds rounded up to whole steps."""
         while start < end:
             piece = self.piece(start)
-            stop = math.ceil(piece.end) if piece.end < end else end
+            stop = find_next_step(piece, start, end)
             yield Piece(start, stop, *piece[2:])
             start = stop
 
@@ -142,7 +91,7 @@ class Curve(ABC):
         end, done = start + len(values), start
         while done < end:
             piece = self.piece(done, origin)
-            stop = math.ceil(piece.end) if piece.end < end else end
+            stop = find_next_step(piece, done, end)
             # Blocks that fit into the CPU cache are four times as fast as the whole array at once.
             for first in range(done, stop, _BLOCK):
                 last = min(first + _BLOCK, stop)
@@ -198,7 +147,7 @@ class Curve(ABC):
         done = 0
         while done < ascending.size:
             piece = self.piece(ascending[done].item())
-            stop = int(np.searchsorted(ascending, piece.end))
+            stop = max(done + 1, int(np.searchsorted(ascending, piece.end)))
             steps = ascending[done:stop]
             values[done:stop] = (
                 [piece.formula(step) for step in steps.tolist()]
@@ -384,15 +333,30 @@ def log(start_value: float, end_value: float, steps: float) -> Curve:
     return ramp(start_value, end_value, last, lambda x: math.log1p(x * last) / math.log1p(last))
 
 
+def power_of(start_value: float, factor: float, exponent: float) -> float:
+    """Return ``start_value * factor ** exponent``; infinity if it is too large for a float.
+
+    >>> power_of(0.5, 2.0, 3), power_of(0.5, 10.0, 1e6), power_of(0.0, 10.0, 1e6)
+    (4.0, inf, 0.0)
+    """
+    try:
+        value: float = start_value * factor**exponent
+    except OverflowError:
+        return math.inf if start_value else 0.0
+    return value
+
+
 def exponential(start_value: float, factor: float, steps: float) -> Curve:
     """Return the exponential curve ``f(k) = start * factor ** (k / steps)``.
+
+    A value that is too large for a float is infinity.
 
     >>> list(exponential(1.0, factor=0.25, steps=2).values(5))
     [1.0, 0.5, 0.25, 0.125, 0.0625]
     """
 
     def formula(origin: float) -> Formula:
-        return lambda k: start_value * factor ** ((k - origin) / steps)
+        return lambda k: power_of(start_value, factor, (k - origin) / steps)
 
     return _Shape(formula, elementwise=True)
 

@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 __all__ = [
+    "MAX_STEPS",
     "PATTERN",
     "DurationError",
     "FractionalSteps",
@@ -23,8 +24,11 @@ __all__ = [
 ]
 
 PATTERN = r"^\s*[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*([eE][pP]|[bB][aA]|[sS][pP]|[dD][uU][rR])\s*$"
-_TIME = re.compile(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]+)\s*")
+_TIME = re.compile(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]+)\s*")
 _WHOLE = ("ep", "ba", "sp")
+
+MAX_STEPS = 2**53
+"""Maximum length of a run or duration in steps. A float represents each step up to it exactly."""
 
 
 class DurationError(ValueError):
@@ -56,7 +60,8 @@ class Horizon:
             run is then rounded down to whole samples instead of whole steps.
 
     Raises:
-        ValueError: a number is zero, negative, infinite or NaN.
+        ValueError: a number is zero, negative, infinite or NaN, or the length of the run exceeds
+            `MAX_STEPS`.
 
     >>> Horizon(total_steps=60, scale_ratio=0.5).scaled_steps
     30
@@ -74,6 +79,11 @@ class Horizon:
             value = getattr(self, field.name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"`{field.name}` must be positive and finite, got {value}.")
+        if self.total_steps is not None:
+            samples = (self.samples_per_step or 1) if self.counts_samples else 1
+            _check_length(
+                self.total_steps * samples * max(1.0, self.scale_ratio), "The length of the run"
+            )
 
     @property
     def scaled_steps(self) -> float | None:
@@ -105,8 +115,8 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
             fraction of the run (``dur``).
 
     Raises:
-        DurationError: the time string is invalid, or ``horizon`` does not have the value that its
-            unit requires.
+        DurationError: the time string is invalid, ``horizon`` does not have the value that its
+            unit requires, or the result exceeds `MAX_STEPS`.
 
     >>> convert_to_steps("0.29dur", Horizon(total_steps=100), scaled=True)
     28
@@ -115,7 +125,7 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
     """
     ratio = horizon.scale_ratio if scaled else 1.0
     if not isinstance(duration, str):
-        return _to_steps(duration * ratio, duration)
+        return _to_steps(_check_length(duration, "A duration") * ratio, duration)
     value, unit = _parse(duration)
     if unit == "dur":
         if horizon.scaled_steps is None:
@@ -124,7 +134,7 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
                 'Set "engine": {"max_duration": "10ep"} in the config, pass '
                 "horizon=Horizon(total_steps=…) in a custom loop, or specify a number of steps."
             )
-        return _convert_fraction(value, horizon)
+        return _convert_fraction(value, horizon, repr(duration))
     if unit == "ep":
         if horizon.steps_per_epoch is None:
             raise DurationError(
@@ -132,15 +142,17 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
                 "dataset or a data loader, to `initialize`, set `--steps-per-epoch` on the command "
                 "line, or specify a number of steps."
             )
-        return int(int(value * horizon.steps_per_epoch) * ratio)
+        steps = int(_check_length(value * horizon.steps_per_epoch, repr(duration)))
+        return int(_check_length(steps * ratio, repr(duration)))
     if unit == "sp":
         if horizon.samples_per_step is None:
             raise DurationError(
                 f"{duration!r} requires the number of samples per step. "
                 "Set `train_batch_size`, or specify a number of steps."
             )
-        return _to_steps(int(value * ratio) / horizon.samples_per_step)
-    return int(value * ratio)
+        samples = int(_check_length(value * ratio, repr(duration)))
+        return _to_steps(samples / horizon.samples_per_step)
+    return int(_check_length(value * ratio, repr(duration)))
 
 
 def has_data_durations(schedule: Any) -> bool:
@@ -159,13 +171,13 @@ def has_data_durations(schedule: Any) -> bool:
     )
 
 
-def _convert_fraction(value: float, horizon: Horizon) -> float:
+def _convert_fraction(value: float, horizon: Horizon, text: str) -> float:
     total = horizon.scaled_steps
     assert total is not None
     if horizon.counts_samples and horizon.samples_per_step:
         samples = round(total * horizon.samples_per_step)
-        return _to_steps(int(value * samples) / horizon.samples_per_step)
-    return int(value * total)
+        return _to_steps(int(_check_length(value * samples, text)) / horizon.samples_per_step)
+    return int(_check_length(value * total, text))
 
 
 def _parse(text: str) -> tuple[float, str]:
@@ -182,7 +194,7 @@ def _parse(text: str) -> tuple[float, str]:
             "a duration must be a number of steps, or a number followed by the unit ep, ba, sp or "
             f'dur, such as "10ep" or "0.1dur", got {text!r}.'
         )
-    value = float(match[1])
+    value = _check_length(float(match[1]), repr(text))
     if unit != "dur" and value != int(value):
         raise DurationError(
             f"{text!r} must be a whole number of {unit}. Only the unit dur accepts fractions."
@@ -190,11 +202,18 @@ def _parse(text: str) -> tuple[float, str]:
     return value, unit
 
 
+def _check_length(length: float, name: str) -> float:
+    if not length <= MAX_STEPS:
+        raise DurationError(f"{name} must be at most {MAX_STEPS:,} (2**53). Shorten it.")
+    return length
+
+
 def _to_steps(scaled: float, configured: float | None = None) -> float:
     """Return a scaled duration as an int, or as `FractionalSteps` if it is not whole.
 
     If the duration before scaling (``configured``) is a whole number, the result is truncated.
     """
+    _check_length(scaled, "A duration")
     if configured is not None and float(configured).is_integer():
         return int(scaled)
     return int(scaled) if float(scaled).is_integer() else FractionalSteps(scaled)

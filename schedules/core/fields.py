@@ -18,7 +18,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from schedules.core.durations import PATTERN, FractionalSteps, Horizon, convert_to_steps
+from schedules.core.durations import (
+    MAX_STEPS,
+    PATTERN,
+    FractionalSteps,
+    Horizon,
+    convert_to_steps,
+)
 
 __all__ = [
     "AnyValue",
@@ -192,11 +198,18 @@ def accepts(schema: Mapping[str, Any], value: Any) -> bool:
             and (schema.get("additionalProperties", True) or value.keys() <= properties.keys())
             and all(accepts(properties.get(key, {}), each) for key, each in value.items())
         )
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, int | float) or not _is_finite(value):
         return False
     if "number" not in names and not ("integer" in names and isinstance(value, int)):
         return False
     return all(holds(value, schema[key]) for key, (_, holds) in _LIMITS.items() if key in schema)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that is too large for a float
+        return False
 
 
 def as_number(value: float | str | Sequence[float]) -> float:
@@ -219,6 +232,8 @@ def as_number(value: float | str | Sequence[float]) -> float:
     return value
 
 
+_SHOWN = 60
+_SHORTEST = 1e-6  # steps; shorter periods would exceed the precision of a float
 _ANY_RUN = Horizon(total_steps=1, steps_per_epoch=1, samples_per_step=1)
 
 
@@ -256,14 +271,24 @@ class Field:
         ):
             value = int(value)
         if any(isinstance(each, FractionalSteps) for each in _as_tuple(value)):
+            if min(_as_tuple(value)) < min(_SHORTEST, self._item_schema.get("minimum", 0)):
+                raise ValueError(f"`{self.name}` must be at least 1 step, got {value!r} steps.")
             return value
         if isinstance(value, str) and self.duration is not None:
             convert_to_steps(value, _ANY_RUN, scaled=False)  # raises if the time string is invalid
         if not accepts(self.schema, value):
-            raise ValueError(
-                f"`{self.name}` must be {describe_schema(self.schema)}, got {value!r}."
-            )
+            shown = repr(value)
+            shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
+            raise ValueError(f"`{self.name}` must be {describe_schema(self.schema)}, got {shown}.")
+        numbers = [each for each in _as_tuple(value) if isinstance(each, int | float)]
+        if "integer" in self._item_schema.get("type", ()) and max(numbers, default=0) > MAX_STEPS:
+            raise ValueError(f"`{self.name}` must be at most {MAX_STEPS:,} (2**53). Lower it.")
         return value
+
+    @property
+    def _item_schema(self) -> Mapping[str, Any]:
+        schema: Mapping[str, Any] = self.schema.get("items", self.schema)
+        return schema
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

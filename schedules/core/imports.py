@@ -1,23 +1,119 @@
-"""Import the objects that a config specifies as ``module:attribute``."""
+"""Import the objects that a config specifies as ``module:attribute``, if imports are allowed.
+
+Importing a module runs its code. Training imports what its config names. Commands that only read a
+config forbid it with `imports_allowed`, because the config may come from somebody else.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
+import importlib.util
+import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["import_attribute"]
+__all__ = [
+    "ImportForbiddenError",
+    "are_imports_allowed",
+    "check_import_path",
+    "import_attribute",
+    "imports_allowed",
+    "require_imports",
+]
+
+_NAME = r"[^\W\d]\w*"
+_PATH = re.compile(rf"{_NAME}(\.{_NAME})*:{_NAME}")
+_allowed: ContextVar[bool] = ContextVar("imports_allowed", default=True)
+
+
+class ImportForbiddenError(ValueError):
+    """Raised if a config names code while imports are forbidden.
+
+    ValueError
+    └── ImportForbiddenError
+    """
+
+
+@contextmanager
+def imports_allowed(allowed: bool) -> Iterator[None]:
+    """Allow or forbid the import of code that a config names, inside this context.
+
+    >>> with imports_allowed(False):
+    ...     import_attribute("math:pi")
+    Traceback (most recent call last):
+    schedules.core.imports.ImportForbiddenError: 'math:pi' is not imported here.
+    """
+    token = _allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def are_imports_allowed() -> bool:
+    """Return whether code that a config names may be imported; see `imports_allowed`."""
+    return _allowed.get()
+
+
+def require_imports(name: str) -> None:
+    """Raise an error if imports are forbidden.
+
+    Args:
+        name: import path or entry point to be imported.
+
+    Raises:
+        ImportForbiddenError: imports are forbidden by `imports_allowed`.
+    """
+    if not are_imports_allowed():
+        raise ImportForbiddenError(f"{name!r} is not imported here.")
+
+
+def check_import_path(path: str) -> bool:
+    """Check the form of an import path, and return whether its module is found.
+
+    Nothing is imported, not even the packages that contain the module.
+
+    Raises:
+        ValueError: the path does not have the form ``module:attribute``.
+
+    >>> check_import_path("json.decoder:JSONDecoder"), check_import_path("no_such_module:f")
+    (True, False)
+    """
+    if not _PATH.fullmatch(path):
+        raise ValueError(
+            f"{path!r} is not an import path. Write it as `module:attribute`, such as "
+            "`my_package.my_module:my_function`."
+        )
+    package, *below = path.partition(":")[0].split(".")
+    try:
+        spec = importlib.util.find_spec(package)
+        for name in below:
+            if spec is None or spec.submodule_search_locations is None:
+                return False
+            package = f"{package}.{name}"
+            # `importlib.util.find_spec` would import the package that contains the module.
+            directories = list(spec.submodule_search_locations)
+            spec = importlib.machinery.PathFinder.find_spec(package, directories)
+    except (ImportError, AttributeError, KeyError, ValueError):
+        return True  # a module without a spec, or found by a custom finder: it cannot be checked
+    return spec is not None
 
 
 def import_attribute(path: str) -> Any:
     """Import and return the object at ``module:attribute``.
 
     Raises:
+        ImportForbiddenError: imports are forbidden by `imports_allowed`.
         ValueError: the module is not found, its import fails, or the attribute does not exist.
 
     >>> import_attribute("math:pi")
     3.141592653589793
     """
+    require_imports(path)
     module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 from schedules.core.descriptions import read_descriptions, read_index
 from schedules.core.durations import Horizon
 from schedules.core.fields import accepts, describe_schema, read_fields
-from schedules.core.imports import import_attribute
+from schedules.core.imports import import_attribute, require_imports
 from schedules.core.schedule import ParameterProblem, Schedule, ScheduleError
 from schedules.core.spelling import find_nearest
 
@@ -77,6 +77,7 @@ SCHEDULES: MutableMapping[str, type[Schedule[Any]]] = _Schedules()
 
 ENTRY_POINTS = "onecycle.schedules"
 _CUSTOM = "schedules.families.custom"
+_MAX_DESCRIBED = 20  # unknown parameters, because the search for suggestions takes time
 C = TypeVar("C", bound=type[Schedule[Any]])
 
 
@@ -138,6 +139,8 @@ def find(name: str) -> type[Schedule[Any]]:
             scheduler class, or a function that maps the step to a learning rate factor.
 
     Raises:
+        ImportForbiddenError: the name is not built in or registered, and
+            `schedules.core.imports.imports_allowed` forbids imports.
         ValueError: the name is unknown, or the imported object is not a schedule, a scheduler or a
             function. If the name is similar to a known name, the message suggests that name.
 
@@ -145,19 +148,37 @@ def find(name: str) -> type[Schedule[Any]]:
     'exp'
     """
     if ":" in name:
+        require_imports(name)  # also if it is imported already: it must not run
         return _load(name)
     if name not in SCHEDULES:
         from importlib.metadata import entry_points
 
         for entry in entry_points(group=ENTRY_POINTS, name=name):
+            require_imports(name)
             return _to_schedule(name, entry.load())
-        custom = importlib.import_module(_CUSTOM)
-        if name in custom.torch_scheduler_names():
+        if read_torch_parameters(name) is not None:
+            require_imports(name)
+            custom = importlib.import_module(_CUSTOM)
             return _load(f"{custom.TORCH_MODULE}:{name}")
         near = find_nearest(name, SCHEDULES)
         fix = f"Did you mean `{near}`?" if near else "Run `onecycle schedules` for a list."
         raise ValueError(f"`scheduler.type` must be the name of a schedule, got {name!r}. {fix}")
     return SCHEDULES[name]
+
+
+def read_torch_parameters(name: str) -> dict[str, bool] | None:
+    """Return the parameters of a PyTorch scheduler without importing PyTorch.
+
+    Returns:
+        A dict that maps each parameter to whether it is required; None if there is no such
+        scheduler.
+
+    >>> read_torch_parameters("LambdaLR")
+    {'lr_lambda': True}
+    """
+    custom = importlib.import_module(_CUSTOM)
+    parameters: dict[str, bool] | None = custom.read_torch_parameters(name)
+    return parameters
 
 
 def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> Schedule[Any]:
@@ -168,9 +189,11 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
         horizon: length of the run. If set, durations are converted to steps and scaled.
 
     Raises:
+        ImportForbiddenError: the block names code, and imports are forbidden.
         ScheduleError: a parameter is unknown, missing or invalid. The attribute ``problems`` of the
             error lists every problem.
-        ValueError: the type is unknown, or the block has no ``type`` or has an unknown key.
+        ValueError: the type is unknown, or the block has no ``type``, has an unknown key or has a
+            value of another JSON type.
 
     >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps
     100
@@ -184,14 +207,22 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
             "A scheduler block must have the key `type`, optionally `params`, and no other keys, "
             f"got {', '.join(sorted(block)) or 'no keys'}."
         )
-    cls = find(block["type"])
-    params = block.get("params", {})
+    name, params = block["type"], block.get("params", {})
+    if not isinstance(name, str) or not isinstance(params, Mapping):
+        raise ValueError(  # noqa: TRY004  # it is a value of the config
+            "The `type` of a scheduler block must be a string and its `params` an object, got "
+            f"{type(name).__name__} and {type(params).__name__}."
+        )
+    cls = find(name)
     fields = read_fields(cls)
+    unknown_params = [name for name in params if name not in fields]
     problems = [
         ParameterProblem(name, _describe_unknown(cls, name, params))
-        for name in params
-        if name not in fields
+        for name in unknown_params[:_MAX_DESCRIBED]
     ]
+    if len(unknown_params) > _MAX_DESCRIBED:
+        more = len(unknown_params) - _MAX_DESCRIBED
+        problems.append(ParameterProblem(None, f"There are {more:,} more unknown parameters."))
     problems += [
         ParameterProblem(None, f"`{name}` is required. Set it to {describe_schema(field.schema)}.")
         for name, field in fields.items()

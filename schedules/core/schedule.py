@@ -133,6 +133,15 @@ class Schedule(ABC, Generic[S]):
                 object.__setattr__(self, name, field.convert(getattr(self, name)))
             except ValueError as error:  # noqa: PERF203  # one error per field
                 yield ParameterProblem(name, str(error))
+        lists = self.lists_per_group
+        if len(set(map(len, lists.values()))) > 1:
+            (first, *_), (last, *_) = lists, reversed(lists)
+            lengths = ", ".join(f"`{name}` has {len(value)}" for name, value in lists.items())
+            yield ParameterProblem(
+                last,
+                f"`{last}` and `{first}` must have the same length, one number per param group, "
+                f"but {lengths}.",
+            )
 
     @property
     def unresolved_fields(self) -> tuple[str, ...]:
@@ -277,13 +286,21 @@ class Schedule(ABC, Generic[S]):
         """
         lists = {
             name: broadcast(name, value, (0.0,) * groups)
-            for name, field in read_fields(type(self)).items()
-            if field.per_group and isinstance(value := getattr(self, name), tuple)
+            for name, value in self.lists_per_group.items()
         }
         if not lists:
             return (self,) * groups
         rows = (dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True))
         return tuple(dataclasses.replace(self, **row) for row in rows)
+
+    @property
+    def lists_per_group(self) -> dict[str, tuple[float, ...]]:
+        """The fields that are lists with one number per param group, by name."""
+        return {
+            name: value
+            for name, field in read_fields(type(self)).items()
+            if field.per_group and isinstance(value := getattr(self, name), tuple)
+        }
 
     def params(self) -> dict[str, Any]:
         """Return the parameters as JSON values. Omits parameters that have their default value."""

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated
 
-from schedules.core.combinators import delay, join, repeat, stairs
+from schedules.core.combinators import delay, join, multiply_at, repeat, stairs
 from schedules.core.curves import Curve, constant, cosine, exponential, linear, polynomial
 from schedules.core.fields import (
     Factor,
@@ -181,8 +181,7 @@ class MultiStepScheduler(
             )
 
     def _body(self, lr: float, start: float) -> Curve:
-        levels = [constant(lr * self.gamma**passed) for passed in range(len(self.milestones) + 1)]
-        return delay(join(levels, boundaries=map(as_number, self.milestones)), -start)
+        return delay(multiply_at(lr, self.gamma, map(as_number, self.milestones)), -start)
 
 
 @schedule_class

@@ -14,6 +14,7 @@ from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant
 from schedules.core.durations import Horizon
 from schedules.core.fields import Items, Milestones, as_number
+from schedules.core.imports import ImportForbiddenError
 from schedules.core.registry import from_config
 from schedules.core.schedule import ParameterProblem, Schedule, schedule_class
 
@@ -27,6 +28,7 @@ _BLOCK = {
     "additionalProperties": False,
 }
 Blocks = Annotated[Sequence[Mapping[str, Any]], Items(_BLOCK)]
+_MAX_SCHEDULES = 100
 
 
 @schedule_class
@@ -44,10 +46,24 @@ class _Composite(Schedule[int]):
         yield from problems
         if any(problem.field == "schedulers" for problem in problems):
             return
+        count = _count_blocks(self.schedulers)
+        if count > _MAX_SCHEDULES:
+            message = (
+                f"`schedulers` must contain at most {_MAX_SCHEDULES} schedules, including nested "
+                f"ones, got {count}. Remove some of them."
+            )
+            yield ParameterProblem("schedulers", message)
+            return
+        parts, is_valid, forbidden = [], True, None
         for index, block in enumerate(self.schedulers):
             try:
                 part = from_config(block)
+                parts.append(part)
+            except ImportForbiddenError as error:
+                forbidden = error
+                continue
             except ValueError as error:
+                is_valid = False
                 yield ParameterProblem("schedulers", f"`schedulers[{index}]`: {error}")
                 continue
             if part.feedback is not None:
@@ -56,6 +72,11 @@ class _Composite(Schedule[int]):
                     f"{part.type_name}. Use {part.type_name} as the `scheduler` itself."
                 )
                 yield ParameterProblem("schedulers", message)
+                is_valid = False
+        if forbidden is not None and is_valid:
+            raise forbidden
+        # Nested schedules would otherwise be built twice at each level.
+        self.__dict__["parts"] = tuple(parts)
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:
@@ -198,6 +219,18 @@ class ChainedScheduler(
             )
             for name in self.hyperparameters
         }
+
+
+def _count_blocks(blocks: Any) -> int:
+    """Return the number of schedules in a list of blocks, including those nested in their params.
+
+    Values that are not a list of blocks count as nothing; they are reported elsewhere.
+    """
+    if not isinstance(blocks, list | tuple):
+        return 0
+    params = [block.get("params") for block in blocks if isinstance(block, Mapping)]
+    nested = [each.get("schedulers") for each in params if isinstance(each, Mapping)]
+    return len(blocks) + sum(map(_count_blocks, nested))
 
 
 def _product(curves: Sequence[Curve], own: float) -> Curve:

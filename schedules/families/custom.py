@@ -32,23 +32,50 @@ from schedules.core.schedule import (
     schedule_class,
 )
 
-__all__ = ["FunctionSchedule", "WrappedScheduler", "adapt", "torch_scheduler_names"]
+__all__ = [
+    "FunctionSchedule",
+    "WrappedScheduler",
+    "adapt",
+    "read_torch_parameters",
+]
 
 TORCH_MODULE = "torch.optim.lr_scheduler"
 _ABSTRACT = "LRScheduler"
+_NOT_IN_CONFIGS = {"last_epoch", "verbose"}
 
 
 @functools.cache
-def torch_scheduler_names() -> frozenset[str]:
-    """Return the names of PyTorch's scheduler classes without importing PyTorch."""
+def _read_torch_classes() -> dict[str, ast.ClassDef]:
+    """Read PyTorch's scheduler classes from its source code, without importing PyTorch."""
     package = importlib.util.find_spec("torch")
     if package is None or package.origin is None:
-        return frozenset()
+        return {}
     source = Path(package.origin).parent / "optim" / "lr_scheduler.py"
     classes = [
         node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef)
     ]
-    return frozenset(node.name for node in classes if not node.name.startswith("_")) - {_ABSTRACT}
+    return {
+        node.name: node
+        for node in classes
+        if not node.name.startswith("_") and node.name != _ABSTRACT
+    }
+
+
+def read_torch_parameters(name: str) -> dict[str, bool] | None:
+    """Return the parameters of a PyTorch scheduler; see `schedules.core.registry`."""
+    cls = _read_torch_classes().get(name)
+    if cls is None:
+        return None
+    methods = [node for node in cls.body if isinstance(node, ast.FunctionDef)]
+    (arguments,) = (node.args for node in methods if node.name == "__init__")
+    names = [each.arg for each in arguments.args[2:]]  # without self and the optimizer
+    required = len(names) - len(arguments.defaults)
+    found = {each: index < required for index, each in enumerate(names)}
+    found |= {
+        each.arg: default is None
+        for each, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    }
+    return {each: needed for each, needed in found.items() if each not in _NOT_IN_CONFIGS}
 
 
 def adapt(found: Any, path: str) -> type[Schedule[Any]]:
@@ -114,7 +141,7 @@ def wrap_scheduler(cls: type[Any], name: str) -> type[WrappedScheduler]:
             ),
         )
         for parameter in list(inspect.signature(cls).parameters.values())[1:]
-        if parameter.name not in {"last_epoch", "verbose"}
+        if parameter.name not in _NOT_IN_CONFIGS
     ]
     schedule: Any = dataclasses.make_dataclass(
         cls.__name__,

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Literal
 
-from schedules.core.combinators import delay, join, pointwise, stairs
+from schedules.core.combinators import delay, join, multiply_at, pointwise, stairs
 from schedules.core.controller import Base, Curves
 from schedules.core.curves import (
     Curve,
@@ -174,8 +174,7 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
             )
 
     def _body(self, lr: float) -> Curve:
-        levels = [constant(lr * self.factor**passed) for passed in range(len(self.step) + 1)]
-        return join(levels, boundaries=map(as_number, self.step))
+        return multiply_at(lr, self.factor, map(as_number, self.step))
 
 
 @schedule_class

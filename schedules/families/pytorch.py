@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Literal
 
-from schedules.core.combinators import join, pointwise, repeat, stairs
+from schedules.core.combinators import join, multiply_at, pointwise, repeat, stairs
 from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant, cosine, exponential, linear, polynomial
 from schedules.core.fields import (
@@ -91,8 +91,7 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
     """Factor applied at each milestone."""
 
     def curve(self, lr: float) -> Curve:
-        levels = [constant(lr * self.gamma**passed) for passed in range(len(self.milestones) + 1)]
-        return join(levels, boundaries=sorted(map(as_number, self.milestones)))
+        return multiply_at(lr, self.gamma, sorted(map(as_number, self.milestones)))
 
 
 @schedule_class

@@ -196,5 +196,5 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
     def synthetic_loss(self, step: int, lr: float) -> float:
         del step
-        valley = math.sqrt(self.min_lr * self.max_lr)
+        valley = math.sqrt(self.min_lr) * math.sqrt(self.max_lr)  # the product can underflow
         return 1.0 + 0.3 * math.log10(max(lr, 1e-12) / valley) ** 2

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import argparse
 
-__all__ = ["parse_positive_int"]
+__all__ = ["add_allow_imports", "parse_positive_int"]
+
+_LARGEST = 2**53
 
 
 def parse_positive_int(text: str) -> int:
-    """Parse an integer >= 1. Pass this function to ``add_argument`` as ``type``."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    """Parse an integer from 1 to 2**53. Pass this function to ``add_argument`` as ``type``."""
+    if not text.isdecimal() or len(text) > 16 or not 0 < int(text) <= _LARGEST:
+        shown = text if len(text) <= 20 else f"{text[:20]}…"
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to {_LARGEST}, got {shown!r}")
     return int(text)
+
+
+def add_allow_imports(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--allow-imports`` to a parser."""
+    parser.add_argument(
+        "--allow-imports",
+        action="store_true",
+        help="import the code that the config names, such as a custom schedule, and so run it. "
+        "Use it only for configs that you trust",
+    )

@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from engine.cli.commands.arguments import parse_positive_int
+from engine.cli.commands.arguments import add_allow_imports, parse_positive_int
 from engine.distributed.environment import OK
+from engine.errors import escape
 
 if TYPE_CHECKING:
     from engine.config.provenance import Entry
@@ -38,15 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print only the keys whose values differ from those of another config. The last "
         "column is the value in the other config; - marks a missing key",
     )
+    add_allow_imports(parser)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Print the resolved config, or its differences from another config (``--diff``)."""
     from engine.config.provenance import as_config
 
-    entries = _resolve(args.file, args.world_size)
+    entries = _resolve(args.file, args)
     if args.diff is not None:
-        _print_differences(entries, _resolve(args.diff, args.world_size), out)
+        _print_differences(entries, _resolve(args.diff, args), out)
     elif args.json:
         print(json.dumps(as_config(entries), indent=2), file=out)
     else:
@@ -55,17 +57,19 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return OK
 
 
-def _resolve(name: str, world_size: int) -> list[Entry]:
+def _resolve(name: str, args: argparse.Namespace) -> list[Entry]:
     from engine.config import ConfigError, load_document
     from engine.config.provenance import trace_origins
     from engine.config.validate import examine
+    from schedules.core.imports import imports_allowed
 
     document = load_document(name)
-    problems, context = examine(document, world_size)
+    problems, context = examine(document, args.world_size, allow_imports=args.allow_imports)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or context is None:
         raise ConfigError(document.name, errors)
-    return list(trace_origins(context))
+    with imports_allowed(args.allow_imports):
+        return list(trace_origins(context))
 
 
 def _print_differences(first: Sequence[Entry], second: Sequence[Entry], out: TextIO) -> None:
@@ -81,4 +85,4 @@ def _print_table(rows: Sequence[tuple[str, str, str]], out: TextIO) -> None:
     first = max((len(row[0]) for row in rows), default=0)
     second = min(40, max((len(row[1]) for row in rows), default=0))
     for name, value, last in rows:
-        print(f"{name:{first}}  {value:{second}}  {last}", file=out)
+        print(escape(f"{name:{first}}  {value:{second}}  {last}"), file=out)

@@ -6,18 +6,26 @@ import argparse
 import csv
 import itertools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from engine.cli.commands.arguments import parse_positive_int
+from engine.cli.commands.arguments import add_allow_imports, parse_positive_int
 from engine.distributed.environment import OK
+from engine.errors import escape
 
 if TYPE_CHECKING:
     from schedules.core.controller import Evidence
     from schedules.core.curves import Curve
 
 __all__ = ["add_arguments", "run"]
+
+_MAX_EXACT = 100_000
+"""Number of steps up to which each step is plotted in an image."""
+_SAMPLES = 10_000
+"""Number of steps to plot of a longer run."""
+_MAX_ROWS = 10_000_000
+_MAX_CURVES = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,17 +81,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="plot in the terminal; write an image only with --output",
     )
+    add_allow_imports(parser)
 
 
 class _PlotData(NamedTuple):
-    """The hyperparameter values to plot or to write as CSV."""
+    """The hyperparameters to plot or to write as CSV."""
 
     title: str
-    columns: dict[str, list[float]]
+    steps: int
+    """Number of steps."""
     curves: Mapping[str, Curve]
     """The curve of each column, with its named phases; empty if recorded losses are replayed."""
+    recorded: Mapping[str, list[float]]
+    """The values of each column at each step, if recorded losses are replayed."""
     evidence: Evidence | None
     summary: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the columns."""
+        return tuple(self.curves or self.recorded)
+
+    def sample(self, most: int) -> tuple[Sequence[int], Mapping[str, Sequence[float]]]:
+        """Return the steps to plot, and the values of each column at these steps.
+
+        Args:
+            most: number of steps up to which each step is plotted.
+        """
+        if not self.curves:
+            return range(self.steps), self.recorded
+        if self.steps <= most:
+            exact = {name: list(curve.values(self.steps)) for name, curve in self.curves.items()}
+            return range(self.steps), exact
+        last = self.steps - 1
+        steps = [index * last // (_SAMPLES - 1) for index in range(_SAMPLES)]
+        return steps, {name: [curve(k) for k in steps] for name, curve in self.curves.items()}
+
+    def rows(self) -> Iterator[tuple[float | None, ...]]:
+        """Yield the values of all columns at each step; None after the end of a recording."""
+        if self.curves:
+            return zip(*(curve.values(self.steps) for curve in self.curves.values()), strict=True)
+        return itertools.zip_longest(*self.recorded.values())
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -91,6 +129,11 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.losses and args.compare:
         raise ValueError("`--losses` and `--compare` cannot be combined. Use one of them.")
     data = _replay_losses(args) if args.losses else _preview_configs(args)
+    if args.csv and data.steps > _MAX_ROWS:
+        raise ValueError(
+            f"`--csv` writes at most {_MAX_ROWS:,} rows, got {data.steps:,} steps. Set `--steps` "
+            "to write the first steps."
+        )
     if args.csv == "-":
         _write_csv(data, out)
     elif args.csv:
@@ -102,9 +145,11 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         from engine.display.plots import draw
 
         path = args.output or Path(Path(args.file).name).with_suffix(".png")
-        draw(data.columns, path, data.title, curves=data.curves, evidence=data.evidence)
+        steps, columns = data.sample(_MAX_EXACT)
+        draw(columns, path, data.title, steps=steps, curves=data.curves, evidence=data.evidence)
         if args.csv != "-":
-            print(f"{path}: {data.summary}", file=out)
+            note = "" if len(steps) == data.steps else f", drawn at {len(steps):,} of them"
+            print(escape(f"{path}: {data.summary}{note}"), file=out)
     return OK
 
 
@@ -113,37 +158,50 @@ def _preview_configs(args: argparse.Namespace) -> _PlotData:
     from engine.display.preview import preview
 
     sources = [args.file, *map(_find_example_or_path, args.compare)]
-    previews = [preview(source, steps_per_epoch=args.steps_per_epoch) for source in sources]
+    previews = [
+        preview(source, steps_per_epoch=args.steps_per_epoch, allow_imports=args.allow_imports)
+        for source in sources
+    ]
     steps = args.steps or max(each.span for each in previews)
+    for each in previews:
+        each.check_length(steps)
     labels = [f".{label}" for label in (Path(args.file).name, *args.compare)]
     curves = {
         f"{column}{label if args.compare else ''}": curve
         for label, each in zip(labels, previews, strict=True)
         for column, curve in each.columns.items()
     }
-    columns = {name: list(curve.values(steps)) for name, curve in curves.items()}
+    if len(curves) > _MAX_CURVES:
+        raise ValueError(
+            f"`plot` plots at most {_MAX_CURVES} curves, got {len(curves):,}. Use fewer configs or "
+            "param groups."
+        )
     title = " and ".join((f"{previews[0].title} of {args.file}", *args.compare))
     summary = f"{steps} steps of {previews[0].schedule.type_name}"
-    return _PlotData(title, columns, curves, None, summary)
+    return _PlotData(title, steps, curves, {}, None, summary)
 
 
 def _replay_losses(args: argparse.Namespace) -> _PlotData:
     """Compute a loss-driven schedule for the recorded losses given with ``--losses``."""
     from engine.display.preview import preview
 
-    data = preview(args.file, steps_per_epoch=args.steps_per_epoch)
+    data = preview(
+        args.file, steps_per_epoch=args.steps_per_epoch, allow_imports=args.allow_imports
+    )
     losses = _read_losses(args.losses)
     values, evidence = data.replay_losses(losses)
-    steps = args.steps or len(losses) + 1  # the last loss determines the values of the next step
+    # The last loss determines the values of the next step.
+    steps = min(args.steps or len(losses) + 1, len(losses) + 1)
     columns = {name: column[:steps] for name, column in (values | {"loss": losses}).items()}
     name = data.schedule.type_name
     title = f"{name} of {args.file} on losses from {args.losses}"
-    return _PlotData(title, columns, {}, evidence, f"{name} on {len(losses)} losses")
+    summary = f"{name} on {len(losses)} losses"
+    return _PlotData(title, steps, {}, columns, evidence, summary)
 
 
 def _write_csv(data: _PlotData, file: TextIO) -> None:
-    print(",".join(("step", *data.columns)), file=file)
-    for step, row in enumerate(itertools.zip_longest(*data.columns.values())):
+    csv.writer(file, lineterminator="\n").writerow(("step", *data.names))
+    for step, row in enumerate(data.rows()):
         known = ("" if value is None else repr(value) for value in row)
         print(step, *known, sep=",", file=file)
 
@@ -152,9 +210,11 @@ def _draw_on_terminal(data: _PlotData, out: TextIO) -> None:
     from engine.display.plots import draw_on_terminal
     from engine.display.terminal import supports_color
 
+    steps, columns = data.sample(_SAMPLES)
     drawn = draw_on_terminal(
-        data.columns,
-        data.title,
+        columns,
+        escape(data.title),
+        steps=steps,
         curves=data.curves,
         size=shutil.get_terminal_size(),
         color=supports_color(out),
@@ -164,6 +224,9 @@ def _draw_on_terminal(data: _PlotData, out: TextIO) -> None:
 
 def _read_losses(path: Path) -> list[float]:
     """Return the numbers in the last column of a CSV file, without the header row."""
+    from engine.config.source import check_is_readable
+
+    check_is_readable(path)
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file) if row][1:]
     try:

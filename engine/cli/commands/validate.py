@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from engine.cli.commands.arguments import parse_positive_int
+from engine.cli.commands.arguments import add_allow_imports, parse_positive_int
 from engine.config import ConfigError, Problem, load_document
 from engine.config.edits import apply_fixes
 from engine.config.parser import Document, parse
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the automatic fixes as a diff and leave the file unchanged",
     )
+    add_allow_imports(parser)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -69,7 +70,7 @@ def _validate(name: str, args: argparse.Namespace, out: TextIO) -> int:
     color = supports_color(out)
     try:
         document = load_document(name)
-        problems = check(document, args.world_size, reject_auto=args.no_auto)
+        problems = _check(document, args)
     except ConfigError as error:  # raised only if the file cannot be read
         for line in FORMATS[args.format](Report(Document(name, None), error.problems, color)):
             print(line, file=out)
@@ -101,7 +102,16 @@ def _apply_fixes(
     if name != "-":
         Path(name).write_bytes(document.encode_text(text))
     document = parse(document.encode_text(text).decode(), name)
-    return document, check(document, args.world_size, reject_auto=args.no_auto)
+    return document, _check(document, args)
+
+
+def _check(document: Document, args: argparse.Namespace) -> list[Problem]:
+    return check(
+        document,
+        args.world_size,
+        reject_auto=args.no_auto,
+        allow_imports=args.allow_imports,
+    )
 
 
 def _as_error(problem: Problem) -> Problem:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 
 from engine.config.backend_choice import find_deepspeed_only_keys
 from engine.config.pointers import dotted_name, get_last_key
 from engine.config.rules.context import Rule, RuleContext
 from engine.config.versions import get_installed_version
+from engine.config.wording import quote_value
 from engine.errors import Problem
+from schedules.core.spelling import find_nearest
 
 __all__ = ["RULES"]
+
+_COMPILER_GROUP = "torch_dynamo_backends"
 
 
 def _check_support(context: RuleContext) -> Iterator[Problem]:
@@ -89,7 +94,44 @@ def _check_unused_parameters(context: RuleContext) -> Iterator[Problem]:
         yield context.note("no-effect", "/engine/find_unused_parameters", message, "Remove it.")
 
 
+_COMPILERS = {
+    "aot_eager",
+    "aot_eager_decomp_partition",
+    "aot_eager_decomp_partition_crossref",
+    "aot_eager_decomp_partition_with_mode",
+    "aot_eager_default_partitioner",
+    "aot_ts",
+    "cudagraphs",
+    "eager",
+    "eager_debug",
+    "eager_noexcept",
+    "inductor",
+    "invoke_subgraph",
+    "openxla",
+    "openxla_eval",
+    "pre_dispatch_eager",
+    "ts",
+    "tvm",
+}
+"""Backends of torch.compile that PyTorch registers itself."""
+
+
+def _check_compiler(context: RuleContext) -> Iterator[Problem]:
+    name = context.get_section("engine").get("compile")
+    if name is None or name in _COMPILERS or entry_points(group=_COMPILER_GROUP, name=name):
+        return
+    near = find_nearest(name, _COMPILERS)
+    message = f"`engine.compile` is {quote_value(name)}, which PyTorch does not register itself."
+    hint = (
+        f"Did you mean `{near}`?"
+        if near
+        else 'Use "inductor", or register the backend in the script before `initialize`.'
+    )
+    yield context.warning("unknown-compiler", "/engine/compile", message, hint)
+
+
 RULES: tuple[Rule, ...] = (
+    _check_compiler,
     _check_support,
     _check_installed_version,
     _check_tag_validation,

@@ -8,13 +8,19 @@ from functools import cached_property
 from typing import Any
 
 from engine.config.backend_choice import BackendChoice, choose_backend, zero_stage
+from engine.config.named_code import find_named_code
 from engine.config.parser import Document
 from engine.config.pointers import is_within, split_pointer
-from engine.config.schedule_context import EvaluatedSchedule, evaluate_schedule
+from engine.config.schedule_context import (
+    EvaluatedSchedule,
+    build_base_values,
+    evaluate_schedule,
+    list_possible_horizons,
+)
 from engine.config.schema import Member
 from engine.config.structure import Structure
 from engine.errors import Problem
-from schedules import SCHEDULES, Schedule
+from schedules import SCHEDULES, Schedule, ScheduleError
 
 __all__ = ["Rule", "RuleContext"]
 
@@ -66,17 +72,44 @@ class RuleContext:
         unknown = is_within("/zero_optimization/stage", self.unresolved)
         return None if unknown else int(zero_stage(self.config))
 
+    @property
+    def is_run_resolved(self) -> bool:
+        """Whether the sections that determine the schedule's values are valid and without "auto".
+
+        These are the optimizer, the schedule, and the length of the run.
+        """
+        sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
+        return not any(each.startswith(sections) for each in self.unresolved)
+
+    def find_incompatibility(self) -> str | None:
+        """Return why the schedule cannot run with the optimizer; None if it can, or is unknown."""
+        schedule, error = self.schedule, None
+        if schedule is None or schedule.feedback is not None or not self.is_run_resolved:
+            return None
+        if any(find_named_code(self.config.get("scheduler"))):
+            return None
+        base = build_base_values(self.config, schedule)
+        for horizon in list_possible_horizons(schedule, self.config, self.world_size):
+            try:
+                schedule.build_curves(base, horizon)
+            except ScheduleError:  # noqa: PERF203  # reported with the schedule's parameters
+                return None
+            except ValueError as incompatible:
+                error = str(incompatible)
+            else:
+                return None
+        return error
+
     @cached_property
     def evaluated_schedule(self) -> EvaluatedSchedule | None:
         """The schedule with its curves; None if they cannot be computed before the run starts."""
-        sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
-        if self.schedule is None or any(each.startswith(sections) for each in self.unresolved):
+        if self.schedule is None or not self.is_run_resolved:
             return None
         cls = SCHEDULES.get(self.get_section("scheduler")["type"])
         if cls is None or cls.__module__ in _OPAQUE:
             return None
         try:
-            return evaluate_schedule(self.schedule, self.config)
+            return evaluate_schedule(self.schedule, self.config, self.world_size)
         except ValueError:  # another check, or the start of the run, reports the error
             return None
 

@@ -1,7 +1,7 @@
 """Rules for the optimizer.
 
-They report schedules that change the momentum of an optimizer without momentum, and parameters that
-have no effect.
+They report schedules that change a hyperparameter that the optimizer does not have, and parameters
+that conflict or have no effect.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 from engine.config.rules.context import Rule, RuleContext
 from engine.config.schema import OPTIMIZERS, optimizer_name
+from engine.config.wording import quote_value
 from engine.errors import Problem
 
 __all__ = ["RULES"]
 
 
-def _check_momentum(context: RuleContext) -> Iterator[Problem]:
+def _check_hyperparameters(context: RuleContext) -> Iterator[Problem]:
     name = optimizer_name(context.get_section("optimizer").get("type", ""))
     if name is None or context.schedule is None:
         return
@@ -28,6 +29,11 @@ def _check_momentum(context: RuleContext) -> Iterator[Problem]:
         message = f"{kind} changes momentum or betas, but {name} has neither."
         hint = 'Set "cycle_momentum": false in scheduler.params, or choose another optimizer.'
         yield context.error("no-momentum", "/scheduler", message, hint)
+    if "weight_decay" in context.schedule.hyperparameters and "weight_decay" not in parameters:
+        kind = context.get_section("scheduler")["type"]
+        message = f"{kind} changes the weight decay, but {name} has none."
+        hint = "Choose another schedule or optimizer."
+        yield context.error("schedule", "/scheduler", message, hint)
 
 
 def _check_adam_w_mode(context: RuleContext) -> Iterator[Problem]:
@@ -43,4 +49,32 @@ def _check_adam_w_mode(context: RuleContext) -> Iterator[Problem]:
             yield context.error("no-effect", pointer, message, hint)
 
 
-RULES: tuple[Rule, ...] = (_check_momentum, _check_adam_w_mode)
+def _check_nesterov(context: RuleContext) -> Iterator[Problem]:
+    params = context.get_section("optimizer").get("params", {})
+    pointer = "/optimizer/params"
+    if params.get("nesterov") is not True or f"{pointer}/momentum" in context.unresolved:
+        return
+    if not params.get("momentum"):
+        message = "`nesterov` requires a `momentum` above 0."
+        hint = 'Add "momentum": 0.9, or remove `nesterov`.'
+        yield context.error("optimizer-params", f"{pointer}/nesterov", message, hint)
+    elif params.get("dampening"):
+        message = f"`dampening` must be 0 with `nesterov`, got {params['dampening']:g}."
+        hint = "Remove one of the two keys."
+        yield context.error("optimizer-params", f"{pointer}/dampening", message, hint)
+
+
+def _check_etas(context: RuleContext) -> Iterator[Problem]:
+    etas = context.get_section("optimizer").get("params", {}).get("etas")
+    if any(each.startswith("/optimizer/params/etas") for each in context.unresolved):
+        return
+    if etas is not None and not 0 < etas[0] < 1 < etas[1]:
+        message = (
+            "`etas` must be a factor below 1 and a factor above 1, both above 0, got "
+            f"{quote_value(etas)}."
+        )
+        hint = "The default is [0.5, 1.2]."
+        yield context.error("optimizer-params", "/optimizer/params/etas", message, hint)
+
+
+RULES: tuple[Rule, ...] = (_check_hyperparameters, _check_adam_w_mode, _check_nesterov, _check_etas)

@@ -119,6 +119,21 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
         yield report("end-of-schedule", pointer, message, hint)
 
 
+def _check_values(context: RuleContext) -> Iterator[Problem]:
+    """Yield an error if the schedule does not fit the optimizer, or sets infinite values."""
+    error = context.find_incompatibility()
+    if error is not None:
+        yield context.error("schedule", _PARAMS, error)
+        return
+    evaluated = context.evaluated_schedule
+    infinite = evaluated.find_infinite() if evaluated else None
+    if infinite is not None:
+        name, step, value = infinite
+        message = f"The schedule sets `{name}` to {value} at step {step}. It must be finite."
+        hint = "Lower the learning rates and growth factors, or shorten the run."
+        yield context.error("schedule", _PARAMS, message, hint)
+
+
 def _check_flat_warmup(context: RuleContext) -> Iterator[Problem]:
     warmup = _get_params(context, "WarmupLR", "WarmupDecayLR") or {}
     low, high = warmup.get("warmup_min_lr"), warmup.get("warmup_max_lr")
@@ -193,6 +208,7 @@ RULES: tuple[Rule, ...] = (
     _check_warmup_peak,
     _check_overwritten,
     _check_end,
+    _check_values,
     _check_flat_warmup,
     _check_log_warmup,
     _check_stair_count,

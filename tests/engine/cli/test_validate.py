@@ -258,6 +258,6 @@ def test_config_diff_compares_resolved_values(tmp_path):
     assert [line.split() for line in out.splitlines()] == [
         ["train_batch_size", "8", "16"],
         ["train_micro_batch_size_per_gpu", "8", "16"],
-        ["steps_per_print", "5", "null"],
+        ["steps_per_print", "5", "-"],
     ]
     assert run("config", first, "--diff", first)[1] == ""

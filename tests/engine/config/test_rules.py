@@ -73,6 +73,16 @@ def elastic_config(stage, optimizer, **params):
     return zero_config(stage=stage, elastic_checkpoint=True) | block
 
 
+def optimizer_config(name, **params):
+    return {"train_batch_size": 8, "optimizer": {"type": name, "params": params}}
+
+
+# The phase starts at the optimizer's weight decay, which is 0 by default.
+EXPONENTIAL_FROM_0 = {
+    "type": "Phases",
+    "params": {"weight_decay": [{"shape": "exponential", "to": 0.1, "duration": 5}]},
+}
+
 PAIRS = [
     (zero_config(stage=3, offload_param={"device": "cpu"}), []),
     (zero_config(stage=2, offload_param={"device": "none"}), []),
@@ -277,12 +287,95 @@ PAIRS = [
         ],
     ),
     ({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 3}, []),
+    *(
+        (
+            optimizer_config("SGD", **params),
+            [("optimizer-params", "error", f"/optimizer/params/{key}")],
+        )
+        for params, key in (
+            ({"nesterov": True}, "nesterov"),
+            ({"nesterov": True, "momentum": 0.0}, "nesterov"),
+            ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "dampening"),
+        )
+    ),
+    (optimizer_config("SGD", nesterov=True, momentum=0.9), []),
+    (
+        optimizer_config("Rprop", etas=[1.2, 0.5]),
+        [("optimizer-params", "error", "/optimizer/params/etas")],
+    ),
+    (
+        optimizer_config("Rprop", etas=["x", 0.5]),
+        [("wrong-type", "error", "/optimizer/params/etas/0")],
+    ),
+    ({"train_batch_size": 8, "engine": {"compile": "eager"}}, []),
+    (
+        {"train_batch_size": 8, "engine": {"compile": "my_compiler"}},
+        [("unknown-compiler", "warning", "/engine/compile")],
+    ),
+    # A list of one length, and another list of another length
+    (
+        schedule_config("CyclicLR", base_lr=[0.1, 0.2], max_lr=[0.3, 0.4, 0.5]),
+        [("schedule", "error", "/scheduler/params/max_lr")],
+    ),
+    # A weight decay that the optimizer does not have
+    (
+        optimizer_config("Rprop")
+        | {"scheduler": {"type": "Phases", "params": {"weight_decay": [{"duration": 5}]}}},
+        [("schedule", "error", "/scheduler")],
+    ),
+    # Durations in epochs or samples, and problems that no length of an epoch avoids
+    (
+        schedule_config(
+            "OneCycle", cycle_min_lr=1.0, cycle_max_lr=0.1, cycle_first_step_size="1ep"
+        ),
+        [("schedule", "error", "/scheduler/params/cycle_max_lr")],
+    ),
+    *(
+        (
+            schedule_config(
+                "CosineAnnealingWithWarmupScheduler", t_warmup=f"20{unit}", t_max=f"10{unit}"
+            )
+            | {"train_batch_size": size, "train_micro_batch_size_per_gpu": 1},
+            [("schedule", "error", "/scheduler/params/t_warmup")],
+        )
+        for unit, size in (("ep", 8), ("sp", "auto"))
+    ),
+    *(
+        (
+            schedule_config("OneCycle", lr=0.05, **CYCLE, **params),
+            [],
+        )
+        for params in (
+            {"cycle_first_step_size": "1ep", "cycle_first_stair_count": 50},
+            {"cycle_first_step_size": "1ep", "decay_step_size": 10, "decay_lr_rate": 0.5},
+        )
+    ),
+    (
+        schedule_config("CosineAnnealingWithWarmupScheduler", t_warmup="1ep", t_max=100),
+        [],
+    ),
+    (
+        schedule_config("ChainedScheduler", schedulers=[EXPONENTIAL_FROM_0, EXPONENTIAL_FROM_0]),
+        [("schedule", "error", "/scheduler/params")],
+    ),
 ]
 
 
 @pytest.mark.parametrize(("config", "expected"), PAIRS)
 def test_check_combination_of_keys_reports_the_expected_rules(config, expected):
     assert find_problems(config) == expected
+
+
+def test_check_samples_per_step_are_known_for_a_number_of_ranks():
+    params = {"warmup_num_steps": 10, "total_num_steps": "60sp", "warmup_type": "linear"}
+    config = schedule_config("WarmupDecayLR", warmup_max_lr=0.01, **params)
+    config = {**config, "train_micro_batch_size_per_gpu": 2}
+    del config["train_batch_size"]
+    assert find_problems(config) == []
+    assert find_problems(config, world_size=2) == []
+    assert find_problems(config, world_size=4) == [
+        ("schedule", "error", "/scheduler/params/warmup_num_steps")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schedules.core.combinators import delay, dilate, join, pointwise, stairs
-from schedules.core.curves import constant, cosine, inverse_time, linear, linear_growth, log
+from schedules.core.combinators import (
+    delay,
+    dilate,
+    join,
+    multiply_at,
+    pointwise,
+    repeat,
+    stairs,
+)
+from schedules.core.curves import (
+    constant,
+    cosine,
+    exponential,
+    inverse_time,
+    linear,
+    linear_growth,
+    log,
+    polynomial,
+)
 
 TABLE = [
     ("constant", constant(0.5), [0.5, 0.5, 0.5]),
@@ -117,3 +134,38 @@ def test_phases_of_nested_curves_keep_names_and_start_steps():
     assert dilate(curve, 2).phases() == ((0, "a"), (24, "on"), (32, "c"))
     assert pointwise(max, constant(0), curve).phases() == curve.phases()
     assert join([constant(1), constant(2)], [3]).phases() == ()
+
+
+@pytest.mark.parametrize("ratio", [3, 0.3, 1 / 3, 7.7, 1e-3, 1e3, 0.1 + 0.2])
+@pytest.mark.parametrize("steps", [1, 0.7, 10 / 3, 15])
+@pytest.mark.parametrize("shape", ["repeat", "growing", "stairs", "polynomial"])
+def test_pieces_of_a_stretched_curve_advance_and_equal_single_steps(shape, steps, ratio):
+    """The bounds of stretched pieces are rounded: a piece can seem to end where it starts."""
+    curve = {
+        "repeat": lambda: repeat(lambda cycle, length: linear(0.0, 1.0, length), steps),
+        "growing": lambda: repeat(lambda cycle, length: cosine(1.0, 0.0, length), steps, 1.05),
+        "stairs": lambda: stairs(exponential(1.0, 0.9, steps), steps, count=1),
+        "polynomial": lambda: polynomial(1.0, 0.0, steps, power=0.5),
+    }[shape]()
+    stretched = dilate(curve, ratio)
+    each = [stretched(step) for step in range(300)]
+    assert list(stretched.values(300)) == each
+    assert stretched.array(300).tolist() == each
+    assert stretched(np.arange(300)).tolist() == each
+
+
+def test_repeat_far_step_takes_bounded_time_and_memory():
+    far = 2**53 - 10
+    for growth in (1, 1.0001, 1.5, 2, 2**53):
+        curve = repeat(lambda cycle, length: linear(0.0, 1.0, length), 10, growth)
+        assert 0 <= curve(far) <= 1
+        assert len(curve._starts) <= 100_001
+    never_longer = repeat(lambda cycle, length: linear(0.0, 1.0, length), 10, 1.05)
+    assert never_longer(far) == never_longer(far % 10)
+
+
+def test_exponential_too_large_for_a_float_is_infinite():
+    curve = exponential(0.1, 10.0, steps=1)
+    assert curve(400) == np.inf
+    assert exponential(0.0, 10.0, steps=1)(400) == 0
+    assert multiply_at(0.1, 1e300, [1, 2])(5) == np.inf

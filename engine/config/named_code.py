@@ -1,0 +1,90 @@
+"""Find the code that a config names, such as ``my_module:MySchedule``, without importing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+from engine.config.parser import Document
+from engine.config.pointers import dotted_name, join_pointer
+from engine.config.wording import quote_value
+from engine.errors import Problem
+from schedules import SCHEDULES
+from schedules.core.imports import check_import_path
+from schedules.core.registry import ENTRY_POINTS, read_torch_parameters
+
+__all__ = ["NamedCode", "check_named_code", "find_named_code"]
+
+
+class NamedCode(NamedTuple):
+    """An import path or an entry point in a config, and the JSON pointer of its key."""
+
+    pointer: str
+    name: str
+
+
+def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCode]:
+    """Yield the code that a ``scheduler`` block names, including its nested schedules.
+
+    Args:
+        block: value of the key ``scheduler``; other values than objects name no code.
+        pointer: JSON pointer of the block.
+
+    >>> block = {"type": "LambdaLR", "params": {"lr_lambda": "my_module:warmup"}}
+    >>> [code.name for code in find_named_code(block)]
+    ['my_module:warmup']
+    """
+    if not isinstance(block, Mapping) or not isinstance(block.get("type"), str):
+        return
+    name, params = block["type"], block.get("params")
+    params_pointer = join_pointer(pointer, "params")
+    if name in SCHEDULES:
+        nested = params.get("schedulers") if isinstance(params, Mapping) else None
+        if isinstance(nested, list):
+            around = join_pointer(params_pointer, "schedulers")
+            for index, each in enumerate(nested):
+                yield from find_named_code(each, join_pointer(around, index))
+        return
+    if ":" in name or _is_entry_point(name):
+        yield NamedCode(join_pointer(pointer, "type"), name)
+    elif read_torch_parameters(name) is None:
+        return
+    yield from _find_import_paths(params, params_pointer)
+
+
+def _is_entry_point(name: str) -> bool:
+    return bool(entry_points(group=ENTRY_POINTS, name=name))
+
+
+def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
+    """Yield the strings that a PyTorch scheduler imports: its params, and items of lists."""
+    if isinstance(value, str) and ":" in value:
+        yield NamedCode(pointer, value)
+    members = value.items() if isinstance(value, Mapping) else ()
+    for key, below in enumerate(value) if isinstance(value, list) else members:
+        yield from _find_import_paths(below, join_pointer(pointer, key))
+
+
+def check_named_code(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
+    """Check the form of each import path of a ``scheduler`` block, and look for its module.
+
+    Yield a note for each path of a valid form, because its code is not imported and not checked.
+    """
+    for pointer, path in find_named_code(block):
+        name = dotted_name(pointer)
+        severity, message = (
+            "note",
+            f"`{name}` names code, {quote_value(path)}, which is not checked.",
+        )
+        hint = "If you trust the config, import the code and check it with --allow-imports."
+        try:
+            if ":" in path and not check_import_path(path):
+                severity = "warning"
+                message = f"The module of `{name}`, {quote_value(path)}, was not found."
+                hint = "Add its directory to PYTHONPATH, unless it is next to the training script."
+        except ValueError:
+            severity = "error"
+            message = f"`{name}` must be an import path, got {quote_value(path)}."
+            hint = "Write it as module:attribute, such as my_package.my_module:my_function."
+        yield document.build_problem("named-code", pointer, message, hint, severity=severity)

@@ -1,0 +1,296 @@
+"""Fuzz everything that reads a config: mutate configs, and report what no input may cause.
+
+That is a traceback, more than 2 seconds of CPU time, an import of code that the config names, or
+more than 500 MB of memory. Run ``python -m tests.testing.fuzz --seed 1 --mutations 10000``.
+
+To fuzz another reader of configs, add a function to `TARGETS`. It takes the text of a mutated
+config, and may raise only the exceptions of `EXPECTED`. To fuzz a reader of other JSON files, pass
+examples of these files and the reader to `fuzz`.
+"""
+
+import argparse
+import copy
+import io
+import json
+import random
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import schemas
+from engine.cli.main import main
+from engine.config import ConfigError, load_config, load_document, validate
+from engine.config.named_code import find_named_code
+from engine.config.parser import parse
+from engine.config.schema import OPTIMIZERS, SCHEMA, SECTION, walk
+from engine.config.validate import check
+from engine.display.problem_reports import FORMATS, Report
+from schedules import SCHEDULES, ScheduleError, from_config
+from tests.testing.corpus import CLEAN, OTHER, path_of
+from tests.testing.golden import FOLDER as GOLDEN
+
+EXPECTED = (ConfigError, ScheduleError)
+CANARY = "fuzz_canary"
+MAX_SECONDS = 2.0
+MAX_MEGABYTES = 500
+_HANG_SECONDS = 20.0
+_MEMORY_LIMIT = 6 * 2**30
+_TORCH_SCHEDULERS = ("LambdaLR", "MultiplicativeLR")
+
+VALUES = [
+    *(None, True, False, 0, 1, 2, 3, 7, 100, 1e4, -1, -0.5, 0.5, 0.1, 0.9, 1.5, 10.0),
+    *(1e308, -1e308, 5e-324, 1e-300, 1e-9, 2**31, 2**53, 2**53 + 1, 2**64, 10**300, 1e15, 1e12),
+    *("", "auto", "cpu", "nvme", "log", "linear", "cosine", "SGD", "Rprop", "inductor", "1"),
+    *("1dur", "0.5dur", "1e-9dur", "3dur", "1ep", "10ep", "1e400ep", "1e15ep", "0ep", "7sp"),
+    *("1e300sp", "1ba", "500ba", "1e16ba", "1.5ep", "1.2.3ep", ".5dur", "5tok", "é1ep", "\u0661ep"),
+    *(f"{CANARY}:run", f"{CANARY}.below:run", "os:_exit", "a:b:c", ":", "x:", "../x:y", "json"),
+    *("::error::forged", "\x1b[2J\r\n::error::forged", "\u202e", "a" * 3000, "%s%n{}", "$x^$"),
+    *([], {}, [0.1, 0.2], [0.1, 0.2, 0.3], [0, 0.999], [1, "2"], ["1ep", 3], [[]], [{}]),
+    {"type": "StepLR", "params": {"step_size": 3}},
+    {"type": "LambdaLR", "params": {"lr_lambda": f"{CANARY}:run"}},
+]
+"""Values that are put in place of others, or added under a key."""
+
+
+def _read_seeds():
+    """Return the configs to mutate: real ones, and one for each schedule and each optimizer."""
+    documents = [load_document(path_of(entry)) for entry in (*CLEAN, *OTHER)]
+    configs = [document.value for document in documents if isinstance(document.value, dict)]
+    blocks = [{"type": name, "params": dict(cls.example)} for name, cls in SCHEDULES.items()]
+    blocks += [{"type": "LambdaLR", "params": {"lr_lambda": f"{CANARY}:run"}}]
+    blocks += [{"type": f"{CANARY}:run", "params": {"rate": 1}}]
+    for path in sorted(GOLDEN.rglob("*.json")):
+        case = json.loads(path.read_text())
+        if not isinstance(case, dict):
+            continue
+        if isinstance(case.get("scheduler"), str) and isinstance(case.get("params"), dict):
+            blocks.append({"type": case["scheduler"], "params": case["params"]})
+    small = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    run = {"max_duration": 100, "scale_schedule_ratio": 1.0}
+    configs += [{**small, "scheduler": block, "engine": run} for block in blocks]
+    for name, schema in OPTIMIZERS.items():
+        params = {key: each.get("default", 0.1) for key, each in schema["properties"].items()}
+        optimizer = {"type": name, "params": params}
+        configs.append({**small, "optimizer": optimizer, "scheduler": blocks[0], "engine": run})
+    return configs, blocks
+
+
+class Mutator:
+    """Makes mutated configs, or other JSON files, reproducibly for a seed."""
+
+    def __init__(self, seed, examples=None):
+        self.random = random.Random(seed)
+        self.configs, self.blocks = _read_seeds()
+        self.mutates_configs = examples is None
+        self.configs = self.configs if examples is None else examples
+        members = list(walk({}, schemas.read(SCHEMA), fill=lambda _: SECTION))
+        self.keys = sorted({member.pointer.rpartition("/")[2] for member in members})
+        self.keys += sorted({key for each in self.blocks for key in each.get("params", {})})
+
+    def make_text(self):
+        """Return the text of a config with one to four mutations."""
+        config = copy.deepcopy(self.random.choice(self.configs))
+        for _ in range(self.random.randint(1, 4)):
+            self._mutate(config)
+        text = json.dumps(config, ensure_ascii=self.random.random() < 0.5)
+        return self._break(text) if self.random.random() < 0.1 else text
+
+    def _mutate(self, config):
+        choice = self.random.choice
+        objects = [config]
+        for around in objects:
+            members = around.values() if isinstance(around, dict) else around
+            objects += [each for each in members if isinstance(each, dict | list) and each]
+        around = choice(objects[-choice((5, 20, 1000)) :])
+        keys = list(around) if isinstance(around, dict) else range(len(around))
+        if not keys:
+            return
+        key = choice(keys)
+        match self.random.randrange(9 if self.mutates_configs else 6):
+            case 0:
+                del around[key]
+            case 1 | 2 | 3:
+                around[key] = self._make_value(around[key])
+            case 4 if isinstance(around, dict):
+                around[choice(self.keys)] = self._make_value(around[key])
+            case 5 if isinstance(around, dict):
+                around[choice((f"{key}s", key[1:], key.upper(), "\x1b[0m\n", ""))] = around[key]
+            case 6:
+                config["scheduler"] = copy.deepcopy(choice(self.blocks))
+            case 7:
+                self._nest(config)
+            case _:
+                run = config.get("engine")
+                config["engine"] = run = run if isinstance(run, dict) else {}
+                name = choice(("max_duration", "scale_schedule_ratio", "scale_warmup", "compile"))
+                run[name] = choice(VALUES)
+
+    def _make_value(self, old):
+        if (
+            isinstance(old, int | float)
+            and not isinstance(old, bool)
+            and self.random.random() < 0.4
+        ):
+            return self.random.choice((old * 2, old / 3, -old, old * 1e6, old + 1, [old, old]))
+        return copy.deepcopy(self.random.choice(VALUES))
+
+    def _nest(self, config):
+        """Put the schedule into a schedule of schedules."""
+        blocks = [config.get("scheduler"), copy.deepcopy(self.random.choice(self.blocks))]
+        params = {"schedulers": blocks}
+        name = self.random.choice(("SequentialLR", "ChainedScheduler", "Combined"))
+        if name == "SequentialLR":
+            params["milestones"] = [self.random.choice((10, "1ep", "0.5dur", 2**53))]
+        config["scheduler"] = {"type": name, "params": params}
+
+    def _break(self, text):
+        """Return a text with a part removed, repeated or replaced, which is usually not JSON."""
+        start = self.random.randrange(len(text))
+        end = start + self.random.choice((1, 2, 10, 100))
+        part = self.random.choice(
+            ("", text[start:end] * 2, "NaN", "'", "\x00", "\u2028", "/*", "]")
+        )
+        return text[:start] + part + text[end:]
+
+
+def _run_command(*arguments):
+    """Run a command on the file of the current config, and check its exit status."""
+
+    def run(text):
+        del text
+        out, err = io.StringIO(), io.StringIO()
+        status = main([arguments[0], str(_PATH), *arguments[1:]], out, err)
+        assert status in {0, 1, 2}
+        printed = out.getvalue() + err.getvalue()
+        printed.encode()
+        assert "\x1b" not in printed
+        assert not any(line.lstrip().startswith("::error::") for line in printed.splitlines())
+        assert len(printed) < 1_000_000
+
+    return run
+
+
+def _run_formats(text):
+    document = parse(text, "a,b:c.json")
+    problems = check(document, 8, reject_auto=True)
+    for form in FORMATS.values():
+        assert "\x1b" not in "".join(form(Report(document, problems)))
+
+
+def _run_load(text):
+    value = parse(text, "f").value
+    if not isinstance(value, dict) or any(find_named_code(value.get("scheduler"))):
+        return  # training imports the code
+    if any(name in text for name in _TORCH_SCHEDULERS):
+        return  # training imports PyTorch, which takes more time and memory than allowed
+    config = load_config(value)
+    if config.schedule is not None:
+        block = {"type": config.schedule.type_name, "params": config.schedule.params()}
+        assert from_config(json.loads(json.dumps(block))) == config.schedule
+        config.horizon(100)
+
+
+def _run_validate(text):
+    value = parse(text, "f").value
+    validate(value if isinstance(value, dict) else {}, world_size=4)
+
+
+TARGETS = {
+    "parse": lambda text: parse(text, "f"),
+    "validate": _run_validate,
+    "formats": _run_formats,
+    "load": _run_load,
+    "config": _run_command("config"),
+    "plot csv": _run_command("plot", "--csv", "-", "--steps", "300", "--steps-per-epoch", "10"),
+    "plot": _run_command("plot", "--terminal", "--steps-per-epoch", "1000"),
+}
+_PATH = Path()
+
+
+def fuzz(seed, mutations, targets=None, examples=None):
+    """Run the targets on mutated configs, and return a list of findings.
+
+    Args:
+        seed: seed of the mutations.
+        mutations: number of mutated texts.
+        targets: functions of the text, by name (default: `TARGETS`).
+        examples: JSON values to mutate (default: configs).
+
+    Returns:
+        A list of findings: dicts with the keys ``target``, ``kind`` ("traceback", "slow", "import"
+        or "memory"), ``detail`` and ``text``.
+    """
+    global _PATH  # noqa: PLW0603  # the file that the commands read
+    mutator, findings, imported = Mutator(seed, examples), [], []
+    targets = TARGETS if targets is None else targets
+    sys.addaudithook(
+        lambda event, details: (
+            imported.append(details[0])
+            if event == "import" and str(details[0]).startswith(CANARY)
+            else None
+        )
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / f"{CANARY}.py").write_text("def run(step):\n    return 1.0\n")
+        sys.path.insert(0, directory)
+        _PATH = Path(directory) / "c.json"
+        for _ in range(mutations):
+            text = mutator.make_text()
+            _PATH.write_bytes(text.encode(errors="surrogatepass"))
+            for name, target in targets.items():
+                kind, detail = _run_target(target, text)
+                if imported:
+                    kind, detail = "import", imported.pop()
+                if kind:
+                    findings.append(
+                        {"target": name, "kind": kind, "detail": detail, "text": text[:5000]}
+                    )
+        sys.path.remove(directory)
+    # `getrusage` would include the memory of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    peak = int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
+    if peak > MAX_MEGABYTES:
+        findings.append({"target": "", "kind": "memory", "detail": f"{peak:.0f} MB", "text": ""})
+    return findings
+
+
+def _run_target(target, text):
+    signal.signal(signal.SIGVTALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _HANG_SECONDS)
+    start = time.process_time()
+    try:
+        target(text)
+    except EXPECTED:
+        pass
+    except BaseException:  # noqa: BLE001  # also SystemExit and RecursionError
+        return "traceback", traceback.format_exc(limit=-4)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    seconds = time.process_time() - start
+    return ("slow", f"{seconds:.1f} s") if seconds > MAX_SECONDS else ("", "")
+
+
+def _interrupt(*_):
+    raise TimeoutError(f"no result after {_HANG_SECONDS} s")
+
+
+def _main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mutations", type=int, default=1000)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, _MEMORY_LIMIT))
+    targets = {name: TARGETS[name] for name in args.targets}
+    findings = fuzz(args.seed, args.mutations, targets)
+    sys.stdout.write(json.dumps(findings, indent=2) + "\n")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
