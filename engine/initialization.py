@@ -142,10 +142,10 @@ def initialize(
         mpu=mpu,
         mesh_param=mesh_param,
     )
-    # Binding a schedule changes the param groups, so first read the user's hyperparameters.
-    user_settings = None if resolved.optimizer else read_hyperparameters(backend.basic_optimizer)
+    # Binding a schedule changes the param groups, so first read their hyperparameters.
+    settings = read_hyperparameters(backend.basic_optimizer)
     scheduler = _bind_schedule(resolved, lr_scheduler, backend.optimizer, loader)
-    identity = build_identity(resolved, scheduler, user_settings)
+    identity = build_identity(resolved, scheduler, settings)
     monitors = build_monitors(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
     engine._run.is_trial = lr_test is not None  # noqa: SLF001  # private to the package

@@ -21,25 +21,37 @@ __all__ = ["Identity", "build_identity", "check_identity", "read_hyperparameters
 Identity = Mapping[str, Any]
 
 _CONVERTED = "converted"
+_GROUP_SETTINGS = ("lr", "momentum", "betas", "weight_decay")
+_ADDED = ("param_groups", "loss_scale")
 _MAX_LENGTH = 1000  # characters; a tensor with a longer JSON representation is stored as a hash
 
 
-def build_identity(config: Config, scheduler: object, optimizer: Identity | None) -> Identity:
+def build_identity(config: Config, scheduler: object, optimizer: Identity) -> Identity:
     """Return the settings that must match between a run and a checkpoint that it loads.
 
     Args:
         config: config of the run.
         scheduler: scheduler of the run, with all durations resolved to steps; None if the run has
             no scheduler.
-        optimizer: result of `read_hyperparameters` for an optimizer that the user passes in;
-            ignored if the config has an `optimizer` block.
+        optimizer: result of `read_hyperparameters` before the schedule changed the param groups.
     """
-    block = config.optimizer
+    block, scaling = config.optimizer, config.loss_scaling
+    params = json.loads(json.dumps(dict(block.params))) if block else {}
     return {
         "scheduler": scheduler.identity
         if isinstance(scheduler, ScheduleBinder)
         else scheduler and _read_attributes(scheduler),
         "optimizer": {"type": block.type, "params": dict(block.params)} if block else optimizer,
+        # The script may give its param groups other values than the config.
+        "param_groups": {
+            str(index): {
+                name: group[name]
+                for name in _GROUP_SETTINGS
+                if name in group and group[name] != params.get(name)
+            }
+            for index, group in enumerate(optimizer["groups"] if block else ())
+        },
+        "loss_scale": None if scaling is None else scaling.loss_scale,
         "train_batch_size": config.batch.train,
         "world_size": config.batch.world_size,
         "precision": config.precision,
@@ -86,6 +98,8 @@ def check_identity(checkpoint_dir: Path, saved: Identity, own: Identity) -> None
     Raises:
         CheckpointError: if the identities differ. The message lists each setting that differs.
     """
+    # Checkpoints of earlier versions do not contain all settings.
+    own = {name: value for name, value in own.items() if name in saved or name not in _ADDED}
     changed = list(_find_differences(saved, json.loads(json.dumps(own))))
     if changed:
         raise CheckpointError(

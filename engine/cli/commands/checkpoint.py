@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TextIO
 
@@ -94,6 +95,17 @@ def _export(args: argparse.Namespace, out: TextIO) -> int:
     from engine.checkpoint.state import export
 
     output = args.output or Path(f"{path.name}.safetensors")
-    count, size = export(path, output)
+    if not output.parent.is_dir():
+        raise FileNotFoundError(2, "No such file or directory", str(output))
+    if os.path.lexists(output):
+        raise FileExistsError(
+            17, "the output file exists already; delete it or choose another name", str(output)
+        )
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        count, size = export(path, partial)
+        partial.rename(output)
+    finally:
+        partial.unlink(missing_ok=True)
     print(f"{output}: {count:,} tensors, {size / 2**20:,.1f} MiB", file=out)
     return OK

@@ -94,3 +94,37 @@ def test_first_step_of_parameters_added_later_uses_the_gradients_of_this_step_on
     trainer.backward(compute_loss(trainer, 0, 2))
     trainer.step()
     check_step(model, before, dict(zip(names, gradients, strict=True)))
+
+
+def train_classifier(precision, stage):
+    """Train on a loss that starts near 2, and return the losses."""
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 4), torch.arange(24) % 8
+    section = {} if precision == "fp32" else {precision: {"enabled": True}}
+    trainer = start(
+        nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 8)),
+        train_micro_batch_size_per_gpu=24,
+        optimizer={"type": "AdamW", "params": {"lr": 0.02}},
+        zero_optimization={"stage": stage},
+        **section,
+    )
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(trainer(x), y)
+        trainer.backward(loss)
+        assert trainer.step()
+        losses.append(float(loss))
+    assert trainer.skipped_steps == 0
+    return losses
+
+
+def compare_precisions(stage):
+    expected = train_classifier("fp32", stage)
+    assert expected[0] > 2
+    for precision, tolerance in (("bf16", 0.02), ("fp16", 0.005)):
+        assert train_classifier(precision, stage) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 0), (2, 3)])
+def test_half_precision_with_default_scale_skips_no_step_and_follows_float32(world_size, stage):
+    run_distributed_test(compare_precisions, world_size, stage)

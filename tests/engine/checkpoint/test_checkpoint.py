@@ -194,6 +194,38 @@ class Calibrated(torch.nn.Linear):
         self.scale = state["scale"]
 
 
+def test_checkpoint_with_another_learning_rate_of_a_param_group_is_an_error(tmp_path):
+    def build(lr):
+        net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+        groups = [{"params": net[0].parameters()}, {"params": net[1].parameters(), "lr": lr}]
+        config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+        return engine.initialize(config=config, model=net, model_parameters=groups)[0]
+
+    build(0.2).save_checkpoint(tmp_path)
+    build(0.2).load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"`param_groups\.1\.lr` is 0\.2 .* 0\.3 now"):
+        build(0.3).load_checkpoint(tmp_path)
+
+
+def test_checkpoint_with_another_static_loss_scale_is_an_error(tmp_path):
+    def build(scale):
+        config = CONFIG | {"fp16": {"enabled": True, "loss_scale": scale}}
+        return engine.initialize(config=config, model=model())[0]
+
+    build(64).save_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"`loss_scale` is 64 in the checkpoint, 128 now"):
+        build(128).load_checkpoint(tmp_path)
+
+
+def test_export_replaces_no_existing_file(saved):
+    path = saved / "weights.safetensors"
+    path.symlink_to(saved / "elsewhere")
+    status, _ = run("checkpoint", "export", saved, "-o", path)
+    assert status == 2
+    assert path.is_symlink()
+    assert not (saved / "elsewhere").exists()
+
+
 def test_extra_state_with_tensors_is_restored(tmp_path):
     trained, fresh = (engine.initialize(config=CONFIG, model=Calibrated(2, 1))[0] for _ in range(2))
     for _ in range(3):
