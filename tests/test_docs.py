@@ -11,7 +11,12 @@ import pytest
 from engine.config import validate
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
 
 
 def configs():
@@ -27,6 +32,14 @@ def test_config_in_documentation_is_valid(block):
     shown = json.loads(block if block.startswith("{") else f"{{{block}}}")
     whole = {"train_batch_size": 8, "optimizer": {"type": "AdamW"}} | shown
     assert [problem for problem in validate(whole) if problem.severity != "note"] == []
+
+
+def test_every_statement_on_security_names_an_existing_test():
+    rows = [line for line in (ROOT / "SECURITY.md").read_text().splitlines() if "::" in line]
+    assert len(rows) > 10
+    for row in rows:
+        path, name = re.search(r"`(tests/\S+\.py)::(\w+)`", row).groups()
+        assert f"def {name}(" in (ROOT / path).read_text()
 
 
 def test_first_example_of_the_readme_trains_to_the_end_of_its_schedule(tmp_path):
