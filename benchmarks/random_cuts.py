@@ -35,8 +35,12 @@ CUTS = {
     "epochs": ("kill", "SIGTERM", "SIGINT", "epoch", "none"),
     "script": ("kill", "epoch", "none"),
 }
-STATUS = {"kill": {1, -9}, "SIGTERM": {75, 1}, "SIGINT": {130, 1}, "epoch": {0}, "none": {0}}
-"""Exit statuses of interrupted runs; torchrun exits with 1."""
+STATUS = {"kill": {1, -9}, "SIGTERM": {75, 1}, "SIGINT": {130, 1, -2}, "epoch": {0}, "none": {0}}
+"""Exit statuses of interrupted runs.
+
+torchrun exits with 1. Ctrl-C before the first step interrupts at once, because there is nothing to
+save.
+"""
 
 
 class Case(NamedTuple):
