@@ -19,12 +19,29 @@ _MODULES = {
     "MisuseError": "engine.errors",
     "Problem": "engine.errors",
     "add_config_arguments": "engine.config.overrides",
+    "add_schedule_arguments": "engine.config.overrides",
     "initialize": "engine.initialization",
     "load_config": "engine.config",
     "lr_range_test": "engine.range_test.api",
     "register_with_deepspeed": "engine.backends.deepspeed_schedules",
     "validate": "engine.config",
 }
+
+# Names of DeepSpeed for `import engine as deepspeed`. `dir` does not list them.
+_DEEPSPEED_NAMES = frozenset(
+    """
+    DeepSpeedConfig DeepSpeedConfigError DeepSpeedDataLoader DeepSpeedHybridEngine
+    DeepSpeedInferenceConfig DeepSpeedOptimizer DeepSpeedOptimizerCallable
+    DeepSpeedSchedulerCallable DeepSpeedTransformerConfig DeepSpeedTransformerLayer
+    DualPipeVEngine DualPipeVModule HAS_TRITON InferenceEngine OnDevice PipelineEngine
+    PipelineModule __git_branch__ __git_hash__ __version_major__ __version_minor__
+    __version_patch__ accelerator autotuning checkpointing comm compile constants
+    default_inference_config dist get_accelerator inference init_distributed init_inference io
+    linear log_dist logger model_implementations module_inject moe monitor ops pipe
+    profiling replace_transformer_layer runtime set_autotp_mode tp_model_init utils version
+    zero
+    """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
+)
 
 __all__ = sorted([*_MODULES, "__version__"])  # noqa: PLE0605  # computed, so that each name is listed once
 
@@ -46,13 +63,29 @@ def _check_packages() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
     if name == "__version__":
         from importlib.metadata import version
 
         return version("onecycle")
+    if name == "DeepSpeedEngine":  # the class of what `initialize` returns
+        name = "Engine"
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    if name in _DEEPSPEED_NAMES:
+        return _import_from_deepspeed(name)
     raise AttributeError(f"module 'engine' has no attribute {name!r}")
+
+
+def _import_from_deepspeed(name: str) -> Any:
+    try:
+        from engine.backends.deepspeed import import_deepspeed
+
+        return getattr(import_deepspeed(), name)
+    except ImportError as error:
+        raise ImportError(
+            f"`{name}` is a part of DeepSpeed, which cannot be imported: {error}. Run `pip install "
+            "deepspeed`."
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from engine.backends.deepspeed_schedules import register_with_deepspeed
 from engine.config.overrides import add_config_arguments
+from engine.config.overrides import add_schedule_arguments
 from engine.config.resolve import Config
 from engine.config.resolve import load_config
 from engine.config.validate import validate
@@ -26,6 +27,7 @@ __all__ = [
     "Problem",
     "__version__",
     "add_config_arguments",
+    "add_schedule_arguments",
     "initialize",
     "load_config",
     "lr_range_test",

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine.backends.base import Backend
+from engine.backends.deepspeed_names import ONLY_DEEPSPEED, find_setting
+from engine.backends.whole_weights import collect_weights, convert_parameters, save_weights
 from engine.config import Config
+from engine.training.data import make_rank_loader
+from engine.training.monitors import Monitors
 from engine.training_run import TrainingRun
 from schedules.param_groups import read_lr, read_momenta, read_momentum
 
@@ -56,9 +64,14 @@ class DeepSpeedAccessors(nn.Module):
         return dist.group.WORLD if dist.is_initialized() else None
 
     @property
-    def loss_scale(self) -> float:
+    def cur_scale(self) -> float:
         """The factor by which the next backward pass multiplies the loss; 1 without fp16."""
         return self._backend.loss_scale
+
+    @property
+    def monitor(self) -> Monitors:
+        """The monitors; call ``monitor.write_events([(name, value, samples)])`` on every rank."""
+        return self._run.progress.monitors
 
     @property
     def basic_optimizer(self) -> Optimizer:
@@ -107,8 +120,11 @@ class DeepSpeedAccessors(nn.Module):
         return bool(self.config.raw.get("wall_clock_breakdown", False))
 
     def optimizer_name(self) -> str | None:
-        """Return the lower-case type of the config's optimizer; None if the config has none."""
-        return self.config.optimizer.type.lower() if self.config.optimizer else None
+        """Return the lower-case type of the config's optimizer, or the class name of your own."""
+        if self.config.optimizer is not None:
+            return self.config.optimizer.type.lower()
+        has_optimizer = isinstance(self.basic_optimizer, Optimizer)  # false for inference
+        return type(self.basic_optimizer).__name__ if has_optimizer else None
 
     def scheduler_name(self) -> str | None:
         """Return the type of the config's schedule; None if the config has none."""
@@ -129,6 +145,15 @@ class DeepSpeedAccessors(nn.Module):
     def zero_optimization_stage(self) -> int:
         """Return the ZeRO stage."""
         return self.config.zero_stage
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """Return the batch size, the micro-batch size, and the micro-batches per step."""
+        batch = self.config.batch
+        return batch.train, batch.micro, batch.accumulation
+
+    def get_type(self) -> list[Any]:
+        """Return each param group's ``type``; 0.0 for a group that has none."""
+        return [group.get("type", 0.0) for group in self._backend.optimizer.param_groups]
 
     def get_lr(self) -> list[float]:
         """Return the learning rate of each param group for the next step."""
@@ -183,7 +208,182 @@ class DeepSpeedAccessors(nn.Module):
         self._run.counters.micro_steps = value
         self._run.accumulation.micro_batches = value % self.gradient_accumulation_steps()
 
+    def deepspeed_io(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Sampler[Any] | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> DataLoader[Any]:
+        """Build a data loader of this rank's part of a dataset.
+
+        Args:
+            dataset: dataset to load. An iterable dataset must split its samples across ranks.
+            batch_size: number of samples per batch on one rank; default: the micro-batch size.
+            route: "train" to shuffle the samples; "eval" or "predict" to keep their order.
+            pin_memory: whether to copy batches to pinned memory, if the rank uses a GPU.
+            data_sampler: sampler of this rank; by default, the samples are split across ranks.
+            collate_fn: function that turns a list of samples into a batch.
+            num_local_io_workers: number of worker processes; default: none.
+        """
+        return make_rank_loader(
+            dataset,
+            self._backend.ranks,
+            batch_size=batch_size or self.config.batch.micro,
+            shuffle=route == "train",
+            drop_last=self.config.data.drop_last,
+            sampler=data_sampler,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+            num_workers=num_local_io_workers or 0,
+        )
+
+    def allreduce_gradients(self, bucket_size: int | None = None) -> None:
+        """Average the gradients across ranks now, if the next `step` runs the optimizer.
+
+        `step` does this as well. Call this method to change or read the averaged gradients before.
+        """
+        del bucket_size
+        if self._run.accumulation.is_boundary():
+            self._backend.get_attribute("allreduce_gradients")()
+
+    def module_state_dict(
+        self,
+        destination: dict[str, Any] | None = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
+    ) -> dict[str, Any]:
+        """Return the model's ``state_dict``; weights that FSDP2 shards are gathered in host memory.
+
+        Every rank must call this method. With DeepSpeed at ZeRO stage 3, the weights are empty, as
+        in DeepSpeed; use `save_16bit_model` instead.
+        """
+        if self._is_deepspeed():
+            found: dict[str, Any] = self._backend.get_attribute("module_state_dict")(
+                destination, prefix, keep_vars, exclude_frozen_parameters
+            )
+            return found
+        return collect_weights(
+            self._backend,
+            destination=destination,
+            prefix=prefix,
+            keep_vars=keep_vars,
+            exclude_frozen=exclude_frozen_parameters,
+        )
+
+    def load_module_state_dict(
+        self,
+        checkpoint: Mapping[str, Any],
+        strict: bool = True,
+        custom_load_fn: Callable[..., Any] | None = None,
+        fetch_z3_params: bool = True,
+    ) -> None:
+        """Load whole weights into the model. Every rank must pass the same ones.
+
+        Args:
+            checkpoint: tensors by name, or a mapping that has them under the key "module".
+            strict: whether the names must be those of the model.
+            custom_load_fn: function to call instead, with the arguments ``src`` and ``dst``.
+            fetch_z3_params: ignored; accepted for compatibility with DeepSpeed. Sharded weights are
+                always loaded.
+        """
+        del fetch_z3_params
+        module = checkpoint.get("module")
+        weights = module if isinstance(module, Mapping) else checkpoint
+        if self._is_deepspeed():
+            self._backend.get_attribute("load_module_state_dict")(weights, strict, custom_load_fn)
+        elif custom_load_fn is not None:
+            custom_load_fn(src=weights, dst=self.module)
+        else:
+            self._backend.model.load_state_dict(weights, strict=strict)
+
+    def save_16bit_model(
+        self,
+        save_dir: str | Path,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save the whole weights to one file, in 16 bits if the run computes in bf16 or fp16.
+
+        Every rank must call this method. `torch.load` reads the file.
+
+        Returns:
+            Whether the file was saved. DeepSpeed at ZeRO stage 3 saves it only if
+            ``stage3_gather_16bit_weights_on_model_save`` is true.
+
+        Raises:
+            OSError: the disk is full or the file is not writable.
+        """
+        if self._is_deepspeed():
+            is_saved: bool = self._backend.get_attribute("save_16bit_model")(
+                str(save_dir), save_filename, exclude_frozen_parameters
+            )
+            return is_saved
+        save_weights(
+            self._backend,
+            Path(save_dir, save_filename),
+            self.config.precision,
+            exclude_frozen=exclude_frozen_parameters,
+        )
+        return True
+
+    save_fp16_model = save_16bit_model  # DeepSpeed's older name
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, Any] | None:
+        """Return the whole weights at ZeRO stage 3 on rank 0, and None on other ranks."""
+        if self._is_deepspeed():
+            name = "_zero3_consolidated_16bit_state_dict"
+            found: dict[str, Any] | None = self._backend.get_attribute(name)(
+                exclude_frozen_parameters
+            )
+            return found
+        if self.config.zero_stage != 3:
+            raise ValueError(
+                "`_zero3_consolidated_16bit_state_dict` needs ZeRO stage 3, got stage "
+                f"{self.config.zero_stage}. Call `module_state_dict` instead."
+            )
+        weights = collect_weights(
+            self._backend, exclude_frozen=exclude_frozen_parameters, is_on_rank_0_only=True
+        )
+        if self.global_rank != 0:
+            return None
+        convert_parameters(self._backend, weights, self.config.precision)
+        return weights
+
+    _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
+
     def empty_partition_cache(self) -> None:
         """Release the gathered parameters that DeepSpeed's ZeRO stage 3 caches."""
-        if self.config.backend.name == "deepspeed":
+        if self._is_deepspeed():
             self._backend.get_attribute("empty_partition_cache")()
+
+    def _is_deepspeed(self) -> bool:
+        return self.config.backend.name == "deepspeed"
+
+    def _find_attribute(self, name: str) -> Any:
+        """Return an attribute that neither this class nor ``nn.Module`` defines.
+
+        Raises:
+            AttributeError: the attribute does not exist. If DeepSpeed's engine has it, the message
+                states how to select the DeepSpeed backend.
+        """
+        with contextlib.suppress(KeyError):
+            return find_setting(self.config, name)
+        try:
+            return self._backend.get_attribute(name)
+        except AttributeError as error:
+            if name in ONLY_DEEPSPEED:
+                raise AttributeError(
+                    f"`{name}` exists only with the DeepSpeed backend, and this run uses the torch "
+                    'backend. Set "engine": {"backend": "deepspeed"} in the config.'
+                ) from None
+            raise AttributeError(
+                f"Neither the training engine nor the model ({type(self._backend.model).__name__}) "
+                f"has the attribute `{name}`."
+            ) from error

@@ -79,13 +79,13 @@ class Engine(DeepSpeedAccessors):
         self._run.scheduler = scheduler
 
     def __getattr__(self, name: str) -> Any:
-        # nn.Module looks up modules and parameters; the backend looks up all other names.
+        # nn.Module looks up modules and parameters; `_find_attribute` looks up all other names.
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name.startswith("__") or "_backend" not in vars(self):
                 raise
-            return self._backend.get_attribute(name)
+            return self._find_attribute(name)
 
     def prepare(self, loader: LoaderT) -> LoaderT:
         """Prepare your own data loader for training. Every rank must call this method.
@@ -336,7 +336,7 @@ class Engine(DeepSpeedAccessors):
     def save_checkpoint(
         self,
         save_dir: str | Path,
-        tag: str | None = None,
+        tag: str | float | None = None,
         client_state: Mapping[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
@@ -345,7 +345,7 @@ class Engine(DeepSpeedAccessors):
 
         Args:
             save_dir: directory that holds the run's checkpoints; created if missing.
-            tag: name of this checkpoint; default: ``global_stepN`` after N batches.
+            tag: name or number of this checkpoint; default: ``global_stepN`` after N batches.
             client_state: your own numbers, strings and tensors; `load_checkpoint` returns them.
             save_latest: whether `load_checkpoint` may load this checkpoint if no tag is passed.
             exclude_frozen_parameters: whether to leave out the parameters that do not require
@@ -359,7 +359,7 @@ class Engine(DeepSpeedAccessors):
         self._checkpointer.save(
             self._run,
             Path(save_dir),
-            tag,
+            None if tag is None else str(tag),
             client_state=client_state,
             save_latest=save_latest,
             frozen=not exclude_frozen_parameters,
@@ -369,7 +369,7 @@ class Engine(DeepSpeedAccessors):
     def load_checkpoint(
         self,
         load_dir: str | Path,
-        tag: str | None = None,
+        tag: str | float | None = None,
         load_module_strict: bool = True,
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
@@ -379,8 +379,11 @@ class Engine(DeepSpeedAccessors):
 
         Args:
             load_dir: directory that was passed to `save_checkpoint`.
-            tag: name of the checkpoint; default: the newest complete one.
-            load_module_strict: whether the model must have exactly the saved parameters.
+            tag: name or number of the checkpoint; default: the newest complete one.
+            load_module_strict: whether the model must have exactly the saved parameters. If false,
+                parameters that are not in the checkpoint keep their values, and saved ones that the
+                model does not have are ignored. On DeepSpeed, also pass
+                ``load_optimizer_states=False`` in this case.
             load_optimizer_states: whether to restore the optimizer and the loss scale.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.
@@ -397,7 +400,7 @@ class Engine(DeepSpeedAccessors):
         path, client_state = self._checkpointer.load(
             self._run,
             Path(load_dir),
-            tag,
+            None if tag is None else str(tag),
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,
             scheduler=load_lr_scheduler_states and not load_module_only,

@@ -83,20 +83,29 @@ class ConfigError(ValueError):
 
     ValueError
     └── ConfigError
+
+    Args:
+        name: name of the config in the message.
+        problems: all problems of the config.
+        message: message to print instead of the problems.
     """
 
-    def __init__(self, name: str, problems: Sequence[Problem]) -> None:
+    def __init__(self, name: str, problems: Sequence[Problem], message: str = "") -> None:
         self.name = name
         self.problems = tuple(problems)
+        self.message = message
+        super().__init__(name, self.problems, message)  # unpickling passes these to `__init__`
+
+    def __str__(self) -> str:
         lines = [
-            escape(f"{name}:{problem.line}:{problem.column}: ") + str(problem)
+            escape(f"{self.name}:{problem.line}:{problem.column}: ") + str(problem)
             if problem.line
-            else escape(f"{name}: {problem.pointer or 'the config'}: ") + str(problem)
+            else escape(f"{self.name}: {problem.pointer or 'the config'}: ") + str(problem)
             for problem in self.problems[:_MAX_LISTED]
         ]
         if len(self.problems) > _MAX_LISTED:
             lines.append(f"… and {len(self.problems) - _MAX_LISTED:,} more")
-        super().__init__("\n".join(lines))
+        return self.message or "\n".join(lines)
 
 
 class CheckpointError(ValueError):

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,7 @@ from engine.distributed.ranks import (
     init_distributed,
 )
 from engine.engine import Engine
+from engine.errors import escape
 from engine.range_test.script import apply_sweep, attach_recorder, is_next_engine_swept
 from engine.range_test.sweep import read_sweep
 from engine.training.arguments import check_arguments, check_is_trainable
@@ -38,7 +40,7 @@ __all__ = ["initialize"]
 
 log = logging.getLogger("onecycle")
 
-_RANK_0_GRACE_SECONDS = 10.0
+_RANK_0_GRACE_SECONDS = 1.0
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
@@ -67,15 +69,16 @@ def initialize(
 
     Args:
         args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.
-            Options added by `add_config_arguments` override the config; each override is logged.
+            Options added by `add_schedule_arguments` override the config; each override is logged.
         model: module to train; it is moved to this rank's device.
-        optimizer: your own optimizer, or a function that takes the parameters and returns one;
-            default: the optimizer in the config.
+        optimizer: your own optimizer, or a function that takes the parameters and returns one; it
+            replaces the optimizer in the config, which is the default.
         model_parameters: parameters or param groups to train; default: all that require gradients.
         training_data: dataset for the returned data loader, or your own data loader, which is
             prepared as by `Engine.prepare`.
-        lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one;
-            default: the scheduler in the config. It is stepped after each applied optimizer step.
+        lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one; it
+            replaces the scheduler in the config, which is the default. It is stepped after each
+            applied optimizer step.
         distributed_port: port of rank 0, used if the environment does not set ``MASTER_PORT``.
         mpu: model-parallel unit; DeepSpeed backend only.
         dist_init_required: ignored; accepted for compatibility with DeepSpeed. A process group is
@@ -91,9 +94,8 @@ def initialize(
 
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every problem.
-        ValueError: an argument has the wrong type or contradicts the config, the model has nothing
-            to train, the optimizer does not match the schedule, or the ranks have different
-            configs.
+        ValueError: an argument has the wrong type, no optimizer is specified or it does not match
+            the schedule, the model has nothing to train, or the ranks have different configs.
         ImportError: the config needs DeepSpeed, which is not installed.
 
     >>> import torch, engine
@@ -124,7 +126,7 @@ def initialize(
         resolved, lr_scheduler = apply_sweep(resolved, sweep), None
     elif lr_test is not None:
         resolved = resolved.copy_for_trial_run(resolved.schedule)
-    _check_sources(resolved, optimizer, lr_scheduler)
+    resolved, replacements = _prefer_arguments(resolved, optimizer, lr_scheduler)
     if model_parameters is None and (resolved.optimizer or callable(optimizer)):
         check_is_trainable(model)
     is_deepspeed = resolved.backend.name == "deepspeed"
@@ -160,6 +162,7 @@ def initialize(
             optimizer=type(backend.basic_optimizer).__name__,
             num_parameters=backend.num_parameters,
             scheduler=scheduler,
+            replacements=replacements,
         )
         _warn_of_repeated_samples(training_data, resolved)
     engine._automatic.resume(engine._run)  # noqa: SLF001  # private to the package
@@ -190,32 +193,48 @@ def _load(source: Source, args: argparse.Namespace | None, needs_deepspeed: str 
         rank = get_rank()
         if rank == 0:
             raise
-        # Rank 0's error usually ends the job during this wait, so the error is printed only once.
+        # Rank 0's error usually ends the job during this wait, so the problems are printed once.
         time.sleep(_RANK_0_GRACE_SECONDS)
-        raise SystemExit(
-            f"The config is invalid on rank {rank}. If rank 0 reports no error, the ranks have "
-            f"different config files. {error}"
-        ) from None
+        keys = ", ".join(f"`{problem.pointer}`" for problem in error.problems[:3])
+        message = (
+            f"{error.name} is invalid on rank {rank} (at {keys}). Fix the problems that rank 0 "
+            "reports; if it reports none, pass the same config on every rank."
+        )
+        raise ConfigError(error.name, error.problems, escape(message)) from None
 
 
-def _check_sources(config: Config, optimizer: object, lr_scheduler: object) -> None:
-    for key, in_config, argument in (
-        ("optimizer", config.optimizer, optimizer),
-        ("scheduler", config.schedule, lr_scheduler),
-    ):
-        name = "lr_scheduler" if key == "scheduler" else key
-        if in_config is not None and argument is not None:
-            raise ValueError(
-                f"The {key} is specified twice: by `{key}` in {config.name} "
-                f"({getattr(in_config, 'type', type(in_config).__name__)}) and by the argument "
-                f"`{name}` ({type(argument).__name__}). Remove one of them."
-            )
-    nothing_trains = config.optimizer is None and optimizer is None
-    if nothing_trains and config.backend.name != "deepspeed":  # DeepSpeed also runs inference
-        raise ValueError(
+def _prefer_arguments(
+    config: Config, optimizer: object, lr_scheduler: object
+) -> tuple[Config, list[str]]:
+    """Remove the optimizer and the schedule that an argument replaces from the config.
+
+    Returns:
+        The config, and a line for the log about each replacement.
+
+    Raises:
+        ValueError: neither the config nor an argument specifies an optimizer.
+    """
+    if optimizer is None and config.optimizer is None and config.backend.name != "deepspeed":
+        raise ValueError(  # DeepSpeed also runs inference
             "No optimizer is specified. Pass the argument `optimizer`, or add "
             f'"optimizer": {{"type": "AdamW", "params": {{"lr": 0.001}}}} to {config.name}.'
         )
+    lines = []
+    if optimizer is not None and config.optimizer is not None:
+        lines.append(
+            _describe_replacement("optimizer", optimizer, f"`optimizer` ({config.optimizer.type})")
+        )
+        config = replace(config, optimizer=None)
+    if lr_scheduler is not None and config.schedule is not None:
+        name = config.schedule.type_name
+        lines.append(_describe_replacement("lr_scheduler", lr_scheduler, f"`scheduler` ({name})"))
+        config = replace(config, schedule=None)
+    return config, lines
+
+
+def _describe_replacement(argument: str, given: object, replaced: str) -> str:
+    name = getattr(given, "__name__", type(given).__name__)  # a function or a class has a name
+    return f"the argument `{argument}` ({name}) replaces the config's {replaced}"
 
 
 def _bind_schedule(

@@ -25,7 +25,10 @@ def __getattr__(name: str) -> Any:
         return schedules
     if name in engine.__all__:
         return getattr(engine, name)
-    raise AttributeError(f"module 'onecycle' has no attribute {name!r}")
+    try:
+        return engine.__getattr__(name)  # also DeepSpeed's names, but no module of the package
+    except AttributeError:
+        raise AttributeError(f"module 'onecycle' has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:

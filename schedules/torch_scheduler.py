@@ -267,12 +267,19 @@ class ScheduleBinder(LRScheduler):
             ValueError: the state is from a different schedule, or has a different number of param
                 groups.
         """
-        self._check_identity(state_dict)
+        self.check_state_dict(state_dict)
         self._bind({name: tuple(values) for name, values in state_dict["base"].items()})
         state = state_dict if self.schedule.feedback is None else state_dict["state"]
         self._go_to(self.controller.from_json(state), state_dict["step"])
 
-    def _check_identity(self, state: Mapping[str, Any]) -> None:
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Check that `load_state_dict` accepts a state. Nothing changes.
+
+        Raises:
+            ValueError: the state is from a different schedule, or has a different number of param
+                groups.
+        """
+        state = state_dict
         now, saved = ({"type": each["type"], **each["params"]} for each in (self.identity, state))
         changed = [
             f"`{name}` is {saved.get(name, 'absent')} in the saved state, "

@@ -25,6 +25,7 @@ ENGINE_NAMES = [
     "Problem",
     "__version__",
     "add_config_arguments",
+    "add_schedule_arguments",
     "initialize",
     "load_config",
     "lr_range_test",

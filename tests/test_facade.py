@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import engine
+import onecycle
+
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "examples" / "fashion_mnist" / "ds_config.json"
 MODULES = ("engine.py", "schedules.py", "schemas/__init__.py")
@@ -93,3 +96,35 @@ def test_import_after_the_users_module_of_the_same_name_is_an_error(project):
     (project / "train.py").write_text("import engine\nimport onecycle\n")
     done = run_python("train.py", cwd=project)
     assert f"but Python imports {project / 'engine.py'}" in done.stderr
+
+
+DEEPSPEED_NAMES = """
+import sys
+import {package} as deepspeed
+listed = set(dir(deepspeed))
+assert "zero" not in listed and "DeepSpeedEngine" not in listed
+assert deepspeed.DeepSpeedEngine is deepspeed.Engine
+assert deepspeed.__version__ == "{version}"
+assert "deepspeed" not in sys.modules
+import deepspeed as real
+names = "comm get_accelerator init_distributed checkpointing ops PipelineModule utils version zero"
+for name in names.split():
+    assert getattr(deepspeed, name) is getattr(real, name), name
+from {package} import zero
+assert not real.ops.__compatible_ops__["deepspeed_shm_comm"]  # not compiled on first use
+"""
+
+
+@pytest.mark.parametrize("package", ["engine", "onecycle"])
+def test_package_imported_as_deepspeed_has_its_names(package, tmp_path):
+    code = DEEPSPEED_NAMES.format(package=package, version=engine.__version__)
+    done = run_python("-c", code, cwd=tmp_path, DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stderr
+
+
+def test_deepspeed_name_without_deepspeed_raises_an_error_that_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it raises ImportError
+    with pytest.raises(ImportError, match="`zero` is a part of DeepSpeed, which cannot be impor"):
+        _ = engine.zero
+    with pytest.raises(AttributeError, match="module 'onecycle' has no attribute 'nonsense'"):
+        _ = onecycle.nonsense

@@ -7,10 +7,12 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,6 +21,7 @@ from typing_extensions import override
 from engine.backends.base import DTYPES, Backend, compute_norm
 from engine.backends.deepspeed_checkpoint import refuse_pickled_code
 from engine.backends.deepspeed_config import build_deepspeed_config
+from engine.backends.deepspeed_layout import Layout
 from engine.backends.deepspeed_order import BackwardOrder
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
@@ -29,7 +32,7 @@ from engine.errors import CheckpointError
 from engine.training.optimizers import OptimizerFactory, build_optimizer, is_buildable
 from engine.training.precision import cast_layer_inputs
 
-__all__ = ["DeepSpeedBackend"]
+__all__ = ["DeepSpeedBackend", "import_deepspeed"]
 
 _SCALER = "grad_scaler.pt"
 
@@ -66,7 +69,7 @@ class DeepSpeedBackend(Backend):
         mpu: Any = None,
         mesh_param: Any = None,
     ) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = _import_for_config()
         from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param
 
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -78,9 +81,9 @@ class DeepSpeedBackend(Backend):
         block = config.optimizer
         if optimizer is None and block is not None and is_buildable(config.raw["optimizer"]):
             optimizer = build_optimizer(block, groups)
-        num_parameters = _count_elements(
-            optimizer.param_groups if isinstance(optimizer, Optimizer) else groups
-        )
+        trained = optimizer.param_groups if isinstance(optimizer, Optimizer) else groups
+        num_parameters = _count_elements(trained)
+        layout = Layout(model, trained)
         # DeepSpeed reads the local rank from the environment. Set it in case no launcher did.
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
         self.engine, *_ = deepspeed.initialize(
@@ -101,6 +104,8 @@ class DeepSpeedBackend(Backend):
         self._config = config
         self._order = BackwardOrder(self.engine, config.zero_stage)
         self._has_rank_local_weights = mpu is not None or self.engine.has_moe_layers
+        is_split = self.engine.pipeline_parallelism or self.engine.autotp_size() > 1
+        self._layout = None if is_split or self._has_rank_local_weights else layout
         self._input_casts: list[Any] = []
         dtype = DTYPES.get(config.precision)
         if dtype is not None and config.model.cast_inputs:
@@ -216,6 +221,8 @@ class DeepSpeedBackend(Backend):
             save_latest=False,
             exclude_frozen_parameters=not frozen,
         )
+        if self._layout is not None and self.ranks.rank == 0:
+            self._layout.write(checkpoint_dir, frozen=frozen)
         scaler = self.engine.torch_autocast_z0_gradscaler
         if scaler and self.ranks.rank == 0:
             write_values(
@@ -241,6 +248,8 @@ class DeepSpeedBackend(Backend):
     def load(
         self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
     ) -> None:
+        if self._layout is not None:
+            self._layout.check(checkpoint_dir, optimizer=optimizer, strict=strict and frozen)
         trusts = self._config.checkpoint.trust_pickle
         with contextlib.nullcontext() if trusts else refuse_pickled_code():
             path, _ = self.engine.load_checkpoint(
@@ -258,6 +267,23 @@ class DeepSpeedBackend(Backend):
         scaler = self.engine.torch_autocast_z0_gradscaler
         if scaler and optimizer and (checkpoint_dir / _SCALER).is_file():
             scaler.load_state_dict(read_values(checkpoint_dir / _SCALER))
+
+    def _load_weights(
+        self, weights: Mapping[str, Any], strict: bool, load_fn: Callable[..., Any] | None
+    ) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        self.engine.load_module_state_dict(
+            {"module": weights}, strict=strict, custom_load_fn=load_fn, fetch_z3_params=True
+        )
+        # The next step would overwrite the weights with the optimizer's copies of the old ones.
+        if hasattr(self.optimizer, "refresh_fp32_params"):
+            self.optimizer.refresh_fp32_params()
+        elif self._config.zero_stage == 3:
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad and name in weights:
+                    whole = weights[name].to(parameter.device, torch.float32)
+                    safe_set_full_fp32_param(parameter, whole)
 
     @override
     def snapshot(self) -> Any:
@@ -288,7 +314,8 @@ class DeepSpeedBackend(Backend):
 
     @override
     def get_attribute(self, name: str) -> Any:
-        return getattr(self.engine, name)
+        is_replaced = name == "load_module_state_dict"
+        return self._load_weights if is_replaced else getattr(self.engine, name)
 
     @override
     def destroy(self) -> None:
@@ -305,16 +332,26 @@ def _count_elements(groups: list[Any]) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for params in members for p in params)
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
+    """Import and return DeepSpeed.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+    """
+    import deepspeed
+    from deepspeed.ops.op_builder import ShareMemCommBuilder
+
+    # Otherwise, DeepSpeed spends minutes compiling a faster all-reduce in the first CPU run.
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    return deepspeed
+
+
+def _import_for_config() -> Any:
     try:
-        import deepspeed
-        from deepspeed.ops.op_builder import ShareMemCommBuilder
+        return import_deepspeed()
     except ImportError as error:
         raise ImportError(
             f"This config needs DeepSpeed, which cannot be imported: {error}. Run `pip install "
             'deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that only '
             "DeepSpeed supports."
         ) from error
-    # Otherwise, DeepSpeed spends minutes compiling a faster all-reduce in the first CPU run.
-    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    return deepspeed

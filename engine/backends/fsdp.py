@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from engine.backends.base import DTYPES
 from engine.backends.pytorch import PyTorchBackend
+from engine.backends.whole_weights import accept_whole_weights
 from engine.checkpoint.optimizer_state import reshard
 from engine.config import Config
 from engine.distributed.ranks import Ranks
@@ -242,6 +243,7 @@ def shard(
     # Keep the root's own parameters gathered after a forward pass: a method of the model may use
     # them after it has called the model.
     fully_shard(model, **{**settings, "reshard_after_forward": False})
+    accept_whole_weights(model)
     sharded = dict(model.named_parameters())
     if wanted is None:
         return [parameter for parameter in sharded.values() if parameter.requires_grad]

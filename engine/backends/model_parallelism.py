@@ -32,4 +32,6 @@ def find_model_parallelism(model: nn.Module) -> str | None:
             return f"the expert parameter `{name}`"
         if getattr(parameter, "tensor_model_parallel", False):
             return f"the tensor-parallel parameter `{name}`"
+        if hasattr(parameter, "ds_id"):
+            return f"the parameter `{name}` sharded by `deepspeed.zero.Init`"
     return None

@@ -84,6 +84,7 @@ class PyTorchBackend(Backend):
         self._old_gradients: list[Tensor] = []
         self._averager = self._build_averager() if ranks.world_size > 1 else None
         self._set_precision()
+        self._publish_scale(overflow=False)
 
     def _prepare_optimizer(
         self,
@@ -160,7 +161,22 @@ class PyTorchBackend(Backend):
         self.grad_norm = norm
         if self._scaler is not None:
             self._scaler.update(overflow=not finite)
+        self._publish_scale(overflow=not finite)
         return finite
+
+    def _publish_scale(self, *, overflow: bool) -> None:
+        """Set the attributes that scripts read from DeepSpeed's optimizers."""
+        optimizer: Any = self.optimizer
+        optimizer.overflow = overflow
+        optimizer.cur_scale = optimizer.loss_scale = self.loss_scale
+
+    @override
+    def get_attribute(self, name: str) -> Any:
+        return self._average if name == "allreduce_gradients" else super().get_attribute(name)
+
+    def _average(self) -> None:
+        if self._averager is not None:
+            self._averager.average()
 
     def _collect_gradients(self) -> list[Tensor]:
         """Return this rank's gradients; with FSDP, only this rank's shards."""
@@ -228,6 +244,7 @@ class PyTorchBackend(Backend):
         saved = checkpoint_dir / _SCALER
         if optimizer and self._scaler is not None and saved.is_file():
             self._scaler.load_state_dict(read_values(saved))
+            self._publish_scale(overflow=False)
 
     @override
     def snapshot(self) -> Any:
@@ -246,6 +263,7 @@ class PyTorchBackend(Backend):
         self.optimizer.load_state_dict(optimizer)
         if self._scaler is not None:
             self._scaler.load_state_dict(scaler)
+            self._publish_scale(overflow=False)
 
     @override
     def destroy(self) -> None:

@@ -39,6 +39,7 @@ from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
 from engine.training.progress import Counters, ProgressReporter
 from engine.training.rng import get_rng_state, set_rng_state
+from schedules import ScheduleBinder
 
 __all__ = ["Checkpointer"]
 
@@ -308,12 +309,20 @@ class Checkpointer:
                 "%s does not contain the frozen parameters; the model keeps their current values",
                 checkpoint_dir,
             )
-        self._run_id = manifest.run or self._run_id
         state: dict[str, Any] = read_values(checkpoint_dir / _ENGINE)
+        saved_schedule = state["lr_scheduler"] if scheduler and not self._plan.override else None
+        if saved_schedule is not None and isinstance(run.scheduler, ScheduleBinder):
+            try:
+                run.scheduler.check_state_dict(saved_schedule)  # before anything changes
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{checkpoint_dir} does not match this run: {error}"
+                ) from None
         own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
         self._backend.load(
             checkpoint_dir, optimizer=optimizer, strict=strict, frozen=manifest.frozen
         )
+        self._run_id = manifest.run or self._run_id
         if self._plan.override:  # keep this run's learning rate, betas and weight decay
             for group, settings in zip(
                 self._backend.optimizer.param_groups, own_groups, strict=True

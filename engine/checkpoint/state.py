@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from engine.checkpoint.plain_values import read_values, write_values
 from engine.checkpoint.safetensors_storage import ShardReader, ShardWriter, write_tensors
 from engine.errors import CheckpointError
 
-__all__ = ["export", "read", "write", "write_async"]
+__all__ = ["check_weights", "export", "read", "write", "write_async"]
 
 VALUES = "values.pt"
 """File for values that are not tensors and are equal on all ranks, e.g. param group settings."""
@@ -121,8 +121,8 @@ def read(
         directory: directory that `write` wrote to.
         model: model to restore.
         optimizer: optimizer to restore; None restores only the model.
-        strict: whether to raise an error if the checkpoint contains parameters or buffers that the
-            model does not have.
+        strict: whether to raise an error if the checkpoint and the model do not have the same
+            parameters and buffers. If False, those that are not in both are left as they are.
         frozen: whether the checkpoint must contain the frozen parameters. If False, frozen
             parameters that it does not contain keep their current values.
 
@@ -138,10 +138,21 @@ def read(
         for name, metadata in saved_tensors.items()
         if name.startswith(_MODEL)
     }
-    if not frozen:
-        absent = _find_frozen_names(model) - saved_model.keys()
+    if not (strict and frozen):
+        absent = {
+            key
+            for key in state["model"].keys() - saved_model.keys()
+            if f"{_MODEL}{key}" not in saved_values
+        }
+        if strict:
+            absent &= _find_frozen_names(model)
         state["model"] = {key: value for key, value in state["model"].items() if key not in absent}
-    _check_model_matches(directory, state["model"], saved_model, strict=strict)
+    own_weights = {k: v for k, v in state["model"].items() if _is_sharded(k, v)}
+    saved_weights = {
+        name: torch.empty(metadata.size, dtype=metadata.properties.dtype, device="meta")
+        for name, metadata in saved_model.items()
+    }
+    check_weights(directory, own_weights, saved_weights, strict=strict)
     if optimizer is not None:
         saved = saved_values | saved_tensors
         state["optimizer"] = build_empty_state(directory, model, optimizer, saved)
@@ -279,19 +290,28 @@ def _is_extra_state(name: str) -> bool:
     return name.rpartition(".")[2] == "_extra_state"
 
 
-def _check_model_matches(
-    directory: Path, own: dict[str, Any], saved: dict[str, TensorStorageMetadata], *, strict: bool
+def check_weights(
+    directory: Path, own: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, strict: bool
 ) -> None:
+    """Check that a checkpoint has the model's parameters and buffers.
+
+    Args:
+        directory: directory of the checkpoint, for the error message.
+        own: tensors of the model that the checkpoint must have, by name.
+        saved: meta tensors with the shapes and dtypes of the saved tensors, by name.
+        strict: whether the model must have all saved tensors.
+
+    Raises:
+        CheckpointError: if a tensor is missing or unexpected, or has a different shape or dtype.
+    """
     for key, tensor in own.items():
-        if not _is_sharded(key, tensor):
-            continue
         if key not in saved:
             problem = f"`{key}` is missing from the checkpoint"
-        elif tuple(saved[key].size) != tuple(tensor.shape):
-            shape, own_shape = tuple(saved[key].size), tuple(tensor.shape)
+        elif saved[key].shape != tensor.shape:
+            shape, own_shape = tuple(saved[key].shape), tuple(tensor.shape)
             problem = f"`{key}` has shape {shape} in the checkpoint, {own_shape} in the model"
-        elif saved[key].properties.dtype.is_floating_point != tensor.is_floating_point():
-            dtype = saved[key].properties.dtype
+        elif saved[key].is_floating_point() != tensor.is_floating_point():
+            dtype = saved[key].dtype
             problem = f"`{key}` has dtype {dtype} in the checkpoint, {tensor.dtype} in the model"
         else:
             continue

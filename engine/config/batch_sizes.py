@@ -73,9 +73,13 @@ class BatchError(ValueError):
     """
 
     def __init__(self, key: str, message: str, hint: str) -> None:
-        super().__init__(message)
         self.key = key
+        self.message = message
         self.hint = hint
+        super().__init__(key, message, hint)  # unpickling passes these to `__init__`
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def derive_batch_sizes(given: Mapping[str, int], world_size: int) -> BatchSizes:

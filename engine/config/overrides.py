@@ -1,8 +1,12 @@
 """Override config values with command-line arguments of the training script.
 
-Some arguments have the same names and meanings as in SambaFlow (``--learning_rate``,
-``--max_steps``, …). The others are DeepSpeed's arguments: ``--deepspeed``, ``--deepspeed_config``,
-and one argument per parameter of DeepSpeed's schedules.
+`add_config_arguments` adds DeepSpeed's arguments, which name the config file.
+`add_schedule_arguments` adds arguments that override values in it: some with the names and meanings
+of SambaFlow (``--learning_rate``, ``--max_steps``, …), and one per parameter of DeepSpeed's
+schedules.
+
+A script may have its own arguments with these names. Its own argument takes precedence, whether it
+is added before or after ours, and never overrides the config.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from schedules.core.descriptions import read_descriptions
 from schedules.core.fields import describe_schema, read_fields
 from schedules.core.registry import find, import_family
 
-__all__ = ["Override", "add_config_arguments", "apply_overrides"]
+__all__ = ["Override", "add_config_arguments", "add_schedule_arguments", "apply_overrides"]
 
 
 def _parse_json(text: str) -> Any:
@@ -68,9 +72,23 @@ def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
     }
 
 
-# A script may define arguments with the same names for other purposes. A namespace has this
-# attribute only if its parser was passed to `add_config_arguments`.
-_MARKER = "config_arguments"
+_VALUES = "onecycle_overrides"
+"""Attribute of a parsed namespace: the values of our own arguments, by name."""
+
+
+class _StoreOverride(argparse.Action):
+    """Store a value, also in ``_VALUES``, which holds no values of a script's own arguments."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        del parser, option_string
+        setattr(namespace, self.dest, values)
+        setattr(namespace, _VALUES, {**getattr(namespace, _VALUES, {}), self.dest: values})
 
 
 @dataclass(frozen=True)
@@ -92,44 +110,79 @@ class Override:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the arguments that specify a config file and override its values.
+    """Add DeepSpeed's arguments: ``--deepspeed`` and ``--deepspeed_config``.
 
-    Pass the parsed namespace to ``initialize(args=…)``. Arguments that are not given on the command
-    line do not change the config.
+    Pass the parsed namespace to ``initialize(args=…)``. An argument that the script itself adds
+    under one of these names, before or after this call, replaces ours.
 
     Returns:
         The parser that was passed in.
 
     >>> parser = add_config_arguments(argparse.ArgumentParser())
-    >>> args = parser.parse_args(["--deepspeed_config", "ds_config.json", "--max_steps", "100"])
-    >>> args.deepspeed_config, args.max_steps, args.learning_rate
-    ('ds_config.json', 100, None)
+    >>> args = parser.parse_args(["--deepspeed", "--deepspeed_config", "ds_config.json"])
+    >>> args.deepspeed, args.deepspeed_config
+    (True, 'ds_config.json')
     """
-    config = parser.add_argument_group("config", "config file, as in DeepSpeed")
-    config.add_argument(
-        "--deepspeed", action="store_true", help="accepted for compatibility; ignored"
-    )
-    config.add_argument("--deepspeed_config", metavar="FILE", help="path of the config file")
-    run = parser.add_argument_group("run", "override the config file, as in SambaFlow")
+    add = _start_group(parser, "config", "config file, as in DeepSpeed")
+    add("deepspeed", action="store_true", help="accepted for compatibility; ignored")
+    add("deepspeed_config", metavar="FILE", help="path of the config file")
+    return parser
+
+
+def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add arguments that override values in the config, such as ``--learning_rate``.
+
+    Pass the parsed namespace to ``initialize(args=…)``. Arguments that are not given on the command
+    line do not change the config. An argument that the script itself adds under one of these names,
+    before or after this call, replaces ours and does not change the config.
+
+    Returns:
+        The parser that was passed in.
+
+    >>> parser = add_schedule_arguments(argparse.ArgumentParser())
+    >>> args = parser.parse_args(["--max_steps", "100"])
+    >>> args.max_steps, args.learning_rate
+    (100, None)
+    """
+    add = _start_group(parser, "run", "override the config file, as in SambaFlow")
     for name, (metavar, kind, text) in _RUN_ARGUMENTS.items():
-        run.add_argument(f"--{name}", metavar=metavar, type=kind, help=text)
-    tuning = parser.add_argument_group(
-        "schedule", "parameters of DeepSpeed's schedules; override `scheduler.params`"
+        add(name, action=_StoreOverride, metavar=metavar, type=kind, help=text)
+    add = _start_group(
+        parser, "schedule", "parameters of DeepSpeed's schedules; override `scheduler.params`"
     )
     for name, cls in _find_schedule_parameters().items():
         field = read_fields(cls)[name]
         default = "" if field.required else f" (default: {json.dumps(field.default)})"
         accepted = f"Accepts {describe_schema(field.schema)}{default}."
-        text = f"{cls.type_name}: {read_descriptions(cls)[name]} {accepted}"
+        text = f"{cls.type_name}: {read_descriptions(cls)[name]} {accepted}".replace("%", "%%")
         # A flag without a value means true, like DeepSpeed's --cycle_momentum.
         flag: dict[str, Any] = (
             {"nargs": "?", "const": True} if field.default in (True, False) else {}
         )
-        tuning.add_argument(
-            f"--{name}", metavar="VALUE", type=_parse_json, help=text.replace("%", "%%"), **flag
-        )
-    parser.set_defaults(**{_MARKER: True})
+        add(name, action=_StoreOverride, metavar="VALUE", type=_parse_json, help=text, **flag)
     return parser
+
+
+def _start_group(
+    parser: argparse.ArgumentParser, title: str, description: str
+) -> Callable[..., None]:
+    """Start a group of arguments, and return a function that adds those whose names are free."""
+    # Let the script replace our arguments. `argparse` copies this setting to each group, so set it
+    # in the existing ones as well.
+    groups = (*parser._action_groups, *parser._mutually_exclusive_groups)  # noqa: SLF001  # no public name
+    for holder in (parser, *groups):
+        holder.conflict_handler = "resolve"
+    group = parser.add_argument_group(title, description)
+
+    def add(name: str, **settings: Any) -> None:
+        is_taken = any(
+            name == action.dest or f"--{name}" in action.option_strings
+            for action in parser._actions  # noqa: SLF001  # no public name
+        )
+        if not is_taken:
+            group.add_argument(f"--{name}", **settings)
+
+    return add
 
 
 def apply_overrides(
@@ -139,17 +192,16 @@ def apply_overrides(
 
     Args:
         document: config to override. It is not modified.
-        args: parsed command-line arguments. They are ignored unless their parser was passed to
-            `add_config_arguments`.
+        args: parsed command-line arguments. Only those of `add_schedule_arguments` are used.
 
     Returns:
         The config with the new values, and one `Override` per value that was set.
     """
-    if not getattr(args, _MARKER, False) or not isinstance(document.value, dict):
+    given: dict[str, Any] = getattr(args, _VALUES, {})
+    if not given or not isinstance(document.value, dict):
         return document, []
     value = json.loads(json.dumps(document.value))
     changes: list[Override] = []
-    given = {name: each for name, each in vars(args).items() if each is not None}
     schedule = value.get("scheduler")
     is_replaced = "lr_schedule" in given and isinstance(schedule, dict)
     if is_replaced and schedule.get("type") != given["lr_schedule"]:

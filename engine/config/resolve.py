@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -133,8 +133,11 @@ class OptimizerBlock:
 
 
 @dataclass(frozen=True)
-class Config:
-    """A valid config with all defaults and derived values filled in."""
+class Config(Mapping[str, Any]):
+    """A valid config with all defaults and derived values filled in.
+
+    As a mapping, it contains the keys and values of ``raw``: those that the user set.
+    """
 
     name: str
     backend: BackendChoice
@@ -165,6 +168,15 @@ class Config:
     """Problems of severity "warning", which are probably mistakes but do not prevent the run."""
     run: Mapping[str, Any]
     """The keys of the section ``engine`` that set or scale the length of the run."""
+
+    def __getitem__(self, key: str) -> Any:
+        return self.raw[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.raw)
+
+    def __len__(self) -> int:
+        return len(self.raw)
 
     def copy_for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
         """Return a copy of the config for a trial run of the LR finder.
@@ -226,8 +238,8 @@ def load_config(
     Args:
         config: path of the config, or the config as a dict. The dict is not modified.
         world_size: number of ranks of the run.
-        args: parsed command-line arguments that override config values. Their parser must have
-            been passed to `add_config_arguments`.
+        args: parsed command-line arguments. Those of `add_schedule_arguments` override config
+            values.
         needs_deepspeed: part of the model that only DeepSpeed supports, if there is one; it then
             selects DeepSpeed unless ``engine.backend`` is set.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from engine.config import Config
 from engine.distributed.ranks import Ranks
@@ -19,6 +19,7 @@ __all__ = [
     "call_model",
     "call_on_batches",
     "count_steps_per_epoch",
+    "make_rank_loader",
     "read_epoch",
 ]
 
@@ -131,3 +132,28 @@ def build_loader(
         )
     settings |= {"batch_size": config.batch.micro, "drop_last": data.drop_last}
     return build_run_loader(training_data, settings, None, config, ranks)
+
+
+def make_rank_loader(
+    dataset: Dataset[Any],
+    ranks: Ranks,
+    *,
+    shuffle: bool,
+    sampler: Sampler[Any] | None = None,
+    pin_memory: bool = True,
+    **settings: Any,
+) -> DataLoader[Any]:
+    """Build a data loader whose position is not part of the run's state.
+
+    Args:
+        dataset: dataset to load; its samples are split across ranks unless it is iterable.
+        ranks: rank, world size and device of this process.
+        shuffle: whether to shuffle the samples.
+        sampler: sampler to use instead.
+        pin_memory: whether to copy batches to pinned memory, if the rank uses a GPU.
+        **settings: other arguments of `DataLoader`.
+    """
+    if sampler is None and not isinstance(dataset, IterableDataset):
+        sampler = DistributedSampler(dataset, ranks.world_size, ranks.rank, shuffle=shuffle)
+    is_pinned = pin_memory and ranks.device.type == "cuda"
+    return DataLoader(dataset, sampler=sampler, pin_memory=is_pinned, **settings)

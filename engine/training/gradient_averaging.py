@@ -133,6 +133,12 @@ class GradientAverager:
             self._is_overlapping = False
             self._next = 0
 
+    def average(self) -> None:
+        """Average the gradients that no backward pass inside `overlap` has averaged."""
+        self._update_buckets(keeps_frozen=True)  # frozen ones may have gradients of this step
+        if not self._is_averaged or self._are_replaced():
+            self._average_all()
+
     def finish(self) -> None:
         """Average the remaining gradients across ranks, and copy rank 0's buffers to all ranks.
 
@@ -142,9 +148,7 @@ class GradientAverager:
             RuntimeError: the gradients still differ between ranks after averaging, or the ranks
                 have run different numbers of backward passes.
         """
-        self._update_buckets(keeps_frozen=True)  # those may have gradients of this step
-        if not self._is_averaged or self._are_replaced():
-            self._average_all()
+        self.average()
         self._is_averaged, self._averaged = False, []  # `zero_grad` can free the gradients
         self._steps += 1
         if self._is_check_due():

@@ -227,8 +227,18 @@ class Monitors:
         self._directories = directories or RunDirectories()
         self._resumes_after: int | None = None
 
-    def write_events(self, events: Sequence[Event]) -> None:
-        """Pass the events of a step to each monitor."""
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a monitor; false on ranks other than 0."""
+        return bool(self._monitors)
+
+    def write_events(self, events: Iterable[tuple[str, Any, int]]) -> None:
+        """Pass events to each monitor.
+
+        Args:
+            events: each metric's name, its value, and the number of samples trained on so far.
+        """
+        each_event = [Event(name, float(value), samples) for name, value, samples in events]
         # Only now: a script may load a checkpoint to evaluate the model, and not train.
         if self._resumes_after is not None:
             samples, self._resumes_after = self._resumes_after, None
@@ -236,7 +246,7 @@ class Monitors:
             for monitor in self._monitors:
                 monitor.rewind(samples)
         for monitor in self._monitors:
-            monitor.write_events(events)
+            monitor.write_events(each_event)
 
     def state_dict(self) -> dict[str, int]:
         """Return the numbers of the run's directories, for a checkpoint."""

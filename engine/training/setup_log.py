@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import textwrap
+from collections.abc import Sequence
 
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -28,6 +29,7 @@ def log_setup(
     optimizer: str,
     num_parameters: int,
     scheduler: LRScheduler | None,
+    replacements: Sequence[str] = (),
 ) -> None:
     """Log the config's overrides and warnings, and the training setup as aligned lines.
 
@@ -39,11 +41,12 @@ def log_setup(
         optimizer: name of the optimizer.
         num_parameters: number of elements of all trained parameters.
         scheduler: scheduler of the run; None if it has none.
+        replacements: messages about sections of the config that arguments replace.
     """
     _enable_logging()
     for code in find_named_code(config.raw.get("scheduler")):
         log.info("imported %s, which %s names in %s", code.name, code.pointer, config.name)
-    for override in config.overrides:
+    for override in (*config.overrides, *replacements):
         log.info("%s", override)
     for problem in config.warnings:
         log.warning("%s: %s", config.name, problem)

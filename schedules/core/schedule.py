@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
 from schedules.core.combinators import dilate
@@ -67,9 +67,13 @@ class ScheduleError(ValueError):
     └── ScheduleError
     """
 
-    def __init__(self, type_name: str, problems: list[ParameterProblem]) -> None:
-        super().__init__(f"{type_name}: " + " ".join(problem.message for problem in problems))
+    def __init__(self, type_name: str, problems: Sequence[ParameterProblem]) -> None:
+        self.type_name = type_name
         self.problems = tuple(problems)
+        super().__init__(type_name, self.problems)  # unpickling passes these to `__init__`
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: " + " ".join(problem.message for problem in self.problems)
 
 
 if TYPE_CHECKING:

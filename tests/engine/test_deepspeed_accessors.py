@@ -10,6 +10,7 @@ import engine
 import schedules
 from engine.errors import MisuseError
 from schedules import lr_schedules
+from tests.testing.distributed import run_distributed_test
 
 
 def start(make=lambda: torch.nn.Linear(2, 1), **changes):
@@ -39,6 +40,86 @@ def test_engine_accessors_return_the_values_of_the_config():
     assert trainer.in_features == 2  # an attribute of the model
     with pytest.raises(AttributeError, match="nonsense"):
         _ = trainer.nonsense
+
+
+def test_names_that_only_deepspeed_has_raise_an_error_that_names_the_backend():
+    trainer = start()
+    with pytest.raises(AttributeError, match=r'Set "engine": \{"backend": "deepspeed"\}'):
+        trainer.offload_states()
+    with pytest.raises(AttributeError, match=r"Neither the training engine nor the model \(Lin"):
+        _ = trainer.nonsense
+    assert getattr(trainer, "tput_timer", None) is None
+
+
+def test_settings_have_deepspeeds_names_and_values():
+    trainer = start(fp16={"enabled": True, "loss_scale": 128, "initial_scale_power": 4})
+    assert (trainer.loss_scale(), trainer.dynamic_loss_scale(), trainer.cur_scale) == (
+        128,
+        False,
+        128,
+    )
+    assert (trainer.initial_dynamic_scale(), trainer.dump_state()) == (16, False)
+    assert trainer.optimizer_params()["momentum"] == 0.9
+    assert trainer.scheduler_params()["warmup_num_steps"] == 2
+    assert trainer.get_batch_info() == (4, 2, 2)
+    assert (trainer.get_type(), trainer.mp_world_size) == ([0.0], 1)
+    assert trainer.zero_optimization_partition_weights() is False
+    assert trainer.config["train_batch_size"] == 4
+    assert ("fp16" in trainer.config, trainer.config.get("bf16")) == (True, None)
+    assert start(fp16={"enabled": True}).loss_scale() == 0  # dynamic, as in DeepSpeed
+
+
+def test_optimizer_has_deepspeeds_attributes_for_overflows():
+    trainer = start(fp16={"enabled": True, "initial_scale_power": 4, "hysteresis": 1})
+    optimizer = trainer.optimizer
+    assert (optimizer.overflow, optimizer.cur_scale) == (False, 16.0)
+    for factor in (1.0, float("inf")):
+        trainer.backward(trainer(X[:2]).float().mean() * factor)
+        trainer.step()
+    assert (optimizer.overflow, optimizer.cur_scale, trainer.cur_scale) == (True, 8.0, 8.0)
+
+
+def test_monitor_writes_events_of_the_script(tmp_path):
+    trainer = start(csv_monitor={"enabled": True, "output_path": str(tmp_path), "job_name": "a"})
+    assert trainer.monitor.enabled
+    trainer.monitor.write_events([("Train/my_metric", torch.tensor(2.5), 40)])
+    assert (tmp_path / "a" / "Train_my_metric.csv").read_text().split() == [
+        "step,my_metric",
+        "40,2.5",
+    ]
+
+
+def load_part_of_a_dataset():
+    trainer = start(zero_optimization={"stage": 1}, engine={"backend": "torch"})
+    dataset = torch.utils.data.TensorDataset(torch.arange(8))
+    for_evaluation = trainer.deepspeed_io(dataset, route="eval")
+    for_training = trainer.deepspeed_io(dataset, batch_size=4)
+    trained = torch.cat([batch for (batch,) in for_training])
+    return [batch.tolist() for (batch,) in for_evaluation], trained.tolist()
+
+
+def test_deepspeed_io_splits_a_dataset_across_ranks():
+    (first, trained), (second, others) = run_distributed_test(load_part_of_a_dataset, 2)
+    assert (first, second) == ([[0, 2], [4, 6]], [[1, 3], [5, 7]])
+    assert sorted(trained + others) == list(range(8))
+    assert trained != sorted(trained) or others != sorted(others)
+
+
+def average_before_the_step():
+    trainer = start(train_batch_size=8)
+    for micro_batch in range(2):
+        x = X[:2] * (trainer.global_rank + micro_batch)
+        trainer(x).mean().backward()
+        trainer.allreduce_gradients()  # only the last one of a step averages
+        if micro_batch == 0:
+            trainer.step()
+    return trainer.module.weight.grad.tolist()
+
+
+def test_allreduce_gradients_averages_before_the_step():
+    first, second = run_distributed_test(average_before_the_step, 2)
+    mean = X[:2].mean(0)
+    assert first == second == [pytest.approx((mean * 2).tolist())]
 
 
 def weights(trainer):

@@ -16,6 +16,7 @@ import engine
 import schedules
 from engine import ConfigError, MisuseError
 from engine.training.setup_log import log_setup
+from tests.testing.distributed import run_distributed_test
 from tests.testing.regression import CONFIG, CYCLE, dataset, model, start, train
 
 # With this scale, these small models never overflow.
@@ -102,7 +103,7 @@ def test_overflow_skips_the_step_and_does_not_advance_the_schedule(changes, capl
     trainer, loader = start(**changes)
     train(trainer, loader, 3)
     before = copy.deepcopy((trainer.module.state_dict(), trainer.optimizer.state_dict()))
-    values, scale = (trainer.get_lr(), trainer.get_momentum()), trainer.loss_scale
+    values, scale = (trainer.get_lr(), trainer.get_momentum()), trainer.cur_scale
     with caplog.at_level(logging.WARNING, "onecycle"):
         train(trainer, loader, 1, poison={3})
     assert "skipped step 4 because of non-finite gradients (1 skipped" in caplog.text
@@ -112,7 +113,7 @@ def test_overflow_skips_the_step_and_does_not_advance_the_schedule(changes, capl
     after = (trainer.module.state_dict(), trainer.optimizer.state_dict())
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     halved = changes.get("fp16", {}).get("hysteresis") == 1
-    assert trainer.loss_scale == (scale / 2 if halved else scale)
+    assert trainer.cur_scale == (scale / 2 if halved else scale)
     train(trainer, loader, 1)
     assert trainer.was_step_applied()
     assert trainer.lr_scheduler.last_epoch == 4
@@ -137,7 +138,7 @@ def test_engine_resumed_takes_the_same_steps(tmp_path, stop_at, precision):
         seen = []
         for x, y in batches[2 * start : 2 * end]:
             loss = mse_loss(trainer(x).float(), y)
-            seen.append((loss.item(), trainer.get_lr(), trainer.get_momentum(), trainer.loss_scale))
+            seen.append((loss.item(), trainer.get_lr(), trainer.get_momentum(), trainer.cur_scale))
             trainer.backward(loss)
             trainer.step()
         return seen
@@ -221,6 +222,40 @@ def test_initialize_with_custom_optimizer_and_scheduler_uses_them(tmp_path):
     assert scheduler.last_epoch == 3
 
 
+def test_initialize_prefers_arguments_over_the_config_and_logs_it(caplog):
+    net = model()
+    custom = torch.optim.Adagrad(net.parameters(), lr=0.5)
+    with caplog.at_level(logging.INFO, "onecycle"):
+        trainer, optimizer, _, scheduler = engine.initialize(
+            config=CONFIG,
+            model=net,
+            optimizer=custom,
+            lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5),
+        )
+    assert optimizer is custom
+    assert type(scheduler) is torch.optim.lr_scheduler.StepLR
+    assert (trainer.optimizer_name(), trainer.scheduler_name()) == ("Adagrad", None)
+    assert [record.getMessage() for record in caplog.records][:2] == [
+        "the argument `optimizer` (Adagrad) replaces the config's `optimizer` (SGD)",
+        "the argument `lr_scheduler` (<lambda>) replaces the config's `scheduler` (OneCycle)",
+    ]
+    trainer.backward(trainer(dataset(8).tensors[0]).mean())
+    trainer.step()
+    assert trainer.get_lr() == [0.25]
+
+
+def initialize_deepspeed_with_both():
+    net = model()
+    custom = torch.optim.SGD(net.parameters(), lr=0.5)
+    config = CONFIG | {"engine": {"backend": "deepspeed"}}
+    trainer, *_ = engine.initialize(config=config, model=net, optimizer=custom)
+    assert trainer.basic_optimizer is custom
+
+
+def test_initialize_on_deepspeed_prefers_the_optimizer_argument():
+    run_distributed_test(initialize_deepspeed_with_both, 1)
+
+
 def test_param_groups_keep_their_learning_rates():
     net = model()
     groups = [
@@ -241,14 +276,6 @@ def test_param_groups_keep_their_learning_rates():
         ({"config": None}, "`config` must be a path or a dict, got None"),
         ({"model": None}, "`model` must be a torch.nn.Module, got None"),
         ({"config": {"train_batch_size": 8}}, "No optimizer is specified"),
-        (
-            {"optimizer": torch.optim.SGD},
-            "The optimizer is specified twice: by `optimizer` in config",
-        ),
-        (
-            {"lr_scheduler": torch.optim.lr_scheduler.ConstantLR},
-            "The scheduler is specified twice: by `scheduler` in config",
-        ),
         ({"model": torch.nn.Linear}, "`model` must be a torch.nn.Module, got the class Linear"),
         (
             {"model": model().requires_grad_(False)},

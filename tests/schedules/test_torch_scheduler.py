@@ -1,8 +1,10 @@
 """The binder: values that it writes, values that it keeps, and saving and loading its state."""
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -48,6 +50,31 @@ def optimizers():
         "RMSprop": torch.optim.RMSprop(weights(), lr=0.1),
         "two groups": torch.optim.AdamW(two, lr=0.1),
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("OneCycle", CYCLE),
+        ("WarmupLR", {"warmup_num_steps": 2}),
+        ("AutoWU", AUTOWU),
+        ("ReduceLROnPlateau", {}),
+    ],
+)
+def test_binder_and_optimizer_are_freed_without_the_garbage_collector(name, params):
+    torch.optim.SGD(weights(), lr=0.1)  # torch keeps references to the first optimizer
+    gc.collect()
+    gc.disable()
+    try:
+        optimizer = torch.optim.SGD(weights(), lr=0.1, momentum=0.9)
+        binder = attach(name, optimizer, **params)
+        binder.step(*([1.0] if binder.schedule.feedback else []))
+        binder.load_state_dict(binder.state_dict())
+        references = [weakref.ref(binder), weakref.ref(optimizer)]
+        del binder, optimizer
+        assert [reference() for reference in references] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", optimizers())

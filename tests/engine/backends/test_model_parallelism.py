@@ -31,6 +31,7 @@ def build_from(module):
 PARALLEL = {
     "expert": build_marked("allreduce", False),
     "tensor-parallel": build_marked("tensor_model_parallel", True),
+    "zero.Init": build_marked("ds_id", 3),
     "moe": build_from("deepspeed.moe.layer"),
     "auto_tp": build_from("deepspeed.module_inject.layers"),
     "pipeline": build_from("deepspeed.runtime.pipe.module"),

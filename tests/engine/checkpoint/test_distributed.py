@@ -129,17 +129,17 @@ def resume_with_autocast(directory):
     for factor in (float("inf"), 1.0):
         trainer.backward(loss_fn(trainer, x) * factor)
         trainer.step()
-    scale = trainer.loss_scale
+    scale = trainer.cur_scale
     trainer.save_checkpoint(directory)
     resumed = start(**settings)
-    assert resumed.loss_scale == 2 * scale
+    assert resumed.cur_scale == 2 * scale
     resumed.load_checkpoint(directory)
-    assert resumed.loss_scale == scale
+    assert resumed.cur_scale == scale
     first, second = (
         engine.lr_range_test(resumed, [x], loss_fn=loss_fn, steps=30) for _ in range(2)
     )
     assert first.runs == second.runs
-    assert resumed.loss_scale == scale
+    assert resumed.cur_scale == scale
 
 
 def test_deepspeed_autocast_resumes_its_loss_scale(tmp_path):

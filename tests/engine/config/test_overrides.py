@@ -25,7 +25,8 @@ def path(tmp_path):
 
 
 def parse(*arguments):
-    return engine.add_config_arguments(argparse.ArgumentParser()).parse_args(list(arguments))
+    parser = engine.add_config_arguments(argparse.ArgumentParser())
+    return engine.add_schedule_arguments(parser).parse_args(list(arguments))
 
 
 def test_load_config_arguments_override_the_file_and_report_both_values(path):
@@ -80,9 +81,36 @@ def test_invalid_argument_is_named_in_the_error(path, arguments, message):
     assert message in str(raised.value)
 
 
-def test_namespace_of_another_parser_overrides_nothing(path):
-    args = argparse.Namespace(learning_rate=7.0, deepspeed_config=str(path))
-    assert load_config(path, args=args).optimizer.params["lr"] == 0.1
+def test_add_config_arguments_adds_only_deepspeeds_flags():
+    args = engine.add_config_arguments(argparse.ArgumentParser()).parse_args([])
+    assert vars(args) == {"deepspeed": False, "deepspeed_config": None}
+
+
+def add_own_arguments(parser):
+    parser.add_argument("--deepspeed_config", default="own.json")
+    parser.add_argument("-n", "--max_steps", type=int, default=5)
+    parser.add_argument_group("mine").add_argument("--learning_rate", type=float, default=7.0)
+    parser.add_argument("--warmup", dest="warmup_steps", type=int)
+    return parser
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["before", "after"])
+def test_arguments_of_the_script_replace_ours_and_override_nothing(path, is_first):
+    parser = argparse.ArgumentParser()
+    if is_first:
+        add_own_arguments(parser)
+    engine.add_config_arguments(parser)
+    engine.add_schedule_arguments(parser)
+    if not is_first:
+        add_own_arguments(parser)
+    args = parser.parse_args([])
+    assert (args.deepspeed_config, args.max_steps, args.learning_rate) == ("own.json", 5, 7.0)
+    assert load_config(path, args=args) == load_config(path)
+    own = ["-n", "9", "--max_steps", "8", "--learning_rate", "3", "--warmup", "1"]
+    args = parser.parse_args([*own, "--end_lr_ratio", "0.2"])
+    assert (args.max_steps, args.learning_rate, args.warmup_steps) == (8, 3.0, 1)
+    overrides = load_config(path, args=args).overrides
+    assert [override.argument for override in overrides] == ["--end_lr_ratio"]
 
 
 def test_help_lists_every_group_of_arguments(capsys):

@@ -129,10 +129,12 @@ def test_initialize_invalid_config_is_reported_on_rank_0_only(monkeypatch):
         start(train_batch_size=-1)
     assert waits == []
     monkeypatch.setenv("RANK", "1")
-    message = "invalid on rank 1"
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(engine.ConfigError) as raised:
         start(train_batch_size=-1)
-    assert waits == [10.0]
+    assert "invalid on rank 1 (at `/train_batch_size`)" in str(raised.value)
+    assert "must be" not in str(raised.value)
+    assert "must be" in str(raised.value.problems[0])
+    assert waits == [1.0]
 
 
 @pytest.mark.slow

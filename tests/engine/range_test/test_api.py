@@ -62,7 +62,7 @@ def digest(trainer, loader):
         "calls": trainer.module.calls,
         "optimizer": trainer.optimizer.state_dict(),
         "schedule": trainer.lr_scheduler.state_dict(),
-        "scale": trainer.loss_scale,
+        "scale": trainer.cur_scale,
         "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),  # noqa: NPY002
         "counters": (trainer.global_steps, trainer.micro_steps, trainer.skipped_steps),
         "loader": loader.state_dict(),
