@@ -8,7 +8,7 @@ import torch
 from typing_extensions import override
 
 from engine.backends.base import Backend
-from engine.checkpoint.fingerprint import build_identity
+from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
 from engine.config import load_config
 from engine.distributed.ranks import Ranks
 from engine.engine import Engine
@@ -137,5 +137,5 @@ def build_engine(backend=None, *, lr_scheduler=None, monitors=None, **sections):
         scheduler = bind(config.schedule, backend.optimizer, horizon=config.horizon(None))
     else:
         scheduler = lr_scheduler and lr_scheduler(backend.optimizer)
-    identity = build_identity(config, scheduler, None)
+    identity = build_identity(config, scheduler, read_hyperparameters(backend.optimizer))
     return Engine(config, backend, scheduler, None, identity, monitors)

@@ -3,6 +3,7 @@
 import csv
 import gc
 import sys
+import shutil
 import threading
 import types
 import warnings
@@ -225,6 +226,8 @@ def test_resumed_run_continues_its_tensorboard_curves_and_destroy_ends_the_threa
             assert threading.active_count() > threads
             trainer.destroy()
             assert threading.active_count() == threads
+            # As if the run had been killed before it saved its last step.
+            shutil.rmtree(tmp_path / "checkpoints" / "global_step3", ignore_errors=True)
         events = EventAccumulator(str(tmp_path / "board"))
         events.Reload()
     scalars = events.Scalars("Train/Samples/step")
