@@ -2,8 +2,8 @@
 
 import csv
 import gc
-import sys
 import shutil
+import sys
 import threading
 import types
 import warnings
