@@ -181,7 +181,7 @@ class Engine(DeepSpeedAccessors):
     def step(
         self, lr_kwargs: Mapping[str, Any] | None = None, *, metric: Tensor | float | None = None
     ) -> bool:
-        """Finish a micro-batch; if it is the last one of its batch, run the optimizer.
+        """Finish a micro-batch, and take an optimizer step if it is the last one of its batch.
 
         If you call ``loss.backward()`` yourself, this method divides the gradients by
         ``gradient_accumulation_steps()``.

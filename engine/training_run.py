@@ -182,7 +182,7 @@ class TrainingRun:
         self.progress.add(loss)
 
     def step(self, metric: Tensor | float | None) -> bool:
-        """Finish a micro-batch; if it is the last one of its batch, run the optimizer."""
+        """Finish a micro-batch, and take an optimizer step if it is the last one of its batch."""
         if not self.accumulation.averages_gradients:
             raise MisuseError(
                 "`step()` must not be called inside `no_sync()`. Leave the context first."

@@ -34,7 +34,7 @@ class DataPosition:
         self._pending: Mapping[str, Any] | None = None
 
     def set_loader(self, loader: RunLoader) -> None:
-        """Set the data loader of the run, and restore the position that was loaded before."""
+        """Set the data loader of the run, and restore its position if a checkpoint was loaded."""
         self._loader = loader
         if self._pending is not None:
             loader.load_state_dict(self._pending)

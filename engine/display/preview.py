@@ -26,7 +26,7 @@ _MAX_RUN_STEPS = 1_000_000
 
 @dataclass(frozen=True)
 class Preview:
-    """A config's schedule, and its curves for the optimizer and run length of the config."""
+    """A config's schedule, and the curves of the hyperparameters that it sets."""
 
     name: str
     configured: Schedule[Any]

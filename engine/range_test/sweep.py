@@ -28,8 +28,8 @@ class Sweep:
         steps: number of steps.
         shape: how the learning rate increases: "exponential", "linear", or "staircase" (20 stairs
             of equal height).
-        momentum: momentum of the first and of the last step, with a linear change in between. If
-            None, the momentum stays constant.
+        momentum: pair of the momentum at the first step and at the last step, linear in between.
+            If None, the momentum stays constant.
         block: scheduler block to use instead of one that is built from the arguments above.
         divergence_factor: the sweep ends when the smoothed loss exceeds its minimum so far by this
             factor.
@@ -37,8 +37,8 @@ class Sweep:
         config: path of the config to use instead of the script's config.
         seed_offset: number that is added to the config's seed and to torch's initial seed, so that
             repeated sweeps differ.
-        engine: which engine of the script is swept, in the order of their creation, from 1. If
-            None, the script must create only one.
+        engine: number of the engine to test, from 1, in the order in which the script creates
+            them. If None, the script must create only one.
 
     Raises:
         ValueError: if `min_lr` is not positive, `max_lr` is not finite or not above `min_lr`,

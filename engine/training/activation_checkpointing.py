@@ -43,8 +43,8 @@ def checkpoint_activations(
 class CheckpointedForward:
     """A block's ``forward`` that saves only its inputs and is recomputed in the backward pass.
 
-    A copy or an unpickled copy of the block computes with its own weights, because copying this
-    object also binds the method to the copied block.
+    Copying or unpickling the block binds the method to the new block, so that the copy uses its own
+    weights.
 
     Args:
         forward: bound ``forward`` method of a block.

@@ -100,7 +100,7 @@ def find_samplers(source: Any) -> list[Any]:
 
 
 def set_epoch(source: Any, epoch: int) -> None:
-    """Call ``set_epoch`` of a data loader, dataset or sampler, and of the samplers inside it."""
+    """Call ``set_epoch`` on a data loader, dataset or sampler, and on the samplers inside it."""
     for each in find_samplers(source):
         if callable(getattr(each, "set_epoch", None)):
             each.set_epoch(epoch)

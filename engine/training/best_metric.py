@@ -57,7 +57,7 @@ class BestMetric:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether `patience` reports in a row have not improved the value."""
+        """Whether the value has failed to improve for `patience` reports in a row."""
         return self.patience is not None and self.misses >= self.patience
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Average gradients across ranks that hold replicas of the model, as DDP does.
 
-DDP averages only what passes through its own ``forward``. This module attaches to the parameters
-instead, so that a loss from a method of the model, from the unwrapped model or from several forward
-passes is averaged as well.
+DDP averages gradients only if the loss comes from its own ``forward``. This module registers hooks
+on the parameters instead, so that gradients are also averaged if the loss comes from another method
+of the model, from the unwrapped model or from several forward passes.
 """
 
 from __future__ import annotations
@@ -305,8 +305,8 @@ class GradientAverager:
         if abs(float(bucket.buffer[-1]) - own) > 0.5 / self._ranks.world_size:
             raise MisuseError(
                 "The ranks have run different numbers of backward passes, so gradients of "
-                "different steps were averaged. Call `trainer.backward(loss)` equally often on "
-                "every rank; compute extra losses under `torch.no_grad()`."
+                "different steps were averaged. Call `trainer.backward(loss)` the same number of "
+                "times on every rank; compute extra losses under `torch.no_grad()`."
             )
 
     @torch.no_grad()

@@ -25,8 +25,8 @@ __all__ = [
 class AutocastMethod:
     """A bound method that runs under autocast.
 
-    A copy or an unpickled copy of the model computes with its own weights, because copying this
-    object also binds the method to the copied model.
+    Copying or unpickling the model binds the method to the new model, so that the copy uses its own
+    weights.
 
     Args:
         method: bound method of a module.

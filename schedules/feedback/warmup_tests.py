@@ -127,10 +127,10 @@ class PublishedTest(WarmupTest):
 
 
 class RobustTest(WarmupTest):
-    """A test that does not depend on the scale of the loss.
+    """A test whose result does not depend on the scale of the loss.
 
-    It runs about sixty times in a warmup of maximum length, and ends the warmup after at least five
-    confident results in a row.
+    It runs about sixty times if the warmup reaches its maximum length. It ends the warmup only
+    after five or more significant results in a row.
     """
 
     dtype = np.float64
