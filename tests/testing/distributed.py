@@ -6,6 +6,7 @@ rank starts in milliseconds and is independent of earlier tests.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -131,7 +132,8 @@ def child_pids() -> set[int]:
     """Return the process ids of this process's children; an empty set without ``/proc``."""
     found: set[int] = set()
     for path in Path("/proc/self/task").glob("*/children"):
-        found.update(map(int, path.read_text().split()))
+        with contextlib.suppress(FileNotFoundError):  # the thread has ended
+            found.update(map(int, path.read_text().split()))
     return found
 
 
