@@ -291,6 +291,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_register_with_deepspeed_makes_schedules_available_to_deepspeed():
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False

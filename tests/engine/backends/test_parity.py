@@ -52,13 +52,16 @@ def test_log_describes_backend_precision_and_optimizer(runs, request):
         if backend == "deepspeed":
             trained_by = f"DeepSpeed, ZeRO stage {stage}, {2 if on_two else 1} rank"
         elif on_two and stage != "0":
-            trained_by = f"PyTorch, FSDP2, stage {stage}, over 2 ranks"
+            trained_by = f"PyTorch FSDP2, ZeRO stage {stage} over 2 ranks"
         else:
             trained_by = "PyTorch, replicated on 2 ranks" if on_two else "PyTorch, one process"
-        announced = next(line for line in run["announcement"].splitlines() if trained_by in line)
-        assert f", {precision} (" in announced, name
+        lines = [line.split(maxsplit=1) for line in run["announcement"].splitlines()]
+        rows = {line[0]: line[1] for line in lines if len(line) == 2}
+        assert rows["backend"].startswith(trained_by), name
+        assert rows["precision"].startswith(precision), name
+        assert rows["optimizer"].startswith("AdamW"), name
         # All parameters are counted, even if a library flattens or shards them.
-        assert f"AdamW updates {run['parameters']:,} parameters" in announced, name
+        assert rows["parameters"] == f"{run['parameters']:,}", name
 
 
 @pytest.mark.parametrize("world_size", [1, two])

@@ -72,6 +72,7 @@ def read_report():
     return json.loads(Path("lr_test/report.json").read_text())
 
 
+@pytest.mark.slow
 def test_lr_test_stops_the_script_and_writes_only_its_results(directory):
     status, out, _ = lr_test("--min", 1e-5, "--", write_script(directory), 1000)
     assert status == 0, out

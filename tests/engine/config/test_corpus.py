@@ -58,6 +58,7 @@ def test_check_observations_are_at_most_notes():
     assert over == []
 
 
+@pytest.mark.slow
 def test_editor_schema_agrees_with_check_on_single_values():
     """The schema cannot express the rules for combinations of values, so these are excluded."""
     editor = schemas.read(schemas.EDITOR)
@@ -115,6 +116,7 @@ def known_keys(document):
     ]
 
 
+@pytest.mark.slow
 def test_check_misspelled_keys_are_found_and_corrected():
     randomness = random.Random(20220)
     found = corrected = 0

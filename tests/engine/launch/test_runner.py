@@ -50,6 +50,7 @@ class UnreadOutput(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.slow
 def test_run_whose_output_is_not_read_keeps_the_job_running(monkeypatch):
     monkeypatch.setattr(runner, "_PING_INTERVAL", 0.2)
     out = UnreadOutput(5)
