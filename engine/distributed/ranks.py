@@ -171,11 +171,15 @@ def destroy_distributed() -> None:
     With gloo, first wait up to 5 seconds for the other ranks. Otherwise, a rank that exits early
     would close connections that the gloo threads of other ranks still use. If an exception ends
     this process, do not wait: the others may be waiting for this rank in a collective operation.
+
+    If the others still train, the connections stay open until this process ends. Otherwise, the
+    others would fail first, and the launcher would report one of them.
     """
     if not _has_process_group():
         return
-    if dist.get_backend() == "gloo" and not hasattr(sys, "last_value"):
-        _wait_for_exit_of_all_ranks()
+    is_gloo = dist.get_backend() == "gloo"
+    if is_gloo and (hasattr(sys, "last_value") or not _wait_for_exit_of_all_ranks()):
+        return
     dist.destroy_process_group()
     # A gloo thread may still own a tensor, and needs the interpreter to release it. If the
     # interpreter has already exited, the process aborts ("terminate called without an active
@@ -183,12 +187,16 @@ def destroy_distributed() -> None:
     time.sleep(_RELEASE_TIME)
 
 
-def _wait_for_exit_of_all_ranks() -> None:
+def _wait_for_exit_of_all_ranks() -> bool:
+    """Wait, and return whether no rank still trains."""
     # Use the store: a rank that is in another collective operation would not answer a barrier.
     store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # it has no public name
     keys = [f"onecycle/exit/{rank}" for rank in range(dist.get_world_size())]
     deadline = time.monotonic() + _EXIT_TIMEOUT
     with contextlib.suppress(RuntimeError):  # the rank that hosts the store has exited
         store.set(keys[dist.get_rank()], "")
-        while not store.check(keys) and time.monotonic() < deadline:
+        while not store.check(keys):
+            if time.monotonic() > deadline:
+                return False
             time.sleep(0.01)
+    return True
