@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import schemas
-from engine.config.backend_choice import BackendChoice, zero_stage
+from engine.config.backend_choice import BackendChoice, find_offload_device, zero_stage
 from engine.config.batch_sizes import BATCH_KEYS, BatchSizes, derive_batch_sizes
 from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_horizon
@@ -288,7 +288,10 @@ def _resolve(
         backend=context.backend,
         raw=raw,
         zero_stage=int(zero_stage(raw)),
-        cpu_offload=_is_offloading(context.get_section("zero_optimization")),
+        cpu_offload=any(
+            find_offload_device(raw, name) != "none"
+            for name in ("offload_param", "offload_optimizer")
+        ),
         model=ModelSettings(
             wrap_classes=tuple(engine["wrap"]),
             activation_checkpointing=_get_input_storage(raw.get("activation_checkpointing")),
@@ -358,8 +361,3 @@ def _get_input_storage(section: Mapping[str, Any] | None) -> Literal["device", "
     if section is None:
         return None
     return "host" if section.get("cpu_checkpointing") else "device"
-
-
-def _is_offloading(zero: Mapping[str, Any]) -> bool:
-    blocks = (zero.get(name) or {} for name in ("offload_param", "offload_optimizer"))
-    return any(block.get("device", "none") != "none" for block in blocks)

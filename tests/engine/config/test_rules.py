@@ -203,15 +203,12 @@ PAIRS = [
         [("decay-without-interval", "warning", "/scheduler/params/decay_lr_rate")],
     ),
     (schedule_config("OneCycle", **CYCLE, decay_lr_rate=0.1, decay_step_size=10), []),
-    *(
-        (
-            {"train_batch_size": 8, "engine": {"backend": "deepspeed", key: value}},
-            [("other-backend", "error", f"/engine/{key}")],
-        )
-        for key, value in (("compile", "inductor"), ("wrap", ["Block"]))
+    (
+        {"train_batch_size": 8, "engine": {"backend": "deepspeed", "compile": "inductor"}},
+        [("other-backend", "error", "/engine/compile")],
     ),
     (
-        {"train_batch_size": 8, "engine": {"backend": "deepspeed", "wrap": [], "compile": None}},
+        {"train_batch_size": 8, "engine": {"backend": "deepspeed", "compile": None}},
         [],
     ),
     (
@@ -276,8 +273,15 @@ PAIRS = [
         [("other-backend", "error", "/optimizer/type")],
     ),
     (
-        {"engine": {"backend": "torch"}} | zero_config(stage=2, overlap_comm=True),
-        [("other-backend", "error", "/zero_optimization/overlap_comm")],
+        {"engine": {"backend": "torch"}} | zero_config(stage=2, load_from_fp32_weights=False),
+        [("other-backend", "error", "/zero_optimization/load_from_fp32_weights")],
+    ),
+    (
+        {"engine": {"backend": "torch"}} | zero_config(stage=0, cpu_offload=True),
+        [
+            ("offload-without-stage", "error", "/zero_optimization/offload_optimizer"),
+            ("deprecated-key", "note", "/zero_optimization/cpu_offload"),
+        ],
     ),
     (
         {"engine": {"backend": "torch"}} | zero_config(stage=3, offload_param={"device": "nvme"}),
