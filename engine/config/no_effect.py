@@ -22,7 +22,7 @@ def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = 
         backend: "torch" or "deepspeed".
         stage: ZeRO stage; None if unknown, so that a reason that depends on it does not apply.
 
-    >>> print(find_reason_for_no_effect(Member("/prescale_gradients", True, {}), "torch"))
+    >>> print(find_reason_for_no_effect(Member("/gradient_allreduce_op", "sum", {}), "torch"))
     None
     >>> find_reason_for_no_effect(Member("/log_level", "info", {}), "torch")
     "It sets the level of DeepSpeed's logger."

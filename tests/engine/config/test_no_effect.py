@@ -1,7 +1,9 @@
 """Test the table of keys that change no result: each is a note and selects no backend."""
 
 import pytest
+import torch
 
+import engine
 import schemas
 from engine.config import load_document
 from engine.config.no_effect import find_reason_for_no_effect
@@ -82,7 +84,10 @@ def test_key_without_effect_on_torch_is_one_note(config, pointer):
         ({"hybrid_engine": {"enabled": True}}, "/hybrid_engine"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "/data_types"),
         ({"bf16": {"check_grad_overflow": False}}, "/bf16/check_grad_overflow"),
-        (zero(stage=2, zero_quantized_gradients=True), "/zero_optimization/zero_quantized_gradients"),
+        (
+            zero(stage=2, zero_quantized_gradients=True),
+            "/zero_optimization/zero_quantized_gradients",
+        ),
     ],
 )
 def test_key_that_changes_results_is_an_error_on_torch_and_selects_deepspeed(config, pointer):
@@ -96,7 +101,11 @@ def test_key_that_changes_results_is_an_error_on_torch_and_selects_deepspeed(con
     [
         zero(stage=0, overlap_comm=True, reduce_bucket_size=9),
         {"wall_clock_breakdown": True, "dump_state": True, "flops_profiler": {"enabled": True}},
-        {"prescale_gradients": False, "memory_breakdown": False, "zero_allow_untested_optimizer": True},
+        {
+            "prescale_gradients": False,
+            "memory_breakdown": False,
+            "zero_allow_untested_optimizer": True,
+        },
         {"checkpoint": {"tag_validation": "FAIL", "load_universal": False}},
         {"activation_checkpointing": {"partition_activations": True, "profile": True}},
     ],
@@ -114,7 +123,10 @@ def test_keys_without_effect_select_no_backend(config):
         (zero(stage=2, overlap_comm=True), []),
         (
             zero(stage=2, max_live_parameters=9, stage3_max_reuse_distance=9),
-            ["/zero_optimization/max_live_parameters", "/zero_optimization/stage3_max_reuse_distance"],
+            [
+                "/zero_optimization/max_live_parameters",
+                "/zero_optimization/stage3_max_reuse_distance",
+            ],
         ),
         (zero(stage=3, stage3_max_live_parameters=9), []),
         (zero(stage="auto", stage3_max_live_parameters=9), []),
@@ -123,3 +135,22 @@ def test_keys_without_effect_select_no_backend(config):
 def test_key_that_the_stage_does_not_use_is_a_note_on_deepspeed(config, pointers):
     problems, _ = find_problems(config, "deepspeed")
     assert problems == [("no-effect", "note", pointer) for pointer in pointers]
+
+
+def test_initialize_accepts_keys_without_effect_on_torch():
+    params = {"lr": 0.5, "bias_correction": True, "fp32_optimizer_states": True}
+    config = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "Adam", "params": {**params, "set_grad_none": False}},
+        "zero_optimization": {"stage": 2, "cpu_offload": True, "overlap_comm": True},
+        "comms_logger": {"enabled": True},
+        "tensor_parallel": {"autotp_size": 1},
+        "engine": {"backend": "torch"},
+    }
+    model = torch.nn.Linear(1, 1, bias=False)
+    start = model.weight.item()
+    trainer, *_ = engine.initialize(config=config, model=model)
+    assert trainer.config.cpu_offload
+    trainer.backward(trainer(torch.ones(4, 1)).mean())
+    trainer.step()
+    assert model.weight.item() == pytest.approx(start - 0.5)

@@ -14,7 +14,15 @@ from engine.config.validate import check
 SOURCES = Path(engine.__file__).parent / "config"
 RUNS_ALONE = {"unresolved-auto"}  # reported only if a run starts from the config
 # Rules that report notes.
-NOTES = {"unused-betas", "deprecated-key", "no-effect", "log-warmup", "unused-lr"}
+NOTES = {
+    "unused-betas",
+    "deprecated-key",
+    "log-warmup",
+    "no-effect",
+    "no-minimum-loss-scale",
+    "number-as-boolean",
+    "unused-lr",
+}
 
 
 @pytest.mark.parametrize("rule", [rule for rule, page in RULEBOOK.items() if page.example])
