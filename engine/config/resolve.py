@@ -125,6 +125,18 @@ class ProgressSettings:
 
 
 @dataclass(frozen=True)
+class Diagnostics:
+    """What a run measures or prints in addition to its progress."""
+
+    wall_clock_breakdown: bool
+    """Whether the mean times of the passes are logged with each progress line."""
+    dump_state: bool
+    """Whether the resolved config and the state of the engine are logged at the start."""
+    flops_profiler: Mapping[str, Any]
+    """The section ``flops_profiler`` with its defaults."""
+
+
+@dataclass(frozen=True)
 class OptimizerBlock:
     """The config's ``optimizer`` block, with the canonical optimizer name and all defaults."""
 
@@ -157,6 +169,7 @@ class Config(Mapping[str, Any]):
     optimizer: OptimizerBlock | None
     schedule: Schedule[Any] | None
     progress: ProgressSettings
+    diagnostics: Diagnostics
     data: DataSettings
     report: str | None
     """Directory for plots of AutoWU or LRRangeTest results; None for the default directory."""
@@ -181,7 +194,7 @@ class Config(Mapping[str, Any]):
     def copy_for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
         """Return a copy of the config for a trial run of the LR finder.
 
-        The copy disables checkpoints, monitors, reports, the reports of progress and
+        The copy disables checkpoints, monitors, reports, the reports of progress, diagnostics and
         ``engine.steps_this_run``.
 
         Args:
@@ -205,6 +218,9 @@ class Config(Mapping[str, Any]):
             checkpoint=off,
             monitors=silent,
             progress=ProgressSettings(is_logged=False, every=None, has_bar=False),
+            diagnostics=Diagnostics(
+                wall_clock_breakdown=False, dump_state=False, flops_profiler={"enabled": False}
+            ),
             run={**self.run, "steps_this_run": None},
             report=None,
         )
@@ -312,6 +328,9 @@ def _resolve(
             is_logged=raw.get("steps_per_print", 1) is not None,
             every=raw.get("steps_per_print"),
             has_bar=engine["progress_bar"],
+        ),
+        diagnostics=Diagnostics(
+            value["wall_clock_breakdown"], value["dump_state"], value["flops_profiler"]
         ),
         data=DataSettings(engine["seed"], value["dataloader_drop_last"], **engine["dataloader"]),
         report=engine["report"],
