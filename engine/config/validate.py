@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from engine.config.booleans import convert_numbers_to_booleans
+from engine.config.other_formats import recognize_keys
 from engine.config.parser import Document
 from engine.config.pointers import dotted_name
 from engine.config.rules import RULES, RuleContext
@@ -106,6 +107,8 @@ def _examine_values(
     if not isinstance(document.value, dict):
         message = f"The config must be a JSON object, got {quote_value(document.value)}."
         return [document.build_problem("wrong-type", "", message)], None
+    if other := recognize_keys(document.value):
+        return [document.build_problem("other-format", "", *other)], None
     document, converted = convert_numbers_to_booleans(document)
     structure = check_structure(document, world_size)
     context = RuleContext(document, structure, world_size, needs_deepspeed)

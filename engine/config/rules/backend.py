@@ -88,8 +88,12 @@ def _find_keys_without_effect(context: RuleContext) -> Iterator[Problem]:
     for member in context.members:
         reason = find_reason_for_no_effect(member, backend, stage)
         is_inside = last is not None and is_within(member.pointer, [last])
-        # A note says already that a deprecated key should be removed or renamed.
-        if reason is None or is_inside or member.schema.get("deprecated"):
+        # A deprecated key has a note already, and a section with an invalid key has an error.
+        has_problem = member.schema.get("deprecated") or (
+            member.is_section
+            and any(is_within(each, [member.pointer]) for each in context.unresolved)
+        )
+        if reason is None or is_inside or has_problem:
             continue
         last = member.pointer
         name = dotted_name(member.pointer)

@@ -13,14 +13,16 @@ _NAMES = ("fp16", "bf16", "bfloat16", "torch_autocast")
 
 
 def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
-    on = [name for name in _NAMES if context.is_enabled(name)]
+    has_both = "bf16" in context.config and "bfloat16" in context.config
+    names = [name for name in _NAMES if not (has_both and name == "bfloat16")]
+    on = [name for name in names if context.is_enabled(name)]
     if len(on) > 1:
         both = " and ".join(f"`{name}.enabled`" for name in on)
         message = f"Only one precision can be enabled, but {both} are true."
         yield context.error(
             "precision", f"/{on[0]}/enabled", message, "Set all but one of them to false."
         )
-    if "bf16" in context.config and "bfloat16" in context.config:
+    if has_both:
         message = "The config has both `bf16` and its deprecated name `bfloat16`."
         yield context.error("precision", "/bfloat16", message, "Remove the section `bfloat16`.")
 

@@ -49,7 +49,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
             )
             hint = f"Remove `{name}`, or set the stage to {stages}."
             yield context.error("offload-without-stage", f"{_ZERO}/{name}", message, hint)
-        if block.get("ratio", 1) != 1 and context.stage != 3:
+        elif block.get("ratio", 1) != 1 and context.stage != 3:
             message = (
                 f"`{name}.ratio` must be 1 in ZeRO stages below 3, got {block['ratio']:g} in stage "
                 f"{context.stage}."
@@ -78,12 +78,16 @@ def _check_nvme(context: RuleContext) -> Iterator[Problem]:
         block = zero.get(name) or {}
         pointer = f"{_ZERO}/{name}"
         path = block.get("nvme_path")
-        if block.get("device") == "nvme" and context.is_absent(f"{pointer}/nvme_path"):
+        on_deepspeed = context.backend.name == "deepspeed"  # PyTorch rejects the device itself
+        if (
+            on_deepspeed
+            and block.get("device") == "nvme"
+            and context.is_absent(f"{pointer}/nvme_path")
+        ):
             message = f'`{name}.nvme_path` must be set if the device is "nvme".'
             yield context.error(
                 "nvme-without-path", pointer, message, 'Add "nvme_path": "/local_nvme".'
             )
-        on_deepspeed = context.backend.name == "deepspeed"
         if path and block.get("device", "none") != "nvme" and on_deepspeed:
             message = f'`{name}.nvme_path` has an effect only if the device is "nvme".'
             hint = 'Remove it, or set "device": "nvme".'

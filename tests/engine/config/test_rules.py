@@ -212,6 +212,19 @@ PAIRS = [
     ),
     (schedule_config("OneCycle", **CYCLE, decay_lr_rate=0.1, decay_step_size=10), []),
     (
+        schedule_config("OneCycle", **CYCLE, decay_lr_rate=0.1, decay_step_size=0),
+        [("decay-without-interval", "warning", "/scheduler/params/decay_lr_rate")],
+    ),
+    (
+        {"train_batch_size": 8, "bf16": {"enabled": True}, "bfloat16": {"enabled": True}},
+        [("precision", "error", "/bfloat16")],
+    ),
+    (
+        {"engine": {"backend": "deepspeed"}}
+        | zero_config(stage=0, offload_optimizer={"device": "cpu", "ratio": 0.5}),
+        [("offload-without-stage", "error", "/zero_optimization/offload_optimizer")],
+    ),
+    (
         {"train_batch_size": 8, "engine": {"backend": "deepspeed", "compile": "inductor"}},
         [("other-backend", "error", "/engine/compile")],
     ),
@@ -294,7 +307,6 @@ PAIRS = [
     (
         {"engine": {"backend": "torch"}} | zero_config(stage=3, offload_param={"device": "nvme"}),
         [
-            ("nvme-without-path", "error", "/zero_optimization/offload_param"),
             ("other-backend", "error", "/zero_optimization/offload_param/device"),
         ],
     ),
