@@ -382,8 +382,8 @@ def test_log_describes_the_run_once_and_then_each_printed_step(caplog):
 
 
 def test_setup_log_wraps_long_lines_and_keeps_them_aligned(caplog):
-    keys = {"zero_optimization": {"stage": 3}, "communication_data_type": "fp32"}
-    keys |= {"zero_allow_untested_optimizer": True}
+    keys = {"zero_optimization": {"stage": 3}, "communication_data_type": "bf16"}
+    keys |= {"managed_gradient_accumulation": False, "zero_allow_untested_optimizer": True}
     config = engine.load_config(CONFIG | keys)
     names = {"backend": "DeepSpeed, ZeRO stage 3, 64 ranks", "device": "cuda:0"}
     names |= {"precision": "fp32", "optimizer": "SGD"}
