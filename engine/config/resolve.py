@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import schemas
 from engine.config.backend_choice import BackendChoice, find_offload_device, zero_stage
 from engine.config.batch_sizes import BATCH_KEYS, BatchSizes, derive_batch_sizes
+from engine.config.pointers import dotted_name
 from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_horizon
 from engine.config.schema import (
@@ -179,6 +180,8 @@ class Config(Mapping[str, Any]):
     overrides: tuple[Override, ...]
     warnings: tuple[Problem, ...]
     """Problems of severity "warning", which are probably mistakes but do not prevent the run."""
+    keys_without_effect: tuple[str, ...]
+    """Dotted names of the keys that change no result of this run."""
     run: Mapping[str, Any]
     """The keys of the section ``engine`` that set or scale the length of the run."""
 
@@ -284,15 +287,14 @@ def load_config(
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or context is None:
         raise ConfigError(document.name, errors)
-    warnings = [problem for problem in problems if problem.severity == "warning"]
-    return _resolve(context, world_size, overrides, warnings)
+    return _resolve(context, world_size, overrides, problems)
 
 
 def _resolve(
     context: RuleContext,
     world_size: int,
     overrides: Sequence[Override],
-    warnings: Sequence[Problem],
+    problems: Sequence[Problem],
 ) -> Config:
     raw = context.document.value
     value = add_defaults(raw, schemas.read(SCHEMA))
@@ -335,7 +337,10 @@ def _resolve(
         data=DataSettings(engine["seed"], value["dataloader_drop_last"], **engine["dataloader"]),
         report=engine["report"],
         overrides=tuple(overrides),
-        warnings=tuple(warnings),
+        warnings=tuple(each for each in problems if each.severity == "warning"),
+        keys_without_effect=tuple(
+            dotted_name(each.pointer) for each in problems if each.rule == "no-effect"
+        ),
         checkpoint=_build_checkpoint_plan(engine["checkpoint"]),
         monitors={name: value[name] for name in ("tensorboard", "csv_monitor", "wandb")},
         run={key: engine[key] for key in _RUN if key in engine},

@@ -395,6 +395,12 @@ def test_setup_log_wraps_long_lines_and_keeps_them_aligned(caplog):
     assert max(map(len, lines)) < 100
 
 
+def test_initialize_logs_the_keys_without_effect(caplog):
+    with caplog.at_level(logging.INFO, "onecycle"):
+        start(prescale_gradients=False, zero_optimization={"stage": 0, "overlap_comm": True})
+    assert "no effect    prescale_gradients, zero_optimization.overlap_comm" in caplog.messages
+
+
 def test_initialize_logs_the_warnings_of_the_config(caplog):
     decay = {"type": "WarmupDecayLR", "params": {"total_num_steps": 50, "warmup_num_steps": 9}}
     decay["params"] |= {"warmup_max_lr": 0.01}
