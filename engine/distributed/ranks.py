@@ -178,9 +178,9 @@ def destroy_distributed() -> None:
     if not _has_process_group():
         return
     is_gloo = dist.get_backend() == "gloo"
-    if is_gloo and (hasattr(sys, "last_value") or not _wait_for_exit_of_all_ranks()):
-        return
-    dist.destroy_process_group()
+    others_train = is_gloo and (hasattr(sys, "last_value") or not _wait_for_exit_of_all_ranks())
+    if not others_train:
+        dist.destroy_process_group()
     # A gloo thread may still own a tensor, and needs the interpreter to release it. If the
     # interpreter has already exited, the process aborts ("terminate called without an active
     # exception").
