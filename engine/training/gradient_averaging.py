@@ -142,7 +142,7 @@ class GradientAverager:
 
     def average(self) -> None:
         """Average the gradients that no backward pass inside `overlap` has averaged."""
-        self._update_buckets(keeps_frozen=True)  # frozen parameters may have gradients
+        self._update_buckets(keeps_frozen=True)  # newly frozen ones may have gradients
         if not self._is_averaged or self._are_replaced():
             self._average_all()
 

@@ -79,7 +79,7 @@ def restore_methods(model: nn.Module) -> None:
     for name, method in list(vars(model).items()):
         if isinstance(method, AutocastMethod):
             delattr(model, name)
-            if getattr(model, name) != method.__wrapped__:  # an instance attribute
+            if getattr(model, name) != method.__wrapped__:  # it was set on the instance
                 setattr(model, name, method.__wrapped__)
 
 

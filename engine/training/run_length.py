@@ -65,7 +65,7 @@ class RunLength:
         """Return whether the run has reached one of its limits."""
         if self.total_steps is not None and counters.global_steps >= self.total_steps:
             return True
-        # Compare samples: if the batch size changes, they take a different number of batches.
+        # Compare samples, because the number of batches changes with the batch size.
         if self.total_samples is not None and counters.global_samples >= self.total_samples:
             return True
         if self.schedule_steps is not None and counters.applied_steps >= self.schedule_steps:
