@@ -29,7 +29,7 @@ class EpochOrder:
     """The order in which each epoch visits the data."""
 
     name: str
-    """Name of ``length`` in error messages."""
+    """Expression for ``length`` in error messages, such as ``len(training_data)``."""
     draw: Callable[[int], Sequence[Any]]
     """Function that takes the number of an epoch and always returns the same items for it."""
     length: int

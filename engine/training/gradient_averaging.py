@@ -233,7 +233,7 @@ class GradientAverager:
 
     @torch.no_grad()
     def _copy(self, bucket: _Bucket, index: int) -> bool:
-        """Copy a gradient, divided by the world size, to the buffer; return False without one."""
+        """Copy a gradient, divided by the world size, to the buffer; return False if none."""
         gradient, view = bucket.parameters[index].grad, bucket.views[index]
         if gradient is None:
             view.zero_()
@@ -298,7 +298,7 @@ class GradientAverager:
             torch._foreach_copy_(buffers, views)
 
     def _are_replaced(self) -> bool:
-        """Return whether the script has assigned new gradients since they were averaged."""
+        """Return whether the script has replaced gradients since they were averaged."""
         return any(
             parameter.grad is not averaged
             for parameter, averaged in zip(self._parameters, self._averaged, strict=True)

@@ -85,7 +85,7 @@ class RunDirectories:
 
 
 _OWNERS: weakref.WeakValueDictionary[Path, RunDirectories] = weakref.WeakValueDictionary()
-"""The last run of this process that writes to each directory."""
+"""The last run of this process that has chosen each directory."""
 
 
 def _add_number(directory: str, number: int) -> Path:
@@ -259,7 +259,10 @@ class Monitors:
         return dict(self._directories.numbers)
 
     def resume(self, state: Mapping[str, int], samples: int) -> None:
-        """Continue the files of the run that saved a checkpoint, after ``samples`` samples."""
+        """Continue the files of the run that saved a checkpoint.
+
+        Events after the given number of samples are removed first.
+        """
         self._directories.numbers.update(state)
         self._resumes_after = samples
 

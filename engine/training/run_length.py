@@ -22,7 +22,7 @@ class RunLength:
     """
 
     steps_this_run: int | None = None
-    """Number of optimizer steps after which this process ends; None for no limit."""
+    """Maximum number of optimizer steps in this process; None for no limit."""
     total_steps: float | None = None
     """Length of the whole run in batches, if ``engine.max_duration`` is a number of batches."""
     total_samples: float | None = None
