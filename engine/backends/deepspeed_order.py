@@ -19,16 +19,16 @@ _UNSUPPORTED = ("Direct calls to tensor.backward()", "The size of tensor a (0)")
 
 
 class BackwardOrder:
-    """Checks the order of passes of a DeepSpeed engine.
+    """Checks the order of the forward and backward passes of a DeepSpeed engine.
 
     DeepSpeed 0.19 loses gradients without an error in these cases:
 
-    - ZeRO stages 1 and 2 average the gradients in the first of several last backward passes of a
-      step. Those of the second one are wrong.
-    - ZeRO stage 3 releases the parameters after a backward pass, so a second one whose forward pass
-      came before the first gets wrong gradients.
-    - All stages with master weights train only parameters that required gradients when the engine
-      was built.
+    - In ZeRO stages 1 and 2, a step has more than one backward pass that is marked as its last.
+      DeepSpeed averages the gradients in the first of them. Gradients of the others are wrong.
+    - In ZeRO stage 3, two forward passes are followed by two backward passes. DeepSpeed releases
+      the parameters after the first backward pass, so the gradients of the second are wrong.
+    - In any stage with master weights, a parameter is unfrozen after the engine was built.
+      DeepSpeed trains only the parameters that required gradients at that time.
 
     Args:
         engine: DeepSpeed's engine.
@@ -81,7 +81,10 @@ class BackwardOrder:
 
     @contextlib.contextmanager
     def explain_errors(self) -> Iterator[None]:
-        """Add how to fix them to the errors of an unsupported backward pass, such as a GAN's."""
+        """Explain how to fix errors that DeepSpeed raises in a backward pass inside this context.
+
+        DeepSpeed does not support some backward passes, such as those of a GAN's loss.
+        """
         try:
             yield
         except (AssertionError, RuntimeError) as error:
@@ -97,11 +100,11 @@ class BackwardOrder:
             ) from error
 
     def start_step(self) -> None:
-        """Forget the passes of the previous step."""
+        """Reset the records about backward passes, because a new step starts."""
         self._has_averaged = self._has_several_forwards = False
 
     def release(self) -> None:
-        """Stop counting forward passes."""
+        """Remove the hook that counts the forward passes of the engine."""
         self._hook.remove()
 
 

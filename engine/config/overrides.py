@@ -77,7 +77,11 @@ _VALUES = "onecycle_overrides"
 
 
 class _StoreOverride(argparse.Action):
-    """Store a value, also in ``_VALUES``, which holds no values of a script's own arguments."""
+    """An argparse action for the arguments of this module: store the value twice.
+
+    The value is stored under the name of the argument and, to distinguish it from the value of a
+    script's own argument with the same name, in the attribute ``_VALUES``.
+    """
 
     def __call__(
         self,
@@ -166,7 +170,10 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
 def _start_group(
     parser: argparse.ArgumentParser, title: str, description: str
 ) -> Callable[..., None]:
-    """Start a group of arguments, and return a function that adds those whose names are free."""
+    """Start a group of command-line arguments, and return a function that adds an argument to it.
+
+    The function does not add an argument if the script already has one with the same name.
+    """
     # Let the script replace our arguments. `argparse` copies this setting to each group, so set it
     # in the existing ones as well.
     groups = (*parser._action_groups, *parser._mutually_exclusive_groups)  # noqa: SLF001  # no public name

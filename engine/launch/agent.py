@@ -100,7 +100,7 @@ def main() -> int:
 
 
 def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
-    """Wait until the job exits. Stop it if the launcher requests this or is unreachable.
+    """Wait until the job exits. Stop the job if the launcher requests it or is unreachable.
 
     Args:
         job: running job.

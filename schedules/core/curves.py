@@ -64,7 +64,7 @@ class Curve(ABC):
             start = stop
 
     def values(self, count: int) -> Iterator[float]:
-        """Yield the values at steps 0 to ``count - 1``. Does not require numpy."""
+        """Yield the values at steps 0 to ``count - 1``. This method does not require numpy."""
         for piece in self.pieces(0, count):
             yield from map(piece.formula, range(int(piece.start), int(piece.end)))
 

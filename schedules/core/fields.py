@@ -104,11 +104,10 @@ class AnyValue(NamedTuple):
 PerGroup = float | Sequence[float]
 """A number for all param groups, or a list with one number per group."""
 
-LearningRate = Annotated[PerGroup, Range(at_least=0), "per step; a list has one value per group"]
-Momentum = Annotated[
-    PerGroup, Range(at_least=0, below=1), "momentum or betas[0]; a list has one value per group"
-]
-WeightDecay = Annotated[PerGroup, Range(at_least=0), "a list has one value per group"]
+_LIST = "a list has one value per param group"
+LearningRate = Annotated[PerGroup, Range(at_least=0), f"learning rate per step; {_LIST}"]
+Momentum = Annotated[PerGroup, Range(at_least=0, below=1), f"momentum or betas[0]; {_LIST}"]
+WeightDecay = Annotated[PerGroup, Range(at_least=0), _LIST]
 Rate = Annotated[float, Range(at_least=0)]
 Ratio = Annotated[
     float, Range(at_least=0, at_most=1), "fraction of the param group's learning rate"

@@ -105,7 +105,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
     @property
     def total_steps(self) -> int:
-        """Length of the run in steps. In previews, parameters that are null default to 10."""
+        """Length of the run in steps.
+
+        In previews, ``steps_per_epoch`` and ``total_epochs`` are 10 if they are null.
+        """
         return (self.steps_per_epoch or 10) * (self.total_epochs or 10)
 
     @property
@@ -158,8 +161,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         for name in ("steps_per_epoch", "total_epochs"):
             if getattr(resolved, name) is None:
                 message = (
-                    f"`{name}` is unknown. Set it, or pass `training_data` to `initialize` and set "
-                    '"engine": {"max_duration": "30ep"} in the config.'
+                    f"AutoWU requires `{name}`. Set it, or pass `training_data` to `initialize` "
+                    'and set "engine": {"max_duration": "30ep"} in the config.'
                 )
                 raise ScheduleError(self.type_name, [ParameterProblem(name, message)])
         return resolved.controller(base)

@@ -18,7 +18,7 @@ MetricCount = Annotated[int, Range(at_least=0), "metrics"]
 
 
 class PlateauState(NamedTuple):
-    """The state of a `Plateau`."""
+    """The state of the rule `Plateau` after the metrics that it has received so far."""
 
     best: float | None = None
     bad: int = 0

@@ -55,14 +55,17 @@ _ALWAYS_TRUE = ("--no-local-rank", "--force-multi")
 
 
 class _Unsupported(argparse.Action):
-    """Print what to use instead of the option, and exit."""
+    """An argparse action for unsupported options: print the alternative to the option, and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:
         parser.exit(USAGE, f"onecycle: `{arguments[-1]}` {self.const}\n")
 
 
 class _Group:
-    """A group of options in the help, to which options are added with all of their spellings."""
+    """A group of options in the help of ``onecycle launch``.
+
+    Each option is added with the names that torchrun and deepspeed use for it.
+    """
 
     def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
         self._group = parser.add_argument_group(title)

@@ -190,7 +190,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 class _TestFailedError(Exception):
-    """A run of the script produced no usable result. The message states why, and how to fix it."""
+    """Raised if a run of the training script produced no usable result.
+
+    The message states the reason, and how to fix the problem.
+    """
 
 
 def _train(

@@ -82,7 +82,10 @@ class RuleContext:
         return not any(each.startswith(sections) for each in self.unresolved)
 
     def find_incompatibility(self) -> str | None:
-        """Return why the schedule cannot run with the optimizer; None if it can, or is unknown."""
+        """Return the reason why the schedule cannot run with the config's optimizer.
+
+        Return None if the schedule can run, or if this cannot be determined before the run.
+        """
         schedule, error = self.schedule, None
         if schedule is None or schedule.feedback is not None or not self.is_run_resolved:
             return None
