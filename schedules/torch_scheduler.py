@@ -316,7 +316,7 @@ class ScheduleBinder(LRScheduler):
 
 
 class _FirstStep:
-    """Checks that `optimizer.step()` is called before the schedule's `step()`, as PyTorch does.
+    """Checks, like PyTorch's schedulers, that `optimizer.step()` is called before `step()`.
 
     Args:
         optimizer: optimizer to observe; None to check nothing.

@@ -96,7 +96,7 @@ class Backend(ABC):
 
         Args:
             loss: scalar tensor that requires grad.
-            accumulation: number of micro-batches per step; the loss is divided by it.
+            accumulation: number of micro-batches per step, by which the loss is divided.
             is_last: whether the next `step` of the engine runs the optimizer, so that gradients
                 should be averaged across ranks during this pass.
             retain_graph: whether to keep the graph for another backward pass.
@@ -114,7 +114,8 @@ class Backend(ABC):
         """Clip the gradients, run the optimizer and clear the gradients.
 
         Args:
-            divide_by: number to divide the gradients by; 1 if `backward` has already divided them.
+            divide_by: number to divide the gradients by; 1 if `backward` has already divided the
+                loss.
 
         Returns:
             Whether the step was applied. A step with non-finite gradients is skipped.

@@ -73,9 +73,9 @@ ONLY_DEEPSPEED = frozenset(
 
 
 def find_setting(config: Config, name: str) -> Any:
-    """Return the value of an attribute that DeepSpeed's engine has, for the config of this run.
+    """Return a setting of the config by the name that it has in DeepSpeed's engine.
 
-    If the attribute is a method of DeepSpeed's engine, return a function without arguments that
+    If the name is that of a method in DeepSpeed's engine, return a function without arguments that
     returns the setting.
 
     Raises:

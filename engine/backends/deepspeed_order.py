@@ -55,13 +55,13 @@ class BackwardOrder:
         """Check that DeepSpeed computes the gradients of the next backward pass correctly.
 
         Raises:
-            RuntimeError: DeepSpeed would lose gradients.
+            RuntimeError: DeepSpeed would lose gradients, or compute wrong ones.
         """
         if self._has_averaged and self._zero_stage in {1, 2}:
             raise MisuseError(
-                f"On DeepSpeed with ZeRO stage {self._zero_stage}, only one backward pass of a "
-                "step may be the last one, but `backward` was called again before `step`. Add the "
-                "losses and call `backward` once, or call "
+                f"With DeepSpeed's ZeRO stage {self._zero_stage}, `backward` was called again "
+                "after the last backward pass of a step, in which DeepSpeed averages the "
+                "gradients. Add the losses and call `backward` once, or call "
                 "`set_gradient_accumulation_boundary(False)` before all but the last call."
             )
         if self._zero_stage == 3 and self._forwards == 0 and self._has_several_forwards:

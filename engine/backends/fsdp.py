@@ -105,8 +105,8 @@ class FSDPBackend(PyTorchBackend):
             if parameter.requires_grad:
                 raise MisuseError(
                     f"`{name}` has 16 bits and was frozen when the engine was built, so FSDP "
-                    "cannot train it in float32. Unfreeze it before `initialize`, or convert it "
-                    "with `.float()` before `initialize`."
+                    "cannot train it in float32. Unfreeze the parameter, or convert it with "
+                    "`.float()`, before `initialize`."
                 )
 
     @override
@@ -273,7 +273,7 @@ def _to_local(tensor: Tensor) -> Tensor:
 
 
 def check_gradient_averaging(ranks: Ranks) -> None:
-    """Check that FSDP averages gradients over the ranks. Some builds of torch do not.
+    """Check that FSDP averages gradients over the ranks, which some builds of torch do not do.
 
     Raises:
         RuntimeError: FSDP's gradient of a test weight is not the mean of the ranks' gradients.

@@ -5,8 +5,8 @@
 of SambaFlow (``--learning_rate``, ``--max_steps``, …), and one per parameter of DeepSpeed's
 schedules.
 
-A script may have its own arguments with these names. Its own argument takes precedence, whether it
-is added before or after ours, and never overrides the config.
+A script may define its own argument with one of these names. The script's argument then takes
+precedence, whether it is added before or after these calls, and does not override the config.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class Override:
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add DeepSpeed's arguments: ``--deepspeed`` and ``--deepspeed_config``.
 
-    Pass the parsed namespace to ``initialize(args=…)``. An argument that the script itself adds
-    under one of these names, before or after this call, replaces ours.
+    Pass the parsed namespace to ``initialize(args=…)``. If the script itself adds an argument with
+    one of these names, before or after this call, the script's argument is used instead.
 
     Returns:
         The parser that was passed in.
@@ -137,8 +137,8 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     """Add arguments that override values in the config, such as ``--learning_rate``.
 
     Pass the parsed namespace to ``initialize(args=…)``. Arguments that are not given on the command
-    line do not change the config. An argument that the script itself adds under one of these names,
-    before or after this call, replaces ours and does not change the config.
+    line do not change the config. If the script itself adds an argument with one of these names,
+    before or after this call, the script's argument is used instead. It does not change the config.
 
     Returns:
         The parser that was passed in.

@@ -178,7 +178,7 @@ def _convert_error(
                 takes = describe_schema(schema["properties"][missing])
                 message = f"Missing key `{missing}` in {name}."
                 below = join_pointer(pointer, missing)
-                hint = f"Add it. It accepts {takes}."
+                hint = f"Add the key. It accepts {takes}."
                 yield document.build_problem(
                     "missing-key", pointer, message, hint, suggestion=below
                 )
@@ -229,7 +229,7 @@ def _build_unknown_key_problem(
         "unknown-key",
         pointer,
         message,
-        found.hint or 'Remove it, or start the key with "//" or "x-" to keep it as a comment.',
+        found.hint or 'Remove the key, or start the key with "//" or "x-" to keep it as a comment.',
         at_key=True,
         fix=found.fix,
         suggestion=found.meant,

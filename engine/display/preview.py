@@ -80,9 +80,9 @@ class Preview:
 
         if isinstance(self.schedule, WrappedScheduler) and steps > _MAX_RUN_STEPS:
             raise ValueError(
-                f"{self.schedule.type_name} is a PyTorch scheduler, of which at most "
-                f"{_MAX_RUN_STEPS:,} steps can be plotted, got {steps:,}. Set `--steps` to plot "
-                "the first steps."
+                f"At most {_MAX_RUN_STEPS:,} steps of {self.schedule.type_name} can be plotted, "
+                f"because PyTorch has to run each step, got {steps:,}. Set `--steps` to plot the "
+                "first steps."
             )
 
     @property

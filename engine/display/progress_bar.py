@@ -108,10 +108,10 @@ def _redirect_handlers(replaced: Mapping[int, Any]) -> list[tuple[Any, Any]]:
     """Make log handlers write to the replacements of their output streams.
 
     Args:
-        replaced: the new stream for the id of each old one.
+        replaced: dict from the ``id`` of each original stream to the stream that replaces it.
 
     Returns:
-        Each changed handler with its old stream.
+        Pairs of a changed handler and its original stream.
     """
     changed = []
     for handler in (*logging.getLogger().handlers, *logging.getLogger("onecycle").handlers):

@@ -95,7 +95,7 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
 def _find_own_directory(directory: Path) -> Path:
     """Return a report directory that no other engine of this process uses.
 
-    This is ``directory`` itself or, if another engine uses it, its name with a number appended.
+    Return ``directory`` itself if no other engine uses it. Otherwise, append a number to its name.
     """
     count = _reports.count(directory)
     _reports.append(directory)

@@ -185,9 +185,9 @@ class _Repeat(Curve):
 
     @property
     def _is_stuck(self) -> bool:
-        """Whether all later cycles have the length of the last one, despite the growth factor.
+        """Whether all later cycles have the same length as the last one.
 
-        Truncation to whole steps can cancel the growth of a short cycle.
+        Truncation to whole steps can cancel the growth of short cycles.
         """
         last = self._steps[-1]
         return last == _grow(last, self._growth) or len(self._steps) >= _MAX_GROWING_CYCLES

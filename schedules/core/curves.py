@@ -83,7 +83,8 @@ class Curve(ABC):
     def fill(self, values: NDArray[Any], start: int, origin: float = 0) -> None:
         """Fill ``values`` with the values at consecutive steps from ``start``.
 
-        The curve starts at step ``origin``. Curves with many pieces override this loop over pieces.
+        The curve starts at step ``origin``. This method loops over the pieces of the curve.
+        Subclasses whose curves have many pieces override it with a faster method.
         """
         import numpy as np
 

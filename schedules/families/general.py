@@ -233,7 +233,7 @@ class WarmupStableDecay(
     """Warmup-stable-decay (WSD): linear warmup, constant learning rate, and decay at the end.
 
     The decay takes the last ``decay_steps`` of ``total_steps``. It ends at ``min_lr_ratio`` times
-    the initial learning rate, which is kept after ``total_steps``.
+    the initial learning rate. After ``total_steps``, the learning rate stays at this value.
 
     >>> wsd = WarmupStableDecay(warmup_steps=2, total_steps=8, decay_steps=4)
     >>> list(wsd.curves({"lr": (1.0,)})["lr"][0].values(9))

@@ -260,11 +260,11 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     max_momentum: Momentum = 0.95
     """Momentum at the start and at the end of the cycle."""
     div_factor: Divisor = 25.0
-    """Ratio of the peak learning rate to the initial one."""
+    """Ratio of the peak learning rate to the initial learning rate."""
     final_div_factor: Divisor = 1e4
-    """Ratio of the initial learning rate to the final one."""
+    """Ratio of the initial learning rate to the final learning rate."""
     three_phase: bool = False
-    """Whether the learning rate returns to its initial value before it falls to its final one."""
+    """Whether the learning rate returns to its initial value before it falls to its final value."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         by_epochs = (self.epochs is not None) + (self.steps_per_epoch is not None)
@@ -354,7 +354,7 @@ class CyclicLR(
     Schedule[int],
     example={"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 15, "mode": "triangular2"},
 ):
-    """Cycle the learning rate linearly between two values, and momentum inversely to it.
+    """Cycle the learning rate linearly between two values, and momentum in the opposite direction.
 
     s rises from 0 to 1 in ``step_size_up`` steps and falls back to 0 in ``step_size_down`` steps::
 

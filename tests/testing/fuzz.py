@@ -58,7 +58,7 @@ VALUES = [
 
 
 def _read_seeds():
-    """Return the configs to mutate: real ones, and one for each schedule and each optimizer."""
+    """Return the configs to mutate: real configs, and one for each schedule and each optimizer."""
     documents = [load_document(path_of(entry)) for entry in (*CLEAN, *OTHER)]
     configs = [document.value for document in documents if isinstance(document.value, dict)]
     blocks = [{"type": name, "params": dict(cls.example)} for name, cls in SCHEDULES.items()]
@@ -276,7 +276,7 @@ def _run_target(target, text):
 
 
 def _interrupt(*_):
-    raise TimeoutError(f"no result after {_HANG_SECONDS} s")
+    raise TimeoutError(f"the target did not return within {_HANG_SECONDS} s")
 
 
 def _main():

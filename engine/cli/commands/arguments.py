@@ -25,6 +25,6 @@ def add_allow_imports(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-imports",
         action="store_true",
-        help="import the code that the config names, such as a custom schedule, and so run it. "
+        help="import, and thereby run, the code that the config names, such as a custom schedule. "
         "Use it only for configs that you trust",
     )

@@ -39,7 +39,7 @@ class RuleContext:
     structure: Structure
     world_size: int | None
     needs_deepspeed: str | None = None
-    """Part of the model that only DeepSpeed supports, if it is known and has one."""
+    """Part of the model that only DeepSpeed supports; None if there is none, or if unknown."""
 
     @property
     def config(self) -> Mapping[str, Any]:

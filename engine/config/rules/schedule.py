@@ -72,7 +72,7 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
                 f"`lr` ({own:g}) is never used, because the schedule sets learning rates from "
                 f"{low:g} to {high:g}."
             )
-            hint = "Remove it, or change the learning rates of the schedule."
+            hint = "Remove the key, or change the learning rates of the schedule."
             yield context.note("unused-lr", "/optimizer/params/lr", message, hint)
     for name in ("betas", "momentum"):
         if (
@@ -129,7 +129,7 @@ def _check_values(context: RuleContext) -> Iterator[Problem]:
     infinite = evaluated.find_infinite() if evaluated else None
     if infinite is not None:
         name, step, value = infinite
-        message = f"The schedule sets `{name}` to {value} at step {step}. It must be finite."
+        message = f"The schedule sets `{name}` to {value} at step {step}. The value must be finite."
         hint = "Lower the learning rates and growth factors, or shorten the run."
         yield context.error("schedule", _PARAMS, message, hint)
 
