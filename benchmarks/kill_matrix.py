@@ -105,7 +105,7 @@ def kill_runs(
     rng: random.Random,
     bar: Progress,
 ) -> tuple[int, int, int]:
-    """Kill and restart runs of one case. Return the number of kills, runs and losses."""
+    """Kill and restart runs of one case. Return the number of kills, of runs, and of lost steps."""
     whole, ended = Run(case, directory / "whole", training_steps).wait()
     assert ended, f"{case} does not run"
     expected = parse_rows(whole)

@@ -81,9 +81,10 @@ class BackwardOrder:
 
     @contextlib.contextmanager
     def explain_errors(self) -> Iterator[None]:
-        """Explain how to fix errors that DeepSpeed raises in a backward pass inside this context.
+        """Convert DeepSpeed's errors about an unsupported backward pass to errors that name a fix.
 
-        DeepSpeed does not support some backward passes, such as those of a GAN's loss.
+        Run the backward pass inside this context. An example of an unsupported pass is that of a
+        GAN's generator, whose loss depends on the models of two engines.
         """
         try:
             yield

@@ -327,7 +327,10 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """For an unknown parameter, set the hint to the names of the schedules that have it."""
+    """Add a hint to a problem about an unknown parameter: the schedules with this parameter.
+
+    Other problems are returned unchanged.
+    """
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem
     key = get_last_key(problem.pointer)

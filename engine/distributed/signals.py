@@ -1,4 +1,4 @@
-"""Detect signals that end a run, so that it can save a checkpoint before it exits."""
+"""Detect signals that end a run, so that the run can save a checkpoint before it exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules composed of other schedules: in sequence, multiplied, or in parallel."""
+"""Schedules that combine other schedules: one after another, multiplied, or in parallel."""
 
 from __future__ import annotations
 

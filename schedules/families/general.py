@@ -249,7 +249,7 @@ class WarmupStableDecay(
     decay_steps: Steps
     """Length of the decay."""
     decay_type: Literal["linear", "cosine", "1-sqrt", "half-life"] = "linear"
-    """Shape of the decay."""
+    """Shape of the decay at the end of the run."""
     min_lr_ratio: Ratio = 0.0
     """Learning rate at the end of the decay, as a fraction of the param group's learning rate."""
 

@@ -65,9 +65,9 @@ class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
     """
 
     step_size: Steps
-    """Length of each period."""
+    """Length of each period between two decays."""
     gamma: Factor = 0.1
-    """Factor applied at the end of each period."""
+    """Factor applied to the learning rate at the end of each period."""
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.step_size)
@@ -88,7 +88,7 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
     milestones: Milestones
     """Steps at which `gamma` is applied, in any order. Duplicates apply it several times."""
     gamma: Factor = 0.1
-    """Factor applied at each milestone."""
+    """Factor applied to the learning rate at each milestone."""
 
     def curve(self, lr: float) -> Curve:
         return multiply_at(lr, self.gamma, sorted(map(as_number, self.milestones)))
@@ -153,7 +153,7 @@ class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
     has_rate_per_step = True
 
     gamma: Gamma
-    """Factor applied after every step."""
+    """Factor applied to the learning rate after every step."""
 
     def curve(self, lr: float) -> Curve:
         return exponential(lr, self.gamma, steps=1)
@@ -251,7 +251,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     pct_start: Annotated[float, Range(above=0, below=1), "fraction of the cycle"] = 0.3
     """Fraction of the cycle in which the learning rate rises."""
     anneal_strategy: Literal["cos", "linear"] = "cos"
-    """Shape of each phase."""
+    """Shape of the curve in each phase, a cosine or a line."""
     cycle_momentum: bool = True
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""
@@ -378,9 +378,9 @@ class CyclicLR(
     step_size_down: Steps | None = None
     """Length of the falling part of each triangle; null uses `step_size_up`."""
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
-    """How the height of the triangles changes over time."""
+    """How the height of the triangles, the peak learning rate, changes over time."""
     gamma: Gamma = 1.0
-    """Factor applied to the height after every step in the mode "exp_range"."""
+    """Factor applied to the height of the triangles after every step in the mode "exp_range"."""
     cycle_momentum: bool = True
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""

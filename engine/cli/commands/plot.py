@@ -135,8 +135,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     data = _replay_losses(args) if args.losses else _preview_configs(args)
     if args.csv and data.steps > _MAX_ROWS:
         raise ValueError(
-            f"`--csv` writes at most {_MAX_ROWS:,} rows, got {data.steps:,} steps. Set `--steps` "
-            "to write the first steps."
+            f"`--csv` writes one row per step and at most {_MAX_ROWS:,} rows, got {data.steps:,} "
+            "steps. Set `--steps` to write only the first steps."
         )
     if args.csv == "-":
         _write_csv(data, out)
@@ -177,7 +177,7 @@ def _preview_configs(args: argparse.Namespace) -> _PlotData:
     }
     if len(curves) > _MAX_CURVES:
         raise ValueError(
-            f"`plot` plots at most {_MAX_CURVES} curves, got {len(curves):,}. Use fewer configs or "
+            f"A plot can have at most {_MAX_CURVES} curves, got {len(curves):,}. Use fewer configs or "
             "param groups."
         )
     title = " and ".join((f"{previews[0].title} of {args.file}", *args.compare))
