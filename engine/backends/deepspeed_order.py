@@ -55,7 +55,7 @@ class BackwardOrder:
         """Check that DeepSpeed computes the gradients of the next backward pass correctly.
 
         Raises:
-            RuntimeError: DeepSpeed would lose gradients, or compute wrong ones.
+            RuntimeError: DeepSpeed would lose gradients or compute wrong gradients.
         """
         if self._has_averaged and self._zero_stage in {1, 2}:
             raise MisuseError(

@@ -115,7 +115,7 @@ class FSDPBackend(PyTorchBackend):
             raise MisuseError(
                 "In ZeRO stage 1, the last backward pass before an optimizer step must reduce the "
                 "gradients. Call `set_gradient_accumulation_boundary(True)` before "
-                "`trainer.backward(loss)`, and do not call it inside `no_sync()`."
+                "`trainer.backward(loss)`, and call `backward` outside of `no_sync()`."
             )
         # An evaluation after the last backward pass has gathered weights that this step changes.
         reshard(self.model)

@@ -55,7 +55,7 @@ class Refinement:
 
     @property
     def lowest_per_repeat(self) -> list[float]:
-        """The value of `lowest` for each repeat separately, which shows how much it varies."""
+        """The value of `lowest` for each single repeat, to show the variation of this estimate."""
         return [self._find_lowest(column) for column in np.array(list(self.losses.values())).T]
 
     @property

@@ -31,7 +31,7 @@ _allowed: ContextVar[bool] = ContextVar("imports_allowed", default=True)
 
 
 class ImportForbiddenError(ValueError):
-    """Raised if code that a config names would have to be imported while imports are forbidden.
+    """Raised if a config names code that has to be imported, but imports are not allowed.
 
     ValueError
     └── ImportForbiddenError

@@ -143,7 +143,7 @@ class StepScheduler(_Scheduler, example={"step_size": "0.2dur", "gamma": 0.5}):
     """
 
     step_size: Steps
-    """Length of each period between two decays."""
+    """Number of steps between two decays."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate at the end of each period."""
 
@@ -167,7 +167,7 @@ class MultiStepScheduler(
     """
 
     milestones: Milestones
-    """Steps at which `gamma` is applied, in ascending order. Milestones may differ in their unit."""
+    """Steps at which `gamma` is applied, in ascending order. The units of milestones may differ."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate at each milestone."""
 
@@ -254,7 +254,7 @@ class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
     gamma: Annotated[float, Range(above=0)]
     """Factor applied to the learning rate in each period."""
     decay_period: Steps = "1ep"
-    """Number of steps in which the learning rate is multiplied by `gamma`."""
+    """Number of steps after which the learning rate has decayed by the factor `gamma`."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start

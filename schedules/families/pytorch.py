@@ -65,7 +65,7 @@ class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
     """
 
     step_size: Steps
-    """Length of each period between two decays."""
+    """Number of steps between two decays."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate at the end of each period."""
 
@@ -378,7 +378,7 @@ class CyclicLR(
     step_size_down: Steps | None = None
     """Length of the falling part of each triangle; null uses `step_size_up`."""
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
-    """How the height of the triangles, the peak learning rate, changes over time."""
+    """How the height of the triangles (the amplitude) changes over time."""
     gamma: Gamma = 1.0
     """Factor applied to the height of the triangles after every step in the mode "exp_range"."""
     cycle_momentum: bool = True

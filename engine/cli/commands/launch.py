@@ -44,17 +44,11 @@ _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     "ssh_port": ({"ssh"}, _NEEDS_HOSTFILE),
     "master_addr": (
         {"ssh", "local"},
-        (
-            "has no effect in a Slurm job, whose hosts are unknown before it starts. Remove this "
-            "option."
-        ),
+        "has no effect in a Slurm job, whose hosts are not known yet. Remove this option.",
     ),
     "standalone": (
         {"local"},
-        (
-            "starts all ranks on this machine. Remove this option to use the hosts of a hostfile or of "
-            "Slurm."
-        ),
+        "starts all ranks on this machine. Remove this option to use a hostfile or Slurm.",
     ),
     "rejoin": (
         {"ssh"},
@@ -66,24 +60,15 @@ _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     ),
     "console": (
         {"ssh", "local"},
-        (
-            "has no effect in a Slurm job, whose log contains the output of all ranks. Remove this "
-            "option."
-        ),
+        "has no effect in a Slurm job, whose log has the output of all ranks. Remove this option.",
     ),
     "pass_env": (
         {"ssh", "local"},
-        (
-            "has no effect in a Slurm job, which inherits the whole environment of sbatch. Remove this "
-            "option."
-        ),
+        "has no effect in a Slurm job, which inherits all variables of sbatch. Remove this option.",
     ),
     "no_preflight": (
         {"ssh", "local"},
-        (
-            "has no effect in a Slurm job, whose hosts are unknown before it starts. Remove this "
-            "option."
-        ),
+        "has no effect in a Slurm job, whose hosts are not known yet. Remove this option.",
     ),
 }
 

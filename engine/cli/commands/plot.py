@@ -177,8 +177,8 @@ def _preview_configs(args: argparse.Namespace) -> _PlotData:
     }
     if len(curves) > _MAX_CURVES:
         raise ValueError(
-            f"A plot can have at most {_MAX_CURVES} curves, got {len(curves):,}. Use fewer configs or "
-            "param groups."
+            f"A plot can have at most {_MAX_CURVES} curves, got {len(curves):,}. Use fewer configs "
+            "or param groups."
         )
     title = " and ".join((f"{previews[0].title} of {args.file}", *args.compare))
     summary = f"{steps} steps of {previews[0].schedule.type_name}"
