@@ -69,7 +69,7 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
 def check_named_code(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
     """Check the form of each import path in a ``scheduler`` block, and that its module exists.
 
-    The code itself is not imported. Yield a note that it has not been checked for each valid path.
+    The code itself is not imported. For each valid path, yield a note that the code is not checked.
     """
     for pointer, path in find_named_code(block):
         name = dotted_name(pointer)
