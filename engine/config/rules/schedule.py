@@ -181,7 +181,7 @@ def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
         yield context.warning("decay-without-interval", f"{_PARAMS}/{rates[0]}", message, hint)
     elif interval and not rates and "decay_step_size" in cycle:
         message = "`decay_step_size` has no effect without `decay_lr_rate` or `decay_mom_rate`."
-        hint = "Set one of them, or remove `decay_step_size`."
+        hint = "Set one of the two rates, or remove `decay_step_size`."
         yield context.note("no-effect", f"{_PARAMS}/decay_step_size", message, hint)
 
 
