@@ -32,7 +32,7 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
     for member in find_deepspeed_only_keys(context.members):
         name = dotted_name(member.pointer)
         message = f'`{name}` is supported only by DeepSpeed, but `engine.backend` is "torch".'
-        hint = 'Remove it, or set `engine.backend` to "deepspeed".'
+        hint = 'Remove the key, or set `engine.backend` to "deepspeed".'
         yield context.error("other-backend", member.pointer, message, hint, at_key=True)
 
 
@@ -51,8 +51,8 @@ def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
             reason = context.backend.reason
             message = f"`{name}` is not supported by DeepSpeed, the backend of this run ({reason})."
             hint = (
-                'Remove it, or set `engine.backend` to "torch" and remove all keys that require '
-                "DeepSpeed."
+                'Remove the key, or set `engine.backend` to "torch" and remove all keys that '
+                "require DeepSpeed."
             )
             yield context.error("other-backend", member.pointer, message, hint, at_key=True)
 
@@ -98,7 +98,7 @@ def _find_keys_without_effect(context: RuleContext) -> Iterator[Problem]:
         last = member.pointer
         name = dotted_name(member.pointer)
         message = f"`{name}` has no effect on {_BACKENDS[backend]}. {reason}"
-        hint = "Remove it, or keep it for another backend."
+        hint = "Remove the key, or keep it for another backend."
         yield context.note("no-effect", member.pointer, message, hint)
 
 
