@@ -43,7 +43,7 @@ def recognize_yaml(text: str) -> tuple[str, str] | None:
         return None
     keys = _KEY_OF_YAML.findall(text)
     message = "The config must be a JSON object in braces, but it looks like YAML."
-    return recognize_keys(keys) or (message, "Convert it to JSON.")
+    return recognize_keys(keys) or (message, "Convert the file to JSON.")
 
 
 def recognize_keys(keys: Collection[str]) -> tuple[str, str] | None:

@@ -47,7 +47,7 @@ def load_document(config: Source) -> Document:
             raise _build_unreadable_error(name, f"The config must not exceed {_MAX_BYTES:,} bytes.")
         if is_utf_16(data):
             raise _build_unreadable_error(
-                name, "The config must be UTF-8 text, but it is UTF-16.", "Save it as UTF-8."
+                name, "The config must be UTF-8 text, but it is UTF-16.", "Save the file as UTF-8."
             )
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

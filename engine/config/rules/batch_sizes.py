@@ -47,7 +47,7 @@ def _build_unfitting_problem(
         f"`{key}` must be a multiple of {factors}{total} for any number of ranks, got {train}."
     )
     near = [size for size in (train // product * product, (train // product + 1) * product) if size]
-    hint = f"Set it to {' or '.join(map(str, near))}, or remove one of the keys."
+    hint = f"Set `{key}` to {' or '.join(map(str, near))}, or remove one of the keys."
     return context.error("batch-sizes", f"/{key}", message, hint)
 
 

@@ -42,7 +42,7 @@ def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
 def _check_min_loss_scale(context: RuleContext) -> Iterator[Problem]:
     if context.get_section("fp16").get("min_loss_scale") == 0:
         message = "`fp16.min_loss_scale` is 0, so the loss scale has no minimum."
-        hint = "Set it to 1 to end a run whose gradients overflow at every loss scale."
+        hint = "Set the key to 1 to end a run whose gradients overflow at every loss scale."
         yield context.note("no-minimum-loss-scale", "/fp16/min_loss_scale", message, hint)
 
 

@@ -83,7 +83,7 @@ def test_sizes_that_fit_no_world_size_are_an_error_that_says_so(sizes, factors, 
     (problem,) = check(load_document(config), None)
     assert problem.pointer == "/train_batch_size"
     assert f"{factors} for any number of ranks, got {sizes[0]}." in problem.message
-    assert problem.hint.startswith(f"Set it to {near}, ")
+    assert problem.hint.startswith(f"Set `train_batch_size` to {near}, ")
 
 
 @given(st.integers(1, 24), st.integers(1, 4), st.integers(1, 4))

@@ -41,5 +41,5 @@ def test_json_and_hjson_are_not_recognized_as_yaml(text):
 def test_utf_16_file_is_named_as_such(tmp_path, encoding):
     path = tmp_path / "ds.json"
     path.write_bytes(json.dumps({"train_batch_size": 8}).encode(encoding))
-    with pytest.raises(ConfigError, match="UTF-16. Save it as UTF-8"):
+    with pytest.raises(ConfigError, match="UTF-16. Save the file as UTF-8"):
         load_document(path)
