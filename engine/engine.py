@@ -19,14 +19,14 @@ from engine.checkpoint.manager import Checkpointer
 from engine.config import Config
 from engine.deepspeed_accessors import DeepSpeedAccessors
 from engine.errors import MisuseError
-from engine.training.data import call_on_batches, count_steps_per_epoch, read_epoch
+from engine.training.data import call_on_batches, count_steps_per_epoch, read_epoch, repeat_batches
 from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
 from engine.training.loader import RunLoader
 from engine.training.loss_window import check_loss
 from engine.training.monitors import Monitors
 from engine.training.own_loaders import prepare_loader
 from engine.training.rng import preserve_rng_state
-from engine.training_run import TrainingRun, iterate_batches
+from engine.training_run import TrainingRun, iterate_batches, train_pipeline
 
 __all__ = ["Engine"]
 
@@ -255,21 +255,27 @@ class Engine(DeepSpeedAccessors):
         del set_to_none
         self._backend.zero_grad()
 
-    def train_batch(self, data_iter: Iterator[Any]) -> Tensor:
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on one whole batch and return the mean loss over its micro-batches.
 
-        Each micro-batch of ``data_iter`` is passed to the model; a tuple, list or mapping is
-        unpacked into arguments. The model must return the loss, as in a DeepSpeed pipeline.
+        Each micro-batch of ``data_iter``, by default of the training data, is passed to the model;
+        a tuple, list or mapping is unpacked into arguments. The model must return the loss.
         """
+        batches = data_iter or repeat_batches(self.training_dataloader)
+        if (whole := train_pipeline(batches, self._run)) is not None:
+            self._automatic.save_if_due(self._run)
+            return whole
         losses = []
-        for loss in call_on_batches(self, data_iter, self._run.accumulation.steps):
+        for loss in call_on_batches(self, batches, self._run.accumulation.steps):
             losses.append(self.backward(loss).detach())
             self.step()
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Evaluate one whole batch and return its mean loss; see `train_batch`."""
+        """Evaluate one whole batch and return its mean loss."""
         with evaluation_mode(self):
+            if whole := self._backend.run_pipeline(data_iter, trains=False):
+                return whole[0]
             losses = list(call_on_batches(self, data_iter, self._run.accumulation.steps))
         return torch.stack(losses).mean()
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from engine import backends
 from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
 from engine.config import Config, ConfigError, Source, load_config
+from engine.config.batch_sizes import DataRanks, count_data_ranks
 from engine.distributed.ranks import (
     check_configs_match,
     get_rank,
@@ -117,11 +118,10 @@ def initialize(
     lr_test = read_sweep()
     sweep = lr_test if lr_test is not None and is_next_engine_swept(lr_test) else None
     source = sweep.config if sweep is not None else None
-    resolved = _load(
-        source or _choose_source(args, config, config_params),
-        args,
-        backends.find_deepspeed_need(model, mpu=mpu, mesh_param=mesh_param),
-    )
+    need = backends.find_deepspeed_need(model, mpu=mpu, mesh_param=mesh_param)
+    shard = backends.find_data_shard(model, mpu, mesh_param) if need else None
+    chosen = source or _choose_source(args, config, config_params)
+    resolved = _load(chosen, args, need, shard)
     if sweep is not None:
         resolved, lr_scheduler = apply_sweep(resolved, sweep), None
     elif lr_test is not None:
@@ -132,6 +132,10 @@ def initialize(
     is_deepspeed = resolved.backend.name == "deepspeed"
     ranks = init_distributed(always_create_group=is_deepspeed, port=distributed_port)
     check_configs_match(ranks, json.dumps(resolved.raw, sort_keys=True))
+    if resolved.batch.data_ranks != ranks.world_size:
+        per_model = ranks.world_size // resolved.batch.data_ranks
+        shard = shard or (ranks.rank // per_model, resolved.batch.data_ranks)
+        ranks = replace(ranks, shard=shard)
     loader = None
     if training_data is not None:
         loader = build_loader(training_data, resolved, ranks, collate_fn)
@@ -183,11 +187,28 @@ def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> 
     return given[0]
 
 
-def _load(source: Source, args: argparse.Namespace | None, needs_deepspeed: str | None) -> Config:
+def _load(
+    source: Source,
+    args: argparse.Namespace | None,
+    needs_deepspeed: str | None,
+    shard: tuple[int, int] | None,
+) -> Config:
     """Load and validate a config; report its problems on rank 0 only."""
+
+    def count_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
+        if shard is not None:
+            return DataRanks(shard[1], unit="data-parallel rank")
+        # DeepSpeed reads the number of stages from the model, which is not a pipeline here.
+        flat = {key: value for key, value in config.items() if key != "pipeline"}
+        return count_data_ranks(flat, world_size)
+
     try:
         return load_config(
-            source, world_size=get_world_size(), args=args, needs_deepspeed=needs_deepspeed
+            source,
+            world_size=get_world_size(),
+            args=args,
+            needs_deepspeed=needs_deepspeed,
+            count_ranks=count_ranks,
         )
     except ConfigError as error:
         rank = get_rank()

@@ -32,7 +32,7 @@ from schedules import AutoWU, Schedule, ScheduleBinder
 from schedules.param_groups import read_lr, read_momentum
 from schedules.torch_scheduler import bind
 
-__all__ = ["TrainingRun", "iterate_batches", "preserve_state"]
+__all__ = ["TrainingRun", "iterate_batches", "preserve_state", "train_pipeline"]
 
 log = logging.getLogger("onecycle")
 
@@ -183,18 +183,7 @@ class TrainingRun:
 
     def step(self, metric: Tensor | float | None) -> bool:
         """Finish a micro-batch, and take an optimizer step if it is the last one of its batch."""
-        if not self.accumulation.averages_gradients:
-            raise MisuseError(
-                "`step()` must not be called inside `no_sync()`. Leave the context first."
-            )
-        if self.is_trial and self.recorder is not None:
-            # A script may catch the exception that ends the run; in that case, raise it again.
-            self.recorder.stop_if_over()
-        if self.length.is_session_over(self.counters):
-            raise RuntimeError(
-                f"The run has ended after {self.config.run['steps_this_run']} steps "
-                "(`engine.steps_this_run`). Exit the training loop when `run_is_over` is true."
-            )
+        self._check_may_step()
         if metric is not None:
             metric = self.driver.metric = self.backend.mean(float(metric))
         counters, accumulation = self.counters, self.accumulation
@@ -210,6 +199,20 @@ class TrainingRun:
         if metric is not None and self.best is not None:
             self._update_best(metric)
         return counters.applied
+
+    def _check_may_step(self) -> None:
+        if not self.accumulation.averages_gradients:
+            raise MisuseError(
+                "`step()` must not be called inside `no_sync()`. Leave the context first."
+            )
+        if self.is_trial and self.recorder is not None:
+            # A script may catch the exception that ends the run; in that case, raise it again.
+            self.recorder.stop_if_over()
+        if self.length.is_session_over(self.counters):
+            raise RuntimeError(
+                f"The run has ended after {self.config.run['steps_this_run']} steps "
+                "(`engine.steps_this_run`). Exit the training loop when `run_is_over` is true."
+            )
 
     def report(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Average metrics over the ranks, and report them to the log and the monitors."""
@@ -298,6 +301,22 @@ class TrainingRun:
         recorder.record(*used, self.window.mean(), applied=self.counters.applied)
         if self.is_trial:
             recorder.stop_if_over()
+
+
+def train_pipeline(batches: Iterator[Any], run: TrainingRun) -> Tensor | None:
+    """Train a pipeline on a whole batch and return its mean loss; None for any other model."""
+    run._check_may_step()  # noqa: SLF001  # private to this module
+    run.misuse.check_step(run.scheduler, run.accumulation, is_boundary=False)
+    result = run.backend.run_pipeline(batches, trains=True)
+    if result is None:
+        return None
+    loss, run.counters.applied = result
+    run.counters.micro_steps += run.accumulation.steps
+    run.add_loss(loss)
+    run.accumulation.scaled_losses = 0
+    run._finish_step()  # noqa: SLF001  # private to this module
+    run.misuse.note_step(run.scheduler, run.counters.global_steps)
+    return loss
 
 
 def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]:

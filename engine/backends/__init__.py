@@ -10,12 +10,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from engine.backends.base import Backend
-from engine.backends.model_parallelism import find_model_parallelism
+from engine.backends.model_parallelism import (
+    find_data_shard,
+    find_model_parallelism,
+)
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.training.optimizers import OptimizerFactory
 
-__all__ = ["build", "find_deepspeed_need"]
+__all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,19 @@ class Backend(ABC):
         Returns:
             Whether the step was applied. A step with non-finite gradients is skipped.
         """
+
+    def run_pipeline(self, batches: Iterator[Any], *, trains: bool) -> tuple[Tensor, bool] | None:
+        """Run a pipeline on the micro-batches of a step; return None for any other model.
+
+        Args:
+            batches: iterator over micro-batches.
+            trains: whether to take an optimizer step.
+
+        Returns:
+            The mean loss, and whether a step was applied.
+        """
+        del batches, trains
+        return None
 
     def has_gradients(self) -> bool:
         """Return whether a trained parameter has a gradient; true if that is unknown."""

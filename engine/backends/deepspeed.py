@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,9 @@ class DeepSpeedBackend(Backend):
         )
         self._config = config
         self._order = BackwardOrder(self.engine, config.zero_stage)
-        self._has_rank_local_weights = mpu is not None or self.engine.has_moe_layers
         is_split = self.engine.pipeline_parallelism or self.engine.autotp_size() > 1
-        self._layout = None if is_split or self._has_rank_local_weights else layout
+        self._has_rank_local_weights = mpu is not None or self.engine.has_moe_layers or is_split
+        self._layout = None if self._has_rank_local_weights else layout
         self._input_casts: list[Any] = []
         dtype = DTYPES.get(config.precision)
         if dtype is not None and config.model.cast_inputs:
@@ -160,10 +160,23 @@ class DeepSpeedBackend(Backend):
         if scaler and scaler.get_scale() < before:
             applied = False
             self.engine.skipped_steps += 1
+        self._read_norm()
+        return applied
+
+    def _read_norm(self) -> None:
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             self.grad_norm = float(norm)
-        return applied
+
+    @override
+    def run_pipeline(self, batches: Iterator[Any], *, trains: bool) -> tuple[Tensor, bool] | None:
+        if not self.engine.pipeline_parallelism:
+            return None
+        if not trains:
+            return self.engine.eval_batch(batches), False
+        loss = self.engine.train_batch(batches)
+        self._read_norm()
+        return loss, self.engine.was_step_applied()
 
     def _are_gradients_finite(self) -> bool:
         """Compute the norm of the gradients, which DeepSpeed does not check without ZeRO."""

@@ -63,6 +63,8 @@ def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[st
     )
     sizes = (config.batch.train, config.batch.micro, config.batch.accumulation)
     settings |= dict(zip(BATCH_KEYS, sizes, strict=True))
+    if "tensor_parallel" in settings:
+        del settings["train_batch_size"]  # DeepSpeed may count the ranks of AutoTP in it
     settings["gradient_clipping"] = config.gradient_clipping
     if builds_optimizer and "optimizer" in config.raw:
         settings["optimizer"] = _drop_parked_keys(config.raw["optimizer"])

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import schemas
 from engine.config.backend_choice import BackendChoice, zero_stage
-from engine.config.batch_sizes import BATCH_KEYS, BatchSizes, derive_batch_sizes
+from engine.config.batch_sizes import (
+    BATCH_KEYS,
+    BatchSizes,
+    RankCounter,
+    count_data_ranks,
+    derive_batch_sizes,
+)
 from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_horizon
 from engine.config.schema import (
@@ -229,6 +235,7 @@ def load_config(
     world_size: int = 1,
     args: argparse.Namespace | None = None,
     needs_deepspeed: str | None = None,
+    count_ranks: RankCounter = count_data_ranks,
 ) -> Config:
     """Load and validate a config, and fill in all defaults and derived values.
 
@@ -242,6 +249,8 @@ def load_config(
             values.
         needs_deepspeed: part of the model that only DeepSpeed supports, if there is one; it then
             selects DeepSpeed unless ``engine.backend`` is set.
+        count_ranks: function of the config and the world size that returns how many ranks load
+            different samples; by default, it reads the parallelism from the config.
 
     Raises:
         ConfigError: the config cannot be read or is invalid; ``problems`` lists every error.
@@ -263,18 +272,18 @@ def load_config(
         world_size,
         reject_auto=True,
         needs_deepspeed=needs_deepspeed,
+        count_ranks=count_ranks,
         allow_imports=True,
     )
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or context is None:
         raise ConfigError(document.name, errors)
     warnings = [problem for problem in problems if problem.severity == "warning"]
-    return _resolve(context, world_size, overrides, warnings)
+    return _resolve(context, overrides, warnings)
 
 
 def _resolve(
     context: RuleContext,
-    world_size: int,
     overrides: Sequence[Override],
     warnings: Sequence[Problem],
 ) -> Config:
@@ -298,7 +307,7 @@ def _resolve(
         ),
         max_skipped_steps=engine["max_skipped_steps"],
         batch=derive_batch_sizes(
-            {key: value[key] for key in BATCH_KEYS if key in value}, world_size
+            {key: value[key] for key in BATCH_KEYS if key in value}, context.data_ranks or 1
         ),
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from engine.config.batch_sizes import RankCounter, count_data_ranks
 from engine.config.parser import Document
 from engine.config.pointers import dotted_name
 from engine.config.rules import RULES, RuleContext
@@ -65,6 +66,7 @@ def examine(
     *,
     reject_auto: bool = False,
     needs_deepspeed: str | None = None,
+    count_ranks: RankCounter = count_data_ranks,
     allow_imports: bool = False,
 ) -> tuple[list[Problem], RuleContext | None]:
     """Validate a parsed config, and return its problems and its valid values.
@@ -76,6 +78,7 @@ def examine(
         reject_auto: whether to report every "auto" value as an error. Set this for runs that are
             not started through an integration, such as the Hugging Face Trainer.
         needs_deepspeed: part of the model that only DeepSpeed supports; None if unknown.
+        count_ranks: function that returns the number of ranks that load different samples.
         allow_imports: whether to import and check the code that the config names.
 
     Returns:
@@ -88,7 +91,7 @@ def examine(
         invalid = {problem.pointer for problem in problems if problem.severity == "error"} - {""}
         with imports_allowed(allow_imports):
             found, context = _examine_values(
-                document, world_size, needs_deepspeed, reject_auto=reject_auto
+                document, world_size, needs_deepspeed, count_ranks, reject_auto=reject_auto
             )
         problems += [problem for problem in found if problem.pointer not in invalid]
     return sorted(problems, key=_sort_key), context
@@ -100,12 +103,17 @@ def _sort_key(problem: Problem) -> tuple[int, int, int, str]:
 
 
 def _examine_values(
-    document: Document, world_size: int | None, needs_deepspeed: str | None, *, reject_auto: bool
+    document: Document,
+    world_size: int | None,
+    needs_deepspeed: str | None,
+    count_ranks: RankCounter,
+    *,
+    reject_auto: bool,
 ) -> tuple[Iterable[Problem], RuleContext | None]:
     if not isinstance(document.value, dict):
         message = f"The config must be a JSON object, got {quote_value(document.value)}."
         return [document.build_problem("wrong-type", "", message)], None
-    structure = check_structure(document, world_size)
+    structure = check_structure(document, world_size, count_ranks)
     context = RuleContext(document, structure, world_size, needs_deepspeed)
     autos = _find_unresolved(context) if reject_auto else ()
     from_rules = (problem for rule in RULES for problem in rule(context))
