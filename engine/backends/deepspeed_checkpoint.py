@@ -28,12 +28,13 @@ _CLASSES = {
 
 @contextlib.contextmanager
 def refuse_pickled_code() -> Iterator[None]:
-    """Unpickle only tensors, plain values and `_CLASSES` while DeepSpeed loads a checkpoint.
+    """Reject checkpoint files that can run code while DeepSpeed loads them inside this context.
 
-    DeepSpeed calls ``torch.load`` with ``weights_only=False`` and has no setting for it.
+    Only tensors, plain values and instances of `_CLASSES` are unpickled. By default, DeepSpeed
+    calls ``torch.load`` with ``weights_only=False``, and no setting of DeepSpeed changes this.
 
     Raises:
-        CheckpointError: a file contains other objects.
+        CheckpointError: a file contains an object of another class.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 

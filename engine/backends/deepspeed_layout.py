@@ -21,7 +21,7 @@ _FILE = "layout.json"
 
 
 class Layout:
-    """The shapes and dtypes of a model's weights, and the shapes in each param group.
+    """Records the shapes and dtypes of a model's weights, and the parameter shapes of param groups.
 
     Args:
         model: model before or after DeepSpeed has sharded it.
@@ -52,7 +52,9 @@ class Layout:
         )
 
     def check(self, checkpoint_dir: Path, *, optimizer: bool, strict: bool) -> None:
-        """Check that a checkpoint fits, if it has a layout.
+        """Check that a checkpoint fits the model and the optimizer.
+
+        The check is skipped if the checkpoint does not contain a layout.
 
         Args:
             checkpoint_dir: directory of the checkpoint.
@@ -86,7 +88,7 @@ class Layout:
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:
-        """Return meta tensors with the shapes and dtypes of the model's weights, by name."""
+        """Return a dict from the name of each weight to a meta tensor with its shape and dtype."""
         return {
             name: torch.empty(_get_shape(value), dtype=value.dtype, device="meta")
             for name, value in self._model.state_dict(keep_vars=True).items()
