@@ -26,7 +26,7 @@ from engine.training.loss_window import check_loss
 from engine.training.monitors import Monitors
 from engine.training.own_loaders import prepare_loader
 from engine.training.rng import preserve_rng_state
-from engine.training_run import TrainingRun, iterate_batches, train_pipeline
+from engine.training_run import TrainingRun, evaluate_batch, iterate_batches, train_pipeline
 
 __all__ = ["Engine"]
 
@@ -256,10 +256,10 @@ class Engine(DeepSpeedAccessors):
         self._backend.zero_grad()
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
-        """Train on one whole batch and return the mean loss over its micro-batches.
+        """Train on the micro-batches of one step, and return their mean loss.
 
-        Each micro-batch of ``data_iter``, by default of the training data, is passed to the model;
-        a tuple, list or mapping is unpacked into arguments. The model must return the loss.
+        Each micro-batch is passed to the model, which must return the loss. A tuple, list or
+        mapping is unpacked into arguments. Without ``data_iter``, the training data is repeated.
         """
         batches = data_iter or repeat_batches(self.training_dataloader)
         if (whole := train_pipeline(batches, self._run)) is not None:
@@ -272,12 +272,9 @@ class Engine(DeepSpeedAccessors):
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Evaluate one whole batch and return its mean loss."""
+        """Evaluate as many micro-batches as a step has, and return their mean loss."""
         with evaluation_mode(self):
-            if whole := self._backend.run_pipeline(data_iter, trains=False):
-                return whole[0]
-            losses = list(call_on_batches(self, data_iter, self._run.accumulation.steps))
-        return torch.stack(losses).mean()
+            return evaluate_batch(self, data_iter, self._run)
 
     @overload
     def evaluate(

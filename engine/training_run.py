@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -18,6 +19,7 @@ from engine.config.batch_sizes import BatchSizes
 from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
+from engine.training.data import call_on_batches
 from engine.training.divergence import DivergenceCheck
 from engine.training.evaluation import preserve_modes
 from engine.training.loader import RunLoader
@@ -32,7 +34,7 @@ from schedules import AutoWU, Schedule, ScheduleBinder
 from schedules.param_groups import read_lr, read_momentum
 from schedules.torch_scheduler import bind
 
-__all__ = ["TrainingRun", "iterate_batches", "preserve_state", "train_pipeline"]
+__all__ = ["TrainingRun", "evaluate_batch", "iterate_batches", "preserve_state", "train_pipeline"]
 
 log = logging.getLogger("onecycle")
 
@@ -321,6 +323,14 @@ def train_pipeline(batches: Iterator[Any], run: TrainingRun) -> Tensor | None:
     run._finish_step()  # noqa: SLF001  # private to this module
     run.misuse.note_step(run.scheduler, run.counters.global_steps)
     return loss
+
+
+def evaluate_batch(model: nn.Module, batches: Iterator[Any], run: TrainingRun) -> Tensor:
+    """Return the mean loss of as many micro-batches as a step has."""
+    if result := run.backend.run_pipeline(batches, trains=False):
+        return result[0]
+    losses = call_on_batches(model, batches, run.accumulation.steps)
+    return torch.stack(list(losses)).mean()
 
 
 def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]:
