@@ -22,8 +22,8 @@ from engine.errors import MisuseError
 from engine.training.data import call_on_batches, count_steps_per_epoch, read_epoch, repeat_batches
 from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
 from engine.training.loader import RunLoader
-from engine.training.loss_window import check_loss
 from engine.training.monitors import Monitors
+from engine.training.optimizers import has_no_optimizer
 from engine.training.own_loaders import prepare_loader
 from engine.training.rng import preserve_rng_state
 from engine.training_run import TrainingRun, evaluate_batch, iterate_batches, train_pipeline
@@ -54,7 +54,7 @@ class Engine(DeepSpeedAccessors):
     ) -> None:
         super().__init__()
         self.module = backend.model
-        self.optimizer = backend.optimizer
+        self.optimizer: Any = None if has_no_optimizer(backend.optimizer) else backend.optimizer
         self.training_dataloader: RunLoader | None = None
         self._backend = backend
         self._checkpointer = Checkpointer(config, backend, identity)
@@ -153,7 +153,7 @@ class Engine(DeepSpeedAccessors):
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
         """
-        check_loss(loss)
+        self._run.misuse.check_loss(loss)
         divisor = self._run.accumulation.steps if scale_wrt_gas else 1
         is_last = self._start_pass()
         self._backend.backward(loss, divisor, is_last=is_last, retain_graph=retain_graph)
@@ -166,7 +166,7 @@ class Engine(DeepSpeedAccessors):
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
         """
-        check_loss(loss)
+        self._run.misuse.check_loss(loss)
         is_last = self._start_pass()
         self._run.add_loss(loss)
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)

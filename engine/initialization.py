@@ -33,7 +33,7 @@ from engine.training.arguments import check_arguments, check_is_trainable
 from engine.training.data import build_loader, count_steps_per_epoch
 from engine.training.loader import RunLoader
 from engine.training.monitors import build_monitors
-from engine.training.optimizers import OptimizerFactory
+from engine.training.optimizers import OptimizerFactory, has_no_optimizer
 from engine.training.setup_log import log_setup
 from schedules.torch_scheduler import bind
 
@@ -73,7 +73,8 @@ def initialize(
             Options added by `add_schedule_arguments` override the config; each override is logged.
         model: module to train; it is moved to this rank's device.
         optimizer: your own optimizer, or a function that takes the parameters and returns one; it
-            replaces the optimizer in the config, which is the default.
+            replaces the optimizer in the config, which is the default. Without an optimizer, the
+            engine can only run the model.
         model_parameters: parameters or param groups to train; default: all that require gradients.
         training_data: dataset for the returned data loader, or your own data loader, which is
             prepared as by `Engine.prepare`.
@@ -95,7 +96,7 @@ def initialize(
 
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every problem.
-        ValueError: an argument has the wrong type, no optimizer is specified, the optimizer does
+        ValueError: an argument has the wrong type, a schedule has no optimizer, the optimizer does
             not match the schedule, the model has nothing to train, or the ranks have different
             configs.
         ImportError: the config needs DeepSpeed, which is not installed.
@@ -165,14 +166,18 @@ def initialize(
             backend=how,
             device=str(ranks.device),
             precision=precision,
-            optimizer=type(backend.basic_optimizer).__name__,
+            optimizer=_describe_optimizer(backend.basic_optimizer),
             num_parameters=backend.num_parameters,
             scheduler=scheduler,
             replacements=replacements,
         )
         _warn_of_repeated_samples(training_data, resolved)
     engine._automatic.resume(engine._run)  # noqa: SLF001  # private to the package
-    return engine, backend.optimizer, loader, scheduler
+    return engine, engine.optimizer, loader, scheduler
+
+
+def _describe_optimizer(optimizer: Optimizer) -> str:
+    return "none (inference)" if has_no_optimizer(optimizer) else type(optimizer).__name__
 
 
 def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> Source:
@@ -235,13 +240,10 @@ def _prefer_arguments(
         The config, and a line for the log about each replacement.
 
     Raises:
-        ValueError: neither the config nor an argument specifies an optimizer.
+        ValueError: there is no optimizer, but something that requires one.
     """
-    if optimizer is None and config.optimizer is None and config.backend.name != "deepspeed":
-        raise ValueError(  # DeepSpeed also runs inference
-            "No optimizer is specified. Pass the argument `optimizer`, or add "
-            f'"optimizer": {{"type": "AdamW", "params": {{"lr": 0.001}}}} to {config.name}.'
-        )
+    if optimizer is None and config.optimizer is None:
+        _check_inference(config, lr_scheduler)
     lines = []
     if optimizer is not None and config.optimizer is not None:
         lines.append(
@@ -253,6 +255,20 @@ def _prefer_arguments(
         lines.append(_describe_replacement("lr_scheduler", lr_scheduler, f"`scheduler` ({name})"))
         config = replace(config, schedule=None)
     return config, lines
+
+
+def _check_inference(config: Config, lr_scheduler: object) -> None:
+    """Check that a run without an optimizer, which only runs the model, needs none."""
+    need = None
+    if config.schedule is not None or lr_scheduler is not None:
+        need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"
+    elif config.backend.name == "deepspeed" and config.zero_stage in {1, 2}:
+        need = f"DeepSpeed's ZeRO stage {config.zero_stage} requires one (stages 0 and 3 do not)"
+    if need:
+        raise ValueError(
+            f"No optimizer is specified, but {need}. Pass the argument `optimizer`, or add "
+            '"optimizer": {"type": "AdamW", "params": {"lr": 0.001}} to the config.'
+        )
 
 
 def _describe_replacement(argument: str, given: object, replaced: str) -> str:

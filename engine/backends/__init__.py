@@ -80,11 +80,13 @@ def build(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a param group with its parameters in a list, because a generator is read only once.
+    """Return a parameter without its name, or a param group with its parameters in a list.
 
-    Any other object, such as a parameter, is returned unchanged.
+    The parameters of a group may come from a generator, which could be read only once.
     """
-    if not isinstance(each, dict):
-        return each
-    params = each["params"]
-    return {**each, "params": [params] if isinstance(params, torch.Tensor) else list(params)}
+    if isinstance(each, dict):
+        members = each["params"]
+        members = [members] if isinstance(members, torch.Tensor) else members
+        return {**each, "params": [_list_members(member) for member in members]}
+    is_named = isinstance(each, tuple) and len(each) == 2  # from `model.named_parameters()`
+    return each[1] if is_named else each

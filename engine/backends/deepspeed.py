@@ -29,7 +29,12 @@ from engine.config.batch_sizes import BatchSizes
 from engine.config.wording import count_noun
 from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
-from engine.training.optimizers import OptimizerFactory, build_optimizer, is_buildable
+from engine.training.optimizers import (
+    NoOptimizer,
+    OptimizerFactory,
+    build_optimizer,
+    is_buildable,
+)
 from engine.training.precision import cast_layer_inputs
 
 __all__ = ["DeepSpeedBackend", "import_deepspeed"]
@@ -94,12 +99,13 @@ class DeepSpeedBackend(Backend):
             mpu=mpu,
             mesh_param=mesh_param,
         )
+        self._trains = optimizer is not None or block is not None
         super().__init__(
             self.engine.module,
-            self.engine.optimizer,
+            self.engine.optimizer if self._trains else NoOptimizer(),
             ranks,
             num_parameters=num_parameters,
-            basic_optimizer=self.engine.basic_optimizer,
+            basic_optimizer=self.engine.basic_optimizer if self._trains else None,
         )
         self._config = config
         self._order = BackwardOrder(self.engine, config.zero_stage)
@@ -119,7 +125,8 @@ class DeepSpeedBackend(Backend):
 
     @override
     def prepare_backward(self, *, is_last: bool) -> None:
-        self.engine.set_gradient_accumulation_boundary(is_last)
+        if self._trains:
+            self.engine.set_gradient_accumulation_boundary(is_last)
 
     @override
     def backward(
@@ -295,7 +302,7 @@ class DeepSpeedBackend(Backend):
         # The next step would overwrite the weights with the optimizer's copies of the old ones.
         if hasattr(self.optimizer, "refresh_fp32_params"):
             self.optimizer.refresh_fp32_params()
-        elif self._config.zero_stage == 3:
+        elif self._config.zero_stage == 3 and self._trains:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad and name in weights:
                     whole = weights[name].to(parameter.device, torch.float32)

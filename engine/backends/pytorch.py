@@ -23,7 +23,7 @@ from engine.distributed.ranks import Ranks
 from engine.training.activation_checkpointing import checkpoint_activations
 from engine.training.gradient_averaging import GradientAverager, find_sparse_weights
 from engine.training.loss_scaling import LossScaler
-from engine.training.optimizers import OptimizerFactory, build_optimizer
+from engine.training.optimizers import NoOptimizer, OptimizerFactory, build_optimizer
 from engine.training.precision import autocast_methods, convert_to_float32, restore_methods
 
 __all__ = ["PyTorchBackend"]
@@ -64,7 +64,8 @@ class PyTorchBackend(Backend):
         self._config = config
         self._dtype = DTYPES.get(config.precision)
         _prepare_model(model, config, ranks.device)
-        if config.model.master_weights:
+        trains = optimizer is not None or config.optimizer is not None
+        if config.model.master_weights and trains:
             given = optimizer if isinstance(optimizer, Optimizer) else None
             converted_from = convert_to_float32(model.parameters(), given)
             self._dtype = self._dtype or converted_from
@@ -99,7 +100,8 @@ class PyTorchBackend(Backend):
             parameters = [p for p in model.parameters() if p.requires_grad]
         if optimizer is not None:
             return optimizer(parameters)
-        assert self._config.optimizer is not None
+        if self._config.optimizer is None:
+            return NoOptimizer()
         may_fuse = not find_sparse_weights(model)
         return build_optimizer(self._config.optimizer, parameters, may_fuse=may_fuse)
 
