@@ -30,6 +30,7 @@ from engine.errors import escape
 from engine.range_test.script import apply_sweep, attach_recorder, is_next_engine_swept
 from engine.range_test.sweep import read_sweep
 from engine.training.arguments import check_arguments, check_is_trainable
+from engine.training.compiled_models import unwrap_compiled
 from engine.training.data import build_loader, count_steps_per_epoch
 from engine.training.loader import RunLoader
 from engine.training.monitors import build_monitors
@@ -117,6 +118,7 @@ def initialize(
     del dist_init_required
     check_arguments(args, model, optimizer, training_data, lr_scheduler)
     assert model is not None
+    model = unwrap_compiled(model)
     lr_test = read_sweep()
     sweep = lr_test if lr_test is not None and is_next_engine_swept(lr_test) else None
     source = sweep.config if sweep is not None else None

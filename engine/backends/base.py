@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from engine.config.batch_sizes import BatchSizes
 from engine.distributed.ranks import Ranks
 
-__all__ = ["DTYPES", "Backend", "compute_norm"]
+__all__ = ["DTYPES", "Backend", "compute_norm", "get_gradient"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of each reduced precision."""
@@ -40,6 +40,18 @@ def compute_norm(gradients: list[Tensor]) -> float:
         wide = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients]
         norm = float(torch.linalg.vector_norm(torch.stack(wide)))
     return norm
+
+
+def get_gradient(parameter: Tensor) -> Tensor:
+    """Return a gradient, or its stored values if it is sparse; changing them changes the gradient.
+
+    The parameter must have a gradient.
+    """
+    assert parameter.grad is not None
+    if not parameter.grad.is_sparse:
+        return parameter.grad
+    parameter.grad = parameter.grad.coalesce()
+    return parameter.grad._values()  # noqa: SLF001  # `values()` would return a detached copy
 
 
 class Backend(ABC):

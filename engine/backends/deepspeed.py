@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from engine.backends.base import DTYPES, Backend, compute_norm
+from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
 from engine.backends.deepspeed_checkpoint import refuse_pickled_code
 from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.backends.deepspeed_layout import Layout
@@ -29,6 +29,8 @@ from engine.config.batch_sizes import BatchSizes
 from engine.config.wording import count_noun
 from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
+from engine.training.arguments import check_are_in_model
+from engine.training.gradient_averaging import find_sparse_weights
 from engine.training.optimizers import (
     NoOptimizer,
     OptimizerFactory,
@@ -85,8 +87,10 @@ class DeepSpeedBackend(Backend):
             groups = parameters = configure_moe_param_groups(groups)
         block = config.optimizer
         if optimizer is None and block is not None and is_buildable(config.raw["optimizer"]):
-            optimizer = build_optimizer(block, groups)
+            may_fuse = not find_sparse_weights(model)
+            optimizer = build_optimizer(block, groups, may_fuse=may_fuse)
         trained = optimizer.param_groups if isinstance(optimizer, Optimizer) else groups
+        check_are_in_model(model, trained, "DeepSpeed")
         num_parameters = _count_elements(trained)
         layout = Layout(model, trained)
         # DeepSpeed reads the local rank from the environment. Set it in case no launcher did.
@@ -191,7 +195,7 @@ class DeepSpeedBackend(Backend):
         If every rank has the same weights, also store the norm of the gradients in ``grad_norm``.
         """
         parameters = (p for g in self.optimizer.param_groups for p in g["params"])
-        norm = compute_norm([p.grad for p in parameters if p.grad is not None])
+        norm = compute_norm([get_gradient(p) for p in parameters if p.grad is not None])
         if not self._has_rank_local_weights:
             self.grad_norm = norm
             return math.isfinite(norm)

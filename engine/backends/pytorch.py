@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from engine.backends.base import DTYPES, Backend, compute_norm
+from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
 from engine.distributed.ranks import Ranks
@@ -189,7 +189,7 @@ class PyTorchBackend(Backend):
         With FSDP, return only this rank's shards of the gradients.
         """
         return [
-            _get_values(parameter) if parameter.grad.is_sparse else parameter.grad
+            get_gradient(parameter)
             for group in self.optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
@@ -308,13 +308,6 @@ def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> No
         checkpoint_activations(model, settings.wrap_classes, on_host=is_on_host)
     if compiler is not None:
         model.compile(backend=compiler)
-
-
-def _get_values(parameter: nn.Parameter) -> Tensor:
-    """Return the values of a parameter's sparse gradient, as a tensor that shares its memory."""
-    assert parameter.grad is not None
-    parameter.grad = parameter.grad.coalesce()
-    return parameter.grad._values()  # noqa: SLF001  # `values()` would return a detached copy
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
