@@ -95,7 +95,10 @@ class TrainingRun:
             progress,
             window,
             rollback,
-            Accumulation(config.batch.accumulation),
+            Accumulation(
+                config.batch.accumulation,
+                is_managed=config.raw.get("managed_gradient_accumulation", True),
+            ),
             RunLength(config.run.get("steps_this_run")),
             # A dynamic loss scale skips steps until it is low enough, and ends the run itself.
             DivergenceCheck(None if is_dynamic else config.max_skipped_steps),
@@ -244,6 +247,8 @@ class TrainingRun:
 
     def _step_optimizer(self) -> bool:
         scaled, self.accumulation.scaled_losses = self.accumulation.scaled_losses, 0
+        if not self.accumulation.is_managed:
+            self.accumulation.micro_batches = scaled
         if scaled:
             return self.backend.step()
         if self.backend.loss_scale != 1.0:
@@ -256,10 +261,14 @@ class TrainingRun:
 
     def _finish_step(self) -> None:
         """Count and report a step, and step the scheduler if the optimizer step was applied."""
-        counters = self.counters
-        self.accumulation.micro_batches = 0
+        counters, batch = self.counters, self.config.batch
         counters.global_steps += 1
-        counters.global_samples += self.config.batch.train
+        counters.global_samples += (
+            batch.train
+            if self.accumulation.is_managed
+            else batch.micro * batch.data_ranks * self.accumulation.micro_batches
+        )
+        self.accumulation.micro_batches = 0
         if not counters.applied:
             counters.skipped_steps += 1
             self.progress.clear_losses()

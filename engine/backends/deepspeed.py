@@ -26,6 +26,7 @@ from engine.backends.deepspeed_order import BackwardOrder
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
+from engine.config.master_weights import find_cpu_adam_key
 from engine.config.wording import count_noun
 from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
@@ -86,7 +87,9 @@ class DeepSpeedBackend(Backend):
         ):
             groups = parameters = configure_moe_param_groups(groups)
         block = config.optimizer
-        if optimizer is None and block is not None and is_buildable(config.raw["optimizer"]):
+        can_build = block is not None and is_buildable(config.raw["optimizer"])
+        if optimizer is None and can_build and find_cpu_adam_key(config.raw) is None:
+            assert block is not None
             may_fuse = not find_sparse_weights(model)
             optimizer = build_optimizer(block, groups, may_fuse=may_fuse)
         trained = optimizer.param_groups if isinstance(optimizer, Optimizer) else groups
@@ -104,6 +107,7 @@ class DeepSpeedBackend(Backend):
             mesh_param=mesh_param,
         )
         self._trains = optimizer is not None or block is not None
+        self._is_managed = config.raw.get("managed_gradient_accumulation", True)
         super().__init__(
             self.engine.module,
             self.engine.optimizer if self._trains else NoOptimizer(),
@@ -129,15 +133,23 @@ class DeepSpeedBackend(Backend):
 
     @override
     def prepare_backward(self, *, is_last: bool) -> None:
-        if self._trains:
+        if self._trains and self._is_managed:
+            self.engine.set_gradient_accumulation_boundary(is_last)
+
+    def _start_backward(self, *, is_last: bool) -> None:
+        """Check the order of the passes, and mark the last one of a step.
+
+        If DeepSpeed does not manage gradient accumulation, it reduces all gradients in its step.
+        """
+        self._order.check(is_last=is_last and self._is_managed)
+        if self._is_managed:
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     @override
     def backward(
         self, loss: Tensor, accumulation: int, *, is_last: bool, retain_graph: bool = False
     ) -> None:
-        self._order.check(is_last=is_last)
-        self.engine.set_gradient_accumulation_boundary(is_last)
+        self._start_backward(is_last=is_last)
         scaled = accumulation == self.engine.gradient_accumulation_steps()
         loss = loss if scaled else loss / accumulation
         with self._order.explain_errors():
@@ -145,8 +157,7 @@ class DeepSpeedBackend(Backend):
 
     @override
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
-        self._order.check(is_last=is_last)
-        self.engine.set_gradient_accumulation_boundary(is_last)
+        self._start_backward(is_last=is_last)
         del accumulation  # DeepSpeed's backward hooks divide the gradients by this number
         scaled: Tensor = self.engine.scale(loss)
         return scaled
@@ -165,7 +176,8 @@ class DeepSpeedBackend(Backend):
         if not checks_overflow and not self._are_gradients_finite():
             self._skip_step()
             return False
-        self.engine.set_gradient_accumulation_boundary(is_boundary=True)
+        if self._is_managed:
+            self.engine.set_gradient_accumulation_boundary(is_boundary=True)
         self.engine.step()
         applied: bool = self.engine.was_step_applied()
         if scaler and scaler.get_scale() < before:
@@ -196,7 +208,7 @@ class DeepSpeedBackend(Backend):
         """
         parameters = (p for g in self.optimizer.param_groups for p in g["params"])
         norm = compute_norm([get_gradient(p) for p in parameters if p.grad is not None])
-        if not self._has_rank_local_weights:
+        if self._is_managed and not self._has_rank_local_weights:
             self.grad_norm = norm
             return math.isfinite(norm)
         return self.mean(float(not math.isfinite(norm))) == 0
@@ -221,7 +233,7 @@ class DeepSpeedBackend(Backend):
         # last backward pass of a step, and its `step` fails without it.
         averaged = getattr(self.optimizer, "averaged_gradients", None)
         is_kept = self._config.zero_stage in {1, 2} and not self._config.cpu_offload
-        if averaged is None or not is_kept:
+        if averaged is None or not is_kept or not self._is_managed:
             return True
         return any(gradients is not None for gradients in averaged.values())
 

@@ -35,6 +35,7 @@ from engine.config.schema import (
     SCHEMA,
     Member,
     is_ignored,
+    means_default,
     optimizer_name,
     optimizer_schema,
     schedule_schema,
@@ -192,6 +193,12 @@ def _convert_error(
             message = f"`{name}` was removed in DeepSpeed {schema['x-removed']}."
             hint = schema["x-instead"]
             yield document.build_problem("removed-key", pointer, message, hint, at_key=True)
+        case _ if means_default(pointer, value):
+            message = f'`{name}` is "auto", which no integration replaces. It means the default.'
+            hint = "Remove the key, or set a value."
+            yield document.build_problem(
+                "unsupported-auto", pointer, message, hint, severity="warning"
+            )
         case _ if value == "auto":
             message = (
                 f"`{name}` must be {describe_schema(schema)}, "

@@ -11,6 +11,7 @@ from engine.config.batch_sizes import RankCounter, count_data_ranks
 from engine.config.parser import Document
 from engine.config.pointers import dotted_name
 from engine.config.rules import RULES, RuleContext
+from engine.config.schema import means_default
 from engine.config.source import Source, load_document
 from engine.config.structure import check_structure
 from engine.config.wording import quote_value
@@ -122,7 +123,8 @@ def _examine_values(
 
 def _find_unresolved(context: RuleContext) -> Iterator[Problem]:
     for member in context.members:
-        if member.value == "auto" and "x-auto" in member.schema:
+        is_auto = member.value == "auto" and "x-auto" in member.schema
+        if is_auto and not means_default(member.pointer, member.value):
             name, who = dotted_name(member.pointer), member.schema["x-auto"].replace(", ", " or ")
             message = f'`{name}` must be set, got "auto", which only {who} can replace.'
             hint = f"Set a value, or start the run with {who}."
