@@ -168,7 +168,7 @@ def initialize(
             backend=how,
             device=str(ranks.device),
             precision=precision,
-            optimizer=_describe_optimizer(backend.basic_optimizer),
+            optimizer=_get_name(backend.basic_optimizer),
             num_parameters=backend.num_parameters,
             scheduler=scheduler,
             replacements=replacements,
@@ -178,8 +178,8 @@ def initialize(
     return engine, engine.optimizer, loader, scheduler
 
 
-def _describe_optimizer(optimizer: Optimizer) -> str:
-    return "none (inference)" if has_no_optimizer(optimizer) else type(optimizer).__name__
+def _get_name(optimizer: Optimizer) -> str | None:
+    return None if has_no_optimizer(optimizer) else type(optimizer).__name__
 
 
 def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> Source:

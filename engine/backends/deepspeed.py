@@ -82,9 +82,13 @@ class DeepSpeedBackend(Backend):
 
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups = trainable if parameters is None else parameters
-        if any(is_moe_param(p) for p in model.parameters()) and not isinstance(
-            optimizer, Optimizer
-        ):
+        has_experts = any(is_moe_param(p) for p in model.parameters())
+        if has_experts and config.zero_stage == 3:
+            raise ValueError(
+                "DeepSpeed cannot train MoE layers in ZeRO stage 3. Set "
+                '"zero_optimization": {"stage": 2}, or configure `expert_parallel` (AutoEP).'
+            )
+        if has_experts and not isinstance(optimizer, Optimizer):
             groups = parameters = configure_moe_param_groups(groups)
         block = config.optimizer
         can_build = block is not None and is_buildable(config.raw["optimizer"])
