@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import schemas
 from engine.config.backend_choice import BackendChoice, find_offload_device, zero_stage
-from engine.config.batch_sizes import BATCH_KEYS, BatchSizes, derive_batch_sizes
+from engine.config.batch_sizes import (
+    BATCH_KEYS,
+    BatchSizes,
+    RankCounter,
+    count_data_ranks,
+    derive_batch_sizes,
+)
 from engine.config.pointers import dotted_name
 from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_horizon
@@ -248,6 +254,7 @@ def load_config(
     world_size: int = 1,
     args: argparse.Namespace | None = None,
     needs_deepspeed: str | None = None,
+    count_ranks: RankCounter = count_data_ranks,
 ) -> Config:
     """Load and validate a config, and fill in all defaults and derived values.
 
@@ -261,6 +268,8 @@ def load_config(
             values.
         needs_deepspeed: part of the model that only DeepSpeed supports; None if there is none.
             Such a part selects the DeepSpeed backend unless ``engine.backend`` is set.
+        count_ranks: function of the config and the world size that returns how many ranks load
+            different samples; by default, it reads the parallelism from the config.
 
     Raises:
         ConfigError: the config cannot be read or is invalid; ``problems`` lists every error.
@@ -282,17 +291,17 @@ def load_config(
         world_size,
         reject_auto=True,
         needs_deepspeed=needs_deepspeed,
+        count_ranks=count_ranks,
         allow_imports=True,
     )
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or context is None:
         raise ConfigError(document.name, errors)
-    return _resolve(context, world_size, overrides, problems)
+    return _resolve(context, overrides, problems)
 
 
 def _resolve(
     context: RuleContext,
-    world_size: int,
     overrides: Sequence[Override],
     problems: Sequence[Problem],
 ) -> Config:
@@ -319,7 +328,7 @@ def _resolve(
         ),
         max_skipped_steps=engine["max_skipped_steps"],
         batch=derive_batch_sizes(
-            {key: value[key] for key in BATCH_KEYS if key in value}, world_size
+            {key: value[key] for key in BATCH_KEYS if key in value}, context.data_ranks or 1
         ),
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
 import errno
 import json
@@ -28,7 +29,7 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
 def load_document(config: Source) -> Document:
-    """Read a config from a file, standard input ("-") or a dict.
+    """Read a config from a file, standard input ("-"), a dict, or a string in base64.
 
     A path must name a regular file, because reading a named pipe or a device can block or never
     end. The paths of pipes that the shell has opened, such as ``/dev/fd/63`` for ``<(command)``,
@@ -39,6 +40,8 @@ def load_document(config: Source) -> Document:
     """
     if isinstance(config, Mapping):
         return _load_mapping(config)
+    if isinstance(config, str) and (decoded := _decode(config)) is not None:
+        return parse(decoded, "config")
     path = Path(config)
     name = str(config)
     try:
@@ -79,6 +82,19 @@ def check_is_readable(path: Path) -> None:
     if not (stat.S_ISREG(mode) or (is_open and not stat.S_ISBLK(mode))):
         reason = "not a regular file; use - to read standard input"
         raise OSError(errno.EINVAL, reason, str(path))
+
+
+def _decode(text: str) -> str | None:
+    """Return the config that a string contains in URL-safe base64, as DeepSpeed accepts.
+
+    Return None if the string is something else, such as a path.
+    """
+    try:
+        decoded = base64.b64decode(text, altchars=b"-_", validate=True).decode("utf-8")
+    except ValueError:
+        return None
+    is_object = decoded.lstrip().startswith("{")
+    return decoded if is_object and len(decoded) <= _MAX_BYTES else None
 
 
 def _read(path: Path) -> bytes:

@@ -14,6 +14,7 @@ import jsonschema
 from referencing import Registry, Resource
 
 import schemas
+from engine.config.batch_sizes import DataRanks, RankCounter, count_data_ranks
 from engine.config.named_code import check_named_code
 from engine.config.parser import Document
 from engine.config.pointers import (
@@ -34,6 +35,7 @@ from engine.config.schema import (
     SCHEMA,
     Member,
     is_ignored,
+    means_default,
     optimizer_name,
     optimizer_schema,
     schedule_schema,
@@ -75,38 +77,43 @@ class Structure:
     """Pointers of invalid values, "auto" values, and probably misspelled keys."""
     schedule: Schedule[Any] | None
     """The schedule in ``config``; None if there is none or it cannot be constructed."""
+    data_ranks: DataRanks | None
+    """The number of ranks that load different samples; None if the world size is unknown."""
 
 
-def check_structure(document: Document, world_size: int | None) -> Structure:
+def check_structure(
+    document: Document, world_size: int | None, count_ranks: RankCounter = count_data_ranks
+) -> Structure:
     """Check each value of a config against its schema, and construct the config's schedule.
 
     Args:
         document: parsed config; its value must be an object.
         world_size: number of ranks; None if unknown.
+        count_ranks: function that returns the number of ranks that load different samples.
     """
     schema = schemas.read(SCHEMA)
     problems = list(check_against_schema(document, document.value, schema))
     invalid = {problem.pointer for problem in problems} - {""}
     config = remove_keys(document.value, invalid)
     members = list(walk(config, schema))
+    ranks = None if world_size is None else count_ranks(config, world_size)
     for key, check_block in (("optimizer", _check_optimizer), ("scheduler", _check_scheduler)):
         block = config.get(key)
         if isinstance(block, dict) and "type" in block and f"/{key}/params" not in invalid:
             problems += check_block(document, block)
     problems += _find_deprecated(document)
     if not invalid & {"/engine", "/engine/max_duration", "/engine/scale_schedule_ratio"}:
-        problems += _check_run_length(document, config, world_size)
+        problems += _check_run_length(document, config, ranks)
     unresolved = {
         each.pointer for each in members if each.value == "auto" and "x-auto" in each.schema
     }
     unresolved |= _get_error_pointers(problems)
     config = remove_keys(config, unresolved)
-    schedule, from_schedule = _construct_schedule(document, config, unresolved, world_size)
+    schedule, from_schedule = _construct_schedule(document, config, unresolved, ranks)
     problems += from_schedule
     unresolved |= _get_error_pointers(from_schedule)
-    return Structure(
-        problems, remove_keys(config, unresolved), members, frozenset(unresolved), schedule
-    )
+    config = remove_keys(config, unresolved)
+    return Structure(problems, config, members, frozenset(unresolved), schedule, ranks)
 
 
 def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
@@ -187,6 +194,12 @@ def _convert_error(
             message = f"`{name}` was removed in DeepSpeed {schema['x-removed']}."
             hint = schema["x-instead"]
             yield document.build_problem("removed-key", pointer, message, hint, at_key=True)
+        case _ if means_default(pointer, value):
+            message = f'`{name}` is "auto", which no integration replaces. It means the default.'
+            hint = "Remove the key, or set a value."
+            yield document.build_problem(
+                "unsupported-auto", pointer, message, hint, severity="warning"
+            )
         case _ if value == "auto":
             message = (
                 f"`{name}` must be {describe_schema(schema)}, "
@@ -310,13 +323,13 @@ def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[P
 
 
 def _check_run_length(
-    document: Document, config: Mapping[str, Any], world_size: int | None
+    document: Document, config: Mapping[str, Any], ranks: DataRanks | None
 ) -> Iterator[Problem]:
     """Yield an error if the run is too long, or shorter than one step.
 
     The data set is unknown, so an epoch is assumed to have one step.
     """
-    samples = get_train_batch_size(config, world_size) or 1
+    samples = get_train_batch_size(config, ranks) or 1
     try:
         build_horizon(config.get("engine", {}), samples_per_step=samples, steps_per_epoch=1)
     except ValueError as error:
@@ -356,7 +369,7 @@ def _construct_schedule(
     document: Document,
     config: Mapping[str, Any],
     unresolved: Collection[str],
-    world_size: int | None,
+    ranks: DataRanks | None,
 ) -> tuple[Schedule[Any] | None, list[Problem]]:
     """Construct the config's schedule.
 
@@ -372,7 +385,7 @@ def _construct_schedule(
     problems = []
     try:
         schedule = from_config({"type": block["type"], "params": params})
-        _resolve_in_any_run(schedule, list_possible_horizons(schedule, config, world_size))
+        _resolve_in_any_run(schedule, list_possible_horizons(schedule, config, ranks))
     except ScheduleError as error:
         for fault in error.problems:
             below = join_pointer(pointer, fault.field) if fault.field else pointer

@@ -12,12 +12,28 @@ from torch.optim import Optimizer
 from engine.config.resolve import OptimizerBlock
 from engine.config.schema import optimizer_name, optimizer_schema
 
-__all__ = ["OptimizerFactory", "build_optimizer", "is_buildable"]
+__all__ = ["NoOptimizer", "OptimizerFactory", "build_optimizer", "has_no_optimizer", "is_buildable"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """Function that takes parameters or param groups and returns their optimizer."""
 
 _FUSED_OPTIMIZERS = {"Adam", "AdamW", "SGD"}
+
+
+class NoOptimizer(Optimizer):
+    """An optimizer without parameters, for an engine that only runs inference.
+
+    >>> NoOptimizer().param_groups
+    [{'params': []}]
+    """
+
+    def __init__(self) -> None:
+        super().__init__([{"params": []}], {})
+
+
+def has_no_optimizer(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer of a backend means that it only runs inference."""
+    return isinstance(optimizer, NoOptimizer)
 
 
 def build_optimizer(

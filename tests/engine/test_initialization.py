@@ -275,7 +275,6 @@ def test_param_groups_keep_their_learning_rates():
     [
         ({"config": None}, "`config` must be a path or a dict, got None"),
         ({"model": None}, "`model` must be a torch.nn.Module, got None"),
-        ({"config": {"train_batch_size": 8}}, "No optimizer is specified"),
         ({"model": torch.nn.Linear}, "`model` must be a torch.nn.Module, got the class Linear"),
         (
             {"model": model().requires_grad_(False)},

@@ -1,6 +1,6 @@
-"""Rule for the batch sizes.
+"""Rules for the batch sizes.
 
-The train batch size must equal micro-batch size x gradient accumulation steps x world size.
+The train batch size must equal micro-batch size x accumulation steps x data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -8,7 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from engine.config.batch_sizes import BATCH_KEYS, BatchError, derive_batch_sizes
+from engine.config.batch_sizes import (
+    BATCH_KEYS,
+    BatchError,
+    DataRanks,
+    count_ranks_per_model,
+    derive_batch_sizes,
+)
 from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
 
@@ -19,20 +25,28 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
     if {f"/{key}" for key in BATCH_KEYS} & set(context.unresolved):
         return
     given = {key: context.config[key] for key in BATCH_KEYS if key in context.config}
-    world_size = context.world_size
-    if world_size is None:
-        train, *others = (given.get(key) for key in BATCH_KEYS)
+    train, *others = (given.get(key) for key in BATCH_KEYS)
+    ranks = context.data_ranks
+    if ranks is None:
         product = math.prod(other for other in others if other)
         if train is not None and train % product:
             yield _build_unfitting_problem(context, given, product)
             return
         # The sizes are valid for this number of ranks.
-        world_size = train // product if train is not None and all(others) else 1
+        ranks = DataRanks(train // product if train is not None and all(others) else 1)
     try:
-        derive_batch_sizes(given, world_size)
+        sizes = derive_batch_sizes(given, ranks)
     except BatchError as error:
         pointer = f"/{error.key}" if error.key else ""
         yield context.error("batch-sizes", pointer, str(error), error.hint)
+        return
+    if train not in {None, sizes.train}:
+        message = (
+            f"`train_batch_size` is {train}, which counts the {ranks.tensor_parallel} ranks of "
+            f"tensor parallelism separately, but they process the same {sizes.train} samples."
+        )
+        hint = f"Set it to {sizes.train}."
+        yield context.note("batch-sizes", "/train_batch_size", message, hint)
 
 
 def _build_unfitting_problem(
@@ -51,4 +65,16 @@ def _build_unfitting_problem(
     return context.error("batch-sizes", f"/{key}", message, hint)
 
 
-RULES: tuple[Rule, ...] = (_check_batch_sizes,)
+def _check_ranks_per_model(context: RuleContext) -> Iterator[Problem]:
+    sizes = count_ranks_per_model(context.config)
+    sizes.pop("pipeline.stages", None)  # DeepSpeed reads the stages from the model
+    product = math.prod(sizes.values())
+    if context.world_size is not None and context.world_size % product:
+        names = " x ".join(f"`{key}` ({size})" for key, size in sizes.items())
+        key = next(iter(sizes))
+        message = f"The world size must be a multiple of {names}, got {context.world_size}."
+        hint = f"Start a multiple of {product} ranks, or change these keys."
+        yield context.error("batch-sizes", f"/{key.replace('.', '/')}", message, hint)
+
+
+RULES: tuple[Rule, ...] = (_check_batch_sizes, _check_ranks_per_model)
