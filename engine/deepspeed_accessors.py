@@ -159,7 +159,7 @@ class DeepSpeedAccessors(nn.Module):
         """Return the learning rate of each param group for the next step."""
         return read_lr(self._backend.optimizer)
 
-    def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
+    def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return each param group's momentum (all betas for Adam); None if there is none."""
         return read_momenta(self._backend.optimizer)
 
