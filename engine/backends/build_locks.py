@@ -8,6 +8,7 @@ system releases them when their process ends.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -62,11 +63,9 @@ def log_build_locks() -> None:
 
 def _find_holder(path: Path) -> int | None:
     """Return the process that has a file open. Files of other users' processes are not visible."""
-    wanted = str(path.resolve())
+    wanted = path.resolve()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(link) == wanted:
+        with contextlib.suppress(OSError):  # the file was closed, or its process ended
+            if link.readlink() == wanted:
                 return int(link.parts[2])
-        except OSError:  # the file was closed, or its process ended
-            continue
     return None

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,10 +46,10 @@ def test_build_locks_in_the_default_directory_are_found(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
     directory = cpp_extension._get_build_directory("some_op", verbose=False)
-    lock = os.path.join(directory, "lock")
+    lock = Path(directory, "lock")
     assert find_build_locks() == []
-    open(lock, "w").close()
-    assert [str(found.path) for found in find_build_locks()] == [lock]
+    lock.touch()
+    assert [found.path for found in find_build_locks()] == [lock]
 
 
 def train_muon(lock):
