@@ -60,6 +60,7 @@ def start(directory: Path, case: Case) -> int:
             "-m",
             "torch.distributed.run",
             "--standalone",
+            f"--log-dir={directory / 'torchrun'}",
             f"--nproc_per_node={case.ranks}",
         ]
     command = [*launcher, SCRIPT, directory, case.loop, case.cut, str(case.step)]

@@ -180,7 +180,7 @@ class DeepSpeedAccessors(nn.Module):
         """Return the learning rate of each param group for the next step."""
         return read_lr(self._backend.optimizer)
 
-    def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
+    def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return the momentum of each param group (all betas for Adam).
 
         The result is None if the optimizer has no momentum.

@@ -78,12 +78,20 @@ def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
     return tuple(slots)
 
 
-def read_momenta(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | None:
-    """Return the momentum or the betas of each group, or None if the optimizer has neither."""
+def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...]] | None:
+    """Return the momentum or the betas of each group, or None if the optimizer has neither.
+
+    A group that has neither counts as momentum 0 if another group has one of them.
+    """
     groups = optimizer.param_groups
-    if "momentum" in groups[0]:
-        return [float(group["momentum"]) for group in groups]
-    return [tuple(group["betas"]) for group in groups] if "betas" in groups[0] else None
+    if not any("momentum" in group or "betas" in group for group in groups):
+        return None
+    return [
+        tuple(group["betas"])
+        if "betas" in group and "momentum" not in group
+        else float(group.get("momentum", 0.0))
+        for group in groups
+    ]
 
 
 def read_lr(optimizer: Optimizer) -> list[float]:

@@ -218,7 +218,7 @@ class ScheduleBinder(LRScheduler):
         """Return the result of `get_last_lr`, for compatibility with DeepSpeed's schedulers."""
         return self.get_last_lr()
 
-    def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
+    def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return the momentum (with Adam, the betas) of each param group.
 
         Return None if the schedule does not set the momentum.

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
+from engine.backends.build_locks import log_build_locks
 from engine.backends.deepspeed_checkpoint import refuse_pickled_code
 from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.backends.deepspeed_layout import Layout
@@ -102,6 +103,8 @@ class DeepSpeedBackend(Backend):
         layout = Layout(model, trained)
         # DeepSpeed reads the local rank from the environment. Set it in case no launcher did.
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+        if ranks.local_rank == 0:
+            log_build_locks()
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

@@ -7,7 +7,7 @@ then continue differently.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +113,36 @@ def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str,
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Load an optimizer state that has parameter names in place of indices."""
     indices = {name: index for index, (name, _) in enumerate(_name_parameters(model, optimizer))}
+    groups = []
+    by_kernel: dict[tuple[bool, ...], set[int]] = {}
+    for group in state["param_groups"]:
+        kernel = tuple(bool(group.get(key)) for key in ("fused", "capturable"))
+        own = [indices[name] for name in group["params"]]
+        known = by_kernel.setdefault(kernel, set())
+        known.update(own)
+        groups.append({**group, "params": _Indices(own, known)})
     optimizer.load_state_dict(
         {
             "state": {indices[name]: values for name, values in state["state"].items()},
-            "param_groups": [
-                {**group, "params": [indices[name] for name in group["params"]]}
-                for group in state["param_groups"]
-            ],
+            "param_groups": groups,
         }
     )
+
+
+class _Indices(list[int]):
+    """Indices of the parameters of a param group, which can be searched quickly.
+
+    For each tensor, `Optimizer.load_state_dict` searches all groups for the one that contains the
+    parameter, and uses only its ``fused`` and ``capturable``. That takes minutes for 10,000 groups.
+    So each group claims to contain the parameters of all groups with equal settings.
+    """
+
+    def __init__(self, own: Iterable[int] = (), known: Collection[int] = ()) -> None:
+        super().__init__(own)
+        self._known = known
+
+    def __contains__(self, index: object) -> bool:
+        return index in self._known
 
 
 def reshard(model: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -136,7 +135,8 @@ def read(
             The message names the first one.
     """
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    saved_tensors = _read_saved_tensors(directory)
+    reader = ShardReader(directory)
+    saved_tensors = _read_saved_tensors(reader)
     saved_values = read_values(directory / VALUES)
     saved_model = {
         name.removeprefix(_MODEL): metadata
@@ -168,7 +168,7 @@ def read(
         }
     leaves = _find_leaves(state)
     own = {name: holder[key] for name, holder, key in leaves if _is_sharded(name, holder[key])}
-    _load_tensors(directory, own, is_single_process=not dist.is_initialized())
+    _load_tensors(reader, own, is_single_process=not dist.is_initialized())
     for name, holder, key in leaves:
         if name in saved_values and name.startswith(_MODEL):
             holder[key] = saved_values[name]
@@ -183,12 +183,13 @@ def read(
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Return the unsharded parameters and buffers of the model in a checkpoint, by name."""
+    reader = ShardReader(directory)
     weights: dict[str, Any] = {
         name: torch.empty(metadata.size, dtype=metadata.properties.dtype)
-        for name, metadata in _read_saved_tensors(directory).items()
+        for name, metadata in _read_saved_tensors(reader).items()
         if name.startswith(_MODEL)
     }
-    _load_tensors(directory, weights, is_single_process=True)
+    _load_tensors(reader, weights, is_single_process=True)
     return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
 
 
@@ -231,13 +232,13 @@ def _find_frozen_names(model: nn.Module) -> set[str]:
 def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     leaves = {name: holder[key] for name, holder, key in _find_leaves(state)}
     is_single_process = not dist.is_initialized()
-    with _ignore_process_group_warning(), _raise_cause():
-        save(
-            {name: value for name, value in leaves.items() if _is_sharded(name, value)},
-            storage_writer=ShardWriter(directory),
-            process_group=group,
-            no_dist=is_single_process,
-        )
+    tensors = {name: value for name, value in leaves.items() if _is_sharded(name, value)}
+    writer = ShardWriter(directory)
+    if is_single_process:
+        writer.write_whole(tensors)
+    else:
+        with _raise_cause():
+            save(tensors, storage_writer=writer, process_group=group)
     # Write this file after the collective `save`. If rank 0 failed here before that call, the other
     # ranks would wait in it indefinitely.
     if is_single_process or dist.get_rank() == 0:
@@ -245,14 +246,17 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
         write_values(directory / VALUES, values)
 
 
-def _load_tensors(directory: Path, own: dict[str, Any], *, is_single_process: bool) -> None:
+def _load_tensors(reader: ShardReader, own: dict[str, Any], *, is_single_process: bool) -> None:
     """Load tensors of a checkpoint by name, in place."""
     try:
-        with _ignore_process_group_warning(), _raise_cause():
-            load(own, storage_reader=ShardReader(directory), no_dist=is_single_process)
+        if is_single_process:
+            reader.read_whole(own)
+            return
+        with _raise_cause():
+            load(own, storage_reader=reader)
     except (SafetensorError, LookupError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory} cannot be loaded: {error}. Use another checkpoint."
+            f"{reader.directory} cannot be loaded: {error}. Use another checkpoint."
         ) from error
 
 
@@ -334,19 +338,11 @@ def check_weights(
         )
 
 
-def _read_saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
+def _read_saved_tensors(reader: ShardReader) -> dict[str, TensorStorageMetadata]:
     try:
-        found: Any = ShardReader(directory).read_metadata().state_dict_metadata
+        found: Any = reader.read_metadata().state_dict_metadata
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory} cannot be loaded: {error}. Use another checkpoint."
+            f"{reader.directory} cannot be loaded: {error}. Use another checkpoint."
         ) from error
     return dict(found)
-
-
-@contextlib.contextmanager
-def _ignore_process_group_warning() -> Iterator[None]:
-    """Suppress torch's warning about a missing process group; a single process requires none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
-        yield

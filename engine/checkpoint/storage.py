@@ -55,10 +55,11 @@ def check_tag(tag: str) -> None:
     Raises:
         CheckpointError: if the tag is not a valid directory name.
     """
-    if not tag or tag in {".", "..", LATEST} or "/" in tag or os.sep in tag or tag.startswith("."):
+    is_name = tag.isprintable() and "/" not in tag and os.sep not in tag
+    if not tag.strip() or not is_name or tag == LATEST or tag.startswith("."):
         raise CheckpointError(
-            f"`tag` must be a valid directory name that does not start with a dot and is not "
-            f"`{LATEST}`, got {tag!r}. Choose a tag such as `step100`."
+            f"`tag` must be a valid directory name of printable characters that does not start "
+            f"with a dot and is not `{LATEST}`, got {tag!r}. Choose a tag such as `step100`."
         )
 
 

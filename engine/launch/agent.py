@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from engine.distributed.environment import to_exit_status
+from engine.launch.torchrun import remove_directory
 
 __all__ = ["STARTED", "find_descendants", "main", "map_slots_to_devices"]
 
@@ -96,6 +97,7 @@ def main() -> int:
     _watch(job, words, signals)
     status = to_exit_status(job.process.returncode)
     job.kill()
+    remove_directory(job.process.pid)
     return status
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from engine.distributed.environment import FAILURE_FILE, TIMED_OUT, to_exit_status
 from engine.launch.failure import Failure, format_failure
 
-__all__ = ["LOCAL_RANK_ARGUMENT", "main"]
+__all__ = ["LOCAL_RANK_ARGUMENT", "main", "remove_directory"]
 
 LOCAL_RANK_ARGUMENT = "--local_rank=${local_rank}"
 """Argument in which torchrun replaces ``${local_rank}`` with the local rank of each process."""
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
         options.training_script = _escape(options.training_script)
     try:
         with tempfile.TemporaryDirectory(
-            prefix="torchelastic_", ignore_cleanup_errors=True
+            prefix=_get_prefix(os.getpid()), ignore_cleanup_errors=True
         ) as directory:
             # torchrun never removes the directory that it creates if no --log-dir is given.
             options.log_dir = options.log_dir or directory
@@ -56,6 +57,16 @@ def main(arguments: list[str]) -> int:
         _print_failure(Failure(None, status, reason=f"{type(error).__name__}: {error}"))
         return _append_to_file(status, time.time())
     return 0
+
+
+def remove_directory(pid: int) -> None:
+    """Remove the temporary directory of a process of this module that was killed."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_get_prefix(pid)}*"):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _get_prefix(pid: int) -> str:
+    return f"torchelastic_{pid}_"
 
 
 def _escape(argument: str) -> str:

@@ -129,6 +129,8 @@ class TensorBoardMonitor:
 
             self.close()
             self._writer = SummaryWriter(directory, purge_step=self._purge_step)
+            # End the writer's thread if the engine is deleted without a call to `destroy`.
+            self._finalizer = weakref.finalize(self, self._writer.close)
         for event in events:
             self._writer.add_scalar(event.name, event.value, event.samples)
         self._writer.flush()
@@ -141,7 +143,7 @@ class TensorBoardMonitor:
     def close(self) -> None:
         """Close the event file and end the writer's thread."""
         if self._writer is not None:
-            self._writer.close()
+            self._finalizer()
             self._writer = None
 
 

@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import inspect
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
@@ -42,6 +43,7 @@ __all__ = [
 TORCH_MODULE = "torch.optim.lr_scheduler"
 _ABSTRACT = "LRScheduler"
 _NOT_IN_CONFIGS = {"last_epoch", "verbose"}
+_MAX_RECORDED = 1024  # learning rates that a recorder keeps, of all param groups together
 
 
 @functools.cache
@@ -194,26 +196,41 @@ class WrappedScheduler(Schedule[int]):
 
 
 class _Recorder:
-    """Runs a scheduler on a dummy optimizer, and records the learning rate at every step."""
+    """Runs a scheduler on a dummy optimizer, and records the learning rates of the last steps.
+
+    The record has a limited size, so that a long run does not need more and more memory. To return
+    the learning rate of a step before the record, the scheduler runs again from the first step.
+    """
 
     def __init__(self, schedule: WrappedScheduler, lrs: tuple[float, ...]) -> None:
+        self._schedule = schedule
+        self._initial_lrs = lrs
+        self._restart()
+
+    def _restart(self) -> None:
         import torch
 
+        lrs = self._initial_lrs
         groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs]
         self._optimizer = torch.optim.SGD(groups, lr=lrs[0])
-        params = {name: _import_functions(value) for name, value in schedule.params().items()}
-        self._scheduler = schedule.wrapped(self._optimizer, **params)
-        self._lrs = [self._current_lrs()]
+        params = self._schedule.params()
+        functions = {name: _import_functions(value) for name, value in params.items()}
+        self._scheduler = self._schedule.wrapped(self._optimizer, **functions)
+        self._step = 0
+        self._lrs = deque([self._current_lrs()], maxlen=max(2, _MAX_RECORDED // len(lrs)))
 
     def _current_lrs(self) -> list[float]:
         return [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def lr(self, group: int, step: float) -> float:
-        while len(self._lrs) <= step:
+        if int(step) <= self._step - len(self._lrs):
+            self._restart()
+        while self._step < int(step):
             self._optimizer.step()
             self._scheduler.step()
             self._lrs.append(self._current_lrs())
-        return self._lrs[int(step)][group]
+            self._step += 1
+        return self._lrs[int(step) - self._step - 1][group]
 
 
 def _import_functions(value: Any) -> Any:

@@ -228,9 +228,11 @@ def _build_command(args: argparse.Namespace) -> list[str]:
     python = [sys.executable] if script[0].endswith(".py") else []
     if args.nproc == 1:
         return [*python, *script]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    from engine.launch.request import build_module_command
+
+    torchrun = build_module_command(sys.executable, "engine.launch.torchrun")
     flags = [] if python else ["--no-python"]
-    return [*launcher, "--nproc_per_node", str(args.nproc), *flags, *script]
+    return [*torchrun, "--standalone", "--nproc-per-node", str(args.nproc), *flags, *script]
 
 
 def _read_range_test_block(config: str | None, nproc: int) -> Any:
@@ -307,6 +309,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     import signal
 
     from engine.launch.agent import find_descendants
+    from engine.launch.torchrun import remove_directory
 
     children = find_descendants(process.pid)
     os.killpg(process.pid, signal.SIGKILL)
@@ -314,6 +317,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+    remove_directory(process.pid)
 
 
 def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
