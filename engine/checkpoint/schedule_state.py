@@ -4,14 +4,46 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from engine.config import Config
+from engine.errors import CheckpointError
+from schedules import ScheduleBinder
 from schedules.core.durations import has_data_durations
 
-__all__ = ["adapt_schedule_state", "convert_position"]
+__all__ = ["adapt_schedule_state", "convert_deepspeed_state", "convert_position"]
 
 log = logging.getLogger("onecycle")
+
+
+def convert_deepspeed_state(
+    checkpoint_dir: Path, saved: Mapping[str, Any] | None, scheduler: LRScheduler
+) -> Mapping[str, Any] | None:
+    """Return the part of DeepSpeed's scheduler state that this run's scheduler can load.
+
+    Args:
+        checkpoint_dir: directory of the checkpoint, for the error message.
+        saved: state of the scheduler in the checkpoint; None if it contains none.
+        scheduler: scheduler of this run.
+
+    Returns:
+        The state; None if the schedule continues at the current step of the run.
+
+    Raises:
+        CheckpointError: the scheduler is the script's own one, and the state is from a different
+            class.
+    """
+    if isinstance(scheduler, ScheduleBinder):
+        return saved if saved is not None and {"type", "params", "step"} <= saved.keys() else None
+    if saved is None or saved.keys() != scheduler.state_dict().keys():
+        raise CheckpointError(
+            f"{checkpoint_dir} does not contain a state of `{type(scheduler).__name__}`. Use the "
+            "scheduler of the saved run, or pass `load_lr_scheduler_states=False`."
+        )
+    return saved
 
 
 def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]) -> int:
