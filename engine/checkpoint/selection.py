@@ -15,7 +15,7 @@ from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
 
-__all__ = ["RUN_STATE", "CheckpointSelector", "Selected"]
+__all__ = ["RUN_STATE", "CheckpointSelector", "Selected", "find_foreign"]
 
 RUN_STATE = "engine.pt"
 """File for the state of a run, except for the model's and the optimizer's."""
@@ -90,16 +90,15 @@ class CheckpointSelector:
 
     def _find_foreign(self, directory: Path, tag: str | None) -> Path | None:
         """Return the checkpoint that DeepSpeed wrote; None to search for one of this library."""
-        if tag is not None:
-            return directory / tag if _is_foreign(directory / tag) else None
-        own = [manifest for _, manifest in storage.list_checkpoints(directory)]
-        universal = _follow(directory / _LATEST_UNIVERSAL) if self._loads_universal else None
+        pointer = directory / _LATEST_UNIVERSAL
+        universal = _follow(pointer) if self._loads_universal and tag is None else None
         if universal is not None:
+            own = [manifest for _, manifest in storage.list_checkpoints(directory)]
             # A run that has saved its own checkpoints since does not start from it again.
             steps = DeepSpeedFiles(universal, trusts=self._config.checkpoint.trust_pickle).steps
             if all(manifest.step <= steps for manifest in own):
                 return universal
-        return _follow(directory / storage.LATEST)
+        return find_foreign(directory, tag)
 
     def _describe_foreign(self, checkpoint_dir: Path) -> tuple[Manifest, dict[str, Any]]:
         files = DeepSpeedFiles(checkpoint_dir, trusts=self._config.checkpoint.trust_pickle)
@@ -113,6 +112,18 @@ class CheckpointSelector:
             created="",
         )
         return manifest, files.read_run_state(self._config.batch.train)
+
+
+def find_foreign(directory: Path, tag: str | None) -> Path | None:
+    """Return the checkpoint with a tag, or the one in ``latest``, if DeepSpeed wrote it.
+
+    Args:
+        directory: directory that holds the checkpoints.
+        tag: name of the checkpoint; None follows ``latest``.
+    """
+    if tag is None:
+        return _follow(directory / storage.LATEST)
+    return directory / tag if _is_foreign(directory / tag) else None
 
 
 def _follow(pointer: Path) -> Path | None:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor, has_deepspeed_files
 from engine.checkpoint.optimizer_state import (
     build_empty_state,
     find_outside_parameters,
@@ -210,6 +211,10 @@ def read(
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Load the model's parameters and buffers from a checkpoint, unsharded, by name."""
+    if has_deepspeed_files(directory):
+        found = DeepSpeedFiles(directory).find_weights()
+        # Each tensor needs its own memory in a safetensors file.
+        return {k: v.read().clone() for k, v in found.items() if isinstance(v, SavedTensor)}
     weights: dict[str, Any] = {
         name: torch.empty(metadata.size, dtype=metadata.properties.dtype)
         for name, metadata in _read_saved_tensors(directory).items()
