@@ -27,6 +27,7 @@ from engine.checkpoint.plain_values import check_plain_values, read_values, writ
 from engine.checkpoint.rollback import Rollback
 from engine.checkpoint.schedule_state import (
     adapt_schedule_state,
+    advance,
     convert_deepspeed_state,
     convert_position,
 )
@@ -302,7 +303,8 @@ class Checkpointer:
         self.wait()
         selected = self._selector.select(directory, tag)
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
-        if selected.is_foreign and run.scheduler is not None and scheduler:
+        is_converted = selected.is_foreign and scheduler and not self._plan.override
+        if is_converted and run.scheduler is not None:
             state["lr_scheduler"] = convert_deepspeed_state(
                 checkpoint_dir, state["lr_scheduler"], run.scheduler
             )
@@ -375,6 +377,9 @@ class Checkpointer:
         self, run: RunState, scheduler: LRScheduler, state: Mapping[str, Any]
     ) -> None:
         saved = state["lr_scheduler"]
+        if self._plan.override and not isinstance(scheduler, ScheduleBinder):
+            advance(scheduler, run.counters.applied_steps)
+            return
         if saved is None or self._plan.override:
             position = convert_position(
                 run.counters.applied_steps, run.config, state.get("batch") or {}
