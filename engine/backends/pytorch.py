@@ -262,7 +262,9 @@ class PyTorchBackend(Backend):
         files = DeepSpeedFiles(checkpoint_dir, trusts=self._config.checkpoint.trust_pickle)
         if optimizer is not None and not has_states_for(optimizer, files, self.model):
             name = type(optimizer).__name__
-            log.warning("the optimizer starts anew: %s has no states for %s", checkpoint_dir, name)
+            log.warning(
+                "the optimizer starts from scratch: %s has no states for %s", checkpoint_dir, name
+            )
             optimizer = None
         source = DeepSpeedSource(files, self.model, self.optimizer)
         state.read(

@@ -229,6 +229,25 @@ def test_resume_after_a_switch_loads_the_checkpoint_that_was_written_last(tmp_pa
     run_distributed_test(switch_in_one_directory, 1, tmp_path)
 
 
+def switch_backends(directory):
+    config = build_config(1, scheduler=ONE_CYCLE)
+    first = start_onecycle(config, "deepspeed")
+    train(first, 0, 3)
+    first.save_checkpoint(directory, client_state={"epoch": 3})
+    second = start_onecycle(config, "torch")
+    assert second.load_checkpoint(directory)[1] == {"epoch": 3}
+    assert train(second, 3, 6) == pytest.approx(train(first, 3, 6), rel=1e-6)
+    rmsprop = config | {"optimizer": {"type": "RMSprop", "params": {"lr": 0.01}}}
+    other = start_onecycle(rmsprop, "torch", checkpoint={"override": True})
+    other.load_checkpoint(directory)
+    assert not other.optimizer.state
+    assert other.global_steps == 3
+
+
+def test_checkpoint_of_the_deepspeed_backend_continues_on_torch(tmp_path):
+    run_distributed_test(switch_backends, 1, tmp_path)
+
+
 def load_only_weights_of_an_older_tag(directory):
     trainer = start_onecycle(build_config(3), "deepspeed")
     train(trainer, 0, 1)
