@@ -85,7 +85,7 @@ def loss_fn(trainer: engine.Engine, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Experiment:
-    """The data set, and methods that train models on it."""
+    """The data set of the benchmark, and methods that train models on this data set."""
 
     def __init__(self, epochs: int) -> None:
         found = images.load()

@@ -31,7 +31,7 @@ SCRIPT = Path(__file__).parent.parent / "tests" / "testing" / "checkpoint_run.py
 
 
 class Case(NamedTuple):
-    """The settings of a run, and its fraction of the kills."""
+    """The settings of a run, and the fraction of all kills that are spent on this run."""
 
     backend: str
     processes: int
@@ -88,7 +88,7 @@ class Run:
 
 
 def is_row(line: str) -> bool:
-    """Return whether a line is a complete row. DeepSpeed logs to the same stream."""
+    """Return whether an output line is a complete row of results, and not a log of DeepSpeed."""
     fields = line.split()
     return len(fields) == 4 and fields[0].isdigit() and len(fields[3]) == 16
 
@@ -105,7 +105,7 @@ def kill_runs(
     rng: random.Random,
     bar: Progress,
 ) -> tuple[int, int, int]:
-    """Kill and restart runs of one case. Return the number of kills, runs and losses."""
+    """Kill and restart runs of one case. Return the number of kills, of runs, and of lost steps."""
     whole, ended = Run(case, directory / "whole", training_steps).wait()
     assert ended, f"{case} does not run"
     expected = parse_rows(whole)

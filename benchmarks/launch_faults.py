@@ -1,4 +1,4 @@
-"""Break a launch in every known way. Print the message, the delay and the leftovers.
+"""Cause every known fault of a launch; print the message, the delay and the remaining processes.
 
     python benchmarks/launch_faults.py [--only TEXT]
 

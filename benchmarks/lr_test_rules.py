@@ -73,7 +73,7 @@ def lightning(curve: Curve) -> float | None:
 
 
 class _Planted(LRFinder):
-    """torch-lr-finder that returns synthetic losses instead of training."""
+    """An LR finder of the package torch-lr-finder that returns synthetic losses."""
 
     def __init__(self, curve: Curve) -> None:
         model = torch.nn.Linear(1, 1)

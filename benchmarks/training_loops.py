@@ -38,7 +38,7 @@ in every cell with a number. On PyTorch, a single process does not shard: stages
 
 
 def measure(loop: str, world_size: int, backend: str, stage: int, refusals: dict[str, str]) -> str:
-    """Return the cell of one run, and record why it was refused."""
+    """Return the table cell of one run. If the run fails, record the reason."""
     results = run_distributed_test(run_loop, world_size, loop, backend, stage)
     if "error" in results[0]:
         number = refusals.setdefault(results[0]["error"], str(len(refusals) + 1))

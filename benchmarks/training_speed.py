@@ -81,7 +81,7 @@ def loss_fn(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def bound(task: Callable[[], tuple]) -> Step:
-    """Build a lower bound for every engine: a loop without gradient clipping and optimizer step."""
+    """Build a loop without gradient clipping and optimizer step, a lower bound for every engine."""
     model, x, y = task()
 
     def step() -> None:
@@ -219,7 +219,7 @@ def contenders() -> dict[str, Callable[[Callable[[], tuple]], Step]]:
 
 
 def calls(step: Step, steps: int = 20) -> int:
-    """Count the function calls per optimizer step."""
+    """Count the function calls per optimizer step with cProfile."""
     for _ in range(3):
         step()
     profile = cProfile.Profile()
@@ -238,7 +238,10 @@ def cpu_time(step: Step, steps: int) -> float:
 
 
 def serve(connection: Connection, make: Callable, task: Callable[[], tuple], counts: bool) -> None:
-    """Run a contender: send its calls per step, then the CPU time of each requested run."""
+    """Run a contender in this process: send its function calls per step, then CPU times.
+
+    Each number of steps that is received requests a run, and the CPU time per step is sent back.
+    """
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.manual_seed(0)

@@ -71,7 +71,7 @@ class Engine(DeepSpeedAccessors):
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler or None; it is stepped after each applied optimizer step."""
+        """The learning-rate scheduler, stepped after each applied optimizer step; may be None."""
         return self._run.scheduler
 
     @lr_scheduler.setter
@@ -106,14 +106,14 @@ class Engine(DeepSpeedAccessors):
 
         Raises:
             ValueError: the loader does not match the config or the ranks.
-            RuntimeError: the run has a data loader already.
+            RuntimeError: the run already has a data loader.
         """
         if loader is self.training_dataloader:
             return loader
         if self.training_dataloader is not None:
             raise MisuseError(
-                "The run has a training data loader already. Pass `training_data` to `initialize` "
-                "or one loader to `prepare`; pass other loaders to `trainer.evaluate`."
+                "The run already has a training data loader. Pass either `training_data` to "
+                "`initialize` or one loader to `prepare`; pass other loaders to `trainer.evaluate`."
             )
         prepared = prepare_loader(loader, self.config, self._backend.ranks)
         self._use_loader(prepared)
@@ -161,7 +161,7 @@ class Engine(DeepSpeedAccessors):
         return loss if divisor == 1 else loss / divisor
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss scaled as in `backward`, so that you can call ``.backward()`` on it.
+        """Scale the loss as `backward` does, so that you can call ``.backward()`` on the result.
 
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
@@ -172,7 +172,7 @@ class Engine(DeepSpeedAccessors):
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Check the gradients so far; return whether the next backward pass should average them."""
+        """Check accumulated gradients; return whether the next backward pass averages gradients."""
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -181,7 +181,7 @@ class Engine(DeepSpeedAccessors):
     def step(
         self, lr_kwargs: Mapping[str, Any] | None = None, *, metric: Tensor | float | None = None
     ) -> bool:
-        """Finish a micro-batch, and take an optimizer step if it is the last one of its batch.
+        """Finish a micro-batch, and take an optimizer step if the micro-batch completes a batch.
 
         If you call ``loss.backward()`` yourself, this method divides the gradients by
         ``gradient_accumulation_steps()``.
@@ -211,9 +211,9 @@ class Engine(DeepSpeedAccessors):
     def report(self, **metrics: Tensor | float) -> None:
         """Report metrics, such as a validation loss, to the log and the monitors.
 
-        The metric that ``engine.checkpoint.best`` names also decides which checkpoint is saved as
-        the best one and whether the run ends early, and is passed to a schedule that uses a metric.
-        Metrics are averaged over the ranks. Every rank must call this method.
+        Metrics are averaged over the ranks. Every rank must call this method. The metric that
+        ``engine.checkpoint.best`` names also decides which checkpoint is saved as the best one and
+        whether the run ends early. A schedule that uses a metric receives it, too.
 
         Args:
             metrics: numbers or scalar tensors by name, such as ``val_loss=0.25``.
@@ -239,7 +239,7 @@ class Engine(DeepSpeedAccessors):
         return self._run.accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether `step` runs the optimizer from now on; call it before `backward`."""
+        """Set whether each following `step` runs the optimizer. Call this before `backward`."""
         self._run.accumulation.boundary = is_boundary
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -291,19 +291,19 @@ class Engine(DeepSpeedAccessors):
         this method.
 
         A `DataLoader` of the whole dataset is split across ranks, whether it shuffles, uses a
-        ``DistributedSampler`` or neither. In all other cases, each rank evaluates all batches of
-        its own ``loader``: those of an iterable dataset, a custom sampler, or a different dataset
-        on each rank.
+        ``DistributedSampler`` or neither. In all other cases, such as an iterable dataset, a custom
+        sampler or a different dataset on each rank, each rank evaluates all batches of its own
+        ``loader``.
 
         Args:
             loader: `DataLoader`, list or other iterable that ends. Its batches are moved to
                 `device`.
             fn: function of a batch that returns the loss or a dict of metrics, each a number or a
-                scalar tensor, averaged over the batch. The number of samples is the first dimension
-                of the batch's first tensor; to set it, return ``(metrics, number)``, for example
-                with the number of tokens. Every rank calls ``fn`` equally often: a rank without a
-                batch repeats one and its result is dropped. Collect other results with `gather`,
-                which drops them, too.
+                scalar tensor, averaged over the batch. Each batch is weighted by its number of
+                samples: the first dimension of its first tensor. To set another weight, such as the
+                number of tokens, return ``(metrics, number)``. Every rank calls ``fn`` equally
+                often: a rank that has no batch left repeats one, and its result is dropped. Use
+                `gather` to collect other results, without those of repeated batches.
 
         Returns:
             The mean loss, or a dict of mean metrics, equal on all ranks.
@@ -328,8 +328,8 @@ class Engine(DeepSpeedAccessors):
             The same structure with detached tensors, equal on all ranks.
 
         Raises:
-            ValueError: ``value`` contains something else, or the dtypes or other dimensions differ
-                between ranks.
+            ValueError: ``value`` contains anything other than tensors, or the dtypes or other
+                dimensions differ between ranks.
         """
         return self._evaluator.gather(value)
 
@@ -375,7 +375,9 @@ class Engine(DeepSpeedAccessors):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
     ) -> tuple[str, dict[str, Any]]:
-        """Restore model, optimizer, loss scale, schedule and counters. Every rank must call this.
+        """Restore the state of a run from a checkpoint. Every rank must call this method.
+
+        The state consists of the model, optimizer, loss scale, schedule and counters.
 
         Args:
             load_dir: directory that was passed to `save_checkpoint`.
@@ -413,10 +415,11 @@ class Engine(DeepSpeedAccessors):
         self._checkpointer.wait()
 
     def destroy(self) -> None:
-        """Save the last steps, and release the monitors and the backend; the model stays usable.
+        """End the run: save a last checkpoint if needed, and release the monitors and the backend.
 
-        With ``engine.checkpoint.every``, steps that are in no checkpoint are saved, unless an
-        exception is being handled. Several ranks save if all of them call this method.
+        With ``engine.checkpoint.every``, a checkpoint is saved if steps were taken since the last
+        one, unless an exception is being handled. With several ranks, this happens only if all of
+        them call this method. The model stays usable.
         """
         try:
             self._automatic.close(self._run)
@@ -439,6 +442,6 @@ class Engine(DeepSpeedAccessors):
 
     @property
     def epoch(self) -> int:
-        """The current epoch or, between epochs, the next one; from 0. Needs a data loader."""
+        """The current epoch, from 0; between two epochs, the next one. Requires a data loader."""
         self._run.length.is_position_known = True
         return read_epoch(self.training_dataloader)

@@ -95,8 +95,9 @@ def initialize(
 
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every problem.
-        ValueError: an argument has the wrong type, no optimizer is specified or it does not match
-            the schedule, the model has nothing to train, or the ranks have different configs.
+        ValueError: an argument has the wrong type, no optimizer is specified, the optimizer does
+            not match the schedule, the model has nothing to train, or the ranks have different
+            configs.
         ImportError: the config needs DeepSpeed, which is not installed.
 
     >>> import torch, engine
@@ -207,7 +208,7 @@ def _load(source: Source, args: argparse.Namespace | None, needs_deepspeed: str 
 def _prefer_arguments(
     config: Config, optimizer: object, lr_scheduler: object
 ) -> tuple[Config, list[str]]:
-    """Remove the optimizer and the schedule that an argument replaces from the config.
+    """Remove the optimizer and the schedule from the config if arguments replace them.
 
     Returns:
         The config, and a line for the log about each replacement.
@@ -253,7 +254,7 @@ def _bind_schedule(
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
-    """Warn if the loader repeats samples within a batch, because the dataset is too small."""
+    """Warn if the dataset is smaller than a batch, because each batch then repeats samples."""
     if not isinstance(training_data, Dataset) or isinstance(training_data, IterableDataset):
         return
     samples = len(training_data)  # type: ignore[arg-type]  # Dataset does not declare __len__

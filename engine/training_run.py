@@ -58,9 +58,9 @@ class TrainingRun:
     best: BestMetric | None = None
     recorder: StepRecorder | None = None
     is_trial: bool = False
-    """Whether this is part of an LR range test, which saves no checkpoints.
+    """Whether this run is part of an LR range test, which saves no checkpoints.
 
-    `recorder` decides the end of the test. With `onecycle lr-test`, only one engine of the script
+    `recorder` decides when the test ends. With `onecycle lr-test`, only one engine of the script
     has a recorder.
     """
     counters: Counters = field(default_factory=Counters)
@@ -75,7 +75,7 @@ class TrainingRun:
         *,
         misuse: MisuseChecks | None = None,
     ) -> TrainingRun:
-        """Build a run at step 0; a trial run shares the checks of its engine."""
+        """Build a run at step 0. For a trial run, ``misuse`` holds the checks of the main run."""
         is_first = backend.ranks.rank == 0
         driver = ScheduleDriver(scheduler, config.report if is_first else None)
         monitors = monitors or Monitors()
@@ -102,7 +102,10 @@ class TrainingRun:
         )
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
-        """Build a trial run with another schedule on the same backend. It writes no files."""
+        """Build a trial run with another schedule on the same backend.
+
+        The trial run writes no files.
+        """
         config = self.config.copy_for_trial_run(schedule)
         binder = bind(schedule, self.backend.optimizer)
         trial = self.start(config, self.backend, binder, misuse=self.misuse)
@@ -115,7 +118,7 @@ class TrainingRun:
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler or None; it is stepped after each applied optimizer step."""
+        """The learning-rate scheduler, stepped after each applied optimizer step; may be None."""
         return self.driver.scheduler
 
     @scheduler.setter
@@ -125,7 +128,7 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has reached its end, or `best` ends it early."""
+        """Whether the run has reached its end, or early stopping has ended it."""
         is_early = self.best is not None and self.best.is_exhausted
         return is_early or self.length.is_over(self.counters)
 
@@ -137,16 +140,16 @@ class TrainingRun:
         """
         if self.accumulation.micro_batches:
             raise MisuseError(
-                "The batch size must be changed between optimizer steps, but micro-batches of the "
-                f"next step have been processed: {self.accumulation.micro_batches}. Change it when "
-                "`trainer.is_gradient_accumulation_boundary()` was true for the last step."
+                "The batch size must be changed between two optimizer steps, but micro-batches of "
+                f"the next step have been processed already: {self.accumulation.micro_batches}. "
+                "Change the batch size right after a `trainer.step()` that runs the optimizer."
             )
         self.config = replace(self.config, batch=batch)
         self.accumulation.steps = batch.accumulation
         self.backend.set_batch_sizes(batch)
 
     def restore_counters(self, counters: Counters) -> None:
-        """Continue at the counters of a checkpoint."""
+        """Restore the counters of a checkpoint, so that the run continues at its step."""
         self.counters = counters
         self.length.steps_before = counters.applied_steps
         self.accumulation.restart(counters.micro_steps)
@@ -155,10 +158,10 @@ class TrainingRun:
         self.backend.zero_grad()
 
     def end_epoch(self) -> None:
-        """Clear the gradients of a batch that the end of the data has left incomplete.
+        """Discard the gradients of a batch that is incomplete when the data of an epoch ends.
 
         Raises:
-            RuntimeError: two epochs have called `backward` but not `step`.
+            RuntimeError: in two consecutive epochs, `backward` was called, but `step` was not.
         """
         accumulation = self.accumulation
         self.misuse.check_epoch(self.counters.micro_steps, accumulation)
@@ -182,7 +185,7 @@ class TrainingRun:
         self.progress.add(loss)
 
     def step(self, metric: Tensor | float | None) -> bool:
-        """Finish a micro-batch, and take an optimizer step if it is the last one of its batch."""
+        """Finish a micro-batch, and take an optimizer step if it completes a batch."""
         if not self.accumulation.averages_gradients:
             raise MisuseError(
                 "`step()` must not be called inside `no_sync()`. Leave the context first."
@@ -193,7 +196,8 @@ class TrainingRun:
         if self.length.is_session_over(self.counters):
             raise RuntimeError(
                 f"The run has ended after {self.config.run['steps_this_run']} steps "
-                "(`engine.steps_this_run`). Exit the training loop when `run_is_over` is true."
+                "(`engine.steps_this_run`). Exit the training loop when `trainer.run_is_over` is "
+                "true."
             )
         if metric is not None:
             metric = self.driver.metric = self.backend.mean(float(metric))
@@ -246,7 +250,7 @@ class TrainingRun:
         return self.backend.step(divide_by=self.accumulation.steps)
 
     def _finish_step(self) -> None:
-        """Count and report a completed step, then step the scheduler if it was applied."""
+        """Count and report a step, and step the scheduler if the optimizer step was applied."""
         counters = self.counters
         self.accumulation.micro_batches = 0
         counters.global_steps += 1
@@ -314,11 +318,11 @@ def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]
         )
         if not run.length.is_known:
             raise MisuseError(
-                "The length of the run is unknown, because the schedule does not end. Set "
+                "The length of the run is unknown, because there is no schedule that ends. Set "
                 '`engine.max_duration`, for example to "10ep".'
             )
     if run.is_over and run.backend.ranks.rank == 0:
-        log.info("the run is over at step %d: nothing to train", run.counters.global_steps)
+        log.info("the run is already over at step %d; nothing to train", run.counters.global_steps)
     return _iterate_epochs(loader, run)
 
 
@@ -328,7 +332,7 @@ def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
         try:
             yield from loader
         finally:
-            # If the script leaves its loop in the middle of an epoch, the next call continues it.
+            # If the script leaves its loop within an epoch, the next loop continues the epoch.
             loader.load_state_dict(loader.state_dict())
         if run.counters.global_steps == steps:
             raise MisuseError(

@@ -203,9 +203,9 @@ def _find_shared_lines(
     Returns:
         The origin, the number of steps, and one row per group. A row has the initial learning rate,
         its total change, the initial beta1, its total change, and beta2. If all rows are equal,
-        only one row is returned. None if a curve is not linear, the curves have different origins
-        or lengths, a learning rate is a tensor, or the schedule does not set exactly ``lr`` and
-        ``betas``.
+        only one row is returned. The result is None if a curve is not linear, the curves have
+        different origins or lengths, a learning rate is a tensor, or the schedule does not set
+        exactly ``lr`` and ``betas``.
     """
     keys = {slot.key for in_groups in slots.values() for slot in in_groups}
     if keys != {"lr", "betas"} or len(pieces) != 2:

@@ -131,9 +131,9 @@ class ScheduleBinder(LRScheduler):
             return
         if loss is not None:
             raise ValueError(
-                f"step() accepts neither an epoch nor, with this schedule, a loss, got {loss}. "
-                "Call step() without arguments. To continue from a different step, call "
-                "load_state_dict() with a saved state."
+                f"step() must be called without a loss or an epoch, because this schedule does not "
+                f"use them, got {loss}. To continue from a different step, call load_state_dict() "
+                "with a saved state."
             )
         self.state = self.last_epoch = step = self.last_epoch + 1
         # Look up the groups at each step, because loading an optimizer's state replaces them.
@@ -273,7 +273,7 @@ class ScheduleBinder(LRScheduler):
         self._go_to(self.controller.from_json(state), state_dict["step"])
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Check that `load_state_dict` accepts a state. Nothing changes.
+        """Check that `load_state_dict` would accept a state, without loading it.
 
         Raises:
             ValueError: the state is from a different schedule, or has a different number of param
@@ -316,7 +316,7 @@ class ScheduleBinder(LRScheduler):
 
 
 class _FirstStep:
-    """Checks, as torch's schedulers do, that the optimizer steps before the schedule does.
+    """Checks, like PyTorch's schedulers, that `optimizer.step()` is called before `step()`.
 
     Args:
         optimizer: optimizer to observe; None to check nothing.
@@ -334,7 +334,7 @@ class _FirstStep:
         self._is_taken = True
 
     def check(self) -> None:
-        """Warn if the optimizer has not taken a step. Only the first call checks."""
+        """Warn if the optimizer has not taken a step yet. Only the first call does this check."""
         is_taken, self._is_taken = self._is_taken, True
         if self._handle is not None:
             self._handle.remove()

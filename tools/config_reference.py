@@ -25,7 +25,7 @@ them for notes. Schedules are documented in [Schedules](schedules.md)."""
 
 
 def build_config_reference() -> Iterator[str]:
-    """Yield the lines of the Markdown page."""
+    """Yield the lines of the Markdown page that documents all keys of a config."""
     yield _INTRODUCTION
     members = list(walk({}, schemas.read(SCHEMA), fill=_skip_old_sections))
     yield "\n## Top level\n"

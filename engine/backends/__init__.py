@@ -19,7 +19,10 @@ __all__ = ["build", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
-    """Return what only DeepSpeed supports: a part of the model or an argument; None if nothing."""
+    """Describe an argument or a part of the model that only DeepSpeed supports.
+
+    Return None if the torch backend supports the model and all arguments.
+    """
     given = [f"the argument `{name}`" for name, value in arguments.items() if value is not None]
     return given[0] if given else find_model_parallelism(model)
 
@@ -74,7 +77,10 @@ def build(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a param group with its parameters in a list; a generator could be read only once."""
+    """Return a param group with its parameters in a list, because a generator is read only once.
+
+    Any other object, such as a parameter, is returned unchanged.
+    """
     if not isinstance(each, dict):
         return each
     params = each["params"]

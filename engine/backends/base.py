@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compute_norm(gradients: list[Tensor]) -> float:
-    """Return the 2-norm of all gradients; it is finite if every gradient is.
+    """Return the 2-norm of all gradients. The norm is finite if every gradient is finite.
 
     >>> compute_norm([torch.tensor([3.0]), torch.tensor([4.0])])
     5.0
@@ -33,7 +33,7 @@ def compute_norm(gradients: list[Tensor]) -> float:
     if not gradients:
         return 0.0
     # torch's clip_grad_norm_ also uses this private kernel, but takes twice as long.
-    norms = torch._foreach_norm(gradients)  # noqa: SLF001  # it has no public name
+    norms = torch._foreach_norm(gradients)  # noqa: SLF001  # the function has no public name
     norm = float(torch.linalg.vector_norm(torch.stack(norms)))
     if math.isinf(norm):  # the squares of large gradients overflow in float32
         wide = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients]
@@ -96,7 +96,7 @@ class Backend(ABC):
 
         Args:
             loss: scalar tensor that requires grad.
-            accumulation: number of micro-batches per step; the loss is divided by it.
+            accumulation: number of micro-batches per step, by which the loss is divided.
             is_last: whether the next `step` of the engine runs the optimizer, so that gradients
                 should be averaged across ranks during this pass.
             retain_graph: whether to keep the graph for another backward pass.
@@ -104,21 +104,28 @@ class Backend(ABC):
 
     @abstractmethod
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
-        """Return the loss scaled as in `backward`, for scripts that call ``.backward()`` on it."""
+        """Return the scaled loss, for scripts that call ``.backward()`` on the loss themselves.
+
+        The loss is scaled in the same way as in the method `backward` of this class.
+        """
 
     @abstractmethod
     def step(self, *, divide_by: int = 1) -> bool:
         """Clip the gradients, run the optimizer and clear the gradients.
 
         Args:
-            divide_by: number to divide the gradients by; 1 if `backward` has already divided them.
+            divide_by: number to divide the gradients by; 1 if `backward` has already divided the
+                loss.
 
         Returns:
             Whether the step was applied. A step with non-finite gradients is skipped.
         """
 
     def has_gradients(self) -> bool:
-        """Return whether a trained parameter has a gradient; true if that is unknown."""
+        """Return whether any trained parameter has a gradient.
+
+        Return True if the backend cannot find out.
+        """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -130,7 +137,11 @@ class Backend(ABC):
         self.optimizer.zero_grad(set_to_none=True)
 
     def set_batch_sizes(self, batch: BatchSizes) -> None:  # noqa: B027  # most backends do not need it
-        """Change the batch sizes; only DeepSpeed's engine has its own copy of them."""
+        """Change the batch sizes during a run.
+
+        Only the DeepSpeed backend overrides this method, because DeepSpeed's engine keeps its own
+        copy of the batch sizes.
+        """
 
     @property
     @abstractmethod
@@ -202,14 +213,16 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Return the name of the backend and how it uses the ranks, for the log."""
+        """Describe the backend and how it uses the ranks, in a phrase for the log."""
 
     @abstractmethod
     def describe_precision(self) -> str:
-        """Return the precision of the weights and of the computation, for the log."""
+        """Describe the precision of the weights and of the computation, in a phrase for the log."""
 
     def get_attribute(self, name: str) -> Any:
-        """Return an attribute that the engine does not have; by default, the model's.
+        """Return an attribute that the training engine does not define itself.
+
+        By default, this is the attribute of the model with the same name.
 
         Raises:
             AttributeError: the attribute does not exist.
@@ -218,4 +231,4 @@ class Backend(ABC):
 
     @abstractmethod
     def destroy(self) -> None:
-        """Release memory and hooks; the model and the optimizer stay usable."""
+        """Release memory and remove hooks. The model and the optimizer can still be used."""

@@ -142,7 +142,7 @@ class DeepSpeedBackend(Backend):
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
         self._order.check(is_last=is_last)
         self.engine.set_gradient_accumulation_boundary(is_last)
-        del accumulation  # DeepSpeed divides by it in its backward hooks
+        del accumulation  # DeepSpeed's backward hooks divide the gradients by this number
         scaled: Tensor = self.engine.scale(loss)
         return scaled
 
@@ -172,7 +172,10 @@ class DeepSpeedBackend(Backend):
         return applied
 
     def _are_gradients_finite(self) -> bool:
-        """Compute the norm of the gradients, which DeepSpeed does not check without ZeRO."""
+        """Return whether all gradients are finite, which DeepSpeed does not check without ZeRO.
+
+        If every rank has the same weights, also store the norm of the gradients in ``grad_norm``.
+        """
         parameters = (p for g in self.optimizer.param_groups for p in g["params"])
         norm = compute_norm([p.grad for p in parameters if p.grad is not None])
         if not self._has_rank_local_weights:
@@ -346,14 +349,17 @@ class DeepSpeedBackend(Backend):
 
 
 def _count_elements(groups: list[Any]) -> int:
-    """Count the elements of all parameters, before DeepSpeed flattens and shards them."""
+    """Return the number of elements of all parameters in the param groups.
+
+    Call this function before DeepSpeed flattens and shards the parameters.
+    """
     members = (each["params"] if isinstance(each, dict) else [each] for each in groups)
     # Parameters that zero.Init has already sharded store their full size in `ds_numel`.
     return sum(getattr(p, "ds_numel", p.numel()) for params in members for p in params)
 
 
 def import_deepspeed() -> Any:
-    """Import and return DeepSpeed.
+    """Import the package ``deepspeed`` and return it.
 
     Raises:
         ImportError: DeepSpeed is not installed.

@@ -25,12 +25,13 @@ __all__ = [
 
 @contextlib.contextmanager
 def refuse_pickled_code() -> Iterator[None]:
-    """Unpickle only tensors, plain values and DeepSpeed's own classes.
+    """Reject checkpoint files that can run code while DeepSpeed loads them inside this context.
 
-    DeepSpeed calls ``torch.load`` with ``weights_only=False`` and has no setting for it.
+    Only tensors, plain values and DeepSpeed's own classes are unpickled. By default, DeepSpeed
+    calls ``torch.load`` with ``weights_only=False``, and no setting of DeepSpeed changes this.
 
     Raises:
-        CheckpointError: a file contains other objects.
+        CheckpointError: a file contains an object of another class.
     """
     allowed, original = import_classes(), torch.load
 

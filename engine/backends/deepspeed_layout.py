@@ -22,7 +22,7 @@ _FILE = "layout.json"
 
 
 class Layout:
-    """The shapes and dtypes of a model's weights, and the shapes in each param group.
+    """Records the shapes and dtypes of a model's weights, and the parameter shapes of param groups.
 
     Args:
         model: model before or after DeepSpeed has sharded it.
@@ -53,7 +53,9 @@ class Layout:
         )
 
     def check(self, files: DeepSpeedFiles, *, optimizer: bool, strict: bool) -> None:
-        """Check that a checkpoint fits, which this library or DeepSpeed wrote.
+        """Check that a checkpoint fits the model and the optimizer.
+
+        If DeepSpeed alone wrote the checkpoint, the layout is read from its own files.
 
         Args:
             files: files of the checkpoint.
@@ -90,7 +92,7 @@ class Layout:
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:
-        """Return meta tensors with the shapes and dtypes of the model's weights, by name."""
+        """Return a dict from the name of each weight to a meta tensor with its shape and dtype."""
         return {
             name: torch.empty(_get_shape(value), dtype=value.dtype, device="meta")
             for name, value in self._model.state_dict(keep_vars=True).items()

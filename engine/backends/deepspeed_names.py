@@ -1,4 +1,8 @@
-"""DeepSpeed's names for settings of a run, and the names that only DeepSpeed's engine has."""
+"""Look up settings of a run by the names that they have in DeepSpeed's engine.
+
+Scripts written for DeepSpeed read settings from its engine, for example with
+``engine.zero_optimization_stage()``.
+"""
 
 from __future__ import annotations
 
@@ -69,10 +73,13 @@ ONLY_DEEPSPEED = frozenset(
 
 
 def find_setting(config: Config, name: str) -> Any:
-    """Return a method that returns a setting, or an attribute, by its name in DeepSpeed's engine.
+    """Return a setting of the config by the name that it has in DeepSpeed's engine.
+
+    If the name is that of a method in DeepSpeed's engine, return a function without arguments that
+    returns the setting.
 
     Raises:
-        KeyError: there is none with this name.
+        KeyError: no setting has this name.
 
     >>> from engine.config import load_config
     >>> find_setting(load_config({"train_batch_size": 8}), "loss_scale")()
@@ -88,6 +95,6 @@ def find_setting(config: Config, name: str) -> Any:
 
 
 def _read(config: Config, pointer: str, default: Any) -> Any:
-    """Return the value of a key of the config, or the default that DeepSpeed uses."""
+    """Return the value of a config key, or DeepSpeed's default if the key is not set."""
     members = walk(config.raw, schemas.read(SCHEMA), fill=partial(get_default, backend="deepspeed"))
     return next((each.value for each in members if each.pointer == pointer), default)

@@ -97,13 +97,16 @@ class FSDPBackend(PyTorchBackend):
         return super().scale(loss, accumulation, is_last=is_last)
 
     def _check_frozen(self) -> None:
-        """Check that no 16-bit parameter was unfrozen: FSDP cannot convert it to float32 later."""
+        """Check that no 16-bit parameter was unfrozen after the engine was built.
+
+        FSDP cannot convert a parameter to float32 after it has sharded the parameter.
+        """
         for name, parameter in self._frozen_16_bits:
             if parameter.requires_grad:
                 raise MisuseError(
                     f"`{name}` has 16 bits and was frozen when the engine was built, so FSDP "
-                    "cannot train it in float32. Unfreeze it before `initialize`, or convert it "
-                    "with `.float()` before `initialize`."
+                    "cannot train it in float32. Unfreeze the parameter, or convert it with "
+                    "`.float()`, before `initialize`."
                 )
 
     @override
@@ -112,7 +115,7 @@ class FSDPBackend(PyTorchBackend):
             raise MisuseError(
                 "In ZeRO stage 1, the last backward pass before an optimizer step must reduce the "
                 "gradients. Call `set_gradient_accumulation_boundary(True)` before "
-                "`trainer.backward(loss)`, and leave `no_sync()` before it."
+                "`trainer.backward(loss)`, and call `backward` outside of `no_sync()`."
             )
         # An evaluation after the last backward pass has gathered weights that this step changes.
         reshard(self.model)
@@ -176,10 +179,10 @@ class FSDPBackend(PyTorchBackend):
 
 
 def _check_supported(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer.
+    """Check that an optimizer can update sharded parameters, and return the optimizer.
 
     Raises:
-        ValueError: it cannot update sharded parameters.
+        ValueError: the optimizer cannot update sharded parameters.
     """
     is_rprop = isinstance(optimizer, torch.optim.Rprop)
     if is_rprop:  # its masked assignment fails for a DTensor
@@ -191,7 +194,10 @@ def _check_supported(optimizer: Optimizer) -> Optimizer:
 
 
 def _clear_unreduced_gradients(module: FSDPModule) -> None:
-    """Clear the gradients of backward passes that did not reduce them; FSDP has no such method."""
+    """Clear the gradients that a module has accumulated on this rank but not yet reduced.
+
+    FSDP has no public method that clears them.
+    """
     group = module._get_fsdp_state()._fsdp_param_group  # noqa: SLF001  # private in torch
     for parameter in group.fsdp_params if group is not None else ():
         parameter.unsharded_accumulated_grad = None
@@ -267,7 +273,7 @@ def _to_local(tensor: Tensor) -> Tensor:
 
 
 def check_gradient_averaging(ranks: Ranks) -> None:
-    """Check that FSDP averages gradients over the ranks. Some builds of torch do not.
+    """Check that FSDP averages gradients over the ranks, which some builds of torch do not do.
 
     Raises:
         RuntimeError: FSDP's gradient of a test weight is not the mean of the ranks' gradients.

@@ -108,11 +108,14 @@ class PyTorchBackend(Backend):
         return build_optimizer(self._config.optimizer, parameters, may_fuse=may_fuse)
 
     def _build_averager(self) -> GradientAverager | None:
-        """Build what averages gradients across ranks; None if the model itself does it."""
+        """Build the object that averages gradients across ranks.
+
+        Return None if the model averages the gradients itself.
+        """
         return GradientAverager(self.model, self.optimizer, self.ranks)
 
     def _set_precision(self) -> None:
-        """Make the model's methods compute in the run's precision."""
+        """Make the model's methods compute in the precision that the config selects."""
         if self._dtype is not None:
             autocast_methods(self.model, self.ranks.device.type, self._dtype)
 
@@ -169,7 +172,7 @@ class PyTorchBackend(Backend):
         return finite
 
     def _publish_scale(self, *, overflow: bool) -> None:
-        """Set the attributes that scripts read from DeepSpeed's optimizers."""
+        """Set attributes that DeepSpeed's optimizers have, such as ``loss_scale``, for scripts."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
         optimizer.cur_scale = optimizer.loss_scale = self.loss_scale
@@ -183,7 +186,10 @@ class PyTorchBackend(Backend):
             self._averager.average()
 
     def _collect_gradients(self) -> list[Tensor]:
-        """Return this rank's gradients; with FSDP, only this rank's shards."""
+        """Return the gradients of all parameters of the optimizer.
+
+        With FSDP, return only this rank's shards of the gradients.
+        """
         return [
             _get_values(parameter) if parameter.grad.is_sparse else parameter.grad
             for group in self.optimizer.param_groups
@@ -195,7 +201,7 @@ class PyTorchBackend(Backend):
         return compute_norm(gradients)
 
     def _convert_unfrozen(self) -> None:
-        """Convert 16-bit parameters that were frozen when the run started to float32."""
+        """Convert 16-bit parameters to float32 if they were unfrozen after the run started."""
         for group in self.optimizer.param_groups:
             convert_to_float32((p for p in group["params"] if p.grad is not None), self.optimizer)
 
@@ -333,7 +339,7 @@ def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> No
 
 
 def _get_values(parameter: nn.Parameter) -> Tensor:
-    """Return the values of a sparse gradient; changing them in place changes the gradient."""
+    """Return the values of a parameter's sparse gradient, as a tensor that shares its memory."""
     assert parameter.grad is not None
     parameter.grad = parameter.grad.coalesce()
     return parameter.grad._values()  # noqa: SLF001  # `values()` would return a detached copy

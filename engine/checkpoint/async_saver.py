@@ -19,7 +19,10 @@ log = logging.getLogger("onecycle")
 
 
 def exit_with_failure(error: Exception) -> NoReturn:
-    """End a process that is exiting already with status 1, because its last save failed."""
+    """Log the failure of the last save, and exit the process with status 1.
+
+    Call this function only while the process is exiting, because it runs no exit handlers.
+    """
     log.critical("the last checkpoint was not written", exc_info=error)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -44,7 +47,7 @@ class AsyncSaver:
     def get_process_group(self, world_size: int) -> dist.ProcessGroup | None:
         """Return a gloo process group that is used only for saving; None if the world size is 1.
 
-        Every rank must make the first call, which creates the group.
+        The first call creates the group, so every rank must make the first call.
         """
         if self._group is None and world_size > 1:
             self._group = dist.new_group(backend="gloo")

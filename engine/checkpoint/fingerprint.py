@@ -42,7 +42,7 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity) -> Id
         if isinstance(scheduler, ScheduleBinder)
         else scheduler and _read_attributes(scheduler),
         "optimizer": {"type": block.type, "params": dict(block.params)} if block else optimizer,
-        # The script may give its param groups other values than the config.
+        # The script may set other values in its param groups than the config.
         "param_groups": {
             str(index): {
                 name: group[name]
@@ -69,7 +69,7 @@ def read_hyperparameters(optimizer: Optimizer) -> Identity:
     converted: set[str] = set()
     groups = [
         _to_json({name: value for name, value in group.items() if name != "params"}, converted)
-        for group in getattr(optimizer, "param_groups", ())  # missing without training
+        for group in getattr(optimizer, "param_groups", ())  # missing for inference
     ]
     return {"type": type(optimizer).__name__, "groups": groups, _CONVERTED: sorted(converted)}
 
@@ -116,7 +116,7 @@ def _find_differences(
 
     Args:
         saved: value in the checkpoint; may be a mapping or a list of settings.
-        own: value at the same place in the identity of this run.
+        own: value at the same path in the identity of this run.
         name: dotted path of the value; empty for the whole identity.
         unknown: keys that are not reported as different if the checkpoint does not contain them.
     """

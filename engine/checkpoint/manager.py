@@ -52,7 +52,7 @@ class SavedBackend(Protocol):
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer that the schedule and the user see."""
+        """The optimizer whose param groups the schedule changes."""
         ...
 
     @property
@@ -87,7 +87,7 @@ class RunState(Protocol):
 
     config: Config
     is_trial: bool
-    """Whether this is an LR range test, which writes no checkpoints."""
+    """Whether the run is part of an LR range test, which saves no checkpoints."""
     counters: Counters
     accumulation: Accumulation
     progress: ProgressReporter
@@ -105,7 +105,7 @@ class RunState(Protocol):
         ...
 
     def restore_counters(self, counters: Counters) -> None:
-        """Continue at the counters of a checkpoint."""
+        """Restore the counters of a checkpoint, so that the run continues at its step."""
         ...
 
 
@@ -151,8 +151,8 @@ class Checkpointer:
             client_state: user data: numbers, strings, tensors, and lists and mappings of them.
             save_latest: whether a load without a tag may use this checkpoint.
             frozen: whether to include frozen parameters.
-            is_automatic: whether ``engine.checkpoint.keep`` may delete this checkpoint later. Old
-                automatic checkpoints are deleted now.
+            is_automatic: whether to mark this checkpoint as automatic, and to delete old automatic
+                checkpoints as ``engine.checkpoint.keep`` specifies.
         """
         if run.is_trial:
             log.info("no checkpoints are saved during an LR range test")
@@ -186,7 +186,7 @@ class Checkpointer:
         self._saved[directory.resolve()] = _get_position(run)
 
     def lock(self, directory: Path) -> None:
-        """Lock a directory for this run until `close`, and delete incomplete checkpoints in it.
+        """Lock a directory until `close` is called, and delete incomplete checkpoints in it.
 
         Raises:
             CheckpointError: if another process writes to the directory.
@@ -203,18 +203,21 @@ class Checkpointer:
         self._locks.setdefault(path, None)
 
     def is_saved(self, run: RunState, directory: Path) -> bool:
-        """Return whether the run's last checkpoint in a directory has its steps and its metric."""
+        """Return whether the run's last checkpoint in a directory is up to date.
+
+        This is true if the run has neither taken a step nor reported its metric since the save.
+        """
         return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
 
     def find_saved_steps(self, directory: Path) -> int:
-        """Return the number of steps in this run's last checkpoint in a directory; 0 if none."""
+        """Return the step of this run's last checkpoint in a directory; 0 if there is none."""
         return self._saved.get(directory.resolve(), (0, -1))[0]
 
     def _collect(self, run: RunState, client_state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state to save, except for the model's and the optimizer's.
+        """Return the state to save, except for that of the model and the optimizer.
 
-        Gradients are not saved. Within a step, the state is therefore that at the start of the
-        step: after a resume, the micro-batches of the step are processed again.
+        Gradients are not saved. In the middle of a step, the state at the start of the step is
+        therefore returned, so that a resumed run processes the step's micro-batches again.
         """
         open_batches = run.accumulation.micro_batches
         counters = replace(run.counters, micro_steps=run.counters.micro_steps - open_batches)
@@ -358,7 +361,7 @@ class Checkpointer:
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):
             return self._identity
-        # The world size of an elastic run may change; its global batch and schedule may not.
+        # The world size of an elastic run may change; its batch size and schedule must not.
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _restore_counters(self, run: RunState, state: Mapping[str, Any]) -> None:
@@ -416,5 +419,5 @@ def _get_position(run: RunState) -> tuple[int, int]:
 
 
 def _copy_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the settings of a param group, without what an optimizer counts in it."""
+    """Copy the settings of a param group, without its parameters and its step count."""
     return {key: value for key, value in group.items() if key not in {"params", "step"}}

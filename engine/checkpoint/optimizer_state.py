@@ -1,7 +1,8 @@
-"""The state of an optimizer by parameter name.
+"""Get and load the state of an optimizer by parameter name.
 
-``torch.distributed.checkpoint.state_dict`` offers the same, but takes an optimizer step to create
-missing states: a run that saves before its first step would continue differently.
+This module does not use ``torch.distributed.checkpoint.state_dict``, because its functions take an
+optimizer step to create missing states. A run that saves a checkpoint before its first step would
+then continue differently.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ def get_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any
 def build_empty_state(
     directory: Path, model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return a state to load a checkpoint into, with uninitialized tensors.
+    """Return an optimizer state with uninitialized tensors, into which a checkpoint can be loaded.
 
-    States of parameters that this optimizer does not have are left out.
+    Saved states of parameters that this optimizer does not have are left out.
 
     Args:
         directory: directory of the checkpoint, for the error message.
@@ -76,7 +77,7 @@ def build_empty_state(
         saved: the checkpoint's values and its tensors' metadata, by dotted name.
 
     Raises:
-        CheckpointError: the number of param groups differs.
+        CheckpointError: the checkpoint has a different number of param groups.
     """
     names = _name_parameters(model, optimizer)
     parameters = dict(names)
@@ -88,9 +89,9 @@ def build_empty_state(
     }
     if len(saved_groups) != len(groups):
         raise CheckpointError(
-            f"{directory} does not match the optimizer: it has {len(saved_groups)} param groups in "
-            f"the checkpoint, {len(groups)} now. Build the optimizer that was saved, or pass "
-            "`load_optimizer_states=False`."
+            f"{directory} does not match the optimizer: the number of param groups is "
+            f"{len(saved_groups)} in the checkpoint and {len(groups)} now. Build the optimizer "
+            "with the same param groups, or pass `load_optimizer_states=False`."
         )
     for key, value in saved.items():
         if key.startswith(_STATE):
@@ -112,7 +113,7 @@ def build_empty_state(
 def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """Return the optimized parameters that are not in the model, such as those of a loss function.
 
-    Their names consist of their positions in the param groups.
+    Such a parameter is named after its position in the param groups.
     """
     named = _name_parameters(model, optimizer)
     return {name: parameter for name, parameter in named if name.startswith(_OUTSIDE)}
@@ -125,7 +126,7 @@ def list_group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load a state that has parameter names in place of indices."""
+    """Load an optimizer state that has parameter names in place of indices."""
     indices = {name: index for index, (name, _) in enumerate(_name_parameters(model, optimizer))}
     optimizer.load_state_dict(
         {
@@ -139,14 +140,17 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
 
 
 def reshard(model: nn.Module) -> None:
-    """Shard parameters again that FSDP gathered for a forward pass without a backward pass."""
+    """Reshard the parameters that FSDP left gathered after a forward pass.
+
+    FSDP keeps some parameters gathered for a backward pass, which does not always follow.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def _name_parameters(model: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
-    """Return each optimized parameter with its name; the order is that of ``state_dict``."""
+    """Return each optimized parameter with its name, in the order of ``optimizer.state_dict``."""
     reshard(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = []
@@ -183,7 +187,7 @@ def _insert(holder: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _restore_lists(value: Any) -> Any:
-    """Return nested dicts with those whose keys are 0, 1, 2, … as lists."""
+    """Convert each nested dict whose keys are "0", "1", "2", … to a list."""
     if not isinstance(value, dict):
         return value
     restored = {key: _restore_lists(below) for key, below in value.items()}
@@ -193,7 +197,10 @@ def _restore_lists(value: Any) -> Any:
 
 
 def _allocate(parameter: nn.Parameter | None, value: Any) -> Any:
-    """Return a tensor to load a saved tensor into, sharded like its parameter; else the value."""
+    """Allocate a tensor into which a saved tensor can be loaded, sharded like its parameter.
+
+    A value that is not a tensor is returned unchanged.
+    """
     if not isinstance(value, TensorStorageMetadata):
         return value
     dtype = value.properties.dtype

@@ -152,7 +152,7 @@ class ShardReader(StorageReader):
         *_args: Any,
         **_options: Any,
     ) -> None:
-        """Keep the locations of the shards, which `read_metadata` returned."""
+        """Store the locations of the shards, which `read_metadata` has returned."""
         self._locations = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:

@@ -50,8 +50,8 @@ def convert_deepspeed_state(
 def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]) -> int:
     """Return the step at which a schedule continues after a change of the batch size.
 
-    If the schedule has durations in samples, epochs or fractions of the run, a larger batch makes
-    it shorter in steps, so the schedule continues after the same number of samples.
+    If the schedule has durations in samples, epochs or fractions of the run, it continues after the
+    same number of samples. A larger batch makes such a schedule shorter in steps.
 
     Args:
         steps: number of applied optimizer steps in the checkpoint.

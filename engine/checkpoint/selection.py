@@ -74,7 +74,7 @@ class CheckpointSelector:
             if own != manifest or problems:
                 what = "; ".join(problems) or "its manifest differs"
                 raise CheckpointError(
-                    f"{checkpoint_dir} is not the same on rank {self._ranks.rank} as on rank 0: "
+                    f"{checkpoint_dir} differs between rank 0 and rank {self._ranks.rank}: "
                     f"{what}. Use a directory that all hosts share."
                 )
         if not is_foreign:

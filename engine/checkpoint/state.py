@@ -38,7 +38,10 @@ from engine.errors import CheckpointError
 __all__ = ["Source", "check_weights", "export", "read", "write", "write_async"]
 
 VALUES = "values.pt"
-"""File for values that are not tensors and are equal on all ranks, e.g. param group settings."""
+"""File for values that are not tensors, such as param group settings.
+
+These values are equal on all ranks, so only rank 0 writes the file.
+"""
 _MODEL = "model."
 
 
@@ -73,7 +76,9 @@ class _Shards:
 
 
 def write(directory: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bool = True) -> None:
-    """Write this rank's shards of the model and the optimizer. Every rank must call this.
+    """Write this rank's shards of the model and the optimizer to a directory.
+
+    Every rank must call this function.
 
     Args:
         directory: existing directory to write to.
@@ -154,9 +159,9 @@ def read(
         model: model to restore.
         optimizer: optimizer to restore; None restores only the model.
         strict: whether to raise an error if the checkpoint and the model do not have the same
-            parameters and buffers. If False, those that are not in both are left as they are.
+            parameters and buffers. If False, those that are not in both are ignored.
         frozen: whether the checkpoint must contain the frozen parameters. If False, frozen
-            parameters that it does not contain keep their current values.
+            parameters that are missing from the checkpoint keep their current values.
         source: contents of the checkpoint; default: the files that `write` wrote.
 
     Raises:
@@ -210,7 +215,7 @@ def read(
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Load the model's parameters and buffers from a checkpoint, unsharded, by name."""
+    """Return the unsharded parameters and buffers of the model in a checkpoint, by name."""
     if has_deepspeed_files(directory):
         found = DeepSpeedFiles(directory).find_weights()
         # Each tensor needs its own memory in a safetensors file.
@@ -278,7 +283,7 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
 
 
 def _load_tensors(directory: Path, own: dict[str, Any], *, is_single_process: bool) -> None:
-    """Load tensors by name, in place."""
+    """Load tensors of a checkpoint by name, in place."""
     try:
         with _ignore_process_group_warning(), _raise_cause():
             load(own, storage_reader=ShardReader(directory), no_dist=is_single_process)
@@ -290,9 +295,10 @@ def _load_tensors(directory: Path, own: dict[str, Any], *, is_single_process: bo
 
 @contextlib.contextmanager
 def _raise_cause() -> Iterator[None]:
-    """Raise the exception of the first rank that failed, instead of torch's collection of them.
+    """Raise the exception of the first failed rank in place of torch's `CheckpointException`.
 
-    Torch's `CheckpointException` is not an `Exception`, so no caller would catch it.
+    A `CheckpointException` contains the exceptions of all failed ranks. The class does not derive
+    from `Exception`, so callers would not catch it.
     """
     try:
         yield
@@ -315,14 +321,14 @@ def _find_leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def _is_sharded(name: str, value: Any) -> bool:
-    """Return whether a value is written to the shards, and not to `VALUES`."""
+    """Return whether a value is written to the sharded files, and not to `VALUES`."""
     return isinstance(value, Tensor) and not _is_extra_state(name)
 
 
 def _is_extra_state(name: str) -> bool:
-    """Return whether a value comes from a module's ``get_extra_state``, which may return anything.
+    """Return whether a value comes from a module's ``get_extra_state``.
 
-    At the time of loading, it may have another structure.
+    Such a value can have any structure, which may be different when the checkpoint is loaded.
     """
     return name.rpartition(".")[2] == "_extra_state"
 
@@ -377,7 +383,7 @@ def _read_saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
 
 @contextlib.contextmanager
 def _ignore_process_group_warning() -> Iterator[None]:
-    """Suppress torch's warning about a missing process group; a single process needs none."""
+    """Suppress torch's warning about a missing process group; a single process requires none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
         yield

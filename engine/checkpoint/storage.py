@@ -136,7 +136,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     checkpoint_dir = directory / manifest.tag
     old = directory / f".{manifest.tag}.old"
     if checkpoint_dir.is_symlink():
-        checkpoint_dir.unlink()  # another directory's checkpoint
+        checkpoint_dir.unlink()  # keep the checkpoint that the link points to
     elif checkpoint_dir.exists():
         shutil.rmtree(old, ignore_errors=True)
         checkpoint_dir.rename(old)
@@ -172,7 +172,10 @@ def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
 
 
 def has_any_checkpoint(directory: Path) -> bool:
-    """Return whether a directory contains a checkpoint, even if damaged or of another tool."""
+    """Return whether a directory contains any checkpoint.
+
+    Damaged checkpoints and those of other tools, such as DeepSpeed, count as well.
+    """
     return (directory / LATEST).exists() or any(directory.glob(f"*/{MANIFEST}"))
 
 
@@ -250,7 +253,7 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
     Args:
         checkpoint_dir: directory of the checkpoint.
         manifest: manifest of the checkpoint.
-        hashes: whether to check the hashes in addition to the sizes, which reads all files.
+        hashes: whether to check the hashes as well as the sizes; this reads all files.
     """
     for name, entry in manifest.files.items():
         path = checkpoint_dir / name
@@ -263,7 +266,7 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
 
 
 def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -> list[str]:
-    """Delete all automatic checkpoints of a run except the newest ``keep``. Return their tags.
+    """Delete all but the newest automatic checkpoints of a run, and return their tags.
 
     Args:
         directory: directory that holds the run's checkpoints.

@@ -50,15 +50,15 @@ def choose_backend(
 ) -> BackendChoice:
     """Choose the backend for a config.
 
-    If the config sets ``engine.backend`` to "torch" or "deepspeed", use this backend. Otherwise,
-    use DeepSpeed if the config enables ZeRO or contains a key that only DeepSpeed supports, and
-    torch if not.
+    If the config sets ``engine.backend`` to "torch" or "deepspeed", choose this backend. Otherwise,
+    choose DeepSpeed if the config enables ZeRO or contains a key that only DeepSpeed supports. In
+    all other cases, choose torch.
 
     Args:
         config: config to choose the backend for.
         members: all keys of the config; each section precedes its keys.
-        needs_deepspeed: part of the model that only DeepSpeed supports, such as a MoE layer; it
-            selects DeepSpeed as such a key does.
+        needs_deepspeed: part of the model that only DeepSpeed supports, such as an MoE layer; None
+            if there is none. Such a part also selects DeepSpeed.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'

@@ -40,10 +40,13 @@ class BatchSizes:
         )
 
     def with_train(self, train: int) -> BatchSizes:
-        """Return the sizes with another batch size and the same micro-batch size.
+        """Return batch sizes with the given train batch size and the same micro-batch size.
+
+        The number of accumulation steps changes accordingly.
 
         Raises:
-            ValueError: the batch size is not a positive multiple of what the ranks process at once.
+            ValueError: ``train`` is not a positive multiple of the micro-batch size times the
+                world size.
         """
         at_once = self.micro * self.world_size
         if train <= 0 or train % at_once:
@@ -54,7 +57,9 @@ class BatchSizes:
         return replace(self, train=train, accumulation=train // at_once)
 
     def with_micro(self, micro: int) -> BatchSizes:
-        """Return the sizes with another micro-batch size and as many micro-batches per step.
+        """Return batch sizes with the given micro-batch size and the same accumulation steps.
+
+        The train batch size changes accordingly.
 
         Raises:
             ValueError: the micro-batch size is not positive.

@@ -181,8 +181,8 @@ class Config(Mapping[str, Any]):
     def copy_for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
         """Return a copy of the config for a trial run of the LR finder.
 
-        The copy disables checkpoints, monitors, reports, the reports of progress and
-        ``engine.steps_this_run``.
+        The copy disables checkpoints, monitors, progress reports, plots of results
+        (``engine.report``) and ``engine.steps_this_run``.
 
         Args:
             schedule: schedule of the trial run; None to use no schedule.
@@ -240,8 +240,8 @@ def load_config(
         world_size: number of ranks of the run.
         args: parsed command-line arguments. Those of `add_schedule_arguments` override config
             values.
-        needs_deepspeed: part of the model that only DeepSpeed supports, if there is one; it then
-            selects DeepSpeed unless ``engine.backend`` is set.
+        needs_deepspeed: part of the model that only DeepSpeed supports; None if there is none.
+            Such a part selects the DeepSpeed backend unless ``engine.backend`` is set.
 
     Raises:
         ConfigError: the config cannot be read or is invalid; ``problems`` lists every error.

@@ -92,7 +92,7 @@ def list_possible_horizons(
 ) -> list[Horizon]:
     """Return the length of the run, or several possible lengths if it is unknown before launch.
 
-    A problem that all of them have is a problem of the config.
+    A problem that occurs with every possible length is a problem of the config.
 
     Args:
         schedule: schedule whose durations are to be converted to steps.
@@ -193,7 +193,7 @@ class EvaluatedSchedule:
         return min(values), max(values)
 
     def find_infinite(self) -> tuple[str, int, float] | None:
-        """Return the first value that is not finite: hyperparameter, step and value.
+        """Return the hyperparameter, step and value of the first value that is not finite.
 
         Return None if all values of the run are finite. The curves are evaluated only at the first
         and the last step of each of their pieces.

@@ -145,7 +145,10 @@ def walk(
 
 
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
-    """Return the canonical names of the keys that the object sets under another name."""
+    """Return the canonical names of the keys that the object sets under an old or alternative name.
+
+    The result can also contain values that are not names of keys, such as None.
+    """
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
 
@@ -229,7 +232,9 @@ def add_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[st
 
 
 def add_optimizer_defaults(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's params with default values added; some depend on other params.
+    """Return an optimizer's params with default values added for missing params.
+
+    The default of a param can depend on the values of other params.
 
     >>> add_optimizer_defaults("Adam", {"torch_adam": True})["weight_decay"]
     0.01

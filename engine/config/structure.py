@@ -155,7 +155,10 @@ def _get_suggested_pointer(problem: Problem) -> str:
 def _convert_error(
     document: Document, error: jsonschema.ValidationError, pointer: str, suggestions: int
 ) -> Iterator[Problem]:
-    """Yield the problems of a schema violation; only the first ``suggestions`` have suggestions."""
+    """Convert an error of the package ``jsonschema`` to problems of the config.
+
+    If there are several unknown keys, a known key is suggested only for the first ``suggestions``.
+    """
     name = dotted_name(pointer) or "the config"
     keyword = str(error.validator)
     schema: Mapping[str, Any] = error.schema
@@ -175,7 +178,7 @@ def _convert_error(
                 takes = describe_schema(schema["properties"][missing])
                 message = f"Missing key `{missing}` in {name}."
                 below = join_pointer(pointer, missing)
-                hint = f"Add it. It accepts {takes}."
+                hint = f"Add the key. It accepts {takes}."
                 yield document.build_problem(
                     "missing-key", pointer, message, hint, suggestion=below
                 )
@@ -226,7 +229,7 @@ def _build_unknown_key_problem(
         "unknown-key",
         pointer,
         message,
-        found.hint or 'Remove it, or start the key with "//" or "x-" to keep it as a comment.',
+        found.hint or 'Remove the key, or start the key with "//" or "x-" to keep it as a comment.',
         at_key=True,
         fix=found.fix,
         suggestion=found.meant,
@@ -296,7 +299,10 @@ def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[P
 def _check_run_length(
     document: Document, config: Mapping[str, Any], world_size: int | None
 ) -> Iterator[Problem]:
-    """Yield an error if the run would be too long, or shorter than one step, with any data set."""
+    """Yield an error if the run is too long, or shorter than one step.
+
+    The data set is unknown, so an epoch is assumed to have one step.
+    """
     samples = get_train_batch_size(config, world_size) or 1
     try:
         build_horizon(config.get("engine", {}), samples_per_step=samples, steps_per_epoch=1)
@@ -305,7 +311,11 @@ def _check_run_length(
 
 
 def _read_torch_schema(name: str) -> Mapping[str, Any]:
-    """Return a schema with the names of the params of a scheduler that is not imported."""
+    """Return a JSON schema that contains the parameter names of a PyTorch scheduler.
+
+    The names are read from PyTorch's source code, because PyTorch is not imported. The schema is
+    empty if there is no such scheduler.
+    """
     parameters = read_torch_parameters(name)
     if parameters is None:
         return {}
@@ -317,7 +327,10 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """For an unknown parameter, set the hint to the names of the schedules that have it."""
+    """Add a hint to a problem about an unknown parameter: the schedules with this parameter.
+
+    Other problems are returned unchanged.
+    """
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem
     key = get_last_key(problem.pointer)

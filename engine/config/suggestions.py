@@ -1,7 +1,7 @@
 """Suggest a known key for an unknown key.
 
 A suggestion is a key with a similar name, the equivalent of another tool's key, or the section in
-which the key is valid. Unlikely suggestions are not made.
+which the key is valid. No suggestion is made if none is likely to be correct.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def suggest_key(
 
 
 def _find_unique_match(name: str, known: Collection[str]) -> str | None:
-    """Return the known name with an edit distance of at most 2 and the same first or last letter.
+    """Return the known name that is similar to ``name``; None if none or several are similar.
 
-    Return None if there is no such name, or more than one.
+    Names are similar if their edit distance is at most 2 and the first or last letter is the same.
     """
     near = [
         other

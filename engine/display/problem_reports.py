@@ -31,9 +31,9 @@ class Report:
 
 
 def _select_problems(problems: Sequence[Problem]) -> tuple[list[Problem], int]:
-    """Return the problems to print, most severe first if there are too many, and the rest's number.
+    """Select the problems to print, and count the problems that are left out.
 
-    The selected problems keep their order.
+    If there are too many problems, the most severe ones are selected. They keep their order.
     """
     severities = list(_COLORS)
     by_severity = sorted(

@@ -18,8 +18,8 @@ _SECONDS = 0.1  # between two redraws
 class ProgressBar:
     """Shows the number of completed steps, a text, the speed and the time left.
 
-    It is drawn on standard error by `move_to`, not by a thread. While it is shown, everything that
-    is printed or logged appears above it.
+    `move_to` draws the bar on standard error; there is no drawing thread. While the bar is shown,
+    everything that the script prints or logs appears above the bar.
 
     Args:
         step: number of steps that are already completed.
@@ -94,7 +94,7 @@ class ProgressBar:
             self.close()
 
     def close(self) -> None:
-        """Leave the bar on the screen, and restore the output streams."""
+        """Stop updating the bar, which stays on the screen, and restore the output streams."""
         if not self.is_open:
             return
         ProgressBar._shown, self.is_open = None, False
@@ -105,13 +105,13 @@ class ProgressBar:
 
 
 def _redirect_handlers(replaced: Mapping[int, Any]) -> list[tuple[Any, Any]]:
-    """Make log handlers write to the streams that replaced theirs.
+    """Make log handlers write to the replacements of their output streams.
 
     Args:
-        replaced: the new stream for the id of each old one.
+        replaced: dict from the ``id`` of each original stream to the stream that replaces it.
 
     Returns:
-        Each changed handler with its old stream.
+        Pairs of a changed handler and its original stream.
     """
     changed = []
     for handler in (*logging.getLogger().handlers, *logging.getLogger("onecycle").handlers):

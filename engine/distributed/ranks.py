@@ -168,19 +168,20 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
 def destroy_distributed() -> None:
     """Destroy the process group.
 
-    With gloo, first wait up to 5 seconds for the other ranks. Otherwise, a rank that exits early
-    would close connections that the gloo threads of other ranks still use. If an exception ends
-    this process, do not wait: the others may be waiting for this rank in a collective operation.
+    With gloo, first wait up to 5 seconds until all ranks call this function. Otherwise, a rank that
+    exits early would close connections that the gloo threads of other ranks still use.
 
-    If the others still train, the connections stay open until this process ends. Otherwise, the
-    others would fail first, and the launcher would report one of them.
+    Keep the process group if an exception ended this process, or if some ranks are still training
+    after the wait. Its connections then stay open until this process exits. If they were closed
+    earlier, the other ranks could exit with an error before this one, and the launcher would report
+    one of them as the first failure.
     """
     if not _has_process_group():
         return
     is_gloo = dist.get_backend() == "gloo"
-    if is_gloo and (hasattr(sys, "last_value") or not _wait_for_exit_of_all_ranks()):
-        return
-    dist.destroy_process_group()
+    others_train = is_gloo and (hasattr(sys, "last_value") or not _wait_for_exit_of_all_ranks())
+    if not others_train:
+        dist.destroy_process_group()
     # A gloo thread may still own a tensor, and needs the interpreter to release it. If the
     # interpreter has already exited, the process aborts ("terminate called without an active
     # exception").
@@ -188,9 +189,12 @@ def destroy_distributed() -> None:
 
 
 def _wait_for_exit_of_all_ranks() -> bool:
-    """Wait, and return whether no rank still trains."""
+    """Wait until all ranks have called `destroy_distributed`, and return whether they have.
+
+    The wait ends after 5 seconds. If the rank that hosts the store has exited, return True.
+    """
     # Use the store: a rank that is in another collective operation would not answer a barrier.
-    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # it has no public name
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # the function has no public name
     keys = [f"onecycle/exit/{rank}" for rank in range(dist.get_world_size())]
     deadline = time.monotonic() + _EXIT_TIMEOUT
     with contextlib.suppress(RuntimeError):  # the rank that hosts the store has exited

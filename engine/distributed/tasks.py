@@ -14,7 +14,7 @@ _DEFAULT_PORT = 29500  # DeepSpeed's
 
 
 class _Starter(NamedTuple):
-    """A program that starts tasks, and the names of the variables that it sets."""
+    """A program that starts the tasks of a job, and the environment variables that it sets."""
 
     name: str
     size: str
@@ -103,7 +103,10 @@ def _find_address(starter: _Starter, environment: Mapping[str, str]) -> str | No
 
 
 def _choose_port(environment: Mapping[str, str]) -> int:
-    """Return a port that all tasks agree on. Each job step of Slurm has a different one."""
+    """Return a port number that is the same for all tasks of a job.
+
+    In Slurm, the port depends on the job and the job step, so that two steps use different ports.
+    """
     job, step = (environment.get(f"SLURM_{kind}_ID", "") for kind in ("JOB", "STEP"))
     if job.isdecimal() and step.isdecimal():
         return 20000 + (int(job) + 101 * int(step)) % 10000

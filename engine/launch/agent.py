@@ -100,7 +100,7 @@ def main() -> int:
 
 
 def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
-    """Wait until the job exits. Stop it if the launcher requests this or is unreachable.
+    """Wait until the job exits. Stop the job if the launcher requests it or is unreachable.
 
     Args:
         job: running job.
@@ -193,7 +193,7 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Read the first line from a file descriptor. Return it, and the bytes read after it.
+    """Read the first line from a file descriptor. Return this line and the bytes after it.
 
     The reads bypass Python's buffer, because `select` does not see data that is in the buffer.
     """

@@ -131,8 +131,8 @@ class LaunchPlan:
     def describe(self, *, as_json: bool = False) -> str:
         """Return the plan as text: the ranks, slots and command of each host.
 
-        A command can be pasted into a shell. Instead of the value of a variable whose name suggests
-        a secret, it contains a reference to the variable, and it fails if the variable is not set.
+        Each command can be pasted into a shell. If the name of a variable suggests a secret, the
+        command refers to the variable instead of containing its value, and fails if it is not set.
 
         Args:
             as_json: whether to return the plan as indented JSON instead.

@@ -74,7 +74,9 @@ def bind_to_cores(
 
 
 def build_module_command(python: str, module: str) -> tuple[str, ...]:
-    """Return a command that runs a module of onecycle, never one of the working directory.
+    """Return a command that runs a module of onecycle.
+
+    A module with the same name in the working directory is not run.
 
     Args:
         python: Python interpreter.

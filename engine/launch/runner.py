@@ -106,7 +106,8 @@ class _Agent:
 class _Output:
     """Prints the output of the selected ranks, and keeps the last lines of every rank and host.
 
-    A thread prints, so that the launcher also reacts to events while nobody reads its output.
+    A separate thread prints the lines, so that the launcher can react to events even if its output
+    is a pipe whose reader is slow.
     """
 
     def __init__(self, console: Console, out: IO[str]) -> None:

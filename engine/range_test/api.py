@@ -42,9 +42,9 @@ def lr_range_test(
     curve. Every rank must call this function; the loss is averaged over all ranks. Boundaries set
     with `set_gradient_accumulation_boundary` are ignored during the test.
 
-    If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. It tries five
-    maximum learning rates around the suggestion, each twice the previous one, and extends the
-    search while the best one is the smallest or the largest so far. The refined suggestion is more
+    If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. The runs use
+    five maximum learning rates around the suggestion, each twice the previous one. While the best
+    maximum is the smallest or the largest so far, more runs follow. The refined suggestion is more
     reliable, but takes five to ten times as long as the range test alone.
 
     Args:

@@ -55,7 +55,7 @@ class Refinement:
 
     @property
     def lowest_per_repeat(self) -> list[float]:
-        """The value of `lowest` for each repeat separately, which shows how much it varies."""
+        """The value of `lowest` for each single repeat, to show the variation of this estimate."""
         return [self._find_lowest(column) for column in np.array(list(self.losses.values())).T]
 
     @property
@@ -141,8 +141,9 @@ def refine(
 ) -> Refinement:
     """Find the best maximum learning rate by training short cycles.
 
-    The search starts with five maximum learning rates, each twice the previous one. It is extended
-    while the best one is the smallest or the largest so far, up to 64 times `around` or 1/64 of it.
+    The search starts with five maximum learning rates, each twice the previous one. While the best
+    maximum is the smallest or the largest so far, the search continues with further maxima. They
+    are at least 1/64 of `around`, and at most 64 times `around`.
 
     Args:
         train: function that takes a maximum learning rate and the index of the repeat, trains for a

@@ -105,7 +105,7 @@ class LRRangeReport:
 
     @property
     def max_lrs(self) -> list[float]:
-        """The suggested maximum learning rate of each run on its own.
+        """The maximum learning rate that the losses of each single run suggest.
 
         Runs without a suggestion are omitted. If there is only one run, the list is empty.
         """

@@ -33,9 +33,9 @@ _reports: list[Path] = []
 
 
 def is_next_engine_swept(sweep: Sweep) -> bool:
-    """Return whether the engine that `initialize` is about to create is the one to sweep.
+    """Return whether the LR range test applies to the engine that `initialize` will create next.
 
-    Every other engine trains with its own schedule.
+    Every other engine of the script trains with its own schedule.
 
     Raises:
         MisuseError: the script creates a second engine, but `sweep` does not select one.
@@ -93,7 +93,10 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
 
 
 def _find_own_directory(directory: Path) -> Path:
-    """Return the directory; append a number if another engine of this process reports there."""
+    """Return a report directory that no other engine of this process uses.
+
+    Return ``directory`` itself if no other engine uses it. Otherwise, append a number to its name.
+    """
     count = _reports.count(directory)
     _reports.append(directory)
     return directory if count == 0 else directory.with_name(f"{directory.name}_{count + 1}")

@@ -38,7 +38,7 @@ class Sweep:
         seed_offset: number that is added to the config's seed and to torch's initial seed, so that
             repeated sweeps differ.
         engine: number of the engine to test, from 1, in the order in which the script creates
-            them. If None, the script must create only one.
+            the engines. If None, the script must create only one engine.
 
     Raises:
         ValueError: if `min_lr` is not positive, `max_lr` is not finite or not above `min_lr`,

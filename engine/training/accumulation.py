@@ -1,4 +1,4 @@
-"""Gradient accumulation: the position in the current batch, and where a batch ends."""
+"""Track gradient accumulation: count micro-batches, and determine where a batch ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Accumulation"]
 
 @dataclass
 class Accumulation:
-    """The micro-batches since the last optimizer step.
+    """Counts the micro-batches since the last optimizer step.
 
     >>> accumulation = Accumulation(steps=2)
     >>> accumulation.is_boundary()
@@ -30,7 +30,7 @@ class Accumulation:
     scaled_losses: int = 0
     """Number of losses passed to `backward` or `scale` since the last optimizer step."""
     boundary: bool | None = None
-    """Value set by `Engine.set_gradient_accumulation_boundary`; if None, count micro-batches."""
+    """Value set by `Engine.set_gradient_accumulation_boundary`; None to count micro-batches."""
     has_gradients: bool = False
     """Whether trained parameters had gradients after the last micro-batch of this batch."""
     averages_gradients: bool = True
@@ -47,7 +47,11 @@ class Accumulation:
         return self.averages_gradients and self.is_boundary()
 
     def restart(self, micro_batches: int = 0) -> None:
-        """Start a batch of which a number of micro-batches was processed before."""
+        """Set the position in the current batch, and discard the state of the previous one.
+
+        Args:
+            micro_batches: number of micro-batches that the run has processed so far.
+        """
         self.micro_batches, self.scaled_losses = micro_batches % self.steps, 0
         self.has_gradients = False
 

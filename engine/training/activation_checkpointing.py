@@ -58,7 +58,7 @@ class CheckpointedForward:
         self.on_host = on_host
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block; without gradients, save nothing."""
+        """Run the block, with activation checkpointing if gradients are enabled."""
         if not torch.is_grad_enabled():
             return self.__wrapped__(*args, **kwargs)
         storage = torch.autograd.graph.save_on_cpu() if self.on_host else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Sample the micro-batches of one rank from the order of an epoch."""
+"""Select the micro-batches of one rank from the samples of an epoch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class EpochOrder:
     """The order in which each epoch visits the data."""
 
     name: str
-    """Name of ``length`` in error messages."""
+    """Expression for ``length`` in error messages, such as ``len(training_data)``."""
     draw: Callable[[int], Sequence[Any]]
-    """Function that returns the items of an epoch, given its number. It must be reproducible."""
+    """Function that takes the number of an epoch and always returns the same items for it."""
     length: int
     """Number of items per epoch."""
     drop_last: bool
@@ -43,7 +43,7 @@ class EpochOrder:
 
 
 def order_dataset(samples: int, config: Config) -> EpochOrder:
-    """Return the order of a dataset: a random permutation for each epoch, unless it is disabled.
+    """Return the order of a dataset: a new random permutation per epoch if shuffling is enabled.
 
     Args:
         samples: number of samples in the dataset.
@@ -60,10 +60,10 @@ def order_dataset(samples: int, config: Config) -> EpochOrder:
 
 
 def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
-    """Return the order that a sampler draws, reproducibly.
+    """Return the order that a sampler draws, which depends only on the seed and the epoch.
 
-    Each epoch is drawn with random generators that are seeded with ``engine.seed``: the global
-    ones, and those of the sampler. All of them get their state back afterwards.
+    Before an epoch is drawn, the global random generators and those of the sampler are seeded from
+    ``engine.seed`` and the epoch. Afterwards, their previous states are restored.
 
     Args:
         source: sampler or batch sampler with a length.
@@ -90,7 +90,7 @@ def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
 
 
 def find_samplers(source: Any) -> list[Any]:
-    """Return a sampler or data loader and the samplers inside it, from the outside in."""
+    """Return a data loader or sampler, followed by the samplers nested in it, outermost first."""
     found: list[Any] = []
     while source is not None and not any(source is each for each in found):
         found.append(source)
@@ -119,7 +119,7 @@ class GlobalBatchSampler(Sampler[Any]):
         order: order in which each epoch visits the data.
         config: config with the batch sizes and the seed.
         rank: rank whose micro-batches are yielded.
-        seeds_workers: whether the micro-batches are sent to worker processes, which they then seed.
+        seeds_workers: whether each micro-batch seeds the worker process that loads it.
 
     Raises:
         ValueError: the data is empty, or its only batch is dropped.
@@ -170,10 +170,10 @@ class GlobalBatchSampler(Sampler[Any]):
 
 
 class _SeededItems:
-    """The items of a micro-batch that a worker loads; unpickling them seeds the worker.
+    """Holds the items of one micro-batch, and seeds the worker process that unpickles them.
 
-    torch seeds a worker when it starts. Its random numbers would then depend on the micro-batches
-    that it has loaded before, and a resumed run would draw others.
+    torch seeds a worker only when the worker starts. Its random numbers would then depend on the
+    micro-batches that it has loaded before, so a resumed run would draw different random numbers.
     """
 
     def __init__(self, items: Any, seed: str) -> None:

@@ -1,4 +1,4 @@
-"""The data loader of a run, and calls of a model on its batches."""
+"""Build the data loader of a run, and call a model on its batches."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: in
         batch = next(batches, None)
         if batch is None:
             raise ValueError(
-                f"`data_iter` must yield {count} micro-batches, got {index}. Make it endless, or "
-                "stop at the end of an epoch."
+                f"`data_iter` must yield {count} micro-batches, got {index}. Pass an endless "
+                "iterator, or stop training at the end of an epoch."
             )
         yield call_model(model, batch)
 
@@ -59,8 +59,8 @@ def read_epoch(loader: RunLoader | None) -> int:
     """
     if loader is None:
         raise MisuseError(
-            "`epoch` is unknown. Pass `training_data` to `initialize`, or your data loader to "
-            "`trainer.prepare`."
+            "`trainer.epoch` is unknown, because the run has no data loader. Pass `training_data` "
+            "to `initialize`, or your data loader to `trainer.prepare`."
         )
     return loader.epoch
 
@@ -81,8 +81,8 @@ def count_steps_per_epoch(loader: RunLoader | None, config: Config) -> int | Non
     steps = micro_batches // config.batch.accumulation
     if steps == 0:
         raise ValueError(
-            f"`len(loader)` must be >= {config.batch.accumulation} micro-batches, which are one "
-            f'optimizer step, got {micro_batches}. Set a smaller "train_batch_size".'
+            f"The data loader must yield at least {config.batch.accumulation} micro-batches, which "
+            f'make up one optimizer step, got {micro_batches}. Set a smaller "train_batch_size".'
         )
     return steps
 
@@ -98,7 +98,7 @@ def build_loader(
     An iterable dataset is not shuffled, and must split its samples across ranks itself.
 
     Args:
-        training_data: dataset, or a data loader of the user's own.
+        training_data: dataset, or the user's own data loader.
         config: config with the batch sizes, the seed and ``engine.dataloader``.
         ranks: device, rank and world size of this process.
         collate_fn: function that turns a list of samples of the dataset into a batch.
@@ -143,13 +143,13 @@ def make_rank_loader(
     pin_memory: bool = True,
     **settings: Any,
 ) -> DataLoader[Any]:
-    """Build a data loader whose position is not part of the run's state.
+    """Build a data loader of one rank whose position is not saved in checkpoints.
 
     Args:
-        dataset: dataset to load; its samples are split across ranks unless it is iterable.
+        dataset: dataset to load. An iterable dataset must split its samples across ranks.
         ranks: rank, world size and device of this process.
         shuffle: whether to shuffle the samples.
-        sampler: sampler to use instead.
+        sampler: sampler of this rank; if None, the samples are split across ranks.
         pin_memory: whether to copy batches to pinned memory, if the rank uses a GPU.
         **settings: other arguments of `DataLoader`.
     """

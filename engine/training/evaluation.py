@@ -51,7 +51,7 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, without gradients; restore every mode when the context exits."""
+    """Put a model into eval mode and disable gradients; restore both when the context exits."""
     with preserve_modes(model), torch.no_grad():
         model.eval()
         yield
@@ -61,7 +61,7 @@ class Evaluator:
     """Averages metrics over a dataset, and gathers tensors from all ranks.
 
     All ranks process equally many batches, because a forward pass may gather parameters from all
-    ranks. A rank that has no batch left repeats one, and its results are dropped.
+    ranks. A rank that has no batch left repeats a batch, and drops the results of the repetition.
 
     Args:
         ranks: rank, world size and device of this process.
@@ -69,7 +69,7 @@ class Evaluator:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._is_repeating = False  # whether the current batch counts on a different rank
+        self._is_repeating = False  # whether to drop the results of the current batch
 
     def average(self, loader: Iterable[Any], fn: Callable[[Any], Any]) -> Any:
         """Return the mean of each metric over the samples of all ranks; see `Engine.evaluate`."""
@@ -138,7 +138,7 @@ class Evaluator:
         return values
 
     def _iterate(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """Yield this rank's batches, each with whether it is repeated and must not count."""
+        """Return an iterator over this rank's batches, each with whether it is a repeated one."""
         if self._ranks.world_size == 1:
             return ((batch, False) for batch in loader)
         plans = self._gather_objects(_plan_split(loader))
@@ -151,7 +151,7 @@ class Evaluator:
     def _iterate_split(
         self, loader: DataLoader[Any], batches: list[list[int]]
     ) -> Iterator[tuple[Any, bool]]:
-        """Load every n-th of the batches, which are lists of sample indices, on n ranks."""
+        """Return an iterator over this rank's part of ``batches``, which are lists of indices."""
         size = self._ranks.world_size
         own = batches[self._ranks.rank :: size]
         repeats = len(batches[::size]) - len(own)
@@ -159,7 +159,7 @@ class Evaluator:
         return ((batch, index >= len(own)) for index, batch in enumerate(split))
 
     def _iterate_own(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """Yield the batches of this rank's loader, and repeat one until all ranks are done."""
+        """Yield the batches of this rank's loader, then repeat a batch until all ranks are done."""
         batches, last = iter(loader), _NO_BATCH
         while True:
             batch = next(batches, _NO_BATCH)
@@ -199,8 +199,8 @@ def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
 
 
 def _hash_first_sample(loader: DataLoader[Any]) -> str:
-    # Load it in a worker if the loader has workers: files that a dataset opens on first use must
-    # not be opened before workers are forked.
+    # Load the sample in a worker if the loader has workers, because files that a dataset opens on
+    # first use must not be opened before workers are forked.
     probe = _copy_loader(loader, [[0]], min(loader.num_workers, 1), None)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # random transforms must be equal on all ranks
@@ -219,7 +219,7 @@ def _copy_loader(
     num_workers: int,
     generator: torch.Generator | None,
 ) -> DataLoader[Any]:
-    """Return a loader of other batches, which are lists of sample indices."""
+    """Copy a data loader with different batches, which are lists of sample indices."""
     return DataLoader(
         loader.dataset,
         batch_sampler=batches,
@@ -239,7 +239,10 @@ def _to_bytes(tensor: Tensor) -> Tensor:
 
 
 def _read_result(result: Any, samples: int | None) -> list[_Row]:
-    """Check what `fn` returned for a batch, and return it as rows. Tensors stay on their device."""
+    """Check the result of ``fn`` for a batch, and return a `_Row` for each metric.
+
+    Tensors stay on their device.
+    """
     has_count = isinstance(result, tuple) and len(result) == 2
     metrics, count = result if has_count else (result, samples)
     if count is None:
@@ -284,7 +287,7 @@ def _count_samples(batch: Any) -> int | None:
 
 
 def _compute_means(rows: Sequence[_Row]) -> Any:
-    """Return the weighted mean of each metric, or that of the loss."""
+    """Return the mean of each metric, or of the loss, weighted by the number of samples."""
     named: dict[str | None, list[tuple[float, float]]] = {}
     for name, value, count in rows:
         if not count >= 0:
@@ -307,5 +310,5 @@ def _compute_means(rows: Sequence[_Row]) -> Any:
 
 
 def _sum(values: list[float]) -> float:
-    """Return the sum; it does not depend on the order, and so not on the number of ranks."""
+    """Return a sum that does not depend on the order of the values, if all are finite."""
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

@@ -1,4 +1,4 @@
-"""Build the optimizer of a config, with PyTorch's fused implementation if there is one."""
+"""Build the optimizer that a config describes, with PyTorch's fused kernel if there is one."""
 
 from __future__ import annotations
 

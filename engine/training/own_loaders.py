@@ -1,4 +1,4 @@
-"""Prepare a data loader of the user's own for a run."""
+"""Prepare the user's own data loader for a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SETTINGS = (
 
 
 def is_loader(value: object) -> bool:
-    """Return whether a value is a data loader, not a dataset."""
+    """Return whether a value is a data loader; False for a dataset."""
     if isinstance(value, Dataset) or hasattr(value, "__getitem__"):
         return False
     return isinstance(value, DataLoader) or (isinstance(value, Iterable) and has_state(value))
@@ -82,15 +82,15 @@ def _check_settings(loader: Any, config: Config) -> None:
     section = config.raw.get("engine", {}).get("dataloader")
     if section:
         raise ValueError(
-            f"`engine.dataloader` is for datasets, but {type(loader).__name__} has its own "
-            "settings. Remove the section, or pass the dataset instead of the loader."
+            f"`engine.dataloader` is for datasets, but a data loader with its own settings was "
+            f"passed ({type(loader).__name__}). Remove the section, or pass a dataset instead."
         )
     size, micro = _read_batch_size(loader), config.batch.micro
     if size not in {None, micro}:
         raise ValueError(
-            f"The data loader must have the batch size of `train_micro_batch_size_per_gpu`, "
-            f"{micro}, got {size} ({config.batch}). Create it with `batch_size={micro}`, or set "
-            f'"train_micro_batch_size_per_gpu": {size}.'
+            f"The batch size of the data loader must be {micro}, as in "
+            f"`train_micro_batch_size_per_gpu`, got {size} ({config.batch}). Create the loader "
+            f'with `batch_size={micro}`, or set "train_micro_batch_size_per_gpu": {size}.'
         )
 
 
@@ -104,7 +104,7 @@ def _read_batch_size(loader: Any) -> int | None:
 
 
 def _overrides_iteration(loader: DataLoader[Any]) -> bool:
-    """Return whether a subclass of torch's DataLoader yields its batches in its own way."""
+    """Return whether a subclass of torch's DataLoader overrides how batches are yielded."""
     names = ("__iter__", "_get_iterator")
     return any(getattr(type(loader), name) is not getattr(DataLoader, name) for name in names)
 
@@ -119,8 +119,8 @@ def _use_loader(loader: Any, config: Config, ranks: Ranks) -> RunLoader:
         )
     if not has_state(loader) and ranks.rank == 0:
         log.warning(
-            "%s iterates in its own way, so a resumed run skips batches by loading them again, "
-            "which is correct only if each epoch has a fixed order",
+            "%s overrides how batches are yielded; a resumed run loads the skipped batches again, "
+            "which is correct only if the order of each epoch is fixed",
             type(loader).__name__,
         )
     repeats = None if is_sharded or is_map_style else _build_repeat_check(config, ranks, loader)
@@ -131,7 +131,7 @@ def _check_shard(source: Any, ranks: Ranks) -> bool:
     """Return whether a sampler yields the samples of one rank, like a `DistributedSampler`.
 
     Raises:
-        ValueError: it yields the samples of another rank, or of another number of ranks.
+        ValueError: the sampler is for a different rank, or for a different number of ranks.
     """
     for sampler in find_samplers(source):
         shard = getattr(sampler, "rank", None), getattr(sampler, "num_replicas", None)
@@ -191,7 +191,7 @@ def _read_order(loader: DataLoader[Any], config: Config, ranks: Ranks) -> EpochO
 
 
 def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
-    """Check that all ranks draw the same order, of which each rank then takes its part."""
+    """Check that all ranks draw the same order of samples, which is then split across them."""
     if ranks.world_size == 1:
         return
     found: list[Any] = [None] * ranks.world_size
@@ -200,9 +200,9 @@ def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
     for rank, other in enumerate(found):
         if other != found[0]:
             raise ValueError(
-                f"`{order.name}` is {found[0][0]} on rank 0 and {other[0]} on rank {rank}, or the "
-                "samples are different. Use a sampler that yields all samples, in the same order "
-                "on all ranks, or give it the attributes `rank` and `num_replicas`."
+                f"The sampler must yield the same samples in the same order on all ranks, but rank "
+                f"0 and rank {rank} differ (`{order.name}` is {found[0][0]} and {other[0]}). Use a "
+                "sampler that yields all samples, or set its attributes `rank` and `num_replicas`."
             )
 
 
@@ -219,7 +219,7 @@ def build_run_loader(
     config: Config,
     ranks: Ranks,
 ) -> RunLoader:
-    """Build the loader of a run from a dataset.
+    """Build the data loader of a run from a dataset.
 
     Args:
         dataset: dataset to load.

@@ -77,9 +77,9 @@ class StepRecorder(Protocol):
 class ProgressReporter:
     """Reports the progress of a run: lines in the log or a progress bar, and the monitors.
 
-    By default, there is a line for the first step of the process, for every 10th step up to step
-    100, and for every 100th step after that. These steps do not depend on the clock: the loss is
-    averaged over the ranks, so all ranks must report the same steps.
+    By default, a line is logged for the first step of the process, for every 10th step up to step
+    100, and for every 100th step after that. All ranks must report the same steps, because the loss
+    is averaged over the ranks.
 
     Args:
         config: config with ``steps_per_print``, ``engine.progress_bar`` and the monitors' sections.
@@ -194,7 +194,10 @@ class ProgressReporter:
     def _name_values(
         self, name: str, values: Sequence[float] | None, *, always: bool = False
     ) -> dict[str, float]:
-        """Name the values of the param groups; only the first one, if they have never differed."""
+        """Return the param groups' values by metric name.
+
+        If the values have never differed between groups, only the first one is returned.
+        """
         if not values:
             return {}
         if always or len(set(values)) > 1:

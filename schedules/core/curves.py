@@ -64,7 +64,7 @@ class Curve(ABC):
             start = stop
 
     def values(self, count: int) -> Iterator[float]:
-        """Yield the values at steps 0 to ``count - 1``. Does not require numpy."""
+        """Yield the values at steps 0 to ``count - 1``. This method does not require numpy."""
         for piece in self.pieces(0, count):
             yield from map(piece.formula, range(int(piece.start), int(piece.end)))
 
@@ -83,7 +83,8 @@ class Curve(ABC):
     def fill(self, values: NDArray[Any], start: int, origin: float = 0) -> None:
         """Fill ``values`` with the values at consecutive steps from ``start``.
 
-        The curve starts at step ``origin``. Curves with many pieces override this loop over pieces.
+        The curve starts at step ``origin``. This method loops over the pieces of the curve.
+        Subclasses whose curves have many pieces override it with a faster method.
         """
         import numpy as np
 

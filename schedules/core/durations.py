@@ -204,7 +204,7 @@ def _parse(text: str) -> tuple[float, str]:
 
 def _check_length(length: float, name: str) -> float:
     if not length <= MAX_STEPS:
-        raise DurationError(f"{name} must be at most {MAX_STEPS:,} (2**53). Shorten it.")
+        raise DurationError(f"{name} must be at most {MAX_STEPS:,} (2**53). Use a smaller value.")
     return length
 
 

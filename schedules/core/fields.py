@@ -104,17 +104,19 @@ class AnyValue(NamedTuple):
 PerGroup = float | Sequence[float]
 """A number for all param groups, or a list with one number per group."""
 
-LearningRate = Annotated[PerGroup, Range(at_least=0), "per step; a list has one value per group"]
-Momentum = Annotated[
-    PerGroup, Range(at_least=0, below=1), "momentum or betas[0]; a list has one value per group"
-]
-WeightDecay = Annotated[PerGroup, Range(at_least=0), "a list has one value per group"]
+_LIST = "a list has one value per param group"
+LearningRate = Annotated[PerGroup, Range(at_least=0), f"learning rate per step; {_LIST}"]
+Momentum = Annotated[PerGroup, Range(at_least=0, below=1), f"momentum or betas[0]; {_LIST}"]
+WeightDecay = Annotated[PerGroup, Range(at_least=0), _LIST]
 Rate = Annotated[float, Range(at_least=0)]
 Ratio = Annotated[
     float, Range(at_least=0, at_most=1), "fraction of the param group's learning rate"
 ]
 Factor = Annotated[float, Range(at_least=0), "fraction of the param group's learning rate"]
-_TIME = 'optimizer steps, or a string such as "10ep", "500ba", "4096sp", "0.1dur"'
+_TIME = (
+    'optimizer steps, or a time string such as "10ep" (epochs), "500ba" (steps), '
+    '"4096sp" (samples) or "0.1dur" (fraction of the run)'
+)
 Steps = Annotated[int | str, Duration(), Range(at_least=1), _TIME]
 WarmupSteps = Annotated[int | str, Duration(warmup=True), Range(at_least=1), _TIME]
 StepsOrZero = Annotated[int | str, Duration(), Range(at_least=0), _TIME]
@@ -282,7 +284,9 @@ class Field:
             raise ValueError(f"`{self.name}` must be {describe_schema(self.schema)}, got {shown}.")
         numbers = [each for each in _as_tuple(value) if isinstance(each, int | float)]
         if "integer" in self._item_schema.get("type", ()) and max(numbers, default=0) > MAX_STEPS:
-            raise ValueError(f"`{self.name}` must be at most {MAX_STEPS:,} (2**53). Lower it.")
+            raise ValueError(
+                f"`{self.name}` must be at most {MAX_STEPS:,} (2**53). Use a smaller value."
+            )
         return value
 
     @property

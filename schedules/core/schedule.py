@@ -307,7 +307,7 @@ class Schedule(ABC, Generic[S]):
         }
 
     def params(self) -> dict[str, Any]:
-        """Return the parameters as JSON values. Omits parameters that have their default value."""
+        """Return the parameters that differ from their defaults, as JSON values."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, field in read_fields(type(self)).items()

@@ -43,7 +43,11 @@ def find_nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def _compare_letters(one: str, other: str) -> tuple[float, float]:
-    """Return the fraction of ``other``'s letters that are in ``one``, and difflib's ratio."""
+    """Return two measures of the similarity of two words, each from 0 to 1.
+
+    The first is the fraction of the letters of ``other`` that ``one`` contains. The second is the
+    ratio that `difflib.SequenceMatcher` computes.
+    """
     letters = len(set(one) & set(other)) / len(set(other))
     return letters, difflib.SequenceMatcher(None, one, other).ratio()
 

@@ -143,9 +143,9 @@ class StepScheduler(_Scheduler, example={"step_size": "0.2dur", "gamma": 0.5}):
     """
 
     step_size: Steps
-    """Length of each period."""
+    """Number of steps between two decays."""
     gamma: Factor = 0.1
-    """Factor applied at the end of each period."""
+    """Factor applied to the learning rate at the end of each period."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start
@@ -167,9 +167,9 @@ class MultiStepScheduler(
     """
 
     milestones: Milestones
-    """Steps at which `gamma` is applied, in ascending order. Their units may differ."""
+    """Steps at which `gamma` is applied, in ascending order. The units of milestones may differ."""
     gamma: Factor = 0.1
-    """Factor applied at each milestone."""
+    """Factor applied to the learning rate at each milestone."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()
@@ -252,9 +252,9 @@ class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
     """
 
     gamma: Annotated[float, Range(above=0)]
-    """Factor per period."""
+    """Factor applied to the learning rate in each period."""
     decay_period: Steps = "1ep"
-    """Length of each period."""
+    """Number of steps after which the learning rate has decayed by the factor `gamma`."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start

@@ -124,7 +124,7 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
     has_rate_per_step = True
 
     factor: Factor = 1.0
-    """Factor applied at each decay."""
+    """Factor applied to the learning rate at each decay."""
     stop_factor_lr: LearningRate = 1e-8
     """Minimum learning rate."""
     step: Steps | None = None
@@ -162,7 +162,7 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
     step: Milestones
     """Steps at which `factor` is applied, in ascending order."""
     factor: Factor = 1.0
-    """Factor applied at each step in `step`."""
+    """Factor applied to the learning rate at each step in the list `step`."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()

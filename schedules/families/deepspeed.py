@@ -107,9 +107,9 @@ class OneCycle(
     cycle_second_step_size: Steps | None = None
     """Length of the second half of the cycle; null uses `cycle_first_step_size`."""
     cycle_first_stair_count: StairCount = 0
-    """Number of equal stairs in the first half; 0 makes it continuous."""
+    """Number of equal stairs in the first half of the cycle; 0 disables the staircase."""
     cycle_second_stair_count: StairCount | None = None
-    """Number of equal stairs in the second half; 0 makes it continuous, null uses
+    """Number of equal stairs in the second half of the cycle; 0 disables the staircase, null uses
     `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
     """Number of steps after which the divisor increases by the decay rate; 0 or null disables the

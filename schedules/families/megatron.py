@@ -84,7 +84,7 @@ class OptimizerParamScheduler(
     wd_incr_steps: StepsOrZero = 0
     """Step at which the weight decay reaches `end_wd`."""
     wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the increase of the weight decay."""
+    """Shape of the curve with which the weight decay increases."""
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ class OptimizerParamScheduler(
             yield ParameterProblem(
                 "wsd_decay_steps",
                 f"`wsd_decay_steps` must be at most {end - warmup:g}, the difference between "
-                f"`lr_decay_steps` and `lr_warmup_steps`, got {anneal:g}. Lower it.",
+                f"`lr_decay_steps` and `lr_warmup_steps`, got {anneal:g}. Use a smaller value.",
             )
 
     def curves(self, base: Base) -> Curves:

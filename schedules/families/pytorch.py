@@ -65,9 +65,9 @@ class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
     """
 
     step_size: Steps
-    """Length of each period."""
+    """Number of steps between two decays."""
     gamma: Factor = 0.1
-    """Factor applied at the end of each period."""
+    """Factor applied to the learning rate at the end of each period."""
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.step_size)
@@ -88,7 +88,7 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
     milestones: Milestones
     """Steps at which `gamma` is applied, in any order. Duplicates apply it several times."""
     gamma: Factor = 0.1
-    """Factor applied at each milestone."""
+    """Factor applied to the learning rate at each milestone."""
 
     def curve(self, lr: float) -> Curve:
         return multiply_at(lr, self.gamma, sorted(map(as_number, self.milestones)))
@@ -153,7 +153,7 @@ class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
     has_rate_per_step = True
 
     gamma: Gamma
-    """Factor applied after every step."""
+    """Factor applied to the learning rate after every step."""
 
     def curve(self, lr: float) -> Curve:
         return exponential(lr, self.gamma, steps=1)
@@ -251,7 +251,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     pct_start: Annotated[float, Range(above=0, below=1), "fraction of the cycle"] = 0.3
     """Fraction of the cycle in which the learning rate rises."""
     anneal_strategy: Literal["cos", "linear"] = "cos"
-    """Shape of each phase."""
+    """Shape of the curve in each phase, a cosine or a line."""
     cycle_momentum: bool = True
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""
@@ -260,11 +260,11 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     max_momentum: Momentum = 0.95
     """Momentum at the start and at the end of the cycle."""
     div_factor: Divisor = 25.0
-    """Ratio of the peak learning rate to the initial one."""
+    """Ratio of the peak learning rate to the initial learning rate."""
     final_div_factor: Divisor = 1e4
-    """Ratio of the initial learning rate to the final one."""
+    """Ratio of the initial learning rate to the final learning rate."""
     three_phase: bool = False
-    """Whether the learning rate returns to its initial value before it falls to its final one."""
+    """Whether the learning rate returns to its initial value before it falls to its final value."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         by_epochs = (self.epochs is not None) + (self.steps_per_epoch is not None)
@@ -354,7 +354,7 @@ class CyclicLR(
     Schedule[int],
     example={"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 15, "mode": "triangular2"},
 ):
-    """Cycle the learning rate linearly between two values, and momentum inversely to it.
+    """Cycle the learning rate linearly between two values, and momentum in the opposite direction.
 
     s rises from 0 to 1 in ``step_size_up`` steps and falls back to 0 in ``step_size_down`` steps::
 
@@ -378,9 +378,9 @@ class CyclicLR(
     step_size_down: Steps | None = None
     """Length of the falling part of each triangle; null uses `step_size_up`."""
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
-    """How the height of the triangles changes over time."""
+    """How the height of the triangles (the amplitude) changes over time."""
     gamma: Gamma = 1.0
-    """Factor applied to the height after every step in the mode "exp_range"."""
+    """Factor applied to the height of the triangles after every step in the mode "exp_range"."""
     cycle_momentum: bool = True
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""

@@ -108,7 +108,7 @@ class PolynomialDecayScheduleWithWarmup(
         lr(k) = lr * k / warmup_steps                         k < warmup_steps
                 lr * (r + (1 - r) * (1 - min(1, x)))          k >= warmup_steps
 
-    Despite its name, the decay is always linear.
+    Despite the name of the schedule, the decay is always linear.
 
     Source: SambaFlow's documentation, "Learning rate schedules".
     """
@@ -148,7 +148,7 @@ class StepSchedule(
     decay_steps: Steps = 100
     """Number of steps between two decays."""
     gamma: Factor = 0.5
-    """Factor applied at each decay."""
+    """Factor applied to the learning rate at each decay."""
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.decay_steps)

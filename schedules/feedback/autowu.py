@@ -24,7 +24,7 @@ Count = Annotated[int | None, Range(at_least=1)]
 
 @schedule_class
 class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "total_epochs": 10}):
-    """Increase the learning rate until the loss has passed its minimum, then hold and decay it.
+    """Increase the learning rate until the loss has passed its minimum, then decay it.
 
     The warmup increases the learning rate exponentially from ``min_lr`` to ``max_lr``. Meanwhile, a
     Gaussian process fitted to the losses estimates the probability that the loss has passed its
@@ -43,8 +43,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     thirty epochs, and depends on the scale of the loss. ``"test": "robust"`` runs about sixty times
     per warmup, does not depend on the scale of the loss, tolerates loss spikes, and starts the
     decay exactly at the peak. With ``"rollback": true``, the weights and the optimizer state are
-    restored when the warmup ends, from the end of the test interval with the lowest mean loss. Use
-    it for models without normalization layers, which can diverge at high learning rates.
+    restored when the warmup ends, from the end of the test interval with the lowest mean loss. This
+    helps models without normalization layers, which can diverge at high learning rates.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews show a run on a synthetic loss.
@@ -105,7 +105,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
     @property
     def total_steps(self) -> int:
-        """Length of the run in steps. In previews, parameters that are null default to 10."""
+        """Length of the run in steps.
+
+        In previews, ``steps_per_epoch`` and ``total_epochs`` are 10 if they are null.
+        """
         return (self.steps_per_epoch or 10) * (self.total_epochs or 10)
 
     @property
@@ -158,8 +161,9 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         for name in ("steps_per_epoch", "total_epochs"):
             if getattr(resolved, name) is None:
                 message = (
-                    f"`{name}` is unknown. Set it, or pass `training_data` to `initialize` and set "
-                    '"engine": {"max_duration": "30ep"} in the config.'
+                    f"`{name}` must be set if the length of the run is unknown. Set it, or pass "
+                    '`training_data` to `initialize` and set "engine": {"max_duration": "30ep"} '
+                    "in the config."
                 )
                 raise ScheduleError(self.type_name, [ParameterProblem(name, message)])
         return resolved.controller(base)

@@ -18,7 +18,7 @@ MetricCount = Annotated[int, Range(at_least=0), "metrics"]
 
 
 class PlateauState(NamedTuple):
-    """The state of a `Plateau`."""
+    """The state of the rule `Plateau` after the metrics that it has received so far."""
 
     best: float | None = None
     bad: int = 0
@@ -115,7 +115,7 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     mode: Literal["min", "max"] = "min"
     """Whether a smaller ("min") or a larger ("max") metric is better."""
     factor: Annotated[float, Range(at_least=0)] = 0.1
-    """Factor on the learning rate at each reduction."""
+    """Factor applied to the learning rate at each reduction."""
     patience: MetricCount = 10
     """Number of consecutive metrics without improvement to tolerate."""
     threshold: Annotated[float, Range(at_least=0)] = 1e-4

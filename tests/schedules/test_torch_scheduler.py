@@ -267,7 +267,7 @@ def test_binder_step_after_a_group_was_added_is_an_error():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda o: attach("OneCycle", o, **CYCLE).step(5), "step() accepts neither an epoch nor"),
+        (lambda o: attach("OneCycle", o, **CYCLE).step(5), "step() must be called without a loss"),
         (lambda o: attach(schedules.WarmupLR(), o, warmup_num_steps=5), "with WarmupLR("),
         (lambda o: attach("OneCicle", o), "Did you mean `OneCycle`?"),
     ],

@@ -18,7 +18,7 @@ def path_of(entry):
 
 
 def problems_of(entry):
-    """Return the problems of an entry, checked for the world size that it was written for."""
+    """Validate a config of the corpus, if necessary for a given world size; return its problems."""
     world_size = (
         entry.get("implied_world_size") if entry.get("accepted_but_for_world_size") else None
     )

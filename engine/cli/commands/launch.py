@@ -35,7 +35,7 @@ from engine.launch.torchrun import LOCAL_RANK_ARGUMENT
 
 __all__ = ["add_arguments", "run"]
 
-_NEEDS_HOSTFILE = "requires `--hostfile`. Add it, or remove this option."
+_NEEDS_HOSTFILE = "requires `--hostfile`. Add `--hostfile`, or remove this option."
 # For each option: the kinds of launch that support it, and the error message for other kinds.
 _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     "include": ({"ssh", "local"}, _NEEDS_HOSTFILE),
@@ -44,28 +44,31 @@ _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     "ssh_port": ({"ssh"}, _NEEDS_HOSTFILE),
     "master_addr": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, whose hosts are unknown before it starts. Remove it.",
+        "has no effect in a Slurm job, whose hosts are not known yet. Remove this option.",
     ),
     "standalone": (
         {"local"},
-        "starts all ranks on this machine. Remove it to use the hosts of a hostfile or of Slurm.",
+        "starts all ranks on this machine. Remove this option to use a hostfile or Slurm.",
     ),
-    "rejoin": ({"ssh"}, "requires `--hostfile`. Remove it; Slurm requeues a job that lost a node."),
+    "rejoin": (
+        {"ssh"},
+        "requires `--hostfile`. Remove this option; Slurm requeues a job that lost a node.",
+    ),
     "slurm_opt": (
         {"slurm"},
         "requires `--slurm` or `--write-sbatch`. Add one of them, or remove this option.",
     ),
     "console": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, whose log contains the output of all ranks. Remove it.",
+        "has no effect in a Slurm job, whose log has the output of all ranks. Remove this option.",
     ),
     "pass_env": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, which inherits the whole environment of sbatch. Remove it.",
+        "has no effect in a Slurm job, which inherits all variables of sbatch. Remove this option.",
     ),
     "no_preflight": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, whose hosts are unknown before it starts. Remove it.",
+        "has no effect in a Slurm job, whose hosts are not known yet. Remove this option.",
     ),
 }
 
@@ -141,7 +144,7 @@ def _check_options(args: argparse.Namespace) -> None:
         if kind not in supported and not is_default:
             raise LaunchError(f"`--{option.replace('_', '-')}` {error}")
     if args.json and not args.dry_run:
-        raise LaunchError("`--json` requires `--dry-run`. Add it, or remove `--json`.")
+        raise LaunchError("`--json` requires `--dry-run`. Add `--dry-run`, or remove `--json`.")
 
 
 def _build_request(args: argparse.Namespace, script: tuple[str, ...]) -> LaunchRequest:

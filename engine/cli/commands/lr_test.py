@@ -91,10 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine",
         action="store_true",
-        help="after the sweep, train short 1Cycle runs of --steps steps each, with five "
-        "maximum learning rates around the suggestion, each twice the previous one, and suggest "
-        "the maximum with the lowest final loss. If the best of them is the lowest or the "
-        "highest, try more. This takes five to ten times as long.",
+        help="after the sweep, train short 1Cycle runs of --steps steps each, and suggest the "
+        "maximum learning rate with the lowest final loss. The runs use five maxima around the "
+        "first suggestion, each twice the previous one. If the smallest or the largest maximum is "
+        "the best, more runs follow. The option makes the test five to ten times as long.",
     )
     parser.add_argument(
         "--training-steps",
@@ -190,7 +190,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 class _TestFailedError(Exception):
-    """A run of the script produced no usable result. The message states why, and how to fix it."""
+    """Raised if a run of the training script produced no usable result.
+
+    The message states the reason, and how to fix the problem.
+    """
 
 
 def _train(

@@ -31,7 +31,7 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
     for member in find_deepspeed_only_keys(context.members):
         name = dotted_name(member.pointer)
         message = f'`{name}` is supported only by DeepSpeed, but `engine.backend` is "torch".'
-        hint = 'Remove it, or set `engine.backend` to "deepspeed".'
+        hint = 'Remove the key, or set `engine.backend` to "deepspeed".'
         yield context.error("other-backend", member.pointer, message, hint, at_key=True)
 
 
@@ -49,8 +49,8 @@ def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
             reason = context.backend.reason
             message = f"`{name}` is not supported by DeepSpeed, the backend of this run ({reason})."
             hint = (
-                'Remove it, or set `engine.backend` to "torch" and remove all keys that require '
-                "DeepSpeed."
+                'Remove the key, or set `engine.backend` to "torch" and remove all keys that '
+                "require DeepSpeed."
             )
             yield context.error("other-backend", member.pointer, message, hint, at_key=True)
 
@@ -91,7 +91,9 @@ def _check_unused_parameters(context: RuleContext) -> Iterator[Problem]:
             "`engine.find_unused_parameters` has no effect: parameters that the forward pass did "
             "not use are always found."
         )
-        yield context.note("no-effect", "/engine/find_unused_parameters", message, "Remove it.")
+        yield context.note(
+            "no-effect", "/engine/find_unused_parameters", message, "Remove the key."
+        )
 
 
 _COMPILERS = {

@@ -39,7 +39,7 @@ class RuleContext:
     structure: Structure
     world_size: int | None
     needs_deepspeed: str | None = None
-    """Part of the model that only DeepSpeed supports, if it is known and has one."""
+    """Part of the model that only DeepSpeed supports; None if there is none, or if unknown."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -82,7 +82,10 @@ class RuleContext:
         return not any(each.startswith(sections) for each in self.unresolved)
 
     def find_incompatibility(self) -> str | None:
-        """Return why the schedule cannot run with the optimizer; None if it can, or is unknown."""
+        """Return the reason why the schedule cannot run with the config's optimizer.
+
+        Return None if the schedule can run, or if this cannot be determined before the run.
+        """
         schedule, error = self.schedule, None
         if schedule is None or schedule.feedback is not None or not self.is_run_resolved:
             return None

@@ -18,7 +18,7 @@ def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
         both = " and ".join(f"`{name}.enabled`" for name in on)
         message = f"Only one precision can be enabled, but {both} are true."
         yield context.error(
-            "precision", f"/{on[0]}/enabled", message, "Set all but one of them to false."
+            "precision", f"/{on[0]}/enabled", message, "Set all but one of these keys to false."
         )
     if "bf16" in context.config and "bfloat16" in context.config:
         message = "The config has both `bf16` and its deprecated name `bfloat16`."

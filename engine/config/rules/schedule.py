@@ -72,7 +72,7 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
                 f"`lr` ({own:g}) is never used, because the schedule sets learning rates from "
                 f"{low:g} to {high:g}."
             )
-            hint = "Remove it, or change the learning rates of the schedule."
+            hint = "Remove the key, or change the learning rates of the schedule."
             yield context.note("unused-lr", "/optimizer/params/lr", message, hint)
     for name in ("betas", "momentum"):
         if (
@@ -129,7 +129,7 @@ def _check_values(context: RuleContext) -> Iterator[Problem]:
     infinite = evaluated.find_infinite() if evaluated else None
     if infinite is not None:
         name, step, value = infinite
-        message = f"The schedule sets `{name}` to {value} at step {step}. It must be finite."
+        message = f"The schedule sets `{name}` to {value} at step {step}. The value must be finite."
         hint = "Lower the learning rates and growth factors, or shorten the run."
         yield context.error("schedule", _PARAMS, message, hint)
 
@@ -181,7 +181,7 @@ def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
         yield context.warning("decay-without-interval", f"{_PARAMS}/{rates[0]}", message, hint)
     elif interval and not rates and "decay_step_size" in cycle:
         message = "`decay_step_size` has no effect without `decay_lr_rate` or `decay_mom_rate`."
-        hint = "Set one of them, or remove `decay_step_size`."
+        hint = "Set one of the two rates, or remove `decay_step_size`."
         yield context.note("no-effect", f"{_PARAMS}/decay_step_size", message, hint)
 
 

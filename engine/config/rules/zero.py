@@ -22,7 +22,9 @@ def _check_stage(context: RuleContext) -> Iterator[Problem]:
     zero = context.config.get("zero_optimization")
     if isinstance(zero, bool):
         value = str(zero).lower()
-        message = f"`zero_optimization`: {value} is deprecated. It means stage {context.stage}."
+        message = (
+            f"`zero_optimization`: {value} is deprecated. The value means stage {context.stage}."
+        )
         hint = f'Use {{"stage": {context.stage}}}.'
         yield context.note("deprecated-key", _ZERO, message, hint)
     elif "zero_optimization" in context.config and context.is_absent(f"{_ZERO}/stage"):
@@ -43,7 +45,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
         if device not in {"none", "auto"} and context.stage < least:
             stages = "1, 2 or 3" if least == 1 else "3"
             message = (
-                f"`{name}` offloads the {what}. It requires ZeRO stage {stages}, got stage "
+                f"`{name}`, which offloads the {what}, requires ZeRO stage {stages}, got stage "
                 f"{context.stage}."
             )
             hint = f"Remove `{name}`, or set the stage to {stages}."
@@ -54,7 +56,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
                 f"{context.stage}."
             )
             pointer = f"{_ZERO}/{name}/ratio"
-            yield context.error("offload-without-stage", pointer, message, "Remove it.")
+            yield context.error("offload-without-stage", pointer, message, "Remove the key.")
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
@@ -85,7 +87,7 @@ def _check_nvme(context: RuleContext) -> Iterator[Problem]:
             )
         if path and block.get("device", "none") != "nvme":
             message = f'`{name}.nvme_path` has an effect only if the device is "nvme".'
-            hint = 'Remove it, or set "device": "nvme".'
+            hint = 'Remove the key, or set "device": "nvme".'
             yield context.note("no-effect", f"{pointer}/nvme_path", message, hint)
 
 
@@ -95,7 +97,7 @@ def _check_stage_3_keys(context: RuleContext) -> Iterator[Problem]:
     if keys and context.stage is not None and context.stage < 3 and "stage" in zero:
         others = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
         message = f"`{keys[0]}`{others} has no effect in ZeRO stage {context.stage}."
-        hint = 'Remove it, or set "stage": 3.'
+        hint = 'Remove the key, or set "stage": 3.'
         yield context.note("no-effect", f"{_ZERO}/{keys[0]}", message, hint)
 
 
@@ -146,7 +148,7 @@ def _check_elastic_checkpoint(context: RuleContext) -> Iterator[Problem]:
     )
     alternative = ', or set "torch_adam": false to use DeepSpeed\'s optimizer' if is_adam else ""
     pointer = f"{_ZERO}/elastic_checkpoint"
-    yield context.error("elastic-checkpoint", pointer, message, f"Remove it{alternative}.")
+    yield context.error("elastic-checkpoint", pointer, message, f"Remove the key{alternative}.")
 
 
 RULES: tuple[Rule, ...] = (

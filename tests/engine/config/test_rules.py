@@ -390,7 +390,7 @@ def test_check_samples_per_step_are_known_for_a_number_of_ranks():
         (
             "completely_unheard_of",
             "",
-            'Remove it, or start the key with "//" or "x-" to keep it as a comment.',
+            'Remove the key, or start the key with "//" or "x-" to keep it as a comment.',
         ),
     ],
 )

@@ -137,7 +137,13 @@ MISTAKES = [
     ("/optimizer/params/betas", [0.9], "out-of-range", None, "got [0.9]."),
     ("/optimizer/params/betas", [0.9, 1.5], "out-of-range", "/optimizer/params/betas/1", "1.5"),
     ("/optimizer/params/lr", object, "wrong-type", None, "must be a JSON value"),
-    ("/bf16", {"enabled": True}, "precision", "/fp16/enabled", "Set all but one of them to false."),
+    (
+        "/bf16",
+        {"enabled": True},
+        "precision",
+        "/fp16/enabled",
+        "Set all but one of these keys to false.",
+    ),
     (
         "/engine",
         {"scale_schedule_ratio": 0},
