@@ -266,6 +266,8 @@ class PyTorchBackend(Backend):
         from engine.checkpoint.deepspeed_source import DeepSpeedSource, has_states_for
 
         files = DeepSpeedFiles(checkpoint_dir, trusts=self._config.checkpoint.trust_pickle)
+        if optimizer is not None and not optimizer.param_groups:  # the model is not trained
+            optimizer = None
         if optimizer is not None and not has_states_for(optimizer, files, self.model):
             name = type(optimizer).__name__
             log.warning(
