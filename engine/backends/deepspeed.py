@@ -260,7 +260,7 @@ class DeepSpeedBackend(Backend):
     ) -> None:
         trusts = self._config.checkpoint.trust_pickle
         files = DeepSpeedFiles(checkpoint_dir, trusts=trusts)
-        optimizer &= getattr(self.engine, "basic_optimizer", None) is not None
+        optimizer &= self.engine.basic_optimizer is not None
         if self._layout is not None:
             self._layout.check(files, optimizer=optimizer, strict=strict and frozen)
             if optimizer:
