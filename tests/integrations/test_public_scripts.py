@@ -84,6 +84,8 @@ def test_public_scripts_train_the_same(names, ranks, tmp_path):
         for name in set(names) - not_on_deepspeed:
             check_equal(name, results[name, "deepspeed"], results[name, "engine"])
     for name in names:
+        if "is_split" in outcomes[0][name, "engine"]:
+            continue  # each rank has its own weights
         first, last = (
             results[name, "engine"]["weights"] for results in (outcomes[0], outcomes[-1])
         )
