@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from engine import backends
+from engine.backends.base import Backend
 from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
 from engine.config import Config, ConfigError, Source, load_config
 from engine.config.batch_sizes import DataRanks, count_data_ranks
@@ -155,7 +156,7 @@ def initialize(
     )
     # Binding a schedule changes the param groups, so first read their hyperparameters.
     settings = read_hyperparameters(backend.basic_optimizer)
-    scheduler = _bind_schedule(resolved, lr_scheduler, backend.optimizer, loader)
+    scheduler = _bind_schedule(resolved, lr_scheduler, backend, loader)
     identity = build_identity(resolved, scheduler, settings)
     monitors = build_monitors(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
@@ -284,15 +285,15 @@ def _describe_replacement(argument: str, given: object, replaced: str) -> str:
 def _bind_schedule(
     config: Config,
     given: LRScheduler | SchedulerFactory | None,
-    optimizer: Optimizer,
+    backend: Backend,
     loader: RunLoader | None,
 ) -> LRScheduler | None:
     if config.schedule is not None:
         horizon = config.horizon(count_steps_per_epoch(loader, config))
-        return bind(config.schedule, optimizer, horizon=horizon)
+        return bind(config.schedule, backend.optimizer, horizon=horizon)
     if given is None or isinstance(given, LRScheduler) or not callable(given):
         return given  # a custom scheduler may not derive from torch's class
-    return given(optimizer)
+    return given(backend.basic_optimizer)  # torch's schedulers reject DeepSpeed's wrappers
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles
 from engine.errors import CheckpointError
 
 __all__ = ["Layout"]
@@ -51,13 +52,13 @@ class Layout:
             json.dumps({"weights": weights, "groups": self._groups}), encoding="utf-8"
         )
 
-    def check(self, checkpoint_dir: Path, *, optimizer: bool, strict: bool) -> None:
+    def check(self, files: DeepSpeedFiles, *, optimizer: bool, strict: bool) -> None:
         """Check that a checkpoint fits the model and the optimizer.
 
-        The check is skipped if the checkpoint does not contain a layout.
+        If DeepSpeed alone wrote the checkpoint, the layout is read from its own files.
 
         Args:
-            checkpoint_dir: directory of the checkpoint.
+            files: files of the checkpoint.
             optimizer: whether the optimizer will be loaded.
             strict: whether the checkpoint and the model must have the same weights.
 
@@ -66,9 +67,12 @@ class Layout:
         """
         from engine.checkpoint.state import check_weights  # takes 50 ms, so import only if needed
 
-        if not (checkpoint_dir / _FILE).is_file():
-            return
-        found = json.loads((checkpoint_dir / _FILE).read_text(encoding="utf-8"))
+        checkpoint_dir = files.directory
+        if (checkpoint_dir / _FILE).is_file():
+            found = json.loads((checkpoint_dir / _FILE).read_text(encoding="utf-8"))
+        else:
+            groups = files.get_group_shapes() or self._groups
+            found = {"weights": files.get_shapes(), "groups": groups}
         saved = {
             name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
             for name, (shape, dtype) in found["weights"].items()

@@ -18,19 +18,20 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.checkpoint import storage
 from engine.checkpoint.async_saver import AsyncSaver
-from engine.checkpoint.collectives import (
-    call_on_rank_0,
-    check_same_tag,
-    raise_on_all_ranks,
-    wait_for_ranks,
-)
+from engine.checkpoint.collectives import check_same_tag, raise_on_all_ranks, wait_for_ranks
 from engine.checkpoint.data_position import DataPosition
 from engine.checkpoint.fingerprint import Identity, check_identity
 from engine.checkpoint.lock import DirectoryLock
-from engine.checkpoint.manifest import Manifest, read_manifest
+from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.plain_values import check_plain_values, read_values, write_values
 from engine.checkpoint.rollback import Rollback
-from engine.checkpoint.schedule_state import adapt_schedule_state, convert_position
+from engine.checkpoint.schedule_state import (
+    adapt_schedule_state,
+    advance,
+    convert_deepspeed_state,
+    convert_position,
+)
+from engine.checkpoint.selection import RUN_STATE, CheckpointSelector
 from engine.config import Config
 from engine.distributed.environment import ELASTIC
 from engine.distributed.ranks import Ranks
@@ -44,8 +45,6 @@ from schedules import ScheduleBinder
 __all__ = ["Checkpointer"]
 
 log = logging.getLogger("onecycle")
-
-_ENGINE = "engine.pt"
 
 
 class SavedBackend(Protocol):
@@ -127,6 +126,7 @@ class Checkpointer:
         self._backend = backend
         self._ranks = backend.ranks
         self._identity = identity
+        self._selector = CheckpointSelector(config, backend.ranks)
         self._saved: dict[Path, tuple[int, int]] = {}  # steps and last report, by directory
         self._run_id = uuid.uuid4().hex
         self._locks: dict[Path, DirectoryLock | None] = {}  # None on ranks other than 0
@@ -247,7 +247,7 @@ class Checkpointer:
             if run.rollback is not None:
                 run.rollback.save(partial)
             if ranks.rank == 0:
-                write_values(partial / _ENGINE, self._collect(run, client_state))
+                write_values(partial / RUN_STATE, self._collect(run, client_state))
         if saver is None:
             with raise_on_all_ranks(size):
                 self._backend.save(partial, frozen=manifest.frozen)
@@ -304,15 +304,20 @@ class Checkpointer:
             CheckpointError: if the checkpoint is damaged, or does not match the model or the run.
         """
         self.wait()
-        checkpoint_dir, manifest = self._find(directory, tag)
-        if optimizer and not self._plan.override:
+        selected = self._selector.select(directory, tag)
+        checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
+        is_converted = selected.is_foreign and scheduler and not self._plan.override
+        if is_converted and run.scheduler is not None:
+            state["lr_scheduler"] = convert_deepspeed_state(
+                checkpoint_dir, state["lr_scheduler"], run.scheduler
+            )
+        if optimizer and not self._plan.override and not selected.is_foreign:
             check_identity(checkpoint_dir, manifest.identity, self._expected_identity(manifest))
         if not manifest.frozen and self._ranks.rank == 0:
             log.info(
                 "%s does not contain the frozen parameters; the model keeps their current values",
                 checkpoint_dir,
             )
-        state: dict[str, Any] = read_values(checkpoint_dir / _ENGINE)
         saved_schedule = state["lr_scheduler"] if scheduler and not self._plan.override else None
         if saved_schedule is not None and isinstance(run.scheduler, ScheduleBinder):
             try:
@@ -336,7 +341,8 @@ class Checkpointer:
             set_rng_state(read_values(own))
         if counters:
             self._restore_counters(run, state)
-            self.data.load(state, run.config.batch, checkpoint_dir, manifest.world_size)
+            if not selected.is_foreign:
+                self.data.load(state, run.config.batch, checkpoint_dir, manifest.world_size)
             if run.best is not None:
                 run.best.load_state_dict(state.get("best"))
             self._saved[directory.resolve()] = _get_position(run)
@@ -344,25 +350,13 @@ class Checkpointer:
             self._restore_scheduler(run, run.scheduler, state)
             if run.rollback is not None:
                 run.rollback.load(checkpoint_dir)
+        if selected.is_foreign and counters and self._ranks.rank == 0:
+            log.warning(
+                "%s was written by DeepSpeed, so the position in the training data and the random "
+                "state were not restored",
+                checkpoint_dir,
+            )
         return checkpoint_dir, state["client_state"]
-
-    def _find(self, directory: Path, tag: str | None) -> tuple[Path, Manifest]:
-        """Return the checkpoint that rank 0 chooses, and check that all ranks see the same one.
-
-        Rank 0 reads all files to verify their hashes. The other ranks check the files' sizes.
-        """
-        chosen, manifest = call_on_rank_0(self._ranks, lambda: storage.find(directory, tag))
-        checkpoint_dir = directory / chosen.name
-        with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
-            own = read_manifest(checkpoint_dir)
-            problems = list(storage.find_damage(checkpoint_dir, own, hashes=False))
-            if own != manifest or problems:
-                what = "; ".join(problems) or "its manifest differs"
-                raise CheckpointError(
-                    f"{checkpoint_dir} differs between rank 0 and rank {self._ranks.rank}: "
-                    f"{what}. Use a directory that all hosts share."
-                )
-        return checkpoint_dir, manifest
 
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):
@@ -386,6 +380,9 @@ class Checkpointer:
         self, run: RunState, scheduler: LRScheduler, state: Mapping[str, Any]
     ) -> None:
         saved = state["lr_scheduler"]
+        if self._plan.override and not isinstance(scheduler, ScheduleBinder):
+            advance(scheduler, run.counters.applied_steps)
+            return
         if saved is None or self._plan.override:
             position = convert_position(
                 run.counters.applied_steps, run.config, state.get("batch") or {}

@@ -21,9 +21,11 @@ from torch.optim import Optimizer
 from engine.errors import CheckpointError
 
 __all__ = [
+    "KEPT_SETTINGS",
     "build_empty_state",
     "find_outside_parameters",
     "get_optimizer_state",
+    "list_group_names",
     "load_optimizer_state",
     "reshard",
 ]
@@ -33,6 +35,13 @@ _GROUPS = "optimizer.param_groups."
 _OUTSIDE = "param_groups."
 _NOT_RESTORED = {"params", "fused", "foreach"}
 """Settings of a param group that depend on how this run stores its parameters."""
+
+
+KEPT_SETTINGS = frozenset(
+    {"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"}
+)
+"""Settings of a param group that belong to an implementation of an optimizer; DeepSpeed may have
+used another one."""
 
 
 def get_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -108,6 +117,12 @@ def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str,
     """
     named = _name_parameters(model, optimizer)
     return {name: parameter for name, parameter in named if name.startswith(_OUTSIDE)}
+
+
+def list_group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """Return the names of the parameters in each param group."""
+    groups = _name_groups(optimizer, _name_parameters(model, optimizer))
+    return [group["params"] for group in groups]
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:

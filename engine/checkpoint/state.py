@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor, has_deepspeed_files
 from engine.checkpoint.optimizer_state import (
     build_empty_state,
     find_outside_parameters,
@@ -33,7 +34,7 @@ from engine.checkpoint.plain_values import read_values, write_values
 from engine.checkpoint.safetensors_storage import ShardReader, ShardWriter, write_tensors
 from engine.errors import CheckpointError
 
-__all__ = ["check_weights", "export", "read", "write", "write_async"]
+__all__ = ["Source", "check_weights", "export", "read", "write", "write_async"]
 
 VALUES = "values.pt"
 """File for values that are not tensors, such as param group settings.
@@ -41,6 +42,36 @@ VALUES = "values.pt"
 These values are equal on all ranks, so only rank 0 writes the file.
 """
 _MODEL = "model."
+
+
+class Source(Protocol):
+    """A checkpoint that `read` reads: tensors and other values, by dotted name."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorStorageMetadata]:
+        """The size and the dtype of each tensor."""
+        ...
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The values that are not in `tensors`."""
+        ...
+
+    def load(self, own: dict[str, Any]) -> None:
+        """Load tensors in place, by name. Every rank must call this method."""
+        ...
+
+
+class _Shards:
+    """The files that `write` wrote."""
+
+    def __init__(self, directory: Path) -> None:
+        self._reader = ShardReader(directory)
+        self.tensors = _read_saved_tensors(self._reader)
+        self.values = read_values(directory / VALUES)
+
+    def load(self, own: dict[str, Any]) -> None:
+        _load_tensors(self._reader, own, is_single_process=not dist.is_initialized())
 
 
 def write(directory: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bool = True) -> None:
@@ -116,6 +147,7 @@ def read(
     *,
     strict: bool,
     frozen: bool = True,
+    source: Source | None = None,
 ) -> None:
     """Restore a model and its optimizer in place, with their current sharding.
 
@@ -129,15 +161,15 @@ def read(
             parameters and buffers. If False, those that are not in both are ignored.
         frozen: whether the checkpoint must contain the frozen parameters. If False, frozen
             parameters that are missing from the checkpoint keep their current values.
+        source: contents of the checkpoint; default: the files that `write` wrote.
 
     Raises:
         CheckpointError: if a parameter or buffer is missing, unexpected, or has a different shape.
             The message names the first one.
     """
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    reader = ShardReader(directory)
-    saved_tensors = _read_saved_tensors(reader)
-    saved_values = read_values(directory / VALUES)
+    source = source or _Shards(directory)
+    saved_tensors, saved_values = source.tensors, source.values
     saved_model = {
         name.removeprefix(_MODEL): metadata
         for name, metadata in saved_tensors.items()
@@ -159,7 +191,7 @@ def read(
     }
     check_weights(directory, own_weights, saved_weights, strict=strict)
     if optimizer is not None:
-        saved = saved_values | saved_tensors
+        saved = {**saved_values, **saved_tensors}
         state["optimizer"] = build_empty_state(directory, model, optimizer, saved)
         state["outside"] = {
             name: torch.empty_like(parameter)
@@ -168,7 +200,7 @@ def read(
         }
     leaves = _find_leaves(state)
     own = {name: holder[key] for name, holder, key in leaves if _is_sharded(name, holder[key])}
-    _load_tensors(reader, own, is_single_process=not dist.is_initialized())
+    source.load(own)
     for name, holder, key in leaves:
         if name in saved_values and name.startswith(_MODEL):
             holder[key] = saved_values[name]
@@ -183,6 +215,10 @@ def read(
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Return the unsharded parameters and buffers of the model in a checkpoint, by name."""
+    if has_deepspeed_files(directory):
+        found = DeepSpeedFiles(directory).find_weights()
+        # Each tensor needs its own memory in a safetensors file.
+        return {k: v.read().clone() for k, v in found.items() if isinstance(v, SavedTensor)}
     reader = ShardReader(directory)
     weights: dict[str, Any] = {
         name: torch.empty(metadata.size, dtype=metadata.properties.dtype)

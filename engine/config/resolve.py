@@ -79,7 +79,7 @@ class CheckpointPlan:
     resume: Literal["auto", "must", "never"]
     override: bool
     trust_pickle: bool
-    """Whether DeepSpeed may unpickle any object from a checkpoint."""
+    """Whether any object may be unpickled from a checkpoint in DeepSpeed's format."""
     best: BestSettings | None
 
 
