@@ -8,8 +8,8 @@ of 256, 2,048 and 8,192. The methods are
 
 - fixed: the best of three learning rates for batch size 256;
 - scaled: the fixed learning rate times batch size / 256;
-- cosine: warmup to the scaled learning rate in the first tenth of the run, then a cosine to 0;
-- 1Cycle: the bounds that an LR range test suggests for this batch size;
+- cosine: warmup to the scaled learning rate in a tenth of the run, then cosine decay to 0;
+- 1Cycle: OneCycle between the bounds that an LR range test suggests for the batch size;
 - AutoWU: the robust test with rollback, without any tuning.
 
 The results are saved in a JSON file next to the plot. Results that already exist are reused.

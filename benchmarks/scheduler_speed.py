@@ -1,4 +1,4 @@
-"""Measure the cost of 1Cycle, for single steps and whole curves, against PyTorch and DeepSpeed.
+"""Compare the cost of 1Cycle, for single steps and whole curves, with PyTorch and DeepSpeed.
 
     python benchmarks/scheduler_speed.py
 

@@ -319,7 +319,7 @@ class _FirstStep:
     """Checks, like PyTorch's schedulers, that `optimizer.step()` is called before `step()`.
 
     Args:
-        optimizer: optimizer to observe; None to check nothing.
+        optimizer: optimizer to observe. None disables the check.
     """
 
     def __init__(self, optimizer: Optimizer | None) -> None:

@@ -38,7 +38,7 @@ def read_prose(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def find_phrases(path: Path) -> Iterator[str]:
-    """Yield a message for each banned phrase of a file."""
+    """Yield a message for each banned phrase in a file."""
     for phrase, replacement in SETTINGS["banned"].items():
         pattern = re.compile(rf"\b(?:{phrase})\b", re.IGNORECASE)
         for line, text in read_prose(path):
