@@ -139,7 +139,7 @@ def describe_end(directory: Path) -> str:
 
 
 def count_processes(mark: str) -> int:
-    """Return the number of processes whose environment contains the mark of a launch."""
+    """Return the number of processes whose environment contains the marker of a launch."""
     count = 0
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # the process has exited

@@ -61,7 +61,7 @@ def repeat_step(step: Step) -> Callable[[int], None]:
 
 
 def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Return a function for each contender that runs a given number of steps."""
+    """Return, for each contender, a function that runs a given number of steps."""
     from deepspeed.runtime.lr_schedules import OneCycle
 
     own = CYCLE | {

@@ -67,7 +67,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     total_epochs: Count = None
     """Number of epochs; null uses the value of the run."""
     min_lr: Annotated[float, Range(above=0)] = 1e-5
-    """Learning rate of the first step."""
+    """Learning rate at the first step."""
     max_lr: Annotated[float, Range(above=0)] = 1.0
     """Learning rate at the end of a warmup of maximum length."""
     max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1)] = 0.5
@@ -83,13 +83,14 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     "loss", the learning rate is multiplied by `decay_phase_factor` whenever the mean loss per epoch
     has not improved for more than five epochs."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
-    """Factor applied to the learning rate in the constant phase. It is applied once if a test ended
-    the warmup or, with `decay_phase_stat`, at each plateau of the loss."""
+    """Factor applied to the learning rate in the constant phase. If `decay_phase_stat` is null, it
+    is applied once, when a test ends the warmup; otherwise, it is applied at each plateau of the
+    loss."""
     cooldown_fraction: Fraction = 0.2
     """Length of the decay at the end of the run, as a fraction of the run. The decay starts even if
     the warmup has not ended."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
-    """Shape of the decay; "half_cosine" starts at half of the peak."""
+    """Shape of the decay; "half_cosine" starts at half of the peak learning rate."""
     test: Literal["reference", "robust"] = "reference"
     """Test that ends the warmup."""
     rollback: bool = False

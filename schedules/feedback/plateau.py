@@ -117,8 +117,8 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     factor: Annotated[float, Range(at_least=0)] = 0.1
     """Factor applied to the learning rate at each reduction."""
     patience: MetricCount = 10
-    """Number of consecutive metrics without improvement that are tolerated. The next one reduces the
-    learning rate."""
+    """Number of consecutive metrics without improvement that are tolerated. The next one
+    reduces the learning rate."""
     threshold: Annotated[float, Range(at_least=0)] = 1e-4
     """Minimum change of the metric that counts as an improvement."""
     threshold_mode: Literal["rel", "abs"] = "rel"
