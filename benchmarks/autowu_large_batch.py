@@ -2,9 +2,9 @@
 
     python benchmarks/autowu_large_batch.py --output docs/results/autowu_large_batch.png
 
-Trains LeNet (without normalization) and a small ResNet (with batch normalization) on Fashion-MNIST,
-with images averaged to 14 x 14. All runs use AdamW and the same number of epochs, with batch sizes
-of 256, 2,048 and 8,192. The methods are
+The script trains LeNet (without normalization) and a small ResNet (with batch normalization) on
+Fashion-MNIST, with images averaged to 14 x 14. All runs use AdamW and the same number of epochs,
+with batch sizes of 256, 2,048 and 8,192. The methods are
 
 - fixed: the best of three learning rates for batch size 256;
 - scaled: the fixed learning rate times batch size / 256;

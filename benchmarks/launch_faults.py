@@ -1,4 +1,4 @@
-"""Cause every known fault of a launch; print the message, the delay and the remaining processes.
+"""Cause every known fault of a launch, and print the message, delay and remaining processes.
 
     python benchmarks/launch_faults.py [--only TEXT]
 

@@ -1,4 +1,4 @@
-"""Interrupt runs at random steps, and check that each continues like an uninterrupted run.
+"""Interrupt runs at random steps, and check that each resumes exactly like an uninterrupted run.
 
     python benchmarks/random_cuts.py --cuts 30
 
@@ -79,7 +79,7 @@ def read_rows(directory: Path, ranks: int) -> list[str]:
 
 
 def count_differences(case: Case, directory: Path, expected: list[str]) -> tuple[int, int]:
-    """Interrupt and continue a run. Count the steps that differ and the steps trained twice."""
+    """Interrupt and resume a run. Return how many steps differ, and how many are repeated."""
     status = start(directory, case)
     assert status in STATUS[case.cut], (case, status, (directory / "output").read_text()[-3000:])
     again = start(directory, case._replace(cut="none"))

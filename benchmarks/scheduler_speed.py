@@ -2,7 +2,8 @@
 
     python benchmarks/scheduler_speed.py
 
-Prints CPU times. Each contender runs once per round, and each ratio is the median over the rounds.
+The script prints CPU times. Each contender runs once per round, and each ratio is the median over
+the rounds.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/training_loops.py > docs/results/training_loops.md
 
-Compares the final weights with those of plain DeepSpeed at the same stage and with those of a
-hand-written PyTorch loop, and computes the largest difference in each comparison. Each cell of the
-table shows the smaller of these two numbers, or that the engine rejects the loop.
+The script compares the final weights with those of plain DeepSpeed at the same stage and with those
+of a hand-written PyTorch loop, and computes the largest difference in each comparison. Each cell of
+the table shows the smaller of these two numbers, or that the engine rejects the loop.
 """
 
 from __future__ import annotations

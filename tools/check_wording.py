@@ -2,8 +2,9 @@
 
     python tools/check_wording.py [PATH ...]
 
-Checks the comments and strings of Python files, and the whole text of Markdown files. The phrases
-and their replacements are in `[tool.wording]` of pyproject.toml; CONTRIBUTING.md gives the reasons.
+The script checks the comments and strings of Python files, and the whole text of Markdown files.
+The phrases and their replacements are in `[tool.wording]` of pyproject.toml; CONTRIBUTING.md gives
+the reasons.
 """
 
 from __future__ import annotations
