@@ -131,9 +131,8 @@ class ScheduleBinder(LRScheduler):
             return
         if loss is not None:
             raise ValueError(
-                f"step() must be called without a loss or an epoch, because this schedule does not "
-                f"use them, got {loss}. To continue from a different step, call load_state_dict() "
-                "with a saved state."
+                f"step() must be called without a loss or an epoch for this schedule, got {loss}. "
+                "To continue from a different step, call load_state_dict() with a saved state."
             )
         self.state = self.last_epoch = step = self.last_epoch + 1
         # Look up the groups at each step, because loading an optimizer's state replaces them.
@@ -319,7 +318,7 @@ class _FirstStep:
     """Checks, like PyTorch's schedulers, that `optimizer.step()` is called before `step()`.
 
     Args:
-        optimizer: optimizer to observe; None to check nothing.
+        optimizer: optimizer to observe. None disables the check.
     """
 
     def __init__(self, optimizer: Optimizer | None) -> None:

@@ -104,26 +104,19 @@ class AnyValue(NamedTuple):
 PerGroup = float | Sequence[float]
 """A number for all param groups, or a list with one number per group."""
 
-_LIST = "a list has one value per param group"
-LearningRate = Annotated[PerGroup, Range(at_least=0), f"learning rate per step; {_LIST}"]
-Momentum = Annotated[PerGroup, Range(at_least=0, below=1), f"momentum or betas[0]; {_LIST}"]
-WeightDecay = Annotated[PerGroup, Range(at_least=0), _LIST]
+LearningRate = Annotated[PerGroup, Range(at_least=0)]
+Momentum = Annotated[PerGroup, Range(at_least=0, below=1)]
+WeightDecay = Annotated[PerGroup, Range(at_least=0)]
 Rate = Annotated[float, Range(at_least=0)]
-Ratio = Annotated[
-    float, Range(at_least=0, at_most=1), "fraction of the param group's learning rate"
-]
-Factor = Annotated[float, Range(at_least=0), "fraction of the param group's learning rate"]
-_TIME = (
-    'optimizer steps, or a time string such as "10ep" (epochs), "500ba" (steps), '
-    '"4096sp" (samples) or "0.1dur" (fraction of the run)'
-)
-Steps = Annotated[int | str, Duration(), Range(at_least=1), _TIME]
-WarmupSteps = Annotated[int | str, Duration(warmup=True), Range(at_least=1), _TIME]
-StepsOrZero = Annotated[int | str, Duration(), Range(at_least=0), _TIME]
-WarmupStepsOrZero = Annotated[int | str, Duration(warmup=True), Range(at_least=0), _TIME]
-Milestones = Annotated[Sequence[int | str], Duration(), Range(at_least=1), _TIME]
+Ratio = Annotated[float, Range(at_least=0, at_most=1)]
+Factor = Annotated[float, Range(at_least=0)]
+Steps = Annotated[int | str, Duration(), Range(at_least=1)]
+WarmupSteps = Annotated[int | str, Duration(warmup=True), Range(at_least=1)]
+StepsOrZero = Annotated[int | str, Duration(), Range(at_least=0)]
+WarmupStepsOrZero = Annotated[int | str, Duration(warmup=True), Range(at_least=0)]
+Milestones = Annotated[Sequence[int | str], Duration(), Range(at_least=1)]
 Power = Annotated[float, Range(above=0)]
-StairCount = Annotated[int, Range(at_least=0), "stairs"]
+StairCount = Annotated[int, Range(at_least=0)]
 
 _JSON_TYPES = {
     float: "number",
@@ -237,6 +230,10 @@ def as_number(value: float | str | Sequence[float]) -> float:
     return value
 
 
+_DURATION = (
+    'a number of optimizer steps, or a time string such as "10ep" (epochs), "500ba" (steps), '
+    '"4096sp" (samples) or "0.1dur" (fraction of the run)'
+)
 _SHOWN = 60
 _SHORTEST = 1e-6  # steps; shorter periods would exceed the precision of a float
 _ANY_RUN = Horizon(total_steps=1, steps_per_epoch=1, samples_per_step=1)
@@ -258,6 +255,18 @@ class Field:
     def per_group(self) -> bool:
         """Whether the field accepts a number or a list with one number per param group."""
         return {"number", "array"} <= set(self.schema.get("type", ()))
+
+    def complete(self, description: str) -> str:
+        """Return the description, followed by the unit and the accepted forms of a value."""
+        sentences = [description]
+        if self.duration is not None:
+            subject = "Each entry" if self._item_schema is not self.schema else "The value"
+            sentences.append(f"{subject} is {_DURATION}.")
+        if self.per_group:
+            sentences.append("A list sets one value per param group.")
+        if self.unit:
+            sentences.append(f"Unit: {self.unit}.")
+        return " ".join(sentences)
 
     def convert(self, value: Any) -> Any:
         """Validate a value from a config, and return it as the field's type.

@@ -212,8 +212,8 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
         ImportForbiddenError: the block names code, and imports are forbidden.
         ScheduleError: a parameter is unknown, missing or invalid. The attribute ``problems`` of the
             error lists every problem.
-        ValueError: the type is unknown, or the block has no ``type``, has an unknown key or has a
-            value of another JSON type.
+        ValueError: the type is unknown, or the block has no ``type``, an unknown key, or a value of
+            the wrong JSON type.
 
     >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps
     100

@@ -283,7 +283,7 @@ class Schedule(ABC, Generic[S]):
         return cast("Controller[S]", OpenLoop(self.build_curves(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
-        """Return one schedule per param group, with the group's number in place of each list.
+        """Return one schedule per param group, with each list replaced by the group's entry in it.
 
         Raises:
             ValueError: a list does not have one number per group.

@@ -167,7 +167,8 @@ class MultiStepScheduler(
     """
 
     milestones: Milestones
-    """Steps at which `gamma` is applied, in ascending order. The units of milestones may differ."""
+    """Steps at which `gamma` is applied, in ascending order. Milestones may have different
+    units."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate at each milestone."""
 
@@ -213,9 +214,9 @@ class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """
 
     alpha_i: Factor = 1.0
-    """Multiplier at the start."""
+    """Multiplier of the learning rate at the start."""
     alpha_f: Factor = 0.0
-    """Multiplier at `t_max` and afterwards."""
+    """Multiplier of the learning rate at `t_max` and afterwards."""
     t_max: Steps = "1dur"
     """Step at which `alpha_f` is reached."""
 
@@ -252,7 +253,7 @@ class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
     """
 
     gamma: Annotated[float, Range(above=0)]
-    """Factor applied to the learning rate in each period."""
+    """Factor by which the learning rate is multiplied every `decay_period` steps."""
     decay_period: Steps = "1ep"
     """Number of steps after which the learning rate has decayed by the factor `gamma`."""
 
@@ -275,7 +276,7 @@ class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
     t_max: Steps = "1dur"
     """Step at which `alpha_f` is reached."""
     alpha_f: Factor = 0.0
-    """Multiplier at `t_max` and afterwards."""
+    """Multiplier of the learning rate at `t_max` and afterwards."""
 
     def _body(self, lr: float, start: float) -> Curve:
         return cosine(lr, self.alpha_f * lr, as_number(self.t_max) - start)
@@ -314,7 +315,7 @@ class CosineAnnealingWarmRestartsScheduler(_Scheduler, example={"t_0": "2ep", "t
     t_mult: Annotated[float, Range(at_least=1)] = 1.0
     """Length of each cycle divided by the length of the previous one."""
     alpha_f: Factor = 0.0
-    """Multiplier at the end of each cycle."""
+    """Multiplier of the learning rate at the end of each cycle."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start
@@ -338,7 +339,7 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
     t_max: Steps = "1dur"
     """Step at which `alpha_f` is reached."""
     alpha_f: Factor = 0.0
-    """Multiplier at `t_max` and afterwards."""
+    """Multiplier of the learning rate at `t_max` and afterwards."""
 
     def _body(self, lr: float, start: float) -> Curve:
         return polynomial(lr, self.alpha_f * lr, as_number(self.t_max) - start, self.power)

@@ -1,10 +1,10 @@
 """Custom schedules, which a config specifies as ``module:attribute``.
 
 A custom schedule can be a function or a subclass of PyTorch's LRScheduler, such as LambdaLR. A
-function maps the step to a factor on the learning rate. A scheduler class runs on a dummy optimizer
-and its learning rates are recorded, so that the schedule can be previewed and resumed. Scheduler
-classes have three limitations: the value at a step requires running all previous steps, durations
-are numbers of steps that cannot be scaled, and only the learning rate can be set.
+function maps the step to a factor by which the learning rate is multiplied. A scheduler class runs
+on a dummy optimizer and its learning rates are recorded, so that the schedule can be previewed and
+resumed. Scheduler classes have three limitations: the value at a step requires running all previous
+steps, durations are numbers of steps that cannot be scaled, and only the learning rate can be set.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class WrappedScheduler(Schedule[int]):
         """Return the schedule unchanged, because its durations are already numbers of steps.
 
         Raises:
-            ScheduleError: ``horizon.scale_ratio`` is not 1. The durations cannot be scaled.
+            ScheduleError: ``horizon.scale_ratio`` is not 1. The schedule cannot be scaled.
         """
         if horizon is not None and horizon.scale_ratio != 1:
             message = (

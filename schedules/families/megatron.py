@@ -74,9 +74,9 @@ class OptimizerParamScheduler(
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay after the warmup."""
     wsd_decay_steps: Steps | None = None
-    """Length of the decay in the style "WSD"; null in the other styles."""
+    """Length of the decay if `lr_decay_style` is "WSD"; otherwise null."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
-    """Shape of the decay in the style "WSD"."""
+    """Shape of the decay if `lr_decay_style` is "WSD"."""
     start_wd: WeightDecay = 0.0
     """Weight decay at the start."""
     end_wd: WeightDecay = 0.0
@@ -84,7 +84,7 @@ class OptimizerParamScheduler(
     wd_incr_steps: StepsOrZero = 0
     """Step at which the weight decay reaches `end_wd`."""
     wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the curve with which the weight decay increases."""
+    """Shape of the curve along which the weight decay increases."""
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:
