@@ -50,8 +50,9 @@ class StepRecord:
     """Number of skipped steps so far."""
     lr: Sequence[float]
     """Learning rate of each param group."""
-    momentum: Sequence[float] | None
-    """Momentum (first beta for Adam) of each param group; None if there is none."""
+    momentum: Sequence[float | None] | None
+    """Momentum (first beta for Adam) of each param group; None if there is none. In the sequence,
+    None stands for a group without momentum."""
     weight_decay: Sequence[float] | None
     """Weight decay of each param group; None if there is none."""
     loss: float | None
@@ -192,8 +193,8 @@ class ProgressReporter:
         self.monitors.write_events(events)
 
     def _name_values(
-        self, name: str, values: Sequence[float] | None, *, always: bool = False
-    ) -> dict[str, float]:
+        self, name: str, values: Sequence[float | None] | None, *, always: bool = False
+    ) -> dict[str, float | None]:
         """Name the values of the param groups; only the first one, if they have never differed."""
         if not values:
             return {}
@@ -212,7 +213,9 @@ class ProgressReporter:
         shown = [] if loss is None else [f"loss {loss:.4f}"]
         for name, values in (("lr", record.lr), ("momentum", record.momentum)):
             if values:
-                distinct = [format(value, ".4g") for value in dict.fromkeys(values)]
+                distinct = [
+                    format(value, ".4g") for value in dict.fromkeys(values) if value is not None
+                ]
                 shown.append(f"{name} {' '.join(distinct)}")
         if self.has_bar:
             self._bar_text = ", ".join(shown)
