@@ -44,7 +44,6 @@ __all__ = [
     "StairCount",
     "Steps",
     "StepsOrZero",
-    "WarmupSteps",
     "WarmupStepsOrZero",
     "WeightDecay",
     "accepts",
@@ -116,10 +115,9 @@ Ratio = Annotated[
 Factor = Annotated[float, Range(at_least=0), "fraction of the param group's learning rate"]
 _TIME = 'optimizer steps, or a string such as "10ep", "500ba", "4096sp", "0.1dur"'
 Steps = Annotated[int | str, Duration(), Range(at_least=1), _TIME]
-WarmupSteps = Annotated[int | str, Duration(warmup=True), Range(at_least=1), _TIME]
 StepsOrZero = Annotated[int | str, Duration(), Range(at_least=0), _TIME]
 WarmupStepsOrZero = Annotated[int | str, Duration(warmup=True), Range(at_least=0), _TIME]
-Milestones = Annotated[Sequence[int | str], Duration(), Range(at_least=1), _TIME]
+Milestones = Annotated[Sequence[int | str], Duration(), Range(at_least=0), _TIME]
 Power = Annotated[float, Range(above=0)]
 StairCount = Annotated[int, Range(at_least=0), "stairs"]
 
@@ -262,7 +260,9 @@ class Field:
         Raises:
             ValueError: the value is invalid for this field.
         """
-        if isinstance(value, list):
+        if "type" in self.schema:
+            value = _to_plain(value)
+        elif isinstance(value, list):
             value = tuple(value)
         if (
             "integer" in self.schema.get("type", ())
@@ -277,18 +277,49 @@ class Field:
         if isinstance(value, str) and self.duration is not None:
             convert_to_steps(value, _ANY_RUN, scaled=False)  # raises if the time string is invalid
         if not accepts(self.schema, value):
-            shown = repr(value)
+            place, schema, part = _find_invalid(self.name, self.schema, value)
+            shown = repr(part)
             shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
-            raise ValueError(f"`{self.name}` must be {describe_schema(self.schema)}, got {shown}.")
+            raise ValueError(f"`{place}` must be {describe_schema(schema)}, got {shown}.")
         numbers = [each for each in _as_tuple(value) if isinstance(each, int | float)]
         if "integer" in self._item_schema.get("type", ()) and max(numbers, default=0) > MAX_STEPS:
             raise ValueError(f"`{self.name}` must be at most {MAX_STEPS:,} (2**53). Lower it.")
         return value
 
     @property
+    def minimum(self) -> float:
+        """The least valid number, also of the items of a list; -infinity if there is no limit."""
+        least: float = self._item_schema.get("minimum", -math.inf)
+        return least
+
+    @property
     def _item_schema(self) -> Mapping[str, Any]:
         schema: Mapping[str, Any] = self.schema.get("items", self.schema)
         return schema
+
+
+def _to_plain(value: Any) -> Any:
+    """Convert lists, ranges, arrays and tensors to tuples, and their items to Python numbers."""
+    if isinstance(value, list | tuple | range):
+        return tuple(map(_to_plain, value))
+    # NumPy and PyTorch are not imported here. Their scalars have no items.
+    return _to_plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def _find_invalid(
+    place: str, schema: Mapping[str, Any], value: Any
+) -> tuple[str, Mapping[str, Any], Any]:
+    """Return the place, the schema and the value of the innermost part that is invalid."""
+    parts: list[tuple[str, Mapping[str, Any], Any]] = []
+    if isinstance(value, tuple) and "items" in schema:
+        parts = [(f"{place}[{index}]", schema["items"], each) for index, each in enumerate(value)]
+    elif isinstance(value, Mapping):
+        known = schema.get("properties", {})
+        parts = [(f"{place}.{key}", known[key], value[key]) for key in value if key in known]
+    for part in parts:
+        if not accepts(*part[1:]):
+            return _find_invalid(*part)
+    return place, schema, value
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

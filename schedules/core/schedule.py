@@ -180,11 +180,22 @@ class Schedule(ABC, Generic[S]):
         for name, in_steps in self._durations(horizon):
             try:
                 changes[name] = in_steps()
+                self._check_minimum(name, changes[name])
             except ValueError as error:  # noqa: PERF203  # one error per duration
                 problems.append(ParameterProblem(name, f"`{name}`: {error}"))
         if problems:
             raise ScheduleError(self.type_name, problems)
         return dataclasses.replace(self, **changes)
+
+    def _check_minimum(self, name: str, steps: Any) -> None:
+        """Check that a time string is not 0 steps in a short run, if the field does not allow 0."""
+        least, given = read_fields(type(self))[name].minimum, _as_tuple(getattr(self, name))
+        for time, count in zip(given, _as_tuple(steps), strict=True):
+            if is_time_string(time) and count == 0 < least:
+                raise ValueError(
+                    f"{time!r} is 0 steps in this run, but the duration must be at least 1 step. "
+                    "Use a longer duration or a longer run."
+                )
 
     def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Yield the name of each duration and a function that returns its value in steps."""

@@ -127,9 +127,10 @@ def wrap_scheduler(cls: Any, name: str) -> type[WrappedScheduler]:
         ValueError: the scheduler's ``step`` requires arguments, or the signature of its constructor
             is not available.
     """
+    step: Any = getattr(cls, "step", None)  # a function has none
     required = [
         parameter.name
-        for parameter in (_parameters(cls.step) if inspect.isclass(cls) else ())
+        for parameter in (_parameters(step) if step is not None else ())
         if parameter.default is parameter.empty
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]

@@ -107,7 +107,7 @@ OTHER_LEVELS: dict[tuple[str, str], Callable[[Any], Levels]] = {
     ),
     ("CyclicLR", "momentum"): lambda s: (s.base_momentum, s.max_momentum),
     ("OneCycleLR", "momentum"): lambda s: (s.base_momentum, s.max_momentum),
-    ("OptimizerParamScheduler", "weight_decay"): lambda s: (s.start_wd, s.end_wd),
+    ("OptimizerParamScheduler", "weight_decay"): lambda s: (s.start_wd or 0, s.end_wd or 0),
 }
 
 
