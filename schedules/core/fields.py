@@ -44,6 +44,7 @@ __all__ = [
     "StairCount",
     "Steps",
     "StepsOrZero",
+    "WarmupSteps",
     "WarmupStepsOrZero",
     "WeightDecay",
     "accepts",
@@ -116,6 +117,7 @@ Factor = Annotated[float, Range(at_least=0), "fraction of the param group's lear
 _TIME = 'optimizer steps, or a string such as "10ep", "500ba", "4096sp", "0.1dur"'
 Steps = Annotated[int | str, Duration(), Range(at_least=1), _TIME]
 StepsOrZero = Annotated[int | str, Duration(), Range(at_least=0), _TIME]
+WarmupSteps = Annotated[int | str, Duration(warmup=True), Range(at_least=1), _TIME]
 WarmupStepsOrZero = Annotated[int | str, Duration(warmup=True), Range(at_least=0), _TIME]
 Milestones = Annotated[Sequence[int | str], Duration(), Range(at_least=0), _TIME]
 Power = Annotated[float, Range(above=0)]

@@ -25,7 +25,7 @@ from schedules.core.fields import (
     StairCount,
     Steps,
     StepsOrZero,
-    WarmupStepsOrZero,
+    WarmupSteps,
     as_number,
 )
 from schedules.core.schedule import (
@@ -292,7 +292,7 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     """Learning rate at the first step."""
     warmup_max_lr: Annotated[LearningRate | None, _AUTO] = None
     """Learning rate after the warmup; null uses each param group's learning rate."""
-    warmup_num_steps: Annotated[WarmupStepsOrZero, _AUTO] = 1000
+    warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     warmup_type: WarmupType = "log"
     """Shape of the warmup; "log" rises fastest in the first steps."""
@@ -400,7 +400,7 @@ class WarmupCosineLR(
     """Length of the run, including the warmup."""
     warmup_min_ratio: Ratio = 0.0
     """Learning rate at the first step, as a fraction of the param group's learning rate."""
-    warmup_num_steps: Annotated[WarmupStepsOrZero, _AUTO] = 1000
+    warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     cos_min_ratio: Ratio = 0.0001
     """Learning rate at and after the end of the run, as a fraction of the param group's learning
