@@ -29,6 +29,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "broadcast",
+    "broadcast_lr",
     "broadcast_strict",
     "build_curve_per_group",
     "exceeds",
@@ -384,7 +385,36 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
     return tuple(value)
 
 
-def broadcast_strict(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
+def broadcast_lr(
+    name: str, value: PerGroup, lrs: tuple[float, ...], *, relative: bool
+) -> tuple[float, ...]:
+    """Return a learning rate for each param group.
+
+    Args:
+        name: name of the field.
+        value: a learning rate or a list of one per group; a multiple if ``relative`` is true.
+        lrs: initial learning rate of each group.
+        relative: whether ``value`` is a multiple of each group's initial learning rate. If not,
+            it must be a list if the groups have different initial learning rates.
+
+    Raises:
+        ValueError: ``value`` is a single learning rate but the groups have different initial
+            values, or it is a list that does not have one number per group.
+
+    >>> broadcast_lr("max_lr", 10.0, (0.1, 0.01), relative=True)
+    (1.0, 0.1)
+    """
+    if relative:
+        factors = broadcast(name, value, lrs)
+        return tuple(factor * lr for factor, lr in zip(factors, lrs, strict=True))
+    return broadcast_strict(
+        name, value, lrs, fix=' Alternatively, set `"relative": true` and multiples of each value.'
+    )
+
+
+def broadcast_strict(
+    name: str, value: PerGroup, base: tuple[float, ...], fix: str = ""
+) -> tuple[float, ...]:
     """Return the value of a field for each param group.
 
     If the groups have different initial values, ``value`` must be a list.
@@ -397,6 +427,6 @@ def broadcast_strict(name: str, value: PerGroup, base: tuple[float, ...]) -> tup
         groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))
         raise ValueError(
             f"`{name}` must be a list of {len(base)} numbers, one per param group, because the "
-            f"groups have different initial values ({groups}), got {value:g}."
+            f"groups have different initial values ({groups}), got {value:g}.{fix}"
         )
     return broadcast(name, value, base)

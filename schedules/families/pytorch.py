@@ -31,6 +31,7 @@ from schedules.core.schedule import (
     LearningRateSchedule,
     ParameterProblem,
     Schedule,
+    broadcast_lr,
     broadcast_strict,
     build_curve_per_group,
     schedule_class,
@@ -265,6 +266,8 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     """Ratio of the initial learning rate to the final one."""
     three_phase: bool = False
     """Whether the learning rate returns to its initial value before it falls to its final one."""
+    relative: bool = False
+    """Whether `max_lr` is a multiple of the param group's learning rate, not an absolute value."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         by_epochs = (self.epochs is not None) + (self.steps_per_epoch is not None)
@@ -313,7 +316,8 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     def curves(self, base: Base) -> Curves:
         curves = {
             "lr": build_curve_per_group(
-                self._lr_curve, broadcast_strict("max_lr", self.max_lr, base["lr"])
+                self._lr_curve,
+                broadcast_lr("max_lr", self.max_lr, base["lr"], relative=self.relative),
             ),
         }
         if self.cycle_momentum:
@@ -388,6 +392,9 @@ class CyclicLR(
     """Momentum at the top of the first triangle."""
     max_momentum: Momentum = 0.9
     """Momentum at the bottom of the triangles."""
+    relative: bool = False
+    """Whether `base_lr` and `max_lr` are multiples of the param group's learning rate, not absolute
+    values."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.gamma > 1:
@@ -418,8 +425,8 @@ class CyclicLR(
         curves = {
             "lr": build_curve_per_group(
                 self._triangles,
-                broadcast_strict("base_lr", self.base_lr, lr),
-                broadcast_strict("max_lr", self.max_lr, lr),
+                broadcast_lr("base_lr", self.base_lr, lr, relative=self.relative),
+                broadcast_lr("max_lr", self.max_lr, lr, relative=self.relative),
             )
         }
         if self.cycle_momentum:
