@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
 
@@ -28,8 +28,8 @@ class Attachment:
     """
 
     def __init__(self) -> None:
-        self._written: dict[str, Callable[[], Values]] = {}
-        self._writers: WeakSet[Any] = WeakSet()
+        self._last_written: dict[str, Callable[[], Values]] = {}
+        self._written: WeakKeyDictionary[Any, Callable[[], Values]] = WeakKeyDictionary()
         self._last_group: Group | None = None
 
     @classmethod
@@ -45,12 +45,13 @@ class Attachment:
         Args:
             writer: the schedule.
             groups: param groups of the optimizer.
-            values: function that returns the values that the schedule wrote last.
+            values: function that returns the values that the schedule wrote last. It must not
+                refer to the schedule, which it outlives.
         """
         self._last_group = groups[-1]
-        self._written |= dict.fromkeys(writer.hyperparameters, values)
-        self._writers.add(writer)
-        for other in self._writers:
+        self._last_written |= dict.fromkeys(writer.hyperparameters, values)
+        self._written[writer] = values
+        for other in self._written:
             if other is not writer and set(other.hyperparameters) & set(writer.hyperparameters):
                 other.note_other_writer()
 
@@ -68,18 +69,25 @@ class Attachment:
             library's scheduler is attached.
         """
         values, doubt = [], None
-        # Loading the state of an optimizer replaces its groups by those of another run.
-        is_known = name in self._written and groups[-1] is self._last_group
-        written = self._written[name]()[name] if is_known else ()
+        # Loading the state of an optimizer replaces its groups, possibly by those of another run.
+        is_known = name in self._last_written and groups[-1] is self._last_group
         for index, (group, slot) in enumerate(zip(groups, slots, strict=True)):
             now = slot.read(group)
             initial = float(group.get(f"initial_{name}", now))
-            if index < len(written):
-                initial = initial if slot.holds(group, written[index]) else now
-            elif doubt is None and not slot.holds(group, initial):
+            if any(slot.holds(group, value) for value in (initial, *self._find(name, index))):
+                pass  # a schedule wrote the value
+            elif is_known:
+                initial = now
+            elif doubt is None:
                 doubt = f"param group {index} has `{name}` {now:g} and `initial_{name}` {initial:g}"
             values.append(initial)
         return tuple(values), doubt
+
+    def _find(self, name: str, index: int) -> Iterator[float]:
+        """Yield the values of a hyperparameter that schedules wrote last into a param group."""
+        last = [self._last_written[name]] if name in self._last_written else []
+        for values in (*last, *self._written.values()):
+            yield from values().get(name, ())[index : index + 1]
 
 
 _ATTACHMENTS: WeakKeyDictionary[Optimizer, Attachment] = WeakKeyDictionary()

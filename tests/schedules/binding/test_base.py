@@ -139,3 +139,14 @@ def test_load_state_dict_of_torchs_class_is_rejected():
     state = OF_TORCH.CosineAnnealingLR(sgd(), 9).state_dict()
     with pytest.raises(ValueError, match="must be from a schedule of onecycle, got .*T_max"):
         attach("CosineAnnealingLR", sgd(), T_max=9).load_state_dict(state)
+
+
+def test_attach_after_the_optimizers_state_is_restored_starts_from_the_initial_lr():
+    optimizer = sgd()
+    first = attach("ExponentialLR", optimizer, gamma=0.5)
+    run(optimizer, first, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for _ in range(2):
+        run(optimizer, attach("LinearLR", optimizer), 3)
+        optimizer.load_state_dict(saved)
+    assert first.get_last_lr() == [2.5e-4]
