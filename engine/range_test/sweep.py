@@ -127,8 +127,8 @@ def spread_over_groups(block: Mapping[str, Any], lrs: Sequence[float]) -> dict[s
         lrs: initial learning rate of each param group.
 
     >>> block = {"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 0.5}}
-    >>> spread_over_groups(block, [0.1, 0.01])["params"]
-    {'lr_range_test_min_lr': [0.5, 0.05]}
+    >>> spread_over_groups(block, [0.1, 0.2])["params"]
+    {'lr_range_test_min_lr': [0.5, 1.0]}
     """
     params = dict(block["params"])
     if len(set(lrs)) == 1:

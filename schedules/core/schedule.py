@@ -385,31 +385,30 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
     return tuple(value)
 
 
-def broadcast_lr(
-    name: str, value: PerGroup, lrs: tuple[float, ...], *, relative: bool
-) -> tuple[float, ...]:
-    """Return a learning rate for each param group.
+def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the value of a field that is a learning rate for each param group.
 
     Args:
+        schedule: schedule with the field, and with a field ``relative``.
         name: name of the field.
-        value: a learning rate or a list of one per group; a multiple if ``relative`` is true.
-        lrs: initial learning rate of each group.
-        relative: whether ``value`` is a multiple of each group's initial learning rate. If not,
-            it must be a list if the groups have different initial learning rates.
+        lrs: initial learning rate of each group. If ``relative`` is true, the value of the field is
+            a multiple of it.
 
     Raises:
-        ValueError: ``value`` is a single learning rate but the groups have different initial
+        ValueError: the value is a single learning rate but the groups have different initial
             values, or it is a list that does not have one number per group.
 
-    >>> broadcast_lr("max_lr", 10.0, (0.1, 0.01), relative=True)
+    >>> import schedules
+    >>> warmup = schedules.WarmupLR(warmup_max_lr=10.0, relative=True)
+    >>> broadcast_lr(warmup, "warmup_max_lr", (0.1, 0.01))
     (1.0, 0.1)
     """
-    if relative:
+    value = getattr(schedule, name)
+    if schedule.relative:
         factors = broadcast(name, value, lrs)
         return tuple(factor * lr for factor, lr in zip(factors, lrs, strict=True))
-    return broadcast_strict(
-        name, value, lrs, fix=' Alternatively, set `"relative": true` and multiples of each value.'
-    )
+    fix = ' Alternatively, set `"relative": true` and multiples of each value.'
+    return broadcast_strict(name, value, lrs, fix)
 
 
 def broadcast_strict(

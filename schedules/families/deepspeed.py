@@ -128,8 +128,7 @@ class OneCycle(
     """Decay rate of momentum after the cycle. The divisor of momentum starts at 1 and increases by
     this rate every `decay_step_size` steps."""
     relative: bool = False
-    """Whether `cycle_min_lr` and `cycle_max_lr` are multiples of the param group's learning rate,
-    not absolute values."""
+    """Whether the learning rates are multiples of the param group's own learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         for low, high in (("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")):
@@ -191,14 +190,8 @@ class OneCycle(
         return int(self.decay_step_size or self.post_cycle_decay_step_size or 0)
 
     def _curves(self, base: Base) -> Curves:
-        lr = base["lr"]
-        curves = {
-            "lr": build_curve_per_group(
-                partial(self._cycle, self.decay_lr_rate),
-                broadcast_lr("cycle_min_lr", self.cycle_min_lr, lr, relative=self.relative),
-                broadcast_lr("cycle_max_lr", self.cycle_max_lr, lr, relative=self.relative),
-            )
-        }
+        bounds = [broadcast_lr(self, name, base["lr"]) for name in ("cycle_min_lr", "cycle_max_lr")]
+        curves = {"lr": build_curve_per_group(partial(self._cycle, self.decay_lr_rate), *bounds)}
         if self.cycle_momentum:
             momentum = base["momentum"]
             curves["momentum"] = build_curve_per_group(
@@ -255,17 +248,14 @@ class LRRangeTest(
     """Whether the learning rate increases once every `lr_range_test_step_size` steps instead of at
     every step."""
     relative: bool = False
-    """Whether `lr_range_test_min_lr` is a multiple of the param group's learning rate, not an
-    absolute value."""
+    """Whether `lr_range_test_min_lr` is a multiple of the param group's own learning rate."""
 
     @property
     def span(self) -> int:
         return 5 * int(self.lr_range_test_step_size)
 
     def _curves(self, base: Base) -> Curves:
-        minima = broadcast_lr(
-            "lr_range_test_min_lr", self.lr_range_test_min_lr, base["lr"], relative=self.relative
-        )
+        minima = broadcast_lr(self, "lr_range_test_min_lr", base["lr"])
         return {"lr": build_curve_per_group(self._growth, minima)}
 
     def _growth(self, minimum: float) -> Curve:
@@ -306,8 +296,7 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     warmup_type: WarmupType = "log"
     """Shape of the warmup; "log" rises fastest in the first steps."""
     relative: bool = False
-    """Whether `warmup_min_lr` and `warmup_max_lr` are multiples of the param group's learning rate,
-    not absolute values."""
+    """Whether the learning rates are multiples of the param group's own learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.warmup_max_lr is not None and exceeds(self.warmup_min_lr, self.warmup_max_lr):
@@ -324,12 +313,11 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
 
     def _curves(self, base: Base) -> Curves:
         own = base["lr"]
-        minima = broadcast("warmup_min_lr", self.warmup_min_lr, own)
+        minima, maxima = broadcast("warmup_min_lr", self.warmup_min_lr, own), own
         if self.relative:
-            minima = broadcast_lr("warmup_min_lr", self.warmup_min_lr, own, relative=True)
-        maxima = own
+            minima = broadcast_lr(self, "warmup_min_lr", own)
         if self.warmup_max_lr is not None:
-            maxima = broadcast_lr("warmup_max_lr", self.warmup_max_lr, own, relative=self.relative)
+            maxima = broadcast_lr(self, "warmup_max_lr", own)
         return {"lr": build_curve_per_group(self._curve, minima, maxima)}
 
     def _curve(self, minimum: float, maximum: float) -> Curve:

@@ -267,7 +267,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     three_phase: bool = False
     """Whether the learning rate returns to its initial value before it falls to its final one."""
     relative: bool = False
-    """Whether `max_lr` is a multiple of the param group's learning rate, not an absolute value."""
+    """Whether `max_lr` is a multiple of the param group's own learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         by_epochs = (self.epochs is not None) + (self.steps_per_epoch is not None)
@@ -317,7 +317,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
         curves = {
             "lr": build_curve_per_group(
                 self._lr_curve,
-                broadcast_lr("max_lr", self.max_lr, base["lr"], relative=self.relative),
+                broadcast_lr(self, "max_lr", base["lr"]),
             ),
         }
         if self.cycle_momentum:
@@ -393,8 +393,7 @@ class CyclicLR(
     max_momentum: Momentum = 0.9
     """Momentum at the bottom of the triangles."""
     relative: bool = False
-    """Whether `base_lr` and `max_lr` are multiples of the param group's learning rate, not absolute
-    values."""
+    """Whether the learning rates are multiples of the param group's own learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.gamma > 1:
@@ -421,14 +420,8 @@ class CyclicLR(
         return float(as_number(self.step_size_down or self.step_size_up))
 
     def curves(self, base: Base) -> Curves:
-        lr = base["lr"]
-        curves = {
-            "lr": build_curve_per_group(
-                self._triangles,
-                broadcast_lr("base_lr", self.base_lr, lr, relative=self.relative),
-                broadcast_lr("max_lr", self.max_lr, lr, relative=self.relative),
-            )
-        }
+        bounds = [broadcast_lr(self, name, base["lr"]) for name in ("base_lr", "max_lr")]
+        curves = {"lr": build_curve_per_group(self._triangles, *bounds)}
         if self.cycle_momentum:
             momentum = base["momentum"]
             curves["momentum"] = build_curve_per_group(
