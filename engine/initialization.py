@@ -28,7 +28,12 @@ from engine.distributed.ranks import (
 )
 from engine.engine import Engine
 from engine.errors import escape
-from engine.range_test.script import apply_sweep, attach_recorder, is_next_engine_swept
+from engine.range_test.script import (
+    apply_sweep,
+    attach_recorder,
+    is_next_engine_swept,
+    spread_sweep,
+)
 from engine.range_test.sweep import read_sweep
 from engine.training.arguments import check_arguments, check_is_trainable
 from engine.training.compiled_models import unwrap_compiled
@@ -156,6 +161,8 @@ def initialize(
     )
     # Binding a schedule changes the param groups, so first read their hyperparameters.
     settings = read_hyperparameters(backend.basic_optimizer)
+    if sweep is not None:
+        resolved = spread_sweep(resolved, sweep, backend.basic_optimizer)
     scheduler = _bind_schedule(resolved, lr_scheduler, backend, loader)
     identity = build_identity(resolved, scheduler, settings)
     monitors = build_monitors(resolved.monitors, ranks)

@@ -16,6 +16,7 @@ import numpy as np
 from engine.range_test.recorder import Run
 from engine.range_test.refinement import Refinement, build_short_cycle, refine
 from engine.range_test.suggestion import EDGE, Suggestion, suggest
+from engine.range_test.sweep import spread_over_groups
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,7 +102,19 @@ class LRRangeReport:
         each = self.max_lrs
         max_lr = statistics.median(each) if 2 * len(each) > len(self.runs) > 1 else found.max_lr
         rounded = max_lr and float(f"{max_lr:.2g}")
-        return Suggestion(rounded, "" if rounded else found.reason, found.rules, found.smoothed)
+        reason = "" if rounded else self._find_early_end() or found.reason
+        return Suggestion(rounded, reason, found.rules, found.smoothed)
+
+    def _find_early_end(self) -> str:
+        """Return a text if a script ended before the sweep did; otherwise an empty string."""
+        for run in self.runs:
+            steps = run.facts.get("steps")
+            if not run.end and steps and len(run.lrs) < steps:
+                return (
+                    f"the script ended after {len(run.lrs)} of {steps} steps, before the largest "
+                    "learning rates; let it train for more steps, or test fewer steps"
+                )
+        return ""
 
     @property
     def max_lrs(self) -> list[float]:
@@ -133,7 +146,8 @@ class LRRangeReport:
         momenta = [value for run in self.runs for value in run.momenta if value is not None]
         if momenta and min(momenta) < max(momenta):
             params["cycle_min_mom"], params["cycle_max_mom"] = min(momenta), max(momenta)
-        return {"type": "OneCycle", "params": params}
+        lrs = self.runs[0].facts.get("lrs") or [1.0]
+        return spread_over_groups({"type": "OneCycle", "params": params}, lrs)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as a JSON-compatible dict. Losses that are not finite are None."""

@@ -13,16 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
 
 from engine.config import Config
 from engine.engine import Engine
 from engine.errors import MisuseError
 from engine.range_test.recorder import RECORD, Recorder
 from engine.range_test.suggestion import MIN_POINTS
-from engine.range_test.sweep import Sweep
+from engine.range_test.sweep import Sweep, read_initial_lrs, spread_over_groups
 from schedules import LRRangeTest, from_config
 
-__all__ = ["apply_sweep", "attach_recorder", "is_next_engine_swept"]
+__all__ = ["apply_sweep", "attach_recorder", "is_next_engine_swept", "spread_sweep"]
 
 log = logging.getLogger("onecycle")
 
@@ -62,6 +63,12 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
     return replace(changed, data=data)
 
 
+def spread_sweep(config: Config, sweep: Sweep, optimizer: Optimizer) -> Config:
+    """Return a config whose sweep keeps the ratios of the param groups' learning rates."""
+    lrs = read_initial_lrs(optimizer.param_groups)
+    return replace(config, schedule=from_config(spread_over_groups(sweep.scheduler, lrs)))
+
+
 def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
     """Attach a recorder to an engine if its schedule is an LR range test.
 
@@ -80,6 +87,8 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
             "world_size": engine.world_size,
             "precision": engine.config.precision,
             "train_batch_size": engine.train_batch_size(),
+            "lrs": read_initial_lrs(engine.optimizer.param_groups),
+            "steps": sweep.steps,
         }
         path = Path(sweep.directory) / RECORD if sweep.directory and is_first else None
         recorder = Recorder(sweep.steps, sweep.divergence_factor, path, facts)

@@ -51,8 +51,9 @@ class StepRecord:
     """Number of skipped steps so far."""
     lr: Sequence[float]
     """Learning rate of each param group."""
-    momentum: Sequence[float] | None
-    """Momentum (first beta for Adam) of each param group; None if there is none."""
+    momentum: Sequence[float | None] | None
+    """Momentum (first beta for Adam) of each param group; None if there is none. In the sequence,
+    None stands for a group without momentum."""
     weight_decay: Sequence[float] | None
     """Weight decay of each param group; None if there is none."""
     loss: float | None
@@ -195,8 +196,8 @@ class ProgressReporter:
         self.monitors.write_events(events)
 
     def _name_values(
-        self, name: str, values: Sequence[float] | None, *, always: bool = False
-    ) -> dict[str, float]:
+        self, name: str, values: Sequence[float | None] | None, *, always: bool = False
+    ) -> dict[str, float | None]:
         """Return the param groups' values by metric name.
 
         If the values have never differed between groups, only the first one is returned.
@@ -218,7 +219,9 @@ class ProgressReporter:
         shown = [] if loss is None else [f"loss {loss:.4f}"]
         for name, values in (("lr", record.lr), ("momentum", record.momentum)):
             if values:
-                distinct = [format(value, ".4g") for value in dict.fromkeys(values)]
+                distinct = [
+                    format(value, ".4g") for value in dict.fromkeys(values) if value is not None
+                ]
                 shown.append(f"{name} {' '.join(distinct)}")
         if self.has_bar:
             self._bar_text = ", ".join(shown)

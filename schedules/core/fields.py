@@ -114,7 +114,7 @@ Steps = Annotated[int | str, Duration(), Range(at_least=1)]
 WarmupSteps = Annotated[int | str, Duration(warmup=True), Range(at_least=1)]
 StepsOrZero = Annotated[int | str, Duration(), Range(at_least=0)]
 WarmupStepsOrZero = Annotated[int | str, Duration(warmup=True), Range(at_least=0)]
-Milestones = Annotated[Sequence[int | str], Duration(), Range(at_least=1)]
+Milestones = Annotated[Sequence[int | str], Duration(), Range(at_least=0)]
 Power = Annotated[float, Range(above=0)]
 StairCount = Annotated[int, Range(at_least=0)]
 
@@ -276,7 +276,9 @@ class Field:
         Raises:
             ValueError: the value is invalid for this field.
         """
-        if isinstance(value, list):
+        if "type" in self.schema:
+            value = _to_plain(value)
+        elif isinstance(value, list):
             value = tuple(value)
         if (
             "integer" in self.schema.get("type", ())
@@ -291,9 +293,10 @@ class Field:
         if isinstance(value, str) and self.duration is not None:
             convert_to_steps(value, _ANY_RUN, scaled=False)  # raises if the time string is invalid
         if not accepts(self.schema, value):
-            shown = repr(value)
+            place, schema, part = _find_invalid(self.name, self.schema, value)
+            shown = repr(part)
             shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
-            raise ValueError(f"`{self.name}` must be {describe_schema(self.schema)}, got {shown}.")
+            raise ValueError(f"`{place}` must be {describe_schema(schema)}, got {shown}.")
         numbers = [each for each in _as_tuple(value) if isinstance(each, int | float)]
         if "integer" in self._item_schema.get("type", ()) and max(numbers, default=0) > MAX_STEPS:
             raise ValueError(
@@ -302,9 +305,39 @@ class Field:
         return value
 
     @property
+    def minimum(self) -> float:
+        """The least valid number, also of the items of a list; -infinity if there is no limit."""
+        least: float = self._item_schema.get("minimum", -math.inf)
+        return least
+
+    @property
     def _item_schema(self) -> Mapping[str, Any]:
         schema: Mapping[str, Any] = self.schema.get("items", self.schema)
         return schema
+
+
+def _to_plain(value: Any) -> Any:
+    """Convert lists, ranges, arrays and tensors to tuples, and their items to Python numbers."""
+    if isinstance(value, list | tuple | range):
+        return tuple(map(_to_plain, value))
+    # NumPy and PyTorch are not imported here. Their scalars have no items.
+    return _to_plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def _find_invalid(
+    place: str, schema: Mapping[str, Any], value: Any
+) -> tuple[str, Mapping[str, Any], Any]:
+    """Return the place, the schema and the value of the innermost part that is invalid."""
+    parts: list[tuple[str, Mapping[str, Any], Any]] = []
+    if isinstance(value, tuple) and "items" in schema:
+        parts = [(f"{place}[{index}]", schema["items"], each) for index, each in enumerate(value)]
+    elif isinstance(value, Mapping):
+        known = schema.get("properties", {})
+        parts = [(f"{place}.{key}", known[key], value[key]) for key in value if key in known]
+    for part in parts:
+        if not accepts(*part[1:]):
+            return _find_invalid(*part)
+    return place, schema, value
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -8,11 +8,12 @@ docs/decisions/0005-composer-schedules.md.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated
 
-from schedules.core.combinators import delay, join, multiply_at, repeat, stairs
+from schedules.core.combinators import decay_after_warmup, delay, join, multiply_at, repeat, stairs
 from schedules.core.curves import Curve, constant, cosine, exponential, linear, polynomial
 from schedules.core.fields import (
     Factor,
@@ -224,7 +225,8 @@ class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
         return self.alpha_i * lr
 
     def _body(self, lr: float, start: float) -> Curve:
-        return linear(self.alpha_i * lr, self.alpha_f * lr, as_number(self.t_max) - start)
+        steps = as_number(self.t_max) - start
+        return decay_after_warmup(linear, self.alpha_i * lr, self.alpha_f * lr, steps)
 
 
 @schedule_class
@@ -279,7 +281,8 @@ class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """Multiplier of the learning rate at `t_max` and afterwards."""
 
     def _body(self, lr: float, start: float) -> Curve:
-        return cosine(lr, self.alpha_f * lr, as_number(self.t_max) - start)
+        steps = as_number(self.t_max) - start
+        return decay_after_warmup(cosine, lr, self.alpha_f * lr, steps)
 
 
 @schedule_class
@@ -342,7 +345,9 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
     """Multiplier of the learning rate at `t_max` and afterwards."""
 
     def _body(self, lr: float, start: float) -> Curve:
-        return polynomial(lr, self.alpha_f * lr, as_number(self.t_max) - start, self.power)
+        steps = as_number(self.t_max) - start
+        decay = functools.partial(polynomial, power=self.power)
+        return decay_after_warmup(decay, lr, self.alpha_f * lr, steps)
 
 
 @schedule_class

@@ -32,6 +32,7 @@ from schedules.core.schedule import (
     ParameterProblem,
     Schedule,
     broadcast,
+    broadcast_lr,
     broadcast_strict,
     build_curve_per_group,
     exceeds,
@@ -127,6 +128,8 @@ class OneCycle(
     decay_mom_rate: Rate = 0.0
     """Decay rate of momentum after the cycle. The divisor of momentum starts at 1 and increases by
     this rate every `decay_step_size` steps."""
+    relative: bool = False
+    """Whether the learning rates are multiples of the param group's own learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         for low, high in (("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")):
@@ -188,14 +191,8 @@ class OneCycle(
         return int(self.decay_step_size or self.post_cycle_decay_step_size or 0)
 
     def _curves(self, base: Base) -> Curves:
-        lr = base["lr"]
-        curves = {
-            "lr": build_curve_per_group(
-                partial(self._cycle, self.decay_lr_rate),
-                broadcast_strict("cycle_min_lr", self.cycle_min_lr, lr),
-                broadcast_strict("cycle_max_lr", self.cycle_max_lr, lr),
-            )
-        }
+        bounds = [broadcast_lr(self, name, base["lr"]) for name in ("cycle_min_lr", "cycle_max_lr")]
+        curves = {"lr": build_curve_per_group(partial(self._cycle, self.decay_lr_rate), *bounds)}
         if self.cycle_momentum:
             momentum = base["momentum"]
             curves["momentum"] = build_curve_per_group(
@@ -251,13 +248,15 @@ class LRRangeTest(
     lr_range_test_staircase: bool = False
     """Whether the learning rate increases once every `lr_range_test_step_size` steps instead of at
     every step."""
+    relative: bool = False
+    """Whether `lr_range_test_min_lr` is a multiple of the param group's own learning rate."""
 
     @property
     def span(self) -> int:
         return 5 * int(self.lr_range_test_step_size)
 
     def _curves(self, base: Base) -> Curves:
-        minima = broadcast_strict("lr_range_test_min_lr", self.lr_range_test_min_lr, base["lr"])
+        minima = broadcast_lr(self, "lr_range_test_min_lr", base["lr"])
         return {"lr": build_curve_per_group(self._growth, minima)}
 
     def _growth(self, minimum: float) -> Curve:
@@ -297,6 +296,8 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     """Length of the warmup."""
     warmup_type: WarmupType = "log"
     """Shape of the warmup; "log" rises fastest in the first steps."""
+    relative: bool = False
+    """Whether the learning rates are multiples of the param group's own learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.warmup_max_lr is not None and exceeds(self.warmup_min_lr, self.warmup_max_lr):
@@ -313,10 +314,11 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
 
     def _curves(self, base: Base) -> Curves:
         own = base["lr"]
-        minima = broadcast("warmup_min_lr", self.warmup_min_lr, own)
-        maxima = own
+        minima, maxima = broadcast("warmup_min_lr", self.warmup_min_lr, own), own
+        if self.relative:
+            minima = broadcast_lr(self, "warmup_min_lr", own)
         if self.warmup_max_lr is not None:
-            maxima = broadcast_strict("warmup_max_lr", self.warmup_max_lr, own)
+            maxima = broadcast_lr(self, "warmup_max_lr", own)
         return {"lr": build_curve_per_group(self._curve, minima, maxima)}
 
     def _curve(self, minimum: float, maximum: float) -> Curve:

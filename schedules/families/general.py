@@ -191,6 +191,8 @@ class Phases(
             )
 
     def _join_phases(self, name: str, phases: Sequence[Mapping[str, Any]], own: float) -> Curve:
+        if self.relative and own == 0:
+            return constant(0.0)  # also if a shape is exponential
         unit = own if self.relative else 1.0
         value, parts = own, []
         for phase in phases:

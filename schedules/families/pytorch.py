@@ -31,6 +31,7 @@ from schedules.core.schedule import (
     LearningRateSchedule,
     ParameterProblem,
     Schedule,
+    broadcast_lr,
     broadcast_strict,
     build_curve_per_group,
     schedule_class,
@@ -267,6 +268,8 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     """Ratio of the initial learning rate to the final learning rate."""
     three_phase: bool = False
     """Whether the learning rate returns to its initial value before it falls to its final value."""
+    relative: bool = False
+    """Whether `max_lr` is a multiple of the param group's own learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         by_epochs = (self.epochs is not None) + (self.steps_per_epoch is not None)
@@ -315,7 +318,8 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     def curves(self, base: Base) -> Curves:
         curves = {
             "lr": build_curve_per_group(
-                self._lr_curve, broadcast_strict("max_lr", self.max_lr, base["lr"])
+                self._lr_curve,
+                broadcast_lr(self, "max_lr", base["lr"]),
             ),
         }
         if self.cycle_momentum:
@@ -390,6 +394,8 @@ class CyclicLR(
     """Momentum at the top of the first triangle."""
     max_momentum: Momentum = 0.9
     """Momentum at the bottom of the triangles."""
+    relative: bool = False
+    """Whether the learning rates are multiples of the param group's own learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.gamma > 1:
@@ -416,14 +422,8 @@ class CyclicLR(
         return float(as_number(self.step_size_down or self.step_size_up))
 
     def curves(self, base: Base) -> Curves:
-        lr = base["lr"]
-        curves = {
-            "lr": build_curve_per_group(
-                self._triangles,
-                broadcast_strict("base_lr", self.base_lr, lr),
-                broadcast_strict("max_lr", self.max_lr, lr),
-            )
-        }
+        bounds = [broadcast_lr(self, name, base["lr"]) for name in ("base_lr", "max_lr")]
+        curves = {"lr": build_curve_per_group(self._triangles, *bounds)}
         if self.cycle_momentum:
             momentum = base["momentum"]
             curves["momentum"] = build_curve_per_group(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 
-from schedules.core.combinators import join, stairs
+from schedules.core.combinators import decay_after_warmup, join, stairs
 from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant, cosine, exponential, linear
 from schedules.core.fields import Factor, LearningRate, Ratio, Steps, WarmupStepsOrZero, as_number
@@ -92,7 +92,7 @@ class CosineScheduleWithWarmup(
     """
 
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
-        return cosine(lr, end, steps)
+        return decay_after_warmup(cosine, lr, end, steps)
 
 
 @schedule_class
@@ -117,7 +117,7 @@ class PolynomialDecayScheduleWithWarmup(
     """Learning rate at and after the end of the run, as a fraction of the peak learning rate."""
 
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
-        return linear(lr, end, steps)
+        return decay_after_warmup(linear, lr, end, steps)
 
 
 @schedule_class

@@ -166,6 +166,9 @@ class PlateauController(FeedbackController[_State]):
     def init(self) -> _State:
         return _State(0, self._rule.init(), self._lrs)
 
+    def continue_from(self, state: _State, values: Values) -> _State:
+        return state._replace(lrs=values["lr"])
+
     def update(self, state: _State, loss: float | None) -> _State:
         step = state.step + 1
         if loss is None:
