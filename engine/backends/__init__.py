@@ -19,7 +19,7 @@ __all__ = ["build", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
-    """Describe an argument or a part of the model that only DeepSpeed supports.
+    """Name the first argument, or else a part of the model, that only DeepSpeed supports.
 
     Return None if the torch backend supports the model and all arguments.
     """
@@ -77,7 +77,7 @@ def build(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a param group with its parameters in a list, because a generator is read only once.
+    """Store the parameters of a param group in a list, because a generator can be read only once.
 
     Any other object, such as a parameter, is returned unchanged.
     """

@@ -329,7 +329,7 @@ class DeepSpeedBackend(Backend):
 
 
 def _count_elements(groups: list[Any]) -> int:
-    """Return the number of elements of all parameters in the param groups.
+    """Return the total number of elements in the parameters of the param groups.
 
     Call this function before DeepSpeed flattens and shards the parameters.
     """

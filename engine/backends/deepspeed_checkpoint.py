@@ -28,10 +28,11 @@ _CLASSES = {
 
 @contextlib.contextmanager
 def refuse_pickled_code() -> Iterator[None]:
-    """Reject checkpoint files that can run code while DeepSpeed loads them inside this context.
+    """Inside this context, reject checkpoint files that could run code when DeepSpeed loads them.
 
-    Only tensors, plain values and instances of `_CLASSES` are unpickled. By default, DeepSpeed
-    calls ``torch.load`` with ``weights_only=False``, and no setting of DeepSpeed changes this.
+    Only tensors, plain values and instances of the classes in `_CLASSES` are unpickled. By default,
+    DeepSpeed calls ``torch.load`` with ``weights_only=False``, and no setting of DeepSpeed changes
+    this.
 
     Raises:
         CheckpointError: a file contains an object of another class.

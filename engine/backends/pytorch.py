@@ -32,11 +32,12 @@ _SCALER = "loss_scaler.pt"
 
 
 class PyTorchBackend(Backend):
-    """Backend that trains with PyTorch; several ranks average the gradients of model replicas.
+    """Backend that trains with PyTorch, and averages the gradients of all ranks' model replicas.
 
-    Trained parameters are in float32. In bf16 and fp16, the model's methods run under autocast.
-    Trained 16-bit parameters are converted to float32, and the model then computes in their dtype,
-    unless ``engine.master_weights`` is false.
+    Trained 16-bit parameters are converted to float32 unless ``engine.master_weights`` is false.
+    With bf16, fp16 or converted parameters, the model's methods run under autocast. If the config
+    does not select bf16 or fp16, autocast uses the dtype that the parameters had before the
+    conversion.
 
     Args:
         model: the user's module; it is moved to the device of ``ranks``.
@@ -168,7 +169,9 @@ class PyTorchBackend(Backend):
         return finite
 
     def _publish_scale(self, *, overflow: bool) -> None:
-        """Set attributes that DeepSpeed's optimizers have, such as ``loss_scale``, for scripts."""
+        """Set attributes of DeepSpeed's optimizers, such as ``loss_scale``, for scripts that read
+        them.
+        """
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
         optimizer.cur_scale = optimizer.loss_scale = self.loss_scale
@@ -310,7 +313,9 @@ def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> No
 
 
 def _get_values(parameter: nn.Parameter) -> Tensor:
-    """Return the values of a parameter's sparse gradient, as a tensor that shares its memory."""
+    """Return the values of a parameter's sparse gradient, as a tensor that shares the same
+    memory.
+    """
     assert parameter.grad is not None
     parameter.grad = parameter.grad.coalesce()
     return parameter.grad._values()  # noqa: SLF001  # `values()` would return a detached copy

@@ -1,8 +1,8 @@
 """Get and load the state of an optimizer by parameter name.
 
-This module does not use ``torch.distributed.checkpoint.state_dict``, because its functions take an
-optimizer step to create missing states. A run that saves a checkpoint before its first step would
-then continue differently.
+This module does not use ``torch.distributed.checkpoint.state_dict``, because the functions of that
+module take an optimizer step to create missing states. A run that saves a checkpoint before its
+first step would then train differently afterwards.
 """
 
 from __future__ import annotations
@@ -104,14 +104,14 @@ def build_empty_state(
 def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """Return the optimized parameters that are not in the model, such as those of a loss function.
 
-    Such a parameter is named after its position in the param groups.
+    The key of such a parameter is derived from its position in the param groups.
     """
     named = _name_parameters(model, optimizer)
     return {name: parameter for name, parameter in named if name.startswith(_OUTSIDE)}
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load an optimizer state that has parameter names in place of indices."""
+    """Load a state with parameter names in place of indices into the optimizer."""
     indices = {name: index for index, (name, _) in enumerate(_name_parameters(model, optimizer))}
     optimizer.load_state_dict(
         {
@@ -127,7 +127,8 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
 def reshard(model: nn.Module) -> None:
     """Reshard the parameters that FSDP left gathered after a forward pass.
 
-    FSDP keeps some parameters gathered for a backward pass, which does not always follow.
+    FSDP keeps some parameters gathered for the backward pass. If no backward pass follows, as in an
+    evaluation, they stay gathered.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

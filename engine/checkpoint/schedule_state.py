@@ -18,7 +18,8 @@ def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int])
     """Return the step at which a schedule continues after a change of the batch size.
 
     If the schedule has durations in samples, epochs or fractions of the run, it continues after the
-    same number of samples. A larger batch makes such a schedule shorter in steps.
+    same number of samples, which is fewer steps with a larger batch size. Any other schedule
+    continues at the same step.
 
     Args:
         steps: number of applied optimizer steps in the checkpoint.

@@ -67,9 +67,10 @@ def write_async(
     *,
     frozen: bool = True,
 ) -> Future[None]:
-    """Copy this rank's shards to host memory, and write the copies in the background.
+    """Copy this rank's shards of the model and the optimizer, and write them in the background.
 
-    Every rank must call this function. Training can continue as soon as it returns.
+    Every rank must call this function. The copies are in host memory, so training can continue as
+    soon as the function returns.
 
     Args:
         directory: existing directory to write to.
@@ -94,7 +95,8 @@ def write_async(
 def _copy_to_host(value: Any, old: Any) -> Any:
     """Copy the tensors in nested dicts and lists to host memory.
 
-    The memory of a tensor in ``old`` is reused if its type, shape and dtype match.
+    The copy reuses the memory of the corresponding tensor in ``old`` if the type, shape and dtype
+    match.
     """
     if isinstance(value, dict):
         before = old if isinstance(old, dict) else {}
@@ -246,7 +248,7 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
 
 
 def _load_tensors(directory: Path, own: dict[str, Any], *, is_single_process: bool) -> None:
-    """Load tensors of a checkpoint by name, in place."""
+    """Load saved tensors into the tensors of the same names in ``own``."""
     try:
         with _ignore_process_group_warning(), _raise_cause():
             load(own, storage_reader=ShardReader(directory), no_dist=is_single_process)
@@ -346,7 +348,9 @@ def _read_saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
 
 @contextlib.contextmanager
 def _ignore_process_group_warning() -> Iterator[None]:
-    """Suppress torch's warning about a missing process group; a single process requires none."""
+    """Suppress torch's warning about a missing process group, which a single process does not
+    need.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
         yield
