@@ -211,9 +211,7 @@ class Backend(ABC):
 
     @abstractmethod
     def restore(self, snapshot: Any) -> None:
-        """Restore a state that `snapshot` returned, bit for bit. Every rank must call this
-        method.
-        """
+        """Restore a state returned by `snapshot`, bit for bit. Every rank must call this method."""
 
     @abstractmethod
     def describe(self) -> str:

@@ -52,7 +52,7 @@ class BackwardOrder:
         self._forwards += torch.is_grad_enabled()
 
     def check(self, *, is_last: bool) -> None:
-        """Check that DeepSpeed will compute the gradients of the next backward pass correctly.
+        """Check that DeepSpeed will compute correct gradients in the next backward pass.
 
         Raises:
             RuntimeError: DeepSpeed would lose gradients or compute wrong gradients.
@@ -81,8 +81,7 @@ class BackwardOrder:
 
     @contextlib.contextmanager
     def explain_errors(self) -> Iterator[None]:
-        """Convert DeepSpeed's errors about an unsupported backward pass to errors that suggest a
-        fix.
+        """Convert DeepSpeed's errors about unsupported backward passes to errors with a fix.
 
         Run the backward pass inside this context. DeepSpeed does not support, for example, the
         backward pass of a GAN's generator, because its loss depends on the models of two engines.

@@ -169,9 +169,7 @@ class PyTorchBackend(Backend):
         return finite
 
     def _publish_scale(self, *, overflow: bool) -> None:
-        """Set attributes of DeepSpeed's optimizers, such as ``loss_scale``, for scripts that read
-        them.
-        """
+        """Set attributes of DeepSpeed's optimizers, such as ``loss_scale``, which scripts may read."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
         optimizer.cur_scale = optimizer.loss_scale = self.loss_scale
@@ -313,9 +311,7 @@ def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> No
 
 
 def _get_values(parameter: nn.Parameter) -> Tensor:
-    """Return the values of a parameter's sparse gradient, as a tensor that shares the same
-    memory.
-    """
+    """Return the values of a sparse gradient, in a tensor that shares the gradient's memory."""
     assert parameter.grad is not None
     parameter.grad = parameter.grad.coalesce()
     return parameter.grad._values()  # noqa: SLF001  # `values()` would return a detached copy

@@ -41,16 +41,12 @@ class DataPosition:
             self._pending = None
 
     def get_state(self) -> dict[str, Any] | None:
-        """Return the part of the position that is the same on all ranks, or None without a
-        loader.
-        """
+        """Return the part of the position that all ranks share, or None if there is no loader."""
         state = None if self._loader is None else self._loader.state_dict()
         return state and {key: value for key, value in state.items() if key != "loader"}
 
     def save(self, directory: Path) -> None:
-        """Write the state of this rank's data loader to a file, if the loader saves its own
-        position.
-        """
+        """Write the state of this rank's loader to a file, if the loader saves its own position."""
         state = {} if self._loader is None else self._loader.state_dict()
         if "loader" in state:
             write_values(self._get_path(directory), state["loader"])

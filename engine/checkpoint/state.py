@@ -348,9 +348,7 @@ def _read_saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
 
 @contextlib.contextmanager
 def _ignore_process_group_warning() -> Iterator[None]:
-    """Suppress torch's warning about a missing process group, which a single process does not
-    need.
-    """
+    """Suppress torch's warning that a single process has no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
         yield

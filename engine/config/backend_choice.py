@@ -32,7 +32,7 @@ def zero_stage(config: Mapping[str, Any]) -> int | str:
 def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
     """Return the keys and sections of a config that only DeepSpeed supports.
 
-    If DeepSpeed is required for a whole section, only the section is returned, not its keys.
+    If only DeepSpeed supports a whole section, the section is returned without its keys.
 
     Args:
         members: all keys of the config; each section precedes its keys.
@@ -50,15 +50,15 @@ def choose_backend(
 ) -> BackendChoice:
     """Choose the backend for a config.
 
-    If the config sets ``engine.backend`` to "torch" or "deepspeed", choose this backend. Otherwise,
-    choose DeepSpeed if the config enables ZeRO or contains a key that only DeepSpeed supports. In
-    all other cases, choose torch.
+    If the config sets ``engine.backend`` to "torch" or "deepspeed", choose that backend. Otherwise,
+    choose DeepSpeed if the config enables ZeRO or contains a key that only DeepSpeed supports, and
+    torch if not.
 
     Args:
         config: config to choose the backend for.
         members: all keys of the config; each section precedes its keys.
         needs_deepspeed: part of the model that only DeepSpeed supports, such as an MoE layer; None
-            if there is none. Such a part also selects DeepSpeed.
+            if there is none. A model with such a part also selects DeepSpeed.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'

@@ -114,7 +114,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class ProgressSettings:
-    """How rank 0 reports the progress of the run."""
+    """Settings for the progress reports of rank 0."""
 
     is_logged: bool
     """Whether the loss and the learning rate are reported; false for ``steps_per_print: null``."""
@@ -136,7 +136,7 @@ class OptimizerBlock:
 class Config(Mapping[str, Any]):
     """A valid config with all defaults and derived values filled in.
 
-    As a mapping, it contains the keys and values of ``raw``: those that the user set.
+    When used as a mapping, it contains only the keys and values that the user set (``raw``).
     """
 
     name: str
@@ -210,7 +210,7 @@ class Config(Mapping[str, Any]):
         )
 
     def horizon(self, steps_per_epoch: float | None) -> Horizon:
-        """Return the length of the run, which is required to convert durations to steps.
+        """Return the length of the run, which is needed to convert durations to steps.
 
         Args:
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
@@ -240,8 +240,8 @@ def load_config(
         world_size: number of ranks of the run.
         args: parsed command-line arguments. Those of `add_schedule_arguments` override config
             values.
-        needs_deepspeed: part of the model that only DeepSpeed supports; None if there is none.
-            Such a part selects the DeepSpeed backend unless ``engine.backend`` is set.
+        needs_deepspeed: part of the model that only DeepSpeed supports; None if there is none. If
+            there is one, the DeepSpeed backend is selected unless ``engine.backend`` is set.
 
     Raises:
         ConfigError: the config cannot be read or is invalid; ``problems`` lists every error.

@@ -14,7 +14,9 @@ _DEFAULT_PORT = 29500  # DeepSpeed's
 
 
 class _Starter(NamedTuple):
-    """A program that starts the tasks of a job, and the environment variables that it sets."""
+    """A program that starts the tasks of a job, and the environment variables that the program
+    sets.
+    """
 
     name: str
     size: str
@@ -43,7 +45,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
 
     Args:
         environment: environment variables of this process.
-        port: value of ``MASTER_PORT`` if the environment does not contain it; None to choose one.
+        port: value of ``MASTER_PORT`` if the environment does not set it; None to choose a port.
 
     Returns:
         Values of ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. The
@@ -94,7 +96,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
 
 
 def _find_address(starter: _Starter, environment: Mapping[str, str]) -> str | None:
-    """Return the loopback address if all tasks are on this host, else None."""
+    """Return the loopback address if all tasks run on this host, and None otherwise."""
     if starter.local_size:
         is_one_host = environment.get(starter.local_size) == environment[starter.size]
     else:

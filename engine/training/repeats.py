@@ -1,4 +1,4 @@
-"""Detect ranks or workers that load the same batches, because the data is not split."""
+"""Detect that ranks or workers load the same batches, because the data is not split."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class RepeatCheck:
     """Compares the first batches of a data loader across ranks and workers.
 
     Use this check for loaders that must split the data themselves: torch gives each rank and each
-    worker a copy of an iterable dataset. No rank waits for another one during the check, so one
-    rank may iterate alone.
+    worker a copy of an iterable dataset. No rank waits for another during the check, so a single
+    rank may iterate on its own.
 
     Args:
         ranks: rank and world size of this process.

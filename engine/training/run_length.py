@@ -1,4 +1,4 @@
-"""Determine when a run ends, and whether the script knows its length."""
+"""Determine when a run ends, and check that a resumed run does not train too many epochs."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class RunLength:
         return any(limit is not None for limit in limits)
 
     def check_is_known(self) -> None:
-        """Check that a loop over epochs does not start at 0 again after an automatic resume.
+        """Check that a loop over epochs does not restart at epoch 0 after an automatic resume.
 
         Raises:
             RuntimeError: the length of the run is unknown, and the script has read neither the

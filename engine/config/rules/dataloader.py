@@ -1,4 +1,4 @@
-"""Rule for ``engine.dataloader``: report settings of workers if there are no workers."""
+"""Rule for ``engine.dataloader``: report worker settings that require ``num_workers`` >= 1."""
 
 from __future__ import annotations
 
