@@ -143,7 +143,7 @@ class DeepSpeedAccessors(nn.Module):
         return type(self.basic_optimizer).__name__ if has_optimizer else None
 
     def scheduler_name(self) -> str | None:
-        """Return the type of the config's schedule; None if the config has none."""
+        """Return the type of the config's schedule, or None if the config has none."""
         return self.config.schedule.type_name if self.config.schedule else None
 
     def fp16_enabled(self) -> bool:
@@ -168,9 +168,7 @@ class DeepSpeedAccessors(nn.Module):
         return batch.train, batch.micro, batch.accumulation
 
     def get_type(self) -> list[Any]:
-        """Return the value of the key ``type`` of each param group; 0.0 if a group has no such
-        key.
-        """
+        """Return the value of the key ``type`` of each param group; 0.0 if the key is missing."""
         return [group.get("type", 0.0) for group in self._backend.optimizer.param_groups]
 
     def get_lr(self) -> list[float]:
@@ -394,8 +392,7 @@ class DeepSpeedAccessors(nn.Module):
         return self.config.backend.name == "deepspeed"
 
     def _find_attribute(self, name: str) -> Any:
-        """Return an attribute of the backend or the model, or a config setting by its DeepSpeed
-        name.
+        """Return an attribute of the backend or the model, or a setting by its DeepSpeed name.
 
         This method is called for names that neither the engine nor ``nn.Module`` defines.
 

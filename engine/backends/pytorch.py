@@ -169,7 +169,7 @@ class PyTorchBackend(Backend):
         return finite
 
     def _publish_scale(self, *, overflow: bool) -> None:
-        """Set attributes of DeepSpeed's optimizers, such as ``loss_scale``, which scripts may read."""
+        """Set attributes of DeepSpeed's optimizers that scripts may read, such as ``loss_scale``."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
         optimizer.cur_scale = optimizer.loss_scale = self.loss_scale
@@ -311,7 +311,7 @@ def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> No
 
 
 def _get_values(parameter: nn.Parameter) -> Tensor:
-    """Return the values of a sparse gradient, in a tensor that shares the gradient's memory."""
+    """Return a sparse gradient's values, in a tensor that shares the gradient's memory."""
     assert parameter.grad is not None
     parameter.grad = parameter.grad.coalesce()
     return parameter.grad._values()  # noqa: SLF001  # `values()` would return a detached copy

@@ -138,7 +138,7 @@ def _is_running(owner: Mapping[str, Any]) -> bool:
 
 
 def _find_start_time(pid: int) -> str | None:
-    """Return the start time of a process in clock ticks since boot; None if it is unknown."""
+    """Return the start time of a process in clock ticks since boot, or None if it is unknown."""
     stat = _read_text(f"/proc/{pid}/stat")
     fields = stat.rpartition(")")[2].split()  # the name in parentheses can contain spaces
     # A zombie has ended, although its parent has not read its exit status yet.

@@ -78,7 +78,7 @@ def build_horizon(
 def find_horizon(
     schedule: Schedule[Any], config: Mapping[str, Any], world_size: int | None = None
 ) -> Horizon | None:
-    """Return the length of the run; None if it cannot be determined before launch.
+    """Return the length of the run, or None if it cannot be determined before launch.
 
     Durations in epochs depend on the data loader. Durations in samples depend on the batch size,
     which depends on the number of ranks if ``train_batch_size`` is absent.

@@ -52,7 +52,7 @@ def is_ignored(key: str) -> bool:
 
 
 def optimizer_name(name: str) -> str | None:
-    """Return the canonical spelling of an optimizer name; None if the name is unknown.
+    """Return the canonical spelling of an optimizer name, or None if the name is unknown.
 
     The name is matched case-insensitively.
     """

@@ -328,7 +328,7 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Add a hint to a problem about an unknown parameter: the schedules with this parameter.
+    """Add a hint to a problem about an unknown parameter: the schedules that have this parameter.
 
     Other problems are returned unchanged.
     """

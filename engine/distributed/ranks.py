@@ -172,10 +172,10 @@ def destroy_distributed() -> None:
     With gloo, first wait up to 5 seconds until all ranks have called this function. Otherwise, a
     rank that exits early would close connections that the gloo threads of other ranks still use.
 
-    If an exception is ending this process, or if some ranks are still training after the wait, do
-    not destroy the process group, so that its connections stay open until this process exits. If
-    the connections were closed earlier, other ranks could fail before this process exits, and the
-    launcher would report one of those ranks as the first failure.
+    With gloo, do not destroy the process group if an exception is ending this process, or if some
+    ranks are still training after the wait. Its connections then stay open until this process
+    exits. If the connections were closed earlier, other ranks could fail before this process exits,
+    and the launcher would report one of those ranks as the first failure.
     """
     if not _has_process_group():
         return

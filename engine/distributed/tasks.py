@@ -14,9 +14,7 @@ _DEFAULT_PORT = 29500  # DeepSpeed's
 
 
 class _Starter(NamedTuple):
-    """A program that starts the tasks of a job, and the environment variables that the program
-    sets.
-    """
+    """A program that starts the tasks of a job, and the names of the variables that it sets."""
 
     name: str
     size: str
@@ -80,7 +78,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
     if not address:
         raise ValueError(
             f"MASTER_ADDR is not set, but {starter.name} started {size} tasks on several hosts. "
-            "Set it to the address of the host of rank 0, for example with `export MASTER_ADDR="
+            "Set it to the address of rank 0's host, for example with `export MASTER_ADDR="
             '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)`.'
         )
     # If Slurm shows each task only its own GPU, this GPU has the number 0 in every task.

@@ -64,7 +64,7 @@ class Suggestion:
     def band(self) -> tuple[float, float] | None:
         """The smallest and the largest learning rate that the `EDGE` rules select.
 
-        The narrower this band, the better the rules agree. None if no rule applies.
+        The narrower this band is, the better the rules agree. The value is None if no rule applies.
         """
         edge = [self.rules[name] for name in EDGE if name in self.rules]
         return (min(edge), max(edge)) if edge else None
@@ -81,8 +81,8 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     - end of descent: the learning rate at which the loss has completed 90 % of its descent;
     - minimum: the middle, in log(lr), of the range in which the loss exceeds its minimum by less
       than 5 % of the descent;
-    - divergence / 10: a tenth of the learning rate at which the loss diverges, that is, rises again
-      by 90 % of the descent, is no longer finite, or ends the test;
+    - divergence / 10: a tenth of the learning rate at which the loss diverges: it rises again by 90
+      % of the descent, is no longer finite, or ends the test;
     - steepest: the learning rate at which the loss falls fastest over log(lr);
     - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.
@@ -139,7 +139,7 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
 
 
 def _find_divergence(x: Array, finite: NDArray[np.bool_]) -> float | None:
-    """Return log10 of the learning rate from which on most losses are not finite, or None."""
+    """Return log10 of the learning rate above which most losses are not finite, or None."""
     finite_after = np.cumsum(finite[::-1])[::-1] / np.arange(finite.size, 0, -1)
     gone = np.flatnonzero(~finite & (finite_after < 0.5))
     return float(x[gone[0]]) if gone.size else None
@@ -178,9 +178,9 @@ def smooth(x: Array, y: Array) -> SmoothedCurve:
 
 
 def _reduce_points(x: Array, y: Array) -> tuple[Array, Array]:
-    """Average losses with equal learning rates.
+    """Average the losses that were measured at the same learning rate.
 
-    If more than 400 points are left, average neighboring points, too.
+    If more than 400 points are left, also average neighboring points.
     """
     x, places = np.unique(x, return_inverse=True)
     y = np.bincount(places, y) / np.bincount(places)
@@ -261,8 +261,8 @@ def _apply_rules(curve: SmoothedCurve, divergence: float | None) -> Suggestion:
 def _find_middle_of_basin(x: Array, loss: Array, limit: float) -> float:
     """Return the middle of the interval around the minimum in which the loss is below ``limit``.
 
-    Around a flat minimum, noise determines where the lowest point is, but has little effect on the
-    middle of the interval.
+    If the minimum is flat, noise determines the position of the lowest point, but has little effect
+    on the middle of the interval.
     """
     low = int(np.argmin(loss))
     above = np.flatnonzero(loss > limit)

@@ -272,7 +272,7 @@ def _check_number(value: Any, what: str) -> Any:
 
 
 def _count_samples(batch: Any) -> int | None:
-    """Return the length of a batch's first tensor; None if the batch contains no tensor.
+    """Return the length of a batch's first tensor, or None if the batch contains no tensor.
 
     >>> _count_samples({"ids": ["a", "b"], "x": torch.ones(2, 5)})
     2

@@ -73,7 +73,7 @@ class RunLength:
         return self.is_session_over(counters)
 
     def find_last_step(self, counters: Counters, samples_per_step: int) -> float | None:
-        """Return the number of completed steps at the end of the run; None if it is unknown.
+        """Return the number of completed steps at the end of the run, or None if it is unknown.
 
         >>> RunLength(total_samples=80).find_last_step(Counters(5, 5, 40), samples_per_step=10)
         9

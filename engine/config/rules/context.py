@@ -145,7 +145,7 @@ class RuleContext:
         return self.document.build_problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "warning", about a likely mistake; the run can still start."""
+        """Build a problem of severity "warning": a likely mistake that does not prevent a run."""
         return self.document.build_problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
