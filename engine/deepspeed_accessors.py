@@ -63,7 +63,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def data_parallel_group(self) -> Any:
-        """The process group that averages gradients; None in a single process."""
+        """The process group across which gradients are averaged; None in a single process."""
         return dist.group.WORLD if dist.is_initialized() else None
 
     @property
@@ -361,7 +361,7 @@ class DeepSpeedAccessors(nn.Module):
     def _zero3_consolidated_16bit_state_dict(
         self, exclude_frozen_parameters: bool = False
     ) -> dict[str, Any] | None:
-        """Gather the weights that ZeRO stage 3 shards on rank 0; return None on other ranks."""
+        """Return the sharded weights of ZeRO stage 3, gathered on rank 0; None on other ranks."""
         if self._is_deepspeed():
             name = "_zero3_consolidated_16bit_state_dict"
             found: dict[str, Any] | None = self._backend.get_attribute(name)(

@@ -77,7 +77,7 @@ def build(
 
 
 def _list_members(each: Any) -> Any:
-    """Store the parameters of a param group in a list, because a generator can be read only once.
+    """Return a param group whose parameters are in a list; a generator can be read only once.
 
     Any other object, such as a parameter, is returned unchanged.
     """

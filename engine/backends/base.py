@@ -215,11 +215,11 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Describe the backend and how it uses the ranks, in a phrase for the log."""
+        """Return a phrase for the log that describes the backend and how it uses the ranks."""
 
     @abstractmethod
     def describe_precision(self) -> str:
-        """Describe the precision of the weights and of the computation, in a phrase for the log."""
+        """Return a phrase for the log that describes the precision of weights and computation."""
 
     def get_attribute(self, name: str) -> Any:
         """Return an attribute that the training engine does not define itself.

@@ -169,7 +169,7 @@ class PyTorchBackend(Backend):
         return finite
 
     def _publish_scale(self, *, overflow: bool) -> None:
-        """Set attributes of DeepSpeed's optimizers that scripts may read, such as ``loss_scale``."""
+        """Set attributes that scripts read from DeepSpeed's optimizers, such as ``loss_scale``."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
         optimizer.cur_scale = optimizer.loss_scale = self.loss_scale

@@ -111,7 +111,7 @@ def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str,
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load a state with parameter names in place of indices into the optimizer."""
+    """Load a state returned by `get_optimizer_state` into an optimizer."""
     indices = {name: index for index, (name, _) in enumerate(_name_parameters(model, optimizer))}
     optimizer.load_state_dict(
         {

@@ -5,8 +5,9 @@
 same names and meanings as arguments of SambaFlow (``--learning_rate``, ``--max_steps``, …). In
 addition, there is one argument per parameter of DeepSpeed's schedules.
 
-A script may define its own argument with one of these names. Whether the script adds its argument
-before or after these calls, the argument takes precedence, and it does not override the config.
+A script may define its own argument with one of these names. The script's argument then takes
+precedence, whether the script adds it before or after these calls. Its value does not override the
+config.
 """
 
 from __future__ import annotations

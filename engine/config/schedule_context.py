@@ -143,7 +143,8 @@ def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Bas
 
     Args:
         config: config without "auto" values.
-        schedule: schedule; the lengths of lists in its params determine the number of param groups.
+        schedule: schedule of the config. If its params contain lists of numbers, these determine
+            the number of param groups.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])

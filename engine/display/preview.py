@@ -135,7 +135,7 @@ def preview(
         ConfigError: the file cannot be read or parsed; ``scheduler`` is missing; the section
             ``scheduler``, ``optimizer`` or ``engine`` is invalid; the schedule requires code that
             must not be imported; or the schedule depends on the loss, and the run is too long to
-            compute it.
+            simulate.
 
     >>> warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     >>> list(preview({"scheduler": warmup}).rows(3))

@@ -141,8 +141,8 @@ def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
             exits during the wait, SIGTERM is appended to this list.
 
     Returns:
-        The open lock file, or None if no lock is needed. If a signal ended the wait, the file is
-        possibly not locked.
+        The open lock file, or None if no lock is needed. If a signal ended the wait, the file might
+        not be locked.
     """
     if name is None:
         return None

@@ -62,7 +62,7 @@ class Refinement:
     def shrinkage(self) -> float:
         """Factor by which the maximum is reduced if the planned training is longer than a cycle.
 
-        The factor is ``(steps / training_steps) ** 0.32``, or 1 if this is larger than 1.
+        The factor is ``(steps / training_steps) ** 0.32``, but at most 1.
         """
         return (
             1.0
@@ -191,7 +191,7 @@ def _final_loss(run: Run, steps: int) -> float:
 
 
 def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
-    """Check `training_steps`, which requires that the suggestion is refined.
+    """Check `training_steps`, which is allowed only if the suggestion is refined.
 
     Args:
         is_refined: whether the suggestion is refined.

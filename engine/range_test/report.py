@@ -106,7 +106,7 @@ class LRRangeReport:
 
     @property
     def max_lrs(self) -> list[float]:
-        """The maximum learning rate that each run suggests on its own.
+        """The maximum learning rates that the runs suggest individually.
 
         Runs without a suggestion are omitted. If there is only one run, the list is empty.
         """

@@ -44,8 +44,8 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
     if sweep.engine is None and number > 1:
         raise MisuseError(
             "`onecycle lr-test` tests the learning rate of one engine, but this script calls "
-            "`engine.initialize` several times. Select an engine: add `--engine 1` to test the "
-            "first one that the script creates, `--engine 2` to test the second one."
+            "`engine.initialize` several times. Select an engine: `--engine 1` tests the first "
+            "one that the script creates, `--engine 2` the second, and so on."
         )
     return number == (sweep.engine or 1)
 

@@ -81,8 +81,8 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     - end of descent: the learning rate at which the loss has completed 90 % of its descent;
     - minimum: the middle, in log(lr), of the range in which the loss exceeds its minimum by less
       than 5 % of the descent;
-    - divergence / 10: a tenth of the learning rate at which the loss diverges: it rises again by 90
-      % of the descent, is no longer finite, or ends the test;
+    - divergence / 10: a tenth of the learning rate at which the loss diverges: it rises again by
+      90 % of the descent, is no longer finite, or ends the test;
     - steepest: the learning rate at which the loss falls fastest over log(lr);
     - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.

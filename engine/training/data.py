@@ -95,7 +95,7 @@ def build_loader(
 ) -> RunLoader:
     """Build the data loader of one rank; it yields micro-batches and reshuffles every epoch.
 
-    An iterable dataset is not shuffled, and must itself split its samples across ranks.
+    An iterable dataset is not shuffled. It must itself split its samples across ranks.
 
     Args:
         training_data: dataset, or the user's own data loader.

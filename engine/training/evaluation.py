@@ -151,7 +151,7 @@ class Evaluator:
     def _iterate_split(
         self, loader: DataLoader[Any], batches: list[list[int]]
     ) -> Iterator[tuple[Any, bool]]:
-        """Return an iterator like `_iterate`, but over this rank's part of ``batches``."""
+        """Load this rank's part of ``batches``, and return an iterator like that of `_iterate`."""
         size = self._ranks.world_size
         own = batches[self._ranks.rank :: size]
         repeats = len(batches[::size]) - len(own)

@@ -232,7 +232,9 @@ class GradientAverager:
 
     @torch.no_grad()
     def _copy(self, bucket: _Bucket, index: int) -> bool:
-        """Copy a gradient, divided by the world size, to the buffer; return whether it exists."""
+        """Copy a gradient, divided by the world size, to the buffer; return whether there is
+        one.
+        """
         gradient, view = bucket.parameters[index].grad, bucket.views[index]
         if gradient is None:
             view.zero_()

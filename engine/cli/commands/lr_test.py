@@ -317,7 +317,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
-    """Return the reason why a run has no usable result, or an empty string if it has one."""
+    """Return the reason why a run has no usable result, or an empty string if it is usable."""
     from engine.range_test.suggestion import MIN_POINTS
 
     name = " ".join(args.script).removeprefix("-- ")

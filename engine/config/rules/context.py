@@ -129,7 +129,8 @@ class RuleContext:
     def is_absent(self, pointer: str) -> bool:
         """Return whether a key is absent.
 
-        Return False for a key whose value is invalid or "auto", or that is probably misspelled.
+        Return False if the value of the key is invalid or "auto", or if the config probably
+        contains a misspelling of the key.
         """
         if is_within(pointer, self.unresolved):
             return False
