@@ -181,7 +181,7 @@ class Backend(ABC):
         Args:
             checkpoint_dir: directory to write to.
             group: process group used only for saving; None for a single process.
-            buffers: copies of the tensors from the previous save, whose memory is reused.
+            buffers: copies of the tensors from the previous save. Their memory is reused.
             frozen: whether to include parameters that do not require gradients.
 
         Raises:

@@ -183,7 +183,7 @@ def _restore_lists(value: Any) -> Any:
 
 
 def _allocate(parameter: nn.Parameter | None, value: Any) -> Any:
-    """Allocate a tensor into which a saved tensor can be loaded, sharded like its parameter.
+    """Allocate a tensor, sharded like its parameter, to load a saved tensor into.
 
     A value that is not a tensor is returned unchanged.
     """

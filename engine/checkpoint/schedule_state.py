@@ -36,7 +36,7 @@ def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int])
 def adapt_schedule_state(
     saved: Mapping[str, Any], own: dict[str, Any], applied_steps: int
 ) -> dict[str, Any]:
-    """Adapt a saved scheduler state to this run's schedule, which may be a different one.
+    """Adapt a saved scheduler state to this run's schedule, which may differ from the saved one.
 
     A schedule without feedback continues at the current step of the run. A feedback schedule
     depends on past losses, so it restarts unless its type and params match the saved ones.

@@ -77,7 +77,8 @@ def write_async(
         model: model to save.
         optimizer: optimizer of the model.
         group: process group that is used only for saving; None for a single process.
-        buffers: copies from the previous save, whose memory is reused; updated in place.
+        buffers: copies from the previous save. Their memory is reused, and the dict is updated in
+            place.
         frozen: whether to include frozen parameters.
 
     Returns:
@@ -260,10 +261,10 @@ def _load_tensors(directory: Path, own: dict[str, Any], *, is_single_process: bo
 
 @contextlib.contextmanager
 def _raise_cause() -> Iterator[None]:
-    """Raise the exception of the first failed rank in place of torch's `CheckpointException`.
+    """Raise the exception of the first failed rank instead of torch's `CheckpointException`.
 
     A `CheckpointException` contains the exceptions of all failed ranks. The class does not derive
-    from `Exception`, so callers would not catch it.
+    from `Exception`, so ``except Exception`` would not catch it.
     """
     try:
         yield
@@ -286,7 +287,7 @@ def _find_leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def _is_sharded(name: str, value: Any) -> bool:
-    """Return whether a value is written to the sharded files, and not to `VALUES`."""
+    """Return whether a value is written to the sharded files instead of the file `VALUES`."""
     return isinstance(value, Tensor) and not _is_extra_state(name)
 
 

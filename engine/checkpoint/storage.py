@@ -266,7 +266,7 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
 
 
 def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -> list[str]:
-    """Delete all but the newest automatic checkpoints of a run, and return their tags.
+    """Delete all but the newest automatic checkpoints of a run, and return the deleted tags.
 
     Args:
         directory: directory that holds the run's checkpoints.

@@ -76,7 +76,7 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
 
 
 def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Merge a schema with the schema file that its ``$ref`` names, if it has a ``$ref``.
+    """If a schema has a ``$ref``, merge the schema with the file that the ``$ref`` names.
 
     If both contain the same keyword, the value in ``schema`` takes precedence.
     """

@@ -382,7 +382,7 @@ def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) ->
     """Check that a schedule can be resolved for at least one of the possible lengths of its run.
 
     Raises:
-        ScheduleError: a field has a problem for all lengths.
+        ScheduleError: a field has a problem with every possible length.
     """
     found: list[dict[str | None, ParameterProblem]] = []
     for horizon in horizons:

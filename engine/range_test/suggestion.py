@@ -76,7 +76,8 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     First, non-finite losses and isolated spikes are removed, and losses far above the initial loss
     are clipped. The losses are then smoothed over log(lr) by local linear regression, with a
     bandwidth selected by generalized cross-validation. The descent is the fall of the smoothed loss
-    from its highest value before the minimum to the minimum. Each rule selects a learning rate:
+    from its highest value before the minimum down to the minimum. Each rule selects a learning
+    rate:
 
     - end of descent: the learning rate at which the loss has completed 90 % of its descent;
     - minimum: the middle, in log(lr), of the range in which the loss exceeds its minimum by less
@@ -87,10 +88,11 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.
 
-    The suggestion is the median of the first three rules; rules that do not apply are ignored. A
-    cycle reaches its maximum only briefly, so the maximum can be as large as the learning rate at
-    which the loss stops falling. The last three rules are meant for a constant learning rate. Their
-    values are too small for the maximum of a cycle (docs/results/lr_test.md).
+    The suggestion is the median of the learning rates that the first three rules select; rules that
+    do not apply are ignored. A cycle reaches its maximum only briefly, so the maximum can be as
+    large as the learning rate at which the loss stops falling. The last three rules are meant for a
+    constant learning rate. Their values are too small for the maximum of a cycle
+    (docs/results/lr_test.md).
 
     Args:
         lrs: learning rate of each step, positive, in any order and spacing.

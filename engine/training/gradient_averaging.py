@@ -232,9 +232,7 @@ class GradientAverager:
 
     @torch.no_grad()
     def _copy(self, bucket: _Bucket, index: int) -> bool:
-        """Copy a gradient, divided by the world size, to the buffer; return whether there is
-        one.
-        """
+        """Copy a gradient divided by the world size to the buffer; return whether there is one."""
         gradient, view = bucket.parameters[index].grad, bucket.views[index]
         if gradient is None:
             view.zero_()
@@ -351,7 +349,7 @@ class GradientAverager:
 
 
 def _split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Split parameters into buckets whose parameters have the same device and dtype.
+    """Split parameters into buckets, each of which has only one device and one dtype.
 
     The first bucket is small, so that averaging starts early in the backward pass.
     """
@@ -369,7 +367,7 @@ def _split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def _buffer_type(parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype in which a parameter's gradient is averaged.
+    """Return the device and the dtype to use for averaging a parameter's gradient.
 
     The dtype is at least float32, because sums of 16-bit gradients lose precision.
     """

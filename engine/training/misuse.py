@@ -258,7 +258,7 @@ _CLAIMS: weakref.WeakSet[_Claim] = weakref.WeakSet()
 
 
 class _StepCounter:
-    """Counts the steps of an optimizer. It holds no reference to the engine."""
+    """Counts the steps of an optimizer, without holding a reference to the engine."""
 
     def __init__(self, optimizer: Any) -> None:
         self.count = 0
