@@ -55,8 +55,8 @@ _SCALER = "grad_scaler.pt"
 class DeepSpeedBackend(Backend):
     """Backend that trains with DeepSpeed's engine, including ZeRO and offloading.
 
-    The optimizer is PyTorch's implementation unless the config requires DeepSpeed's, so that
-    DeepSpeed compiles its own optimizers only if they are needed.
+    The optimizer is PyTorch's implementation unless the config requires DeepSpeed's, because
+    DeepSpeed has to compile its own optimizers first.
 
     Args:
         model: the user's module.
@@ -215,7 +215,7 @@ class DeepSpeedBackend(Backend):
         return loss, self.engine.was_step_applied()
 
     def _are_gradients_finite(self) -> bool:
-        """Return whether all gradients are finite, which DeepSpeed does not check without ZeRO.
+        """Return whether all gradients are finite; DeepSpeed does not check this without ZeRO.
 
         If every rank has the same weights, also store the norm of the gradients in ``grad_norm``.
         """
@@ -390,7 +390,7 @@ class DeepSpeedBackend(Backend):
 
 
 def _count_elements(groups: list[Any]) -> int:
-    """Return the number of elements of all parameters in the param groups.
+    """Return the total number of elements in the parameters of the param groups.
 
     Call this function before DeepSpeed flattens and shards the parameters.
     """

@@ -1,8 +1,8 @@
 """Get and load the state of an optimizer by parameter name.
 
-This module does not use ``torch.distributed.checkpoint.state_dict``, because its functions take an
-optimizer step to create missing states. A run that saves a checkpoint before its first step would
-then continue differently.
+This module does not use ``torch.distributed.checkpoint.state_dict``, because the functions of that
+module take an optimizer step to create missing states. A run that saves a checkpoint before its
+first step would then train differently afterwards.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def build_empty_state(
 def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """Return the optimized parameters that are not in the model, such as those of a loss function.
 
-    Such a parameter is named after its position in the param groups.
+    The key of such a parameter is derived from its position in the param groups.
     """
     named = _name_parameters(model, optimizer)
     return {name: parameter for name, parameter in named if name.startswith(_OUTSIDE)}
@@ -126,7 +126,7 @@ def list_group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load an optimizer state that has parameter names in place of indices."""
+    """Load a state returned by `get_optimizer_state` into an optimizer."""
     indices = {name: index for index, (name, _) in enumerate(_name_parameters(model, optimizer))}
     groups = []
     by_kernel: dict[tuple[bool, ...], set[int]] = {}
@@ -163,7 +163,8 @@ class _Indices(list[int]):
 def reshard(model: nn.Module) -> None:
     """Reshard the parameters that FSDP left gathered after a forward pass.
 
-    FSDP keeps some parameters gathered for a backward pass, which does not always follow.
+    FSDP keeps some parameters gathered for the backward pass. If no backward pass follows, as in an
+    evaluation, they stay gathered.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -218,7 +219,7 @@ def _restore_lists(value: Any) -> Any:
 
 
 def _allocate(parameter: nn.Parameter | None, value: Any) -> Any:
-    """Allocate a tensor into which a saved tensor can be loaded, sharded like its parameter.
+    """Allocate a tensor, sharded like its parameter, to load a saved tensor into.
 
     A value that is not a tensor is returned unchanged.
     """

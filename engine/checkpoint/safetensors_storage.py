@@ -1,4 +1,4 @@
-"""Storage for torch.distributed.checkpoint: one safetensors file per rank, without pickle.
+"""Store the data of torch.distributed.checkpoint in one safetensors file per rank, without pickle.
 
 An unsharded tensor is stored under its own name, so that any safetensors reader can load it. A
 shard of a tensor is stored under ``name@offset,…``, and the header of its file contains the shape
@@ -57,7 +57,7 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Set ``storage_data`` of each plan to its rank, which is part of the file name."""
+        """Set ``storage_data`` of each plan to the plan's rank, which is part of the file name."""
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -126,7 +126,7 @@ def write_tensors(
 
 
 class ShardReader(StorageReader):
-    """Storage reader for the files of `ShardWriter`, written at any world size.
+    """Storage reader for files that `ShardWriter` wrote, possibly at a different world size.
 
     A rank reads only the saved shards that overlap its own shards.
     """
@@ -196,7 +196,7 @@ class ShardReader(StorageReader):
         *_args: Any,
         **_options: Any,
     ) -> None:
-        """Store the locations of the shards, which `read_metadata` has returned."""
+        """Store the locations of the shards that `read_metadata` returned."""
         self._locations = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:

@@ -97,16 +97,18 @@ def write_async(
     *,
     frozen: bool = True,
 ) -> Future[None]:
-    """Copy this rank's shards to host memory, and write the copies in the background.
+    """Copy this rank's shards of the model and the optimizer, and write them in the background.
 
-    Every rank must call this function. Training can continue as soon as it returns.
+    Every rank must call this function. The copies are in host memory, so training can continue as
+    soon as the function returns.
 
     Args:
         directory: existing directory to write to.
         model: model to save.
         optimizer: optimizer of the model.
         group: process group that is used only for saving; None for a single process.
-        buffers: copies from the previous save, whose memory is reused; updated in place.
+        buffers: copies from the previous save. Their memory is reused, and the dict is updated in
+            place.
         frozen: whether to include frozen parameters.
 
     Returns:
@@ -124,7 +126,8 @@ def write_async(
 def _copy_to_host(value: Any, old: Any) -> Any:
     """Copy the tensors in nested dicts and lists to host memory.
 
-    The memory of a tensor in ``old`` is reused if its type, shape and dtype match.
+    The copy reuses the memory of the corresponding tensor in ``old`` if the type, shape and dtype
+    match.
     """
     if isinstance(value, dict):
         before = old if isinstance(old, dict) else {}
@@ -283,7 +286,7 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
 
 
 def _load_tensors(reader: ShardReader, own: dict[str, Any], *, is_single_process: bool) -> None:
-    """Load tensors of a checkpoint by name, in place."""
+    """Load saved tensors into the tensors of the same names in ``own``."""
     try:
         if is_single_process:
             reader.read_whole(own)
@@ -298,10 +301,10 @@ def _load_tensors(reader: ShardReader, own: dict[str, Any], *, is_single_process
 
 @contextlib.contextmanager
 def _raise_cause() -> Iterator[None]:
-    """Raise the exception of the first failed rank in place of torch's `CheckpointException`.
+    """Raise the exception of the first failed rank instead of torch's `CheckpointException`.
 
     A `CheckpointException` contains the exceptions of all failed ranks. The class does not derive
-    from `Exception`, so callers would not catch it.
+    from `Exception`, so ``except Exception`` would not catch it.
     """
     try:
         yield
@@ -324,7 +327,7 @@ def _find_leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def _is_sharded(name: str, value: Any) -> bool:
-    """Return whether a value is written to the sharded files, and not to `VALUES`."""
+    """Return whether a value is written to the sharded files instead of the file `VALUES`."""
     return isinstance(value, Tensor) and not _is_extra_state(name)
 
 

@@ -1,4 +1,4 @@
-"""Generate the output of `onecycle schedules`: a list, or the page of one schedule."""
+"""Generate the output of `onecycle schedules`: the list of schedules, or the page of one."""
 
 from __future__ import annotations
 

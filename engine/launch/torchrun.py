@@ -1,8 +1,8 @@
 """Run torchrun in this process, and report the first failed rank and its exit status.
 
-The ``torchrun`` command exits with status 1 for every failure. This module exits with the
-status of the rank that failed first, which is 128 + n if signal n killed the rank. The last line of
-output reports this rank.
+The ``torchrun`` command exits with status 1 for every failure. This module exits with the status of
+the rank that failed first, or with 128 + n if signal n killed that rank. The last line of output
+reports the rank.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOCAL_RANK_ARGUMENT = "--local_rank=${local_rank}"
 def main(arguments: list[str]) -> int:
     """Run torchrun with the given arguments.
 
-    Return 0 if all ranks succeeded, else the exit status of the first failed rank.
+    Return 0 if all ranks succeed, or the exit status of the first failed rank.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -70,7 +70,7 @@ def _get_prefix(pid: int) -> str:
 
 
 def _escape(argument: str) -> str:
-    """Escape an argument of the script, because torchrun expands it with `string.Template`."""
+    """Escape an argument of the script, because torchrun treats it as a `string.Template`."""
     return argument if argument == LOCAL_RANK_ARGUMENT else argument.replace("$", "$$")
 
 

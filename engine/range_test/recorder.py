@@ -43,8 +43,8 @@ class Run:
     def curve(self) -> tuple[list[float], list[float]]:
         """The learning rate of each step, and the loss after that step.
 
-        The recorded loss of a step is computed before the parameters are updated. The effect of its
-        learning rate is therefore visible in the loss of the next step.
+        The recorded loss of a step is computed before the parameters are updated. The effect of a
+        step's learning rate is therefore visible in the loss of the next step.
 
         >>> Run(lrs=[0.1, 0.2, 0.4], losses=[2.3, 2.0, 1.5]).curve
         ([0.1, 0.2], [2.0, 1.5])

@@ -34,7 +34,7 @@ _reports: list[Path] = []
 
 
 def is_next_engine_swept(sweep: Sweep) -> bool:
-    """Return whether the LR range test applies to the engine that `initialize` will create next.
+    """Return whether the LR range test is for the engine that `initialize` will create next.
 
     Every other engine of the script trains with its own schedule.
 
@@ -45,8 +45,8 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
     if sweep.engine is None and number > 1:
         raise MisuseError(
             "`onecycle lr-test` tests the learning rate of one engine, but this script calls "
-            "`engine.initialize` several times. Select an engine: add `--engine 1` to test the "
-            "first one that the script creates, `--engine 2` to test the second one."
+            "`engine.initialize` several times. Select an engine: `--engine 1` tests the first "
+            "one that the script creates, `--engine 2` the second, and so on."
         )
     return number == (sweep.engine or 1)
 
@@ -54,7 +54,7 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
     """Return a config whose schedule is replaced by the sweep of `onecycle lr-test`.
 
-    The sweep's seed offset is added to the config's seed and to torch's initial seed.
+    The seed offset of the sweep is added to the config's seed and to torch's initial seed.
     """
     changed = config.copy_for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:

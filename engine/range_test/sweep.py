@@ -29,9 +29,9 @@ class Sweep:
         steps: number of steps.
         shape: how the learning rate increases: "exponential", "linear", or "staircase" (20 stairs
             of equal height).
-        momentum: pair of the momentum at the first step and at the last step, linear in between.
+        momentum: momentum of the first step and of the last step; it changes linearly in between.
             If None, the momentum stays constant.
-        block: scheduler block to use instead of one that is built from the arguments above.
+        block: scheduler block to use; if None, a block is built from the arguments above.
         divergence_factor: the sweep ends when the smoothed loss exceeds its minimum so far by this
             factor.
         directory: directory of the record file; None to write no file.

@@ -1,4 +1,4 @@
-"""Build the optimizer that a config describes, with PyTorch's fused kernel if there is one."""
+"""Build the optimizer that a config describes, with a fused kernel if PyTorch has one."""
 
 from __future__ import annotations
 

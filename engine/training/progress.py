@@ -87,7 +87,8 @@ class ProgressReporter:
         config: config with ``steps_per_print``, ``engine.progress_bar`` and the monitors' sections.
         monitors: monitors to write to.
         average: function that averages a number over all ranks.
-        is_first: whether this is rank 0, which writes the log lines or shows the bar.
+        is_first: whether this process is rank 0, which writes the log lines or shows the progress
+            bar.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class ProgressReporter:
             self._count += 1
 
     def clear_losses(self) -> None:
-        """Remove the losses since the last log line. A skipped step's loss may not be finite."""
+        """Discard the losses since the last log line, for example those of a skipped step."""
         self._sum, self._count = 0.0, 0
 
     def needs_record(self, counters: Counters) -> bool:
@@ -198,9 +199,10 @@ class ProgressReporter:
     def _name_values(
         self, name: str, values: Sequence[float | None] | None, *, always: bool = False
     ) -> dict[str, float | None]:
-        """Return the param groups' values by metric name.
+        """Return the values of the param groups, by metric name.
 
-        If the values have never differed between groups, only the first one is returned.
+        If all param groups have always had equal values, only the value of the first group is
+        returned.
         """
         if not values:
             return {}
