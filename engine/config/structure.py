@@ -194,20 +194,23 @@ def _convert_error(
             message = f"`{name}` was removed in DeepSpeed {schema['x-removed']}."
             hint = schema["x-instead"]
             yield document.build_problem("removed-key", pointer, message, hint, at_key=True)
-        case _ if means_default(pointer, value):
-            message = f'`{name}` is "auto", which no integration replaces. It means the default.'
-            hint = "Remove the key, or set a value."
-            yield document.build_problem(
-                "unsupported-auto", pointer, message, hint, severity="warning"
-            )
         case _ if value == "auto":
-            message = (
-                f"`{name}` must be {describe_schema(schema)}, "
-                'got "auto", which no integration replaces.'
-            )
             replaced = schema.get("x-alias-of")
             hint = f"Set a value, or use `{replaced}`." if replaced else "Set a value."
-            yield document.build_problem("unsupported-auto", pointer, message, hint)
+            message = f"`{name}` must be {describe_schema(schema)}, "
+            message += 'got "auto", which no integration replaces.'
+            is_accepted = means_default(pointer, value)
+            if is_accepted:
+                message = (
+                    f'`{name}` is "auto", which no integration replaces. It means the default.'
+                )
+            yield document.build_problem(
+                "unsupported-auto",
+                pointer,
+                message,
+                hint,
+                severity="warning" if is_accepted else "error",
+            )
         case _ if keyword in {"type", "enum", "pattern"} | _RANGE:
             message = f"`{name}` must be {describe_schema(schema)}, got {quote_value(value)}."
             takes_auto = keyword == "pattern" and error.validator_value == "^auto$"
