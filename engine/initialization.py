@@ -32,6 +32,7 @@ from engine.range_test.sweep import read_sweep
 from engine.training.arguments import check_arguments, check_is_trainable
 from engine.training.compiled_models import unwrap_compiled
 from engine.training.data import build_loader, count_steps_per_epoch
+from engine.training.diagnostics import attach_diagnostics
 from engine.training.loader import RunLoader
 from engine.training.monitors import build_monitors
 from engine.training.optimizers import OptimizerFactory, has_no_optimizer
@@ -174,7 +175,9 @@ def initialize(
             replacements=replacements,
         )
         _warn_of_repeated_samples(training_data, resolved)
-    engine._automatic.resume(engine._run)  # noqa: SLF001  # private to the package
+    run = engine._run  # noqa: SLF001  # private to the package
+    engine._automatic.resume(run)  # noqa: SLF001  # private to the package
+    attach_diagnostics(resolved, backend, run.progress, lambda: run.counters)
     return engine, engine.optimizer, loader, scheduler
 
 

@@ -48,8 +48,8 @@ class PyTorchBackend(Backend):
         parameters: tensors or param groups to train; if None, all that require gradients.
 
     Raises:
-        ValueError: activation checkpointing finds no blocks, ``engine.compile`` is not a known
-            compiler, or the user's optimizer does not train any parameter of the model.
+        ValueError: the model has none of the classes in ``engine.wrap``, ``engine.compile`` is not
+            a known compiler, or the user's optimizer does not train any parameter of the model.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.config.other_formats import is_utf_16
 from engine.config.parser import Document, is_finite, parse
 from engine.config.pointers import join_pointer
 from engine.errors import ConfigError, Problem
@@ -47,6 +48,10 @@ def load_document(config: Source) -> Document:
         data = sys.stdin.buffer.read(_MAX_BYTES + 1) if name == "-" else _read(path)
         if len(data) > _MAX_BYTES:
             raise _build_unreadable_error(name, f"The config must not exceed {_MAX_BYTES:,} bytes.")
+        if is_utf_16(data):
+            raise _build_unreadable_error(
+                name, "The config must be UTF-8 text, but it is UTF-16.", "Save the file as UTF-8."
+            )
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _build_unreadable_error(

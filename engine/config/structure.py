@@ -41,7 +41,7 @@ from engine.config.schema import (
     schedule_schema,
     walk,
 )
-from engine.config.suggestions import Suggestion, suggest_key
+from engine.config.suggestions import Suggestion, suggest_key, suggest_optimizer
 from engine.config.wording import quote_value, shorten
 from engine.errors import Fix, Problem
 from schedules import SCHEDULES, Horizon, Schedule, ScheduleError, from_config
@@ -50,7 +50,6 @@ from schedules.core.fields import describe_schema, read_fields
 from schedules.core.imports import ImportForbiddenError, are_imports_allowed
 from schedules.core.registry import find, read_torch_parameters
 from schedules.core.schedule import ParameterProblem
-from schedules.core.spelling import find_nearest
 
 __all__ = ["Structure", "check_against_schema", "check_structure"]
 
@@ -142,7 +141,9 @@ def check_against_schema(
         for part in error.absolute_path:
             below = join_pointer(below, part)
         problems += _convert_error(document, error, below, _MAX_SUGGESTIONS - len(problems))
-    problems = list({(each.rule, each.pointer, each.message): each for each in problems}.values())
+    # A fraction in a key for whole numbers can violate both `type` and `minimum`.
+    problems = list({(each.pointer, each.message): each for each in reversed(problems)}.values())
+    problems.reverse()
     meant = {_get_suggested_pointer(problem) for problem in problems}
     for problem in problems:
         # A misspelled required key is reported as an unknown key, but not also as a missing key.
@@ -193,7 +194,7 @@ def _convert_error(
             message = f"`{name}` was removed in DeepSpeed {schema['x-removed']}."
             hint = schema["x-instead"]
             yield document.build_problem("removed-key", pointer, message, hint, at_key=True)
-        case _ if means_default(pointer, value):
+        case _ if means_default(pointer, value) and "x-alias-of" not in schema:
             message = f'`{name}` is "auto", which no integration replaces. It means the default.'
             hint = "Remove the key, or set a value."
             yield document.build_problem(
@@ -204,15 +205,26 @@ def _convert_error(
                 f"`{name}` must be {describe_schema(schema)}, "
                 'got "auto", which no integration replaces.'
             )
-            yield document.build_problem("unsupported-auto", pointer, message, "Set a value.")
+            replaced = schema.get("x-alias-of")
+            hint = f"Set a value, or use `{replaced}`." if replaced else "Set a value."
+            yield document.build_problem("unsupported-auto", pointer, message, hint)
         case _ if keyword in {"type", "enum", "pattern"} | _RANGE:
             message = f"`{name}` must be {describe_schema(schema)}, got {quote_value(value)}."
             takes_auto = keyword == "pattern" and error.validator_value == "^auto$"
             kind = "wrong-type" if keyword == "type" or takes_auto else "out-of-range"
             hint, fix = _suggest_unquoting(value, schema) if kind == "wrong-type" else ("", None)
+            hint = hint or _suggest_fraction_of_run(value, schema)
             yield document.build_problem(kind, pointer, message, hint, fix=fix)
         case _:
             raise AssertionError(f"no message is defined for the JSON Schema keyword `{keyword}`")
+
+
+def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
+    """Return a hint for a duration that is probably meant as a fraction; empty if it is not."""
+    accepts_fractions = "[dD][uU][rR]" in schema.get("pattern", "")
+    if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
+        return ""
+    return f'Write "{value:g}dur" for a fraction of the run.'
 
 
 def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:
@@ -252,8 +264,9 @@ def _build_unknown_key_problem(
 def _find_deprecated(document: Document) -> Iterator[Problem]:
     """Yield a note for each deprecated key."""
     for member in walk(document.value, schemas.read(SCHEMA)):
-        if member.schema.get("deprecated"):
-            instead = member.schema.get("x-instead", "")
+        instead = member.schema.get("x-instead", "")
+        is_set_twice = instead in document.get_value(get_parent(member.pointer))
+        if member.schema.get("deprecated") and not is_set_twice:
             renamed = instead.isidentifier()
             hint = f"Use `{instead}`." if instead and " " not in instead else instead
             fix = Fix(key=instead) if renamed else None
@@ -273,7 +286,7 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
     name = optimizer_name(block["type"])
     if name is None:
         usable = [known for known, schema in OPTIMIZERS.items() if "x-removed" not in schema]
-        near = find_nearest(block["type"], OPTIMIZERS)
+        near = suggest_optimizer(block["type"])
         hint = (
             f"Did you mean `{near}`?"
             if near

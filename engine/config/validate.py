@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from engine.config.batch_sizes import RankCounter, count_data_ranks
+from engine.config.booleans import convert_numbers_to_booleans
+from engine.config.other_formats import recognize_keys
 from engine.config.parser import Document
 from engine.config.pointers import dotted_name
 from engine.config.rules import RULES, RuleContext
@@ -114,11 +116,14 @@ def _examine_values(
     if not isinstance(document.value, dict):
         message = f"The config must be a JSON object, got {quote_value(document.value)}."
         return [document.build_problem("wrong-type", "", message)], None
+    if other := recognize_keys(document.value):
+        return [document.build_problem("other-format", "", *other)], None
+    document, converted = convert_numbers_to_booleans(document)
     structure = check_structure(document, world_size, count_ranks)
     context = RuleContext(document, structure, world_size, needs_deepspeed)
     autos = _find_unresolved(context) if reject_auto else ()
     from_rules = (problem for rule in RULES for problem in rule(context))
-    return [*structure.problems, *autos, *from_rules], context
+    return [*converted, *structure.problems, *autos, *from_rules], context
 
 
 def _find_unresolved(context: RuleContext) -> Iterator[Problem]:

@@ -52,8 +52,14 @@ def build_optimizer(
     >>> build_optimizer(OptimizerBlock("SGD", params), [weight]).defaults["momentum"]
     0.9
     """
-    params = dict(block.params)
     name = block.type
+    properties = optimizer_schema(name)["properties"]
+    # A validated block sets keys of DeepSpeed only to values that PyTorch's optimizers always use.
+    params = {
+        key: value
+        for key, value in block.params.items()
+        if "x-backend" not in properties.get(key, {})
+    }
     if params.pop("adam_w_mode", False) and name == "Adam":
         name = "AdamW"
     may_fuse &= not params.pop("torch_adam", False)

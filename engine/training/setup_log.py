@@ -62,6 +62,8 @@ def log_setup(
         "parameters": f"{num_parameters:,}",
         "checkpoints": _describe_checkpoints(config),
     }
+    if config.keys_without_effect:
+        setup["no effect"] = ", ".join(config.keys_without_effect)
     for name, text in setup.items():
         first, *others = textwrap.wrap(text, _WIDTH - _NAME_WIDTH, break_on_hyphens=False)
         log.info("%-*s %s", _NAME_WIDTH, name, first)

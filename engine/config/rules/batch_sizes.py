@@ -6,7 +6,7 @@ The train batch size must equal micro-batch size x accumulation steps x data-par
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from engine.config.batch_sizes import (
     BATCH_KEYS,
@@ -29,10 +29,11 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
     ranks = context.data_ranks
     if ranks is None:
         product = math.prod(other for other in others if other)
-        # If train_batch_size is a multiple of the product, the sizes are valid for some number of
-        # ranks.
-        fits = train is not None and all(others) and train % product == 0
-        ranks = DataRanks(train // product if train is not None and fits else 1)
+        if train is not None and train % product:
+            yield _build_unfitting_problem(context, given, product)
+            return
+        # The sizes are valid for this number of ranks.
+        ranks = DataRanks(train // product if train is not None and all(others) else 1)
     try:
         sizes = derive_batch_sizes(given, ranks)
     except BatchError as error:
@@ -46,6 +47,22 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
         )
         hint = f"Set it to {sizes.train}."
         yield context.note("batch-sizes", "/train_batch_size", message, hint)
+
+
+def _build_unfitting_problem(
+    context: RuleContext, given: Mapping[str, int], product: int
+) -> Problem:
+    """Build the problem of sizes that do not fit any number of ranks."""
+    key, *others = (key for key in BATCH_KEYS if key in given)
+    factors = " x ".join(f"`{other}` ({given[other]})" for other in others)
+    total = f" = {product}" if len(others) > 1 else ""
+    train = given[key]
+    message = (
+        f"`{key}` must be a multiple of {factors}{total} for any number of ranks, got {train}."
+    )
+    near = [size for size in (train // product * product, (train // product + 1) * product) if size]
+    hint = f"Set `{key}` to {' or '.join(map(str, near))}, or remove one of the keys."
+    return context.error("batch-sizes", f"/{key}", message, hint)
 
 
 def _check_ranks_per_model(context: RuleContext) -> Iterator[Problem]:

@@ -20,14 +20,16 @@ _OR_STATES = ', or "bf16_optimizer_states": true to `bf16`'
 
 
 def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
-    on = [name for name in _NAMES if context.is_enabled(name)]
+    has_both = "bf16" in context.config and "bfloat16" in context.config
+    names = [name for name in _NAMES if not (has_both and name == "bfloat16")]
+    on = [name for name in names if context.is_enabled(name)]
     if len(on) > 1 and not _is_autocast_of_16_bits(context, on):
         both = " and ".join(f"`{name}.enabled`" for name in on)
         message = f"Only one precision can be enabled, but {both} are true."
         yield context.error(
             "precision", f"/{on[0]}/enabled", message, "Set all but one of these keys to false."
         )
-    if "bf16" in context.config and "bfloat16" in context.config:
+    if has_both:
         message = "The config has both `bf16` and its deprecated name `bfloat16`."
         yield context.error("precision", "/bfloat16", message, "Remove the section `bfloat16`.")
 
@@ -82,4 +84,16 @@ def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
         yield context.error("precision", "/bf16/bf16_optimizer_states", message, hint)
 
 
-RULES: tuple[Rule, ...] = (_check_single_precision, _check_master_weights, _check_cpu_adam)
+def _check_min_loss_scale(context: RuleContext) -> Iterator[Problem]:
+    if context.get_section("fp16").get("min_loss_scale") == 0:
+        message = "`fp16.min_loss_scale` is 0, so the loss scale has no minimum."
+        hint = "Set the key to 1 to end a run whose gradients overflow at every loss scale."
+        yield context.note("no-minimum-loss-scale", "/fp16/min_loss_scale", message, hint)
+
+
+RULES: tuple[Rule, ...] = (
+    _check_single_precision,
+    _check_master_weights,
+    _check_cpu_adam,
+    _check_min_loss_scale,
+)
