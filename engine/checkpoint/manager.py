@@ -37,6 +37,7 @@ from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
+from engine.training.optimizers import has_no_optimizer
 from engine.training.progress import Counters, ProgressReporter
 from engine.training.rng import get_rng_state, set_rng_state
 from schedules import ScheduleBinder
@@ -304,6 +305,8 @@ class Checkpointer:
             CheckpointError: if the checkpoint is damaged, or does not match the model or the run.
         """
         self.wait()
+        if has_no_optimizer(self._backend.optimizer):  # only the model is used
+            optimizer = scheduler = counters = False
         checkpoint_dir, manifest = self._find(directory, tag)
         if optimizer and not self._plan.override:
             check_identity(checkpoint_dir, manifest.identity, self._expected_identity(manifest))
