@@ -19,17 +19,24 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
-from engine.backends.deepspeed_checkpoint import refuse_pickled_code
+from engine.backends.build_locks import log_build_locks
+from engine.backends.deepspeed_checkpoint import (
+    check_sharding,
+    describe_for_conversion,
+    keep_implementation,
+    refuse_pickled_code,
+    set_format,
+)
 from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.backends.deepspeed_layout import Layout
 from engine.backends.deepspeed_order import BackwardOrder
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
 from engine.config.master_weights import find_cpu_adam_key
 from engine.config.wording import count_noun
 from engine.distributed.ranks import Ranks
-from engine.errors import CheckpointError
 from engine.training.arguments import check_are_in_model
 from engine.training.gradient_averaging import find_sparse_weights
 from engine.training.optimizers import (
@@ -48,8 +55,8 @@ _SCALER = "grad_scaler.pt"
 class DeepSpeedBackend(Backend):
     """Backend that trains with DeepSpeed's engine, including ZeRO and offloading.
 
-    The optimizer is PyTorch's implementation unless the config requires DeepSpeed's, so that
-    DeepSpeed compiles its own optimizers only if they are needed.
+    The optimizer is PyTorch's implementation unless the config requires DeepSpeed's, because
+    DeepSpeed has to compile its own optimizers first.
 
     Args:
         model: the user's module.
@@ -102,6 +109,8 @@ class DeepSpeedBackend(Backend):
         layout = Layout(model, trained)
         # DeepSpeed reads the local rank from the environment. Set it in case no launcher did.
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+        if ranks.local_rank == 0:
+            log_build_locks()
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -208,7 +217,7 @@ class DeepSpeedBackend(Backend):
         return loss, self.engine.was_step_applied()
 
     def _are_gradients_finite(self) -> bool:
-        """Return whether all gradients are finite, which DeepSpeed does not check without ZeRO.
+        """Return whether all gradients are finite; DeepSpeed does not check this without ZeRO.
 
         If every rank has the same weights, also store the norm of the gradients in ``grad_norm``.
         """
@@ -276,6 +285,7 @@ class DeepSpeedBackend(Backend):
         self.engine.save_checkpoint(
             str(checkpoint_dir.parent),
             tag=checkpoint_dir.name,
+            client_state=describe_for_conversion(self.engine),
             save_latest=False,
             exclude_frozen_parameters=not frozen,
         )
@@ -306,25 +316,39 @@ class DeepSpeedBackend(Backend):
     def load(
         self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
     ) -> None:
-        if self._layout is not None:
-            self._layout.check(checkpoint_dir, optimizer=optimizer, strict=strict and frozen)
         trusts = self._config.checkpoint.trust_pickle
-        with contextlib.nullcontext() if trusts else refuse_pickled_code():
-            path, _ = self.engine.load_checkpoint(
-                str(checkpoint_dir.parent),
-                tag=checkpoint_dir.name,
-                load_module_strict=strict and frozen,
-                load_optimizer_states=optimizer,
-                load_lr_scheduler_states=False,
-            )
-        if path is None:
-            raise CheckpointError(
-                f"{checkpoint_dir} does not contain a DeepSpeed checkpoint. Load a checkpoint "
-                "that was saved with the DeepSpeed backend."
-            )
+        files = DeepSpeedFiles(checkpoint_dir, trusts=trusts)
+        optimizer &= self.engine.basic_optimizer is not None
+        if self._layout is not None:
+            self._layout.check(files, optimizer=optimizer, strict=strict and frozen)
+            if optimizer:
+                check_sharding(files, self._config.zero_stage, self.engine.seq_dp_world_size)
+        with contextlib.ExitStack() as stack:
+            if not trusts:
+                stack.enter_context(refuse_pickled_code())
+            stack.enter_context(set_format(self.engine, files))
+            if optimizer or self._layout is None or files.is_universal:
+                stack.enter_context(keep_implementation(self.basic_optimizer))
+                self.engine.load_checkpoint(
+                    str(checkpoint_dir.parent),
+                    tag=checkpoint_dir.name,
+                    load_module_strict=strict and frozen,
+                    load_optimizer_states=optimizer,
+                    load_lr_scheduler_states=False,
+                )
+            else:
+                self._load_only_weights(files, strict=strict and frozen)
         scaler = self.engine.torch_autocast_z0_gradscaler
         if scaler and optimizer and (checkpoint_dir / _SCALER).is_file():
             scaler.load_state_dict(read_values(checkpoint_dir / _SCALER))
+
+    def _load_only_weights(self, files: DeepSpeedFiles, *, strict: bool) -> None:
+        """Load the weights of any ZeRO stage; DeepSpeed would load those of the newest tag."""
+        found = files.find_weights()
+        weights = {k: v.read() if isinstance(v, SavedTensor) else v for k, v in found.items()}
+        self._load_weights(weights, strict, None)
+        for name, count in files.read_run_state(self.engine.train_batch_size())["counters"].items():
+            setattr(self.engine, name, count)
 
     def _load_weights(
         self, weights: Mapping[str, Any], strict: bool, load_fn: Callable[..., Any] | None
@@ -381,7 +405,7 @@ class DeepSpeedBackend(Backend):
 
 
 def _count_elements(groups: list[Any]) -> int:
-    """Return the number of elements of all parameters in the param groups.
+    """Return the total number of elements in the parameters of the param groups.
 
     Call this function before DeepSpeed flattens and shards the parameters.
     """

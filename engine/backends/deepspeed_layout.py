@@ -1,7 +1,8 @@
 """Check that a checkpoint fits the model and the optimizer before DeepSpeed loads it.
 
-DeepSpeed assigns the weights before it finds that the rest of a checkpoint does not fit. At ZeRO
-stage 3, it copies tensors of different shapes into each other's memory.
+DeepSpeed loads the weights before it finds out that the rest of a checkpoint does not fit, so a
+failed load would leave a changed model. At ZeRO stage 3, it copies tensors of different shapes into
+each other's memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles
 from engine.errors import CheckpointError
 
 __all__ = ["Layout"]
@@ -21,7 +23,7 @@ _FILE = "layout.json"
 
 
 class Layout:
-    """Records the shapes and dtypes of a model's weights, and the parameter shapes of param groups.
+    """Records the shape and dtype of each weight, and the parameter shapes of each param group.
 
     Args:
         model: model before or after DeepSpeed has sharded it.
@@ -51,13 +53,13 @@ class Layout:
             json.dumps({"weights": weights, "groups": self._groups}), encoding="utf-8"
         )
 
-    def check(self, checkpoint_dir: Path, *, optimizer: bool, strict: bool) -> None:
+    def check(self, files: DeepSpeedFiles, *, optimizer: bool, strict: bool) -> None:
         """Check that a checkpoint fits the model and the optimizer.
 
-        The check is skipped if the checkpoint does not contain a layout.
+        If DeepSpeed alone wrote the checkpoint, the layout is read from its own files.
 
         Args:
-            checkpoint_dir: directory of the checkpoint.
+            files: files of the checkpoint.
             optimizer: whether the optimizer will be loaded.
             strict: whether the checkpoint and the model must have the same weights.
 
@@ -66,9 +68,12 @@ class Layout:
         """
         from engine.checkpoint.state import check_weights  # takes 50 ms, so import only if needed
 
-        if not (checkpoint_dir / _FILE).is_file():
-            return
-        found = json.loads((checkpoint_dir / _FILE).read_text(encoding="utf-8"))
+        checkpoint_dir = files.directory
+        if (checkpoint_dir / _FILE).is_file():
+            found = json.loads((checkpoint_dir / _FILE).read_text(encoding="utf-8"))
+        else:
+            groups = files.get_group_shapes() or self._groups
+            found = {"weights": files.get_shapes(), "groups": groups}
         saved = {
             name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
             for name, (shape, dtype) in found["weights"].items()
@@ -82,9 +87,10 @@ class Layout:
                 [len(g) for g in each] for each in (found["groups"], self._groups)
             )
             raise CheckpointError(
-                f"{checkpoint_dir} does not match the optimizer: its param groups have {counts} "
-                f"parameters in the checkpoint, {own_counts} now, or their shapes differ. Build "
-                "the optimizer that was saved, or pass `load_optimizer_states=False`."
+                f"{checkpoint_dir} does not match the optimizer: the numbers of parameters in its "
+                f"param groups are {counts} in the checkpoint and {own_counts} now, or the shapes "
+                "of the parameters differ. Build the optimizer with the same param groups, or "
+                "pass `load_optimizer_states=False`."
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles, has_deepspeed_files
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
 from engine.distributed.ranks import Ranks
@@ -28,15 +30,18 @@ from engine.training.precision import autocast_methods, convert_to_float32, rest
 
 __all__ = ["PyTorchBackend"]
 
+log = logging.getLogger("onecycle")
+
 _SCALER = "loss_scaler.pt"
 
 
 class PyTorchBackend(Backend):
-    """Backend that trains with PyTorch; several ranks average the gradients of model replicas.
+    """Backend that trains with PyTorch, and averages the gradients of all ranks' model replicas.
 
-    Trained parameters are in float32. In bf16 and fp16, the model's methods run under autocast.
-    Trained 16-bit parameters are converted to float32, and the model then computes in their dtype,
-    unless ``engine.master_weights`` is false.
+    Trained 16-bit parameters are converted to float32 unless ``engine.master_weights`` is false.
+    With bf16, fp16 or converted parameters, the model's methods run under autocast. If the config
+    does not select bf16 or fp16, autocast uses the dtype that the parameters had before the
+    conversion.
 
     Args:
         model: the user's module; it is moved to the device of ``ranks``.
@@ -170,7 +175,7 @@ class PyTorchBackend(Backend):
         return finite
 
     def _publish_scale(self, *, overflow: bool) -> None:
-        """Set attributes that DeepSpeed's optimizers have, such as ``loss_scale``, for scripts."""
+        """Set attributes that scripts read from DeepSpeed's optimizers, such as ``loss_scale``."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
         optimizer.cur_scale = optimizer.loss_scale = self.loss_scale
@@ -248,10 +253,37 @@ class PyTorchBackend(Backend):
         from engine.checkpoint import state  # takes 50 ms, so import only if needed
 
         trained_by = self.optimizer if optimizer else None
+        if has_deepspeed_files(checkpoint_dir):
+            self._load_deepspeed_files(checkpoint_dir, trained_by, strict=strict, frozen=frozen)
+            return
         state.read(checkpoint_dir, self.model, trained_by, strict=strict, frozen=frozen)
         saved = checkpoint_dir / _SCALER
         if optimizer and self._scaler is not None and saved.is_file():
             self._scaler.load_state_dict(read_values(saved))
+            self._publish_scale(overflow=False)
+
+    def _load_deepspeed_files(
+        self, checkpoint_dir: Path, optimizer: Optimizer | None, *, strict: bool, frozen: bool
+    ) -> None:
+        from engine.checkpoint import state
+        from engine.checkpoint.deepspeed_source import DeepSpeedSource, has_states_for
+
+        files = DeepSpeedFiles(checkpoint_dir, trusts=self._config.checkpoint.trust_pickle)
+        if optimizer is not None and not optimizer.param_groups:  # the model is not trained
+            optimizer = None
+        if optimizer is not None and not has_states_for(optimizer, files, self.model):
+            name = type(optimizer).__name__
+            log.warning(
+                "the optimizer starts from scratch: %s has no states for %s", checkpoint_dir, name
+            )
+            optimizer = None
+        source = DeepSpeedSource(files, self.model, self.optimizer)
+        state.read(
+            checkpoint_dir, self.model, optimizer, strict=strict, frozen=frozen, source=source
+        )
+        scaler = files.read_loss_scaler()
+        if optimizer is not None and self._scaler is not None and scaler is not None:
+            self._scaler.load_state_dict(scaler)
             self._publish_scale(overflow=False)
 
     @override

@@ -18,19 +18,20 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.checkpoint import storage
 from engine.checkpoint.async_saver import AsyncSaver
-from engine.checkpoint.collectives import (
-    call_on_rank_0,
-    check_same_tag,
-    raise_on_all_ranks,
-    wait_for_ranks,
-)
+from engine.checkpoint.collectives import check_same_tag, raise_on_all_ranks, wait_for_ranks
 from engine.checkpoint.data_position import DataPosition
 from engine.checkpoint.fingerprint import Identity, check_identity
 from engine.checkpoint.lock import DirectoryLock
-from engine.checkpoint.manifest import Manifest, read_manifest
+from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.plain_values import check_plain_values, read_values, write_values
 from engine.checkpoint.rollback import Rollback
-from engine.checkpoint.schedule_state import adapt_schedule_state, convert_position
+from engine.checkpoint.schedule_state import (
+    adapt_schedule_state,
+    advance,
+    convert_deepspeed_state,
+    convert_position,
+)
+from engine.checkpoint.selection import RUN_STATE, CheckpointSelector
 from engine.config import Config
 from engine.distributed.environment import ELASTIC
 from engine.distributed.ranks import Ranks
@@ -45,8 +46,6 @@ from schedules import ScheduleBinder
 __all__ = ["Checkpointer"]
 
 log = logging.getLogger("onecycle")
-
-_ENGINE = "engine.pt"
 
 
 class SavedBackend(Protocol):
@@ -74,7 +73,7 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Copy the states that `save` writes to host memory, and write them in the background."""
+        """Copy to host memory the state that `save` would write, and write it in the background."""
         ...
 
     def load(
@@ -107,7 +106,7 @@ class RunState(Protocol):
         ...
 
     def restore_counters(self, counters: Counters) -> None:
-        """Restore the counters of a checkpoint, so that the run continues at its step."""
+        """Restore the counters of a checkpoint, so that the run continues at the saved step."""
         ...
 
 
@@ -128,6 +127,7 @@ class Checkpointer:
         self._backend = backend
         self._ranks = backend.ranks
         self._identity = identity
+        self._selector = CheckpointSelector(config, backend.ranks)
         self._saved: dict[Path, tuple[int, int]] = {}  # steps and last report, by directory
         self._run_id = uuid.uuid4().hex
         self._locks: dict[Path, DirectoryLock | None] = {}  # None on ranks other than 0
@@ -149,8 +149,9 @@ class Checkpointer:
             run: state of the run to save.
             directory: directory that holds the run's checkpoints.
             tag: name of the checkpoint; default: ``global_stepN`` after N batches.
-            client_state: user data: numbers, strings, tensors, and lists and mappings of them.
-            save_latest: whether a load without a tag may use this checkpoint.
+            client_state: user data, which may contain numbers, strings, tensors, lists and
+                mappings.
+            save_latest: whether `load` may choose this checkpoint if no tag is passed.
             frozen: whether to include frozen parameters.
             is_automatic: whether to mark this checkpoint as automatic, and to delete old automatic
                 checkpoints as ``engine.checkpoint.keep`` specifies.
@@ -206,7 +207,8 @@ class Checkpointer:
     def is_saved(self, run: RunState, directory: Path) -> bool:
         """Return whether the run's last checkpoint in a directory is up to date.
 
-        This is true if the run has neither taken a step nor reported its metric since the save.
+        The checkpoint is up to date if the run has neither taken a step nor reported its metric
+        since the save.
         """
         return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
 
@@ -215,10 +217,11 @@ class Checkpointer:
         return self._saved.get(directory.resolve(), (0, -1))[0]
 
     def _collect(self, run: RunState, client_state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state to save, except for that of the model and the optimizer.
+        """Return the state to save, without the state of the model and the optimizer.
 
-        Gradients are not saved. In the middle of a step, the state at the start of the step is
-        therefore returned, so that a resumed run processes the step's micro-batches again.
+        Because gradients are not saved, a save in the middle of a step records the counters and the
+        data position of the start of that step. A resumed run then processes the micro-batches of
+        the step again.
         """
         open_batches = run.accumulation.micro_batches
         counters = replace(run.counters, micro_steps=run.counters.micro_steps - open_batches)
@@ -248,7 +251,7 @@ class Checkpointer:
             if run.rollback is not None:
                 run.rollback.save(partial)
             if ranks.rank == 0:
-                write_values(partial / _ENGINE, self._collect(run, client_state))
+                write_values(partial / RUN_STATE, self._collect(run, client_state))
         if saver is None:
             with raise_on_all_ranks(size):
                 self._backend.save(partial, frozen=manifest.frozen)
@@ -307,15 +310,20 @@ class Checkpointer:
         self.wait()
         if has_no_optimizer(self._backend.optimizer):  # only the model is used
             optimizer = scheduler = counters = False
-        checkpoint_dir, manifest = self._find(directory, tag)
-        if optimizer and not self._plan.override:
+        selected = self._selector.select(directory, tag)
+        checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
+        is_converted = selected.is_foreign and scheduler and not self._plan.override
+        if is_converted and run.scheduler is not None:
+            state["lr_scheduler"] = convert_deepspeed_state(
+                checkpoint_dir, state["lr_scheduler"], run.scheduler
+            )
+        if optimizer and not self._plan.override and not selected.is_foreign:
             check_identity(checkpoint_dir, manifest.identity, self._expected_identity(manifest))
         if not manifest.frozen and self._ranks.rank == 0:
             log.info(
                 "%s does not contain the frozen parameters; the model keeps their current values",
                 checkpoint_dir,
             )
-        state: dict[str, Any] = read_values(checkpoint_dir / _ENGINE)
         saved_schedule = state["lr_scheduler"] if scheduler and not self._plan.override else None
         if saved_schedule is not None and isinstance(run.scheduler, ScheduleBinder):
             try:
@@ -339,7 +347,8 @@ class Checkpointer:
             set_rng_state(read_values(own))
         if counters:
             self._restore_counters(run, state)
-            self.data.load(state, run.config.batch, checkpoint_dir, manifest.world_size)
+            if not selected.is_foreign:
+                self.data.load(state, run.config.batch, checkpoint_dir, manifest.world_size)
             if run.best is not None:
                 run.best.load_state_dict(state.get("best"))
             self._saved[directory.resolve()] = _get_position(run)
@@ -347,25 +356,13 @@ class Checkpointer:
             self._restore_scheduler(run, run.scheduler, state)
             if run.rollback is not None:
                 run.rollback.load(checkpoint_dir)
+        if selected.is_foreign and counters and self._ranks.rank == 0:
+            log.warning(
+                "%s was written by DeepSpeed, so the position in the training data and the random "
+                "state were not restored",
+                checkpoint_dir,
+            )
         return checkpoint_dir, state["client_state"]
-
-    def _find(self, directory: Path, tag: str | None) -> tuple[Path, Manifest]:
-        """Return the checkpoint that rank 0 chooses, and check that all ranks see the same one.
-
-        Rank 0 reads all files to verify their hashes. The other ranks check the files' sizes.
-        """
-        chosen, manifest = call_on_rank_0(self._ranks, lambda: storage.find(directory, tag))
-        checkpoint_dir = directory / chosen.name
-        with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
-            own = read_manifest(checkpoint_dir)
-            problems = list(storage.find_damage(checkpoint_dir, own, hashes=False))
-            if own != manifest or problems:
-                what = "; ".join(problems) or "its manifest differs"
-                raise CheckpointError(
-                    f"{checkpoint_dir} differs between rank 0 and rank {self._ranks.rank}: "
-                    f"{what}. Use a directory that all hosts share."
-                )
-        return checkpoint_dir, manifest
 
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):
@@ -389,6 +386,9 @@ class Checkpointer:
         self, run: RunState, scheduler: LRScheduler, state: Mapping[str, Any]
     ) -> None:
         saved = state["lr_scheduler"]
+        if self._plan.override and not isinstance(scheduler, ScheduleBinder):
+            advance(scheduler, run.counters.applied_steps)
+            return
         if saved is None or self._plan.override:
             position = convert_position(
                 run.counters.applied_steps, run.config, state.get("batch") or {}

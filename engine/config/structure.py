@@ -152,7 +152,7 @@ def check_against_schema(
 
 
 def _get_suggested_pointer(problem: Problem) -> str:
-    """Return the JSON pointer of the key that is suggested in place of an unknown key.
+    """Return the JSON pointer of the key that is suggested instead of an unknown key.
 
     Return an empty string if the problem is not an unknown key, or has no suggestion.
     """
@@ -165,7 +165,7 @@ def _convert_error(
 ) -> Iterator[Problem]:
     """Convert an error of the package ``jsonschema`` to problems of the config.
 
-    If there are several unknown keys, a known key is suggested only for the first ``suggestions``.
+    A known key is suggested for at most ``suggestions`` unknown keys.
     """
     name = dotted_name(pointer) or "the config"
     keyword = str(error.validator)
@@ -194,20 +194,23 @@ def _convert_error(
             message = f"`{name}` was removed in DeepSpeed {schema['x-removed']}."
             hint = schema["x-instead"]
             yield document.build_problem("removed-key", pointer, message, hint, at_key=True)
-        case _ if means_default(pointer, value) and "x-alias-of" not in schema:
-            message = f'`{name}` is "auto", which no integration replaces. It means the default.'
-            hint = "Remove the key, or set a value."
-            yield document.build_problem(
-                "unsupported-auto", pointer, message, hint, severity="warning"
-            )
         case _ if value == "auto":
-            message = (
-                f"`{name}` must be {describe_schema(schema)}, "
-                'got "auto", which no integration replaces.'
-            )
             replaced = schema.get("x-alias-of")
             hint = f"Set a value, or use `{replaced}`." if replaced else "Set a value."
-            yield document.build_problem("unsupported-auto", pointer, message, hint)
+            message = f"`{name}` must be {describe_schema(schema)}, "
+            message += 'got "auto", which no integration replaces.'
+            is_accepted = means_default(pointer, value)
+            if is_accepted:
+                message = (
+                    f'`{name}` is "auto", which no integration replaces. It means the default.'
+                )
+            yield document.build_problem(
+                "unsupported-auto",
+                pointer,
+                message,
+                hint,
+                severity="warning" if is_accepted else "error",
+            )
         case _ if keyword in {"type", "enum", "pattern"} | _RANGE:
             message = f"`{name}` must be {describe_schema(schema)}, got {quote_value(value)}."
             takes_auto = keyword == "pattern" and error.validator_value == "^auto$"
@@ -231,7 +234,8 @@ def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix 
     """Suggest removing the quotes from a string such as "1" or "True".
 
     Returns:
-        A hint and an automatic fix; an empty hint and None if the unquoted value is invalid.
+        A hint and an automatic fix. If the value would still be invalid without quotes, the hint is
+        empty and the fix is None.
     """
     if not isinstance(value, str):
         return "", None
@@ -327,7 +331,7 @@ def _check_run_length(
 ) -> Iterator[Problem]:
     """Yield an error if the run is too long, or shorter than one step.
 
-    The data set is unknown, so an epoch is assumed to have one step.
+    The length of the dataset is unknown, so each epoch is assumed to have one step.
     """
     samples = get_train_batch_size(config, ranks) or 1
     try:
@@ -353,7 +357,7 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Add a hint to a problem about an unknown parameter: the schedules with this parameter.
+    """Add a hint to a problem about an unknown parameter: the schedules that have this parameter.
 
     Other problems are returned unchanged.
     """
@@ -407,7 +411,7 @@ def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) ->
     """Check that a schedule can be resolved for at least one of the possible lengths of its run.
 
     Raises:
-        ScheduleError: a field has a problem for all lengths.
+        ScheduleError: a field has a problem with every possible length.
     """
     found: list[dict[str | None, ParameterProblem]] = []
     for horizon in horizons:

@@ -58,7 +58,7 @@ def test_activation_checkpointing_without_blocks_warns_unless_wrap_is_set(caplog
     train_two_steps(lambda: torch.nn.Linear(4, 4), activation_checkpointing=section, engine=wrap)
     assert "has no effect, because" not in caplog.text
     with pytest.raises(ValueError, match=r"`engine\.wrap` must name classes"):
-        train_two_steps(activation_checkpointing=section, engine={"wrap": ["Blok"]})
+        train_two_steps(activation_checkpointing=section, engine={"wrap": ["Nonsense"]})
 
 
 def test_compile_takes_the_same_steps():
