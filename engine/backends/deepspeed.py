@@ -133,6 +133,8 @@ class DeepSpeedBackend(Backend):
         is_split = self.engine.pipeline_parallelism or self.engine.autotp_size() > 1
         self._has_rank_local_weights = mpu is not None or self.engine.has_moe_layers or is_split
         self._layout = None if self._has_rank_local_weights else layout
+        if self.engine.pipeline_parallelism:
+            self._guard_pipeline()
         self._input_casts: list[Any] = []
         dtype = DTYPES.get(config.precision)
         if dtype is not None and config.model.cast_inputs:
@@ -225,6 +227,19 @@ class DeepSpeedBackend(Backend):
             self.grad_norm = norm
             return math.isfinite(norm)
         return self.mean(float(not math.isfinite(norm))) == 0
+
+    def _guard_pipeline(self) -> None:
+        """Skip the optimizer step of a pipeline if its gradients are not finite."""
+        take_step = self.engine._take_model_step  # noqa: SLF001  # it has no public name
+
+        def take_finite_step(*args: Any) -> None:
+            if hasattr(self.engine.optimizer, "overflow") or self._are_gradients_finite():
+                take_step(*args)
+            else:
+                self._skip_step()
+                self.engine._step_applied = False  # noqa: SLF001  # it has no public name
+
+        self.engine._take_model_step = take_finite_step  # noqa: SLF001
 
     def _skip_step(self) -> None:
         self.engine.zero_grad()

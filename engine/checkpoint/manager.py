@@ -38,6 +38,7 @@ from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
+from engine.training.optimizers import has_no_optimizer
 from engine.training.progress import Counters, ProgressReporter
 from engine.training.rng import get_rng_state, set_rng_state
 from schedules import ScheduleBinder
@@ -307,6 +308,8 @@ class Checkpointer:
             CheckpointError: if the checkpoint is damaged, or does not match the model or the run.
         """
         self.wait()
+        if has_no_optimizer(self._backend.optimizer):  # only the model is used
+            optimizer = scheduler = counters = False
         selected = self._selector.select(directory, tag)
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         is_converted = selected.is_foreign and scheduler and not self._plan.override
