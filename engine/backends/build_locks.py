@@ -37,7 +37,8 @@ class BuildLock(NamedTuple):
             )
         return (
             f"{self.path} is the lock of an interrupted build of `{op}`: no process on this host "
-            f"has it open. A run that needs `{op}` waits for it indefinitely. Delete that file."
+            f"has it open. A run that needs `{op}` waits for it indefinitely. Delete that file and "
+            "start the run again."
         )
 
 
