@@ -59,11 +59,16 @@ class DeepSpeedAccessors(nn.Module):
         """The number of ranks."""
         return self._backend.ranks.world_size
 
-    dp_world_size = world_size  # every rank is data-parallel
+    @property
+    def dp_world_size(self) -> int:
+        """The number of ranks that load different samples."""
+        return self._backend.ranks.data_ranks
 
     @property
     def data_parallel_group(self) -> Any:
         """The process group that averages gradients; None in a single process."""
+        if self.config.backend.name == "deepspeed":
+            return self._backend.get_attribute("data_parallel_group")
         return dist.group.WORLD if dist.is_initialized() else None
 
     @property

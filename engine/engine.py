@@ -19,14 +19,14 @@ from engine.checkpoint.manager import Checkpointer
 from engine.config import Config
 from engine.deepspeed_accessors import DeepSpeedAccessors
 from engine.errors import MisuseError
-from engine.training.data import call_on_batches, count_steps_per_epoch, read_epoch
+from engine.training.data import call_on_batches, count_steps_per_epoch, read_epoch, repeat_batches
 from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
 from engine.training.loader import RunLoader
-from engine.training.loss_window import check_loss
 from engine.training.monitors import Monitors
+from engine.training.optimizers import has_no_optimizer
 from engine.training.own_loaders import prepare_loader
 from engine.training.rng import preserve_rng_state
-from engine.training_run import TrainingRun, iterate_batches
+from engine.training_run import TrainingRun, evaluate_batch, iterate_batches, train_pipeline
 
 __all__ = ["Engine"]
 
@@ -54,7 +54,7 @@ class Engine(DeepSpeedAccessors):
     ) -> None:
         super().__init__()
         self.module = backend.model
-        self.optimizer = backend.optimizer
+        self.optimizer: Any = None if has_no_optimizer(backend.optimizer) else backend.optimizer
         self.training_dataloader: RunLoader | None = None
         self._backend = backend
         self._checkpointer = Checkpointer(config, backend, identity)
@@ -153,7 +153,7 @@ class Engine(DeepSpeedAccessors):
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
         """
-        check_loss(loss)
+        self._run.misuse.check_loss(loss)
         divisor = self._run.accumulation.steps if scale_wrt_gas else 1
         is_last = self._start_pass()
         self._backend.backward(loss, divisor, is_last=is_last, retain_graph=retain_graph)
@@ -166,7 +166,7 @@ class Engine(DeepSpeedAccessors):
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
         """
-        check_loss(loss)
+        self._run.misuse.check_loss(loss)
         is_last = self._start_pass()
         self._run.add_loss(loss)
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
@@ -255,23 +255,26 @@ class Engine(DeepSpeedAccessors):
         del set_to_none
         self._backend.zero_grad()
 
-    def train_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Train on one whole batch and return the mean loss over its micro-batches.
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
+        """Train on the micro-batches of one step, and return their mean loss.
 
-        Each micro-batch of ``data_iter`` is passed to the model; a tuple, list or mapping is
-        unpacked into arguments. The model must return the loss, as in a DeepSpeed pipeline.
+        Each micro-batch is passed to the model, which must return the loss. A tuple, list or
+        mapping is unpacked into arguments. Without ``data_iter``, the training data is repeated.
         """
+        batches = data_iter or repeat_batches(self.training_dataloader)
+        if (whole := train_pipeline(batches, self._run)) is not None:
+            self._automatic.save_if_due(self._run)
+            return whole
         losses = []
-        for loss in call_on_batches(self, data_iter, self._run.accumulation.steps):
+        for loss in call_on_batches(self, batches, self._run.accumulation.steps):
             losses.append(self.backward(loss).detach())
             self.step()
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Evaluate one whole batch and return its mean loss; see `train_batch`."""
+        """Evaluate as many micro-batches as a step has, and return their mean loss."""
         with evaluation_mode(self):
-            losses = list(call_on_batches(self, data_iter, self._run.accumulation.steps))
-        return torch.stack(losses).mean()
+            return evaluate_batch(self, data_iter, self._run)
 
     @overload
     def evaluate(

@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from engine import backends
 from engine.backends.base import Backend
 from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
 from engine.config import Config, ConfigError, Source, load_config
+from engine.config.batch_sizes import DataRanks, count_data_ranks
 from engine.distributed.ranks import (
     check_configs_match,
     get_rank,
@@ -30,10 +31,12 @@ from engine.errors import escape
 from engine.range_test.script import apply_sweep, attach_recorder, is_next_engine_swept
 from engine.range_test.sweep import read_sweep
 from engine.training.arguments import check_arguments, check_is_trainable
+from engine.training.compiled_models import unwrap_compiled
 from engine.training.data import build_loader, count_steps_per_epoch
+from engine.training.diagnostics import attach_diagnostics
 from engine.training.loader import RunLoader
 from engine.training.monitors import build_monitors
-from engine.training.optimizers import OptimizerFactory
+from engine.training.optimizers import OptimizerFactory, has_no_optimizer
 from engine.training.setup_log import log_setup
 from schedules.torch_scheduler import bind
 
@@ -73,7 +76,8 @@ def initialize(
             Options added by `add_schedule_arguments` override the config; each override is logged.
         model: module to train; it is moved to this rank's device.
         optimizer: your own optimizer, or a function that takes the parameters and returns one; it
-            replaces the optimizer in the config, which is the default.
+            replaces the optimizer in the config, which is the default. Without an optimizer, the
+            engine can only run the model.
         model_parameters: parameters or param groups to train; default: all that require gradients.
         training_data: dataset for the returned data loader, or your own data loader, which is
             prepared as by `Engine.prepare`.
@@ -95,7 +99,7 @@ def initialize(
 
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every problem.
-        ValueError: an argument has the wrong type, no optimizer is specified, the optimizer does
+        ValueError: an argument has the wrong type, a schedule has no optimizer, the optimizer does
             not match the schedule, the model has nothing to train, or the ranks have different
             configs.
         ImportError: the config needs DeepSpeed, which is not installed.
@@ -116,14 +120,14 @@ def initialize(
     del dist_init_required
     check_arguments(args, model, optimizer, training_data, lr_scheduler)
     assert model is not None
+    model = unwrap_compiled(model)
     lr_test = read_sweep()
     sweep = lr_test if lr_test is not None and is_next_engine_swept(lr_test) else None
     source = sweep.config if sweep is not None else None
-    resolved = _load(
-        source or _choose_source(args, config, config_params),
-        args,
-        backends.find_deepspeed_need(model, mpu=mpu, mesh_param=mesh_param),
-    )
+    need = backends.find_deepspeed_need(model, mpu=mpu, mesh_param=mesh_param)
+    shard = backends.find_data_shard(model, mpu, mesh_param) if need else None
+    chosen = source or _choose_source(args, config, config_params)
+    resolved = _load(chosen, args, need, shard)
     if sweep is not None:
         resolved, lr_scheduler = apply_sweep(resolved, sweep), None
     elif lr_test is not None:
@@ -134,6 +138,10 @@ def initialize(
     is_deepspeed = resolved.backend.name == "deepspeed"
     ranks = init_distributed(always_create_group=is_deepspeed, port=distributed_port)
     check_configs_match(ranks, json.dumps(resolved.raw, sort_keys=True))
+    if resolved.batch.data_ranks != ranks.world_size:
+        per_model = ranks.world_size // resolved.batch.data_ranks
+        shard = shard or (ranks.rank // per_model, resolved.batch.data_ranks)
+        ranks = replace(ranks, shard=shard)
     loader = None
     if training_data is not None:
         loader = build_loader(training_data, resolved, ranks, collate_fn)
@@ -156,19 +164,26 @@ def initialize(
     if sweep is not None or lr_test is None:
         attach_recorder(engine, sweep)
     if ranks.rank == 0:
+        how, precision = backend.describe()
         log_setup(
             resolved,
-            backend=backend.describe(),
+            backend=how,
             device=str(ranks.device),
-            precision=backend.describe_precision(),
-            optimizer=type(backend.basic_optimizer).__name__,
+            precision=precision,
+            optimizer=_get_name(backend.basic_optimizer),
             num_parameters=backend.num_parameters,
             scheduler=scheduler,
             replacements=replacements,
         )
         _warn_of_repeated_samples(training_data, resolved)
-    engine._automatic.resume(engine._run)  # noqa: SLF001  # private to the package
-    return engine, backend.optimizer, loader, scheduler
+    run = engine._run  # noqa: SLF001  # private to the package
+    engine._automatic.resume(run)  # noqa: SLF001  # private to the package
+    attach_diagnostics(resolved, backend, run.progress, lambda: run.counters)
+    return engine, engine.optimizer, loader, scheduler
+
+
+def _get_name(optimizer: Optimizer) -> str | None:
+    return None if has_no_optimizer(optimizer) else type(optimizer).__name__
 
 
 def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> Source:
@@ -185,11 +200,28 @@ def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> 
     return given[0]
 
 
-def _load(source: Source, args: argparse.Namespace | None, needs_deepspeed: str | None) -> Config:
+def _load(
+    source: Source,
+    args: argparse.Namespace | None,
+    needs_deepspeed: str | None,
+    shard: tuple[int, int] | None,
+) -> Config:
     """Load and validate a config; report its problems on rank 0 only."""
+
+    def count_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
+        if shard is not None:
+            return DataRanks(shard[1], unit="data-parallel rank")
+        # DeepSpeed reads the number of stages from the model, which is not a pipeline here.
+        flat = {key: value for key, value in config.items() if key != "pipeline"}
+        return count_data_ranks(flat, world_size)
+
     try:
         return load_config(
-            source, world_size=get_world_size(), args=args, needs_deepspeed=needs_deepspeed
+            source,
+            world_size=get_world_size(),
+            args=args,
+            needs_deepspeed=needs_deepspeed,
+            count_ranks=count_ranks,
         )
     except ConfigError as error:
         rank = get_rank()
@@ -214,13 +246,10 @@ def _prefer_arguments(
         The config, and a line for the log about each replacement.
 
     Raises:
-        ValueError: neither the config nor an argument specifies an optimizer.
+        ValueError: there is no optimizer, but something that requires one.
     """
-    if optimizer is None and config.optimizer is None and config.backend.name != "deepspeed":
-        raise ValueError(  # DeepSpeed also runs inference
-            "No optimizer is specified. Pass the argument `optimizer`, or add "
-            f'"optimizer": {{"type": "AdamW", "params": {{"lr": 0.001}}}} to {config.name}.'
-        )
+    if optimizer is None and config.optimizer is None:
+        _check_inference(config, lr_scheduler)
     lines = []
     if optimizer is not None and config.optimizer is not None:
         lines.append(
@@ -232,6 +261,20 @@ def _prefer_arguments(
         lines.append(_describe_replacement("lr_scheduler", lr_scheduler, f"`scheduler` ({name})"))
         config = replace(config, schedule=None)
     return config, lines
+
+
+def _check_inference(config: Config, lr_scheduler: object) -> None:
+    """Check that a run without an optimizer, which only runs the model, needs none."""
+    need = None
+    if config.schedule is not None or lr_scheduler is not None:
+        need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"
+    elif config.backend.name == "deepspeed" and config.zero_stage in {1, 2}:
+        need = f"DeepSpeed's ZeRO stage {config.zero_stage} requires one (stages 0 and 3 do not)"
+    if need:
+        raise ValueError(
+            f"No optimizer is specified, but {need}. Pass the argument `optimizer`, or add "
+            '"optimizer": {"type": "AdamW", "params": {"lr": 0.001}} to the config.'
+        )
 
 
 def _describe_replacement(argument: str, given: object, replaced: str) -> str:

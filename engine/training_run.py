@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -18,6 +19,7 @@ from engine.config.batch_sizes import BatchSizes
 from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
+from engine.training.data import call_on_batches
 from engine.training.divergence import DivergenceCheck
 from engine.training.evaluation import preserve_modes
 from engine.training.loader import RunLoader
@@ -32,7 +34,7 @@ from schedules import AutoWU, Schedule, ScheduleBinder
 from schedules.param_groups import read_lr, read_momentum
 from schedules.torch_scheduler import bind
 
-__all__ = ["TrainingRun", "iterate_batches", "preserve_state"]
+__all__ = ["TrainingRun", "evaluate_batch", "iterate_batches", "preserve_state", "train_pipeline"]
 
 log = logging.getLogger("onecycle")
 
@@ -93,7 +95,10 @@ class TrainingRun:
             progress,
             window,
             rollback,
-            Accumulation(config.batch.accumulation),
+            Accumulation(
+                config.batch.accumulation,
+                is_managed=config.raw.get("managed_gradient_accumulation", True),
+            ),
             RunLength(config.run.get("steps_this_run")),
             # A dynamic loss scale skips steps until it is low enough, and ends the run itself.
             DivergenceCheck(None if is_dynamic else config.max_skipped_steps),
@@ -186,19 +191,7 @@ class TrainingRun:
 
     def step(self, metric: Tensor | float | None) -> bool:
         """Finish a micro-batch, and take an optimizer step if it completes a batch."""
-        if not self.accumulation.averages_gradients:
-            raise MisuseError(
-                "`step()` must not be called inside `no_sync()`. Leave the context first."
-            )
-        if self.is_trial and self.recorder is not None:
-            # A script may catch the exception that ends the run; in that case, raise it again.
-            self.recorder.stop_if_over()
-        if self.length.is_session_over(self.counters):
-            raise RuntimeError(
-                f"The run has ended after {self.config.run['steps_this_run']} steps "
-                "(`engine.steps_this_run`). Exit the training loop when `trainer.run_is_over` is "
-                "true."
-            )
+        self._check_may_step()
         if metric is not None:
             metric = self.driver.metric = self.backend.mean(float(metric))
         counters, accumulation = self.counters, self.accumulation
@@ -214,6 +207,21 @@ class TrainingRun:
         if metric is not None and self.best is not None:
             self._update_best(metric)
         return counters.applied
+
+    def _check_may_step(self) -> None:
+        if not self.accumulation.averages_gradients:
+            raise MisuseError(
+                "`step()` must not be called inside `no_sync()`. Leave the context first."
+            )
+        if self.is_trial and self.recorder is not None:
+            # A script may catch the exception that ends the run; in that case, raise it again.
+            self.recorder.stop_if_over()
+        if self.length.is_session_over(self.counters):
+            raise RuntimeError(
+                f"The run has ended after {self.config.run['steps_this_run']} steps "
+                "(`engine.steps_this_run`). Exit the training loop when `trainer.run_is_over` is "
+                "true."
+            )
 
     def report(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Average metrics over the ranks, and report them to the log and the monitors."""
@@ -239,6 +247,8 @@ class TrainingRun:
 
     def _step_optimizer(self) -> bool:
         scaled, self.accumulation.scaled_losses = self.accumulation.scaled_losses, 0
+        if not self.accumulation.is_managed:
+            self.accumulation.micro_batches = scaled
         if scaled:
             return self.backend.step()
         if self.backend.loss_scale != 1.0:
@@ -251,10 +261,14 @@ class TrainingRun:
 
     def _finish_step(self) -> None:
         """Count and report a step, and step the scheduler if the optimizer step was applied."""
-        counters = self.counters
-        self.accumulation.micro_batches = 0
+        counters, batch = self.counters, self.config.batch
         counters.global_steps += 1
-        counters.global_samples += self.config.batch.train
+        counters.global_samples += (
+            batch.train
+            if self.accumulation.is_managed
+            else batch.micro * batch.data_ranks * self.accumulation.micro_batches
+        )
+        self.accumulation.micro_batches = 0
         if not counters.applied:
             counters.skipped_steps += 1
             self.progress.clear_losses()
@@ -302,6 +316,30 @@ class TrainingRun:
         recorder.record(*used, self.window.mean(), applied=self.counters.applied)
         if self.is_trial:
             recorder.stop_if_over()
+
+
+def train_pipeline(batches: Iterator[Any], run: TrainingRun) -> Tensor | None:
+    """Train a pipeline on a whole batch and return its mean loss; None for any other model."""
+    run._check_may_step()  # noqa: SLF001  # private to this module
+    run.misuse.check_step(run.scheduler, run.accumulation, is_boundary=False)
+    result = run.backend.run_pipeline(batches, trains=True)
+    if result is None:
+        return None
+    loss, run.counters.applied = result
+    run.counters.micro_steps += run.accumulation.steps
+    run.add_loss(loss)
+    run.accumulation.scaled_losses = 0
+    run._finish_step()  # noqa: SLF001  # private to this module
+    run.misuse.note_step(run.scheduler, run.counters.global_steps)
+    return loss
+
+
+def evaluate_batch(model: nn.Module, batches: Iterator[Any], run: TrainingRun) -> Tensor:
+    """Return the mean loss of as many micro-batches as a step has."""
+    if result := run.backend.run_pipeline(batches, trains=False):
+        return result[0]
+    losses = call_on_batches(model, batches, run.accumulation.steps)
+    return torch.stack(list(losses)).mean()
 
 
 def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]:

@@ -11,7 +11,8 @@ the schemas use:
 - ``x-alias-of``: the key with the same meaning
 
 ``aliases.json`` maps the key names of other tools to those of this config. ``rules.json`` contains
-the documentation of each rule.
+the documentation of each rule. ``no_effect.json`` lists the keys that change no result on a backend
+and the reason for each; ``values`` limits it to these values, and ``stages`` to these ZeRO stages.
 """
 
 from __future__ import annotations

@@ -10,12 +10,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from engine.backends.base import Backend
-from engine.backends.model_parallelism import find_model_parallelism
+from engine.backends.model_parallelism import (
+    find_data_shard,
+    find_model_parallelism,
+)
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.training.optimizers import OptimizerFactory
 
-__all__ = ["build", "find_deepspeed_need"]
+__all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
@@ -77,11 +80,13 @@ def build(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a param group with its parameters in a list, because a generator is read only once.
+    """Return a parameter without its name, or a param group with its parameters in a list.
 
-    Any other object, such as a parameter, is returned unchanged.
+    The parameters of a group may come from a generator, which could be read only once.
     """
-    if not isinstance(each, dict):
-        return each
-    params = each["params"]
-    return {**each, "params": [params] if isinstance(params, torch.Tensor) else list(params)}
+    if isinstance(each, dict):
+        members = each["params"]
+        members = [members] if isinstance(members, torch.Tensor) else members
+        return {**each, "params": [_list_members(member) for member in members]}
+    is_named = isinstance(each, tuple) and len(each) == 2  # from `model.named_parameters()`
+    return each[1] if is_named else each

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from engine.config.batch_sizes import BatchSizes
 from engine.distributed.ranks import Ranks
 
-__all__ = ["DTYPES", "Backend", "compute_norm"]
+__all__ = ["DTYPES", "Backend", "compute_norm", "get_gradient"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of each reduced precision."""
@@ -39,6 +40,18 @@ def compute_norm(gradients: list[Tensor]) -> float:
         wide = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients]
         norm = float(torch.linalg.vector_norm(torch.stack(wide)))
     return norm
+
+
+def get_gradient(parameter: Tensor) -> Tensor:
+    """Return a gradient, or its stored values if it is sparse; changing them changes the gradient.
+
+    The parameter must have a gradient.
+    """
+    assert parameter.grad is not None
+    if not parameter.grad.is_sparse:
+        return parameter.grad
+    parameter.grad = parameter.grad.coalesce()
+    return parameter.grad._values()  # noqa: SLF001  # `values()` would return a detached copy
 
 
 class Backend(ABC):
@@ -120,6 +133,19 @@ class Backend(ABC):
         Returns:
             Whether the step was applied. A step with non-finite gradients is skipped.
         """
+
+    def run_pipeline(self, batches: Iterator[Any], *, trains: bool) -> tuple[Tensor, bool] | None:
+        """Run a pipeline on the micro-batches of a step; return None for any other model.
+
+        Args:
+            batches: iterator over micro-batches.
+            trains: whether to take an optimizer step.
+
+        Returns:
+            The mean loss, and whether a step was applied.
+        """
+        del batches, trains
+        return None
 
     def has_gradients(self) -> bool:
         """Return whether any trained parameter has a gradient.
@@ -212,12 +238,8 @@ class Backend(ABC):
         """Restore a `snapshot` exactly. Every rank must call this method."""
 
     @abstractmethod
-    def describe(self) -> str:
-        """Describe the backend and how it uses the ranks, in a phrase for the log."""
-
-    @abstractmethod
-    def describe_precision(self) -> str:
-        """Describe the precision of the weights and of the computation, in a phrase for the log."""
+    def describe(self) -> tuple[str, str]:
+        """Describe how the backend uses the ranks, and its precision, in phrases for the log."""
 
     def get_attribute(self, name: str) -> Any:
         """Return an attribute that the training engine does not define itself.

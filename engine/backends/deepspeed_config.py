@@ -53,8 +53,11 @@ def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[st
     }
     if "bfloat16" in own:
         own["bf16"] = own.pop("bfloat16")
-    if isinstance(own.get("zero_optimization"), bool):
+    zero = own.get("zero_optimization")
+    if isinstance(zero, bool):
         own["zero_optimization"] = {"stage": config.zero_stage}
+    elif zero is not None:
+        own["zero_optimization"] = {key: each for key, each in zero.items() if each != "auto"}
     # Do not add missing sections: some take effect just by being present.
     settings = to_nested_dict(
         member
@@ -63,6 +66,8 @@ def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[st
     )
     sizes = (config.batch.train, config.batch.micro, config.batch.accumulation)
     settings |= dict(zip(BATCH_KEYS, sizes, strict=True))
+    if "tensor_parallel" in settings:
+        del settings["train_batch_size"]  # DeepSpeed may count the ranks of AutoTP in it
     settings["gradient_clipping"] = config.gradient_clipping
     if builds_optimizer and "optimizer" in config.raw:
         settings["optimizer"] = _drop_parked_keys(config.raw["optimizer"])

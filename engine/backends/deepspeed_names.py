@@ -21,6 +21,12 @@ _ZERO = "/zero_optimization"
 _KEYS: Mapping[str, tuple[str, Any]] = {
     "dataloader_drop_last": ("/dataloader_drop_last", False),
     "dump_state": ("/dump_state", False),
+    "flops_profiler_detailed": ("/flops_profiler/detailed", True),
+    "flops_profiler_enabled": ("/flops_profiler/enabled", False),
+    "flops_profiler_module_depth": ("/flops_profiler/module_depth", -1),
+    "flops_profiler_output_file": ("/flops_profiler/output_file", None),
+    "flops_profiler_profile_step": ("/flops_profiler/profile_step", 1),
+    "flops_profiler_top_modules": ("/flops_profiler/top_modules", 1),
     "gradient_predivide_factor": ("/gradient_predivide_factor", 1.0),
     "loss_scale": ("/fp16/loss_scale", 0),
     "memory_breakdown": ("/memory_breakdown", False),
@@ -59,7 +65,7 @@ ONLY_DEEPSPEED = frozenset(
     aio_config all_to_all_group allreduce_bucket autotp_size buffered_allreduce_fallback
     checkpoint_engine clip_fp32_gradients coalesce_grad_reduction communication_data_type
     curriculum_learning_enabled data_efficiency_enabled eigenvalue engine_timers
-    expert_data_parallel_group expert_parallel_group flops_profiler flops_profiler_enabled
+    expert_data_parallel_group expert_parallel_group flops_profiler
     get_data_types get_model_parallel_rank get_sequence_parallel_group get_tensor_parallel_rank
     get_wall_clock_timers is_compiled moe_layers mpu num_experts offload_states quantizer
     random_ltd_enabled random_ltd_scheduler register_compile_pass reload_states

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -35,11 +36,15 @@ from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.errors import MisuseError
 from engine.training.activation_checkpointing import find_blocks
-from engine.training.gradient_averaging import broadcast
+from engine.training.arguments import check_are_in_model
+from engine.training.gradient_averaging import broadcast, find_sparse_weights
 from engine.training.optimizers import OptimizerFactory
 from engine.training.precision import cast_layer_inputs, find_methods
 
 __all__ = ["FSDPBackend", "check_gradient_averaging", "shard"]
+
+_SHARDED: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+"""The settings with which `shard` has sharded each model."""
 
 
 class FSDPBackend(PyTorchBackend):
@@ -173,9 +178,10 @@ class FSDPBackend(PyTorchBackend):
         super().destroy()
 
     @override
-    def describe(self) -> str:
+    def describe(self) -> tuple[str, str]:
         size = self.ranks.world_size
-        return f"PyTorch FSDP2, ZeRO stage {self._config.zero_stage} over {size} ranks"
+        how = f"PyTorch FSDP2, ZeRO stage {self._config.zero_stage} over {size} ranks"
+        return how, self._describe_precision()
 
 
 def _check_supported(optimizer: Optimizer) -> Optimizer:
@@ -226,12 +232,47 @@ def shard(
         The sharded parameters to train, in the structure of ``parameters``.
 
     Raises:
-        ValueError: a parameter does not belong to the model, or the model contains none of the
-            classes in ``engine.wrap``.
+        ValueError: a parameter does not belong to the model, the model contains none of the
+            classes in ``engine.wrap``, has sparse gradients or is sharded in a different way.
     """
-    broadcast((*model.parameters(), *model.buffers()))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     wanted = None if parameters is None else list(parameters)
+    check_are_in_model(model, wanted or (), "FSDP2")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    settings = (config.zero_stage == 3, dtype, config.cpu_offload)
+    if not _is_sharded(model, settings):
+        _shard(model, config, dtype)
+        _SHARDED[model] = settings
+    sharded = dict(model.named_parameters())
+    if wanted is None:
+        return [parameter for parameter in sharded.values() if parameter.requires_grad]
+    return [_to_sharded(each, names, sharded) for each in wanted]
+
+
+def _is_sharded(model: nn.Module, settings: tuple[Any, ...]) -> bool:
+    """Return whether an earlier engine has sharded a model in the same way.
+
+    Raises:
+        ValueError: the model is sharded in a different way.
+    """
+    if not isinstance(model, FSDPModule):
+        return False
+    if _SHARDED.get(model) != settings:
+        raise ValueError(
+            "`model` is already sharded by FSDP2, with a different ZeRO stage, precision or "
+            "offloading. Build a new model, or use the same settings as the first engine."
+        )
+    return True
+
+
+def _shard(model: nn.Module, config: Config, dtype: torch.dtype | None) -> None:
+    sparse = find_sparse_weights(model)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in sparse:
+            raise ValueError(
+                f"FSDP2 cannot average the sparse gradient of `{name}`. Create the embedding "
+                'with `sparse=False`, or set "zero_optimization": {"stage": 0}.'
+            )
+    broadcast((*model.parameters(), *model.buffers()))
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
         reduce_dtype=torch.float32 if dtype else None,
@@ -250,20 +291,11 @@ def shard(
     # them after it has called the model.
     fully_shard(model, **{**settings, "reshard_after_forward": False})
     accept_whole_weights(model)
-    sharded = dict(model.named_parameters())
-    if wanted is None:
-        return [parameter for parameter in sharded.values() if parameter.requires_grad]
-    return [_to_sharded(each, names, sharded) for each in wanted]
 
 
 def _to_sharded(each: Any, names: dict[int, str], sharded: dict[str, nn.Parameter]) -> Any:
     if isinstance(each, dict):
         return {**each, "params": [_to_sharded(p, names, sharded) for p in each["params"]]}
-    if id(each) not in names:
-        raise ValueError(
-            f"`model_parameters` contains a tensor of shape {tuple(each.shape)} that is not a "
-            "parameter of `model`. Pass only tensors from `model.parameters()`."
-        )
     return sharded[names[id(each)]]
 
 

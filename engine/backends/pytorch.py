@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from engine.backends.base import DTYPES, Backend, compute_norm
+from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, has_deepspeed_files
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
@@ -25,7 +25,7 @@ from engine.distributed.ranks import Ranks
 from engine.training.activation_checkpointing import checkpoint_activations
 from engine.training.gradient_averaging import GradientAverager, find_sparse_weights
 from engine.training.loss_scaling import LossScaler
-from engine.training.optimizers import OptimizerFactory, build_optimizer
+from engine.training.optimizers import NoOptimizer, OptimizerFactory, build_optimizer
 from engine.training.precision import autocast_methods, convert_to_float32, restore_methods
 
 __all__ = ["PyTorchBackend"]
@@ -52,8 +52,8 @@ class PyTorchBackend(Backend):
         parameters: tensors or param groups to train; if None, all that require gradients.
 
     Raises:
-        ValueError: activation checkpointing finds no blocks, ``engine.compile`` is not a known
-            compiler, or the user's optimizer does not train any parameter of the model.
+        ValueError: the model has none of the classes in ``engine.wrap``, ``engine.compile`` is not
+            a known compiler, or the user's optimizer does not train any parameter of the model.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class PyTorchBackend(Backend):
         self._config = config
         self._dtype = DTYPES.get(config.precision)
         _prepare_model(model, config, ranks.device)
-        if config.model.master_weights:
+        trains = optimizer is not None or config.optimizer is not None
+        if config.model.master_weights and trains:
             given = optimizer if isinstance(optimizer, Optimizer) else None
             converted_from = convert_to_float32(model.parameters(), given)
             self._dtype = self._dtype or converted_from
@@ -103,7 +104,8 @@ class PyTorchBackend(Backend):
             parameters = [p for p in model.parameters() if p.requires_grad]
         if optimizer is not None:
             return optimizer(parameters)
-        assert self._config.optimizer is not None
+        if self._config.optimizer is None:
+            return NoOptimizer()
         may_fuse = not find_sparse_weights(model)
         return build_optimizer(self._config.optimizer, parameters, may_fuse=may_fuse)
 
@@ -191,7 +193,7 @@ class PyTorchBackend(Backend):
         With FSDP, return only this rank's shards of the gradients.
         """
         return [
-            _get_values(parameter) if parameter.grad.is_sparse else parameter.grad
+            get_gradient(parameter)
             for group in self.optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
@@ -310,13 +312,12 @@ class PyTorchBackend(Backend):
         self._old_gradients = []
 
     @override
-    def describe(self) -> str:
+    def describe(self) -> tuple[str, str]:
         count = self.ranks.world_size
         how = f"replicated on {count} ranks" if count > 1 else "one process"
-        return f"PyTorch, {how}"
+        return f"PyTorch, {how}", self._describe_precision()
 
-    @override
-    def describe_precision(self) -> str:
+    def _describe_precision(self) -> str:
         if self._dtype is None or self._config.precision != "fp32":
             return self._config.precision
         return f"fp32 weights, computing in {str(self._dtype).removeprefix('torch.')}"
@@ -338,13 +339,6 @@ def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> No
         checkpoint_activations(model, settings.wrap_classes, on_host=is_on_host)
     if compiler is not None:
         model.compile(backend=compiler)
-
-
-def _get_values(parameter: nn.Parameter) -> Tensor:
-    """Return the values of a parameter's sparse gradient, as a tensor that shares its memory."""
-    assert parameter.grad is not None
-    parameter.grad = parameter.grad.coalesce()
-    return parameter.grad._values()  # noqa: SLF001  # `values()` would return a detached copy
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:

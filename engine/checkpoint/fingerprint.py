@@ -53,7 +53,7 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity) -> Id
         },
         "loss_scale": None if scaling is None else scaling.loss_scale,
         "train_batch_size": config.batch.train,
-        "world_size": config.batch.world_size,
+        "world_size": config.batch.data_ranks,
         "precision": config.precision,
     }
 

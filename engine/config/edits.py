@@ -50,9 +50,10 @@ def apply_fixes(document: Document, problems: Sequence[Problem]) -> tuple[str, l
             if new in taken:
                 continue
             taken.add(new)
-        if not text.startswith('"', start):
+        try:
+            _, end = JSONDecoder().raw_decode(text, start)
+        except ValueError:  # unquoted text
             continue
-        _, end = JSONDecoder().raw_decode(text, start)
         edits.append((start, end, json.dumps(problem.fix.key or problem.fix.value)))
         fixed.append(problem)
     for start, end, new in sorted(edits, reverse=True):

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import schemas
-from engine.config.pointers import join_pointer, split_pointer
+from engine.config.pointers import get_parent, join_pointer, split_pointer
 from schedules import SCHEDULES, Schedule
 from schedules.core.json_schema import build_json_schema
 from schedules.core.registry import find
@@ -23,6 +23,7 @@ __all__ = [
     "add_optimizer_defaults",
     "get_default",
     "is_ignored",
+    "means_default",
     "optimizer_name",
     "optimizer_schema",
     "resolve_reference",
@@ -177,6 +178,18 @@ def _get_member_schema(
             with contextlib.suppress(ValueError):
                 return schedule_schema(find(name))
     return resolve_reference(schema)
+
+
+def means_default(pointer: str, value: Any) -> bool:
+    """Return whether DeepSpeed replaces a value of "auto" with the key's default.
+
+    DeepSpeed drops such keys of ``zero_optimization``. For the stage, this would disable ZeRO.
+
+    >>> means_default("/zero_optimization/reduce_bucket_size", "auto")
+    True
+    """
+    is_in_zero = get_parent(pointer) == "/zero_optimization"
+    return value == "auto" and is_in_zero and pointer != "/zero_optimization/stage"
 
 
 def get_default(schema: Mapping[str, Any], backend: str) -> Any:

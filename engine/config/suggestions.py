@@ -12,11 +12,38 @@ from typing import Any, NamedTuple
 
 import schemas
 from engine.config.pointers import get_last_key, get_parent
-from engine.config.schema import ABSENT, SCHEMA, SECTION, resolve_reference, walk
+from engine.config.schema import (
+    ABSENT,
+    OPTIMIZERS,
+    SCHEMA,
+    SECTION,
+    optimizer_name,
+    resolve_reference,
+    walk,
+)
 from engine.errors import Fix
-from schedules.core.spelling import edit_distance, find_nearest
+from schedules import SCHEDULES
+from schedules.core.fields import read_fields
+from schedules.core.spelling import edit_distance, find_nearest, suggest_fraction
 
-__all__ = ["Suggestion", "suggest_key"]
+__all__ = ["Suggestion", "suggest_key", "suggest_optimizer"]
+
+_IMPLEMENTATIONS = (
+    "deepspeed",
+    "anyprecision",
+    "paged",
+    "fused",
+    "torch",
+    "apex",
+    "cpu",
+    "hf",
+    "npu",
+    "xla",
+    "bnb",
+    "32bit",
+    "8bit",
+)
+"""Parts of the names of an optimizer's implementations in DeepSpeed, transformers and others."""
 
 
 class Suggestion(NamedTuple):
@@ -52,6 +79,12 @@ def suggest_key(
     meant = _ALIASES.get(pointer, {}).get(key)
     if meant in absent:
         return Suggestion(f"Use `{meant}` instead.", meant, Fix(key=meant))
+    if meant and meant.startswith("/"):
+        return Suggestion(f"Use `{meant}` instead.")
+    if hint := suggest_fraction(key, present[key], absent):
+        return Suggestion(hint)
+    if key in _find_params(pointer, present):
+        return Suggestion(f"Move it to `{pointer}/params`.")
     fitting = [
         name for name in absent if _accepts_type(present[key], resolve_reference(known[name]))
     ]
@@ -61,8 +94,6 @@ def suggest_key(
     )
     if near:
         return Suggestion(f"Did you mean `{near}`?", near)
-    if meant and meant.startswith("/"):
-        return Suggestion(f"Use `{meant}` instead.")
     sections = [each for each in _map_keys_to_sections().get(key, ()) if each != pointer]
     if 0 < len(sections) <= 3:
         where = " or ".join(f"`{each}`" if each else "the top level" for each in sections)
@@ -70,6 +101,31 @@ def suggest_key(
     if near := find_nearest(key, [name for name in usable if name in present]):
         return Suggestion(f"Did you mean `{near}`, which is already set?")
     return Suggestion("")
+
+
+def suggest_optimizer(name: str) -> str | None:
+    """Return the known optimizer that a name probably means; None if there is none.
+
+    >>> suggest_optimizer("DeepSpeedCPUAdam"), suggest_optimizer("adamw_torch_fused")
+    ('Adam', 'AdamW')
+    >>> suggest_optimizer("SGDD"), suggest_optimizer("Adafactor")
+    ('SGD', None)
+    """
+    bare = name.lower()
+    for part in _IMPLEMENTATIONS:
+        bare = bare.replace(part, "")
+    return optimizer_name(bare.strip("_-")) or find_nearest(name, OPTIMIZERS)
+
+
+def _find_params(pointer: str, block: Mapping[str, Any]) -> Collection[str]:
+    """Return the names of the params of an ``optimizer`` or ``scheduler`` block."""
+    name = block.get("type")
+    if not isinstance(name, str):
+        return ()
+    if pointer == "/optimizer":
+        known = OPTIMIZERS.get(optimizer_name(name) or "", {})
+        return tuple(known.get("properties", ()))
+    return read_fields(SCHEDULES[name]) if pointer == "/scheduler" and name in SCHEDULES else ()
 
 
 def _find_unique_match(name: str, known: Collection[str]) -> str | None:

@@ -45,6 +45,18 @@ class Ranks:
 
     If None, the default group is used.
     """
+    shard: tuple[int, int] | None = None
+    """Index and number of the parts of the data; None if each rank loads a different part."""
+
+    @property
+    def data_rank(self) -> int:
+        """Index of the part of the data that this rank loads."""
+        return self.rank if self.shard is None else self.shard[0]
+
+    @property
+    def data_ranks(self) -> int:
+        """Number of parts of the data. The ranks that share a model load the same part."""
+        return self.world_size if self.shard is None else self.shard[1]
 
 
 def get_world_size() -> int:

@@ -33,11 +33,15 @@ class Accumulation:
     """Value set by `Engine.set_gradient_accumulation_boundary`; None to count micro-batches."""
     has_gradients: bool = False
     """Whether trained parameters had gradients after the last micro-batch of this batch."""
+    is_managed: bool = True
+    """Whether micro-batches are counted; if false, every call of `step` completes a batch."""
     averages_gradients: bool = True
     """Whether backward passes average gradients across ranks; false inside `no_sync`."""
 
     def is_boundary(self) -> bool:
         """Return whether the next micro-batch completes a batch."""
+        if not self.is_managed:
+            return True
         if self.boundary is not None:
             return self.boundary
         return (self.micro_batches + 1) % self.steps == 0
@@ -52,7 +56,8 @@ class Accumulation:
         Args:
             micro_batches: number of micro-batches that the run has processed so far.
         """
-        self.micro_batches, self.scaled_losses = micro_batches % self.steps, 0
+        self.micro_batches = micro_batches % self.steps if self.is_managed else 0
+        self.scaled_losses = 0
         self.has_gradients = False
 
     def check_between_steps(self) -> None:

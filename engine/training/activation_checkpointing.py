@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ["CheckpointedForward", "checkpoint_activations", "find_blocks"]
+
+log = logging.getLogger("onecycle")
 
 
 def checkpoint_activations(
@@ -27,14 +30,17 @@ def checkpoint_activations(
         wrap: class names of the blocks; see `find_blocks`.
         on_host: whether to move the saved inputs to CPU memory.
 
+    A model without blocks is left unchanged, with a warning. Like in DeepSpeed, where a section
+    ``activation_checkpointing`` has no effect until the model uses it, results do not change.
+
     Raises:
-        ValueError: no block was found.
+        ValueError: the model does not contain any of the classes in ``wrap``.
     """
     blocks = find_blocks(model, wrap)
     if not blocks:
-        raise ValueError(
-            "`activation_checkpointing` found no blocks, because the model has no ModuleList of "
-            'layers of the same class. List the blocks\' classes in "engine": {"wrap": […]}.'
+        log.warning(
+            "`activation_checkpointing` has no effect, because the model has no ModuleList of "
+            'layers of the same class; list the blocks\' classes in "engine": {"wrap": […]}'
         )
     for block in blocks:
         block.forward = CheckpointedForward(block.forward, on_host=on_host)

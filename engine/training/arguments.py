@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["check_arguments", "check_is_trainable"]
+__all__ = ["check_are_in_model", "check_arguments", "check_is_trainable"]
 
 
 def check_arguments(
@@ -56,6 +57,29 @@ def check_is_trainable(model: nn.Module) -> None:
         "Unfreeze the parameters to train before you call `initialize`, or pass them as "
         "`model_parameters` and unfreeze them later.",
     )
+
+
+def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) -> None:
+    """Check that all parameters to train belong to the model.
+
+    Args:
+        model: the module to train.
+        groups: parameters or param groups to train.
+        backend: name of the backend, which averages and saves only the model's parameters.
+
+    Raises:
+        ValueError: a parameter does not belong to the model.
+    """
+    known = {id(parameter) for parameter in model.parameters()}
+    for each in groups:
+        for parameter in each["params"] if isinstance(each, dict) else [each]:
+            _check(
+                id(parameter) in known,
+                f"`model_parameters` and the optimizer must contain only parameters of `model` on "
+                f"{backend}, got another one of shape {tuple(parameter.shape)}. Register its "
+                "module in the model, as in `model.criterion = criterion`, or use PyTorch without "
+                "ZeRO.",
+            )
 
 
 def _check_factory(name: str, value: Any, *, argument: str) -> None:

@@ -134,9 +134,9 @@ class GlobalBatchSampler(Sampler[Any]):
         self.epoch = 0
         self.skips = 0
         """Number of micro-batches that the next iteration skips, without loading their samples."""
-        world_size = 1 if order.is_sharded else config.batch.world_size
+        ranks = 1 if order.is_sharded else config.batch.data_ranks
         self._micro = 1 if order.is_batched else config.batch.micro
-        self._stride = self._micro * world_size
+        self._stride = self._micro * ranks
         self._rank = 0 if order.is_sharded else rank
         self._accumulation = config.batch.accumulation
         train = self._stride * self._accumulation

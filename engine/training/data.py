@@ -21,6 +21,7 @@ __all__ = [
     "count_steps_per_epoch",
     "make_rank_loader",
     "read_epoch",
+    "repeat_batches",
 ]
 
 
@@ -49,6 +50,20 @@ def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: in
                 "iterator, or stop training at the end of an epoch."
             )
         yield call_model(model, batch)
+
+
+def repeat_batches(loader: RunLoader | None) -> Iterator[Any]:
+    """Return an endless iterator over the batches of the run's data loader.
+
+    Raises:
+        RuntimeError: the run has no data loader.
+    """
+    if loader is None:
+        raise MisuseError(
+            "`train_batch()` needs training data. Pass an iterator over micro-batches to it, or "
+            "pass `training_data` to `initialize`."
+        )
+    return loader.iterate_forever()
 
 
 def read_epoch(loader: RunLoader | None) -> int:
@@ -154,6 +169,6 @@ def make_rank_loader(
         **settings: other arguments of `DataLoader`.
     """
     if sampler is None and not isinstance(dataset, IterableDataset):
-        sampler = DistributedSampler(dataset, ranks.world_size, ranks.rank, shuffle=shuffle)
+        sampler = DistributedSampler(dataset, ranks.data_ranks, ranks.data_rank, shuffle=shuffle)
     is_pinned = pin_memory and ranks.device.type == "cuda"
     return DataLoader(dataset, sampler=sampler, pin_memory=is_pinned, **settings)

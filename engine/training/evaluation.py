@@ -69,6 +69,8 @@ class Evaluator:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
+        # Only the first of the ranks that share a model contributes its rows.
+        self._is_first_of_shard = ranks.shard is None or self._find_first_of_shard() == ranks.rank
         self._is_repeating = False  # whether to drop the results of the current batch
 
     def average(self, loader: Iterable[Any], fn: Callable[[Any], Any]) -> Any:
@@ -104,7 +106,7 @@ class Evaluator:
             )
         tensor: Tensor = value.detach()
         tensor = tensor if tensor.dim() else tensor.reshape(1)
-        if self._is_repeating:
+        if self._is_repeating or not self._is_first_of_shard:
             tensor = tensor[:0]
         if self._ranks.world_size == 1:
             return tensor
@@ -137,6 +139,9 @@ class Evaluator:
             dist.all_gather_object(values, value, group=self._ranks.control_group)
         return values
 
+    def _find_first_of_shard(self) -> int:
+        return self._gather_objects(self._ranks.shard).index(self._ranks.shard)
+
     def _iterate(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         """Return an iterator over this rank's batches, each with whether it is a repeated one."""
         if self._ranks.world_size == 1:
@@ -152,8 +157,8 @@ class Evaluator:
         self, loader: DataLoader[Any], batches: list[list[int]]
     ) -> Iterator[tuple[Any, bool]]:
         """Return an iterator over this rank's part of ``batches``, which are lists of indices."""
-        size = self._ranks.world_size
-        own = batches[self._ranks.rank :: size]
+        size = self._ranks.data_ranks
+        own = batches[self._ranks.data_rank :: size]
         repeats = len(batches[::size]) - len(own)
         split = _copy_loader(loader, own + batches[:repeats], loader.num_workers, loader.generator)
         return ((batch, index >= len(own)) for index, batch in enumerate(split))

@@ -74,6 +74,7 @@ class RunLoader:
         self._is_finished = True  # whether the data of this epoch is used up
         self.resumes = False
         """Whether the next iteration resumes the current epoch instead of starting a new one."""
+        self._endless: Iterator[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # `copy` and `pickle` look for special methods
@@ -111,6 +112,7 @@ class RunLoader:
         If the data of the saved epoch is used up, the next iteration starts the next epoch.
         """
         self._epoch, self._requested = state["epoch"], state["given"]
+        self._endless = None
         finished = self._has_requested_all()  # written by older versions
         self._is_finished = bool(state.get("finished", finished))
         self.resumes = resumes and not self._is_finished
@@ -156,6 +158,12 @@ class RunLoader:
             self._epoch, self._requested = self._epoch + 1, 0
         self.resumes = self._is_finished = False
         return self._count_requests(self._start_epoch())
+
+    def iterate_forever(self) -> Iterator[Any]:
+        """Return an iterator over the batches, epoch after epoch; the same one in each call."""
+        if self._endless is None:
+            self._endless = itertools.chain.from_iterable(itertools.repeat(self))
+        return self._endless
 
     def _start_epoch(self) -> Iterator[Any]:
         """Return an iterator over the rest of the current epoch."""

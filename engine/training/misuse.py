@@ -14,6 +14,8 @@ from engine.config.wording import count_noun
 from engine.distributed.ranks import Ranks
 from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
+from engine.training.loss_window import check_loss
+from engine.training.optimizers import has_no_optimizer
 from schedules import ScheduleBinder
 
 __all__ = ["MisuseChecks"]
@@ -90,6 +92,24 @@ class MisuseChecks:
         """Forget how far the optimizer and the scheduler have stepped, for example on a resume."""
         self._is_position_known = False
 
+    def check_loss(self, loss: object) -> None:
+        """Check the loss that a script passes to `backward` or `scale`.
+
+        Raises:
+            ValueError: it is not a scalar tensor that requires grad.
+            RuntimeError: the engine has no optimizer.
+        """
+        self._check_optimizer()
+        check_loss(loss)
+
+    def _check_optimizer(self) -> None:
+        if has_no_optimizer(self._backend.basic_optimizer):
+            raise MisuseError(
+                "The engine was built without an optimizer, so it can only run the model. To train "
+                "it, pass the argument `optimizer` to `initialize`, or add "
+                '"optimizer": {"type": "AdamW", "params": {"lr": 0.001}} to the config.'
+            )
+
     def check_accumulated(self, accumulation: Accumulation) -> None:
         """Check that the gradients of the earlier micro-batches of a batch still exist.
 
@@ -122,6 +142,7 @@ class MisuseChecks:
                 gradients, gradients of earlier micro-batches were cleared, or two engines undo each
                 other's steps.
         """
+        self._check_optimizer()
         if self._is_position_known:
             self._check_position(scheduler)
         if accumulation.has_gradients:

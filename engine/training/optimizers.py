@@ -12,12 +12,28 @@ from torch.optim import Optimizer
 from engine.config.resolve import OptimizerBlock
 from engine.config.schema import optimizer_name, optimizer_schema
 
-__all__ = ["OptimizerFactory", "build_optimizer", "is_buildable"]
+__all__ = ["NoOptimizer", "OptimizerFactory", "build_optimizer", "has_no_optimizer", "is_buildable"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """Function that takes parameters or param groups and returns their optimizer."""
 
 _FUSED_OPTIMIZERS = {"Adam", "AdamW", "SGD"}
+
+
+class NoOptimizer(Optimizer):
+    """An optimizer without parameters, for an engine that only runs inference.
+
+    >>> NoOptimizer().param_groups
+    [{'params': []}]
+    """
+
+    def __init__(self) -> None:
+        super().__init__([{"params": []}], {})
+
+
+def has_no_optimizer(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer of a backend means that it only runs inference."""
+    return isinstance(optimizer, NoOptimizer)
 
 
 def build_optimizer(
@@ -36,8 +52,14 @@ def build_optimizer(
     >>> build_optimizer(OptimizerBlock("SGD", params), [weight]).defaults["momentum"]
     0.9
     """
-    params = dict(block.params)
     name = block.type
+    properties = optimizer_schema(name)["properties"]
+    # A validated block sets keys of DeepSpeed only to values that PyTorch's optimizers always use.
+    params = {
+        key: value
+        for key, value in block.params.items()
+        if "x-backend" not in properties.get(key, {})
+    }
     if params.pop("adam_w_mode", False) and name == "Adam":
         name = "AdamW"
     may_fuse &= not params.pop("torch_adam", False)

@@ -112,10 +112,10 @@ def _overrides_iteration(loader: DataLoader[Any]) -> bool:
 def _use_loader(loader: Any, config: Config, ranks: Ranks) -> RunLoader:
     is_sharded = _check_shard(loader, ranks)
     is_map_style = not isinstance(getattr(loader, "dataset", None), IterableDataset | None)
-    if ranks.world_size > 1 and is_map_style and not is_sharded:
+    if ranks.data_ranks > 1 and is_map_style and not is_sharded:
         raise ValueError(
-            f"{type(loader).__name__} must split its samples across {ranks.world_size} ranks. "
-            "Create it with `sampler=DistributedSampler(dataset)`."
+            f"{type(loader).__name__} must split its samples across {ranks.data_ranks} ranks. "
+            f"Create it with `sampler={_describe_sampler(ranks)}`."
         )
     if not has_state(loader) and ranks.rank == 0:
         log.warning(
@@ -125,6 +125,11 @@ def _use_loader(loader: Any, config: Config, ranks: Ranks) -> RunLoader:
         )
     repeats = None if is_sharded or is_map_style else _build_repeat_check(config, ranks, loader)
     return RunLoader(loader, ranks, repeats=repeats)
+
+
+def _describe_sampler(ranks: Ranks) -> str:
+    shard = "" if ranks.shard is None else f", {ranks.data_ranks}, {ranks.data_rank}"
+    return f"DistributedSampler(dataset{shard})"
 
 
 def _check_shard(source: Any, ranks: Ranks) -> bool:
@@ -137,10 +142,10 @@ def _check_shard(source: Any, ranks: Ranks) -> bool:
         shard = getattr(sampler, "rank", None), getattr(sampler, "num_replicas", None)
         if None in shard:
             continue
-        if shard != (ranks.rank, ranks.world_size):
+        if shard != (ranks.data_rank, ranks.data_ranks):
             raise ValueError(
-                f"The sampler must yield the samples of rank {ranks.rank} of {ranks.world_size}, "
-                f"got those of rank {shard[0]} of {shard[1]}. Create the "
+                f"The sampler must yield the samples of rank {ranks.data_rank} of "
+                f"{ranks.data_ranks}, got those of rank {shard[0]} of {shard[1]}. Create the "
                 f"{type(sampler).__name__} after `engine.initialize`, or use a sampler that does "
                 "not split the samples."
             )
@@ -164,8 +169,8 @@ def _rebuild_loader(loader: DataLoader[Any], config: Config, ranks: Ranks) -> tu
     _check_same_order(order, ranks)
     built = build_run_loader(loader.dataset, settings, order, config, ranks)
     sampler = find_samplers(loader)[-1]
-    is_split = ranks.world_size > 1 and not order.is_sharded
-    split = f", split across {ranks.world_size} ranks" if is_split else ""
+    is_split = ranks.data_ranks > 1 and not order.is_sharded
+    split = f", split across {ranks.data_ranks} ranks" if is_split else ""
     return built, f"is built again with the order of its {type(sampler).__name__}{split}"
 
 
@@ -240,7 +245,7 @@ def build_run_loader(
         repeats = _build_repeat_check(config, ranks, loader)
         return RunLoader(loader, ranks, seed=seed, generator=generator, repeats=repeats)
     sampler = GlobalBatchSampler(
-        order, config, ranks.rank, seeds_workers=settings["num_workers"] > 0
+        order, config, ranks.data_rank, seeds_workers=settings["num_workers"] > 0
     )
     key = "sampler" if "batch_size" in settings else "batch_sampler"
     loader = DataLoader(dataset, generator=generator, **(settings | {key: sampler}))

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.config import Config
 from engine.display.progress_bar import ProgressBar
 from engine.training.monitors import Event, Monitors
+from engine.training.pass_timer import PassTimer
 
 __all__ = ["Counters", "ProgressReporter", "StepRecord", "StepRecorder"]
 
@@ -99,6 +100,8 @@ class ProgressReporter:
         settings = config.progress
         self.is_monitored = any(section["enabled"] for section in config.monitors.values())
         self.monitors = monitors
+        self.timer: PassTimer | None = None
+        """Timer whose times are logged with each progress line; rank 0 only."""
         self.has_bar = settings.has_bar and is_first and ProgressBar.is_supported()
         """Whether `move_bar` must be called after each step."""
         self._bar: ProgressBar | None = None
@@ -221,3 +224,6 @@ class ProgressReporter:
             self._bar_text = ", ".join(shown)
         else:
             log.info("step %d: %s", record.step, ", ".join(shown))
+        if self.timer is not None:
+            times = [f"{name} {mean:.2f} ms" for name, mean in self.timer.pop_means().items()]
+            log.info("step %d: mean times: %s", record.step, ", ".join(times))

@@ -169,6 +169,9 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
         kinds = kinds.replace(_WORDS["string"], '"auto"')
     elif "pattern" in schema:
         kinds = kinds.replace(_WORDS["string"], 'a time such as "10ep" or "0.1dur"')
+    count = schema.get("minItems")
+    if count is not None and count == schema.get("maxItems"):
+        kinds = kinds.replace(_WORDS["array"], f"a list of {count} values")
     limits = [f"{word} {schema[key]:g}" for key, (word, _) in _LIMITS.items() if key in schema]
     return f"{kinds}, {' and '.join(limits)}" if limits else kinds
 

@@ -285,10 +285,8 @@ def build_config(loop: str, stage: int = 0) -> dict[str, Any]:
 
 
 def start_engine(model: nn.Module, config: dict[str, Any], parameters: Any, backend: str) -> Any:
-    """Return an engine of this library. On PyTorch, leave out config keys for DeepSpeed only."""
+    """Return an engine of this library."""
     config = {**config, "engine": {"backend": backend}}
-    if backend == "torch":
-        del config["zero_allow_untested_optimizer"]
     return engine.initialize(model=model, config=config, model_parameters=parameters)[0]
 
 

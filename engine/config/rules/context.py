@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.config.backend_choice import BackendChoice, choose_backend, zero_stage
+from engine.config.batch_sizes import DataRanks
 from engine.config.named_code import find_named_code
 from engine.config.parser import Document
 from engine.config.pointers import is_within, split_pointer
@@ -61,6 +62,11 @@ class RuleContext:
         """The config's schedule, without invalid parameters; None if it cannot be constructed."""
         return self.structure.schedule
 
+    @property
+    def data_ranks(self) -> DataRanks | None:
+        """The number of ranks that load different samples; None if the world size is unknown."""
+        return self.structure.data_ranks
+
     @cached_property
     def backend(self) -> BackendChoice:
         """The backend that runs the config, and the reason for this choice."""
@@ -92,7 +98,7 @@ class RuleContext:
         if any(find_named_code(self.config.get("scheduler"))):
             return None
         base = build_base_values(self.config, schedule)
-        for horizon in list_possible_horizons(schedule, self.config, self.world_size):
+        for horizon in list_possible_horizons(schedule, self.config, self.data_ranks):
             try:
                 schedule.build_curves(base, horizon)
             except ScheduleError:  # noqa: PERF203  # reported with the schedule's parameters
@@ -112,7 +118,7 @@ class RuleContext:
         if cls is None or cls.__module__ in _OPAQUE:
             return None
         try:
-            return evaluate_schedule(self.schedule, self.config, self.world_size)
+            return evaluate_schedule(self.schedule, self.config, self.data_ranks)
         except ValueError:  # another check, or the start of the run, reports the error
             return None
 

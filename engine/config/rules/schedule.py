@@ -173,10 +173,12 @@ def _check_stair_count(context: RuleContext) -> Iterator[Problem]:
 def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
     cycle = _get_params(context, "OneCycle") or {}
     interval = cycle.get("decay_step_size") or cycle.get("post_cycle_decay_step_size")
+    is_zero = cycle.get("decay_step_size") == 0
     rates = [key for key in ("decay_lr_rate", "decay_mom_rate") if cycle.get(key)]
-    absent = context.is_absent(f"{_PARAMS}/decay_step_size") or interval == 0
-    if rates and not interval and absent:
-        message = f"`{rates[0]}` has no effect without `decay_step_size`, the decay interval."
+    if rates and not interval and (is_zero or context.is_absent(f"{_PARAMS}/decay_step_size")):
+        why = "if `decay_step_size`, the decay interval, is 0"
+        why = why if is_zero else "without `decay_step_size`, the decay interval"
+        message = f"`{rates[0]}` has no effect {why}."
         hint = f'Set "decay_step_size": {_format_first_step_size(cycle)}, or remove `{rates[0]}`.'
         yield context.warning("decay-without-interval", f"{_PARAMS}/{rates[0]}", message, hint)
     elif interval and not rates and "decay_step_size" in cycle:

@@ -302,7 +302,7 @@ def test_load_config_does_not_modify_or_share_the_dict():
 def test_load_config_fills_in_every_default():
     resolved = engine.load_config(config_with("/scheduler", ...), world_size=2)
     assert resolved.schedule is None
-    assert (resolved.batch.micro, resolved.batch.world_size) == (4, 2)
+    assert (resolved.batch.micro, resolved.batch.data_ranks) == (4, 2)
     assert resolved.precision == "fp16"
     assert resolved.loss_scaling.initial_scale_power == 8
     assert resolved.loss_scaling.hysteresis == 2
