@@ -78,7 +78,9 @@ def check_equal(name, wanted, result):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("names", [NAMES[::2], NAMES[1::2], *([name] for name in SPLIT)])
+@pytest.mark.parametrize(
+    "names", [*(NAMES[start::3] for start in range(3)), *([name] for name in SPLIT)], ids="-".join
+)
 def test_public_scripts_train_the_same(names, ranks, tmp_path):
     outcomes = run_distributed_test(run_with_both, ranks, names, tmp_path, timeout=300)
     not_on_deepspeed = NOT_ON_DEEPSPEED.keys() & set(names)
