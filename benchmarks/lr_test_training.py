@@ -212,7 +212,7 @@ def compare_with_grid(mine: list[float], top: list[float], lr: float, threshold:
         mine: accuracies of the runs with the suggested maximum.
         top: accuracies of the runs with the best maximum of the grid.
         lr: suggested maximum learning rate.
-        threshold: mean accuracy from which on the best accuracy counts as reached.
+        threshold: lowest mean accuracy that counts as equal to the best.
     """
     pairs = [own - other for own, other in zip(mine, top, strict=True)]
     off = f"{statistics.mean(pairs):+.2f} ± {standard_error(pairs):.2f}"

@@ -2,9 +2,9 @@
 
     python benchmarks/training_loops.py > docs/results/training_loops.md
 
-Compares the final weights with those of plain DeepSpeed at the same stage and with those of a
-hand-written PyTorch loop. A cell shows the smaller of the two largest differences, or that the loop
-is refused.
+The script compares the final weights with those of plain DeepSpeed at the same stage and with those
+of a hand-written PyTorch loop, and computes the largest difference in each comparison. Each cell of
+the table shows the smaller of these two numbers, or that the engine rejects the loop.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def measure(loop: str, world_size: int, backend: str, stage: int, refusals: dict
 
 
 def find_difference(results: list[dict[str, Any]], expected: list[dict[str, Any]]) -> float:
-    """Return the largest difference between two weights of all ranks."""
+    """Return the largest difference between corresponding weights, over all ranks."""
     return max(
         abs(own - other)
         for mine, theirs in zip(results, expected, strict=True)

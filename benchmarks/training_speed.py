@@ -81,7 +81,7 @@ def loss_fn(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def bound(task: Callable[[], tuple]) -> Step:
-    """Build a loop without gradient clipping and optimizer step, a lower bound for every engine."""
+    """Build a loop without gradient clipping or an optimizer step, as a lower bound."""
     model, x, y = task()
 
     def step() -> None:
@@ -238,9 +238,10 @@ def cpu_time(step: Step, steps: int) -> float:
 
 
 def serve(connection: Connection, make: Callable, task: Callable[[], tuple], counts: bool) -> None:
-    """Run a contender in this process: send its function calls per step, then CPU times.
+    """Run a contender in this process, and send its function calls and CPU time per step.
 
-    Each number of steps that is received requests a run, and the CPU time per step is sent back.
+    The number of function calls is sent first. Then, for each number of steps received, the
+    contender runs that many steps, and the CPU time per step is sent back.
     """
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

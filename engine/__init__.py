@@ -47,10 +47,10 @@ __all__ = sorted([*_MODULES, "__version__"])  # noqa: PLE0605  # computed, so th
 
 
 def _check_packages() -> None:
-    """Raise ImportError if one of the user's modules is named ``schedules`` or ``schemas``.
+    """Raise ImportError if a module of the user hides the package ``schedules`` or ``schemas``.
 
-    Both names belong to packages of onecycle. `onecycle.packages` makes the same check for the
-    name ``engine`` before it imports this package, so it cannot use this function.
+    Both are packages of onecycle. `onecycle.packages` makes the same check for ``engine``. That
+    check runs before this package is imported, so it cannot use this function.
     """
     for name in ("schedules", "schemas"):
         spec = importlib.util.find_spec(name)

@@ -73,7 +73,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def cur_scale(self) -> float:
-        """The loss scale, by which the next backward pass multiplies the loss; 1 without fp16."""
+        """The factor by which the next backward pass multiplies the loss; 1 without fp16."""
         return self._backend.loss_scale
 
     @property
@@ -125,11 +125,11 @@ class DeepSpeedAccessors(nn.Module):
         return self.config.gradient_clipping
 
     def steps_per_print(self) -> int | None:
-        """Return the config's `steps_per_print`; None if it is null or absent."""
+        """Return the config's `steps_per_print`, or None if it is null or absent."""
         return self.config.progress.every
 
     def log_level(self) -> str | None:
-        """Return the log level that the config sets for DeepSpeed; None if it sets none."""
+        """Return the log level that the config sets for DeepSpeed, or None if it is not set."""
         level: str | None = self.config.raw.get("log_level")
         return level
 
@@ -140,7 +140,7 @@ class DeepSpeedAccessors(nn.Module):
     def optimizer_name(self) -> str | None:
         """Return the config's optimizer type in lower case, or your own optimizer's class name.
 
-        The result is None if there is no optimizer, as for inference.
+        The result is None if there is no optimizer, for example during inference.
         """
         if self.config.optimizer is not None:
             return self.config.optimizer.type.lower()
@@ -148,7 +148,7 @@ class DeepSpeedAccessors(nn.Module):
         return type(self.basic_optimizer).__name__ if has_optimizer else None
 
     def scheduler_name(self) -> str | None:
-        """Return the type of the config's schedule; None if the config has none."""
+        """Return the type of the config's schedule, or None if the config has none."""
         return self.config.schedule.type_name if self.config.schedule else None
 
     def fp16_enabled(self) -> bool:
@@ -173,24 +173,26 @@ class DeepSpeedAccessors(nn.Module):
         return batch.train, batch.micro, batch.accumulation
 
     def get_type(self) -> list[Any]:
-        """Return the value of ``type`` in each param group; 0.0 for a group without this key."""
+        """Return the value of the key ``type`` of each param group; 0.0 if the key is missing."""
         return [group.get("type", 0.0) for group in self._backend.optimizer.param_groups]
 
     def get_lr(self) -> list[float]:
         """Return the learning rate of each param group for the next step."""
         return read_lr(self._backend.optimizer)
 
-    def get_mom(self) -> list[float] | list[tuple[float, ...]] | None:
+    def get_mom(self) -> list[float | tuple[float, ...] | None] | None:
         """Return the momentum of each param group (all betas for Adam).
 
-        The result is None if the optimizer has no momentum.
+        The result is None if the optimizer has no momentum. In the list, None stands for a group
+        without momentum.
         """
         return read_momenta(self._backend.optimizer)
 
-    def get_momentum(self) -> list[float] | None:
+    def get_momentum(self) -> list[float | None] | None:
         """Return the momentum of each param group (the first beta for Adam).
 
-        The result is None if the optimizer has no momentum.
+        The result is None if the optimizer has no momentum. In the list, None stands for a group
+        without momentum.
         """
         return read_momentum(self._backend.optimizer)
 
@@ -270,7 +272,7 @@ class DeepSpeedAccessors(nn.Module):
         )
 
     def allreduce_gradients(self, bucket_size: int | None = None) -> None:
-        """Average the gradients across ranks now, if the next `step` runs the optimizer.
+        """Average the gradients across ranks now, if the next call of `step` runs the optimizer.
 
         `step` averages the gradients itself. Call this method only if you want to read or change
         the averaged gradients before `step`.
@@ -286,7 +288,7 @@ class DeepSpeedAccessors(nn.Module):
         keep_vars: bool = False,
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, Any]:
-        """Return the model's ``state_dict``; weights that FSDP2 shards are gathered in host memory.
+        """Return the model's ``state_dict``, with sharded weights of FSDP2 gathered in host memory.
 
         Every rank must call this method. On the DeepSpeed backend at ZeRO stage 3, the returned
         tensors are empty; use `save_16bit_model` instead.
@@ -314,9 +316,9 @@ class DeepSpeedAccessors(nn.Module):
         """Load unsharded weights into the model. Every rank must pass the same weights.
 
         Args:
-            checkpoint: tensors by name, or a mapping that has them under the key "module".
+            checkpoint: weights by name, or a mapping that contains them under the key "module".
             strict: whether the names must match those of the model exactly.
-            custom_load_fn: function that loads the weights instead. It receives the weights as
+            custom_load_fn: function that is called to load the weights. It receives the weights as
                 ``src`` and the model as ``dst``.
             fetch_z3_params: ignored; accepted for compatibility with DeepSpeed. Sharded weights are
                 always loaded.
@@ -342,7 +344,7 @@ class DeepSpeedAccessors(nn.Module):
         Every rank must call this method. `torch.load` reads the file.
 
         Returns:
-            Whether the file was saved. DeepSpeed at ZeRO stage 3 saves it only if
+            Whether the file was saved. At ZeRO stage 3, DeepSpeed saves it only if
             ``stage3_gather_16bit_weights_on_model_save`` is true.
 
         Raises:
@@ -366,7 +368,7 @@ class DeepSpeedAccessors(nn.Module):
     def _zero3_consolidated_16bit_state_dict(
         self, exclude_frozen_parameters: bool = False
     ) -> dict[str, Any] | None:
-        """Return the weights that ZeRO stage 3 shards, gathered on rank 0; None on other ranks."""
+        """Return the sharded weights of ZeRO stage 3, gathered on rank 0; None on other ranks."""
         if self._is_deepspeed():
             name = "_zero3_consolidated_16bit_state_dict"
             found: dict[str, Any] | None = self._backend.get_attribute(name)(
@@ -397,7 +399,7 @@ class DeepSpeedAccessors(nn.Module):
         return self.config.backend.name == "deepspeed"
 
     def _find_attribute(self, name: str) -> Any:
-        """Return an attribute of the backend or the model, or a setting by its name in DeepSpeed.
+        """Return an attribute of the backend or the model, or a setting by its DeepSpeed name.
 
         This method is called for names that neither the engine nor ``nn.Module`` defines.
 

@@ -95,10 +95,10 @@ class Engine(DeepSpeedAccessors):
         - moves batches to this rank's device,
         - splits the samples across the ranks, unless the loader does so already,
         - stops at ``engine.max_duration``, and
-        - resumes at the position that a checkpoint was saved at.
+        - resumes at the position that is saved in a checkpoint.
 
-        ``loader`` itself stays unchanged. A schedule with durations in epochs needs the loader
-        earlier: pass it as ``training_data`` to `initialize`.
+        ``loader`` itself stays unchanged. If the schedule has durations in epochs, pass the loader
+        as ``training_data`` to `initialize` instead.
 
         Args:
             loader: torch DataLoader that yields micro-batches, or a data loader that has
@@ -172,7 +172,7 @@ class Engine(DeepSpeedAccessors):
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Check accumulated gradients; return whether the next backward pass averages gradients."""
+        """Check gradients from earlier passes; return whether the next pass averages gradients."""
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -193,12 +193,12 @@ class Engine(DeepSpeedAccessors):
                 metric of ``engine.checkpoint.best``.
 
         Returns:
-            Whether an optimizer step was applied. A step with non-finite gradients is skipped and
-            does not advance the schedule.
+            Whether an optimizer step was applied. A step with non-finite gradients is skipped, and
+            the schedule does not advance.
 
         Raises:
-            RuntimeError: ``engine.steps_this_run`` steps have been applied, `no_sync` is active,
-                there are no gradients, or the script has also called ``optimizer.step()`` or
+            RuntimeError: ``engine.steps_this_run`` steps have been applied, `no_sync` is active, no
+                gradients were computed, or the script itself has called ``optimizer.step()`` or
                 ``scheduler.step()``.
             FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped.
         """
@@ -213,7 +213,7 @@ class Engine(DeepSpeedAccessors):
 
         Metrics are averaged over the ranks. Every rank must call this method. The metric that
         ``engine.checkpoint.best`` names also decides which checkpoint is saved as the best one and
-        whether the run ends early. A schedule that uses a metric receives it, too.
+        whether the run ends early. A schedule that uses a metric also receives this metric.
 
         Args:
             metrics: numbers or scalar tensors by name, such as ``val_loss=0.25``.
@@ -226,11 +226,11 @@ class Engine(DeepSpeedAccessors):
         """Yield the batches of the training data, epoch after epoch, until the run is over.
 
         The run ends at ``engine.max_duration`` or, if it is not set, at the end of the schedule.
-        After a resume, the batches continue at the saved position.
+        After a resume, the first batch is the one at the saved position.
 
         Raises:
-            RuntimeError: there is no training data; the length of the run is unknown; or an epoch
-                ends without a step.
+            RuntimeError: there is no training data; the length of the run is unknown; or `step` was
+                not called during an epoch.
         """
         return iterate_batches(self.training_dataloader, self._run)
 
@@ -290,7 +290,7 @@ class Engine(DeepSpeedAccessors):
         """Evaluate the model and return the mean of each metric over all samples.
 
         The model is in eval mode and computes no gradients. Afterwards, the mode of each submodule
-        and the random state are restored; the training state does not change. Every rank must call
+        and the random state are restored. The training state does not change. Every rank must call
         this method.
 
         A `DataLoader` of the whole dataset is split across ranks, whether it shuffles, uses a
@@ -303,10 +303,10 @@ class Engine(DeepSpeedAccessors):
                 `device`.
             fn: function of a batch that returns the loss or a dict of metrics, each a number or a
                 scalar tensor, averaged over the batch. Each batch is weighted by its number of
-                samples: the first dimension of its first tensor. To set another weight, such as the
-                number of tokens, return ``(metrics, number)``. Every rank calls ``fn`` equally
-                often: a rank that has no batch left repeats one, and its result is dropped. Use
-                `gather` to collect other results, without those of repeated batches.
+                samples, which is the first dimension of its first tensor. To set another weight,
+                such as the number of tokens, return ``(metrics, number)``. Every rank calls ``fn``
+                equally often: a rank that has no batch left repeats one, and its result is dropped.
+                To collect other results, use `gather`, which also drops those of repeated batches.
 
         Returns:
             The mean loss, or a dict of mean metrics, equal on all ranks.
@@ -352,10 +352,11 @@ class Engine(DeepSpeedAccessors):
             client_state: your own numbers, strings and tensors; `load_checkpoint` returns them.
             save_latest: whether `load_checkpoint` may load this checkpoint if no tag is passed.
             exclude_frozen_parameters: whether to leave out the parameters that do not require
-                gradients, such as the base model's in LoRA; loading keeps their current values.
+                gradients, such as those of the base model in LoRA. Loading keeps their current
+                values.
 
         Raises:
-            OSError: the disk is full or the directory is not writable; old checkpoints are kept.
+            OSError: the disk is full or the directory is not writable. Older checkpoints are kept.
             RuntimeError: saving failed on a rank, or a rank did not call this method in time.
             ValueError: the ranks' tags differ, or ``client_state`` has values of unsupported types.
         """
@@ -414,15 +415,15 @@ class Engine(DeepSpeedAccessors):
         return str(path), client_state
 
     def wait_for_checkpoint(self) -> None:
-        """Wait until every rank has finished writing its checkpoint; raise if a save failed."""
+        """Wait until every rank has written its checkpoint; raise an exception if a save failed."""
         self._checkpointer.wait()
 
     def destroy(self) -> None:
         """End the run: save a last checkpoint if needed, and release the monitors and the backend.
 
         With ``engine.checkpoint.every``, a checkpoint is saved if steps were taken since the last
-        one, unless an exception is being handled. With several ranks, this happens only if all of
-        them call this method. The model stays usable.
+        one, unless an exception is being handled. With several ranks, the checkpoint is saved only
+        if all of them call this method. The model stays usable.
         """
         try:
             self._automatic.close(self._run)
@@ -438,8 +439,8 @@ class Engine(DeepSpeedAccessors):
     def run_is_over(self) -> bool:
         """Whether the run has reached its end.
 
-        The end is ``engine.max_duration``, ``engine.steps_this_run`` or, in `batches`, the end of
-        the schedule. ``engine.checkpoint.best`` can end the run earlier.
+        The run ends after ``engine.max_duration``, after ``engine.steps_this_run`` or, with
+        `batches`, at the end of the schedule. ``engine.checkpoint.best`` can end the run earlier.
         """
         return self._run.is_over
 

@@ -30,10 +30,10 @@ _MAX_LISTED = 100
 
 
 def escape(text: str) -> str:
-    """Escape the characters of a text that a terminal or log would interpret.
+    """Escape the control characters of a string, so that it is safe to print or log.
 
     Keys and values of a config can contain line breaks, terminal escape sequences, or characters
-    that change the direction of text.
+    that change the text direction.
 
     >>> escape("clear\\x1b[2J\\n::error::forged é")
     'clear\\\\x1b[2J\\\\n::error::forged é'
@@ -127,5 +127,5 @@ class MisuseError(RuntimeError, AssertionError):
     """Raised if a method is called at the wrong time.
 
     The class derives from `RuntimeError`. It also derives from `AssertionError`, because DeepSpeed
-    detects such calls with ``assert``, and scripts written for DeepSpeed may catch that exception.
+    reports such calls with ``assert``, so scripts written for DeepSpeed may catch that exception.
     """

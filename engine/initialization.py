@@ -28,7 +28,12 @@ from engine.distributed.ranks import (
 )
 from engine.engine import Engine
 from engine.errors import escape
-from engine.range_test.script import apply_sweep, attach_recorder, is_next_engine_swept
+from engine.range_test.script import (
+    apply_sweep,
+    attach_recorder,
+    is_next_engine_swept,
+    spread_sweep,
+)
 from engine.range_test.sweep import read_sweep
 from engine.training.arguments import check_arguments, check_is_trainable
 from engine.training.compiled_models import unwrap_compiled
@@ -80,9 +85,9 @@ def initialize(
             engine can only run the model.
         model_parameters: parameters or param groups to train; default: all that require gradients.
         training_data: dataset for the returned data loader, or your own data loader, which is
-            prepared as by `Engine.prepare`.
-        lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one; it
-            replaces the scheduler in the config, which is the default. It is stepped after each
+            prepared as in `Engine.prepare`.
+        lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one; by
+            default, the scheduler in the config is used. The scheduler is stepped after each
             applied optimizer step.
         distributed_port: port of rank 0, used if the environment does not set ``MASTER_PORT``.
         mpu: model-parallel unit; DeepSpeed backend only.
@@ -156,6 +161,8 @@ def initialize(
     )
     # Binding a schedule changes the param groups, so first read their hyperparameters.
     settings = read_hyperparameters(backend.basic_optimizer)
+    if sweep is not None:
+        resolved = spread_sweep(resolved, sweep, backend.basic_optimizer)
     scheduler = _bind_schedule(resolved, lr_scheduler, backend, loader)
     identity = build_identity(resolved, scheduler, settings)
     monitors = build_monitors(resolved.monitors, ranks)
@@ -243,7 +250,7 @@ def _prefer_arguments(
     """Remove the optimizer and the schedule from the config if arguments replace them.
 
     Returns:
-        The config, and a line for the log about each replacement.
+        The config, and a log message about each replacement.
 
     Raises:
         ValueError: there is no optimizer, but something that requires one.
@@ -297,7 +304,7 @@ def _bind_schedule(
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
-    """Warn if the dataset is smaller than a batch, because each batch then repeats samples."""
+    """Warn that each batch repeats samples, if the dataset is smaller than a batch."""
     if not isinstance(training_data, Dataset) or isinstance(training_data, IterableDataset):
         return
     samples = len(training_data)  # type: ignore[arg-type]  # Dataset does not declare __len__

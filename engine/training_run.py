@@ -133,7 +133,7 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has reached its end, or early stopping has ended it."""
+        """Whether the run has reached its end or was stopped early."""
         is_early = self.best is not None and self.best.is_exhausted
         return is_early or self.length.is_over(self.counters)
 
@@ -356,7 +356,7 @@ def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]
         )
         if not run.length.is_known:
             raise MisuseError(
-                "The length of the run is unknown, because there is no schedule that ends. Set "
+                "The length of the run is unknown, because the run has no schedule that ends. Set "
                 '`engine.max_duration`, for example to "10ep".'
             )
     if run.is_over and run.backend.ranks.rank == 0:
@@ -382,11 +382,11 @@ def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None) -> Iterator[None]:
-    """Restore the training state when the context exits, even after an exception.
+    """Restore the training state when the context exits, also after an exception.
 
     Args:
-        model: module whose training mode, and that of each submodule, is restored.
-        backend: backend whose model, optimizer and loss scale are restored; its gradients are
+        model: module whose training mode is restored, including that of each submodule.
+        backend: backend whose model, optimizer and loss scale are restored, and whose gradients are
             cleared.
         loader: data loader whose position is restored, or None.
     """

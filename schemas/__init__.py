@@ -32,7 +32,7 @@ _DIRECTORY = Path(__file__).parent
 
 @functools.cache
 def read(name: str) -> dict[str, Any]:
-    """Return the contents of a JSON file in this directory. Do not modify the cached result.
+    """Return the contents of a JSON file in this directory. Do not modify the result: it is cached.
 
     >>> read("sections/bf16.json")["title"]
     'bf16'

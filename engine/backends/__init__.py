@@ -22,7 +22,7 @@ __all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
-    """Describe an argument or a part of the model that only DeepSpeed supports.
+    """Name the first argument, or else a part of the model, that only DeepSpeed supports.
 
     Return None if the torch backend supports the model and all arguments.
     """
@@ -80,7 +80,7 @@ def build(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a parameter without its name, or a param group with its parameters in a list.
+    """Return a parameter without its name, or a param group whose parameters are in a list.
 
     The parameters of a group may come from a generator, which could be read only once.
     """

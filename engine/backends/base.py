@@ -24,7 +24,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compute_norm(gradients: list[Tensor]) -> float:
-    """Return the 2-norm of all gradients. The norm is finite if every gradient is finite.
+    """Return the 2-norm of all gradients.
+
+    The norm of finite gradients is finite, even if their squares overflow in float32.
 
     >>> compute_norm([torch.tensor([3.0]), torch.tensor([4.0])])
     5.0
@@ -119,7 +121,7 @@ class Backend(ABC):
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
         """Return the scaled loss, for scripts that call ``.backward()`` on the loss themselves.
 
-        The loss is scaled in the same way as in the method `backward` of this class.
+        The method `backward` of this class scales the loss in the same way.
         """
 
     @abstractmethod
@@ -150,7 +152,7 @@ class Backend(ABC):
     def has_gradients(self) -> bool:
         """Return whether any trained parameter has a gradient.
 
-        Return True if the backend cannot find out.
+        Return True if the backend cannot determine this.
         """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -175,7 +177,7 @@ class Backend(ABC):
         """The factor by which the next backward pass multiplies the loss."""
 
     def mean(self, value: float) -> float:
-        """Return the mean of a number over the ranks. Every rank must call this method."""
+        """Return the mean of a number over all ranks. Every rank must call this method."""
         if self.ranks.world_size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.ranks.device)
@@ -184,7 +186,7 @@ class Backend(ABC):
 
     @abstractmethod
     def save(self, checkpoint_dir: Path, *, frozen: bool = True) -> None:
-        """Save model, optimizer and loss scale. Every rank must call this method.
+        """Save the model, the optimizer and the loss scale. Every rank must call this method.
 
         Args:
             checkpoint_dir: directory to write to.
@@ -200,12 +202,12 @@ class Backend(ABC):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Save like `save`, but write the files in the background, one checkpoint at a time.
+        """Save the same state as `save`, but write the files in the background.
 
         Args:
             checkpoint_dir: directory to write to.
             group: process group used only for saving; None for a single process.
-            buffers: copies of the tensors from the previous save, whose memory is reused.
+            buffers: copies of the tensors from the previous save. Their memory is reused.
             frozen: whether to include parameters that do not require gradients.
 
         Raises:
@@ -222,8 +224,8 @@ class Backend(ABC):
             checkpoint_dir: directory to read from.
             optimizer: whether to restore the optimizer and the loss scale.
             strict: whether the model must have all saved parameters.
-            frozen: whether the checkpoint includes parameters that do not require gradients; if
-                not, they keep their values.
+            frozen: whether the checkpoint includes the parameters that do not require gradients. If
+                it does not, these parameters keep their values.
 
         Raises:
             CheckpointError: the checkpoint does not match the model.
@@ -231,15 +233,15 @@ class Backend(ABC):
 
     @abstractmethod
     def snapshot(self) -> Any:
-        """Return a copy of model, optimizer and loss scale. Every rank must call this method."""
+        """Return a copy of the state that `save` saves. Every rank must call this method."""
 
     @abstractmethod
     def restore(self, snapshot: Any) -> None:
-        """Restore a `snapshot` exactly. Every rank must call this method."""
+        """Restore a state returned by `snapshot`, bit for bit. Every rank must call this method."""
 
     @abstractmethod
     def describe(self) -> tuple[str, str]:
-        """Describe how the backend uses the ranks, and its precision, in phrases for the log."""
+        """Return two phrases for the log: how the backend uses the ranks, and its precision."""
 
     def get_attribute(self, name: str) -> Any:
         """Return an attribute that the training engine does not define itself.

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
+from engine.backends.build_locks import log_build_locks
 from engine.backends.deepspeed_checkpoint import (
     check_sharding,
     describe_for_conversion,
@@ -54,8 +55,8 @@ _SCALER = "grad_scaler.pt"
 class DeepSpeedBackend(Backend):
     """Backend that trains with DeepSpeed's engine, including ZeRO and offloading.
 
-    The optimizer is PyTorch's implementation unless the config requires DeepSpeed's, so that
-    DeepSpeed compiles its own optimizers only if they are needed.
+    The optimizer is PyTorch's implementation unless the config requires DeepSpeed's, because
+    DeepSpeed has to compile its own optimizers first.
 
     Args:
         model: the user's module.
@@ -108,6 +109,8 @@ class DeepSpeedBackend(Backend):
         layout = Layout(model, trained)
         # DeepSpeed reads the local rank from the environment. Set it in case no launcher did.
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+        if ranks.local_rank == 0:
+            log_build_locks()
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -212,7 +215,7 @@ class DeepSpeedBackend(Backend):
         return loss, self.engine.was_step_applied()
 
     def _are_gradients_finite(self) -> bool:
-        """Return whether all gradients are finite, which DeepSpeed does not check without ZeRO.
+        """Return whether all gradients are finite; DeepSpeed does not check this without ZeRO.
 
         If every rank has the same weights, also store the norm of the gradients in ``grad_norm``.
         """
@@ -387,7 +390,7 @@ class DeepSpeedBackend(Backend):
 
 
 def _count_elements(groups: list[Any]) -> int:
-    """Return the number of elements of all parameters in the param groups.
+    """Return the total number of elements in the parameters of the param groups.
 
     Call this function before DeepSpeed flattens and shards the parameters.
     """

@@ -25,7 +25,7 @@ __all__ = [
 
 @contextlib.contextmanager
 def refuse_pickled_code() -> Iterator[None]:
-    """Reject checkpoint files that can run code while DeepSpeed loads them inside this context.
+    """Inside this context, reject checkpoint files that could run code when DeepSpeed loads them.
 
     Only tensors, plain values and DeepSpeed's own classes are unpickled. By default, DeepSpeed
     calls ``torch.load`` with ``weights_only=False``, and no setting of DeepSpeed changes this.

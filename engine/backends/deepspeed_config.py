@@ -1,8 +1,8 @@
 """Build the config that is passed to DeepSpeed.
 
-It is the user's config without this library's own keys and with all defaults filled in. DeepSpeed's
-defaults change between versions. With explicit values, DeepSpeed runs exactly the config that was
-validated.
+This config is the user's config without onecycle's own keys and with all defaults filled in.
+Because DeepSpeed's defaults change between versions, only explicit values ensure that DeepSpeed
+runs exactly the config that was validated.
 """
 
 from __future__ import annotations

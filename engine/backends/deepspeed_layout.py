@@ -1,7 +1,8 @@
 """Check that a checkpoint fits the model and the optimizer before DeepSpeed loads it.
 
-DeepSpeed assigns the weights before it finds that the rest of a checkpoint does not fit. At ZeRO
-stage 3, it copies tensors of different shapes into each other's memory.
+DeepSpeed loads the weights before it finds out that the rest of a checkpoint does not fit, so a
+failed load would leave a changed model. At ZeRO stage 3, it copies tensors of different shapes into
+each other's memory.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from engine.errors import CheckpointError
 __all__ = ["Layout"]
 
 _FILE = "layout.json"
-_FIX = "Build the optimizer that was saved, or pass `load_optimizer_states=False`."
+_FIX = "Build the optimizer with the same param groups, or pass `load_optimizer_states=False`."
 
 
 class Layout:
-    """Records the shapes and dtypes of a model's weights, and the parameter shapes of param groups.
+    """Records the shape and dtype of each weight, and the parameter shapes of each param group.
 
     Args:
         model: model before or after DeepSpeed has sharded it.
@@ -84,8 +85,9 @@ class Layout:
         if optimizer and groups is not None and groups != self._groups:
             counts, own_counts = ([len(g) for g in each] for each in (groups, self._groups))
             raise CheckpointError(
-                f"{files.directory} does not match the optimizer: its param groups have {counts} "
-                f"parameters in the checkpoint, {own_counts} now, or their shapes differ. {_FIX}"
+                f"{files.directory} does not match the optimizer: the numbers of parameters in its "
+                f"param groups are {counts} in the checkpoint and {own_counts} now, or the shapes "
+                f"of the parameters differ. {_FIX}"
             )
         if optimizer and groups is None and not files.is_universal:
             self._check_groups(files)

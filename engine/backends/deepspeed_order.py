@@ -23,8 +23,8 @@ class BackwardOrder:
 
     DeepSpeed 0.19 loses gradients without an error in these cases:
 
-    - In ZeRO stages 1 and 2, a step has more than one backward pass that is marked as its last.
-      DeepSpeed averages the gradients in the first of them. Gradients of the others are wrong.
+    - In ZeRO stages 1 and 2, more than one backward pass of a step is marked as the last. DeepSpeed
+      averages the gradients in the first of these passes, so the gradients of the others are wrong.
     - In ZeRO stage 3, two forward passes are followed by two backward passes. DeepSpeed releases
       the parameters after the first backward pass, so the gradients of the second are wrong.
     - In any stage with master weights, a parameter is unfrozen after the engine was built.
@@ -52,7 +52,7 @@ class BackwardOrder:
         self._forwards += torch.is_grad_enabled()
 
     def check(self, *, is_last: bool) -> None:
-        """Check that DeepSpeed computes the gradients of the next backward pass correctly.
+        """Check that DeepSpeed will compute correct gradients in the next backward pass.
 
         Raises:
             RuntimeError: DeepSpeed would lose gradients or compute wrong gradients.
@@ -81,10 +81,10 @@ class BackwardOrder:
 
     @contextlib.contextmanager
     def explain_errors(self) -> Iterator[None]:
-        """Convert DeepSpeed's errors about an unsupported backward pass to errors that name a fix.
+        """Convert DeepSpeed's errors about unsupported backward passes to errors with a fix.
 
-        Run the backward pass inside this context. An example of an unsupported pass is that of a
-        GAN's generator, whose loss depends on the models of two engines.
+        Run the backward pass inside this context. DeepSpeed does not support, for example, the
+        backward pass of a GAN's generator, because its loss depends on the models of two engines.
         """
         try:
             yield
@@ -101,7 +101,7 @@ class BackwardOrder:
             ) from error
 
     def start_step(self) -> None:
-        """Reset the records about backward passes, because a new step starts."""
+        """Reset the record of forward and backward passes at the start of a step."""
         self._has_averaged = self._has_several_forwards = False
 
     def release(self) -> None:

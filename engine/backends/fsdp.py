@@ -1,8 +1,8 @@
 """The FSDP2 backend: PyTorch with parameters, gradients and optimizer states sharded across ranks.
 
 FSDP2 implements ZeRO's stages as follows. Stage 3 gathers a block's parameters for the forward pass
-and again for the backward pass. Stage 2 keeps them between the two passes. Stage 1 also keeps
-them, and reduces gradients only once per step.
+and again for the backward pass. Stage 2 keeps the gathered parameters between the two passes. Stage
+1 does the same, but reduces the gradients only once per step.
 """
 
 from __future__ import annotations
@@ -305,10 +305,11 @@ def _to_local(tensor: Tensor) -> Tensor:
 
 
 def check_gradient_averaging(ranks: Ranks) -> None:
-    """Check that FSDP averages gradients over the ranks, which some builds of torch do not do.
+    """Check that FSDP averages gradients over the ranks, because some builds of torch do not.
 
     Raises:
-        RuntimeError: FSDP's gradient of a test weight is not the mean of the ranks' gradients.
+        RuntimeError: the gradient that FSDP computes for a test weight is not the mean over the
+            ranks.
     """
     # Leave the weight uninitialized, so that the script's random state does not change.
     probe = skip_init(nn.Linear, ranks.world_size, 1, bias=False, device=ranks.device)  # type: ignore[no-untyped-call]  # untyped in torch

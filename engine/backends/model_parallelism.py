@@ -23,8 +23,8 @@ _PACKAGES = (
 def find_model_parallelism(model: nn.Module) -> str | None:
     """Return the part of a model that implements its own parallelism, such as an MoE layer.
 
-    Return None if there is none. Averaging all gradients over all ranks would be incorrect for such
-    a model: for example, each rank may hold different experts.
+    Return None if the model has no such part. Averaging all gradients over all ranks would be
+    incorrect for a model with such a part: for example, each rank may hold different experts.
 
     >>> find_model_parallelism(nn.Linear(2, 2))
     """

@@ -36,11 +36,12 @@ _SCALER = "loss_scaler.pt"
 
 
 class PyTorchBackend(Backend):
-    """Backend that trains with PyTorch; several ranks average the gradients of model replicas.
+    """Backend that trains with PyTorch, and averages the gradients of all ranks' model replicas.
 
-    Trained parameters are in float32. In bf16 and fp16, the model's methods run under autocast.
-    Trained 16-bit parameters are converted to float32, and the model then computes in their dtype,
-    unless ``engine.master_weights`` is false.
+    Trained 16-bit parameters are converted to float32 unless ``engine.master_weights`` is false.
+    With bf16, fp16 or converted parameters, the model's methods run under autocast. If the config
+    does not select bf16 or fp16, autocast uses the dtype that the parameters had before the
+    conversion.
 
     Args:
         model: the user's module; it is moved to the device of ``ranks``.
@@ -174,7 +175,7 @@ class PyTorchBackend(Backend):
         return finite
 
     def _publish_scale(self, *, overflow: bool) -> None:
-        """Set attributes that DeepSpeed's optimizers have, such as ``loss_scale``, for scripts."""
+        """Set attributes that scripts read from DeepSpeed's optimizers, such as ``loss_scale``."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
         optimizer.cur_scale = optimizer.loss_scale = self.loss_scale

@@ -118,7 +118,7 @@ def save_weights(
 def convert_parameters(backend: Backend, weights: dict[str, Any], precision: str) -> None:
     """Convert the float32 parameters in ``weights`` to a precision, "bf16" or "fp16".
 
-    Other values of ``precision`` leave the parameters in float32.
+    With any other value of ``precision``, the parameters stay in float32.
     """
     dtype = DTYPES.get(precision, torch.float32)
     converted: dict[Any, Tensor] = {}  # keeps tied parameters tied

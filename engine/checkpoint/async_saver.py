@@ -32,7 +32,7 @@ def exit_with_failure(error: Exception) -> NoReturn:
 class AsyncSaver:
     """Writes checkpoints in a background thread, one at a time.
 
-    At exit, the process waits for the last save to finish. If that save failed, the exit status
+    At exit, the process waits until the last save has finished. If that save fails, the exit status
     is 1.
     """
 
@@ -45,9 +45,9 @@ class AsyncSaver:
         atexit.register(self._wait_at_exit)
 
     def get_process_group(self, world_size: int) -> dist.ProcessGroup | None:
-        """Return a gloo process group that is used only for saving; None if the world size is 1.
+        """Return a gloo process group for saving only, or None if the world size is 1.
 
-        The first call creates the group, so every rank must make the first call.
+        The first call creates the group, so every rank must make this call.
         """
         if self._group is None and world_size > 1:
             self._group = dist.new_group(backend="gloo")
@@ -76,7 +76,7 @@ class AsyncSaver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the current save has finished. Return at once if there is none.
+        """Wait until the current save has finished. If no save is running, return at once.
 
         Raises:
             Exception: the exception of the last save, if it failed.
@@ -89,7 +89,7 @@ class AsyncSaver:
             raise failure
 
     def close(self) -> None:
-        """Wait until the current save has finished, then free the copies in host memory.
+        """Wait until the current save has finished, then free the host memory used for the copies.
 
         Raises:
             Exception: the exception of the last save, if it failed.

@@ -85,7 +85,8 @@ class AutomaticCheckpoints:
         """Save the checkpoints that are due after a step.
 
         The best checkpoint is due if the metric has improved. A regular checkpoint is due every
-        ``engine.checkpoint.every`` steps, and if any rank has received SIGINT, SIGTERM or SIGUSR1.
+        ``engine.checkpoint.every`` steps, and also when any rank has received SIGINT, SIGTERM or
+        SIGUSR1.
 
         Raises:
             CheckpointError: at the first call, if another process writes to the directory.
@@ -117,7 +118,7 @@ class AutomaticCheckpoints:
         run.best.is_unsaved = False
 
     def save_last(self, run: RunState) -> None:
-        """Save the last steps of the run, unless a checkpoint contains them already."""
+        """Save a checkpoint of the last step, unless one already exists."""
         if self._directory is None or self._plan.every is None or run.is_trial:
             return
         if not self._checkpointer.is_saved(run, self._directory):
@@ -125,9 +126,9 @@ class AutomaticCheckpoints:
             self._checkpointer.wait()
 
     def close(self, run: RunState) -> None:
-        """Save the last steps if no checkpoint contains them, and restore the signal handlers.
+        """Save a checkpoint of the last step if none exists, and restore the signal handlers.
 
-        With several ranks, the steps are saved only if every rank calls this method within 30
+        With several ranks, the checkpoint is saved only if every rank calls this method within 30
         seconds.
         """
         atexit.unregister(self._save_at_exit)
@@ -159,9 +160,9 @@ class AutomaticCheckpoints:
         self._checkpointer.save(run, directory, tag, is_automatic=tag is None)
 
     def _save_at_exit(self, run: RunState) -> None:
-        """Save the last steps of a single-process run if the process exits without an exception.
+        """Save a checkpoint of the last step if a single-process run exits without an exception.
 
-        With several ranks, nothing is saved, because some of them may have exited already.
+        With several ranks, no checkpoint is saved, because some ranks may have exited already.
         """
         directory = self._directory
         if directory is None or hasattr(sys, "last_value") or self._is_saved(run, directory):

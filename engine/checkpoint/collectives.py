@@ -1,4 +1,4 @@
-"""Synchronize the ranks before and during a save, and raise the error of one rank on all ranks."""
+"""Synchronize the ranks before and during a save, and raise an error of one rank on all ranks."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ def wait_for_ranks(ranks: Ranks, call: str) -> None:
 def find_missing_ranks(ranks: Ranks) -> list[int]:
     """Return the ranks that do not call this function within 30 seconds of the first call.
 
-    The result is the same on all ranks; a rank that calls too late is missing. The ranks use the
-    process group's store instead of a barrier with a timeout. Such a barrier is available only with
-    gloo, and does not time out on the other ranks if rank 0 is missing.
+    The result is the same on all ranks. A rank that calls this function too late counts as missing.
+    The ranks use the process group's store instead of a barrier with a timeout. PyTorch supports
+    such a barrier only with gloo, and if rank 0 is missing, the barrier does not time out on the
+    other ranks.
     """
     if ranks.world_size == 1:
         return []
@@ -127,7 +128,7 @@ def raise_on_all_ranks(
 
     Args:
         world_size: number of ranks.
-        consequence: start of the message on ranks on which the block did not fail.
+        consequence: start of the error message on ranks whose own block did not fail.
 
     Raises:
         Exception: the exception that the block raised on this rank.

@@ -33,7 +33,8 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity) -> Id
         config: config of the run.
         scheduler: scheduler of the run, with all durations resolved to steps; None if the run has
             no scheduler.
-        optimizer: result of `read_hyperparameters` before the schedule changed the param groups.
+        optimizer: hyperparameters that `read_hyperparameters` returned before the schedule changed
+            the param groups.
     """
     block, scaling = config.optimizer, config.loss_scaling
     params = json.loads(json.dumps(dict(block.params))) if block else {}
@@ -118,7 +119,7 @@ def _find_differences(
         saved: value in the checkpoint; may be a mapping or a list of settings.
         own: value at the same path in the identity of this run.
         name: dotted path of the value; empty for the whole identity.
-        unknown: keys that are not reported as different if the checkpoint does not contain them.
+        unknown: keys that are ignored if the checkpoint does not contain them.
     """
     if isinstance(saved, Mapping) and isinstance(own, Mapping):
         # Checkpoints of earlier versions do not contain the values that JSON cannot represent,

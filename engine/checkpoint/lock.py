@@ -26,9 +26,9 @@ class DirectoryLock:
     """Lock on a directory, held until `release` or until the process ends.
 
     The file ``.lock`` identifies the process that owns the lock. If that process no longer runs,
-    another process can take the lock over. On the same host, or within the same Slurm job, this
-    happens at once. Otherwise, it happens if the heartbeat in the file has not changed for 60
-    seconds. Reading checkpoints requires no lock.
+    another process can take over the lock. A process on the same host or in the same Slurm job
+    takes it over at once. Any other process waits until the heartbeat in the file has not changed
+    for 60 seconds. Reading checkpoints requires no lock.
 
     Args:
         directory: existing directory.
@@ -107,7 +107,7 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _is_stale(path: Path, owner: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Return whether the owner of a lock no longer runs; this can take 60 seconds."""
+    """Return whether the owner of a lock no longer runs. The check can take 60 seconds."""
     if owner.get("host") == own["host"] and os.name == "posix":
         return (
             owner.get("boot") != own["boot"]
@@ -138,7 +138,7 @@ def _is_running(owner: Mapping[str, Any]) -> bool:
 
 
 def _find_start_time(pid: int) -> str | None:
-    """Return the start time of a process in clock ticks since boot; None if it is unknown."""
+    """Return the start time of a process in clock ticks since boot, or None if it is unknown."""
     stat = _read_text(f"/proc/{pid}/stat")
     fields = stat.rpartition(")")[2].split()  # the name in parentheses can contain spaces
     # A zombie has ended, although its parent has not read its exit status yet.
@@ -151,7 +151,7 @@ def _is_owner(path: Path, own: Mapping[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the contents of a lock file; None if it does not exist, {} if it is damaged."""
+    """Return the contents of a lock file: None if it does not exist, {} if it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

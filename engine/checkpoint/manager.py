@@ -72,7 +72,7 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Copy the states that `save` writes to host memory, and write them in the background."""
+        """Copy to host memory the state that `save` would write, and write it in the background."""
         ...
 
     def load(
@@ -105,7 +105,7 @@ class RunState(Protocol):
         ...
 
     def restore_counters(self, counters: Counters) -> None:
-        """Restore the counters of a checkpoint, so that the run continues at its step."""
+        """Restore the counters of a checkpoint, so that the run continues at the saved step."""
         ...
 
 
@@ -148,8 +148,9 @@ class Checkpointer:
             run: state of the run to save.
             directory: directory that holds the run's checkpoints.
             tag: name of the checkpoint; default: ``global_stepN`` after N batches.
-            client_state: user data: numbers, strings, tensors, and lists and mappings of them.
-            save_latest: whether a load without a tag may use this checkpoint.
+            client_state: user data, which may contain numbers, strings, tensors, lists and
+                mappings.
+            save_latest: whether `load` may choose this checkpoint if no tag is passed.
             frozen: whether to include frozen parameters.
             is_automatic: whether to mark this checkpoint as automatic, and to delete old automatic
                 checkpoints as ``engine.checkpoint.keep`` specifies.
@@ -205,7 +206,8 @@ class Checkpointer:
     def is_saved(self, run: RunState, directory: Path) -> bool:
         """Return whether the run's last checkpoint in a directory is up to date.
 
-        This is true if the run has neither taken a step nor reported its metric since the save.
+        The checkpoint is up to date if the run has neither taken a step nor reported its metric
+        since the save.
         """
         return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
 
@@ -214,10 +216,11 @@ class Checkpointer:
         return self._saved.get(directory.resolve(), (0, -1))[0]
 
     def _collect(self, run: RunState, client_state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state to save, except for that of the model and the optimizer.
+        """Return the state to save, without the state of the model and the optimizer.
 
-        Gradients are not saved. In the middle of a step, the state at the start of the step is
-        therefore returned, so that a resumed run processes the step's micro-batches again.
+        Because gradients are not saved, a save in the middle of a step records the counters and the
+        data position of the start of that step. A resumed run then processes the micro-batches of
+        the step again.
         """
         open_batches = run.accumulation.micro_batches
         counters = replace(run.counters, micro_steps=run.counters.micro_steps - open_batches)

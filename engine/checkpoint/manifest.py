@@ -90,7 +90,7 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     required = {"tag", "step", "world_size", "backend", "identity", "versions", "created"}
     if not required <= found.keys() <= names:
         wrong = ", ".join(sorted((required - found.keys()) | (found.keys() - names)))
-        raise CheckpointError(f"{path} is damaged: keys are missing or unknown: {wrong}.")
+        raise CheckpointError(f"{path} is damaged: missing or unknown keys: {wrong}.")
     if "checksum" in found and found["checksum"] != _compute_checksum(found):
         raise CheckpointError(f"{path} is damaged: it does not match its checksum.")
     return Manifest(**found)

@@ -51,7 +51,8 @@ def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int])
     """Return the step at which a schedule continues after a change of the batch size.
 
     If the schedule has durations in samples, epochs or fractions of the run, it continues after the
-    same number of samples. A larger batch makes such a schedule shorter in steps.
+    same number of samples, which is fewer steps with a larger batch size. Any other schedule
+    continues at the same step.
 
     Args:
         steps: number of applied optimizer steps in the checkpoint.
@@ -68,7 +69,7 @@ def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int])
 def adapt_schedule_state(
     saved: Mapping[str, Any], own: dict[str, Any], applied_steps: int
 ) -> dict[str, Any]:
-    """Adapt a saved scheduler state to this run's schedule, which may be a different one.
+    """Adapt a saved scheduler state to this run's schedule, which may differ from the saved one.
 
     A schedule without feedback continues at the current step of the run. A feedback schedule
     depends on past losses, so it restarts unless its type and params match the saved ones.

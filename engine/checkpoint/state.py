@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -67,12 +66,12 @@ class _Shards:
     """The files that `write` wrote."""
 
     def __init__(self, directory: Path) -> None:
-        self.tensors = _read_saved_tensors(directory)
+        self._reader = ShardReader(directory)
+        self.tensors = _read_saved_tensors(self._reader)
         self.values = read_values(directory / VALUES)
-        self._directory = directory
 
     def load(self, own: dict[str, Any]) -> None:
-        _load_tensors(self._directory, own, is_single_process=not dist.is_initialized())
+        _load_tensors(self._reader, own, is_single_process=not dist.is_initialized())
 
 
 def write(directory: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bool = True) -> None:
@@ -98,16 +97,18 @@ def write_async(
     *,
     frozen: bool = True,
 ) -> Future[None]:
-    """Copy this rank's shards to host memory, and write the copies in the background.
+    """Copy this rank's shards of the model and the optimizer, and write them in the background.
 
-    Every rank must call this function. Training can continue as soon as it returns.
+    Every rank must call this function. The copies are in host memory, so training can continue as
+    soon as the function returns.
 
     Args:
         directory: existing directory to write to.
         model: model to save.
         optimizer: optimizer of the model.
         group: process group that is used only for saving; None for a single process.
-        buffers: copies from the previous save, whose memory is reused; updated in place.
+        buffers: copies from the previous save. Their memory is reused, and the dict is updated in
+            place.
         frozen: whether to include frozen parameters.
 
     Returns:
@@ -125,7 +126,8 @@ def write_async(
 def _copy_to_host(value: Any, old: Any) -> Any:
     """Copy the tensors in nested dicts and lists to host memory.
 
-    The memory of a tensor in ``old`` is reused if its type, shape and dtype match.
+    The copy reuses the memory of the corresponding tensor in ``old`` if the type, shape and dtype
+    match.
     """
     if isinstance(value, dict):
         before = old if isinstance(old, dict) else {}
@@ -220,12 +222,13 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         found = DeepSpeedFiles(directory).find_weights()
         # Each tensor needs its own memory in a safetensors file.
         return {k: v.read().clone() for k, v in found.items() if isinstance(v, SavedTensor)}
+    reader = ShardReader(directory)
     weights: dict[str, Any] = {
         name: torch.empty(metadata.size, dtype=metadata.properties.dtype)
-        for name, metadata in _read_saved_tensors(directory).items()
+        for name, metadata in _read_saved_tensors(reader).items()
         if name.startswith(_MODEL)
     }
-    _load_tensors(directory, weights, is_single_process=True)
+    _load_tensors(reader, weights, is_single_process=True)
     return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
 
 
@@ -268,13 +271,13 @@ def _find_frozen_names(model: nn.Module) -> set[str]:
 def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     leaves = {name: holder[key] for name, holder, key in _find_leaves(state)}
     is_single_process = not dist.is_initialized()
-    with _ignore_process_group_warning(), _raise_cause():
-        save(
-            {name: value for name, value in leaves.items() if _is_sharded(name, value)},
-            storage_writer=ShardWriter(directory),
-            process_group=group,
-            no_dist=is_single_process,
-        )
+    tensors = {name: value for name, value in leaves.items() if _is_sharded(name, value)}
+    writer = ShardWriter(directory)
+    if is_single_process:
+        writer.write_whole(tensors)
+    else:
+        with _raise_cause():
+            save(tensors, storage_writer=writer, process_group=group)
     # Write this file after the collective `save`. If rank 0 failed here before that call, the other
     # ranks would wait in it indefinitely.
     if is_single_process or dist.get_rank() == 0:
@@ -282,23 +285,26 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
         write_values(directory / VALUES, values)
 
 
-def _load_tensors(directory: Path, own: dict[str, Any], *, is_single_process: bool) -> None:
-    """Load tensors of a checkpoint by name, in place."""
+def _load_tensors(reader: ShardReader, own: dict[str, Any], *, is_single_process: bool) -> None:
+    """Load saved tensors into the tensors of the same names in ``own``."""
     try:
-        with _ignore_process_group_warning(), _raise_cause():
-            load(own, storage_reader=ShardReader(directory), no_dist=is_single_process)
+        if is_single_process:
+            reader.read_whole(own)
+            return
+        with _raise_cause():
+            load(own, storage_reader=reader)
     except (SafetensorError, LookupError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory} cannot be loaded: {error}. Use another checkpoint."
+            f"{reader.directory} cannot be loaded: {error}. Use another checkpoint."
         ) from error
 
 
 @contextlib.contextmanager
 def _raise_cause() -> Iterator[None]:
-    """Raise the exception of the first failed rank in place of torch's `CheckpointException`.
+    """Raise the exception of the first failed rank instead of torch's `CheckpointException`.
 
     A `CheckpointException` contains the exceptions of all failed ranks. The class does not derive
-    from `Exception`, so callers would not catch it.
+    from `Exception`, so ``except Exception`` would not catch it.
     """
     try:
         yield
@@ -321,7 +327,7 @@ def _find_leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def _is_sharded(name: str, value: Any) -> bool:
-    """Return whether a value is written to the sharded files, and not to `VALUES`."""
+    """Return whether a value is written to the sharded files instead of the file `VALUES`."""
     return isinstance(value, Tensor) and not _is_extra_state(name)
 
 
@@ -371,19 +377,11 @@ def check_weights(
         )
 
 
-def _read_saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
+def _read_saved_tensors(reader: ShardReader) -> dict[str, TensorStorageMetadata]:
     try:
-        found: Any = ShardReader(directory).read_metadata().state_dict_metadata
+        found: Any = reader.read_metadata().state_dict_metadata
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory} cannot be loaded: {error}. Use another checkpoint."
+            f"{reader.directory} cannot be loaded: {error}. Use another checkpoint."
         ) from error
     return dict(found)
-
-
-@contextlib.contextmanager
-def _ignore_process_group_warning() -> Iterator[None]:
-    """Suppress torch's warning about a missing process group; a single process requires none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
-        yield

@@ -89,7 +89,7 @@ def choose_backend(
         config: config to choose the backend for.
         members: all keys of the config; each section precedes its keys.
         needs_deepspeed: part of the model that only DeepSpeed supports, such as an MoE layer; None
-            if there is none. Such a part also selects DeepSpeed.
+            if there is none. A model with such a part also selects DeepSpeed.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'

@@ -57,7 +57,7 @@ class BatchSizes:
     def with_train(self, train: int) -> BatchSizes:
         """Return batch sizes with the given train batch size and the same micro-batch size.
 
-        The number of accumulation steps changes accordingly.
+        The number of gradient accumulation steps changes accordingly.
 
         Raises:
             ValueError: ``train`` is not a positive multiple of the micro-batch size times the
@@ -73,7 +73,7 @@ class BatchSizes:
         return replace(self, train=train, accumulation=train // at_once)
 
     def with_micro(self, micro: int) -> BatchSizes:
-        """Return batch sizes with the given micro-batch size and the same accumulation steps.
+        """Return batch sizes with the given micro-batch size; the accumulation steps stay the same.
 
         The train batch size changes accordingly.
 
@@ -82,7 +82,8 @@ class BatchSizes:
         """
         if micro <= 0:
             raise ValueError(
-                f"`micro_batch_size` must be >= 1, got {micro}. Pass a rank's number of samples."
+                f"`micro_batch_size` must be >= 1, got {micro}. Pass the number of samples per "
+                "forward pass on one rank."
             )
         return replace(self, micro=micro, train=micro * self.accumulation * self.data_ranks)
 

@@ -1,12 +1,13 @@
 """Override config values with command-line arguments of the training script.
 
 `add_config_arguments` adds DeepSpeed's arguments, which name the config file.
-`add_schedule_arguments` adds arguments that override values in it: some with the names and meanings
-of SambaFlow (``--learning_rate``, ``--max_steps``, …), and one per parameter of DeepSpeed's
-schedules.
+`add_schedule_arguments` adds arguments that override values in this file. Some of them have the
+same names and meanings as arguments of SambaFlow (``--learning_rate``, ``--max_steps``, …). In
+addition, there is one argument per parameter of DeepSpeed's schedules.
 
 A script may define its own argument with one of these names. The script's argument then takes
-precedence, whether it is added before or after these calls, and does not override the config.
+precedence, whether the script adds it before or after these calls. Its value does not override the
+config.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ _RUN_ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
 
 @functools.cache
 def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
-    """Map each parameter name of DeepSpeed's schedules to one schedule that has the parameter."""
+    """Map each parameter name of DeepSpeed's schedules to a schedule that has this parameter."""
     return {
         name: cls
         for cls in import_family("families.deepspeed").values()
@@ -77,10 +78,10 @@ _VALUES = "onecycle_overrides"
 
 
 class _StoreOverride(argparse.Action):
-    """An argparse action for the arguments of this module: store the value twice.
+    """An argparse action that stores the value of an argument in two places.
 
-    The value is stored under the name of the argument and, to distinguish it from the value of a
-    script's own argument with the same name, in the attribute ``_VALUES``.
+    As usual, the value becomes an attribute with the name of the argument. It is also stored in the
+    attribute that `_VALUES` names, because a script's own argument may have the same name.
     """
 
     def __call__(

@@ -1,8 +1,8 @@
 """Parse the text of a config into values, and record the position of every key and value.
 
 Like DeepSpeed, which parses configs with hjson, the parser accepts comments and trailing commas.
-Unlike DeepSpeed, it reports duplicate keys, NaN and unquoted text. Where possible, it continues
-after an error, so that all problems are reported at once.
+Unlike DeepSpeed, it reports duplicate keys, NaN and unquoted text. If possible, the parser
+continues after an error, so that all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Document:
             at_key: whether to use the position of the key instead of the position of its value.
             severity: "error", "warning" or "note".
             fix: automatic fix, if there is one.
-            suggestion: key that the user probably meant, or JSON pointer of a missing key.
+            suggestion: key that the user probably meant, or the JSON pointer of a missing key.
         """
         around = pointer
         while around and around not in self.locations and around not in self.arguments:
@@ -272,7 +272,7 @@ class _Parser:
 
         Args:
             bracket: closing bracket of the current object or array.
-            first: whether no item has been parsed yet, so that no comma is expected.
+            first: whether no item has been parsed yet; if so, no comma is expected.
 
         Returns:
             Whether the closing bracket was found.

@@ -58,7 +58,7 @@ def trace_origins(context: RuleContext) -> Iterator[Entry]:
 
 
 def _get_weight_decay(document: Document) -> float:
-    """Return the default weight decay, which depends on other params of the optimizer."""
+    """Return the default weight decay, which depends on the optimizer's other params."""
     block = document.value["optimizer"]
     name = optimizer_name(block["type"])
     assert name is not None

@@ -121,7 +121,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class ProgressSettings:
-    """How rank 0 reports the progress of the run."""
+    """Settings for the progress reports of rank 0."""
 
     is_logged: bool
     """Whether the loss and the learning rate are reported; false for ``steps_per_print: null``."""
@@ -155,7 +155,7 @@ class OptimizerBlock:
 class Config(Mapping[str, Any]):
     """A valid config with all defaults and derived values filled in.
 
-    As a mapping, it contains the keys and values of ``raw``: those that the user set.
+    When used as a mapping, it contains only the keys and values that the user set (``raw``).
     """
 
     name: str
@@ -235,7 +235,7 @@ class Config(Mapping[str, Any]):
         )
 
     def horizon(self, steps_per_epoch: float | None) -> Horizon:
-        """Return the length of the run, which is required to convert durations to steps.
+        """Return the length of the run, which is needed to convert durations to steps.
 
         Args:
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.

@@ -43,9 +43,9 @@ def build_horizon(
         steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
     Raises:
-        DurationError: ``max_duration`` is in epochs or samples, and cannot be converted to steps
-            because ``steps_per_epoch`` or ``samples_per_step`` is None; or the run is shorter than
-            one step or too long.
+        DurationError: the run is shorter than one step or too long; or ``max_duration`` is in
+            epochs or samples, but ``steps_per_epoch`` or ``samples_per_step``, which is needed to
+            convert it to steps, is None.
 
     >>> build_horizon({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
     100
@@ -78,7 +78,7 @@ def build_horizon(
 def find_horizon(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None = None
 ) -> Horizon | None:
-    """Return the length of the run; None if it cannot be determined before launch.
+    """Return the length of the run, or None if it cannot be determined before launch.
 
     Durations in epochs depend on the data loader. Durations in samples depend on the batch size,
     which depends on the number of ranks if ``train_batch_size`` is absent.
@@ -92,7 +92,7 @@ def list_possible_horizons(
 ) -> list[Horizon]:
     """Return the length of the run, or several possible lengths if it is unknown before launch.
 
-    A problem that occurs with every possible length is a problem of the config.
+    If a problem occurs with every possible length, the config itself is invalid.
 
     Args:
         schedule: schedule whose durations are to be converted to steps.
@@ -143,7 +143,8 @@ def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Bas
 
     Args:
         config: config without "auto" values.
-        schedule: schedule whose lists of numbers determine the number of param groups.
+        schedule: schedule of the config. If its params contain lists of numbers, these determine
+            the number of param groups.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
@@ -169,7 +170,7 @@ class EvaluatedSchedule:
     curves: Curves
 
     def overwrites(self, name: str) -> bool:
-        """Return whether the schedule's values are independent of the optimizer's initial value.
+        """Return whether the schedule ignores the optimizer's initial value of a hyperparameter.
 
         Args:
             name: hyperparameter to check, such as ``lr``.

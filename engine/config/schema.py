@@ -53,7 +53,7 @@ def is_ignored(key: str) -> bool:
 
 
 def optimizer_name(name: str) -> str | None:
-    """Return the canonical spelling of an optimizer name; None if the name is unknown.
+    """Return the canonical spelling of an optimizer name, or None if the name is unknown.
 
     The name is matched case-insensitively.
     """
@@ -68,7 +68,7 @@ def optimizer_schema(name: str) -> dict[str, Any]:
 def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
     """Return the JSON schema of a schedule's ``params``.
 
-    The schema is read from a file for built-in schedules, and generated for custom schedules.
+    The schema of a built-in schedule is read from a file; that of a custom schedule is generated.
     """
     if SCHEDULES.get(cls.type_name) is cls:
         with contextlib.suppress(FileNotFoundError):
@@ -77,7 +77,7 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
 
 
 def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Merge a schema with the schema file that its ``$ref`` names, if it has a ``$ref``.
+    """If a schema has a ``$ref``, merge the schema with the file that the ``$ref`` names.
 
     If both contain the same keyword, the value in ``schema`` takes precedence.
     """
@@ -148,7 +148,7 @@ def walk(
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
     """Return the canonical names of the keys that the object sets under an old or alternative name.
 
-    The result can also contain values that are not names of keys, such as None.
+    The set can also contain other values that are not key names, such as None.
     """
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
@@ -236,7 +236,8 @@ def to_nested_dict(members: Iterable[Member], pointer: str = "") -> dict[str, An
 def add_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of an object with default values added and ignored keys removed.
 
-    No defaults are added for keys that only DeepSpeed supports. DeepSpeed fills them in itself.
+    No defaults are added for keys that only DeepSpeed supports, because DeepSpeed fills in these
+    defaults itself.
 
     >>> add_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))["enabled"]
     True
@@ -247,7 +248,7 @@ def add_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[st
 def add_optimizer_defaults(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """Return an optimizer's params with default values added for missing params.
 
-    The default of a param can depend on the values of other params.
+    The default value of a param can depend on the values of other params.
 
     >>> add_optimizer_defaults("Adam", {"torch_adam": True})["weight_decay"]
     0.01

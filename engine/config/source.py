@@ -31,9 +31,9 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 def load_document(config: Source) -> Document:
     """Read a config from a file, standard input ("-"), a dict, or a string in base64.
 
-    A path must name a regular file, because reading a named pipe or a device can block or never
-    end. The paths of pipes that the shell has opened, such as ``/dev/fd/63`` for ``<(command)``,
-    are accepted.
+    A path must name a regular file, because reading from a named pipe or a device can block or
+    never end. The path of a pipe that the shell has opened, such as ``/dev/fd/63`` for
+    ``<(command)``, is also accepted.
 
     Raises:
         ConfigError: the file does not exist, cannot be read, is too large, or is not UTF-8 text.

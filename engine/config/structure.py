@@ -152,7 +152,7 @@ def check_against_schema(
 
 
 def _get_suggested_pointer(problem: Problem) -> str:
-    """Return the JSON pointer of the key that is suggested in place of an unknown key.
+    """Return the JSON pointer of the key that is suggested instead of an unknown key.
 
     Return an empty string if the problem is not an unknown key, or has no suggestion.
     """
@@ -165,7 +165,7 @@ def _convert_error(
 ) -> Iterator[Problem]:
     """Convert an error of the package ``jsonschema`` to problems of the config.
 
-    If there are several unknown keys, a known key is suggested only for the first ``suggestions``.
+    A known key is suggested for at most ``suggestions`` unknown keys.
     """
     name = dotted_name(pointer) or "the config"
     keyword = str(error.validator)
@@ -231,7 +231,8 @@ def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix 
     """Suggest removing the quotes from a string such as "1" or "True".
 
     Returns:
-        A hint and an automatic fix; an empty hint and None if the unquoted value is invalid.
+        A hint and an automatic fix. If the value would still be invalid without quotes, the hint is
+        empty and the fix is None.
     """
     if not isinstance(value, str):
         return "", None
@@ -327,7 +328,7 @@ def _check_run_length(
 ) -> Iterator[Problem]:
     """Yield an error if the run is too long, or shorter than one step.
 
-    The data set is unknown, so an epoch is assumed to have one step.
+    The length of the dataset is unknown, so each epoch is assumed to have one step.
     """
     samples = get_train_batch_size(config, ranks) or 1
     try:
@@ -353,7 +354,7 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Add a hint to a problem about an unknown parameter: the schedules with this parameter.
+    """Add a hint to a problem about an unknown parameter: the schedules that have this parameter.
 
     Other problems are returned unchanged.
     """
@@ -407,7 +408,7 @@ def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) ->
     """Check that a schedule can be resolved for at least one of the possible lengths of its run.
 
     Raises:
-        ScheduleError: a field has a problem for all lengths.
+        ScheduleError: a field has a problem with every possible length.
     """
     found: list[dict[str | None, ParameterProblem]] = []
     for horizon in horizons:

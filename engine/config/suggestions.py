@@ -1,7 +1,7 @@
 """Suggest a known key for an unknown key.
 
-A suggestion is a key with a similar name, the equivalent of another tool's key, or the section in
-which the key is valid. No suggestion is made if none is likely to be correct.
+A suggestion can be a key with a similar name, the equivalent of another tool's key, or the section
+in which the key is valid. No suggestion is made unless it is likely to be correct.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Suggestion(NamedTuple):
 def suggest_key(
     pointer: str, key: str, known: Mapping[str, Any], present: Mapping[str, Any]
 ) -> Suggestion:
-    """Suggest a known key in place of an unknown key.
+    """Suggest a known key instead of an unknown key.
 
     Args:
         pointer: JSON pointer of the object that contains the unknown key.
@@ -129,7 +129,7 @@ def _find_params(pointer: str, block: Mapping[str, Any]) -> Collection[str]:
 
 
 def _find_unique_match(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that is similar to ``name``; None if none or several are similar.
+    """Return the only known name that is similar to ``name``, or None if there is not exactly one.
 
     Names are similar if their edit distance is at most 2 and the first or last letter is the same.
     """

@@ -132,9 +132,10 @@ def preview(
         allow_imports: whether to import the code that the config names.
 
     Raises:
-        ConfigError: the file cannot be read or parsed, there is no ``scheduler``, the section
-            ``scheduler``, ``optimizer`` or ``engine`` is invalid, the schedule requires code that
-            must not be imported, or it depends on the loss and the run is too long.
+        ConfigError: the file cannot be read or parsed; ``scheduler`` is missing; the section
+            ``scheduler``, ``optimizer`` or ``engine`` is invalid; the schedule requires code that
+            must not be imported; or the schedule depends on the loss, and the run is too long to
+            simulate.
 
     >>> warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     >>> list(preview({"scheduler": warmup}).rows(3))

@@ -16,7 +16,7 @@ _SECONDS = 0.1  # between two redraws
 
 
 class ProgressBar:
-    """Shows the number of completed steps, a text, the speed and the time left.
+    """Shows the number of completed steps, a short text, the speed and the remaining time.
 
     `move_to` draws the bar on standard error; there is no drawing thread. While the bar is shown,
     everything that the script prints or logs appears above the bar.
@@ -75,7 +75,7 @@ class ProgressBar:
         Args:
             step: number of completed steps.
             total: number of steps of the whole run; None if it is unknown.
-            text: text beside the bar, such as the loss.
+            text: text to show beside the bar, such as the loss.
         """
         now = time.monotonic()
         is_due = now >= self._next_redraw
@@ -94,7 +94,7 @@ class ProgressBar:
             self.close()
 
     def close(self) -> None:
-        """Stop updating the bar, which stays on the screen, and restore the output streams."""
+        """Stop updating the bar, and restore the output streams. The bar stays on the screen."""
         if not self.is_open:
             return
         ProgressBar._shown, self.is_open = None, False
@@ -105,10 +105,10 @@ class ProgressBar:
 
 
 def _redirect_handlers(replaced: Mapping[int, Any]) -> list[tuple[Any, Any]]:
-    """Make log handlers write to the replacements of their output streams.
+    """Make log handlers write to the streams that replace their output streams.
 
     Args:
-        replaced: dict from the ``id`` of each original stream to the stream that replaces it.
+        replaced: dict that maps the ``id`` of each original stream to its replacement.
 
     Returns:
         Pairs of a changed handler and its original stream.

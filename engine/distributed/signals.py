@@ -82,7 +82,7 @@ class Signals:
         self._received = max(self._received, 1 + _NAMES.index(name))
 
     def find_on_any_rank(self, ranks: Ranks) -> str | None:
-        """Return the name of the signal that a rank has received; None if there was no signal.
+        """Return the name of a signal that any rank has received, or None if there was none.
 
         Every rank must call this method in the same step.
         """

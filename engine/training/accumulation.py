@@ -51,7 +51,7 @@ class Accumulation:
         return self.averages_gradients and self.is_boundary()
 
     def restart(self, micro_batches: int = 0) -> None:
-        """Set the position in the current batch, and discard the state of the previous one.
+        """Set the position in the current batch, and reset the records of earlier backward passes.
 
         Args:
             micro_batches: number of micro-batches that the run has processed so far.
@@ -61,7 +61,7 @@ class Accumulation:
         self.has_gradients = False
 
     def check_between_steps(self) -> None:
-        """Check that a trial run can start without discarding accumulated gradients.
+        """Check that no accumulated gradients would be lost if a trial run started now.
 
         Raises:
             ValueError: the current batch is incomplete.

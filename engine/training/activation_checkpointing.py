@@ -73,7 +73,7 @@ class CheckpointedForward:
 
 
 def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
-    """Return a model's blocks: the modules that are sharded or checkpointed one by one.
+    """Return a model's blocks: the modules that are sharded or checkpointed individually.
 
     Args:
         model: any module.

@@ -60,10 +60,10 @@ def order_dataset(samples: int, config: Config) -> EpochOrder:
 
 
 def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
-    """Return the order that a sampler draws, which depends only on the seed and the epoch.
+    """Return an order that a sampler draws and that depends only on the seed and the epoch.
 
-    Before an epoch is drawn, the global random generators and those of the sampler are seeded from
-    ``engine.seed`` and the epoch. Afterwards, their previous states are restored.
+    Before the sampler draws an epoch, its own random generators and the global ones are seeded from
+    ``engine.seed`` and the epoch number. Afterwards, their previous states are restored.
 
     Args:
         source: sampler or batch sampler with a length.
@@ -107,13 +107,13 @@ def set_epoch(source: Any, epoch: int) -> None:
 
 
 class GlobalBatchSampler(Sampler[Any]):
-    """Samples one rank's micro-batches, so that global batches do not depend on the world size.
+    """Yields one rank's micro-batches, so that global batches do not depend on the world size.
 
     The order of an epoch is cut into batches of ``train_batch_size``. Each batch is split across
-    ranks and micro-batches. Step k therefore trains on the same samples whether a batch of 8 is
-    processed on one rank, in 2 micro-batches of 4, or on two ranks with 4 samples each. The last
-    batch is filled up with samples from the start of the epoch, or dropped. Each iteration over the
-    sampler is one epoch.
+    ranks and micro-batches. Step k therefore trains on the same samples whether one rank processes
+    a batch of 8 in 2 micro-batches of 4, or two ranks process 4 samples each. The last batch is
+    filled up with samples from the start of the epoch, or dropped. Each iteration over the sampler
+    is one epoch.
 
     Args:
         order: order in which each epoch visits the data.
@@ -172,8 +172,9 @@ class GlobalBatchSampler(Sampler[Any]):
 class _SeededItems:
     """Holds the items of one micro-batch, and seeds the worker process that unpickles them.
 
-    torch seeds a worker only when the worker starts. Its random numbers would then depend on the
-    micro-batches that it has loaded before, so a resumed run would draw different random numbers.
+    torch seeds a worker only when the worker starts. Without this class, the random numbers of a
+    worker would depend on the micro-batches that it has loaded before, so they would be different
+    in a resumed run.
     """
 
     def __init__(self, items: Any, seed: str) -> None:

@@ -41,7 +41,7 @@ class BestMetric:
     def update(self, value: float, step: int) -> bool:
         """Record a reported value, and return whether it is the best value so far.
 
-        Several reports in one step, such as those of `Engine.step` and `Engine.report`, count as
+        Several reports in the same step, for example by `Engine.step` and `Engine.report`, count as
         one.
         """
         is_new_report = step != self.last_step

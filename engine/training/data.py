@@ -26,7 +26,7 @@ __all__ = [
 
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:
-    """Call a model on a batch; a tuple, list or mapping is unpacked into its arguments.
+    """Call a model on a batch; a tuple, list or mapping is unpacked into the model's arguments.
 
     >>> call_model(max, (1, 3)), call_model(dict, {"x": 2})
     (3, {'x': 2})
@@ -81,7 +81,7 @@ def read_epoch(loader: RunLoader | None) -> int:
 
 
 def count_steps_per_epoch(loader: RunLoader | None, config: Config) -> int | None:
-    """Return the number of optimizer steps per pass over the data; None if it is unknown.
+    """Return the number of optimizer steps per epoch, or None if it is unknown.
 
     Raises:
         ValueError: an epoch is shorter than a step.
@@ -110,7 +110,7 @@ def build_loader(
 ) -> RunLoader:
     """Build the data loader of one rank; it yields micro-batches and reshuffles every epoch.
 
-    An iterable dataset is not shuffled, and must split its samples across ranks itself.
+    An iterable dataset is not shuffled. It must itself split its samples across ranks.
 
     Args:
         training_data: dataset, or the user's own data loader.
@@ -158,7 +158,7 @@ def make_rank_loader(
     pin_memory: bool = True,
     **settings: Any,
 ) -> DataLoader[Any]:
-    """Build a data loader of one rank whose position is not saved in checkpoints.
+    """Build a data loader for one rank; checkpoints do not contain its position.
 
     Args:
         dataset: dataset to load. An iterable dataset must split its samples across ranks.

@@ -25,7 +25,8 @@ def map_leaves(
     Args:
         function: function that takes a leaf and returns its replacement.
         value: container or leaf.
-        is_leaf: function that returns true for containers that are passed to ``function`` whole.
+        is_leaf: function that returns true for each container to be passed to ``function`` as a
+            whole.
 
     >>> map_leaves(lambda number: -number, {"x": (1, [2])})
     {'x': (-1, [-2])}

@@ -1,4 +1,4 @@
-"""End a run whose gradients are non-finite in too many consecutive steps."""
+"""End a run if its gradients are not finite in too many consecutive steps."""
 
 from __future__ import annotations
 

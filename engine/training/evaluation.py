@@ -61,7 +61,7 @@ class Evaluator:
     """Averages metrics over a dataset, and gathers tensors from all ranks.
 
     All ranks process equally many batches, because a forward pass may gather parameters from all
-    ranks. A rank that has no batch left repeats a batch, and drops the results of the repetition.
+    ranks. A rank that has no batch left processes an earlier batch again, and drops the results.
 
     Args:
         ranks: rank, world size and device of this process.
@@ -143,7 +143,7 @@ class Evaluator:
         return self._gather_objects(self._ranks.shard).index(self._ranks.shard)
 
     def _iterate(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """Return an iterator over this rank's batches, each with whether it is a repeated one."""
+        """Return an iterator over (batch, is_repeated) pairs for this rank."""
         if self._ranks.world_size == 1:
             return ((batch, False) for batch in loader)
         plans = self._gather_objects(_plan_split(loader))
@@ -156,7 +156,7 @@ class Evaluator:
     def _iterate_split(
         self, loader: DataLoader[Any], batches: list[list[int]]
     ) -> Iterator[tuple[Any, bool]]:
-        """Return an iterator over this rank's part of ``batches``, which are lists of indices."""
+        """Load this rank's part of ``batches``, and return an iterator like that of `_iterate`."""
         size = self._ranks.data_ranks
         own = batches[self._ranks.data_rank :: size]
         repeats = len(batches[::size]) - len(own)
@@ -180,10 +180,11 @@ class Evaluator:
 
 
 def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
-    """Return how to split a loader's dataset across ranks; None if it cannot be split.
+    """Describe the dataset and the batches of a loader, or return None if they cannot be split.
 
-    The plan is the number of samples, the batch size, ``drop_last`` and a hash of the first sample.
-    The ranks' plans differ if each rank's dataset is only its own part of the data.
+    The result contains the number of samples, the batch size, ``drop_last`` and a hash of the first
+    sample. If the results of the ranks are equal, the loader's dataset can be split across the
+    ranks. They differ if the dataset of each rank contains only that rank's part of the data.
     """
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None
@@ -224,7 +225,7 @@ def _copy_loader(
     num_workers: int,
     generator: torch.Generator | None,
 ) -> DataLoader[Any]:
-    """Copy a data loader with different batches, which are lists of sample indices."""
+    """Copy a data loader, but let the copy load ``batches``, which are lists of sample indices."""
     return DataLoader(
         loader.dataset,
         batch_sampler=batches,
@@ -276,7 +277,7 @@ def _check_number(value: Any, what: str) -> Any:
 
 
 def _count_samples(batch: Any) -> int | None:
-    """Return the length of a batch's first tensor; None if the batch contains no tensor.
+    """Return the length of a batch's first tensor, or None if the batch contains no tensor.
 
     >>> _count_samples({"ids": ["a", "b"], "x": torch.ones(2, 5)})
     2
@@ -315,5 +316,5 @@ def _compute_means(rows: Sequence[_Row]) -> Any:
 
 
 def _sum(values: list[float]) -> float:
-    """Return a sum that does not depend on the order of the values, if all are finite."""
+    """Return the sum of values. If all values are finite, it does not depend on their order."""
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

@@ -64,7 +64,7 @@ class _Bucket:
     """Whether a gradient changed after its all-reduce started."""
 
     def is_complete(self) -> bool:
-        """Return whether the backward pass has copied every gradient into the buffer."""
+        """Return whether every gradient of the bucket has been copied into the buffer."""
         return len(self.copied) == len(self.parameters)
 
 
@@ -73,13 +73,12 @@ class GradientAverager:
 
     During a backward pass inside `overlap`, a bucket of gradients is averaged as soon as it is
     complete, while the pass continues. `finish` averages everything else, so that every gradient
-    that reaches the optimizer is averaged. Averaging twice is safe: the mean of values that are
-    equal on all ranks is the same value. If no rank has a gradient for a parameter, the gradient
-    stays None.
+    that reaches the optimizer is averaged. Averaging a gradient twice is safe, because the second
+    average does not change values that are already equal on all ranks. If no rank has a gradient
+    for a parameter, the gradient stays None.
 
-    All ranks must run the same backward passes. To detect ranks that do not, the ranks compare the
-    numbers of their steps and the norms of their gradients in the first steps and in every
-    hundredth step.
+    All ranks must run the same backward passes. To detect violations, the ranks compare their step
+    numbers and gradient norms in the first steps and in every hundredth step.
 
     Args:
         model: replicated module; rank 0's parameters and buffers are copied to all ranks.
@@ -191,7 +190,7 @@ class GradientAverager:
                 self._add_hook(parameter, self._on_sparse)
 
     def _add_hook(self, parameter: nn.Parameter, hook: Callable[..., None]) -> None:
-        """Register a hook that runs when a gradient was accumulated, after the script's hooks."""
+        """Register a hook that runs after a gradient is accumulated, after the script's hooks."""
         if parameter.requires_grad:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
             self._nodes.append(node)  # the parameter itself keeps no reference to its node
@@ -233,7 +232,7 @@ class GradientAverager:
 
     @torch.no_grad()
     def _copy(self, bucket: _Bucket, index: int) -> bool:
-        """Copy a gradient, divided by the world size, to the buffer; return False if none."""
+        """Copy a gradient divided by the world size to the buffer; return whether there is one."""
         gradient, view = bucket.parameters[index].grad, bucket.views[index]
         if gradient is None:
             view.zero_()
@@ -320,9 +319,9 @@ class GradientAverager:
     def _check_steps_match(self) -> None:
         """Check that all ranks have finished the same step.
 
-        The ranks compare step numbers in an all-reduce of the first bucket's size. A rank that
-        still averages gradients of this step starts an all-reduce of the same size, so the check
-        finds that rank. With any other collective operation, the ranks would hang.
+        The ranks compare step numbers in an all-reduce of the first bucket's size. A rank that is
+        still averaging gradients of this step starts an all-reduce of the same size, so the check
+        detects this rank. If the check used any other collective operation, the ranks would hang.
         """
         for bucket in self._buckets[:1]:
             bucket.buffer.zero_()
@@ -350,7 +349,7 @@ class GradientAverager:
 
 
 def _split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Split parameters into buckets whose parameters have the same device and dtype.
+    """Split parameters into buckets, each of which has only one device and one dtype.
 
     The first bucket is small, so that averaging starts early in the backward pass.
     """
@@ -368,7 +367,7 @@ def _split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def _buffer_type(parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype in which a parameter's gradient is averaged.
+    """Return the device and the dtype to use for averaging a parameter's gradient.
 
     The dtype is at least float32, because sums of 16-bit gradients lose precision.
     """

@@ -42,9 +42,11 @@ class RunLoader:
         seed: seed of ``generator`` in the first epoch.
         generator: generator of ``batches``, from which torch draws the seeds of the workers. It is
             seeded in each epoch, and leaves the global random state unchanged.
-        sampler: batch sampler of ``batches``, which can skip micro-batches on a resume. Without it,
-            the skipped micro-batches are loaded again, unless the loader saves its own position.
-        repeats: check that the ranks load different batches; None if the loader ensures this.
+        sampler: batch sampler of ``batches``, which can skip micro-batches when a run resumes.
+            Without it, the skipped micro-batches are loaded and discarded, unless the loader saves
+            its own position.
+        repeats: check that the ranks load different batches; None if the loader itself ensures
+            this.
     """
 
     def __init__(
@@ -86,15 +88,16 @@ class RunLoader:
 
     @property
     def epoch(self) -> int:
-        """The current epoch, counted from 0; between two epochs, the next one."""
+        """The number of the current epoch, from 0; between two epochs, that of the next one."""
         return self._epoch + 1 if self._is_finished else self._epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data.
 
         Returns:
-            The epoch, the number of micro-batches requested in it, and whether its data is used up.
-            If the data loader saves its own position, "loader" is its state on this rank.
+            The epoch, the number of micro-batches requested in it, and whether all data of the
+            epoch has been used. If the data loader saves its own position, "loader" is its state on
+            this rank.
         """
         finished = int(self._is_used_up())
         state = {"epoch": self._epoch, "given": self._requested, "finished": finished}
@@ -130,8 +133,8 @@ class RunLoader:
     def close(self) -> None:
         """Stop the worker processes that keep running between epochs.
 
-        If Python's garbage collector stopped them instead, this could take seconds, because it may
-        delete the queues of the workers first.
+        Without this call, Python's garbage collector would stop the workers. It may delete their
+        queues first, and stopping the workers then takes seconds.
         """
         if getattr(self._batches, "persistent_workers", False):
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way

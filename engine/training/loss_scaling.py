@@ -43,8 +43,8 @@ class LossScaler:
     def limit_to_float16(self) -> None:
         """Lower a dynamic scale to the largest power of two that float16 can represent.
 
-        The gradient of a float16 loss with respect to itself is the scale. Any higher scale would
-        be infinite, and the step would be skipped whatever the loss is.
+        The backward pass of a scaled float16 loss starts with the scale as a float16 gradient. A
+        larger scale would become infinite there, so every step would be skipped.
         """
         if self._dynamic and self.scale > _MAX_FLOAT16_SCALE:
             self.scale = _MAX_FLOAT16_SCALE

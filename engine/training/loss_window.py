@@ -31,8 +31,8 @@ class LossWindow:
 
     Args:
         average: function that averages a number over all ranks.
-        is_kept: whether to keep the losses; needed by feedback schedules, monitors and LR range
-            tests.
+        is_kept: whether to keep the losses, which feedback schedules, monitors and LR range tests
+            need.
     """
 
     def __init__(self, average: Callable[[float], float], *, is_kept: bool) -> None:

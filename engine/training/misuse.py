@@ -50,12 +50,12 @@ class CheckedBackend(Protocol):
         ...
 
     def has_gradients(self) -> bool:
-        """Return whether a trained parameter has a gradient; true if that is unknown."""
+        """Return whether a trained parameter has a gradient, or True if this is unknown."""
         ...
 
 
 class MisuseChecks:
-    """Checks the training loop at each pass, at each step and at the end of each epoch.
+    """Checks the training loop at each backward pass, at each step and at the end of each epoch.
 
     The checks neither wait for the device nor communicate with other ranks. The only change to the
     script's objects is a hook that counts the steps of the optimizer. The engine and its trial runs
@@ -89,7 +89,7 @@ class MisuseChecks:
         self._counter.release()
 
     def restart(self) -> None:
-        """Forget how far the optimizer and the scheduler have stepped, for example on a resume."""
+        """Discard the recorded positions of optimizer and scheduler, for example on a resume."""
         self._is_position_known = False
 
     def check_loss(self, loss: object) -> None:
@@ -156,7 +156,7 @@ class MisuseChecks:
         self._is_position_known = False  # until this step completes
 
     def note_step(self, scheduler: Any, global_steps: int) -> None:
-        """Record how far the optimizer and the scheduler have stepped. Call this after each batch.
+        """Record the positions of optimizer and scheduler. Call this method after each batch.
 
         Args:
             scheduler: the run's scheduler; may be None.
@@ -257,7 +257,7 @@ class MisuseChecks:
 
 
 class _Claim:
-    """Records the parameters that an engine trains, and other engines that train some of them."""
+    """Records an engine's trained parameters, and the other engines that also train any of them."""
 
     def __init__(self, parameters: set[Any]) -> None:
         self.parameters = parameters
@@ -279,7 +279,7 @@ _CLAIMS: weakref.WeakSet[_Claim] = weakref.WeakSet()
 
 
 class _StepCounter:
-    """Counts the steps of an optimizer. It holds no reference to the engine."""
+    """Counts the steps of an optimizer, without holding a reference to the engine."""
 
     def __init__(self, optimizer: Any) -> None:
         self.count = 0

@@ -62,9 +62,10 @@ class RunDirectories:
         """The number of this run for each ``DIR``. Checkpoints contain these numbers."""
 
     def get(self, directory: str) -> Path:
-        """Return this run's directory for a directory in the config, such as DIR-2 for DIR.
+        """Return the directory that this run uses for a directory in the config.
 
-        The first call chooses the directory.
+        If earlier runs used the directory DIR, this is DIR-2, for example. The first call chooses
+        it.
         """
         number = self.numbers.get(directory)
         if number is None or _OWNERS.get(_add_number(directory, number)) is not self:
@@ -78,7 +79,7 @@ class RunDirectories:
     def take_over(self) -> None:
         """Take over the directories from an earlier engine of this process.
 
-        If that engine writes again, it chooses new directories.
+        If the earlier engine writes again, it chooses new directories.
         """
         for directory, number in self.numbers.items():
             _OWNERS[_add_number(directory, number)] = self
@@ -129,6 +130,8 @@ class TensorBoardMonitor:
 
             self.close()
             self._writer = SummaryWriter(directory, purge_step=self._purge_step)
+            # End the writer's thread if the engine is deleted without a call to `destroy`.
+            self._finalizer = weakref.finalize(self, self._writer.close)
         for event in events:
             self._writer.add_scalar(event.name, event.value, event.samples)
         self._writer.flush()
@@ -141,7 +144,7 @@ class TensorBoardMonitor:
     def close(self) -> None:
         """Close the event file and end the writer's thread."""
         if self._writer is not None:
-            self._writer.close()
+            self._finalizer()
             self._writer = None
 
 

@@ -50,9 +50,10 @@ def is_loader(value: object) -> bool:
 def prepare_loader(loader: Iterable[Any], config: Config, ranks: Ranks) -> RunLoader:
     """Prepare a data loader; the loader itself stays unchanged. Every rank must call this function.
 
-    A `torch.utils.data.DataLoader` is built again from its parts, so that its samples are split
-    across the ranks and its order is reproducible. A loader that saves its own position, or that
-    overrides how it iterates, is used as it is and must split its samples itself.
+    A `torch.utils.data.DataLoader` is replaced by a new one with the same dataset and settings,
+    whose samples are split across the ranks in a reproducible order. A loader that saves its own
+    position, or whose class overrides the iteration, is used unchanged and must split its samples
+    across the ranks itself.
 
     Args:
         loader: data loader that yields micro-batches.
@@ -95,7 +96,7 @@ def _check_settings(loader: Any, config: Config) -> None:
 
 
 def _read_batch_size(loader: Any) -> int | None:
-    """Return the batch size of a data loader; None if it is not known."""
+    """Return the batch size of a data loader, or None if it is unknown."""
     for part in find_samplers(loader)[:2]:
         size = getattr(part, "batch_size", None)
         if isinstance(size, int):
@@ -158,7 +159,7 @@ def _rebuild_loader(loader: DataLoader[Any], config: Config, ranks: Ranks) -> tu
     settings = {name: getattr(loader, name) for name in _SETTINGS if hasattr(loader, name)}
     settings["pin_memory"] &= ranks.device.type == "cuda"  # torch warns on the CPU
     if not settings.get("in_order", True) and ranks.rank == 0:
-        log.warning("with `in_order=False`, a resumed run may repeat some batches and miss others")
+        log.warning("with `in_order=False`, a resumed run may repeat some batches and skip others")
     if isinstance(loader.dataset, IterableDataset):
         settings |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
         built = build_run_loader(loader.dataset, settings, None, config, ranks)

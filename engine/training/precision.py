@@ -92,7 +92,7 @@ def convert_to_float32(
 
     Args:
         parameters: parameters of the model; those that do not require gradients stay unchanged.
-        optimizer: optimizer whose state for these parameters is converted too.
+        optimizer: optimizer whose state for these parameters is also converted.
 
     Returns:
         The dtype that the parameters had; None if no parameter was converted.

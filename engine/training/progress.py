@@ -51,8 +51,9 @@ class StepRecord:
     """Number of skipped steps so far."""
     lr: Sequence[float]
     """Learning rate of each param group."""
-    momentum: Sequence[float] | None
-    """Momentum (first beta for Adam) of each param group; None if there is none."""
+    momentum: Sequence[float | None] | None
+    """Momentum (first beta for Adam) of each param group; None if there is none. In the sequence,
+    None stands for a group without momentum."""
     weight_decay: Sequence[float] | None
     """Weight decay of each param group; None if there is none."""
     loss: float | None
@@ -86,7 +87,8 @@ class ProgressReporter:
         config: config with ``steps_per_print``, ``engine.progress_bar`` and the monitors' sections.
         monitors: monitors to write to.
         average: function that averages a number over all ranks.
-        is_first: whether this is rank 0, which writes the log lines or shows the bar.
+        is_first: whether this process is rank 0, which writes the log lines or shows the progress
+            bar.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class ProgressReporter:
             self._count += 1
 
     def clear_losses(self) -> None:
-        """Remove the losses since the last log line. A skipped step's loss may not be finite."""
+        """Discard the losses since the last log line, for example those of a skipped step."""
         self._sum, self._count = 0.0, 0
 
     def needs_record(self, counters: Counters) -> bool:
@@ -195,11 +197,12 @@ class ProgressReporter:
         self.monitors.write_events(events)
 
     def _name_values(
-        self, name: str, values: Sequence[float] | None, *, always: bool = False
-    ) -> dict[str, float]:
-        """Return the param groups' values by metric name.
+        self, name: str, values: Sequence[float | None] | None, *, always: bool = False
+    ) -> dict[str, float | None]:
+        """Return the values of the param groups, by metric name.
 
-        If the values have never differed between groups, only the first one is returned.
+        If all param groups have always had equal values, only the value of the first group is
+        returned.
         """
         if not values:
             return {}
@@ -218,7 +221,9 @@ class ProgressReporter:
         shown = [] if loss is None else [f"loss {loss:.4f}"]
         for name, values in (("lr", record.lr), ("momentum", record.momentum)):
             if values:
-                distinct = [format(value, ".4g") for value in dict.fromkeys(values)]
+                distinct = [
+                    format(value, ".4g") for value in dict.fromkeys(values) if value is not None
+                ]
                 shown.append(f"{name} {' '.join(distinct)}")
         if self.has_bar:
             self._bar_text = ", ".join(shown)

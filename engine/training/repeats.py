@@ -1,4 +1,4 @@
-"""Detect ranks or workers that load the same batches, because the data is not split."""
+"""Detect that ranks or workers load the same batches, because the data is not split."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class RepeatCheck:
     """Compares the first batches of a data loader across ranks and workers.
 
     Use this check for loaders that must split the data themselves: torch gives each rank and each
-    worker a copy of an iterable dataset. No rank waits for another one during the check, so one
-    rank may iterate alone.
+    worker a copy of an iterable dataset. No rank waits for another during the check, so a single
+    rank may iterate on its own.
 
     Args:
         ranks: rank and world size of this process.
-        num_workers: number of worker processes of the loader, which yield batches in turn.
+        num_workers: number of worker processes, which yield the loader's batches in turn.
     """
 
     def __init__(self, ranks: Ranks, num_workers: int) -> None:

@@ -1,4 +1,4 @@
-"""Determine when a run ends, and whether the script knows its length."""
+"""Determine when a run ends, and check that a resumed run does not train too many epochs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class RunLength:
         return self.is_session_over(counters)
 
     def find_last_step(self, counters: Counters, samples_per_step: int) -> float | None:
-        """Return the number of completed steps at the end of the run; None if it is unknown.
+        """Return the number of completed steps at the end of the run, or None if it is unknown.
 
         >>> RunLength(total_samples=80).find_last_step(Counters(5, 5, 40), samples_per_step=10)
         9
@@ -100,7 +100,7 @@ class RunLength:
         return any(limit is not None for limit in limits)
 
     def check_is_known(self) -> None:
-        """Check that a loop over epochs does not start at 0 again after an automatic resume.
+        """Check that a loop over epochs does not restart at epoch 0 after an automatic resume.
 
         Raises:
             RuntimeError: the length of the run is unknown, and the script has read neither the

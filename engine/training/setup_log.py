@@ -41,7 +41,7 @@ def log_setup(
         optimizer: name of the optimizer; None if the engine only runs the model.
         num_parameters: number of elements of all trained parameters.
         scheduler: scheduler of the run; None if it has none.
-        replacements: messages about sections of the config that arguments replace.
+        replacements: messages about config sections that arguments of `initialize` replace.
     """
     _enable_logging()
     for code in find_named_code(config.raw.get("scheduler")):

@@ -20,7 +20,16 @@ from schedules.core.pieces import Phase, Piece, constant_piece, shorten
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["delay", "dilate", "join", "multiply_at", "pointwise", "repeat", "stairs"]
+__all__ = [
+    "decay_after_warmup",
+    "delay",
+    "dilate",
+    "join",
+    "multiply_at",
+    "pointwise",
+    "repeat",
+    "stairs",
+]
 
 _CACHED_CYCLES = 16
 _MAX_GROWING_CYCLES = 100_000  # all later cycles have the same length
@@ -85,6 +94,24 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
     if list(boundaries) != sorted(boundaries) or (boundaries and boundaries[0] < 0):
         raise ValueError(f"`boundaries` must be >= 0 and in ascending order, got {boundaries}.")
     return _Join(parts, boundaries, names or ("",) * len(parts))
+
+
+def decay_after_warmup(
+    decay: Callable[[float, float, float], Curve], peak: float, end_value: float, steps: float
+) -> Curve:
+    """Return the decay of a run with a warmup; if no step is left for it, the peak is kept.
+
+    Args:
+        decay: function that builds the decay from its start value, end value and length.
+        peak: value at the end of the warmup.
+        end_value: value at the end of the decay.
+        steps: length of the decay in steps; 0 if the warmup is as long as the run.
+
+    >>> from schedules.core.curves import linear
+    >>> list(decay_after_warmup(linear, 1.0, 0.0, steps=0).values(3))
+    [1.0, 1.0, 1.0]
+    """
+    return decay(peak, end_value, steps) if steps > 0 else constant(peak)
 
 
 def multiply_at(start_value: float, factor: float, boundaries: Iterable[float]) -> Curve:

@@ -15,7 +15,7 @@ from schedules.core.imports import import_attribute, require_imports
 from schedules.core.schedule import ParameterProblem, Schedule, ScheduleError
 from schedules.core.spelling import find_nearest, suggest_fraction
 
-__all__ = ["SCHEDULES", "find", "from_config", "register"]
+__all__ = ["SCHEDULES", "build", "find", "from_config", "register", "to_class"]
 
 FAMILIES = (
     "families.deepspeed",
@@ -175,7 +175,7 @@ def find(name: str) -> type[Schedule[Any]]:
 
         for entry in entry_points(group=ENTRY_POINTS, name=name):
             require_imports(name)
-            return _to_schedule(name, entry.load())
+            return to_class(name, entry.load())
         if read_torch_parameters(name) is not None:
             require_imports(name)
             custom = importlib.import_module(_CUSTOM)
@@ -212,8 +212,8 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
         ImportForbiddenError: the block names code, and imports are forbidden.
         ScheduleError: a parameter is unknown, missing or invalid. The attribute ``problems`` of the
             error lists every problem.
-        ValueError: the type is unknown, or the block has no ``type``, has an unknown key or has a
-            value of another JSON type.
+        ValueError: the type is unknown, or the block has no ``type``, an unknown key, or a value of
+            the wrong JSON type.
 
     >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps
     100
@@ -233,7 +233,20 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
             "The `type` of a scheduler block must be a string and its `params` an object, got "
             f"{type(name).__name__} and {type(params).__name__}."
         )
-    cls = find(name)
+    schedule = build(find(name), params)
+    return schedule if horizon is None else schedule.resolve(horizon)
+
+
+def build(cls: type[Schedule[Any]], params: Mapping[str, Any]) -> Schedule[Any]:
+    """Build a schedule of a class.
+
+    Args:
+        cls: class of the schedule.
+        params: parameters of the schedule.
+
+    Raises:
+        ScheduleError: a parameter is unknown, missing or invalid.
+    """
     fields = read_fields(cls)
     unknown_params = [name for name in params if name not in fields]
     problems = [
@@ -250,8 +263,7 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
     ]
     if problems:
         raise ScheduleError(cls.type_name, problems)
-    schedule = cls(**params)
-    return schedule if horizon is None else schedule.resolve(horizon)
+    return cls(**params)
 
 
 @functools.cache
@@ -260,10 +272,20 @@ def _load(path: str) -> type[Schedule[Any]]:
         found = import_attribute(path)
     except ValueError as error:
         raise ValueError(f"`scheduler.type` {error}") from error
-    return _to_schedule(path, found)
+    return to_class(path, found)
 
 
-def _to_schedule(path: str, found: Any) -> type[Schedule[Any]]:
+def to_class(path: str, found: Any) -> type[Schedule[Any]]:
+    """Return a schedule class for an object that `find` accepts.
+
+    Args:
+        path: import path or name of the object, which is also the name of the schedule.
+        found: schedule class, PyTorch scheduler class, function that builds such a scheduler, or
+            function that maps the step to a learning rate factor.
+
+    Raises:
+        ValueError: the object is none of these.
+    """
     if isinstance(found, type) and issubclass(found, Schedule):
         _check_class(found)
         return found

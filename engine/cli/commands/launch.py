@@ -227,8 +227,8 @@ def _run_preflight(
     """Run the preflight checks on all hosts.
 
     Returns:
-        Network settings of each host, by host name. If a check failed, the problem is printed and
-        None is returned.
+        Network settings of each host, by host name. If a check fails, the problem is printed and
+        the result is None.
     """
     checks = check_hosts(request, config and str(Path(config).resolve()))
     failed = [check for check in checks if check.problem]
@@ -267,7 +267,7 @@ def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: Text
 def _write_private_file(path: Path, text: str) -> None:
     """Write a file that only its owner can read, because it may contain secrets.
 
-    An existing regular file is overwritten and also made private.
+    If the file exists and is a regular file, it is overwritten and made private.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123  # a descriptor

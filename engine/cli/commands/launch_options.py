@@ -55,7 +55,7 @@ _ALWAYS_TRUE = ("--no-local-rank", "--force-multi")
 
 
 class _Unsupported(argparse.Action):
-    """An argparse action for unsupported options: print the alternative to the option, and exit."""
+    """An argparse action for an unsupported option: print what to use instead, and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:
         parser.exit(USAGE, f"onecycle: `{arguments[-1]}` {self.const}\n")
@@ -64,7 +64,8 @@ class _Unsupported(argparse.Action):
 class _Group:
     """A group of options in the help of ``onecycle launch``.
 
-    Each option is added with the names that torchrun and deepspeed use for it.
+    The group adds each option under its own name and under the names that torchrun and deepspeed
+    use.
     """
 
     def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
@@ -74,10 +75,10 @@ class _Group:
         """Add an option.
 
         Args:
-            names: names that the help shows.
-            also: names that torchrun or deepspeed use. As in torchrun, each name can also be
-                written with underscores.
-            settings: settings for ``argparse``.
+            names: names of the option that the help shows.
+            also: further names, which torchrun or deepspeed use for this option. As with torchrun,
+                each name can also be written with underscores.
+            settings: keyword arguments for ``add_argument`` of ``argparse``.
         """
         action = self._group.add_argument(*names, **settings)
         spellings = {_underscore(name): None for name in (*names, *also)} | dict.fromkeys(also)

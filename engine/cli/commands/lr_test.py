@@ -171,7 +171,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         run = _train(command, cycle, name, args, console)
         if not run.end:
             raise _TestFailedError(
-                f"the script ended after {len(run.lrs)} steps, but a short 1Cycle run has "
+                f"the script ended after {len(run.lrs)} steps, but a short 1Cycle run needs "
                 f"{args.steps} steps. Train for more epochs, or reduce --steps."
             )
         return run
@@ -199,7 +199,7 @@ class _TestFailedError(Exception):
 def _train(
     command: Sequence[str], sweep: Sweep, name: str, args: argparse.Namespace, console: Console
 ) -> Run:
-    """Run the script once with the schedule of ``sweep``, and return the recorded run.
+    """Run the script once with the learning rates of ``sweep``, and return the recorded run.
 
     Raises:
         _TestFailedError: the script failed, did not call `engine.initialize`, or ended after too
@@ -228,13 +228,15 @@ def _build_command(args: argparse.Namespace) -> list[str]:
     python = [sys.executable] if script[0].endswith(".py") else []
     if args.nproc == 1:
         return [*python, *script]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    from engine.launch.request import build_module_command
+
+    torchrun = build_module_command(sys.executable, "engine.launch.torchrun")
     flags = [] if python else ["--no-python"]
-    return [*launcher, "--nproc_per_node", str(args.nproc), *flags, *script]
+    return [*torchrun, "--standalone", "--nproc-per-node", str(args.nproc), *flags, *script]
 
 
 def _read_range_test_block(config: str | None, nproc: int) -> Any:
-    """Return the config's scheduler block if its type is LRRangeTest, else None."""
+    """Return the config's scheduler block if its type is LRRangeTest, and None otherwise."""
     block = _read_block(Path(config), nproc) if config else None
     return block if block and block.get("type") == "LRRangeTest" else None
 
@@ -307,6 +309,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     import signal
 
     from engine.launch.agent import find_descendants
+    from engine.launch.torchrun import remove_directory
 
     children = find_descendants(process.pid)
     os.killpg(process.pid, signal.SIGKILL)
@@ -314,10 +317,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+    remove_directory(process.pid)
 
 
 def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
-    """Return the reason why a run has no usable result, or an empty string if it has one."""
+    """Return the reason why a run has no usable result, or an empty string if it is usable."""
     from engine.range_test.suggestion import MIN_POINTS
 
     name = " ".join(args.script).removeprefix("-- ")

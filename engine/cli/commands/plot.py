@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _PlotData(NamedTuple):
-    """The values of the hyperparameters at each step, to plot them or to write them as CSV."""
+    """The values of the hyperparameters at each step, for a plot or a CSV file."""
 
     title: str
     steps: int
@@ -106,7 +106,7 @@ class _PlotData(NamedTuple):
         """Return the steps to plot, and the values of each column at these steps.
 
         Args:
-            most: maximum number of steps for which every step is returned. Of a longer run, a
+            most: maximum length of a run for which every step is returned. For a longer run, a
                 fixed number of evenly spaced steps is returned.
         """
         if not self.curves:
@@ -121,7 +121,7 @@ class _PlotData(NamedTuple):
     def rows(self) -> Iterator[tuple[float | None, ...]]:
         """Yield the values of all columns at each step, as one tuple per step.
 
-        A value is None if the recording of its column has already ended.
+        A value is None if the recorded values of its column have already ended.
         """
         if self.curves:
             return zip(*(curve.values(self.steps) for curve in self.curves.values()), strict=True)

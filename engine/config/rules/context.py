@@ -80,9 +80,9 @@ class RuleContext:
 
     @property
     def is_run_resolved(self) -> bool:
-        """Whether the sections that determine the schedule's values are valid and without "auto".
+        """Whether the settings that determine the schedule's values are all valid and not "auto".
 
-        These are the optimizer, the schedule, and the length of the run.
+        These settings are the optimizer, the schedule, and the length of the run.
         """
         sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
         return not any(each.startswith(sections) for each in self.unresolved)
@@ -90,7 +90,8 @@ class RuleContext:
     def find_incompatibility(self) -> str | None:
         """Return the reason why the schedule cannot run with the config's optimizer.
 
-        Return None if the schedule can run, or if this cannot be determined before the run.
+        Return None if the schedule can run, or if its compatibility cannot be determined before the
+        run.
         """
         schedule, error = self.schedule, None
         if schedule is None or schedule.feedback is not None or not self.is_run_resolved:
@@ -111,7 +112,7 @@ class RuleContext:
 
     @cached_property
     def evaluated_schedule(self) -> EvaluatedSchedule | None:
-        """The schedule with its curves; None if they cannot be computed before the run starts."""
+        """The schedule and its curves; None if the curves cannot be computed before launch."""
         if self.schedule is None or not self.is_run_resolved:
             return None
         cls = SCHEDULES.get(self.get_section("scheduler")["type"])
@@ -134,7 +135,8 @@ class RuleContext:
     def is_absent(self, pointer: str) -> bool:
         """Return whether a key is absent.
 
-        Return False for a key whose value is invalid or "auto", or that is probably misspelled.
+        Return False if the value of the key is invalid or "auto", or if the config probably
+        contains a misspelling of the key.
         """
         if is_within(pointer, self.unresolved):
             return False
@@ -150,11 +152,11 @@ class RuleContext:
         return self.document.build_problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "warning": a probable mistake that does not prevent a run."""
+        """Build a problem of severity "warning": a likely mistake that does not prevent a run."""
         return self.document.build_problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "note": a value that may be intended."""
+        """Build a problem of severity "note", about a value that may be intended."""
         return self.document.build_problem(rule, pointer, message, hint, severity="note")
 
 

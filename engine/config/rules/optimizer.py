@@ -1,6 +1,6 @@
 """Rules for the optimizer.
 
-They report schedules that change a hyperparameter that the optimizer does not have, and parameters
+They report schedules for hyperparameters that the optimizer does not have, and optimizer parameters
 that conflict or have no effect.
 """
 

@@ -120,7 +120,7 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_values(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error if the schedule does not fit the optimizer, or sets infinite values."""
+    """Yield an error if the schedule does not match the optimizer, or sets infinite values."""
     error = context.find_incompatibility()
     if error is not None:
         yield context.error("schedule", _PARAMS, error)

@@ -278,3 +278,15 @@ def test_evidence_band_contains_the_true_loss(test, unit):
     assert ((low <= truth) & (truth <= high))[5:-5].mean() > 0.85
     assert np.abs(mean - truth).max() < 0.05 * unit
     assert (high - low).max() < 0.3 * unit
+
+
+def test_autowu_keeps_a_group_with_lr_0_at_0_and_the_ratios_of_the_others():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in (0.0, 0.2, 0.1)]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    scheduler = schedules.attach("AutoWU", optimizer, steps_per_epoch=5, total_epochs=10)
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step(loss=1.0)
+    first, second, third = scheduler.get_last_lr()
+    assert (first, third) == (0.0, second / 2)
+    assert second > 1e-5
