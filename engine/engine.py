@@ -387,9 +387,8 @@ class Engine(DeepSpeedAccessors):
             load_dir: directory that was passed to `save_checkpoint` of this engine or DeepSpeed's.
             tag: name or number of the checkpoint; default: the newest complete one.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
-                parameters that are not in the checkpoint keep their values, and saved ones that the
-                model does not have are ignored. On DeepSpeed, also pass
-                ``load_optimizer_states=False`` in this case.
+                parameters without a saved value keep their values, and saved ones that the model
+                does not have are ignored. On DeepSpeed, also pass ``load_optimizer_states=False``.
             load_optimizer_states: whether to restore the optimizer and the loss scale.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.
