@@ -384,7 +384,7 @@ class Engine(DeepSpeedAccessors):
         The state consists of the model, optimizer, loss scale, schedule and counters.
 
         Args:
-            load_dir: directory that was passed to `save_checkpoint`.
+            load_dir: directory that was passed to `save_checkpoint` of this engine or DeepSpeed's.
             tag: name or number of the checkpoint; default: the newest complete one.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and saved ones that the model

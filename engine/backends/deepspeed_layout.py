@@ -20,6 +20,7 @@ from engine.errors import CheckpointError
 __all__ = ["Layout"]
 
 _FILE = "layout.json"
+_FIX = "Build the optimizer with the same param groups, or pass `load_optimizer_states=False`."
 
 
 class Layout:
@@ -68,29 +69,38 @@ class Layout:
         """
         from engine.checkpoint.state import check_weights  # takes 50 ms, so import only if needed
 
-        checkpoint_dir = files.directory
-        if (checkpoint_dir / _FILE).is_file():
-            found = json.loads((checkpoint_dir / _FILE).read_text(encoding="utf-8"))
-        else:
-            groups = files.get_group_shapes() or self._groups
-            found = {"weights": files.get_shapes(), "groups": groups}
+        path, groups = files.directory / _FILE, None
+        weights: Any = files.get_shapes()
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            weights, groups = found["weights"], found["groups"]
         saved = {
             name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            for name, (shape, dtype) in found["weights"].items()
+            for name, (shape, dtype) in weights.items()
         }
         own = self._read_weights(frozen=True)
         if not strict:
             own = {name: tensor for name, tensor in own.items() if name in saved}
-        check_weights(checkpoint_dir, own, saved, strict=strict)
-        if optimizer and found["groups"] != self._groups:
-            counts, own_counts = (
-                [len(g) for g in each] for each in (found["groups"], self._groups)
-            )
+        check_weights(files.directory, own, saved, strict=strict)
+        if optimizer and groups is not None and groups != self._groups:
+            counts, own_counts = ([len(g) for g in each] for each in (groups, self._groups))
             raise CheckpointError(
-                f"{checkpoint_dir} does not match the optimizer: the numbers of parameters in its "
+                f"{files.directory} does not match the optimizer: the numbers of parameters in its "
                 f"param groups are {counts} in the checkpoint and {own_counts} now, or the shapes "
-                "of the parameters differ. Build the optimizer with the same param groups, or "
-                "pass `load_optimizer_states=False`."
+                f"of the parameters differ. {_FIX}"
+            )
+        if optimizer and groups is None and not files.is_universal:
+            self._check_groups(files)
+
+    def _check_groups(self, files: DeepSpeedFiles) -> None:
+        """Check the param groups of a checkpoint without a layout."""
+        groups, shapes = files.find_param_groups(), files.get_trained_shapes()
+        own_shapes = sorted(shape for group in self._groups for shape in group)
+        if len(groups) != len(self._groups) or shapes not in (None, own_shapes):
+            raise CheckpointError(
+                f"{files.directory} does not match the optimizer: it has {len(groups)} param "
+                f"groups in the checkpoint, {len(self._groups)} now, or the shapes of the trained "
+                f"parameters differ. {_FIX}"
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:

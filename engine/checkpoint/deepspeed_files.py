@@ -85,6 +85,7 @@ class DeepSpeedFiles:
         )
         """Whether the model is split by tensor, pipeline or expert parallelism."""
         self._paths = [path for match, path in named if int(match["part"]) == 0]
+        self._is_stage_3 = bool(named) and named[0][0]["rank"] is not None
         if not self._paths:
             raise CheckpointError(
                 f"{checkpoint_dir} does not contain a DeepSpeed checkpoint. Load a checkpoint that "
@@ -112,7 +113,7 @@ class DeepSpeedFiles:
         """ZeRO stage of the run that wrote the checkpoint; 1 for stage 2, whose files are equal."""
         if self._model["module"] is not None and self._model.get("param_shapes") is None:
             return 0
-        return 1 if _MODEL.fullmatch(self._paths[0].name)["rank"] is None else 3  # type: ignore[index]  # it matched before
+        return 3 if self._is_stage_3 else 1
 
     def read_run_state(self, default_batch: int) -> dict[str, Any]:
         """Return the state of the run, except for the model's and the optimizer's.
@@ -179,7 +180,7 @@ class DeepSpeedFiles:
 
     def find_param_groups(self) -> list[dict[str, Any]]:
         """Return the settings of each param group; empty if there was no optimizer."""
-        saved = self._model["optimizer"] or (self._shards[0] if self.zero_stage else {})
+        saved = self._model["optimizer"] or self._first_shard
         for key in ("base_optimizer_state", "optimizer_state_dict"):
             saved = saved.get(key, saved) if isinstance(saved, dict) else {}
         groups: list[dict[str, Any]] = saved.get("param_groups", [])
@@ -187,7 +188,7 @@ class DeepSpeedFiles:
 
     def read_loss_scaler(self) -> dict[str, Any] | None:
         """Return the state of `LossScaler`; None if the loss scale was not dynamic."""
-        holder = self._model["optimizer"] or (self._shards[0] if self.zero_stage else {})
+        holder = self._model["optimizer"] or self._first_shard
         scaler = vars(holder["loss_scaler"]) if "loss_scaler" in holder else holder
         if "last_overflow_iter" not in scaler:
             return None
@@ -208,10 +209,13 @@ class DeepSpeedFiles:
             if isinstance(tensor, Tensor)
         }
 
-    def get_group_shapes(self) -> list[list[list[int]]] | None:
-        """Return the shapes of the parameters in each param group; None if they are unknown."""
+    def get_trained_shapes(self) -> list[list[int]] | None:
+        """Return the shapes of the trained parameters, sorted; None if they are unknown.
+
+        DeepSpeed may have saved the parameters in another order, or in smaller groups.
+        """
         groups = self._model.get("param_shapes")
-        return groups and [[list(shape) for shape in group.values()] for group in groups]
+        return groups and sorted(list(shape) for group in groups for shape in group.values())
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
@@ -249,16 +253,32 @@ class DeepSpeedFiles:
                 f"{self.directory} is incomplete: it has the optimizer states of {len(paths)} of "
                 f"{self.world_size} ranks. Use another checkpoint."
             )
-        return [read_file(path, trusts=self._trusts)["optimizer_state_dict"] for path in paths]
+        return [self._first_shard, *(self._read_shard(path) for path in paths[1:])]
+
+    @cached_property
+    def _first_shard(self) -> Mapping[str, Any]:
+        found = _match_names(self.directory, _OPTIMIZER)
+        return self._read_shard(found[0][1]) if found else {}
+
+    def _read_shard(self, path: Path) -> Mapping[str, Any]:
+        content: Mapping[str, Any] = read_file(path, trusts=self._trusts)["optimizer_state_dict"]
+        return content
 
     def _find_pieces(self, groups: Sequence[Sequence[str]]) -> dict[str, list[_Piece]]:
-        if self.is_split or self.is_universal:
-            what = (
-                "is a universal checkpoint"
-                if self.is_universal
-                else "contains a model that is split by tensor, pipeline or expert parallelism"
-            )
-            raise CheckpointError(f"{self.directory} {what}. Load it with the DeepSpeed backend.")
+        problems = {
+            "is a universal checkpoint": self.is_universal,
+            "contains a model that is split by tensor, pipeline or expert parallelism": (
+                self.is_split
+            ),
+            "contains states that were offloaded to NVMe": (
+                (self.directory / "offloaded_tensors").is_dir()
+            ),
+        }
+        for problem, applies in problems.items():
+            if applies:
+                raise CheckpointError(
+                    f"{self.directory} {problem}. Load it with the DeepSpeed backend."
+                )
         pieces: dict[str, list[_Piece]] = {}
         found = self._find_sharded() if self.zero_stage else self._find_whole(groups)
         for name, piece in found:

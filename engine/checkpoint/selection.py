@@ -19,7 +19,6 @@ __all__ = ["RUN_STATE", "CheckpointSelector", "Selected", "find_foreign"]
 
 RUN_STATE = "engine.pt"
 """File for the state of a run, except for the model's and the optimizer's."""
-_LATEST_UNIVERSAL = "latest_universal"
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class CheckpointSelector:
 
     def _find_foreign(self, directory: Path, tag: str | None) -> Path | None:
         """Return the checkpoint that DeepSpeed wrote; None to search for one of this library."""
-        pointer = directory / _LATEST_UNIVERSAL
+        pointer = directory / storage.LATEST_UNIVERSAL
         universal = _follow(pointer) if self._loads_universal and tag is None else None
         if universal is not None:
             own = [manifest for _, manifest in storage.list_checkpoints(directory)]

@@ -46,6 +46,8 @@ __all__ = [
 log = logging.getLogger("onecycle")
 
 LATEST = "latest"
+LATEST_UNIVERSAL = "latest_universal"
+"""File that DeepSpeed's `ds_to_universal` writes, with the tag of a universal checkpoint."""
 _CHUNK = 1 << 22
 
 
@@ -177,7 +179,8 @@ def has_any_checkpoint(directory: Path) -> bool:
 
     Damaged checkpoints and checkpoints of other tools, such as DeepSpeed, also count.
     """
-    return (directory / LATEST).exists() or any(directory.glob(f"*/{MANIFEST}"))
+    is_named = any((directory / name).exists() for name in (LATEST, LATEST_UNIVERSAL))
+    return is_named or any(directory.glob(f"*/{MANIFEST}"))
 
 
 def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:

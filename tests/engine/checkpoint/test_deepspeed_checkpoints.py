@@ -229,6 +229,54 @@ def test_resume_after_a_switch_loads_the_checkpoint_that_was_written_last(tmp_pa
     run_distributed_test(switch_in_one_directory, 1, tmp_path)
 
 
+def load_small_sub_groups(directory):
+    """At stage 3, the files contain groups of `sub_group_size` elements, not param groups."""
+    zero = {"stage": 3, "sub_group_size": 10}
+    config = build_config() | {"zero_optimization": zero}
+    plain = start_deepspeed(config)
+    train(plain, 0, 3)
+    plain.save_checkpoint(directory)
+    wanted = train(plain, 3, 6)
+    for backend in ("deepspeed", "torch"):
+        trainer = start_onecycle(config, backend)
+        trainer.load_checkpoint(directory)
+        assert train(trainer, 3, 6) == pytest.approx(wanted, rel=1e-6)
+    model = Net()
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    other = start_onecycle(config, "deepspeed", model, groups=groups)
+    before = copy_weights(other)
+    with pytest.raises(CheckpointError, match="it has 2 param groups in the checkpoint, 1 now"):
+        other.load_checkpoint(directory)
+    assert all(torch.equal(value, before[name]) for name, value in copy_weights(other).items())
+
+
+def test_checkpoint_with_small_sub_groups_continues(tmp_path):
+    run_distributed_test(load_small_sub_groups, 1, tmp_path)
+
+
+def resume_automatically_from_universal(directory):
+    section = {"dir": str(directory), "resume": "auto"}
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        start_onecycle(build_config(1), "deepspeed", checkpoint=section)
+
+
+def test_resume_auto_does_not_ignore_a_universal_checkpoint(tmp_path):
+    (tmp_path / "latest_universal").write_text("global_step4_universal")
+    run_distributed_test(resume_automatically_from_universal, 1, tmp_path)
+
+
+def refuse_nvme(directory):
+    plain = start_deepspeed(build_config(1))
+    plain.save_checkpoint(directory, tag="x")
+    (directory / "x" / "offloaded_tensors").mkdir()
+    with pytest.raises(CheckpointError, match="offloaded to NVMe. Load it with the DeepSpeed"):
+        start_onecycle(build_config(1), "torch").load_checkpoint(directory)
+
+
+def test_checkpoint_with_states_on_nvme_is_refused_on_torch(tmp_path):
+    run_distributed_test(refuse_nvme, 1, tmp_path)
+
+
 def switch_backends(directory):
     config = build_config(1, scheduler=ONE_CYCLE)
     first = start_onecycle(config, "deepspeed")
