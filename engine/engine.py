@@ -261,10 +261,10 @@ class Engine(DeepSpeedAccessors):
         Each micro-batch is passed to the model, which must return the loss. A tuple, list or
         mapping is unpacked into arguments. Without ``data_iter``, the training data is repeated.
         """
-        batches = data_iter or repeat_batches(self.training_dataloader)
-        if (whole := train_pipeline(batches, self._run)) is not None:
+        if (whole := train_pipeline(data_iter, self.training_dataloader, self._run)) is not None:
             self._automatic.save_if_due(self._run)
             return whole
+        batches = data_iter or repeat_batches(self.training_dataloader)
         losses = []
         for loss in call_on_batches(self, batches, self._run.accumulation.steps):
             losses.append(self.backward(loss).detach())
@@ -358,11 +358,11 @@ class Engine(DeepSpeedAccessors):
         Raises:
             OSError: the disk is full or the directory is not writable. Older checkpoints are kept.
             RuntimeError: saving failed on a rank, or a rank did not call this method in time.
-            ValueError: the ranks' tags differ, or ``client_state`` has values of unsupported types.
+            ValueError: ``save_dir`` is empty, tags differ, or ``client_state`` has invalid types.
         """
         self._checkpointer.save(
             self._run,
-            Path(save_dir),
+            save_dir,
             None if tag is None else str(tag),
             client_state=client_state,
             save_latest=save_latest,
@@ -404,7 +404,7 @@ class Engine(DeepSpeedAccessors):
         self._run.length.is_position_known = True
         path, client_state = self._checkpointer.load(
             self._run,
-            Path(load_dir),
+            load_dir,
             None if tag is None else str(tag),
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,

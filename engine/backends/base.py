@@ -136,11 +136,14 @@ class Backend(ABC):
             Whether the step was applied. A step with non-finite gradients is skipped.
         """
 
-    def run_pipeline(self, batches: Iterator[Any], *, trains: bool) -> tuple[Tensor, bool] | None:
+    def run_pipeline(
+        self, batches: Iterator[Any] | None, *, trains: bool
+    ) -> tuple[Tensor, bool] | None:
         """Run a pipeline on the micro-batches of a step; return None for any other model.
 
         Args:
-            batches: iterator over micro-batches.
+            batches: iterator over micro-batches; None for the data that the script has set with the
+                pipeline's ``set_dataloader`` or ``set_dataiterator``.
             trains: whether to take an optimizer step.
 
         Returns:

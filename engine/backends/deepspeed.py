@@ -38,6 +38,7 @@ from engine.config.master_weights import find_cpu_adam_key
 from engine.config.wording import count_noun
 from engine.distributed.ranks import Ranks
 from engine.training.arguments import check_are_in_model
+from engine.training.data import repeat_batches
 from engine.training.gradient_averaging import find_sparse_weights
 from engine.training.optimizers import (
     NoOptimizer,
@@ -207,9 +208,14 @@ class DeepSpeedBackend(Backend):
             self.grad_norm = float(norm)
 
     @override
-    def run_pipeline(self, batches: Iterator[Any], *, trains: bool) -> tuple[Tensor, bool] | None:
+    def run_pipeline(
+        self, batches: Iterator[Any] | None, *, trains: bool
+    ) -> tuple[Tensor, bool] | None:
         if not self.engine.pipeline_parallelism:
             return None
+        reads_data = self.engine.is_first_stage() or self.engine.is_last_stage()
+        if batches is None and reads_data and self.engine.data_iterator is None:
+            repeat_batches(None)  # raises an error that states how to pass data
         if not trains:
             return self.engine.eval_batch(batches), False
         loss = self.engine.train_batch(batches)

@@ -135,7 +135,7 @@ class Checkpointer:
     def save(
         self,
         run: RunState,
-        directory: Path,
+        directory: str | Path,
         tag: str | None = None,
         *,
         client_state: Mapping[str, Any] | None = None,
@@ -159,6 +159,7 @@ class Checkpointer:
         if run.is_trial:
             log.info("no checkpoints are saved during an LR range test")
             return
+        directory = storage.to_directory(directory)
         ranks, tag = self._ranks, tag or f"global_step{run.counters.global_steps}"
         wait_for_ranks(ranks, f"save_checkpoint({str(directory)!r}, tag={tag!r})")
         check_same_tag(tag, ranks.world_size)
@@ -281,7 +282,7 @@ class Checkpointer:
     def load(
         self,
         run: RunState,
-        directory: Path,
+        directory: str | Path,
         tag: str | None = None,
         *,
         strict: bool = True,
@@ -307,6 +308,7 @@ class Checkpointer:
             FileNotFoundError: if there is no such checkpoint.
             CheckpointError: if the checkpoint is damaged, or does not match the model or the run.
         """
+        directory = storage.to_directory(directory)
         self.wait()
         if has_no_optimizer(self._backend.optimizer):  # only the model is used
             optimizer = scheduler = counters = False

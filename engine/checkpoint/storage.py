@@ -41,6 +41,7 @@ __all__ = [
     "has_any_checkpoint",
     "list_checkpoints",
     "prune",
+    "to_directory",
 ]
 
 log = logging.getLogger("onecycle")
@@ -63,6 +64,20 @@ def check_tag(tag: str) -> None:
             f"`tag` must be a valid directory name of printable characters that does not start "
             f"with a dot and is not `{LATEST}`, got {tag!r}. Choose a tag such as `step100`."
         )
+
+
+def to_directory(path: str | os.PathLike[str]) -> Path:
+    """Convert a directory that was passed by a script to a `Path`, which must not be empty.
+
+    Raises:
+        ValueError: the path is empty or not a path.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(
+            f"The directory of checkpoints must be a non-empty path, got {path!r}. Pass a path "
+            'such as "checkpoints"; "." is the working directory.'
+        )
+    return Path(path)
 
 
 def create_directory(directory: Path) -> None:
