@@ -9,7 +9,8 @@ from typing import Any
 
 from schedules.core.controller import Base
 from schedules.core.durations import Horizon
-from schedules.core.schedule import Schedule, broadcast
+from schedules.core.per_group import broadcast
+from schedules.core.schedule import Schedule
 
 __all__ = ["BaseValues", "build_identity", "check_origin", "check_state", "complete_base"]
 
