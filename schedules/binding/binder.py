@@ -13,7 +13,13 @@ from torch.optim import Optimizer
 
 from schedules.binding.attachment import Attachment
 from schedules.binding.first_step import FirstStep
-from schedules.binding.saved_state import BaseValues, build_identity, check_state, complete_base
+from schedules.binding.saved_state import (
+    BaseValues,
+    build_identity,
+    check_origin,
+    check_state,
+    complete_base,
+)
 from schedules.binding.torch_interface import BaseLRs, TorchInterface
 from schedules.core.controller import Base, Controller, Decision, Evidence, OpenLoop
 from schedules.core.durations import Horizon
@@ -124,7 +130,7 @@ class ScheduleBinder(TorchInterface):
         self._find_slots()
         self._attachment = Attachment.of(self.optimizer)
         self._writer = self._doubt = None
-        self._is_overtaken = self._has_stepped = False
+        self._is_overtaken = self._has_stepped = self._has_warned = False
 
     def _find_slots(self) -> None:
         names = self.schedule.hyperparameters
@@ -187,7 +193,7 @@ class ScheduleBinder(TorchInterface):
         self._check_base()
         if self.last_epoch == 0:
             self._first_step.check()
-        if self._is_overtaken and self._has_stepped and not self._holds_own_values():
+        if self._is_overtaken and self._has_stepped and not self._has_warned:
             self._warn_of_other_writer()
         if self.schedule.feedback is not None:
             self._step_with_feedback(loss, metric)
@@ -219,13 +225,15 @@ class ScheduleBinder(TorchInterface):
         )
 
     def _warn_of_other_writer(self) -> None:
+        if self._holds_own_values():
+            return
+        self._has_warned = True
         names = " and ".join(self._slots)
         warnings.warn(
             f"Two schedules set {names} of the same optimizer, and each overwrites the values of "
             "the other. Use one schedule, for example a SequentialLR or a ChainedScheduler.",
             stacklevel=4,
         )
-        self._has_stepped = False  # warn only once
 
     def note_other_writer(self) -> None:
         """Note that another schedule of the same optimizer has set a hyperparameter of this one."""
@@ -270,7 +278,8 @@ class ScheduleBinder(TorchInterface):
         if isinstance(self.controller, OpenLoop):
             if self.last_epoch < 0:
                 raise ValueError(
-                    f"`last_epoch` must be at least 0, got {self.last_epoch}. Raise it."
+                    f"`last_epoch` must be at least -1 before a step, got {self.last_epoch - 1}. "
+                    "Set it to -1 to restart the schedule."
                 )
             curves = self.controller.curves
             self._writer = RangeWriter(groups, self._slots, curves, self.last_epoch)
@@ -374,10 +383,13 @@ class ScheduleBinder(TorchInterface):
                 groups.
         """
         has_feedback = self.schedule.feedback is not None
-        if not override or (has_feedback and state_dict.get("type") != self.schedule.type_name):
-            self.check_state_dict(state_dict)
+        base = self._base
         if not override:
-            self._bind({name: tuple(values) for name, values in state_dict["base"].items()})
+            self.check_state_dict(state_dict)
+            base = {name: tuple(values) for name, values in state_dict["base"].items()}
+        else:
+            check_origin(state_dict, self.schedule.type_name if has_feedback else None)
+        self._bind(base)
         state = self.controller.from_json(state_dict["state"]) if has_feedback else None
         self._doubt = None
         self._go_to(state, state_dict["step"])
@@ -395,6 +407,12 @@ class ScheduleBinder(TorchInterface):
     def _compared(self) -> Collection[str]:
         """Names of the hyperparameters whose initial values a saved state must have."""
         return self._slots.keys()
+
+    def __repr__(self) -> str:
+        params = ", ".join(f"{name}={each!r}" for name, each in self.schedule.params().items())
+        lrs = ", ".join(f"{lr:.4g}" for lr in self.get_last_lr())
+        schedule = f"{self.schedule.type_name}({params})"
+        return f"{type(self).__name__}({schedule}, step={self.last_epoch}, lr=[{lrs}])"
 
     def __getstate__(self) -> dict[str, Any]:
         # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.

@@ -9,9 +9,10 @@ from typing import Any
 
 from schedules.core.controller import Base
 from schedules.core.durations import Horizon
-from schedules.core.schedule import Schedule, broadcast
+from schedules.core.per_group import broadcast
+from schedules.core.schedule import Schedule
 
-__all__ = ["BaseValues", "build_identity", "check_state", "complete_base"]
+__all__ = ["BaseValues", "build_identity", "check_origin", "check_state", "complete_base"]
 
 BaseValues = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 """Initial learning rate of all param groups or of each, or a dict of initial hyperparameters."""
@@ -67,6 +68,29 @@ def _to_json(value: Any) -> Any:
     return f"{named.__module__}:{named.__qualname__}"
 
 
+def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None:
+    """Check that a saved state is from a schedule of this package.
+
+    Args:
+        state: saved state.
+        type_name: name of the schedule that must have saved the state; None for any schedule.
+
+    Raises:
+        ValueError: the state is from another library or another schedule.
+    """
+    if not {"type", "params", "step", "base"} <= state.keys():
+        raise ValueError(
+            "The saved state must be from a schedule of onecycle, got a state with the keys "
+            f"{', '.join(map(str, state)) or 'none'}. To continue from a step without a saved "
+            "state, pass `at` to `attach`."
+        )
+    if type_name not in (None, state["type"]):
+        raise ValueError(
+            f"{type_name} depends on past losses, which the state of {state['type']} does not "
+            "contain. Attach the schedule without loading the state."
+        )
+
+
 def check_state(
     state: Mapping[str, Any], identity: Mapping[str, Any], base: Base, compared: Iterable[str]
 ) -> None:
@@ -81,12 +105,7 @@ def check_state(
     Raises:
         ValueError: they are different, or the state is from another library.
     """
-    if not {"type", "params", "step", "base"} <= state.keys():
-        raise ValueError(
-            "The saved state must be from a schedule of onecycle, got a state with the keys "
-            f"{', '.join(map(str, state)) or 'none'}. To continue from a step without a saved "
-            "state, pass `at` to `attach`."
-        )
+    check_origin(state)
     saved_groups, groups = len(state["base"]["lr"]), len(base["lr"])
     if saved_groups != groups:
         raise ValueError(

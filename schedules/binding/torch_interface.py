@@ -29,6 +29,7 @@ class TorchInterface(LRScheduler):
     """Base class of `ScheduleBinder`, with what other libraries read from a scheduler."""
 
     controller: Controller[Any]
+    _extra_count = 0
     last_epoch: int
     """Number of optimizer steps so far, without skipped steps. As in PyTorch, a script can set it,
     and the next `step` continues from there. Feedback schedules reject that."""
@@ -82,8 +83,14 @@ class TorchInterface(LRScheduler):
         return self.get_last_lr()
 
     @property
-    def _step_count(self) -> int:  # type: ignore[override]  # read-only here
-        return self.last_epoch + 1  # as in PyTorch, whose constructor takes a step
+    def _step_count(self) -> int:
+        # As in PyTorch, whose constructor takes a step.
+        return self.last_epoch + 1 + self._extra_count
+
+    @_step_count.setter
+    def _step_count(self, count: int) -> None:
+        # Accelerate counts the steps in which gradients are only accumulated.
+        self._extra_count = count - self.last_epoch - 1
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group for the next step."""

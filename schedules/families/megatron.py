@@ -26,14 +26,8 @@ from schedules.core.fields import (
     WeightDecay,
     as_number,
 )
-from schedules.core.schedule import (
-    ParameterProblem,
-    Schedule,
-    broadcast_strict,
-    build_curve_per_group,
-    exceeds,
-    schedule_class,
-)
+from schedules.core.per_group import broadcast_strict, build_curve_per_group, exceeds
+from schedules.core.schedule import ParameterProblem, Schedule, schedule_class
 
 __all__ = ["OptimizerParamScheduler"]
 

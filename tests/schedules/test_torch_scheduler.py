@@ -424,3 +424,10 @@ def test_binder_with_betas_as_a_list_and_curves_per_group_writes_each_group():
     expected = trace({"type": "OneCycle", "params": CYCLE | bounds}, 2, base={"lr": (0.1, 0.1)})
     assert binder.get_last_lr() == expected["lr"][1].tolist()
     assert [group["betas"][1] for group in optimizer.param_groups] == [0.99, 0.99]
+
+
+def test_binder_repr_shows_the_schedule_the_step_and_the_lr():
+    optimizer = torch.optim.SGD([{"params": weights()}, {"params": weights()}], lr=0.1)
+    binder = attach("StepLR", optimizer, step_size=2, gamma=0.5)
+    run(optimizer, binder, 2)
+    assert repr(binder) == "ScheduleBinder(StepLR(step_size=2, gamma=0.5), step=2, lr=[0.05, 0.05])"
