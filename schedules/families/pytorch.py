@@ -371,8 +371,8 @@ class CyclicLR(
     base_lr: LearningRate
     """Learning rate at the bottom of the triangles."""
     max_lr: LearningRate | None
-    """Learning rate at the top of the first triangle; null uses the group's initial learning rate.
-    """
+    """Learning rate at the top of the first triangle; null uses each param group's initial learning
+    rate."""
     step_size_up: Steps = 2000
     """Length of the rising part of each triangle."""
     step_size_down: Steps | None = None
