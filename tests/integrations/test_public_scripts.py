@@ -79,7 +79,7 @@ def check_equal(name, wanted, result):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    "names", [*(NAMES[start::3] for start in range(3)), *([name] for name in SPLIT)], ids="-".join
+    "names", [*(NAMES[start::4] for start in range(4)), *([name] for name in SPLIT)], ids="-".join
 )
 def test_public_scripts_train_the_same(names, ranks, tmp_path):
     outcomes = run_distributed_test(run_with_both, ranks, names, tmp_path, timeout=300)
