@@ -20,7 +20,7 @@ __all__ = ["run_faults"]
 
 ROOT = Path(__file__).parent.parent
 _MAX_LENGTH = 220
-_OF_SHELL = re.compile(r"\s*(\d+ )?(Killed|Terminated)\b.*")
+_OF_SHELL = re.compile(r"(environment: line \d+: )?\s*(\d+ )?(Done|Killed|Terminated)\b.*")
 """Lines in which the shell reports that a process ended by a signal."""
 _PRELUDE = """
 # The shell's `python` reads a script from standard input, which starts with the helpers of tests.
@@ -143,6 +143,75 @@ for groups in (None, [{"params": "weight", "lr": 0.1}, {"params": "bias", "lr": 
     parameters = groups and [{**each, "params": getattr(model, each["params"])} for each in groups]
     trainer, *_ = engine.initialize(config=config, model=model, model_parameters=parameters)
     train(trainer, 2)
+END""",
+    ),
+    Fault(
+        "a save after 2 of 4 micro-batches",
+        """python <<'END'
+config = {"train_batch_size": 16, "gradient_accumulation_steps": 4, "optimizer": {"type": "SGD"}}
+def build():
+    torch.manual_seed(0)
+    return engine.initialize(config=config, model=torch.nn.Linear(2, 1))[0]
+trainer, resumed = build(), build()
+train(trainer, 2).save_checkpoint("run")
+resumed.load_checkpoint("run")
+train(trainer, 2)
+train(resumed, 4)  # a resume repeats the micro-batches of the incomplete step
+is_equal = torch.equal(trainer.module.weight, resumed.module.weight)
+print("steps:", trainer.global_steps, resumed.global_steps, "equal weights:", is_equal)
+END""",
+    ),
+    Fault(
+        "a killed run has written more rows to its CSV file than its checkpoint knows",
+        """for steps in 3 4; do
+STEPS=$steps python <<'END'
+config = {"train_batch_size": 4, "optimizer": {"type": "SGD"}}
+config["csv_monitor"] = {"enabled": True, "output_path": ".", "job_name": "csv"}
+config["engine"] = {"checkpoint": {"dir": "run", "every": 2}}
+trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(2, 1))
+train(trainer, int(os.environ["STEPS"]) - trainer.global_steps)
+os._exit(0)
+END
+done
+echo "samples in the file: $(cut -d , -f 1 csv/Train_Samples_lr.csv | tail -n +2 | xargs)" """,
+    ),
+    Fault(
+        "rank 1 of 2 does not see the newest checkpoint",
+        """cat > both.py <<'END'
+import os, shutil, torch, engine
+from pathlib import Path
+def start():
+    config = {"train_batch_size": 4, "optimizer": {"type": "SGD"}}
+    config["engine"] = {"checkpoint": {"dir": "run", "every": 2}}
+    return engine.initialize(config=config, model=torch.nn.Linear(2, 1))[0]
+trainer = start()
+for step in range(4):
+    trainer.backward(trainer(torch.ones(2, 2)).mean())
+    trainer.step()
+trainer.destroy()
+if trainer.global_rank == 1:
+    shutil.copytree("run", "other/run")
+    shutil.rmtree("other/run/global_step4")
+    os.chdir("other")
+torch.distributed.barrier()
+print("resumed at step", start().global_steps)
+END
+"$PYTHON" -m engine.cli.main launch --no-preflight --nproc 2 both.py > said 2>&1; status=$?
+grep -o "CheckpointError: .*\\|resumed at.*" said | tail -1; exit $status""",
+    ),
+    Fault(
+        "a shard with the hash of its manifest but without valid content",
+        """python <<'END'
+from engine.checkpoint import storage
+train(start(Path("run"), keep=2), 4)
+[shard] = Path("run/global_step4").glob("shard.*")
+shard.write_bytes(b"\\xff" * 100)
+path = shard.parent / "manifest.json"
+text = json.loads(path.read_text())
+text["files"][shard.name] = {"size": 100, "sha256": storage._hash(shard)}
+del text["checksum"]
+path.write_text(json.dumps(text))
+start(Path("run"), keep=2)
 END""",
     ),
     Fault(
@@ -272,7 +341,7 @@ tail -1 said; exit $status""",
         """export TORCH_EXTENSIONS_DIR=$PWD/built
 mkdir -p built/fused_adam; touch built/fused_adam/lock
 touch said
-(while ! grep -q fused_adam/lock said; do sleep 0.1; done; sleep 9; rm built/fused_adam/lock) &
+(while ! grep -q fused_adam/lock said; do sleep 0.1; done; sleep 30; rm built/fused_adam/lock) &
 python <<'END' > said 2>&1
 config = {"train_batch_size": 4, "optimizer": {"type": "Muon", "params": {"lr": 0.01}}}
 config |= {"zero_optimization": {"stage": 1}, "engine": {"backend": "deepspeed"}}
