@@ -372,6 +372,9 @@ class DeepSpeedBackend(Backend):
                 if parameter.requires_grad and name in weights:
                     whole = weights[name].to(parameter.device, torch.float32)
                     safe_set_full_fp32_param(parameter, whole)
+        # DeepSpeed keeps small parameters whole after it has loaded a checkpoint.
+        if small := getattr(self.engine.optimizer, "persistent_parameters", None):
+            small[0].all_gather(small)
 
     @override
     def snapshot(self) -> Any:
