@@ -27,6 +27,8 @@ from schedules.core.schedule import Schedule
 from schedules.param_groups import (
     Group,
     RangeWriter,
+    Slot,
+    check_multipliers,
     find_slots,
     write_values,
 )
@@ -127,14 +129,16 @@ class ScheduleBinder(TorchInterface):
 
     def _prepare(self) -> None:
         """Set the attributes that are not pickled."""
-        self._find_slots()
+        self._slots = self._find_slots()
         self._attachment = Attachment.of(self.optimizer)
         self._writer = self._doubt = None
         self._is_overtaken = self._has_stepped = self._has_warned = False
 
-    def _find_slots(self) -> None:
+    def _find_slots(self) -> dict[str, tuple[Slot, ...]]:
         names = self.schedule.hyperparameters
-        self._slots = {name: find_slots(name, self.optimizer) for name in names}
+        for name in names:
+            check_multipliers(name, self.optimizer)
+        return {name: find_slots(name, self.optimizer) for name in names}
 
     def _read_base(self, given: Base) -> Base:
         """Return the initial hyperparameters of the param groups."""
@@ -298,11 +302,10 @@ class ScheduleBinder(TorchInterface):
                 f"{len(groups)} now. Attach the schedule again after removing param groups."
             )
         if len(groups) > known:
-            slots = {"lr": find_slots("lr", self.optimizer)}
-            slots |= {name: find_slots(name, self.optimizer) for name in self._slots}
+            slots = self._find_slots()
             added = {
                 name: tuple(slot.read(group) for slot, group in zip(each, groups, strict=True))
-                for name, each in slots.items()
+                for name, each in {"lr": find_slots("lr", self.optimizer), **slots}.items()
             }
             base = {name: values + added[name][known:] for name, values in self._base.items()}
             try:
@@ -310,7 +313,7 @@ class ScheduleBinder(TorchInterface):
             except ValueError as error:
                 text = f"Param group {known} was added after the schedule was attached."
                 raise ValueError(f"{text} {error}") from None
-            self._find_slots()
+            self._slots = slots
         return groups
 
     def _go_to(self, state: Any, step: int) -> None:
