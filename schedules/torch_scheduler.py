@@ -6,16 +6,18 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from schedules.core.controller import Base, Controller, Decision, Evidence, OpenLoop
-from schedules.core.durations import Horizon
+from schedules.core.durations import MAX_STEPS, Horizon
+from schedules.core.fields import Range
 from schedules.core.registry import from_config
+from schedules.core.saved_state import OPTIONAL, describe, restore
 from schedules.core.schedule import Schedule
 from schedules.param_groups import RangeWriter, find_slots, read_momenta
 
@@ -267,23 +269,42 @@ class ScheduleBinder(LRScheduler):
             ValueError: the state is from a different schedule, or has a different number of param
                 groups.
         """
-        self.check_state_dict(state_dict)
-        self._bind({name: tuple(values) for name, values in state_dict["base"].items()})
-        state = state_dict if self.schedule.feedback is None else state_dict["state"]
-        self._go_to(self.controller.from_json(state), state_dict["step"])
+        saved, state = self._restore(state_dict)
+        self._bind(saved.base)
+        self._go_to(state, saved.step)
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Check that `load_state_dict` accepts a state. Nothing changes.
 
         Raises:
-            ValueError: the state is from a different schedule, or has a different number of param
-                groups.
+            ValueError: the state is damaged, is from a different schedule, or has a different
+                number of param groups.
         """
-        state = state_dict
-        now, saved = ({"type": each["type"], **each["params"]} for each in (self.identity, state))
+        self._restore(state_dict)
+
+    def _restore(self, state_dict: Mapping[str, Any]) -> tuple[_SavedState, Any]:
+        """Check a saved state, and return it with the state of the controller."""
+        saved: _SavedState = restore(_SavedState, state_dict, "lr_scheduler")
+        self._check_identity(saved)
+        try:
+            controller = self.schedule.bind(saved.base, self._horizon)
+            is_open_loop = self.schedule.feedback is None
+            state = controller.from_json(state_dict if is_open_loop else saved.state or {})
+            values = controller.values(state)
+            is_finite = all(math.isfinite(each) for group in values.values() for each in group)
+        except Exception as error:
+            raise ValueError(f"The saved state of the schedule is damaged: {error}") from error
+        if not is_finite:
+            raise ValueError(
+                f"The saved state of the schedule is damaged: its values are {dict(values)}."
+            )
+        return saved, state
+
+    def _check_identity(self, state: _SavedState) -> None:
+        now = {"type": self.identity["type"], **self.identity["params"]}
+        saved = {"type": state.type, **state.params}
         changed = [
-            f"`{name}` is {saved.get(name, 'absent')} in the saved state, "
-            f"{now.get(name, 'absent')} now"
+            f"`{name}` is {_show(saved, name)} in the saved state, {_show(now, name)} now"
             for name in dict.fromkeys([*saved, *now])
             if saved.get(name) != now.get(name)
         ]
@@ -293,9 +314,15 @@ class ScheduleBinder(LRScheduler):
                 "saved values, or start the new schedule without loading the state."
             )
         groups = len(self.optimizer.param_groups)
-        if len(state["base"]["lr"]) != groups:
+        if state.base.keys() != self._base.keys():
             raise ValueError(
-                f"The saved state has {len(state['base']['lr'])} param groups, but the optimizer "
+                f"`base` must have the keys {', '.join(self._base)} in the saved state, got "
+                f"{', '.join(state.base)}."
+            )
+        counts = {len(values) for values in state.base.values()} - {groups}
+        if counts:
+            raise ValueError(
+                f"The saved state has {counts.pop()} param groups, but the optimizer "
                 f"has {groups}. Build the optimizer with the same param groups."
             )
 
@@ -313,6 +340,17 @@ class ScheduleBinder(LRScheduler):
         self._first_step = _FirstStep(None)
         self._writer = None
         self.write()
+
+
+@dataclass(frozen=True)
+class _SavedState:
+    """The result of `ScheduleBinder.state_dict`."""
+
+    type: str
+    params: dict[str, Any]
+    step: Annotated[int, Range(at_least=0, at_most=MAX_STEPS)]
+    base: dict[str, tuple[float, ...]]
+    state: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
 
 
 class _FirstStep:
@@ -345,6 +383,10 @@ class _FirstStep:
                 "value of the schedule is not used. Call `optimizer.step()` first.",
                 stacklevel=3,
             )
+
+
+def _show(params: Mapping[str, Any], name: str) -> str:
+    return describe(params[name]) if name in params else "absent"
 
 
 def _to_float(loss: Tensor | float | None) -> float | None:

@@ -28,9 +28,19 @@ from engine.checkpoint.data_position import DataPosition
 from engine.checkpoint.fingerprint import Identity, check_identity
 from engine.checkpoint.lock import DirectoryLock
 from engine.checkpoint.manifest import Manifest, read_manifest
-from engine.checkpoint.plain_values import check_plain_values, read_values, write_values
+from engine.checkpoint.plain_values import (
+    check_plain_values,
+    read_values,
+    report_damage,
+    write_values,
+)
 from engine.checkpoint.rollback import Rollback
-from engine.checkpoint.schedule_state import adapt_schedule_state, convert_position
+from engine.checkpoint.saved_run import read_run
+from engine.checkpoint.schedule_state import (
+    adapt_schedule_state,
+    check_schedule_state,
+    convert_position,
+)
 from engine.config import Config
 from engine.distributed.environment import ELASTIC
 from engine.distributed.ranks import Ranks
@@ -38,8 +48,7 @@ from engine.errors import CheckpointError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
 from engine.training.progress import Counters, ProgressReporter
-from engine.training.rng import get_rng_state, set_rng_state
-from schedules import ScheduleBinder
+from engine.training.rng import check_rng_state, get_rng_state, set_rng_state
 
 __all__ = ["Checkpointer"]
 
@@ -309,38 +318,49 @@ class Checkpointer:
                 "%s does not contain the frozen parameters; the model keeps their current values",
                 checkpoint_dir,
             )
-        state: dict[str, Any] = read_values(checkpoint_dir / _ENGINE)
-        saved_schedule = state["lr_scheduler"] if scheduler and not self._plan.override else None
-        if saved_schedule is not None and isinstance(run.scheduler, ScheduleBinder):
-            try:
-                run.scheduler.check_state_dict(saved_schedule)  # before anything changes
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{checkpoint_dir} does not match this run: {error}"
-                ) from None
+        # Read and check the small files first, so that nothing has changed if one is damaged.
+        position = snapshot = random_state = None
+        schedule: dict[str, Any] = {}
+        with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
+            state = read_run(checkpoint_dir / _ENGINE)
+            own = checkpoint_dir / f"random.{self._ranks.rank}.pt"
+            if optimizer and own.is_file() and manifest.world_size == self._ranks.world_size:
+                random_state = read_values(own)
+                with report_damage(own):
+                    check_rng_state(random_state)
+            if counters:
+                position = self.data.read(
+                    state, run.config.batch, checkpoint_dir, manifest.world_size
+                )
+            if scheduler and run.scheduler is not None:
+                steps = Counters(**state["counters"]) if counters else run.counters
+                with report_damage(checkpoint_dir / _ENGINE):
+                    schedule = self._adapt_schedule(run, run.scheduler, state, steps.applied_steps)
+                    check_schedule_state(run.scheduler, schedule)
+                if run.rollback is not None:
+                    snapshot = run.rollback.read(checkpoint_dir)
         own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
-        self._backend.load(
-            checkpoint_dir, optimizer=optimizer, strict=strict, frozen=manifest.frozen
-        )
+        with self.data.restore(position, checkpoint_dir):
+            self._backend.load(
+                checkpoint_dir, optimizer=optimizer, strict=strict, frozen=manifest.frozen
+            )
         self._run_id = manifest.run or self._run_id
         if self._plan.override:  # keep this run's learning rate, betas and weight decay
             for group, settings in zip(
                 self._backend.optimizer.param_groups, own_groups, strict=True
             ):
                 group.update(settings)
-        own = checkpoint_dir / f"random.{self._ranks.rank}.pt"
-        if optimizer and own.is_file() and manifest.world_size == self._ranks.world_size:
-            set_rng_state(read_values(own))
+        if random_state is not None:
+            set_rng_state(random_state)
         if counters:
             self._restore_counters(run, state)
-            self.data.load(state, run.config.batch, checkpoint_dir, manifest.world_size)
             if run.best is not None:
                 run.best.load_state_dict(state.get("best"))
             self._saved[directory.resolve()] = _get_position(run)
         if scheduler and run.scheduler is not None:
-            self._restore_scheduler(run, run.scheduler, state)
+            run.scheduler.load_state_dict(schedule)
             if run.rollback is not None:
-                run.rollback.load(checkpoint_dir)
+                run.rollback.snapshot = snapshot
         return checkpoint_dir, state["client_state"]
 
     def _find(self, directory: Path, tag: str | None) -> tuple[Path, Manifest]:
@@ -379,16 +399,15 @@ class Checkpointer:
         run.restore_counters(counters)
         run.progress.monitors.resume(state.get("monitors", {}), counters.global_samples)
 
-    def _restore_scheduler(
-        self, run: RunState, scheduler: LRScheduler, state: Mapping[str, Any]
-    ) -> None:
+    def _adapt_schedule(
+        self, run: RunState, scheduler: LRScheduler, state: Mapping[str, Any], steps: int
+    ) -> dict[str, Any]:
+        """Return the state that the scheduler will load, after a number of applied steps."""
         saved = state["lr_scheduler"]
         if saved is None or self._plan.override:
-            position = convert_position(
-                run.counters.applied_steps, run.config, state.get("batch") or {}
-            )
+            position = convert_position(steps, run.config, state.get("batch") or {})
             saved = adapt_schedule_state(saved or {}, scheduler.state_dict(), position)
-        scheduler.load_state_dict(dict(saved))
+        return dict(saved)
 
     def wait(self) -> None:
         """Wait until the current save has finished on all ranks.

@@ -17,16 +17,23 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from engine.checkpoint.plain_values import report_damage
+from engine.checkpoint.safetensors_storage import SHARDS
+from engine.checkpoint.structure import check_param_groups, check_parameter_states
 from engine.errors import CheckpointError
 
 __all__ = [
+    "VALUES",
     "build_empty_state",
+    "check_optimizer_state",
     "find_outside_parameters",
     "get_optimizer_state",
     "load_optimizer_state",
     "reshard",
 ]
 
+VALUES = "values.pt"
+"""File for values that are not tensors and are equal on all ranks, e.g. param group settings."""
 _STATE = "optimizer.state."
 _GROUPS = "optimizer.param_groups."
 _OUTSIDE = "param_groups."
@@ -100,6 +107,21 @@ def build_empty_state(
     }
 
 
+def check_optimizer_state(
+    directory: Path, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Check a state that was loaded from a checkpoint, and has parameter names in place of indices.
+
+    Raises:
+        CheckpointError: the optimizer cannot continue from the state.
+    """
+    names = _name_parameters(model, optimizer)
+    with report_damage(directory / VALUES):
+        check_param_groups(state["param_groups"], _name_groups(optimizer, names))
+    with report_damage(directory / SHARDS):
+        check_parameter_states(state["state"], optimizer, dict(names))
+
+
 def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """Return the optimized parameters that are not in the model, such as those of a loss function.
 
@@ -110,17 +132,25 @@ def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str,
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load a state that has parameter names in place of indices."""
+    """Load a state that has parameter names in place of indices.
+
+    Raises:
+        Exception: the optimizer does not accept the state. It is unchanged.
+    """
     indices = {name: index for index, (name, _) in enumerate(_name_parameters(model, optimizer))}
-    optimizer.load_state_dict(
-        {
-            "state": {indices[name]: values for name, values in state["state"].items()},
-            "param_groups": [
-                {**group, "params": [indices[name] for name in group["params"]]}
-                for group in state["param_groups"]
-            ],
-        }
-    )
+    converted = {
+        "state": {indices[name]: values for name, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [indices[name] for name in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
+    before = optimizer.state, optimizer.param_groups
+    try:
+        optimizer.load_state_dict(converted)
+    except BaseException:
+        optimizer.state, optimizer.param_groups = before
+        raise
 
 
 def reshard(model: nn.Module) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
 
+from torch.optim.lr_scheduler import LRScheduler
+
+from engine.checkpoint.structure import check_same_structure
 from engine.config import Config
+from schedules import ScheduleBinder
 from schedules.core.durations import has_data_durations
 
-__all__ = ["adapt_schedule_state", "convert_position"]
+__all__ = ["adapt_schedule_state", "check_schedule_state", "convert_position"]
 
 log = logging.getLogger("onecycle")
 
@@ -30,6 +35,23 @@ def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int])
     if saved_train == train or schedule is None or not has_data_durations(schedule):
         return steps
     return round(steps * saved_train / train)
+
+
+def check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None:
+    """Check that a scheduler can continue from a state. Nothing changes.
+
+    Raises:
+        Exception: the state is damaged, or does not match the scheduler.
+    """
+    if isinstance(scheduler, ScheduleBinder):
+        scheduler.check_state_dict(state)
+        return
+    own = copy.deepcopy(scheduler.state_dict())
+    check_same_structure(state, own, "lr_scheduler")
+    try:
+        scheduler.load_state_dict(copy.deepcopy(state))
+    finally:
+        scheduler.load_state_dict(own)
 
 
 def adapt_schedule_state(

@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -25,19 +23,19 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from engine.checkpoint.optimizer_state import (
+    VALUES,
     build_empty_state,
+    check_optimizer_state,
     find_outside_parameters,
     get_optimizer_state,
     load_optimizer_state,
 )
-from engine.checkpoint.plain_values import read_values, write_values
-from engine.checkpoint.safetensors_storage import ShardReader, ShardWriter, write_tensors
+from engine.checkpoint.plain_values import read_as, report_damage, write_values
+from engine.checkpoint.safetensors_storage import SHARDS, ShardReader, ShardWriter, write_tensors
 from engine.errors import CheckpointError
 
 __all__ = ["check_weights", "export", "read", "write", "write_async"]
 
-VALUES = "values.pt"
-"""File for values that are not tensors and are equal on all ranks, e.g. param group settings."""
 _MODEL = "model."
 
 
@@ -130,9 +128,11 @@ def read(
         CheckpointError: if a parameter or buffer is missing, unexpected, or has a different shape.
             The message names the first one.
     """
+    is_single_process = not dist.is_initialized()
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    saved_tensors = _read_saved_tensors(directory)
-    saved_values = read_values(directory / VALUES)
+    reader = ShardReader(directory)
+    saved_tensors: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+    saved_values = read_as(dict[str, Any], directory / VALUES)
     saved_model = {
         name.removeprefix(_MODEL): metadata
         for name, metadata in saved_tensors.items()
@@ -153,37 +153,63 @@ def read(
         for name, metadata in saved_model.items()
     }
     check_weights(directory, own_weights, saved_weights, strict=strict)
+    extra = _find_extra_states(directory, state["model"], saved_values)
     if optimizer is not None:
-        saved = saved_values | saved_tensors
-        state["optimizer"] = build_empty_state(directory, model, optimizer, saved)
+        with report_damage(directory / VALUES):
+            saved = saved_values | saved_tensors
+            state["optimizer"] = build_empty_state(directory, model, optimizer, saved)
         state["outside"] = {
             name: torch.empty_like(parameter)
             for name, parameter in find_outside_parameters(model, optimizer).items()
             if f"outside.{name}" in saved_tensors
         }
-    leaves = _find_leaves(state)
-    own = {name: holder[key] for name, holder, key in leaves if _is_sharded(name, holder[key])}
-    _load_tensors(directory, own, is_single_process=not dist.is_initialized())
-    for name, holder, key in leaves:
-        if name in saved_values and name.startswith(_MODEL):
-            holder[key] = saved_values[name]
+        others = {name: below for name, below in state.items() if name != "model"}
+        _load_tensors(reader, others, is_single_process=is_single_process)
+        check_optimizer_state(directory, model, optimizer, state["optimizer"])
+    # Nothing has changed so far. From here on, only code of the model or the optimizer can fail.
     options = StateDictOptions(strict=strict and frozen)
-    set_model_state_dict(model, state["model"], options=options)
+    try:
+        with report_damage(directory / VALUES):
+            if extra:
+                set_model_state_dict(model, state["model"] | extra, options=options)
+            if optimizer is not None:
+                load_optimizer_state(model, optimizer, state["optimizer"])
+    except CheckpointError:
+        if extra:
+            set_model_state_dict(model, state["model"], options=options)
+        raise
+    _load_tensors(reader, {"model": state["model"]}, is_single_process=is_single_process)
+    set_model_state_dict(model, state["model"] | extra, options=options)
     if optimizer is not None:
-        load_optimizer_state(model, optimizer, state["optimizer"])
         for name, parameter in find_outside_parameters(model, optimizer).items():
             if name in state["outside"]:
                 parameter.data.copy_(state["outside"][name])
 
 
+def _find_extra_states(
+    directory: Path, model_state: Mapping[str, Any], saved_values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the saved results of the modules' ``get_extra_state``, by name."""
+    names = [name for name in model_state if _is_extra_state(name)]
+    for name in names:
+        if f"{_MODEL}{name}" not in saved_values:
+            raise CheckpointError(
+                f"{directory} does not match the model: `{name}` is missing from the checkpoint. "
+                "Use the model architecture of the saved run."
+            )
+    return {name: saved_values[f"{_MODEL}{name}"] for name in names}
+
+
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Load the model's parameters and buffers from a checkpoint, unsharded, by name."""
+    reader = ShardReader(directory)
+    saved: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     weights: dict[str, Any] = {
         name: torch.empty(metadata.size, dtype=metadata.properties.dtype)
-        for name, metadata in _read_saved_tensors(directory).items()
+        for name, metadata in saved.items()
         if name.startswith(_MODEL)
     }
-    _load_tensors(directory, weights, is_single_process=True)
+    _load_tensors(reader, weights, is_single_process=True)
     return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
 
 
@@ -240,15 +266,15 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
         write_values(directory / VALUES, values)
 
 
-def _load_tensors(directory: Path, own: dict[str, Any], *, is_single_process: bool) -> None:
-    """Load tensors by name, in place."""
-    try:
-        with _ignore_process_group_warning(), _raise_cause():
-            load(own, storage_reader=ShardReader(directory), no_dist=is_single_process)
-    except (SafetensorError, LookupError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{directory} cannot be loaded: {error}. Use another checkpoint."
-        ) from error
+def _load_tensors(reader: ShardReader, state: dict[str, Any], *, is_single_process: bool) -> None:
+    """Load the tensors of a nested state in place."""
+    own = {
+        name: holder[key]
+        for name, holder, key in _find_leaves(state)
+        if _is_sharded(name, holder[key])
+    }
+    with report_damage(reader.directory / SHARDS), _ignore_process_group_warning(), _raise_cause():
+        load(own, storage_reader=reader, no_dist=is_single_process)
 
 
 @contextlib.contextmanager
@@ -326,16 +352,6 @@ def check_weights(
             "architecture of the saved run, or pass `load_module_strict=False` to ignore saved "
             "tensors that the model does not have."
         )
-
-
-def _read_saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
-    try:
-        found: Any = ShardReader(directory).read_metadata().state_dict_metadata
-    except (SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{directory} cannot be loaded: {error}. Use another checkpoint."
-        ) from error
-    return dict(found)
 
 
 @contextlib.contextmanager

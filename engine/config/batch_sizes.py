@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from engine.config.wording import count_noun
+from schedules.core.saved_state import Size
 
 __all__ = ["BATCH_KEYS", "BatchError", "BatchSizes", "derive_batch_sizes"]
 
@@ -27,10 +28,10 @@ class BatchSizes:
     per optimizer step.
     """
 
-    train: int
-    micro: int
-    accumulation: int
-    world_size: int
+    train: Size
+    micro: Size
+    accumulation: Size
+    world_size: Size
 
     def __str__(self) -> str:
         return (

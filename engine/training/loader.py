@@ -88,6 +88,15 @@ class RunLoader:
         """The epoch that is being iterated over or, between epochs, the next one; from 0."""
         return self._epoch + 1 if self._is_finished else self._epoch
 
+    @property
+    def position(self) -> tuple[int, int, bool, bool]:
+        """The position in the data, without the state of a data loader that saves its own."""
+        return self._epoch, self._requested, self._is_finished, self.resumes
+
+    @position.setter
+    def position(self, position: tuple[int, int, bool, bool]) -> None:
+        self._epoch, self._requested, self._is_finished, self.resumes = position
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data.
 
@@ -103,7 +112,7 @@ class RunLoader:
         return self._is_finished or self._has_requested_all()
 
     def _has_requested_all(self) -> bool:
-        return self._sampler is not None and self._requested == len(self._sampler)
+        return self._sampler is not None and self._requested >= len(self._sampler)
 
     def load_state_dict(self, state: Mapping[str, Any], *, resumes: bool = True) -> None:
         """Load a saved position; if ``resumes`` is false, start with the next epoch instead.
@@ -111,8 +120,7 @@ class RunLoader:
         If the data of the saved epoch is used up, the next iteration starts the next epoch.
         """
         self._epoch, self._requested = state["epoch"], state["given"]
-        finished = self._has_requested_all()  # written by older versions
-        self._is_finished = bool(state.get("finished", finished))
+        self._is_finished = bool(state.get("finished")) or self._has_requested_all()
         self.resumes = resumes and not self._is_finished
         if not has_state(self._batches) or not (self.resumes or self._is_finished):
             return
