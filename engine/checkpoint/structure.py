@@ -63,9 +63,10 @@ def _classify(value: Any) -> str:
         return "nothing"
     if isinstance(value, bool):
         return "true or false"
-    if isinstance(value, int | float | np.generic) or (
-        isinstance(value, Tensor) and value.dim() == 0
-    ):
+    if isinstance(value, Tensor) and value.dim() == 0:
+        is_real = value.dtype != torch.bool and not value.is_complex()
+        return "a number" if is_real else f"of the type {value.dtype}"
+    if isinstance(value, int | float | np.generic):
         return "a number"
     for kind, word in (
         (Tensor, "a tensor"),
@@ -139,7 +140,8 @@ def check_parameter_states(
 def _check_group(group: Mapping[str, Any], own: Mapping[str, Any], name: str) -> None:
     for key, value in own.items():
         if key in group:
-            check_same_structure(group[key], value, f"{name}.{key}")
+            exact = tuple(value) if isinstance(value, list) else value
+            check_same_structure(group[key], exact, f"{name}.{key}")
         elif key in {*_HYPERPARAMETERS, "params"}:
             raise ValueError(f"`{name}` must have the key `{key}`.")
     if list(group["params"]) != list(own["params"]):
@@ -167,10 +169,10 @@ def _check_parameter_state(
 
 
 class _Templates:
-    """What an optimizer of `torch.optim` keeps for a parameter after its first step.
+    """What an optimizer keeps for a parameter after its first step.
 
-    A copy of the optimizer takes this step on a small parameter with as many dimensions. Other
-    optimizers are not copied, because their steps may do anything.
+    For an optimizer of `torch.optim`, a copy takes this step on a small parameter with as many
+    dimensions. The steps of other optimizers may do anything, so their current state is used.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -181,12 +183,13 @@ class _Templates:
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
+        self._own: Mapping[Tensor, Mapping[str, Any]] = optimizer.state
         self._known: dict[Any, Mapping[str, Any]] = {}
 
     def build(self, parameter: Tensor) -> Mapping[str, Any]:
-        """Return the state of a parameter, with meta tensors; empty if it is unknown."""
+        """Return the state of a parameter, possibly with meta tensors; empty if it is unknown."""
         if not self._is_known:
-            return {}
+            return self._own.get(parameter, {})
         group = self._groups[id(parameter)]
         accepted = inspect.signature(self._kind).parameters
         settings = {

@@ -89,13 +89,20 @@ class RunLoader:
         return self._epoch + 1 if self._is_finished else self._epoch
 
     @property
-    def position(self) -> tuple[int, int, bool, bool]:
-        """The position in the data, without the state of a data loader that saves its own."""
-        return self._epoch, self._requested, self._is_finished, self.resumes
+    def position(self) -> tuple[int, int, bool, bool, Any]:
+        """The position in the data; can be set to an earlier value.
+
+        It contains the state of a data loader that saves its own position only once the loader is
+        used, because a loader may start its workers to return its state.
+        """
+        own = self._batches.state_dict() if has_state(self._batches) and self._epoch >= 0 else None
+        return self._epoch, self._requested, self._is_finished, self.resumes, own
 
     @position.setter
-    def position(self, position: tuple[int, int, bool, bool]) -> None:
-        self._epoch, self._requested, self._is_finished, self.resumes = position
+    def position(self, position: tuple[int, int, bool, bool, Any]) -> None:
+        self._epoch, self._requested, self._is_finished, self.resumes, own = position
+        if own is not None:
+            self._batches.load_state_dict(own)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data.

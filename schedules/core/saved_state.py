@@ -88,6 +88,8 @@ def _restore_in_range(arguments: tuple[Any, ...], value: Any, name: str) -> Any:
 def _restore_tuple(arguments: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise _build_error(name, "a list", value)
+    if arguments == (float, ...) and set(map(type, value)) <= {float}:
+        return tuple(value)  # such as a long history of losses
     if arguments[-1] is Ellipsis:
         arguments = arguments[:1] * len(value)
     if len(value) != len(arguments):
