@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
@@ -19,11 +18,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from engine.backends.base import DTYPES, Backend, compute_norm
-from engine.backends.deepspeed_checkpoint import refuse_pickled_code
+from engine.backends.deepspeed_checkpoint import CheckpointFiles
 from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.backends.deepspeed_layout import Layout
 from engine.backends.deepspeed_order import BackwardOrder
-from engine.checkpoint.plain_values import read_values, write_values
+from engine.checkpoint.plain_values import read_values, report_damage, write_values
+from engine.checkpoint.structure import check_same_structure
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
 from engine.config.wording import count_noun
@@ -248,25 +248,32 @@ class DeepSpeedBackend(Backend):
     def load(
         self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
     ) -> None:
+        trusts_pickle = self._config.checkpoint.trust_pickle
+        files = CheckpointFiles(checkpoint_dir, trusts_pickle=trusts_pickle)
         if self._layout is not None:
             self._layout.check(checkpoint_dir, optimizer=optimizer, strict=strict and frozen)
-        trusts = self._config.checkpoint.trust_pickle
-        with contextlib.nullcontext() if trusts else refuse_pickled_code():
-            path, _ = self.engine.load_checkpoint(
+            files.check(self.engine, optimizer=optimizer, strict=strict and frozen)
+        path, scaler = checkpoint_dir / _SCALER, self.engine.torch_autocast_z0_gradscaler
+        saved_scaler = None
+        if scaler and optimizer and path.is_file():
+            saved_scaler = read_values(path)
+            with report_damage(path):
+                check_same_structure(saved_scaler, scaler.state_dict(), "loss_scaler")
+        with files.use():
+            loaded_from, _ = self.engine.load_checkpoint(
                 str(checkpoint_dir.parent),
                 tag=checkpoint_dir.name,
                 load_module_strict=strict and frozen,
                 load_optimizer_states=optimizer,
                 load_lr_scheduler_states=False,
             )
-        if path is None:
+        if loaded_from is None:
             raise CheckpointError(
                 f"{checkpoint_dir} does not contain a DeepSpeed checkpoint. Load a checkpoint "
                 "that was saved with the DeepSpeed backend."
             )
-        scaler = self.engine.torch_autocast_z0_gradscaler
-        if scaler and optimizer and (checkpoint_dir / _SCALER).is_file():
-            scaler.load_state_dict(read_values(checkpoint_dir / _SCALER))
+        if saved_scaler is not None:
+            scaler.load_state_dict(saved_scaler)
 
     def _load_weights(
         self, weights: Mapping[str, Any], strict: bool, load_fn: Callable[..., Any] | None

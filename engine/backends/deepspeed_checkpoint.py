@@ -1,4 +1,4 @@
-"""Load DeepSpeed's checkpoint files without running code from them."""
+"""Read and check DeepSpeed's checkpoint files before DeepSpeed loads them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import contextlib
 import importlib
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.serialization import safe_globals
 
-from engine.checkpoint.plain_values import LOADABLE
+from engine.checkpoint.plain_values import LOADABLE, report_damage
+from engine.checkpoint.structure import check_parameter_states, check_same_structure
 from engine.errors import CheckpointError
 
-__all__ = ["refuse_pickled_code"]
+__all__ = ["CheckpointFiles"]
 
 _CLASSES = {
     "argparse": ["Namespace"],
@@ -24,40 +26,120 @@ _CLASSES = {
     "deepspeed.utils.tensor_fragment": ["fragment_address"],
 }
 """Classes whose instances DeepSpeed saves; unpickling them runs no code from the file."""
+_OPTIMIZER = "optimizer_state_dict"
 
 
-@contextlib.contextmanager
-def refuse_pickled_code() -> Iterator[None]:
-    """Unpickle only tensors, plain values and `_CLASSES` while DeepSpeed loads a checkpoint.
+class CheckpointFiles:
+    """The files of a checkpoint that DeepSpeed loads on this rank.
 
-    DeepSpeed calls ``torch.load`` with ``weights_only=False`` and has no setting for it.
+    DeepSpeed assigns the weights before it reads the other files. Here, all files are read and
+    checked first.
 
-    Raises:
-        CheckpointError: a file contains other objects.
+    Args:
+        directory: directory of the checkpoint.
+        trusts_pickle: whether objects of any class are unpickled, which can run code.
     """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    allowed = [*LOADABLE, *_import_classes()]
-    original = TorchCheckpointEngine.load
+    def __init__(self, directory: Path, *, trusts_pickle: bool) -> None:
+        self._directory = directory
+        self._trusts_pickle = trusts_pickle
+        self._loaded: dict[str, Any] = {}
 
-    def load(self: Any, path: str, map_location: Any = None) -> Any:
-        del self
-        try:
-            with safe_globals(allowed):
-                return torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f"an object of `{named[1]}`" if named else "an unknown object"
+    def check(self, engine: Any, *, optimizer: bool, strict: bool) -> None:
+        """Check that the files have the structure of those that DeepSpeed's engine would write.
+
+        Args:
+            engine: DeepSpeed's engine.
+            optimizer: whether the optimizer will be loaded.
+            strict: whether the checkpoint must have all weights of the model.
+
+        Raises:
+            CheckpointError: a file is damaged, or contains objects of unknown classes.
+        """
+        root, tag = str(self._directory.parent), self._directory.name
+        has_own_file = bool(engine.zero_optimization())
+        saves_optimizer = optimizer and engine.optimizer is not None
+        path = engine._get_ckpt_name(root, tag)  # noqa: SLF001  # it has no public name
+        if not Path(path).is_file():
+            return  # not a checkpoint of DeepSpeed, or one for another number of ranks
+        values = self._loaded[path] = self._read(path)
+        own: dict[str, Any] = {"dp_world_size": 1, "mp_world_size": 1}
+        own |= {"global_steps": 0, "skipped_steps": 0, "module": {}}
+        with report_damage(Path(path)):
+            check_same_structure(values, own, "checkpoint")
+            weights = engine.module_state_dict()
+            own = {key: each for key, each in weights.items() if strict or key in values["module"]}
+            check_same_structure(values["module"], own, "module")
+            if saves_optimizer and not has_own_file:
+                _check_optimizer(values.get("optimizer"), engine)
+        if not saves_optimizer or not has_own_file or engine.zero_nvme_offload_optimizer():
+            return
+        if values["dp_world_size"] != engine.seq_dp_world_size:
             raise CheckpointError(
-                f"{path} contains {what}, and unpickling it can run code. If you trust the "
-                "checkpoint, set `engine.checkpoint.trust_pickle` to true."
+                f"{path} was saved with {values['dp_world_size']} data-parallel ranks, but there "
+                f"are {engine.seq_dp_world_size} now. DeepSpeed cannot convert the optimizer's "
+                "state. Use as many ranks, or pass `load_optimizer_states=False`."
+            )
+        path = engine._get_zero_ckpt_name(root, tag)  # noqa: SLF001  # it has no public name
+        values = self._loaded[path] = self._read(path)
+        with report_damage(Path(path)):
+            check_same_structure(values, {_OPTIMIZER: {}}, "checkpoint")
+            _check_optimizer(values[_OPTIMIZER], engine)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Let DeepSpeed load the files as they were read here.
+
+        DeepSpeed calls ``torch.load`` with ``weights_only=False`` and has no setting for it.
+
+        Raises:
+            CheckpointError: DeepSpeed cannot load a file.
+        """
+        from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import (
+            TorchCheckpointEngine,
+        )
+
+        original = TorchCheckpointEngine.load
+
+        def load(_: Any, path: str, map_location: Any = None) -> Any:
+            return (
+                self._loaded.pop(path) if path in self._loaded else self._read(path, map_location)
+            )
+
+        TorchCheckpointEngine.load = load
+        try:
+            with report_damage(self._directory):
+                yield
+        finally:
+            TorchCheckpointEngine.load = original
+
+    def _read(self, path: str, map_location: Any = "cpu") -> Any:
+        if self._trusts_pickle:
+            return torch.load(path, map_location=map_location, weights_only=False)
+        try:
+            with report_damage(Path(path)), safe_globals([*LOADABLE, *_import_classes()]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except CheckpointError as error:
+            named = re.search(r"GLOBAL ([\w.]+)", str(error.__cause__))
+            if named is None or not isinstance(error.__cause__, pickle.UnpicklingError):
+                raise
+            raise CheckpointError(
+                f"{path} contains an object of `{named[1]}`, and unpickling it can run code. If "
+                "you trust the checkpoint, set `engine.checkpoint.trust_pickle` to true."
             ) from None
 
-    TorchCheckpointEngine.load = load
-    try:
-        yield
-    finally:
-        TorchCheckpointEngine.load = original
+
+def _check_optimizer(saved: Any, engine: Any) -> None:
+    """Check the state of DeepSpeed's optimizer.
+
+    Raises:
+        ValueError: a value is missing, or has another type or shape.
+    """
+    check_same_structure(saved, engine.optimizer.state_dict(), "optimizer")
+    if not engine.zero_optimization() and isinstance(saved.get("state"), Mapping):
+        groups = engine.optimizer.param_groups
+        parameters = dict(enumerate(p for group in groups for p in group["params"]))
+        check_parameter_states(saved["state"], engine.optimizer, parameters)
 
 
 def _import_classes() -> list[Any]:

@@ -7,13 +7,16 @@ stage 3, it copies tensors of different shapes into each other's memory.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoint.plain_values import report_damage
 from engine.errors import CheckpointError
+from schedules.core.saved_state import Count, describe, restore
 
 __all__ = ["Layout"]
 
@@ -66,19 +69,20 @@ class Layout:
 
         if not (checkpoint_dir / _FILE).is_file():
             return
-        found = json.loads((checkpoint_dir / _FILE).read_text(encoding="utf-8"))
-        saved = {
-            name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            for name, (shape, dtype) in found["weights"].items()
-        }
+        with report_damage(checkpoint_dir / _FILE):
+            text = (checkpoint_dir / _FILE).read_text(encoding="utf-8")
+            found: _Saved = restore(_Saved, json.loads(text), "layout")
+            saved = {
+                name: torch.empty(shape, dtype=_find_dtype(dtype), device="meta")
+                for name, (shape, dtype) in found.weights.items()
+            }
         own = self._read_weights(frozen=True)
         if not strict:
             own = {name: tensor for name, tensor in own.items() if name in saved}
         check_weights(checkpoint_dir, own, saved, strict=strict)
-        if optimizer and found["groups"] != self._groups:
-            counts, own_counts = (
-                [len(g) for g in each] for each in (found["groups"], self._groups)
-            )
+        groups = [[list(shape) for shape in group] for group in found.groups]
+        if optimizer and groups != self._groups:
+            counts, own_counts = ([len(g) for g in each] for each in (groups, self._groups))
             raise CheckpointError(
                 f"{checkpoint_dir} does not match the optimizer: its param groups have {counts} "
                 f"parameters in the checkpoint, {own_counts} now, or their shapes differ. Build "
@@ -93,6 +97,21 @@ class Layout:
             if isinstance(value, Tensor)
             and (frozen or value.requires_grad or not isinstance(value, nn.Parameter))
         }
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The contents of the file: the shape and dtype of each weight, and the shapes per group."""
+
+    weights: dict[str, tuple[tuple[Count, ...], str]]
+    groups: tuple[tuple[tuple[Count, ...], ...], ...]
+
+
+def _find_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"a dtype must be that of a tensor, got {describe(name)}.")  # noqa: TRY004
+    return dtype
 
 
 def _get_shape(tensor: Any) -> list[int]:

@@ -56,6 +56,8 @@ def check_same_structure(saved: Any, own: Any, name: str) -> None:
         )
     elif kind == "a number":
         _check_number(saved, own, name)
+    elif hasattr(own, "__dict__"):
+        check_same_structure(vars(saved), vars(own), name)
 
 
 def _classify(value: Any) -> str:

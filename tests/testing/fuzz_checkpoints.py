@@ -17,7 +17,6 @@ import shutil
 import struct
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,7 +37,21 @@ _SCALARS = [
     *("", "x", "a" * 3000, "\x1b[2J", "\0", "é\u202e", b"", b"x" * 100, 1j),
     *(torch.float32, torch.device("meta"), torch.Size([2])),
 ]
-_KEYS = [0, -1, "0", "", "x", "step", "params", "state", None, (1, 2), 2**70, math.nan, "_extra_state"]
+_KEYS = [
+    0,
+    -1,
+    "0",
+    "",
+    "x",
+    "step",
+    "params",
+    "state",
+    None,
+    (1, 2),
+    2**70,
+    math.nan,
+    "_extra_state",
+]
 
 
 class Bomb:
@@ -197,7 +210,9 @@ class CheckpointMutator:
                 case 3:
                     data[start:end] = self.random.randbytes(end - start)
                 case _:
-                    data[start:end] = struct.pack("<Q", self.random.choice((0, 1, 2**31, 2**63, 2**64 - 1)))
+                    data[start:end] = struct.pack(
+                        "<Q", self.random.choice((0, 1, 2**31, 2**63, 2**64 - 1))
+                    )
         return bytes(data)
 
     def _change_files(self, files, path):
@@ -242,7 +257,9 @@ class CheckpointMutator:
                 case 0:
                     tensors.pop(key)
                 case 1:
-                    tensors[choice((f"{key}.0", f"{key}.x", key.upper(), key.rpartition(".")[0] or "y"))] = tensors.pop(key)
+                    tensors[
+                        choice((f"{key}.0", f"{key}.x", key.upper(), key.rpartition(".")[0] or "y"))
+                    ] = tensors.pop(key)
                 case 2 | 3:
                     tensors[key] = self._change_tensor(tensors[key])
                 case 4:
@@ -250,9 +267,22 @@ class CheckpointMutator:
                     parts = {f"{key}@0": {"of": key, "shape": [4], "offsets": [0]}}
                     metadata = {"parts": self._change_object(parts)}
                 case 5:
-                    metadata = {"parts": choice(("", "[]", "null", '{"x": 1}', "[" * 100_000, "NaN"))}
+                    metadata = {
+                        "parts": choice(("", "[]", "null", '{"x": 1}', "[" * 100_000, "NaN"))
+                    }
                 case _:
-                    tensors[choice(("model.extra", "optimizer.state.x.y", "optimizer.param_groups.7.lr", "optimizer.param_groups.x", "outside.x", "x"))] = tensors[key].clone()
+                    tensors[
+                        choice(
+                            (
+                                "model.extra",
+                                "optimizer.state.x.y",
+                                "optimizer.param_groups.7.lr",
+                                "optimizer.param_groups.x",
+                                "outside.x",
+                                "x",
+                            )
+                        )
+                    ] = tensors[key].clone()
             if not tensors:
                 break
         files[path] = save({k: v.contiguous() for k, v in tensors.items()}, metadata)
@@ -264,11 +294,17 @@ class CheckpointMutator:
             case 1:
                 return tensor.unsqueeze(0).clone()
             case 2:
-                return tensor.to(self.random.choice((torch.int64, torch.float16, torch.bool, torch.complex64)))
+                return tensor.to(
+                    self.random.choice((torch.int64, torch.float16, torch.bool, torch.complex64))
+                )
             case 3:
-                return torch.full_like(tensor, math.nan) if tensor.is_floating_point() else tensor + 1
+                return (
+                    torch.full_like(tensor, math.nan) if tensor.is_floating_point() else tensor + 1
+                )
             case 4:
-                return torch.zeros(self.random.choice(((), (0,), (2, 0), (1,), (7, 7), (1, 1, 1, 1))))
+                return torch.zeros(
+                    self.random.choice(((), (0,), (2, 0), (1,), (7, 7), (1, 1, 1, 1)))
+                )
             case 5:
                 return -tensor if tensor.is_floating_point() else tensor * 2**62
             case 6:
