@@ -16,6 +16,7 @@ from torch.serialization import safe_globals
 from engine.checkpoint.plain_values import LOADABLE, report_damage
 from engine.checkpoint.structure import check_parameter_states, check_same_structure
 from engine.errors import CheckpointError
+from schedules.core.saved_state import describe
 
 __all__ = ["CheckpointFiles"]
 
@@ -66,10 +67,14 @@ class CheckpointFiles:
         own: dict[str, Any] = {"dp_world_size": 1, "mp_world_size": 1}
         own |= {"global_steps": 0, "skipped_steps": 0, "module": {}}
         with report_damage(Path(path)):
+            own |= {"global_samples": 0} if "global_samples" in values else {}
             check_same_structure(values, own, "checkpoint")
             weights = engine.module_state_dict()
             own = {key: each for key, each in weights.items() if strict or key in values["module"]}
             check_same_structure(values["module"], own, "module")
+            unknown = values["module"].keys() - weights.keys()
+            if strict and unknown:
+                raise ValueError(f"the model has no {describe(min(unknown, key=str))}.")
             if saves_optimizer and not has_own_file:
                 _check_optimizer(values.get("optimizer"), engine)
         if not saves_optimizer or not has_own_file or engine.zero_nvme_offload_optimizer():

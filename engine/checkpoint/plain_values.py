@@ -132,8 +132,6 @@ def read_values(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing. Use another checkpoint.") from None
-    except OSError:
-        raise
     except Exception as error:  # noqa: BLE001  # damaged bytes raise exceptions of any type
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         problem = f"it contains `{named[1]}`" if named else summarize(error)
@@ -183,8 +181,10 @@ def report_damage(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (CheckpointError, OSError):
+    except CheckpointError:
         raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing. Use another checkpoint.") from None
     except Exception as error:
         raise CheckpointError(
             f"{path} is damaged: {summarize(error)}. Use another checkpoint."

@@ -262,6 +262,7 @@ class Record:
         if kind:
             finding = {"target": name, "kind": kind, "detail": detail, "text": text[:5000]}
             self.findings.append(finding)
+            sys.stderr.write(f"{json.dumps(finding)}\n")
         return not kind
 
     def summarize(self):

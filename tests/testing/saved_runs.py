@@ -1,5 +1,7 @@
 """Small runs with a checkpoint each, to damage the checkpoint and load it."""
 
+import functools
+
 import torch
 from torch.utils.data import TensorDataset
 
@@ -7,7 +9,7 @@ import engine
 from engine.training.best_metric import BestMetric
 from tests.testing.torch_optimizers import HYPERPARAMETERS
 
-__all__ = ["RUNS", "Count", "SavedRun"]
+__all__ = ["DEEPSPEED_RUNS", "RUNS", "Count", "SavedRun"]
 
 _CYCLE = {
     "type": "OneCycle",
@@ -87,15 +89,16 @@ class SavedRun:
         own_loader: whether the data loader saves its own position.
         groups: whether each layer has its own param group.
         best: whether the best value of a metric is tracked.
+        norm: class of the second layer.
         sections: other sections of the config.
     """
 
     def __init__(
-        self, optimizer, scheduler, *, own_loader=False, groups=False, best=False, **sections
+        self, optimizer, scheduler, *, own_loader=False, groups=False, best=False, norm=torch.nn.BatchNorm1d, **sections
     ):
         torch.manual_seed(0)
         model = torch.nn.Sequential(
-            torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), Count(), torch.nn.Linear(4, 1)
+            torch.nn.Linear(3, 4), norm(4), Count(), torch.nn.Linear(4, 1)
         )
         x = torch.randn(24, 3)
         data = TensorDataset(x, x.sum(1, keepdim=True))
@@ -155,3 +158,19 @@ RUNS = {
     ),
 }
 """Functions that start a run, by name."""
+
+
+def _start_deepspeed(stage, **sections):
+    return SavedRun(
+        {"type": "AdamW", "params": {"lr": 0.01}},
+        _CYCLE,
+        engine={"backend": "deepspeed"},
+        zero_optimization={"stage": stage},
+        **sections,
+    )
+
+
+DEEPSPEED_RUNS = {
+    f"stage {stage}": functools.partial(_start_deepspeed, stage) for stage in range(4)
+} | {"stage 2 in bf16": functools.partial(_start_deepspeed, 2, bf16={"enabled": True}, norm=torch.nn.LayerNorm)}
+"""The same with DeepSpeed."""
