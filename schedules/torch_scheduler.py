@@ -349,7 +349,7 @@ class _SavedState:
     type: str
     params: dict[str, Any]
     step: Annotated[int, Range(at_least=0, at_most=MAX_STEPS)]
-    base: dict[str, tuple[float, ...]]
+    base: dict[str, tuple[Annotated[float, Range()], ...]]
     state: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
 
 

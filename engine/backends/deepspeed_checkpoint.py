@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.serialization import safe_globals
 
 from engine.checkpoint.plain_values import LOADABLE, report_damage
-from engine.checkpoint.structure import check_parameter_states, check_same_structure
+from engine.checkpoint.structure import (
+    check_param_groups,
+    check_parameter_states,
+    check_same_structure,
+)
 from engine.errors import CheckpointError
 from schedules.core.saved_state import describe
 
@@ -69,7 +74,7 @@ class CheckpointFiles:
         with report_damage(Path(path)):
             own |= {"global_samples": 0} if "global_samples" in values else {}
             check_same_structure(values, own, "checkpoint")
-            weights = engine.module_state_dict()
+            weights = _read_weights(engine)
             own = {key: each for key, each in weights.items() if strict or key in values["module"]}
             check_same_structure(values["module"], own, "module")
             unknown = values["module"].keys() - weights.keys()
@@ -134,17 +139,37 @@ class CheckpointFiles:
             ) from None
 
 
+def _read_weights(engine: Any) -> dict[str, Any]:
+    """Return the weights as DeepSpeed saves them: at stage 3, those of a sharded model."""
+    has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # it has no public name
+    if has_events:
+        engine.optimizer.checkpoint_event_prologue()
+    weights = {
+        name: torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+        for name, value in engine.module_state_dict().items()
+    }
+    if has_events:
+        engine.optimizer.checkpoint_event_epilogue()
+    return weights
+
+
 def _check_optimizer(saved: Any, engine: Any) -> None:
     """Check the state of DeepSpeed's optimizer.
 
     Raises:
         ValueError: a value is missing, or has another type or shape.
     """
-    check_same_structure(saved, engine.optimizer.state_dict(), "optimizer")
-    if not engine.zero_optimization() and isinstance(saved.get("state"), Mapping):
-        groups = engine.optimizer.param_groups
-        parameters = dict(enumerate(p for group in groups for p in group["params"]))
-        check_parameter_states(saved["state"], engine.optimizer, parameters)
+    own = engine.optimizer.state_dict()
+    check_same_structure(saved, own, "optimizer")
+    torch_optimizer = engine.basic_optimizer
+    for key in ("base_optimizer_state", _OPTIMIZER):  # where the state of torch's optimizer is
+        saved, own = saved.get(key, saved), own.get(key, own)
+    parameters = [p for group in torch_optimizer.param_groups for p in group["params"]]
+    # At stage 3, the groups are empty between steps.
+    parameters = parameters or getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])
+    if parameters and isinstance(saved, Mapping):
+        check_param_groups(saved["param_groups"], own["param_groups"])
+        check_parameter_states(saved["state"], torch_optimizer, dict(enumerate(parameters)))
 
 
 def _import_classes() -> list[Any]:

@@ -19,7 +19,11 @@ from torch.optim import Optimizer
 
 from engine.checkpoint.plain_values import report_damage
 from engine.checkpoint.safetensors_storage import SHARDS
-from engine.checkpoint.structure import check_param_groups, check_parameter_states
+from engine.checkpoint.structure import (
+    HYPERPARAMETERS,
+    check_param_groups,
+    check_parameter_states,
+)
 from engine.errors import CheckpointError
 
 __all__ = [
@@ -75,6 +79,7 @@ def build_empty_state(
 
     Raises:
         CheckpointError: the number of param groups differs.
+        Exception: a name of a value is invalid.
     """
     names = _name_parameters(model, optimizer)
     parameters = dict(names)
@@ -99,6 +104,10 @@ def build_empty_state(
             index, setting = key.removeprefix(_GROUPS).split(".", 1)
             if setting not in _NOT_RESTORED:
                 _insert(settings[int(index)], setting.split("."), _allocate(None, value))
+    for number, (group, each) in enumerate(zip(groups, settings, strict=True)):
+        for key in HYPERPARAMETERS:
+            if key in group and key not in each:
+                raise ValueError(f"`optimizer.param_groups[{number}]` must have the key `{key}`.")
     return {
         "state": {name: _restore_lists(state[name]) for name in parameters if name in state},
         "param_groups": [

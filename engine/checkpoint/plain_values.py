@@ -147,6 +147,9 @@ def summarize(error: BaseException) -> str:
     >>> summarize(KeyError("data.pkl")), summarize(EOFError())
     ("KeyError: 'data.pkl'", 'EOFError')
     """
+    reason = re.search(r"WeightsUnpickler error: (.+)", str(error))  # in a long text of torch
+    if reason:
+        return reason[1].strip().rstrip(".")
     lines = [line for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -14,10 +14,16 @@ from torch.optim import Optimizer
 
 from schedules.core.saved_state import describe
 
-__all__ = ["check_param_groups", "check_parameter_states", "check_same_structure"]
+__all__ = [
+    "HYPERPARAMETERS",
+    "check_param_groups",
+    "check_parameter_states",
+    "check_same_structure",
+]
 
 _MAX_INT = 2**63 - 1
-_HYPERPARAMETERS = {"lr", "momentum", "betas", "weight_decay"}
+HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
+"""Settings of a param group that every checkpoint has if the optimizer has them."""
 
 
 def check_same_structure(saved: Any, own: Any, name: str) -> None:
@@ -144,11 +150,11 @@ def _check_group(group: Mapping[str, Any], own: Mapping[str, Any], name: str) ->
         if key in group:
             exact = tuple(value) if isinstance(value, list) else value
             check_same_structure(group[key], exact, f"{name}.{key}")
-        elif key in {*_HYPERPARAMETERS, "params"}:
+        elif key in {*HYPERPARAMETERS, "params"}:
             raise ValueError(f"`{name}` must have the key `{key}`.")
     if list(group["params"]) != list(own["params"]):
         raise ValueError(f"`{name}.params` must be the parameters of this run.")
-    for key in _HYPERPARAMETERS & group.keys():
+    for key in (key for key in HYPERPARAMETERS if key in group):
         values = group[key] if isinstance(group[key], list | tuple) else [group[key]]
         for value in (each for each in values if _classify(each) == "a number"):
             is_valid = 0 <= float(value) < 1 if key == "betas" else math.isfinite(float(value))
@@ -190,9 +196,9 @@ class _Templates:
 
     def build(self, parameter: Tensor) -> Mapping[str, Any]:
         """Return the state of a parameter, possibly with meta tensors; empty if it is unknown."""
-        if not self._is_known:
+        group = self._groups.get(id(parameter))
+        if group is None or not self._is_known:
             return self._own.get(parameter, {})
-        group = self._groups[id(parameter)]
         accepted = inspect.signature(self._kind).parameters
         settings = {
             key: value

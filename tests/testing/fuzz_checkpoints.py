@@ -339,10 +339,7 @@ class CheckpointMutator:
             case _ if isinstance(around, list):
                 around.append(self._make_value(around[key]))
             case _:
-                around[key] = choice(holders)  # a value from another place, or a cycle
-                if around[key] is around or around[key] is values:
-                    around[key] = copy.copy(around[key])
-                    around[key] = {} if isinstance(around[key], dict) else []
+                around[key] = copy.deepcopy(choice(holders))  # a value from another place
         return values
 
     def _replace(self, values, old, new):

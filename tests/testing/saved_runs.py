@@ -77,7 +77,7 @@ class Averaging(torch.optim.Optimizer):
                     state["history"], state["count"] = [], 0
                 state["history"] = [*state["history"][-1:], parameter.grad.clone()]
                 state["count"] += 1
-                parameter -= group["lr"] * sum(state["history"]) / state["count"]
+                parameter.sub_(sum(state["history"]), alpha=group["lr"] / state["count"])
 
 
 class SavedRun:
@@ -94,12 +94,18 @@ class SavedRun:
     """
 
     def __init__(
-        self, optimizer, scheduler, *, own_loader=False, groups=False, best=False, norm=torch.nn.BatchNorm1d, **sections
+        self,
+        optimizer,
+        scheduler,
+        *,
+        own_loader=False,
+        groups=False,
+        best=False,
+        norm=torch.nn.BatchNorm1d,
+        **sections,
     ):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(
-            torch.nn.Linear(3, 4), norm(4), Count(), torch.nn.Linear(4, 1)
-        )
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), norm(4), Count(), torch.nn.Linear(4, 1))
         x = torch.randn(24, 3)
         data = TensorDataset(x, x.sum(1, keepdim=True))
         if own_loader:
@@ -172,5 +178,9 @@ def _start_deepspeed(stage, **sections):
 
 DEEPSPEED_RUNS = {
     f"stage {stage}": functools.partial(_start_deepspeed, stage) for stage in range(4)
-} | {"stage 2 in bf16": functools.partial(_start_deepspeed, 2, bf16={"enabled": True}, norm=torch.nn.LayerNorm)}
+} | {
+    "stage 2 in bf16": functools.partial(
+        _start_deepspeed, 2, bf16={"enabled": True}, norm=torch.nn.LayerNorm
+    )
+}
 """The same with DeepSpeed."""
