@@ -164,12 +164,18 @@ def _check_optimizer(saved: Any, engine: Any) -> None:
     torch_optimizer = engine.basic_optimizer
     for key in ("base_optimizer_state", _OPTIMIZER):  # where the state of torch's optimizer is
         saved, own = saved.get(key, saved), own.get(key, own)
-    parameters = [p for group in torch_optimizer.param_groups for p in group["params"]]
-    # At stage 3, the groups are empty between steps.
-    parameters = parameters or getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])
-    if parameters and isinstance(saved, Mapping):
-        check_param_groups(saved["param_groups"], own["param_groups"])
+    if not isinstance(saved, Mapping):
+        return
+    check_param_groups(saved["param_groups"], own["param_groups"])
+    # At stage 3, the param groups are empty between steps.
+    fill = getattr(engine.optimizer, "_set_fp32_optimizer_param_groups", lambda: None)
+    clear = getattr(engine.optimizer, "_clear_fp32_optimizer_param_groups", lambda: None)
+    fill()
+    try:
+        parameters = [p for group in torch_optimizer.param_groups for p in group["params"]]
         check_parameter_states(saved["state"], torch_optimizer, dict(enumerate(parameters)))
+    finally:
+        clear()
 
 
 def _import_classes() -> list[Any]:

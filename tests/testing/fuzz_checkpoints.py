@@ -288,6 +288,12 @@ class CheckpointMutator:
         files[path] = save({k: v.contiguous() for k, v in tensors.items()}, metadata)
 
     def _change_tensor(self, tensor):
+        try:
+            return self._compute_tensor(tensor)
+        except (RuntimeError, NotImplementedError):  # the dtype does not support the operation
+            return torch.zeros(2)
+
+    def _compute_tensor(self, tensor):
         tensor = tensor.to_dense() if tensor.is_sparse else tensor
         match self.random.randrange(8):
             case 0:
@@ -394,9 +400,12 @@ def read_state(run):
     trainer = run.trainer
     scheduler = trainer.lr_scheduler
     scaler = getattr(trainer._backend, "_scaler", None)
+    weights = trainer.module.state_dict()
+    if trainer.zero_optimization_stage() == 3:
+        weights = list(weights)  # the optimizer's state has the values
     return _flatten(
         [
-            trainer.module.state_dict(),
+            weights,
             trainer.optimizer.state_dict(),
             scheduler and scheduler.state_dict(),
             vars(run.state.counters),
