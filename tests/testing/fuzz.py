@@ -12,6 +12,7 @@ examples of these files and the reader to `fuzz`.
 
 import argparse
 import copy
+import importlib
 import io
 import json
 import os
@@ -349,6 +350,7 @@ def _main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mutations", type=int, default=1000)
+    parser.add_argument("--parts", nargs="+", default=list(FRACTIONS), choices=list(FRACTIONS))
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, _MEMORY_LIMIT))
     parts = {
@@ -361,8 +363,11 @@ def _main():
         ),
     }
     results = {}
-    for name, run in parts.items():
-        results[name] = _run_in_child(run, max(1, round(args.mutations * FRACTIONS[name])))
+    for name in args.parts:
+        if name != "configs":
+            importlib.import_module("tests.testing.fuzz_checkpoints")  # once for both parts
+        count = max(1, round(args.mutations * FRACTIONS[name]))
+        results[name] = _run_in_child(parts[name], count)
         sys.stdout.write(f"{name}: {json.dumps(results[name], indent=2)}\n")
         sys.stdout.flush()
     return int(any(result["findings"] for result in results.values()))
