@@ -4,8 +4,8 @@
 
 The faults are not simulated: the full file system is a mounted tmpfs of 2 MB (the row is omitted
 without root), and the killed rank receives SIGKILL. The last column shows the step from which a new
-run resumes. Three checkpoints exist before each fault, up to step 6. For faults that need several
-ranks, one checkpoint exists, at step 2.
+run resumes. Before each fault, three checkpoints exist, the last one at step 6. Before faults that
+need several ranks, only one checkpoint exists, at step 2.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ SCRIPT = Path(__file__).parent.parent / "tests" / "testing" / "checkpoint_run.py
 
 
 class Case(NamedTuple):
-    """The settings of a run, and its fraction of the kills."""
+    """The settings of a run, and the fraction of all kills that this run receives."""
 
     backend: str
     processes: int
@@ -103,7 +103,7 @@ class Run:
 
 
 def is_row(line: str) -> bool:
-    """Return whether a line is a complete row. DeepSpeed logs to the same stream."""
+    """Return whether an output line is a complete row of results instead of a log message."""
     fields = line.split()
     is_step = bool(fields) and fields[0].removeprefix(SECOND).isdigit()
     return is_step and len(fields) == 4 and len(fields[3]) == 16
@@ -133,7 +133,7 @@ def kill_runs(
     rng: random.Random,
     bar: Progress,
 ) -> tuple[int, int, int]:
-    """Kill and restart runs of one case. Return the number of kills, runs and losses."""
+    """Kill and restart runs of one case. Return the numbers of kills, runs and lost steps."""
     whole, ended = Run(case, directory / "whole", training_steps).wait()
     assert ended, f"{case} does not run"
     expected = parse_rows(whole)

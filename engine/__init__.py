@@ -2,7 +2,7 @@
 
 `initialize` validates the config and returns a training engine; call it like the model.
 Public names are imported lazily, so that loading and validating a config does not import torch.
-``__init__.pyi`` declares their types; ``make generate`` updates it.
+``__init__.pyi`` declares their types; ``make generate`` updates that file.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ __all__ = sorted([*_MODULES, "__version__"])  # noqa: PLE0605  # computed, so th
 
 
 def _check_packages() -> None:
-    """Raise ImportError if a module of the user has the name of a package that is needed here.
+    """Raise ImportError if a module of the user hides the package ``schedules`` or ``schemas``.
 
-    `onecycle.packages` does the same for this package. It cannot use this function, because it
-    must find such a module before it imports this package.
+    Both are packages of onecycle. `onecycle.packages` makes the same check for ``engine``. That
+    check runs before this package is imported, so it cannot use this function.
     """
     for name in ("schedules", "schemas"):
         spec = importlib.util.find_spec(name)
         found = spec and [*(spec.submodule_search_locations or ()), spec.origin][0]
         if found != __path__[0].removesuffix("engine") + name:
             raise ImportError(
-                f"`{name}` must be a package of onecycle, but Python imports {found} under this "
-                f"name. Rename that file or directory, for example to `my_{name}`."
+                f"`{name}` is the name of a package of onecycle, but Python imports {found} "
+                f"instead. Rename that file or directory, for example to `my_{name}`."
             )
 
 

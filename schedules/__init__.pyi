@@ -1,5 +1,6 @@
 # Generated from the package's `__all__` by `make generate`.
 
+from schedules.binding.binder import ScheduleBinder
 from schedules.core.durations import Horizon
 from schedules.core.registry import SCHEDULES
 from schedules.core.registry import from_config
@@ -54,7 +55,6 @@ from schedules.families.sambaflow import StepSchedule as step_schedule
 from schedules.feedback.autowu import AutoWU
 from schedules.feedback.base import FeedbackSchedule
 from schedules.feedback.plateau import ReduceLROnPlateau
-from schedules.torch_scheduler import ScheduleBinder
 from schedules.torch_scheduler import attach
 
 __version__: str

@@ -42,7 +42,7 @@ _ORDER = {
     ),
 }
 _LAST = "last_batch_iteration"
-_NOT_IN_DEEPSPEED = "post_cycle_decay_step_size"  # not in DeepSpeed's signature
+_NOT_IN_DEEPSPEED = ("post_cycle_decay_step_size", "relative")
 
 
 def _construct(
@@ -56,7 +56,7 @@ def _construct(
         ValueError: a parameter is invalid, or the schedule is incompatible with the optimizer.
     """
     order = _ORDER.get(type_name) or tuple(
-        name for name in read_fields(find(type_name)) if name not in (_LAST, _NOT_IN_DEEPSPEED)
+        name for name in read_fields(find(type_name)) if name not in (_LAST, *_NOT_IN_DEEPSPEED)
     )
     order = (*order, _LAST)
     named = dict(zip(order, positional, strict=False))

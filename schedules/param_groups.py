@@ -2,50 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from schedules.core.controller import Curves
-from schedules.core.pieces import Formula, Piece
+from schedules.core.controller import Curves, Values
+from schedules.core.pieces import Formula
 
-__all__ = ["Group", "RangeWriter", "Slot", "find_slots", "read_lr", "read_momenta", "read_momentum"]
+__all__ = [
+    "Group",
+    "RangeWriter",
+    "Slot",
+    "find_slots",
+    "read_lr",
+    "read_momenta",
+    "read_momentum",
+    "write_values",
+]
 
 Group = dict[str, Any]
+Slots = Mapping[str, Sequence["Slot"]]
+"""Maps each hyperparameter to its slot in each param group."""
+
+_Lines = tuple[float, float, list[tuple[float, float, float, float]]]
 
 
-class Slot(NamedTuple):
-    """Key of a hyperparameter in a param group, and functions that read and write its value."""
+class Slot:
+    """Place of a hyperparameter in a param group.
 
-    key: str
-    read: Callable[[Group], float]
-    write: Callable[[Group, float], None]
+    Args:
+        key: key in the param group.
+    """
 
+    def __init__(self, key: str) -> None:
+        self.key = key
 
-def _build_slot(key: str) -> Slot:
-    def write(group: Group, value: float) -> None:
+    def get(self, group: Group) -> Any:
+        """Return the value in a param group, a number or a tensor."""
+        return group[self.key]
+
+    def put(self, group: Group, value: Any) -> None:
+        """Replace the value in a param group by a number or a tensor."""
+        group[self.key] = value
+
+    def read(self, group: Group) -> float:
+        """Return the value in a param group as a float.
+
+        Raises:
+            ValueError: the value is not a number.
+        """
+        value = self.get(group)
+        if not isinstance(value, int | float | torch.Tensor):
+            raise ValueError(  # noqa: TRY004  # it is a value of the optimizer
+                f"`{self.key}` of each param group must be a number, got {value}. Set it in the "
+                "optimizer, or let the optimizer choose it and attach no schedule."
+            )
+        return float(value)
+
+    def write(self, group: Group, value: float) -> None:
+        """Write a scheduled value into a param group."""
+        current = self.get(group)
         # A CUDA graph or a compiled step can refer to a tensor value, so it is modified in place.
-        if isinstance(group[key], torch.Tensor):
-            group[key].fill_(value)
+        if isinstance(current, torch.Tensor):
+            current.fill_(value)
         else:
-            group[key] = value
+            self.put(group, value)
 
-    return Slot(key, lambda group: float(group[key]), write)
+    def holds(self, group: Group, value: float) -> bool:
+        """Return whether a param group has the value that `write` would write."""
+        current = self.get(group)
+        if isinstance(current, torch.Tensor):
+            value = torch.tensor(value, dtype=current.dtype).item()
+        return bool(current == value)
 
 
-def _write_first_beta(group: Group, value: float) -> None:
-    group["betas"] = (value, *group["betas"][1:])
+class _BetaSlot(Slot):
+    def get(self, group: Group) -> Any:
+        return group[self.key][0]
+
+    def put(self, group: Group, value: Any) -> None:
+        group[self.key] = (value, *group[self.key][1:])
 
 
 _SLOTS = {
-    "lr": (_build_slot("lr"),),
-    "momentum": (
-        _build_slot("momentum"),
-        Slot("betas", lambda group: float(group["betas"][0]), _write_first_beta),
-    ),
-    "weight_decay": (_build_slot("weight_decay"),),
+    "lr": (Slot("lr"),),
+    "momentum": (Slot("momentum"), _BetaSlot("betas")),
+    "weight_decay": (Slot("weight_decay"),),
 }
 
 _FIXES = {
@@ -58,7 +102,7 @@ def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
 
     Args:
         hyperparameter: "lr", "momentum" or "weight_decay".
-        optimizer: optimizer whose param groups are searched.
+        optimizer: optimizer whose param groups are searched. The groups may have different keys.
 
     Raises:
         ValueError: a group does not have the hyperparameter.
@@ -78,12 +122,19 @@ def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
     return tuple(slots)
 
 
-def read_momenta(optimizer: Optimizer) -> list[float] | list[tuple[float, ...]] | None:
-    """Return the momentum or the betas of each group, or None if the optimizer has neither."""
-    groups = optimizer.param_groups
-    if "momentum" in groups[0]:
-        return [float(group["momentum"]) for group in groups]
-    return [tuple(group["betas"]) for group in groups] if "betas" in groups[0] else None
+def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...] | None] | None:
+    """Return the momentum or the betas of each group; None if no group has either.
+
+    In the list, None stands for a group that has neither.
+    """
+    momenta = [_read_momentum(group) for group in optimizer.param_groups]
+    return momenta if any(each is not None for each in momenta) else None
+
+
+def _read_momentum(group: Group) -> float | tuple[float, ...] | None:
+    if "momentum" in group:
+        return float(group["momentum"])
+    return tuple(group["betas"]) if "betas" in group else None
 
 
 def read_lr(optimizer: Optimizer) -> list[float]:
@@ -91,18 +142,45 @@ def read_lr(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def read_momentum(optimizer: Optimizer) -> list[float] | None:
-    """Return the momentum or the first beta of each group; None if the optimizer has neither."""
+def read_momentum(optimizer: Optimizer) -> list[float | None] | None:
+    """Return the momentum or the first beta of each group; None if no group has either.
+
+    In the list, None stands for a group that has neither.
+    """
     momenta = read_momenta(optimizer)
     if momenta is None:
         return None
-    return [float(each if isinstance(each, float) else each[0]) for each in momenta]
+    return [each if each is None else float(_first(each)) for each in momenta]
+
+
+def _first(momentum: float | tuple[float, ...]) -> float:
+    return momentum[0] if isinstance(momentum, tuple) else momentum
+
+
+def write_values(groups: Sequence[Group], slots: Slots, values: Values) -> None:
+    """Write the values of each hyperparameter into the param groups."""
+    for name, in_groups in values.items():
+        _separate_tensors(groups, slots[name], in_groups)
+        for slot, group, value in zip(slots[name], groups, in_groups, strict=True):
+            slot.write(group, value)
+
+
+def _separate_tensors(
+    groups: Sequence[Group], slots: Sequence[Slot], values: Sequence[object]
+) -> None:
+    """Give param groups that share a tensor, but have different values, a tensor each."""
+    first: dict[int, object] = {}
+    for group, slot, value in zip(groups, slots, values, strict=True):
+        current = slot.get(group)
+        if isinstance(current, torch.Tensor) and first.setdefault(id(current), value) != value:
+            slot.put(group, current.clone())
 
 
 class RangeWriter:
     """Writes scheduled values into param groups, for steps in which no curve changes its formula.
 
-    The constructor prepares the formulas, so that `write` is fast.
+    The constructor writes the values of the first step, and prepares the formulas so that `write`
+    is fast.
 
     Args:
         groups: param groups of the optimizer.
@@ -111,114 +189,154 @@ class RangeWriter:
         step: first step to write.
     """
 
-    __slots__ = ("_each", "_lines", "_shared", "end", "last_group", "num_groups")
+    __slots__ = (
+        "_betas",
+        "_line",
+        "_lines",
+        "_pieces",
+        "_shared",
+        "_slots",
+        "end",
+        "last_group",
+        "num_groups",
+        "start",
+        "step",
+    )
 
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        slots: Mapping[str, Sequence[Slot]],
-        curves: Curves,
-        step: int,
-    ) -> None:
+    def __init__(self, groups: Sequence[Group], slots: Slots, curves: Curves, step: int) -> None:
         found = {curve: curve.piece(step) for in_groups in curves.values() for curve in in_groups}
+        self.start = step
+        """First step of the range; an earlier one may be in another piece of a curve."""
         self.end = min(piece.end for piece in found.values())
         """End of the range (exclusive), where the formula of a curve changes."""
+        self.step = step
+        """Step of the values that were written last."""
         self.num_groups = len(groups)
         self.last_group = groups[-1]
         """Last param group, used to detect that groups were added or replaced."""
-        pieces = {name: [found[curve] for curve in in_groups] for name, in_groups in curves.items()}
-        self._lines = _find_shared_lines(groups, slots, pieces)
-        self._shared = _find_shared_formulas(groups, slots, pieces)
-        self._each = [
-            (group, slot.write, piece.formula)
-            for name, in_groups in pieces.items()
-            for group, (slot, piece) in enumerate(zip(slots[name], in_groups, strict=True))
-        ]
+        self._slots = slots
+        self._pieces = {
+            name: [found[curve] for curve in in_groups] for name, in_groups in curves.items()
+        }
+        for name, in_groups in curves.items():
+            _separate_tensors(groups, slots[name], in_groups)
+        self._write_each(groups, step)
+        is_plain = all(
+            not isinstance(slot.get(group), torch.Tensor)
+            for name in curves
+            for slot, group in zip(slots[name], groups, strict=True)
+        )
+        self._betas = self._share_betas(groups) if is_plain else None
+        self._line: tuple[float, ...] | None = None
+        self._lines = self._find_lines(groups) if is_plain else None
+        if self._lines and self._betas and len(set(self._lines[2])) == 1:
+            self._line = (*self._lines[:2], *self._lines[2][0], self._betas[1])
+        self._shared = self._find_shared_formulas() if is_plain else []
 
-    def write(self, groups: Sequence[Group], step: int) -> None:
-        """Write the scheduled values at a step into the param groups."""
-        if self._lines:
+    def values(self) -> Values:
+        """Return the values that were written last."""
+        return {
+            name: tuple(piece.formula(self.step) for piece in pieces)
+            for name, pieces in self._pieces.items()
+        }
+
+    def write(self, groups: Sequence[Group], step: int) -> bool:
+        """Write the scheduled values at a step into the param groups.
+
+        Returns:
+            Whether the values were written. If not, a param group has other betas than before, and
+            a new writer is required.
+        """
+        old = self._betas
+        if self._line:
+            origin, steps, lr, lr_rise, beta, beta_rise, beta2 = self._line
+            progress = (step - origin) / steps
+            lr += lr_rise * progress
+            self._betas = betas = (beta + beta_rise * progress, beta2)
+            for group in groups:
+                if group["betas"] is not old:
+                    return False
+                group["lr"] = lr
+                group["betas"] = betas
+        elif self._lines:
             origin, steps, rows = self._lines
             progress = (step - origin) / steps
-            if len(rows) == 1:
-                lr, lr_rise, beta, beta_rise, beta2 = rows[0]
-                lr += lr_rise * progress
-                betas = (beta + beta_rise * progress, beta2)
-                for group in groups:
-                    group["lr"] = lr
-                    group["betas"] = betas
-                return
-            for group, row in zip(groups, rows):  # noqa: B905  # `strict` takes as long as a write
-                lr, lr_rise, beta, beta_rise, beta2 = row
+            for group, (lr, lr_rise, beta, beta_rise) in zip(groups, rows):  # noqa: B905  # slower
                 group["lr"] = lr + lr_rise * progress
-                group["betas"] = (beta + beta_rise * progress, beta2)
+                group["betas"] = (beta + beta_rise * progress, group["betas"][1])
         elif self._shared:
-            for key, value_at, other_betas in self._shared:
+            rest = old[1:] if old else ()
+            for key, value_at in self._shared:
                 value = value_at(step)
-                if other_betas is not None:
-                    value = (value,) + other_betas  # noqa: RUF005  # twice as fast as unpacking
-                for group in groups:
-                    group[key] = value
+                if key == "betas":
+                    self._betas = betas = (value,) + rest  # noqa: RUF005  # unpacking is slower
+                    for group in groups:
+                        if group["betas"] is not old:
+                            return False
+                        group["betas"] = betas
+                else:
+                    for group in groups:
+                        group[key] = value
         else:
-            for index, write, value_at in self._each:
-                write(groups[index], value_at(step))
+            self._write_each(groups, step)
+        self.step = step
+        return True
 
+    def _write_each(self, groups: Sequence[Group], step: int) -> None:
+        for name, pieces in self._pieces.items():
+            for group, slot, piece in zip(groups, self._slots[name], pieces, strict=True):
+                slot.write(group, piece.formula(step))
 
-def _find_shared_formulas(
-    groups: Sequence[Group],
-    slots: Mapping[str, Sequence[Slot]],
-    pieces: Mapping[str, Sequence[Piece]],
-) -> list[tuple[str, Formula, tuple[float, ...] | None]]:
-    """Return the formula of each hyperparameter, if it is the same in all param groups.
+    def _share_betas(self, groups: Sequence[Group]) -> tuple[float, ...] | None:
+        """Give all param groups the same tuple of betas, if they are equal at every step.
 
-    Each formula then has to be evaluated only once per step.
-
-    Returns:
-        One tuple per hyperparameter: its key in the param groups, its formula, and the betas after
-        the first one (None if the key is not ``betas``). The list is empty if the groups differ or
-        a hyperparameter is a tensor.
-    """
-    shared = []
-    for name, in_groups in pieces.items():
-        keys = {slot.key for slot in slots[name]}
-        betas = {tuple(group["betas"][1:]) for group in groups} if keys == {"betas"} else {None}
-        if len(set(in_groups)) > 1 or len(keys) > 1 or len(betas) > 1:
-            return []
-        if any(isinstance(group[key], torch.Tensor) for group in groups for key in keys):
-            return []
-        shared.append((keys.pop(), in_groups[0].formula, betas.pop()))
-    return shared
-
-
-def _find_shared_lines(
-    groups: Sequence[Group],
-    slots: Mapping[str, Sequence[Slot]],
-    pieces: Mapping[str, Sequence[Piece]],
-) -> tuple[float, float, list[tuple[float, ...]]] | None:
-    """Return the coefficients of all curves, if all curves are linear in the same range of steps.
-
-    An example is 1Cycle with Adam. ``(step - origin) / steps`` is then computed once per step for
-    all groups, which is faster than evaluating two formulas per group.
-
-    Returns:
-        The origin, the number of steps, and one row per group. A row has the initial learning rate,
-        its total change, the initial beta1, its total change, and beta2. If all rows are equal,
-        only one row is returned. None if a curve is not linear, the curves have different origins
-        or lengths, a learning rate is a tensor, or the schedule does not set exactly ``lr`` and
-        ``betas``.
-    """
-    keys = {slot.key for in_groups in slots.values() for slot in in_groups}
-    if keys != {"lr", "betas"} or len(pieces) != 2:
-        return None
-    if any(isinstance(group["lr"], torch.Tensor) or len(group["betas"]) != 2 for group in groups):
-        return None
-    rows: list[tuple[float, ...]] = []
-    clocks = set()
-    for lr, beta, group in zip(pieces["lr"], pieces["momentum"], groups, strict=True):
-        if lr.line is None or beta.line is None:
+        `write` then detects betas that were changed since its last call with one comparison.
+        """
+        keys = {slot.key for slot in self._slots.get("momentum", ())}
+        if keys != {"betas"} or len(set(self._pieces["momentum"])) > 1:
             return None
-        clocks |= {lr.line[2:], beta.line[2:]}
-        rows.append((*lr.line[:2], *beta.line[:2], group["betas"][1]))
-    if len(clocks) > 1:
-        return None
-    return (*clocks.pop(), rows[:1] if len(set(rows)) == 1 else rows)
+        betas: tuple[float, ...] = groups[0]["betas"]
+        if any(group["betas"] != betas for group in groups):
+            return None
+        for group in groups:
+            group["betas"] = betas
+        return betas
+
+    def _find_shared_formulas(self) -> list[tuple[str, Formula]]:
+        """Return the key and the formula of each hyperparameter, if all param groups share them.
+
+        Each formula then has to be evaluated only once per step. The list is empty if the groups
+        differ.
+        """
+        shared = []
+        for name, pieces in self._pieces.items():
+            keys = {slot.key for slot in self._slots[name]}
+            if len(set(pieces)) > 1 or len(keys) > 1 or (keys == {"betas"} and not self._betas):
+                return []
+            shared.append((keys.pop(), pieces[0].formula))
+        return shared
+
+    def _find_lines(self, groups: Sequence[Group]) -> _Lines | None:
+        """Return the coefficients of all curves, if all curves are linear in the same range.
+
+        An example is 1Cycle with Adam. ``(step - origin) / steps`` is then computed once per step
+        for all groups, which is faster than evaluating two formulas per group.
+
+        Returns:
+            The origin, the number of steps, and one row per group. A row has the initial learning
+            rate, its total change, the initial beta1 and its total change. None if a curve is not
+            linear, the curves have different origins or lengths, or the schedule does not set
+            exactly ``lr`` and a pair of ``betas``.
+        """
+        keys = {slot.key for slots in self._slots.values() for slot in slots}
+        if keys != {"lr", "betas"} or self._pieces.keys() != {"lr", "momentum"}:
+            return None
+        if any(len(group["betas"]) != 2 for group in groups):
+            return None
+        lines = {name: [p.line for p in pieces if p.line] for name, pieces in self._pieces.items()}
+        lrs, betas = lines["lr"], lines["momentum"]
+        clocks = {line[2:] for line in (*lrs, *betas)}
+        if len(clocks) > 1 or not len(lrs) == len(betas) == len(groups):
+            return None
+        rows = [(*lr[:2], *beta[:2]) for lr, beta in zip(lrs, betas, strict=True)]
+        return (*clocks.pop(), rows)

@@ -1,7 +1,8 @@
 """Check that a checkpoint fits the model and the optimizer before DeepSpeed loads it.
 
-DeepSpeed assigns the weights before it finds that the rest of a checkpoint does not fit. At ZeRO
-stage 3, it copies tensors of different shapes into each other's memory.
+DeepSpeed loads the weights before it finds out that the rest of a checkpoint does not fit, so a
+failed load would leave a changed model. At ZeRO stage 3, it copies tensors of different shapes into
+each other's memory.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles
 from engine.checkpoint.plain_values import report_damage
 from engine.errors import CheckpointError
-from schedules.core.saved_state import Count, describe, restore
+from schedules.core.saved_state import Count, restore
 
 __all__ = ["Layout"]
 
@@ -24,7 +26,7 @@ _FILE = "layout.json"
 
 
 class Layout:
-    """The shapes and dtypes of a model's weights, and the shapes in each param group.
+    """Records the shape and dtype of each weight, and the parameter shapes of each param group.
 
     Args:
         model: model before or after DeepSpeed has sharded it.
@@ -54,11 +56,13 @@ class Layout:
             json.dumps({"weights": weights, "groups": self._groups}), encoding="utf-8"
         )
 
-    def check(self, checkpoint_dir: Path, *, optimizer: bool, strict: bool) -> None:
-        """Check that a checkpoint fits, if it has a layout.
+    def check(self, files: DeepSpeedFiles, *, optimizer: bool, strict: bool) -> None:
+        """Check that a checkpoint fits the model and the optimizer.
+
+        If DeepSpeed alone wrote the checkpoint, the layout is read from its own files.
 
         Args:
-            checkpoint_dir: directory of the checkpoint.
+            files: files of the checkpoint.
             optimizer: whether the optimizer will be loaded.
             strict: whether the checkpoint and the model must have the same weights.
 
@@ -67,30 +71,35 @@ class Layout:
         """
         from engine.checkpoint.state import check_weights  # takes 50 ms, so import only if needed
 
-        if not (checkpoint_dir / _FILE).is_file():
-            return
-        with report_damage(checkpoint_dir / _FILE):
-            text = (checkpoint_dir / _FILE).read_text(encoding="utf-8")
-            found: _Saved = restore(_Saved, json.loads(text), "layout")
-            saved = {
-                name: torch.empty(shape, dtype=_find_dtype(dtype), device="meta")
-                for name, (shape, dtype) in found.weights.items()
-            }
+        checkpoint_dir = files.directory
+        if (checkpoint_dir / _FILE).is_file():
+            with report_damage(checkpoint_dir / _FILE):
+                found = json.loads((checkpoint_dir / _FILE).read_text(encoding="utf-8"))
+                restore(_Saved, found, "layout")
+        else:
+            groups = files.get_group_shapes() or self._groups
+            found = {"weights": files.get_shapes(), "groups": groups}
+        saved = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            for name, (shape, dtype) in found["weights"].items()
+        }
         own = self._read_weights(frozen=True)
         if not strict:
             own = {name: tensor for name, tensor in own.items() if name in saved}
         check_weights(checkpoint_dir, own, saved, strict=strict)
-        groups = [[list(shape) for shape in group] for group in found.groups]
-        if optimizer and groups != self._groups:
-            counts, own_counts = ([len(g) for g in each] for each in (groups, self._groups))
+        if optimizer and found["groups"] != self._groups:
+            counts, own_counts = (
+                [len(g) for g in each] for each in (found["groups"], self._groups)
+            )
             raise CheckpointError(
-                f"{checkpoint_dir} does not match the optimizer: its param groups have {counts} "
-                f"parameters in the checkpoint, {own_counts} now, or their shapes differ. Build "
-                "the optimizer that was saved, or pass `load_optimizer_states=False`."
+                f"{checkpoint_dir} does not match the optimizer: the numbers of parameters in its "
+                f"param groups are {counts} in the checkpoint and {own_counts} now, or the shapes "
+                "of the parameters differ. Build the optimizer with the same param groups, or "
+                "pass `load_optimizer_states=False`."
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:
-        """Return meta tensors with the shapes and dtypes of the model's weights, by name."""
+        """Return a dict from the name of each weight to a meta tensor with its shape and dtype."""
         return {
             name: torch.empty(_get_shape(value), dtype=value.dtype, device="meta")
             for name, value in self._model.state_dict(keep_vars=True).items()
@@ -105,13 +114,6 @@ class _Saved:
 
     weights: dict[str, tuple[tuple[Count, ...], str]]
     groups: tuple[tuple[tuple[Count, ...], ...], ...]
-
-
-def _find_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"a dtype must be that of a tensor, got {describe(name)}.")  # noqa: TRY004
-    return dtype
 
 
 def _get_shape(tensor: Any) -> list[int]:

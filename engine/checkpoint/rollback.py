@@ -1,4 +1,4 @@
-"""Restore the model with the lowest loss of the warmup, for AutoWU with ``"rollback": true``."""
+"""Restore the state with the lowest loss of the warmup, for AutoWU with ``"rollback": true``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Rollback:
         """Snapshot at the lowest loss so far; None before the first one and after the warmup."""
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot at the lowest loss so far; restore the last one when the decay starts.
+        """Take a snapshot if the loss is a new minimum; restore the last one when the decay starts.
 
         Args:
             scheduler: AutoWU scheduler, after it has received the loss of the last step.

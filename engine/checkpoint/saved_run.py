@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from engine.checkpoint.plain_values import read_as, report_damage
-from engine.config.batch_sizes import BatchSizes
 from engine.training.progress import Counters
 from schedules.core.fields import Range
 from schedules.core.saved_state import OPTIONAL, Count, Size
@@ -24,6 +23,18 @@ class _Position:
     epoch: _CountOrNone
     given: Count
     finished: Count = field(default=0, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Batch sizes of a run; earlier versions have saved the world size."""
+
+    train: Size
+    accumulation: Size
+    micro: Any = field(default=None, metadata=OPTIONAL)
+    data_ranks: Any = field(default=None, metadata=OPTIONAL)
+    unit: Any = field(default=None, metadata=OPTIONAL)
+    world_size: Any = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class _SavedRun:
     loader: _Position | None
     client_state: dict[Any, Any]
     monitors: dict[str, Size] = field(default_factory=dict, metadata=OPTIONAL)
-    batch: BatchSizes | None = field(default=None, metadata=OPTIONAL)
+    batch: _Batch | None = field(default=None, metadata=OPTIONAL)
     best: _Metric | None = field(default=None, metadata=OPTIONAL)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor, has_deepspeed_files
 from engine.checkpoint.optimizer_state import (
     VALUES,
     build_empty_state,
@@ -34,13 +35,45 @@ from engine.checkpoint.plain_values import read_as, report_damage, write_values
 from engine.checkpoint.safetensors_storage import SHARDS, ShardReader, ShardWriter, write_tensors
 from engine.errors import CheckpointError
 
-__all__ = ["check_weights", "export", "read", "write", "write_async"]
+__all__ = ["Source", "check_weights", "export", "read", "write", "write_async"]
 
 _MODEL = "model."
 
 
+class Source(Protocol):
+    """A checkpoint that `read` reads: tensors and other values, by dotted name."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorStorageMetadata]:
+        """The size and the dtype of each tensor."""
+        ...
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The values that are not in `tensors`."""
+        ...
+
+    def load(self, own: dict[str, Any]) -> None:
+        """Load tensors in place, by name. Every rank must call this method."""
+        ...
+
+
+class _Shards:
+    """The files that `write` wrote."""
+
+    def __init__(self, directory: Path) -> None:
+        self._reader = ShardReader(directory)
+        self.tensors: Mapping[str, Any] = self._reader.read_metadata().state_dict_metadata
+        self.values = read_as(dict[str, Any], directory / VALUES)
+
+    def load(self, own: dict[str, Any]) -> None:
+        _load_tensors(self._reader, own, is_single_process=not dist.is_initialized())
+
+
 def write(directory: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bool = True) -> None:
-    """Write this rank's shards of the model and the optimizer. Every rank must call this.
+    """Write this rank's shards of the model and the optimizer to a directory.
+
+    Every rank must call this function.
 
     Args:
         directory: existing directory to write to.
@@ -60,16 +93,18 @@ def write_async(
     *,
     frozen: bool = True,
 ) -> Future[None]:
-    """Copy this rank's shards to host memory, and write the copies in the background.
+    """Copy this rank's shards of the model and the optimizer, and write them in the background.
 
-    Every rank must call this function. Training can continue as soon as it returns.
+    Every rank must call this function. The copies are in host memory, so training can continue as
+    soon as the function returns.
 
     Args:
         directory: existing directory to write to.
         model: model to save.
         optimizer: optimizer of the model.
         group: process group that is used only for saving; None for a single process.
-        buffers: copies from the previous save, whose memory is reused; updated in place.
+        buffers: copies from the previous save. Their memory is reused, and the dict is updated in
+            place.
         frozen: whether to include frozen parameters.
 
     Returns:
@@ -87,7 +122,8 @@ def write_async(
 def _copy_to_host(value: Any, old: Any) -> Any:
     """Copy the tensors in nested dicts and lists to host memory.
 
-    The memory of a tensor in ``old`` is reused if its type, shape and dtype match.
+    The copy reuses the memory of the corresponding tensor in ``old`` if the type, shape and dtype
+    match.
     """
     if isinstance(value, dict):
         before = old if isinstance(old, dict) else {}
@@ -110,6 +146,7 @@ def read(
     *,
     strict: bool,
     frozen: bool = True,
+    source: Source | None = None,
 ) -> None:
     """Restore a model and its optimizer in place, with their current sharding.
 
@@ -120,19 +157,18 @@ def read(
         model: model to restore.
         optimizer: optimizer to restore; None restores only the model.
         strict: whether to raise an error if the checkpoint and the model do not have the same
-            parameters and buffers. If False, those that are not in both are left as they are.
+            parameters and buffers. If False, those that are not in both are ignored.
         frozen: whether the checkpoint must contain the frozen parameters. If False, frozen
-            parameters that it does not contain keep their current values.
+            parameters that are missing from the checkpoint keep their current values.
+        source: contents of the checkpoint; default: the files that `write` wrote.
 
     Raises:
         CheckpointError: if a parameter or buffer is missing, unexpected, or has a different shape.
             The message names the first one.
     """
-    is_single_process = not dist.is_initialized()
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    reader = ShardReader(directory)
-    saved_tensors: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
-    saved_values = read_as(dict[str, Any], directory / VALUES)
+    source = source or _Shards(directory)
+    saved_tensors, saved_values = source.tensors, source.values
     saved_model = {
         name.removeprefix(_MODEL): metadata
         for name, metadata in saved_tensors.items()
@@ -156,7 +192,7 @@ def read(
     extra = _find_extra_states(directory, state["model"], saved_values)
     if optimizer is not None:
         with report_damage(directory / VALUES):
-            saved = saved_values | saved_tensors
+            saved = {**saved_values, **saved_tensors}
             state["optimizer"] = build_empty_state(directory, model, optimizer, saved)
         state["outside"] = {
             name: torch.empty_like(parameter)
@@ -164,7 +200,7 @@ def read(
             if f"outside.{name}" in saved_tensors
         }
         others = {name: below for name, below in state.items() if name != "model"}
-        _load_tensors(reader, others, is_single_process=is_single_process)
+        source.load(_find_tensors(others))
         check_optimizer_state(directory, model, optimizer, state["optimizer"])
     # Nothing has changed so far. From here on, only code of the model or the optimizer can fail.
     options = StateDictOptions(strict=strict and frozen)
@@ -178,12 +214,21 @@ def read(
         if extra:
             set_model_state_dict(model, state["model"], options=options)
         raise
-    _load_tensors(reader, {"model": state["model"]}, is_single_process=is_single_process)
+    source.load(_find_tensors({"model": state["model"]}))
     set_model_state_dict(model, state["model"] | extra, options=options)
     if optimizer is not None:
         for name, parameter in find_outside_parameters(model, optimizer).items():
             if name in state["outside"]:
                 parameter.data.copy_(state["outside"][name])
+
+
+def _find_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors of a nested state that are in the shards, by dotted name."""
+    return {
+        name: holder[key]
+        for name, holder, key in _find_leaves(state)
+        if _is_sharded(name, holder[key])
+    }
 
 
 def _find_extra_states(
@@ -201,9 +246,13 @@ def _find_extra_states(
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Load the model's parameters and buffers from a checkpoint, unsharded, by name."""
+    """Return the unsharded parameters and buffers of the model in a checkpoint, by name."""
+    if has_deepspeed_files(directory):
+        found = DeepSpeedFiles(directory).find_weights()
+        # Each tensor needs its own memory in a safetensors file.
+        return {k: v.read().clone() for k, v in found.items() if isinstance(v, SavedTensor)}
     reader = ShardReader(directory)
-    saved: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+    saved: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
     weights: dict[str, Any] = {
         name: torch.empty(metadata.size, dtype=metadata.properties.dtype)
         for name, metadata in saved.items()
@@ -252,13 +301,13 @@ def _find_frozen_names(model: nn.Module) -> set[str]:
 def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     leaves = {name: holder[key] for name, holder, key in _find_leaves(state)}
     is_single_process = not dist.is_initialized()
-    with _ignore_process_group_warning(), _raise_cause():
-        save(
-            {name: value for name, value in leaves.items() if _is_sharded(name, value)},
-            storage_writer=ShardWriter(directory),
-            process_group=group,
-            no_dist=is_single_process,
-        )
+    tensors = {name: value for name, value in leaves.items() if _is_sharded(name, value)}
+    writer = ShardWriter(directory)
+    if is_single_process:
+        writer.write_whole(tensors)
+    else:
+        with _raise_cause():
+            save(tensors, storage_writer=writer, process_group=group)
     # Write this file after the collective `save`. If rank 0 failed here before that call, the other
     # ranks would wait in it indefinitely.
     if is_single_process or dist.get_rank() == 0:
@@ -266,22 +315,21 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
         write_values(directory / VALUES, values)
 
 
-def _load_tensors(reader: ShardReader, state: dict[str, Any], *, is_single_process: bool) -> None:
-    """Load the tensors of a nested state in place."""
-    own = {
-        name: holder[key]
-        for name, holder, key in _find_leaves(state)
-        if _is_sharded(name, holder[key])
-    }
-    with report_damage(reader.directory / SHARDS), _ignore_process_group_warning(), _raise_cause():
-        load(own, storage_reader=reader, no_dist=is_single_process)
+def _load_tensors(reader: ShardReader, own: dict[str, Any], *, is_single_process: bool) -> None:
+    """Load saved tensors into the tensors of the same names in ``own``."""
+    with report_damage(reader.directory / SHARDS), _raise_cause():
+        if is_single_process:
+            reader.read_whole(own)
+        else:
+            load(own, storage_reader=reader)
 
 
 @contextlib.contextmanager
 def _raise_cause() -> Iterator[None]:
-    """Raise the exception of the first rank that failed, instead of torch's collection of them.
+    """Raise the exception of the first failed rank instead of torch's `CheckpointException`.
 
-    Torch's `CheckpointException` is not an `Exception`, so no caller would catch it.
+    A `CheckpointException` contains the exceptions of all failed ranks. The class does not derive
+    from `Exception`, so ``except Exception`` would not catch it.
     """
     try:
         yield
@@ -304,14 +352,14 @@ def _find_leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def _is_sharded(name: str, value: Any) -> bool:
-    """Return whether a value is written to the shards, and not to `VALUES`."""
+    """Return whether a value is written to the sharded files instead of the file `VALUES`."""
     return isinstance(value, Tensor) and not _is_extra_state(name)
 
 
 def _is_extra_state(name: str) -> bool:
-    """Return whether a value comes from a module's ``get_extra_state``, which may return anything.
+    """Return whether a value comes from a module's ``get_extra_state``.
 
-    At the time of loading, it may have another structure.
+    Such a value can have any structure, which may be different when the checkpoint is loaded.
     """
     return name.rpartition(".")[2] == "_extra_state"
 
@@ -352,11 +400,3 @@ def check_weights(
             "architecture of the saved run, or pass `load_module_strict=False` to ignore saved "
             "tensors that the model does not have."
         )
-
-
-@contextlib.contextmanager
-def _ignore_process_group_warning() -> Iterator[None]:
-    """Suppress torch's warning about a missing process group; a single process needs none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
-        yield

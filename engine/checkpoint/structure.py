@@ -21,6 +21,8 @@ __all__ = [
     "check_same_structure",
 ]
 
+_IMPLEMENTATION = {"fused", "foreach"}
+"""Settings of a param group that are not restored."""
 _MAX_INT = 2**63 - 1
 HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
 """Settings of a param group that every checkpoint has if the optimizer has them."""
@@ -84,7 +86,7 @@ def _classify(value: Any) -> str:
     ):
         if isinstance(value, kind):
             return word
-    return f"of the type {type(value).__name__}"
+    return "an object" if hasattr(value, "__dict__") else f"of the type {type(value).__name__}"
 
 
 def _check_items(saved: Sequence[Any], own: Sequence[Any], name: str) -> None:
@@ -147,7 +149,7 @@ def check_parameter_states(
 
 def _check_group(group: Mapping[str, Any], own: Mapping[str, Any], name: str) -> None:
     for key, value in own.items():
-        if key in group:
+        if key in group and key not in _IMPLEMENTATION:
             exact = tuple(value) if isinstance(value, list) else value
             check_same_structure(group[key], exact, f"{name}.{key}")
         elif key in {*HYPERPARAMETERS, "params"}:

@@ -16,6 +16,7 @@ import numpy as np
 from engine.range_test.recorder import Run
 from engine.range_test.refinement import Refinement, build_short_cycle, refine
 from engine.range_test.suggestion import EDGE, Suggestion, suggest
+from engine.range_test.sweep import spread_over_groups
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +43,7 @@ class LRRangeReport:
     def max_lr(self) -> float | None:
         """The suggested maximum learning rate, refined if short cycles were trained.
 
-        None if the range test has no suggestion.
+        The value is None if the range test has no suggestion.
         """
         return self.refinement.max_lr if self.refinement else self.suggestion.max_lr
 
@@ -59,7 +60,7 @@ class LRRangeReport:
         training_steps: int | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> LRRangeReport:
-        """Return a report in which the suggestion is refined by training short cycles.
+        """Return a copy of this report, with a suggestion that is refined by training short cycles.
 
         If there is no suggestion, return this report without training.
 
@@ -87,9 +88,10 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The smoothed curve and the rules are computed from the points of all runs. If there are
-        several runs, and more than half of them have a suggestion of their own, ``max_lr`` is the
-        median of these suggestions, so that a single run that diverged early has little effect.
+        The points of all runs together determine the smoothed curve and the results of the rules.
+        If there are several runs, and more than half of them yield a suggestion on their own,
+        ``max_lr`` is the median of these suggestions, so that a single run that diverged early has
+        little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -101,11 +103,23 @@ class LRRangeReport:
         each = self.max_lrs
         max_lr = statistics.median(each) if 2 * len(each) > len(self.runs) > 1 else found.max_lr
         rounded = max_lr and float(f"{max_lr:.2g}")
-        return Suggestion(rounded, "" if rounded else found.reason, found.rules, found.smoothed)
+        reason = "" if rounded else self._find_early_end() or found.reason
+        return Suggestion(rounded, reason, found.rules, found.smoothed)
+
+    def _find_early_end(self) -> str:
+        """Return a text if a script ended before the sweep did; otherwise an empty string."""
+        for run in self.runs:
+            steps = run.facts.get("steps")
+            if not run.end and steps and len(run.lrs) < steps:
+                return (
+                    f"the script ended after {len(run.lrs)} of {steps} steps, before the largest "
+                    "learning rates; let it train for more steps, or test fewer steps"
+                )
+        return ""
 
     @property
     def max_lrs(self) -> list[float]:
-        """The suggested maximum learning rate of each run on its own.
+        """The maximum learning rates that the runs suggest individually.
 
         Runs without a suggestion are omitted. If there is only one run, the list is empty.
         """
@@ -133,7 +147,8 @@ class LRRangeReport:
         momenta = [value for run in self.runs for value in run.momenta if value is not None]
         if momenta and min(momenta) < max(momenta):
             params["cycle_min_mom"], params["cycle_max_mom"] = min(momenta), max(momenta)
-        return {"type": "OneCycle", "params": params}
+        lrs = self.runs[0].facts.get("lrs") or [1.0]
+        return spread_over_groups({"type": "OneCycle", "params": params}, lrs)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as a JSON-compatible dict. Losses that are not finite are None."""

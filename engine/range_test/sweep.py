@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from engine.distributed.environment import LR_TEST
 
-__all__ = ["Sweep", "read_sweep"]
+__all__ = ["Sweep", "read_initial_lrs", "read_sweep", "spread_over_groups"]
 
 Shape = Literal["exponential", "linear", "staircase"]
 
 _STAIRS = 20
+_BOUNDS = {"cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr"}
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Sweep:
         steps: number of steps.
         shape: how the learning rate increases: "exponential", "linear", or "staircase" (20 stairs
             of equal height).
-        momentum: pair of the momentum at the first step and at the last step, linear in between.
+        momentum: momentum of the first step and of the last step; it changes linearly in between.
             If None, the momentum stays constant.
-        block: scheduler block to use instead of one that is built from the arguments above.
+        block: scheduler block to use; if None, a block is built from the arguments above.
         divergence_factor: the sweep ends when the smoothed loss exceeds its minimum so far by this
             factor.
         directory: directory of the record file; None to write no file.
@@ -38,7 +39,7 @@ class Sweep:
         seed_offset: number that is added to the config's seed and to torch's initial seed, so that
             repeated sweeps differ.
         engine: number of the engine to test, from 1, in the order in which the script creates
-            them. If None, the script must create only one.
+            the engines. If None, the script must create only one engine.
 
     Raises:
         ValueError: if `min_lr` is not positive, `max_lr` is not finite or not above `min_lr`,
@@ -97,6 +98,52 @@ class Sweep:
     def to_environment(self) -> dict[str, str]:
         """Return the environment variable that passes this sweep to `initialize`."""
         return {LR_TEST: json.dumps(asdict(self))}
+
+
+def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the initial learning rate of each param group.
+
+    Raises:
+        ValueError: the learning rate of the first group is 0, but not that of all groups.
+
+    >>> read_initial_lrs([{"lr": 0.1}, {"lr": 0.0, "initial_lr": 0.05}])
+    [0.1, 0.05]
+    """
+    lrs = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    if lrs[0] == 0 and any(lrs):
+        raise ValueError(
+            "The LR range test keeps the ratio of each param group to the first one, but the first "
+            "group has learning rate 0. Move this group to the end, or remove it."
+        )
+    return lrs
+
+
+def spread_over_groups(block: Mapping[str, Any], lrs: Sequence[float]) -> dict[str, Any]:
+    """Return a scheduler block in which the learning rates of the param groups keep their ratios.
+
+    Args:
+        block: block of a `Sweep`, or a OneCycle block. Its learning rates are those of the first
+            param group.
+        lrs: initial learning rate of each param group.
+
+    >>> block = {"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 0.5}}
+    >>> spread_over_groups(block, [0.1, 0.2])["params"]
+    {'lr_range_test_min_lr': [0.5, 1.0]}
+    """
+    params = dict(block["params"])
+    if len(set(lrs)) == 1:
+        return dict(block)
+    if block["type"] != "Phases":
+        for name in _BOUNDS & params.keys():
+            params[name] = [params[name] * (lr / lrs[0]) for lr in lrs]
+        return {**block, "params": params}
+    ramps = [
+        {name: value / lrs[0] if name in ("from", "to") else value for name, value in ramp.items()}
+        for ramp in params.pop("lr")
+    ]
+    sweep = {"type": "Phases", "params": {"lr": ramps, "relative": True}}
+    others = [{"type": "Phases", "params": params}] if params else []
+    return {"type": "Combined", "params": {"schedulers": [sweep, *others]}} if others else sweep
 
 
 def read_sweep() -> Sweep | None:

@@ -20,7 +20,16 @@ from schedules.core.pieces import Phase, Piece, constant_piece, shorten
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["delay", "dilate", "join", "multiply_at", "pointwise", "repeat", "stairs"]
+__all__ = [
+    "decay_after_warmup",
+    "delay",
+    "dilate",
+    "join",
+    "multiply_at",
+    "pointwise",
+    "repeat",
+    "stairs",
+]
 
 _CACHED_CYCLES = 16
 _MAX_GROWING_CYCLES = 100_000  # all later cycles have the same length
@@ -87,8 +96,28 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
     return _Join(parts, boundaries, names or ("",) * len(parts))
 
 
+def decay_after_warmup(
+    decay: Callable[[float, float, float], Curve], peak: float, end_value: float, steps: float
+) -> Curve:
+    """Return the decay of a run with a warmup; if no step is left for it, the peak is kept.
+
+    Args:
+        decay: function that builds the decay from its start value, end value and length.
+        peak: value at the end of the warmup.
+        end_value: value at the end of the decay.
+        steps: length of the decay in steps; 0 if the warmup is as long as the run.
+
+    >>> from schedules.core.curves import linear
+    >>> list(decay_after_warmup(linear, 1.0, 0.0, steps=0).values(3))
+    [1.0, 1.0, 1.0]
+    """
+    return decay(peak, end_value, steps) if steps > 0 else constant(peak)
+
+
 def multiply_at(start_value: float, factor: float, boundaries: Iterable[float]) -> Curve:
-    """Return a constant that is multiplied by a factor at each boundary, in ascending order.
+    """Return a constant curve whose value is multiplied by a factor at each boundary.
+
+    The boundaries are steps in ascending order.
 
     >>> list(multiply_at(1.0, 0.5, [1, 3]).values(5))
     [1.0, 0.5, 0.5, 0.25, 0.25]
@@ -183,7 +212,10 @@ class _Repeat(Curve):
 
     @property
     def _is_stuck(self) -> bool:
-        """Whether truncation to whole steps keeps all later cycles at the length of the last."""
+        """Whether all later cycles have the same length as the last one.
+
+        Truncation to whole steps can cancel the growth of short cycles.
+        """
         last = self._steps[-1]
         return last == _grow(last, self._growth) or len(self._steps) >= _MAX_GROWING_CYCLES
 

@@ -29,6 +29,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "broadcast",
+    "broadcast_lr",
     "broadcast_strict",
     "build_curve_per_group",
     "exceeds",
@@ -180,11 +181,22 @@ class Schedule(ABC, Generic[S]):
         for name, in_steps in self._durations(horizon):
             try:
                 changes[name] = in_steps()
+                self._check_minimum(name, changes[name])
             except ValueError as error:  # noqa: PERF203  # one error per duration
                 problems.append(ParameterProblem(name, f"`{name}`: {error}"))
         if problems:
             raise ScheduleError(self.type_name, problems)
         return dataclasses.replace(self, **changes)
+
+    def _check_minimum(self, name: str, steps: Any) -> None:
+        """Check that a time string is not 0 steps in a short run, if the field does not allow 0."""
+        least, given = read_fields(type(self))[name].minimum, _as_tuple(getattr(self, name))
+        for time, count in zip(given, _as_tuple(steps), strict=True):
+            if is_time_string(time) and count == 0 < least:
+                raise ValueError(
+                    f"{time!r} is 0 steps in this run, but the duration must be at least 1 step. "
+                    "Use a longer duration or a longer run."
+                )
 
     def _durations(self, horizon: Horizon) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Yield the name of each duration and a function that returns its value in steps."""
@@ -283,7 +295,7 @@ class Schedule(ABC, Generic[S]):
         return cast("Controller[S]", OpenLoop(self.build_curves(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
-        """Return one schedule per param group, with the group's number in place of each list.
+        """Return one schedule per param group, with each list replaced by the group's entry in it.
 
         Raises:
             ValueError: a list does not have one number per group.
@@ -307,7 +319,7 @@ class Schedule(ABC, Generic[S]):
         }
 
     def params(self) -> dict[str, Any]:
-        """Return the parameters as JSON values. Omits parameters that have their default value."""
+        """Return the parameters that differ from their defaults, as JSON values."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, field in read_fields(type(self)).items()
@@ -373,7 +385,35 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
     return tuple(value)
 
 
-def broadcast_strict(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
+def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the value of a field that is a learning rate for each param group.
+
+    Args:
+        schedule: schedule with the field, and with a field ``relative``.
+        name: name of the field.
+        lrs: initial learning rate of each group. If ``relative`` is true, the value of the field is
+            a multiple of it.
+
+    Raises:
+        ValueError: the value is a single learning rate but the groups have different initial
+            values, or it is a list that does not have one number per group.
+
+    >>> import schedules
+    >>> warmup = schedules.WarmupLR(warmup_max_lr=10.0, relative=True)
+    >>> broadcast_lr(warmup, "warmup_max_lr", (0.1, 0.01))
+    (1.0, 0.1)
+    """
+    value = getattr(schedule, name)
+    if schedule.relative:
+        factors = broadcast(name, value, lrs)
+        return tuple(factor * lr for factor, lr in zip(factors, lrs, strict=True))
+    fix = ' Alternatively, set `"relative": true` and multiples of each value.'
+    return broadcast_strict(name, value, lrs, fix)
+
+
+def broadcast_strict(
+    name: str, value: PerGroup, base: tuple[float, ...], fix: str = ""
+) -> tuple[float, ...]:
     """Return the value of a field for each param group.
 
     If the groups have different initial values, ``value`` must be a list.
@@ -386,6 +426,6 @@ def broadcast_strict(name: str, value: PerGroup, base: tuple[float, ...]) -> tup
         groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))
         raise ValueError(
             f"`{name}` must be a list of {len(base)} numbers, one per param group, because the "
-            f"groups have different initial values ({groups}), got {value:g}."
+            f"groups have different initial values ({groups}), got {value:g}.{fix}"
         )
     return broadcast(name, value, base)

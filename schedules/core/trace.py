@@ -25,7 +25,7 @@ def trace(
     schedule: Mapping[str, Any] | Schedule[Any],
     steps: int,
     *,
-    base: Mapping[str, Iterable[float]] | None = None,
+    base: Mapping[str, float | Iterable[float]] | None = None,
     horizon: Horizon | None = None,
     losses: Iterable[float] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
@@ -34,8 +34,8 @@ def trace(
     Args:
         schedule: `Schedule`, or a ``{"type": …, "params": {…}}`` block.
         steps: number of steps, counted from step 0.
-        base: initial hyperparameters of the optimizer, with one value per param group. Defaults to
-            a single group with learning rate 0.1, momentum 0.9 and weight decay 0.
+        base: initial hyperparameters of the optimizer, each a number or one per param group.
+            Defaults to a single group with learning rate 0.1, momentum 0.9 and weight decay 0.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         losses: loss (or metric) of each step, for feedback schedules. Defaults to a synthetic loss.
 
@@ -51,7 +51,10 @@ def trace(
 
     if not isinstance(schedule, Schedule):
         schedule = from_config(schedule)
-    given: Base = {name: tuple(values) for name, values in (base or DEFAULT_BASE).items()}
+    given: Base = {
+        name: (values,) if isinstance(values, int | float) else tuple(values)
+        for name, values in (base or DEFAULT_BASE).items()
+    }
     groups = len(given["lr"])
     defaults: Base = {name: value * groups for name, value in DEFAULT_BASE.items()}
     if losses is not None and schedule.feedback is not None:

@@ -8,11 +8,12 @@ docs/decisions/0005-composer-schedules.md.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated
 
-from schedules.core.combinators import delay, join, multiply_at, repeat, stairs
+from schedules.core.combinators import decay_after_warmup, delay, join, multiply_at, repeat, stairs
 from schedules.core.curves import Curve, constant, cosine, exponential, linear, polynomial
 from schedules.core.fields import (
     Factor,
@@ -143,9 +144,9 @@ class StepScheduler(_Scheduler, example={"step_size": "0.2dur", "gamma": 0.5}):
     """
 
     step_size: Steps
-    """Length of each period."""
+    """Number of steps between two decays."""
     gamma: Factor = 0.1
-    """Factor applied at the end of each period."""
+    """Factor applied to the learning rate at the end of each period."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start
@@ -167,9 +168,10 @@ class MultiStepScheduler(
     """
 
     milestones: Milestones
-    """Steps at which `gamma` is applied, in ascending order. Their units may differ."""
+    """Steps at which `gamma` is applied, in ascending order. Milestones may have different
+    units."""
     gamma: Factor = 0.1
-    """Factor applied at each milestone."""
+    """Factor applied to the learning rate at each milestone."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()
@@ -213,9 +215,9 @@ class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """
 
     alpha_i: Factor = 1.0
-    """Multiplier at the start."""
+    """Multiplier of the learning rate at the start."""
     alpha_f: Factor = 0.0
-    """Multiplier at `t_max` and afterwards."""
+    """Multiplier of the learning rate at `t_max` and afterwards."""
     t_max: Steps = "1dur"
     """Step at which `alpha_f` is reached."""
 
@@ -223,7 +225,8 @@ class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
         return self.alpha_i * lr
 
     def _body(self, lr: float, start: float) -> Curve:
-        return linear(self.alpha_i * lr, self.alpha_f * lr, as_number(self.t_max) - start)
+        steps = as_number(self.t_max) - start
+        return decay_after_warmup(linear, self.alpha_i * lr, self.alpha_f * lr, steps)
 
 
 @schedule_class
@@ -252,9 +255,9 @@ class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
     """
 
     gamma: Annotated[float, Range(above=0)]
-    """Factor per period."""
+    """Factor by which the learning rate is multiplied every `decay_period` steps."""
     decay_period: Steps = "1ep"
-    """Length of each period."""
+    """Number of steps after which the learning rate has decayed by the factor `gamma`."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start
@@ -275,10 +278,11 @@ class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
     t_max: Steps = "1dur"
     """Step at which `alpha_f` is reached."""
     alpha_f: Factor = 0.0
-    """Multiplier at `t_max` and afterwards."""
+    """Multiplier of the learning rate at `t_max` and afterwards."""
 
     def _body(self, lr: float, start: float) -> Curve:
-        return cosine(lr, self.alpha_f * lr, as_number(self.t_max) - start)
+        steps = as_number(self.t_max) - start
+        return decay_after_warmup(cosine, lr, self.alpha_f * lr, steps)
 
 
 @schedule_class
@@ -314,7 +318,7 @@ class CosineAnnealingWarmRestartsScheduler(_Scheduler, example={"t_0": "2ep", "t
     t_mult: Annotated[float, Range(at_least=1)] = 1.0
     """Length of each cycle divided by the length of the previous one."""
     alpha_f: Factor = 0.0
-    """Multiplier at the end of each cycle."""
+    """Multiplier of the learning rate at the end of each cycle."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start
@@ -338,10 +342,12 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
     t_max: Steps = "1dur"
     """Step at which `alpha_f` is reached."""
     alpha_f: Factor = 0.0
-    """Multiplier at `t_max` and afterwards."""
+    """Multiplier of the learning rate at `t_max` and afterwards."""
 
     def _body(self, lr: float, start: float) -> Curve:
-        return polynomial(lr, self.alpha_f * lr, as_number(self.t_max) - start, self.power)
+        steps = as_number(self.t_max) - start
+        decay = functools.partial(polynomial, power=self.power)
+        return decay_after_warmup(decay, lr, self.alpha_f * lr, steps)
 
 
 @schedule_class

@@ -1,4 +1,4 @@
-"""Schedules composed of other schedules: in sequence, multiplied, or in parallel."""
+"""Schedules that combine other schedules: one after another, multiplied, or in parallel."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MAX_SCHEDULES = 100
 @schedule_class
 class _Composite(Schedule[int]):
     schedulers: Blocks
-    """List of schedules, each a block ``{"type": …, "params": {…}}``."""
+    """Schedules, each a block ``{"type": …, "params": {…}}`` or, in Python, a `Schedule`."""
 
     @functools.cached_property
     def parts(self) -> tuple[Schedule[Any], ...]:
@@ -42,6 +42,9 @@ class _Composite(Schedule[int]):
         return tuple(from_config(block) for block in self.schedulers)
 
     def _convert_fields(self) -> Iterator[ParameterProblem]:
+        if isinstance(self.schedulers, list | tuple):
+            blocks = tuple(map(_to_block, self.schedulers))
+            object.__setattr__(self, "schedulers", blocks)
         problems = list(super()._convert_fields())
         yield from problems
         if any(problem.field == "schedulers" for problem in problems):
@@ -221,10 +224,17 @@ class ChainedScheduler(
         }
 
 
+def _to_block(schedule: Any) -> Any:
+    """Return the block of a schedule; a block is returned unchanged."""
+    if isinstance(schedule, Schedule):
+        return {"type": schedule.type_name, "params": schedule.params()}
+    return schedule
+
+
 def _count_blocks(blocks: Any) -> int:
     """Return the number of schedules in a list of blocks, including those nested in their params.
 
-    Values that are not a list of blocks count as nothing; they are reported elsewhere.
+    A value that is not a list of blocks counts as 0, because another check reports it.
     """
     if not isinstance(blocks, list | tuple):
         return 0

@@ -1,10 +1,10 @@
 """Custom schedules, which a config specifies as ``module:attribute``.
 
-A custom schedule can be a function or a subclass of PyTorch's LRScheduler, such as LambdaLR. A
-function maps the step to a factor on the learning rate. A scheduler class runs on a dummy optimizer
-and its learning rates are recorded, so that the schedule can be previewed and resumed. Scheduler
-classes have three limitations: the value at a step requires running all previous steps, durations
-are numbers of steps that cannot be scaled, and only the learning rate can be set.
+A custom schedule can be a function, a subclass of PyTorch's LRScheduler, such as LambdaLR, or a
+function that builds a scheduler for an optimizer. A function maps the step to a factor by which the
+learning rate is multiplied. A scheduler runs on a dummy optimizer and its values are recorded, so
+that the schedule can be previewed and resumed. Schedulers have two limitations: the value at a step
+requires running all previous steps, and durations are numbers of steps that cannot be scaled.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import functools
 import importlib.util
 import inspect
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
-from schedules.core.controller import Base, Curves
+from schedules.core.controller import Base, Curves, Values
 from schedules.core.curves import Curve, from_function
 from schedules.core.durations import Horizon
 from schedules.core.fields import AnyValue
@@ -42,6 +43,7 @@ __all__ = [
 TORCH_MODULE = "torch.optim.lr_scheduler"
 _ABSTRACT = "LRScheduler"
 _NOT_IN_CONFIGS = {"last_epoch", "verbose"}
+_MAX_RECORDED = 1024  # learning rates that a recorder keeps, of all param groups together
 
 
 @functools.cache
@@ -82,14 +84,15 @@ def adapt(found: Any, path: str) -> type[Schedule[Any]]:
     """Return a schedule class that wraps a function or a subclass of PyTorch's ``LRScheduler``.
 
     Args:
-        found: function or class to wrap.
+        found: function of the step, subclass of ``LRScheduler``, or function that returns such a
+            scheduler and whose first parameter is ``optimizer``.
         path: import path of ``found``, which is also the name of the schedule in a config.
 
     Raises:
         ValueError: ``found`` is neither a function nor a scheduler class, or the ``step`` method of
             the class requires arguments.
     """
-    if isinstance(found, type) and _is_torch_scheduler(found):
+    if _is_torch_scheduler(found) if isinstance(found, type) else _builds_scheduler(found):
         return wrap_scheduler(found, path)
     if callable(found) and not isinstance(found, type):
         return FunctionSchedule.make_class(path, found)
@@ -104,23 +107,32 @@ def _is_torch_scheduler(cls: type) -> bool:
     return any(f"{base.__module__}.{base.__name__}" == name for base in cls.__mro__)
 
 
-def wrap_scheduler(cls: type[Any], name: str) -> type[WrappedScheduler]:
+def _builds_scheduler(function: Any) -> bool:
+    """Return whether the first parameter of a function is an optimizer."""
+    try:
+        return next(iter(inspect.signature(function).parameters), None) == "optimizer"
+    except (TypeError, ValueError):  # not a function, or without a signature
+        return False
+
+
+def wrap_scheduler(cls: Any, name: str) -> type[WrappedScheduler]:
     """Create a schedule class that wraps a subclass of PyTorch's ``LRScheduler``.
 
     The schedule has the parameters of the scheduler's constructor, except the optimizer. If a
     parameter is a function, the config specifies it as "module:attribute".
 
     Args:
-        cls: scheduler class to wrap.
+        cls: scheduler class to wrap, or function that returns a scheduler for an optimizer.
         name: name of the schedule in a config.
 
     Raises:
         ValueError: the scheduler's ``step`` requires arguments, or the signature of its constructor
             is not available.
     """
+    step: Any = getattr(cls, "step", None)  # a function has none
     required = [
         parameter.name
-        for parameter in list(inspect.signature(cls.step).parameters.values())[1:]
+        for parameter in (_parameters(step) if step is not None else ())
         if parameter.default is parameter.empty
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
@@ -140,7 +152,7 @@ def wrap_scheduler(cls: type[Any], name: str) -> type[WrappedScheduler]:
                 metadata={"description": f"Passed to {cls.__name__}."},
             ),
         )
-        for parameter in list(inspect.signature(cls).parameters.values())[1:]
+        for parameter in _parameters(cls)
         if parameter.name not in _NOT_IN_CONFIGS
     ]
     schedule: Any = dataclasses.make_dataclass(
@@ -149,31 +161,70 @@ def wrap_scheduler(cls: type[Any], name: str) -> type[WrappedScheduler]:
         bases=(WrappedScheduler,),
         frozen=True,
         kw_only=True,
-        namespace={"wrapped": cls, "__doc__": f"PyTorch scheduler: {inspect.getdoc(cls)}"},
+        namespace={
+            "wrapped": staticmethod(cls),
+            "__doc__": f"PyTorch scheduler: {inspect.getdoc(cls)}",
+        },
     )
     schedule.type_name = name
     return cast("type[WrappedScheduler]", schedule)
 
 
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    """Return the parameters of a function without the first one, ``self`` or the optimizer."""
+    return list(inspect.signature(function).parameters.values())[1:]
+
+
 @schedule_class
 class WrappedScheduler(Schedule[int]):
-    """Schedule with the learning rates of a subclass of PyTorch's ``LRScheduler``."""
+    """Schedule with the values that a PyTorch scheduler writes into the param groups."""
 
-    wrapped: ClassVar[type[Any]]
+    wrapped: ClassVar[Any]
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         try:
-            _Recorder(self, (0.1,))
+            _ = self._written
         except (TypeError, ValueError) as error:
             yield ParameterProblem(
                 None, f"The parameters of {self.wrapped.__name__} are invalid: {error}."
             )
 
+    @functools.cached_property
+    def _written(self) -> tuple[str, ...]:
+        """Names of the hyperparameters that the scheduler sets in its first steps.
+
+        The parameters can be lists with one item per param group, so the scheduler is tried with as
+        many groups as a list has items.
+        """
+        lists = {len(value) for value in self.params().values() if isinstance(value, list)}
+        errors = []
+        for groups in (*sorted(lists, reverse=True), 1):
+            try:
+                recorder = _Recorder(
+                    self, {name: (each,) * groups for name, each in _TRIAL.items()}
+                )
+            except (TypeError, ValueError) as error:
+                errors.append(error)
+                continue
+            rows = recorder.row(0), recorder.row(1)
+            changed = (n for n in _TRIAL if any(set(row[n]) != {_TRIAL[n]} for row in rows))
+            return tuple(dict.fromkeys(("lr", *changed)))
+        raise errors[0]
+
+    @property
+    def hyperparameters(self) -> tuple[str, ...]:
+        return self._written
+
+    def __reduce__(self) -> Any:
+        # The class was created at run time, so pickle cannot import it.
+        params = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return _rebuild, (type(self).wrapped, self.type_name, params)
+
     def resolve(self, horizon: Horizon | None = None) -> WrappedScheduler:
         """Return the schedule unchanged, because its durations are already numbers of steps.
 
         Raises:
-            ScheduleError: ``horizon.scale_ratio`` is not 1. The durations cannot be scaled.
+            ScheduleError: ``horizon.scale_ratio`` is not 1. The schedule cannot be scaled.
         """
         if horizon is not None and horizon.scale_ratio != 1:
             message = (
@@ -184,36 +235,67 @@ class WrappedScheduler(Schedule[int]):
         return self
 
     def curves(self, base: Base) -> Curves:
-        recorder = _Recorder(self, base["lr"])
+        recorder = _Recorder(self, base)
         return {
-            "lr": tuple(
-                from_function(functools.partial(recorder.lr, group))
+            name: tuple(
+                from_function(functools.partial(recorder.value, name, group))
                 for group in range(len(base["lr"]))
             )
+            for name in self.hyperparameters
         }
 
 
-class _Recorder:
-    """Runs a scheduler on a dummy optimizer, and records the learning rate at every step."""
+_TRIAL = {"lr": 0.1, "momentum": 0.123, "weight_decay": 0.0123}
+"""Initial hyperparameters that a scheduler is unlikely to set itself."""
 
-    def __init__(self, schedule: WrappedScheduler, lrs: tuple[float, ...]) -> None:
+
+class _Recorder:
+    """Runs a scheduler on a dummy optimizer, and records the values of the last steps.
+
+    The record has a limited size, so that a long run does not need more and more memory. To return
+    the values of a step before the record, the scheduler runs again from the first step.
+    """
+
+    def __init__(self, schedule: WrappedScheduler, base: Base) -> None:
+        self._schedule = schedule
+        self._base = base
+        self._restart()
+
+    def _restart(self) -> None:
         import torch
 
-        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs]
-        self._optimizer = torch.optim.SGD(groups, lr=lrs[0])
-        params = {name: _import_functions(value) for name, value in schedule.params().items()}
-        self._scheduler = schedule.wrapped(self._optimizer, **params)
-        self._lrs = [self._current_lrs()]
+        groups = [
+            {
+                "params": [torch.nn.Parameter(torch.zeros(1))],
+                **{name: values[group] for name, values in self._base.items()},
+            }
+            for group in range(len(self._base["lr"]))
+        ]
+        self._optimizer = torch.optim.SGD(groups, lr=self._base["lr"][0])
+        params = self._schedule.params()
+        functions = {name: _import_functions(value) for name, value in params.items()}
+        self._scheduler = self._schedule.wrapped(self._optimizer, **functions)
+        self._step = 0
+        self._rows = deque([self._read()], maxlen=max(2, _MAX_RECORDED // len(groups)))
 
-    def _current_lrs(self) -> list[float]:
-        return [float(group["lr"]) for group in self._optimizer.param_groups]
+    def _read(self) -> Values:
+        groups = self._optimizer.param_groups
+        return {name: tuple(float(group[name]) for group in groups) for name in _TRIAL}
 
-    def lr(self, group: int, step: float) -> float:
-        while len(self._lrs) <= step:
+    def row(self, step: int) -> Values:
+        """Return the hyperparameters of all param groups at a step."""
+        if step <= self._step - len(self._rows):
+            self._restart()
+        while self._step < step:
             self._optimizer.step()
             self._scheduler.step()
-            self._lrs.append(self._current_lrs())
-        return self._lrs[int(step)][group]
+            self._rows.append(self._read())
+            self._step += 1
+        return self._rows[step - self._step - 1]
+
+    def value(self, name: str, group: int, step: float) -> float:
+        """Return a hyperparameter of one param group at a step."""
+        return self.row(int(step))[name][group]
 
 
 def _import_functions(value: Any) -> Any:
@@ -252,6 +334,14 @@ class FunctionSchedule(LearningRateSchedule):
         )
         return cast("type[FunctionSchedule]", cls)
 
+    def __reduce__(self) -> Any:
+        # The class was created at run time, so pickle cannot import it.
+        return _rebuild, (type(self).function, self.type_name, {})
+
     def curve(self, lr: float) -> Curve:
         function = self.function
         return from_function(lambda k: lr * function(k))
+
+
+def _rebuild(found: Any, path: str, params: dict[str, Any]) -> Schedule[Any]:
+    return adapt(found, path)(**params)

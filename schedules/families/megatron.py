@@ -19,6 +19,7 @@ from schedules.core.curves import (
 )
 from schedules.core.fields import (
     LearningRate,
+    PerGroup,
     Steps,
     StepsOrZero,
     WarmupStepsOrZero,
@@ -74,21 +75,28 @@ class OptimizerParamScheduler(
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay after the warmup."""
     wsd_decay_steps: Steps | None = None
-    """Length of the decay in the style "WSD"; null in the other styles."""
+    """Length of the decay if `lr_decay_style` is "WSD"; otherwise null."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
-    """Shape of the decay in the style "WSD"."""
-    start_wd: WeightDecay = 0.0
-    """Weight decay at the start."""
-    end_wd: WeightDecay = 0.0
-    """Weight decay at the end."""
+    """Shape of the decay if `lr_decay_style` is "WSD"."""
+    start_wd: WeightDecay | None = None
+    """Weight decay at the start. null is 0 if `end_wd` is set."""
+    end_wd: WeightDecay | None = None
+    """Weight decay at the end. null keeps the optimizer's weight decay."""
     wd_incr_steps: StepsOrZero = 0
     """Step at which the weight decay reaches `end_wd`."""
     wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the increase of the weight decay."""
+    """Shape of the curve along which the weight decay increases."""
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:
-        return ("lr", "weight_decay")
+        return ("lr",) if self._weight_decays is None else ("lr", "weight_decay")
+
+    @property
+    def _weight_decays(self) -> tuple[PerGroup, PerGroup] | None:
+        """Weight decay at the start and at the end; None if the schedule does not set it."""
+        if self.start_wd is None and self.end_wd is None:
+            return None
+        return self.start_wd or 0.0, self.end_wd or 0.0
 
     @property
     def length(self) -> int:
@@ -108,16 +116,7 @@ class OptimizerParamScheduler(
                 "`max_lr` must be at least `init_lr` and at least `min_lr`. "
                 "Increase `max_lr` or lower the other two.",
             )
-        if exceeds(self.start_wd, self.end_wd):
-            yield ParameterProblem(
-                "end_wd", "`end_wd` must be at least `start_wd`. Swap the two values."
-            )
-        if self.wd_incr_style == "constant" and self.start_wd != self.end_wd:
-            yield ParameterProblem(
-                "wd_incr_style",
-                '`wd_incr_style` must not be "constant" if `start_wd` and `end_wd` differ. '
-                'Set it to "linear" or "cosine".',
-            )
+        yield from self._find_weight_decay_problems()
         if (self.wsd_decay_steps is not None) != (self.lr_decay_style == "WSD"):
             yield ParameterProblem(
                 "wsd_decay_steps",
@@ -127,24 +126,46 @@ class OptimizerParamScheduler(
             yield ParameterProblem(
                 "wsd_decay_steps",
                 f"`wsd_decay_steps` must be at most {end - warmup:g}, the difference between "
-                f"`lr_decay_steps` and `lr_warmup_steps`, got {anneal:g}. Lower it.",
+                f"`lr_decay_steps` and `lr_warmup_steps`, got {anneal:g}. Use a smaller value.",
+            )
+
+    def _find_weight_decay_problems(self) -> Iterator[ParameterProblem]:
+        if self._weight_decays is None:
+            if self.wd_incr_steps:
+                yield ParameterProblem(
+                    "wd_incr_steps",
+                    "`wd_incr_steps` has no effect without `end_wd`. Set `end_wd`, or remove "
+                    "`wd_incr_steps`.",
+                )
+            return
+        start, end = self._weight_decays
+        if exceeds(start, end):
+            yield ParameterProblem(
+                "end_wd", "`end_wd` must be at least `start_wd`. Swap the two values."
+            )
+        if self.wd_incr_style == "constant" and start != end:
+            yield ParameterProblem(
+                "wd_incr_style",
+                '`wd_incr_style` must not be "constant" if `start_wd` and `end_wd` differ. '
+                'Set it to "linear" or "cosine".',
             )
 
     def curves(self, base: Base) -> Curves:
         each = self.per_group(len(base["lr"]))
         broadcast_strict("max_lr", self.max_lr, base["lr"])
-        broadcast_strict("end_wd", self.end_wd, base["weight_decay"])
-        return {
-            "lr": build_curve_per_group(OptimizerParamScheduler._lr_curve, each),
-            "weight_decay": build_curve_per_group(
-                OptimizerParamScheduler._weight_decay_curve, each
-            ),
-        }
+        curves = {"lr": build_curve_per_group(OptimizerParamScheduler._lr_curve, each)}
+        if self._weight_decays is not None:
+            broadcast_strict("end_wd", self._weight_decays[1], base["weight_decay"])
+            decay = OptimizerParamScheduler._weight_decay_curve
+            curves["weight_decay"] = build_curve_per_group(decay, each)
+        return curves
 
     def _weight_decay_curve(self) -> Curve:
         shape = cosine if self.wd_incr_style == "cosine" else linear
         return shape(
-            as_number(self.start_wd), as_number(self.end_wd), as_number(self.wd_incr_steps)
+            as_number(self.start_wd or 0.0),
+            as_number(self.end_wd or 0.0),
+            as_number(self.wd_incr_steps),
         )
 
     def _lr_curve(self) -> Curve:

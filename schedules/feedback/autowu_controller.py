@@ -44,7 +44,8 @@ class AutoWUController(FeedbackController[AutoWUState]):
         test: test that ends the warmup. Its attribute ``warmup`` has the parameters of the warmup.
         decay: parameters of the phases after the warmup.
         total_steps: length of the run in steps.
-        lrs: initial learning rate of each param group. Only the ratios to the first group are used.
+        lrs: initial learning rate of each param group. Only the ratios to
+            the first one that is not 0 are used.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class AutoWUController(FeedbackController[AutoWUState]):
         self._warmup = test.warmup
         self._decay = decay
         self._total = total_steps
-        self._ratios = tuple(lr / lrs[0] if lrs[0] else 1.0 for lr in lrs)
+        reference = next((lr for lr in lrs if lr), None)  # a group with 0 stays at 0
+        self._ratios = tuple(1.0 if reference is None else lr / reference for lr in lrs)
         self._plateau = Plateau(decay.factor, _DECAY_PATIENCE)
 
     def init(self) -> AutoWUState:
@@ -87,7 +89,8 @@ class AutoWUController(FeedbackController[AutoWUState]):
         if loss is None:
             raise ValueError(
                 "AutoWU requires the loss of every step. "
-                "Pass it to `step(loss=loss)`, or to `trainer.backward(loss)` with the engine."
+                "Pass the loss to `step(loss=loss)` or, with the engine, to "
+                "`trainer.backward(loss)`."
             )
         state = dataclasses.replace(state, step=state.step + 1, is_lowest=False)
         if self._must_cool_down(state):

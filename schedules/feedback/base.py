@@ -6,7 +6,7 @@ import functools
 from abc import abstractmethod
 from typing import ClassVar, Literal, TypeVar
 
-from schedules.core.controller import Base, Controller, Curves, Evidence
+from schedules.core.controller import Base, Controller, Curves, Evidence, Values
 from schedules.core.curves import Curve, from_function
 from schedules.core.durations import Horizon
 from schedules.core.schedule import Schedule
@@ -18,6 +18,14 @@ S = TypeVar("S")
 
 class FeedbackController(Controller[S]):
     """Base class of the controllers of feedback schedules; see `Controller` for the interface."""
+
+    def continue_from(self, state: S, values: Values) -> S:
+        """Return a state that continues from the current hyperparameters, which others may set.
+
+        Override this method in the controller of a schedule that multiplies the current values.
+        """
+        del values
+        return state
 
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
         """Return None. Override this method to return the evidence for a decision."""
@@ -36,7 +44,10 @@ class FeedbackSchedule(Schedule[S]):
 
     @abstractmethod
     def controller(self, base: Base) -> FeedbackController[S]:
-        """Build the controller for the initial hyperparameters. Requires a resolved schedule."""
+        """Build the controller for the initial hyperparameters ``base`` of an optimizer.
+
+        The schedule must already be resolved.
+        """
 
     @abstractmethod
     def synthetic_loss(self, step: int, lr: float) -> float:

@@ -11,6 +11,7 @@ import torch
 
 import schedules
 from schedules import ScheduleBinder, attach, trace
+from schedules.param_groups import read_momenta, read_momentum
 
 CYCLE = {
     "cycle_min_lr": 0.1,
@@ -140,6 +141,16 @@ def test_binder_has_the_methods_of_torch_schedulers():
     assert attach("WarmupLR", optimizer).get_mom() is None
 
 
+def test_momentum_of_groups_with_different_keys_is_read_from_each_group():
+    """As in DeepSpeed's Muon: matrices have a momentum, and the other weights have Adam's betas."""
+    optimizer = torch.optim.SGD([{"params": weights()} for _ in range(3)], lr=0.1, momentum=0.9)
+    for group in optimizer.param_groups[1:]:
+        del group["momentum"]
+    optimizer.param_groups[1]["betas"] = (0.8, 0.99)
+    assert read_momenta(optimizer) == [0.9, (0.8, 0.99), 0.0]
+    assert read_momentum(optimizer) == [0.9, 0.8, 0.0]
+
+
 @pytest.mark.parametrize("schedule", [("OneCycle", CYCLE, {}), ("AutoWU", AUTOWU, {"loss": 1.0})])
 def test_binder_step_before_the_first_optimizer_step_warns_once(schedule):
     name, params, arguments = schedule
@@ -256,18 +267,35 @@ def test_attach_failing_leaves_the_optimizer_unchanged():
     assert without_tensors(optimizer) == before
 
 
-def test_binder_step_after_a_group_was_added_is_an_error():
+def test_binder_group_added_later_starts_from_its_own_lr():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
-    binder = attach("OneCycle", optimizer, **CYCLE)
+    binder = attach("ExponentialLR", optimizer, gamma=0.5)
+    run(optimizer, binder, 1)
+    optimizer.add_param_group({"params": weights(), "lr": 0.8})
+    assert binder.get_last_lr() == [0.05, 0.8]
+    run(optimizer, binder, 2)
+    assert binder.get_last_lr() == [0.0125, 0.1]
+    assert binder.base_lrs == [0.1, 0.8]
+    restored = attach("ExponentialLR", copy.deepcopy(optimizer), gamma=0.5, base=[0.1, 0.8])
+    restored.load_state_dict(binder.state_dict())
+    assert restored.get_last_lr() == [0.0125, 0.1]
+
+
+def test_binder_group_added_to_a_schedule_with_lists_is_an_error_that_changes_nothing():
+    groups = [{"params": weights()}, {"params": weights()}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    binder = attach("OneCycle", optimizer, **CYCLE | {"cycle_max_lr": [0.5, 0.9]})
     optimizer.add_param_group({"params": weights()})
-    with pytest.raises(ValueError, match="had 1 param groups when .* has 2 now"):
+    before = without_tensors(optimizer)
+    with pytest.raises(ValueError, match=r"Param group 2 was added .* `cycle_max_lr` must be"):
         binder.step()
+    assert without_tensors(optimizer) == before
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda o: attach("OneCycle", o, **CYCLE).step(5), "step() accepts neither an epoch nor"),
+        (lambda o: attach("OneCycle", o, **CYCLE).step(5), "step() must be called without a loss"),
         (lambda o: attach(schedules.WarmupLR(), o, warmup_num_steps=5), "with WarmupLR("),
         (lambda o: attach("OneCicle", o), "Did you mean `OneCycle`?"),
     ],
@@ -381,13 +409,11 @@ def test_binder_with_a_tensor_lr_and_curves_per_group_fills_each_tensor():
     assert [float(rate) for rate in rates] == [0.5, 0.9]
 
 
-def test_binder_with_feedback_restarts_in_torchs_sequence():
+def test_binder_with_a_metric_is_rejected_by_torchs_sequence_as_torchs_class_is():
     optimizer = torch.optim.SGD(weights(), lr=0.1)
     parts = [attach("WarmupLR", optimizer), attach("ReduceLROnPlateau", optimizer)]
-    sequence = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[2])
-    run(optimizer, sequence, 2)
-    assert parts[1].last_epoch == 0
-    assert optimizer.param_groups[0]["lr"] == 0.1
+    with pytest.raises(ValueError, match="does not support `ReduceLROnPlateau`"):
+        torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[2])
 
 
 def test_binder_step_after_a_group_was_removed_is_an_error():

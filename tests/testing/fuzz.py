@@ -64,7 +64,7 @@ VALUES = [
 
 
 def _read_seeds():
-    """Return the configs to mutate: real ones, and one for each schedule and each optimizer."""
+    """Return the configs to mutate: real configs, and one for each schedule and each optimizer."""
     documents = [load_document(path_of(entry)) for entry in (*CLEAN, *OTHER)]
     configs = [document.value for document in documents if isinstance(document.value, dict)]
     blocks = [{"type": name, "params": dict(cls.example)} for name, cls in SCHEDULES.items()]
@@ -87,7 +87,7 @@ def _read_seeds():
 
 
 class Mutator:
-    """Makes mutated configs, or other JSON files, reproducibly for a seed."""
+    """Mutates configs or other JSON files at random. The mutations are reproducible for a seed."""
 
     def __init__(self, seed, examples=None):
         self.random = random.Random(seed)
@@ -146,7 +146,7 @@ class Mutator:
         return copy.deepcopy(self.random.choice(VALUES))
 
     def _nest(self, config):
-        """Put the schedule into a schedule of schedules."""
+        """Nest the schedule of a config in another schedule, such as SequentialLR."""
         blocks = [config.get("scheduler"), copy.deepcopy(self.random.choice(self.blocks))]
         params = {"schedulers": blocks}
         name = self.random.choice(("SequentialLR", "ChainedScheduler", "Combined"))
@@ -155,7 +155,7 @@ class Mutator:
         config["scheduler"] = {"type": name, "params": params}
 
     def _break(self, text):
-        """Return a text with a part removed, repeated or replaced, which is usually not JSON."""
+        """Remove, repeat or replace a part of the text. The result is usually not valid JSON."""
         start = self.random.randrange(len(text))
         end = start + self.random.choice((1, 2, 10, 100))
         part = self.random.choice(
@@ -165,7 +165,7 @@ class Mutator:
 
 
 def _run_command(*arguments):
-    """Run a command on the file of the current config, and check its exit status."""
+    """Return a function that runs a command on the current config and checks the exit status."""
 
     def run(text):
         del text
@@ -343,7 +343,7 @@ def _run_target(target, arguments):
 
 
 def _interrupt(*_):
-    raise TimeoutError(f"no result after {_HANG_SECONDS} s")
+    raise TimeoutError(f"the target did not return within {_HANG_SECONDS} s")
 
 
 def _main():

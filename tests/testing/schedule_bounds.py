@@ -107,7 +107,7 @@ OTHER_LEVELS: dict[tuple[str, str], Callable[[Any], Levels]] = {
     ),
     ("CyclicLR", "momentum"): lambda s: (s.base_momentum, s.max_momentum),
     ("OneCycleLR", "momentum"): lambda s: (s.base_momentum, s.max_momentum),
-    ("OptimizerParamScheduler", "weight_decay"): lambda s: (s.start_wd, s.end_wd),
+    ("OptimizerParamScheduler", "weight_decay"): lambda s: (s.start_wd or 0, s.end_wd or 0),
 }
 
 
@@ -120,7 +120,9 @@ def bounds_of(schedule: Schedule[Any], name: str, lr: float) -> tuple[float, flo
         lr: base learning rate of the group.
     """
     if name == "lr" and schedule.type_name not in UNBOUNDED:
-        levels = LR_LEVELS[schedule.type_name](schedule, lr)
+        is_relative = getattr(schedule, "relative", False) and schedule.type_name != "Phases"
+        unit = lr if is_relative else 1.0
+        levels = [unit * each for each in LR_LEVELS[schedule.type_name](schedule, lr / unit)]
     else:
         of_others = OTHER_LEVELS.get((schedule.type_name, name))
         levels = (0.0, math.inf) if of_others is None else of_others(schedule)

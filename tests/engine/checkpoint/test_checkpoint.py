@@ -591,7 +591,7 @@ trainer.save_checkpoint({str(tmp_path)!r})
     assert "ZeroDivisionError" in done.stderr
 
 
-@pytest.mark.parametrize("tag", ["", "..", "a/b", ".hidden", "latest"])
+@pytest.mark.parametrize("tag", ["", " ", "..", "a/b", "a\nb", "a\0b", ".hidden", "latest"])
 def test_save_checkpoint_invalid_tag_is_rejected(tmp_path, tag):
     if not tag:
         with pytest.raises(CheckpointError, match="`tag` must be a valid directory name"):

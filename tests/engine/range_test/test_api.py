@@ -4,6 +4,8 @@ import collections
 import copy
 import hashlib
 import io
+import itertools
+import math
 import random
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 
 import engine
 import schedules
+from engine.range_test.recorder import Recorder
 from engine.range_test.sweep import Sweep
 
 PRECISIONS = {
@@ -276,3 +279,63 @@ def test_lr_range_test_after_backward_without_step_is_rejected():
     trainer.backward(trainer(x))
     with pytest.raises(ValueError, match="in the middle of a batch"):
         engine.lr_range_test(trainer, loader)
+
+
+def test_record_without_a_step_limit_has_a_limited_size_and_covers_all_steps():
+    recorder, steps = Recorder(None, math.inf), 100_000
+    for step in range(steps):
+        recorder.record(float(step), 0.9, 1.0, applied=True)
+    run = recorder.run
+    assert 10_000 < len(run.lrs) <= 20_000
+    assert len(run.lrs) == len(run.losses) == len(run.momenta)
+    gaps = {after - before for before, after in itertools.pairwise(run.lrs)}
+    assert (run.lrs[0], gaps) == (0.0, {8.0})
+    assert run.lrs[-1] >= steps - 8
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"shape": "staircase"}, {"shape": "linear", "momentum": (0.95, 0.5)}, {"refine": True}],
+    ids=lambda arguments: "-".join(arguments) or "default",
+)
+def test_lr_range_test_keeps_the_ratios_of_different_groups(arguments):
+    torch.manual_seed(0)
+    body, head, frozen = (torch.nn.Linear(4, n) for n in (4, 1, 1))
+    groups = [
+        {"params": layer.parameters(), "lr": lr}
+        for layer, lr in ((body, 0.01), (head, 0.001), (frozen, 0.0))
+    ]
+    model = torch.nn.ModuleList([body, head, frozen])
+    optimizer = torch.optim.AdamW(groups)
+    config = {"train_batch_size": 8}
+    trainer, *_ = engine.initialize(config=config, model=model, optimizer=optimizer)
+    seen = []
+
+    def loss_fn(trainer, x):
+        seen.append(trainer.get_lr())
+        return (head(body(x)) + frozen(x) - x.sum(1, keepdim=True)).pow(2).mean()
+
+    batches = torch.randn(8, 8, 4)
+    arguments = {"min_lr": 1e-4, "max_lr": 1.0, "steps": 150, **arguments}
+    report = engine.lr_range_test(trainer, batches, loss_fn=loss_fn, **arguments)
+    assert len(seen) >= 30
+    assert seen[0][0] == pytest.approx(1e-4)
+    for first, second, third in seen:
+        assert (second, third) == (pytest.approx(first / 10), 0.0)
+    assert trainer.get_lr() == [0.01, 0.001, 0.0]
+    if "shape" in arguments:  # too few different learning rates for a suggestion
+        return
+    bounds = report.block()["params"]["cycle_max_lr"]
+    assert bounds == [report.max_lr, pytest.approx(report.max_lr / 10), 0.0]
+
+
+def test_lr_range_test_with_a_first_group_of_lr_0_is_rejected():
+    layers = [torch.nn.Linear(2, 2) for _ in range(2)]
+    groups = [{"params": each.parameters(), "lr": k} for k, each in enumerate(layers)]
+    optimizer = torch.optim.AdamW(groups)
+    model = torch.nn.Sequential(*layers)
+    trainer, *_ = engine.initialize(
+        config={"train_batch_size": 8}, model=model, optimizer=optimizer
+    )
+    with pytest.raises(ValueError, match="the first group has learning rate 0"):
+        engine.lr_range_test(trainer, torch.randn(2, 8, 2))

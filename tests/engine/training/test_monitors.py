@@ -234,6 +234,20 @@ def test_resumed_run_continues_its_tensorboard_curves_and_destroy_ends_the_threa
     assert [(scalar.step, scalar.value) for scalar in scalars] == [(k, k) for k in (1, 2, 3, 4)]
 
 
+def test_tensorboard_thread_of_a_deleted_engine_ends(tmp_path):
+    threads = threading.active_count()
+    section = {"enabled": True, "output_path": str(tmp_path), "job_name": "board"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = {"train_batch_size": 1, "optimizer": {"type": "SGD"}, "tensorboard": section}
+        trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(1, 1))
+        step(trainer)
+    assert threading.active_count() > threads
+    del trainer
+    gc.collect()
+    assert threading.active_count() == threads
+
+
 def test_monitors_receive_the_values_of_every_param_group_if_they_differ(tmp_path):
     def groups(model):
         return [
@@ -246,3 +260,29 @@ def test_monitors_receive_the_values_of_every_param_group_if_they_differ(tmp_pat
     names = ("lr", "lr_group_1", "weight_decay", "weight_decay_group_1")
     assert [rows(directory, name)[1] for name in names] == [0.5, 0.125, 0.25, 0.0]
     assert not list(directory.glob("*momentum_group*"))
+
+
+def test_csv_monitor_and_log_accept_groups_with_different_keys(tmp_path, caplog):
+    class Mixed(torch.optim.Optimizer):
+        def step(self, closure=None):
+            pass
+
+    model = torch.nn.Linear(3, 1)
+    keys = ({"momentum": 0.95}, {"betas": (0.9, 0.99)}, {})
+    parameters = [model.weight, model.bias, torch.nn.Parameter(torch.ones(1))]
+    groups = [
+        {"params": [parameter], "lr": 0.5, **each}
+        for parameter, each in zip(parameters, keys, strict=True)
+    ]
+    section = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    config = {"train_batch_size": 2, "csv_monitor": section, "steps_per_print": 1}
+    trainer, *_ = engine.initialize(config=config, model=model, optimizer=Mixed(groups, {}))
+    with caplog.at_level("INFO", "onecycle"):
+        trainer.backward(trainer(torch.ones(2, 3)).mean())
+        trainer.step()
+    assert trainer.get_mom() == [0.95, (0.9, 0.99), None]
+    assert trainer.get_momentum() == [0.95, 0.9, None]
+    assert "lr 0.5, momentum 0.95 0.9" in caplog.text
+    assert rows(tmp_path / "job", "momentum") == {2: 0.95}
+    assert rows(tmp_path / "job", "momentum_group_1") == {2: 0.9}
+    assert not (tmp_path / "job" / "Train_Samples_momentum_group_2.csv").exists()

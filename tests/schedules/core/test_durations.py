@@ -67,7 +67,7 @@ def test_horizon_scale_ratio_not_positive_is_rejected(ratio):
     [
         (("LinearWithWarmupScheduler", {"t_warmup": "2dur"}), "t_warmup", "at most `t_max`"),
         (("MultiStepScheduler", {"milestones": ["5ep", "20ba"]}), "milestones", "got [50, 20]"),
-        (("StepScheduler", {"step_size": "0.001dur"}), "step_size", "at least 1, got 0"),
+        (("StepScheduler", {"step_size": "0.001dur"}), "step_size", "is 0 steps in this run"),
         (("CosineAnnealingLR", {"T_max": 0}), "T_max", "at least 1, got 0"),
         (("Phases", {"lr": [{"to": 1.0, "duration": "0.001dur"}]}), "lr", "`lr[0].duration`"),
         (("Phases", {"momentum": [{"to": 1.0, "duration": 5}]}), "momentum", "`momentum[0]`"),

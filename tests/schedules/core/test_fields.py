@@ -44,6 +44,8 @@ REQUIRED_PARAMS = {
     ("OptimizerParamScheduler", "lr_decay_style"): {"lr_decay_style": "linear"},
     ("OptimizerParamScheduler", "wd_incr_style"): {"wd_incr_steps": 30},
     ("OptimizerParamScheduler", "wd_incr_steps"): {"wd_incr_steps": 30},
+    ("WarmupLR", "relative"): {"warmup_max_lr": 0.5},
+    ("WarmupDecayLR", "relative"): {"warmup_max_lr": 0.5},
 }
 WITH_WARMUP = {"warmup_steps": 8}
 PHASE = [{"from": 0.2, "to": 0.7, "duration": 10}]
@@ -104,6 +106,20 @@ def test_json_schema_accepts_the_example(name):
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(dict(SCHEDULES[name].example), schema)
     assert schema["description"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "ending"),
+    [
+        ("WarmupLR", "warmup_min_lr", "first step. A list sets one value per param group."),
+        ("WarmupLR", "warmup_type", "in the first steps."),
+        ("WarmupCosineLR", "warmup_min_ratio", "initial learning rate."),
+        ("WarmupLR", "warmup_num_steps", '"0.1dur" (fraction of the run).'),
+    ],
+)
+def test_json_schema_description_ends_with_the_accepted_forms(name, key, ending):
+    description = build_json_schema(SCHEDULES[name])["properties"][key]["description"]
+    assert description.endswith(ending)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

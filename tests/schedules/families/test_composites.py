@@ -59,7 +59,7 @@ def test_sequential_durations_are_resolved_and_scaled():
             r"`milestones`.*got \[4, 2\]",
         ),
         (build_block("ChainedScheduler", {"type": "LinearL"}), r"\[0\].*Did you mean `LinearLR`"),
-        (build_block("ChainedScheduler", {"typ": "LinearLR"}), "must be a list"),
+        (build_block("ChainedScheduler", {"typ": "LinearLR"}), r"\[0\]` must be an object"),
         (
             build_block("ChainedScheduler", WARMUP, {"type": "StepLR"}),
             r"\[1\].*`step_size` is required",

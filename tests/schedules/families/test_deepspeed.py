@@ -185,3 +185,23 @@ def test_warmup_longer_than_the_run_is_an_error():
     for name in ("WarmupDecayLR", "WarmupCosineLR"):
         with pytest.raises(ScheduleError, match=r"must be at most `total_num_steps` \(5\), got 6"):
             getattr(schedules, name)(total_num_steps=5, warmup_num_steps=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("OneCycle", {"cycle_min_lr": 0.5, "cycle_max_lr": 2.0, "cycle_first_step_size": 2}),
+        ("OneCycleLR", {"max_lr": 2.0, "total_steps": 9}),
+        ("CyclicLR", {"base_lr": 0.5, "max_lr": 2.0, "step_size_up": 2}),
+        ("WarmupLR", {"warmup_min_lr": 0.5, "warmup_max_lr": 2.0, "warmup_num_steps": 2}),
+        ("WarmupDecayLR", {"warmup_max_lr": 2.0, "warmup_num_steps": 2, "total_num_steps": 9}),
+        ("LRRangeTest", {"lr_range_test_min_lr": 2.0, "lr_range_test_step_size": 2}),
+    ],
+)
+def test_relative_bounds_are_multiples_of_each_groups_lr(name, params):
+    base = {"lr": (1.0, 0.125, 0.0)}
+    with pytest.raises(ValueError, match='set `"relative": true` and multiples of each value'):
+        trace({"type": name, "params": params}, 9, base=base)
+    alone = trace({"type": name, "params": params}, 9, base={"lr": 1.0})["lr"]
+    lrs = trace({"type": name, "params": params | {"relative": True}}, 9, base=base)["lr"]
+    assert lrs == pytest.approx(alone * [[1.0, 0.125, 0.0]])

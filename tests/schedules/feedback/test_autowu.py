@@ -229,8 +229,8 @@ def test_autowu_two_groups_keep_the_ratio_of_lrs():
         ({"cooldown_fraction": 0}, "`cooldown_fraction` must be"),
         ({"cooldown_fraction": 1.5}, "`cooldown_fraction` must be"),
         ({"min_lr": 1.0, "max_lr": 0.1}, "`min_lr` must be less than `max_lr`"),
-        ({"steps_per_epoch": None}, "`steps_per_epoch` is unknown"),
-        ({"total_epochs": None}, "`total_epochs` is unknown"),
+        ({"steps_per_epoch": None}, "`steps_per_epoch` must be set"),
+        ({"total_epochs": None}, "`total_epochs` must be set"),
         ({"warmup_unit": "batch"}, "`warmup_unit` must be one of"),
     ],
 )
@@ -284,3 +284,15 @@ def test_autowu_scaled_to_more_steps_than_a_float_holds_is_an_error():
     schedule = schedules.AutoWU(steps_per_epoch=10, total_epochs=20)
     with pytest.raises(schedules.ScheduleError, match=r"`total_epochs` scaled by 1e\+308 must be"):
         schedule.resolve(Horizon(scale_ratio=1e308))
+
+
+def test_autowu_keeps_a_group_with_lr_0_at_0_and_the_ratios_of_the_others():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in (0.0, 0.2, 0.1)]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    scheduler = schedules.attach("AutoWU", optimizer, steps_per_epoch=5, total_epochs=10)
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step(loss=1.0)
+    first, second, third = scheduler.get_last_lr()
+    assert (first, third) == (0.0, second / 2)
+    assert second > 1e-5

@@ -1,0 +1,1 @@
+"""The parts of `schedules.torch_scheduler.ScheduleBinder`."""

@@ -1,0 +1,93 @@
+"""What the schedules of an optimizer wrote last, to tell their values from the script's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch.optim import Optimizer
+
+from schedules.core.controller import Values
+from schedules.param_groups import Group, Slot
+
+__all__ = ["Attachment"]
+
+
+class _Writer(Protocol):
+    @property
+    def hyperparameters(self) -> Collection[str]: ...
+    def note_other_writer(self) -> None: ...
+
+
+class Attachment:
+    """The schedules that are attached to one optimizer, and the values that they wrote last.
+
+    It outlives the schedules. When a second schedule is attached, it shows whether a learning rate
+    comes from the first schedule or from the script.
+    """
+
+    def __init__(self) -> None:
+        self._last_written: dict[str, Callable[[], Values]] = {}
+        self._written: WeakKeyDictionary[Any, Callable[[], Values]] = WeakKeyDictionary()
+        self._last_group: Group | None = None
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> Attachment:
+        """Return the attachment of an optimizer; create it if there is none yet."""
+        return _ATTACHMENTS.setdefault(optimizer, cls())
+
+    def record(
+        self, writer: _Writer, groups: Sequence[Group], values: Callable[[], Values]
+    ) -> None:
+        """Note that a schedule has set its hyperparameters.
+
+        Args:
+            writer: the schedule.
+            groups: param groups of the optimizer.
+            values: function that returns the values that the schedule wrote last. It must not
+                refer to the schedule, which it outlives.
+        """
+        self._last_group = groups[-1]
+        self._last_written |= dict.fromkeys(writer.hyperparameters, values)
+        self._written[writer] = values
+        for other in self._written:
+            if other is not writer and set(other.hyperparameters) & set(writer.hyperparameters):
+                other.note_other_writer()
+
+    def read_initial(
+        self, name: str, groups: Sequence[Group], slots: Sequence[Slot]
+    ) -> tuple[tuple[float, ...], str | None]:
+        """Return the initial value of a hyperparameter in each param group.
+
+        It is the current value, unless a schedule wrote that. Like PyTorch's schedulers, a schedule
+        stores the initial value in the group, under the key ``initial_…``.
+
+        Returns:
+            The values, and a text about the first group for which it is not known whether a
+            schedule wrote the current value: the group was loaded from a state, or another
+            library's scheduler is attached.
+        """
+        values, doubt = [], None
+        # Loading the state of an optimizer replaces its groups, possibly by those of another run.
+        is_known = name in self._last_written and groups[-1] is self._last_group
+        for index, (group, slot) in enumerate(zip(groups, slots, strict=True)):
+            now = slot.read(group)
+            initial = float(group.get(f"initial_{name}", now))
+            if any(slot.holds(group, value) for value in (initial, *self._find(name, index))):
+                pass  # a schedule wrote the value
+            elif is_known:
+                initial = now
+            elif doubt is None:
+                doubt = f"param group {index} has `{name}` {now:g} and `initial_{name}` {initial:g}"
+            values.append(initial)
+        return tuple(values), doubt
+
+    def _find(self, name: str, index: int) -> Iterator[float]:
+        """Yield the values of a hyperparameter that schedules wrote last into a param group."""
+        last = [self._last_written[name]] if name in self._last_written else []
+        for values in (*last, *self._written.values()):
+            yield from values().get(name, ())[index : index + 1]
+
+
+_ATTACHMENTS: WeakKeyDictionary[Optimizer, Attachment] = WeakKeyDictionary()

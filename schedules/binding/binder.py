@@ -1,0 +1,447 @@
+"""`ScheduleBinder`, which runs a schedule on an optimizer like a PyTorch scheduler."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from schedules.binding.attachment import Attachment
+from schedules.binding.first_step import FirstStep
+from schedules.binding.saved_state import BaseValues, build_identity, check_state, complete_base
+from schedules.binding.torch_interface import BaseLRs, TorchInterface
+from schedules.core.controller import Base, Controller, Decision, Evidence, OpenLoop
+from schedules.core.durations import Horizon
+from schedules.core.schedule import Schedule
+from schedules.param_groups import (
+    Group,
+    RangeWriter,
+    find_slots,
+    write_values,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ScheduleBinder"]
+
+log = logging.getLogger("onecycle")
+_SUBCLASSES: dict[str | None, type[Any]] = {}
+"""Subclasses of `ScheduleBinder` by the feedback that their schedules need."""
+
+
+class ScheduleBinder(TorchInterface):
+    """Attaches a schedule to an optimizer and writes its values into the param groups.
+
+    The binder has the interface of PyTorch's schedulers. Call ``step()`` after each
+    ``optimizer.step()`` that was not skipped, or ``step(loss)`` if the schedule depends on the
+    loss. A schedule can set the learning rate, the momentum (``momentum`` or ``betas[0]``) and the
+    weight decay. The binder does not change other hyperparameters.
+
+    Args:
+        schedule: schedule to run.
+        optimizer: optimizer whose hyperparameters the schedule sets.
+        horizon: length of the run, used to convert time strings to steps and to scale durations.
+        base: initial learning rate of all param groups or a list of one per group; or a dict that
+            maps "lr", "momentum" and "weight_decay" to such values. By default, the values that the
+            param groups have now; if another schedule wrote those, the initial values of that one.
+        at: step at which the schedule starts.
+
+    Raises:
+        ValueError: a param group does not have a hyperparameter that the schedule sets, the
+            schedule is incompatible with the param groups, or the schedule requires the length of
+            the run but ``horizon`` does not specify it. The optimizer is left unchanged.
+
+    >>> import torch, schedules
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+    >>> binder = schedules.attach(
+    ...     "OneCycle", optimizer, cycle_min_lr=0.1, cycle_max_lr=0.5, cycle_first_step_size=2
+    ... )
+    >>> for _ in range(3):
+    ...     group = optimizer.param_groups[0]
+    ...     print(round(group["lr"], 6), round(group["momentum"], 6))
+    ...     _ = optimizer.step()
+    ...     binder.step()
+    0.1 0.9
+    0.3 0.85
+    0.5 0.8
+    >>> binder = schedules.attach("AutoWU", optimizer, steps_per_epoch=5, total_epochs=20)
+    >>> binder.step(loss=2.5)
+    >>> optimizer.param_groups[0]["lr"] == binder.get_last_lr()[0] > 1e-5
+    True
+    """
+
+    def __new__(cls, schedule: Schedule[Any] | None = None, *_: Any, **__: Any) -> Self:
+        """Create a binder, of the subclass for the schedule's feedback if there is one."""
+        feedback = getattr(schedule, "feedback", None) if cls is ScheduleBinder else None
+        chosen: type[Self] = _SUBCLASSES.get(feedback, cls)
+        return super().__new__(chosen)
+
+    def __init_subclass__(cls, feedback: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if feedback is not None:
+            _SUBCLASSES[feedback] = cls
+
+    # PyTorch's constructor is not called, because it patches `optimizer.step` and takes a step.
+    def __init__(
+        self,
+        schedule: Schedule[Any],
+        optimizer: Optimizer,
+        *,
+        horizon: Horizon | None = None,
+        base: BaseValues | None = None,
+        at: int = 0,
+    ) -> None:
+        if at and schedule.feedback is not None:
+            raise ValueError(
+                f"`at` must be 0 with {schedule.type_name}, which depends on past losses, got "
+                f"{at}. Call load_state_dict() with a saved state."
+            )
+        self.schedule = schedule
+        self.optimizer = optimizer
+        self._horizon = horizon
+        self._position = at  # number of steps; a script can set `last_epoch`, but not this
+        self._prepare()
+        self._bind(self._read_base(complete_base(base, len(optimizer.param_groups))))
+        self._first_step = FirstStep(optimizer)
+        self.evidence: Evidence | None = None
+        """Losses and learning rates that led to the last decision. None before the first decision,
+        and if the decision was restored from a checkpoint."""
+        for warning in schedule.resolve(horizon).warnings():
+            warnings.warn(warning, stacklevel=3)
+        self._state, self.last_epoch = self.controller.init(), at
+        if self._doubt is not None and self._holds_own_values():
+            self._doubt = None  # a run of this schedule has reached this step
+        self._go_to(self._state, at)
+
+    def _prepare(self) -> None:
+        """Set the attributes that are not pickled."""
+        self._find_slots()
+        self._attachment = Attachment.of(self.optimizer)
+        self._writer = self._doubt = None
+        self._is_overtaken = self._has_stepped = False
+
+    def _find_slots(self) -> None:
+        names = self.schedule.hyperparameters
+        self._slots = {name: find_slots(name, self.optimizer) for name in names}
+
+    def _read_base(self, given: Base) -> Base:
+        """Return the initial hyperparameters of the param groups."""
+        groups, base = self.optimizer.param_groups, dict(given)
+        slots = {"lr": find_slots("lr", self.optimizer), **self._slots}
+        for name in slots.keys() - given.keys():
+            base[name], doubt = self._attachment.read_initial(name, groups, slots[name])
+            if name in self._slots:
+                self._doubt = self._doubt or doubt
+        return base
+
+    def _bind(self, base: Base) -> None:
+        self.controller: Controller[Any] = self.schedule.bind(base, self._horizon)
+        self._base = base
+        self._base_lrs = BaseLRs(base["lr"])
+        for name, values in base.items():
+            for group, value in zip(self.optimizer.param_groups, values, strict=True):
+                group[f"initial_{name}"] = value
+
+    def step(
+        self, loss: Tensor | float | None = None, *, metric: Tensor | float | None = None
+    ) -> None:
+        """Advance the schedule, and set the optimizer's hyperparameters for its next step.
+
+        Args:
+            loss: loss of the step, a number or a scalar tensor. Only feedback schedules accept it.
+                Pass the mean over all ranks, so that all ranks make the same decision.
+            metric: metric of the step, a number or a scalar tensor. Schedules that do not depend on
+                a metric ignore it.
+
+        Raises:
+            ValueError: the schedule requires the loss but it is not passed; the loss is not a
+                single number; ``loss`` (or an epoch, as in PyTorch) is passed to a schedule that
+                does not use the loss; a param group was removed, or one was added for which the
+                schedule has no values; or the initial hyperparameters are uncertain, because the
+                optimizer's state was loaded but not the schedule's.
+        """
+        writer = self._writer
+        step = self.last_epoch + 1
+        # Look up the groups at each step, because loading an optimizer's state replaces them.
+        groups = self.optimizer.param_groups
+        if (
+            writer is not None
+            and loss is None
+            and writer.start <= step < writer.end
+            and groups[-1] is writer.last_group
+            and len(groups) == writer.num_groups
+            and writer.write(groups, step)
+        ):
+            self.last_epoch = step
+        else:
+            self._step_slowly(loss, metric)
+
+    def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
+        """Take a step that is the first one, has feedback, or starts a new range of steps."""
+        self._check_base()
+        if self.last_epoch == 0:
+            self._first_step.check()
+        if self._is_overtaken and self._has_stepped and not self._holds_own_values():
+            self._warn_of_other_writer()
+        if self.schedule.feedback is not None:
+            self._step_with_feedback(loss, metric)
+        elif loss is None:
+            self.last_epoch += 1
+            self.write()
+        else:
+            raise ValueError(
+                f"step() accepts neither an epoch nor, with this schedule, a loss, got {loss}. "
+                "Call step() without arguments. To continue from a different step, call "
+                "load_state_dict() with a saved state."
+            )
+        self._has_stepped = True
+
+    def _check_base(self) -> None:
+        if self._doubt is not None:
+            raise ValueError(
+                f"The initial values of the schedule are uncertain: {self._doubt}, and the first "
+                "may come from a schedule or from the script. Load the saved state of the "
+                "schedule, or pass the initial values to `attach` as `base`."
+            )
+
+    def _holds_own_values(self) -> bool:
+        """Return whether the param groups still have the values that this schedule wrote."""
+        groups = self.optimizer.param_groups
+        return all(
+            slot.holds(group, value)
+            for name, values in self.controller.values(self.state).items()
+            for slot, group, value in zip(self._slots[name], groups, values, strict=False)
+        )
+
+    def _warn_of_other_writer(self) -> None:
+        names = " and ".join(self._slots)
+        warnings.warn(
+            f"Two schedules set {names} of the same optimizer, and each overwrites the values of "
+            "the other. Use one schedule, for example a SequentialLR or a ChainedScheduler.",
+            stacklevel=4,
+        )
+        self._has_stepped = False  # warn only once
+
+    def note_other_writer(self) -> None:
+        """Note that another schedule of the same optimizer has set a hyperparameter of this one."""
+        self._is_overtaken, self._writer = True, None
+
+    def _step_with_feedback(
+        self, loss: Tensor | float | None, metric: Tensor | float | None
+    ) -> None:
+        if self.last_epoch != self._position:
+            raise ValueError(
+                f"`last_epoch` must not be set with {self.schedule.type_name}, which depends on "
+                f"past losses, got {self.last_epoch} after {self._position} steps. Call "
+                "load_state_dict() with a saved state."
+            )
+        self._include_added_groups()
+        uses_metric = self.schedule.feedback == "metric" and metric is not None
+        received = _to_float(metric if uses_metric else loss)
+        before = self.state
+        self._state = self.controller.update(before, received)
+        self._position = self.last_epoch = self.last_epoch + 1
+        if not self._is_unchanged_since(before):
+            self.write()
+        decision = self.decision
+        if decision is not None and self.just_decided:
+            assert received is not None
+            self.evidence = self.controller.evidence(before, received, self._state)
+            probability = decision.probability
+            confidence = "" if probability is None else f" (probability {probability:.3f})"
+            name = self.schedule.type_name
+            text = "%s at step %d: set the learning rate to %.4g, because %s%s"
+            log.info(text, name, *decision[:3], confidence)
+
+    def _is_unchanged_since(self, before: Any) -> bool:
+        """Return whether a step with feedback, from a state before, leaves the param groups."""
+        del before
+        return False
+
+    def write(self) -> None:
+        """Set the optimizer's hyperparameters for its next step."""
+        groups = self._include_added_groups()
+        self._is_overtaken = False
+        if isinstance(self.controller, OpenLoop):
+            if self.last_epoch < 0:
+                raise ValueError(
+                    f"`last_epoch` must be at least 0, got {self.last_epoch}. Raise it."
+                )
+            curves = self.controller.curves
+            self._writer = RangeWriter(groups, self._slots, curves, self.last_epoch)
+            self._attachment.record(self, groups, self._writer.values)
+            return
+        values = self.controller.values(self._state)
+        write_values(groups, self._slots, values)
+        self._attachment.record(self, groups, lambda: values)
+
+    def _include_added_groups(self) -> Sequence[Group]:
+        """Bind the schedule to param groups that were added, and return all of them."""
+        groups, known = self.optimizer.param_groups, len(self._base_lrs)
+        if len(groups) < known:
+            raise ValueError(
+                f"The optimizer had {known} param groups when the schedule was attached, but has "
+                f"{len(groups)} now. Attach the schedule again after removing param groups."
+            )
+        if len(groups) > known:
+            slots = {"lr": find_slots("lr", self.optimizer)}
+            slots |= {name: find_slots(name, self.optimizer) for name in self._slots}
+            added = {
+                name: tuple(slot.read(group) for slot, group in zip(each, groups, strict=True))
+                for name, each in slots.items()
+            }
+            base = {name: values + added[name][known:] for name, values in self._base.items()}
+            try:
+                self._bind(base)
+            except ValueError as error:
+                text = f"Param group {known} was added after the schedule was attached."
+                raise ValueError(f"{text} {error}") from None
+            self._find_slots()
+        return groups
+
+    def _go_to(self, state: Any, step: int) -> None:
+        self._state, self._position = state, step
+        self.last_epoch = step
+        # PyTorch's SequentialLR saves -1 as the step of a schedule that has not started.
+        if step >= 0:
+            self.write()
+        self._writer = None  # so that the first step is checked
+
+    @property
+    def state(self) -> Any:
+        """State of the controller. It is replaced at each step, never modified in place."""
+        return self.last_epoch if isinstance(self.controller, OpenLoop) else self._state
+
+    @property
+    def hyperparameters(self) -> Collection[str]:
+        """Names of the hyperparameters that the schedule sets."""
+        return self._slots.keys()
+
+    @property
+    def decision(self) -> Decision | None:
+        """Latest decision of the feedback schedule; None if it has not made one."""
+        return self.controller.decision(self.state)
+
+    @property
+    def just_decided(self) -> bool:
+        """Whether the schedule made a decision in the last step."""
+        return self.decision is not None and self.decision.step == self.last_epoch
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Type and parameters of the schedule, with durations in steps.
+
+        A saved state can be loaded only into a schedule with the same type and parameters.
+        Durations are in steps because a duration such as "1dur" depends on the length of the run.
+        """
+        return build_identity(self.schedule, self._horizon)
+
+    @property
+    def length(self) -> int | None:
+        """Number of steps after which the schedule has ended; None if it does not end."""
+        length = self.schedule.resolve(self._horizon).length
+        ratio = self._horizon.scale_ratio if self._horizon is not None else 1.0
+        if length is None or not self.schedule.has_rate_per_step:
+            return length
+        return math.ceil(length * ratio)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the schedule's type, parameters, step count and other state as a dict."""
+        state: dict[str, Any] = {
+            **self.identity,
+            "step": self.last_epoch,
+            "base": {name: list(values) for name, values in self._base.items()},
+        }
+        if self.schedule.feedback is not None:
+            state["state"] = self.controller.to_json(self.state)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, override: bool = False) -> None:
+        """Load a state returned by `state_dict`, and set the hyperparameters for the next step.
+
+        Args:
+            state_dict: saved state.
+            override: whether to accept the state of a schedule with other parameters or initial
+                hyperparameters. This schedule then continues at the saved step.
+
+        Raises:
+            ValueError: the state is from a different schedule, or has a different number of param
+                groups.
+        """
+        has_feedback = self.schedule.feedback is not None
+        if not override or (has_feedback and state_dict.get("type") != self.schedule.type_name):
+            self.check_state_dict(state_dict)
+        base = self._base if override else _to_base(state_dict)
+        state = self._read_state(state_dict, base)
+        if not override:
+            self._bind(base)
+        self._doubt = None
+        self._go_to(state, state_dict["step"])
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Check that `load_state_dict` accepts a state. Nothing changes.
+
+        Raises:
+            ValueError: the state is damaged, is from a different schedule, or has a different
+                number of param groups.
+        """
+        check_state(state_dict, self.identity, self._base, self._compared)
+        self._read_state(state_dict, _to_base(state_dict))
+
+    def _read_state(self, state_dict: Mapping[str, Any], base: Base) -> Any:
+        """Return the controller's part of a saved state; None without feedback."""
+        try:
+            controller = self.schedule.bind(base, self._horizon)
+            state, values = None, {}
+            if self.schedule.feedback is not None:
+                state = controller.from_json(state_dict["state"])
+                values = dict(controller.values(state))
+            elif isinstance(controller, OpenLoop):
+                values = dict(controller.values(max(0, state_dict["step"])))
+        except Exception as error:
+            raise ValueError(f"The saved state of the schedule is damaged: {error}") from error
+        if not all(math.isfinite(each) for group in values.values() for each in group):
+            raise ValueError(
+                f"The saved state of the schedule is damaged: its values are {values}."
+            )
+        return state
+
+    @property
+    def _compared(self) -> Collection[str]:
+        """Names of the hyperparameters whose initial values a saved state must have."""
+        return self._slots.keys()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.
+        rebuilt = {"controller", "_writer", "_slots", "_first_step", "_attachment"}
+        return {name: value for name, value in vars(self).items() if name not in rebuilt}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare()
+        self._doubt = state["_doubt"]
+        self.controller = self.schedule.bind(self._base, self._horizon)
+        self._first_step = FirstStep(None)
+        values = self.controller.values(self.state)
+        self._attachment.record(self, self.optimizer.param_groups, lambda: values)
+
+
+def _to_base(state_dict: Mapping[str, Any]) -> Base:
+    return {name: tuple(values) for name, values in state_dict["base"].items()}
+
+
+def _to_float(loss: Tensor | float | None) -> float | None:
+    if loss is None:
+        return None
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(
+            f"`loss` must be a single number, got a tensor of shape {tuple(loss.shape)}. "
+            "Pass its mean."
+        )
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)

@@ -1,0 +1,99 @@
+"""`MetricBinder`, which runs a schedule that depends on a metric."""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from schedules.binding.binder import ScheduleBinder
+from schedules.core.controller import Base
+from schedules.feedback.base import FeedbackController
+from schedules.param_groups import read_lr
+
+__all__ = ["MetricBinder"]
+
+_MANY_STEPS = 1000
+
+
+class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
+    """The `ScheduleBinder` of a schedule that depends on a metric.
+
+    Trainers, such as Hugging Face's and Lightning's, pass a metric only to instances of PyTorch's
+    ``ReduceLROnPlateau``. Like that class, the binder multiplies the current learning rates, and
+    leaves them as they are otherwise.
+    """
+
+    _has_received = False
+
+    def step(  # type: ignore[override]
+        self,
+        metrics: Tensor | float | None = None,
+        *,
+        metric: Tensor | float | None = None,
+        loss: Tensor | float | None = None,
+    ) -> None:
+        """Pass a metric to the schedule, and set the learning rates if it changes them.
+
+        Args:
+            metrics: metric, a number or a scalar tensor; None in a step without a metric.
+            metric: another name of ``metrics``.
+            loss: another name of ``metrics``.
+        """
+        received = next((each for each in (metrics, metric, loss) if each is not None), None)
+        super().step(received)
+        self._has_received |= received is not None
+        if not self._has_received and self.last_epoch == _MANY_STEPS:
+            warnings.warn(
+                f"{self.schedule.type_name} has not received a metric in {_MANY_STEPS} steps, so "
+                "it has not changed the learning rate. Pass the metric to `step(metric=…)`.",
+                stacklevel=2,
+            )
+
+    @property
+    def state(self) -> Any:
+        """State of the controller, with the current learning rates."""
+        assert isinstance(self.controller, FeedbackController)
+        return self.controller.continue_from(self._state, {"lr": tuple(read_lr(self.optimizer))})
+
+    def _is_unchanged_since(self, before: Any) -> bool:
+        return self.controller.values(before) == self.controller.values(self._state)
+
+    def _read_base(self, given: Base) -> Base:
+        """Return the current hyperparameters, which the schedule multiplies."""
+        return {**super()._read_base({"lr": tuple(read_lr(self.optimizer))}), **given}
+
+    @property
+    def _compared(self) -> Collection[str]:
+        return ()  # the initial learning rates have no effect
+
+    @property
+    def best(self) -> float:  # type: ignore[override]  # read-only here
+        """Best metric so far; infinitely bad before the first one."""
+        best: float | None = self._state.plateau.best
+        return self.mode_worse if best is None else best
+
+    @property
+    def num_bad_epochs(self) -> int:  # type: ignore[override]  # read-only here
+        """Number of consecutive metrics without improvement."""
+        return int(self._state.plateau.bad)
+
+    @property
+    def cooldown_counter(self) -> int:  # type: ignore[override]  # read-only here
+        """Remaining number of metrics in the cooldown after the last reduction."""
+        return int(self._state.plateau.rests)
+
+    @property
+    def mode_worse(self) -> float:  # type: ignore[override]
+        """An infinitely bad metric."""
+        return math.inf if self.mode == "min" else -math.inf
+
+
+# PyTorch's class has these parameters as attributes. Here they can be read, but not changed.
+for _name in ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "eps"):
+    setattr(MetricBinder, _name, property(operator.attrgetter(f"schedule.{_name}")))

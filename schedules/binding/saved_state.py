@@ -1,0 +1,143 @@
+"""Identify a schedule and its initial hyperparameters, and compare them with a saved state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+from schedules.core.controller import Base
+from schedules.core.durations import MAX_STEPS, Horizon
+from schedules.core.fields import Range
+from schedules.core.saved_state import OPTIONAL, describe, restore
+from schedules.core.schedule import Schedule, broadcast
+
+__all__ = ["BaseValues", "build_identity", "check_state", "complete_base"]
+
+BaseValues = float | Sequence[float] | Mapping[str, float | Sequence[float]]
+"""Initial learning rate of all param groups or of each, or a dict of initial hyperparameters."""
+
+_NAMES = ("lr", "momentum", "weight_decay")
+_PRECISION = 1e-6  # a tensor learning rate of 32 bits differs from the same number of 64 bits
+
+
+@dataclass(frozen=True)
+class _SavedState:
+    """The result of `ScheduleBinder.state_dict`."""
+
+    type: str
+    params: dict[str, Any]
+    step: Annotated[int, Range(at_least=-1, at_most=MAX_STEPS)]
+    base: dict[str, tuple[Annotated[float, Range()], ...]]
+    state: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+
+
+def complete_base(base: BaseValues | None, groups: int) -> Base:
+    """Return the initial value of each given hyperparameter in each param group.
+
+    Raises:
+        ValueError: a name is unknown, or a list does not have one number per param group.
+
+    >>> complete_base(0.1, groups=2)
+    {'lr': (0.1, 0.1)}
+    """
+    given = base if isinstance(base, Mapping) else {} if base is None else {"lr": base}
+    unknown = [name for name in given if name not in _NAMES]
+    if unknown:
+        raise ValueError(
+            f"`base` must have only the keys {', '.join(_NAMES)}, got {unknown[0]!r}. Remove it."
+        )
+    found = {}
+    for name, values in given.items():
+        numbers = values if isinstance(values, int | float) else tuple(map(float, values))
+        found[name] = broadcast(f"base[{name!r}]", numbers, (0.0,) * groups)
+    return found
+
+
+def build_identity(schedule: Schedule[Any], horizon: Horizon | None) -> dict[str, Any]:
+    """Return a schedule's type and parameters as JSON values, with durations in steps."""
+    horizon = horizon or Horizon()
+    params: dict[str, Any] = {}
+    if schedule.has_rate_per_step and horizon.scale_ratio != 1:
+        params["scale_schedule_ratio"] = horizon.scale_ratio
+        horizon = replace(horizon, scale_ratio=1.0)
+    params |= schedule.resolve(horizon).params()
+    return {"type": schedule.type_name, "params": _to_json(params)}
+
+
+def _to_json(value: Any) -> Any:
+    """Convert a value to JSON types. A function or another object becomes the name of its code."""
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(each) for each in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if hasattr(value, "tolist"):  # a tensor or an array
+        return value.tolist()
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def check_state(
+    state: Mapping[str, Any], identity: Mapping[str, Any], base: Base, compared: Iterable[str]
+) -> None:
+    """Check that a saved state is from the same schedule with the same initial hyperparameters.
+
+    Args:
+        state: saved state.
+        identity: type and parameters of this schedule; see `build_identity`.
+        base: initial hyperparameters of this schedule.
+        compared: names of the hyperparameters whose initial values must be equal.
+
+    Raises:
+        ValueError: they are different, or the state is damaged or from another library.
+    """
+    if not {"type", "params", "step", "base"} <= state.keys():
+        raise ValueError(
+            "The saved state must be from a schedule of onecycle, got a state with the keys "
+            f"{', '.join(map(str, state)) or 'none'}. To continue from a step without a saved "
+            "state, pass `at` to `attach`."
+        )
+    fields = ("type", "params", "step", "base", "state")
+    restore(_SavedState, {name: state[name] for name in fields if name in state}, "lr_scheduler")
+    missing = [name for name in ("lr", *compared) if name not in state["base"]]
+    if missing:
+        raise ValueError(f"`lr_scheduler.base` must have the key `{missing[0]}`.")
+    saved_groups, groups = len(state["base"]["lr"]), len(base["lr"])
+    if saved_groups != groups:
+        raise ValueError(
+            f"The saved state has {saved_groups} param groups, but the optimizer has {groups}. "
+            "Build the optimizer with the same param groups."
+        )
+    changed = [*_compare_schedules(state, identity), *_compare_bases(state["base"], base, compared)]
+    if changed:
+        raise ValueError(
+            f"The schedule does not match the saved state: {'; '.join(changed)}. Restore the "
+            "saved values, or call load_state_dict() with `override=True` to continue from the "
+            "saved step with the values of now."
+        )
+
+
+def _compare_schedules(state: Mapping[str, Any], identity: Mapping[str, Any]) -> Iterator[str]:
+    now, saved = ({"type": each["type"], **each["params"]} for each in (identity, state))
+    for name in dict.fromkeys([*saved, *now]):
+        if saved.get(name) != now.get(name):
+            yield (f"`{name}` is {_show(saved, name)} in the saved state, {_show(now, name)} now")
+
+
+def _show(params: Mapping[str, Any], name: str) -> str:
+    return describe(params[name]) if name in params else "absent"
+
+
+def _compare_bases(
+    saved: Mapping[str, Sequence[float]], base: Base, compared: Iterable[str]
+) -> Iterator[str]:
+    for name in compared:
+        pairs = zip(saved[name], base[name], strict=True)
+        if not all(math.isclose(*pair, rel_tol=_PRECISION) for pair in pairs):
+            yield (
+                f"the initial `{name}` of the param groups is {list(saved[name])} in the saved "
+                f"state, {list(base[name])} now"
+            )

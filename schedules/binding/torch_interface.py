@@ -1,0 +1,102 @@
+"""The methods and attributes of PyTorch's schedulers, and of DeepSpeed's."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from schedules.binding.saved_state import complete_base
+from schedules.core.controller import Base, Controller
+from schedules.param_groups import RangeWriter, Slot, read_lr, read_momenta
+
+__all__ = ["BaseLRs", "TorchInterface"]
+
+
+class BaseLRs(list[float | Tensor]):
+    """The initial learning rates, whose items cannot be assigned."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError(
+            "The items of `base_lrs` cannot be changed. Assign a new list to `base_lrs`."
+        )
+
+
+class TorchInterface(LRScheduler):
+    """Base class of `ScheduleBinder`, with what other libraries read from a scheduler."""
+
+    controller: Controller[Any]
+    last_epoch: int
+    """Number of optimizer steps so far, without skipped steps. As in PyTorch, a script can set it,
+    and the next `step` continues from there. Feedback schedules reject that."""
+    _base: Base
+    _base_lrs: BaseLRs
+    _doubt: str | None
+    """Why the initial hyperparameters are uncertain; None if they are known."""
+    _writer: RangeWriter | None
+    """Writer of the current range of steps; None before the first step, and with feedback."""
+    _slots: Mapping[str, Sequence[Slot]]
+
+    @property
+    @abstractmethod
+    def state(self) -> Any:
+        """State of the controller. It is replaced at each step, never modified in place."""
+
+    @abstractmethod
+    def _bind(self, base: Base) -> None:
+        """Build the controller for the initial hyperparameters."""
+
+    @abstractmethod
+    def _go_to(self, state: Any, step: int) -> None:
+        """Set the state, and write the hyperparameters of its step."""
+
+    # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
+    # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
+    def _initial_step(self) -> None:
+        self._go_to(self.controller.init(), 0)
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        if epoch is None:
+            self.step()
+            return
+        if epoch != 0:
+            raise ValueError(f"`epoch` must be 0, got {epoch}. Use load_state_dict() instead.")
+        self._initial_step()
+
+    @property
+    def base_lrs(self) -> list[float | Tensor]:
+        """Initial learning rate of each param group. Assign a new list to change it."""
+        return self._base_lrs
+
+    @base_lrs.setter
+    def base_lrs(self, lrs: list[float | Tensor]) -> None:
+        given = complete_base([float(lr) for lr in lrs], len(self._base_lrs))
+        self._bind({**self._base, **given})
+        self._writer = self._doubt = None
+
+    @property
+    def _last_lr(self) -> list[float | Tensor]:  # type: ignore[override]  # read-only here
+        return self.get_last_lr()
+
+    @property
+    def _step_count(self) -> int:  # type: ignore[override]  # read-only here
+        return self.last_epoch + 1  # as in PyTorch, whose constructor takes a step
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """Return the learning rate of each param group for the next step."""
+        return list(read_lr(self.optimizer))
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the learning rate of each param group at step `last_epoch`."""
+        values = self.controller.values(self.state)
+        return list(values["lr"]) if "lr" in values else self.get_last_lr()
+
+    def get_mom(self) -> list[float | tuple[float, ...] | None] | None:
+        """Return the momentum (with Adam, the betas) of each param group.
+
+        Return None if the schedule does not set the momentum.
+        """
+        return read_momenta(self.optimizer) if "momentum" in self._slots else None

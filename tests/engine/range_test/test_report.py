@@ -1,0 +1,26 @@
+"""The report of an LR range test: the reason why there is no suggestion."""
+
+import pytest
+
+from engine.range_test.recorder import Run
+from engine.range_test.report import LRRangeReport
+
+
+def build_report(steps, planned, end):
+    lrs = [10 ** (-6 + step / 40) for step in range(steps)]
+    losses = [3 - step / 100 for step in range(steps)]
+    run = Run(lrs, losses, [None] * steps, facts={"steps": planned}, end=end)
+    return LRRangeReport((run,))
+
+
+@pytest.mark.parametrize(
+    ("planned", "end", "reason"),
+    [
+        (250, "", "the script ended after 60 of 250 steps"),
+        (60, "steps", "the loss still falls at the largest learning rate"),
+    ],
+)
+def test_report_without_a_suggestion_names_a_script_that_ended_early(planned, end, reason):
+    report = build_report(60, planned, end)
+    assert report.max_lr is None
+    assert report.suggestion.reason.startswith(reason)

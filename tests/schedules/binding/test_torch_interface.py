@@ -1,0 +1,102 @@
+"""The attributes of PyTorch's schedulers, with PyTorch's meaning."""
+
+import pytest
+import torch
+
+from schedules import attach
+from tests.schedules.test_torch_scheduler import CYCLE, weights
+
+
+def make(name, **params):
+    optimizer = torch.optim.SGD(weights(), lr=1.0, momentum=0.9)
+    return optimizer, attach(name, optimizer, **params)
+
+
+def run(optimizer, binder, steps):
+    for _ in range(steps):
+        optimizer.step()
+        binder.step()
+
+
+def test_last_epoch_set_to_minus_1_restarts_the_schedule():
+    optimizer, binder = make("OneCycle", **CYCLE)
+    run(optimizer, binder, 5)
+    binder.last_epoch = -1
+    binder.step()
+    assert (binder.get_last_lr(), binder.get_mom()) == ([0.1], [0.95])
+
+
+def test_last_epoch_set_back_continues_from_there():
+    optimizer, binder = make("WarmupStableDecay", warmup_steps=4, total_steps=12, decay_steps=4)
+    run(optimizer, binder, 11)
+    binder.last_epoch = 0
+    binder.step()
+    assert binder.get_last_lr() == [0.25]
+    optimizer, binder = make("MultiStepLR", milestones=[4])
+    run(optimizer, binder, 4)
+    binder.last_epoch -= 2
+    binder.step()
+    assert (binder.last_epoch, binder.get_last_lr()) == (3, [1.0])
+
+
+def test_last_epoch_below_minus_1_is_rejected():
+    _, binder = make("MultiStepLR", milestones=[4])
+    binder.last_epoch = -3
+    with pytest.raises(ValueError, match="`last_epoch` must be at least 0, got -2"):
+        binder.step()
+
+
+def test_last_epoch_of_a_feedback_schedule_is_rejected():
+    optimizer, binder = make("AutoWU", total_epochs=20, steps_per_epoch=9)
+    optimizer.step()
+    binder.step(1.0)
+    binder.last_epoch = 5
+    with pytest.raises(ValueError, match="must not be set with AutoWU, .* got 5 after 1 step"):
+        binder.step(1.0)
+
+
+def test_get_lr_is_the_lr_at_last_epoch():
+    _, binder = make("LinearLR", start_factor=1.0, end_factor=0.0, total_iters=10)
+    binder.last_epoch = 5
+    assert binder.get_lr() == [0.5]
+    assert binder.get_last_lr() == binder._last_lr == [1.0]
+
+
+def test_base_lrs_assigned_scale_the_schedule():
+    optimizer, binder = make("LinearLR", start_factor=1.0, end_factor=0.0, total_iters=10)
+    run(optimizer, binder, 4)
+    binder.base_lrs = [0.1]
+    run(optimizer, binder, 1)
+    assert binder.get_last_lr() == [0.05]
+    with pytest.raises(TypeError, match="Assign a new list"):
+        binder.base_lrs[0] = 1.0
+
+
+def test_step_count_is_that_of_torch():
+    optimizer, binder = make("ExponentialLR", gamma=0.5)
+    theirs = torch.optim.lr_scheduler.ExponentialLR(torch.optim.SGD(weights(), lr=1.0), 0.5)
+    assert binder._step_count == theirs._step_count == 1
+    run(optimizer, binder, 2)
+    run(theirs.optimizer, theirs, 2)
+    assert binder._step_count == theirs._step_count == 3
+
+
+def test_torchs_sequence_resumed_in_its_first_part_continues_that_part():
+    def make():
+        optimizer = torch.optim.SGD(weights(), lr=1.0)
+        parts = [
+            attach("LinearLR", optimizer, total_iters=4),
+            attach("StepLR", optimizer, step_size=2),
+        ]
+        return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[4])
+
+    optimizer, sequence = make()
+    run(optimizer, sequence, 2)
+    resumed, other = make()
+    resumed.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(sequence.state_dict())
+    assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] < 1
+    for _ in range(6):
+        run(optimizer, sequence, 1)
+        run(resumed, other, 1)
+        assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
