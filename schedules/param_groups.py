@@ -282,9 +282,18 @@ class RangeWriter:
         elif self._lines:
             origin, steps, rows = self._lines
             progress = (step - origin) / steps
-            for group, (lr, lr_rise, beta, beta_rise) in zip(groups, rows):  # noqa: B905  # slower
-                group["lr"] = lr + lr_rise * progress
-                group["betas"] = (beta + beta_rise * progress, group["betas"][1])
+            if old is not None:
+                beta, beta_rise = rows[0][2:]
+                self._betas = betas = (beta + beta_rise * progress, old[1])
+                for group, (lr, lr_rise, _, _) in zip(groups, rows):  # noqa: B905  # slower
+                    if group["betas"] is not old:
+                        return False
+                    group["lr"] = lr + lr_rise * progress
+                    group["betas"] = betas
+            else:
+                for group, (lr, lr_rise, beta, beta_rise) in zip(groups, rows):  # noqa: B905
+                    group["lr"] = lr + lr_rise * progress
+                    group["betas"] = (beta + beta_rise * progress, group["betas"][1])
         elif self._shared:
             rest = old[1:] if old else ()
             for key, value_at in self._shared:
