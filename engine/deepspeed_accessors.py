@@ -159,17 +159,17 @@ class DeepSpeedAccessors(nn.Module):
         """Return the learning rate of each param group for the next step."""
         return read_lr(self._backend.optimizer)
 
-    def get_mom(self) -> list[float | tuple[float, ...] | None] | None:
+    def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return each param group's momentum (all betas for Adam); None if there is none.
 
-        In the list, None stands for a group that has neither.
+        A group that has neither has momentum 0.
         """
         return read_momenta(self._backend.optimizer)
 
-    def get_momentum(self) -> list[float | None] | None:
+    def get_momentum(self) -> list[float] | None:
         """Return each param group's momentum (first beta for Adam); None if there is none.
 
-        In the list, None stands for a group that has neither.
+        A group that has neither has momentum 0.
         """
         return read_momentum(self._backend.optimizer)
 
