@@ -1,11 +1,11 @@
-"""Measure the cost of AutoWU's decision, and how often it equals that of the published code.
+"""Measure the cost of AutoWU's decisions, and how often they match the published code's.
 
     OMP_NUM_THREADS=1 python benchmarks/autowu_decision.py
 
-Prints the median CPU time of one test for different numbers of losses, and the speedup over the
-published code. The published code takes 176 ms for 70 losses and 230 ms for 1,000 or more (gpytorch
-1.15.2, torch 2.13.0, one thread, an idle machine of the same kind). The decisions are compared on
-recorded warmups.
+The script prints the median CPU time of one test for different numbers of losses, and the speedup
+over the published code. The published code takes 176 ms for 70 losses and 230 ms for 1,000 or more
+(measured with gpytorch 1.15.2, torch 2.13.0 and one thread on an idle machine). The decisions are
+compared on recorded warmups.
 """
 
 from __future__ import annotations

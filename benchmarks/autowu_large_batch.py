@@ -2,14 +2,14 @@
 
     python benchmarks/autowu_large_batch.py --output docs/results/autowu_large_batch.png
 
-Trains LeNet (without normalization) and a small ResNet (with batch normalization) on Fashion-MNIST,
-with images averaged to 14 x 14. All runs use AdamW and the same number of epochs, with batch sizes
-of 256, 2,048 and 8,192. The methods are
+The script trains LeNet (without normalization) and a small ResNet (with batch normalization) on
+Fashion-MNIST, with images averaged to 14 x 14. All runs use AdamW and the same number of epochs,
+with batch sizes of 256, 2,048 and 8,192. The methods are
 
 - fixed: the best of three learning rates for batch size 256;
 - scaled: the fixed learning rate times batch size / 256;
-- cosine: warmup to the scaled learning rate in the first tenth of the run, then a cosine to 0;
-- 1Cycle: the bounds that an LR range test suggests for this batch size;
+- cosine: warmup to the scaled learning rate in a tenth of the run, then cosine decay to 0;
+- 1Cycle: OneCycle between the bounds that an LR range test suggests for the batch size;
 - AutoWU: the robust test with rollback, without any tuning.
 
 The results are saved in a JSON file next to the plot. Results that already exist are reused.
@@ -85,7 +85,7 @@ def loss_fn(trainer: engine.Engine, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Experiment:
-    """The data set, and methods that train models on it."""
+    """The data set of the benchmark, and methods that train models on this data set."""
 
     def __init__(self, epochs: int) -> None:
         found = images.load()

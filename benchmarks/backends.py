@@ -2,9 +2,9 @@
 
     python benchmarks/backends.py > docs/results/backends.md
 
-Prints a Markdown table with the first and the last loss of each run. The table also shows whether
-learning rate and momentum follow the schedule at each step, and the largest difference between the
-losses and those of one PyTorch process in float32.
+The script prints a Markdown table with the first and the last loss of each run. The table also
+shows whether the learning rate and the momentum follow the schedule at each step, and the largest
+difference from the losses of a single PyTorch process in float32.
 """
 
 from __future__ import annotations

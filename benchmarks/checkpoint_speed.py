@@ -2,10 +2,10 @@
 
     python benchmarks/checkpoint_speed.py
 
-Prints the CPU time of the training thread (medians of interleaved rounds), and its ratio to the
-time for writing, reading or copying a single buffer of the same size. Syncing and hashing, which
-make sure that a checkpoint is complete, have a separate row. The third table shows how long an
-asynchronous save blocks training.
+The script prints the CPU time of the training thread (medians of interleaved rounds), and its ratio
+to the time for writing, reading or copying a single buffer of the same size. Syncing and hashing,
+which make sure that a checkpoint is complete, have a separate row. The third table shows how long
+an asynchronous save blocks training.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WIDTH, LAYERS = 1024, 40
 
 
 def build_engine(backend: str, stage: int = 0, *, asynchronous: bool = False) -> engine.Engine:
-    """Build an engine with 42 million parameters, and train one step. Its state has 0.5 GB."""
+    """Build an engine with 42 million parameters (0.5 GB of state), and train one step."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     config = {

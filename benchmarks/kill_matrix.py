@@ -2,10 +2,10 @@
 
     python benchmarks/kill_matrix.py --kills 200
 
-Each run saves a checkpoint every second step: with one and two processes, synchronously and
-asynchronously, with PyTorch and DeepSpeed. All its processes are killed with SIGKILL after a random
-time, and restarted with the same config until the run is complete. The learning rate, the data and
-a hash of the weights are compared with those of an uninterrupted run at each step.
+Each run saves a checkpoint every second step. The runs cover one and two processes, synchronous and
+asynchronous saving, and PyTorch and DeepSpeed. All processes of a run are killed with SIGKILL after
+a random time, and restarted with the same config until the run is complete. The learning rate, the
+data and a hash of the weights are compared with those of an uninterrupted run at each step.
 
 The exit status is 1 if a step differs or a run fails to restart.
 """
@@ -31,7 +31,7 @@ SCRIPT = Path(__file__).parent.parent / "tests" / "testing" / "checkpoint_run.py
 
 
 class Case(NamedTuple):
-    """The settings of a run, and its fraction of the kills."""
+    """The settings of a run, and the fraction of all kills that this run receives."""
 
     backend: str
     processes: int
@@ -88,7 +88,7 @@ class Run:
 
 
 def is_row(line: str) -> bool:
-    """Return whether a line is a complete row. DeepSpeed logs to the same stream."""
+    """Return whether an output line is a complete row of results instead of a log message."""
     fields = line.split()
     return len(fields) == 4 and fields[0].isdigit() and len(fields[3]) == 16
 
@@ -105,7 +105,7 @@ def kill_runs(
     rng: random.Random,
     bar: Progress,
 ) -> tuple[int, int, int]:
-    """Kill and restart runs of one case. Return the number of kills, runs and losses."""
+    """Kill and restart runs of one case. Return the numbers of kills, runs and lost steps."""
     whole, ended = Run(case, directory / "whole", training_steps).wait()
     assert ended, f"{case} does not run"
     expected = parse_rows(whole)

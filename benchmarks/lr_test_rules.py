@@ -3,13 +3,13 @@
     pip install -c constraints.txt -e '.[benchmarks]'
     python benchmarks/lr_test_rules.py
 
-Uses 1,000 curves of five families at five noise levels (the standard deviation as a fraction of
-the descent), and 200 curves on which the loss does not fall. Each tool receives the losses one by
-one, and smooths and evaluates them with its own code. A suggestion is correct if it differs from
-the true value by less than a factor of 3. For the maximum of a cycle, the true value is the middle
-of the region in which the loss exceeds its minimum by less than 5 % of the descent. For the rule
-"steepest", which is the only rule of the other tools, the true value is the learning rate at which
-the loss falls fastest over log(lr).
+The script uses 1,000 curves of five families at five noise levels (the standard deviation as a
+fraction of the descent), and 200 curves on which the loss does not fall. Each tool receives the
+losses one by one, and smooths and evaluates them with its own code. A suggestion is correct if it
+differs from the true value by less than a factor of 3. For the maximum of a cycle, the true value
+is the middle of the region in which the loss exceeds its minimum by less than 5 % of the descent.
+For the rule "steepest", which is the only rule of the other tools, the true value is the learning
+rate at which the loss falls fastest over log(lr).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def lightning(curve: Curve) -> float | None:
 
 
 class _Planted(LRFinder):
-    """torch-lr-finder that returns synthetic losses instead of training."""
+    """An LR finder of the package torch-lr-finder that returns synthetic losses."""
 
     def __init__(self, curve: Curve) -> None:
         model = torch.nn.Linear(1, 1)

@@ -206,7 +206,14 @@ def standard_error(values: list[float]) -> float:
 
 
 def compare_with_grid(mine: list[float], top: list[float], lr: float, threshold: float) -> str:
-    """Format an accuracy, its difference from the best of the grid, and whether it is reached."""
+    """Format the accuracy of a suggested maximum, and compare it with the best maximum of the grid.
+
+    Args:
+        mine: accuracies of the runs with the suggested maximum.
+        top: accuracies of the runs with the best maximum of the grid.
+        lr: suggested maximum learning rate.
+        threshold: lowest mean accuracy that counts as equal to the best.
+    """
     pairs = [own - other for own, other in zip(mine, top, strict=True)]
     off = f"{statistics.mean(pairs):+.2f} ± {standard_error(pairs):.2f}"
     verdict = "reached" if statistics.mean(mine) >= threshold else "missed"

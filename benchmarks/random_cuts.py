@@ -1,12 +1,13 @@
-"""Interrupt runs at random steps, and check that each continues like an uninterrupted run.
+"""Interrupt runs at random steps, and check that each resumes exactly like an uninterrupted run.
 
     python benchmarks/random_cuts.py --cuts 30
 
-Each run is interrupted once: it is killed, gets SIGTERM or Ctrl-C, or exits after an epoch or at
-its end. Then it is started again. The samples, the learning rate and a hash of the weights of each
-step are compared with those of an uninterrupted run. There are four training loops, on one rank and
-on two: over ``trainer.batches()``, the same over a loader of the script with two workers, over the
-epochs that remain, and one that saves and loads checkpoints itself.
+Each run is interrupted once: it is killed, receives SIGTERM or Ctrl-C, or exits after an epoch or
+at its end. Then it is restarted. The samples, the learning rate and a hash of the weights of each
+step are compared with those of an uninterrupted run. Four training loops run on one rank and on
+two. The first iterates over ``trainer.batches()``, and the second does so with a data loader of the
+script that has two workers. The third iterates over the epochs that remain. The fourth saves and
+loads checkpoints itself.
 
 The exit status is 1 if a step differs, is missing or is trained after the end of the run.
 """
@@ -44,7 +45,7 @@ save.
 
 
 class Case(NamedTuple):
-    """An interruption: the loop, the number of ranks, how, and before which step."""
+    """An interruption of a run: the training loop, the world size, the kind, and the step."""
 
     loop: str
     ranks: int
@@ -59,6 +60,7 @@ def start(directory: Path, case: Case) -> int:
             "-m",
             "torch.distributed.run",
             "--standalone",
+            f"--log-dir={directory / 'torchrun'}",
             f"--nproc_per_node={case.ranks}",
         ]
     command = [*launcher, SCRIPT, directory, case.loop, case.cut, str(case.step)]
@@ -78,7 +80,7 @@ def read_rows(directory: Path, ranks: int) -> list[str]:
 
 
 def count_differences(case: Case, directory: Path, expected: list[str]) -> tuple[int, int]:
-    """Interrupt and continue a run; return how many steps differ and how many are trained twice."""
+    """Interrupt and resume a run. Return how many steps differ, and how many are repeated."""
     status = start(directory, case)
     assert status in STATUS[case.cut], (case, status, (directory / "output").read_text()[-3000:])
     again = start(directory, case._replace(cut="none"))

@@ -1,8 +1,9 @@
-"""Measure the cost of 1Cycle, for single steps and whole curves, against PyTorch and DeepSpeed.
+"""Compare the cost of 1Cycle, for single steps and whole curves, with PyTorch and DeepSpeed.
 
     python benchmarks/scheduler_speed.py
 
-Prints CPU times. Each contender runs once per round, and each ratio is the median over the rounds.
+The script prints CPU times. Each contender runs once per round, and each ratio is the median over
+the rounds.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def repeat_step(step: Step) -> Callable[[int], None]:
 
 
 def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Return a function for each contender that runs a given number of steps."""
+    """Return, for each contender, a function that runs a given number of steps."""
     from deepspeed.runtime.lr_schedules import OneCycle
 
     own = CYCLE | {

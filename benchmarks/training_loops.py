@@ -2,9 +2,9 @@
 
     python benchmarks/training_loops.py > docs/results/training_loops.md
 
-Compares the final weights with those of plain DeepSpeed at the same stage and with those of a
-hand-written PyTorch loop. A cell shows the smaller of the two largest differences, or that the loop
-is refused.
+The script compares the final weights with those of plain DeepSpeed at the same stage and with those
+of a hand-written PyTorch loop, and computes the largest difference in each comparison. Each cell of
+the table shows the smaller of these two numbers, or that the engine rejects the loop.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ in every cell with a number. On PyTorch, a single process does not shard: stages
 
 
 def measure(loop: str, world_size: int, backend: str, stage: int, refusals: dict[str, str]) -> str:
-    """Return the cell of one run, and record why it was refused."""
+    """Return the table cell of one run. If the run fails, record the reason."""
     results = run_distributed_test(run_loop, world_size, loop, backend, stage)
     if "error" in results[0]:
         number = refusals.setdefault(results[0]["error"], str(len(refusals) + 1))
@@ -56,7 +56,7 @@ def measure(loop: str, world_size: int, backend: str, stage: int, refusals: dict
 
 
 def find_difference(results: list[dict[str, Any]], expected: list[dict[str, Any]]) -> float:
-    """Return the largest difference between two weights of all ranks."""
+    """Return the largest difference between corresponding weights, over all ranks."""
     return max(
         abs(own - other)
         for mine, theirs in zip(results, expected, strict=True)

@@ -81,7 +81,7 @@ def loss_fn(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def bound(task: Callable[[], tuple]) -> Step:
-    """Build a lower bound for every engine: a loop without gradient clipping and optimizer step."""
+    """Build a loop without gradient clipping or an optimizer step, as a lower bound."""
     model, x, y = task()
 
     def step() -> None:
@@ -219,7 +219,7 @@ def contenders() -> dict[str, Callable[[Callable[[], tuple]], Step]]:
 
 
 def calls(step: Step, steps: int = 20) -> int:
-    """Count the function calls per optimizer step."""
+    """Count the function calls per optimizer step with cProfile."""
     for _ in range(3):
         step()
     profile = cProfile.Profile()
@@ -238,7 +238,11 @@ def cpu_time(step: Step, steps: int) -> float:
 
 
 def serve(connection: Connection, make: Callable, task: Callable[[], tuple], counts: bool) -> None:
-    """Run a contender: send its calls per step, then the CPU time of each requested run."""
+    """Run a contender in this process, and send its function calls and CPU time per step.
+
+    The number of function calls is sent first. Then, for each number of steps received, the
+    contender runs that many steps, and the CPU time per step is sent back.
+    """
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.manual_seed(0)

@@ -2,8 +2,9 @@
 
     torchrun --standalone --nproc_per_node 2 benchmarks/training_speed_ranks.py
 
-Prints the CPU time of rank 0 with one thread (medians of interleaved rounds), and the median ratio
-to the hand-written loop, which uses fused AdamW and a single all-reduce of all gradients.
+The script prints the CPU time of rank 0 with one thread (medians of interleaved rounds), and the
+median ratio to the hand-written loop, which uses fused AdamW and a single all-reduce of all
+gradients.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/validate_cost.py
 
-Prints the CPU time (user and system) and its ratio to that of an empty Python process. The values
-are medians over the rounds, in which the contenders take turns. Peak memory is the largest resident
-set size.
+The script prints the CPU time (user and system) and its ratio to the CPU time of an empty Python
+process. The values are medians over the rounds, in which the contenders take turns. Peak memory is
+the largest resident set size.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `initialize` validates the config and returns a training engine; call it like the model.
 Public names are imported lazily, so that loading and validating a config does not import torch.
-``__init__.pyi`` declares their types; ``make generate`` updates it.
+``__init__.pyi`` declares their types; ``make generate`` updates that file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _MODULES = {
 # Names of DeepSpeed for `import engine as deepspeed`. `dir` does not list them.
 _DEEPSPEED_NAMES = frozenset(
     """
-    DeepSpeedConfig DeepSpeedConfigError DeepSpeedDataLoader DeepSpeedHybridEngine
-    DeepSpeedInferenceConfig DeepSpeedOptimizer DeepSpeedOptimizerCallable
+    DeepSpeedConfig DeepSpeedDataLoader DeepSpeedHybridEngine DeepSpeedInferenceConfig
+    DeepSpeedOptimizer DeepSpeedOptimizerCallable
     DeepSpeedSchedulerCallable DeepSpeedTransformerConfig DeepSpeedTransformerLayer
     DualPipeVEngine DualPipeVModule HAS_TRITON InferenceEngine OnDevice PipelineEngine
     PipelineModule __git_branch__ __git_hash__ __version_major__ __version_minor__
@@ -43,22 +43,25 @@ _DEEPSPEED_NAMES = frozenset(
     """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
 )
 
+# Names of DeepSpeed's classes with a counterpart: what `initialize` returns and raises.
+_CLASSES = {"DeepSpeedConfigError": "ConfigError", "DeepSpeedEngine": "Engine"}
+
 __all__ = sorted([*_MODULES, "__version__"])  # noqa: PLE0605  # computed, so that each name is listed once
 
 
 def _check_packages() -> None:
-    """Raise ImportError if a module of the user has the name of a package that is needed here.
+    """Raise ImportError if a module of the user hides the package ``schedules`` or ``schemas``.
 
-    `onecycle.packages` does the same for this package. It cannot use this function, because it
-    must find such a module before it imports this package.
+    Both are packages of onecycle. `onecycle.packages` makes the same check for ``engine``. That
+    check runs before this package is imported, so it cannot use this function.
     """
     for name in ("schedules", "schemas"):
         spec = importlib.util.find_spec(name)
         found = spec and [*(spec.submodule_search_locations or ()), spec.origin][0]
         if found != __path__[0].removesuffix("engine") + name:
             raise ImportError(
-                f"`{name}` must be a package of onecycle, but Python imports {found} under this "
-                f"name. Rename that file or directory, for example to `my_{name}`."
+                f"`{name}` is the name of a package of onecycle, but Python imports {found} "
+                f"instead. Rename that file or directory, for example to `my_{name}`."
             )
 
 
@@ -67,8 +70,7 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("onecycle")
-    if name == "DeepSpeedEngine":  # the class of what `initialize` returns
-        name = "Engine"
+    name = _CLASSES.get(name, name)
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
     if name in _DEEPSPEED_NAMES:

@@ -1,4 +1,4 @@
-"""DeepSpeed's names for the settings and counters of an engine."""
+"""Methods of the training engine that have the same names as in DeepSpeed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ __all__ = ["DeepSpeedAccessors"]
 
 
 class DeepSpeedAccessors(nn.Module):
-    """Settings and counters under DeepSpeed's names; their meaning is the same on every backend."""
+    """Base class of `Engine` that provides its settings and counters under DeepSpeed's names.
+
+    The meaning of each method and property is the same on every backend.
+    """
 
     _backend: Backend
     _run: TrainingRun
@@ -56,11 +59,16 @@ class DeepSpeedAccessors(nn.Module):
         """The number of ranks."""
         return self._backend.ranks.world_size
 
-    dp_world_size = world_size  # every rank is data-parallel
+    @property
+    def dp_world_size(self) -> int:
+        """The number of ranks that load different samples."""
+        return self._backend.ranks.data_ranks
 
     @property
     def data_parallel_group(self) -> Any:
         """The process group that averages gradients; None in a single process."""
+        if self.config.backend.name == "deepspeed":
+            return self._backend.get_attribute("data_parallel_group")
         return dist.group.WORLD if dist.is_initialized() else None
 
     @property
@@ -70,7 +78,11 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def monitor(self) -> Monitors:
-        """The monitors; call ``monitor.write_events([(name, value, samples)])`` on every rank."""
+        """The monitors of the run, such as TensorBoard.
+
+        To write your own metrics, call ``monitor.write_events([(name, value, samples)])`` on every
+        rank.
+        """
         return self._run.progress.monitors
 
     @property
@@ -95,11 +107,17 @@ class DeepSpeedAccessors(nn.Module):
         return self.config.batch.accumulation
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the batch size and the micro-batches per step; call it between two steps."""
+        """Set the global batch size by changing the number of micro-batches per optimizer step.
+
+        Call this method between two optimizer steps.
+        """
         self._run.set_batch_sizes(self.config.batch.with_train(train_batch_size))
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Change the micro-batch size and the batch size; call it between two steps."""
+        """Set the micro-batch size; the global batch size changes in proportion.
+
+        Call this method between two optimizer steps.
+        """
         self._run.set_batch_sizes(self.config.batch.with_micro(micro_batch_size))
 
     def gradient_clipping(self) -> float:
@@ -107,11 +125,11 @@ class DeepSpeedAccessors(nn.Module):
         return self.config.gradient_clipping
 
     def steps_per_print(self) -> int | None:
-        """Return the config's `steps_per_print`; None if it is null or absent."""
+        """Return the config's `steps_per_print`, or None if it is null or absent."""
         return self.config.progress.every
 
     def log_level(self) -> str | None:
-        """Return the log level that the config sets for DeepSpeed; None if it sets none."""
+        """Return the log level that the config sets for DeepSpeed, or None if it is not set."""
         level: str | None = self.config.raw.get("log_level")
         return level
 
@@ -120,14 +138,17 @@ class DeepSpeedAccessors(nn.Module):
         return bool(self.config.raw.get("wall_clock_breakdown", False))
 
     def optimizer_name(self) -> str | None:
-        """Return the lower-case type of the config's optimizer, or the class name of your own."""
+        """Return the config's optimizer type in lower case, or your own optimizer's class name.
+
+        The result is None if there is no optimizer, for example during inference.
+        """
         if self.config.optimizer is not None:
             return self.config.optimizer.type.lower()
         has_optimizer = isinstance(self.basic_optimizer, Optimizer)  # false for inference
         return type(self.basic_optimizer).__name__ if has_optimizer else None
 
     def scheduler_name(self) -> str | None:
-        """Return the type of the config's schedule; None if the config has none."""
+        """Return the type of the config's schedule, or None if the config has none."""
         return self.config.schedule.type_name if self.config.schedule else None
 
     def fp16_enabled(self) -> bool:
@@ -147,12 +168,12 @@ class DeepSpeedAccessors(nn.Module):
         return self.config.zero_stage
 
     def get_batch_info(self) -> tuple[int, int, int]:
-        """Return the batch size, the micro-batch size, and the micro-batches per step."""
+        """Return the batch size, the micro-batch size, and the number of micro-batches per step."""
         batch = self.config.batch
         return batch.train, batch.micro, batch.accumulation
 
     def get_type(self) -> list[Any]:
-        """Return each param group's ``type``; 0.0 for a group that has none."""
+        """Return the value of the key ``type`` of each param group; 0.0 if the key is missing."""
         return [group.get("type", 0.0) for group in self._backend.optimizer.param_groups]
 
     def get_lr(self) -> list[float]:
@@ -160,23 +181,24 @@ class DeepSpeedAccessors(nn.Module):
         return read_lr(self._backend.optimizer)
 
     def get_mom(self) -> list[float | tuple[float, ...]] | None:
-        """Return each param group's momentum (all betas for Adam); None if there is none.
+        """Return the momentum of each param group (all betas for Adam).
 
-        A group that has neither has momentum 0.
+        The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
         return read_momenta(self._backend.optimizer)
 
     def get_momentum(self) -> list[float] | None:
-        """Return each param group's momentum (first beta for Adam); None if there is none.
+        """Return the momentum of each param group (the first beta for Adam).
 
-        A group that has neither has momentum 0.
+        The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
         return read_momentum(self._backend.optimizer)
 
     def get_global_grad_norm(self) -> float | None:
-        """Return the 2-norm of the last gradients before clipping, over all parameters.
+        """Return the 2-norm of the last step's gradients over all parameters, before clipping.
 
-        None before the first step, and on DeepSpeed in bf16 without ZeRO and for MoE.
+        The result is None before the first step. On the DeepSpeed backend, it is also None for bf16
+        without ZeRO and for mixture-of-experts models.
         """
         return self._backend.grad_norm
 
@@ -224,7 +246,7 @@ class DeepSpeedAccessors(nn.Module):
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_local_io_workers: int | None = None,
     ) -> DataLoader[Any]:
-        """Build a data loader of this rank's part of a dataset.
+        """Build a data loader for this rank's part of a dataset.
 
         Args:
             dataset: dataset to load. An iterable dataset must split its samples across ranks.
@@ -248,9 +270,10 @@ class DeepSpeedAccessors(nn.Module):
         )
 
     def allreduce_gradients(self, bucket_size: int | None = None) -> None:
-        """Average the gradients across ranks now, if the next `step` runs the optimizer.
+        """Average the gradients across ranks now, if the next call of `step` runs the optimizer.
 
-        `step` does this as well. Call this method to change or read the averaged gradients before.
+        `step` averages the gradients itself. Call this method only if you want to read or change
+        the averaged gradients before `step`.
         """
         del bucket_size
         if self._run.accumulation.is_boundary():
@@ -263,10 +286,10 @@ class DeepSpeedAccessors(nn.Module):
         keep_vars: bool = False,
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, Any]:
-        """Return the model's ``state_dict``; weights that FSDP2 shards are gathered in host memory.
+        """Return the model's ``state_dict``, with sharded weights of FSDP2 gathered in host memory.
 
-        Every rank must call this method. With DeepSpeed at ZeRO stage 3, the weights are empty, as
-        in DeepSpeed; use `save_16bit_model` instead.
+        Every rank must call this method. On the DeepSpeed backend at ZeRO stage 3, the returned
+        tensors are empty; use `save_16bit_model` instead.
         """
         if self._is_deepspeed():
             found: dict[str, Any] = self._backend.get_attribute("module_state_dict")(
@@ -288,12 +311,13 @@ class DeepSpeedAccessors(nn.Module):
         custom_load_fn: Callable[..., Any] | None = None,
         fetch_z3_params: bool = True,
     ) -> None:
-        """Load whole weights into the model. Every rank must pass the same ones.
+        """Load unsharded weights into the model. Every rank must pass the same weights.
 
         Args:
-            checkpoint: tensors by name, or a mapping that has them under the key "module".
-            strict: whether the names must be those of the model.
-            custom_load_fn: function to call instead, with the arguments ``src`` and ``dst``.
+            checkpoint: weights by name, or a mapping that contains them under the key "module".
+            strict: whether the names must match those of the model exactly.
+            custom_load_fn: function that is called to load the weights. It receives the weights as
+                ``src`` and the model as ``dst``.
             fetch_z3_params: ignored; accepted for compatibility with DeepSpeed. Sharded weights are
                 always loaded.
         """
@@ -313,12 +337,12 @@ class DeepSpeedAccessors(nn.Module):
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Save the whole weights to one file, in 16 bits if the run computes in bf16 or fp16.
+        """Save the unsharded weights to one file, in 16 bits if the run uses bf16 or fp16.
 
         Every rank must call this method. `torch.load` reads the file.
 
         Returns:
-            Whether the file was saved. DeepSpeed at ZeRO stage 3 saves it only if
+            Whether the file was saved. At ZeRO stage 3, DeepSpeed saves it only if
             ``stage3_gather_16bit_weights_on_model_save`` is true.
 
         Raises:
@@ -342,7 +366,7 @@ class DeepSpeedAccessors(nn.Module):
     def _zero3_consolidated_16bit_state_dict(
         self, exclude_frozen_parameters: bool = False
     ) -> dict[str, Any] | None:
-        """Return the whole weights at ZeRO stage 3 on rank 0, and None on other ranks."""
+        """Return the sharded weights of ZeRO stage 3, gathered on rank 0; None on other ranks."""
         if self._is_deepspeed():
             name = "_zero3_consolidated_16bit_state_dict"
             found: dict[str, Any] | None = self._backend.get_attribute(name)(
@@ -351,8 +375,8 @@ class DeepSpeedAccessors(nn.Module):
             return found
         if self.config.zero_stage != 3:
             raise ValueError(
-                "`_zero3_consolidated_16bit_state_dict` needs ZeRO stage 3, got stage "
-                f"{self.config.zero_stage}. Call `module_state_dict` instead."
+                "`_zero3_consolidated_16bit_state_dict` requires ZeRO stage 3, but this run uses "
+                f"stage {self.config.zero_stage}. Call `module_state_dict` instead."
             )
         weights = collect_weights(
             self._backend, exclude_frozen=exclude_frozen_parameters, is_on_rank_0_only=True
@@ -365,7 +389,7 @@ class DeepSpeedAccessors(nn.Module):
     _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
 
     def empty_partition_cache(self) -> None:
-        """Release the gathered parameters that DeepSpeed's ZeRO stage 3 caches."""
+        """Release the gathered parameters that DeepSpeed caches at ZeRO stage 3."""
         if self._is_deepspeed():
             self._backend.get_attribute("empty_partition_cache")()
 
@@ -373,7 +397,9 @@ class DeepSpeedAccessors(nn.Module):
         return self.config.backend.name == "deepspeed"
 
     def _find_attribute(self, name: str) -> Any:
-        """Return an attribute that neither this class nor ``nn.Module`` defines.
+        """Return an attribute of the backend or the model, or a setting by its DeepSpeed name.
+
+        This method is called for names that neither the engine nor ``nn.Module`` defines.
 
         Raises:
             AttributeError: the attribute does not exist. If DeepSpeed's engine has it, the message

@@ -19,14 +19,14 @@ from engine.checkpoint.manager import Checkpointer
 from engine.config import Config
 from engine.deepspeed_accessors import DeepSpeedAccessors
 from engine.errors import MisuseError
-from engine.training.data import call_on_batches, count_steps_per_epoch, read_epoch
+from engine.training.data import call_on_batches, count_steps_per_epoch, read_epoch, repeat_batches
 from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
 from engine.training.loader import RunLoader
-from engine.training.loss_window import check_loss
 from engine.training.monitors import Monitors
+from engine.training.optimizers import has_no_optimizer
 from engine.training.own_loaders import prepare_loader
 from engine.training.rng import preserve_rng_state
-from engine.training_run import TrainingRun, iterate_batches
+from engine.training_run import TrainingRun, evaluate_batch, iterate_batches, train_pipeline
 
 __all__ = ["Engine"]
 
@@ -54,7 +54,7 @@ class Engine(DeepSpeedAccessors):
     ) -> None:
         super().__init__()
         self.module = backend.model
-        self.optimizer = backend.optimizer
+        self.optimizer: Any = None if has_no_optimizer(backend.optimizer) else backend.optimizer
         self.training_dataloader: RunLoader | None = None
         self._backend = backend
         self._checkpointer = Checkpointer(config, backend, identity)
@@ -71,7 +71,7 @@ class Engine(DeepSpeedAccessors):
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler or None; it is stepped after each applied optimizer step."""
+        """The learning-rate scheduler, stepped after each applied optimizer step; may be None."""
         return self._run.scheduler
 
     @lr_scheduler.setter
@@ -95,10 +95,10 @@ class Engine(DeepSpeedAccessors):
         - moves batches to this rank's device,
         - splits the samples across the ranks, unless the loader does so already,
         - stops at ``engine.max_duration``, and
-        - resumes at the position that a checkpoint was saved at.
+        - resumes at the position that is saved in a checkpoint.
 
-        ``loader`` itself stays unchanged. A schedule with durations in epochs needs the loader
-        earlier: pass it as ``training_data`` to `initialize`.
+        ``loader`` itself stays unchanged. If the schedule has durations in epochs, pass the loader
+        as ``training_data`` to `initialize` instead.
 
         Args:
             loader: torch DataLoader that yields micro-batches, or a data loader that has
@@ -106,14 +106,14 @@ class Engine(DeepSpeedAccessors):
 
         Raises:
             ValueError: the loader does not match the config or the ranks.
-            RuntimeError: the run has a data loader already.
+            RuntimeError: the run already has a data loader.
         """
         if loader is self.training_dataloader:
             return loader
         if self.training_dataloader is not None:
             raise MisuseError(
-                "The run has a training data loader already. Pass `training_data` to `initialize` "
-                "or one loader to `prepare`; pass other loaders to `trainer.evaluate`."
+                "The run already has a training data loader. Pass either `training_data` to "
+                "`initialize` or one loader to `prepare`; pass other loaders to `trainer.evaluate`."
             )
         prepared = prepare_loader(loader, self.config, self._backend.ranks)
         self._use_loader(prepared)
@@ -153,7 +153,7 @@ class Engine(DeepSpeedAccessors):
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
         """
-        check_loss(loss)
+        self._run.misuse.check_loss(loss)
         divisor = self._run.accumulation.steps if scale_wrt_gas else 1
         is_last = self._start_pass()
         self._backend.backward(loss, divisor, is_last=is_last, retain_graph=retain_graph)
@@ -161,18 +161,18 @@ class Engine(DeepSpeedAccessors):
         return loss if divisor == 1 else loss / divisor
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss scaled as in `backward`, so that you can call ``.backward()`` on it.
+        """Scale the loss as `backward` does, so that you can call ``.backward()`` on the result.
 
         Raises:
             ValueError: the loss is not a scalar tensor that requires grad.
         """
-        check_loss(loss)
+        self._run.misuse.check_loss(loss)
         is_last = self._start_pass()
         self._run.add_loss(loss)
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Check the gradients so far; return whether the next backward pass should average them."""
+        """Check gradients from earlier passes; return whether the next pass averages gradients."""
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -181,7 +181,7 @@ class Engine(DeepSpeedAccessors):
     def step(
         self, lr_kwargs: Mapping[str, Any] | None = None, *, metric: Tensor | float | None = None
     ) -> bool:
-        """Finish a micro-batch, and take an optimizer step if it is the last one of its batch.
+        """Finish a micro-batch, and take an optimizer step if the micro-batch completes a batch.
 
         If you call ``loss.backward()`` yourself, this method divides the gradients by
         ``gradient_accumulation_steps()``.
@@ -193,12 +193,12 @@ class Engine(DeepSpeedAccessors):
                 metric of ``engine.checkpoint.best``.
 
         Returns:
-            Whether an optimizer step was applied. A step with non-finite gradients is skipped and
-            does not advance the schedule.
+            Whether an optimizer step was applied. A step with non-finite gradients is skipped, and
+            the schedule does not advance.
 
         Raises:
-            RuntimeError: ``engine.steps_this_run`` steps have been applied, `no_sync` is active,
-                there are no gradients, or the script has also called ``optimizer.step()`` or
+            RuntimeError: ``engine.steps_this_run`` steps have been applied, `no_sync` is active, no
+                gradients were computed, or the script itself has called ``optimizer.step()`` or
                 ``scheduler.step()``.
             FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped.
         """
@@ -211,9 +211,9 @@ class Engine(DeepSpeedAccessors):
     def report(self, **metrics: Tensor | float) -> None:
         """Report metrics, such as a validation loss, to the log and the monitors.
 
-        The metric that ``engine.checkpoint.best`` names also decides which checkpoint is saved as
-        the best one and whether the run ends early, and is passed to a schedule that uses a metric.
-        Metrics are averaged over the ranks. Every rank must call this method.
+        Metrics are averaged over the ranks. Every rank must call this method. The metric that
+        ``engine.checkpoint.best`` names also decides which checkpoint is saved as the best one and
+        whether the run ends early. A schedule that uses a metric also receives this metric.
 
         Args:
             metrics: numbers or scalar tensors by name, such as ``val_loss=0.25``.
@@ -226,11 +226,11 @@ class Engine(DeepSpeedAccessors):
         """Yield the batches of the training data, epoch after epoch, until the run is over.
 
         The run ends at ``engine.max_duration`` or, if it is not set, at the end of the schedule.
-        After a resume, the batches continue at the saved position.
+        After a resume, the first batch is the one at the saved position.
 
         Raises:
-            RuntimeError: there is no training data; the length of the run is unknown; or an epoch
-                ends without a step.
+            RuntimeError: there is no training data; the length of the run is unknown; or `step` was
+                not called during an epoch.
         """
         return iterate_batches(self.training_dataloader, self._run)
 
@@ -239,7 +239,7 @@ class Engine(DeepSpeedAccessors):
         return self._run.accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Set whether `step` runs the optimizer from now on; call it before `backward`."""
+        """Set whether each following `step` runs the optimizer. Call this before `backward`."""
         self._run.accumulation.boundary = is_boundary
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -255,23 +255,26 @@ class Engine(DeepSpeedAccessors):
         del set_to_none
         self._backend.zero_grad()
 
-    def train_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Train on one whole batch and return the mean loss over its micro-batches.
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
+        """Train on the micro-batches of one step, and return their mean loss.
 
-        Each micro-batch of ``data_iter`` is passed to the model; a tuple, list or mapping is
-        unpacked into arguments. The model must return the loss, as in a DeepSpeed pipeline.
+        Each micro-batch is passed to the model, which must return the loss. A tuple, list or
+        mapping is unpacked into arguments. Without ``data_iter``, the training data is repeated.
         """
+        if (whole := train_pipeline(data_iter, self.training_dataloader, self._run)) is not None:
+            self._automatic.save_if_due(self._run)
+            return whole
+        batches = data_iter or repeat_batches(self.training_dataloader)
         losses = []
-        for loss in call_on_batches(self, data_iter, self._run.accumulation.steps):
+        for loss in call_on_batches(self, batches, self._run.accumulation.steps):
             losses.append(self.backward(loss).detach())
             self.step()
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Evaluate one whole batch and return its mean loss; see `train_batch`."""
+        """Evaluate as many micro-batches as a step has, and return their mean loss."""
         with evaluation_mode(self):
-            losses = list(call_on_batches(self, data_iter, self._run.accumulation.steps))
-        return torch.stack(losses).mean()
+            return evaluate_batch(self, data_iter, self._run)
 
     @overload
     def evaluate(
@@ -287,23 +290,23 @@ class Engine(DeepSpeedAccessors):
         """Evaluate the model and return the mean of each metric over all samples.
 
         The model is in eval mode and computes no gradients. Afterwards, the mode of each submodule
-        and the random state are restored; the training state does not change. Every rank must call
+        and the random state are restored. The training state does not change. Every rank must call
         this method.
 
         A `DataLoader` of the whole dataset is split across ranks, whether it shuffles, uses a
-        ``DistributedSampler`` or neither. In all other cases, each rank evaluates all batches of
-        its own ``loader``: those of an iterable dataset, a custom sampler, or a different dataset
-        on each rank.
+        ``DistributedSampler`` or neither. In all other cases, such as an iterable dataset, a custom
+        sampler or a different dataset on each rank, each rank evaluates all batches of its own
+        ``loader``.
 
         Args:
             loader: `DataLoader`, list or other iterable that ends. Its batches are moved to
                 `device`.
             fn: function of a batch that returns the loss or a dict of metrics, each a number or a
-                scalar tensor, averaged over the batch. The number of samples is the first dimension
-                of the batch's first tensor; to set it, return ``(metrics, number)``, for example
-                with the number of tokens. Every rank calls ``fn`` equally often: a rank without a
-                batch repeats one and its result is dropped. Collect other results with `gather`,
-                which drops them, too.
+                scalar tensor, averaged over the batch. Each batch is weighted by its number of
+                samples, which is the first dimension of its first tensor. To set another weight,
+                such as the number of tokens, return ``(metrics, number)``. Every rank calls ``fn``
+                equally often: a rank that has no batch left repeats one, and its result is dropped.
+                To collect other results, use `gather`, which also drops those of repeated batches.
 
         Returns:
             The mean loss, or a dict of mean metrics, equal on all ranks.
@@ -328,8 +331,8 @@ class Engine(DeepSpeedAccessors):
             The same structure with detached tensors, equal on all ranks.
 
         Raises:
-            ValueError: ``value`` contains something else, or the dtypes or other dimensions differ
-                between ranks.
+            ValueError: ``value`` contains anything other than tensors, or the dtypes or other
+                dimensions differ between ranks.
         """
         return self._evaluator.gather(value)
 
@@ -349,16 +352,17 @@ class Engine(DeepSpeedAccessors):
             client_state: your own numbers, strings and tensors; `load_checkpoint` returns them.
             save_latest: whether `load_checkpoint` may load this checkpoint if no tag is passed.
             exclude_frozen_parameters: whether to leave out the parameters that do not require
-                gradients, such as the base model's in LoRA; loading keeps their current values.
+                gradients, such as those of the base model in LoRA. Loading keeps their current
+                values.
 
         Raises:
-            OSError: the disk is full or the directory is not writable; old checkpoints are kept.
+            OSError: the disk is full or the directory is not writable. Older checkpoints are kept.
             RuntimeError: saving failed on a rank, or a rank did not call this method in time.
-            ValueError: the ranks' tags differ, or ``client_state`` has values of unsupported types.
+            ValueError: ``save_dir`` is empty, tags differ, or ``client_state`` has invalid types.
         """
         self._checkpointer.save(
             self._run,
-            Path(save_dir),
+            save_dir,
             None if tag is None else str(tag),
             client_state=client_state,
             save_latest=save_latest,
@@ -375,15 +379,16 @@ class Engine(DeepSpeedAccessors):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
     ) -> tuple[str, dict[str, Any]]:
-        """Restore model, optimizer, loss scale, schedule and counters. Every rank must call this.
+        """Restore the state of a run from a checkpoint. Every rank must call this method.
+
+        The state consists of the model, optimizer, loss scale, schedule and counters.
 
         Args:
-            load_dir: directory that was passed to `save_checkpoint`.
+            load_dir: directory that was passed to `save_checkpoint` of this engine or DeepSpeed's.
             tag: name or number of the checkpoint; default: the newest complete one.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
-                parameters that are not in the checkpoint keep their values, and saved ones that the
-                model does not have are ignored. On DeepSpeed, also pass
-                ``load_optimizer_states=False`` in this case.
+                parameters without a saved value keep their values, and saved ones that the model
+                does not have are ignored. On DeepSpeed, also pass ``load_optimizer_states=False``.
             load_optimizer_states: whether to restore the optimizer and the loss scale.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.
@@ -399,7 +404,7 @@ class Engine(DeepSpeedAccessors):
         self._run.length.is_position_known = True
         path, client_state = self._checkpointer.load(
             self._run,
-            Path(load_dir),
+            load_dir,
             None if tag is None else str(tag),
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,
@@ -409,14 +414,15 @@ class Engine(DeepSpeedAccessors):
         return str(path), client_state
 
     def wait_for_checkpoint(self) -> None:
-        """Wait until every rank has finished writing its checkpoint; raise if a save failed."""
+        """Wait until every rank has written its checkpoint; raise an exception if a save failed."""
         self._checkpointer.wait()
 
     def destroy(self) -> None:
-        """Save the last steps, and release the monitors and the backend; the model stays usable.
+        """End the run: save a last checkpoint if needed, and release the monitors and the backend.
 
-        With ``engine.checkpoint.every``, steps that are in no checkpoint are saved, unless an
-        exception is being handled. Several ranks save if all of them call this method.
+        With ``engine.checkpoint.every``, a checkpoint is saved if steps were taken since the last
+        one, unless an exception is being handled. With several ranks, the checkpoint is saved only
+        if all of them call this method. The model stays usable.
         """
         try:
             self._automatic.close(self._run)
@@ -432,13 +438,13 @@ class Engine(DeepSpeedAccessors):
     def run_is_over(self) -> bool:
         """Whether the run has reached its end.
 
-        The end is ``engine.max_duration``, ``engine.steps_this_run`` or, in `batches`, the end of
-        the schedule. ``engine.checkpoint.best`` can end the run earlier.
+        The run ends after ``engine.max_duration``, after ``engine.steps_this_run`` or, with
+        `batches`, at the end of the schedule. ``engine.checkpoint.best`` can end the run earlier.
         """
         return self._run.is_over
 
     @property
     def epoch(self) -> int:
-        """The current epoch or, between epochs, the next one; from 0. Needs a data loader."""
+        """The current epoch, from 0; between two epochs, the next one. Requires a data loader."""
         self._run.length.is_position_known = True
         return read_epoch(self.training_dataloader)

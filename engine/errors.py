@@ -30,10 +30,10 @@ _MAX_LISTED = 100
 
 
 def escape(text: str) -> str:
-    """Escape the characters of a text that a terminal or log would interpret.
+    """Escape the control characters of a string, so that it is safe to print or log.
 
     Keys and values of a config can contain line breaks, terminal escape sequences, or characters
-    that change the direction of text.
+    that change the text direction.
 
     >>> escape("clear\\x1b[2J\\n::error::forged é")
     'clear\\\\x1b[2J\\\\n::error::forged é'
@@ -79,10 +79,11 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """Raised if a config is invalid; ``problems`` lists every problem, the message the first 100.
+    """Raised if a config is invalid.
 
-    ValueError
-    └── ConfigError
+    ``problems`` contains every problem of the config. The message lists the first 100.
+
+    The class derives from `ValueError`.
 
     Args:
         name: name of the config in the message.
@@ -111,25 +112,20 @@ class ConfigError(ValueError):
 class CheckpointError(ValueError):
     """Raised if a checkpoint cannot be saved or loaded.
 
-    ValueError
-    └── CheckpointError
+    The class derives from `ValueError`.
     """
 
 
 class LaunchError(ValueError):
     """Raised if a launch cannot start, for example because its options or hostfile are invalid.
 
-    ValueError
-    └── LaunchError
+    The class derives from `ValueError`.
     """
 
 
 class MisuseError(RuntimeError, AssertionError):
     """Raised if a method is called at the wrong time.
 
-    For compatibility with DeepSpeed, which uses ``assert`` for these checks, it is also an
-    `AssertionError`.
-
-    RuntimeError
-    └── MisuseError
+    The class derives from `RuntimeError`. It also derives from `AssertionError`, because DeepSpeed
+    reports such calls with ``assert``, so scripts written for DeepSpeed may catch that exception.
     """

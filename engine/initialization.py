@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from engine import backends
+from engine.backends.base import Backend
 from engine.checkpoint.fingerprint import build_identity, read_hyperparameters
 from engine.config import Config, ConfigError, Source, load_config
+from engine.config.batch_sizes import DataRanks, count_data_ranks
 from engine.distributed.ranks import (
     check_configs_match,
     get_rank,
@@ -34,10 +36,12 @@ from engine.range_test.script import (
 )
 from engine.range_test.sweep import read_sweep
 from engine.training.arguments import check_arguments, check_is_trainable
+from engine.training.compiled_models import unwrap_compiled
 from engine.training.data import build_loader, count_steps_per_epoch
+from engine.training.diagnostics import attach_diagnostics
 from engine.training.loader import RunLoader
 from engine.training.monitors import build_monitors
-from engine.training.optimizers import OptimizerFactory
+from engine.training.optimizers import OptimizerFactory, has_no_optimizer
 from engine.training.setup_log import log_setup
 from schedules.torch_scheduler import bind
 
@@ -77,12 +81,13 @@ def initialize(
             Options added by `add_schedule_arguments` override the config; each override is logged.
         model: module to train; it is moved to this rank's device.
         optimizer: your own optimizer, or a function that takes the parameters and returns one; it
-            replaces the optimizer in the config, which is the default.
+            replaces the optimizer in the config, which is the default. Without an optimizer, the
+            engine can only run the model.
         model_parameters: parameters or param groups to train; default: all that require gradients.
         training_data: dataset for the returned data loader, or your own data loader, which is
-            prepared as by `Engine.prepare`.
-        lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one; it
-            replaces the scheduler in the config, which is the default. It is stepped after each
+            prepared as in `Engine.prepare`.
+        lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one; by
+            default, the scheduler in the config is used. The scheduler is stepped after each
             applied optimizer step.
         distributed_port: port of rank 0, used if the environment does not set ``MASTER_PORT``.
         mpu: model-parallel unit; DeepSpeed backend only.
@@ -99,8 +104,9 @@ def initialize(
 
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every problem.
-        ValueError: an argument has the wrong type, no optimizer is specified or it does not match
-            the schedule, the model has nothing to train, or the ranks have different configs.
+        ValueError: an argument has the wrong type, a schedule has no optimizer, the optimizer does
+            not match the schedule, the model has nothing to train, or the ranks have different
+            configs.
         ImportError: the config needs DeepSpeed, which is not installed.
 
     >>> import torch, engine
@@ -119,14 +125,14 @@ def initialize(
     del dist_init_required
     check_arguments(args, model, optimizer, training_data, lr_scheduler)
     assert model is not None
+    model = unwrap_compiled(model)
     lr_test = read_sweep()
     sweep = lr_test if lr_test is not None and is_next_engine_swept(lr_test) else None
     source = sweep.config if sweep is not None else None
-    resolved = _load(
-        source or _choose_source(args, config, config_params),
-        args,
-        backends.find_deepspeed_need(model, mpu=mpu, mesh_param=mesh_param),
-    )
+    need = backends.find_deepspeed_need(model, mpu=mpu, mesh_param=mesh_param)
+    shard = backends.find_data_shard(model, mpu, mesh_param) if need else None
+    chosen = source or _choose_source(args, config, config_params)
+    resolved = _load(chosen, args, need, shard)
     if sweep is not None:
         resolved, lr_scheduler = apply_sweep(resolved, sweep), None
     elif lr_test is not None:
@@ -137,6 +143,10 @@ def initialize(
     is_deepspeed = resolved.backend.name == "deepspeed"
     ranks = init_distributed(always_create_group=is_deepspeed, port=distributed_port)
     check_configs_match(ranks, json.dumps(resolved.raw, sort_keys=True))
+    if resolved.batch.data_ranks != ranks.world_size:
+        per_model = ranks.world_size // resolved.batch.data_ranks
+        shard = shard or (ranks.rank // per_model, resolved.batch.data_ranks)
+        ranks = replace(ranks, shard=shard)
     loader = None
     if training_data is not None:
         loader = build_loader(training_data, resolved, ranks, collate_fn)
@@ -152,8 +162,8 @@ def initialize(
     # Binding a schedule changes the param groups, so first read their hyperparameters.
     settings = read_hyperparameters(backend.basic_optimizer)
     if sweep is not None:
-        resolved = spread_sweep(resolved, sweep, backend.optimizer)
-    scheduler = _bind_schedule(resolved, lr_scheduler, backend.optimizer, loader)
+        resolved = spread_sweep(resolved, sweep, backend.basic_optimizer)
+    scheduler = _bind_schedule(resolved, lr_scheduler, backend, loader)
     identity = build_identity(resolved, scheduler, settings)
     monitors = build_monitors(resolved.monitors, ranks)
     engine = Engine(resolved, backend, scheduler, loader, identity, monitors)
@@ -161,19 +171,26 @@ def initialize(
     if sweep is not None or lr_test is None:
         attach_recorder(engine, sweep)
     if ranks.rank == 0:
+        how, precision = backend.describe()
         log_setup(
             resolved,
-            backend=backend.describe(),
+            backend=how,
             device=str(ranks.device),
-            precision=backend.describe_precision(),
-            optimizer=type(backend.basic_optimizer).__name__,
+            precision=precision,
+            optimizer=_get_name(backend.basic_optimizer),
             num_parameters=backend.num_parameters,
             scheduler=scheduler,
             replacements=replacements,
         )
         _warn_of_repeated_samples(training_data, resolved)
-    engine._automatic.resume(engine._run)  # noqa: SLF001  # private to the package
-    return engine, backend.optimizer, loader, scheduler
+    run = engine._run  # noqa: SLF001  # private to the package
+    engine._automatic.resume(run)  # noqa: SLF001  # private to the package
+    attach_diagnostics(resolved, backend, run.progress, lambda: run.counters)
+    return engine, engine.optimizer, loader, scheduler
+
+
+def _get_name(optimizer: Optimizer) -> str | None:
+    return None if has_no_optimizer(optimizer) else type(optimizer).__name__
 
 
 def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> Source:
@@ -190,11 +207,28 @@ def _choose_source(args: argparse.Namespace | None, *configs: Source | None) -> 
     return given[0]
 
 
-def _load(source: Source, args: argparse.Namespace | None, needs_deepspeed: str | None) -> Config:
+def _load(
+    source: Source,
+    args: argparse.Namespace | None,
+    needs_deepspeed: str | None,
+    shard: tuple[int, int] | None,
+) -> Config:
     """Load and validate a config; report its problems on rank 0 only."""
+
+    def count_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
+        if shard is not None:
+            return DataRanks(shard[1], unit="data-parallel rank")
+        # DeepSpeed reads the number of stages from the model, which is not a pipeline here.
+        flat = {key: value for key, value in config.items() if key != "pipeline"}
+        return count_data_ranks(flat, world_size)
+
     try:
         return load_config(
-            source, world_size=get_world_size(), args=args, needs_deepspeed=needs_deepspeed
+            source,
+            world_size=get_world_size(),
+            args=args,
+            needs_deepspeed=needs_deepspeed,
+            count_ranks=count_ranks,
         )
     except ConfigError as error:
         rank = get_rank()
@@ -213,19 +247,16 @@ def _load(source: Source, args: argparse.Namespace | None, needs_deepspeed: str 
 def _prefer_arguments(
     config: Config, optimizer: object, lr_scheduler: object
 ) -> tuple[Config, list[str]]:
-    """Remove the optimizer and the schedule that an argument replaces from the config.
+    """Remove the optimizer and the schedule from the config if arguments replace them.
 
     Returns:
-        The config, and a line for the log about each replacement.
+        The config, and a log message about each replacement.
 
     Raises:
-        ValueError: neither the config nor an argument specifies an optimizer.
+        ValueError: there is no optimizer, but something that requires one.
     """
-    if optimizer is None and config.optimizer is None and config.backend.name != "deepspeed":
-        raise ValueError(  # DeepSpeed also runs inference
-            "No optimizer is specified. Pass the argument `optimizer`, or add "
-            f'"optimizer": {{"type": "AdamW", "params": {{"lr": 0.001}}}} to {config.name}.'
-        )
+    if optimizer is None and config.optimizer is None:
+        _check_inference(config, lr_scheduler)
     lines = []
     if optimizer is not None and config.optimizer is not None:
         lines.append(
@@ -239,6 +270,20 @@ def _prefer_arguments(
     return config, lines
 
 
+def _check_inference(config: Config, lr_scheduler: object) -> None:
+    """Check that a run without an optimizer, which only runs the model, needs none."""
+    need = None
+    if config.schedule is not None or lr_scheduler is not None:
+        need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"
+    elif config.backend.name == "deepspeed" and config.zero_stage in {1, 2}:
+        need = f"DeepSpeed's ZeRO stage {config.zero_stage} requires one (stages 0 and 3 do not)"
+    if need:
+        raise ValueError(
+            f"No optimizer is specified, but {need}. Pass the argument `optimizer`, or add "
+            '"optimizer": {"type": "AdamW", "params": {"lr": 0.001}} to the config.'
+        )
+
+
 def _describe_replacement(argument: str, given: object, replaced: str) -> str:
     name = getattr(given, "__name__", type(given).__name__)  # a function or a class has a name
     return f"the argument `{argument}` ({name}) replaces the config's {replaced}"
@@ -247,19 +292,19 @@ def _describe_replacement(argument: str, given: object, replaced: str) -> str:
 def _bind_schedule(
     config: Config,
     given: LRScheduler | SchedulerFactory | None,
-    optimizer: Optimizer,
+    backend: Backend,
     loader: RunLoader | None,
 ) -> LRScheduler | None:
     if config.schedule is not None:
         horizon = config.horizon(count_steps_per_epoch(loader, config))
-        return bind(config.schedule, optimizer, horizon=horizon)
+        return bind(config.schedule, backend.optimizer, horizon=horizon)
     if given is None or isinstance(given, LRScheduler) or not callable(given):
         return given  # a custom scheduler may not derive from torch's class
-    return given(optimizer)
+    return given(backend.basic_optimizer)  # torch's schedulers reject DeepSpeed's wrappers
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
-    """Warn if the loader repeats samples within a batch, because the dataset is too small."""
+    """Warn that each batch repeats samples, if the dataset is smaller than a batch."""
     if not isinstance(training_data, Dataset) or isinstance(training_data, IterableDataset):
         return
     samples = len(training_data)  # type: ignore[arg-type]  # Dataset does not declare __len__

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -18,6 +19,7 @@ from engine.config.batch_sizes import BatchSizes
 from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
+from engine.training.data import call_on_batches, repeat_batches
 from engine.training.divergence import DivergenceCheck
 from engine.training.evaluation import preserve_modes
 from engine.training.loader import RunLoader
@@ -32,7 +34,7 @@ from schedules import AutoWU, Schedule, ScheduleBinder
 from schedules.param_groups import read_lr, read_momentum
 from schedules.torch_scheduler import bind
 
-__all__ = ["TrainingRun", "iterate_batches", "preserve_state"]
+__all__ = ["TrainingRun", "evaluate_batch", "iterate_batches", "preserve_state", "train_pipeline"]
 
 log = logging.getLogger("onecycle")
 
@@ -58,9 +60,9 @@ class TrainingRun:
     best: BestMetric | None = None
     recorder: StepRecorder | None = None
     is_trial: bool = False
-    """Whether this is part of an LR range test, which saves no checkpoints.
+    """Whether this run is part of an LR range test, which saves no checkpoints.
 
-    `recorder` decides the end of the test. With `onecycle lr-test`, only one engine of the script
+    `recorder` decides when the test ends. With `onecycle lr-test`, only one engine of the script
     has a recorder.
     """
     counters: Counters = field(default_factory=Counters)
@@ -75,7 +77,7 @@ class TrainingRun:
         *,
         misuse: MisuseChecks | None = None,
     ) -> TrainingRun:
-        """Build a run at step 0; a trial run shares the checks of its engine."""
+        """Build a run at step 0. For a trial run, ``misuse`` holds the checks of the main run."""
         is_first = backend.ranks.rank == 0
         driver = ScheduleDriver(scheduler, config.report if is_first else None)
         monitors = monitors or Monitors()
@@ -93,7 +95,10 @@ class TrainingRun:
             progress,
             window,
             rollback,
-            Accumulation(config.batch.accumulation),
+            Accumulation(
+                config.batch.accumulation,
+                is_managed=config.raw.get("managed_gradient_accumulation", True),
+            ),
             RunLength(config.run.get("steps_this_run")),
             # A dynamic loss scale skips steps until it is low enough, and ends the run itself.
             DivergenceCheck(None if is_dynamic else config.max_skipped_steps),
@@ -102,7 +107,10 @@ class TrainingRun:
         )
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
-        """Build a trial run with another schedule on the same backend. It writes no files."""
+        """Build a trial run with another schedule on the same backend.
+
+        The trial run writes no files.
+        """
         config = self.config.copy_for_trial_run(schedule)
         binder = bind(schedule, self.backend.optimizer)
         trial = self.start(config, self.backend, binder, misuse=self.misuse)
@@ -115,7 +123,7 @@ class TrainingRun:
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler or None; it is stepped after each applied optimizer step."""
+        """The learning-rate scheduler, stepped after each applied optimizer step; may be None."""
         return self.driver.scheduler
 
     @scheduler.setter
@@ -125,7 +133,7 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has reached its end, or `best` ends it early."""
+        """Whether the run has reached its end or was stopped early."""
         is_early = self.best is not None and self.best.is_exhausted
         return is_early or self.length.is_over(self.counters)
 
@@ -137,16 +145,16 @@ class TrainingRun:
         """
         if self.accumulation.micro_batches:
             raise MisuseError(
-                "The batch size must be changed between optimizer steps, but micro-batches of the "
-                f"next step have been processed: {self.accumulation.micro_batches}. Change it when "
-                "`trainer.is_gradient_accumulation_boundary()` was true for the last step."
+                "The batch size must be changed between two optimizer steps, but micro-batches of "
+                f"the next step have been processed already: {self.accumulation.micro_batches}. "
+                "Change the batch size right after a `trainer.step()` that runs the optimizer."
             )
         self.config = replace(self.config, batch=batch)
         self.accumulation.steps = batch.accumulation
         self.backend.set_batch_sizes(batch)
 
     def restore_counters(self, counters: Counters) -> None:
-        """Continue at the counters of a checkpoint."""
+        """Restore the counters of a checkpoint, so that the run continues at its step."""
         self.counters = counters
         self.length.steps_before = counters.applied_steps
         self.accumulation.restart(counters.micro_steps)
@@ -155,10 +163,10 @@ class TrainingRun:
         self.backend.zero_grad()
 
     def end_epoch(self) -> None:
-        """Clear the gradients of a batch that the end of the data has left incomplete.
+        """Discard the gradients of a batch that is incomplete when the data of an epoch ends.
 
         Raises:
-            RuntimeError: two epochs have called `backward` but not `step`.
+            RuntimeError: in two consecutive epochs, `backward` was called, but `step` was not.
         """
         accumulation = self.accumulation
         self.misuse.check_epoch(self.counters.micro_steps, accumulation)
@@ -182,19 +190,8 @@ class TrainingRun:
         self.progress.add(loss)
 
     def step(self, metric: Tensor | float | None) -> bool:
-        """Finish a micro-batch, and take an optimizer step if it is the last one of its batch."""
-        if not self.accumulation.averages_gradients:
-            raise MisuseError(
-                "`step()` must not be called inside `no_sync()`. Leave the context first."
-            )
-        if self.is_trial and self.recorder is not None:
-            # A script may catch the exception that ends the run; in that case, raise it again.
-            self.recorder.stop_if_over()
-        if self.length.is_session_over(self.counters):
-            raise RuntimeError(
-                f"The run has ended after {self.config.run['steps_this_run']} steps "
-                "(`engine.steps_this_run`). Exit the training loop when `run_is_over` is true."
-            )
+        """Finish a micro-batch, and take an optimizer step if it completes a batch."""
+        self._check_may_step()
         if metric is not None:
             metric = self.driver.metric = self.backend.mean(float(metric))
         counters, accumulation = self.counters, self.accumulation
@@ -210,6 +207,21 @@ class TrainingRun:
         if metric is not None and self.best is not None:
             self._update_best(metric)
         return counters.applied
+
+    def _check_may_step(self) -> None:
+        if not self.accumulation.averages_gradients:
+            raise MisuseError(
+                "`step()` must not be called inside `no_sync()`. Leave the context first."
+            )
+        if self.is_trial and self.recorder is not None:
+            # A script may catch the exception that ends the run; in that case, raise it again.
+            self.recorder.stop_if_over()
+        if self.length.is_session_over(self.counters):
+            raise RuntimeError(
+                f"The run has ended after {self.config.run['steps_this_run']} steps "
+                "(`engine.steps_this_run`). Exit the training loop when `trainer.run_is_over` is "
+                "true."
+            )
 
     def report(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Average metrics over the ranks, and report them to the log and the monitors."""
@@ -235,6 +247,8 @@ class TrainingRun:
 
     def _step_optimizer(self) -> bool:
         scaled, self.accumulation.scaled_losses = self.accumulation.scaled_losses, 0
+        if not self.accumulation.is_managed:
+            self.accumulation.micro_batches = scaled
         if scaled:
             return self.backend.step()
         if self.backend.loss_scale != 1.0:
@@ -246,11 +260,15 @@ class TrainingRun:
         return self.backend.step(divide_by=self.accumulation.steps)
 
     def _finish_step(self) -> None:
-        """Count and report a completed step, then step the scheduler if it was applied."""
-        counters = self.counters
-        self.accumulation.micro_batches = 0
+        """Count and report a step, and step the scheduler if the optimizer step was applied."""
+        counters, batch = self.counters, self.config.batch
         counters.global_steps += 1
-        counters.global_samples += self.config.batch.train
+        counters.global_samples += (
+            batch.train
+            if self.accumulation.is_managed
+            else batch.micro * batch.data_ranks * self.accumulation.micro_batches
+        )
+        self.accumulation.micro_batches = 0
         if not counters.applied:
             counters.skipped_steps += 1
             self.progress.clear_losses()
@@ -300,6 +318,39 @@ class TrainingRun:
             recorder.stop_if_over()
 
 
+def train_pipeline(
+    batches: Iterator[Any] | None, loader: RunLoader | None, run: TrainingRun
+) -> Tensor | None:
+    """Train a pipeline on a whole batch and return its mean loss; None for any other model.
+
+    Args:
+        batches: iterator over micro-batches; default: the batches of ``loader``.
+        loader: data loader of the run; if None, the data of the pipeline's ``set_dataloader``.
+        run: state of the run.
+    """
+    batches = batches or (repeat_batches(loader) if loader is not None else None)
+    run._check_may_step()  # noqa: SLF001  # private to this module
+    run.misuse.check_step(run.scheduler, run.accumulation, is_boundary=False)
+    result = run.backend.run_pipeline(batches, trains=True)
+    if result is None:
+        return None
+    loss, run.counters.applied = result
+    run.counters.micro_steps += run.accumulation.steps
+    run.add_loss(loss)
+    run.accumulation.scaled_losses = 0
+    run._finish_step()  # noqa: SLF001  # private to this module
+    run.misuse.note_step(run.scheduler, run.counters.global_steps)
+    return loss
+
+
+def evaluate_batch(model: nn.Module, batches: Iterator[Any], run: TrainingRun) -> Tensor:
+    """Return the mean loss of as many micro-batches as a step has."""
+    if result := run.backend.run_pipeline(batches, trains=False):
+        return result[0]
+    losses = call_on_batches(model, batches, run.accumulation.steps)
+    return torch.stack(list(losses)).mean()
+
+
 def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]:
     """Return an iterator over the batches of a run; see `Engine.batches`."""
     if loader is None:
@@ -314,11 +365,11 @@ def iterate_batches(loader: RunLoader | None, run: TrainingRun) -> Iterator[Any]
         )
         if not run.length.is_known:
             raise MisuseError(
-                "The length of the run is unknown, because the schedule does not end. Set "
+                "The length of the run is unknown, because the run has no schedule that ends. Set "
                 '`engine.max_duration`, for example to "10ep".'
             )
     if run.is_over and run.backend.ranks.rank == 0:
-        log.info("the run is over at step %d: nothing to train", run.counters.global_steps)
+        log.info("the run is already over at step %d; nothing to train", run.counters.global_steps)
     return _iterate_epochs(loader, run)
 
 
@@ -328,7 +379,7 @@ def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
         try:
             yield from loader
         finally:
-            # If the script leaves its loop in the middle of an epoch, the next call continues it.
+            # If the script leaves its loop within an epoch, the next loop continues the epoch.
             loader.load_state_dict(loader.state_dict())
         if run.counters.global_steps == steps:
             raise MisuseError(
@@ -340,11 +391,11 @@ def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None) -> Iterator[None]:
-    """Restore the training state when the context exits, even after an exception.
+    """Restore the training state when the context exits, also after an exception.
 
     Args:
-        model: module whose training mode, and that of each submodule, is restored.
-        backend: backend whose model, optimizer and loss scale are restored; its gradients are
+        model: module whose training mode is restored, including that of each submodule.
+        backend: backend whose model, optimizer and loss scale are restored, and whose gradients are
             cleared.
         loader: data loader whose position is restored, or None.
     """

@@ -1,10 +1,11 @@
-"""All public names of `engine`, and the package `schedules`, under the name of the distribution.
+"""Provide the public names of `engine`, and the package `schedules`, as ``onecycle``.
 
 ``onecycle.initialize`` is `engine.initialize`, and ``onecycle.schedules`` is the package
 ``schedules``. Names are imported on first use; ``__init__.pyi`` declares their types.
 
-If a module of the user has the name of a package that onecycle needs, for example an ``engine.py``
-next to the training script, importing this package raises an ImportError that names the file.
+If one of the user's modules has the same name as a package that onecycle needs, for example an
+``engine.py`` next to the training script, importing this package raises an ImportError that names
+the file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def __getattr__(name: str) -> Any:
     if name in engine.__all__:
         return getattr(engine, name)
     try:
-        return engine.__getattr__(name)  # also DeepSpeed's names, but no module of the package
+        return engine.__getattr__(name)  # finds names of DeepSpeed, but no modules of `engine`
     except AttributeError:
         raise AttributeError(f"module 'onecycle' has no attribute {name!r}") from None
 
@@ -36,6 +37,6 @@ def __dir__() -> list[str]:
 
 
 # `python -m onecycle` imports this file before `isolated.py` can remove the working directory from
-# `sys.path`. During that time, `sys.argv[0]` is "-m"; the first use of a name checks the packages.
+# `sys.path`. At that time, `sys.argv[0]` is "-m", and `isolated.py` checks the packages later.
 if sys.argv[:1] != ["-m"]:
     import_engine()

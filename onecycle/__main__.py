@@ -8,7 +8,11 @@ __all__ = ["main"]
 
 
 def main() -> int:
-    """Run the command from a script that does not put the working directory on ``sys.path``."""
+    """Run the ``onecycle`` command and return its exit status.
+
+    This function is the entry point of the installed script. Unlike ``python -m``, the script does
+    not put the working directory on ``sys.path``.
+    """
     from engine.cli.main import main as run_command
 
     return run_command()

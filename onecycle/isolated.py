@@ -1,9 +1,9 @@
-"""Run a module of onecycle that imports nothing from the working directory.
+"""Run a module of onecycle without importing anything from the working directory.
 
 ``python -m`` puts the working directory first on ``sys.path``. If a project has its own
 ``engine.py``, ``python -m engine.launch.agent`` would import that file. Python 3.11 has the option
 ``-P`` to prevent this; Python 3.10 does not. ``python -m onecycle.isolated engine.launch.agent``
-works in both.
+works in both versions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run_isolated(module: str) -> None:
     # Keep the working directory if it is a checkout of onecycle, which may not be installed.
     if not is_removed_by_python and sys.path[0] != ROOT:
         del sys.path[0]
-    import_engine()  # an error is raised if, for example, PYTHONPATH contains an `engine.py`
+    import_engine()  # raises an error if, for example, PYTHONPATH leads to an `engine.py`
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -1,4 +1,4 @@
-"""Import `engine`, and not a module of the user that has the same name."""
+"""Import onecycle's package `engine`, and reject other modules that have the same name."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def import_engine() -> ModuleType:
     """Import and return the package `engine`.
 
     Raises:
-        ImportError: a module of the user has the name ``engine``, ``schedules`` or ``schemas``.
-            `engine` itself checks the last two.
+        ImportError: one of the user's modules is named ``engine``, ``schedules`` or ``schemas``.
+            The package `engine` itself checks the last two names.
     """
     spec = importlib.util.find_spec("engine")
     found = spec and [*(spec.submodule_search_locations or ()), spec.origin][0]
     if found != os.path.join(ROOT, "engine"):  # noqa: PTH118
         raise ImportError(
-            f"`engine` must be a package of onecycle, but Python imports {found} under this name. "
+            f"`engine` is the name of a package of onecycle, but Python imports {found} instead. "
             "Rename that file or directory, for example to `my_engine`."
         )
     import engine

@@ -11,7 +11,8 @@ the schemas use:
 - ``x-alias-of``: the key with the same meaning
 
 ``aliases.json`` maps the key names of other tools to those of this config. ``rules.json`` contains
-the documentation of each rule.
+the documentation of each rule. ``no_effect.json`` lists the keys that change no result on a backend
+and the reason for each; ``values`` limits it to these values, and ``stages`` to these ZeRO stages.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _DIRECTORY = Path(__file__).parent
 
 @functools.cache
 def read(name: str) -> dict[str, Any]:
-    """Return the contents of a JSON file in this directory. Do not modify the cached result.
+    """Return the contents of a JSON file in this directory. Do not modify the result: it is cached.
 
     >>> read("sections/bf16.json")["title"]
     'bf16'

@@ -85,8 +85,8 @@ def test_import_names_the_module_that_has_the_name_of_a_package(project, importe
     done = run_python("train.py", cwd=project)
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1] == (
-        f"ImportError: `{name}` must be a package of onecycle, but Python imports {own} under this "
-        f"name. Rename that file or directory, for example to `my_{name}`."
+        f"ImportError: `{name}` is the name of a package of onecycle, but Python imports {own} "
+        f"instead. Rename that file or directory, for example to `my_{name}`."
     )
     rename(own)
     assert run_python("train.py", cwd=project).returncode == 0
@@ -104,6 +104,7 @@ import {package} as deepspeed
 listed = set(dir(deepspeed))
 assert "zero" not in listed and "DeepSpeedEngine" not in listed
 assert deepspeed.DeepSpeedEngine is deepspeed.Engine
+assert deepspeed.DeepSpeedConfigError is deepspeed.ConfigError
 assert deepspeed.__version__ == "{version}"
 assert "deepspeed" not in sys.modules
 import deepspeed as real

@@ -2,8 +2,9 @@
 
     python tools/check_wording.py [PATH ...]
 
-Checks the comments and strings of Python files, and the whole text of Markdown files. The phrases
-and their replacements are in `[tool.wording]` of pyproject.toml; CONTRIBUTING.md gives the reasons.
+The script checks the comments and strings of Python files, and the whole text of Markdown files.
+The phrases and their replacements are in `[tool.wording]` of pyproject.toml; CONTRIBUTING.md gives
+the reasons.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def read_prose(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def find_phrases(path: Path) -> Iterator[str]:
-    """Yield a message for each banned phrase of a file."""
+    """Yield a message for each banned phrase in a file."""
     for phrase, replacement in SETTINGS["banned"].items():
         pattern = re.compile(rf"\b(?:{phrase})\b", re.IGNORECASE)
         for line, text in read_prose(path):

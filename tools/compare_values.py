@@ -1,4 +1,4 @@
-"""Compare the schedule values of two checkouts bit for bit, and resume checkpoints across them.
+"""Compare the schedule values of two checkouts bit for bit, and exchange checkpoints between them.
 
     python tools/compare_values.py BEFORE AFTER
 

@@ -1,4 +1,7 @@
-"""Write the generated files. With --check, list outdated files instead."""
+"""Write the JSON schemas, type stubs and reference pages that are generated from the code.
+
+With --check, list the outdated files instead.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,7 @@ def build_schedule_reference() -> Iterator[str]:
 
 
 def draw_pictures() -> None:
-    """Plot the example of each schedule, for the reference."""
+    """Plot the example of each schedule, and save the plots for the reference page."""
     directory = ROOT / "docs" / "pictures"
     for name, cls in SCHEDULES.items():
         curves = example_curves(cls)

@@ -10,16 +10,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 from engine.backends.base import Backend
-from engine.backends.model_parallelism import find_model_parallelism
+from engine.backends.model_parallelism import (
+    find_data_shard,
+    find_model_parallelism,
+)
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.training.optimizers import OptimizerFactory
 
-__all__ = ["build", "find_deepspeed_need"]
+__all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
-    """Return what only DeepSpeed supports: a part of the model or an argument; None if nothing."""
+    """Name the first argument, or else a part of the model, that only DeepSpeed supports.
+
+    Return None if the torch backend supports the model and all arguments.
+    """
     given = [f"the argument `{name}`" for name, value in arguments.items() if value is not None]
     return given[0] if given else find_model_parallelism(model)
 
@@ -74,8 +80,13 @@ def build(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a param group with its parameters in a list; a generator could be read only once."""
-    if not isinstance(each, dict):
-        return each
-    params = each["params"]
-    return {**each, "params": [params] if isinstance(params, torch.Tensor) else list(params)}
+    """Return a parameter without its name, or a param group whose parameters are in a list.
+
+    The parameters of a group may come from a generator, which could be read only once.
+    """
+    if isinstance(each, dict):
+        members = each["params"]
+        members = [members] if isinstance(members, torch.Tensor) else members
+        return {**each, "params": [_list_members(member) for member in members]}
+    is_named = isinstance(each, tuple) and len(each) == 2  # from `model.named_parameters()`
+    return each[1] if is_named else each

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from torch.optim import Optimizer
 from engine.config.batch_sizes import BatchSizes
 from engine.distributed.ranks import Ranks
 
-__all__ = ["DTYPES", "Backend", "compute_norm"]
+__all__ = ["DTYPES", "Backend", "compute_norm", "get_gradient"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of each reduced precision."""
 
 
 def compute_norm(gradients: list[Tensor]) -> float:
-    """Return the 2-norm of all gradients; it is finite if every gradient is.
+    """Return the 2-norm of all gradients.
+
+    The norm of finite gradients is finite, even if their squares overflow in float32.
 
     >>> compute_norm([torch.tensor([3.0]), torch.tensor([4.0])])
     5.0
@@ -33,12 +36,24 @@ def compute_norm(gradients: list[Tensor]) -> float:
     if not gradients:
         return 0.0
     # torch's clip_grad_norm_ also uses this private kernel, but takes twice as long.
-    norms = torch._foreach_norm(gradients)  # noqa: SLF001  # it has no public name
+    norms = torch._foreach_norm(gradients)  # noqa: SLF001  # the function has no public name
     norm = float(torch.linalg.vector_norm(torch.stack(norms)))
     if math.isinf(norm):  # the squares of large gradients overflow in float32
         wide = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients]
         norm = float(torch.linalg.vector_norm(torch.stack(wide)))
     return norm
+
+
+def get_gradient(parameter: Tensor) -> Tensor:
+    """Return a gradient, or its stored values if it is sparse; changing them changes the gradient.
+
+    The parameter must have a gradient.
+    """
+    assert parameter.grad is not None
+    if not parameter.grad.is_sparse:
+        return parameter.grad
+    parameter.grad = parameter.grad.coalesce()
+    return parameter.grad._values()  # noqa: SLF001  # `values()` would return a detached copy
 
 
 class Backend(ABC):
@@ -96,7 +111,7 @@ class Backend(ABC):
 
         Args:
             loss: scalar tensor that requires grad.
-            accumulation: number of micro-batches per step; the loss is divided by it.
+            accumulation: number of micro-batches per step, by which the loss is divided.
             is_last: whether the next `step` of the engine runs the optimizer, so that gradients
                 should be averaged across ranks during this pass.
             retain_graph: whether to keep the graph for another backward pass.
@@ -104,21 +119,44 @@ class Backend(ABC):
 
     @abstractmethod
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
-        """Return the loss scaled as in `backward`, for scripts that call ``.backward()`` on it."""
+        """Return the scaled loss, for scripts that call ``.backward()`` on the loss themselves.
+
+        The method `backward` of this class scales the loss in the same way.
+        """
 
     @abstractmethod
     def step(self, *, divide_by: int = 1) -> bool:
         """Clip the gradients, run the optimizer and clear the gradients.
 
         Args:
-            divide_by: number to divide the gradients by; 1 if `backward` has already divided them.
+            divide_by: number to divide the gradients by; 1 if `backward` has already divided the
+                loss.
 
         Returns:
             Whether the step was applied. A step with non-finite gradients is skipped.
         """
 
+    def run_pipeline(
+        self, batches: Iterator[Any] | None, *, trains: bool
+    ) -> tuple[Tensor, bool] | None:
+        """Run a pipeline on the micro-batches of a step; return None for any other model.
+
+        Args:
+            batches: iterator over micro-batches; None for the data that the script has set with the
+                pipeline's ``set_dataloader`` or ``set_dataiterator``.
+            trains: whether to take an optimizer step.
+
+        Returns:
+            The mean loss, and whether a step was applied.
+        """
+        del batches, trains
+        return None
+
     def has_gradients(self) -> bool:
-        """Return whether a trained parameter has a gradient; true if that is unknown."""
+        """Return whether any trained parameter has a gradient.
+
+        Return True if the backend cannot determine this.
+        """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -130,7 +168,11 @@ class Backend(ABC):
         self.optimizer.zero_grad(set_to_none=True)
 
     def set_batch_sizes(self, batch: BatchSizes) -> None:  # noqa: B027  # most backends do not need it
-        """Change the batch sizes; only DeepSpeed's engine has its own copy of them."""
+        """Change the batch sizes during a run.
+
+        Only the DeepSpeed backend overrides this method, because DeepSpeed's engine keeps its own
+        copy of the batch sizes.
+        """
 
     @property
     @abstractmethod
@@ -138,7 +180,7 @@ class Backend(ABC):
         """The factor by which the next backward pass multiplies the loss."""
 
     def mean(self, value: float) -> float:
-        """Return the mean of a number over the ranks. Every rank must call this method."""
+        """Return the mean of a number over all ranks. Every rank must call this method."""
         if self.ranks.world_size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.ranks.device)
@@ -147,7 +189,7 @@ class Backend(ABC):
 
     @abstractmethod
     def save(self, checkpoint_dir: Path, *, frozen: bool = True) -> None:
-        """Save model, optimizer and loss scale. Every rank must call this method.
+        """Save the model, the optimizer and the loss scale. Every rank must call this method.
 
         Args:
             checkpoint_dir: directory to write to.
@@ -163,12 +205,12 @@ class Backend(ABC):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Save like `save`, but write the files in the background, one checkpoint at a time.
+        """Save the same state as `save`, but write the files in the background.
 
         Args:
             checkpoint_dir: directory to write to.
             group: process group used only for saving; None for a single process.
-            buffers: copies of the tensors from the previous save, whose memory is reused.
+            buffers: copies of the tensors from the previous save. Their memory is reused.
             frozen: whether to include parameters that do not require gradients.
 
         Raises:
@@ -185,8 +227,8 @@ class Backend(ABC):
             checkpoint_dir: directory to read from.
             optimizer: whether to restore the optimizer and the loss scale.
             strict: whether the model must have all saved parameters.
-            frozen: whether the checkpoint includes parameters that do not require gradients; if
-                not, they keep their values.
+            frozen: whether the checkpoint includes the parameters that do not require gradients. If
+                it does not, these parameters keep their values.
 
         Raises:
             CheckpointError: the checkpoint does not match the model.
@@ -194,22 +236,20 @@ class Backend(ABC):
 
     @abstractmethod
     def snapshot(self) -> Any:
-        """Return a copy of model, optimizer and loss scale. Every rank must call this method."""
+        """Return a copy of the state that `save` saves. Every rank must call this method."""
 
     @abstractmethod
     def restore(self, snapshot: Any) -> None:
-        """Restore a `snapshot` exactly. Every rank must call this method."""
+        """Restore a state returned by `snapshot`, bit for bit. Every rank must call this method."""
 
     @abstractmethod
-    def describe(self) -> str:
-        """Return the name of the backend and how it uses the ranks, for the log."""
-
-    @abstractmethod
-    def describe_precision(self) -> str:
-        """Return the precision of the weights and of the computation, for the log."""
+    def describe(self) -> tuple[str, str]:
+        """Return two phrases for the log: how the backend uses the ranks, and its precision."""
 
     def get_attribute(self, name: str) -> Any:
-        """Return an attribute that the engine does not have; by default, the model's.
+        """Return an attribute that the training engine does not define itself.
+
+        By default, this is the attribute of the model with the same name.
 
         Raises:
             AttributeError: the attribute does not exist.
@@ -218,4 +258,4 @@ class Backend(ABC):
 
     @abstractmethod
     def destroy(self) -> None:
-        """Release memory and hooks; the model and the optimizer stay usable."""
+        """Release memory and remove hooks. The model and the optimizer can still be used."""

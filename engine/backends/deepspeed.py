@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,34 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from engine.backends.base import DTYPES, Backend, compute_norm
-from engine.backends.deepspeed_checkpoint import refuse_pickled_code
+from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
+from engine.backends.build_locks import log_build_locks
+from engine.backends.deepspeed_checkpoint import (
+    check_sharding,
+    describe_for_conversion,
+    keep_implementation,
+    refuse_pickled_code,
+    set_format,
+)
 from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.backends.deepspeed_layout import Layout
 from engine.backends.deepspeed_order import BackwardOrder
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
+from engine.config.master_weights import find_cpu_adam_key
 from engine.config.wording import count_noun
 from engine.distributed.ranks import Ranks
-from engine.errors import CheckpointError
-from engine.training.optimizers import OptimizerFactory, build_optimizer, is_buildable
+from engine.training.arguments import check_are_in_model
+from engine.training.data import repeat_batches
+from engine.training.gradient_averaging import find_sparse_weights
+from engine.training.optimizers import (
+    NoOptimizer,
+    OptimizerFactory,
+    build_optimizer,
+    is_buildable,
+)
 from engine.training.precision import cast_layer_inputs
 
 __all__ = ["DeepSpeedBackend", "import_deepspeed"]
@@ -40,8 +56,8 @@ _SCALER = "grad_scaler.pt"
 class DeepSpeedBackend(Backend):
     """Backend that trains with DeepSpeed's engine, including ZeRO and offloading.
 
-    The optimizer is PyTorch's implementation unless the config requires DeepSpeed's, so that
-    DeepSpeed compiles its own optimizers only if they are needed.
+    The optimizer is PyTorch's implementation unless the config requires DeepSpeed's, because
+    DeepSpeed has to compile its own optimizers first.
 
     Args:
         model: the user's module.
@@ -74,18 +90,28 @@ class DeepSpeedBackend(Backend):
 
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups = trainable if parameters is None else parameters
-        if any(is_moe_param(p) for p in model.parameters()) and not isinstance(
-            optimizer, Optimizer
-        ):
+        has_experts = any(is_moe_param(p) for p in model.parameters())
+        if has_experts and config.zero_stage == 3:
+            raise ValueError(
+                "DeepSpeed cannot train MoE layers in ZeRO stage 3. Set "
+                '"zero_optimization": {"stage": 2}, or configure `expert_parallel` (AutoEP).'
+            )
+        if has_experts and not isinstance(optimizer, Optimizer):
             groups = parameters = configure_moe_param_groups(groups)
         block = config.optimizer
-        if optimizer is None and block is not None and is_buildable(config.raw["optimizer"]):
-            optimizer = build_optimizer(block, groups)
+        can_build = block is not None and is_buildable(config.raw["optimizer"])
+        if optimizer is None and can_build and find_cpu_adam_key(config.raw) is None:
+            assert block is not None
+            may_fuse = not find_sparse_weights(model)
+            optimizer = build_optimizer(block, groups, may_fuse=may_fuse)
         trained = optimizer.param_groups if isinstance(optimizer, Optimizer) else groups
+        check_are_in_model(model, trained, "DeepSpeed")
         num_parameters = _count_elements(trained)
         layout = Layout(model, trained)
         # DeepSpeed reads the local rank from the environment. Set it in case no launcher did.
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+        if ranks.local_rank == 0:
+            log_build_locks()
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -94,18 +120,22 @@ class DeepSpeedBackend(Backend):
             mpu=mpu,
             mesh_param=mesh_param,
         )
+        self._trains = optimizer is not None or block is not None
+        self._is_managed = config.raw.get("managed_gradient_accumulation", True)
         super().__init__(
             self.engine.module,
-            self.engine.optimizer,
+            self.engine.optimizer if self._trains else NoOptimizer(),
             ranks,
             num_parameters=num_parameters,
-            basic_optimizer=self.engine.basic_optimizer,
+            basic_optimizer=self.engine.basic_optimizer if self._trains else None,
         )
         self._config = config
         self._order = BackwardOrder(self.engine, config.zero_stage)
-        self._has_rank_local_weights = mpu is not None or self.engine.has_moe_layers
         is_split = self.engine.pipeline_parallelism or self.engine.autotp_size() > 1
-        self._layout = None if is_split or self._has_rank_local_weights else layout
+        self._has_rank_local_weights = mpu is not None or self.engine.has_moe_layers or is_split
+        self._layout = None if self._has_rank_local_weights else layout
+        if self.engine.pipeline_parallelism:
+            self._guard_pipeline()
         self._input_casts: list[Any] = []
         dtype = DTYPES.get(config.precision)
         if dtype is not None and config.model.cast_inputs:
@@ -119,14 +149,23 @@ class DeepSpeedBackend(Backend):
 
     @override
     def prepare_backward(self, *, is_last: bool) -> None:
-        self.engine.set_gradient_accumulation_boundary(is_last)
+        if self._trains and self._is_managed:
+            self.engine.set_gradient_accumulation_boundary(is_last)
+
+    def _start_backward(self, *, is_last: bool) -> None:
+        """Check the order of the passes, and mark the last one of a step.
+
+        If DeepSpeed does not manage gradient accumulation, it reduces all gradients in its step.
+        """
+        self._order.check(is_last=is_last and self._is_managed)
+        if self._is_managed:
+            self.engine.set_gradient_accumulation_boundary(is_last)
 
     @override
     def backward(
         self, loss: Tensor, accumulation: int, *, is_last: bool, retain_graph: bool = False
     ) -> None:
-        self._order.check(is_last=is_last)
-        self.engine.set_gradient_accumulation_boundary(is_last)
+        self._start_backward(is_last=is_last)
         scaled = accumulation == self.engine.gradient_accumulation_steps()
         loss = loss if scaled else loss / accumulation
         with self._order.explain_errors():
@@ -134,9 +173,8 @@ class DeepSpeedBackend(Backend):
 
     @override
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
-        self._order.check(is_last=is_last)
-        self.engine.set_gradient_accumulation_boundary(is_last)
-        del accumulation  # DeepSpeed divides by it in its backward hooks
+        self._start_backward(is_last=is_last)
+        del accumulation  # DeepSpeed's backward hooks divide the gradients by this number
         scaled: Tensor = self.engine.scale(loss)
         return scaled
 
@@ -154,25 +192,60 @@ class DeepSpeedBackend(Backend):
         if not checks_overflow and not self._are_gradients_finite():
             self._skip_step()
             return False
-        self.engine.set_gradient_accumulation_boundary(is_boundary=True)
+        if self._is_managed:
+            self.engine.set_gradient_accumulation_boundary(is_boundary=True)
         self.engine.step()
         applied: bool = self.engine.was_step_applied()
         if scaler and scaler.get_scale() < before:
             applied = False
             self.engine.skipped_steps += 1
+        self._read_norm()
+        return applied
+
+    def _read_norm(self) -> None:
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             self.grad_norm = float(norm)
-        return applied
+
+    @override
+    def run_pipeline(
+        self, batches: Iterator[Any] | None, *, trains: bool
+    ) -> tuple[Tensor, bool] | None:
+        if not self.engine.pipeline_parallelism:
+            return None
+        reads_data = self.engine.is_first_stage() or self.engine.is_last_stage()
+        if batches is None and reads_data and self.engine.data_iterator is None:
+            repeat_batches(None)  # raises an error that states how to pass data
+        if not trains:
+            return self.engine.eval_batch(batches), False
+        loss = self.engine.train_batch(batches)
+        self._read_norm()
+        return loss, self.engine.was_step_applied()
 
     def _are_gradients_finite(self) -> bool:
-        """Compute the norm of the gradients, which DeepSpeed does not check without ZeRO."""
+        """Return whether all gradients are finite; DeepSpeed does not check this without ZeRO.
+
+        If every rank has the same weights, also store the norm of the gradients in ``grad_norm``.
+        """
         parameters = (p for g in self.optimizer.param_groups for p in g["params"])
-        norm = compute_norm([p.grad for p in parameters if p.grad is not None])
-        if not self._has_rank_local_weights:
+        norm = compute_norm([get_gradient(p) for p in parameters if p.grad is not None])
+        if self._is_managed and not self._has_rank_local_weights:
             self.grad_norm = norm
             return math.isfinite(norm)
         return self.mean(float(not math.isfinite(norm))) == 0
+
+    def _guard_pipeline(self) -> None:
+        """Skip the optimizer step of a pipeline if its gradients are not finite."""
+        take_step = self.engine._take_model_step  # noqa: SLF001  # it has no public name
+
+        def take_finite_step(*args: Any) -> None:
+            if hasattr(self.engine.optimizer, "overflow") or self._are_gradients_finite():
+                take_step(*args)
+            else:
+                self._skip_step()
+                self.engine._step_applied = False  # noqa: SLF001  # it has no public name
+
+        self.engine._take_model_step = take_finite_step  # noqa: SLF001
 
     def _skip_step(self) -> None:
         self.engine.zero_grad()
@@ -194,7 +267,7 @@ class DeepSpeedBackend(Backend):
         # last backward pass of a step, and its `step` fails without it.
         averaged = getattr(self.optimizer, "averaged_gradients", None)
         is_kept = self._config.zero_stage in {1, 2} and not self._config.cpu_offload
-        if averaged is None or not is_kept:
+        if averaged is None or not is_kept or not self._is_managed:
             return True
         return any(gradients is not None for gradients in averaged.values())
 
@@ -218,6 +291,7 @@ class DeepSpeedBackend(Backend):
         self.engine.save_checkpoint(
             str(checkpoint_dir.parent),
             tag=checkpoint_dir.name,
+            client_state=describe_for_conversion(self.engine),
             save_latest=False,
             exclude_frozen_parameters=not frozen,
         )
@@ -248,25 +322,39 @@ class DeepSpeedBackend(Backend):
     def load(
         self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
     ) -> None:
-        if self._layout is not None:
-            self._layout.check(checkpoint_dir, optimizer=optimizer, strict=strict and frozen)
         trusts = self._config.checkpoint.trust_pickle
-        with contextlib.nullcontext() if trusts else refuse_pickled_code():
-            path, _ = self.engine.load_checkpoint(
-                str(checkpoint_dir.parent),
-                tag=checkpoint_dir.name,
-                load_module_strict=strict and frozen,
-                load_optimizer_states=optimizer,
-                load_lr_scheduler_states=False,
-            )
-        if path is None:
-            raise CheckpointError(
-                f"{checkpoint_dir} does not contain a DeepSpeed checkpoint. Load a checkpoint "
-                "that was saved with the DeepSpeed backend."
-            )
+        files = DeepSpeedFiles(checkpoint_dir, trusts=trusts)
+        optimizer &= self.engine.basic_optimizer is not None
+        if self._layout is not None:
+            self._layout.check(files, optimizer=optimizer, strict=strict and frozen)
+            if optimizer:
+                check_sharding(files, self._config.zero_stage, self.engine.seq_dp_world_size)
+        with contextlib.ExitStack() as stack:
+            if not trusts:
+                stack.enter_context(refuse_pickled_code())
+            stack.enter_context(set_format(self.engine, files))
+            if optimizer or self._layout is None or files.is_universal:
+                stack.enter_context(keep_implementation(self.basic_optimizer))
+                self.engine.load_checkpoint(
+                    str(checkpoint_dir.parent),
+                    tag=checkpoint_dir.name,
+                    load_module_strict=strict and frozen,
+                    load_optimizer_states=optimizer,
+                    load_lr_scheduler_states=False,
+                )
+            else:
+                self._load_only_weights(files, strict=strict and frozen)
         scaler = self.engine.torch_autocast_z0_gradscaler
         if scaler and optimizer and (checkpoint_dir / _SCALER).is_file():
             scaler.load_state_dict(read_values(checkpoint_dir / _SCALER))
+
+    def _load_only_weights(self, files: DeepSpeedFiles, *, strict: bool) -> None:
+        """Load the weights of any ZeRO stage; DeepSpeed would load those of the newest tag."""
+        found = files.find_weights()
+        weights = {k: v.read() if isinstance(v, SavedTensor) else v for k, v in found.items()}
+        self._load_weights(weights, strict, None)
+        for name, count in files.read_run_state(self.engine.train_batch_size())["counters"].items():
+            setattr(self.engine, name, count)
 
     def _load_weights(
         self, weights: Mapping[str, Any], strict: bool, load_fn: Callable[..., Any] | None
@@ -279,11 +367,14 @@ class DeepSpeedBackend(Backend):
         # The next step would overwrite the weights with the optimizer's copies of the old ones.
         if hasattr(self.optimizer, "refresh_fp32_params"):
             self.optimizer.refresh_fp32_params()
-        elif self._config.zero_stage == 3:
+        elif self._config.zero_stage == 3 and self._trains:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad and name in weights:
                     whole = weights[name].to(parameter.device, torch.float32)
                     safe_set_full_fp32_param(parameter, whole)
+        # DeepSpeed keeps small parameters whole after it has loaded a checkpoint.
+        if small := getattr(self.engine.optimizer, "persistent_parameters", None):
+            small[0].all_gather(small)
 
     @override
     def snapshot(self) -> Any:
@@ -304,13 +395,10 @@ class DeepSpeedBackend(Backend):
             shutil.rmtree(checkpoint_dir.parent)
 
     @override
-    def describe(self) -> str:
+    def describe(self) -> tuple[str, str]:
         count = count_noun(self.ranks.world_size, "rank")
-        return f"DeepSpeed, ZeRO stage {self._config.zero_stage}, {count}"
-
-    @override
-    def describe_precision(self) -> str:
-        return self._config.precision
+        how = f"DeepSpeed, ZeRO stage {self._config.zero_stage}, {count}"
+        return how, self._config.precision
 
     @override
     def get_attribute(self, name: str) -> Any:
@@ -326,14 +414,17 @@ class DeepSpeedBackend(Backend):
 
 
 def _count_elements(groups: list[Any]) -> int:
-    """Count the elements of all parameters, before DeepSpeed flattens and shards them."""
+    """Return the total number of elements in the parameters of the param groups.
+
+    Call this function before DeepSpeed flattens and shards the parameters.
+    """
     members = (each["params"] if isinstance(each, dict) else [each] for each in groups)
     # Parameters that zero.Init has already sharded store their full size in `ds_numel`.
     return sum(getattr(p, "ds_numel", p.numel()) for params in members for p in params)
 
 
 def import_deepspeed() -> Any:
-    """Import and return DeepSpeed.
+    """Import the package ``deepspeed`` and return it.
 
     Raises:
         ImportError: DeepSpeed is not installed.

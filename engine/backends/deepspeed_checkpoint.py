@@ -1,68 +1,134 @@
-"""Load DeepSpeed's checkpoint files without running code from them."""
+"""Change how DeepSpeed reads its checkpoint files while it loads a checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import pickle
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.serialization import safe_globals
+from torch.optim import Optimizer
 
-from engine.checkpoint.plain_values import LOADABLE
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles
+from engine.checkpoint.deepspeed_pickles import import_classes, unpickle
+from engine.checkpoint.optimizer_state import KEPT_SETTINGS
 from engine.errors import CheckpointError
 
-__all__ = ["refuse_pickled_code"]
-
-_CLASSES = {
-    "argparse": ["Namespace"],
-    "deepspeed.runtime.fp16.loss_scaler": ["DynamicLossScaler", "LossScaler"],
-    "deepspeed.runtime.zero.config": ["ZeroStageEnum"],
-    "deepspeed.utils.tensor_fragment": ["fragment_address"],
-}
-"""Classes whose instances DeepSpeed saves; unpickling them runs no code from the file."""
+__all__ = [
+    "check_sharding",
+    "describe_for_conversion",
+    "keep_implementation",
+    "refuse_pickled_code",
+    "set_format",
+]
 
 
 @contextlib.contextmanager
 def refuse_pickled_code() -> Iterator[None]:
-    """Unpickle only tensors, plain values and `_CLASSES` while DeepSpeed loads a checkpoint.
+    """Inside this context, reject checkpoint files that could run code when DeepSpeed loads them.
 
-    DeepSpeed calls ``torch.load`` with ``weights_only=False`` and has no setting for it.
+    Only tensors, plain values and DeepSpeed's own classes are unpickled. By default, DeepSpeed
+    calls ``torch.load`` with ``weights_only=False``, and no setting of DeepSpeed changes this.
 
     Raises:
-        CheckpointError: a file contains other objects.
+        CheckpointError: a file contains an object of another class.
     """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    allowed, original = import_classes(), torch.load
 
-    allowed = [*LOADABLE, *_import_classes()]
-    original = TorchCheckpointEngine.load
+    def load(path: Any, *_: Any, mmap: bool | None = None, **_settings: Any) -> Any:
+        return unpickle(original, path, allowed, mmap=mmap)
 
-    def load(self: Any, path: str, map_location: Any = None) -> Any:
-        del self
-        try:
-            with safe_globals(allowed):
-                return torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f"an object of `{named[1]}`" if named else "an unknown object"
-            raise CheckpointError(
-                f"{path} contains {what}, and unpickling it can run code. If you trust the "
-                "checkpoint, set `engine.checkpoint.trust_pickle` to true."
-            ) from None
+    with _replace(torch, "load", load):
+        yield
 
-    TorchCheckpointEngine.load = load
+
+@contextlib.contextmanager
+def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
+    """Let DeepSpeed's engine load a universal checkpoint, or one of its usual format.
+
+    Raises:
+        CheckpointError: the checkpoint is universal, but the config does not say so.
+    """
+    if files.is_universal and not engine.load_universal_checkpoint():
+        raise CheckpointError(
+            f"{files.directory} is a universal checkpoint. To load it, set "
+            "`checkpoint.load_universal` to true."
+        )
+    with _replace(engine._config, "load_universal_checkpoint", files.is_universal):  # noqa: SLF001  # it has no setter
+        yield
+
+
+def describe_for_conversion(engine: Any) -> dict[str, Any]:
+    """Return what DeepSpeed's `ds_to_universal` requires in a checkpoint, unless it is in there."""
+    from deepspeed.checkpoint import constants
+
+    info = constants.UNIVERSAL_CHECKPOINT_INFO
+    if engine.has_moe_layers or hasattr(engine.module, info):
+        return {}
+    version = {
+        constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE
+    }
+    return {info: version}
+
+
+def check_sharding(files: DeepSpeedFiles, zero_stage: int, world_size: int) -> None:
+    """Check that the optimizer's states are sharded as in this run, before DeepSpeed loads them.
+
+    Args:
+        files: files of the checkpoint.
+        zero_stage: ZeRO stage of this run.
+        world_size: number of ranks that share the optimizer's states in this run.
+
+    Raises:
+        CheckpointError: DeepSpeed cannot load the states.
+    """
+    if files.is_universal:
+        return
+    stage = 1 if zero_stage == 2 else zero_stage  # their files are the same
+    if files.zero_stage != stage:
+        problem = f"its optimizer was saved at ZeRO stage {files.zero_stage}, not {zero_stage}"
+    elif stage > 0 and files.world_size != world_size:
+        problem = f"its optimizer was saved by {files.world_size} ranks, not {world_size}"
+    else:
+        return
+    raise CheckpointError(
+        f"{files.directory} does not match this run: {problem}. Convert it to a universal "
+        "checkpoint with DeepSpeed's `ds_to_universal`, load it with the PyTorch backend, or pass "
+        "`load_optimizer_states=False`."
+    )
+
+
+@contextlib.contextmanager
+def keep_implementation(optimizer: Optimizer) -> Iterator[None]:
+    """Keep settings such as ``fused`` while the states of DeepSpeed's optimizers are loaded.
+
+    FusedAdam's param groups lack them, and FusedAdam counts steps in integers.
+    """
+    before = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    yield
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    for group, settings in zip(optimizer.param_groups, before, strict=True):
+        for name in group.keys() - settings.keys() - {"params"}:
+            del group[name]
+        for name, value in settings.items():
+            if name in KEPT_SETTINGS or name not in group:
+                group[name] = value
+    is_fused = any(group.get("fused") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
+        if "step" in state:
+            device = parameter.device if is_fused else None
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
+
+
+@contextlib.contextmanager
+def _replace(module: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        TorchCheckpointEngine.load = original
-
-
-def _import_classes() -> list[Any]:
-    return [
-        getattr(importlib.import_module(module), name)
-        for module, names in _CLASSES.items()
-        for name in names
-    ]
+        setattr(module, name, original)

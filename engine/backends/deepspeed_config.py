@@ -1,8 +1,8 @@
 """Build the config that is passed to DeepSpeed.
 
-It is the user's config without this library's own keys and with all defaults filled in. DeepSpeed's
-defaults change between versions. With explicit values, DeepSpeed runs exactly the config that was
-validated.
+This config is the user's config without onecycle's own keys and with all defaults filled in.
+Because DeepSpeed's defaults change between versions, only explicit values ensure that DeepSpeed
+runs exactly the config that was validated.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[st
     }
     if "bfloat16" in own:
         own["bf16"] = own.pop("bfloat16")
-    if isinstance(own.get("zero_optimization"), bool):
+    zero = own.get("zero_optimization")
+    if isinstance(zero, bool):
         own["zero_optimization"] = {"stage": config.zero_stage}
+    elif zero is not None:
+        own["zero_optimization"] = {key: each for key, each in zero.items() if each != "auto"}
     # Do not add missing sections: some take effect just by being present.
     settings = to_nested_dict(
         member
@@ -63,6 +66,8 @@ def build_deepspeed_config(config: Config, *, builds_optimizer: bool) -> dict[st
     )
     sizes = (config.batch.train, config.batch.micro, config.batch.accumulation)
     settings |= dict(zip(BATCH_KEYS, sizes, strict=True))
+    if "tensor_parallel" in settings:
+        del settings["train_batch_size"]  # DeepSpeed may count the ranks of AutoTP in it
     settings["gradient_clipping"] = config.gradient_clipping
     if builds_optimizer and "optimizer" in config.raw:
         settings["optimizer"] = _drop_parked_keys(config.raw["optimizer"])

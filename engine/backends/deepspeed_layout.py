@@ -1,7 +1,8 @@
 """Check that a checkpoint fits the model and the optimizer before DeepSpeed loads it.
 
-DeepSpeed assigns the weights before it finds that the rest of a checkpoint does not fit. At ZeRO
-stage 3, it copies tensors of different shapes into each other's memory.
+DeepSpeed loads the weights before it finds out that the rest of a checkpoint does not fit, so a
+failed load would leave a changed model. At ZeRO stage 3, it copies tensors of different shapes into
+each other's memory.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles
 from engine.errors import CheckpointError
 
 __all__ = ["Layout"]
 
 _FILE = "layout.json"
+_FIX = "Build the optimizer with the same param groups, or pass `load_optimizer_states=False`."
 
 
 class Layout:
-    """The shapes and dtypes of a model's weights, and the shapes in each param group.
+    """Records the shape and dtype of each weight, and the parameter shapes of each param group.
 
     Args:
         model: model before or after DeepSpeed has sharded it.
@@ -51,11 +54,13 @@ class Layout:
             json.dumps({"weights": weights, "groups": self._groups}), encoding="utf-8"
         )
 
-    def check(self, checkpoint_dir: Path, *, optimizer: bool, strict: bool) -> None:
-        """Check that a checkpoint fits, if it has a layout.
+    def check(self, files: DeepSpeedFiles, *, optimizer: bool, strict: bool) -> None:
+        """Check that a checkpoint fits the model and the optimizer.
+
+        If DeepSpeed alone wrote the checkpoint, the layout is read from its own files.
 
         Args:
-            checkpoint_dir: directory of the checkpoint.
+            files: files of the checkpoint.
             optimizer: whether the optimizer will be loaded.
             strict: whether the checkpoint and the model must have the same weights.
 
@@ -64,29 +69,42 @@ class Layout:
         """
         from engine.checkpoint.state import check_weights  # takes 50 ms, so import only if needed
 
-        if not (checkpoint_dir / _FILE).is_file():
-            return
-        found = json.loads((checkpoint_dir / _FILE).read_text(encoding="utf-8"))
+        path, groups = files.directory / _FILE, None
+        weights: Any = files.get_shapes()
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            weights, groups = found["weights"], found["groups"]
         saved = {
             name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            for name, (shape, dtype) in found["weights"].items()
+            for name, (shape, dtype) in weights.items()
         }
         own = self._read_weights(frozen=True)
         if not strict:
             own = {name: tensor for name, tensor in own.items() if name in saved}
-        check_weights(checkpoint_dir, own, saved, strict=strict)
-        if optimizer and found["groups"] != self._groups:
-            counts, own_counts = (
-                [len(g) for g in each] for each in (found["groups"], self._groups)
-            )
+        check_weights(files.directory, own, saved, strict=strict)
+        if optimizer and groups is not None and groups != self._groups:
+            counts, own_counts = ([len(g) for g in each] for each in (groups, self._groups))
             raise CheckpointError(
-                f"{checkpoint_dir} does not match the optimizer: its param groups have {counts} "
-                f"parameters in the checkpoint, {own_counts} now, or their shapes differ. Build "
-                "the optimizer that was saved, or pass `load_optimizer_states=False`."
+                f"{files.directory} does not match the optimizer: the numbers of parameters in its "
+                f"param groups are {counts} in the checkpoint and {own_counts} now, or the shapes "
+                f"of the parameters differ. {_FIX}"
+            )
+        if optimizer and groups is None and not files.is_universal:
+            self._check_groups(files)
+
+    def _check_groups(self, files: DeepSpeedFiles) -> None:
+        """Check the param groups of a checkpoint without a layout."""
+        groups, shapes = files.find_param_groups(), files.get_trained_shapes()
+        own_shapes = sorted(shape for group in self._groups for shape in group)
+        if len(groups) != len(self._groups) or shapes not in (None, own_shapes):
+            raise CheckpointError(
+                f"{files.directory} does not match the optimizer: it has {len(groups)} param "
+                f"groups in the checkpoint, {len(self._groups)} now, or the shapes of the trained "
+                f"parameters differ. {_FIX}"
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:
-        """Return meta tensors with the shapes and dtypes of the model's weights, by name."""
+        """Return a dict from the name of each weight to a meta tensor with its shape and dtype."""
         return {
             name: torch.empty(_get_shape(value), dtype=value.dtype, device="meta")
             for name, value in self._model.state_dict(keep_vars=True).items()

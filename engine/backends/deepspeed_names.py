@@ -1,4 +1,8 @@
-"""DeepSpeed's names for settings of a run, and the names that only DeepSpeed's engine has."""
+"""Look up settings of a run by the names that they have in DeepSpeed's engine.
+
+Scripts written for DeepSpeed read settings from its engine, for example with
+``engine.zero_optimization_stage()``.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,12 @@ _ZERO = "/zero_optimization"
 _KEYS: Mapping[str, tuple[str, Any]] = {
     "dataloader_drop_last": ("/dataloader_drop_last", False),
     "dump_state": ("/dump_state", False),
+    "flops_profiler_detailed": ("/flops_profiler/detailed", True),
+    "flops_profiler_enabled": ("/flops_profiler/enabled", False),
+    "flops_profiler_module_depth": ("/flops_profiler/module_depth", -1),
+    "flops_profiler_output_file": ("/flops_profiler/output_file", None),
+    "flops_profiler_profile_step": ("/flops_profiler/profile_step", 1),
+    "flops_profiler_top_modules": ("/flops_profiler/top_modules", 1),
     "gradient_predivide_factor": ("/gradient_predivide_factor", 1.0),
     "loss_scale": ("/fp16/loss_scale", 0),
     "memory_breakdown": ("/memory_breakdown", False),
@@ -55,7 +65,7 @@ ONLY_DEEPSPEED = frozenset(
     aio_config all_to_all_group allreduce_bucket autotp_size buffered_allreduce_fallback
     checkpoint_engine clip_fp32_gradients coalesce_grad_reduction communication_data_type
     curriculum_learning_enabled data_efficiency_enabled eigenvalue engine_timers
-    expert_data_parallel_group expert_parallel_group flops_profiler flops_profiler_enabled
+    expert_data_parallel_group expert_parallel_group flops_profiler
     get_data_types get_model_parallel_rank get_sequence_parallel_group get_tensor_parallel_rank
     get_wall_clock_timers is_compiled moe_layers mpu num_experts offload_states quantizer
     random_ltd_enabled random_ltd_scheduler register_compile_pass reload_states
@@ -69,10 +79,13 @@ ONLY_DEEPSPEED = frozenset(
 
 
 def find_setting(config: Config, name: str) -> Any:
-    """Return a method that returns a setting, or an attribute, by its name in DeepSpeed's engine.
+    """Return a setting of the config by the name that it has in DeepSpeed's engine.
+
+    If the name is that of a method in DeepSpeed's engine, return a function without arguments that
+    returns the setting.
 
     Raises:
-        KeyError: there is none with this name.
+        KeyError: no setting has this name.
 
     >>> from engine.config import load_config
     >>> find_setting(load_config({"train_batch_size": 8}), "loss_scale")()
@@ -88,6 +101,6 @@ def find_setting(config: Config, name: str) -> Any:
 
 
 def _read(config: Config, pointer: str, default: Any) -> Any:
-    """Return the value of a key of the config, or the default that DeepSpeed uses."""
+    """Return the value of a config key, or DeepSpeed's default if the key is not set."""
     members = walk(config.raw, schemas.read(SCHEMA), fill=partial(get_default, backend="deepspeed"))
     return next((each.value for each in members if each.pointer == pointer), default)

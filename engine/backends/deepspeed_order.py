@@ -19,16 +19,16 @@ _UNSUPPORTED = ("Direct calls to tensor.backward()", "The size of tensor a (0)")
 
 
 class BackwardOrder:
-    """Checks the order of passes of a DeepSpeed engine.
+    """Checks the order of the forward and backward passes of a DeepSpeed engine.
 
     DeepSpeed 0.19 loses gradients without an error in these cases:
 
-    - ZeRO stages 1 and 2 average the gradients in the first of several last backward passes of a
-      step. Those of the second one are wrong.
-    - ZeRO stage 3 releases the parameters after a backward pass, so a second one whose forward pass
-      came before the first gets wrong gradients.
-    - All stages with master weights train only parameters that required gradients when the engine
-      was built.
+    - In ZeRO stages 1 and 2, more than one backward pass of a step is marked as the last. DeepSpeed
+      averages the gradients in the first of these passes, so the gradients of the others are wrong.
+    - In ZeRO stage 3, two forward passes are followed by two backward passes. DeepSpeed releases
+      the parameters after the first backward pass, so the gradients of the second are wrong.
+    - In any stage with master weights, a parameter is unfrozen after the engine was built.
+      DeepSpeed trains only the parameters that required gradients at that time.
 
     Args:
         engine: DeepSpeed's engine.
@@ -52,16 +52,16 @@ class BackwardOrder:
         self._forwards += torch.is_grad_enabled()
 
     def check(self, *, is_last: bool) -> None:
-        """Check that DeepSpeed computes the gradients of the next backward pass correctly.
+        """Check that DeepSpeed will compute correct gradients in the next backward pass.
 
         Raises:
-            RuntimeError: DeepSpeed would lose gradients.
+            RuntimeError: DeepSpeed would lose gradients or compute wrong gradients.
         """
         if self._has_averaged and self._zero_stage in {1, 2}:
             raise MisuseError(
-                f"On DeepSpeed with ZeRO stage {self._zero_stage}, only one backward pass of a "
-                "step may be the last one, but `backward` was called again before `step`. Add the "
-                "losses and call `backward` once, or call "
+                f"With DeepSpeed's ZeRO stage {self._zero_stage}, `backward` was called again "
+                "after the last backward pass of a step, in which DeepSpeed averages the "
+                "gradients. Add the losses and call `backward` once, or call "
                 "`set_gradient_accumulation_boundary(False)` before all but the last call."
             )
         if self._zero_stage == 3 and self._forwards == 0 and self._has_several_forwards:
@@ -81,7 +81,11 @@ class BackwardOrder:
 
     @contextlib.contextmanager
     def explain_errors(self) -> Iterator[None]:
-        """Add how to fix them to the errors of an unsupported backward pass, such as a GAN's."""
+        """Convert DeepSpeed's errors about unsupported backward passes to errors with a fix.
+
+        Run the backward pass inside this context. DeepSpeed does not support, for example, the
+        backward pass of a GAN's generator, because its loss depends on the models of two engines.
+        """
         try:
             yield
         except (AssertionError, RuntimeError) as error:
@@ -97,11 +101,11 @@ class BackwardOrder:
             ) from error
 
     def start_step(self) -> None:
-        """Forget the passes of the previous step."""
+        """Reset the record of forward and backward passes at the start of a step."""
         self._has_averaged = self._has_several_forwards = False
 
     def release(self) -> None:
-        """Stop counting forward passes."""
+        """Remove the hook that counts the forward passes of the engine."""
         self._hook.remove()
 
 

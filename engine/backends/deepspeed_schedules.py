@@ -1,4 +1,4 @@
-"""Register our schedules with DeepSpeed, for scripts that do not call `engine.initialize`."""
+"""Register onecycle's schedules with DeepSpeed, for scripts without `engine.initialize`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ __all__ = ["register_with_deepspeed"]
 
 
 def register_with_deepspeed(*, replace: bool = False) -> list[str]:
-    """Register our schedules with DeepSpeed, for use with ``deepspeed.initialize`` or accelerate.
+    """Register onecycle's schedules with DeepSpeed, for ``deepspeed.initialize`` and accelerate.
 
-    Their names are then valid values of ``scheduler.type`` in the config. DeepSpeed looks up
-    the type in its module ``deepspeed.runtime.lr_schedules`` and calls the scheduler's ``step()``
-    after every optimizer step that it does not report as skipped. Specify durations as numbers of
-    steps: a string such as "10ep" requires the length of an epoch, which DeepSpeed does not
-    provide.
+    After this call, the names of the schedules are valid values of ``scheduler.type`` in the
+    config. DeepSpeed looks up the type in its module ``deepspeed.runtime.lr_schedules`` and calls
+    the scheduler's ``step()`` after every optimizer step, except after steps that DeepSpeed reports
+    as skipped. Specify durations as numbers of steps: a string such as "10ep" requires the length
+    of an epoch, which DeepSpeed does not provide.
 
     Args:
-        replace: whether to replace DeepSpeed's own five schedules with our versions.
+        replace: whether to replace DeepSpeed's own five schedules with onecycle's versions.
 
     Returns:
         The names of the registered schedules.

@@ -1,8 +1,8 @@
 """The FSDP2 backend: PyTorch with parameters, gradients and optimizer states sharded across ranks.
 
 FSDP2 implements ZeRO's stages as follows. Stage 3 gathers a block's parameters for the forward pass
-and again for the backward pass. Stage 2 keeps them between the two passes. Stage 1 also keeps
-them, and reduces gradients only once per step.
+and again for the backward pass. Stage 2 keeps the gathered parameters between the two passes. Stage
+1 does the same, but reduces the gradients only once per step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -35,11 +36,15 @@ from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.errors import MisuseError
 from engine.training.activation_checkpointing import find_blocks
-from engine.training.gradient_averaging import broadcast
+from engine.training.arguments import check_are_in_model
+from engine.training.gradient_averaging import broadcast, find_sparse_weights
 from engine.training.optimizers import OptimizerFactory
 from engine.training.precision import cast_layer_inputs, find_methods
 
 __all__ = ["FSDPBackend", "check_gradient_averaging", "shard"]
+
+_SHARDED: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+"""The settings with which `shard` has sharded each model."""
 
 
 class FSDPBackend(PyTorchBackend):
@@ -97,13 +102,16 @@ class FSDPBackend(PyTorchBackend):
         return super().scale(loss, accumulation, is_last=is_last)
 
     def _check_frozen(self) -> None:
-        """Check that no 16-bit parameter was unfrozen: FSDP cannot convert it to float32 later."""
+        """Check that no 16-bit parameter was unfrozen after the engine was built.
+
+        FSDP cannot convert a parameter to float32 after it has sharded the parameter.
+        """
         for name, parameter in self._frozen_16_bits:
             if parameter.requires_grad:
                 raise MisuseError(
                     f"`{name}` has 16 bits and was frozen when the engine was built, so FSDP "
-                    "cannot train it in float32. Unfreeze it before `initialize`, or convert it "
-                    "with `.float()` before `initialize`."
+                    "cannot train it in float32. Unfreeze the parameter, or convert it with "
+                    "`.float()`, before `initialize`."
                 )
 
     @override
@@ -112,7 +120,7 @@ class FSDPBackend(PyTorchBackend):
             raise MisuseError(
                 "In ZeRO stage 1, the last backward pass before an optimizer step must reduce the "
                 "gradients. Call `set_gradient_accumulation_boundary(True)` before "
-                "`trainer.backward(loss)`, and leave `no_sync()` before it."
+                "`trainer.backward(loss)`, and call `backward` outside of `no_sync()`."
             )
         # An evaluation after the last backward pass has gathered weights that this step changes.
         reshard(self.model)
@@ -170,16 +178,17 @@ class FSDPBackend(PyTorchBackend):
         super().destroy()
 
     @override
-    def describe(self) -> str:
+    def describe(self) -> tuple[str, str]:
         size = self.ranks.world_size
-        return f"PyTorch FSDP2, ZeRO stage {self._config.zero_stage} over {size} ranks"
+        how = f"PyTorch FSDP2, ZeRO stage {self._config.zero_stage} over {size} ranks"
+        return how, self._describe_precision()
 
 
 def _check_supported(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer.
+    """Check that an optimizer can update sharded parameters, and return the optimizer.
 
     Raises:
-        ValueError: it cannot update sharded parameters.
+        ValueError: the optimizer cannot update sharded parameters.
     """
     is_rprop = isinstance(optimizer, torch.optim.Rprop)
     if is_rprop:  # its masked assignment fails for a DTensor
@@ -191,7 +200,10 @@ def _check_supported(optimizer: Optimizer) -> Optimizer:
 
 
 def _clear_unreduced_gradients(module: FSDPModule) -> None:
-    """Clear the gradients of backward passes that did not reduce them; FSDP has no such method."""
+    """Clear the gradients that a module has accumulated on this rank but not yet reduced.
+
+    FSDP has no public method that clears them.
+    """
     group = module._get_fsdp_state()._fsdp_param_group  # noqa: SLF001  # private in torch
     for parameter in group.fsdp_params if group is not None else ():
         parameter.unsharded_accumulated_grad = None
@@ -220,12 +232,47 @@ def shard(
         The sharded parameters to train, in the structure of ``parameters``.
 
     Raises:
-        ValueError: a parameter does not belong to the model, or the model contains none of the
-            classes in ``engine.wrap``.
+        ValueError: a parameter does not belong to the model, the model contains none of the
+            classes in ``engine.wrap``, has sparse gradients or is sharded in a different way.
     """
-    broadcast((*model.parameters(), *model.buffers()))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     wanted = None if parameters is None else list(parameters)
+    check_are_in_model(model, wanted or (), "FSDP2")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    settings = (config.zero_stage == 3, dtype, config.cpu_offload)
+    if not _is_sharded(model, settings):
+        _shard(model, config, dtype)
+        _SHARDED[model] = settings
+    sharded = dict(model.named_parameters())
+    if wanted is None:
+        return [parameter for parameter in sharded.values() if parameter.requires_grad]
+    return [_to_sharded(each, names, sharded) for each in wanted]
+
+
+def _is_sharded(model: nn.Module, settings: tuple[Any, ...]) -> bool:
+    """Return whether an earlier engine has sharded a model in the same way.
+
+    Raises:
+        ValueError: the model is sharded in a different way.
+    """
+    if not isinstance(model, FSDPModule):
+        return False
+    if _SHARDED.get(model) != settings:
+        raise ValueError(
+            "`model` is already sharded by FSDP2, with a different ZeRO stage, precision or "
+            "offloading. Build a new model, or use the same settings as the first engine."
+        )
+    return True
+
+
+def _shard(model: nn.Module, config: Config, dtype: torch.dtype | None) -> None:
+    sparse = find_sparse_weights(model)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in sparse:
+            raise ValueError(
+                f"FSDP2 cannot average the sparse gradient of `{name}`. Create the embedding "
+                'with `sparse=False`, or set "zero_optimization": {"stage": 0}.'
+            )
+    broadcast((*model.parameters(), *model.buffers()))
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
         reduce_dtype=torch.float32 if dtype else None,
@@ -244,20 +291,11 @@ def shard(
     # them after it has called the model.
     fully_shard(model, **{**settings, "reshard_after_forward": False})
     accept_whole_weights(model)
-    sharded = dict(model.named_parameters())
-    if wanted is None:
-        return [parameter for parameter in sharded.values() if parameter.requires_grad]
-    return [_to_sharded(each, names, sharded) for each in wanted]
 
 
 def _to_sharded(each: Any, names: dict[int, str], sharded: dict[str, nn.Parameter]) -> Any:
     if isinstance(each, dict):
         return {**each, "params": [_to_sharded(p, names, sharded) for p in each["params"]]}
-    if id(each) not in names:
-        raise ValueError(
-            f"`model_parameters` contains a tensor of shape {tuple(each.shape)} that is not a "
-            "parameter of `model`. Pass only tensors from `model.parameters()`."
-        )
     return sharded[names[id(each)]]
 
 
@@ -267,10 +305,11 @@ def _to_local(tensor: Tensor) -> Tensor:
 
 
 def check_gradient_averaging(ranks: Ranks) -> None:
-    """Check that FSDP averages gradients over the ranks. Some builds of torch do not.
+    """Check that FSDP averages gradients over the ranks, because some builds of torch do not.
 
     Raises:
-        RuntimeError: FSDP's gradient of a test weight is not the mean of the ranks' gradients.
+        RuntimeError: the gradient that FSDP computes for a test weight is not the mean over the
+            ranks.
     """
     # Leave the weight uninitialized, so that the script's random state does not change.
     probe = skip_init(nn.Linear, ranks.world_size, 1, bias=False, device=ranks.device)  # type: ignore[no-untyped-call]  # untyped in torch

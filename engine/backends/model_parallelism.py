@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 
-__all__ = ["find_model_parallelism"]
+from engine.distributed.ranks import get_rank, get_world_size
+
+__all__ = ["find_data_shard", "find_model_parallelism"]
 
 _PACKAGES = (
     "deepspeed.moe",
@@ -18,8 +23,8 @@ _PACKAGES = (
 def find_model_parallelism(model: nn.Module) -> str | None:
     """Return the part of a model that implements its own parallelism, such as an MoE layer.
 
-    Return None if there is none. Averaging all gradients over all ranks would be incorrect for such
-    a model: for example, each rank may hold different experts.
+    Return None if the model has no such part. Averaging all gradients over all ranks would be
+    incorrect for a model with such a part: for example, each rank may hold different experts.
 
     >>> find_model_parallelism(nn.Linear(2, 2))
     """
@@ -35,3 +40,34 @@ def find_model_parallelism(model: nn.Module) -> str | None:
         if hasattr(parameter, "ds_id"):
             return f"the parameter `{name}` sharded by `deepspeed.zero.Init`"
     return None
+
+
+def find_data_shard(model: Any, mpu: Any, mesh_param: Any) -> tuple[int, int] | None:
+    """Return the index and the number of the parts of the data, as DeepSpeed determines them.
+
+    Return None if neither the model nor an argument determines them.
+
+    Args:
+        model: a PipelineModule knows which ranks are stages of one pipeline.
+        mpu: model-parallel unit.
+        mesh_param: number of data-parallel ranks, and of ranks that share each sequence.
+    """
+    if _is_pipeline(model):
+        mpu = model.mpu()
+    if mpu is not None:
+        if hasattr(mpu, "get_data_parallel_world_size"):
+            return mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        if hasattr(mpu, "get_sequence_parallel_world_size"):
+            mesh_param = None, mpu.get_sequence_parallel_world_size()
+    if not isinstance(mesh_param, Sequence):
+        return None
+    ranks_per_model = mesh_param[1]
+    return get_rank() // ranks_per_model, get_world_size() // ranks_per_model
+
+
+def _is_pipeline(model: nn.Module) -> bool:
+    """Return whether a model is DeepSpeed's PipelineModule."""
+    return any(
+        cls.__module__ == "deepspeed.runtime.pipe.module" and cls.__name__ == "PipelineModule"
+        for cls in type(model).__mro__
+    )

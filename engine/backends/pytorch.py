@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -16,27 +17,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from engine.backends.base import DTYPES, Backend, compute_norm
+from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles, has_deepspeed_files
 from engine.checkpoint.plain_values import read_values, write_values
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.training.activation_checkpointing import checkpoint_activations
 from engine.training.gradient_averaging import GradientAverager, find_sparse_weights
 from engine.training.loss_scaling import LossScaler
-from engine.training.optimizers import OptimizerFactory, build_optimizer
+from engine.training.optimizers import NoOptimizer, OptimizerFactory, build_optimizer
 from engine.training.precision import autocast_methods, convert_to_float32, restore_methods
 
 __all__ = ["PyTorchBackend"]
+
+log = logging.getLogger("onecycle")
 
 _SCALER = "loss_scaler.pt"
 
 
 class PyTorchBackend(Backend):
-    """Backend that trains with PyTorch; several ranks average the gradients of model replicas.
+    """Backend that trains with PyTorch, and averages the gradients of all ranks' model replicas.
 
-    Trained parameters are in float32. In bf16 and fp16, the model's methods run under autocast.
-    Trained 16-bit parameters are converted to float32, and the model then computes in their dtype,
-    unless ``engine.master_weights`` is false.
+    Trained 16-bit parameters are converted to float32 unless ``engine.master_weights`` is false.
+    With bf16, fp16 or converted parameters, the model's methods run under autocast. If the config
+    does not select bf16 or fp16, autocast uses the dtype that the parameters had before the
+    conversion.
 
     Args:
         model: the user's module; it is moved to the device of ``ranks``.
@@ -48,8 +53,8 @@ class PyTorchBackend(Backend):
         parameters: tensors or param groups to train; if None, all that require gradients.
 
     Raises:
-        ValueError: activation checkpointing finds no blocks, ``engine.compile`` is not a known
-            compiler, or the user's optimizer does not train any parameter of the model.
+        ValueError: the model has none of the classes in ``engine.wrap``, ``engine.compile`` is not
+            a known compiler, or the user's optimizer does not train any parameter of the model.
     """
 
     def __init__(
@@ -64,7 +69,8 @@ class PyTorchBackend(Backend):
         self._config = config
         self._dtype = DTYPES.get(config.precision)
         _prepare_model(model, config, ranks.device)
-        if config.model.master_weights:
+        trains = optimizer is not None or config.optimizer is not None
+        if config.model.master_weights and trains:
             given = optimizer if isinstance(optimizer, Optimizer) else None
             converted_from = convert_to_float32(model.parameters(), given)
             self._dtype = self._dtype or converted_from
@@ -99,16 +105,20 @@ class PyTorchBackend(Backend):
             parameters = [p for p in model.parameters() if p.requires_grad]
         if optimizer is not None:
             return optimizer(parameters)
-        assert self._config.optimizer is not None
+        if self._config.optimizer is None:
+            return NoOptimizer()
         may_fuse = not find_sparse_weights(model)
         return build_optimizer(self._config.optimizer, parameters, may_fuse=may_fuse)
 
     def _build_averager(self) -> GradientAverager | None:
-        """Build what averages gradients across ranks; None if the model itself does it."""
+        """Build the object that averages gradients across ranks.
+
+        Return None if the model averages the gradients itself.
+        """
         return GradientAverager(self.model, self.optimizer, self.ranks)
 
     def _set_precision(self) -> None:
-        """Make the model's methods compute in the run's precision."""
+        """Make the model's methods compute in the precision that the config selects."""
         if self._dtype is not None:
             autocast_methods(self.model, self.ranks.device.type, self._dtype)
 
@@ -165,7 +175,7 @@ class PyTorchBackend(Backend):
         return finite
 
     def _publish_scale(self, *, overflow: bool) -> None:
-        """Set the attributes that scripts read from DeepSpeed's optimizers."""
+        """Set attributes that scripts read from DeepSpeed's optimizers, such as ``loss_scale``."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
         optimizer.cur_scale = optimizer.loss_scale = self.loss_scale
@@ -179,9 +189,12 @@ class PyTorchBackend(Backend):
             self._averager.average()
 
     def _collect_gradients(self) -> list[Tensor]:
-        """Return this rank's gradients; with FSDP, only this rank's shards."""
+        """Return the gradients of all parameters of the optimizer.
+
+        With FSDP, return only this rank's shards of the gradients.
+        """
         return [
-            _get_values(parameter) if parameter.grad.is_sparse else parameter.grad
+            get_gradient(parameter)
             for group in self.optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
@@ -191,7 +204,7 @@ class PyTorchBackend(Backend):
         return compute_norm(gradients)
 
     def _convert_unfrozen(self) -> None:
-        """Convert 16-bit parameters that were frozen when the run started to float32."""
+        """Convert 16-bit parameters to float32 if they were unfrozen after the run started."""
         for group in self.optimizer.param_groups:
             convert_to_float32((p for p in group["params"] if p.grad is not None), self.optimizer)
 
@@ -240,10 +253,37 @@ class PyTorchBackend(Backend):
         from engine.checkpoint import state  # takes 50 ms, so import only if needed
 
         trained_by = self.optimizer if optimizer else None
+        if has_deepspeed_files(checkpoint_dir):
+            self._load_deepspeed_files(checkpoint_dir, trained_by, strict=strict, frozen=frozen)
+            return
         state.read(checkpoint_dir, self.model, trained_by, strict=strict, frozen=frozen)
         saved = checkpoint_dir / _SCALER
         if optimizer and self._scaler is not None and saved.is_file():
             self._scaler.load_state_dict(read_values(saved))
+            self._publish_scale(overflow=False)
+
+    def _load_deepspeed_files(
+        self, checkpoint_dir: Path, optimizer: Optimizer | None, *, strict: bool, frozen: bool
+    ) -> None:
+        from engine.checkpoint import state
+        from engine.checkpoint.deepspeed_source import DeepSpeedSource, has_states_for
+
+        files = DeepSpeedFiles(checkpoint_dir, trusts=self._config.checkpoint.trust_pickle)
+        if optimizer is not None and not optimizer.param_groups:  # the model is not trained
+            optimizer = None
+        if optimizer is not None and not has_states_for(optimizer, files, self.model):
+            name = type(optimizer).__name__
+            log.warning(
+                "the optimizer starts from scratch: %s has no states for %s", checkpoint_dir, name
+            )
+            optimizer = None
+        source = DeepSpeedSource(files, self.model, self.optimizer)
+        state.read(
+            checkpoint_dir, self.model, optimizer, strict=strict, frozen=frozen, source=source
+        )
+        scaler = files.read_loss_scaler()
+        if optimizer is not None and self._scaler is not None and scaler is not None:
+            self._scaler.load_state_dict(scaler)
             self._publish_scale(overflow=False)
 
     @override
@@ -273,13 +313,12 @@ class PyTorchBackend(Backend):
         self._old_gradients = []
 
     @override
-    def describe(self) -> str:
+    def describe(self) -> tuple[str, str]:
         count = self.ranks.world_size
         how = f"replicated on {count} ranks" if count > 1 else "one process"
-        return f"PyTorch, {how}"
+        return f"PyTorch, {how}", self._describe_precision()
 
-    @override
-    def describe_precision(self) -> str:
+    def _describe_precision(self) -> str:
         if self._dtype is None or self._config.precision != "fp32":
             return self._config.precision
         return f"fp32 weights, computing in {str(self._dtype).removeprefix('torch.')}"
@@ -301,13 +340,6 @@ def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> No
         checkpoint_activations(model, settings.wrap_classes, on_host=is_on_host)
     if compiler is not None:
         model.compile(backend=compiler)
-
-
-def _get_values(parameter: nn.Parameter) -> Tensor:
-    """Return the values of a sparse gradient; changing them in place changes the gradient."""
-    assert parameter.grad is not None
-    parameter.grad = parameter.grad.coalesce()
-    return parameter.grad._values()  # noqa: SLF001  # `values()` would return a detached copy
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""Collect, save and accept whole weights of a model whose weights may be sharded across ranks."""
+"""Collect, save and load unsharded weights of a model that may be sharded across ranks."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def collect_weights(
     exclude_frozen: bool = False,
     is_on_rank_0_only: bool = False,
 ) -> dict[str, Any]:
-    """Return the ``state_dict`` of the model with whole tensors.
+    """Return the ``state_dict`` of the model with unsharded tensors.
 
-    If the weights are sharded, every rank must call this function, and gathered tensors are in host
-    memory.
+    If the weights are sharded, every rank must call this function. Tensors gathered from several
+    ranks are stored in host memory.
 
     Args:
         backend: backend that trains the model with PyTorch.
@@ -57,7 +57,8 @@ def collect_weights(
         prefix: see ``nn.Module.state_dict``.
         keep_vars: see ``nn.Module.state_dict``; gathered tensors are always detached.
         exclude_frozen: whether to leave out parameters that do not require gradients.
-        is_on_rank_0_only: whether the other ranks release gathered tensors, and return none.
+        is_on_rank_0_only: whether only rank 0 keeps and returns the tensors. The other ranks
+            return an empty dict.
     """
     model = backend.model
     weights: Any = model.state_dict(destination=destination, prefix=prefix, keep_vars=True)  # type: ignore[type-var]  # None is the default
@@ -90,7 +91,7 @@ def _gather(sharded: DTensor) -> Tensor:
 def save_weights(
     backend: Backend, path: Path, precision: str, *, exclude_frozen: bool = False
 ) -> None:
-    """Save the model's whole weights to one file with ``torch.save``.
+    """Save the model's unsharded weights to one file with ``torch.save``.
 
     If the weights are sharded, every rank must call this function.
 
@@ -115,7 +116,10 @@ def save_weights(
 
 
 def convert_parameters(backend: Backend, weights: dict[str, Any], precision: str) -> None:
-    """Convert the float32 parameters in ``weights`` to the 16-bit precision, if it is one."""
+    """Convert the float32 parameters in ``weights`` to a precision, "bf16" or "fp16".
+
+    With any other value of ``precision``, the parameters stay in float32.
+    """
     dtype = DTYPES.get(precision, torch.float32)
     converted: dict[Any, Tensor] = {}  # keeps tied parameters tied
     for name, _ in backend.model.named_parameters(remove_duplicate=False):

@@ -19,7 +19,10 @@ log = logging.getLogger("onecycle")
 
 
 def exit_with_failure(error: Exception) -> NoReturn:
-    """End a process that is exiting already with status 1, because its last save failed."""
+    """Log the failure of the last save, and exit the process with status 1.
+
+    Call this function only while the process is exiting, because it runs no exit handlers.
+    """
     log.critical("the last checkpoint was not written", exc_info=error)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -29,7 +32,7 @@ def exit_with_failure(error: Exception) -> NoReturn:
 class AsyncSaver:
     """Writes checkpoints in a background thread, one at a time.
 
-    At exit, the process waits for the last save to finish. If that save failed, the exit status
+    At exit, the process waits until the last save has finished. If that save fails, the exit status
     is 1.
     """
 
@@ -42,9 +45,9 @@ class AsyncSaver:
         atexit.register(self._wait_at_exit)
 
     def get_process_group(self, world_size: int) -> dist.ProcessGroup | None:
-        """Return a gloo process group that is used only for saving; None if the world size is 1.
+        """Return a gloo process group for saving only, or None if the world size is 1.
 
-        Every rank must make the first call, which creates the group.
+        The first call creates the group, so every rank must make this call.
         """
         if self._group is None and world_size > 1:
             self._group = dist.new_group(backend="gloo")
@@ -73,7 +76,7 @@ class AsyncSaver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the current save has finished. Return at once if there is none.
+        """Wait until the current save has finished. If no save is running, return at once.
 
         Raises:
             Exception: the exception of the last save, if it failed.
@@ -86,7 +89,7 @@ class AsyncSaver:
             raise failure
 
     def close(self) -> None:
-        """Wait until the current save has finished, then free the copies in host memory.
+        """Wait until the current save has finished, then free the host memory used for the copies.
 
         Raises:
             Exception: the exception of the last save, if it failed.

@@ -1,4 +1,4 @@
-"""Save the checkpoints that a config asks for, and resume from them."""
+"""Save checkpoints automatically, as the config specifies, and resume from them."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ log = logging.getLogger("onecycle")
 
 _BEST = "best"
 _USERS: weakref.WeakValueDictionary[str, AutomaticCheckpoints] = weakref.WeakValueDictionary()
-"""The last engine of this process that uses each directory."""
+"""The last engine of this process that uses each checkpoint directory."""
 
 
 class AutomaticCheckpoints:
-    """Decides when a run saves a checkpoint, and where it resumes.
+    """Saves the checkpoints of a run automatically, and resumes from them.
 
-    Every rank must call each method. Without ``engine.checkpoint.dir``, every method does nothing.
+    Every rank must call each method. Without ``engine.checkpoint.dir``, the methods do nothing.
 
     Args:
         plan: the config's section ``engine.checkpoint``.
-        checkpointer: writes and reads the checkpoints.
+        checkpointer: object that writes and reads the checkpoints.
         ranks: rank and world size of this process.
     """
 
@@ -50,8 +50,8 @@ class AutomaticCheckpoints:
     def resume(self, run: RunState) -> bool:
         """Resume from the newest complete checkpoint if ``engine.checkpoint.resume`` allows it.
 
-        From this call on, a run also saves if a rank has received SIGINT, SIGTERM or SIGUSR1, and
-        at the end of the process.
+        After this call, the run also saves a checkpoint when a rank receives SIGINT, SIGTERM or
+        SIGUSR1, and at the end of the process.
 
         Returns:
             Whether a checkpoint was loaded.
@@ -69,7 +69,7 @@ class AutomaticCheckpoints:
         _USERS[str(directory.resolve())] = self
         if plan.every is not None:
             atexit.register(self._save_at_exit, run)
-        # If every checkpoint is damaged, `load` raises: a new run would overwrite them.
+        # If every checkpoint is damaged, `load` raises, because a new run would overwrite them.
         is_loaded = plan.resume == "must" or (
             plan.resume == "auto"
             and call_on_rank_0(self._ranks, lambda: storage.has_any_checkpoint(directory))
@@ -82,10 +82,11 @@ class AutomaticCheckpoints:
         return is_loaded
 
     def save_if_due(self, run: RunState) -> None:
-        """Save what is due after a step: the best checkpoint, a regular one, or the last one.
+        """Save the checkpoints that are due after a step.
 
-        A regular checkpoint is due every ``engine.checkpoint.every`` steps. The last one is due if
-        any rank has received SIGINT, SIGTERM or SIGUSR1.
+        The best checkpoint is due if the metric has improved. A regular checkpoint is due every
+        ``engine.checkpoint.every`` steps, and also when any rank has received SIGINT, SIGTERM or
+        SIGUSR1.
 
         Raises:
             CheckpointError: at the first call, if another process writes to the directory.
@@ -117,7 +118,7 @@ class AutomaticCheckpoints:
         run.best.is_unsaved = False
 
     def save_last(self, run: RunState) -> None:
-        """Save the last steps of the run, unless they are saved already."""
+        """Save a checkpoint of the last step, unless one already exists."""
         if self._directory is None or self._plan.every is None or run.is_trial:
             return
         if not self._checkpointer.is_saved(run, self._directory):
@@ -125,9 +126,10 @@ class AutomaticCheckpoints:
             self._checkpointer.wait()
 
     def close(self, run: RunState) -> None:
-        """Save the last steps as at the end of the process; restore the previous signal handlers.
+        """Save a checkpoint of the last step if none exists, and restore the signal handlers.
 
-        Several ranks save if each of them calls this method within 30 seconds.
+        With several ranks, the checkpoint is saved only if every rank calls this method within 30
+        seconds.
         """
         atexit.unregister(self._save_at_exit)
         try:
@@ -158,9 +160,9 @@ class AutomaticCheckpoints:
         self._checkpointer.save(run, directory, tag, is_automatic=tag is None)
 
     def _save_at_exit(self, run: RunState) -> None:
-        """Save the last steps of a single process that ends without an exception.
+        """Save a checkpoint of the last step if a single-process run exits without an exception.
 
-        Several ranks cannot do so: one of them may have left already.
+        With several ranks, no checkpoint is saved, because some ranks may have exited already.
         """
         directory = self._directory
         if directory is None or hasattr(sys, "last_value") or self._is_saved(run, directory):
@@ -178,8 +180,8 @@ class AutomaticCheckpoints:
     def _warn_of_unsaved_steps(self, directory: Path) -> None:
         if self._ranks.rank == 0:
             log.warning(
-                "the steps after step %d are in no checkpoint; set `engine.max_duration`, or call "
-                "`trainer.destroy()` on every rank at the end of the script",
+                "no checkpoint contains the steps after step %d; set `engine.max_duration`, or "
+                "call `trainer.destroy()` on every rank at the end of the script",
                 self._checkpointer.find_saved_steps(directory),
             )
 

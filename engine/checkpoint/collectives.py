@@ -1,4 +1,4 @@
-"""Synchronize the ranks before and during a save, and raise the error of one rank on all ranks."""
+"""Synchronize the ranks before and during a save, and raise an error of one rank on all ranks."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ def wait_for_ranks(ranks: Ranks, call: str) -> None:
 def find_missing_ranks(ranks: Ranks) -> list[int]:
     """Return the ranks that do not call this function within 30 seconds of the first call.
 
-    The result is the same on all ranks; a rank that calls too late is missing. The ranks use the
-    process group's store, because a barrier with a timeout is available only with gloo, and does
-    not time out on the other ranks if rank 0 is missing.
+    The result is the same on all ranks. A rank that calls this function too late counts as missing.
+    The ranks use the process group's store instead of a barrier with a timeout. PyTorch supports
+    such a barrier only with gloo, and if rank 0 is missing, the barrier does not time out on the
+    other ranks.
     """
     if ranks.world_size == 1:
         return []
@@ -62,7 +63,7 @@ def find_missing_ranks(ranks: Ranks) -> list[int]:
     prefix = f"onecycle/save/{next(_calls)}"
     arrived, missing = [f"{prefix}/{rank}" for rank in range(ranks.world_size)], f"{prefix}/missing"
     store.set(arrived[ranks.rank], "")
-    # The first decision counts: "nobody" of the last rank to arrive, or that of a timeout.
+    # The first result counts: an empty list from the last rank to arrive, or that of a timeout.
     if store.add(f"{prefix}/count", 1) == ranks.world_size:
         store.compare_set(missing, "", json.dumps([]))
     deadline, pause = time.monotonic() + _TIMEOUT, 0.001
@@ -94,7 +95,9 @@ def check_same_tag(tag: str, world_size: int) -> None:
 
 
 def call_on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
-    """Return the result of a function that only rank 0 calls. Every rank must call this.
+    """Call ``function`` on rank 0 only, and return its result on every rank.
+
+    Every rank must call `call_on_rank_0`.
 
     Raises:
         Exception: on every rank, the exception that the function raised on rank 0.
@@ -125,7 +128,7 @@ def raise_on_all_ranks(
 
     Args:
         world_size: number of ranks.
-        consequence: start of the message on ranks on which the block did not fail.
+        consequence: start of the error message on ranks whose own block did not fail.
 
     Raises:
         Exception: the exception that the block raised on this rank.

@@ -1,4 +1,4 @@
-"""The position in the training data, in a checkpoint."""
+"""Save the position in the training data to a checkpoint, and restore it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ log = logging.getLogger("onecycle")
 class DataPosition:
     """Saves and restores the position of the run's data loader.
 
-    A checkpoint may be loaded before the script passes its data loader to `Engine.prepare`. Its
-    position is then restored when the loader is passed.
+    A checkpoint may be loaded before the script passes its data loader to `Engine.prepare`. In that
+    case, the position is restored once the script passes the loader.
 
     Args:
         ranks: rank and world size of this process.
@@ -41,12 +41,12 @@ class DataPosition:
             self._pending = None
 
     def get_state(self) -> dict[str, Any] | None:
-        """Return the part of the position that is the same on all ranks; None without a loader."""
+        """Return the part of the position that all ranks share, or None if there is no loader."""
         state = None if self._loader is None else self._loader.state_dict()
         return state and {key: value for key, value in state.items() if key != "loader"}
 
     def save(self, directory: Path) -> None:
-        """Write this rank's state of a data loader that saves its own position, if it has one."""
+        """Write the state of this rank's loader to a file, if the loader saves its own position."""
         state = {} if self._loader is None else self._loader.state_dict()
         if "loader" in state:
             write_values(self._get_path(directory), state["loader"])
@@ -57,10 +57,11 @@ class DataPosition:
     def load(
         self, state: Mapping[str, Any], batch: BatchSizes, directory: Path, world_size: int
     ) -> None:
-        """Restore the position, in whole batches if the batch sizes have changed.
+        """Restore the position. If the batch sizes have changed, round it down to whole batches.
 
         Args:
-            state: contents of the checkpoint; "loader" is the value of `get_state`.
+            state: contents of the checkpoint; its key "loader" holds the value that `get_state`
+                returned.
             batch: batch sizes of this run.
             directory: directory of the checkpoint.
             world_size: number of ranks that saved the checkpoint.
@@ -69,9 +70,9 @@ class DataPosition:
         if position is None:
             if self._ranks.rank == 0:
                 log.warning(
-                    "the checkpoint does not contain the position in the data, which starts from "
-                    "its beginning; pass the data loader as `training_data`, or to "
-                    "`trainer.prepare`, to save its position"
+                    "the checkpoint does not contain the position in the data, so training starts "
+                    "at the beginning of the data; to save the position, pass the data loader as "
+                    "`training_data`, or to `trainer.prepare`"
                 )
             return
         if (saved["accumulation"], saved["train"]) != (batch.accumulation, batch.train):
@@ -91,5 +92,5 @@ class DataPosition:
             if self._ranks.rank == 0:
                 log.warning(
                     "the position in the data was not restored, because the run has no data "
-                    "loader; pass it as `training_data`, or to `trainer.prepare`"
+                    "loader; pass the loader as `training_data`, or to `trainer.prepare`"
                 )

@@ -33,7 +33,8 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity) -> Id
         config: config of the run.
         scheduler: scheduler of the run, with all durations resolved to steps; None if the run has
             no scheduler.
-        optimizer: result of `read_hyperparameters` before the schedule changed the param groups.
+        optimizer: hyperparameters that `read_hyperparameters` returned before the schedule changed
+            the param groups.
     """
     block, scaling = config.optimizer, config.loss_scaling
     params = json.loads(json.dumps(dict(block.params))) if block else {}
@@ -42,7 +43,7 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity) -> Id
         if isinstance(scheduler, ScheduleBinder)
         else scheduler and _read_attributes(scheduler),
         "optimizer": {"type": block.type, "params": dict(block.params)} if block else optimizer,
-        # The script may give its param groups other values than the config.
+        # The script may set other values in its param groups than the config.
         "param_groups": {
             str(index): {
                 name: group[name]
@@ -53,7 +54,7 @@ def build_identity(config: Config, scheduler: object, optimizer: Identity) -> Id
         },
         "loss_scale": None if scaling is None else scaling.loss_scale,
         "train_batch_size": config.batch.train,
-        "world_size": config.batch.world_size,
+        "world_size": config.batch.data_ranks,
         "precision": config.precision,
     }
 
@@ -69,7 +70,7 @@ def read_hyperparameters(optimizer: Optimizer) -> Identity:
     converted: set[str] = set()
     groups = [
         _to_json({name: value for name, value in group.items() if name != "params"}, converted)
-        for group in getattr(optimizer, "param_groups", ())  # missing without training
+        for group in getattr(optimizer, "param_groups", ())  # missing for inference
     ]
     return {"type": type(optimizer).__name__, "groups": groups, _CONVERTED: sorted(converted)}
 
@@ -116,9 +117,9 @@ def _find_differences(
 
     Args:
         saved: value in the checkpoint; may be a mapping or a list of settings.
-        own: value at the same place in the identity of this run.
+        own: value at the same path in the identity of this run.
         name: dotted path of the value; empty for the whole identity.
-        unknown: keys that are not reported as different if the checkpoint does not contain them.
+        unknown: keys that are ignored if the checkpoint does not contain them.
     """
     if isinstance(saved, Mapping) and isinstance(own, Mapping):
         # Checkpoints of earlier versions do not contain the values that JSON cannot represent,

@@ -25,9 +25,10 @@ _STALE_SECONDS = 60.0
 class DirectoryLock:
     """Lock on a directory, held until `release` or until the process ends.
 
-    The file ``.lock`` names the owner. If the owner no longer runs, the lock is taken over: on the
-    same host at once; on another host if it belongs to the same Slurm job, or if its heartbeat has
-    not changed for 60 seconds. Reading checkpoints needs no lock.
+    The file ``.lock`` identifies the process that owns the lock. If that process no longer runs,
+    another process can take over the lock. A process on the same host or in the same Slurm job
+    takes it over at once. Any other process waits until the heartbeat in the file has not changed
+    for 60 seconds. Reading checkpoints requires no lock.
 
     Args:
         directory: existing directory.
@@ -69,13 +70,13 @@ def _acquire(path: Path, own: Mapping[str, Any]) -> None:
                 "stop that process."
             ) from None
         _write(path, own)
-        time.sleep(0.05)  # if two processes take over the lock at once, the last one has it
+        time.sleep(0.05)  # if two processes take over the lock at once, the last one owns it
         if not _is_owner(path, own):
             _acquire(path, own)
 
 
 def _beat(path: Path, own: Mapping[str, Any], stop: threading.Event) -> None:
-    """Change the lock regularly, so that other hosts see that its owner runs."""
+    """Update the lock file regularly, so that other hosts see that its owner still runs."""
     beats = 0
     while not stop.wait(_BEAT_SECONDS):
         beats += 1
@@ -106,7 +107,7 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _is_stale(path: Path, owner: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Return whether the owner of a lock no longer runs; this can take 60 seconds."""
+    """Return whether the owner of a lock no longer runs. The check can take 60 seconds."""
     if owner.get("host") == own["host"] and os.name == "posix":
         return (
             owner.get("boot") != own["boot"]
@@ -132,15 +133,15 @@ def _is_running(owner: Mapping[str, Any]) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # it belongs to another user
-    return _find_start_time(pid) == owner.get("start")  # otherwise, the number was used again
+        pass  # the process belongs to another user
+    return _find_start_time(pid) == owner.get("start")  # otherwise, the ID was reused
 
 
 def _find_start_time(pid: int) -> str | None:
-    """Return when a process was started, in clock ticks since boot; None if it is unknown."""
+    """Return the start time of a process in clock ticks since boot, or None if it is unknown."""
     stat = _read_text(f"/proc/{pid}/stat")
     fields = stat.rpartition(")")[2].split()  # the name in parentheses can contain spaces
-    # A zombie has ended, although its parent has not noticed yet.
+    # A zombie has ended, although its parent has not read its exit status yet.
     return fields[19] if len(fields) > 19 and fields[0] != "Z" else None
 
 
@@ -150,7 +151,7 @@ def _is_owner(path: Path, own: Mapping[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the contents of a lock; None if there is none. A damaged lock has no owner."""
+    """Return the contents of a lock file: None if it does not exist, {} if it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

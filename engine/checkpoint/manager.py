@@ -18,25 +18,27 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.checkpoint import storage
 from engine.checkpoint.async_saver import AsyncSaver
-from engine.checkpoint.collectives import (
-    call_on_rank_0,
-    check_same_tag,
-    raise_on_all_ranks,
-    wait_for_ranks,
-)
+from engine.checkpoint.collectives import check_same_tag, raise_on_all_ranks, wait_for_ranks
 from engine.checkpoint.data_position import DataPosition
 from engine.checkpoint.fingerprint import Identity, check_identity
 from engine.checkpoint.lock import DirectoryLock
-from engine.checkpoint.manifest import Manifest, read_manifest
+from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.plain_values import check_plain_values, read_values, write_values
 from engine.checkpoint.rollback import Rollback
-from engine.checkpoint.schedule_state import adapt_schedule_state, convert_position
+from engine.checkpoint.schedule_state import (
+    adapt_schedule_state,
+    advance,
+    convert_deepspeed_state,
+    convert_position,
+)
+from engine.checkpoint.selection import RUN_STATE, CheckpointSelector
 from engine.config import Config
 from engine.distributed.environment import ELASTIC
 from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
+from engine.training.optimizers import has_no_optimizer
 from engine.training.progress import Counters, ProgressReporter
 from engine.training.rng import get_rng_state, set_rng_state
 from schedules import ScheduleBinder
@@ -45,15 +47,13 @@ __all__ = ["Checkpointer"]
 
 log = logging.getLogger("onecycle")
 
-_ENGINE = "engine.pt"
-
 
 class SavedBackend(Protocol):
     """The part of `engine.backends.base.Backend` that `Checkpointer` uses."""
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer that the schedule and the user see."""
+        """The optimizer whose param groups the schedule changes."""
         ...
 
     @property
@@ -73,7 +73,7 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Copy the states that `save` writes to host memory, and write them in the background."""
+        """Copy to host memory the state that `save` would write, and write it in the background."""
         ...
 
     def load(
@@ -88,7 +88,7 @@ class RunState(Protocol):
 
     config: Config
     is_trial: bool
-    """Whether this is an LR range test, which writes no checkpoints."""
+    """Whether the run is part of an LR range test, which saves no checkpoints."""
     counters: Counters
     accumulation: Accumulation
     progress: ProgressReporter
@@ -106,7 +106,7 @@ class RunState(Protocol):
         ...
 
     def restore_counters(self, counters: Counters) -> None:
-        """Continue at the counters of a checkpoint."""
+        """Restore the counters of a checkpoint, so that the run continues at the saved step."""
         ...
 
 
@@ -127,6 +127,7 @@ class Checkpointer:
         self._backend = backend
         self._ranks = backend.ranks
         self._identity = identity
+        self._selector = CheckpointSelector(config, backend.ranks)
         self._saved: dict[Path, tuple[int, int]] = {}  # steps and last report, by directory
         self._run_id = uuid.uuid4().hex
         self._locks: dict[Path, DirectoryLock | None] = {}  # None on ranks other than 0
@@ -134,7 +135,7 @@ class Checkpointer:
     def save(
         self,
         run: RunState,
-        directory: Path,
+        directory: str | Path,
         tag: str | None = None,
         *,
         client_state: Mapping[str, Any] | None = None,
@@ -148,15 +149,17 @@ class Checkpointer:
             run: state of the run to save.
             directory: directory that holds the run's checkpoints.
             tag: name of the checkpoint; default: ``global_stepN`` after N batches.
-            client_state: user data: numbers, strings, tensors, and lists and mappings of them.
-            save_latest: whether a load without a tag may use this checkpoint.
+            client_state: user data, which may contain numbers, strings, tensors, lists and
+                mappings.
+            save_latest: whether `load` may choose this checkpoint if no tag is passed.
             frozen: whether to include frozen parameters.
-            is_automatic: whether ``engine.checkpoint.keep`` may delete this checkpoint later. Old
-                automatic checkpoints are deleted now.
+            is_automatic: whether to mark this checkpoint as automatic, and to delete old automatic
+                checkpoints as ``engine.checkpoint.keep`` specifies.
         """
         if run.is_trial:
             log.info("no checkpoints are saved during an LR range test")
             return
+        directory = storage.to_directory(directory)
         ranks, tag = self._ranks, tag or f"global_step{run.counters.global_steps}"
         wait_for_ranks(ranks, f"save_checkpoint({str(directory)!r}, tag={tag!r})")
         check_same_tag(tag, ranks.world_size)
@@ -186,7 +189,7 @@ class Checkpointer:
         self._saved[directory.resolve()] = _get_position(run)
 
     def lock(self, directory: Path) -> None:
-        """Lock a directory for this run until `close`, and delete incomplete checkpoints in it.
+        """Lock a directory until `close` is called, and delete incomplete checkpoints in it.
 
         Raises:
             CheckpointError: if another process writes to the directory.
@@ -203,18 +206,23 @@ class Checkpointer:
         self._locks.setdefault(path, None)
 
     def is_saved(self, run: RunState, directory: Path) -> bool:
-        """Return whether the run's last checkpoint in a directory has its steps and its metric."""
+        """Return whether the run's last checkpoint in a directory is up to date.
+
+        The checkpoint is up to date if the run has neither taken a step nor reported its metric
+        since the save.
+        """
         return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
 
     def find_saved_steps(self, directory: Path) -> int:
-        """Return the number of steps in this run's last checkpoint in a directory; 0 if none."""
+        """Return the step of this run's last checkpoint in a directory; 0 if there is none."""
         return self._saved.get(directory.resolve(), (0, -1))[0]
 
     def _collect(self, run: RunState, client_state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state to save, except for the model's and the optimizer's.
+        """Return the state to save, without the state of the model and the optimizer.
 
-        Gradients are not saved. Within a step, the state is therefore that at the start of the
-        step: after a resume, the micro-batches of the step are processed again.
+        Because gradients are not saved, a save in the middle of a step records the counters and the
+        data position of the start of that step. A resumed run then processes the micro-batches of
+        the step again.
         """
         open_batches = run.accumulation.micro_batches
         counters = replace(run.counters, micro_steps=run.counters.micro_steps - open_batches)
@@ -244,7 +252,7 @@ class Checkpointer:
             if run.rollback is not None:
                 run.rollback.save(partial)
             if ranks.rank == 0:
-                write_values(partial / _ENGINE, self._collect(run, client_state))
+                write_values(partial / RUN_STATE, self._collect(run, client_state))
         if saver is None:
             with raise_on_all_ranks(size):
                 self._backend.save(partial, frozen=manifest.frozen)
@@ -274,7 +282,7 @@ class Checkpointer:
     def load(
         self,
         run: RunState,
-        directory: Path,
+        directory: str | Path,
         tag: str | None = None,
         *,
         strict: bool = True,
@@ -300,16 +308,24 @@ class Checkpointer:
             FileNotFoundError: if there is no such checkpoint.
             CheckpointError: if the checkpoint is damaged, or does not match the model or the run.
         """
+        directory = storage.to_directory(directory)
         self.wait()
-        checkpoint_dir, manifest = self._find(directory, tag)
-        if optimizer and not self._plan.override:
+        if has_no_optimizer(self._backend.optimizer):  # only the model is used
+            optimizer = scheduler = counters = False
+        selected = self._selector.select(directory, tag)
+        checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
+        is_converted = selected.is_foreign and scheduler and not self._plan.override
+        if is_converted and run.scheduler is not None:
+            state["lr_scheduler"] = convert_deepspeed_state(
+                checkpoint_dir, state["lr_scheduler"], run.scheduler
+            )
+        if optimizer and not self._plan.override and not selected.is_foreign:
             check_identity(checkpoint_dir, manifest.identity, self._expected_identity(manifest))
         if not manifest.frozen and self._ranks.rank == 0:
             log.info(
                 "%s does not contain the frozen parameters; the model keeps their current values",
                 checkpoint_dir,
             )
-        state: dict[str, Any] = read_values(checkpoint_dir / _ENGINE)
         saved_schedule = state["lr_scheduler"] if scheduler and not self._plan.override else None
         if saved_schedule is not None and isinstance(run.scheduler, ScheduleBinder):
             try:
@@ -333,7 +349,8 @@ class Checkpointer:
             set_rng_state(read_values(own))
         if counters:
             self._restore_counters(run, state)
-            self.data.load(state, run.config.batch, checkpoint_dir, manifest.world_size)
+            if not selected.is_foreign:
+                self.data.load(state, run.config.batch, checkpoint_dir, manifest.world_size)
             if run.best is not None:
                 run.best.load_state_dict(state.get("best"))
             self._saved[directory.resolve()] = _get_position(run)
@@ -341,30 +358,18 @@ class Checkpointer:
             self._restore_scheduler(run, run.scheduler, state)
             if run.rollback is not None:
                 run.rollback.load(checkpoint_dir)
+        if selected.is_foreign and counters and self._ranks.rank == 0:
+            log.warning(
+                "%s was written by DeepSpeed, so the position in the training data and the random "
+                "state were not restored",
+                checkpoint_dir,
+            )
         return checkpoint_dir, state["client_state"]
-
-    def _find(self, directory: Path, tag: str | None) -> tuple[Path, Manifest]:
-        """Return the checkpoint that rank 0 chooses, and check that all ranks see the same one.
-
-        Rank 0 reads all files to verify their hashes. The other ranks check the files' sizes.
-        """
-        chosen, manifest = call_on_rank_0(self._ranks, lambda: storage.find(directory, tag))
-        checkpoint_dir = directory / chosen.name
-        with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
-            own = read_manifest(checkpoint_dir)
-            problems = list(storage.find_damage(checkpoint_dir, own, hashes=False))
-            if own != manifest or problems:
-                what = "; ".join(problems) or "its manifest differs"
-                raise CheckpointError(
-                    f"{checkpoint_dir} is not the same on rank {self._ranks.rank} as on rank 0: "
-                    f"{what}. Use a directory that all hosts share."
-                )
-        return checkpoint_dir, manifest
 
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):
             return self._identity
-        # The world size of an elastic run may change; its global batch and schedule may not.
+        # The world size of an elastic run may change; its batch size and schedule must not.
         return {**self._identity, "world_size": manifest.identity.get("world_size")}
 
     def _restore_counters(self, run: RunState, state: Mapping[str, Any]) -> None:
@@ -383,6 +388,9 @@ class Checkpointer:
         self, run: RunState, scheduler: LRScheduler, state: Mapping[str, Any]
     ) -> None:
         saved = state["lr_scheduler"]
+        if self._plan.override and not isinstance(scheduler, ScheduleBinder):
+            advance(scheduler, run.counters.applied_steps)
+            return
         if saved is None or self._plan.override:
             position = convert_position(
                 run.counters.applied_steps, run.config, state.get("batch") or {}
@@ -419,5 +427,5 @@ def _get_position(run: RunState) -> tuple[int, int]:
 
 
 def _copy_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the settings of a param group, without what an optimizer counts in it."""
+    """Copy the settings of a param group, without its parameters and its step count."""
     return {key: value for key, value in group.items() if key not in {"params", "step"}}

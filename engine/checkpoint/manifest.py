@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it contains, and which run has saved it."""
+"""Read and format the manifest of a checkpoint, which lists its files and describes its run."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Manifest:
     frozen: bool = True
     """Whether the checkpoint contains the frozen parameters."""
     run: str = ""
-    """Identifier of the run, the same after a resume."""
+    """Identifier of the run, which stays the same after a resume."""
     is_automatic: bool = False
-    """Whether ``engine.checkpoint`` asked for the checkpoint, so that `prune` may delete it."""
+    """Whether the checkpoint was saved automatically, so that `prune` may delete it."""
     sequence: int = 0
-    """Number of the checkpoint in its directory; clocks may be set back."""
+    """Number of the checkpoint in its directory. Unlike the time, it cannot be set back."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checksum: str = ""
     """SHA-256 hash of the other keys; empty in checkpoints of earlier versions."""
@@ -90,7 +90,7 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     required = {"tag", "step", "world_size", "backend", "identity", "versions", "created"}
     if not required <= found.keys() <= names:
         wrong = ", ".join(sorted((required - found.keys()) | (found.keys() - names)))
-        raise CheckpointError(f"{path} is damaged: keys are missing or unknown: {wrong}.")
+        raise CheckpointError(f"{path} is damaged: missing or unknown keys: {wrong}.")
     if "checksum" in found and found["checksum"] != _compute_checksum(found):
         raise CheckpointError(f"{path} is damaged: it does not match its checksum.")
     return Manifest(**found)
@@ -144,4 +144,4 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "files": _are_files,
     "checksum": _is_text,
 }
-"""For each key of a manifest, whether a value is valid."""
+"""Functions that return whether a value is valid, by key of the manifest."""

@@ -1,12 +1,13 @@
-"""The state of an optimizer by parameter name.
+"""Get and load the state of an optimizer by parameter name.
 
-``torch.distributed.checkpoint.state_dict`` offers the same, but takes an optimizer step to create
-missing states: a run that saves before its first step would continue differently.
+This module does not use ``torch.distributed.checkpoint.state_dict``, because the functions of that
+module take an optimizer step to create missing states. A run that saves a checkpoint before its
+first step would then train differently afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch.optim import Optimizer
 from engine.errors import CheckpointError
 
 __all__ = [
+    "KEPT_SETTINGS",
     "build_empty_state",
     "find_outside_parameters",
     "get_optimizer_state",
+    "list_group_names",
     "load_optimizer_state",
     "reshard",
 ]
@@ -32,6 +35,13 @@ _GROUPS = "optimizer.param_groups."
 _OUTSIDE = "param_groups."
 _NOT_RESTORED = {"params", "fused", "foreach"}
 """Settings of a param group that depend on how this run stores its parameters."""
+
+
+KEPT_SETTINGS = frozenset(
+    {"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"}
+)
+"""Settings of a param group that belong to an implementation of an optimizer; DeepSpeed may have
+used another one."""
 
 
 def get_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -56,9 +66,9 @@ def get_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any
 def build_empty_state(
     directory: Path, model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return a state to load a checkpoint into, with uninitialized tensors.
+    """Return an optimizer state with uninitialized tensors, into which a checkpoint can be loaded.
 
-    States of parameters that this optimizer does not have are left out.
+    Saved states of parameters that this optimizer does not have are left out.
 
     Args:
         directory: directory of the checkpoint, for the error message.
@@ -67,7 +77,7 @@ def build_empty_state(
         saved: the checkpoint's values and its tensors' metadata, by dotted name.
 
     Raises:
-        CheckpointError: the number of param groups differs.
+        CheckpointError: the checkpoint has a different number of param groups.
     """
     names = _name_parameters(model, optimizer)
     parameters = dict(names)
@@ -79,9 +89,9 @@ def build_empty_state(
     }
     if len(saved_groups) != len(groups):
         raise CheckpointError(
-            f"{directory} does not match the optimizer: it has {len(saved_groups)} param groups in "
-            f"the checkpoint, {len(groups)} now. Build the optimizer that was saved, or pass "
-            "`load_optimizer_states=False`."
+            f"{directory} does not match the optimizer: the number of param groups is "
+            f"{len(saved_groups)} in the checkpoint and {len(groups)} now. Build the optimizer "
+            "with the same param groups, or pass `load_optimizer_states=False`."
         )
     for key, value in saved.items():
         if key.startswith(_STATE):
@@ -103,35 +113,66 @@ def build_empty_state(
 def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """Return the optimized parameters that are not in the model, such as those of a loss function.
 
-    Their names consist of their positions in the param groups.
+    The key of such a parameter is derived from its position in the param groups.
     """
     named = _name_parameters(model, optimizer)
     return {name: parameter for name, parameter in named if name.startswith(_OUTSIDE)}
 
 
+def list_group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """Return the names of the parameters in each param group."""
+    groups = _name_groups(optimizer, _name_parameters(model, optimizer))
+    return [group["params"] for group in groups]
+
+
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load a state that has parameter names in place of indices."""
+    """Load a state returned by `get_optimizer_state` into an optimizer."""
     indices = {name: index for index, (name, _) in enumerate(_name_parameters(model, optimizer))}
+    groups = []
+    by_kernel: dict[tuple[bool, ...], set[int]] = {}
+    for group in state["param_groups"]:
+        kernel = tuple(bool(group.get(key)) for key in ("fused", "capturable"))
+        own = [indices[name] for name in group["params"]]
+        known = by_kernel.setdefault(kernel, set())
+        known.update(own)
+        groups.append({**group, "params": _Indices(own, known)})
     optimizer.load_state_dict(
         {
             "state": {indices[name]: values for name, values in state["state"].items()},
-            "param_groups": [
-                {**group, "params": [indices[name] for name in group["params"]]}
-                for group in state["param_groups"]
-            ],
+            "param_groups": groups,
         }
     )
 
 
+class _Indices(list[int]):
+    """Indices of the parameters of a param group, which can be searched quickly.
+
+    For each tensor, `Optimizer.load_state_dict` searches all groups for the one that contains the
+    parameter, and uses only its ``fused`` and ``capturable``. That takes minutes for 10,000 groups.
+    So each group claims to contain the parameters of all groups with equal settings.
+    """
+
+    def __init__(self, own: Iterable[int] = (), known: Collection[int] = ()) -> None:
+        super().__init__(own)
+        self._known = known
+
+    def __contains__(self, index: object) -> bool:
+        return index in self._known
+
+
 def reshard(model: nn.Module) -> None:
-    """Shard parameters again that FSDP gathered for a forward pass without a backward pass."""
+    """Reshard the parameters that FSDP left gathered after a forward pass.
+
+    FSDP keeps some parameters gathered for the backward pass. If no backward pass follows, as in an
+    evaluation, they stay gathered.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def _name_parameters(model: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
-    """Return each optimized parameter with its name; the order is that of ``state_dict``."""
+    """Return each optimized parameter with its name, in the order of ``optimizer.state_dict``."""
     reshard(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = []
@@ -168,7 +209,7 @@ def _insert(holder: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _restore_lists(value: Any) -> Any:
-    """Return nested dicts with those whose keys are 0, 1, 2, … as lists."""
+    """Convert each nested dict whose keys are "0", "1", "2", … to a list."""
     if not isinstance(value, dict):
         return value
     restored = {key: _restore_lists(below) for key, below in value.items()}
@@ -178,7 +219,10 @@ def _restore_lists(value: Any) -> Any:
 
 
 def _allocate(parameter: nn.Parameter | None, value: Any) -> Any:
-    """Return a tensor to load a saved tensor into, sharded like its parameter; else the value."""
+    """Allocate a tensor, sharded like its parameter, to load a saved tensor into.
+
+    A value that is not a tensor is returned unchanged.
+    """
     if not isinstance(value, TensorStorageMetadata):
         return value
     dtype = value.properties.dtype

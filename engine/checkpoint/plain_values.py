@@ -56,7 +56,7 @@ LOADABLE: list[Any] = [
     pathlib.PosixPath,
     pathlib.WindowsPath,
 ]
-"""Classes and functions outside of PyTorch that are unpickled; none of them runs other code."""
+"""Classes and functions outside of PyTorch that may be unpickled; none of them runs other code."""
 
 
 def write_values(path: Path, values: Any) -> None:
@@ -77,7 +77,7 @@ def check_plain_values(values: Any, name: str) -> None:
     """Check that `read_values` supports the types of all values.
 
     Args:
-        values: value to check, and all values in it.
+        values: value to check, including all values nested in it.
         name: name of the value, for the error message.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Restore the model with the lowest loss of the warmup, for AutoWU with ``"rollback": true``."""
+"""Restore the state with the lowest loss of the warmup, for AutoWU with ``"rollback": true``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Rollback:
         self._snapshot: Any = None
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot at the lowest loss so far; restore the last one when the decay starts.
+        """Take a snapshot if the loss is a new minimum; restore the last one when the decay starts.
 
         Args:
             scheduler: AutoWU scheduler, after it has received the loss of the last step.

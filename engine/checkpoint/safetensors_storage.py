@@ -1,4 +1,4 @@
-"""Storage for torch.distributed.checkpoint: one safetensors file per rank, without pickle.
+"""Store the data of torch.distributed.checkpoint in one safetensors file per rank, without pickle.
 
 An unsharded tensor is stored under its own name, so that any safetensors reader can load it. A
 shard of a tensor is stored under ``name@offset,…``, and the header of its file contains the shape
@@ -8,9 +8,11 @@ of the full tensor. No separate index file is needed, and opening a file never r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Set ``storage_data`` of each plan to its rank, which is part of the file name."""
+        """Set ``storage_data`` of each plan to the plan's rank, which is part of the file name."""
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -63,13 +65,9 @@ class ShardWriter(StorageWriter):
         tensors: dict[str, Tensor] = {}
         parts: dict[str, Any] = {}
         results = []
-        stored: set[int] = set()
         for item in plan.items:
             assert item.tensor_data is not None  # callers pass only tensors
-            tensor = planner.resolve_data(item).detach().cpu().contiguous()  # type: ignore[union-attr]  # BytesIO is only for non-tensors
-            if tensor.data_ptr() in stored:
-                tensor = tensor.clone()  # tied tensors: safetensors rejects shared memory
-            stored.add(tensor.data_ptr())
+            tensor: Any = planner.resolve_data(item)
             name, chunk, whole = item.index.fqn, item.tensor_data.chunk, item.tensor_data.size
             if chunk.sizes != whole:
                 offsets = list(chunk.offsets)
@@ -77,9 +75,24 @@ class ShardWriter(StorageWriter):
                 parts[name] = {"of": key, "shape": list(whole), "offsets": offsets}
             tensors[name] = tensor
             results.append(WriteResult(item.index, tensor.nbytes, None))
-        path = self._directory / f"shard.{plan.storage_data}.safetensors"
-        write_tensors(path, tensors, {"parts": json.dumps(parts)})
+        self._write_shard(plan.storage_data, tensors, parts)
         return _wrap_in_future(results)
+
+    def write_whole(self, tensors: dict[str, Tensor]) -> None:
+        """Write the tensors of a single process, without the cost of planning in torch."""
+        self._write_shard(0, tensors, {})
+
+    def _write_shard(self, rank: int, tensors: dict[str, Tensor], parts: dict[str, Any]) -> None:
+        stored: set[int] = set()
+        copies: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            copy = tensor.detach().cpu().contiguous()
+            if copy.data_ptr() in stored:
+                copy = copy.clone()  # tied tensors: safetensors rejects shared memory
+            stored.add(copy.data_ptr())
+            copies[name] = copy
+        path = self._directory / f"shard.{rank}.safetensors"
+        write_tensors(path, copies, {"parts": json.dumps(parts)})
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Do nothing, because the headers of the shard files contain the metadata."""
@@ -113,22 +126,53 @@ def write_tensors(
 
 
 class ShardReader(StorageReader):
-    """Storage reader for the files of `ShardWriter`, written at any world size.
+    """Storage reader for files that `ShardWriter` wrote, possibly at a different world size.
 
     A rank reads only the saved shards that overlap its own shards.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
+        """Directory of the checkpoint."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Do nothing, because the directory of a reader is fixed."""
 
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
         """Return the shapes and shards of all saved tensors, and the location of each shard."""
+        return self._metadata
+
+    def read_whole(self, targets: Mapping[str, Tensor]) -> None:
+        """Load whole tensors by name, in place, without the cost of planning in torch.
+
+        Raises:
+            KeyError: a tensor is not in the checkpoint.
+            ValueError: a tensor has a different shape in the checkpoint.
+        """
+        slices: dict[Path, list[tuple[str, Tensor]]] = {}
+        for name, target in targets.items():
+            saved = self._metadata.state_dict_metadata[name]
+            assert isinstance(saved, TensorStorageMetadata)
+            if saved.size != target.shape:
+                raise ValueError(
+                    f"`{name}` must have shape {tuple(target.shape)}, got {tuple(saved.size)}"
+                )
+            for chunk in saved.chunks:
+                path, key = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+                part = target.detach()
+                for dimension, span in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                    part = part.narrow(dimension, *span)
+                slices.setdefault(path, []).append((key, part))
+        for path, items in slices.items():
+            with safe_open(path, framework="pt") as file:
+                for key, part in items:
+                    part.copy_(file.get_tensor(key))
+
+    @functools.cached_property
+    def _metadata(self) -> Metadata:
         known: dict[str, TensorStorageMetadata] = {}
         locations: dict[MetadataIndex, tuple[Path, str]] = {}
-        for path in sorted(self._directory.glob("shard.*.safetensors")):
+        for path in sorted(self.directory.glob("shard.*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 parts = json.loads((file.metadata() or {}).get("parts", "{}"))
                 for name in file.keys():  # noqa: SIM118  # the file is not iterable
@@ -152,7 +196,7 @@ class ShardReader(StorageReader):
         *_args: Any,
         **_options: Any,
     ) -> None:
-        """Keep the locations of the shards, which `read_metadata` returned."""
+        """Store the locations of the shards that `read_metadata` returned."""
         self._locations = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:

@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
 from engine.config import Config
+from engine.errors import CheckpointError
+from schedules import ScheduleBinder
 from schedules.core.durations import has_data_durations
 
-__all__ = ["adapt_schedule_state", "convert_position"]
+__all__ = ["adapt_schedule_state", "advance", "convert_deepspeed_state", "convert_position"]
 
 log = logging.getLogger("onecycle")
+
+
+def convert_deepspeed_state(
+    checkpoint_dir: Path, saved: Mapping[str, Any] | None, scheduler: LRScheduler
+) -> Mapping[str, Any] | None:
+    """Return the part of DeepSpeed's scheduler state that this run's scheduler can load.
+
+    Args:
+        checkpoint_dir: directory of the checkpoint, for the error message.
+        saved: state of the scheduler in the checkpoint; None if it contains none.
+        scheduler: scheduler of this run.
+
+    Returns:
+        The state; None if the schedule continues at the current step of the run.
+
+    Raises:
+        CheckpointError: the scheduler is the script's own one, and the state is from a different
+            class.
+    """
+    if isinstance(scheduler, ScheduleBinder):
+        return saved if saved is not None and {"type", "params", "step"} <= saved.keys() else None
+    if saved is None or saved.keys() != scheduler.state_dict().keys():
+        raise CheckpointError(
+            f"{checkpoint_dir} contains no state of `{type(scheduler).__name__}`. Use the "
+            "scheduler of the saved run, or pass `load_lr_scheduler_states=False`."
+        )
+    return saved
 
 
 def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]) -> int:
     """Return the step at which a schedule continues after a change of the batch size.
 
-    If the schedule has durations in samples, epochs or fractions of the run, a larger batch makes
-    it shorter in steps, so the schedule continues after the same number of samples.
+    If the schedule has durations in samples, epochs or fractions of the run, it continues after the
+    same number of samples, which is fewer steps with a larger batch size. Any other schedule
+    continues at the same step.
 
     Args:
         steps: number of applied optimizer steps in the checkpoint.
@@ -35,7 +69,7 @@ def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int])
 def adapt_schedule_state(
     saved: Mapping[str, Any], own: dict[str, Any], applied_steps: int
 ) -> dict[str, Any]:
-    """Adapt a saved scheduler state to this run's schedule, which may be a different one.
+    """Adapt a saved scheduler state to this run's schedule, which may differ from the saved one.
 
     A schedule without feedback continues at the current step of the run. A feedback schedule
     depends on past losses, so it restarts unless its type and params match the saved ones.
@@ -57,3 +91,22 @@ def adapt_schedule_state(
             )
             state["step"] = own["step"]
     return state
+
+
+def advance(scheduler: LRScheduler, applied_steps: int) -> None:
+    """Step a scheduler of PyTorch to the current step of the run.
+
+    Only a `ScheduleBinder` can compute its values at any step, and the state of another scheduler
+    contains the settings of the saved run.
+
+    Args:
+        scheduler: scheduler of this run, with its own settings.
+        applied_steps: number of applied optimizer steps in the checkpoint.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "last_epoch"):
+        log.warning("%s restarts: its position is unknown", type(scheduler).__name__)
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        for _ in range(applied_steps - scheduler.last_epoch):
+            scheduler.step()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor, has_deepspeed_files
 from engine.checkpoint.optimizer_state import (
     build_empty_state,
     find_outside_parameters,
@@ -34,15 +34,50 @@ from engine.checkpoint.plain_values import read_values, write_values
 from engine.checkpoint.safetensors_storage import ShardReader, ShardWriter, write_tensors
 from engine.errors import CheckpointError
 
-__all__ = ["check_weights", "export", "read", "write", "write_async"]
+__all__ = ["Source", "check_weights", "export", "read", "write", "write_async"]
 
 VALUES = "values.pt"
-"""File for values that are not tensors and are equal on all ranks, e.g. param group settings."""
+"""File for values that are not tensors, such as param group settings.
+
+These values are equal on all ranks, so only rank 0 writes the file.
+"""
 _MODEL = "model."
 
 
+class Source(Protocol):
+    """A checkpoint that `read` reads: tensors and other values, by dotted name."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorStorageMetadata]:
+        """The size and the dtype of each tensor."""
+        ...
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The values that are not in `tensors`."""
+        ...
+
+    def load(self, own: dict[str, Any]) -> None:
+        """Load tensors in place, by name. Every rank must call this method."""
+        ...
+
+
+class _Shards:
+    """The files that `write` wrote."""
+
+    def __init__(self, directory: Path) -> None:
+        self._reader = ShardReader(directory)
+        self.tensors = _read_saved_tensors(self._reader)
+        self.values = read_values(directory / VALUES)
+
+    def load(self, own: dict[str, Any]) -> None:
+        _load_tensors(self._reader, own, is_single_process=not dist.is_initialized())
+
+
 def write(directory: Path, model: nn.Module, optimizer: Optimizer, *, frozen: bool = True) -> None:
-    """Write this rank's shards of the model and the optimizer. Every rank must call this.
+    """Write this rank's shards of the model and the optimizer to a directory.
+
+    Every rank must call this function.
 
     Args:
         directory: existing directory to write to.
@@ -62,16 +97,18 @@ def write_async(
     *,
     frozen: bool = True,
 ) -> Future[None]:
-    """Copy this rank's shards to host memory, and write the copies in the background.
+    """Copy this rank's shards of the model and the optimizer, and write them in the background.
 
-    Every rank must call this function. Training can continue as soon as it returns.
+    Every rank must call this function. The copies are in host memory, so training can continue as
+    soon as the function returns.
 
     Args:
         directory: existing directory to write to.
         model: model to save.
         optimizer: optimizer of the model.
         group: process group that is used only for saving; None for a single process.
-        buffers: copies from the previous save, whose memory is reused; updated in place.
+        buffers: copies from the previous save. Their memory is reused, and the dict is updated in
+            place.
         frozen: whether to include frozen parameters.
 
     Returns:
@@ -89,7 +126,8 @@ def write_async(
 def _copy_to_host(value: Any, old: Any) -> Any:
     """Copy the tensors in nested dicts and lists to host memory.
 
-    The memory of a tensor in ``old`` is reused if its type, shape and dtype match.
+    The copy reuses the memory of the corresponding tensor in ``old`` if the type, shape and dtype
+    match.
     """
     if isinstance(value, dict):
         before = old if isinstance(old, dict) else {}
@@ -112,6 +150,7 @@ def read(
     *,
     strict: bool,
     frozen: bool = True,
+    source: Source | None = None,
 ) -> None:
     """Restore a model and its optimizer in place, with their current sharding.
 
@@ -122,17 +161,18 @@ def read(
         model: model to restore.
         optimizer: optimizer to restore; None restores only the model.
         strict: whether to raise an error if the checkpoint and the model do not have the same
-            parameters and buffers. If False, those that are not in both are left as they are.
+            parameters and buffers. If False, those that are not in both are ignored.
         frozen: whether the checkpoint must contain the frozen parameters. If False, frozen
-            parameters that it does not contain keep their current values.
+            parameters that are missing from the checkpoint keep their current values.
+        source: contents of the checkpoint; default: the files that `write` wrote.
 
     Raises:
         CheckpointError: if a parameter or buffer is missing, unexpected, or has a different shape.
             The message names the first one.
     """
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    saved_tensors = _read_saved_tensors(directory)
-    saved_values = read_values(directory / VALUES)
+    source = source or _Shards(directory)
+    saved_tensors, saved_values = source.tensors, source.values
     saved_model = {
         name.removeprefix(_MODEL): metadata
         for name, metadata in saved_tensors.items()
@@ -154,7 +194,7 @@ def read(
     }
     check_weights(directory, own_weights, saved_weights, strict=strict)
     if optimizer is not None:
-        saved = saved_values | saved_tensors
+        saved = {**saved_values, **saved_tensors}
         state["optimizer"] = build_empty_state(directory, model, optimizer, saved)
         state["outside"] = {
             name: torch.empty_like(parameter)
@@ -163,7 +203,7 @@ def read(
         }
     leaves = _find_leaves(state)
     own = {name: holder[key] for name, holder, key in leaves if _is_sharded(name, holder[key])}
-    _load_tensors(directory, own, is_single_process=not dist.is_initialized())
+    source.load(own)
     for name, holder, key in leaves:
         if name in saved_values and name.startswith(_MODEL):
             holder[key] = saved_values[name]
@@ -177,13 +217,18 @@ def read(
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Load the model's parameters and buffers from a checkpoint, unsharded, by name."""
+    """Return the unsharded parameters and buffers of the model in a checkpoint, by name."""
+    if has_deepspeed_files(directory):
+        found = DeepSpeedFiles(directory).find_weights()
+        # Each tensor needs its own memory in a safetensors file.
+        return {k: v.read().clone() for k, v in found.items() if isinstance(v, SavedTensor)}
+    reader = ShardReader(directory)
     weights: dict[str, Any] = {
         name: torch.empty(metadata.size, dtype=metadata.properties.dtype)
-        for name, metadata in _read_saved_tensors(directory).items()
+        for name, metadata in _read_saved_tensors(reader).items()
         if name.startswith(_MODEL)
     }
-    _load_tensors(directory, weights, is_single_process=True)
+    _load_tensors(reader, weights, is_single_process=True)
     return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}
 
 
@@ -226,13 +271,13 @@ def _find_frozen_names(model: nn.Module) -> set[str]:
 def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     leaves = {name: holder[key] for name, holder, key in _find_leaves(state)}
     is_single_process = not dist.is_initialized()
-    with _ignore_process_group_warning(), _raise_cause():
-        save(
-            {name: value for name, value in leaves.items() if _is_sharded(name, value)},
-            storage_writer=ShardWriter(directory),
-            process_group=group,
-            no_dist=is_single_process,
-        )
+    tensors = {name: value for name, value in leaves.items() if _is_sharded(name, value)}
+    writer = ShardWriter(directory)
+    if is_single_process:
+        writer.write_whole(tensors)
+    else:
+        with _raise_cause():
+            save(tensors, storage_writer=writer, process_group=group)
     # Write this file after the collective `save`. If rank 0 failed here before that call, the other
     # ranks would wait in it indefinitely.
     if is_single_process or dist.get_rank() == 0:
@@ -240,22 +285,26 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
         write_values(directory / VALUES, values)
 
 
-def _load_tensors(directory: Path, own: dict[str, Any], *, is_single_process: bool) -> None:
-    """Load tensors by name, in place."""
+def _load_tensors(reader: ShardReader, own: dict[str, Any], *, is_single_process: bool) -> None:
+    """Load saved tensors into the tensors of the same names in ``own``."""
     try:
-        with _ignore_process_group_warning(), _raise_cause():
-            load(own, storage_reader=ShardReader(directory), no_dist=is_single_process)
+        if is_single_process:
+            reader.read_whole(own)
+            return
+        with _raise_cause():
+            load(own, storage_reader=reader)
     except (SafetensorError, LookupError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory} cannot be loaded: {error}. Use another checkpoint."
+            f"{reader.directory} cannot be loaded: {error}. Use another checkpoint."
         ) from error
 
 
 @contextlib.contextmanager
 def _raise_cause() -> Iterator[None]:
-    """Raise the exception of the first rank that failed, instead of torch's collection of them.
+    """Raise the exception of the first failed rank instead of torch's `CheckpointException`.
 
-    Torch's `CheckpointException` is not an `Exception`, so no caller would catch it.
+    A `CheckpointException` contains the exceptions of all failed ranks. The class does not derive
+    from `Exception`, so ``except Exception`` would not catch it.
     """
     try:
         yield
@@ -278,14 +327,14 @@ def _find_leaves(holder: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def _is_sharded(name: str, value: Any) -> bool:
-    """Return whether a value is written to the shards, and not to `VALUES`."""
+    """Return whether a value is written to the sharded files instead of the file `VALUES`."""
     return isinstance(value, Tensor) and not _is_extra_state(name)
 
 
 def _is_extra_state(name: str) -> bool:
-    """Return whether a value comes from a module's ``get_extra_state``, which may return anything.
+    """Return whether a value comes from a module's ``get_extra_state``.
 
-    At the time of loading, it may have another structure.
+    Such a value can have any structure, which may be different when the checkpoint is loaded.
     """
     return name.rpartition(".")[2] == "_extra_state"
 
@@ -328,19 +377,11 @@ def check_weights(
         )
 
 
-def _read_saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
+def _read_saved_tensors(reader: ShardReader) -> dict[str, TensorStorageMetadata]:
     try:
-        found: Any = ShardReader(directory).read_metadata().state_dict_metadata
+        found: Any = reader.read_metadata().state_dict_metadata
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory} cannot be loaded: {error}. Use another checkpoint."
+            f"{reader.directory} cannot be loaded: {error}. Use another checkpoint."
         ) from error
     return dict(found)
-
-
-@contextlib.contextmanager
-def _ignore_process_group_warning() -> Iterator[None]:
-    """Suppress torch's warning about a missing process group; a single process needs none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
-        yield

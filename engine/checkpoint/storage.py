@@ -41,11 +41,14 @@ __all__ = [
     "has_any_checkpoint",
     "list_checkpoints",
     "prune",
+    "to_directory",
 ]
 
 log = logging.getLogger("onecycle")
 
 LATEST = "latest"
+LATEST_UNIVERSAL = "latest_universal"
+"""File that DeepSpeed's `ds_to_universal` writes, with the tag of a universal checkpoint."""
 _CHUNK = 1 << 22
 
 
@@ -55,11 +58,26 @@ def check_tag(tag: str) -> None:
     Raises:
         CheckpointError: if the tag is not a valid directory name.
     """
-    if not tag or tag in {".", "..", LATEST} or "/" in tag or os.sep in tag or tag.startswith("."):
+    is_name = tag.isprintable() and "/" not in tag and os.sep not in tag
+    if not tag.strip() or not is_name or tag == LATEST or tag.startswith("."):
         raise CheckpointError(
-            f"`tag` must be a valid directory name that does not start with a dot and is not "
-            f"`{LATEST}`, got {tag!r}. Choose a tag such as `step100`."
+            f"`tag` must be a valid directory name of printable characters that does not start "
+            f"with a dot and is not `{LATEST}`, got {tag!r}. Choose a tag such as `step100`."
         )
+
+
+def to_directory(path: str | os.PathLike[str]) -> Path:
+    """Convert a directory that was passed by a script to a `Path`, which must not be empty.
+
+    Raises:
+        ValueError: the path is empty or not a path.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(
+            f"The directory of checkpoints must be a non-empty path, got {path!r}. Pass a path "
+            'such as "checkpoints"; "." is the working directory.'
+        )
+    return Path(path)
 
 
 def create_directory(directory: Path) -> None:
@@ -136,7 +154,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     checkpoint_dir = directory / manifest.tag
     old = directory / f".{manifest.tag}.old"
     if checkpoint_dir.is_symlink():
-        checkpoint_dir.unlink()  # another directory's checkpoint
+        checkpoint_dir.unlink()  # keep the checkpoint that the link points to
     elif checkpoint_dir.exists():
         shutil.rmtree(old, ignore_errors=True)
         checkpoint_dir.rename(old)
@@ -172,8 +190,12 @@ def list_checkpoints(directory: Path) -> list[tuple[Path, Manifest]]:
 
 
 def has_any_checkpoint(directory: Path) -> bool:
-    """Return whether a directory contains a checkpoint, even if damaged or of another tool."""
-    return (directory / LATEST).exists() or any(directory.glob(f"*/{MANIFEST}"))
+    """Return whether a directory contains any checkpoint.
+
+    Damaged checkpoints and checkpoints of other tools, such as DeepSpeed, also count.
+    """
+    is_named = any((directory / name).exists() for name in (LATEST, LATEST_UNIVERSAL))
+    return is_named or any(directory.glob(f"*/{MANIFEST}"))
 
 
 def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:
@@ -228,7 +250,7 @@ def _find_newest(directory: Path, complete: list[tuple[Path, Manifest]]) -> tupl
 
 
 def _describe_incomplete(directory: Path) -> Iterator[str]:
-    """Yield a message for each subdirectory that is an incomplete or damaged checkpoint."""
+    """Yield a message for each subdirectory that contains an incomplete or damaged checkpoint."""
     inside = directory.iterdir() if directory.is_dir() else ()
     for checkpoint_dir in sorted(each for each in inside if each.is_dir() and each.name[0] != "."):
         message = _describe_damage(checkpoint_dir)
@@ -250,7 +272,7 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
     Args:
         checkpoint_dir: directory of the checkpoint.
         manifest: manifest of the checkpoint.
-        hashes: whether to check the hashes in addition to the sizes, which reads all files.
+        hashes: whether to check the hashes as well as the sizes, which requires reading all files.
     """
     for name, entry in manifest.files.items():
         path = checkpoint_dir / name
@@ -263,14 +285,14 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
 
 
 def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -> list[str]:
-    """Delete all automatic checkpoints of a run except the newest ``keep``. Return their tags.
+    """Delete all but the newest automatic checkpoints of a run, and return the deleted tags.
 
     Args:
         directory: directory that holds the run's checkpoints.
         run: identifier of the run.
         keep: number of checkpoints to keep; None keeps all.
-        keep_every: interval in optimizer steps; checkpoints whose step is a multiple of it are
-            never deleted. None keeps only the newest ``keep``.
+        keep_every: interval in optimizer steps. Checkpoints whose step is a multiple of this
+            interval are never deleted. If None, only the newest ``keep`` checkpoints are kept.
     """
     if keep is None:
         return []

@@ -54,7 +54,7 @@ def main(
 
     Args:
         arguments: command-line arguments without the program name (default: ``sys.argv[1:]``).
-        out: stream for results and config problems (default: standard output).
+        out: stream for results and for problems in configs (default: standard output).
         err: stream for other errors, such as an unreadable file (default: standard error).
     """
     out, err = out or sys.stdout, err or sys.stderr

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from engine.config.no_effect import find_reason_for_no_effect
 from engine.config.pointers import dotted_name, is_within
 from engine.config.schema import Member
 
-__all__ = ["BackendChoice", "choose_backend", "find_deepspeed_only_keys", "zero_stage"]
+__all__ = [
+    "BackendChoice",
+    "choose_backend",
+    "find_deepspeed_only_keys",
+    "find_offload_device",
+    "zero_stage",
+]
+
+_OLD_OFFLOAD_KEYS = {"offload_optimizer": "cpu_offload", "offload_param": "cpu_offload_param"}
 
 
 class BackendChoice(NamedTuple):
@@ -29,19 +38,41 @@ def zero_stage(config: Mapping[str, Any]) -> int | str:
     return stage
 
 
+def find_offload_device(config: Mapping[str, Any], name: str) -> str:
+    """Return the device that a config offloads to: "none", "cpu", "nvme" or "auto".
+
+    Args:
+        config: config with the section ``zero_optimization``.
+        name: "offload_optimizer" or "offload_param".
+
+    >>> find_offload_device({"zero_optimization": {"cpu_offload": True}}, "offload_optimizer")
+    'cpu'
+    """
+    section = config.get("zero_optimization", {})
+    if not isinstance(section, Mapping):
+        return "none"
+    default = "cpu" if section.get(_OLD_OFFLOAD_KEYS[name]) is True else "none"
+    device: str = (section.get(name) or {}).get("device", default)
+    return device
+
+
 def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
     """Return the keys and sections of a config that only DeepSpeed supports.
 
-    If DeepSpeed is required for a whole section, only the section is returned, not its keys.
+    If DeepSpeed is required for a whole section, only the section is returned, not its keys. Keys
+    that change no result on PyTorch are not returned.
 
     Args:
         members: all keys of the config; each section precedes its keys.
     """
     found: list[Member] = []
+    last = None
     for member in members:
-        inside = found and is_within(member.pointer, [found[-1].pointer])
+        inside = last is not None and is_within(member.pointer, [last])
         if member.schema.get("x-backend") == "deepspeed" and not inside:
-            found.append(member)
+            last = member.pointer
+            if find_reason_for_no_effect(member, "torch") is None:
+                found.append(member)
     return found
 
 
@@ -50,15 +81,15 @@ def choose_backend(
 ) -> BackendChoice:
     """Choose the backend for a config.
 
-    If the config sets ``engine.backend`` to "torch" or "deepspeed", use this backend. Otherwise,
-    use DeepSpeed if the config enables ZeRO or contains a key that only DeepSpeed supports, and
-    torch if not.
+    If the config sets ``engine.backend`` to "torch" or "deepspeed", choose this backend. Otherwise,
+    choose DeepSpeed if the config enables ZeRO or contains a key that changes results and that only
+    DeepSpeed supports. In all other cases, choose torch.
 
     Args:
         config: config to choose the backend for.
         members: all keys of the config; each section precedes its keys.
-        needs_deepspeed: part of the model that only DeepSpeed supports, such as a MoE layer; it
-            selects DeepSpeed as such a key does.
+        needs_deepspeed: part of the model that only DeepSpeed supports, such as an MoE layer; None
+            if there is none. A model with such a part also selects DeepSpeed.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'

@@ -1,16 +1,29 @@
 """Derive the batch sizes that a config does not set.
 
-train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x world size
+train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks
+
+Ranks that share a model, such as the stages of a pipeline, count as one rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from engine.config.wording import count_noun
 
-__all__ = ["BATCH_KEYS", "BatchError", "BatchSizes", "derive_batch_sizes"]
+__all__ = [
+    "BATCH_KEYS",
+    "BatchError",
+    "BatchSizes",
+    "DataRanks",
+    "RankCounter",
+    "count_data_ranks",
+    "count_ranks_per_model",
+    "derive_batch_sizes",
+]
 
 TRAIN = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
@@ -24,46 +37,55 @@ class BatchSizes:
 
     ``train`` is the number of samples per optimizer step, summed over all ranks. ``micro`` is the
     number of samples per forward pass on one rank. ``accumulation`` is the number of micro-batches
-    per optimizer step.
+    per optimizer step. ``data_ranks`` is the number of ranks that load different samples, and
+    ``unit`` is what messages call one of them.
     """
 
     train: int
     micro: int
     accumulation: int
-    world_size: int
+    data_ranks: int
+    unit: str = "rank"
 
     def __str__(self) -> str:
         return (
             f"batch size {self.train} = {self.micro} per rank "
             f"x {count_noun(self.accumulation, 'accumulation step')} "
-            f"x {count_noun(self.world_size, 'rank')}"
+            f"x {count_noun(self.data_ranks, self.unit)}"
         )
 
     def with_train(self, train: int) -> BatchSizes:
-        """Return the sizes with another batch size and the same micro-batch size.
+        """Return batch sizes with the given train batch size and the same micro-batch size.
+
+        The number of gradient accumulation steps changes accordingly.
 
         Raises:
-            ValueError: the batch size is not a positive multiple of what the ranks process at once.
+            ValueError: ``train`` is not a positive multiple of the micro-batch size times the
+                world size.
         """
-        at_once = self.micro * self.world_size
+        at_once = self.micro * self.data_ranks
         if train <= 0 or train % at_once:
             raise ValueError(
                 f"`train_batch_size` must be a positive multiple of {at_once}, the micro-batch "
-                f"size times the world size, got {train}. Use {max(train // at_once, 1) * at_once}."
+                f"size times the number of {self.unit}s, got {train}. Use "
+                f"{max(train // at_once, 1) * at_once}."
             )
         return replace(self, train=train, accumulation=train // at_once)
 
     def with_micro(self, micro: int) -> BatchSizes:
-        """Return the sizes with another micro-batch size and as many micro-batches per step.
+        """Return batch sizes with the given micro-batch size; the accumulation steps stay the same.
+
+        The train batch size changes accordingly.
 
         Raises:
             ValueError: the micro-batch size is not positive.
         """
         if micro <= 0:
             raise ValueError(
-                f"`micro_batch_size` must be >= 1, got {micro}. Pass a rank's number of samples."
+                f"`micro_batch_size` must be >= 1, got {micro}. Pass the number of samples per "
+                "forward pass on one rank."
             )
-        return replace(self, micro=micro, train=micro * self.accumulation * self.world_size)
+        return replace(self, micro=micro, train=micro * self.accumulation * self.data_ranks)
 
 
 class BatchError(ValueError):
@@ -82,7 +104,44 @@ class BatchError(ValueError):
         return self.message
 
 
-def derive_batch_sizes(given: Mapping[str, int], world_size: int) -> BatchSizes:
+class DataRanks(NamedTuple):
+    """The number of ranks that load different samples. The ranks of one model load the same."""
+
+    number: int
+    tensor_parallel: int = 1
+    """Number of ranks that DeepSpeed counts for each of them: with AutoTP, it counts all ranks."""
+    unit: str = "rank"
+
+
+RankCounter = Callable[[Mapping[str, Any], int], DataRanks]
+"""Function of a config and the world size that returns the number of ranks with different data."""
+
+
+def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the keys that divide a model among ranks, each with its number of ranks.
+
+    >>> count_ranks_per_model({"sequence_parallel_size": 2})
+    {'sequence_parallel_size': 2}
+    """
+    sizes = {
+        "sequence_parallel_size": config.get("sequence_parallel_size"),
+        "tensor_parallel.autotp_size": config.get("tensor_parallel", {}).get("autotp_size"),
+        "pipeline.stages": config.get("pipeline", {}).get("stages"),
+    }
+    return {key: size for key, size in sizes.items() if isinstance(size, int) and size > 1}
+
+
+def count_data_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
+    """Return the number of ranks that load different samples, from the config's parallelism."""
+    sizes = count_ranks_per_model(config)
+    if not sizes:
+        return DataRanks(world_size)
+    tensor_parallel = sizes.get("tensor_parallel.autotp_size", 1)
+    count = max(1, world_size // math.prod(sizes.values()))
+    return DataRanks(count, tensor_parallel, "data-parallel rank")
+
+
+def derive_batch_sizes(given: Mapping[str, int], ranks: DataRanks | int) -> BatchSizes:
     """Return the batch sizes of a run, and derive those that the config does not set.
 
     Any two of train batch size, micro-batch size and gradient accumulation steps determine the
@@ -91,16 +150,33 @@ def derive_batch_sizes(given: Mapping[str, int], world_size: int) -> BatchSizes:
 
     Args:
         given: values that the config sets, by key (one of `BATCH_KEYS`); each is at least 1.
-        world_size: number of ranks, at least 1.
+        ranks: number of ranks that load different samples, at least 1. A train batch size that
+            also counts the other ranks of tensor parallelism is accepted, as in DeepSpeed.
 
     Raises:
         BatchError: the values are inconsistent, or neither the train batch size nor the
             micro-batch size is set.
 
     >>> given = {"train_batch_size": 32, "gradient_accumulation_steps": 2}
-    >>> print(derive_batch_sizes(given, world_size=4))
+    >>> print(derive_batch_sizes(given, 4))
     batch size 32 = 4 per rank x 2 accumulation steps x 4 ranks
     """
+    ranks = DataRanks(ranks) if isinstance(ranks, int) else ranks
+    try:
+        return _derive(given, ranks)
+    except BatchError:
+        counts_all, rest = divmod(given.get(TRAIN, 1), ranks.tensor_parallel)
+        if ranks.tensor_parallel == 1 or rest:
+            raise
+        try:
+            return _derive({**given, TRAIN: counts_all}, ranks)
+        except BatchError:
+            pass
+        raise
+
+
+def _derive(given: Mapping[str, int], ranks: DataRanks) -> BatchSizes:
+    count, unit = ranks.number, ranks.unit
     train, micro, accumulation = (given.get(key) for key in BATCH_KEYS)
     if train is None and micro is None:
         raise BatchError(
@@ -109,37 +185,40 @@ def derive_batch_sizes(given: Mapping[str, int], world_size: int) -> BatchSizes:
     if train is None:
         assert micro is not None
         accumulation = accumulation or 1
-        return BatchSizes(micro * accumulation * world_size, micro, accumulation, world_size)
+        return BatchSizes(micro * accumulation * count, micro, accumulation, count, unit)
     if micro is not None and accumulation is not None:
-        if train != micro * accumulation * world_size:
-            raise _build_mismatch_error(train, micro, accumulation, world_size)
-        return BatchSizes(train, micro, accumulation, world_size)
+        if train != micro * accumulation * count:
+            raise _build_mismatch_error(train, micro, accumulation, ranks)
+        return BatchSizes(train, micro, accumulation, count, unit)
     if micro is not None:
-        rest = _divide(train, micro, world_size, f"`{MICRO}` ({micro})")
-        return BatchSizes(train, micro, rest, world_size)
+        rest = _divide(train, micro, ranks, MICRO)
+        return BatchSizes(train, micro, rest, count, unit)
     accumulation = accumulation or 1
-    rest = _divide(train, accumulation, world_size, f"`{ACCUMULATION}` ({accumulation})")
-    return BatchSizes(train, rest, accumulation, world_size)
+    rest = _divide(train, accumulation, ranks, ACCUMULATION)
+    return BatchSizes(train, rest, accumulation, count, unit)
 
 
-def _divide(train: int, by: int, world_size: int, factor: str) -> int:
-    whole, rest = divmod(train, by * world_size)
+def _divide(train: int, by: int, ranks: DataRanks, key: str) -> int:
+    at_once = by * ranks.number
+    whole, rest = divmod(train, at_once)
     if rest:
-        near = [size for size in (train - rest, train - rest + by * world_size) if size]
+        near = [size for size in (train - rest, train - rest + at_once) if size]
         raise BatchError(
             TRAIN,
-            f"`{TRAIN}` must be a multiple of {factor} x {count_noun(world_size, 'rank')}, "
-            f"got {train}.",
+            f"`{TRAIN}` must be a multiple of `{key}` ({by}) x "
+            f"{count_noun(ranks.number, ranks.unit)}, got {train}.",
             f"Set it to {' or '.join(map(str, near))}.",
         )
     return whole
 
 
-def _build_mismatch_error(train: int, micro: int, accumulation: int, world_size: int) -> BatchError:
-    product = micro * accumulation * world_size
+def _build_mismatch_error(
+    train: int, micro: int, accumulation: int, ranks: DataRanks
+) -> BatchError:
+    product = micro * accumulation * ranks.number
     return BatchError(
         TRAIN,
         f"`{TRAIN}` must be `{MICRO}` ({micro}) x `{ACCUMULATION}` ({accumulation}) x "
-        f"{count_noun(world_size, 'rank')} = {product}, got {train}.",
+        f"{count_noun(ranks.number, ranks.unit)} = {product}, got {train}.",
         f"Set it to {product}, or remove one of the three keys.",
     )

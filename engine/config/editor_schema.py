@@ -18,9 +18,9 @@ _DRAFT = "http://json-schema.org/draft-07/schema#"
 def editor_schema() -> dict[str, Any]:
     """Build the JSON Schema that editors use for completion, tooltips and error highlighting.
 
-    A config refers to this schema with the key ``$schema``. The schema of ``params`` depends on
-    the value of ``type``. Combinations of other values are not checked; use `onecycle validate`
-    to check them.
+    A config refers to this schema with the key ``$schema``. The schema of ``params`` depends on the
+    value of ``type``. The schema does not check any other combination of values; `onecycle
+    validate` does.
     """
     schema = _inline_references(schemas.read(SCHEMA))
     schema["$schema"] = _DRAFT
@@ -49,9 +49,10 @@ def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a schema without ``$ref`` and ``$schema``, and with empty ``properties``.
+    """Return a copy of a schema without ``$ref``, ``$schema`` and the contents of ``properties``.
 
-    If the schema describes a deprecated or removed key, add a ``deprecationMessage`` for editors.
+    If the schema describes a deprecated or removed key, add a ``deprecationMessage``, which editors
+    display.
     """
     copy = {key: value for key, value in schema.items() if key not in {"$ref", "$schema"}}
     if "properties" in copy:

@@ -50,9 +50,10 @@ def apply_fixes(document: Document, problems: Sequence[Problem]) -> tuple[str, l
             if new in taken:
                 continue
             taken.add(new)
-        if not text.startswith('"', start):
+        try:
+            _, end = JSONDecoder().raw_decode(text, start)
+        except ValueError:  # unquoted text
             continue
-        _, end = JSONDecoder().raw_decode(text, start)
         edits.append((start, end, json.dumps(problem.fix.key or problem.fix.value)))
         fixed.append(problem)
     for start, end, new in sorted(edits, reverse=True):
@@ -130,7 +131,7 @@ def _insert_block(document: Document, block: Mapping[str, Any]) -> str:
 
 
 def _find_span(document: Document, pointer: str) -> tuple[int, int]:
-    """Return the start and end index in the text of the value at a JSON pointer."""
+    """Return the offsets in the text at which the value at a JSON pointer starts and ends."""
     text = document.text
     start = document.get_offset(document.locations[pointer].value)
     if text[start] not in "{[":

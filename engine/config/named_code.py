@@ -28,7 +28,7 @@ def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCo
     """Yield the code that a ``scheduler`` block names, including its nested schedules.
 
     Args:
-        block: value of the key ``scheduler``; other values than objects name no code.
+        block: value of the key ``scheduler``; nothing is yielded if it is not an object.
         pointer: JSON pointer of the block.
 
     >>> block = {"type": "LambdaLR", "params": {"lr_lambda": "my_module:warmup"}}
@@ -58,7 +58,7 @@ def _is_entry_point(name: str) -> bool:
 
 
 def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
-    """Yield the strings that a PyTorch scheduler imports: its params, and items of lists."""
+    """Yield every import path in a parameter of a PyTorch scheduler, at any depth of nesting."""
     if isinstance(value, str) and ":" in value:
         yield NamedCode(pointer, value)
     members = value.items() if isinstance(value, Mapping) else ()
@@ -67,9 +67,10 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
 
 
 def check_named_code(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check the form of each import path of a ``scheduler`` block, and look for its module.
+    """Check the form of each import path in a ``scheduler`` block, and that its module exists.
 
-    Yield a note for each path of a valid form, because its code is not imported and not checked.
+    The code itself is not imported. For each valid path, yield a note that the code was not
+    checked.
     """
     for pointer, path in find_named_code(block):
         name = dotted_name(pointer)

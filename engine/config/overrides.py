@@ -1,12 +1,13 @@
 """Override config values with command-line arguments of the training script.
 
 `add_config_arguments` adds DeepSpeed's arguments, which name the config file.
-`add_schedule_arguments` adds arguments that override values in it: some with the names and meanings
-of SambaFlow (``--learning_rate``, ``--max_steps``, …), and one per parameter of DeepSpeed's
-schedules.
+`add_schedule_arguments` adds arguments that override values in this file. Some of them have the
+same names and meanings as arguments of SambaFlow (``--learning_rate``, ``--max_steps``, …). In
+addition, there is one argument per parameter of DeepSpeed's schedules.
 
-A script may have its own arguments with these names. Its own argument takes precedence, whether it
-is added before or after ours, and never overrides the config.
+A script may define its own argument with one of these names. The script's argument then takes
+precedence, whether the script adds it before or after these calls. Its value does not override the
+config.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ _RUN_ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
 
 @functools.cache
 def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
-    """Map each parameter name of DeepSpeed's schedules to one schedule that has the parameter."""
+    """Map each parameter name of DeepSpeed's schedules to a schedule that has this parameter."""
     return {
         name: cls
         for cls in import_family("families.deepspeed").values()
@@ -77,7 +78,11 @@ _VALUES = "onecycle_overrides"
 
 
 class _StoreOverride(argparse.Action):
-    """Store a value, also in ``_VALUES``, which holds no values of a script's own arguments."""
+    """An argparse action that stores the value of an argument in two places.
+
+    As usual, the value becomes an attribute with the name of the argument. It is also stored in the
+    attribute that `_VALUES` names, because a script's own argument may have the same name.
+    """
 
     def __call__(
         self,
@@ -112,8 +117,8 @@ class Override:
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add DeepSpeed's arguments: ``--deepspeed`` and ``--deepspeed_config``.
 
-    Pass the parsed namespace to ``initialize(args=…)``. An argument that the script itself adds
-    under one of these names, before or after this call, replaces ours.
+    Pass the parsed namespace to ``initialize(args=…)``. If the script itself adds an argument with
+    one of these names, before or after this call, the script's argument is used instead.
 
     Returns:
         The parser that was passed in.
@@ -133,8 +138,8 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     """Add arguments that override values in the config, such as ``--learning_rate``.
 
     Pass the parsed namespace to ``initialize(args=…)``. Arguments that are not given on the command
-    line do not change the config. An argument that the script itself adds under one of these names,
-    before or after this call, replaces ours and does not change the config.
+    line do not change the config. If the script itself adds an argument with one of these names,
+    before or after this call, the script's argument is used instead. It does not change the config.
 
     Returns:
         The parser that was passed in.
@@ -166,7 +171,10 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
 def _start_group(
     parser: argparse.ArgumentParser, title: str, description: str
 ) -> Callable[..., None]:
-    """Start a group of arguments, and return a function that adds those whose names are free."""
+    """Start a group of command-line arguments, and return a function that adds an argument to it.
+
+    The function does not add an argument if the script already has one with the same name.
+    """
     # Let the script replace our arguments. `argparse` copies this setting to each group, so set it
     # in the existing ones as well.
     groups = (*parser._action_groups, *parser._mutually_exclusive_groups)  # noqa: SLF001  # no public name

@@ -1,8 +1,8 @@
 """Parse the text of a config into values, and record the position of every key and value.
 
 Like DeepSpeed, which parses configs with hjson, the parser accepts comments and trailing commas.
-Unlike DeepSpeed, it reports duplicate keys, NaN and unquoted text. Where possible, it continues
-after an error, so that all problems are reported at once.
+Unlike DeepSpeed, it reports duplicate keys, NaN and unquoted text. If possible, the parser
+continues after an error, so that all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from json import JSONDecoder
 from typing import Any, NoReturn
 
+from engine.config.other_formats import recognize_yaml
 from engine.config.pointers import get_parent, join_pointer, split_pointer
 from engine.errors import Fix, Problem
 
@@ -109,7 +110,7 @@ class Document:
             at_key: whether to use the position of the key instead of the position of its value.
             severity: "error", "warning" or "note".
             fix: automatic fix, if there is one.
-            suggestion: key that the user probably meant, or JSON pointer of a missing key.
+            suggestion: key that the user probably meant, or the JSON pointer of a missing key.
         """
         around = pointer
         while around and around not in self.locations and around not in self.arguments:
@@ -205,6 +206,8 @@ class _Parser:
         return line, at - self._line_starts[line - 1] + 1
 
     def document(self) -> Any:
+        if yaml := recognize_yaml(self.text):
+            raise _BrokenSyntaxError(0, *yaml)
         self._space()
         if self.at == len(self.text):
             raise _BrokenSyntaxError(self.at, "The config must be a JSON object, but it is empty.")
@@ -269,7 +272,7 @@ class _Parser:
 
         Args:
             bracket: closing bracket of the current object or array.
-            first: whether no item has been parsed yet, so that no comma is expected.
+            first: whether no item has been parsed yet; if so, no comma is expected.
 
         Returns:
             Whether the closing bracket was found.

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import schemas
-from engine.config.batch_sizes import BATCH_KEYS, BatchError, derive_batch_sizes
+from engine.config.batch_sizes import BATCH_KEYS, BatchError, DataRanks, derive_batch_sizes
 from engine.config.parser import Document
 from engine.config.pointers import dotted_name
 from engine.config.rules import RuleContext
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 def trace_origins(context: RuleContext) -> Iterator[Entry]:
     """Yield every config value that a run uses, including defaults, with its origin."""
     document, backend = context.document, context.backend
-    yield from _trace_batch_sizes(document, context.world_size or 1)
+    yield from _trace_batch_sizes(document, context.data_ranks or DataRanks(1))
     fill = partial(get_default, backend=backend.name)
     for member in walk(document.value, schemas.read(SCHEMA), fill=fill):
         if member.is_section or member.pointer[1:] in BATCH_KEYS:
@@ -58,7 +58,7 @@ def trace_origins(context: RuleContext) -> Iterator[Entry]:
 
 
 def _get_weight_decay(document: Document) -> float:
-    """Return the default weight decay, which depends on other params of the optimizer."""
+    """Return the default weight decay, which depends on the optimizer's other params."""
     block = document.value["optimizer"]
     name = optimizer_name(block["type"])
     assert name is not None
@@ -66,12 +66,12 @@ def _get_weight_decay(document: Document) -> float:
     return weight_decay
 
 
-def _trace_batch_sizes(document: Document, world_size: int) -> Iterator[Entry]:
+def _trace_batch_sizes(document: Document, ranks: DataRanks) -> Iterator[Entry]:
     given = {key: document.value[key] for key in BATCH_KEYS if key in document.value}
     derived = {}
     if "auto" not in given.values():
         try:
-            sizes = derive_batch_sizes(given, world_size)
+            sizes = derive_batch_sizes(given, ranks)
         except BatchError:  # the batch sizes are valid for a different number of ranks
             sizes = None
         if sizes:
@@ -84,7 +84,9 @@ def _trace_batch_sizes(document: Document, world_size: int) -> Iterator[Entry]:
                 f"/{key}", given[key], _describe_origin(document, Member(f"/{key}", given[key], {}))
             )
         elif key in derived:
-            yield Entry(f"/{key}", derived[key], f"derived for {count_noun(world_size, 'rank')}")
+            yield Entry(
+                f"/{key}", derived[key], f"derived for {count_noun(ranks.number, ranks.unit)}"
+            )
 
 
 def _describe_origin(document: Document, member: Member) -> str:

@@ -7,8 +7,15 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import schemas
-from engine.config.backend_choice import BackendChoice, zero_stage
-from engine.config.batch_sizes import BATCH_KEYS, BatchSizes, derive_batch_sizes
+from engine.config.backend_choice import BackendChoice, find_offload_device, zero_stage
+from engine.config.batch_sizes import (
+    BATCH_KEYS,
+    BatchSizes,
+    RankCounter,
+    count_data_ranks,
+    derive_batch_sizes,
+)
+from engine.config.pointers import dotted_name
 from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_horizon
 from engine.config.schema import (
@@ -72,7 +79,7 @@ class CheckpointPlan:
     resume: Literal["auto", "must", "never"]
     override: bool
     trust_pickle: bool
-    """Whether DeepSpeed may unpickle any object from a checkpoint."""
+    """Whether any object may be unpickled from a checkpoint in DeepSpeed's format."""
     best: BestSettings | None
 
 
@@ -114,7 +121,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class ProgressSettings:
-    """How rank 0 reports the progress of the run."""
+    """Settings for the progress reports of rank 0."""
 
     is_logged: bool
     """Whether the loss and the learning rate are reported; false for ``steps_per_print: null``."""
@@ -122,6 +129,18 @@ class ProgressSettings:
     """Number of steps between two reports; None for the intervals of `ProgressReporter`."""
     has_bar: bool
     """Whether a progress bar shows the reports, instead of lines in the log."""
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What a run measures or prints in addition to its progress."""
+
+    wall_clock_breakdown: bool
+    """Whether the mean times of the passes are logged with each progress line."""
+    dump_state: bool
+    """Whether the resolved config and the state of the engine are logged at the start."""
+    flops_profiler: Mapping[str, Any]
+    """The section ``flops_profiler`` with its defaults."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +155,7 @@ class OptimizerBlock:
 class Config(Mapping[str, Any]):
     """A valid config with all defaults and derived values filled in.
 
-    As a mapping, it contains the keys and values of ``raw``: those that the user set.
+    When used as a mapping, it contains only the keys and values that the user set (``raw``).
     """
 
     name: str
@@ -157,6 +176,7 @@ class Config(Mapping[str, Any]):
     optimizer: OptimizerBlock | None
     schedule: Schedule[Any] | None
     progress: ProgressSettings
+    diagnostics: Diagnostics
     data: DataSettings
     report: str | None
     """Directory for plots of AutoWU or LRRangeTest results; None for the default directory."""
@@ -166,6 +186,8 @@ class Config(Mapping[str, Any]):
     overrides: tuple[Override, ...]
     warnings: tuple[Problem, ...]
     """Problems of severity "warning", which are probably mistakes but do not prevent the run."""
+    keys_without_effect: tuple[str, ...]
+    """Dotted names of the keys that change no result of this run."""
     run: Mapping[str, Any]
     """The keys of the section ``engine`` that set or scale the length of the run."""
 
@@ -181,8 +203,8 @@ class Config(Mapping[str, Any]):
     def copy_for_trial_run(self, schedule: Schedule[Any] | None) -> Config:
         """Return a copy of the config for a trial run of the LR finder.
 
-        The copy disables checkpoints, monitors, reports, the reports of progress and
-        ``engine.steps_this_run``.
+        The copy disables checkpoints, monitors, progress reports, diagnostics, plots of results
+        (``engine.report``) and ``engine.steps_this_run``.
 
         Args:
             schedule: schedule of the trial run; None to use no schedule.
@@ -205,12 +227,15 @@ class Config(Mapping[str, Any]):
             checkpoint=off,
             monitors=silent,
             progress=ProgressSettings(is_logged=False, every=None, has_bar=False),
+            diagnostics=Diagnostics(
+                wall_clock_breakdown=False, dump_state=False, flops_profiler={"enabled": False}
+            ),
             run={**self.run, "steps_this_run": None},
             report=None,
         )
 
     def horizon(self, steps_per_epoch: float | None) -> Horizon:
-        """Return the length of the run, which is required to convert durations to steps.
+        """Return the length of the run, which is needed to convert durations to steps.
 
         Args:
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
@@ -229,6 +254,7 @@ def load_config(
     world_size: int = 1,
     args: argparse.Namespace | None = None,
     needs_deepspeed: str | None = None,
+    count_ranks: RankCounter = count_data_ranks,
 ) -> Config:
     """Load and validate a config, and fill in all defaults and derived values.
 
@@ -240,8 +266,10 @@ def load_config(
         world_size: number of ranks of the run.
         args: parsed command-line arguments. Those of `add_schedule_arguments` override config
             values.
-        needs_deepspeed: part of the model that only DeepSpeed supports, if there is one; it then
-            selects DeepSpeed unless ``engine.backend`` is set.
+        needs_deepspeed: part of the model that only DeepSpeed supports; None if there is none.
+            Such a part selects the DeepSpeed backend unless ``engine.backend`` is set.
+        count_ranks: function of the config and the world size that returns how many ranks load
+            different samples; by default, it reads the parallelism from the config.
 
     Raises:
         ConfigError: the config cannot be read or is invalid; ``problems`` lists every error.
@@ -263,20 +291,19 @@ def load_config(
         world_size,
         reject_auto=True,
         needs_deepspeed=needs_deepspeed,
+        count_ranks=count_ranks,
         allow_imports=True,
     )
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or context is None:
         raise ConfigError(document.name, errors)
-    warnings = [problem for problem in problems if problem.severity == "warning"]
-    return _resolve(context, world_size, overrides, warnings)
+    return _resolve(context, overrides, problems)
 
 
 def _resolve(
     context: RuleContext,
-    world_size: int,
     overrides: Sequence[Override],
-    warnings: Sequence[Problem],
+    problems: Sequence[Problem],
 ) -> Config:
     raw = context.document.value
     value = add_defaults(raw, schemas.read(SCHEMA))
@@ -288,7 +315,10 @@ def _resolve(
         backend=context.backend,
         raw=raw,
         zero_stage=int(zero_stage(raw)),
-        cpu_offload=_is_offloading(context.get_section("zero_optimization")),
+        cpu_offload=any(
+            find_offload_device(raw, name) != "none"
+            for name in ("offload_param", "offload_optimizer")
+        ),
         model=ModelSettings(
             wrap_classes=tuple(engine["wrap"]),
             activation_checkpointing=_get_input_storage(raw.get("activation_checkpointing")),
@@ -298,7 +328,7 @@ def _resolve(
         ),
         max_skipped_steps=engine["max_skipped_steps"],
         batch=derive_batch_sizes(
-            {key: value[key] for key in BATCH_KEYS if key in value}, world_size
+            {key: value[key] for key in BATCH_KEYS if key in value}, context.data_ranks or 1
         ),
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
@@ -310,10 +340,16 @@ def _resolve(
             every=raw.get("steps_per_print"),
             has_bar=engine["progress_bar"],
         ),
+        diagnostics=Diagnostics(
+            value["wall_clock_breakdown"], value["dump_state"], value["flops_profiler"]
+        ),
         data=DataSettings(engine["seed"], value["dataloader_drop_last"], **engine["dataloader"]),
         report=engine["report"],
         overrides=tuple(overrides),
-        warnings=tuple(warnings),
+        warnings=tuple(each for each in problems if each.severity == "warning"),
+        keys_without_effect=tuple(
+            dotted_name(each.pointer) for each in problems if each.rule == "no-effect"
+        ),
         checkpoint=_build_checkpoint_plan(engine["checkpoint"]),
         monitors={name: value[name] for name in ("tensorboard", "csv_monitor", "wandb")},
         run={key: engine[key] for key in _RUN if key in engine},
@@ -358,8 +394,3 @@ def _get_input_storage(section: Mapping[str, Any] | None) -> Literal["device", "
     if section is None:
         return None
     return "host" if section.get("cpu_checkpointing") else "device"
-
-
-def _is_offloading(zero: Mapping[str, Any]) -> bool:
-    blocks = (zero.get(name) or {} for name in ("offload_param", "offload_optimizer"))
-    return any(block.get("device", "none") != "none" for block in blocks)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config.batch_sizes import BATCH_KEYS, BatchError, derive_batch_sizes
+from engine.config.batch_sizes import BATCH_KEYS, BatchError, DataRanks, derive_batch_sizes
 from engine.config.schema import add_optimizer_defaults, optimizer_name
 from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves
@@ -43,9 +43,9 @@ def build_horizon(
         steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
     Raises:
-        DurationError: ``max_duration`` is in epochs or samples, and cannot be converted to steps
-            because ``steps_per_epoch`` or ``samples_per_step`` is None; or the run is shorter than
-            one step or too long.
+        DurationError: the run is shorter than one step or too long; or ``max_duration`` is in
+            epochs or samples, but ``steps_per_epoch`` or ``samples_per_step``, which is needed to
+            convert it to steps, is None.
 
     >>> build_horizon({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
     100
@@ -76,35 +76,35 @@ def build_horizon(
 
 
 def find_horizon(
-    schedule: Schedule[Any], config: Mapping[str, Any], world_size: int | None = None
+    schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None = None
 ) -> Horizon | None:
-    """Return the length of the run; None if it cannot be determined before launch.
+    """Return the length of the run, or None if it cannot be determined before launch.
 
     Durations in epochs depend on the data loader. Durations in samples depend on the batch size,
     which depends on the number of ranks if ``train_batch_size`` is absent.
     """
-    horizons = list_possible_horizons(schedule, config, world_size)
+    horizons = list_possible_horizons(schedule, config, ranks)
     return horizons[0] if len(horizons) == 1 else None
 
 
 def list_possible_horizons(
-    schedule: Schedule[Any], config: Mapping[str, Any], world_size: int | None
+    schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> list[Horizon]:
     """Return the length of the run, or several possible lengths if it is unknown before launch.
 
-    A problem that all of them have is a problem of the config.
+    If a problem occurs with every possible length, the config itself is invalid.
 
     Args:
         schedule: schedule whose durations are to be converted to steps.
         config: config without invalid values.
-        world_size: number of ranks; None if unknown.
+        ranks: number of ranks that load different samples; None if unknown.
 
     Raises:
         DurationError: the run is shorter than one step, or too long.
     """
     run = config.get("engine", {})
     texts = f"{run.get('max_duration')} {list(vars(schedule).values())}".lower()
-    samples = get_train_batch_size(config, world_size)
+    samples = get_train_batch_size(config, ranks)
     epochs: tuple[int | None, ...] = (None,)
     if re.search(r"\d\s*ep\b", texts):
         epochs = _POSSIBLE_LENGTHS
@@ -126,13 +126,13 @@ def list_possible_horizons(
     return horizons
 
 
-def get_train_batch_size(config: Mapping[str, Any], world_size: int | None = None) -> int | None:
+def get_train_batch_size(config: Mapping[str, Any], ranks: DataRanks | None = None) -> int | None:
     """Return the number of samples per step; None if it is unknown or invalid."""
     given = {key: config[key] for key in BATCH_KEYS if isinstance(config.get(key), int)}
     size = given.get(BATCH_KEYS[0])
-    if size is None and world_size is not None:
+    if size is None and ranks is not None:
         with contextlib.suppress(BatchError):
-            size = derive_batch_sizes(given, world_size).train
+            size = derive_batch_sizes(given, ranks).train
     return size
 
 
@@ -143,7 +143,8 @@ def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Bas
 
     Args:
         config: config without "auto" values.
-        schedule: schedule whose lists of numbers determine the number of param groups.
+        schedule: schedule of the config. If its params contain lists of numbers, these determine
+            the number of param groups.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
@@ -169,7 +170,7 @@ class EvaluatedSchedule:
     curves: Curves
 
     def overwrites(self, name: str) -> bool:
-        """Return whether the schedule's values are independent of the optimizer's initial value.
+        """Return whether the schedule ignores the optimizer's initial value of a hyperparameter.
 
         Args:
             name: hyperparameter to check, such as ``lr``.
@@ -193,7 +194,7 @@ class EvaluatedSchedule:
         return min(values), max(values)
 
     def find_infinite(self) -> tuple[str, int, float] | None:
-        """Return the first value that is not finite: hyperparameter, step and value.
+        """Return the hyperparameter, step and value of the first value that is not finite.
 
         Return None if all values of the run are finite. The curves are evaluated only at the first
         and the last step of each of their pieces.
@@ -225,7 +226,7 @@ class EvaluatedSchedule:
 
 
 def evaluate_schedule(
-    schedule: Schedule[Any], config: Mapping[str, Any], world_size: int | None
+    schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> EvaluatedSchedule | None:
     """Compute the curves of a schedule for the optimizer and run length of a config.
 
@@ -234,7 +235,7 @@ def evaluate_schedule(
     Raises:
         ValueError: the schedule is invalid for this run length or optimizer.
     """
-    horizon = find_horizon(schedule, config, world_size)
+    horizon = find_horizon(schedule, config, ranks)
     if horizon is None or schedule.feedback is not None:
         return None
     base = build_base_values(config, schedule)

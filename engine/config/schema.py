@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import schemas
-from engine.config.pointers import join_pointer, split_pointer
+from engine.config.pointers import get_parent, join_pointer, split_pointer
 from schedules import SCHEDULES, Schedule
 from schedules.core.json_schema import build_json_schema
 from schedules.core.registry import find
@@ -23,6 +23,7 @@ __all__ = [
     "add_optimizer_defaults",
     "get_default",
     "is_ignored",
+    "means_default",
     "optimizer_name",
     "optimizer_schema",
     "resolve_reference",
@@ -52,7 +53,7 @@ def is_ignored(key: str) -> bool:
 
 
 def optimizer_name(name: str) -> str | None:
-    """Return the canonical spelling of an optimizer name; None if the name is unknown.
+    """Return the canonical spelling of an optimizer name, or None if the name is unknown.
 
     The name is matched case-insensitively.
     """
@@ -67,7 +68,7 @@ def optimizer_schema(name: str) -> dict[str, Any]:
 def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
     """Return the JSON schema of a schedule's ``params``.
 
-    The schema is read from a file for built-in schedules, and generated for custom schedules.
+    The schema of a built-in schedule is read from a file; that of a custom schedule is generated.
     """
     if SCHEDULES.get(cls.type_name) is cls:
         with contextlib.suppress(FileNotFoundError):
@@ -76,7 +77,7 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
 
 
 def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Merge a schema with the schema file that its ``$ref`` names, if it has a ``$ref``.
+    """If a schema has a ``$ref``, merge the schema with the file that the ``$ref`` names.
 
     If both contain the same keyword, the value in ``schema`` takes precedence.
     """
@@ -145,7 +146,10 @@ def walk(
 
 
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
-    """Return the canonical names of the keys that the object sets under another name."""
+    """Return the canonical names of the keys that the object sets under an old or alternative name.
+
+    The set can also contain other values that are not key names, such as None.
+    """
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
 
@@ -174,6 +178,18 @@ def _get_member_schema(
             with contextlib.suppress(ValueError):
                 return schedule_schema(find(name))
     return resolve_reference(schema)
+
+
+def means_default(pointer: str, value: Any) -> bool:
+    """Return whether DeepSpeed replaces a value of "auto" with the key's default.
+
+    DeepSpeed drops such keys of ``zero_optimization``. For the stage, this would disable ZeRO.
+
+    >>> means_default("/zero_optimization/reduce_bucket_size", "auto")
+    True
+    """
+    is_in_zero = get_parent(pointer) == "/zero_optimization"
+    return value == "auto" and is_in_zero and pointer != "/zero_optimization/stage"
 
 
 def get_default(schema: Mapping[str, Any], backend: str) -> Any:
@@ -220,7 +236,8 @@ def to_nested_dict(members: Iterable[Member], pointer: str = "") -> dict[str, An
 def add_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of an object with default values added and ignored keys removed.
 
-    No defaults are added for keys that only DeepSpeed supports. DeepSpeed fills them in itself.
+    No defaults are added for keys that only DeepSpeed supports, because DeepSpeed fills in these
+    defaults itself.
 
     >>> add_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))["enabled"]
     True
@@ -229,7 +246,9 @@ def add_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[st
 
 
 def add_optimizer_defaults(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's params with default values added; some depend on other params.
+    """Return an optimizer's params with default values added for missing params.
+
+    The default value of a param can depend on the values of other params.
 
     >>> add_optimizer_defaults("Adam", {"torch_adam": True})["weight_decay"]
     0.01

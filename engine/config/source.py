@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
 import errno
 import json
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.config.other_formats import is_utf_16
 from engine.config.parser import Document, is_finite, parse
 from engine.config.pointers import join_pointer
 from engine.errors import ConfigError, Problem
@@ -27,23 +29,29 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
 def load_document(config: Source) -> Document:
-    """Read a config from a file, standard input ("-") or a dict.
+    """Read a config from a file, standard input ("-"), a dict, or a string in base64.
 
-    A path must name a regular file, because reading a named pipe or a device can block or never
-    end. The paths of pipes that the shell has opened, such as ``/dev/fd/63`` for ``<(command)``,
-    are accepted.
+    A path must name a regular file, because reading from a named pipe or a device can block or
+    never end. The path of a pipe that the shell has opened, such as ``/dev/fd/63`` for
+    ``<(command)``, is also accepted.
 
     Raises:
         ConfigError: the file does not exist, cannot be read, is too large, or is not UTF-8 text.
     """
     if isinstance(config, Mapping):
         return _load_mapping(config)
+    if isinstance(config, str) and (decoded := _decode(config)) is not None:
+        return parse(decoded, "config")
     path = Path(config)
     name = str(config)
     try:
         data = sys.stdin.buffer.read(_MAX_BYTES + 1) if name == "-" else _read(path)
         if len(data) > _MAX_BYTES:
             raise _build_unreadable_error(name, f"The config must not exceed {_MAX_BYTES:,} bytes.")
+        if is_utf_16(data):
+            raise _build_unreadable_error(
+                name, "The config must be UTF-8 text, but it is UTF-16.", "Save the file as UTF-8."
+            )
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _build_unreadable_error(
@@ -74,6 +82,19 @@ def check_is_readable(path: Path) -> None:
     if not (stat.S_ISREG(mode) or (is_open and not stat.S_ISBLK(mode))):
         reason = "not a regular file; use - to read standard input"
         raise OSError(errno.EINVAL, reason, str(path))
+
+
+def _decode(text: str) -> str | None:
+    """Return the config that a string contains in URL-safe base64, as DeepSpeed accepts.
+
+    Return None if the string is something else, such as a path.
+    """
+    try:
+        decoded = base64.b64decode(text, altchars=b"-_", validate=True).decode("utf-8")
+    except ValueError:
+        return None
+    is_object = decoded.lstrip().startswith("{")
+    return decoded if is_object and len(decoded) <= _MAX_BYTES else None
 
 
 def _read(path: Path) -> bytes:

@@ -14,6 +14,7 @@ import jsonschema
 from referencing import Registry, Resource
 
 import schemas
+from engine.config.batch_sizes import DataRanks, RankCounter, count_data_ranks
 from engine.config.named_code import check_named_code
 from engine.config.parser import Document
 from engine.config.pointers import (
@@ -34,12 +35,13 @@ from engine.config.schema import (
     SCHEMA,
     Member,
     is_ignored,
+    means_default,
     optimizer_name,
     optimizer_schema,
     schedule_schema,
     walk,
 )
-from engine.config.suggestions import Suggestion, suggest_key
+from engine.config.suggestions import Suggestion, suggest_key, suggest_optimizer
 from engine.config.wording import quote_value, shorten
 from engine.errors import Fix, Problem
 from schedules import SCHEDULES, Horizon, Schedule, ScheduleError, from_config
@@ -48,7 +50,6 @@ from schedules.core.fields import describe_schema, read_fields
 from schedules.core.imports import ImportForbiddenError, are_imports_allowed
 from schedules.core.registry import find, read_torch_parameters
 from schedules.core.schedule import ParameterProblem
-from schedules.core.spelling import find_nearest
 
 __all__ = ["Structure", "check_against_schema", "check_structure"]
 
@@ -76,38 +77,43 @@ class Structure:
     """Pointers of invalid values, "auto" values, and probably misspelled keys."""
     schedule: Schedule[Any] | None
     """The schedule in ``config``; None if there is none or it cannot be constructed."""
+    data_ranks: DataRanks | None
+    """The number of ranks that load different samples; None if the world size is unknown."""
 
 
-def check_structure(document: Document, world_size: int | None) -> Structure:
+def check_structure(
+    document: Document, world_size: int | None, count_ranks: RankCounter = count_data_ranks
+) -> Structure:
     """Check each value of a config against its schema, and construct the config's schedule.
 
     Args:
         document: parsed config; its value must be an object.
         world_size: number of ranks; None if unknown.
+        count_ranks: function that returns the number of ranks that load different samples.
     """
     schema = schemas.read(SCHEMA)
     problems = list(check_against_schema(document, document.value, schema))
     invalid = {problem.pointer for problem in problems} - {""}
     config = remove_keys(document.value, invalid)
     members = list(walk(config, schema))
+    ranks = None if world_size is None else count_ranks(config, world_size)
     for key, check_block in (("optimizer", _check_optimizer), ("scheduler", _check_scheduler)):
         block = config.get(key)
         if isinstance(block, dict) and "type" in block and f"/{key}/params" not in invalid:
             problems += check_block(document, block)
     problems += _find_deprecated(document)
     if not invalid & {"/engine", "/engine/max_duration", "/engine/scale_schedule_ratio"}:
-        problems += _check_run_length(document, config, world_size)
+        problems += _check_run_length(document, config, ranks)
     unresolved = {
         each.pointer for each in members if each.value == "auto" and "x-auto" in each.schema
     }
     unresolved |= _get_error_pointers(problems)
     config = remove_keys(config, unresolved)
-    schedule, from_schedule = _construct_schedule(document, config, unresolved, world_size)
+    schedule, from_schedule = _construct_schedule(document, config, unresolved, ranks)
     problems += from_schedule
     unresolved |= _get_error_pointers(from_schedule)
-    return Structure(
-        problems, remove_keys(config, unresolved), members, frozenset(unresolved), schedule
-    )
+    config = remove_keys(config, unresolved)
+    return Structure(problems, config, members, frozenset(unresolved), schedule, ranks)
 
 
 def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
@@ -135,7 +141,9 @@ def check_against_schema(
         for part in error.absolute_path:
             below = join_pointer(below, part)
         problems += _convert_error(document, error, below, _MAX_SUGGESTIONS - len(problems))
-    problems = list({(each.rule, each.pointer, each.message): each for each in problems}.values())
+    # A fraction in a key for whole numbers can violate both `type` and `minimum`.
+    problems = list({(each.pointer, each.message): each for each in reversed(problems)}.values())
+    problems.reverse()
     meant = {_get_suggested_pointer(problem) for problem in problems}
     for problem in problems:
         # A misspelled required key is reported as an unknown key, but not also as a missing key.
@@ -144,7 +152,7 @@ def check_against_schema(
 
 
 def _get_suggested_pointer(problem: Problem) -> str:
-    """Return the JSON pointer of the key that is suggested in place of an unknown key.
+    """Return the JSON pointer of the key that is suggested instead of an unknown key.
 
     Return an empty string if the problem is not an unknown key, or has no suggestion.
     """
@@ -155,7 +163,10 @@ def _get_suggested_pointer(problem: Problem) -> str:
 def _convert_error(
     document: Document, error: jsonschema.ValidationError, pointer: str, suggestions: int
 ) -> Iterator[Problem]:
-    """Yield the problems of a schema violation; only the first ``suggestions`` have suggestions."""
+    """Convert an error of the package ``jsonschema`` to problems of the config.
+
+    A known key is suggested for at most ``suggestions`` unknown keys.
+    """
     name = dotted_name(pointer) or "the config"
     keyword = str(error.validator)
     schema: Mapping[str, Any] = error.schema
@@ -175,7 +186,7 @@ def _convert_error(
                 takes = describe_schema(schema["properties"][missing])
                 message = f"Missing key `{missing}` in {name}."
                 below = join_pointer(pointer, missing)
-                hint = f"Add it. It accepts {takes}."
+                hint = f"Add the key. It accepts {takes}."
                 yield document.build_problem(
                     "missing-key", pointer, message, hint, suggestion=below
                 )
@@ -184,26 +195,45 @@ def _convert_error(
             hint = schema["x-instead"]
             yield document.build_problem("removed-key", pointer, message, hint, at_key=True)
         case _ if value == "auto":
-            message = (
-                f"`{name}` must be {describe_schema(schema)}, "
-                'got "auto", which no integration replaces.'
+            replaced = schema.get("x-alias-of")
+            hint = f"Set a value, or use `{replaced}`." if replaced else "Set a value."
+            message = f"`{name}` must be {describe_schema(schema)}, "
+            message += 'got "auto", which no integration replaces.'
+            is_accepted = means_default(pointer, value)
+            if is_accepted:
+                message = f'`{name}` is "auto", which no integration replaces. The default is used.'
+            yield document.build_problem(
+                "unsupported-auto",
+                pointer,
+                message,
+                hint,
+                severity="warning" if is_accepted else "error",
             )
-            yield document.build_problem("unsupported-auto", pointer, message, "Set a value.")
         case _ if keyword in {"type", "enum", "pattern"} | _RANGE:
             message = f"`{name}` must be {describe_schema(schema)}, got {quote_value(value)}."
             takes_auto = keyword == "pattern" and error.validator_value == "^auto$"
             kind = "wrong-type" if keyword == "type" or takes_auto else "out-of-range"
             hint, fix = _suggest_unquoting(value, schema) if kind == "wrong-type" else ("", None)
+            hint = hint or _suggest_fraction_of_run(value, schema)
             yield document.build_problem(kind, pointer, message, hint, fix=fix)
         case _:
             raise AssertionError(f"no message is defined for the JSON Schema keyword `{keyword}`")
+
+
+def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
+    """Return a hint for a duration that is probably meant as a fraction; empty if it is not."""
+    accepts_fractions = "[dD][uU][rR]" in schema.get("pattern", "")
+    if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
+        return ""
+    return f'Write "{value:g}dur" for a fraction of the run.'
 
 
 def _suggest_unquoting(value: Any, schema: Mapping[str, Any]) -> tuple[str, Fix | None]:
     """Suggest removing the quotes from a string such as "1" or "True".
 
     Returns:
-        A hint and an automatic fix; an empty hint and None if the unquoted value is invalid.
+        A hint and an automatic fix. If the value would still be invalid without quotes, the hint is
+        empty and the fix is None.
     """
     if not isinstance(value, str):
         return "", None
@@ -226,7 +256,7 @@ def _build_unknown_key_problem(
         "unknown-key",
         pointer,
         message,
-        found.hint or 'Remove it, or start the key with "//" or "x-" to keep it as a comment.',
+        found.hint or 'Remove the key, or start the key with "//" or "x-" to keep it as a comment.',
         at_key=True,
         fix=found.fix,
         suggestion=found.meant,
@@ -236,8 +266,9 @@ def _build_unknown_key_problem(
 def _find_deprecated(document: Document) -> Iterator[Problem]:
     """Yield a note for each deprecated key."""
     for member in walk(document.value, schemas.read(SCHEMA)):
-        if member.schema.get("deprecated"):
-            instead = member.schema.get("x-instead", "")
+        instead = member.schema.get("x-instead", "")
+        is_set_twice = instead in document.get_value(get_parent(member.pointer))
+        if member.schema.get("deprecated") and not is_set_twice:
             renamed = instead.isidentifier()
             hint = f"Use `{instead}`." if instead and " " not in instead else instead
             fix = Fix(key=instead) if renamed else None
@@ -257,7 +288,7 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
     name = optimizer_name(block["type"])
     if name is None:
         usable = [known for known, schema in OPTIMIZERS.items() if "x-removed" not in schema]
-        near = find_nearest(block["type"], OPTIMIZERS)
+        near = suggest_optimizer(block["type"])
         hint = (
             f"Did you mean `{near}`?"
             if near
@@ -294,10 +325,13 @@ def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[P
 
 
 def _check_run_length(
-    document: Document, config: Mapping[str, Any], world_size: int | None
+    document: Document, config: Mapping[str, Any], ranks: DataRanks | None
 ) -> Iterator[Problem]:
-    """Yield an error if the run would be too long, or shorter than one step, with any data set."""
-    samples = get_train_batch_size(config, world_size) or 1
+    """Yield an error if the run is too long, or shorter than one step.
+
+    The length of the dataset is unknown, so each epoch is assumed to have one step.
+    """
+    samples = get_train_batch_size(config, ranks) or 1
     try:
         build_horizon(config.get("engine", {}), samples_per_step=samples, steps_per_epoch=1)
     except ValueError as error:
@@ -305,7 +339,11 @@ def _check_run_length(
 
 
 def _read_torch_schema(name: str) -> Mapping[str, Any]:
-    """Return a schema with the names of the params of a scheduler that is not imported."""
+    """Return a JSON schema that contains the parameter names of a PyTorch scheduler.
+
+    The names are read from PyTorch's source code, because PyTorch is not imported. The schema is
+    empty if there is no such scheduler.
+    """
     parameters = read_torch_parameters(name)
     if parameters is None:
         return {}
@@ -317,7 +355,10 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """For an unknown parameter, set the hint to the names of the schedules that have it."""
+    """Add a hint to a problem about an unknown parameter: the schedules that have this parameter.
+
+    Other problems are returned unchanged.
+    """
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem
     key = get_last_key(problem.pointer)
@@ -330,7 +371,7 @@ def _construct_schedule(
     document: Document,
     config: Mapping[str, Any],
     unresolved: Collection[str],
-    world_size: int | None,
+    ranks: DataRanks | None,
 ) -> tuple[Schedule[Any] | None, list[Problem]]:
     """Construct the config's schedule.
 
@@ -346,7 +387,7 @@ def _construct_schedule(
     problems = []
     try:
         schedule = from_config({"type": block["type"], "params": params})
-        _resolve_in_any_run(schedule, list_possible_horizons(schedule, config, world_size))
+        _resolve_in_any_run(schedule, list_possible_horizons(schedule, config, ranks))
     except ScheduleError as error:
         for fault in error.problems:
             below = join_pointer(pointer, fault.field) if fault.field else pointer
@@ -368,7 +409,7 @@ def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) ->
     """Check that a schedule can be resolved for at least one of the possible lengths of its run.
 
     Raises:
-        ScheduleError: a field has a problem for all lengths.
+        ScheduleError: a field has a problem with every possible length.
     """
     found: list[dict[str | None, ParameterProblem]] = []
     for horizon in horizons:

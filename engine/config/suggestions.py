@@ -1,7 +1,7 @@
 """Suggest a known key for an unknown key.
 
-A suggestion is a key with a similar name, the equivalent of another tool's key, or the section in
-which the key is valid. Unlikely suggestions are not made.
+A suggestion can be a key with a similar name, the equivalent of another tool's key, or the section
+in which the key is valid. No suggestion is made unless it is likely to be correct.
 """
 
 from __future__ import annotations
@@ -12,11 +12,38 @@ from typing import Any, NamedTuple
 
 import schemas
 from engine.config.pointers import get_last_key, get_parent
-from engine.config.schema import ABSENT, SCHEMA, SECTION, resolve_reference, walk
+from engine.config.schema import (
+    ABSENT,
+    OPTIMIZERS,
+    SCHEMA,
+    SECTION,
+    optimizer_name,
+    resolve_reference,
+    walk,
+)
 from engine.errors import Fix
-from schedules.core.spelling import edit_distance, find_nearest
+from schedules import SCHEDULES
+from schedules.core.fields import read_fields
+from schedules.core.spelling import edit_distance, find_nearest, suggest_fraction
 
-__all__ = ["Suggestion", "suggest_key"]
+__all__ = ["Suggestion", "suggest_key", "suggest_optimizer"]
+
+_IMPLEMENTATIONS = (
+    "deepspeed",
+    "anyprecision",
+    "paged",
+    "fused",
+    "torch",
+    "apex",
+    "cpu",
+    "hf",
+    "npu",
+    "xla",
+    "bnb",
+    "32bit",
+    "8bit",
+)
+"""Parts of the names of an optimizer's implementations in DeepSpeed, transformers and others."""
 
 
 class Suggestion(NamedTuple):
@@ -35,7 +62,7 @@ class Suggestion(NamedTuple):
 def suggest_key(
     pointer: str, key: str, known: Mapping[str, Any], present: Mapping[str, Any]
 ) -> Suggestion:
-    """Suggest a known key in place of an unknown key.
+    """Suggest a known key instead of an unknown key.
 
     Args:
         pointer: JSON pointer of the object that contains the unknown key.
@@ -52,6 +79,12 @@ def suggest_key(
     meant = _ALIASES.get(pointer, {}).get(key)
     if meant in absent:
         return Suggestion(f"Use `{meant}` instead.", meant, Fix(key=meant))
+    if meant and meant.startswith("/"):
+        return Suggestion(f"Use `{meant}` instead.")
+    if hint := suggest_fraction(key, present[key], absent):
+        return Suggestion(hint)
+    if key in _find_params(pointer, present):
+        return Suggestion(f"Move it to `{pointer}/params`.")
     fitting = [
         name for name in absent if _accepts_type(present[key], resolve_reference(known[name]))
     ]
@@ -61,8 +94,6 @@ def suggest_key(
     )
     if near:
         return Suggestion(f"Did you mean `{near}`?", near)
-    if meant and meant.startswith("/"):
-        return Suggestion(f"Use `{meant}` instead.")
     sections = [each for each in _map_keys_to_sections().get(key, ()) if each != pointer]
     if 0 < len(sections) <= 3:
         where = " or ".join(f"`{each}`" if each else "the top level" for each in sections)
@@ -72,10 +103,35 @@ def suggest_key(
     return Suggestion("")
 
 
-def _find_unique_match(name: str, known: Collection[str]) -> str | None:
-    """Return the known name with an edit distance of at most 2 and the same first or last letter.
+def suggest_optimizer(name: str) -> str | None:
+    """Return the known optimizer that a name probably means; None if there is none.
 
-    Return None if there is no such name, or more than one.
+    >>> suggest_optimizer("DeepSpeedCPUAdam"), suggest_optimizer("adamw_torch_fused")
+    ('Adam', 'AdamW')
+    >>> suggest_optimizer("SGDD"), suggest_optimizer("Adafactor")
+    ('SGD', None)
+    """
+    bare = name.lower()
+    for part in _IMPLEMENTATIONS:
+        bare = bare.replace(part, "")
+    return optimizer_name(bare.strip("_-")) or find_nearest(name, OPTIMIZERS)
+
+
+def _find_params(pointer: str, block: Mapping[str, Any]) -> Collection[str]:
+    """Return the names of the params of an ``optimizer`` or ``scheduler`` block."""
+    name = block.get("type")
+    if not isinstance(name, str):
+        return ()
+    if pointer == "/optimizer":
+        known = OPTIMIZERS.get(optimizer_name(name) or "", {})
+        return tuple(known.get("properties", ()))
+    return read_fields(SCHEDULES[name]) if pointer == "/scheduler" and name in SCHEDULES else ()
+
+
+def _find_unique_match(name: str, known: Collection[str]) -> str | None:
+    """Return the only known name that is similar to ``name``, or None if there is not exactly one.
+
+    Names are similar if their edit distance is at most 2 and the first or last letter is the same.
     """
     near = [
         other

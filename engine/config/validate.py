@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from engine.config.batch_sizes import RankCounter, count_data_ranks
+from engine.config.booleans import convert_numbers_to_booleans
+from engine.config.other_formats import recognize_keys
 from engine.config.parser import Document
 from engine.config.pointers import dotted_name
 from engine.config.rules import RULES, RuleContext
+from engine.config.schema import means_default
 from engine.config.source import Source, load_document
 from engine.config.structure import check_structure
 from engine.config.wording import quote_value
@@ -65,6 +69,7 @@ def examine(
     *,
     reject_auto: bool = False,
     needs_deepspeed: str | None = None,
+    count_ranks: RankCounter = count_data_ranks,
     allow_imports: bool = False,
 ) -> tuple[list[Problem], RuleContext | None]:
     """Validate a parsed config, and return its problems and its valid values.
@@ -76,6 +81,7 @@ def examine(
         reject_auto: whether to report every "auto" value as an error. Set this for runs that are
             not started through an integration, such as the Hugging Face Trainer.
         needs_deepspeed: part of the model that only DeepSpeed supports; None if unknown.
+        count_ranks: function that returns the number of ranks that load different samples.
         allow_imports: whether to import and check the code that the config names.
 
     Returns:
@@ -88,7 +94,7 @@ def examine(
         invalid = {problem.pointer for problem in problems if problem.severity == "error"} - {""}
         with imports_allowed(allow_imports):
             found, context = _examine_values(
-                document, world_size, needs_deepspeed, reject_auto=reject_auto
+                document, world_size, needs_deepspeed, count_ranks, reject_auto=reject_auto
             )
         problems += [problem for problem in found if problem.pointer not in invalid]
     return sorted(problems, key=_sort_key), context
@@ -100,21 +106,30 @@ def _sort_key(problem: Problem) -> tuple[int, int, int, str]:
 
 
 def _examine_values(
-    document: Document, world_size: int | None, needs_deepspeed: str | None, *, reject_auto: bool
+    document: Document,
+    world_size: int | None,
+    needs_deepspeed: str | None,
+    count_ranks: RankCounter,
+    *,
+    reject_auto: bool,
 ) -> tuple[Iterable[Problem], RuleContext | None]:
     if not isinstance(document.value, dict):
         message = f"The config must be a JSON object, got {quote_value(document.value)}."
         return [document.build_problem("wrong-type", "", message)], None
-    structure = check_structure(document, world_size)
+    if other := recognize_keys(document.value):
+        return [document.build_problem("other-format", "", *other)], None
+    document, converted = convert_numbers_to_booleans(document)
+    structure = check_structure(document, world_size, count_ranks)
     context = RuleContext(document, structure, world_size, needs_deepspeed)
     autos = _find_unresolved(context) if reject_auto else ()
     from_rules = (problem for rule in RULES for problem in rule(context))
-    return [*structure.problems, *autos, *from_rules], context
+    return [*converted, *structure.problems, *autos, *from_rules], context
 
 
 def _find_unresolved(context: RuleContext) -> Iterator[Problem]:
     for member in context.members:
-        if member.value == "auto" and "x-auto" in member.schema:
+        is_auto = member.value == "auto" and "x-auto" in member.schema
+        if is_auto and not means_default(member.pointer, member.value):
             name, who = dotted_name(member.pointer), member.schema["x-auto"].replace(", ", " or ")
             message = f'`{name}` must be set, got "auto", which only {who} can replace.'
             hint = f"Set a value, or start the run with {who}."

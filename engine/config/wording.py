@@ -29,5 +29,5 @@ def quote_value(value: Any) -> str:
 
 
 def shorten(text: str) -> str:
-    """Truncate a text to at most 60 characters."""
+    """Truncate a string to at most 60 characters."""
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "…"

@@ -1,4 +1,4 @@
-"""Generate the output of `onecycle schedules`: a list, or the page of one schedule."""
+"""Generate the output of `onecycle schedules`: the list of schedules, or the page of one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def format_page(cls: type[Schedule[Any]]) -> Iterator[str]:
     for name, field in read_fields(cls).items():
         default = "required" if field.required else f"default {json.dumps(field.default)}"
         yield f"  {name}  ({describe_schema(field.schema)}; {default})"
-        yield f"      {descriptions[name]}" + (f" Unit: {field.unit}." if field.unit else "")
+        yield f"      {field.complete(descriptions[name])}"
     yield ""
     block = {"scheduler": {"type": cls.type_name, "params": dict(cls.example)}}
     yield json.dumps(block, indent=2)

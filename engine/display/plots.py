@@ -36,7 +36,7 @@ def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
 def _find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
     """Return the phases of a panel's curve, as a dict from first step to phase name.
 
-    Return an empty dict if the panel shows several curves, or if its curve is unknown.
+    Return an empty dict if the panel shows several curves, or if the curve is not known.
     """
     if len(panel) > 1 or panel[0] not in curves:
         return {}
@@ -67,9 +67,10 @@ def draw(
         title: title of the figure.
         steps: step of each value, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column; its phases, such as the warmup, are labeled in the plot.
-        evidence: losses from which a loss-driven schedule determined the end of its warmup, and
-            the Gaussian process fitted to them. Both are plotted in an additional panel. If
-            ``columns`` contains ``loss``, the panel shows the losses of that column instead.
+        evidence: losses from which a loss-driven schedule determined the end of its warmup, and the
+            Gaussian process that was fitted to these losses. Both are plotted in an additional
+            panel. If ``columns`` contains ``loss``, the panel shows the losses of that column
+            instead.
         dpi: resolution of the image in dots per inch.
     """
     from matplotlib.figure import Figure

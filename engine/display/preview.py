@@ -70,17 +70,19 @@ class Preview:
         return columns, done.evidence
 
     def check_length(self, steps: int) -> None:
-        """Raise an error if the values of so many steps cannot be computed in a short time.
+        """Check that the values of the first ``steps`` steps can be computed in a short time.
 
         Raises:
-            ValueError: the schedule is a PyTorch scheduler, which must run every step.
+            ValueError: there are too many steps for a PyTorch scheduler, which has to be run step
+                by step.
         """
         from schedules.families.custom import WrappedScheduler
 
         if isinstance(self.schedule, WrappedScheduler) and steps > _MAX_RUN_STEPS:
             raise ValueError(
-                f"{self.schedule.type_name} must run every step, so at most {_MAX_RUN_STEPS:,} "
-                f"steps are plotted, got {steps:,}. Set `--steps` to plot the first steps."
+                f"At most {_MAX_RUN_STEPS:,} steps of {self.schedule.type_name} can be plotted, "
+                f"because PyTorch has to run each step, got {steps:,}. Set `--steps` to plot the "
+                "first steps."
             )
 
     @property
@@ -130,9 +132,10 @@ def preview(
         allow_imports: whether to import the code that the config names.
 
     Raises:
-        ConfigError: the file cannot be read or parsed, there is no ``scheduler``, the section
-            ``scheduler``, ``optimizer`` or ``engine`` is invalid, the schedule requires code that
-            must not be imported, or it depends on the loss and the run is too long.
+        ConfigError: the file cannot be read or parsed; ``scheduler`` is missing; the section
+            ``scheduler``, ``optimizer`` or ``engine`` is invalid; the schedule requires code that
+            must not be imported; or the schedule depends on the loss, and the run is too long to
+            simulate.
 
     >>> warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     >>> list(preview({"scheduler": warmup}).rows(3))
@@ -171,16 +174,16 @@ def _build_preview(
     resolved = schedule.resolve(horizon)
     if schedule.feedback is not None and resolved.span > _MAX_SYNTHETIC_STEPS:
         raise ValueError(
-            f"The preview of {schedule.type_name} runs it on a synthetic loss, for at most "
-            f"{_MAX_SYNTHETIC_STEPS:,} steps, got {resolved.span:,}. Shorten the run in a copy of "
-            "the config."
+            f"A preview of {schedule.type_name}, which depends on the loss, can have at most "
+            f"{_MAX_SYNTHETIC_STEPS:,} steps, got {resolved.span:,}. Set a shorter run in a copy "
+            "of the config to preview it."
         )
     base = build_base_values(context.config, schedule)
     return Preview(name, schedule, resolved, schedule.build_curves(base, horizon), horizon, base)
 
 
 def _prevents_curve(problem: Problem) -> bool:
-    """Return whether the curves of the schedule cannot be computed because of a problem."""
+    """Return whether a problem makes it impossible to compute the curves of the schedule."""
     if problem.severity != "error" or problem.rule == "batch-sizes":
         return False
     section, *_ = [*split_pointer(problem.pointer), ""]

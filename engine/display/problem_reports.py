@@ -31,9 +31,9 @@ class Report:
 
 
 def _select_problems(problems: Sequence[Problem]) -> tuple[list[Problem], int]:
-    """Return the problems to print, most severe first if there are too many, and the rest's number.
+    """Select the problems to print, and count the problems that are left out.
 
-    The selected problems keep their order.
+    If there are too many problems, the most severe ones are selected, in their original order.
     """
     severities = list(_COLORS)
     by_severity = sorted(
@@ -87,7 +87,7 @@ def _format_github(report: Report) -> Iterator[str]:
 
 
 def _encode(text: str, characters: str) -> str:
-    """Percent-encode characters as GitHub's workflow commands require, and escape the others."""
+    """Percent-encode ``characters`` for a GitHub workflow command; escape control characters."""
     encoded = "".join(f"%{ord(each):02X}" if each in characters else each for each in text)
     return escape(encoded)
 
@@ -135,7 +135,7 @@ def _build_sarif_location(name: str, problem: Problem) -> dict[str, Any]:
 
 
 def write_error(error: ConfigError, out: TextIO) -> None:
-    """Write the problems of a `ConfigError` to a stream, one after another, as text."""
+    """Write the problems of a `ConfigError` to a stream as text."""
     for line in _format_text(Report(Document(error.name, None), error.problems)):
         print(line, file=out)
 

@@ -16,10 +16,10 @@ _SECONDS = 0.1  # between two redraws
 
 
 class ProgressBar:
-    """Shows the number of completed steps, a text, the speed and the time left.
+    """Shows the number of completed steps, a short text, the speed and the remaining time.
 
-    It is drawn on standard error by `move_to`, not by a thread. While it is shown, everything that
-    is printed or logged appears above it.
+    `move_to` draws the bar on standard error; there is no drawing thread. While the bar is shown,
+    everything that the script prints or logs appears above the bar.
 
     Args:
         step: number of steps that are already completed.
@@ -75,7 +75,7 @@ class ProgressBar:
         Args:
             step: number of completed steps.
             total: number of steps of the whole run; None if it is unknown.
-            text: text beside the bar, such as the loss.
+            text: text to show beside the bar, such as the loss.
         """
         now = time.monotonic()
         is_due = now >= self._next_redraw
@@ -94,7 +94,7 @@ class ProgressBar:
             self.close()
 
     def close(self) -> None:
-        """Leave the bar on the screen, and restore the output streams."""
+        """Stop updating the bar, and restore the output streams. The bar stays on the screen."""
         if not self.is_open:
             return
         ProgressBar._shown, self.is_open = None, False
@@ -105,13 +105,13 @@ class ProgressBar:
 
 
 def _redirect_handlers(replaced: Mapping[int, Any]) -> list[tuple[Any, Any]]:
-    """Make log handlers write to the streams that replaced theirs.
+    """Make log handlers write to the streams that replace their output streams.
 
     Args:
-        replaced: the new stream for the id of each old one.
+        replaced: dict that maps the ``id`` of each original stream to its replacement.
 
     Returns:
-        Each changed handler with its old stream.
+        Pairs of a changed handler and its original stream.
     """
     changed = []
     for handler in (*logging.getLogger().handlers, *logging.getLogger("onecycle").handlers):

@@ -45,13 +45,26 @@ class Ranks:
 
     If None, the default group is used.
     """
+    shard: tuple[int, int] | None = None
+    """Index and number of the parts of the data; None if each rank loads a different part."""
+
+    @property
+    def data_rank(self) -> int:
+        """Index of the part of the data that this rank loads."""
+        return self.rank if self.shard is None else self.shard[0]
+
+    @property
+    def data_ranks(self) -> int:
+        """Number of parts of the data. The ranks that share a model load the same part."""
+        return self.world_size if self.shard is None else self.shard[1]
 
 
 def get_world_size() -> int:
     """Return the world size.
 
-    If no process group is initialized, return the environment variable ``WORLD_SIZE``. If it is not
-    set, return the number of tasks that srun or mpirun started, or 1.
+    If no process group is initialized, return the environment variable ``WORLD_SIZE``. If this
+    variable is not set, return the number of tasks that srun or mpirun started, or 1 without srun
+    and mpirun.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
@@ -65,7 +78,7 @@ def get_rank() -> int:
     """Return the rank of this process.
 
     If no process group is initialized, return the environment variable ``RANK``. If ``WORLD_SIZE``
-    is not set, return the rank that srun or mpirun set, or 0.
+    is not set, return the rank that srun or mpirun assigned, or 0 without srun and mpirun.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
@@ -78,7 +91,7 @@ def get_rank() -> int:
 def init_distributed(*, always_create_group: bool = False, port: int | None = None) -> Ranks:
     """Initialize the process group from the environment variables that the launcher sets.
 
-    If torchrun did not start this process, but srun or mpirun did, set torchrun's variables first.
+    If srun or mpirun started this process without torchrun, first set torchrun's variables.
 
     An existing process group is reused. By default, no process group is created for a single
     process.
@@ -93,7 +106,7 @@ def init_distributed(*, always_create_group: bool = False, port: int | None = No
 
     Raises:
         ValueError: if there are several ranks, but `WORLD_SIZE`, `RANK`, `MASTER_ADDR` or
-            `MASTER_PORT` is not set, and srun or mpirun did not set their values.
+            `MASTER_PORT` is neither set nor known from srun or mpirun.
     """
     if not _has_process_group():
         os.environ.update(read_task_variables(os.environ, port))
@@ -168,19 +181,20 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
 def destroy_distributed() -> None:
     """Destroy the process group.
 
-    With gloo, first wait up to 5 seconds for the other ranks. Otherwise, a rank that exits early
-    would close connections that the gloo threads of other ranks still use. If an exception ends
-    this process, do not wait: the others may be waiting for this rank in a collective operation.
+    With gloo, first wait up to 5 seconds until all ranks have called this function. Otherwise, a
+    rank that exits early would close connections that the gloo threads of other ranks still use.
 
-    If the others still train, the connections stay open until this process ends. Otherwise, the
-    others would fail first, and the launcher would report one of them.
+    With gloo, do not destroy the process group if an exception is ending this process, or if some
+    ranks are still training after the wait. Its connections then stay open until this process
+    exits. If the connections were closed earlier, other ranks could fail before this process exits,
+    and the launcher would report one of those ranks as the first failure.
     """
     if not _has_process_group():
         return
     is_gloo = dist.get_backend() == "gloo"
-    if is_gloo and (hasattr(sys, "last_value") or not _wait_for_exit_of_all_ranks()):
-        return
-    dist.destroy_process_group()
+    others_train = is_gloo and (hasattr(sys, "last_value") or not _wait_for_exit_of_all_ranks())
+    if not others_train:
+        dist.destroy_process_group()
     # A gloo thread may still own a tensor, and needs the interpreter to release it. If the
     # interpreter has already exited, the process aborts ("terminate called without an active
     # exception").
@@ -188,9 +202,13 @@ def destroy_distributed() -> None:
 
 
 def _wait_for_exit_of_all_ranks() -> bool:
-    """Wait, and return whether no rank still trains."""
+    """Wait until all ranks have called `destroy_distributed`, and return whether they have.
+
+    The wait ends after at most 5 seconds. If the rank that hosts the store has already exited,
+    return True.
+    """
     # Use the store: a rank that is in another collective operation would not answer a barrier.
-    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # it has no public name
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # the function has no public name
     keys = [f"onecycle/exit/{rank}" for rank in range(dist.get_world_size())]
     deadline = time.monotonic() + _EXIT_TIMEOUT
     with contextlib.suppress(RuntimeError):  # the rank that hosts the store has exited

@@ -1,4 +1,4 @@
-"""Detect signals that end a run, so that it can save a checkpoint before it exits."""
+"""Detect signals that end a run, so that the run can save a checkpoint before it exits."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ Slurm, for example, signals all processes of a job, and torchrun passes its sign
 class Signals:
     """Records whether this process received SIGINT, SIGTERM or SIGUSR1.
 
-    Slurm can send the last two shortly before it kills a job. Call `find_on_any_rank` after each
-    step, and `restore_handlers` to stop recording.
+    Slurm can send SIGTERM or SIGUSR1 shortly before it kills a job. Call `find_on_any_rank` after
+    each step, and `restore_handlers` to stop recording.
 
-    A second signal ends the process at once, because the next step may be far away, as in an
-    evaluation, or may never come: SIGINT (Ctrl-C) raises KeyboardInterrupt, and SIGTERM kills the
-    process. SIGINT between trainings also raises KeyboardInterrupt. SIGUSR1 only announces the end,
-    so a signal after it is a first signal.
+    A second signal ends the process immediately, because the script may not reach the next step
+    for a long time, for example during an evaluation. A second SIGINT (Ctrl-C) raises
+    KeyboardInterrupt, and a second SIGTERM kills the process. The first SIGINT also raises
+    KeyboardInterrupt if the last step was more than a minute ago. SIGUSR1 only announces that the
+    job will end soon, so it does not count as a first signal.
 
     An instance that is created outside of the main thread records nothing, because Python allows
     signal handlers only in the main thread.
@@ -57,7 +58,7 @@ class Signals:
                     self._previous_handlers[number] = signal.signal(number, self._record)
 
     def restore_handlers(self) -> None:
-        """Restore the signal handlers that were set before, and stop recording."""
+        """Stop recording signals, and restore the previous signal handlers."""
         for number, handler in self._previous_handlers.items():
             if signal.getsignal(number) == self._record:
                 # None means that the handler was not set by Python code, so it cannot be restored.
@@ -71,7 +72,7 @@ class Signals:
         if name == "SIGINT" and (self._received_at < now or not is_training):
             raise KeyboardInterrupt
         if name == "SIGTERM" and now - self._received_at > _MAX_DUPLICATE_TIME:
-            log.warning("received SIGTERM again; exiting without a checkpoint")
+            log.warning("received a second SIGTERM; exiting without saving a checkpoint")
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if name == "SIGINT":
@@ -81,7 +82,7 @@ class Signals:
         self._received = max(self._received, 1 + _NAMES.index(name))
 
     def find_on_any_rank(self, ranks: Ranks) -> str | None:
-        """Return the name of the signal that a rank received; None if no rank received one.
+        """Return the name of a signal that any rank has received, or None if there was none.
 
         Every rank must call this method in the same step.
         """

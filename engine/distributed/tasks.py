@@ -14,7 +14,7 @@ _DEFAULT_PORT = 29500  # DeepSpeed's
 
 
 class _Starter(NamedTuple):
-    """A program that starts tasks, and the names of the variables that it sets."""
+    """A program that starts the tasks of a job, and the names of the variables that it sets."""
 
     name: str
     size: str
@@ -43,7 +43,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
 
     Args:
         environment: environment variables of this process.
-        port: value of ``MASTER_PORT`` if the environment does not contain it; None to choose one.
+        port: value of ``MASTER_PORT`` if the environment does not set it; None to choose a port.
 
     Returns:
         Values of ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. The
@@ -78,7 +78,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
     if not address:
         raise ValueError(
             f"MASTER_ADDR is not set, but {starter.name} started {size} tasks on several hosts. "
-            "Set it to the address of the host of rank 0, for example with `export MASTER_ADDR="
+            "Set it to the address of rank 0's host, for example with `export MASTER_ADDR="
             '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)`.'
         )
     # If Slurm shows each task only its own GPU, this GPU has the number 0 in every task.
@@ -94,7 +94,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
 
 
 def _find_address(starter: _Starter, environment: Mapping[str, str]) -> str | None:
-    """Return the loopback address if all tasks are on this host, else None."""
+    """Return the loopback address if all tasks run on this host, and None otherwise."""
     if starter.local_size:
         is_one_host = environment.get(starter.local_size) == environment[starter.size]
     else:
@@ -103,7 +103,10 @@ def _find_address(starter: _Starter, environment: Mapping[str, str]) -> str | No
 
 
 def _choose_port(environment: Mapping[str, str]) -> int:
-    """Return a port that all tasks agree on. Each job step of Slurm has a different one."""
+    """Return a port number that is the same for all tasks of a job.
+
+    In Slurm, the port depends on the job and the job step, so that two steps use different ports.
+    """
     job, step = (environment.get(f"SLURM_{kind}_ID", "") for kind in ("JOB", "STEP"))
     if job.isdecimal() and step.isdecimal():
         return 20000 + (int(job) + 101 * int(step)) % 10000

@@ -11,7 +11,7 @@ __all__ = ["main"]
 
 
 def sort_by_core(cpus: Iterable[int], get_core: Callable[[int], int]) -> list[int]:
-    """Sort logical CPUs so that the CPUs of the same core are adjacent.
+    """Sort logical CPUs so that those of the same core are adjacent.
 
     Args:
         cpus: numbers of the logical CPUs.
@@ -26,8 +26,8 @@ def sort_by_core(cpus: Iterable[int], get_core: Callable[[int], int]) -> list[in
 def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
     """Return the logical CPUs to which a rank is bound.
 
-    The CPUs are split into contiguous parts of about the same size, one per rank of this host. If
-    there are more ranks than CPUs, every rank gets all CPUs.
+    The list of CPUs is split into contiguous parts of about the same size, one per rank of this
+    host. If there are more ranks than CPUs, every rank gets all CPUs.
 
     Args:
         cpus: logical CPUs of this host, sorted by core.

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from engine.distributed.environment import to_exit_status
+from engine.launch.torchrun import remove_directory
 
 __all__ = ["STARTED", "find_descendants", "main", "map_slots_to_devices"]
 
@@ -96,15 +97,16 @@ def main() -> int:
     _watch(job, words, signals)
     status = to_exit_status(job.process.returncode)
     job.kill()
+    remove_directory(job.process.pid)
     return status
 
 
 def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
-    """Wait until the job exits. Stop it if the launcher requests this or is unreachable.
+    """Wait until the job exits. Stop the job if the launcher requests it or is unreachable.
 
     Args:
         job: running job.
-        words: commands from standard input that were read together with the job.
+        words: bytes of standard input that were read together with the job; may contain commands.
         signals: signals received so far; the signal handlers append to this list.
     """
     silence = 0.0
@@ -132,16 +134,16 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
 def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
     """Wait until this process acquires a lock, which an earlier agent may hold until it exits.
 
-    The lock file is never deleted. Otherwise, another process could create it again and lock the
-    new file while this process still locks the deleted file.
+    The lock file is never deleted. Otherwise, another process could create and lock a new file of
+    the same name while this process still holds the lock on the deleted file.
 
     Args:
         name: name of the lock; None if no lock is needed.
         signals: signals received so far. A signal ends the wait. If the launcher stops the job or
-            exits, SIGTERM is appended.
+            exits during the wait, SIGTERM is appended to this list.
 
     Returns:
-        The open lock file, or None if no lock is needed. If a signal ended the wait, the file may
+        The open lock file, or None if no lock is needed. If a signal ended the wait, the file might
         not be locked.
     """
     if name is None:
@@ -193,9 +195,10 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Read the first line from a file descriptor. Return it, and the bytes read after it.
+    """Read the first line from a file descriptor. Return this line and the bytes after it.
 
-    The reads bypass Python's buffer, because `select` does not see data that is in the buffer.
+    The function does not use Python's buffered input, because `select` would not see data that is
+    already in the buffer.
     """
     read = b""
     while b"\n" not in read:

@@ -1,4 +1,4 @@
-"""Format and parse the output line with which a host reports its first failed rank."""
+"""Format and parse the line of output in which a host reports its first failed rank."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
 
     Args:
         path: path of the hostfile.
-        nproc: number of slots of a host without ``slots=N``, as for `parse_nproc`.
+        nproc: number of slots of a host without ``slots=N``, in the format of `parse_nproc`.
 
     Raises:
         LaunchError: if a line is invalid, a host is repeated, or the file lists no hosts.
@@ -144,7 +144,7 @@ def limit_hosts(hosts: Sequence[Host], nnodes: int | None, nproc: str) -> tuple[
         nproc: number of slots to use per host; ``auto`` to use all.
 
     Raises:
-        LaunchError: if there are too few hosts, or a host has too few slots.
+        LaunchError: if fewer hosts are available than requested, or a host has too few slots.
     """
     if nproc != "auto":
         size = parse_nproc(nproc)
@@ -167,11 +167,11 @@ def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
     """Parse ``--nnodes``, which is a number of hosts or a range MIN:MAX.
 
     Returns:
-        The minimum and the maximum number of hosts. For a single number, the minimum is None. If
-        ``text`` is None, both are None.
+        The minimum and the maximum number of hosts. If ``text`` is a single number, the minimum is
+        None. If ``text`` is None, both are None.
 
     Raises:
-        LaunchError: if the text is neither a number >= 1 nor a range with 1 <= MIN <= MAX.
+        LaunchError: if ``text`` is neither an integer >= 1 nor a range with 1 <= MIN <= MAX.
 
     >>> parse_nnodes("2"), parse_nnodes("1:4"), parse_nnodes(None)
     ((None, 2), (1, 4), (None, None))
@@ -189,12 +189,12 @@ def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
 def parse_nproc(text: str) -> int:
     """Parse ``--nproc``, the number of processes per host.
 
-    ``auto`` is the number of GPUs of this host, or 1 if it has no GPU. ``gpu`` and ``cpu`` are
-    torchrun's words for the number of GPUs and of CPUs.
+    ``auto`` is the number of GPUs of this host, or 1 if it has no GPU. As with torchrun, ``gpu`` is
+    the number of GPUs, and ``cpu`` is the number of CPUs.
 
     Raises:
-        LaunchError: if the text is none of these words and not a number >= 1, or if it is ``gpu``
-            and this host has no GPU.
+        LaunchError: if ``text`` is neither one of these words nor an integer >= 1, or if it is
+            ``gpu`` and this host has no GPU.
     """
     if text in ("auto", "gpu"):
         import torch

@@ -131,8 +131,9 @@ class LaunchPlan:
     def describe(self, *, as_json: bool = False) -> str:
         """Return the plan as text: the ranks, slots and command of each host.
 
-        A command can be pasted into a shell. Instead of the value of a variable whose name suggests
-        a secret, it contains a reference to the variable, and it fails if the variable is not set.
+        Each command can be pasted into a shell. If the name of a variable suggests a secret, the
+        command refers to the variable instead of containing its value, and fails if the variable is
+        not set.
 
         Args:
             as_json: whether to return the plan as indented JSON instead.
@@ -161,7 +162,8 @@ def build_plan(
 
     Args:
         request: launch request.
-        facts: network settings by host name. A host without an entry is addressed by its name.
+        facts: network settings by host name. If a host has no entry, its name is used as its
+            address.
         environment: environment variables of the launcher. The ranks receive those that match a
             pattern such as ``NCCL_*``, or a pattern in ``request.pass_env``.
 
@@ -250,7 +252,7 @@ def _script_options(request: LaunchRequest, host: Host) -> Iterator[str]:
 
 
 def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
-    """Return the environment variables that are set on all ranks, both with ssh and with Slurm.
+    """Return the environment variables that are set on all ranks, with ssh as well as with Slurm.
 
     Args:
         request: launch request.
@@ -328,8 +330,8 @@ def format_assignments(env: Mapping[str, str], *, hide_secrets: bool) -> list[st
 
     Args:
         env: environment variables.
-        hide_secrets: whether to replace the value of a variable whose name suggests a secret. The
-            shell then uses the value that the variable already has, and fails if it has none.
+        hide_secrets: whether to leave out the value of a variable whose name suggests a secret. The
+            shell then uses the value that is already set, and fails if the variable is not set.
 
     >>> format_assignments({"A": "b c", "HF_TOKEN": "hf_123"}, hide_secrets=True)
     ["A='b c'", 'HF_TOKEN="${HF_TOKEN:?}"']

@@ -1,4 +1,4 @@
-"""Check all hosts before launch (preflight check).
+"""Check all hosts before a launch (the preflight check).
 
 Each host must be reachable, must be able to connect to the rendezvous port, and must have the same
 package versions and the same config as the launcher.
@@ -66,8 +66,8 @@ def _open_rendezvous_port(
 ) -> Iterator[tuple[str | None, int]]:
     """Listen on the rendezvous port inside this context, and yield its address and port number.
 
-    The address is None if the launcher listens on the port, because each host may use a different
-    address to reach the launcher.
+    If the launcher itself listens on the port, the address is None, because each host may use a
+    different address to reach the launcher.
     """
     if request.store is not None:
         with reachability.listen(request.store[1]):

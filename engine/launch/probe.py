@@ -28,8 +28,8 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
 
     Args:
         config: path of the config on this host; None if there is no config.
-        port: port that must be free; 0 for any free port. The result contains the free port, or
-            None if this port is in use.
+        port: port to check; 0 for any free port. The result contains the port, or None if it is in
+            use.
     """
     launcher, address = _read_ssh_endpoints()
     versions = {"python": platform.python_version()}
@@ -49,7 +49,7 @@ def probe(config: str | None, port: int = 0) -> dict[str, Any]:
 
 
 def find_free_port(port: int = 0) -> int | None:
-    """Return ``port`` if it is free on this host, else None. If it is 0, return any free port."""
+    """Return ``port`` if it is free, else None. If ``port`` is 0, return any free port."""
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TCPStore sets the same option
         try:
@@ -64,8 +64,8 @@ def find_free_port(port: int = 0) -> int | None:
 def _read_ssh_endpoints() -> tuple[str, str]:
     """Return the IP addresses of the ssh client, which is the launcher, and of this host.
 
-    They are read from ``SSH_CONNECTION``, because host names may resolve to loopback addresses.
-    Without an ssh connection, both are 127.0.0.1.
+    The addresses are read from ``SSH_CONNECTION``, because host names may resolve to loopback
+    addresses. Without an ssh connection, both addresses are 127.0.0.1.
     """
     connection = os.environ.get("SSH_CONNECTION", "").split()
     return (connection[0], connection[2]) if len(connection) == 4 else ("127.0.0.1", "127.0.0.1")

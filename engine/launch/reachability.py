@@ -20,7 +20,7 @@ def listen(port: int) -> socket.socket:
 
 
 def connect(address: str, port: int) -> str:
-    """Try to connect to a port of a host. Return the error message; empty on success.
+    """Try to connect to a port of a host. Return the error message, or an empty string on success.
 
     >>> with listen(0) as listener:
     ...     connect("127.0.0.1", listener.getsockname()[1])
@@ -34,7 +34,7 @@ def connect(address: str, port: int) -> str:
 
 
 def main() -> None:
-    """Listen on a port, or connect to one.
+    """Listen on a port of this host, or connect to a port of another host.
 
     With the command-line argument ``PORT``, listen until standard input is closed. With the
     arguments ``ADDRESS PORT``, connect and print the error message, if any.

@@ -66,7 +66,7 @@ def bind_to_cores(
     Args:
         script: script or command to run, with its arguments.
         python: Python interpreter.
-        is_module: whether the script is the name of a module, as for ``python -m``.
+        is_module: whether ``script`` starts with the name of a module, as for ``python -m``.
         is_command: whether ``script`` is a command that is run without Python.
     """
     interpreter = () if is_command else (python, "-u", *(("-m",) if is_module else ()))
@@ -74,7 +74,9 @@ def bind_to_cores(
 
 
 def build_module_command(python: str, module: str) -> tuple[str, ...]:
-    """Return a command that runs a module of onecycle, never one of the working directory.
+    """Return a command that runs a module of onecycle.
+
+    The command ignores a module of the same name in the working directory.
 
     Args:
         python: Python interpreter.
@@ -84,7 +86,7 @@ def build_module_command(python: str, module: str) -> tuple[str, ...]:
 
 
 def find_config(script: tuple[str, ...], cwd: str) -> str | None:
-    """Return the path of the config among the arguments of a script; None if there is none.
+    """Return the path of the config among the arguments of a script, or None if there is none.
 
     The config is the first JSON file that has a typical config key, such as ``optimizer``.
 
@@ -115,7 +117,7 @@ def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, s
 
     Raises:
         LaunchError: if a line or an assignment does not have the form ``NAME=VALUE``, or a name
-            contains other characters than letters, digits and underscores.
+            contains characters other than letters, digits and underscores.
         OSError: if the file cannot be read.
     """
     default = Path(".deepspeed_env")

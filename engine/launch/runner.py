@@ -104,9 +104,10 @@ class _Agent:
 
 
 class _Output:
-    """Prints the output of the selected ranks, and keeps the last lines of every rank and host.
+    """Prints the output of the selected ranks, and stores the last lines of every rank and host.
 
-    A thread prints, so that the launcher also reacts to events while nobody reads its output.
+    A separate thread prints the lines. The launcher can therefore react to events even if its
+    output is a pipe that is read slowly.
     """
 
     def __init__(self, console: Console, out: IO[str]) -> None:
@@ -119,7 +120,7 @@ class _Output:
         self._thread.start()
 
     def print(self, line: str, host: str) -> None:
-        """Keep an output line, and print it if the output of its rank is selected.
+        """Store an output line, and print it if the output of its rank is selected.
 
         Args:
             line: output line. A line of a rank starts with a prefix such as ``[node0:r1]``; a line
@@ -174,7 +175,7 @@ class _Runner:
         self.output = _Output(console, out)
 
     def run(self, signals: queue.SimpleQueue[int]) -> Outcome:
-        """Start all agents, and run until the agent of every host has exited.
+        """Start the agents of all hosts, and handle events until every agent has exited.
 
         Args:
             signals: queue of the numbers of the signals that the launcher receives.
@@ -217,8 +218,8 @@ def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
 
     Args:
         plan: plan to run.
-        console: ranks whose output is printed: "all", "rank0" or "none". The outcome contains the
-            last lines of the first failed rank in any case.
+        console: ranks whose output is printed: "all", "rank0" or "none". In any case, the outcome
+            contains the last lines of the first failed rank.
         out: stream to which the output of the ranks is printed.
     """
     runner = _Runner(plan, console, out)

@@ -65,13 +65,13 @@ def build_sbatch(
     Args:
         request: launch request. Its host names are ignored, because Slurm chooses the hosts.
         options: maps the long name of each ``#SBATCH`` option to its value; empty for a flag. These
-            options override the defaults. With ``requeue``, a job that ends because of a signal,
-            for example when it is preempted, is requeued.
+            options override the defaults. With ``requeue``, the job is requeued if a signal ends
+            it, for example when the job is preempted.
         hide_secrets: whether to leave out the values of variables whose names suggest a secret. The
             script then uses the values in the environment of sbatch.
 
     Raises:
-        LaunchError: if an option has an invalid name, or a value of more than one line.
+        LaunchError: if the name of an option is invalid, or its value has more than one line.
     """
     defaults = {
         "job-name": "onecycle",
@@ -144,7 +144,7 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
         options: ``#SBATCH`` options; must be empty, because the allocation already exists.
 
     Raises:
-        LaunchError: if the allocation has a different number of nodes, or options are given.
+        LaunchError: if the allocation has a different number of nodes, or ``options`` is not empty.
     """
     allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
     if nodes != allocated:

@@ -1,14 +1,15 @@
 """Run torchrun in this process, and report the first failed rank and its exit status.
 
-The ``torchrun`` command exits with status 1 for every failure. This module exits with the
-status of the rank that failed first, which is 128 + n if signal n killed the rank. The last line of
-output reports this rank.
+The ``torchrun`` command exits with status 1 for every failure. This module exits with the status of
+the rank that failed first, or with 128 + n if signal n killed that rank. The last line of output
+reports the rank.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from engine.distributed.environment import FAILURE_FILE, TIMED_OUT, to_exit_status
 from engine.launch.failure import Failure, format_failure
 
-__all__ = ["LOCAL_RANK_ARGUMENT", "main"]
+__all__ = ["LOCAL_RANK_ARGUMENT", "main", "remove_directory"]
 
 LOCAL_RANK_ARGUMENT = "--local_rank=${local_rank}"
 """Argument in which torchrun replaces ``${local_rank}`` with the local rank of each process."""
@@ -26,7 +27,7 @@ LOCAL_RANK_ARGUMENT = "--local_rank=${local_rank}"
 def main(arguments: list[str]) -> int:
     """Run torchrun with the given arguments.
 
-    Return 0 if all ranks succeeded, else the exit status of the first failed rank.
+    Return 0 if all ranks succeed, or the exit status of the first failed rank.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
         options.training_script = _escape(options.training_script)
     try:
         with tempfile.TemporaryDirectory(
-            prefix="torchelastic_", ignore_cleanup_errors=True
+            prefix=_get_prefix(os.getpid()), ignore_cleanup_errors=True
         ) as directory:
             # torchrun never removes the directory that it creates if no --log-dir is given.
             options.log_dir = options.log_dir or directory
@@ -58,8 +59,18 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def remove_directory(pid: int) -> None:
+    """Remove the temporary directory of a process of this module that was killed."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_get_prefix(pid)}*"):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _get_prefix(pid: int) -> str:
+    return f"torchelastic_{pid}_"
+
+
 def _escape(argument: str) -> str:
-    """Escape an argument of the script, because torchrun expands it with `string.Template`."""
+    """Escape an argument of the script, because torchrun treats it as a `string.Template`."""
     return argument if argument == LOCAL_RANK_ARGUMENT else argument.replace("$", "$$")
 
 

@@ -42,10 +42,10 @@ def lr_range_test(
     curve. Every rank must call this function; the loss is averaged over all ranks. Boundaries set
     with `set_gradient_accumulation_boundary` are ignored during the test.
 
-    If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. It tries five
-    maximum learning rates around the suggestion, each twice the previous one, and extends the
-    search while the best one is the smallest or the largest so far. The refined suggestion is more
-    reliable, but takes five to ten times as long as the range test alone.
+    If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. The runs use
+    five maximum learning rates around the suggestion, each twice the previous one. As long as the
+    best maximum is the smallest or the largest one tried, more runs follow. The refined suggestion
+    is more reliable, but takes five to ten times as long as the range test alone.
 
     If param groups have different learning rates, all are multiplied by the same factor. The
     learning rates in the arguments and in the report are those of the first group, and the
@@ -62,8 +62,8 @@ def lr_range_test(
         max_lr: learning rate of the last step.
         steps: number of steps, at least 2.
         shape: how the learning rate increases: "exponential", "linear" or "staircase".
-        momentum: momentum of the first and of the last step, with a linear change in between. By
-            default, the momentum stays constant.
+        momentum: momentum of the first step and of the last step; it changes linearly in between.
+            By default, the momentum stays constant.
         divergence_factor: the test ends when the smoothed loss exceeds its minimum so far by this
             factor.
         refine: whether to refine the suggestion by training short cycles.
@@ -115,9 +115,9 @@ def lr_range_test(
 
 @contextlib.contextmanager
 def _trial_run(trainer: Engine, recorder: Recorder, schedule: Schedule[Any]) -> Iterator[None]:
-    """Train with another schedule inside this context; restore the training state on exit.
+    """Use another schedule inside this context; restore the training state on exit.
 
-    The state is also restored after an exception. The recorder records every step.
+    The state is also restored after an exception. The recorder records every step of the trial run.
     """
     run = trainer._run  # noqa: SLF001  # private to the package
     run.accumulation.check_between_steps()

@@ -20,6 +20,7 @@ _PATIENCE = 3  # consecutive losses that are not finite
 _SKIPS = 50  # consecutive skipped steps: more than any loss scale needs to adapt
 _LAG = 0.9  # decay of the moving average of the loss: about ten steps
 _STOPS = 3  # times that a script may catch `SweepOver`
+_MAX_POINTS = 20_000  # recorded steps of a range test without a step limit
 
 
 class SweepOver(SystemExit):
@@ -42,13 +43,18 @@ class Run:
     def curve(self) -> tuple[list[float], list[float]]:
         """The learning rate of each step, and the loss after that step.
 
-        The recorded loss of a step is computed before the parameters are updated. The effect of its
-        learning rate is therefore visible in the loss of the next step.
+        The recorded loss of a step is computed before the parameters are updated. The effect of a
+        step's learning rate is therefore visible in the loss of the next step.
 
         >>> Run(lrs=[0.1, 0.2, 0.4], losses=[2.3, 2.0, 1.5]).curve
         ([0.1, 0.2], [2.0, 1.5])
         """
         return self.lrs[:-1], self.losses[1:]
+
+    def thin(self) -> None:
+        """Remove every second recorded step."""
+        for column in (self.lrs, self.losses, self.momenta):
+            del column[1::2]
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -77,7 +83,9 @@ class Recorder:
     same averaged loss.
 
     Args:
-        steps: number of steps of the sweep; if None, record until the script ends.
+        steps: number of steps of the sweep; if None, record until the script ends. A record without
+            this limit has at most 20,000 points: when it is full, every second point is removed,
+            and only every second step is recorded from then on.
         divergence: the sweep ends when the smoothed loss exceeds its minimum so far by this factor.
         path: path of the record file; None to write no file, as on ranks other than 0.
         facts: backend, world size, precision and batch size, which the first line of the file
@@ -98,6 +106,8 @@ class Recorder:
         self._mean = self._weight = 0.0
         self._lowest = math.inf
         self._nonfinite = self._skips = self._stops = 0
+        self._count = 0
+        self._stride = 1  # the recorder records every n-th step
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
@@ -118,9 +128,7 @@ class Recorder:
         self._skips = 0 if applied else self._skips + 1
         finite = math.isfinite(loss)
         if applied or not finite:  # ignore steps skipped only because of the loss scale
-            run.lrs.append(lr)
-            run.losses.append(loss)
-            run.momenta.append(momentum)
+            self._add(lr, momentum, loss)
             shown = {"lr": lr, "loss": loss if finite else None, "momentum": momentum}
             self._write(shown)
         if self._has_diverged(loss):
@@ -129,6 +137,17 @@ class Recorder:
             run.end = "steps"
         if run.end:
             self._write({"end": run.end})
+
+    def _add(self, lr: float, momentum: float | None, loss: float) -> None:
+        run = self.run
+        if self._steps is None and len(run.lrs) >= _MAX_POINTS:
+            run.thin()
+            self._stride *= 2
+        if self._count % self._stride == 0:
+            run.lrs.append(lr)
+            run.losses.append(loss)
+            run.momenta.append(momentum)
+        self._count += 1
 
     def _has_diverged(self, loss: float) -> bool:
         if not math.isfinite(loss):

@@ -47,22 +47,22 @@ class Refinement:
 
     @cached_property
     def lowest(self) -> float:
-        """Estimate of the maximum learning rate with the lowest loss at the end of a cycle.
+        """The maximum learning rate with the lowest estimated loss at the end of a cycle.
 
-        The estimate is the minimum of a parabola, fitted to the final losses near the best cycle.
+        It is the minimum of a parabola that is fitted to the final losses near the best cycle.
         """
         return self._find_lowest(np.array(list(self.losses.values())).mean(axis=1))
 
     @property
     def lowest_per_repeat(self) -> list[float]:
-        """The value of `lowest` for each repeat separately, which shows how much it varies."""
+        """The estimate `lowest` for each repeat separately, to show how much it varies."""
         return [self._find_lowest(column) for column in np.array(list(self.losses.values())).T]
 
     @property
     def shrinkage(self) -> float:
         """Factor by which the maximum is reduced if the planned training is longer than a cycle.
 
-        It is ``(steps / training_steps) ** 0.32``, and at most 1.
+        The factor is ``(steps / training_steps) ** 0.32``, but at most 1.
         """
         return (
             1.0
@@ -141,8 +141,9 @@ def refine(
 ) -> Refinement:
     """Find the best maximum learning rate by training short cycles.
 
-    The search starts with five maximum learning rates, each twice the previous one. It is extended
-    while the best one is the smallest or the largest so far, up to 64 times `around` or 1/64 of it.
+    The search starts with five maximum learning rates, each twice the previous one. As long as the
+    best maximum is the smallest or the largest one tried, the search continues with further values,
+    from 1/64 of `around` to 64 times `around`.
 
     Args:
         train: function that takes a maximum learning rate and the index of the repeat, trains for a
@@ -153,7 +154,7 @@ def refine(
         training_steps: number of steps of the planned training; None if it equals `steps`.
 
     Raises:
-        ValueError: if cycles diverge at every maximum.
+        ValueError: if cycles diverge at every maximum learning rate.
     """
     initial_losses: list[float] = []
     losses: dict[int, tuple[float, ...]] = {}
@@ -190,7 +191,7 @@ def _final_loss(run: Run, steps: int) -> float:
 
 
 def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
-    """Check `training_steps`, which has an effect only if the suggestion is refined.
+    """Check `training_steps`, which is allowed only if the suggestion is refined.
 
     Args:
         is_refined: whether the suggestion is refined.

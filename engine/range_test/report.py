@@ -43,7 +43,7 @@ class LRRangeReport:
     def max_lr(self) -> float | None:
         """The suggested maximum learning rate, refined if short cycles were trained.
 
-        None if the range test has no suggestion.
+        The value is None if the range test has no suggestion.
         """
         return self.refinement.max_lr if self.refinement else self.suggestion.max_lr
 
@@ -60,7 +60,7 @@ class LRRangeReport:
         training_steps: int | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> LRRangeReport:
-        """Return a report in which the suggestion is refined by training short cycles.
+        """Return a copy of this report, with a suggestion that is refined by training short cycles.
 
         If there is no suggestion, return this report without training.
 
@@ -88,9 +88,10 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The smoothed curve and the rules are computed from the points of all runs. If there are
-        several runs, and more than half of them have a suggestion of their own, ``max_lr`` is the
-        median of these suggestions, so that a single run that diverged early has little effect.
+        The points of all runs together determine the smoothed curve and the results of the rules.
+        If there are several runs, and more than half of them yield a suggestion on their own,
+        ``max_lr`` is the median of these suggestions, so that a single run that diverged early has
+        little effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -118,7 +119,7 @@ class LRRangeReport:
 
     @property
     def max_lrs(self) -> list[float]:
-        """The suggested maximum learning rate of each run on its own.
+        """The maximum learning rates that the runs suggest individually.
 
         Runs without a suggestion are omitted. If there is only one run, the list is empty.
         """

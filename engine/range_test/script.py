@@ -34,9 +34,9 @@ _reports: list[Path] = []
 
 
 def is_next_engine_swept(sweep: Sweep) -> bool:
-    """Return whether the engine that `initialize` is about to create is the one to sweep.
+    """Return whether the LR range test is for the engine that `initialize` will create next.
 
-    Every other engine trains with its own schedule.
+    Every other engine of the script trains with its own schedule.
 
     Raises:
         MisuseError: the script creates a second engine, but `sweep` does not select one.
@@ -45,8 +45,8 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
     if sweep.engine is None and number > 1:
         raise MisuseError(
             "`onecycle lr-test` tests the learning rate of one engine, but this script calls "
-            "`engine.initialize` several times. Select an engine: add `--engine 1` to test the "
-            "first one that the script creates, `--engine 2` to test the second one."
+            "`engine.initialize` several times. Select an engine: `--engine 1` tests the first "
+            "one that the script creates, `--engine 2` the second, and so on."
         )
     return number == (sweep.engine or 1)
 
@@ -54,7 +54,7 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
 def apply_sweep(config: Config, sweep: Sweep) -> Config:
     """Return a config whose schedule is replaced by the sweep of `onecycle lr-test`.
 
-    The sweep's seed offset is added to the config's seed and to torch's initial seed.
+    The seed offset of the sweep is added to the config's seed and to torch's initial seed.
     """
     changed = config.copy_for_trial_run(from_config(sweep.scheduler))
     if sweep.seed_offset:
@@ -102,7 +102,10 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
 
 
 def _find_own_directory(directory: Path) -> Path:
-    """Return the directory; append a number if another engine of this process reports there."""
+    """Return a report directory that no other engine of this process uses.
+
+    Return ``directory`` itself if no other engine uses it. Otherwise, append a number to its name.
+    """
     count = _reports.count(directory)
     _reports.append(directory)
     return directory if count == 0 else directory.with_name(f"{directory.name}_{count + 1}")

@@ -64,7 +64,7 @@ class Suggestion:
     def band(self) -> tuple[float, float] | None:
         """The smallest and the largest learning rate that the `EDGE` rules select.
 
-        The narrower this band, the better the rules agree. None if no rule applies.
+        The narrower this band is, the better the rules agree. The value is None if no rule applies.
         """
         edge = [self.rules[name] for name in EDGE if name in self.rules]
         return (min(edge), max(edge)) if edge else None
@@ -76,21 +76,23 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     First, non-finite losses and isolated spikes are removed, and losses far above the initial loss
     are clipped. The losses are then smoothed over log(lr) by local linear regression, with a
     bandwidth selected by generalized cross-validation. The descent is the fall of the smoothed loss
-    from its highest value before the minimum to the minimum. Each rule selects a learning rate:
+    from its highest value before the minimum down to the minimum. Each rule selects a learning
+    rate:
 
     - end of descent: the learning rate at which the loss has completed 90 % of its descent;
     - minimum: the middle, in log(lr), of the range in which the loss exceeds its minimum by less
       than 5 % of the descent;
-    - divergence / 10: a tenth of the learning rate at which the loss diverges, that is, rises again
-      by 90 % of the descent, is no longer finite, or ends the test;
+    - divergence / 10: a tenth of the learning rate at which the loss diverges: it rises again by
+      90 % of the descent, is no longer finite, or ends the test;
     - steepest: the learning rate at which the loss falls fastest over log(lr);
     - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.
 
-    The suggestion is the median of the first three rules; rules that do not apply are ignored. A
-    cycle reaches its maximum only briefly, so the maximum can be as large as the learning rate at
-    which the loss stops falling. The last three rules are meant for a constant learning rate. Their
-    values are too small for the maximum of a cycle (docs/results/lr_test.md).
+    The suggestion is the median of the learning rates that the first three rules select; rules that
+    do not apply are ignored. A cycle reaches its maximum only briefly, so the maximum can be as
+    large as the learning rate at which the loss stops falling. The last three rules are meant for a
+    constant learning rate. Their values are too small for the maximum of a cycle
+    (docs/results/lr_test.md).
 
     Args:
         lrs: learning rate of each step, positive, in any order and spacing.
@@ -139,7 +141,7 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
 
 
 def _find_divergence(x: Array, finite: NDArray[np.bool_]) -> float | None:
-    """Return log10 of the learning rate from which on most losses are not finite, or None."""
+    """Return log10 of the learning rate above which most losses are not finite, or None."""
     finite_after = np.cumsum(finite[::-1])[::-1] / np.arange(finite.size, 0, -1)
     gone = np.flatnonzero(~finite & (finite_after < 0.5))
     return float(x[gone[0]]) if gone.size else None
@@ -178,9 +180,9 @@ def smooth(x: Array, y: Array) -> SmoothedCurve:
 
 
 def _reduce_points(x: Array, y: Array) -> tuple[Array, Array]:
-    """Average losses with equal learning rates.
+    """Average the losses that were measured at the same learning rate.
 
-    If more than 400 points are left, average neighboring points, too.
+    If more than 400 points are left, also average neighboring points.
     """
     x, places = np.unique(x, return_inverse=True)
     y = np.bincount(places, y) / np.bincount(places)
@@ -261,8 +263,8 @@ def _apply_rules(curve: SmoothedCurve, divergence: float | None) -> Suggestion:
 def _find_middle_of_basin(x: Array, loss: Array, limit: float) -> float:
     """Return the middle of the interval around the minimum in which the loss is below ``limit``.
 
-    Around a flat minimum, noise determines where the lowest point is, but has little effect on the
-    middle of the interval.
+    If the minimum is flat, noise determines the position of the lowest point, but has little effect
+    on the middle of the interval.
     """
     low = int(np.argmin(loss))
     above = np.flatnonzero(loss > limit)

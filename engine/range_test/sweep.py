@@ -29,9 +29,9 @@ class Sweep:
         steps: number of steps.
         shape: how the learning rate increases: "exponential", "linear", or "staircase" (20 stairs
             of equal height).
-        momentum: pair of the momentum at the first step and at the last step, linear in between.
+        momentum: momentum of the first step and of the last step; it changes linearly in between.
             If None, the momentum stays constant.
-        block: scheduler block to use instead of one that is built from the arguments above.
+        block: scheduler block to use; if None, a block is built from the arguments above.
         divergence_factor: the sweep ends when the smoothed loss exceeds its minimum so far by this
             factor.
         directory: directory of the record file; None to write no file.
@@ -39,7 +39,7 @@ class Sweep:
         seed_offset: number that is added to the config's seed and to torch's initial seed, so that
             repeated sweeps differ.
         engine: number of the engine to test, from 1, in the order in which the script creates
-            them. If None, the script must create only one.
+            the engines. If None, the script must create only one engine.
 
     Raises:
         ValueError: if `min_lr` is not positive, `max_lr` is not finite or not above `min_lr`,

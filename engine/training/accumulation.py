@@ -1,4 +1,4 @@
-"""Gradient accumulation: the position in the current batch, and where a batch ends."""
+"""Track gradient accumulation: count micro-batches, and determine where a batch ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Accumulation"]
 
 @dataclass
 class Accumulation:
-    """The micro-batches since the last optimizer step.
+    """Counts the micro-batches since the last optimizer step.
 
     >>> accumulation = Accumulation(steps=2)
     >>> accumulation.is_boundary()
@@ -30,14 +30,18 @@ class Accumulation:
     scaled_losses: int = 0
     """Number of losses passed to `backward` or `scale` since the last optimizer step."""
     boundary: bool | None = None
-    """Value set by `Engine.set_gradient_accumulation_boundary`; if None, count micro-batches."""
+    """Value set by `Engine.set_gradient_accumulation_boundary`; None to count micro-batches."""
     has_gradients: bool = False
     """Whether trained parameters had gradients after the last micro-batch of this batch."""
+    is_managed: bool = True
+    """Whether micro-batches are counted; if false, every call of `step` completes a batch."""
     averages_gradients: bool = True
     """Whether backward passes average gradients across ranks; false inside `no_sync`."""
 
     def is_boundary(self) -> bool:
         """Return whether the next micro-batch completes a batch."""
+        if not self.is_managed:
+            return True
         if self.boundary is not None:
             return self.boundary
         return (self.micro_batches + 1) % self.steps == 0
@@ -47,12 +51,17 @@ class Accumulation:
         return self.averages_gradients and self.is_boundary()
 
     def restart(self, micro_batches: int = 0) -> None:
-        """Start a batch of which a number of micro-batches was processed before."""
-        self.micro_batches, self.scaled_losses = micro_batches % self.steps, 0
+        """Set the position in the current batch, and reset the records of earlier backward passes.
+
+        Args:
+            micro_batches: number of micro-batches that the run has processed so far.
+        """
+        self.micro_batches = micro_batches % self.steps if self.is_managed else 0
+        self.scaled_losses = 0
         self.has_gradients = False
 
     def check_between_steps(self) -> None:
-        """Check that a trial run can start without discarding accumulated gradients.
+        """Check that no accumulated gradients would be lost if a trial run started now.
 
         Raises:
             ValueError: the current batch is incomplete.

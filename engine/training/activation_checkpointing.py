@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ["CheckpointedForward", "checkpoint_activations", "find_blocks"]
+
+log = logging.getLogger("onecycle")
 
 
 def checkpoint_activations(
@@ -27,14 +30,17 @@ def checkpoint_activations(
         wrap: class names of the blocks; see `find_blocks`.
         on_host: whether to move the saved inputs to CPU memory.
 
+    A model without blocks is left unchanged, with a warning. Like in DeepSpeed, where a section
+    ``activation_checkpointing`` has no effect until the model uses it, results do not change.
+
     Raises:
-        ValueError: no block was found.
+        ValueError: the model does not contain any of the classes in ``wrap``.
     """
     blocks = find_blocks(model, wrap)
     if not blocks:
-        raise ValueError(
-            "`activation_checkpointing` found no blocks, because the model has no ModuleList of "
-            'layers of the same class. List the blocks\' classes in "engine": {"wrap": […]}.'
+        log.warning(
+            "`activation_checkpointing` has no effect, because the model has no ModuleList of "
+            'layers of the same class; list the blocks\' classes in "engine": {"wrap": […]}'
         )
     for block in blocks:
         block.forward = CheckpointedForward(block.forward, on_host=on_host)
@@ -58,7 +64,7 @@ class CheckpointedForward:
         self.on_host = on_host
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block; without gradients, save nothing."""
+        """Run the block, with activation checkpointing if gradients are enabled."""
         if not torch.is_grad_enabled():
             return self.__wrapped__(*args, **kwargs)
         storage = torch.autograd.graph.save_on_cpu() if self.on_host else contextlib.nullcontext()
@@ -67,7 +73,7 @@ class CheckpointedForward:
 
 
 def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
-    """Return a model's blocks: the modules that are sharded or checkpointed one by one.
+    """Return a model's blocks: the modules that are sharded or checkpointed individually.
 
     Args:
         model: any module.

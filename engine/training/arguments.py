@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["check_arguments", "check_is_trainable"]
+__all__ = ["check_are_in_model", "check_arguments", "check_is_trainable"]
 
 
 def check_arguments(
     args: Any, model: Any, optimizer: Any, training_data: Any, lr_scheduler: Any
 ) -> None:
-    """Check the types of arguments of `initialize`, which have the same names there.
+    """Check the types of the arguments that a script passes to `initialize`.
 
     Raises:
-        ValueError: an argument is of the wrong type, such as a class in place of an instance.
+        ValueError: an argument has the wrong type, for example a class instead of an instance.
     """
-    # A dict of another type, such as EasyDict, may be a command line.
+    # A subclass of dict, such as EasyDict, may hold a parsed command line.
     is_misplaced = isinstance(args, nn.Module | str | os.PathLike | type) or type(args) is dict
     _check(
         not is_misplaced,
         f"`args`, the first argument, must be a parsed command line, got {_describe(args)}. "
-        "Pass the others by name, as in `initialize(model=model, config=config)`.",
+        "Pass the other arguments by name, as in `initialize(model=model, config=config)`.",
     )
     _check(
         isinstance(model, nn.Module),
@@ -47,15 +48,38 @@ def check_is_trainable(model: nn.Module) -> None:
     """Check that a model has a parameter that requires gradients.
 
     Raises:
-        ValueError: it has none.
+        ValueError: no parameter requires gradients.
     """
     count = sum(1 for _ in model.parameters())
     _check(
         any(parameter.requires_grad for parameter in model.parameters()),
-        f"`model` must have a parameter that requires gradients, got 0 of {count} parameters. "
-        "Unfreeze those to train before `initialize`, or pass `model_parameters` to train them "
-        "later.",
+        f"`model` must have a parameter that requires gradients, but 0 of {count} parameters do. "
+        "Unfreeze the parameters to train before you call `initialize`, or pass them as "
+        "`model_parameters` and unfreeze them later.",
     )
+
+
+def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) -> None:
+    """Check that all parameters to train belong to the model.
+
+    Args:
+        model: the module to train.
+        groups: parameters or param groups to train.
+        backend: name of the backend, which averages and saves only the model's parameters.
+
+    Raises:
+        ValueError: a parameter does not belong to the model.
+    """
+    known = {id(parameter) for parameter in model.parameters()}
+    for each in groups:
+        for parameter in each["params"] if isinstance(each, dict) else [each]:
+            _check(
+                id(parameter) in known,
+                f"`model_parameters` and the optimizer must contain only parameters of `model` on "
+                f"{backend}, got another one of shape {tuple(parameter.shape)}. Register its "
+                "module in the model, as in `model.criterion = criterion`, or use PyTorch without "
+                "ZeRO.",
+            )
 
 
 def _check_factory(name: str, value: Any, *, argument: str) -> None:
@@ -68,7 +92,7 @@ def _check_factory(name: str, value: Any, *, argument: str) -> None:
     )
     try:
         signature = inspect.signature(value)
-    except (TypeError, ValueError):  # some functions that are written in C have none
+    except (TypeError, ValueError):  # some functions that are written in C have no signature
         return
     try:
         signature.bind(None)

@@ -1,4 +1,4 @@
-"""Sample the micro-batches of one rank from the order of an epoch."""
+"""Select the micro-batches of one rank from the samples of an epoch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class EpochOrder:
     """The order in which each epoch visits the data."""
 
     name: str
-    """Name of ``length`` in error messages."""
+    """Expression for ``length`` in error messages, such as ``len(training_data)``."""
     draw: Callable[[int], Sequence[Any]]
-    """Function that returns the items of an epoch, given its number. It must be reproducible."""
+    """Function that takes the number of an epoch and always returns the same items for it."""
     length: int
     """Number of items per epoch."""
     drop_last: bool
@@ -43,7 +43,7 @@ class EpochOrder:
 
 
 def order_dataset(samples: int, config: Config) -> EpochOrder:
-    """Return the order of a dataset: a random permutation for each epoch, unless it is disabled.
+    """Return the order of a dataset: a new random permutation per epoch if shuffling is enabled.
 
     Args:
         samples: number of samples in the dataset.
@@ -60,10 +60,10 @@ def order_dataset(samples: int, config: Config) -> EpochOrder:
 
 
 def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
-    """Return the order that a sampler draws, reproducibly.
+    """Return an order that a sampler draws and that depends only on the seed and the epoch.
 
-    Each epoch is drawn with random generators that are seeded with ``engine.seed``: the global
-    ones, and those of the sampler. All of them get their state back afterwards.
+    Before the sampler draws an epoch, its own random generators and the global ones are seeded from
+    ``engine.seed`` and the epoch number. Afterwards, their previous states are restored.
 
     Args:
         source: sampler or batch sampler with a length.
@@ -90,7 +90,7 @@ def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
 
 
 def find_samplers(source: Any) -> list[Any]:
-    """Return a sampler or data loader and the samplers inside it, from the outside in."""
+    """Return a data loader or sampler, followed by the samplers nested in it, outermost first."""
     found: list[Any] = []
     while source is not None and not any(source is each for each in found):
         found.append(source)
@@ -107,19 +107,19 @@ def set_epoch(source: Any, epoch: int) -> None:
 
 
 class GlobalBatchSampler(Sampler[Any]):
-    """Samples one rank's micro-batches, so that global batches do not depend on the world size.
+    """Yields one rank's micro-batches, so that global batches do not depend on the world size.
 
     The order of an epoch is cut into batches of ``train_batch_size``. Each batch is split across
-    ranks and micro-batches. Step k therefore trains on the same samples whether a batch of 8 is
-    processed on one rank, in 2 micro-batches of 4, or on two ranks with 4 samples each. The last
-    batch is filled up with samples from the start of the epoch, or dropped. Each iteration over the
-    sampler is one epoch.
+    ranks and micro-batches. Step k therefore trains on the same samples whether one rank processes
+    a batch of 8 in 2 micro-batches of 4, or two ranks process 4 samples each. The last batch is
+    filled up with samples from the start of the epoch, or dropped. Each iteration over the sampler
+    is one epoch.
 
     Args:
         order: order in which each epoch visits the data.
         config: config with the batch sizes and the seed.
         rank: rank whose micro-batches are yielded.
-        seeds_workers: whether the micro-batches are sent to worker processes, which they then seed.
+        seeds_workers: whether each micro-batch seeds the worker process that loads it.
 
     Raises:
         ValueError: the data is empty, or its only batch is dropped.
@@ -134,9 +134,9 @@ class GlobalBatchSampler(Sampler[Any]):
         self.epoch = 0
         self.skips = 0
         """Number of micro-batches that the next iteration skips, without loading their samples."""
-        world_size = 1 if order.is_sharded else config.batch.world_size
+        ranks = 1 if order.is_sharded else config.batch.data_ranks
         self._micro = 1 if order.is_batched else config.batch.micro
-        self._stride = self._micro * world_size
+        self._stride = self._micro * ranks
         self._rank = 0 if order.is_sharded else rank
         self._accumulation = config.batch.accumulation
         train = self._stride * self._accumulation
@@ -170,10 +170,11 @@ class GlobalBatchSampler(Sampler[Any]):
 
 
 class _SeededItems:
-    """The items of a micro-batch that a worker loads; unpickling them seeds the worker.
+    """Holds the items of one micro-batch, and seeds the worker process that unpickles them.
 
-    torch seeds a worker when it starts. Its random numbers would then depend on the micro-batches
-    that it has loaded before, and a resumed run would draw others.
+    torch seeds a worker only when the worker starts. Without this class, the random numbers of a
+    worker would depend on the micro-batches that it has loaded before, so they would be different
+    in a resumed run.
     """
 
     def __init__(self, items: Any, seed: str) -> None:

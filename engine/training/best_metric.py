@@ -1,4 +1,4 @@
-"""The best value of a metric, for the best checkpoint and for early stopping."""
+"""Track the best value of a metric, for the best checkpoint and for early stopping."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ class BestMetric:
     name: str
     mode: Literal["min", "max"] = "min"
     patience: int | None = None
-    """Number of reports in a row without an improvement that ends the run; None for no limit."""
+    """Number of reports in a row without an improvement that end the run; None for no limit."""
     value: float | None = None
     """Best value so far; None before the first report."""
     step: int = 0
-    """Number of steps at the best value."""
+    """Number of completed steps when the best value was reported."""
     misses: int = 0
     """Number of reports since the best value."""
     last_step: int = -1
-    """Number of steps at the last report."""
+    """Number of completed steps at the last report; -1 before the first report."""
     is_unsaved: bool = False
     """Whether the best value is newer than the best checkpoint."""
 
     def update(self, value: float, step: int) -> bool:
-        """Record a report and return whether it is the best so far.
+        """Record a reported value, and return whether it is the best value so far.
 
-        Several reports in one step, such as those of `Engine.step` and `Engine.report`, count as
+        Several reports in the same step, for example by `Engine.step` and `Engine.report`, count as
         one.
         """
         is_new_report = step != self.last_step
@@ -72,7 +72,7 @@ class BestMetric:
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Continue from a checkpoint, unless it tracked another metric or none."""
+        """Load the state from a checkpoint, unless it is None or belongs to a different metric."""
         if state is not None and (state["name"], state["mode"]) == (self.name, self.mode):
             for key in ("value", "step", "misses", "last_step"):
                 setattr(self, key, state[key])

@@ -1,4 +1,4 @@
-"""The data loader of a run, and calls of a model on its batches."""
+"""Build the data loader of a run, and call a model on its batches."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ __all__ = [
     "count_steps_per_epoch",
     "make_rank_loader",
     "read_epoch",
+    "repeat_batches",
 ]
 
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:
-    """Call a model on a batch; a tuple, list or mapping is unpacked into its arguments.
+    """Call a model on a batch; a tuple, list or mapping is unpacked into the model's arguments.
 
     >>> call_model(max, (1, 3)), call_model(dict, {"x": 2})
     (3, {'x': 2})
@@ -45,10 +46,24 @@ def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: in
         batch = next(batches, None)
         if batch is None:
             raise ValueError(
-                f"`data_iter` must yield {count} micro-batches, got {index}. Make it endless, or "
-                "stop at the end of an epoch."
+                f"`data_iter` must yield {count} micro-batches, got {index}. Pass an endless "
+                "iterator, or stop training at the end of an epoch."
             )
         yield call_model(model, batch)
+
+
+def repeat_batches(loader: RunLoader | None) -> Iterator[Any]:
+    """Return an endless iterator over the batches of the run's data loader.
+
+    Raises:
+        RuntimeError: the run has no data loader.
+    """
+    if loader is None:
+        raise MisuseError(
+            "`train_batch()` needs training data. Pass an iterator over micro-batches to it, or "
+            "pass `training_data` to `initialize`."
+        )
+    return loader.iterate_forever()
 
 
 def read_epoch(loader: RunLoader | None) -> int:
@@ -59,14 +74,14 @@ def read_epoch(loader: RunLoader | None) -> int:
     """
     if loader is None:
         raise MisuseError(
-            "`epoch` is unknown. Pass `training_data` to `initialize`, or your data loader to "
-            "`trainer.prepare`."
+            "`trainer.epoch` is unknown, because the run has no data loader. Pass `training_data` "
+            "to `initialize`, or your data loader to `trainer.prepare`."
         )
     return loader.epoch
 
 
 def count_steps_per_epoch(loader: RunLoader | None, config: Config) -> int | None:
-    """Return the number of optimizer steps per pass over the data; None if it is unknown.
+    """Return the number of optimizer steps per epoch, or None if it is unknown.
 
     Raises:
         ValueError: an epoch is shorter than a step.
@@ -81,8 +96,8 @@ def count_steps_per_epoch(loader: RunLoader | None, config: Config) -> int | Non
     steps = micro_batches // config.batch.accumulation
     if steps == 0:
         raise ValueError(
-            f"`len(loader)` must be >= {config.batch.accumulation} micro-batches, which are one "
-            f'optimizer step, got {micro_batches}. Set a smaller "train_batch_size".'
+            f"The data loader must yield at least {config.batch.accumulation} micro-batches, which "
+            f'make up one optimizer step, got {micro_batches}. Set a smaller "train_batch_size".'
         )
     return steps
 
@@ -95,10 +110,10 @@ def build_loader(
 ) -> RunLoader:
     """Build the data loader of one rank; it yields micro-batches and reshuffles every epoch.
 
-    An iterable dataset is not shuffled, and must split its samples across ranks itself.
+    An iterable dataset is not shuffled. It must itself split its samples across ranks.
 
     Args:
-        training_data: dataset, or a data loader of the user's own.
+        training_data: dataset, or the user's own data loader.
         config: config with the batch sizes, the seed and ``engine.dataloader``.
         ranks: device, rank and world size of this process.
         collate_fn: function that turns a list of samples of the dataset into a batch.
@@ -143,17 +158,17 @@ def make_rank_loader(
     pin_memory: bool = True,
     **settings: Any,
 ) -> DataLoader[Any]:
-    """Build a data loader whose position is not part of the run's state.
+    """Build a data loader for one rank; checkpoints do not contain its position.
 
     Args:
-        dataset: dataset to load; its samples are split across ranks unless it is iterable.
+        dataset: dataset to load. An iterable dataset must split its samples across ranks.
         ranks: rank, world size and device of this process.
         shuffle: whether to shuffle the samples.
-        sampler: sampler to use instead.
+        sampler: sampler of this rank; if None, the samples are split across ranks.
         pin_memory: whether to copy batches to pinned memory, if the rank uses a GPU.
         **settings: other arguments of `DataLoader`.
     """
     if sampler is None and not isinstance(dataset, IterableDataset):
-        sampler = DistributedSampler(dataset, ranks.world_size, ranks.rank, shuffle=shuffle)
+        sampler = DistributedSampler(dataset, ranks.data_ranks, ranks.data_rank, shuffle=shuffle)
     is_pinned = pin_memory and ranks.device.type == "cuda"
     return DataLoader(dataset, sampler=sampler, pin_memory=is_pinned, **settings)

@@ -1,4 +1,4 @@
-"""Move batches to a device, whatever containers hold their tensors."""
+"""Move the tensors of a batch to a device, in nested containers of any type."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def map_leaves(
     """Replace each value in nested containers with the result of a function.
 
     Containers are tuples, namedtuples, lists, mappings and dataclasses, at any depth. A container
-    in which nothing changes is returned itself; otherwise a copy of the same class is returned.
+    in which no value changes is returned as it is. All other containers are copied.
 
     Args:
-        function: function of a leaf, whose result takes the leaf's place.
+        function: function that takes a leaf and returns its replacement.
         value: container or leaf.
-        is_leaf: function that returns true for containers that are passed to ``function`` whole.
+        is_leaf: function that returns true for each container to be passed to ``function`` as a
+            whole.
 
     >>> map_leaves(lambda number: -number, {"x": (1, [2])})
     {'x': (-1, [-2])}
@@ -50,10 +51,10 @@ def _map_mapping(convert: Callable[[Any], Any], value: Mapping[Any, Any]) -> Any
     if all(items[key] is value[key] for key in items):
         return value
     if not isinstance(value, MutableMapping):
-        return type(value)(items)  # type: ignore[call-arg]  # read-only mappings wrap another one
+        return type(value)(items)  # type: ignore[call-arg]  # read-only mappings wrap another mapping
     clone: Any = copy.copy(
         value
-    )  # a constructor may take other arguments, as that of `defaultdict`
+    )  # the constructor may take other arguments, like that of `defaultdict`
     for key, inner in items.items():  # Hugging Face's ModelOutput has no `update`
         clone[key] = inner
     return clone
@@ -83,11 +84,11 @@ def _map_dataclass(convert: Callable[[Any], Any], value: Any) -> Any:
 
 
 def move_to_device(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
-    """Return a batch with its tensors on a device.
+    """Return a batch with its tensors moved to a device.
 
     Args:
         batch: tensor, nested container of tensors as in `map_leaves`, or object with a method
-            ``to(device)``, such as Hugging Face's ``BatchEncoding``. Anything else is kept.
+            ``to(device)``, such as Hugging Face's ``BatchEncoding``. Other values stay unchanged.
         device: device to move to.
         non_blocking: whether copies from pinned memory to a GPU overlap with computation.
 

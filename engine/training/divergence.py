@@ -1,4 +1,4 @@
-"""End a run whose gradients stay non-finite."""
+"""End a run if its gradients are not finite in too many consecutive steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["DivergenceCheck"]
 
 
 class DivergenceCheck:
-    """Counts consecutive skipped steps.
+    """Counts consecutive skipped steps, and ends the run when their number reaches a limit.
 
     Args:
-        limit: number of consecutive skipped steps that ends the run; None for no limit.
+        limit: number of consecutive skipped steps that end the run; None for no limit.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -23,10 +23,10 @@ class DivergenceCheck:
         self._skipped = 0
 
     def update(self, counters: Counters, lr: float) -> None:
-        """Count the last step, or start to count again if it was applied.
+        """Count the last step if it was skipped; reset the count if it was applied.
 
         Raises:
-            FloatingPointError: as many steps as the limit were skipped in a row.
+            FloatingPointError: the number of consecutive skipped steps has reached the limit.
         """
         self._skipped = 0 if counters.applied else self._skipped + 1
         if self._limit is None or self._skipped < self._limit:

@@ -51,7 +51,7 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, without gradients; restore every mode when the context exits."""
+    """Put a model into eval mode and disable gradients; restore both when the context exits."""
     with preserve_modes(model), torch.no_grad():
         model.eval()
         yield
@@ -61,7 +61,7 @@ class Evaluator:
     """Averages metrics over a dataset, and gathers tensors from all ranks.
 
     All ranks process equally many batches, because a forward pass may gather parameters from all
-    ranks. A rank that has no batch left repeats one, and its results are dropped.
+    ranks. A rank that has no batch left processes an earlier batch again, and drops the results.
 
     Args:
         ranks: rank, world size and device of this process.
@@ -69,7 +69,9 @@ class Evaluator:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._is_repeating = False  # whether the current batch counts on a different rank
+        # Only the first of the ranks that share a model contributes its rows.
+        self._is_first_of_shard = ranks.shard is None or self._find_first_of_shard() == ranks.rank
+        self._is_repeating = False  # whether to drop the results of the current batch
 
     def average(self, loader: Iterable[Any], fn: Callable[[Any], Any]) -> Any:
         """Return the mean of each metric over the samples of all ranks; see `Engine.evaluate`."""
@@ -104,7 +106,7 @@ class Evaluator:
             )
         tensor: Tensor = value.detach()
         tensor = tensor if tensor.dim() else tensor.reshape(1)
-        if self._is_repeating:
+        if self._is_repeating or not self._is_first_of_shard:
             tensor = tensor[:0]
         if self._ranks.world_size == 1:
             return tensor
@@ -137,8 +139,11 @@ class Evaluator:
             dist.all_gather_object(values, value, group=self._ranks.control_group)
         return values
 
+    def _find_first_of_shard(self) -> int:
+        return self._gather_objects(self._ranks.shard).index(self._ranks.shard)
+
     def _iterate(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """Yield this rank's batches, each with whether it is repeated and must not count."""
+        """Return an iterator over (batch, is_repeated) pairs for this rank."""
         if self._ranks.world_size == 1:
             return ((batch, False) for batch in loader)
         plans = self._gather_objects(_plan_split(loader))
@@ -151,15 +156,15 @@ class Evaluator:
     def _iterate_split(
         self, loader: DataLoader[Any], batches: list[list[int]]
     ) -> Iterator[tuple[Any, bool]]:
-        """Load every n-th of the batches, which are lists of sample indices, on n ranks."""
-        size = self._ranks.world_size
-        own = batches[self._ranks.rank :: size]
+        """Load this rank's part of ``batches``, and return an iterator like that of `_iterate`."""
+        size = self._ranks.data_ranks
+        own = batches[self._ranks.data_rank :: size]
         repeats = len(batches[::size]) - len(own)
         split = _copy_loader(loader, own + batches[:repeats], loader.num_workers, loader.generator)
         return ((batch, index >= len(own)) for index, batch in enumerate(split))
 
     def _iterate_own(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """Yield the batches of this rank's loader, and repeat one until all ranks are done."""
+        """Yield the batches of this rank's loader, then repeat a batch until all ranks are done."""
         batches, last = iter(loader), _NO_BATCH
         while True:
             batch = next(batches, _NO_BATCH)
@@ -175,10 +180,11 @@ class Evaluator:
 
 
 def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
-    """Return how to split a loader's dataset across ranks; None if it cannot be split.
+    """Describe the dataset and the batches of a loader, or return None if they cannot be split.
 
-    The plan is the number of samples, the batch size, ``drop_last`` and a hash of the first sample.
-    The ranks' plans differ if each rank's dataset is only its own part of the data.
+    The result contains the number of samples, the batch size, ``drop_last`` and a hash of the first
+    sample. If the results of the ranks are equal, the loader's dataset can be split across the
+    ranks. They differ if the dataset of each rank contains only that rank's part of the data.
     """
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None
@@ -199,8 +205,8 @@ def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
 
 
 def _hash_first_sample(loader: DataLoader[Any]) -> str:
-    # Load it in a worker if the loader has workers: files that a dataset opens on first use must
-    # not be opened before workers are forked.
+    # Load the sample in a worker if the loader has workers, because files that a dataset opens on
+    # first use must not be opened before workers are forked.
     probe = _copy_loader(loader, [[0]], min(loader.num_workers, 1), None)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # random transforms must be equal on all ranks
@@ -219,7 +225,7 @@ def _copy_loader(
     num_workers: int,
     generator: torch.Generator | None,
 ) -> DataLoader[Any]:
-    """Return a loader of other batches, which are lists of sample indices."""
+    """Copy a data loader, but let the copy load ``batches``, which are lists of sample indices."""
     return DataLoader(
         loader.dataset,
         batch_sampler=batches,
@@ -239,7 +245,10 @@ def _to_bytes(tensor: Tensor) -> Tensor:
 
 
 def _read_result(result: Any, samples: int | None) -> list[_Row]:
-    """Check what `fn` returned for a batch, and return it as rows. Tensors stay on their device."""
+    """Check the result of ``fn`` for a batch, and return a `_Row` for each metric.
+
+    Tensors stay on their device.
+    """
     has_count = isinstance(result, tuple) and len(result) == 2
     metrics, count = result if has_count else (result, samples)
     if count is None:
@@ -268,7 +277,7 @@ def _check_number(value: Any, what: str) -> Any:
 
 
 def _count_samples(batch: Any) -> int | None:
-    """Return the length of a batch's first tensor; None if the batch contains no tensor.
+    """Return the length of a batch's first tensor, or None if the batch contains no tensor.
 
     >>> _count_samples({"ids": ["a", "b"], "x": torch.ones(2, 5)})
     2
@@ -284,7 +293,7 @@ def _count_samples(batch: Any) -> int | None:
 
 
 def _compute_means(rows: Sequence[_Row]) -> Any:
-    """Return the weighted mean of each metric, or that of the loss."""
+    """Return the mean of each metric, or of the loss, weighted by the number of samples."""
     named: dict[str | None, list[tuple[float, float]]] = {}
     for name, value, count in rows:
         if not count >= 0:
@@ -307,5 +316,5 @@ def _compute_means(rows: Sequence[_Row]) -> Any:
 
 
 def _sum(values: list[float]) -> float:
-    """Return the sum; it does not depend on the order, and so not on the number of ranks."""
+    """Return the sum of values. If all values are finite, it does not depend on their order."""
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

@@ -32,7 +32,10 @@ _CHECK_INTERVAL = 100
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with rank 0's values. Every rank must call this with equal shapes."""
+    """Overwrite tensors with the values of rank 0.
+
+    Every rank must call this function, with tensors of the same shapes.
+    """
     started = []
     for tensor in tensors:
         contiguous = tensor.detach().contiguous()  # NCCL accepts no other tensors
@@ -49,19 +52,19 @@ class _Bucket:
 
     parameters: list[nn.Parameter]
     buffer: Tensor
-    """The gradients, then one flag per parameter (whether it has a gradient), then the number of
-    the step."""
+    """Flat tensor of the gradients, one flag per parameter (whether it has a gradient), and the
+    number of the step."""
     views: list[Tensor]
     """The gradients inside the buffer, in the shapes of the parameters."""
     copied: set[int] = dataclasses.field(default_factory=set)
     """Indices of the gradients that the current backward pass has copied into the buffer."""
     work: Any = None
-    """The all-reduce that is running; None if none is."""
+    """Handle of the all-reduce in progress; None if there is none."""
     is_stale: bool = False
     """Whether a gradient changed after its all-reduce started."""
 
     def is_complete(self) -> bool:
-        """Return whether the backward pass has copied every gradient."""
+        """Return whether every gradient of the bucket has been copied into the buffer."""
         return len(self.copied) == len(self.parameters)
 
 
@@ -70,16 +73,16 @@ class GradientAverager:
 
     During a backward pass inside `overlap`, a bucket of gradients is averaged as soon as it is
     complete, while the pass continues. `finish` averages everything else, so that every gradient
-    that reaches the optimizer is averaged. Averaging twice is safe: the mean of values that are
-    equal on all ranks is the same value. A parameter without a gradient on any rank keeps none.
+    that reaches the optimizer is averaged. Averaging a gradient twice is safe, because the second
+    average does not change values that are already equal on all ranks. If no rank has a gradient
+    for a parameter, the gradient stays None.
 
-    All ranks must run the same backward passes. The step's number in each buffer, and the
-    gradients' norms in the first steps and every hundredth, are compared to detect ranks that do
-    not.
+    All ranks must run the same backward passes. To detect violations, the ranks compare their step
+    numbers and gradient norms in the first steps and in every hundredth step.
 
     Args:
         model: replicated module; rank 0's parameters and buffers are copied to all ranks.
-        optimizer: optimizer whose parameters are averaged, including those added later.
+        optimizer: optimizer that holds the trained parameters, including those added later.
         ranks: rank and world size of this process, at least 2.
 
     Raises:
@@ -118,7 +121,10 @@ class GradientAverager:
 
     @contextlib.contextmanager
     def overlap(self) -> Iterator[None]:
-        """Average gradients during the backward pass inside this context, and finish at its end."""
+        """Average gradients during a backward pass inside this context.
+
+        When the context exits, all gradients are averaged.
+        """
         self._update_buckets()
         for bucket in self._buckets:
             bucket.copied.clear()
@@ -127,7 +133,7 @@ class GradientAverager:
             yield
             self._average_all()
         except BaseException:
-            self.release()  # an all-reduce may still write to the buffers
+            self.release()  # drop the buffers, because an all-reduce may still write to them
             raise
         finally:
             self._is_overlapping = False
@@ -135,14 +141,14 @@ class GradientAverager:
 
     def average(self) -> None:
         """Average the gradients that no backward pass inside `overlap` has averaged."""
-        self._update_buckets(keeps_frozen=True)  # frozen ones may have gradients of this step
+        self._update_buckets(keeps_frozen=True)  # newly frozen ones may have gradients
         if not self._is_averaged or self._are_replaced():
             self._average_all()
 
     def finish(self) -> None:
         """Average the remaining gradients across ranks, and copy rank 0's buffers to all ranks.
 
-        Call this before each optimizer step.
+        Call this method before each optimizer step.
 
         Raises:
             RuntimeError: the gradients still differ between ranks after averaging, or the ranks
@@ -184,7 +190,7 @@ class GradientAverager:
                 self._add_hook(parameter, self._on_sparse)
 
     def _add_hook(self, parameter: nn.Parameter, hook: Callable[..., None]) -> None:
-        """Call a hook after each accumulation of a gradient, and after the script's own hooks."""
+        """Register a hook that runs after a gradient is accumulated, after the script's hooks."""
         if parameter.requires_grad:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
             self._nodes.append(node)  # the parameter itself keeps no reference to its node
@@ -197,7 +203,7 @@ class GradientAverager:
         if bucket.work is not None:
             bucket.is_stale = True
             return
-        self._copy(bucket, index)  # the gradient is still in the cache
+        self._copy(bucket, index)  # while the gradient is in the CPU cache
         bucket.copied.add(index)
         # All ranks must start the all-reduces in the same order.
         while self._next < len(self._buckets) and self._buckets[self._next].is_complete():
@@ -226,12 +232,12 @@ class GradientAverager:
 
     @torch.no_grad()
     def _copy(self, bucket: _Bucket, index: int) -> bool:
-        """Copy a gradient into the buffer, as its share of the mean; return whether it exists."""
+        """Copy a gradient divided by the world size to the buffer; return whether there is one."""
         gradient, view = bucket.parameters[index].grad, bucket.views[index]
         if gradient is None:
             view.zero_()
             return False
-        # Divided before the sum, which may overflow.
+        # Divide before the sum, because the sum may overflow.
         torch.div(gradient.to(view.dtype), self._ranks.world_size, out=view)
         return True
 
@@ -256,7 +262,7 @@ class GradientAverager:
         if self._is_check_due() or self._ranks.device.type == "cpu":
             self._check_step(bucket)
         if bucket.is_stale:
-            return  # copying the mean would discard what was accumulated since
+            return  # copying the mean would discard newer gradients
         size = len(bucket.parameters)
         present = [i for i, each in enumerate(bucket.parameters) if each.grad is not None]
         gradients: Any = [bucket.parameters[i].grad for i in present]
@@ -271,7 +277,7 @@ class GradientAverager:
     def _average_sparse(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
         if gradient is None:
-            gradient = torch.zeros_like(parameter).to_sparse(1)  # rows, as in an embedding's
+            gradient = torch.zeros_like(parameter).to_sparse(1)  # sparse rows, as in `Embedding`
         parameter.grad = (gradient / self._ranks.world_size).coalesce()
         dist.all_reduce(parameter.grad)
 
@@ -291,7 +297,7 @@ class GradientAverager:
             torch._foreach_copy_(buffers, views)
 
     def _are_replaced(self) -> bool:
-        """Whether the script has assigned other gradients since they were averaged."""
+        """Return whether the script has replaced gradients since they were averaged."""
         return any(
             parameter.grad is not averaged
             for parameter, averaged in zip(self._parameters, self._averaged, strict=True)
@@ -311,10 +317,11 @@ class GradientAverager:
 
     @torch.no_grad()
     def _check_steps_match(self) -> None:
-        """Check that no rank still averages gradients of the step that this rank has finished.
+        """Check that all ranks have finished the same step.
 
-        If one does, its next all-reduce has the size of the first bucket; any other collective
-        would hang.
+        The ranks compare step numbers in an all-reduce of the first bucket's size. A rank that is
+        still averaging gradients of this step starts an all-reduce of the same size, so the check
+        detects this rank. If the check used any other collective operation, the ranks would hang.
         """
         for bucket in self._buckets[:1]:
             bucket.buffer.zero_()
@@ -342,7 +349,10 @@ class GradientAverager:
 
 
 def _split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Split parameters into buckets of one device and dtype; the first bucket is small."""
+    """Split parameters into buckets, each of which has only one device and one dtype.
+
+    The first bucket is small, so that averaging starts early in the backward pass.
+    """
     buckets: list[list[nn.Parameter]] = []
     size, limit = 0, 0
     for parameter in parameters:
@@ -357,7 +367,10 @@ def _split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def _buffer_type(parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype to average in; sums of 16-bit gradients lose precision."""
+    """Return the device and the dtype to use for averaging a parameter's gradient.
+
+    The dtype is at least float32, because sums of 16-bit gradients lose precision.
+    """
     return parameter.device, torch.promote_types(parameter.dtype, torch.float32)
 
 

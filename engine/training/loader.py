@@ -1,4 +1,4 @@
-"""The data loader of a run: it counts epochs, keeps its position and ends with the run."""
+"""Iterate over the training data: count epochs, save the position, and stop at the run's end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["RunLoader", "has_state"]
 log = logging.getLogger("onecycle")
 
 _MAX_EMPTY_EPOCHS = 10_000
-"""Iterations of a loader after the end of a run; more of them are an endless loop."""
+"""Number of iterations over a loader after the end of a run that are allowed without an error."""
 
 
 def has_state(loader: object) -> bool:
@@ -34,7 +34,7 @@ class RunLoader:
 
     Each iteration is one epoch, or the rest of the epoch that a checkpoint was saved in. Batches
     are moved to the rank's device. Attributes that this class does not have, such as ``dataset``,
-    are those of the data loader.
+    are looked up in the data loader.
 
     Args:
         batches: data loader of this rank.
@@ -42,9 +42,11 @@ class RunLoader:
         seed: seed of ``generator`` in the first epoch.
         generator: generator of ``batches``, from which torch draws the seeds of the workers. It is
             seeded in each epoch, and leaves the global random state unchanged.
-        sampler: batch sampler of ``batches``, which can skip micro-batches. Without it, a loader
-            that does not save its own position yields the skipped micro-batches again.
-        repeats: check that the ranks load different batches, if the loader does not ensure it.
+        sampler: batch sampler of ``batches``, which can skip micro-batches when a run resumes.
+            Without it, the skipped micro-batches are loaded and discarded, unless the loader saves
+            its own position.
+        repeats: check that the ranks load different batches; None if the loader itself ensures
+            this.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class RunLoader:
         self._is_finished = True  # whether the data of this epoch is used up
         self.resumes = False
         """Whether the next iteration resumes the current epoch instead of starting a new one."""
+        self._endless: Iterator[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # `copy` and `pickle` look for special methods
@@ -85,15 +88,16 @@ class RunLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch that is being iterated over or, between epochs, the next one; from 0."""
+        """The number of the current epoch, from 0; between two epochs, that of the next one."""
         return self._epoch + 1 if self._is_finished else self._epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data.
 
         Returns:
-            The epoch, the micro-batches requested in it, whether its data is used up and, as
-            "loader", this rank's state of a data loader that saves its own position.
+            The epoch, the number of micro-batches requested in it, and whether all data of the
+            epoch has been used. If the data loader saves its own position, "loader" is its state on
+            this rank.
         """
         finished = int(self._is_used_up())
         state = {"epoch": self._epoch, "given": self._requested, "finished": finished}
@@ -111,6 +115,7 @@ class RunLoader:
         If the data of the saved epoch is used up, the next iteration starts the next epoch.
         """
         self._epoch, self._requested = state["epoch"], state["given"]
+        self._endless = None
         finished = self._has_requested_all()  # written by older versions
         self._is_finished = bool(state.get("finished", finished))
         self.resumes = resumes and not self._is_finished
@@ -120,22 +125,22 @@ class RunLoader:
             self._batches.load_state_dict(state["loader"])
         elif self.resumes:
             log.warning(
-                "the checkpoint has no state of the data loader of this rank; epoch %d starts from "
-                "its beginning",
+                "the checkpoint does not contain the state of this rank's data loader; epoch %d "
+                "starts from its beginning",
                 self._epoch,
             )
 
     def close(self) -> None:
-        """End the workers that keep running between epochs.
+        """Stop the worker processes that keep running between epochs.
 
-        If Python's garbage collector ends them instead, it waits for seconds, because it may delete
-        their queues first.
+        Without this call, Python's garbage collector would stop the workers. It may delete their
+        queues first, and stopping the workers then takes seconds.
         """
         if getattr(self._batches, "persistent_workers", False):
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
 
     def check_before_resuming(self, check_resume: Callable[[], None]) -> None:
-        """Call ``check_resume`` before the first iteration, if it is not in the first epoch."""
+        """Call ``check_resume`` before the first iteration, unless the epoch is 0."""
         self._check_resume = check_resume
 
     def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
@@ -157,8 +162,14 @@ class RunLoader:
         self.resumes = self._is_finished = False
         return self._count_requests(self._start_epoch())
 
+    def iterate_forever(self) -> Iterator[Any]:
+        """Return an iterator over the batches, epoch after epoch; the same one in each call."""
+        if self._endless is None:
+            self._endless = itertools.chain.from_iterable(itertools.repeat(self))
+        return self._endless
+
     def _start_epoch(self) -> Iterator[Any]:
-        """Return the rest of the current epoch."""
+        """Return an iterator over the rest of the current epoch."""
         set_epoch(self._batches, self._epoch)
         set_epoch(getattr(self._batches, "dataset", None), self._epoch)
         if self._generator is not None:
@@ -168,7 +179,7 @@ class RunLoader:
         batches: Iterator[Any] = iter(self._batches)
         is_replayed = self._sampler is None and not has_state(self._batches)
         if is_replayed and self._requested:
-            with preserve_rng_state():  # it was restored to the state after these batches
+            with preserve_rng_state():  # the restored state is the one after these batches
                 next(itertools.islice(batches, self._requested - 1, None), None)
         return batches
 

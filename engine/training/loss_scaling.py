@@ -7,6 +7,7 @@ from engine.config import LossScaling
 __all__ = ["LossScaler"]
 
 _MAX_FLOAT16_SCALE = 2.0**15
+_MIN_FLOAT16 = 2.0**-24
 
 
 class LossScaler:
@@ -14,10 +15,11 @@ class LossScaler:
 
     If ``loss_scale`` is above 0, the scale is static. If it is 0, the scale is dynamic and starts
     at ``2 ** initial_scale_power``. The first ``hysteresis - 1`` overflows do not change the scale;
-    every later overflow halves it, down to ``min_loss_scale``. After ``loss_scale_window + 1``
-    consecutive steps without overflow, the scale doubles. It doubles again after every further
-    ``loss_scale_window`` steps without overflow. Doubling also resets the count of overflows. With
-    ``consecutive_hysteresis``, every step without overflow resets it.
+    every later overflow halves it, down to ``min_loss_scale``, or to the smallest number of float16
+    if that is 0. After ``loss_scale_window + 1`` consecutive steps without overflow, the scale
+    doubles. It doubles again after every further ``loss_scale_window`` steps without overflow.
+    Doubling also resets the count of overflows. With ``consecutive_hysteresis``, every step without
+    overflow resets the count.
 
     >>> scaler = LossScaler(LossScaling(0, 4, 2, 1, False, 1))
     >>> for overflow in (True, False, False, False):
@@ -41,8 +43,8 @@ class LossScaler:
     def limit_to_float16(self) -> None:
         """Lower a dynamic scale to the largest power of two that float16 can represent.
 
-        The gradient of a float16 loss with respect to itself is the scale. Any higher scale would
-        be infinite, and the step would be skipped whatever the loss is.
+        The backward pass of a scaled float16 loss starts with the scale as a float16 gradient. A
+        larger scale would become infinite there, so every step would be skipped.
         """
         if self._dynamic and self.scale > _MAX_FLOAT16_SCALE:
             self.scale = _MAX_FLOAT16_SCALE
@@ -59,17 +61,19 @@ class LossScaler:
         if not self._dynamic:
             return
         settings = self._settings
+        # At an even smaller scale, a float16 loss or gradient would be 0.
+        minimum = settings.min_loss_scale or _MIN_FLOAT16
         if overflow:
             self._clean_steps = 0
             if self._hysteresis > 1:
                 self._hysteresis -= 1
-            elif self.scale <= settings.min_loss_scale:
+            elif self.scale <= minimum:
                 raise FloatingPointError(
                     f"Training diverges: the gradients overflow even at the minimum loss scale, "
                     f"{self.scale:g}. Lower the learning rate, or use bf16 or fp32."
                 )
             else:
-                self.scale = max(self.scale / 2, float(settings.min_loss_scale))
+                self.scale = max(self.scale / 2, float(minimum))
             return
         self._clean_steps += 1
         # As in DeepSpeed, the first step without overflow does not count.

@@ -31,8 +31,8 @@ class LossWindow:
 
     Args:
         average: function that averages a number over all ranks.
-        is_kept: whether to keep the losses; needed by feedback schedules, monitors and LR range
-            tests.
+        is_kept: whether to keep the losses, which feedback schedules, monitors and LR range tests
+            need.
     """
 
     def __init__(self, average: Callable[[float], float], *, is_kept: bool) -> None:
@@ -48,11 +48,11 @@ class LossWindow:
 
     @property
     def has_losses(self) -> bool:
-        """Whether a loss was added; false if the script calls ``loss.backward()`` itself."""
+        """Whether a loss was added; False if the script calls ``loss.backward()`` itself."""
         return bool(self._losses)
 
     def mean(self) -> float:
-        """Return the mean loss over the micro-batches and ranks. Every rank must call this.
+        """Return the mean loss over micro-batches and ranks. Every rank must call this method.
 
         Raises:
             RuntimeError: if no loss was added since the last optimizer step.

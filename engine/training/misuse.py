@@ -1,4 +1,4 @@
-"""Notice training loops that run but train incorrectly, such as one that steps twice."""
+"""Detect training loops that run but train incorrectly, such as a loop that steps twice."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from engine.config.wording import count_noun
 from engine.distributed.ranks import Ranks
 from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
+from engine.training.loss_window import check_loss
+from engine.training.optimizers import has_no_optimizer
 from schedules import ScheduleBinder
 
 __all__ = ["MisuseChecks"]
@@ -48,16 +50,16 @@ class CheckedBackend(Protocol):
         ...
 
     def has_gradients(self) -> bool:
-        """Return whether a trained parameter has a gradient; true if that is unknown."""
+        """Return whether a trained parameter has a gradient, or True if this is unknown."""
         ...
 
 
 class MisuseChecks:
-    """Checks the training loop at each pass, at each step and at the end of each epoch.
+    """Checks the training loop at each backward pass, at each step and at the end of each epoch.
 
-    The checks do not wait for the device, communicate with other ranks or change the script's
-    objects, except for a hook that counts the steps of the optimizer. The engine and its trial runs
-    share one object.
+    The checks neither wait for the device nor communicate with other ranks. The only change to the
+    script's objects is a hook that counts the steps of the optimizer. The engine and its trial runs
+    share one instance.
 
     Args:
         backend: backend of the engine.
@@ -67,7 +69,7 @@ class MisuseChecks:
         self._backend = backend
         self._counter = _StepCounter(backend.basic_optimizer)
         self._is_position_known = False
-        # The next four are the position after the last step.
+        # The next four attributes are the position after the last step.
         self._count = 0
         self._scheduler: Any = None
         self._last_epoch = 0
@@ -87,27 +89,48 @@ class MisuseChecks:
         self._counter.release()
 
     def restart(self) -> None:
-        """Accept any position of the optimizer and the scheduler, for example after a restore."""
+        """Discard the recorded positions of optimizer and scheduler, for example on a resume."""
         self._is_position_known = False
+
+    def check_loss(self, loss: object) -> None:
+        """Check the loss that a script passes to `backward` or `scale`.
+
+        Raises:
+            ValueError: it is not a scalar tensor that requires grad.
+            RuntimeError: the engine has no optimizer.
+        """
+        self._check_optimizer()
+        check_loss(loss)
+
+    def _check_optimizer(self) -> None:
+        if has_no_optimizer(self._backend.basic_optimizer):
+            raise MisuseError(
+                "The engine was built without an optimizer, so it can only run the model. To train "
+                "it, pass the argument `optimizer` to `initialize`, or add "
+                '"optimizer": {"type": "AdamW", "params": {"lr": 0.001}} to the config.'
+            )
 
     def check_accumulated(self, accumulation: Accumulation) -> None:
         """Check that the gradients of the earlier micro-batches of a batch still exist.
 
         Raises:
-            RuntimeError: they were cleared.
+            RuntimeError: the gradients were cleared.
         """
         if not self._backend.has_gradients():
             done, steps = accumulation.micro_batches, accumulation.steps
             raise MisuseError(
                 f"The gradients of {count_noun(done, 'micro-batch')} were cleared before the batch "
-                f"of {steps} was complete, so they would not be trained on. Remove the call of "
-                "`zero_grad()`; `trainer.step()` clears the gradients after each optimizer step."
+                f"of {steps} was complete, so the optimizer step would ignore them. Remove the "
+                "call of `zero_grad()`; `trainer.step()` clears the gradients after each optimizer "
+                "step."
             )
 
     def check_step(
         self, scheduler: object, accumulation: Accumulation, *, is_boundary: bool
     ) -> None:
-        """Check the calls since the last step. Call this at the start of each step.
+        """Check the calls that the script has made since the last step.
+
+        Call this method at the start of each step.
 
         Args:
             scheduler: the run's scheduler; may be None.
@@ -119,6 +142,7 @@ class MisuseChecks:
                 gradients, gradients of earlier micro-batches were cleared, or two engines undo each
                 other's steps.
         """
+        self._check_optimizer()
         if self._is_position_known:
             self._check_position(scheduler)
         if accumulation.has_gradients:
@@ -129,10 +153,10 @@ class MisuseChecks:
             _raise_without_gradients(accumulation)
         if self._claim.rivals:
             self._check_rivals()
-        self._is_position_known = False  # unless this step completes
+        self._is_position_known = False  # until this step completes
 
     def note_step(self, scheduler: Any, global_steps: int) -> None:
-        """Remember the optimizer's and the scheduler's position. Call this after each batch.
+        """Record the positions of optimizer and scheduler. Call this method after each batch.
 
         Args:
             scheduler: the run's scheduler; may be None.
@@ -150,7 +174,7 @@ class MisuseChecks:
             self._check_unfrozen()
 
     def check_epoch(self, micro_steps: int, accumulation: Accumulation) -> None:
-        """Check that `step` was called in an epoch that called `backward`, at the epoch's end.
+        """Check, at the end of an epoch, that `step` was called if `backward` was called.
 
         Args:
             micro_steps: number of calls of `step` so far.
@@ -171,7 +195,7 @@ class MisuseChecks:
         )
         if self._idle_epochs > 1:
             raise MisuseError(text)
-        # A script may train on the whole dataset at once: its step follows the first epoch.
+        # A script may train on the whole dataset at once, and call `step` after the first epoch.
         if self._idle_epochs == 1:
             self._warn(text)
 
@@ -185,8 +209,8 @@ class MisuseChecks:
         if stepped:
             calls = " and ".join(stepped)
             raise MisuseError(
-                f"The script calls {calls} besides `trainer.step()`, which steps the optimizer and "
-                f"the scheduler itself, so they would step too often. Remove the call of {calls}."
+                f"The script calls {calls} in addition to `trainer.step()`, which already steps "
+                f"the optimizer and the scheduler. Remove the call of {calls}."
             )
 
     def _check_rivals(self) -> None:
@@ -201,8 +225,8 @@ class MisuseChecks:
         named = self._backend.model.named_parameters()
         example = next(f"`{name}`" for name, parameter in named if parameter in shared)
         text = (
-            f"Two engines take turns to train the same parameters, such as {example}. Each has its "
-            "own optimizer state and schedule. Build only one engine for a model, or pass "
+            f"Two engines take turns training the same parameters, such as {example}. Each engine "
+            "has its own optimizer state and schedule. Build only one engine for a model, or pass "
             "different `model_parameters` to each."
         )
         # DeepSpeed's own optimizers have copies of the weights, so each engine would undo the steps
@@ -221,10 +245,10 @@ class MisuseChecks:
         names = [f"`{name}`" for name, parameter in unfrozen if id(parameter) not in trained]
         if names:
             self._warn(
-                f"{_shorten(names)} required no gradients when the engine was built and are in no "
-                "param group, so they are not trained now that they do. Pass frozen parameters to "
-                "`initialize` as `model_parameters` or, if there is no schedule, call "
-                "`optimizer.add_param_group`."
+                "Parameters that were frozen when the engine was built require gradients now, but "
+                f"are not trained, because they are in no param group: {_shorten(names)}. Pass "
+                "frozen parameters to `initialize` as `model_parameters` or, if there is no "
+                "schedule, call `optimizer.add_param_group`."
             )
 
     def _warn(self, text: str) -> None:
@@ -233,7 +257,7 @@ class MisuseChecks:
 
 
 class _Claim:
-    """The parameters that an engine trains, the steps it took, and the engines that share some."""
+    """Records an engine's trained parameters, and the other engines that also train any of them."""
 
     def __init__(self, parameters: set[Any]) -> None:
         self.parameters = parameters
@@ -245,7 +269,7 @@ class _Claim:
         _CLAIMS.add(self)
 
     def forget_rivals(self) -> None:
-        """Forget the other engines, and make them forget this one."""
+        """Remove the links between this engine and the engines that share parameters with it."""
         for rival in list(self.rivals):
             rival.rivals.discard(self)
         self.rivals.clear()
@@ -255,7 +279,7 @@ _CLAIMS: weakref.WeakSet[_Claim] = weakref.WeakSet()
 
 
 class _StepCounter:
-    """Counts the steps of an optimizer. It holds no reference to the engine."""
+    """Counts the steps of an optimizer, without holding a reference to the engine."""
 
     def __init__(self, optimizer: Any) -> None:
         self.count = 0
@@ -272,8 +296,11 @@ class _StepCounter:
 
 
 def _find_trained(backend: CheckedBackend) -> set[Any]:
-    """Return the trained parameters of the model, also if the optimizer has flat copies of them."""
-    groups = getattr(backend.optimizer, "param_groups", ())  # DeepSpeed's inference has none
+    """Return the trained parameters of the model.
+
+    If the optimizer holds only flat copies of them, return all parameters that require gradients.
+    """
+    groups = getattr(backend.optimizer, "param_groups", ())  # absent for DeepSpeed's inference
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
     parameters = list(backend.model.parameters())
     trained = {parameter for parameter in parameters if id(parameter) in optimized}
@@ -281,7 +308,10 @@ def _find_trained(backend: CheckedBackend) -> set[Any]:
 
 
 def _has_position(scheduler: object) -> bool:
-    """Return whether only the engine may step a scheduler; scripts may pass a metric to one."""
+    """Return whether only the engine may step a scheduler.
+
+    A scheduler that takes a metric may also be stepped by the script.
+    """
     takes_metric = isinstance(scheduler, ReduceLROnPlateau) or (
         isinstance(scheduler, ScheduleBinder) and scheduler.schedule.feedback == "metric"
     )

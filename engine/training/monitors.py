@@ -36,14 +36,14 @@ class Event(NamedTuple):
 
 
 class Monitor(Protocol):
-    """Interface of the monitors: writes the metrics of each step."""
+    """Interface of a monitor, which writes the metrics of each step."""
 
     def write_events(self, events: Iterable[Event]) -> None:
         """Write the events of a step without delay, so that a crash does not lose them."""
         ...
 
     def rewind(self, samples: int) -> None:
-        """Remove the events after a number of samples; the run will write them again."""
+        """Remove the events after the given number of samples; a resumed run rewrites them."""
         ...
 
     def close(self) -> None:
@@ -59,10 +59,14 @@ class RunDirectories:
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
-        """The number of this run in each ``DIR``. It is saved in checkpoints."""
+        """The number of this run for each ``DIR``. Checkpoints contain these numbers."""
 
     def get(self, directory: str) -> Path:
-        """Return this run's directory for a configured one; the first call chooses it."""
+        """Return the directory that this run uses for a directory in the config.
+
+        If earlier runs used the directory DIR, this is DIR-2, for example. The first call chooses
+        it.
+        """
         number = self.numbers.get(directory)
         if number is None or _OWNERS.get(_add_number(directory, number)) is not self:
             number = self.numbers[directory] = _create_unused(directory)
@@ -73,13 +77,16 @@ class RunDirectories:
         return path
 
     def take_over(self) -> None:
-        """Make an earlier engine of this process that uses these directories choose others."""
+        """Take over the directories from an earlier engine of this process.
+
+        If the earlier engine writes again, it chooses new directories.
+        """
         for directory, number in self.numbers.items():
             _OWNERS[_add_number(directory, number)] = self
 
 
 _OWNERS: weakref.WeakValueDictionary[Path, RunDirectories] = weakref.WeakValueDictionary()
-"""The last run of this process that writes to each directory."""
+"""The last run of this process that has chosen each directory."""
 
 
 def _add_number(directory: str, number: int) -> Path:
@@ -105,8 +112,8 @@ class TensorBoardMonitor:
     """Writes TensorBoard event files.
 
     Args:
-        directory: configured directory.
-        directories: directories of the run.
+        directory: directory from the config.
+        directories: object that chooses the directory of this run.
     """
 
     def __init__(self, directory: str, directories: RunDirectories) -> None:
@@ -123,6 +130,8 @@ class TensorBoardMonitor:
 
             self.close()
             self._writer = SummaryWriter(directory, purge_step=self._purge_step)
+            # End the writer's thread if the engine is deleted without a call to `destroy`.
+            self._finalizer = weakref.finalize(self, self._writer.close)
         for event in events:
             self._writer.add_scalar(event.name, event.value, event.samples)
         self._writer.flush()
@@ -135,7 +144,7 @@ class TensorBoardMonitor:
     def close(self) -> None:
         """Close the event file and end the writer's thread."""
         if self._writer is not None:
-            self._writer.close()
+            self._finalizer()
             self._writer = None
 
 
@@ -145,8 +154,8 @@ class CSVMonitor:
     Each row contains the number of samples so far and the value of the metric.
 
     Args:
-        directory: configured directory.
-        directories: directories of the run.
+        directory: directory from the config.
+        directories: object that chooses the directory of this run.
     """
 
     def __init__(self, directory: str, directories: RunDirectories) -> None:
@@ -166,7 +175,7 @@ class CSVMonitor:
                 writer.writerow([event.samples, event.value])
 
     def rewind(self, samples: int) -> None:
-        """Remove the rows after a number of samples, and a last row that a crash has cut off."""
+        """Remove the rows after the given number of samples, and an incomplete last row."""
         if self._directory not in self._directories.numbers:
             return
         for path in self._directories.get(self._directory).glob("*.csv"):
@@ -229,7 +238,7 @@ class Monitors:
 
     @property
     def enabled(self) -> bool:
-        """Whether there is a monitor; false on ranks other than 0."""
+        """Whether there is a monitor; False on ranks other than 0."""
         return bool(self._monitors)
 
     def write_events(self, events: Iterable[tuple[str, Any, int]]) -> None:
@@ -239,7 +248,7 @@ class Monitors:
             events: each metric's name, its value, and the number of samples trained on so far.
         """
         each_event = [Event(name, float(value), samples) for name, value, samples in events]
-        # Only now: a script may load a checkpoint to evaluate the model, and not train.
+        # Rewind only now: a script may load a checkpoint only to evaluate the model.
         if self._resumes_after is not None:
             samples, self._resumes_after = self._resumes_after, None
             self._directories.take_over()
@@ -253,7 +262,10 @@ class Monitors:
         return dict(self._directories.numbers)
 
     def resume(self, state: Mapping[str, int], samples: int) -> None:
-        """Continue the files of a checkpoint's run after a number of samples."""
+        """Continue the files of the run that saved a checkpoint.
+
+        Events after the given number of samples are removed first.
+        """
         self._directories.numbers.update(state)
         self._resumes_after = samples
 
@@ -271,7 +283,7 @@ _FILE_MONITORS: Mapping[str, tuple[Callable[[str, RunDirectories], Monitor], str
 
 
 def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> Monitors:
-    """Build the monitors that the config enables. On ranks other than 0, there are none.
+    """Build the monitors that the config enables; on ranks other than 0, build none.
 
     Args:
         sections: config sections ``tensorboard``, ``csv_monitor`` and ``wandb``, with defaults

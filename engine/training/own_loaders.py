@@ -1,4 +1,4 @@
-"""Prepare a data loader of the user's own for a run."""
+"""Prepare the user's own data loader for a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SETTINGS = (
 
 
 def is_loader(value: object) -> bool:
-    """Return whether a value is a data loader, not a dataset."""
+    """Return whether a value is a data loader; False for a dataset."""
     if isinstance(value, Dataset) or hasattr(value, "__getitem__"):
         return False
     return isinstance(value, DataLoader) or (isinstance(value, Iterable) and has_state(value))
@@ -50,9 +50,10 @@ def is_loader(value: object) -> bool:
 def prepare_loader(loader: Iterable[Any], config: Config, ranks: Ranks) -> RunLoader:
     """Prepare a data loader; the loader itself stays unchanged. Every rank must call this function.
 
-    A `torch.utils.data.DataLoader` is built again from its parts, so that its samples are split
-    across the ranks and its order is reproducible. A loader that saves its own position, or that
-    overrides how it iterates, is used as it is and must split its samples itself.
+    A `torch.utils.data.DataLoader` is replaced by a new one with the same dataset and settings,
+    whose samples are split across the ranks in a reproducible order. A loader that saves its own
+    position, or whose class overrides the iteration, is used unchanged and must split its samples
+    across the ranks itself.
 
     Args:
         loader: data loader that yields micro-batches.
@@ -82,20 +83,20 @@ def _check_settings(loader: Any, config: Config) -> None:
     section = config.raw.get("engine", {}).get("dataloader")
     if section:
         raise ValueError(
-            f"`engine.dataloader` is for datasets, but {type(loader).__name__} has its own "
-            "settings. Remove the section, or pass the dataset instead of the loader."
+            f"`engine.dataloader` is for datasets, but a data loader with its own settings was "
+            f"passed ({type(loader).__name__}). Remove the section, or pass a dataset instead."
         )
     size, micro = _read_batch_size(loader), config.batch.micro
     if size not in {None, micro}:
         raise ValueError(
-            f"The data loader must have the batch size of `train_micro_batch_size_per_gpu`, "
-            f"{micro}, got {size} ({config.batch}). Create it with `batch_size={micro}`, or set "
-            f'"train_micro_batch_size_per_gpu": {size}.'
+            f"The batch size of the data loader must be {micro}, as in "
+            f"`train_micro_batch_size_per_gpu`, got {size} ({config.batch}). Create the loader "
+            f'with `batch_size={micro}`, or set "train_micro_batch_size_per_gpu": {size}.'
         )
 
 
 def _read_batch_size(loader: Any) -> int | None:
-    """Return the batch size of a data loader; None if it is not known."""
+    """Return the batch size of a data loader, or None if it is unknown."""
     for part in find_samplers(loader)[:2]:
         size = getattr(part, "batch_size", None)
         if isinstance(size, int):
@@ -104,7 +105,7 @@ def _read_batch_size(loader: Any) -> int | None:
 
 
 def _overrides_iteration(loader: DataLoader[Any]) -> bool:
-    """Return whether a subclass of torch's DataLoader yields its batches in its own way."""
+    """Return whether a subclass of torch's DataLoader overrides how batches are yielded."""
     names = ("__iter__", "_get_iterator")
     return any(getattr(type(loader), name) is not getattr(DataLoader, name) for name in names)
 
@@ -112,35 +113,40 @@ def _overrides_iteration(loader: DataLoader[Any]) -> bool:
 def _use_loader(loader: Any, config: Config, ranks: Ranks) -> RunLoader:
     is_sharded = _check_shard(loader, ranks)
     is_map_style = not isinstance(getattr(loader, "dataset", None), IterableDataset | None)
-    if ranks.world_size > 1 and is_map_style and not is_sharded:
+    if ranks.data_ranks > 1 and is_map_style and not is_sharded:
         raise ValueError(
-            f"{type(loader).__name__} must split its samples across {ranks.world_size} ranks. "
-            "Create it with `sampler=DistributedSampler(dataset)`."
+            f"{type(loader).__name__} must split its samples across {ranks.data_ranks} ranks. "
+            f"Create it with `sampler={_describe_sampler(ranks)}`."
         )
     if not has_state(loader) and ranks.rank == 0:
         log.warning(
-            "%s iterates in its own way, so a resumed run skips batches by loading them again, "
-            "which is correct only if each epoch has a fixed order",
+            "%s overrides how batches are yielded; a resumed run loads the skipped batches again, "
+            "which is correct only if the order of each epoch is fixed",
             type(loader).__name__,
         )
     repeats = None if is_sharded or is_map_style else _build_repeat_check(config, ranks, loader)
     return RunLoader(loader, ranks, repeats=repeats)
 
 
+def _describe_sampler(ranks: Ranks) -> str:
+    shard = "" if ranks.shard is None else f", {ranks.data_ranks}, {ranks.data_rank}"
+    return f"DistributedSampler(dataset{shard})"
+
+
 def _check_shard(source: Any, ranks: Ranks) -> bool:
     """Return whether a sampler yields the samples of one rank, like a `DistributedSampler`.
 
     Raises:
-        ValueError: it yields the samples of another rank, or of another number of ranks.
+        ValueError: the sampler is for a different rank, or for a different number of ranks.
     """
     for sampler in find_samplers(source):
         shard = getattr(sampler, "rank", None), getattr(sampler, "num_replicas", None)
         if None in shard:
             continue
-        if shard != (ranks.rank, ranks.world_size):
+        if shard != (ranks.data_rank, ranks.data_ranks):
             raise ValueError(
-                f"The sampler must yield the samples of rank {ranks.rank} of {ranks.world_size}, "
-                f"got those of rank {shard[0]} of {shard[1]}. Create the "
+                f"The sampler must yield the samples of rank {ranks.data_rank} of "
+                f"{ranks.data_ranks}, got those of rank {shard[0]} of {shard[1]}. Create the "
                 f"{type(sampler).__name__} after `engine.initialize`, or use a sampler that does "
                 "not split the samples."
             )
@@ -153,7 +159,7 @@ def _rebuild_loader(loader: DataLoader[Any], config: Config, ranks: Ranks) -> tu
     settings = {name: getattr(loader, name) for name in _SETTINGS if hasattr(loader, name)}
     settings["pin_memory"] &= ranks.device.type == "cuda"  # torch warns on the CPU
     if not settings.get("in_order", True) and ranks.rank == 0:
-        log.warning("with `in_order=False`, a resumed run may repeat some batches and miss others")
+        log.warning("with `in_order=False`, a resumed run may repeat some batches and skip others")
     if isinstance(loader.dataset, IterableDataset):
         settings |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
         built = build_run_loader(loader.dataset, settings, None, config, ranks)
@@ -164,8 +170,8 @@ def _rebuild_loader(loader: DataLoader[Any], config: Config, ranks: Ranks) -> tu
     _check_same_order(order, ranks)
     built = build_run_loader(loader.dataset, settings, order, config, ranks)
     sampler = find_samplers(loader)[-1]
-    is_split = ranks.world_size > 1 and not order.is_sharded
-    split = f", split across {ranks.world_size} ranks" if is_split else ""
+    is_split = ranks.data_ranks > 1 and not order.is_sharded
+    split = f", split across {ranks.data_ranks} ranks" if is_split else ""
     return built, f"is built again with the order of its {type(sampler).__name__}{split}"
 
 
@@ -191,7 +197,7 @@ def _read_order(loader: DataLoader[Any], config: Config, ranks: Ranks) -> EpochO
 
 
 def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
-    """Check that all ranks draw the same order, of which each rank then takes its part."""
+    """Check that all ranks draw the same order of samples, which is then split across them."""
     if ranks.world_size == 1:
         return
     found: list[Any] = [None] * ranks.world_size
@@ -200,9 +206,9 @@ def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
     for rank, other in enumerate(found):
         if other != found[0]:
             raise ValueError(
-                f"`{order.name}` is {found[0][0]} on rank 0 and {other[0]} on rank {rank}, or the "
-                "samples are different. Use a sampler that yields all samples, in the same order "
-                "on all ranks, or give it the attributes `rank` and `num_replicas`."
+                f"The sampler must yield the same samples in the same order on all ranks, but rank "
+                f"0 and rank {rank} differ (`{order.name}` is {found[0][0]} and {other[0]}). Use a "
+                "sampler that yields all samples, or set its attributes `rank` and `num_replicas`."
             )
 
 
@@ -219,7 +225,7 @@ def build_run_loader(
     config: Config,
     ranks: Ranks,
 ) -> RunLoader:
-    """Build the loader of a run from a dataset.
+    """Build the data loader of a run from a dataset.
 
     Args:
         dataset: dataset to load.
@@ -240,7 +246,7 @@ def build_run_loader(
         repeats = _build_repeat_check(config, ranks, loader)
         return RunLoader(loader, ranks, seed=seed, generator=generator, repeats=repeats)
     sampler = GlobalBatchSampler(
-        order, config, ranks.rank, seeds_workers=settings["num_workers"] > 0
+        order, config, ranks.data_rank, seeds_workers=settings["num_workers"] > 0
     )
     key = "sampler" if "batch_size" in settings else "batch_sampler"
     loader = DataLoader(dataset, generator=generator, **(settings | {key: sampler}))

@@ -1,4 +1,4 @@
-"""Compute in 16 bits with weights in float32: autocast methods, master weights and input dtypes."""
+"""Support 16-bit training: run methods under autocast, keep float32 weights, cast layer inputs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def find_methods(model: nn.Module) -> list[str]:
 
 
 def autocast_methods(model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-    """Let each public method of a model run under autocast, whoever calls it.
+    """Make each public method of a model run under autocast.
 
     >>> model = nn.Linear(2, 2)
     >>> autocast_methods(model, "cpu", torch.bfloat16)
@@ -75,11 +75,11 @@ def autocast_methods(model: nn.Module, device_type: str, dtype: torch.dtype) -> 
 
 
 def restore_methods(model: nn.Module) -> None:
-    """Undo `autocast_methods`."""
+    """Restore the methods of a model that `autocast_methods` has replaced."""
     for name, method in list(vars(model).items()):
         if isinstance(method, AutocastMethod):
             delattr(model, name)
-            if getattr(model, name) != method.__wrapped__:  # the model had replaced its method
+            if getattr(model, name) != method.__wrapped__:  # it was set on the instance
                 setattr(model, name, method.__wrapped__)
 
 
@@ -92,7 +92,7 @@ def convert_to_float32(
 
     Args:
         parameters: parameters of the model; those that do not require gradients stay unchanged.
-        optimizer: optimizer whose state for these parameters is converted too.
+        optimizer: optimizer whose state for these parameters is also converted.
 
     Returns:
         The dtype that the parameters had; None if no parameter was converted.
@@ -119,10 +119,10 @@ def convert_to_float32(
 
 
 def cast_layer_inputs(model: nn.Module, dtype: torch.dtype) -> list[Any]:
-    """Cast the floating-point inputs of layers whose weights have a 16-bit dtype.
+    """Register hooks that cast the floating-point inputs of a model's layers to a 16-bit dtype.
 
-    Only modules without submodules cast, such as ``nn.Linear``. So the model's own inputs, such as
-    targets and positions, keep their precision.
+    A layer is a module without submodules, such as ``nn.Linear``. The inputs of the model itself,
+    such as targets and positions, keep their precision.
 
     Returns:
         The handles that remove the hooks.

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.config import Config
 from engine.display.progress_bar import ProgressBar
 from engine.training.monitors import Event, Monitors
+from engine.training.pass_timer import PassTimer
 
 __all__ = ["Counters", "ProgressReporter", "StepRecord", "StepRecorder"]
 
@@ -78,15 +79,16 @@ class StepRecorder(Protocol):
 class ProgressReporter:
     """Reports the progress of a run: lines in the log or a progress bar, and the monitors.
 
-    By default, there is a line for the first step of the process, for every 10th step up to step
-    100, and for every 100th step after that. These steps do not depend on the clock: the loss is
-    averaged over the ranks, so all ranks must report the same steps.
+    By default, a line is logged for the first step of the process, for every 10th step up to step
+    100, and for every 100th step after that. All ranks must report the same steps, because the loss
+    is averaged over the ranks.
 
     Args:
         config: config with ``steps_per_print``, ``engine.progress_bar`` and the monitors' sections.
         monitors: monitors to write to.
         average: function that averages a number over all ranks.
-        is_first: whether this is rank 0, which writes the log lines or shows the bar.
+        is_first: whether this process is rank 0, which writes the log lines or shows the progress
+            bar.
     """
 
     def __init__(
@@ -100,6 +102,8 @@ class ProgressReporter:
         settings = config.progress
         self.is_monitored = any(section["enabled"] for section in config.monitors.values())
         self.monitors = monitors
+        self.timer: PassTimer | None = None
+        """Timer whose times are logged with each progress line; rank 0 only."""
         self.has_bar = settings.has_bar and is_first and ProgressBar.is_supported()
         """Whether `move_bar` must be called after each step."""
         self._bar: ProgressBar | None = None
@@ -122,7 +126,7 @@ class ProgressReporter:
             self._count += 1
 
     def clear_losses(self) -> None:
-        """Remove the losses since the last log line. A skipped step's loss may not be finite."""
+        """Discard the losses since the last log line, for example those of a skipped step."""
         self._sum, self._count = 0.0, 0
 
     def needs_record(self, counters: Counters) -> bool:
@@ -195,7 +199,11 @@ class ProgressReporter:
     def _name_values(
         self, name: str, values: Sequence[float | None] | None, *, always: bool = False
     ) -> dict[str, float | None]:
-        """Name the values of the param groups; only the first one, if they have never differed."""
+        """Return the values of the param groups, by metric name.
+
+        If all param groups have always had equal values, only the value of the first group is
+        returned.
+        """
         if not values:
             return {}
         if always or len(set(values)) > 1:
@@ -221,3 +229,6 @@ class ProgressReporter:
             self._bar_text = ", ".join(shown)
         else:
             log.info("step %d: %s", record.step, ", ".join(shown))
+        if self.timer is not None:
+            times = [f"{name} {mean:.2f} ms" for name, mean in self.timer.pop_means().items()]
+            log.info("step %d: mean times: %s", record.step, ", ".join(times))

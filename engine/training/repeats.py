@@ -1,4 +1,4 @@
-"""Detect ranks or workers that load the same batches, because nothing splits the data."""
+"""Detect that ranks or workers load the same batches, because the data is not split."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _numbers = itertools.count()
 class RepeatCheck:
     """Compares the first batches of a data loader across ranks and workers.
 
-    It is for loaders that have to split the data themselves: torch gives each rank and each worker
-    a copy of an iterable dataset. Equal batches of different ranks are found without waiting for
-    another rank, so that a rank may iterate alone.
+    Use this check for loaders that must split the data themselves: torch gives each rank and each
+    worker a copy of an iterable dataset. No rank waits for another during the check, so a single
+    rank may iterate on its own.
 
     Args:
         ranks: rank and world size of this process.
-        num_workers: number of workers whose batches are compared; each yields a batch in turn.
+        num_workers: number of worker processes, which yield the loader's batches in turn.
     """
 
     def __init__(self, ranks: Ranks, num_workers: int) -> None:
@@ -81,7 +81,7 @@ class RepeatCheck:
 
 
 def _read_data(value: Any) -> Iterator[Any]:
-    """Yield the data in a batch, as bytes."""
+    """Yield the data of a batch as bytes-like objects."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):

@@ -48,7 +48,7 @@ def preserve_rng_state() -> Iterator[None]:
 
 
 def seed_rng(seed: str) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators of the CPU.
+    """Seed the CPU random generators of Python, NumPy and PyTorch.
 
     >>> with preserve_rng_state():
     ...     seed_rng("0")
@@ -58,6 +58,6 @@ def seed_rng(seed: str) -> None:
     True
     """
     random.seed(seed)
-    np.random.seed(random.getrandbits(32))  # noqa: NPY002  # data sets use the global generator
+    np.random.seed(random.getrandbits(32))  # noqa: NPY002  # datasets use the global generator
     # `torch.manual_seed` would also seed the GPUs, which a worker does not use.
     torch.default_generator.manual_seed(random.getrandbits(63))

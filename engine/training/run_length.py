@@ -1,4 +1,4 @@
-"""The length of a run: where it ends, and whether the script knows."""
+"""Determine when a run ends, and check that a resumed run does not train too many epochs."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ __all__ = ["RunLength"]
 
 @dataclass
 class RunLength:
-    """Where a run ends.
+    """Stores the limits of a run, and determines when the run is over.
 
     >>> RunLength(steps_this_run=3).is_over(Counters(global_steps=3))
     True
     """
 
     steps_this_run: int | None = None
-    """Number of optimizer steps after which this process ends; None for no limit."""
+    """Maximum number of optimizer steps in this process; None for no limit."""
     total_steps: float | None = None
     """Length of the whole run in batches, if ``engine.max_duration`` is a number of batches."""
     total_samples: float | None = None
     """Length of the whole run in samples, if ``engine.max_duration`` is in epochs or samples."""
     schedule_steps: int | None = None
-    """Length of the schedule in applied steps, if the run ends with it."""
+    """Length of the schedule in applied steps, if the run ends with the schedule."""
     steps_before: int = 0
-    """Number of applied steps in the loaded checkpoint, which `steps_this_run` does not count."""
+    """Number of applied steps in the loaded checkpoint. `steps_this_run` does not count them."""
     is_position_known: bool = False
     """Whether the script has read the epoch or the number of steps."""
 
@@ -42,7 +42,7 @@ class RunLength:
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
         Returns:
-            Whether the length is known, or unlimited. A length in epochs is unknown without
+            Whether the length could be determined. A length in epochs is unknown without
             ``steps_per_epoch``.
 
         Raises:
@@ -65,7 +65,7 @@ class RunLength:
         """Return whether the run has reached one of its limits."""
         if self.total_steps is not None and counters.global_steps >= self.total_steps:
             return True
-        # After a change of the batch size, the same samples are a different number of batches.
+        # Compare samples, because the number of batches changes with the batch size.
         if self.total_samples is not None and counters.global_samples >= self.total_samples:
             return True
         if self.schedule_steps is not None and counters.applied_steps >= self.schedule_steps:
@@ -73,7 +73,7 @@ class RunLength:
         return self.is_session_over(counters)
 
     def find_last_step(self, counters: Counters, samples_per_step: int) -> float | None:
-        """Return the number of completed steps at the end of the run; None if it is unknown.
+        """Return the number of completed steps at the end of the run, or None if it is unknown.
 
         >>> RunLength(total_samples=80).find_last_step(Counters(5, 5, 40), samples_per_step=10)
         9
@@ -100,10 +100,11 @@ class RunLength:
         return any(limit is not None for limit in limits)
 
     def check_is_known(self) -> None:
-        """Check that a loop over epochs does not start again at 0 after an automatic resume.
+        """Check that a loop over epochs does not restart at epoch 0 after an automatic resume.
 
         Raises:
-            RuntimeError: the run's length is not set, and the script did not read its position.
+            RuntimeError: the length of the run is unknown, and the script has read neither the
+                epoch nor the number of steps.
         """
         if not (self.is_position_known or self.is_known):
             raise MisuseError(

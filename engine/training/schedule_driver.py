@@ -76,6 +76,8 @@ class ScheduleDriver:
         try:
             draw_decision(binder.evidence, path, name)
         except Exception as error:  # noqa: BLE001  # a failed plot must not stop training
-            log.warning("could not plot %s; training continues: %s", path, error)
+            log.warning(
+                "could not save the plot %s, so training continues without it: %s", path, error
+            )
         else:
             log.info("saved a plot of the schedule's decision to %s", path)

@@ -26,7 +26,7 @@ def log_setup(
     backend: str,
     device: str,
     precision: str,
-    optimizer: str,
+    optimizer: str | None,
     num_parameters: int,
     scheduler: LRScheduler | None,
     replacements: Sequence[str] = (),
@@ -38,29 +38,32 @@ def log_setup(
         backend: description of the backend.
         device: device of rank 0.
         precision: precision of weights and computation.
-        optimizer: name of the optimizer.
+        optimizer: name of the optimizer; None if the engine only runs the model.
         num_parameters: number of elements of all trained parameters.
         scheduler: scheduler of the run; None if it has none.
-        replacements: messages about sections of the config that arguments replace.
+        replacements: messages about config sections that arguments of `initialize` replace.
     """
     _enable_logging()
     for code in find_named_code(config.raw.get("scheduler")):
-        log.info("imported %s, which %s names in %s", code.name, code.pointer, config.name)
+        log.info("imported %s, as set by %s in %s", code.name, code.pointer, config.name)
     for override in (*config.overrides, *replacements):
         log.info("%s", override)
     for problem in config.warnings:
         log.warning("%s: %s", config.name, problem)
     norm = config.gradient_clipping
+    clipping = f", gradients clipped to norm {norm:g}" if norm else ""
     setup = {
         "backend": f"{backend} ({config.backend.reason})",
         "device": device,
         "precision": precision,
         "batch": str(config.batch).removeprefix("batch size "),
-        "optimizer": optimizer + (f", gradients clipped to norm {norm:g}" if norm else ""),
+        "optimizer": "none (inference)" if optimizer is None else f"{optimizer}{clipping}",
         "schedule": _describe_schedule(scheduler, config.name),
         "parameters": f"{num_parameters:,}",
         "checkpoints": _describe_checkpoints(config),
     }
+    if config.keys_without_effect:
+        setup["no effect"] = ", ".join(config.keys_without_effect)
     for name, text in setup.items():
         first, *others = textwrap.wrap(text, _WIDTH - _NAME_WIDTH, break_on_hyphens=False)
         log.info("%-*s %s", _NAME_WIDTH, name, first)

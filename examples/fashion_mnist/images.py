@@ -22,7 +22,7 @@ _DIRECTORIES = (
 
 
 class Images(NamedTuple):
-    """Training and test sets with their source.
+    """Training set and test set, and the name of their source.
 
     Images have shape (n, 1, 28, 28) and values in [0, 1].
     """
@@ -33,7 +33,9 @@ class Images(NamedTuple):
 
 
 def load() -> Images:
-    """Load Fashion-MNIST from ``FASHION_MNIST_DIR`` or a default directory, otherwise the digits.
+    """Load Fashion-MNIST, or scikit-learn's digits if Fashion-MNIST is not available.
+
+    The files are read from ``FASHION_MNIST_DIR`` or a default directory.
 
     Raises:
         FileNotFoundError: if ``FASHION_MNIST_DIR`` is set but does not contain the four files.

@@ -206,9 +206,8 @@ class ScheduleBinder(TorchInterface):
             self.write()
         else:
             raise ValueError(
-                f"step() accepts neither an epoch nor, with this schedule, a loss, got {loss}. "
-                "Call step() without arguments. To continue from a different step, call "
-                "load_state_dict() with a saved state."
+                f"step() must be called without a loss or an epoch for this schedule, got {loss}. "
+                "To continue from a different step, call load_state_dict() with a saved state."
             )
         self._has_stepped = True
 
@@ -399,7 +398,7 @@ class ScheduleBinder(TorchInterface):
         self._go_to(state, state_dict["step"])
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Check that `load_state_dict` accepts a state. Nothing changes.
+        """Check that `load_state_dict` would accept a state, without loading it.
 
         Raises:
             ValueError: the state is from a different schedule, or has a different number of param

@@ -115,7 +115,9 @@ def decay_after_warmup(
 
 
 def multiply_at(start_value: float, factor: float, boundaries: Iterable[float]) -> Curve:
-    """Return a constant that is multiplied by a factor at each boundary, in ascending order.
+    """Return a constant curve whose value is multiplied by a factor at each boundary.
+
+    The boundaries are steps in ascending order.
 
     >>> list(multiply_at(1.0, 0.5, [1, 3]).values(5))
     [1.0, 0.5, 0.5, 0.25, 0.25]
@@ -210,7 +212,10 @@ class _Repeat(Curve):
 
     @property
     def _is_stuck(self) -> bool:
-        """Whether truncation to whole steps keeps all later cycles at the length of the last."""
+        """Whether all later cycles have the same length as the last one.
+
+        Truncation to whole steps can cancel the growth of short cycles.
+        """
         last = self._steps[-1]
         return last == _grow(last, self._growth) or len(self._steps) >= _MAX_GROWING_CYCLES
 

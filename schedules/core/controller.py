@@ -100,7 +100,7 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return the losses and learning rates that led to a decision, or None if not available.
+        """Return the losses and learning rates that led to a decision, or None if unknown.
 
         Args:
             before: state before the step in which the decision was made.
@@ -151,11 +151,11 @@ class OpenLoop(Controller[int]):
         return {name: tuple(curve(state) for curve in group) for name, group in self.curves.items()}
 
     def decision(self, state: int) -> None:
-        """Return None, because only feedback schedules make decisions."""
+        """Return None, because a schedule without feedback makes no decisions."""
         del state
 
     def evidence(self, before: int, loss: float, after: int) -> None:
-        """Return None, because only feedback schedules make decisions."""
+        """Return None, because a schedule without feedback makes no decisions."""
         del before, loss, after
 
     def to_json(self, state: int) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Curve(ABC):
         return ()
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yield the pieces of ``start <= step < end``, with bounds rounded up to whole steps."""
+        """Yield the pieces for ``start <= step < end``, with bounds rounded up to whole steps."""
         while start < end:
             piece = self.piece(start)
             stop = find_next_step(piece, start, end)
@@ -64,7 +64,7 @@ class Curve(ABC):
             start = stop
 
     def values(self, count: int) -> Iterator[float]:
-        """Yield the values at steps 0 to ``count - 1``. Does not require numpy."""
+        """Yield the values at steps 0 to ``count - 1``. This method does not require numpy."""
         for piece in self.pieces(0, count):
             yield from map(piece.formula, range(int(piece.start), int(piece.end)))
 
@@ -83,7 +83,8 @@ class Curve(ABC):
     def fill(self, values: NDArray[Any], start: int, origin: float = 0) -> None:
         """Fill ``values`` with the values at consecutive steps from ``start``.
 
-        The curve starts at step ``origin``. Curves with many pieces override this loop over pieces.
+        The curve starts at step ``origin``. This method loops over the pieces of the curve.
+        Subclasses whose curves have many pieces override it with a faster method.
         """
         import numpy as np
 
@@ -334,7 +335,7 @@ def log(start_value: float, end_value: float, steps: float) -> Curve:
 
 
 def power_of(start_value: float, factor: float, exponent: float) -> float:
-    """Return ``start_value * factor ** exponent``; infinity if it is too large for a float.
+    """Return ``start_value * factor ** exponent``, or infinity if the result is too large.
 
     >>> power_of(0.5, 2.0, 3), power_of(0.5, 10.0, 1e6), power_of(0.0, 10.0, 1e6)
     (4.0, inf, 0.0)
@@ -349,7 +350,7 @@ def power_of(start_value: float, factor: float, exponent: float) -> float:
 def exponential(start_value: float, factor: float, steps: float) -> Curve:
     """Return the exponential curve ``f(k) = start * factor ** (k / steps)``.
 
-    A value that is too large for a float is infinity.
+    A value that is too large for a float becomes infinity.
 
     >>> list(exponential(1.0, factor=0.25, steps=2).values(5))
     [1.0, 0.5, 0.25, 0.125, 0.0625]

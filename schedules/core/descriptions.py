@@ -26,7 +26,7 @@ INDEX = Path(__file__).parent / "index.json"
 
 @functools.cache
 def read_index() -> Mapping[str, Mapping[str, Any]]:
-    """Return the contents of the generated file `INDEX`, by schedule name."""
+    """Return the generated file `INDEX` as a dict with one entry per schedule name."""
     index: dict[str, dict[str, Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
     return index
 

@@ -45,9 +45,9 @@ class FractionalSteps(float):
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """The length of a run and of an epoch in steps, and of a step in samples.
+    """The length of a run and of an epoch in steps, and the number of samples per step.
 
-    These lengths are used to convert time strings to steps.
+    These numbers are used to convert time strings to steps.
 
     Args:
         total_steps: length of the run in optimizer steps, before scaling by ``scale_ratio``.
@@ -115,8 +115,8 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
             fraction of the run (``dur``).
 
     Raises:
-        DurationError: the time string is invalid, ``horizon`` does not have the value that its
-            unit requires, or the result exceeds `MAX_STEPS`.
+        DurationError: the time string is invalid, ``horizon`` does not have the value that the unit
+            of the duration requires, or the result exceeds `MAX_STEPS`.
 
     >>> convert_to_steps("0.29dur", Horizon(total_steps=100), scaled=True)
     28
@@ -204,7 +204,7 @@ def _parse(text: str) -> tuple[float, str]:
 
 def _check_length(length: float, name: str) -> float:
     if not length <= MAX_STEPS:
-        raise DurationError(f"{name} must be at most {MAX_STEPS:,} (2**53). Shorten it.")
+        raise DurationError(f"{name} must be at most {MAX_STEPS:,} (2**53). Use a smaller value.")
     return length
 
 

@@ -104,24 +104,19 @@ class AnyValue(NamedTuple):
 PerGroup = float | Sequence[float]
 """A number for all param groups, or a list with one number per group."""
 
-LearningRate = Annotated[PerGroup, Range(at_least=0), "per step; a list has one value per group"]
-Momentum = Annotated[
-    PerGroup, Range(at_least=0, below=1), "momentum or betas[0]; a list has one value per group"
-]
-WeightDecay = Annotated[PerGroup, Range(at_least=0), "a list has one value per group"]
+LearningRate = Annotated[PerGroup, Range(at_least=0)]
+Momentum = Annotated[PerGroup, Range(at_least=0, below=1)]
+WeightDecay = Annotated[PerGroup, Range(at_least=0)]
 Rate = Annotated[float, Range(at_least=0)]
-Ratio = Annotated[
-    float, Range(at_least=0, at_most=1), "fraction of the param group's learning rate"
-]
-Factor = Annotated[float, Range(at_least=0), "fraction of the param group's learning rate"]
-_TIME = 'optimizer steps, or a string such as "10ep", "500ba", "4096sp", "0.1dur"'
-Steps = Annotated[int | str, Duration(), Range(at_least=1), _TIME]
-StepsOrZero = Annotated[int | str, Duration(), Range(at_least=0), _TIME]
-WarmupSteps = Annotated[int | str, Duration(warmup=True), Range(at_least=1), _TIME]
-WarmupStepsOrZero = Annotated[int | str, Duration(warmup=True), Range(at_least=0), _TIME]
-Milestones = Annotated[Sequence[int | str], Duration(), Range(at_least=0), _TIME]
+Ratio = Annotated[float, Range(at_least=0, at_most=1)]
+Factor = Annotated[float, Range(at_least=0)]
+Steps = Annotated[int | str, Duration(), Range(at_least=1)]
+WarmupSteps = Annotated[int | str, Duration(warmup=True), Range(at_least=1)]
+StepsOrZero = Annotated[int | str, Duration(), Range(at_least=0)]
+WarmupStepsOrZero = Annotated[int | str, Duration(warmup=True), Range(at_least=0)]
+Milestones = Annotated[Sequence[int | str], Duration(), Range(at_least=0)]
 Power = Annotated[float, Range(above=0)]
-StairCount = Annotated[int, Range(at_least=0), "stairs"]
+StairCount = Annotated[int, Range(at_least=0)]
 
 _JSON_TYPES = {
     float: "number",
@@ -167,6 +162,9 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
         kinds = kinds.replace(_WORDS["string"], '"auto"')
     elif "pattern" in schema:
         kinds = kinds.replace(_WORDS["string"], 'a time such as "10ep" or "0.1dur"')
+    count = schema.get("minItems")
+    if count is not None and count == schema.get("maxItems"):
+        kinds = kinds.replace(_WORDS["array"], f"a list of {count} values")
     limits = [f"{word} {schema[key]:g}" for key, (word, _) in _LIMITS.items() if key in schema]
     return f"{kinds}, {' and '.join(limits)}" if limits else kinds
 
@@ -232,6 +230,10 @@ def as_number(value: float | str | Sequence[float]) -> float:
     return value
 
 
+_DURATION = (
+    'a number of optimizer steps, or a time string such as "10ep" (epochs), "500ba" (steps), '
+    '"4096sp" (samples) or "0.1dur" (fraction of the run)'
+)
 _SHOWN = 60
 _SHORTEST = 1e-6  # steps; shorter periods would exceed the precision of a float
 _ANY_RUN = Horizon(total_steps=1, steps_per_epoch=1, samples_per_step=1)
@@ -253,6 +255,18 @@ class Field:
     def per_group(self) -> bool:
         """Whether the field accepts a number or a list with one number per param group."""
         return {"number", "array"} <= set(self.schema.get("type", ()))
+
+    def complete(self, description: str) -> str:
+        """Return the description, followed by the unit and the accepted forms of a value."""
+        sentences = [description]
+        if self.duration is not None:
+            subject = "Each entry" if self._item_schema is not self.schema else "The value"
+            sentences.append(f"{subject} is {_DURATION}.")
+        if self.per_group:
+            sentences.append("A list sets one value per param group.")
+        if self.unit:
+            sentences.append(f"Unit: {self.unit}.")
+        return " ".join(sentences)
 
     def convert(self, value: Any) -> Any:
         """Validate a value from a config, and return it as the field's type.
@@ -285,7 +299,9 @@ class Field:
             raise ValueError(f"`{place}` must be {describe_schema(schema)}, got {shown}.")
         numbers = [each for each in _as_tuple(value) if isinstance(each, int | float)]
         if "integer" in self._item_schema.get("type", ()) and max(numbers, default=0) > MAX_STEPS:
-            raise ValueError(f"`{self.name}` must be at most {MAX_STEPS:,} (2**53). Lower it.")
+            raise ValueError(
+                f"`{self.name}` must be at most {MAX_STEPS:,} (2**53). Use a smaller value."
+            )
         return value
 
     @property

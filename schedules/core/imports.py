@@ -31,7 +31,7 @@ _allowed: ContextVar[bool] = ContextVar("imports_allowed", default=True)
 
 
 class ImportForbiddenError(ValueError):
-    """Raised if a config names code while imports are forbidden.
+    """Raised if a config names code that has to be imported, but imports are not allowed.
 
     ValueError
     └── ImportForbiddenError
@@ -45,7 +45,7 @@ def imports_allowed(allowed: bool) -> Iterator[None]:
     >>> with imports_allowed(False):
     ...     import_attribute("math:pi")
     Traceback (most recent call last):
-    schedules.core.imports.ImportForbiddenError: 'math:pi' is not imported here.
+    schedules.core.imports.ImportForbiddenError: 'math:pi' cannot be imported: imports are disabled.
     """
     token = _allowed.set(allowed)
     try:
@@ -55,7 +55,7 @@ def imports_allowed(allowed: bool) -> Iterator[None]:
 
 
 def are_imports_allowed() -> bool:
-    """Return whether code that a config names may be imported; see `imports_allowed`."""
+    """Return whether code that a config names may be imported now; see `imports_allowed`."""
     return _allowed.get()
 
 
@@ -69,7 +69,7 @@ def require_imports(name: str) -> None:
         ImportForbiddenError: imports are forbidden by `imports_allowed`.
     """
     if not are_imports_allowed():
-        raise ImportForbiddenError(f"{name!r} is not imported here.")
+        raise ImportForbiddenError(f"{name!r} cannot be imported: imports are disabled.")
 
 
 def check_import_path(path: str) -> bool:

@@ -39,15 +39,13 @@ def build_json_schema(schedule: type[Schedule[Any]]) -> dict[str, Any]:
 
 
 def _build_property(field: Field, description: str) -> dict[str, Any]:
-    if field.unit:
-        description += f" Unit: {field.unit}."
     default = {} if field.required else {"default": field.default}
     auto = _add_auto(field.schema, field.auto_integrations) if field.auto_integrations else {}
-    return {"description": description, **field.schema, **default, **auto}
+    return {"description": field.complete(description), **field.schema, **default, **auto}
 
 
 def _add_auto(schema: Mapping[str, Any], auto_integrations: str) -> dict[str, Any]:
-    """Return the JSON Schema keywords to change so that a field also accepts "auto".
+    """Return the JSON Schema keywords that make a field also accept "auto".
 
     Args:
         schema: JSON schema of the field.

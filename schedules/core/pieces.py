@@ -59,7 +59,7 @@ def shorten(piece: Piece, end: float) -> Piece:
 
 
 def find_next_step(piece: Piece, step: int, end: int) -> int:
-    """Return the first whole step after a piece that contains ``step``, and at most ``end``.
+    """Return the first whole step after the end of a piece that contains ``step``, up to ``end``.
 
     Rounding can place the end of a piece at ``step`` itself. The next step is nevertheless greater
     than ``step``, so that a loop over pieces always advances.

@@ -13,7 +13,7 @@ from schedules.core.durations import Horizon
 from schedules.core.fields import accepts, describe_schema, read_fields
 from schedules.core.imports import import_attribute, require_imports
 from schedules.core.schedule import ParameterProblem, Schedule, ScheduleError
-from schedules.core.spelling import find_nearest
+from schedules.core.spelling import find_nearest, suggest_fraction
 
 __all__ = ["SCHEDULES", "build", "find", "from_config", "register", "to_class"]
 
@@ -30,6 +30,26 @@ FAMILIES = (
     "feedback.plateau",
 )
 """Modules that define schedules, in the order in which `SCHEDULES` lists them."""
+
+_OTHER_NAMES = {
+    "constant": "ConstantScheduler",
+    "constant_with_warmup": "ConstantWithWarmupScheduler",
+    "cosine": "cosine_schedule_with_warmup",
+    "cosine_annealing_warm_restarts": "CosineAnnealingWarmRestarts",
+    "cosine_with_min_lr": "cosine_schedule_with_warmup",
+    "cosine_with_restarts": "CosineAnnealingWarmRestarts",
+    "cosine_with_warmup": "cosine_schedule_with_warmup",
+    "inverse_sqrt": "InverseSquareRoot",
+    "linear": "LinearWithWarmupScheduler",
+    "linear_with_warmup": "LinearWithWarmupScheduler",
+    "onecyclescheduler": "OneCycle",
+    "polynomial": "polynomial_decay_schedule_with_warmup",
+    "polynomial_with_warmup": "polynomial_decay_schedule_with_warmup",
+    "warmuplinear": "WarmupDecayLR",
+    "warmuplineardecaylr": "WarmupDecayLR",
+    "wsd": "WarmupStableDecay",
+}
+"""Names of schedules in transformers and elsewhere, in lower case, and our closest schedules."""
 
 
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
@@ -160,7 +180,7 @@ def find(name: str) -> type[Schedule[Any]]:
             require_imports(name)
             custom = importlib.import_module(_CUSTOM)
             return _load(f"{custom.TORCH_MODULE}:{name}")
-        near = find_nearest(name, SCHEDULES)
+        near = _OTHER_NAMES.get(name.lower()) or find_nearest(name, SCHEDULES)
         fix = f"Did you mean `{near}`?" if near else "Run `onecycle schedules` for a list."
         raise ValueError(f"`scheduler.type` must be the name of a schedule, got {name!r}. {fix}")
     return SCHEDULES[name]
@@ -192,8 +212,8 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
         ImportForbiddenError: the block names code, and imports are forbidden.
         ScheduleError: a parameter is unknown, missing or invalid. The attribute ``problems`` of the
             error lists every problem.
-        ValueError: the type is unknown, or the block has no ``type``, has an unknown key or has a
-            value of another JSON type.
+        ValueError: the type is unknown, or the block has no ``type``, an unknown key, or a value of
+            the wrong JSON type.
 
     >>> from_config({"type": "WarmupLR", "params": {"warmup_num_steps": 1e2}}).warmup_num_steps
     100
@@ -281,6 +301,8 @@ def _describe_unknown(cls: type[Schedule[Any]], name: str, params: Mapping[str, 
     message = f"Unknown parameter `{name}` of {cls.type_name}."
     absent = {other: field for other, field in read_fields(cls).items() if other not in params}
     fitting = [other for other, field in absent.items() if accepts(field.schema, params[name])]
+    if hint := suggest_fraction(name, params[name], absent):
+        return f"{message} {hint}"
     if near := find_nearest(name, fitting) or find_nearest(name, absent):
         return f"{message} Did you mean `{near}`?"
     owners = [other for other, known in SCHEDULES.items() if name in read_fields(known)]

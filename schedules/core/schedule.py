@@ -325,7 +325,7 @@ class Schedule(ABC, Generic[S]):
         return cast("Controller[S]", OpenLoop(self.build_curves(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
-        """Return one schedule per param group, with the group's number in place of each list.
+        """Return one schedule per param group, with each list replaced by the group's entry in it.
 
         Raises:
             ValueError: a list does not have one number per group.
@@ -349,7 +349,7 @@ class Schedule(ABC, Generic[S]):
         }
 
     def params(self) -> dict[str, Any]:
-        """Return the parameters as JSON values. Omits parameters that have their default value."""
+        """Return the parameters that differ from their defaults, as JSON values."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, field in read_fields(type(self)).items()

@@ -8,7 +8,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
-__all__ = ["edit_distance", "find_nearest"]
+__all__ = ["edit_distance", "find_nearest", "suggest_fraction"]
+
+_WARMUP_FRACTIONS = {"warmup_fraction", "warmup_proportion", "warmup_ratio"}
+_WARMUPS = ("warmup_num_steps", "warmup_steps", "lr_warmup_steps", "t_warmup", "warmup")
 
 
 def find_nearest(name: str, known: Collection[str]) -> str | None:
@@ -42,8 +45,25 @@ def find_nearest(name: str, known: Collection[str]) -> str | None:
     return folded[longer[0]] if len(longer) == 1 else None
 
 
+def suggest_fraction(name: str, value: object, known: Collection[str]) -> str | None:
+    """Return a hint for a parameter that sets the length of a warmup as a fraction of the run.
+
+    >>> suggest_fraction("warmup_ratio", 0.03, ["warmup_num_steps"])
+    'Set "warmup_num_steps": "0.03dur", which is a fraction of the run.'
+    """
+    target = next((each for each in _WARMUPS if each in known), None)
+    if name not in _WARMUP_FRACTIONS or target is None:
+        return None
+    fraction = value if isinstance(value, int | float) and 0 < value < 1 else 0.1
+    return f'Set "{target}": "{fraction:g}dur", which is a fraction of the run.'
+
+
 def _compare_letters(one: str, other: str) -> tuple[float, float]:
-    """Return the fraction of ``other``'s letters that are in ``one``, and difflib's ratio."""
+    """Return two measures of the similarity of two words, each from 0 to 1.
+
+    The first is the fraction of the letters of ``other`` that ``one`` contains. The second is the
+    ratio that `difflib.SequenceMatcher` computes.
+    """
     letters = len(set(one) & set(other)) / len(set(other))
     return letters, difflib.SequenceMatcher(None, one, other).ratio()
 

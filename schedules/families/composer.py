@@ -144,9 +144,9 @@ class StepScheduler(_Scheduler, example={"step_size": "0.2dur", "gamma": 0.5}):
     """
 
     step_size: Steps
-    """Length of each period."""
+    """Number of steps between two decays."""
     gamma: Factor = 0.1
-    """Factor applied at the end of each period."""
+    """Factor applied to the learning rate at the end of each period."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start
@@ -168,9 +168,10 @@ class MultiStepScheduler(
     """
 
     milestones: Milestones
-    """Steps at which `gamma` is applied, in ascending order. Their units may differ."""
+    """Steps at which `gamma` is applied, in ascending order. Milestones may have different
+    units."""
     gamma: Factor = 0.1
-    """Factor applied at each milestone."""
+    """Factor applied to the learning rate at each milestone."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()
@@ -214,9 +215,9 @@ class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
     """
 
     alpha_i: Factor = 1.0
-    """Multiplier at the start."""
+    """Multiplier of the learning rate at the start."""
     alpha_f: Factor = 0.0
-    """Multiplier at `t_max` and afterwards."""
+    """Multiplier of the learning rate at `t_max` and afterwards."""
     t_max: Steps = "1dur"
     """Step at which `alpha_f` is reached."""
 
@@ -254,9 +255,9 @@ class ExponentialScheduler(_Scheduler, example={"gamma": 0.8}):
     """
 
     gamma: Annotated[float, Range(above=0)]
-    """Factor per period."""
+    """Factor by which the learning rate is multiplied every `decay_period` steps."""
     decay_period: Steps = "1ep"
-    """Length of each period."""
+    """Number of steps after which the learning rate has decayed by the factor `gamma`."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start
@@ -277,7 +278,7 @@ class CosineAnnealingScheduler(_Scheduler, example={"alpha_f": 0.1}):
     t_max: Steps = "1dur"
     """Step at which `alpha_f` is reached."""
     alpha_f: Factor = 0.0
-    """Multiplier at `t_max` and afterwards."""
+    """Multiplier of the learning rate at `t_max` and afterwards."""
 
     def _body(self, lr: float, start: float) -> Curve:
         steps = as_number(self.t_max) - start
@@ -317,7 +318,7 @@ class CosineAnnealingWarmRestartsScheduler(_Scheduler, example={"t_0": "2ep", "t
     t_mult: Annotated[float, Range(at_least=1)] = 1.0
     """Length of each cycle divided by the length of the previous one."""
     alpha_f: Factor = 0.0
-    """Multiplier at the end of each cycle."""
+    """Multiplier of the learning rate at the end of each cycle."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start
@@ -341,7 +342,7 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
     t_max: Steps = "1dur"
     """Step at which `alpha_f` is reached."""
     alpha_f: Factor = 0.0
-    """Multiplier at `t_max` and afterwards."""
+    """Multiplier of the learning rate at `t_max` and afterwards."""
 
     def _body(self, lr: float, start: float) -> Curve:
         steps = as_number(self.t_max) - start

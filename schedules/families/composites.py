@@ -1,4 +1,4 @@
-"""Schedules composed of other schedules: in sequence, multiplied, or in parallel."""
+"""Schedules that combine other schedules: one after another, multiplied, or in parallel."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def _to_block(schedule: Any) -> Any:
 def _count_blocks(blocks: Any) -> int:
     """Return the number of schedules in a list of blocks, including those nested in their params.
 
-    Values that are not a list of blocks count as nothing; they are reported elsewhere.
+    A value that is not a list of blocks counts as 0, because another check reports it.
     """
     if not isinstance(blocks, list | tuple):
         return 0

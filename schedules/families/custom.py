@@ -1,10 +1,10 @@
 """Custom schedules, which a config specifies as ``module:attribute``.
 
-A custom schedule can be a function, or a subclass of PyTorch's LRScheduler, such as LambdaLR, or a
-function that builds one for an optimizer. A function maps the step to a factor on the learning
-rate. A scheduler runs on a dummy optimizer and its values are recorded, so that the schedule can be
-previewed and resumed. Schedulers have two limitations: the value at a step requires running all
-previous steps, and durations are numbers of steps that cannot be scaled.
+A custom schedule can be a function, a subclass of PyTorch's LRScheduler, such as LambdaLR, or a
+function that builds a scheduler for an optimizer. A function maps the step to a factor by which the
+learning rate is multiplied. A scheduler runs on a dummy optimizer and its values are recorded, so
+that the schedule can be previewed and resumed. Schedulers have two limitations: the value at a step
+requires running all previous steps, and durations are numbers of steps that cannot be scaled.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import inspect
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
@@ -42,6 +43,7 @@ __all__ = [
 TORCH_MODULE = "torch.optim.lr_scheduler"
 _ABSTRACT = "LRScheduler"
 _NOT_IN_CONFIGS = {"last_epoch", "verbose"}
+_MAX_RECORDED = 1024  # learning rates that a recorder keeps, of all param groups together
 
 
 @functools.cache
@@ -222,7 +224,7 @@ class WrappedScheduler(Schedule[int]):
         """Return the schedule unchanged, because its durations are already numbers of steps.
 
         Raises:
-            ScheduleError: ``horizon.scale_ratio`` is not 1. The durations cannot be scaled.
+            ScheduleError: ``horizon.scale_ratio`` is not 1. The schedule cannot be scaled.
         """
         if horizon is not None and horizon.scale_ratio != 1:
             message = (
@@ -248,22 +250,33 @@ _TRIAL = {"lr": 0.1, "momentum": 0.123, "weight_decay": 0.0123}
 
 
 class _Recorder:
-    """Runs a scheduler on a dummy optimizer, and records the hyperparameters at every step."""
+    """Runs a scheduler on a dummy optimizer, and records the values of the last steps.
+
+    The record has a limited size, so that a long run does not need more and more memory. To return
+    the values of a step before the record, the scheduler runs again from the first step.
+    """
 
     def __init__(self, schedule: WrappedScheduler, base: Base) -> None:
+        self._schedule = schedule
+        self._base = base
+        self._restart()
+
+    def _restart(self) -> None:
         import torch
 
         groups = [
             {
                 "params": [torch.nn.Parameter(torch.zeros(1))],
-                **{name: values[group] for name, values in base.items()},
+                **{name: values[group] for name, values in self._base.items()},
             }
-            for group in range(len(base["lr"]))
+            for group in range(len(self._base["lr"]))
         ]
-        self._optimizer = torch.optim.SGD(groups, lr=base["lr"][0])
-        params = {name: _import_functions(value) for name, value in schedule.params().items()}
-        self._scheduler = schedule.wrapped(self._optimizer, **params)
-        self._rows = [self._read()]
+        self._optimizer = torch.optim.SGD(groups, lr=self._base["lr"][0])
+        params = self._schedule.params()
+        functions = {name: _import_functions(value) for name, value in params.items()}
+        self._scheduler = self._schedule.wrapped(self._optimizer, **functions)
+        self._step = 0
+        self._rows = deque([self._read()], maxlen=max(2, _MAX_RECORDED // len(groups)))
 
     def _read(self) -> Values:
         groups = self._optimizer.param_groups
@@ -271,11 +284,14 @@ class _Recorder:
 
     def row(self, step: int) -> Values:
         """Return the hyperparameters of all param groups at a step."""
-        while len(self._rows) <= step:
+        if step <= self._step - len(self._rows):
+            self._restart()
+        while self._step < step:
             self._optimizer.step()
             self._scheduler.step()
             self._rows.append(self._read())
-        return self._rows[step]
+            self._step += 1
+        return self._rows[step - self._step - 1]
 
     def value(self, name: str, group: int, step: float) -> float:
         """Return a hyperparameter of one param group at a step."""

@@ -48,7 +48,7 @@ class _WithWarmup(Schedule[int]):
     """Base class of the schedules in this module, with the parameters of the warmup."""
 
     base_lr: LearningRate | None = None
-    """Learning rate after the warmup; null uses each param group's learning rate."""
+    """Learning rate after the warmup; null uses each param group's initial learning rate."""
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the warmup."""
     warmup_begin_lr: LearningRate = 0.0
@@ -118,11 +118,11 @@ class FactorScheduler(_WithWarmup, example={"factor": 0.95, "stop_factor_lr": 0.
     has_rate_per_step = True
 
     factor: Factor = 1.0
-    """Factor applied at each decay."""
+    """Factor applied to the learning rate at each decay."""
     stop_factor_lr: LearningRate = 1e-8
     """Minimum learning rate."""
     step: Steps | None = None
-    """Number of steps between two decays; null decays before every step."""
+    """Number of steps between two decays. If null, the learning rate decays before every step."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()
@@ -156,7 +156,7 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
     step: Milestones
     """Steps at which `factor` is applied, in ascending order."""
     factor: Factor = 1.0
-    """Factor applied at each step in `step`."""
+    """Factor applied to the learning rate at each step in the list `step`."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from super().find_problems()

@@ -39,7 +39,7 @@ from schedules.core.schedule import ParameterProblem, Schedule, schedule_class
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
-LastBatch = Annotated[int, Range(at_least=-1), "optimizer steps"]
+LastBatch = Annotated[int, Range(at_least=-1)]
 _AUTO = AutoValue("transformers, accelerate")
 _CYCLE = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 30}
 
@@ -49,7 +49,8 @@ class _DeepSpeedSchedule(Schedule[int]):
     """Base class of the DeepSpeed schedules, with the parameter ``last_batch_iteration``."""
 
     last_batch_iteration: LastBatch = -1
-    """Index of the last completed step. The run starts at the next step; -1 starts at step 0."""
+    """Index of the last completed step. The run starts at the next step. With the default, -1, it
+    starts at step 0."""
 
     def curves(self, base: Base) -> Curves:
         done = self.last_batch_iteration + 1
@@ -70,7 +71,7 @@ class OneCycle(
 ):
     """1Cycle: the learning rate rises and falls, momentum falls and rises, and then both decay.
 
-    s rises from 0 to 1 in ``first = cycle_first_step_size`` steps and falls back to 0 in
+    A factor s rises from 0 to 1 in ``first = cycle_first_step_size`` steps and falls back to 0 in
     ``second = cycle_second_step_size`` steps, continuously or in equal stairs. With
     ``T = first + second``::
 
@@ -81,7 +82,7 @@ class OneCycle(
 
     The peak is exactly ``cycle_max_lr``, at k = first. Momentum starts at ``cycle_max_mom`` and
     decreases after the cycle. In DeepSpeed, momentum is ``cycle_min_mom`` at the first step and
-    increases after the cycle, above 1 in a long run. DeepSpeed also sets beta2 to 0.99.
+    increases after the cycle, to more than 1 in a long run. DeepSpeed also sets beta2 to 0.99.
 
     >>> cycle = OneCycle(cycle_min_lr=0.1, cycle_max_lr=0.5, cycle_first_step_size=2)
     >>> curves = cycle.curves({"lr": (0.1,), "momentum": (0.9,)})
@@ -97,8 +98,8 @@ class OneCycle(
     cycle_min_lr: LearningRate
     """Learning rate at the start and at the end of the cycle."""
     cycle_max_lr: LearningRate | None
-    """Learning rate at the peak, reached after exactly `cycle_first_step_size` steps; null uses
-    each param group's learning rate."""
+    """Learning rate at the peak, which is reached after exactly `cycle_first_step_size` steps; null
+    uses each param group's initial learning rate."""
     decay_lr_rate: Rate = 0.0
     """Decay rate of the learning rate after the cycle. The divisor of the learning rate starts at 1
     and increases by this rate every `decay_step_size` steps."""
@@ -107,10 +108,10 @@ class OneCycle(
     cycle_second_step_size: Steps | None = None
     """Length of the second half of the cycle; null uses `cycle_first_step_size`."""
     cycle_first_stair_count: StairCount = 0
-    """Number of equal stairs in the first half; 0 makes it continuous."""
+    """Number of equal stairs in the first half of the cycle; 0 disables the staircase."""
     cycle_second_stair_count: StairCount | None = None
-    """Number of equal stairs in the second half; 0 makes it continuous, null uses
-    `cycle_first_stair_count`."""
+    """Number of equal stairs in the second half of the cycle; 0 disables the staircase, and null
+    uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
     """Number of steps after which the divisor increases by the decay rate; 0 or null disables the
     decay."""
@@ -225,7 +226,7 @@ class LRRangeTest(
 
         lr(k) = lr_range_test_min_lr * (1 + lr_range_test_step_rate * x)
 
-    Stop training when the loss diverges; the schedule does not stop it.
+    The schedule does not stop training. Stop the run when the loss diverges.
 
     >>> test = LRRangeTest(lr_range_test_min_lr=0.1, lr_range_test_step_size=2)
     >>> [round(lr, 6) for lr in test.curves({"lr": (0.1,)})["lr"][0].values(5)]
@@ -289,7 +290,7 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     warmup_min_lr: Annotated[LearningRate, _AUTO] = 0.0
     """Learning rate at the first step."""
     warmup_max_lr: Annotated[LearningRate | None, _AUTO] = None
-    """Learning rate after the warmup; null uses each param group's learning rate."""
+    """Learning rate after the warmup; null uses each param group's initial learning rate."""
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     warmup_type: WarmupType = "log"
@@ -346,7 +347,7 @@ class WarmupDecayLR(
         lr(k) = warmup_max_lr + (warmup_min_lr - warmup_max_lr) * (k - N) / (T - N),   N <= k <= T
 
     After step T, the learning rate stays at the minimum. If ``warmup_max_lr`` is null, the maximum
-    is the param group's learning rate, whereas in DeepSpeed it is 0.001.
+    is the param group's initial learning rate; in DeepSpeed, it is 0.001.
 
     >>> decay = WarmupDecayLR(total_num_steps=6, warmup_num_steps=2, warmup_type="linear")
     >>> list(decay.curves({"lr": (1.0,)})["lr"][0].values(8))
@@ -378,10 +379,10 @@ class WarmupCosineLR(
     _DeepSpeedSchedule,
     example={"total_num_steps": "1dur", "warmup_num_steps": 20, "warmup_type": "linear"},
 ):
-    """Warmup, then cosine decay to a fraction of each param group's learning rate.
+    """Warmup, then cosine decay to a fraction of each param group's initial learning rate.
 
     With N = ``warmup_num_steps``, T = ``total_num_steps``, c = ``cos_min_ratio`` and the function
-    g(k) of `WarmupLR`, each param group's learning rate is multiplied by::
+    g(k) of `WarmupLR`, each param group's initial learning rate is multiplied by::
 
         ratio(k) = warmup_min_ratio + (1 - warmup_min_ratio) * g(k)              k <= N
                    c + (1 - c) * (1 + cos(pi * (k - N) / (T - N))) / 2           N <= k <= T
@@ -399,12 +400,12 @@ class WarmupCosineLR(
     total_num_steps: Annotated[Steps, _AUTO]
     """Length of the run, including the warmup."""
     warmup_min_ratio: Ratio = 0.0
-    """Learning rate at the first step, as a fraction of the param group's learning rate."""
+    """Learning rate at the first step, as a fraction of the param group's initial learning rate."""
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     cos_min_ratio: Ratio = 0.0001
-    """Learning rate at and after the end of the run, as a fraction of the param group's learning
-    rate."""
+    """Learning rate at and after the end of the run, as a fraction of the param group's initial
+    learning rate."""
     warmup_type: WarmupType = "log"
     """Shape of the warmup; "log" rises fastest in the first steps."""
 

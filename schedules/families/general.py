@@ -105,7 +105,8 @@ class Phases(
     weight_decay: PhaseList | None = None
     """Phases of the weight decay."""
     relative: bool = False
-    """Whether "from" and "to" are multiples of the param group's value, not absolute values."""
+    """Whether "from" and "to" are multiples of the param group's initial value. If false,
+    they are absolute values."""
 
     def _convert_fields(self) -> Iterator[ParameterProblem]:
         yield from super()._convert_fields()
@@ -234,8 +235,8 @@ class WarmupStableDecay(
 ):
     """Warmup-stable-decay (WSD): linear warmup, constant learning rate, and decay at the end.
 
-    The decay takes the last ``decay_steps`` of ``total_steps``. It ends at ``min_lr_ratio`` times
-    the initial learning rate, which is kept after ``total_steps``.
+    The decay takes place in the last ``decay_steps`` steps of the run and ends at ``min_lr_ratio``
+    times the initial learning rate. After ``total_steps``, the learning rate stays at this value.
 
     >>> wsd = WarmupStableDecay(warmup_steps=2, total_steps=8, decay_steps=4)
     >>> list(wsd.curves({"lr": (1.0,)})["lr"][0].values(9))
@@ -251,9 +252,9 @@ class WarmupStableDecay(
     decay_steps: Steps
     """Length of the decay."""
     decay_type: Literal["linear", "cosine", "1-sqrt", "half-life"] = "linear"
-    """Shape of the decay."""
+    """Shape of the decay at the end of the run."""
     min_lr_ratio: Ratio = 0.0
-    """Learning rate at the end of the decay, as a fraction of the param group's learning rate."""
+    """Learning rate at the end of the decay, as a fraction of the initial learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         needed, total = self._warmup + self._decay, as_number(self.total_steps)

@@ -69,17 +69,17 @@ class OptimizerParamScheduler(
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay after the warmup."""
     wsd_decay_steps: Steps | None = None
-    """Length of the decay in the style "WSD"; null in the other styles."""
+    """Length of the decay if `lr_decay_style` is "WSD"; otherwise null."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
-    """Shape of the decay in the style "WSD"."""
+    """Shape of the decay if `lr_decay_style` is "WSD"."""
     start_wd: WeightDecay | None = None
-    """Weight decay at the start; null is 0 if `end_wd` is set."""
+    """Weight decay at the start. null is 0 if `end_wd` is set."""
     end_wd: WeightDecay | None = None
-    """Weight decay at the end; null keeps the optimizer's weight decay."""
+    """Weight decay at the end. null keeps the optimizer's weight decay."""
     wd_incr_steps: StepsOrZero = 0
     """Step at which the weight decay reaches `end_wd`."""
     wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the increase of the weight decay."""
+    """Shape of the curve along which the weight decay increases."""
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ class OptimizerParamScheduler(
             yield ParameterProblem(
                 "wsd_decay_steps",
                 f"`wsd_decay_steps` must be at most {end - warmup:g}, the difference between "
-                f"`lr_decay_steps` and `lr_warmup_steps`, got {anneal:g}. Lower it.",
+                f"`lr_decay_steps` and `lr_warmup_steps`, got {anneal:g}. Use a smaller value.",
             )
 
     def _find_weight_decay_problems(self) -> Iterator[ParameterProblem]:

@@ -59,9 +59,9 @@ class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
     """
 
     step_size: Steps
-    """Length of each period."""
+    """Number of steps between two decays."""
     gamma: Factor = 0.1
-    """Factor applied at the end of each period."""
+    """Factor applied to the learning rate at the end of each period."""
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.step_size)
@@ -80,9 +80,10 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
     """
 
     milestones: Milestones
-    """Steps at which `gamma` is applied, in any order. Duplicates apply it several times."""
+    """Steps at which `gamma` is applied, in any order. If a step occurs twice, `gamma` is applied
+    twice."""
     gamma: Factor = 0.1
-    """Factor applied at each milestone."""
+    """Factor applied to the learning rate at each milestone."""
 
     def curve(self, lr: float) -> Curve:
         return multiply_at(lr, self.gamma, sorted(map(as_number, self.milestones)))
@@ -147,7 +148,7 @@ class ExponentialLR(LearningRateSchedule, example={"gamma": 0.97}):
     has_rate_per_step = True
 
     gamma: Gamma
-    """Factor applied after every step."""
+    """Factor applied to the learning rate after every step."""
 
     def curve(self, lr: float) -> Curve:
         return exponential(lr, self.gamma, steps=1)
@@ -211,7 +212,7 @@ class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_m
     T_mult: Annotated[int, Range(at_least=1)] = 1
     """Length of each cycle divided by the length of the previous one."""
     eta_min: LearningRate = 0.0
-    """Minimum learning rate, at the end of each cycle."""
+    """Minimum learning rate, which is reached at the end of each cycle."""
 
     def curve(self, lr: float) -> Curve:
         low, first = as_number(self.eta_min), as_number(self.T_0)
@@ -225,8 +226,9 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     With n = ``total_steps``, the learning rate rises from ``max_lr / div_factor`` until step
     ``pct_start * n - 1``, then falls to ``max_lr / div_factor / final_div_factor`` until step
     ``n - 1``. With ``three_phase``, it first falls back to ``max_lr / div_factor`` in as many steps
-    as it rose. Each phase is a cosine or a line. Momentum goes from ``max_momentum`` to
-    ``base_momentum`` and back. After the end, the last value is kept; PyTorch raises an error.
+    as the rise takes. Each phase is a cosine or a line. Momentum goes from ``max_momentum`` to
+    ``base_momentum`` and back. After the end, the last value is kept, whereas PyTorch raises an
+    error.
 
     Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
     https://arxiv.org/abs/1708.07120.
@@ -235,17 +237,17 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     has_rate_per_step = True
 
     max_lr: LearningRate | None
-    """Learning rate at the peak; null uses each param group's learning rate."""
+    """Learning rate at the peak; null uses each param group's initial learning rate."""
     total_steps: Steps | None = None
     """Length of the cycle; null uses `epochs` times `steps_per_epoch`."""
-    epochs: Annotated[int, Range(at_least=1), "epochs"] | None = None
-    """Number of epochs, if `total_steps` is null."""
+    epochs: Annotated[int, Range(at_least=1)] | None = None
+    """Number of epochs. Required if `total_steps` is null; otherwise it must be null."""
     steps_per_epoch: Steps | None = None
-    """Number of steps per epoch, if `total_steps` is null."""
-    pct_start: Annotated[float, Range(above=0, below=1), "fraction of the cycle"] = 0.3
+    """Number of steps per epoch. Required if `total_steps` is null; otherwise it must be null."""
+    pct_start: Annotated[float, Range(above=0, below=1)] = 0.3
     """Fraction of the cycle in which the learning rate rises."""
     anneal_strategy: Literal["cos", "linear"] = "cos"
-    """Shape of each phase."""
+    """Shape of the curve in each phase: a cosine or a straight line."""
     cycle_momentum: bool = True
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""
@@ -254,11 +256,11 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     max_momentum: Momentum = 0.95
     """Momentum at the start and at the end of the cycle."""
     div_factor: Divisor = 25.0
-    """Ratio of the peak learning rate to the initial one."""
+    """Ratio of the peak learning rate to the initial learning rate."""
     final_div_factor: Divisor = 1e4
-    """Ratio of the initial learning rate to the final one."""
+    """Ratio of the initial learning rate to the final learning rate."""
     three_phase: bool = False
-    """Whether the learning rate returns to its initial value before it falls to its final one."""
+    """Whether the learning rate returns to its initial value before it falls to its final value."""
     relative: bool = False
     """Whether `max_lr` is a multiple of the param group's own learning rate."""
 
@@ -351,9 +353,9 @@ class CyclicLR(
     Schedule[int],
     example={"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 15, "mode": "triangular2"},
 ):
-    """Cycle the learning rate linearly between two values, and momentum inversely to it.
+    """Cycle the learning rate linearly between two values, and momentum in the opposite direction.
 
-    s rises from 0 to 1 in ``step_size_up`` steps and falls back to 0 in ``step_size_down`` steps::
+    A factor s rises from 0 to 1 in ``step_size_up`` steps and falls to 0 in ``step_size_down``::
 
         lr(k)       = base_lr + (max_lr - base_lr) * s(k) * A
         momentum(k) = max_momentum - (max_momentum - base_momentum) * s(k) * A
@@ -369,16 +371,16 @@ class CyclicLR(
     base_lr: LearningRate
     """Learning rate at the bottom of the triangles."""
     max_lr: LearningRate | None
-    """Learning rate at the top of the first triangle; null uses each param group's learning rate.
-    """
+    """Learning rate at the top of the first triangle; null uses each param group's initial learning
+    rate."""
     step_size_up: Steps = 2000
     """Length of the rising part of each triangle."""
     step_size_down: Steps | None = None
     """Length of the falling part of each triangle; null uses `step_size_up`."""
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
-    """How the height of the triangles changes over time."""
+    """How the height of the triangles (the amplitude) changes over time."""
     gamma: Gamma = 1.0
-    """Factor applied to the height after every step in the mode "exp_range"."""
+    """Factor applied to the height of the triangles after every step in the mode "exp_range"."""
     cycle_momentum: bool = True
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""

@@ -28,7 +28,7 @@ __all__ = [
 @schedule_class
 class _PeakSchedule(Schedule[int]):
     learning_rate: LearningRate | None = None
-    """Peak learning rate; null uses each param group's learning rate."""
+    """Peak learning rate; null uses each param group's initial learning rate."""
 
     def curves(self, base: Base) -> Curves:
         own = base["lr"]
@@ -47,9 +47,9 @@ class _WarmupAndDecay(_PeakSchedule):
     warmup_steps: WarmupStepsOrZero = 0
     """Length of the linear warmup from 0."""
     max_steps: Steps
-    """Length of the run, including the warmup. Training does not stop at this step."""
+    """Length of the run, including the warmup. The schedule does not stop training."""
     end_lr_ratio: Ratio = 0.1
-    """Learning rate at and after the end of the run, as a fraction of the peak."""
+    """Learning rate at and after the end of the run, as a fraction of the peak learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if as_number(self.warmup_steps) > as_number(self.max_steps):
@@ -103,13 +103,13 @@ class PolynomialDecayScheduleWithWarmup(
         lr(k) = lr * k / warmup_steps                         k < warmup_steps
                 lr * (r + (1 - r) * (1 - min(1, x)))          k >= warmup_steps
 
-    Despite its name, the decay is always linear.
+    Despite the name of the schedule, the decay is always linear.
 
     Source: SambaFlow's documentation, "Learning rate schedules".
     """
 
     end_lr_ratio: Ratio = 0.0
-    """Learning rate at and after the end of the run, as a fraction of the peak."""
+    """Learning rate at and after the end of the run, as a fraction of the peak learning rate."""
 
     def _decay(self, lr: float, end: float, steps: float) -> Curve:
         return decay_after_warmup(linear, lr, end, steps)
@@ -143,7 +143,7 @@ class StepSchedule(
     decay_steps: Steps = 100
     """Number of steps between two decays."""
     gamma: Factor = 0.5
-    """Factor applied at each decay."""
+    """Factor applied to the learning rate at each decay."""
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.decay_steps)

@@ -18,13 +18,13 @@ from schedules.feedback.warmup_tests import PublishedTest, RobustTest, WarmupTes
 
 __all__ = ["AutoWU"]
 
-Fraction = Annotated[float, Range(above=0, at_most=1), "fraction of the run"]
+Fraction = Annotated[float, Range(above=0, at_most=1)]
 Count = Annotated[int | None, Range(at_least=1)]
 
 
 @schedule_class
 class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "total_epochs": 10}):
-    """Increase the learning rate until the loss has passed its minimum, then hold and decay it.
+    """Increase the learning rate until the loss has passed its minimum, then decay it.
 
     The warmup increases the learning rate exponentially from ``min_lr`` to ``max_lr``. Meanwhile, a
     Gaussian process fitted to the losses estimates the probability that the loss has passed its
@@ -43,8 +43,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     thirty epochs, and depends on the scale of the loss. ``"test": "robust"`` runs about sixty times
     per warmup, does not depend on the scale of the loss, tolerates loss spikes, and starts the
     decay exactly at the peak. With ``"rollback": true``, the weights and the optimizer state are
-    restored when the warmup ends, from the end of the test interval with the lowest mean loss. Use
-    it for models without normalization layers, which can diverge at high learning rates.
+    restored when the warmup ends, to their values after the test interval with the lowest mean
+    loss. This helps models without normalization layers, which can diverge at high learning rates.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews show a run on a synthetic loss.
@@ -67,11 +67,11 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     total_epochs: Count = None
     """Number of epochs; null uses the value of the run."""
     min_lr: Annotated[float, Range(above=0)] = 1e-5
-    """Learning rate of the first step."""
+    """Learning rate at the first step."""
     max_lr: Annotated[float, Range(above=0)] = 1.0
     """Learning rate at the end of a warmup of maximum length."""
-    max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1), "fraction of the run"] = 0.5
-    """Maximum length of the warmup."""
+    max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1)] = 0.5
+    """Maximum length of the warmup, as a fraction of the run."""
     warmup_unit: Literal["step", "epoch"] = "step"
     """Whether the learning rate grows at every step or at the end of every epoch."""
     warmup_type: Literal["exp", "linear"] = "exp"
@@ -79,21 +79,23 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     immediate_cooldown: bool = False
     """Whether the cooldown starts right after the warmup, without a constant phase."""
     decay_phase_stat: Literal["loss"] | None = None
-    """Statistic that reduces the learning rate in the constant phase. With "loss", the learning
-    rate is multiplied by `decay_phase_factor` whenever the mean loss per epoch has not improved for
-    more than five epochs."""
+    """Statistic that determines when the learning rate is reduced in the constant phase. With
+    "loss", the learning rate is multiplied by `decay_phase_factor` whenever the mean loss per epoch
+    has not improved for more than five epochs."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
-    """Factor applied to the learning rate in the constant phase. It is applied once if a test ended
-    the warmup or, with `decay_phase_stat`, at each plateau of the loss."""
+    """Factor applied to the learning rate in the constant phase. If `decay_phase_stat` is null, it
+    is applied once, when a test ends the warmup; otherwise, it is applied at each plateau of the
+    loss."""
     cooldown_fraction: Fraction = 0.2
-    """Length of the decay at the end of the run. It starts even if the warmup has not ended."""
+    """Length of the decay at the end of the run, as a fraction of the run. The decay starts even if
+    the warmup has not ended."""
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
-    """Shape of the decay; "half_cosine" starts at half of the peak."""
+    """Shape of the decay; "half_cosine" starts at half of the peak learning rate."""
     test: Literal["reference", "robust"] = "reference"
     """Test that ends the warmup."""
     rollback: bool = False
-    """Whether to restore the weights and the optimizer state with the lowest loss when the warmup
-    ends."""
+    """Whether to restore, when the warmup ends, the weights and the optimizer state that had the
+    lowest loss."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:
@@ -105,7 +107,10 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
     @property
     def total_steps(self) -> int:
-        """Length of the run in steps. In previews, parameters that are null default to 10."""
+        """Length of the run in steps.
+
+        In previews, ``steps_per_epoch`` and ``total_epochs`` are 10 if they are null.
+        """
         return (self.steps_per_epoch or 10) * (self.total_epochs or 10)
 
     @property
@@ -158,8 +163,9 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         for name in ("steps_per_epoch", "total_epochs"):
             if getattr(resolved, name) is None:
                 message = (
-                    f"`{name}` is unknown. Set it, or pass `training_data` to `initialize` and set "
-                    '"engine": {"max_duration": "30ep"} in the config.'
+                    f"`{name}` must be set if the length of the run is unknown. Set it, or pass "
+                    '`training_data` to `initialize` and set "engine": {"max_duration": "30ep"} '
+                    "in the config."
                 )
                 raise ScheduleError(self.type_name, [ParameterProblem(name, message)])
         return resolved.controller(base)

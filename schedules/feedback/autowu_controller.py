@@ -89,7 +89,8 @@ class AutoWUController(FeedbackController[AutoWUState]):
         if loss is None:
             raise ValueError(
                 "AutoWU requires the loss of every step. "
-                "Pass it to `step(loss=loss)`, or to `trainer.backward(loss)` with the engine."
+                "Pass the loss to `step(loss=loss)` or, with the engine, to "
+                "`trainer.backward(loss)`."
             )
         state = dataclasses.replace(state, step=state.step + 1, is_lowest=False)
         if self._must_cool_down(state):

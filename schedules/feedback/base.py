@@ -44,7 +44,10 @@ class FeedbackSchedule(Schedule[S]):
 
     @abstractmethod
     def controller(self, base: Base) -> FeedbackController[S]:
-        """Build the controller for the initial hyperparameters. Requires a resolved schedule."""
+        """Build the controller for the initial hyperparameters ``base`` of an optimizer.
+
+        The schedule must already be resolved.
+        """
 
     @abstractmethod
     def synthetic_loss(self, step: int, lr: float) -> float:

@@ -15,11 +15,11 @@ from schedules.feedback.base import FeedbackController, FeedbackSchedule
 
 __all__ = ["ReduceLROnPlateau"]
 
-MetricCount = Annotated[int, Range(at_least=0), "metrics"]
+MetricCount = Annotated[int, Range(at_least=0)]
 
 
 class PlateauState(NamedTuple):
-    """The state of a `Plateau`."""
+    """The state of the rule `Plateau` after the metrics that it has received so far."""
 
     best: float | None = None
     bad: int = 0
@@ -96,8 +96,8 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
 
         lr = max(lr * factor, min_lr)
 
-    Pass the metric when it is available, for example at the end of an epoch, to
-    ``trainer.step(metric=…)``, or to ``step(metric)`` in a custom loop. Steps without a metric do
+    When the metric is available, for example at the end of an epoch, pass it to
+    ``trainer.step(metric=…)`` or, in a custom loop, to ``step(metric)``. Steps without a metric do
     not change the learning rate. Previews show a run on a synthetic metric.
 
     >>> import torch, schedules
@@ -116,13 +116,15 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     mode: Literal["min", "max"] = "min"
     """Whether a smaller ("min") or a larger ("max") metric is better."""
     factor: Annotated[float, Range(at_least=0)] = 0.1
-    """Factor on the learning rate at each reduction."""
+    """Factor applied to the learning rate at each reduction."""
     patience: MetricCount = 10
-    """Number of consecutive metrics without improvement to tolerate."""
+    """Number of consecutive metrics without improvement that are tolerated. The next one
+    reduces the learning rate."""
     threshold: Annotated[float, Range(at_least=0)] = 1e-4
-    """Minimum change of the metric for an improvement."""
+    """Minimum change of the metric that counts as an improvement."""
     threshold_mode: Literal["rel", "abs"] = "rel"
-    """Whether `threshold` is a fraction of the best metric ("rel") or a difference ("abs")."""
+    """Whether `threshold` is a fraction of the best metric ("rel") or an absolute difference
+    ("abs")."""
     cooldown: MetricCount = 0
     """Number of metrics to ignore after a reduction."""
     min_lr: LearningRate = 0.0

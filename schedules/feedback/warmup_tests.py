@@ -176,7 +176,7 @@ class RobustTest(WarmupTest):
 class TorchSampler:
     """Samples indices without replacement, with the same random numbers as the published code.
 
-    The random numbers come from a PyTorch generator with seed 0.
+    The random numbers come from a PyTorch generator.
 
     Args:
         state: the `state` attribute of an earlier sampler, to resume from its generator state.

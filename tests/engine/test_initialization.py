@@ -275,11 +275,10 @@ def test_param_groups_keep_their_learning_rates():
     [
         ({"config": None}, "`config` must be a path or a dict, got None"),
         ({"model": None}, "`model` must be a torch.nn.Module, got None"),
-        ({"config": {"train_batch_size": 8}}, "No optimizer is specified"),
         ({"model": torch.nn.Linear}, "`model` must be a torch.nn.Module, got the class Linear"),
         (
             {"model": model().requires_grad_(False)},
-            "`model` must have a parameter that requires gradients, got 0 of 4 parameters",
+            "`model` must have a parameter that requires gradients, but 0 of 4 parameters do",
         ),
         (
             {"training_data": TensorDataset},
@@ -382,8 +381,8 @@ def test_log_describes_the_run_once_and_then_each_printed_step(caplog):
 
 
 def test_setup_log_wraps_long_lines_and_keeps_them_aligned(caplog):
-    keys = {"zero_optimization": {"stage": 3}, "communication_data_type": "fp32"}
-    keys |= {"zero_allow_untested_optimizer": True}
+    keys = {"zero_optimization": {"stage": 3}, "communication_data_type": "bf16"}
+    keys |= {"managed_gradient_accumulation": False, "zero_allow_untested_optimizer": True}
     config = engine.load_config(CONFIG | keys)
     names = {"backend": "DeepSpeed, ZeRO stage 3, 64 ranks", "device": "cuda:0"}
     names |= {"precision": "fp32", "optimizer": "SGD"}
@@ -393,6 +392,12 @@ def test_setup_log_wraps_long_lines_and_keeps_them_aligned(caplog):
     assert lines[1].startswith(13 * " " + "communication")
     assert lines[2] == "device       cuda:0"
     assert max(map(len, lines)) < 100
+
+
+def test_initialize_logs_the_keys_without_effect(caplog):
+    with caplog.at_level(logging.INFO, "onecycle"):
+        start(prescale_gradients=False, zero_optimization={"stage": 0, "overlap_comm": True})
+    assert "no effect    prescale_gradients, zero_optimization.overlap_comm" in caplog.messages
 
 
 def test_initialize_logs_the_warnings_of_the_config(caplog):

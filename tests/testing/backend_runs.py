@@ -40,7 +40,7 @@ def config(backend, stage, **changes):
 
 
 def parity(steps):
-    """Return runs of the same steps on every backend, stage and precision."""
+    """Return runs that train the same steps with every backend, ZeRO stage and precision."""
     precisions = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}
     return {
         f"{model} {precision} {backend} {stage}": {
@@ -55,7 +55,7 @@ def parity(steps):
 
 
 def overflows(steps, poison):
-    """Return runs with non-finite gradients in the steps of `poison`, for every loss scaler."""
+    """Return runs with every loss scaler, in which the gradients of some steps are not finite."""
     autocast = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
     bf16 = {"bf16": {"enabled": True}}
     kinds = {
@@ -134,7 +134,7 @@ def draw_batch(name, step, size):
 
 
 class Announcements(logging.Handler):
-    """Collects the log lines of an engine's construction."""
+    """A log handler that collects the lines which an engine logs while it is built."""
 
     def __init__(self):
         super().__init__(logging.INFO)
@@ -145,7 +145,7 @@ class Announcements(logging.Handler):
 
 
 def run(model, config, steps, poison=()):
-    """Train and return each step's (applied, loss, lr, momentum), the log lines and the counts."""
+    """Train, and return (applied, loss, lr, momentum) of each step, log lines and counts."""
     torch.manual_seed(0)
     net = {"transformer": Transformer, "lenet": LeNet}[model]()
     parameters = sum(p.numel() for p in net.parameters())
@@ -184,10 +184,10 @@ def run(model, config, steps, poison=()):
 
 
 def run_all(runs):
-    """Run all runs in this process, one after another; return their records by name."""
+    """Train all runs in this process, one after another, and return their records by name."""
     return {name: run(**arguments) for name, arguments in runs.items()}
 
 
 def launch(runs, world_size):
-    """Run all runs on a number of ranks; return rank 0's records."""
+    """Train all runs on ``world_size`` ranks, and return the records of rank 0."""
     return run_distributed_test(run_all, world_size, runs, timeout=300)[0]

@@ -1,14 +1,15 @@
-"""Train one run in one of several loops, and end the process where the caller wants.
+"""Train with one of several training loops, and interrupt the run at a given step.
 
 python cut_run.py DIRECTORY LOOP CUT STEP
 
 Each rank appends a row to ``DIRECTORY/rows.RANK`` for each step: its number, the learning rate, the
 samples and a hash of the weights.
 
-LOOP: ``batches``, ``epochs`` (over the epochs that remain), ``workers`` (`batches` over a loader of
-the script, with two workers) or ``script`` (saves and loads checkpoints itself, after each epoch).
-CUT: ``kill``, ``SIGTERM`` or ``SIGINT`` (sent to this process before step STEP), ``epoch`` (exits
-after the epoch that contains STEP) or ``none``.
+LOOP is ``batches`` (iterate over ``trainer.batches()``), ``epochs`` (iterate over the remaining
+epochs), ``workers`` (like ``batches``, with a data loader of the script that has two workers) or
+``script`` (save and load checkpoints in the script, after each epoch). CUT is ``kill``, ``SIGTERM``
+or ``SIGINT`` (send this signal to the process before step STEP), ``epoch`` (exit after the epoch
+that contains STEP) or ``none``.
 """
 
 import hashlib

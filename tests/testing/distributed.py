@@ -1,7 +1,7 @@
 """Run a test function on several ranks.
 
-Each rank is a new process, forked from a server that has already imported torch and DeepSpeed. So a
-rank starts in milliseconds and is independent of earlier tests.
+Each rank is a new process, forked from a server that has already imported torch and DeepSpeed.
+A rank therefore starts in milliseconds, and does not depend on earlier tests.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def child_pids() -> set[int]:
 
 
 def _start_server() -> None:
-    """Start the server if it does not run yet, and wait until it has imported everything."""
+    """Start the fork server if it is not running, and wait until it has imported all packages."""
     before = child_pids()
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
         forkserver.set_forkserver_preload(IMPORTED_BY_SERVER)
@@ -153,7 +153,7 @@ def _start_server() -> None:
 
 
 def _wait(ranks: list[BaseProcess], timeout: float) -> tuple[list[int], list[int]]:
-    """Wait for all ranks; return those that failed, in order of time, and those still running."""
+    """Wait for all ranks. Return the failed ranks, first failure first, and the running ranks."""
     running = {process.sentinel: rank for rank, process in enumerate(ranks)}
     failed: list[int] = []
     deadline = time.monotonic() + timeout

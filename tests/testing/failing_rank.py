@@ -36,7 +36,7 @@ def fail(kind: str) -> None:
 
 
 class Numbers(Dataset[Tensor]):
-    """Endless data whose samples of the failing step cannot be read if ``fails`` is true."""
+    """An endless data set. If ``fails`` is true, reading the samples of one step fails."""
 
     def __init__(self, *, fails: bool) -> None:
         self.fails = fails

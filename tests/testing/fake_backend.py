@@ -106,11 +106,7 @@ class FakeBackend(Backend):
 
     @override
     def describe(self):
-        return "fake"
-
-    @override
-    def describe_precision(self):
-        return "fp32"
+        return "fake", "fp32"
 
     @override
     def destroy(self):

@@ -1,7 +1,7 @@
-"""Fuzz everything that reads a config: mutate configs, and report what no input may cause.
+"""Fuzz all code that reads configs: pass mutated configs to it, and report invalid behavior.
 
-That is a traceback, more than 2 seconds of CPU time, an import of code that the config names, or
-more than 500 MB of memory. Run ``python -m tests.testing.fuzz --seed 1 --mutations 10000``.
+Tracebacks, more than 2 seconds of CPU time, more than 500 MB of memory, and imports of code that
+the config names are invalid. Run ``python -m tests.testing.fuzz --seed 1 --mutations 10000``.
 
 To fuzz another reader of configs, add a function to `TARGETS`. It takes the text of a mutated
 config, and may raise only the exceptions of `EXPECTED`. To fuzz a reader of other JSON files, pass
@@ -58,7 +58,7 @@ VALUES = [
 
 
 def _read_seeds():
-    """Return the configs to mutate: real ones, and one for each schedule and each optimizer."""
+    """Return the configs to mutate: real configs, and one for each schedule and each optimizer."""
     documents = [load_document(path_of(entry)) for entry in (*CLEAN, *OTHER)]
     configs = [document.value for document in documents if isinstance(document.value, dict)]
     blocks = [{"type": name, "params": dict(cls.example)} for name, cls in SCHEDULES.items()]
@@ -81,7 +81,7 @@ def _read_seeds():
 
 
 class Mutator:
-    """Makes mutated configs, or other JSON files, reproducibly for a seed."""
+    """Mutates configs or other JSON files at random. The mutations are reproducible for a seed."""
 
     def __init__(self, seed, examples=None):
         self.random = random.Random(seed)
@@ -140,7 +140,7 @@ class Mutator:
         return copy.deepcopy(self.random.choice(VALUES))
 
     def _nest(self, config):
-        """Put the schedule into a schedule of schedules."""
+        """Nest the schedule of a config in another schedule, such as SequentialLR."""
         blocks = [config.get("scheduler"), copy.deepcopy(self.random.choice(self.blocks))]
         params = {"schedulers": blocks}
         name = self.random.choice(("SequentialLR", "ChainedScheduler", "Combined"))
@@ -149,7 +149,7 @@ class Mutator:
         config["scheduler"] = {"type": name, "params": params}
 
     def _break(self, text):
-        """Return a text with a part removed, repeated or replaced, which is usually not JSON."""
+        """Remove, repeat or replace a part of the text. The result is usually not valid JSON."""
         start = self.random.randrange(len(text))
         end = start + self.random.choice((1, 2, 10, 100))
         part = self.random.choice(
@@ -159,7 +159,7 @@ class Mutator:
 
 
 def _run_command(*arguments):
-    """Run a command on the file of the current config, and check its exit status."""
+    """Return a function that runs a command on the current config and checks the exit status."""
 
     def run(text):
         del text
@@ -276,7 +276,7 @@ def _run_target(target, text):
 
 
 def _interrupt(*_):
-    raise TimeoutError(f"no result after {_HANG_SECONDS} s")
+    raise TimeoutError(f"the target did not return within {_HANG_SECONDS} s")
 
 
 def _main():

@@ -1,4 +1,4 @@
-"""Golden cases: recorded values of other libraries, and their comparison with our values."""
+"""Read golden cases, which are recorded values of other libraries, and compare ours with them."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent.parent / "golden"
 
 
 def cases(family):
-    """Return the cases of a family: file name to case."""
+    """Return the golden cases of a family of schedules, as a dict from file name to case."""
     paths = sorted((FOLDER / family).glob("*.json"))
     assert paths
     return {path.stem: json.loads(path.read_text()) for path in paths}

@@ -1,4 +1,4 @@
-"""Run a bash script on the login node of a lab of hosts; see lab.sh."""
+"""Run a bash script in a lab of simulated hosts, on the login node of the lab; see lab.sh."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ ROOT = LAB.parents[2]
 
 
 def missing():
-    """Return why the lab cannot run on this machine; an empty string if it can."""
+    """Return the reason why the lab cannot run on this machine, or an empty string if it can."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "network namespaces need root"
     tools = ("unshare", "nsenter", "ip", "ssh-keygen", "/usr/sbin/sshd")
@@ -30,7 +30,7 @@ def missing():
 
 
 def needs_lab():
-    """Return a mark that skips a test if the lab cannot run; never with REQUIRE_LAB=1."""
+    """Return a pytest mark that skips a test if the lab cannot run and REQUIRE_LAB is not 1."""
     reason = "" if os.environ.get("REQUIRE_LAB") == "1" else missing()
     return pytest.mark.skipif(bool(reason), reason=f"NO LAB: {reason}")
 
@@ -43,7 +43,7 @@ class Done:
 
 
 def lab(script, directory, *, hosts=2, limit=120, **environment):
-    """Run a script on the login node, in a directory; `$ONECYCLE` is the command."""
+    """Run a bash script in a directory of the login node; ``$ONECYCLE`` is the onecycle command."""
     path = directory / "scenario.sh"
     path.write_text(f"cd {directory}\nONECYCLE='{' '.join(ONECYCLE)}'\n{script}")
     start = time.monotonic()

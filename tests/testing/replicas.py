@@ -28,7 +28,7 @@ def start(model, parameters=None, **sections):
 
 
 def draw(rank, step=0):
-    """Return a rank's inputs of a step, of shape (3, 4)."""
+    """Return the inputs of a rank in a step, a tensor of shape (3, 4)."""
     return torch.randn(3, 4, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
@@ -66,7 +66,7 @@ def copy_weights(model):
 
 
 def check_step(model, before, gradients):
-    """Check that one step of `start`'s optimizer has changed the weights by these gradients."""
+    """Check that one step of an engine from `start` has changed the weights by ``gradients``."""
     for name, parameter in model.named_parameters():
         expected = before[name] - gradients.get(name, 0)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)

@@ -27,7 +27,7 @@ def start(**changes):
 
 
 def train_step(trainer):
-    """Train one step on data that differs between ranks; return whether it was applied."""
+    """Train one step on data that differs between ranks. Return whether the step was applied."""
     trainer.backward(trainer(torch.ones(2, 6) * (trainer.global_rank + 1)).pow(2).mean())
     return trainer.step()
 

@@ -1,4 +1,4 @@
-"""The runner of distributed tests: results, and ranks that fail, die or hang."""
+"""Test the runner of distributed tests: its results, and ranks that fail, die or hang."""
 
 import os
 import signal

@@ -45,7 +45,7 @@ assert set(HYPERPARAMETERS) == ON_TORCH, set(HYPERPARAMETERS) ^ ON_TORCH
 
 
 def build_reference(variant, parameters):
-    """Build the optimizer of a variant as a script without this library does."""
+    """Build the optimizer of a variant directly with PyTorch, without this library."""
     block = VARIANTS[variant]
     name, params = block["type"], dict(block["params"])
     if params.pop("torch_adam", False):

@@ -1,4 +1,4 @@
-"""Kinds of training loop as public scripts write them, to run on any kind of trainer.
+"""Training loops like those in public scripts, which can run with several kinds of trainer.
 
 A trainer is an engine, DeepSpeed's engine, or `ByHand`: PyTorch's optimizer, with the gradients of
 all ranks averaged one by one before each step. All three have the same methods.
@@ -24,7 +24,7 @@ LR = 0.01
 
 
 class Network(nn.Module):
-    """Two layers, with a loss method as in many research scripts."""
+    """A network of two layers with a method that computes the loss, as in many research scripts."""
 
     def __init__(self, width: int = 8, out: int = 2, *, has_norm: bool = False) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class LoRA(nn.Module):
 
 
 class ByHand:
-    """A hand-written loop: the optimizer of PyTorch, and a mean of each gradient over the ranks."""
+    """A trainer without a library: a PyTorch optimizer, and gradients averaged over the ranks."""
 
     def __init__(self, model: nn.Module, config: dict[str, Any], parameters: Any = None) -> None:
         self.module = model
@@ -285,15 +285,13 @@ def build_config(loop: str, stage: int = 0) -> dict[str, Any]:
 
 
 def start_engine(model: nn.Module, config: dict[str, Any], parameters: Any, backend: str) -> Any:
-    """Return an engine; every config key that only DeepSpeed needs is left out on PyTorch."""
+    """Return an engine of this library."""
     config = {**config, "engine": {"backend": backend}}
-    if backend == "torch":
-        del config["zero_allow_untested_optimizer"]
     return engine.initialize(model=model, config=config, model_parameters=parameters)[0]
 
 
 def start_deepspeed(model: nn.Module, config: dict[str, Any], parameters: Any) -> Any:
-    """Return DeepSpeed's own engine."""
+    """Return an engine of plain DeepSpeed."""
     import deepspeed
     from deepspeed.ops.op_builder import ShareMemCommBuilder
 
@@ -311,7 +309,7 @@ def run_loop(loop: str, kind: str, stage: int = 0) -> dict[str, Any]:
         stage: ZeRO stage.
 
     Returns:
-        The losses and the final weights, or the message of the error that refused the loop.
+        The losses and the final weights. If the trainer rejects the loop, the error message.
     """
     if not dist.is_initialized():
         dist.init_process_group("gloo")

@@ -1,4 +1,7 @@
-"""A rank for launch tests; the first argument selects what it does, by default wait."""
+"""The script that ranks run in launch tests. The first argument selects the behavior of the rank.
+
+By default, the rank waits.
+"""
 
 import json
 import os

@@ -10,7 +10,10 @@ _LARGEST = 2**53
 
 
 def parse_positive_int(text: str) -> int:
-    """Parse an integer from 1 to 2**53. Pass this function to ``add_argument`` as ``type``."""
+    """Parse a command-line value as an integer from 1 to 2**53.
+
+    Pass this function to ``ArgumentParser.add_argument`` as ``type``.
+    """
     if not text.isdecimal() or len(text) > 16 or not 0 < int(text) <= _LARGEST:
         shown = text if len(text) <= 20 else f"{text[:20]}…"
         raise argparse.ArgumentTypeError(f"must be an integer from 1 to {_LARGEST}, got {shown!r}")
@@ -22,6 +25,6 @@ def add_allow_imports(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-imports",
         action="store_true",
-        help="import the code that the config names, such as a custom schedule, and so run it. "
+        help="import, and thereby run, the code that the config names, such as a custom schedule. "
         "Use it only for configs that you trust",
     )

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``onecycle checkpoint`` to a parser."""
     parser.description = (
         "List the checkpoints of a run (ls), verify their hashes (verify), print the manifest of a "
-        "checkpoint (show), or export its weights to one safetensors file (export). Only export "
-        "requires torch."
+        "checkpoint (show), or export its weights to one safetensors file (export), also from a "
+        "checkpoint that DeepSpeed wrote. Only export requires torch."
     )
     parser.add_argument("action", choices=["ls", "verify", "show", "export"])
     parser.add_argument("dir", metavar="DIR", type=Path, help="checkpoint directory of the run")
@@ -85,15 +85,10 @@ def _show(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _export(args: argparse.Namespace, out: TextIO) -> int:
-    path, manifest = storage.find(args.dir, args.tag)
-    if manifest.backend != "torch":
-        raise ValueError(
-            f"`export` supports only checkpoints of the torch backend, but {path} was written by "
-            f"{manifest.backend}. To export its weights, run the script zero_to_fp32.py, which "
-            "DeepSpeed saves in the checkpoint directory."
-        )
+    from engine.checkpoint.selection import find_foreign
     from engine.checkpoint.state import export
 
+    path = find_foreign(args.dir, args.tag) or storage.find(args.dir, args.tag)[0]
     output = args.output or Path(f"{path.name}.safetensors")
     if not output.parent.is_dir():
         raise FileNotFoundError(2, "No such file or directory", str(output))

@@ -102,6 +102,10 @@ def _check_deepspeed() -> Iterator[_Finding]:
         except Exception as error:  # noqa: BLE001  # different ops raise different exceptions
             fits, detail = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
         yield _Finding(f"DeepSpeed's {name}", bool(fits), detail)
+    from engine.backends.build_locks import find_build_locks  # imports torch
+
+    for lock in find_build_locks():
+        yield _Finding(f"build of {lock.path.parent.name}", False, str(lock))
 
 
 def _check_tools() -> Iterator[_Finding]:

@@ -35,7 +35,7 @@ from engine.launch.torchrun import LOCAL_RANK_ARGUMENT
 
 __all__ = ["add_arguments", "run"]
 
-_NEEDS_HOSTFILE = "requires `--hostfile`. Add it, or remove this option."
+_NEEDS_HOSTFILE = "requires `--hostfile`. Add `--hostfile`, or remove this option."
 # For each option: the kinds of launch that support it, and the error message for other kinds.
 _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     "include": ({"ssh", "local"}, _NEEDS_HOSTFILE),
@@ -44,28 +44,31 @@ _SUPPORTED_BY: dict[str, tuple[set[str], str]] = {
     "ssh_port": ({"ssh"}, _NEEDS_HOSTFILE),
     "master_addr": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, whose hosts are unknown before it starts. Remove it.",
+        "has no effect in a Slurm job, whose hosts are not known yet. Remove this option.",
     ),
     "standalone": (
         {"local"},
-        "starts all ranks on this machine. Remove it to use the hosts of a hostfile or of Slurm.",
+        "starts all ranks on this machine. Remove this option to use a hostfile or Slurm.",
     ),
-    "rejoin": ({"ssh"}, "requires `--hostfile`. Remove it; Slurm requeues a job that lost a node."),
+    "rejoin": (
+        {"ssh"},
+        "requires `--hostfile`. Remove this option; Slurm requeues a job that lost a node.",
+    ),
     "slurm_opt": (
         {"slurm"},
         "requires `--slurm` or `--write-sbatch`. Add one of them, or remove this option.",
     ),
     "console": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, whose log contains the output of all ranks. Remove it.",
+        "has no effect in a Slurm job, whose log has the output of all ranks. Remove this option.",
     ),
     "pass_env": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, which inherits the whole environment of sbatch. Remove it.",
+        "has no effect in a Slurm job, which inherits all variables of sbatch. Remove this option.",
     ),
     "no_preflight": (
         {"ssh", "local"},
-        "has no effect in a Slurm job, whose hosts are unknown before it starts. Remove it.",
+        "has no effect in a Slurm job, whose hosts are not known yet. Remove this option.",
     ),
 }
 
@@ -141,7 +144,7 @@ def _check_options(args: argparse.Namespace) -> None:
         if kind not in supported and not is_default:
             raise LaunchError(f"`--{option.replace('_', '-')}` {error}")
     if args.json and not args.dry_run:
-        raise LaunchError("`--json` requires `--dry-run`. Add it, or remove `--json`.")
+        raise LaunchError("`--json` requires `--dry-run`. Add `--dry-run`, or remove `--json`.")
 
 
 def _build_request(args: argparse.Namespace, script: tuple[str, ...]) -> LaunchRequest:
@@ -224,8 +227,8 @@ def _run_preflight(
     """Run the preflight checks on all hosts.
 
     Returns:
-        Network settings of each host, by host name. If a check failed, the problem is printed and
-        None is returned.
+        Network settings of each host, by host name. If a check fails, the problem is printed and
+        the result is None.
     """
     checks = check_hosts(request, config and str(Path(config).resolve()))
     failed = [check for check in checks if check.problem]
@@ -264,7 +267,7 @@ def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: Text
 def _write_private_file(path: Path, text: str) -> None:
     """Write a file that only its owner can read, because it may contain secrets.
 
-    An existing regular file is overwritten and also made private.
+    If the file exists and is a regular file, it is overwritten and made private.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123  # a descriptor

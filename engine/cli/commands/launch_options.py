@@ -41,7 +41,7 @@ _UNSUPPORTED = {
     "is not supported. Use `--console` to select the ranks to print, and `--log-dir` for log "
     "files.": ("--tee", "-t", "--redirects", "-r", "--local-ranks-filter"),
     "is not supported. Set the interpreter of the environment with `--python`.": ("--venv-script",),
-    "is not supported. Remove it, or start the script with torchrun or deepspeed.": (
+    "is not supported. Remove this option, or start the script with torchrun or deepspeed.": (
         *("--monitor-interval", "--start-method", "--role", "--run-path", "--numa-binding"),
         *("--event-log-handler", "--logs-specs", "--signals-to-handle", "--virtual-local-rank"),
         *("--duplicate-stdout-filters", "--duplicate-stderr-filters"),
@@ -55,14 +55,18 @@ _ALWAYS_TRUE = ("--no-local-rank", "--force-multi")
 
 
 class _Unsupported(argparse.Action):
-    """Print what to use instead of the option, and exit."""
+    """An argparse action for an unsupported option: print what to use instead, and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:
         parser.exit(USAGE, f"onecycle: `{arguments[-1]}` {self.const}\n")
 
 
 class _Group:
-    """A group of options in the help, to which options are added with all of their spellings."""
+    """A group of options in the help of ``onecycle launch``.
+
+    The group adds each option under its own name and under the names that torchrun and deepspeed
+    use.
+    """
 
     def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
         self._group = parser.add_argument_group(title)
@@ -71,10 +75,10 @@ class _Group:
         """Add an option.
 
         Args:
-            names: names that the help shows.
-            also: names that torchrun or deepspeed use. As in torchrun, each name can also be
-                written with underscores.
-            settings: settings for ``argparse``.
+            names: names of the option that the help shows.
+            also: further names, which torchrun or deepspeed use for this option. As with torchrun,
+                each name can also be written with underscores.
+            settings: keyword arguments for ``add_argument`` of ``argparse``.
         """
         action = self._group.add_argument(*names, **settings)
         spellings = {_underscore(name): None for name in (*names, *also)} | dict.fromkeys(also)
@@ -114,7 +118,9 @@ def _add_hidden_options(group: _Group) -> None:
         group.add(name, action="store_true", help=hidden)
     for advice, names in _UNSUPPORTED.items():
         for name in names:
-            group.add(name, action=_Unsupported, nargs=0, const=advice, help=hidden, default=hidden)
+            group.add(
+                name, action=_Unsupported, nargs="?", const=advice, help=hidden, default=hidden
+            )
 
 
 def _add_host_options(group: _Group) -> None:
@@ -134,7 +140,7 @@ def _add_host_options(group: _Group) -> None:
     )
     nnodes_help = "number of hosts; with MIN:MAX, the job continues with at least MIN hosts"
     add("--nnodes", also=("--num-nodes",), metavar="N|MIN:MAX", help=nnodes_help)
-    slurm_help = "submit a Slurm job; inside an allocation, run in the allocation"
+    slurm_help = "submit a Slurm job, or run in the current Slurm allocation"
     add("--slurm", action="store_true", help=slurm_help)
     sbatch_help = "write the Slurm job script to a file without submitting it"
     add("--write-sbatch", type=Path, metavar="F", help=sbatch_help)

@@ -91,10 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine",
         action="store_true",
-        help="after the sweep, train short 1Cycle runs of --steps steps each, with five "
-        "maximum learning rates around the suggestion, each twice the previous one, and suggest "
-        "the maximum with the lowest final loss. If the best of them is the lowest or the "
-        "highest, try more. This takes five to ten times as long.",
+        help="after the sweep, train short 1Cycle runs of --steps steps each, and suggest the "
+        "maximum learning rate with the lowest final loss. The runs use five maxima around the "
+        "first suggestion, each twice the previous one. If the smallest or the largest maximum is "
+        "the best, more runs follow. The option makes the test five to ten times as long.",
     )
     parser.add_argument(
         "--training-steps",
@@ -171,7 +171,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         run = _train(command, cycle, name, args, console)
         if not run.end:
             raise _TestFailedError(
-                f"the script ended after {len(run.lrs)} steps, but a short 1Cycle run has "
+                f"the script ended after {len(run.lrs)} steps, but a short 1Cycle run needs "
                 f"{args.steps} steps. Train for more epochs, or reduce --steps."
             )
         return run
@@ -190,13 +190,16 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 class _TestFailedError(Exception):
-    """A run of the script produced no usable result. The message states why, and how to fix it."""
+    """Raised if a run of the training script produced no usable result.
+
+    The message states the reason, and how to fix the problem.
+    """
 
 
 def _train(
     command: Sequence[str], sweep: Sweep, name: str, args: argparse.Namespace, console: Console
 ) -> Run:
-    """Run the script once with the schedule of ``sweep``, and return the recorded run.
+    """Run the script once with the learning rates of ``sweep``, and return the recorded run.
 
     Raises:
         _TestFailedError: the script failed, did not call `engine.initialize`, or ended after too
@@ -225,13 +228,15 @@ def _build_command(args: argparse.Namespace) -> list[str]:
     python = [sys.executable] if script[0].endswith(".py") else []
     if args.nproc == 1:
         return [*python, *script]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    from engine.launch.request import build_module_command
+
+    torchrun = build_module_command(sys.executable, "engine.launch.torchrun")
     flags = [] if python else ["--no-python"]
-    return [*launcher, "--nproc_per_node", str(args.nproc), *flags, *script]
+    return [*torchrun, "--standalone", "--nproc-per-node", str(args.nproc), *flags, *script]
 
 
 def _read_range_test_block(config: str | None, nproc: int) -> Any:
-    """Return the config's scheduler block if its type is LRRangeTest, else None."""
+    """Return the config's scheduler block if its type is LRRangeTest, and None otherwise."""
     block = _read_block(Path(config), nproc) if config else None
     return block if block and block.get("type") == "LRRangeTest" else None
 
@@ -304,6 +309,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     import signal
 
     from engine.launch.agent import find_descendants
+    from engine.launch.torchrun import remove_directory
 
     children = find_descendants(process.pid)
     os.killpg(process.pid, signal.SIGKILL)
@@ -311,10 +317,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+    remove_directory(process.pid)
 
 
 def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
-    """Return the reason why a run has no usable result, or an empty string if it has one."""
+    """Return the reason why a run has no usable result, or an empty string if it is usable."""
     from engine.range_test.suggestion import MIN_POINTS
 
     name = " ".join(args.script).removeprefix("-- ")

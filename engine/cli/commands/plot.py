@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _PlotData(NamedTuple):
-    """The hyperparameters to plot or to write as CSV."""
+    """The values of the hyperparameters at each step, for a plot or a CSV file."""
 
     title: str
     steps: int
@@ -99,14 +99,15 @@ class _PlotData(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the columns."""
+        """The names of the columns, such as ``lr`` and ``momentum``."""
         return tuple(self.curves or self.recorded)
 
     def sample(self, most: int) -> tuple[Sequence[int], Mapping[str, Sequence[float]]]:
         """Return the steps to plot, and the values of each column at these steps.
 
         Args:
-            most: number of steps up to which each step is plotted.
+            most: maximum length of a run for which every step is returned. For a longer run, a
+                fixed number of evenly spaced steps is returned.
         """
         if not self.curves:
             return range(self.steps), self.recorded
@@ -118,7 +119,10 @@ class _PlotData(NamedTuple):
         return steps, {name: [curve(k) for k in steps] for name, curve in self.curves.items()}
 
     def rows(self) -> Iterator[tuple[float | None, ...]]:
-        """Yield the values of all columns at each step; None after the end of a recording."""
+        """Yield the values of all columns at each step, as one tuple per step.
+
+        A value is None if the recorded values of its column have already ended.
+        """
         if self.curves:
             return zip(*(curve.values(self.steps) for curve in self.curves.values()), strict=True)
         return itertools.zip_longest(*self.recorded.values())
@@ -131,8 +135,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     data = _replay_losses(args) if args.losses else _preview_configs(args)
     if args.csv and data.steps > _MAX_ROWS:
         raise ValueError(
-            f"`--csv` writes at most {_MAX_ROWS:,} rows, got {data.steps:,} steps. Set `--steps` "
-            "to write the first steps."
+            f"`--csv` writes one row per step and at most {_MAX_ROWS:,} rows, got {data.steps:,} "
+            "steps. Set `--steps` to write only the first steps."
         )
     if args.csv == "-":
         _write_csv(data, out)
@@ -173,8 +177,8 @@ def _preview_configs(args: argparse.Namespace) -> _PlotData:
     }
     if len(curves) > _MAX_CURVES:
         raise ValueError(
-            f"`plot` plots at most {_MAX_CURVES} curves, got {len(curves):,}. Use fewer configs or "
-            "param groups."
+            f"A plot can have at most {_MAX_CURVES} curves, got {len(curves):,}. Use fewer configs "
+            "or param groups."
         )
     title = " and ".join((f"{previews[0].title} of {args.file}", *args.compare))
     summary = f"{steps} steps of {previews[0].schedule.type_name}"

@@ -1,7 +1,7 @@
 """Rules that check combinations of values in a config. Each module contains the rules of one topic.
 
-A rule is a function that receives a `RuleContext` and yields problems. The values in the
-context are valid individually, so that a rule only checks how they combine.
+A rule is a function that receives a `RuleContext` and yields problems. Each value in the context is
+valid on its own, so a rule only checks combinations of values.
 """
 
 from engine.config.rules.activation_checkpointing import RULES as _ACTIVATION_CHECKPOINTING

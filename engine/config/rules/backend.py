@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 
 from engine.config.backend_choice import find_deepspeed_only_keys
-from engine.config.pointers import dotted_name, get_last_key
+from engine.config.no_effect import find_reason_for_no_effect
+from engine.config.pointers import dotted_name, get_last_key, is_within
 from engine.config.rules.context import Rule, RuleContext
 from engine.config.versions import get_installed_version
 from engine.config.wording import quote_value
@@ -31,26 +32,27 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
     for member in find_deepspeed_only_keys(context.members):
         name = dotted_name(member.pointer)
         message = f'`{name}` is supported only by DeepSpeed, but `engine.backend` is "torch".'
-        hint = 'Remove it, or set `engine.backend` to "deepspeed".'
+        hint = 'Remove the key, or set `engine.backend` to "deepspeed".'
         yield context.error("other-backend", member.pointer, message, hint, at_key=True)
 
 
 def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
     """Yield an error for each key that only the torch backend supports.
 
-    A key that is set to its default value is accepted.
+    A key that is set to its default value or that changes no result is accepted.
     """
     for member in context.members:
         torch_only = member.schema.get("x-backend") == "torch"
         # The rollback of AutoWU copies the training state. This is not possible with DeepSpeed.
         torch_only |= member.pointer == "/scheduler/params/rollback"
+        torch_only &= find_reason_for_no_effect(member, "deepspeed") is None
         if torch_only and member.value not in (member.schema.get("default"), None):
             name = dotted_name(member.pointer)
             reason = context.backend.reason
             message = f"`{name}` is not supported by DeepSpeed, the backend of this run ({reason})."
             hint = (
-                'Remove it, or set `engine.backend` to "torch" and remove all keys that require '
-                "DeepSpeed."
+                'Remove the key, or set `engine.backend` to "torch" and remove all keys that '
+                "require DeepSpeed."
             )
             yield context.error("other-backend", member.pointer, message, hint, at_key=True)
 
@@ -75,23 +77,29 @@ def _parse_version(version: str) -> tuple[int, ...]:
     )
 
 
-def _check_tag_validation(context: RuleContext) -> Iterator[Problem]:
-    wanted = context.get_section("checkpoint").get("tag_validation", "fail")
-    if str(wanted).lower() != "fail":
-        message = (
-            f'`checkpoint.tag_validation` is "{wanted}", which has no effect. '
-            "A tag that differs between ranks is always an error."
-        )
-        yield context.note("no-effect", "/checkpoint/tag_validation", message, "Remove the key.")
+_BACKENDS = {"torch": "PyTorch", "deepspeed": "DeepSpeed"}
 
 
-def _check_unused_parameters(context: RuleContext) -> Iterator[Problem]:
-    if "find_unused_parameters" in context.get_section("engine"):
-        message = (
-            "`engine.find_unused_parameters` has no effect: parameters that the forward pass did "
-            "not use are always found."
+def _find_keys_without_effect(context: RuleContext) -> Iterator[Problem]:
+    backend = context.backend.name
+    has_stage = "stage" in context.get_section("zero_optimization")
+    stage = context.stage if has_stage else None
+    last = None
+    for member in context.members:
+        reason = find_reason_for_no_effect(member, backend, stage)
+        is_inside = last is not None and is_within(member.pointer, [last])
+        # A deprecated key has a note already, and a section with an invalid key has an error.
+        has_problem = member.schema.get("deprecated") or (
+            member.is_section
+            and any(is_within(each, [member.pointer]) for each in context.unresolved)
         )
-        yield context.note("no-effect", "/engine/find_unused_parameters", message, "Remove it.")
+        if reason is None or is_inside or has_problem:
+            continue
+        last = member.pointer
+        name = dotted_name(member.pointer)
+        message = f"`{name}` has no effect on {_BACKENDS[backend]}. {reason}"
+        hint = "Remove the key, or keep it for another backend."
+        yield context.note("no-effect", member.pointer, message, hint)
 
 
 _COMPILERS = {
@@ -134,6 +142,5 @@ RULES: tuple[Rule, ...] = (
     _check_compiler,
     _check_support,
     _check_installed_version,
-    _check_tag_validation,
-    _check_unused_parameters,
+    _find_keys_without_effect,
 )

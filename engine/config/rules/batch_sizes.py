@@ -1,14 +1,20 @@
-"""Rule for the batch sizes.
+"""Rules for the batch sizes.
 
-The train batch size must equal micro-batch size x gradient accumulation steps x world size.
+The train batch size must equal micro-batch size x accumulation steps x data-parallel ranks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from engine.config.batch_sizes import BATCH_KEYS, BatchError, derive_batch_sizes
+from engine.config.batch_sizes import (
+    BATCH_KEYS,
+    BatchError,
+    DataRanks,
+    count_ranks_per_model,
+    derive_batch_sizes,
+)
 from engine.config.rules.context import Rule, RuleContext
 from engine.errors import Problem
 
@@ -19,19 +25,56 @@ def _check_batch_sizes(context: RuleContext) -> Iterator[Problem]:
     if {f"/{key}" for key in BATCH_KEYS} & set(context.unresolved):
         return
     given = {key: context.config[key] for key in BATCH_KEYS if key in context.config}
-    world_size = context.world_size
-    if world_size is None:
-        train, *others = (given.get(key) for key in BATCH_KEYS)
+    train, *others = (given.get(key) for key in BATCH_KEYS)
+    ranks = context.data_ranks
+    if ranks is None:
         product = math.prod(other for other in others if other)
-        # If train_batch_size is a multiple of the product, the sizes are valid for some number of
-        # ranks.
-        fits = train is not None and all(others) and train % product == 0
-        world_size = train // product if train is not None and fits else 1
+        if train is not None and train % product:
+            yield _build_unfitting_problem(context, given, product)
+            return
+        # The sizes are valid for this number of ranks.
+        ranks = DataRanks(train // product if train is not None and all(others) else 1)
     try:
-        derive_batch_sizes(given, world_size)
+        sizes = derive_batch_sizes(given, ranks)
     except BatchError as error:
         pointer = f"/{error.key}" if error.key else ""
         yield context.error("batch-sizes", pointer, str(error), error.hint)
+        return
+    if train not in {None, sizes.train}:
+        message = (
+            f"`train_batch_size` is {train}, which counts the {ranks.tensor_parallel} ranks of "
+            f"tensor parallelism separately, but they process the same {sizes.train} samples."
+        )
+        hint = f"Set it to {sizes.train}."
+        yield context.note("batch-sizes", "/train_batch_size", message, hint)
 
 
-RULES: tuple[Rule, ...] = (_check_batch_sizes,)
+def _build_unfitting_problem(
+    context: RuleContext, given: Mapping[str, int], product: int
+) -> Problem:
+    """Build the problem of sizes that do not fit any number of ranks."""
+    key, *others = (key for key in BATCH_KEYS if key in given)
+    factors = " x ".join(f"`{other}` ({given[other]})" for other in others)
+    total = f" = {product}" if len(others) > 1 else ""
+    train = given[key]
+    message = (
+        f"`{key}` must be a multiple of {factors}{total} for any number of ranks, got {train}."
+    )
+    near = [size for size in (train // product * product, (train // product + 1) * product) if size]
+    hint = f"Set `{key}` to {' or '.join(map(str, near))}, or remove one of the keys."
+    return context.error("batch-sizes", f"/{key}", message, hint)
+
+
+def _check_ranks_per_model(context: RuleContext) -> Iterator[Problem]:
+    sizes = count_ranks_per_model(context.config)
+    sizes.pop("pipeline.stages", None)  # DeepSpeed reads the stages from the model
+    product = math.prod(sizes.values())
+    if context.world_size is not None and context.world_size % product:
+        names = " x ".join(f"`{key}` ({size})" for key, size in sizes.items())
+        key = next(iter(sizes))
+        message = f"The world size must be a multiple of {names}, got {context.world_size}."
+        hint = f"Start a multiple of {product} ranks, or change these keys."
+        yield context.error("batch-sizes", f"/{key.replace('.', '/')}", message, hint)
+
+
+RULES: tuple[Rule, ...] = (_check_batch_sizes, _check_ranks_per_model)

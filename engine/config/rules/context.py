@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.config.backend_choice import BackendChoice, choose_backend, zero_stage
+from engine.config.batch_sizes import DataRanks
 from engine.config.named_code import find_named_code
 from engine.config.parser import Document
 from engine.config.pointers import is_within, split_pointer
@@ -39,7 +40,7 @@ class RuleContext:
     structure: Structure
     world_size: int | None
     needs_deepspeed: str | None = None
-    """Part of the model that only DeepSpeed supports, if it is known and has one."""
+    """Part of the model that only DeepSpeed supports; None if there is none, or if unknown."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -61,6 +62,11 @@ class RuleContext:
         """The config's schedule, without invalid parameters; None if it cannot be constructed."""
         return self.structure.schedule
 
+    @property
+    def data_ranks(self) -> DataRanks | None:
+        """The number of ranks that load different samples; None if the world size is unknown."""
+        return self.structure.data_ranks
+
     @cached_property
     def backend(self) -> BackendChoice:
         """The backend that runs the config, and the reason for this choice."""
@@ -74,22 +80,26 @@ class RuleContext:
 
     @property
     def is_run_resolved(self) -> bool:
-        """Whether the sections that determine the schedule's values are valid and without "auto".
+        """Whether the settings that determine the schedule's values are all valid and not "auto".
 
-        These are the optimizer, the schedule, and the length of the run.
+        These settings are the optimizer, the schedule, and the length of the run.
         """
         sections = ("/scheduler", "/optimizer", "/engine", "/train_batch_size")
         return not any(each.startswith(sections) for each in self.unresolved)
 
     def find_incompatibility(self) -> str | None:
-        """Return why the schedule cannot run with the optimizer; None if it can, or is unknown."""
+        """Return the reason why the schedule cannot run with the config's optimizer.
+
+        Return None if the schedule can run, or if its compatibility cannot be determined before the
+        run.
+        """
         schedule, error = self.schedule, None
         if schedule is None or schedule.feedback is not None or not self.is_run_resolved:
             return None
         if any(find_named_code(self.config.get("scheduler"))):
             return None
         base = build_base_values(self.config, schedule)
-        for horizon in list_possible_horizons(schedule, self.config, self.world_size):
+        for horizon in list_possible_horizons(schedule, self.config, self.data_ranks):
             try:
                 schedule.build_curves(base, horizon)
             except ScheduleError:  # noqa: PERF203  # reported with the schedule's parameters
@@ -102,14 +112,14 @@ class RuleContext:
 
     @cached_property
     def evaluated_schedule(self) -> EvaluatedSchedule | None:
-        """The schedule with its curves; None if they cannot be computed before the run starts."""
+        """The schedule and its curves; None if the curves cannot be computed before launch."""
         if self.schedule is None or not self.is_run_resolved:
             return None
         cls = SCHEDULES.get(self.get_section("scheduler")["type"])
         if cls is None or cls.__module__ in _OPAQUE:
             return None
         try:
-            return evaluate_schedule(self.schedule, self.config, self.world_size)
+            return evaluate_schedule(self.schedule, self.config, self.data_ranks)
         except ValueError:  # another check, or the start of the run, reports the error
             return None
 
@@ -125,7 +135,8 @@ class RuleContext:
     def is_absent(self, pointer: str) -> bool:
         """Return whether a key is absent.
 
-        Return False for a key whose value is invalid or "auto", or that is probably misspelled.
+        Return False if the value of the key is invalid or "auto", or if the config probably
+        contains a misspelling of the key.
         """
         if is_within(pointer, self.unresolved):
             return False
@@ -141,11 +152,11 @@ class RuleContext:
         return self.document.build_problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "warning": a probable mistake that does not prevent a run."""
+        """Build a problem of severity "warning": a likely mistake that does not prevent a run."""
         return self.document.build_problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "note": a value that may be intended."""
+        """Build a problem of severity "note", about a value that may be intended."""
         return self.document.build_problem(rule, pointer, message, hint, severity="note")
 
 

@@ -1,4 +1,4 @@
-"""Rule for ``engine.dataloader``: report settings of workers if there are no workers."""
+"""Rule for ``engine.dataloader``: reject worker settings if ``num_workers`` is 0."""
 
 from __future__ import annotations
 

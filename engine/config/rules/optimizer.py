@@ -1,6 +1,6 @@
 """Rules for the optimizer.
 
-They report schedules that change a hyperparameter that the optimizer does not have, and parameters
+They report schedules for hyperparameters that the optimizer does not have, and optimizer parameters
 that conflict or have no effect.
 """
 
@@ -43,7 +43,7 @@ def _check_adam_w_mode(context: RuleContext) -> Iterator[Problem]:
         message = "`adam_w_mode` has no effect on AdamW, which always uses decoupled weight decay."
         pointer = "/optimizer/params/adam_w_mode"
         if mode:
-            yield context.note("no-effect", pointer, message, "Remove it.")
+            yield context.note("no-effect", pointer, message, "Remove the key.")
         else:
             hint = 'Use "type": "Adam" to add the weight decay to the gradient.'
             yield context.error("no-effect", pointer, message, hint)

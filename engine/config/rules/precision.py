@@ -4,25 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.config.backend_choice import find_offload_device
+from engine.config.master_weights import find_cpu_adam_key
 from engine.config.rules.context import Rule, RuleContext
+from engine.config.schema import optimizer_name
 from engine.errors import Problem
 
 __all__ = ["RULES"]
 
 _NAMES = ("fp16", "bf16", "bfloat16", "torch_autocast")
+_BFLOAT16 = {"bf16", "bfloat16", "torch.bfloat16"}
+_FLOAT16 = {"fp16", "float16", "half", "torch.float16"}
+_OPTIMIZER = "/optimizer"
+_OFFLOAD = "/zero_optimization/offload_optimizer"
+_OR_STATES = ', or "bf16_optimizer_states": true to `bf16`'
 
 
 def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
-    on = [name for name in _NAMES if context.is_enabled(name)]
-    if len(on) > 1:
+    has_both = "bf16" in context.config and "bfloat16" in context.config
+    names = [name for name in _NAMES if not (has_both and name == "bfloat16")]
+    on = [name for name in names if context.is_enabled(name)]
+    if len(on) > 1 and not _is_autocast_of_16_bits(context, on):
         both = " and ".join(f"`{name}.enabled`" for name in on)
         message = f"Only one precision can be enabled, but {both} are true."
         yield context.error(
-            "precision", f"/{on[0]}/enabled", message, "Set all but one of them to false."
+            "precision", f"/{on[0]}/enabled", message, "Set all but one of these keys to false."
         )
-    if "bf16" in context.config and "bfloat16" in context.config:
+    if has_both:
         message = "The config has both `bf16` and its deprecated name `bfloat16`."
         yield context.error("precision", "/bfloat16", message, "Remove the section `bfloat16`.")
+
+
+def _is_autocast_of_16_bits(context: RuleContext, on: list[str]) -> bool:
+    """Return whether ``torch_autocast`` computes in the dtype of the 16-bit weights.
+
+    Without ZeRO, DeepSpeed would scale the loss of fp16 twice.
+    """
+    if len(on) != 2 or "torch_autocast" not in on:
+        return False
+    dtype = context.get_section("torch_autocast").get("dtype", "")
+    dtypes = _FLOAT16 if "fp16" in on else _BFLOAT16
+    return dtype in dtypes and (bool(context.stage) or "fp16" not in on)
+
+
+def _check_cpu_adam(context: RuleContext) -> Iterator[Problem]:
+    key = find_cpu_adam_key(context.config)
+    if key is None or not context.stage:
+        return
+    pointer = f"/{key.replace('.', '/')}"
+    block = context.get_section("optimizer")
+    name = optimizer_name(block.get("type", "")) if block else "Adam"
+    is_known = not any(each.startswith((_OPTIMIZER, _OFFLOAD)) for each in context.unresolved)
+    if is_known and find_offload_device(context.config, "offload_optimizer") == "none":
+        message = f"`{key}` requires that the optimizer is offloaded to the CPU."
+        hint = f'Add "offload_optimizer": {{"device": "cpu"}} to `zero_optimization`{_OR_STATES}.'
+        if key.startswith("fp16"):
+            hint = 'Add "offload_optimizer": {"device": "cpu"} to `zero_optimization`.'
+        yield context.error("precision", pointer, message, hint)
+    elif is_known and (name not in {"Adam", "AdamW"} or block.get("params", {}).get("torch_adam")):
+        kind = "torch's Adam" if name in {"Adam", "AdamW"} else name
+        message = f"`{key}` requires DeepSpeed's CPU Adam, got {kind}."
+        hint = 'Set "type": "AdamW" without "torch_adam", or remove the key.'
+        yield context.error("precision", pointer, message, hint)
 
 
 def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
@@ -35,6 +78,23 @@ def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
             message = f"`{name}.{key}` requires ZeRO stage 1, 2 or 3, got stage 0."
             hint = 'Set "zero_optimization": {"stage": 1}, or remove the key.'
             yield context.error("precision", f"/{name}/{key}", message, hint)
+    bf16 = context.get_section("bf16")
+    if bf16.get("bf16_optimizer_states") is True and not bf16.get("bf16_master_weights_and_grads"):
+        message = "`bf16.bf16_optimizer_states` requires `bf16_master_weights_and_grads`."
+        hint = 'Add "bf16_master_weights_and_grads": true, or remove the key.'
+        yield context.error("precision", "/bf16/bf16_optimizer_states", message, hint)
 
 
-RULES: tuple[Rule, ...] = (_check_single_precision, _check_master_weights)
+def _check_min_loss_scale(context: RuleContext) -> Iterator[Problem]:
+    if context.get_section("fp16").get("min_loss_scale") == 0:
+        message = "`fp16.min_loss_scale` is 0, so the loss scale has no minimum."
+        hint = "Set the key to 1 to end a run whose gradients overflow at every loss scale."
+        yield context.note("no-minimum-loss-scale", "/fp16/min_loss_scale", message, hint)
+
+
+RULES: tuple[Rule, ...] = (
+    _check_single_precision,
+    _check_master_weights,
+    _check_min_loss_scale,
+    _check_cpu_adam,
+)

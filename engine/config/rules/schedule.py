@@ -72,7 +72,7 @@ def _check_overwritten(context: RuleContext) -> Iterator[Problem]:
                 f"`lr` ({own:g}) is never used, because the schedule sets learning rates from "
                 f"{low:g} to {high:g}."
             )
-            hint = "Remove it, or change the learning rates of the schedule."
+            hint = "Remove the key, or change the learning rates of the schedule."
             yield context.note("unused-lr", "/optimizer/params/lr", message, hint)
     for name in ("betas", "momentum"):
         if (
@@ -120,7 +120,7 @@ def _check_end(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_values(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error if the schedule does not fit the optimizer, or sets infinite values."""
+    """Yield an error if the schedule does not match the optimizer, or sets infinite values."""
     error = context.find_incompatibility()
     if error is not None:
         yield context.error("schedule", _PARAMS, error)
@@ -129,7 +129,7 @@ def _check_values(context: RuleContext) -> Iterator[Problem]:
     infinite = evaluated.find_infinite() if evaluated else None
     if infinite is not None:
         name, step, value = infinite
-        message = f"The schedule sets `{name}` to {value} at step {step}. It must be finite."
+        message = f"The schedule sets `{name}` to {value} at step {step}. The value must be finite."
         hint = "Lower the learning rates and growth factors, or shorten the run."
         yield context.error("schedule", _PARAMS, message, hint)
 
@@ -173,15 +173,17 @@ def _check_stair_count(context: RuleContext) -> Iterator[Problem]:
 def _check_decay_interval(context: RuleContext) -> Iterator[Problem]:
     cycle = _get_params(context, "OneCycle") or {}
     interval = cycle.get("decay_step_size") or cycle.get("post_cycle_decay_step_size")
+    is_zero = cycle.get("decay_step_size") == 0
     rates = [key for key in ("decay_lr_rate", "decay_mom_rate") if cycle.get(key)]
-    absent = context.is_absent(f"{_PARAMS}/decay_step_size") or interval == 0
-    if rates and not interval and absent:
-        message = f"`{rates[0]}` has no effect without `decay_step_size`, the decay interval."
+    if rates and not interval and (is_zero or context.is_absent(f"{_PARAMS}/decay_step_size")):
+        why = "if `decay_step_size`, the decay interval, is 0"
+        why = why if is_zero else "without `decay_step_size`, the decay interval"
+        message = f"`{rates[0]}` has no effect {why}."
         hint = f'Set "decay_step_size": {_format_first_step_size(cycle)}, or remove `{rates[0]}`.'
         yield context.warning("decay-without-interval", f"{_PARAMS}/{rates[0]}", message, hint)
     elif interval and not rates and "decay_step_size" in cycle:
         message = "`decay_step_size` has no effect without `decay_lr_rate` or `decay_mom_rate`."
-        hint = "Set one of them, or remove `decay_step_size`."
+        hint = "Set one of the two rates, or remove `decay_step_size`."
         yield context.note("no-effect", f"{_PARAMS}/decay_step_size", message, hint)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.config.backend_choice import find_offload_device
 from engine.config.rules.context import Rule, RuleContext
 from engine.config.schema import optimizer_name
 from engine.errors import Problem
@@ -22,7 +23,9 @@ def _check_stage(context: RuleContext) -> Iterator[Problem]:
     zero = context.config.get("zero_optimization")
     if isinstance(zero, bool):
         value = str(zero).lower()
-        message = f"`zero_optimization`: {value} is deprecated. It means stage {context.stage}."
+        message = (
+            f"`zero_optimization`: {value} is deprecated. The value means stage {context.stage}."
+        )
         hint = f'Use {{"stage": {context.stage}}}.'
         yield context.note("deprecated-key", _ZERO, message, hint)
     elif "zero_optimization" in context.config and context.is_absent(f"{_ZERO}/stage"):
@@ -39,22 +42,22 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
         ("offload_param", 3, "parameters"),
     ):
         block = zero.get(name) or {}
-        device = block.get("device", "none")
+        device = find_offload_device(context.config, name)
         if device not in {"none", "auto"} and context.stage < least:
             stages = "1, 2 or 3" if least == 1 else "3"
             message = (
-                f"`{name}` offloads the {what}. It requires ZeRO stage {stages}, got stage "
+                f"`{name}`, which offloads the {what}, requires ZeRO stage {stages}, got stage "
                 f"{context.stage}."
             )
             hint = f"Remove `{name}`, or set the stage to {stages}."
             yield context.error("offload-without-stage", f"{_ZERO}/{name}", message, hint)
-        if block.get("ratio", 1) != 1 and context.stage != 3:
+        elif block.get("ratio", 1) != 1 and context.stage != 3:
             message = (
                 f"`{name}.ratio` must be 1 in ZeRO stages below 3, got {block['ratio']:g} in stage "
                 f"{context.stage}."
             )
             pointer = f"{_ZERO}/{name}/ratio"
-            yield context.error("offload-without-stage", pointer, message, "Remove it.")
+            yield context.error("offload-without-stage", pointer, message, "Remove the key.")
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
@@ -64,9 +67,8 @@ def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
     """
     if context.world_size != 1 or context.backend.name != "torch":
         return
-    zero = context.get_section("zero_optimization")
     for name in ("offload_optimizer", "offload_param"):
-        if (zero.get(name) or {}).get("device") == "cpu":
+        if find_offload_device(context.config, name) == "cpu":
             message = f"`{name}` has no effect on a single process with the PyTorch backend."
             hint = 'Use several ranks, or set `engine.backend` to "deepspeed".'
             yield context.warning("offload-single-process", f"{_ZERO}/{name}", message, hint)
@@ -78,25 +80,20 @@ def _check_nvme(context: RuleContext) -> Iterator[Problem]:
         block = zero.get(name) or {}
         pointer = f"{_ZERO}/{name}"
         path = block.get("nvme_path")
-        if block.get("device") == "nvme" and context.is_absent(f"{pointer}/nvme_path"):
+        on_deepspeed = context.backend.name == "deepspeed"  # PyTorch rejects the device itself
+        if (
+            on_deepspeed
+            and block.get("device") == "nvme"
+            and context.is_absent(f"{pointer}/nvme_path")
+        ):
             message = f'`{name}.nvme_path` must be set if the device is "nvme".'
             yield context.error(
                 "nvme-without-path", pointer, message, 'Add "nvme_path": "/local_nvme".'
             )
-        if path and block.get("device", "none") != "nvme":
+        if path and block.get("device", "none") != "nvme" and on_deepspeed:
             message = f'`{name}.nvme_path` has an effect only if the device is "nvme".'
-            hint = 'Remove it, or set "device": "nvme".'
+            hint = 'Remove the key, or set "device": "nvme".'
             yield context.note("no-effect", f"{pointer}/nvme_path", message, hint)
-
-
-def _check_stage_3_keys(context: RuleContext) -> Iterator[Problem]:
-    zero = context.get_section("zero_optimization")
-    keys = [key for key in zero if key.startswith("stage3_")]
-    if keys and context.stage is not None and context.stage < 3 and "stage" in zero:
-        others = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-        message = f"`{keys[0]}`{others} has no effect in ZeRO stage {context.stage}."
-        hint = 'Remove it, or set "stage": 3.'
-        yield context.note("no-effect", f"{_ZERO}/{keys[0]}", message, hint)
 
 
 def _check_gradient_reduction(context: RuleContext) -> Iterator[Problem]:
@@ -146,7 +143,7 @@ def _check_elastic_checkpoint(context: RuleContext) -> Iterator[Problem]:
     )
     alternative = ', or set "torch_adam": false to use DeepSpeed\'s optimizer' if is_adam else ""
     pointer = f"{_ZERO}/elastic_checkpoint"
-    yield context.error("elastic-checkpoint", pointer, message, f"Remove it{alternative}.")
+    yield context.error("elastic-checkpoint", pointer, message, f"Remove the key{alternative}.")
 
 
 RULES: tuple[Rule, ...] = (
@@ -154,7 +151,6 @@ RULES: tuple[Rule, ...] = (
     _check_offload,
     _check_single_process_offload,
     _check_nvme,
-    _check_stage_3_keys,
     _check_gradient_reduction,
     _check_untested_optimizer,
     _check_elastic_checkpoint,

@@ -105,3 +105,50 @@ def test_initialize_with_mpu_trains_on_deepspeed():
 def test_initialize_with_an_argument_of_deepspeed_on_torch_raises(argument):
     with pytest.raises(ValueError, match=f"`{argument}`"):
         engine.initialize(config=CONFIG | TORCH, model=nn.Linear(2, 1), **{argument: object()})
+
+
+class WithExperts(nn.Module):
+    """A layer, and one expert on each of two ranks."""
+
+    def __init__(self):
+        from deepspeed.moe.layer import MoE
+
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.moe = MoE(
+            hidden_size=4, expert=nn.Linear(4, 4), num_experts=2, ep_size=2, min_capacity=1
+        )
+
+    def forward(self, x):
+        return self.moe(self.inner(x))[0].pow(2).mean()
+
+
+def train_experts():
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    results = []
+    for stage in (0, 1, 2):
+        torch.manual_seed(dist.get_rank())
+        model = WithExperts()
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "optimizer": {"type": "Adam", "params": {"lr": 0.01}},
+            "zero_optimization": {"stage": stage},
+        }
+        trainer, *_ = engine.initialize(config=config, model=model)
+        x = torch.randn(2, 4)
+        before = float(trainer(x))
+        for _ in range(4):
+            trainer.backward(trainer(x))
+            assert trainer.step()
+        results.append(float(trainer(x)))
+        assert results[-1] < before
+    assert results == pytest.approx([results[0]] * 3)
+    with pytest.raises(ValueError, match="MoE layers .* ZeRO stage 3"):
+        engine.initialize(config=config | {"zero_optimization": {"stage": 3}}, model=WithExperts())
+
+
+@pytest.mark.slow
+def test_moe_with_adam_trains_equally_in_each_zero_stage():
+    run_distributed_test(train_experts, 2)

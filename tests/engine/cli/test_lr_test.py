@@ -1,22 +1,25 @@
 """``onecycle lr-test`` on unmodified scripts, and its errors for unusable scripts."""
 
+import argparse
 import io
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from engine import ConfigError
-from engine.cli.commands.lr_test import _kill, _read_block
+from engine.cli.commands.lr_test import _build_command, _kill, _read_block, add_arguments
 from engine.cli.main import main
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "fashion_mnist"
 
 SCRIPT = """
 import sys
+import tempfile
 import torch
 import engine
 
@@ -187,7 +190,7 @@ def test_lr_test_script_with_two_engines_must_select_one(directory):
     Path("train.py").write_text(TWO_ENGINES)
     status, out, _ = lr_test("--", "train.py")
     assert status == 1
-    assert "add `--engine 1` to test the first one" in out
+    assert "`--engine 1` tests the first one" in out
 
 
 def test_lr_test_engine_tests_only_the_selected_one(directory):
@@ -306,6 +309,20 @@ time.sleep(60)"""
     raise AssertionError("the rank still runs")
 
 
+def test_kill_of_torchrun_removes_its_temporary_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    command = _build_command(parser.parse_args(["--nproc", "2", "--", "sh", "-c", "sleep 60"]))
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("torchelastic_*/*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    _kill(process)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_read_block_validates_the_config_for_the_number_of_ranks(tmp_path):
     path = tmp_path / "ds_config.json"
     sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
@@ -316,7 +333,9 @@ def test_read_block_validates_the_config_for_the_number_of_ranks(tmp_path):
 
 
 @pytest.mark.slow
-def test_lr_test_suggestion_is_the_same_on_backends_and_ranks(directory):
+def test_lr_test_suggestion_is_the_same_on_backends_and_ranks(directory, monkeypatch):
+    (directory / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(directory / "tmp"))
     path = Path(write_script(directory))
     other = directory / "on_deepspeed.py"
     other.write_text(path.read_text().replace('"engine": {', '"engine": {"backend": "deepspeed", '))
@@ -329,6 +348,7 @@ def test_lr_test_suggestion_is_the_same_on_backends_and_ranks(directory):
         assert facts["backend"] == ("torch" if script_path is path else "deepspeed")
         found.append(read_report()["suggestion"]["max_lr"])
     assert found == pytest.approx([found[0]] * 4)
+    assert list((directory / "tmp").glob("torchelastic_*")) == []
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.config import load_document
 from engine.config.batch_sizes import BATCH_KEYS, BatchError, derive_batch_sizes
+from engine.config.validate import check
 
 TRAIN, MICRO, ACCUMULATION = BATCH_KEYS
 
@@ -66,3 +68,28 @@ def test_derive_batch_sizes_inconsistent_sizes_raises_with_the_fix(
     assert error.value.key == key
     assert message in str(error.value)
     assert error.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("sizes", "factors", "near"),
+    [
+        ((4, 1, 16), "(1) x `gradient_accumulation_steps` (16) = 16", "16"),
+        ((6, 4, None), "`train_micro_batch_size_per_gpu` (4)", "4 or 8"),
+        ((4, None, 16), "`gradient_accumulation_steps` (16)", "16"),
+    ],
+)
+def test_sizes_that_fit_no_world_size_are_an_error_that_says_so(sizes, factors, near):
+    config = {key: size for key, size in zip(BATCH_KEYS, sizes, strict=True) if size}
+    (problem,) = check(load_document(config), None)
+    assert problem.pointer == "/train_batch_size"
+    assert f"{factors} for any number of ranks, got {sizes[0]}." in problem.message
+    assert problem.hint.startswith(f"Set `train_batch_size` to {near}, ")
+
+
+@given(st.integers(1, 24), st.integers(1, 4), st.integers(1, 4))
+def test_sizes_are_valid_without_a_world_size_if_some_number_of_ranks_fits(
+    train, micro, accumulation
+):
+    config = dict(zip(BATCH_KEYS, (train, micro, accumulation), strict=True))
+    fits = any(not check(load_document(config), ranks) for ranks in range(1, 25))
+    assert (check(load_document(config), None) == []) == fits

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -12,7 +14,14 @@ from engine.config.parser import parse
 from engine.config.schema import is_ignored
 from engine.config.structure import check_against_schema
 from engine.config.validate import check
-from tests.testing.corpus import CLEAN, INDEX, OTHER, path_of, problems_of
+from tests.testing.corpus import (
+    CLEAN,
+    INDEX,
+    OTHER,
+    count_refused_by_torch,
+    path_of,
+    problems_of,
+)
 
 ids = pytest.mark.parametrize
 
@@ -56,6 +65,15 @@ def test_check_observations_are_at_most_notes():
                 serious = [p for p in problems_of(entry) if p.severity != "note"]
                 over += [(entry["file"], p.rule) for p in serious if p.line == line]
     assert over == []
+
+
+def test_clean_configs_that_torch_refuses_are_those_in_the_docs():
+    refused, by_key = count_refused_by_torch()
+    page = (Path(__file__).parents[3] / "docs" / "drop_in.md").read_text(encoding="utf-8")
+    section = page.partition("## Real configs on the PyTorch backend")[2]
+    rows = re.findall(r"^\| `([\w.]+)` \| (\d+) \|", section, re.MULTILINE)
+    assert {key: int(count) for key, count in rows} == by_key
+    assert f"refuses {refused} of {len(CLEAN)}" in section
 
 
 @pytest.mark.slow

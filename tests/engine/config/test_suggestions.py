@@ -9,6 +9,7 @@ from engine.config.parser import parse
 from engine.config.validate import check
 from schedules import SCHEDULES, ScheduleError, from_config
 from schedules.core.fields import read_fields
+from schedules.core.registry import _OTHER_NAMES
 from schedules.core.spelling import find_nearest
 
 
@@ -38,6 +39,7 @@ def suggest_in_constructor(name, key, value):
         ("OneCycle", "cycle_mx_lr", "cycle_max_lr"),
         ("StepLR", "gama", "gamma"),
         ("StepLR", "patience_of_job", ""),
+        ("WarmupCosineLR", "warmup_ratio", ""),
     ],
 )
 def test_suggestion_is_the_same_in_validate_and_from_config(name, key, meant):
@@ -69,3 +71,107 @@ def test_suggestion_for_every_truncated_parameter_is_the_same():
 )
 def test_nearest_returns_one_name_or_none(name, known, expected):
     assert find_nearest(name, known) == expected
+
+
+def find_hint(config):
+    """Return the pointer and the hint of the only error or warning of a config."""
+    problems = check(parse(json.dumps({"train_batch_size": 8, **config}), "f"), None)
+    (problem,) = (each for each in problems if each.severity != "note")
+    return problem.pointer, problem.hint or problem.message
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("CPUAdam", "Adam"),
+        ("FusedAdam", "Adam"),
+        ("DeepSpeedCPUAdam", "Adam"),
+        ("adamw_torch", "AdamW"),
+        ("adamw_torch_fused", "AdamW"),
+        ("paged_adamw_8bit", "AdamW"),
+        ("FusedLamb", "Lamb"),
+        ("AdmW", "AdamW"),
+    ],
+)
+def test_unknown_optimizer_suggests_the_one_of_which_it_is_an_implementation(name, meant):
+    pointer, hint = find_hint({"optimizer": {"type": name}})
+    assert (pointer, hint) == ("/optimizer/type", f"Did you mean `{meant}`?")
+
+
+def test_unknown_optimizer_without_a_counterpart_has_no_suggestion():
+    assert "initialize(optimizer=" in find_hint({"optimizer": {"type": "Adafactor"}})[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("cosine", "cosine_schedule_with_warmup"),
+        ("WSD", "WarmupStableDecay"),
+        ("linear", "LinearWithWarmupScheduler"),
+        ("constant", "ConstantScheduler"),
+        ("constant_with_warmup", "ConstantWithWarmupScheduler"),
+        ("inverse_sqrt", "InverseSquareRoot"),
+        ("polynomial", "polynomial_decay_schedule_with_warmup"),
+        ("OneCycel", "OneCycle"),
+    ],
+)
+def test_unknown_schedule_suggests_the_counterpart(name, meant):
+    pointer, message = find_hint({"scheduler": {"type": name}})
+    assert pointer == "/scheduler/type"
+    assert message.endswith(f"Did you mean `{meant}`?")
+    with pytest.raises(ValueError, match=f"Did you mean `{meant}`"):
+        from_config({"type": name})
+
+
+def test_names_of_other_libraries_stand_for_known_schedules():
+    assert set(_OTHER_NAMES.values()) <= set(SCHEDULES)
+    assert not set(_OTHER_NAMES) & {name.lower() for name in SCHEDULES}
+
+
+@pytest.mark.parametrize(
+    ("config", "pointer", "hint"),
+    [
+        (
+            {"optimizer": {"type": "adam", "adam_w_mode": True}},
+            "/optimizer/adam_w_mode",
+            "Move it to `/optimizer/params`.",
+        ),
+        (
+            {"scheduler": {"type": "StepLR", "params": {"step_size": 9}, "gamma": 0.5}},
+            "/scheduler/gamma",
+            "Move it to `/scheduler/params`.",
+        ),
+        (
+            {"compile": {"backend": "inductor"}},
+            "/compile/backend",
+            "Use `/engine/compile` instead.",
+        ),
+        (
+            {"gradient_accumulation_dtype": "fp32"},
+            "/gradient_accumulation_dtype",
+            "Use `/data_types/grad_accum_dtype` instead.",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_ratio": 0.03}}},
+            "/scheduler/params/warmup_ratio",
+            'Set "warmup_num_steps": "0.03dur", which is a fraction of the run.',
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0.03}}},
+            "/scheduler/params/warmup_num_steps",
+            'Write "0.03dur" for a fraction of the run.',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "prefetch_bucket_size": "auto"}},
+            "/zero_optimization/prefetch_bucket_size",
+            "Set a value, or use `stage3_prefetch_bucket_size`.",
+        ),
+        (
+            {"optimizer": {"type": "Adam", "params": {"betas": [0.9]}}},
+            "/optimizer/params/betas",
+            '`optimizer.params.betas` must be a list of 2 values or "auto", got [0.9].',
+        ),
+    ],
+)
+def test_misplaced_or_foreign_key_is_one_error_with_the_key_to_use(config, pointer, hint):
+    assert find_hint(config) == (pointer, hint)

@@ -22,6 +22,12 @@ KEYS = (
     "dataloader_drop_last",
     "bf16",
     "prescale_gradients",
+    "comms_logger",
+    "dump_state",
+    "flops_profiler",
+    "timers",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
 )
 RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup", "seed", "steps_this_run", "compile")
 NUMBERS = (0, 1, 2, 8, 30, 100, 0.0, 0.1, 0.5, 0.9, 1.5, 1e-3)

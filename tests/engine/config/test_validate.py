@@ -137,7 +137,13 @@ MISTAKES = [
     ("/optimizer/params/betas", [0.9], "out-of-range", None, "got [0.9]."),
     ("/optimizer/params/betas", [0.9, 1.5], "out-of-range", "/optimizer/params/betas/1", "1.5"),
     ("/optimizer/params/lr", object, "wrong-type", None, "must be a JSON value"),
-    ("/bf16", {"enabled": True}, "precision", "/fp16/enabled", "Set all but one of them to false."),
+    (
+        "/bf16",
+        {"enabled": True},
+        "precision",
+        "/fp16/enabled",
+        "Set all but one of these keys to false.",
+    ),
     (
         "/engine",
         {"scale_schedule_ratio": 0},
@@ -296,7 +302,7 @@ def test_load_config_does_not_modify_or_share_the_dict():
 def test_load_config_fills_in_every_default():
     resolved = engine.load_config(config_with("/scheduler", ...), world_size=2)
     assert resolved.schedule is None
-    assert (resolved.batch.micro, resolved.batch.world_size) == (4, 2)
+    assert (resolved.batch.micro, resolved.batch.data_ranks) == (4, 2)
     assert resolved.precision == "fp16"
     assert resolved.loss_scaling.initial_scale_power == 8
     assert resolved.loss_scaling.hysteresis == 2

@@ -145,7 +145,8 @@ def test_torchrun_invalid_config_is_reported_once(tmp_path):
         "engine.initialize(model=torch.nn.Linear(2, 1), config={'train_batch_size': -1})\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, script], capture_output=True, text=True, check=False)
+    command = [*torchrun, "--log-dir", tmp_path, script]  # torchrun does not remove its own one
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stderr.count("`train_batch_size` must be") == 1
 

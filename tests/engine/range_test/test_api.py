@@ -4,6 +4,8 @@ import collections
 import copy
 import hashlib
 import io
+import itertools
+import math
 import random
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 
 import engine
 import schedules
+from engine.range_test.recorder import Recorder
 from engine.range_test.sweep import Sweep
 
 PRECISIONS = {
@@ -276,6 +279,18 @@ def test_lr_range_test_after_backward_without_step_is_rejected():
     trainer.backward(trainer(x))
     with pytest.raises(ValueError, match="in the middle of a batch"):
         engine.lr_range_test(trainer, loader)
+
+
+def test_record_without_a_step_limit_has_a_limited_size_and_covers_all_steps():
+    recorder, steps = Recorder(None, math.inf), 100_000
+    for step in range(steps):
+        recorder.record(float(step), 0.9, 1.0, applied=True)
+    run = recorder.run
+    assert 10_000 < len(run.lrs) <= 20_000
+    assert len(run.lrs) == len(run.losses) == len(run.momenta)
+    gaps = {after - before for before, after in itertools.pairwise(run.lrs)}
+    assert (run.lrs[0], gaps) == (0.0, {8.0})
+    assert run.lrs[-1] >= steps - 8
 
 
 @pytest.mark.parametrize(

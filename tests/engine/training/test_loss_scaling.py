@@ -56,6 +56,16 @@ def test_scaler_overflow_at_the_lowest_scale_raises():
         scales(scaling(hysteresis=1, min_loss_scale=8), "xx")
 
 
+def test_scaler_without_minimum_raises_at_the_smallest_float16():
+    found = []
+    scaler = LossScaler(scaling(hysteresis=1, initial_scale_power=0, min_loss_scale=0))
+    with pytest.raises(FloatingPointError, match="minimum loss scale"):
+        for _ in range(100):
+            found.append(scaler.scale)
+            scaler.update(overflow=True)
+    assert found == [2.0**-power for power in range(25)]
+
+
 @given(st.text("x...", max_size=60), st.integers(1, 3), st.integers(1, 4), st.booleans())
 @settings(deadline=None)
 def test_scaler_gives_the_scales_of_deepspeed(overflows, hysteresis, window, consecutive):

@@ -234,6 +234,20 @@ def test_resumed_run_continues_its_tensorboard_curves_and_destroy_ends_the_threa
     assert [(scalar.step, scalar.value) for scalar in scalars] == [(k, k) for k in (1, 2, 3, 4)]
 
 
+def test_tensorboard_thread_of_a_deleted_engine_ends(tmp_path):
+    threads = threading.active_count()
+    section = {"enabled": True, "output_path": str(tmp_path), "job_name": "board"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = {"train_batch_size": 1, "optimizer": {"type": "SGD"}, "tensorboard": section}
+        trainer, *_ = engine.initialize(config=config, model=torch.nn.Linear(1, 1))
+        step(trainer)
+    assert threading.active_count() > threads
+    del trainer
+    gc.collect()
+    assert threading.active_count() == threads
+
+
 def test_monitors_receive_the_values_of_every_param_group_if_they_differ(tmp_path):
     def groups(model):
         return [

@@ -334,12 +334,12 @@ def test_constant_data_is_not_taken_for_repeated_batches():
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
-        (lambda: DataLoader(Numbers(), 3), r"`train_micro_batch_size_per_gpu`, 2, got 3"),
+        (lambda: DataLoader(Numbers(), 3), r"must be 2, as in `train_micro_batch_size_per_gpu`"),
         (
             lambda: DataLoader(
                 Numbers(), batch_sampler=BatchSampler(SequentialSampler(Numbers()), 5, False)
             ),
-            "2, got 5",
+            "`train_micro_batch_size_per_gpu`, got 5",
         ),
         (lambda: DataLoader(Numbers(), MICRO, sampler=Endless()), "Endless must have a length"),
         (Numbers, "must be a torch DataLoader"),

@@ -108,6 +108,20 @@ def test_json_schema_accepts_the_example(name):
     assert schema["description"]
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "ending"),
+    [
+        ("WarmupLR", "warmup_min_lr", "first step. A list sets one value per param group."),
+        ("WarmupLR", "warmup_type", "in the first steps."),
+        ("WarmupCosineLR", "warmup_min_ratio", "initial learning rate."),
+        ("WarmupLR", "warmup_num_steps", '"0.1dur" (fraction of the run).'),
+    ],
+)
+def test_json_schema_description_ends_with_the_accepted_forms(name, key, ending):
+    description = build_json_schema(SCHEDULES[name])["properties"][key]["description"]
+    assert description.endswith(ending)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Undescribed(Schedule):
     x: float = 1.0

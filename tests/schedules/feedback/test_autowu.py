@@ -229,8 +229,8 @@ def test_autowu_two_groups_keep_the_ratio_of_lrs():
         ({"cooldown_fraction": 0}, "`cooldown_fraction` must be"),
         ({"cooldown_fraction": 1.5}, "`cooldown_fraction` must be"),
         ({"min_lr": 1.0, "max_lr": 0.1}, "`min_lr` must be less than `max_lr`"),
-        ({"steps_per_epoch": None}, "`steps_per_epoch` is unknown"),
-        ({"total_epochs": None}, "`total_epochs` is unknown"),
+        ({"steps_per_epoch": None}, "`steps_per_epoch` must be set"),
+        ({"total_epochs": None}, "`total_epochs` must be set"),
         ({"warmup_unit": "batch"}, "`warmup_unit` must be one of"),
     ],
 )

@@ -1,0 +1,72 @@
+"""Locks of C++ builds, which a killed process leaves behind.
+
+DeepSpeed compiles its ops with `torch.utils.cpp_extension`, which creates the file ``lock`` in the
+build directory of the op and removes it afterwards. If that file exists, a run waits until somebody
+deletes it, without a message. The locks of `torch.compile` need no check, because the operating
+system releases them when their process ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["BuildLock", "find_build_locks", "log_build_locks"]
+
+log = logging.getLogger("onecycle")
+
+
+class BuildLock(NamedTuple):
+    """The lock of one build directory."""
+
+    path: Path
+    holder: int | None
+    """Process of this host that has the lock open; None if no visible process does."""
+
+    def __str__(self) -> str:
+        op = self.path.parent.name
+        if self.holder is not None:
+            return (
+                f"Process {self.holder} is building `{op}`. A run that needs `{op}` waits until "
+                f"that process removes {self.path}. If that process hangs, end it and delete the "
+                "file."
+            )
+        return (
+            f"{self.path} is the lock of an interrupted build of `{op}`: no process on this host "
+            f"has it open. A run that needs `{op}` waits for it indefinitely. Delete that file and "
+            "start the run again."
+        )
+
+
+def find_build_locks() -> list[BuildLock]:
+    """Return the locks in the directory in which this Python and torch build C++ extensions."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root is not None:
+        paths = Path(root).glob("*/lock")
+    else:
+        from torch.utils.cpp_extension import get_default_build_root
+
+        version = f"py{sys.version_info.major}{sys.version_info.minor}"
+        paths = Path(get_default_build_root()).glob(f"{version}_*/*/lock")
+    locks = [BuildLock(path, _find_holder(path)) for path in sorted(paths)]
+    return [lock for lock in locks if lock.path.exists()]  # a build can end during the search
+
+
+def log_build_locks() -> None:
+    """Log each lock: as an error if no process holds it, otherwise as a warning."""
+    for lock in find_build_locks():
+        log.log(logging.ERROR if lock.holder is None else logging.WARNING, "%s", lock)
+
+
+def _find_holder(path: Path) -> int | None:
+    """Return the process that has a file open. Files of other users' processes are not visible."""
+    wanted = path.resolve()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # the file was closed, or its process ended
+            if link.readlink() == wanted:
+                return int(link.parts[2])
+    return None

@@ -1,0 +1,345 @@
+"""Read the checkpoints that DeepSpeed's engine writes: tensors and values by parameter name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint.deepspeed_pickles import read_file
+from engine.errors import CheckpointError
+
+__all__ = ["DeepSpeedFiles", "SavedTensor", "has_deepspeed_files"]
+
+_MODEL = re.compile(r"(zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<part>\d+)(_\d+)?_model_states\.pt")
+_OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_\d+_optim_states\.pt")
+_UNIVERSAL = "zero"  # directory of a universal checkpoint
+_OWN_KEYS = frozenset(
+    """
+    module buffer_names optimizer param_shapes frozen_param_shapes shared_params
+    frozen_param_fragments lr_scheduler data_sampler random_ltd skipped_steps global_steps
+    global_samples dp_world_size mp_world_size checkpoint_parallel_dimensions ds_config ds_version
+    num_experts ds_autoep_layers autoep_layers universal_checkpoint_info folding
+    """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
+)
+"""Keys of DeepSpeed's model file; all others are from the script's ``client_state``."""
+
+
+class SavedTensor(NamedTuple):
+    """A tensor of a checkpoint, which is read when it is needed."""
+
+    shape: torch.Size
+    parts: list[Tensor]
+    """Its elements, in order, as flat tensors. The last one may have padding at its end."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the saved tensor."""
+        return self.parts[0].dtype
+
+    def read(self) -> Tensor:
+        """Return the whole tensor."""
+        whole = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        return whole.detach()[: self.shape.numel()].view(self.shape)
+
+
+class _Piece(NamedTuple):
+    """The part of a parameter that one rank has saved, as a range of flat tensors."""
+
+    states: Mapping[str, Any]
+    """State of the optimizer for the flat tensor."""
+    master: Tensor | None
+    """The float32 weights."""
+    start: int
+    size: int
+
+
+def has_deepspeed_files(checkpoint_dir: Path) -> bool:
+    """Return whether a directory is a checkpoint in DeepSpeed's format."""
+    return any(_MODEL.fullmatch(path.name) for path in checkpoint_dir.glob("*_model_states.pt"))
+
+
+class DeepSpeedFiles:
+    """A checkpoint in DeepSpeed's format.
+
+    Args:
+        checkpoint_dir: directory of the checkpoint.
+        trusts: whether to unpickle any object, which can run code from the files.
+
+    Raises:
+        CheckpointError: a file is damaged or contains untrusted objects.
+    """
+
+    def __init__(self, checkpoint_dir: Path, *, trusts: bool = False) -> None:
+        self.directory = checkpoint_dir
+        self._trusts = trusts
+        named = _match_names(checkpoint_dir, _MODEL)
+        self.is_split = any(int(match["part"]) for match, _ in named) or any(
+            checkpoint_dir.glob("layer_*")
+        )
+        """Whether the model is split by tensor, pipeline or expert parallelism."""
+        self._paths = [path for match, path in named if int(match["part"]) == 0]
+        self._is_stage_3 = bool(named) and named[0][0]["rank"] is not None
+        if not self._paths:
+            raise CheckpointError(
+                f"{checkpoint_dir} does not contain a DeepSpeed checkpoint. Load a checkpoint that "
+                "was saved with the DeepSpeed backend."
+            )
+        self._model = read_file(self._paths[0], trusts=trusts)
+
+    @property
+    def is_universal(self) -> bool:
+        """Whether this is a universal checkpoint, for any number of ranks."""
+        return (self.directory / _UNIVERSAL).is_dir()
+
+    @property
+    def steps(self) -> int:
+        """Number of completed steps, including skipped ones."""
+        return int(self._model["global_steps"])
+
+    @property
+    def world_size(self) -> int:
+        """Number of data-parallel ranks that wrote the checkpoint."""
+        return int(self._model["dp_world_size"])
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the run that wrote the checkpoint; 1 for stage 2, whose files are equal."""
+        if self._model["module"] is not None and self._model.get("param_shapes") is None:
+            return 0
+        return 3 if self._is_stage_3 else 1
+
+    def read_run_state(self, default_batch: int) -> dict[str, Any]:
+        """Return the state of the run, except for the model's and the optimizer's.
+
+        Args:
+            default_batch: global batch size, if the checkpoint does not contain it.
+        """
+        saved, steps = self._model, self.steps
+        samples = saved.get("global_samples")
+        batch = samples // steps if samples and steps else default_batch
+        return {
+            "lr_scheduler": saved.get("lr_scheduler"),
+            "counters": {
+                "global_steps": steps,
+                "global_samples": steps * batch if samples is None else samples,
+                "skipped_steps": saved["skipped_steps"],
+            },
+            "batch": {"train": batch, "accumulation": None},  # unknown
+            "client_state": {key: saved[key] for key in saved if key not in _OWN_KEYS},
+        }
+
+    def find_weights(self, groups: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
+        """Return the model's parameters and buffers by name.
+
+        Trained parameters are in float32 if the checkpoint has them in float32. Values that are not
+        tensors are those of ``get_extra_state``.
+
+        Args:
+            groups: names of the trained parameters in each param group.
+        """
+        pieces = self._find_pieces(groups)
+        weights: dict[str, Any] = {}
+        for name, tensor in self._model["module"].items():
+            source = self._aliases.get(name, name)
+            parts = pieces.get(source, [])
+            if parts and parts[0].master is not None:
+                weights[name] = self._join(source, parts, [part.master for part in parts])
+            elif source in self._frozen:
+                weights[name] = self._frozen[source]
+            elif isinstance(tensor, Tensor):
+                weights[name] = SavedTensor(tensor.shape, [tensor.flatten()])
+            else:
+                weights[name] = tensor
+        return weights
+
+    def find_optimizer_states(self, groups: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
+        """Return the state of the optimizer for each trained parameter, by name.
+
+        Args:
+            groups: names of the trained parameters in each param group.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        found_pieces = self._find_pieces(groups).items()
+        # FusedAdam counts the steps in its param groups, too.
+        counts = [group["step"] for group in self.find_param_groups() if "step" in group]
+        for name, pieces in found_pieces:
+            state: dict[str, Any] = {"step": counts[0]} if counts and pieces[0].states else {}
+            for key, value in pieces[0].states.items():
+                state[key] = value
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    state[key] = self._join(name, pieces, [piece.states[key] for piece in pieces])
+            found[name] = state
+        return found
+
+    def find_param_groups(self) -> list[dict[str, Any]]:
+        """Return the settings of each param group; empty if there was no optimizer."""
+        saved = self._model["optimizer"] or self._first_shard
+        for key in ("base_optimizer_state", "optimizer_state_dict"):
+            saved = saved.get(key, saved) if isinstance(saved, dict) else {}
+        groups: list[dict[str, Any]] = saved.get("param_groups", [])
+        return groups
+
+    def read_loss_scaler(self) -> dict[str, Any] | None:
+        """Return the state of `LossScaler`; None if the loss scale was not dynamic."""
+        holder = self._model["optimizer"] or self._first_shard
+        scaler = vars(holder["loss_scaler"]) if "loss_scaler" in holder else holder
+        if "last_overflow_iter" not in scaler:
+            return None
+        return {
+            "scale": scaler["cur_scale"],
+            "hysteresis": scaler.get("cur_hysteresis", 1),
+            "clean_updates": scaler["cur_iter"] - scaler["last_overflow_iter"] - 1,
+        }
+
+    def get_shapes(self) -> dict[str, tuple[list[int], str]]:
+        """Return the shape and the dtype of each saved parameter and buffer, by name."""
+        return {
+            name: (
+                list(self._shapes.get(self._aliases.get(name, name), tensor.shape)),
+                str(tensor.dtype).removeprefix("torch."),
+            )
+            for name, tensor in self._model["module"].items()
+            if isinstance(tensor, Tensor)
+        }
+
+    def get_trained_shapes(self) -> list[list[int]] | None:
+        """Return the shapes of the trained parameters, sorted; None if they are unknown.
+
+        DeepSpeed may have saved the parameters in another order, or in smaller groups.
+        """
+        groups = self._model.get("param_shapes")
+        return groups and sorted(list(shape) for group in groups for shape in group.values())
+
+    @cached_property
+    def _aliases(self) -> dict[str, str]:
+        """The name under which a tied parameter is saved, by its other names."""
+        return dict(self._model.get("shared_params") or {})
+
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        """The shapes of parameters that the files contain in parts."""
+        groups = [
+            *(self._model.get("param_shapes") or []),
+            self._model.get("frozen_param_shapes") or {},
+        ]
+        return {name: shape for group in groups for name, shape in group.items()}
+
+    @cached_property
+    def _frozen(self) -> dict[str, SavedTensor]:
+        """The frozen parameters that each rank has saved a part of."""
+        shapes = self._model.get("frozen_param_shapes") or {}
+        if self.zero_stage != 3 or not shapes:
+            return {}
+        files = [read_file(path, trusts=self._trusts) for path in self._paths]
+        fragments = [file["frozen_param_fragments"] for file in files]
+        return {
+            name: SavedTensor(shape, [each[name].flatten() for each in fragments])
+            for name, shape in shapes.items()
+        }
+
+    @cached_property
+    def _shards(self) -> list[Mapping[str, Any]]:
+        """The states of ZeRO's optimizer, of each rank."""
+        paths = [path for _, path in _match_names(self.directory, _OPTIMIZER)]
+        if len(paths) != self.world_size:
+            raise CheckpointError(
+                f"{self.directory} is incomplete: it has the optimizer states of {len(paths)} of "
+                f"{self.world_size} ranks. Use another checkpoint."
+            )
+        return [self._first_shard, *(self._read_shard(path) for path in paths[1:])]
+
+    @cached_property
+    def _first_shard(self) -> Mapping[str, Any]:
+        found = _match_names(self.directory, _OPTIMIZER)
+        return self._read_shard(found[0][1]) if found else {}
+
+    def _read_shard(self, path: Path) -> Mapping[str, Any]:
+        content: Mapping[str, Any] = read_file(path, trusts=self._trusts)["optimizer_state_dict"]
+        return content
+
+    def _find_pieces(self, groups: Sequence[Sequence[str]]) -> dict[str, list[_Piece]]:
+        problems = {
+            "is a universal checkpoint": self.is_universal,
+            "contains a model that is split by tensor, pipeline or expert parallelism": (
+                self.is_split
+            ),
+            "contains states that were offloaded to NVMe": (
+                (self.directory / "offloaded_tensors").is_dir()
+            ),
+        }
+        for problem, applies in problems.items():
+            if applies:
+                raise CheckpointError(
+                    f"{self.directory} {problem}. Load it with the DeepSpeed backend."
+                )
+        pieces: dict[str, list[_Piece]] = {}
+        found = self._find_sharded() if self.zero_stage else self._find_whole(groups)
+        for name, piece in found:
+            pieces.setdefault(name, []).append(piece)
+        return pieces
+
+    def _find_sharded(self) -> Iterator[tuple[str, _Piece]]:
+        for shard in self._shards:
+            if "fp32_flat_groups" in shard:
+                yield from self._find_in_stage_3(shard)
+                continue
+            saved = shard["base_optimizer_state"]
+            states = saved["state"] if isinstance(saved, dict) else {}  # the legacy elastic format
+            masters = shard["single_partition_of_fp32_groups"]
+            for index, names in enumerate(shard["param_slice_mappings"]):
+                for name, place in names.items():
+                    piece = _Piece(states.get(index, {}), masters[index], place.start, place.numel)
+                    yield name, piece
+
+    def _find_in_stage_3(self, shard: Mapping[str, Any]) -> Iterator[tuple[str, _Piece]]:
+        states = shard["optimizer_state_dict"]["state"]
+        for index, shapes in enumerate(self._model["param_shapes"]):
+            start = 0
+            for name, shape in shapes.items():
+                count = math.ceil(shape.numel() / self.world_size)
+                master = shard["fp32_flat_groups"][index]
+                yield name, _Piece(states.get(index, {}), master, start, count)
+                start += count
+
+    def _find_whole(self, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, _Piece]]:
+        """Find the pieces of a run without ZeRO, which saves no names, but the same order."""
+        saved = self._model["optimizer"] or {}
+        states = saved.get("optimizer_state_dict", saved).get("state", {})
+        flat = saved.get("fp32_groups_flat")
+        whole = [each for group in saved.get("fp32_groups", []) for each in group]
+        index = 0
+        for number, names in enumerate(groups):
+            start = 0
+            for name in names:
+                if name not in self._model["module"]:
+                    index += 1
+                    continue
+                count = self._model["module"][name].numel()
+                if flat is not None:
+                    yield name, _Piece(states.get(number, {}), flat[number], start, count)
+                else:
+                    master = whole[index] if index < len(whole) else None
+                    yield name, _Piece(states.get(index, {}), master, 0, count)
+                start, index = start + count, index + 1
+
+    def _join(self, name: str, pieces: list[_Piece], flat_tensors: list[Any]) -> SavedTensor:
+        shape = self._shapes.get(name, self._model["module"][name].shape)
+        parts = [
+            flat.flatten()[piece.start : piece.start + piece.size]
+            for piece, flat in zip(pieces, flat_tensors, strict=True)
+        ]
+        return SavedTensor(shape, parts)
+
+
+def _match_names(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
+    """Return the files whose names match, with their matches, in the order of ranks."""
+    matches = ((pattern.fullmatch(path.name), path) for path in directory.iterdir())
+    found = [(match, path) for match, path in matches if match is not None]
+    return sorted(found, key=lambda each: int(each[0]["rank"] or 0))

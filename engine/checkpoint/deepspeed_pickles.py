@@ -1,0 +1,89 @@
+"""Unpickle DeepSpeed's checkpoint files without running code from them."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.serialization import safe_globals
+
+from engine.checkpoint.plain_values import LOADABLE
+from engine.errors import CheckpointError
+
+__all__ = ["import_classes", "read_file", "unpickle"]
+
+_CLASSES = {
+    "deepspeed.runtime.fp16.loss_scaler": ["DynamicLossScaler", "LossScaler"],
+    "deepspeed.runtime.zero.config": ["ZeroStageEnum"],
+    "deepspeed.utils.tensor_fragment": ["fragment_address"],
+}
+"""Classes whose instances DeepSpeed saves; unpickling them runs no code from the file."""
+
+
+class _Attributes:
+    """The attributes of an instance of one of DeepSpeed's classes."""
+
+
+def read_file(path: Path, *, trusts: bool = False) -> Any:
+    """Read one of DeepSpeed's files, without importing DeepSpeed.
+
+    Tensors are mapped into memory, so that only those that are used are read.
+
+    Args:
+        path: file to read.
+        trusts: whether to load any object, which can run code from the file.
+
+    Raises:
+        CheckpointError: the file is damaged, or it contains other objects than tensors, plain
+            values and DeepSpeed's own classes.
+    """
+    stand_ins = [
+        (int if name == "ZeroStageEnum" else _Attributes, f"{module}.{name}")
+        for module, names in _CLASSES.items()
+        for name in names
+    ]
+    try:
+        if trusts:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        return unpickle(torch.load, path, stand_ins, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path} cannot be loaded: {str(error).splitlines()[0]}. Use another checkpoint."
+        ) from None
+
+
+def unpickle(
+    load: Callable[..., Any], path: Any, allowed: list[Any], *, mmap: bool | None = None
+) -> Any:
+    """Load a file with ``torch.load``, but only tensors, plain values and ``allowed`` classes.
+
+    Raises:
+        CheckpointError: the file contains other objects.
+    """
+    try:
+        with safe_globals([*LOADABLE, *allowed]):
+            return load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"an object of `{named[1]}`" if named else "an unknown object"
+        raise CheckpointError(
+            f"{path} contains {what}, and unpickling it can run code. If you trust the "
+            "checkpoint, set `engine.checkpoint.trust_pickle` to true."
+        ) from None
+
+
+def import_classes() -> list[Any]:
+    """Import and return DeepSpeed's own classes that its files contain."""
+    return [
+        getattr(importlib.import_module(module), name)
+        for module, names in _CLASSES.items()
+        for name in names
+    ]

@@ -1,0 +1,69 @@
+"""Read 0 and 1 as booleans, as DeepSpeed does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import schemas
+from engine.config.parser import Document
+from engine.config.pointers import dotted_name, join_pointer
+from engine.config.schema import SCHEMA, walk
+from engine.errors import Fix, Problem
+
+__all__ = ["convert_numbers_to_booleans"]
+
+_OWN_SECTION = "/engine/"
+
+
+def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Problem]]:
+    """Replace 0 and 1 by booleans in the keys of DeepSpeed that accept only booleans.
+
+    Args:
+        document: parsed config; it is not modified.
+
+    Returns:
+        The document with booleans, and a note for each of them.
+    """
+    converted = {
+        member.pointer: bool(member.value)
+        for member in walk(document.value, schemas.read(SCHEMA))
+        if _is_boolean(member.schema)
+        and not isinstance(member.value, bool)
+        and member.value in (0, 1)
+        and not member.pointer.startswith(_OWN_SECTION)
+    }
+    if not converted:
+        return document, []
+    problems = []
+    for pointer, value in converted.items():
+        written = "true" if value else "false"
+        message = f"`{dotted_name(pointer)}` is {int(value)}, which DeepSpeed reads as {written}."
+        problems.append(
+            document.build_problem(
+                "number-as-boolean",
+                pointer,
+                message,
+                f"Write {written}.",
+                severity="note",
+                fix=Fix(value=value),
+            )
+        )
+    return replace(document, value=_replace_values(document.value, converted)), problems
+
+
+def _is_boolean(schema: Mapping[str, Any]) -> bool:
+    kinds = schema.get("type", ())
+    names = {kinds} if isinstance(kinds, str) else set(kinds)
+    return "boolean" in names and not names & {"integer", "number"}
+
+
+def _replace_values(value: Any, new: Mapping[str, Any], pointer: str = "") -> Any:
+    if pointer in new:
+        return new[pointer]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: _replace_values(below, new, join_pointer(pointer, key)) for key, below in value.items()
+    }

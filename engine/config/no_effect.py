@@ -1,0 +1,63 @@
+"""Find keys that change no result, and the reason, in the table ``schemas/no_effect.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import schemas
+from engine.config.pointers import get_parent, join_pointer
+from engine.config.schema import Member
+
+__all__ = ["find_reason_for_no_effect"]
+
+_TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = schemas.read("no_effect.json")
+
+
+def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = None) -> str | None:
+    """Return why a key or section changes no result; None if it may change one.
+
+    Args:
+        member: key of a config, with its value.
+        backend: "torch" or "deepspeed".
+        stage: ZeRO stage; None if unknown, so that a reason that depends on it does not apply.
+
+    >>> print(find_reason_for_no_effect(Member("/gradient_allreduce_op", "sum", {}), "torch"))
+    None
+    >>> find_reason_for_no_effect(Member("/log_level", "info", {}), "torch")
+    "The key sets the level of DeepSpeed's logger."
+    """
+    pointer = _find_current_pointer(member)
+    row = _TABLE[backend].get(pointer) or _TABLE["all"].get(pointer)
+    if row is None or ("stages" in row and stage not in row["stages"]):
+        return None
+    reason: str = row["reason"]
+    return reason if _is_listed(member, row.get("values")) else None
+
+
+def _find_current_pointer(member: Member) -> str:
+    """Return the pointer of the key of which this key is an alias or an old name."""
+    alias = member.schema.get("x-alias-of")
+    pointer = join_pointer(get_parent(member.pointer), alias) if alias else member.pointer
+    return pointer.replace("/bfloat16/", "/bf16/", 1)
+
+
+def _is_listed(member: Member, values: Any) -> bool:
+    """Return whether a value is one of those that have no effect; None stands for any value.
+
+    For a section, ``values`` lists them for each key that can make a difference.
+    """
+    if values is None:
+        return True
+    if isinstance(values, Mapping):
+        properties = member.schema.get("properties", {})
+        given = member.value if isinstance(member.value, Mapping) else {}
+        return all(
+            _contains(listed, given.get(key, properties.get(key, {}).get("default", listed[0])))
+            for key, listed in values.items()
+        )
+    return _contains(values, member.value)
+
+
+def _contains(values: list[Any], value: Any) -> bool:
+    return any(value == each and (value is True) == (each is True) for each in values)

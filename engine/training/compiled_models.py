@@ -1,0 +1,31 @@
+"""Train the module inside a model that `torch.compile` returned."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+__all__ = ["unwrap_compiled"]
+
+
+def unwrap_compiled(model: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped; it then runs compiled without the wrapper.
+
+    The names in the wrapper's state dict start with ``_orig_mod.``, so its checkpoints would not
+    match the model without `torch.compile`. Any other model is returned unchanged.
+
+    >>> import torch
+    >>> inner = nn.Linear(2, 1)
+    >>> unwrap_compiled(torch.compile(inner, backend="eager")) is inner
+    True
+    """
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
+    if dynamo is None or not isinstance(model, dynamo.OptimizedModule):
+        return model
+    wrapper: Any = model
+    inner: nn.Module = wrapper._orig_mod  # noqa: SLF001  # it has no public name
+    # As `nn.Module.compile` does, with the backend and the options of the wrapper.
+    inner._compiled_call_impl = wrapper.dynamo_ctx(inner._call_impl)  # noqa: SLF001
+    return inner

@@ -1,0 +1,62 @@
+"""Measure the time of the forward pass, the backward pass and the optimizer step."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+__all__ = ["PassTimer", "read_clock"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def read_clock(device: torch.device) -> float:
+    """Wait until a device has finished its work, and return the time in seconds."""
+    torch.get_device_module(device).synchronize()
+    return time.perf_counter()
+
+
+class PassTimer:
+    """Measures functions on a device, and returns the mean time of each.
+
+    Args:
+        device: device that is synchronized before and after each measured call.
+
+    >>> timer = PassTimer(torch.device("cpu"))
+    >>> double = timer.measure("double", lambda x: 2 * x)
+    >>> double(2), timer.pop_means().keys(), timer.pop_means()
+    (4, dict_keys(['double']), {})
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, list[float]] = {}
+
+    def measure(self, name: str, function: Callable[P, R]) -> Callable[P, R]:
+        """Return the function with its time measured, except while gradients are disabled.
+
+        Args:
+            name: name of the function in `pop_means`.
+            function: function to measure. A call that raises an exception is not measured.
+        """
+
+        @functools.wraps(function)
+        def measured(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not torch.is_grad_enabled():  # an evaluation
+                return function(*args, **kwargs)
+            start = read_clock(self._device)
+            result = function(*args, **kwargs)
+            self._seconds.setdefault(name, []).append(read_clock(self._device) - start)
+            return result
+
+        return measured
+
+    def pop_means(self) -> dict[str, float]:
+        """Return the mean time of each function in milliseconds since the last call."""
+        seconds, self._seconds = self._seconds, {}
+        return {name: 1000 * sum(each) / len(each) for name, each in seconds.items()}

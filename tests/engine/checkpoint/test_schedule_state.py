@@ -1,0 +1,60 @@
+"""The position of a schedule after a resume with a scheduler of PyTorch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
+
+import engine
+from engine.checkpoint.schedule_state import convert_deepspeed_state
+from engine.errors import CheckpointError
+
+
+def start(scheduler, lr=0.1, **checkpoint):
+    config = {
+        "train_batch_size": 2,
+        "optimizer": {"type": "SGD", "params": {"lr": lr}},
+        "engine": {"backend": "torch", "checkpoint": checkpoint},
+    }
+    model = torch.nn.Linear(2, 1)
+    return engine.initialize(model=model, config=config, lr_scheduler=scheduler)[0]
+
+
+def train(trainer, steps):
+    for _ in range(steps):
+        trainer.backward(trainer(torch.ones(2, 2)).mean())
+        trainer.step()
+
+
+def halve_every_second_step(optimizer):
+    return StepLR(optimizer, step_size=2, gamma=0.5)
+
+
+def test_override_keeps_the_position_and_the_settings_of_a_torch_scheduler(tmp_path):
+    saved = start(lambda optimizer: LambdaLR(optimizer, lambda step: 1.0))
+    train(saved, 5)
+    saved.save_checkpoint(tmp_path)
+    resumed = start(halve_every_second_step, lr=0.8, override=True)
+    resumed.load_checkpoint(tmp_path)
+    assert resumed.get_lr() == [pytest.approx(0.2)]
+    train(resumed, 1)
+    assert resumed.get_lr() == [pytest.approx(0.1)]
+
+
+def test_override_restarts_a_scheduler_whose_position_is_unknown(tmp_path, caplog):
+    saved = start(None)
+    train(saved, 2)
+    saved.save_checkpoint(tmp_path)
+    resumed = start(ReduceLROnPlateau, override=True)
+    resumed.load_checkpoint(tmp_path)
+    assert "ReduceLROnPlateau restarts: its position is unknown" in caplog.text
+    assert resumed.global_steps == 2
+
+
+def test_deepspeed_state_of_another_scheduler_is_rejected():
+    scheduler = halve_every_second_step(torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
+    assert convert_deepspeed_state(Path("x"), scheduler.state_dict(), scheduler)
+    for saved in (None, {"last_batch_iteration": 3}):
+        with pytest.raises(CheckpointError, match="no state of `StepLR`.*_lr_scheduler_states=Fal"):
+            convert_deepspeed_state(Path("x"), saved, scheduler)

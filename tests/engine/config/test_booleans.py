@@ -1,0 +1,50 @@
+"""Test that 0 and 1 are read as booleans where DeepSpeed does so, and only there."""
+
+import pytest
+
+from engine.config import load_config, load_document
+from engine.config.edits import apply_fixes
+from engine.config.parser import parse
+from engine.config.validate import check
+
+
+def find_problems(config):
+    problems = check(load_document({"train_batch_size": 8, **config}), None)
+    return [(each.rule, each.severity, each.pointer) for each in problems]
+
+
+@pytest.mark.parametrize("value", [0, 1, 1.0])
+@pytest.mark.parametrize(
+    ("section", "key"), [("bf16", "enabled"), ("tensorboard", "enabled"), ("", "dump_state")]
+)
+def test_number_in_boolean_key_is_a_note(section, key, value):
+    config = {section: {key: value}} if section else {key: value}
+    pointer = f"/{section}/{key}" if section else f"/{key}"
+    assert find_problems(config) == [("number-as-boolean", "note", pointer)]
+    resolved = load_config({"train_batch_size": 8, **config})
+    found = resolved.raw[section][key] if section else resolved.raw[key]
+    assert found is bool(value)
+
+
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        ({"bf16": {"enabled": 2}}, "wrong-type"),
+        ({"bf16": {"enabled": "true"}}, "wrong-type"),
+        ({"engine": {"progress_bar": 1}}, "wrong-type"),
+        ({"fp16": {"loss_scale": True}}, "wrong-type"),
+    ],
+)
+def test_other_value_in_boolean_key_is_an_error(config, rule):
+    assert [(each[0], each[1]) for each in find_problems(config)] == [(rule, "error")]
+
+
+def test_enabled_section_with_a_number_has_the_effect_of_true():
+    assert load_config({"train_batch_size": 8, "bf16": {"enabled": 1}}).precision == "bf16"
+
+
+def test_fix_replaces_the_number():
+    document = parse('{"train_batch_size": 8, "bf16": {"enabled": 1, "x-note": 1}}', "f")
+    text, fixed = apply_fixes(document, check(document, None))
+    assert text == '{"train_batch_size": 8, "bf16": {"enabled": true, "x-note": 1}}'
+    assert [problem.rule for problem in fixed] == ["number-as-boolean"]
