@@ -238,16 +238,17 @@ class Backend(ABC):
     def snapshot(self) -> Any:
         """Return a copy of the state that `save` saves. Every rank must call this method."""
 
-    def check_snapshot(self, snapshot: Any) -> None:  # noqa: B027  # not all snapshots can be saved
-        """Check that a `snapshot` from a checkpoint fits this run. Nothing changes.
+    @abstractmethod
+    def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
+        """Restore a state returned by `snapshot`, bit for bit. Every rank must call this method.
+
+        Args:
+            snapshot: return value of `snapshot`, possibly read from a checkpoint.
+            only_check: whether to check only that the snapshot fits this run, and change nothing.
 
         Raises:
-            ValueError: a value is missing, or has another type or shape.
+            ValueError: the check fails, because a value is missing or has another type or shape.
         """
-
-    @abstractmethod
-    def restore(self, snapshot: Any) -> None:
-        """Restore a state returned by `snapshot`, bit for bit. Every rank must call this method."""
 
     @abstractmethod
     def describe(self) -> tuple[str, str]:
