@@ -72,6 +72,8 @@ class Layout:
             found = json.loads((checkpoint_dir / _FILE).read_text(encoding="utf-8"))
         else:
             groups = files.get_group_shapes() or self._groups
+            if files.zero_stage == 3:
+                groups = _merge_parts(groups, [len(group) for group in self._groups])
             found = {"weights": files.get_shapes(), "groups": groups}
         saved = {
             name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -99,6 +101,25 @@ class Layout:
             if isinstance(value, Tensor)
             and (frozen or value.requires_grad or not isinstance(value, nn.Parameter))
         }
+
+
+def _merge_parts(parts: list[list[Any]], sizes: list[int]) -> list[list[Any]]:
+    """Merge parts of param groups, as large as ``sub_group_size``, that ZeRO stage 3 saves.
+
+    Args:
+        parts: parameters of each part.
+        sizes: number of parameters in each param group now. A group ends at the end of a part.
+
+    >>> _merge_parts([[1, 2], [3], [4, 5]], [3, 2]), _merge_parts([[1, 2], [3]], [1, 2])
+    ([[1, 2, 3], [4, 5]], [[1, 2], [3]])
+    """
+    merged, rest = [], list(parts)
+    for size in sizes:
+        group: list[Any] = []
+        while rest and len(group) < size:
+            group += rest.pop(0)
+        merged.append(group)
+    return merged + rest
 
 
 def _get_shape(tensor: Any) -> list[int]:

@@ -37,6 +37,7 @@ def find_errors(config):
         ({"bf16": STATES}, None),
         ({"bf16": MASTER, "zero_optimization": {"stage": 1} | OFFLOAD}, None),
         ({"bf16": STATES, "zero_optimization": {"stage": 3} | OFFLOAD}, None),
+        ({"bf16": MASTER, "zero_optimization": {"stage": 1, "cpu_offload": True}}, None),
         (
             {
                 "bf16": MASTER,
@@ -68,8 +69,12 @@ def test_validate_master_weights_require_cpu_adam(config, message):
     assert [message in error.message for error in errors] == ([True] if message else [])
 
 
-def test_master_weights_with_offloading_select_deepspeeds_adam():
-    config = CONFIG | {"bf16": MASTER, "zero_optimization": {"stage": 1} | OFFLOAD}
+@pytest.mark.parametrize(
+    ("bf16", "zero"),
+    [(MASTER, {"stage": 1} | OFFLOAD), (STATES, {"stage": 3, "cpu_offload": True})],
+)
+def test_master_weights_with_offloading_select_deepspeeds_adam(bf16, zero):
+    config = CONFIG | {"bf16": bf16, "zero_optimization": zero}
     assert find_cpu_adam_key(config) == "bf16.bf16_master_weights_and_grads"
     built = build_deepspeed_config(load_config(config), builds_optimizer=True)
     assert built["optimizer"]["type"] == "AdamW"
