@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +278,20 @@ class DeepSpeedAccessors(nn.Module):
         del bucket_size
         if self._run.accumulation.is_boundary():
             self._backend.get_attribute("allreduce_gradients")()
+
+    @contextlib.contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Reduce the gradients of all backward passes inside this context at its end.
+
+        Only DeepSpeed's ZeRO supports this context, whose end must precede `step`.
+
+        Raises:
+            AttributeError: the run does not use DeepSpeed.
+            RuntimeError: `no_sync` is active.
+        """
+        reduction = self._find_attribute("coalesce_grad_reduction")
+        with self._run.accumulation.coalesce(), reduction():
+            yield
 
     def module_state_dict(
         self,

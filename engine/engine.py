@@ -240,7 +240,7 @@ class Engine(DeepSpeedAccessors):
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Set whether each following `step` runs the optimizer. Call this before `backward`."""
-        self._run.accumulation.boundary = is_boundary
+        self._run.accumulation.set_boundary(is_boundary)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Disable gradient synchronization across ranks for backward passes inside this context.

@@ -20,9 +20,8 @@ def find_cpu_adam_key(config: Mapping[str, Any]) -> str | None:
     if fp16.get("fp16_master_weights_and_grads") is True:
         return "fp16.fp16_master_weights_and_grads"
     # With 16-bit states and no offloading, the whole optimizer is on the GPU.
-    has_states = bf16.get("bf16_optimizer_states") is True and (
-        find_offload_device(config, "offload_optimizer") == "none"
-    )
+    is_offloaded = find_offload_device(config, "offload_optimizer") != "none"
+    has_states = bf16.get("bf16_optimizer_states") is True and not is_offloaded
     if bf16.get("bf16_master_weights_and_grads") is True and not has_states:
         return "bf16.bf16_master_weights_and_grads"
     return None

@@ -313,9 +313,14 @@ def test_weights_of_an_older_tag_at_stage_3_are_not_those_of_the_newest(tmp_path
     run_distributed_test(load_only_weights_of_an_older_tag, 1, tmp_path)
 
 
+def build_universal_config(stage):
+    zero = {"stage": stage, "sub_group_size": 4}  # so small that stage 3 splits the param groups
+    return build_config(stage, "bf16", scheduler=ONE_CYCLE, zero_optimization=zero)
+
+
 def save_and_convert(stage, directory):
     """Save on DeepSpeed, run DeepSpeed's tools on the checkpoint, and continue."""
-    config = build_config(stage, "bf16", scheduler=ONE_CYCLE)
+    config = build_universal_config(stage)
     trainer = start_onecycle(config, "deepspeed")
     train(trainer, 0, 4)
     trainer.save_checkpoint(directory)
@@ -345,7 +350,7 @@ def run_tool(arguments):
 
 
 def load_universal(stage, directory):
-    config = build_config(stage, "bf16", scheduler=ONE_CYCLE)
+    config = build_universal_config(stage)
     tag = "global_step4_universal"
     with pytest.raises(CheckpointError, match="`checkpoint.load_universal` to true"):
         start_onecycle(config, "deepspeed").load_checkpoint(directory, tag)
