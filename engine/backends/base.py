@@ -235,16 +235,17 @@ class Backend(ABC):
     def snapshot(self) -> Any:
         """Return a copy of the state that `save` saves. Every rank must call this method."""
 
-    def check_snapshot(self, snapshot: Any) -> None:  # noqa: B027  # not all snapshots can be saved
-        """Check that a `snapshot` from a checkpoint fits this run. Nothing changes.
+    @abstractmethod
+    def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
+        """Restore a state returned by `snapshot`, bit for bit. Every rank must call this method.
+
+        Args:
+            snapshot: result of `snapshot`, possibly from a checkpoint.
+            only_check: whether to check the structure of the snapshot and change nothing.
 
         Raises:
-            ValueError: a value is missing, or has another type or shape.
+            ValueError: with ``only_check``, a value is missing, or has another type or shape.
         """
-
-    @abstractmethod
-    def restore(self, snapshot: Any) -> None:
-        """Restore a state returned by `snapshot`, bit for bit. Every rank must call this method."""
 
     @abstractmethod
     def describe(self) -> tuple[str, str]:

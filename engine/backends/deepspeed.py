@@ -378,7 +378,9 @@ class DeepSpeedBackend(Backend):
         return checkpoint_dir, self.grad_norm
 
     @override
-    def restore(self, snapshot: Any) -> None:
+    def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
+        if only_check:
+            return
         checkpoint_dir, self.grad_norm = snapshot
         self.load(checkpoint_dir, optimizer=True, strict=True)
         dist.barrier()

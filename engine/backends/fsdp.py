@@ -167,9 +167,9 @@ class FSDPBackend(PyTorchBackend):
         return super().snapshot()
 
     @override
-    def restore(self, snapshot: Any) -> None:
+    def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
         reshard(self.model)
-        super().restore(snapshot)
+        super().restore(snapshot, only_check=only_check)
 
     @override
     def destroy(self) -> None:

@@ -304,8 +304,7 @@ class PyTorchBackend(Backend):
         scaler = self._scaler.state_dict() if self._scaler else None
         return copy.deepcopy((tensors_now, self.optimizer.state_dict(), scaler, self.grad_norm))
 
-    @override
-    def check_snapshot(self, snapshot: Any) -> None:
+    def _check_snapshot(self, snapshot: Any) -> None:
         tensors_then, optimizer, scaler, _ = restore(_Snapshot, snapshot, "snapshot")
         own = {name: each for name, each in _named_tensors(self.model) if name in tensors_then}
         check_same_structure(tensors_then, own, "model")
@@ -316,7 +315,10 @@ class PyTorchBackend(Backend):
             restore(ScalerState, scaler, "loss_scaler")
 
     @override
-    def restore(self, snapshot: Any) -> None:
+    def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
+        if only_check:
+            self._check_snapshot(snapshot)
+            return
         tensors_then, optimizer, scaler, self.grad_norm = snapshot
         with torch.no_grad():
             for name, tensor in _named_tensors(self.model):

@@ -28,12 +28,8 @@ class RestorableBackend(Protocol):
         """Return a copy of the state of the model, the optimizer and the loss scaler."""
         ...
 
-    def check_snapshot(self, snapshot: Any) -> None:
-        """Check that `restore` accepts a snapshot from a checkpoint."""
-        ...
-
-    def restore(self, snapshot: Any) -> None:
-        """Restore a state returned by `snapshot`, bit for bit."""
+    def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
+        """Restore a state returned by `snapshot`, bit for bit, or only check its structure."""
         ...
 
 
@@ -94,5 +90,5 @@ class Rollback:
             return None
         snapshot = read_values(path)
         with report_damage(path):
-            self._backend.check_snapshot(snapshot)
+            self._backend.restore(snapshot, only_check=True)
         return snapshot

@@ -99,7 +99,9 @@ class FakeBackend(Backend):
         return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
 
     @override
-    def restore(self, snapshot):
+    def restore(self, snapshot, *, only_check=False):
+        if only_check:
+            return
         model, optimizer = snapshot
         self.model.load_state_dict(model)
         self.optimizer.load_state_dict(optimizer)
