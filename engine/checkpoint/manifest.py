@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, escape
 
 __all__ = ["MANIFEST", "Manifest", "format_manifest", "read_manifest"]
 
@@ -89,7 +89,7 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     names = {each.name for each in fields(Manifest)}
     required = {"tag", "step", "world_size", "backend", "identity", "versions", "created"}
     if not required <= found.keys() <= names:
-        wrong = ", ".join(sorted((required - found.keys()) | (found.keys() - names)))
+        wrong = escape(", ".join(sorted((required - found.keys()) | (found.keys() - names))))
         raise CheckpointError(f"{path} is damaged: missing or unknown keys: {wrong}.")
     if "checksum" in found and found["checksum"] != _compute_checksum(found):
         raise CheckpointError(f"{path} is damaged: it does not match its checksum.")

@@ -1,11 +1,13 @@
 """Damaged and hostile manifests raise one error, and never stop a run from saving."""
 
+import io
 import json
 
 import pytest
 
 from engine.checkpoint import storage
 from engine.checkpoint.manifest import MANIFEST, read_manifest
+from engine.cli.main import main
 from engine.errors import CheckpointError
 from tests.engine.checkpoint.test_pruning import start, train
 
@@ -76,3 +78,15 @@ def test_run_saves_beside_a_damaged_manifest_and_resumes_from_the_other(saved):
     assert resumed.global_steps == 2
     train(resumed, 4)
     assert "global_step6" in [path.name for path, _ in storage.list_checkpoints(saved)]
+
+
+def test_escape_sequence_in_a_manifest_is_printed_escaped(saved):
+    def forge(content):
+        content.update(created="\x1b[2J")
+        del content["checksum"]
+
+    edit(saved / "global_step4", forge)
+    out = io.StringIO()
+    assert main(["checkpoint", "ls", str(saved)], out) == 0
+    assert "\\x1b[2J" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
