@@ -272,7 +272,7 @@ class Engine(DeepSpeedAccessors):
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Evaluate as many micro-batches as a step has, and return their mean loss."""
+        """Evaluate the model on as many micro-batches as a step uses; return their mean loss."""
         with evaluation_mode(self):
             return evaluate_batch(self, data_iter, self._run)
 
@@ -384,7 +384,7 @@ class Engine(DeepSpeedAccessors):
         The state consists of the model, optimizer, loss scale, schedule and counters.
 
         Args:
-            load_dir: directory that was passed to `save_checkpoint` of this engine or DeepSpeed's.
+            load_dir: directory that was passed to `save_checkpoint`, also of DeepSpeed's engine.
             tag: name or number of the checkpoint; default: the newest complete one.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and saved ones that the model
