@@ -2,12 +2,16 @@
 
     python benchmarks/kill_matrix.py --kills 200
 
-Each run saves a checkpoint every second step. The runs cover one and two processes, synchronous and
-asynchronous saving, and PyTorch and DeepSpeed. All processes of a run are killed with SIGKILL after
-a random time, and restarted with the same config until the run is complete. The learning rate, the
-data and a hash of the weights are compared with those of an uninterrupted run at each step.
+Each run saves a checkpoint every second step: with one and two processes, synchronously and
+asynchronously, with PyTorch and DeepSpeed, with one engine in the script and with two that save to
+nested directories. All its processes are killed with SIGKILL after a random time, and restarted
+with the same config until the run is complete. At each start, the clock is set back by another
+hour. The run keeps two automatic checkpoints, and the user saves one more to the same directory.
+The learning rate, the data and a hash of the weights are compared with those of an uninterrupted
+run at each step.
 
-The exit status is 1 if a step differs or a run fails to restart.
+The exit status is 1 if a step differs, a run fails to restart, the user's checkpoint is gone or
+different, or there are too many checkpoints at the end.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from engine.checkpoint import storage
+
+SECOND = "second:"
 SCRIPT = Path(__file__).parent.parent / "tests" / "testing" / "checkpoint_run.py"
 
 
@@ -36,27 +43,35 @@ class Case(NamedTuple):
     backend: str
     processes: int
     mode: str
+    engines: int
     fraction: float
 
 
 CASES = (
-    Case("torch", 1, "sync", 0.25),
-    Case("torch", 1, "async", 0.2),
-    Case("torch", 2, "sync", 0.2),
-    Case("torch", 2, "async", 0.15),
-    Case("deepspeed", 1, "sync", 0.1),
-    Case("deepspeed", 2, "sync", 0.1),
+    Case("torch", 1, "sync", 1, 0.15),
+    Case("torch", 1, "sync", 2, 0.1),
+    Case("torch", 1, "async", 1, 0.1),
+    Case("torch", 1, "async", 2, 0.1),
+    Case("torch", 2, "sync", 1, 0.1),
+    Case("torch", 2, "sync", 2, 0.1),
+    Case("torch", 2, "async", 1, 0.1),
+    Case("torch", 2, "async", 2, 0.05),
+    Case("deepspeed", 1, "sync", 1, 0.05),
+    Case("deepspeed", 1, "sync", 2, 0.05),
+    Case("deepspeed", 2, "sync", 1, 0.05),
+    Case("deepspeed", 2, "sync", 2, 0.05),
 )
 
 
 class Run:
     """The processes of a run from one start to the next kill."""
 
-    def __init__(self, case: Case, directory: Path, training_steps: int) -> None:
+    def __init__(self, case: Case, directory: Path, training_steps: int, start: int = 0) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        command = [sys.executable, SCRIPT, directory, training_steps, case.backend, case.mode]
+        arguments = directory, training_steps, case.backend, case.mode, case.engines
+        command = [sys.executable, SCRIPT, *arguments, start]  # hours to set the clock back
         self.processes = [
             subprocess.Popen(  # ours
                 [str(part) for part in command],
@@ -90,11 +105,24 @@ class Run:
 def is_row(line: str) -> bool:
     """Return whether an output line is a complete row of results instead of a log message."""
     fields = line.split()
-    return len(fields) == 4 and fields[0].isdigit() and len(fields[3]) == 16
+    is_step = bool(fields) and fields[0].removeprefix(SECOND).isdigit()
+    return is_step and len(fields) == 4 and len(fields[3]) == 16
 
 
 def parse_rows(text: str) -> dict[str, str]:
     return {line.split()[0]: line for line in text.splitlines() if is_row(line)}
+
+
+def count_missing_checkpoints(directory: Path, whole: Path, engines: int) -> int:
+    """Return how many directories do not have the checkpoints of an uninterrupted run."""
+    lost = 0
+    for name in ("", "second")[:engines]:
+        found, expected = (
+            {path.name: manifest.step for path, manifest in storage.list_checkpoints(each / name)}
+            for each in (directory, whole)
+        )
+        lost += found != expected
+    return lost
 
 
 def kill_runs(
@@ -109,13 +137,15 @@ def kill_runs(
     whole, ended = Run(case, directory / "whole", training_steps).wait()
     assert ended, f"{case} does not run"
     expected = parse_rows(whole)
-    task = bar.add_task(f"{case.backend} {case.processes} {case.mode}", total=kills)
-    lost = done = runs = 0
+    name = f"{case.backend} {case.processes} {case.mode} {case.engines}"
+    task = bar.add_task(name, total=kills)
+    lost = done = runs = starts = 0
     while done < kills:
         runs += 1
         rows: dict[str, str] = {}
         while True:
-            run = Run(case, directory / str(runs), training_steps)
+            starts += 1
+            run = Run(case, directory / str(runs), training_steps, starts)
             first = run.read_first_row()
             if done < kills:
                 time.sleep(rng.uniform(0.0, 0.3))
@@ -132,7 +162,9 @@ def kill_runs(
                 break
         # Rows may be missing, because a run may be killed after it saves and before it prints.
         lost += not rows.items() <= expected.items()
-        lost += rows.get(str(training_steps)) != expected[str(training_steps)]
+        for step in (str(training_steps), f"{SECOND}{training_steps}"):
+            lost += rows.get(step) != expected.get(step)
+        lost += count_missing_checkpoints(directory / str(runs), directory / "whole", case.engines)
     return done, runs, lost
 
 
@@ -148,7 +180,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)  # noqa: S311  # moments, not secrets
     console = Console()
-    table = Table("backend", "processes", "saves", "kills", "runs", "lost")
+    table = Table("backend", "processes", "saves", "engines", "kills", "runs", "lost")
     total = [0, 0, 0]
     with (
         tempfile.TemporaryDirectory() as directory,
@@ -157,9 +189,10 @@ def main() -> None:
         for number, case in enumerate(CASES):
             case_dir = Path(directory, str(number))
             case_dir.mkdir()
-            kills = round(args.kills * case.fraction)
+            kills = max(1, round(args.kills * case.fraction))
             counts = kill_runs(case, case_dir, args.training_steps, kills, rng, bar)
-            table.add_row(case.backend, str(case.processes), case.mode, *map(str, counts))
+            table.add_row(*map(str, case[:-1]), *map(str, counts))
+            console.print("  ".join(map(str, (*case[:-1], *counts))))
             total = [a + b for a, b in zip(total, counts, strict=True)]
     console.print(table)
     console.print(

@@ -180,19 +180,17 @@ class DeepSpeedAccessors(nn.Module):
         """Return the learning rate of each param group for the next step."""
         return read_lr(self._backend.optimizer)
 
-    def get_mom(self) -> list[float | tuple[float, ...] | None] | None:
+    def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return the momentum of each param group (all betas for Adam).
 
-        The result is None if the optimizer has no momentum. In the list, None stands for a group
-        without momentum.
+        The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
         return read_momenta(self._backend.optimizer)
 
-    def get_momentum(self) -> list[float | None] | None:
+    def get_momentum(self) -> list[float] | None:
         """Return the momentum of each param group (the first beta for Adam).
 
-        The result is None if the optimizer has no momentum. In the list, None stands for a group
-        without momentum.
+        The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
         return read_momentum(self._backend.optimizer)
 

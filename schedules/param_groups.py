@@ -143,19 +143,20 @@ def check_multipliers(hyperparameter: str, optimizer: Optimizer) -> None:
                 )
 
 
-def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...] | None] | None:
+def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...]] | None:
     """Return the momentum or the betas of each group; None if no group has either.
 
-    In the list, None stands for a group that has neither.
+    A group that has neither has momentum 0.
     """
-    momenta = [_read_momentum(group) for group in optimizer.param_groups]
-    return momenta if any(each is not None for each in momenta) else None
-
-
-def _read_momentum(group: Group) -> float | tuple[float, ...] | None:
-    if "momentum" in group:
-        return float(group["momentum"])
-    return tuple(group["betas"]) if "betas" in group else None
+    groups = optimizer.param_groups
+    if not any("momentum" in group or "betas" in group for group in groups):
+        return None
+    return [
+        float(group.get("momentum", 0.0))
+        if "momentum" in group or "betas" not in group
+        else tuple(group["betas"])
+        for group in groups
+    ]
 
 
 def read_lr(optimizer: Optimizer) -> list[float]:
@@ -163,19 +164,15 @@ def read_lr(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def read_momentum(optimizer: Optimizer) -> list[float | None] | None:
+def read_momentum(optimizer: Optimizer) -> list[float] | None:
     """Return the momentum or the first beta of each group; None if no group has either.
 
-    In the list, None stands for a group that has neither.
+    A group that has neither has momentum 0.
     """
     momenta = read_momenta(optimizer)
     if momenta is None:
         return None
-    return [each if each is None else float(_first(each)) for each in momenta]
-
-
-def _first(momentum: float | tuple[float, ...]) -> float:
-    return momentum[0] if isinstance(momentum, tuple) else momentum
+    return [float(each[0] if isinstance(each, tuple) else each) for each in momenta]
 
 
 def write_values(groups: Sequence[Group], slots: Slots, values: Values) -> None:
@@ -282,9 +279,18 @@ class RangeWriter:
         elif self._lines:
             origin, steps, rows = self._lines
             progress = (step - origin) / steps
-            for group, (lr, lr_rise, beta, beta_rise) in zip(groups, rows):  # noqa: B905  # slower
-                group["lr"] = lr + lr_rise * progress
-                group["betas"] = (beta + beta_rise * progress, group["betas"][1])
+            if old is not None:
+                beta, beta_rise = rows[0][2:]
+                self._betas = betas = (beta + beta_rise * progress, old[1])
+                for group, (lr, lr_rise, _, _) in zip(groups, rows):  # noqa: B905  # slower
+                    if group["betas"] is not old:
+                        return False
+                    group["lr"] = lr + lr_rise * progress
+                    group["betas"] = betas
+            else:
+                for group, (lr, lr_rise, beta, beta_rise) in zip(groups, rows):  # noqa: B905
+                    group["lr"] = lr + lr_rise * progress
+                    group["betas"] = (beta + beta_rise * progress, group["betas"][1])
         elif self._shared:
             rest = old[1:] if old else ()
             for key, value_at in self._shared:

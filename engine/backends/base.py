@@ -238,6 +238,13 @@ class Backend(ABC):
     def snapshot(self) -> Any:
         """Return a copy of the state that `save` saves. Every rank must call this method."""
 
+    def check_snapshot(self, snapshot: Any) -> None:  # noqa: B027  # not all snapshots can be saved
+        """Check that a `snapshot` from a checkpoint fits this run. Nothing changes.
+
+        Raises:
+            ValueError: a value is missing, or has another type or shape.
+        """
+
     @abstractmethod
     def restore(self, snapshot: Any) -> None:
         """Restore a state returned by `snapshot`, bit for bit. Every rank must call this method."""

@@ -30,8 +30,10 @@ from engine.backends.deepspeed_checkpoint import (
 from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.backends.deepspeed_layout import Layout
 from engine.backends.deepspeed_order import BackwardOrder
+from engine.backends.deepspeed_structure import check_structure
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor
-from engine.checkpoint.plain_values import read_values, write_values
+from engine.checkpoint.plain_values import read_values, report_damage, write_values
+from engine.checkpoint.structure import check_same_structure
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
 from engine.config.master_weights import find_cpu_adam_key
@@ -323,13 +325,27 @@ class DeepSpeedBackend(Backend):
     def load(
         self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
     ) -> None:
+        with report_damage(checkpoint_dir):
+            self._load(checkpoint_dir, optimizer=optimizer, strict=strict and frozen)
+
+    def _load(self, checkpoint_dir: Path, *, optimizer: bool, strict: bool) -> None:
         trusts = self._config.checkpoint.trust_pickle
         files = DeepSpeedFiles(checkpoint_dir, trusts=trusts)
         optimizer &= self.engine.basic_optimizer is not None
+        path, scaler = checkpoint_dir / _SCALER, self.engine.torch_autocast_z0_gradscaler
+        saved_scaler = None
+        if scaler and optimizer and path.is_file():
+            saved_scaler = read_values(path)
+            with report_damage(path):
+                check_same_structure(saved_scaler, scaler.state_dict(), "grad_scaler")
         if self._layout is not None:
-            self._layout.check(files, optimizer=optimizer, strict=strict and frozen)
+            self._layout.check(files, optimizer=optimizer, strict=strict)
             if optimizer:
                 check_sharding(files, self._config.zero_stage, self.engine.seq_dp_world_size)
+                if not files.is_universal:
+                    check_structure(
+                        self.engine, checkpoint_dir, optimizer=True, strict=strict, trusts=trusts
+                    )
         with contextlib.ExitStack() as stack:
             if not trusts:
                 stack.enter_context(refuse_pickled_code())
@@ -339,15 +355,14 @@ class DeepSpeedBackend(Backend):
                 self.engine.load_checkpoint(
                     str(checkpoint_dir.parent),
                     tag=checkpoint_dir.name,
-                    load_module_strict=strict and frozen,
+                    load_module_strict=strict,
                     load_optimizer_states=optimizer,
                     load_lr_scheduler_states=False,
                 )
             else:
-                self._load_only_weights(files, strict=strict and frozen)
-        scaler = self.engine.torch_autocast_z0_gradscaler
-        if scaler and optimizer and (checkpoint_dir / _SCALER).is_file():
-            scaler.load_state_dict(read_values(checkpoint_dir / _SCALER))
+                self._load_only_weights(files, strict=strict)
+        if saved_scaler is not None:
+            scaler.load_state_dict(saved_scaler)
 
     def _load_only_weights(self, files: DeepSpeedFiles, *, strict: bool) -> None:
         """Load weights and counters; DeepSpeed itself would load the weights of the newest tag."""

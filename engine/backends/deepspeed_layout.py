@@ -8,6 +8,7 @@ each other's memory.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles
+from engine.checkpoint.plain_values import report_damage
 from engine.errors import CheckpointError
+from schedules.core.saved_state import Count, restore
 
 __all__ = ["Layout"]
 
@@ -72,7 +75,9 @@ class Layout:
         path, groups = files.directory / _FILE, None
         weights: Any = files.get_shapes()
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            with report_damage(path):
+                found = json.loads(path.read_text(encoding="utf-8"))
+                restore(_Saved, found, "layout")
             weights, groups = found["weights"], found["groups"]
         saved = {
             name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -111,6 +116,14 @@ class Layout:
             if isinstance(value, Tensor)
             and (frozen or value.requires_grad or not isinstance(value, nn.Parameter))
         }
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The contents of the file: the shape and dtype of each weight, and the shapes per group."""
+
+    weights: dict[str, tuple[tuple[Count, ...], str]]
+    groups: tuple[tuple[tuple[Count, ...], ...], ...]
 
 
 def _get_shape(tensor: Any) -> list[int]:

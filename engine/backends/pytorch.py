@@ -19,20 +19,29 @@ from typing_extensions import override
 
 from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, has_deepspeed_files
-from engine.checkpoint.plain_values import read_values, write_values
+from engine.checkpoint.plain_values import read_as, report_damage, write_values
+from engine.checkpoint.structure import (
+    check_param_groups,
+    check_parameter_states,
+    check_same_structure,
+)
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.training.activation_checkpointing import checkpoint_activations
 from engine.training.gradient_averaging import GradientAverager, find_sparse_weights
-from engine.training.loss_scaling import LossScaler
+from engine.training.loss_scaling import LossScaler, ScalerState
 from engine.training.optimizers import NoOptimizer, OptimizerFactory, build_optimizer
 from engine.training.precision import autocast_methods, convert_to_float32, restore_methods
+from schedules.core.saved_state import restore
 
 __all__ = ["PyTorchBackend"]
 
 log = logging.getLogger("onecycle")
 
 _SCALER = "loss_scaler.pt"
+
+
+_Snapshot = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None, float | None]
 
 
 class PyTorchBackend(Backend):
@@ -254,12 +263,14 @@ class PyTorchBackend(Backend):
 
         trained_by = self.optimizer if optimizer else None
         if has_deepspeed_files(checkpoint_dir):
-            self._load_deepspeed_files(checkpoint_dir, trained_by, strict=strict, frozen=frozen)
+            with report_damage(checkpoint_dir):
+                self._load_deepspeed_files(checkpoint_dir, trained_by, strict=strict, frozen=frozen)
             return
+        path, scaler = checkpoint_dir / _SCALER, self._scaler if optimizer else None
+        saved = read_as(ScalerState, path) if scaler is not None and path.is_file() else None
         state.read(checkpoint_dir, self.model, trained_by, strict=strict, frozen=frozen)
-        saved = checkpoint_dir / _SCALER
-        if optimizer and self._scaler is not None and saved.is_file():
-            self._scaler.load_state_dict(read_values(saved))
+        if scaler is not None and saved is not None:
+            scaler.load_state_dict(saved)
             self._publish_scale(overflow=False)
 
     def _load_deepspeed_files(
@@ -292,6 +303,17 @@ class PyTorchBackend(Backend):
         tensors_now = {name: tensor.detach().clone() for name, tensor in _named_tensors(self.model)}
         scaler = self._scaler.state_dict() if self._scaler else None
         return copy.deepcopy((tensors_now, self.optimizer.state_dict(), scaler, self.grad_norm))
+
+    @override
+    def check_snapshot(self, snapshot: Any) -> None:
+        tensors_then, optimizer, scaler, _ = restore(_Snapshot, snapshot, "snapshot")
+        own = {name: each for name, each in _named_tensors(self.model) if name in tensors_then}
+        check_same_structure(tensors_then, own, "model")
+        parameters = dict(enumerate(p for g in self.optimizer.param_groups for p in g["params"]))
+        check_param_groups(optimizer["param_groups"], self.optimizer.state_dict()["param_groups"])
+        check_parameter_states(optimizer["state"], self.optimizer, parameters)
+        if self._scaler is not None:
+            restore(ScalerState, scaler, "loss_scaler")
 
     @override
     def restore(self, snapshot: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.plain_values import read_values, write_values
+from engine.checkpoint.plain_values import read_values, report_damage, write_values
 from engine.config.batch_sizes import BatchSizes
 from engine.distributed.ranks import Ranks
 from engine.training.loader import RunLoader
@@ -54,10 +55,10 @@ class DataPosition:
     def _get_path(self, directory: Path) -> Path:
         return directory / f"loader.{self._ranks.rank}.pt"
 
-    def load(
+    def read(
         self, state: Mapping[str, Any], batch: BatchSizes, directory: Path, world_size: int
-    ) -> None:
-        """Restore the position. If the batch sizes have changed, round it down to whole batches.
+    ) -> Mapping[str, Any] | None:
+        """Return the position in a checkpoint, in whole batches if the batch sizes have changed.
 
         Args:
             state: contents of the checkpoint; its key "loader" holds the value that `get_state`
@@ -65,8 +66,12 @@ class DataPosition:
             batch: batch sizes of this run.
             directory: directory of the checkpoint.
             world_size: number of ranks that saved the checkpoint.
+
+        Raises:
+            CheckpointError: a file is damaged.
         """
-        position, saved = state["loader"], state.get("batch") or asdict(batch)
+        position: dict[str, Any] | None = state["loader"]
+        saved = state.get("batch") or asdict(batch)
         if position is None:
             if self._ranks.rank == 0:
                 log.warning(
@@ -74,16 +79,42 @@ class DataPosition:
                     "at the beginning of the data; to save the position, pass the data loader as "
                     "`training_data`, or to `trainer.prepare`"
                 )
-            return
+            return None
         if (saved["accumulation"], saved["train"]) != (batch.accumulation, batch.train):
             samples = position["given"] // saved["accumulation"] * saved["train"]
             position = position | {"given": samples // batch.train * batch.accumulation}
         path = self._get_path(directory)
         if path.is_file() and world_size == self._ranks.world_size:
             position = position | {"loader": read_values(path)}
+        return position
+
+    @contextlib.contextmanager
+    def restore(self, position: Mapping[str, Any] | None, directory: Path) -> Iterator[None]:
+        """Restore a position that `read` returned, unless the context raises an exception.
+
+        Args:
+            position: position in the data; None if the checkpoint contains none.
+            directory: directory of the checkpoint, for the error message.
+
+        Raises:
+            CheckpointError: the data loader does not accept its saved state.
+        """
+        if position is None:
+            yield
+            return
+        pending, loader = self._pending, self._loader
+        before = None if loader is None else loader.position
         self._pending = position
-        if self._loader is not None:
-            self.set_loader(self._loader)
+        try:
+            if loader is not None:
+                with report_damage(self._get_path(directory)):
+                    self.set_loader(loader)
+            yield
+        except BaseException:
+            self._pending = pending
+            if loader is not None and before is not None:
+                loader.position = before
+            raise
 
     def check_is_used(self) -> None:
         """Warn, once, if the script trains without the data loader whose position was loaded."""

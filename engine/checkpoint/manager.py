@@ -23,25 +23,27 @@ from engine.checkpoint.data_position import DataPosition
 from engine.checkpoint.fingerprint import Identity, check_identity
 from engine.checkpoint.lock import DirectoryLock
 from engine.checkpoint.manifest import Manifest
-from engine.checkpoint.plain_values import check_plain_values, read_values, write_values
+from engine.checkpoint.plain_values import (
+    check_plain_values,
+    read_values,
+    report_damage,
+    write_values,
+)
 from engine.checkpoint.rollback import Rollback
 from engine.checkpoint.schedule_state import (
-    adapt_schedule_state,
     advance,
     convert_deepspeed_state,
-    convert_position,
+    prepare_schedule_state,
 )
 from engine.checkpoint.selection import RUN_STATE, CheckpointSelector
 from engine.config import Config
 from engine.distributed.environment import ELASTIC
 from engine.distributed.ranks import Ranks
-from engine.errors import CheckpointError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
 from engine.training.optimizers import has_no_optimizer
 from engine.training.progress import Counters, ProgressReporter
-from engine.training.rng import get_rng_state, set_rng_state
-from schedules import ScheduleBinder
+from engine.training.rng import check_rng_state, get_rng_state, set_rng_state
 
 __all__ = ["Checkpointer"]
 
@@ -326,38 +328,51 @@ class Checkpointer:
                 "%s does not contain the frozen parameters; the model keeps their current values",
                 checkpoint_dir,
             )
-        saved_schedule = state["lr_scheduler"] if scheduler and not self._plan.override else None
-        if saved_schedule is not None and isinstance(run.scheduler, ScheduleBinder):
-            try:
-                run.scheduler.check_state_dict(saved_schedule)  # before anything changes
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{checkpoint_dir} does not match this run: {error}"
-                ) from None
+        # Read and check the small files first, so that nothing has changed if one is damaged.
+        position = snapshot = schedule = None
+        with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
+            random_state = self._read_random_state(checkpoint_dir, manifest) if optimizer else None
+            if counters and not selected.is_foreign:
+                position = self.data.read(
+                    state, run.config.batch, checkpoint_dir, manifest.world_size
+                )
+            if scheduler and run.scheduler is not None:
+                steps = Counters(**state["counters"]) if counters else run.counters
+                with report_damage(checkpoint_dir / RUN_STATE):
+                    schedule = prepare_schedule_state(
+                        run.scheduler,
+                        state,
+                        run.config,
+                        steps.applied_steps,
+                        override=self._plan.override,
+                    )
+                if run.rollback is not None:
+                    snapshot = run.rollback.read(checkpoint_dir)
         own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
-        self._backend.load(
-            checkpoint_dir, optimizer=optimizer, strict=strict, frozen=manifest.frozen
-        )
+        with self.data.restore(position, checkpoint_dir):
+            self._backend.load(
+                checkpoint_dir, optimizer=optimizer, strict=strict, frozen=manifest.frozen
+            )
         self._run_id = manifest.run or self._run_id
         if self._plan.override:  # keep this run's learning rate, betas and weight decay
             for group, settings in zip(
                 self._backend.optimizer.param_groups, own_groups, strict=True
             ):
                 group.update(settings)
-        own = checkpoint_dir / f"random.{self._ranks.rank}.pt"
-        if optimizer and own.is_file() and manifest.world_size == self._ranks.world_size:
-            set_rng_state(read_values(own))
+        if random_state is not None:
+            set_rng_state(random_state)
         if counters:
             self._restore_counters(run, state)
-            if not selected.is_foreign:
-                self.data.load(state, run.config.batch, checkpoint_dir, manifest.world_size)
             if run.best is not None:
                 run.best.load_state_dict(state.get("best"))
             self._saved[directory.resolve()] = _get_position(run)
         if scheduler and run.scheduler is not None:
-            self._restore_scheduler(run, run.scheduler, state)
+            if schedule is None:
+                advance(run.scheduler, run.counters.applied_steps)
+            else:
+                run.scheduler.load_state_dict(schedule)
             if run.rollback is not None:
-                run.rollback.load(checkpoint_dir)
+                run.rollback.snapshot = snapshot
         if selected.is_foreign and counters and self._ranks.rank == 0:
             log.warning(
                 "%s was written by DeepSpeed, so the position in the training data and the random "
@@ -365,6 +380,16 @@ class Checkpointer:
                 checkpoint_dir,
             )
         return checkpoint_dir, state["client_state"]
+
+    def _read_random_state(self, checkpoint_dir: Path, manifest: Manifest) -> Any:
+        """Return the random state of this rank; None if other ranks saved the checkpoint."""
+        path = checkpoint_dir / f"random.{self._ranks.rank}.pt"
+        if not path.is_file() or manifest.world_size != self._ranks.world_size:
+            return None
+        random_state = read_values(path)
+        with report_damage(path):
+            check_rng_state(random_state)
+        return random_state
 
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):
@@ -383,20 +408,6 @@ class Checkpointer:
             counters.global_samples = counters.global_steps * saved["train"]
         run.restore_counters(counters)
         run.progress.monitors.resume(state.get("monitors", {}), counters.global_samples)
-
-    def _restore_scheduler(
-        self, run: RunState, scheduler: LRScheduler, state: Mapping[str, Any]
-    ) -> None:
-        saved = state["lr_scheduler"]
-        if self._plan.override and not isinstance(scheduler, ScheduleBinder):
-            advance(scheduler, run.counters.applied_steps)
-            return
-        if saved is None or self._plan.override:
-            position = convert_position(
-                run.counters.applied_steps, run.config, state.get("batch") or {}
-            )
-            saved = adapt_schedule_state(saved or {}, scheduler.state_dict(), position)
-        scheduler.load_state_dict(dict(saved))
 
     def wait(self) -> None:
         """Wait until the current save has finished on all ranks.

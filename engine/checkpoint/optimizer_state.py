@@ -18,11 +18,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from engine.checkpoint.plain_values import report_damage
+from engine.checkpoint.safetensors_storage import SHARDS
+from engine.checkpoint.structure import (
+    HYPERPARAMETERS,
+    check_param_groups,
+    check_parameter_states,
+)
 from engine.errors import CheckpointError
 
 __all__ = [
     "KEPT_SETTINGS",
+    "VALUES",
     "build_empty_state",
+    "check_optimizer_state",
     "find_outside_parameters",
     "get_optimizer_state",
     "list_group_names",
@@ -30,6 +39,11 @@ __all__ = [
     "reshard",
 ]
 
+VALUES = "values.pt"
+"""File for values that are not tensors, such as param group settings.
+
+These values are equal on all ranks, so only rank 0 writes the file.
+"""
 _STATE = "optimizer.state."
 _GROUPS = "optimizer.param_groups."
 _OUTSIDE = "param_groups."
@@ -78,6 +92,7 @@ def build_empty_state(
 
     Raises:
         CheckpointError: the checkpoint has a different number of param groups.
+        Exception: the name of a value is invalid, or a setting is missing.
     """
     names = _name_parameters(model, optimizer)
     parameters = dict(names)
@@ -102,12 +117,31 @@ def build_empty_state(
             index, setting = key.removeprefix(_GROUPS).split(".", 1)
             if setting not in _NOT_RESTORED:
                 _insert(settings[int(index)], setting.split("."), _allocate(None, value))
+    for number, (group, each) in enumerate(zip(groups, settings, strict=True)):
+        for key in HYPERPARAMETERS:
+            if key in group and key not in each:
+                raise ValueError(f"`optimizer.param_groups[{number}]` must have the key `{key}`.")
     return {
         "state": {name: _restore_lists(state[name]) for name in parameters if name in state},
         "param_groups": [
             {**group, **_restore_lists(each)} for group, each in zip(groups, settings, strict=True)
         ],
     }
+
+
+def check_optimizer_state(
+    directory: Path, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Check a state that was loaded from a checkpoint, and has parameter names in place of indices.
+
+    Raises:
+        CheckpointError: the optimizer cannot continue from the state.
+    """
+    names = _name_parameters(model, optimizer)
+    with report_damage(directory / VALUES):
+        check_param_groups(state["param_groups"], _name_groups(optimizer, names))
+    with report_damage(directory / SHARDS):
+        check_parameter_states(state["state"], optimizer, dict(names))
 
 
 def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
@@ -126,7 +160,11 @@ def list_group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load a state returned by `get_optimizer_state` into an optimizer."""
+    """Load a state returned by `get_optimizer_state` into an optimizer.
+
+    Raises:
+        Exception: the optimizer does not accept the state. It is unchanged.
+    """
     indices = {name: index for index, (name, _) in enumerate(_name_parameters(model, optimizer))}
     groups = []
     by_kernel: dict[tuple[bool, ...], set[int]] = {}
@@ -136,12 +174,17 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
         known = by_kernel.setdefault(kernel, set())
         known.update(own)
         groups.append({**group, "params": _Indices(own, known)})
-    optimizer.load_state_dict(
-        {
-            "state": {indices[name]: values for name, values in state["state"].items()},
-            "param_groups": groups,
-        }
-    )
+    before = optimizer.state, optimizer.param_groups
+    try:
+        optimizer.load_state_dict(
+            {
+                "state": {indices[name]: values for name, values in state["state"].items()},
+                "param_groups": groups,
+            }
+        )
+    except BaseException:
+        optimizer.state, optimizer.param_groups = before
+        raise
 
 
 class _Indices(list[int]):

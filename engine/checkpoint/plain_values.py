@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import datetime as dt
 import importlib
 import io
 import pathlib
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +20,17 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from engine.errors import CheckpointError
+from schedules.core.saved_state import restore
 
-__all__ = ["LOADABLE", "check_plain_values", "read_values", "write_values"]
+__all__ = [
+    "LOADABLE",
+    "check_plain_values",
+    "read_as",
+    "read_values",
+    "report_damage",
+    "summarize",
+    "write_values",
+]
 
 _CONTAINERS = (dict, collections.OrderedDict, collections.Counter, argparse.Namespace)
 _SEQUENCES = (list, tuple, set, torch.Size)
@@ -121,10 +130,65 @@ def read_values(path: Path) -> Any:
     try:
         with safe_globals(LOADABLE):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing. Use another checkpoint.") from None
+    except Exception as error:  # noqa: BLE001  # damaged bytes raise exceptions of any type
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        problem = f"it contains `{named[1]}`" if named else str(error).splitlines()[0]
+        problem = f"it contains `{named[1]}`" if named else summarize(error)
         raise CheckpointError(
             f"{path} cannot be loaded: {problem}. Use another checkpoint. Only tensors and plain "
             "values are loaded, because unpickling other objects can run code."
         ) from None
+
+
+def summarize(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop, or the error's type.
+
+    >>> summarize(KeyError("data.pkl")), summarize(EOFError())
+    ("KeyError: 'data.pkl'", 'EOFError')
+    """
+    reason = re.search(r"WeightsUnpickler error: (.+)", str(error))  # in a long text of torch
+    if reason:
+        return reason[1].strip().rstrip(".")
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text = lines[0].rstrip(". ")
+    return (
+        text if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
+    )
+
+
+def read_as(kind: Any, path: Path) -> Any:
+    """Return the values of a file, and check that they have the structure of a type.
+
+    Args:
+        kind: annotation of the values; see `schedules.core.saved_state.restore`.
+        path: file that `write_values` wrote.
+
+    Raises:
+        CheckpointError: if the file is damaged, or its values do not have this structure.
+    """
+    values = read_values(path)
+    with report_damage(path):
+        restore(kind, values, path.name.partition(".")[0])
+    return values
+
+
+@contextlib.contextmanager
+def report_damage(path: Path) -> Iterator[None]:
+    """Raise a CheckpointError that names the file if its values do not have a valid structure.
+
+    Args:
+        path: file whose values are checked or used in this context, in which nothing may change.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing. Use another checkpoint.") from None
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is damaged: {summarize(error)}. Use another checkpoint."
+        ) from error

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.checkpoint.plain_values import read_values, write_values
+from engine.checkpoint.plain_values import read_values, report_damage, write_values
 from engine.distributed.ranks import Ranks
 from schedules import ScheduleBinder
 from schedules.feedback.autowu_controller import AutoWUController
@@ -28,6 +28,10 @@ class RestorableBackend(Protocol):
         """Return a copy of the state of the model, the optimizer and the loss scaler."""
         ...
 
+    def check_snapshot(self, snapshot: Any) -> None:
+        """Check that `restore` accepts a snapshot from a checkpoint."""
+        ...
+
     def restore(self, snapshot: Any) -> None:
         """Restore a state returned by `snapshot`, bit for bit."""
         ...
@@ -43,7 +47,8 @@ class Rollback:
     def __init__(self, backend: RestorableBackend) -> None:
         self._backend = backend
         self._ranks = backend.ranks
-        self._snapshot: Any = None
+        self.snapshot: Any = None
+        """Snapshot at the lowest loss so far; None before the first one and after the warmup."""
 
     def update(self, scheduler: object) -> None:
         """Take a snapshot if the loss is a new minimum; restore the last one when the decay starts.
@@ -54,27 +59,29 @@ class Rollback:
         assert isinstance(scheduler, ScheduleBinder)
         assert isinstance(scheduler.controller, AutoWUController)
         if scheduler.controller.is_lowest(scheduler.state):
-            self._snapshot = self._backend.snapshot()
-        if scheduler.just_decided and self._snapshot is not None:
-            self._backend.restore(self._snapshot)
-            self._snapshot = None
+            self.snapshot = self._backend.snapshot()
+        if scheduler.just_decided and self.snapshot is not None:
+            self._backend.restore(self.snapshot)
+            self.snapshot = None
             scheduler.write()  # restoring also reset the learning rate
             log.info("rolled back the model and the optimizer to the lowest loss of the warmup")
 
     def save(self, checkpoint_dir: Path) -> None:
         """Write this rank's snapshot to a checkpoint; do nothing if no snapshot was taken."""
-        if self._snapshot is not None:
-            write_values(checkpoint_dir / f"rollback.{self._ranks.rank}.pt", self._snapshot)
+        if self.snapshot is not None:
+            write_values(checkpoint_dir / f"rollback.{self._ranks.rank}.pt", self.snapshot)
 
-    def load(self, checkpoint_dir: Path) -> None:
-        """Load this rank's snapshot from a checkpoint.
+    def read(self, checkpoint_dir: Path) -> Any:
+        """Return this rank's snapshot in a checkpoint; None if there is none.
 
         Snapshots that were saved with a different world size are ignored.
+
+        Raises:
+            CheckpointError: the snapshot is damaged.
         """
         found = len(list(checkpoint_dir.glob("rollback.*.pt")))
         is_complete = found == self._ranks.world_size
         path = checkpoint_dir / f"rollback.{self._ranks.rank}.pt"
-        self._snapshot = read_values(path) if is_complete else None
         if found and not is_complete:
             log.warning(
                 "ignoring the rollback snapshots in %s: they were saved on %d ranks, "
@@ -83,3 +90,9 @@ class Rollback:
                 found,
                 self._ranks.world_size,
             )
+        if not is_complete:
+            return None
+        snapshot = read_values(path)
+        with report_damage(path):
+            self._backend.check_snapshot(snapshot)
+        return snapshot

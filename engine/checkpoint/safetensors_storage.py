@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -37,7 +38,14 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-__all__ = ["ShardReader", "ShardWriter", "write_tensors"]
+from engine.checkpoint.plain_values import report_damage
+from schedules.core.saved_state import Count, restore
+
+__all__ = ["SHARDS", "ShardReader", "ShardWriter", "write_tensors"]
+
+
+SHARDS = "shard.*.safetensors"
+"""Pattern of the files' names; the ranks have one file each."""
 
 
 class ShardWriter(StorageWriter):
@@ -139,7 +147,11 @@ class ShardReader(StorageReader):
         """Do nothing, because the directory of a reader is fixed."""
 
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
-        """Return the shapes and shards of all saved tensors, and the location of each shard."""
+        """Return the shapes and shards of all saved tensors, and the location of each shard.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
         return self._metadata
 
     def read_whole(self, targets: Mapping[str, Tensor]) -> None:
@@ -172,21 +184,12 @@ class ShardReader(StorageReader):
     def _metadata(self) -> Metadata:
         known: dict[str, TensorStorageMetadata] = {}
         locations: dict[MetadataIndex, tuple[Path, str]] = {}
-        for path in sorted(self.directory.glob("shard.*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                parts = json.loads((file.metadata() or {}).get("parts", "{}"))
-                for name in file.keys():  # noqa: SIM118  # the file is not iterable
-                    tensor = file.get_tensor(name)
-                    part = parts.get(name, {"of": name, "shape": tensor.shape})
-                    offsets = torch.Size(part.get("offsets", [0] * tensor.dim()))
-                    whole = known.setdefault(
-                        part["of"],
-                        TensorStorageMetadata(
-                            TensorProperties(dtype=tensor.dtype), torch.Size(part["shape"]), []
-                        ),
-                    )
-                    whole.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
-                    locations[MetadataIndex(part["of"], offsets)] = (path, name)
+        for path in sorted(self.directory.glob(SHARDS)):
+            with report_damage(path):
+                _read_header(path, known, locations)
+        with report_damage(self.directory / SHARDS):
+            for name, whole in known.items():
+                _check_parts(name, whole)
         return Metadata(dict(known), storage_data=locations)
 
     def set_up_storage_reader(
@@ -229,6 +232,68 @@ class ShardReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return whether the checkpoint ID is the path of an existing directory."""
         return Path(checkpoint_id).is_dir()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The position of a shard, in the header of its file."""
+
+    of: str
+    shape: tuple[Count, ...]
+    offsets: tuple[Count, ...]
+
+
+def _read_header(
+    path: Path,
+    known: dict[str, TensorStorageMetadata],
+    locations: dict[MetadataIndex, tuple[Path, str]],
+) -> None:
+    """Add the tensors of a file to those that are known."""
+    with safe_open(path, framework="pt") as file:
+        found = json.loads((file.metadata() or {}).get("parts", "{}"))
+        parts = restore(dict[str, _Part], found, "parts")
+        for name in file.keys():  # noqa: SIM118  # the file is not iterable
+            tensor = file.get_tensor(name)
+            part = parts.get(name, _Part(name, tuple(tensor.shape), (0,) * tensor.dim()))
+            offsets = torch.Size(part.offsets)
+            whole = known.setdefault(
+                part.of,
+                TensorStorageMetadata(
+                    TensorProperties(dtype=tensor.dtype), torch.Size(part.shape), []
+                ),
+            )
+            if (whole.size, whole.properties.dtype) != (torch.Size(part.shape), tensor.dtype):
+                raise ValueError(f"the parts of `{part.of}` have different shapes or dtypes.")
+            whole.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
+            locations[MetadataIndex(part.of, offsets)] = (path, name)
+
+
+def _check_parts(name: str, whole: TensorStorageMetadata) -> None:
+    """Check that the parts of a tensor cover it, so that no value stays uninitialized.
+
+    Raises:
+        ValueError: a part is missing, repeated, or outside of the tensor.
+    """
+    chunks = sorted(whole.chunks, key=lambda chunk: tuple(chunk.offsets))
+    is_covered = sum(chunk.sizes.numel() for chunk in chunks) == whole.size.numel()
+    for chunk, after in itertools.zip_longest(chunks, chunks[1:]):
+        ends = [start + size for start, size in zip(chunk.offsets, chunk.sizes, strict=False)]
+        is_inside = len(chunk.offsets) == len(chunk.sizes) == len(whole.size) and all(
+            end <= size for end, size in zip(ends, whole.size, strict=False)
+        )
+        # Parts that follow each other in one dimension must not overlap.
+        differing = (
+            []
+            if after is None
+            else [
+                end <= start
+                for end, old, start in zip(ends, chunk.offsets, after.offsets, strict=False)
+                if start != old
+            ]
+        )
+        is_covered &= is_inside and (len(differing) != 1 or differing[0])
+    if not is_covered:
+        raise ValueError(f"the parts of `{name}` do not cover its shape, {tuple(whole.size)}.")
 
 
 def _wrap_in_future(result: Any) -> Future[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Mapping
@@ -10,12 +11,17 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from engine.checkpoint.structure import check_same_structure
 from engine.config import Config
 from engine.errors import CheckpointError
 from schedules import ScheduleBinder
 from schedules.core.durations import has_data_durations
 
-__all__ = ["adapt_schedule_state", "advance", "convert_deepspeed_state", "convert_position"]
+__all__ = [
+    "advance",
+    "convert_deepspeed_state",
+    "prepare_schedule_state",
+]
 
 log = logging.getLogger("onecycle")
 
@@ -48,7 +54,40 @@ def convert_deepspeed_state(
     return saved
 
 
-def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]) -> int:
+def prepare_schedule_state(
+    scheduler: LRScheduler,
+    state: Mapping[str, Any],
+    config: Config,
+    steps: int,
+    *,
+    override: bool,
+) -> dict[str, Any] | None:
+    """Return the state that the scheduler will load, after a check.
+
+    Args:
+        scheduler: scheduler of this run.
+        state: saved state of the run.
+        config: config of this run.
+        steps: number of applied steps at which the run continues.
+        override: whether this run's schedule replaces the saved one.
+
+    Returns:
+        The state; None if the scheduler is stepped to ``steps`` instead.
+
+    Raises:
+        ValueError: the saved state is damaged.
+    """
+    saved = state["lr_scheduler"]
+    if override and not isinstance(scheduler, ScheduleBinder):
+        return None
+    if saved is None or override:
+        position = _convert_position(steps, config, state.get("batch") or {})
+        saved = _adapt_schedule_state(saved or {}, scheduler.state_dict(), position)
+    _check_schedule_state(scheduler, saved)
+    return dict(saved)
+
+
+def _convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]) -> int:
     """Return the step at which a schedule continues after a change of the batch size.
 
     If the schedule has durations in samples, epochs or fractions of the run, it continues after the
@@ -67,7 +106,24 @@ def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int])
     return round(steps * saved_train / train)
 
 
-def adapt_schedule_state(
+def _check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None:
+    """Check that a scheduler can continue from a state. Nothing changes.
+
+    Raises:
+        Exception: the state is damaged, or does not match the scheduler.
+    """
+    if isinstance(scheduler, ScheduleBinder):
+        scheduler.check_state_dict(state)
+        return
+    own = copy.deepcopy(scheduler.state_dict())
+    check_same_structure(state, own, "lr_scheduler")
+    try:
+        scheduler.load_state_dict(copy.deepcopy(state))
+    finally:
+        scheduler.load_state_dict(own)
+
+
+def _adapt_schedule_state(
     saved: Mapping[str, Any], own: dict[str, Any], applied_steps: int
 ) -> dict[str, Any]:
     """Adapt a saved scheduler state to this run's schedule, which may differ from the saved one.

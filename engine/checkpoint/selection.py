@@ -10,7 +10,7 @@ from engine.checkpoint import storage
 from engine.checkpoint.collectives import call_on_rank_0, raise_on_all_ranks
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, has_deepspeed_files
 from engine.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from engine.checkpoint.plain_values import read_values
+from engine.checkpoint.saved_run import read_run
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
@@ -77,7 +77,7 @@ class CheckpointSelector:
                     f"{what}. Use a directory that all hosts share."
                 )
         if not is_foreign:
-            state = read_values(checkpoint_dir / RUN_STATE)
+            state = read_run(checkpoint_dir / RUN_STATE)
         return Selected(checkpoint_dir, manifest, state, is_foreign)
 
     def _choose(self, directory: Path, tag: str | None) -> tuple[str, bool, Manifest]:

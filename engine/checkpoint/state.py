@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -25,22 +24,19 @@ from torch.optim import Optimizer
 
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor, has_deepspeed_files
 from engine.checkpoint.optimizer_state import (
+    VALUES,
     build_empty_state,
+    check_optimizer_state,
     find_outside_parameters,
     get_optimizer_state,
     load_optimizer_state,
 )
-from engine.checkpoint.plain_values import read_values, write_values
-from engine.checkpoint.safetensors_storage import ShardReader, ShardWriter, write_tensors
+from engine.checkpoint.plain_values import read_as, report_damage, write_values
+from engine.checkpoint.safetensors_storage import SHARDS, ShardReader, ShardWriter, write_tensors
 from engine.errors import CheckpointError
 
 __all__ = ["Source", "check_weights", "export", "read", "write", "write_async"]
 
-VALUES = "values.pt"
-"""File for values that are not tensors, such as param group settings.
-
-These values are equal on all ranks, so only rank 0 writes the file.
-"""
 _MODEL = "model."
 
 
@@ -67,8 +63,8 @@ class _Shards:
 
     def __init__(self, directory: Path) -> None:
         self._reader = ShardReader(directory)
-        self.tensors = _read_saved_tensors(self._reader)
-        self.values = read_values(directory / VALUES)
+        self.tensors: Mapping[str, Any] = self._reader.read_metadata().state_dict_metadata
+        self.values = read_as(dict[str, Any], directory / VALUES)
 
     def load(self, own: dict[str, Any]) -> None:
         _load_tensors(self._reader, own, is_single_process=not dist.is_initialized())
@@ -193,27 +189,60 @@ def read(
         for name, metadata in saved_model.items()
     }
     check_weights(directory, own_weights, saved_weights, strict=strict)
+    extra = _find_extra_states(directory, state["model"], saved_values)
     if optimizer is not None:
-        saved = {**saved_values, **saved_tensors}
-        state["optimizer"] = build_empty_state(directory, model, optimizer, saved)
+        with report_damage(directory / VALUES):
+            saved = {**saved_values, **saved_tensors}
+            state["optimizer"] = build_empty_state(directory, model, optimizer, saved)
         state["outside"] = {
             name: torch.empty_like(parameter)
             for name, parameter in find_outside_parameters(model, optimizer).items()
             if f"outside.{name}" in saved_tensors
         }
-    leaves = _find_leaves(state)
-    own = {name: holder[key] for name, holder, key in leaves if _is_sharded(name, holder[key])}
-    source.load(own)
-    for name, holder, key in leaves:
-        if name in saved_values and name.startswith(_MODEL):
-            holder[key] = saved_values[name]
+        others = {name: below for name, below in state.items() if name != "model"}
+        source.load(_find_tensors(others))
+        check_optimizer_state(directory, model, optimizer, state["optimizer"])
+    # Nothing has changed so far. From here on, only code of the model or the optimizer can fail.
     options = StateDictOptions(strict=strict and frozen)
-    set_model_state_dict(model, state["model"], options=options)
+    try:
+        with report_damage(directory / VALUES):
+            if extra:
+                set_model_state_dict(model, state["model"] | extra, options=options)
+            if optimizer is not None:
+                load_optimizer_state(model, optimizer, state["optimizer"])
+    except CheckpointError:
+        if extra:
+            set_model_state_dict(model, state["model"], options=options)
+        raise
+    source.load(_find_tensors({"model": state["model"]}))
+    set_model_state_dict(model, state["model"] | extra, options=options)
     if optimizer is not None:
-        load_optimizer_state(model, optimizer, state["optimizer"])
         for name, parameter in find_outside_parameters(model, optimizer).items():
             if name in state["outside"]:
                 parameter.data.copy_(state["outside"][name])
+
+
+def _find_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors of a nested state that are in the shards, by dotted name."""
+    return {
+        name: holder[key]
+        for name, holder, key in _find_leaves(state)
+        if _is_sharded(name, holder[key])
+    }
+
+
+def _find_extra_states(
+    directory: Path, model_state: Mapping[str, Any], saved_values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the saved results of the modules' ``get_extra_state``, by name."""
+    names = [name for name in model_state if _is_extra_state(name)]
+    for name in names:
+        if f"{_MODEL}{name}" not in saved_values:
+            raise CheckpointError(
+                f"{directory} does not match the model: `{name}` is missing from the checkpoint. "
+                "Use the model architecture of the saved run."
+            )
+    return {name: saved_values[f"{_MODEL}{name}"] for name in names}
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
@@ -223,9 +252,10 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         # Each tensor needs its own memory in a safetensors file.
         return {k: v.read().clone() for k, v in found.items() if isinstance(v, SavedTensor)}
     reader = ShardReader(directory)
+    saved: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
     weights: dict[str, Any] = {
         name: torch.empty(metadata.size, dtype=metadata.properties.dtype)
-        for name, metadata in _read_saved_tensors(reader).items()
+        for name, metadata in saved.items()
         if name.startswith(_MODEL)
     }
     _load_tensors(reader, weights, is_single_process=True)
@@ -287,16 +317,11 @@ def _write(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | No
 
 def _load_tensors(reader: ShardReader, own: dict[str, Any], *, is_single_process: bool) -> None:
     """Load saved tensors into the tensors of the same names in ``own``."""
-    try:
+    with report_damage(reader.directory / SHARDS), _raise_cause():
         if is_single_process:
             reader.read_whole(own)
-            return
-        with _raise_cause():
+        else:
             load(own, storage_reader=reader)
-    except (SafetensorError, LookupError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{reader.directory} cannot be loaded: {error}. Use another checkpoint."
-        ) from error
 
 
 @contextlib.contextmanager
@@ -375,13 +400,3 @@ def check_weights(
             "architecture of the saved run, or pass `load_module_strict=False` to ignore saved "
             "tensors that the model does not have."
         )
-
-
-def _read_saved_tensors(reader: ShardReader) -> dict[str, TensorStorageMetadata]:
-    try:
-        found: Any = reader.read_metadata().state_dict_metadata
-    except (SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{reader.directory} cannot be loaded: {error}. Use another checkpoint."
-        ) from error
-    return dict(found)

@@ -91,6 +91,22 @@ class RunLoader:
         """The number of the current epoch, from 0; between two epochs, that of the next one."""
         return self._epoch + 1 if self._is_finished else self._epoch
 
+    @property
+    def position(self) -> tuple[int, int, bool, bool, Any]:
+        """The position in the data; can be set to an earlier value.
+
+        It contains the state of a data loader that saves its own position only once the loader is
+        used, because a loader may start its workers to return its state.
+        """
+        own = self._batches.state_dict() if has_state(self._batches) and self._epoch >= 0 else None
+        return self._epoch, self._requested, self._is_finished, self.resumes, own
+
+    @position.setter
+    def position(self, position: tuple[int, int, bool, bool, Any]) -> None:
+        self._epoch, self._requested, self._is_finished, self.resumes, own = position
+        if own is not None:
+            self._batches.load_state_dict(own)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data.
 
@@ -107,7 +123,7 @@ class RunLoader:
         return self._is_finished or self._has_requested_all()
 
     def _has_requested_all(self) -> bool:
-        return self._sampler is not None and self._requested == len(self._sampler)
+        return self._sampler is not None and self._requested >= len(self._sampler)
 
     def load_state_dict(self, state: Mapping[str, Any], *, resumes: bool = True) -> None:
         """Load a saved position; if ``resumes`` is false, start with the next epoch instead.
@@ -116,8 +132,7 @@ class RunLoader:
         """
         self._epoch, self._requested = state["epoch"], state["given"]
         self._endless = None
-        finished = self._has_requested_all()  # written by older versions
-        self._is_finished = bool(state.get("finished", finished))
+        self._is_finished = bool(state.get("finished")) or self._has_requested_all()
         self.resumes = resumes and not self._is_finished
         if not has_state(self._batches) or not (self.resumes or self._is_finished):
             return

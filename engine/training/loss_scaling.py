@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from engine.config import LossScaling
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
 
-__all__ = ["LossScaler"]
+from engine.config import LossScaling
+from schedules.core.fields import Range
+from schedules.core.saved_state import Count
+
+__all__ = ["LossScaler", "ScalerState"]
 
 _MAX_FLOAT16_SCALE = 2.0**15
 _MIN_FLOAT16 = 2.0**-24
+
+
+@dataclass(frozen=True)
+class ScalerState:
+    """The result of `LossScaler.state_dict`."""
+
+    scale: Annotated[float, Range(above=0)]
+    hysteresis: Count
+    clean_updates: Count
 
 
 class LossScaler:
@@ -92,7 +107,7 @@ class LossScaler:
             "clean_updates": self._clean_steps,
         }
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Load a state returned by `state_dict`."""
         self.scale = float(state["scale"])
         self._hysteresis = int(state["hysteresis"])

@@ -64,11 +64,31 @@ def build_optimizer(
         name = "AdamW"
     may_fuse &= not params.pop("torch_adam", False)
     groups = list(parameters)
+    # Fused SGD cannot start a momentum with dampening later than those of other parameters.
+    may_fuse &= not params.get("dampening")
     if name in _FUSED_OPTIMIZERS and may_fuse and _has_fused_kernel(name, groups):
         params["fused"] = True
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
-    return _construct(getattr(torch.optim, name), groups, params)
+    optimizer = _construct(getattr(torch.optim, name), groups, params)
+    if name == "SGD" and "fused" in params:
+        optimizer.register_step_pre_hook(_start_late_momenta)
+    return optimizer
+
+
+def _start_late_momenta(optimizer: Optimizer, *_: Any) -> None:
+    """Start the momentum of parameters that get their first gradient later than others.
+
+    Torch's fused SGD fails for them. Without dampening, a momentum that starts at zero is the same.
+    """
+    state, groups = optimizer.state, optimizer.param_groups
+    if len(state) in {0, sum(len(group["params"]) for group in groups)}:
+        return
+    for group in groups:
+        used = [p for p in group["params"] if p.grad is not None and group["momentum"]]
+        late = [p for p in used if state.get(p, {}).get("momentum_buffer") is None]
+        for parameter in late if len(late) < len(used) else ():
+            state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _construct(

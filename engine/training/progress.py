@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from engine.config import Config
 from engine.display.progress_bar import ProgressBar
 from engine.training.monitors import Event, Monitors
 from engine.training.pass_timer import PassTimer
+from schedules.core.saved_state import OPTIONAL, Count
 
 __all__ = ["Counters", "ProgressReporter", "StepRecord", "StepRecorder"]
 
@@ -24,12 +25,12 @@ log = logging.getLogger("onecycle")
 class Counters:
     """Step counters of a run, which are saved in its checkpoints."""
 
-    micro_steps: int = 0
-    global_steps: int = 0
+    micro_steps: Count = 0
+    global_steps: Count = 0
     """Number of completed batches, including those of skipped steps."""
-    global_samples: int = 0
+    global_samples: Count = field(default=0, metadata=OPTIONAL)
     """Number of samples in the completed batches, over all ranks."""
-    skipped_steps: int = 0
+    skipped_steps: Count = 0
     applied: bool = False
     """Whether the last call of `Engine.step` applied an optimizer step."""
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["get_rng_state", "preserve_rng_state", "seed_rng", "set_rng_state"]
+from schedules.core.fields import Range
+from schedules.core.saved_state import OPTIONAL, restore
+
+__all__ = ["check_rng_state", "get_rng_state", "preserve_rng_state", "seed_rng", "set_rng_state"]
 
 
 def get_rng_state() -> dict[str, Any]:
@@ -24,6 +29,29 @@ def get_rng_state() -> dict[str, Any]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+@dataclass(frozen=True)
+class _RngState:
+    """The result of `get_rng_state`."""
+
+    python: tuple[int, tuple[int, ...], float | None]
+    numpy: tuple[
+        Literal["MT19937"], Tensor, Annotated[int, Range(at_least=0, at_most=624)], int, float
+    ]
+    torch: Tensor
+    cuda: Tensor | None = field(default=None, metadata=OPTIONAL)
+
+
+def check_rng_state(state: Any) -> None:
+    """Check that `set_rng_state` accepts a state. Nothing changes.
+
+    Raises:
+        Exception: if a generator does not accept its part of the state.
+    """
+    restore(_RngState, state, "state")
+    with preserve_rng_state():
+        set_rng_state(state)
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

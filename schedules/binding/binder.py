@@ -19,6 +19,7 @@ from schedules.binding.saved_state import (
     check_origin,
     check_state,
     complete_base,
+    read_state,
 )
 from schedules.binding.torch_interface import BaseLRs, TorchInterface
 from schedules.core.controller import Base, Controller, Decision, Evidence, OpenLoop
@@ -389,14 +390,14 @@ class ScheduleBinder(TorchInterface):
                 groups.
         """
         has_feedback = self.schedule.feedback is not None
-        base = self._base
-        if not override:
-            self.check_state_dict(state_dict)
-            base = {name: tuple(values) for name, values in state_dict["base"].items()}
-        else:
+        if override:
             check_origin(state_dict, self.schedule.type_name if has_feedback else None)
-        self._bind(base)
-        state = self.controller.from_json(state_dict["state"]) if has_feedback else None
+        else:
+            self.check_state_dict(state_dict)
+        base = self._base if override else _to_base(state_dict)
+        state = read_state(state_dict, self.schedule, base, self._horizon)
+        if not override:
+            self._bind(base)
         self._doubt = None
         self._go_to(state, state_dict["step"])
 
@@ -404,10 +405,11 @@ class ScheduleBinder(TorchInterface):
         """Check that `load_state_dict` would accept a state, without loading it.
 
         Raises:
-            ValueError: the state is from a different schedule, or has a different number of param
-                groups.
+            ValueError: the state is damaged, is from a different schedule, or has a different
+                number of param groups.
         """
         check_state(state_dict, self.identity, self._base, self._compared)
+        read_state(state_dict, self.schedule, _to_base(state_dict), self._horizon)
 
     @property
     def _compared(self) -> Collection[str]:
@@ -433,6 +435,10 @@ class ScheduleBinder(TorchInterface):
         self._first_step = FirstStep(None)
         values = self.controller.values(self.state)
         self._attachment.record(self, self.optimizer.param_groups, lambda: values)
+
+
+def _to_base(state_dict: Mapping[str, Any]) -> Base:
+    return {name: tuple(values) for name, values in state_dict["base"].items()}
 
 
 def _to_float(loss: Tensor | float | None) -> float | None:

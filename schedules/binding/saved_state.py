@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
-from schedules.core.controller import Base
-from schedules.core.durations import Horizon
+from schedules.core.controller import Base, OpenLoop
+from schedules.core.durations import MAX_STEPS, Horizon
+from schedules.core.fields import Range
 from schedules.core.per_group import broadcast
+from schedules.core.saved_state import OPTIONAL, describe, restore
 from schedules.core.schedule import Schedule
 
-__all__ = ["BaseValues", "build_identity", "check_origin", "check_state", "complete_base"]
+__all__ = [
+    "BaseValues",
+    "build_identity",
+    "check_origin",
+    "check_state",
+    "complete_base",
+    "read_state",
+]
 
 BaseValues = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 """Initial learning rate of all param groups or of each, or a dict of initial hyperparameters."""
 
 _NAMES = ("lr", "momentum", "weight_decay")
 _PRECISION = 1e-6  # a tensor learning rate of 32 bits differs from the same number of 64 bits
+
+
+@dataclass(frozen=True)
+class _SavedState:
+    """The result of `ScheduleBinder.state_dict`."""
+
+    type: str
+    params: dict[str, Any]
+    step: Annotated[int, Range(at_least=-1, at_most=MAX_STEPS)]
+    base: dict[str, tuple[Annotated[float, Range()], ...]]
+    state: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
 
 
 def complete_base(base: BaseValues | None, groups: int) -> Base:
@@ -104,9 +124,14 @@ def check_state(
 
     Raises:
         ValueError: the schedules, the initial values or the numbers of param groups are different,
-            or the state is from another library.
+            or the state is damaged or from another library.
     """
     check_origin(state)
+    fields = ("type", "params", "step", "base", "state")
+    restore(_SavedState, {name: state[name] for name in fields if name in state}, "lr_scheduler")
+    missing = [name for name in ("lr", *compared) if name not in state["base"]]
+    if missing:
+        raise ValueError(f"`lr_scheduler.base` must have the key `{missing[0]}`.")
     saved_groups, groups = len(state["base"]["lr"]), len(base["lr"])
     if saved_groups != groups:
         raise ValueError(
@@ -126,10 +151,11 @@ def _compare_schedules(state: Mapping[str, Any], identity: Mapping[str, Any]) ->
     now, saved = ({"type": each["type"], **each["params"]} for each in (identity, state))
     for name in dict.fromkeys([*saved, *now]):
         if saved.get(name) != now.get(name):
-            yield (
-                f"`{name}` is {saved.get(name, 'absent')} in the saved state, "
-                f"{now.get(name, 'absent')} now"
-            )
+            yield (f"`{name}` is {_show(saved, name)} in the saved state, {_show(now, name)} now")
+
+
+def _show(params: Mapping[str, Any], name: str) -> str:
+    return describe(params[name]) if name in params else "absent"
 
 
 def _compare_bases(
@@ -142,3 +168,32 @@ def _compare_bases(
                 f"the initial `{name}` of the param groups is {list(saved[name])} in the saved "
                 f"state, {list(base[name])} now"
             )
+
+
+def read_state(
+    state_dict: Mapping[str, Any], schedule: Schedule[Any], base: Base, horizon: Horizon | None
+) -> Any:
+    """Return the controller's part of a saved state; None for a schedule without feedback.
+
+    Args:
+        state_dict: state that `ScheduleBinder.state_dict` returned.
+        schedule: schedule that will continue from the state.
+        base: initial hyperparameters by name, with one value per param group.
+        horizon: length of the run.
+
+    Raises:
+        ValueError: the state is damaged, or the values of the schedule would not be finite.
+    """
+    state, values = None, {}
+    try:
+        controller = schedule.bind(base, horizon)
+        if schedule.feedback is not None:
+            state = controller.from_json(state_dict["state"])
+            values = dict(controller.values(state))
+        elif isinstance(controller, OpenLoop):
+            values = dict(controller.values(max(0, state_dict["step"])))
+    except Exception as error:
+        raise ValueError(f"The saved state of the schedule is damaged: {error}") from error
+    if not all(math.isfinite(each) for group in values.values() for each in group):
+        raise ValueError(f"The saved state of the schedule is damaged: its values are {values}.")
+    return state

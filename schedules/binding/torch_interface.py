@@ -101,7 +101,7 @@ class TorchInterface(LRScheduler):
         values = self.controller.values(self.state)
         return list(values["lr"]) if "lr" in values else self.get_last_lr()
 
-    def get_mom(self) -> list[float | tuple[float, ...] | None] | None:
+    def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return the momentum (with Adam, the betas) of each param group.
 
         Return None if the schedule does not set the momentum.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from schedules.core.curves import Curve
+from schedules.core.saved_state import Count, restore
 
 __all__ = [
     "Band",
@@ -114,7 +115,11 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def from_json(self, state: Mapping[str, Any]) -> S:
-        """Restore a state from a dict returned by `to_json`."""
+        """Restore a state from a dict returned by `to_json`.
+
+        Raises:
+            ValueError: a value is missing or invalid.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,4 +169,5 @@ class OpenLoop(Controller[int]):
 
     def from_json(self, state: Mapping[str, Any]) -> int:
         """Return the step count from a dict returned by `to_json`."""
-        return int(state["step"])
+        step: int = restore(Count, state["step"], "step")
+        return step

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from schedules.core.controller import Base
-from schedules.core.durations import Horizon
+from schedules.core.durations import MAX_STEPS, Horizon
 from schedules.core.fields import Range
 from schedules.core.schedule import ParameterProblem, ScheduleError, schedule_class
 from schedules.feedback.autowu_controller import AutoWUController, Decay
@@ -150,7 +150,14 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
                 total = max(1, int(horizon.scaled_steps or 1))
                 return dataclasses.replace(self, steps_per_epoch=total, total_epochs=1)
         if epochs is not None and horizon.scale_ratio != 1.0:
-            epochs = max(1, int(epochs * horizon.scale_ratio))
+            scaled = epochs * horizon.scale_ratio
+            if scaled * (steps or 1) > MAX_STEPS:
+                message = (
+                    f"`total_epochs` scaled by {horizon.scale_ratio:g} must be at most "
+                    f"{MAX_STEPS:,} steps, got {scaled * (steps or 1):g}. Use a smaller ratio."
+                )
+                raise ScheduleError(self.type_name, [ParameterProblem("total_epochs", message)])
+            epochs = max(1, int(scaled))
         return dataclasses.replace(self, steps_per_epoch=steps, total_epochs=epochs)
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> AutoWUController:

@@ -14,7 +14,7 @@ from schedules.feedback.autowu_state import AutoWUState
 from schedules.feedback.base import FeedbackController
 from schedules.feedback.history import History
 from schedules.feedback.plateau import Plateau
-from schedules.feedback.warmup_tests import WarmupTest
+from schedules.feedback.warmup_tests import TorchSampler, WarmupTest
 
 __all__ = ["AutoWUController", "Decay"]
 
@@ -191,7 +191,16 @@ class AutoWUController(FeedbackController[AutoWUState]):
         return state.to_json()
 
     def from_json(self, state: Mapping[str, Any]) -> AutoWUState:
-        return AutoWUState.from_json(state)
+        restored = AutoWUState.from_json(state)
+        if restored.phase == "warmup" and len(restored.losses) != restored.step:
+            raise ValueError(
+                f"`state.losses` must have {restored.step} items, got {len(restored.losses)}."
+            )
+        if restored.decay is None:
+            raise ValueError("`state.decay` must be a mapping, got None.")
+        if restored.draws is not None:
+            TorchSampler(restored.draws).build_generator()
+        return restored
 
 
 def _set_decision(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from schedules.core.controller import Decision
+from schedules.core.saved_state import Count, restore
 from schedules.feedback.gaussian_process import Hyperparameters
 from schedules.feedback.history import History
 from schedules.feedback.plateau import PlateauState
@@ -19,7 +20,7 @@ __all__ = ["AutoWUState", "Warmup"]
 class AutoWUState:
     """The state of AutoWU during a run. It is saved in checkpoints."""
 
-    step: int = 0
+    step: Count = 0
     phase: Literal["warmup", "constant", "cooldown"] = "warmup"
     losses: History = dataclasses.field(default_factory=History)
     """Losses of all warmup steps so far, in order."""
@@ -27,7 +28,7 @@ class AutoWUState:
     draws: str | None = None
     """State of the random number generator that samples losses. None before the first sample."""
     votes: tuple[bool, ...] = ()
-    alone: int = 0
+    alone: Count = 0
     """Number of consecutive robust tests that were confident that the current loss is above the
     minimum, whether or not they were confident about the initial loss."""
     chance: float = 0.0
@@ -38,7 +39,7 @@ class AutoWUState:
     is_lowest: bool = False
     peak: float = 0.0
     begin: int = 0
-    length: int = 0
+    length: Count = 0
     decay: PlateauState | None = None
     epoch: tuple[float, ...] = ()
     """Losses of the current epoch so far, used in the constant phase to detect a plateau."""
@@ -58,22 +59,13 @@ class AutoWUState:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> AutoWUState:
-        """Restore a state from a dict returned by `to_json`."""
-        fit, decay, decision = state["fit"], state["decay"], state["decision"]
-        if fit:
-            raw, first, second = (tuple(fit[name]) for name in ("raw", "first", "second"))
-            fit = Hyperparameters(raw, first, second, fit["steps"])
-        return cls(
-            **{**state}
-            | {
-                "losses": History.from_losses(state["losses"]),
-                "votes": tuple(state["votes"]),
-                "epoch": tuple(state["epoch"]),
-                "fit": fit,
-                "decay": decay and PlateauState(**decay),
-                "decision": decision and Decision(*decision),
-            }
-        )
+        """Restore a state from a dict returned by `to_json`.
+
+        Raises:
+            ValueError: a value is missing, unknown or of another type.
+        """
+        restored: AutoWUState = restore(cls, state, "state")
+        return restored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from schedules.core.saved_state import restore
+
 __all__ = ["History"]
 
 
@@ -33,6 +35,11 @@ class History:
         history._shared = list(losses)
         history._count = len(history._shared)
         return history
+
+    @classmethod
+    def restore(cls, value: Any, name: str) -> History:
+        """Build a history from saved losses; see `schedules.core.saved_state.restore`."""
+        return cls.from_losses(restore(tuple[float, ...], value, name))
 
     def with_loss(self, loss: float) -> History:
         """Return a new history with ``loss`` added at the end."""

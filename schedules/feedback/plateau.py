@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from schedules.core.controller import Base, Decision, Values
 from schedules.core.fields import LearningRate, Range
 from schedules.core.per_group import broadcast
+from schedules.core.saved_state import Count, restore
 from schedules.core.schedule import ParameterProblem, schedule_class
 from schedules.feedback.base import FeedbackController, FeedbackSchedule
 
@@ -22,13 +23,13 @@ class PlateauState(NamedTuple):
     """The state of the rule `Plateau` after the metrics that it has received so far."""
 
     best: float | None = None
-    bad: int = 0
+    bad: Count = 0
     """Number of consecutive metrics without improvement."""
-    rests: int = 0
+    rests: Count = 0
     """Remaining number of metrics in the cooldown after the last reduction."""
     factor: float = 1.0
     """Product of the factors of all reductions so far."""
-    reductions: int = 0
+    reductions: Count = 0
     """Number of reductions so far."""
 
 
@@ -80,7 +81,7 @@ class Plateau:
 
 
 class _State(NamedTuple):
-    step: int
+    step: Count
     plateau: PlateauState
     lrs: tuple[float, ...]
     decision: Decision | None = None
@@ -200,6 +201,7 @@ class PlateauController(FeedbackController[_State]):
         }
 
     def from_json(self, state: Mapping[str, Any]) -> _State:
-        decision = state["decision"] and Decision(*state["decision"])
-        plateau = PlateauState(**state["plateau"])
-        return _State(state["step"], plateau, tuple(state["lrs"]), decision)
+        restored: _State = restore(_State, state, "state")
+        if len(restored.lrs) != len(self._lrs):
+            raise ValueError(f"`lrs` must have {len(self._lrs)} items, got {len(restored.lrs)}.")
+        return restored

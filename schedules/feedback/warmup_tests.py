@@ -190,12 +190,17 @@ class TorchSampler:
         """Return ``wanted`` distinct indices from 0 to ``count - 1``, in ascending order."""
         import torch
 
-        generator = torch.Generator()
-        if self.state is None:
-            generator.manual_seed(0)
-        else:
-            saved = bytearray(base64.b64decode(self.state))
-            generator.set_state(torch.frombuffer(saved, dtype=torch.uint8))
+        generator = self.build_generator()
         drawn = torch.ones(count).multinomial(wanted, generator=generator)
         self.state = base64.b64encode(generator.get_state().numpy().tobytes()).decode()
         return np.sort(drawn.numpy())
+
+    def build_generator(self) -> Any:
+        """Return a PyTorch generator with the current state."""
+        import torch
+
+        generator = torch.Generator()
+        if self.state is None:
+            return generator.manual_seed(0)
+        saved = bytearray(base64.b64decode(self.state))
+        return generator.set_state(torch.frombuffer(saved, dtype=torch.uint8))

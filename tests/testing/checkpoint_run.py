@@ -1,53 +1,114 @@
 """Train, save every second step and resume automatically; rank 0 prints one line per step.
 
-python checkpoint_run.py DIRECTORY STEPS [BACKEND [sync|async]]
+python checkpoint_run.py DIRECTORY STEPS [BACKEND [sync|async [ENGINES [HOURS]]]]
+
+If the number of ENGINES is passed, only two automatic checkpoints are kept, and the user saves one
+more. With two engines, the second one trains in turn, saves to DIRECTORY/second and prints lines
+that start with ``second:``. HOURS is the number of hours by which the clock of this process is set
+back.
 """
 
+import datetime as dt
 import hashlib
 import sys
+import time
 
 import torch
 from torch.utils.data import TensorDataset
 
 import engine
 
+USER_TAG, USER_STEP = "mine", 5
+KEEP = 2
 
-def main(directory, steps, backend, is_async):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(52, 4, generator=generator)
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
-    config = {
-        "train_batch_size": 8,
-        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
-        "scheduler": {
-            "type": "OneCycle",
-            "params": {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01, "cycle_first_step_size": 20},
-        },
-        "engine": {
-            "backend": backend,
-            "checkpoint": {"dir": directory, "every": 2, "async": is_async},
-        },
-    }
-    data = TensorDataset(x, x.sum(1, keepdim=True))
-    trainer, _, loader, _ = engine.initialize(config=config, model=net, training_data=data)
-    while trainer.global_steps < steps:
-        for features, target in loader:
-            lr = trainer.get_lr()[0]
-            trainer.backward((trainer(features) - target).pow(2).mean())
-            trainer.step()
-            weights = b"".join(p.detach().numpy().tobytes() for p in net.parameters())
-            digest = hashlib.sha256(weights).hexdigest()[:16]
-            if trainer.global_rank == 0:
-                # Write the line at once: torchrun may forward part of a line.
-                sys.stdout.write(f"{trainer.global_steps} {lr} {features.sum().item()} {digest}\n")
-                sys.stdout.flush()
-            if trainer.global_steps == steps:
-                break
+
+class Trained:
+    """An engine that prints a line for each step.
+
+    Args:
+        directory: directory for the checkpoints.
+        backend: backend of the engine.
+        is_async: whether checkpoints are written in the background.
+        keep: number of automatic checkpoints to keep; None keeps the default number.
+        prefix: start of each line.
+        dropout: probability of dropout.
+    """
+
+    def __init__(self, directory, backend, is_async, *, keep=KEEP, prefix="", dropout=0.2):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(52, 4, generator=generator)
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.Dropout(dropout), torch.nn.Linear(8, 1)
+        )
+        cycle = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01, "cycle_first_step_size": 20}
+        plan = {"dir": directory, "every": 2, "async": is_async, "keep": keep}
+        config = {
+            "train_batch_size": 8,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+            "scheduler": {"type": "OneCycle", "params": cycle},
+            "engine": {"backend": backend, "checkpoint": plan},
+        }
+        data = TensorDataset(x, x.sum(1, keepdim=True))
+        self.trainer, _, self.loader, _ = engine.initialize(
+            config=config, model=self.net, training_data=data
+        )
+        self.prefix = prefix
+
+    def train(self, steps):
+        """Train until a step, and yield after each one."""
+        while self.trainer.global_steps < steps:
+            for features, target in self.loader:
+                self._step(features, target)
+                yield
+                if self.trainer.global_steps == steps:
+                    break
+
+    def _step(self, features, target):
+        trainer = self.trainer
+        lr = trainer.get_lr()[0]
+        trainer.backward((trainer(features) - target).pow(2).mean())
+        trainer.step()
+        weights = b"".join(p.detach().numpy().tobytes() for p in self.net.parameters())
+        digest = hashlib.sha256(weights).hexdigest()[:16]
+        if trainer.global_rank == 0:
+            # Write the line at once: torchrun may forward part of a line.
+            step = f"{self.prefix}{trainer.global_steps}"
+            sys.stdout.write(f"{step} {lr} {features.sum().item()} {digest}\n")
+            sys.stdout.flush()
+
+
+def set_clock_back(hours):
+    """Set the clock of this process back, as another host's clock may be."""
+    now, date = time.time, dt.datetime
+
+    class Late(date):
+        @classmethod
+        def now(cls, tz=None):
+            return date.now(tz) - dt.timedelta(hours=hours)
+
+    time.time = lambda: now() - 3600 * hours
+    dt.datetime = Late
+
+
+def main(directory, steps, backend, is_async, engines):
+    others = iter(())
+    if engines == 2:
+        # This engine draws no random numbers, so that each of the two resumes exactly.
+        second = Trained(f"{directory}/second", backend, is_async, prefix="second:", dropout=0.0)
+        others = second.train(steps)
+    first = Trained(directory, backend, is_async, keep=KEEP if engines else None)
+    for _ in first.train(steps):
+        if engines and first.trainer.global_steps == USER_STEP:
+            first.trainer.save_checkpoint(directory, USER_TAG)
+        next(others, None)
+    for _ in others:
+        pass
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     directory, steps, *rest = sys.argv[1:]
-    backend, mode = (*rest, *("torch", "sync")[len(rest) :])
-    main(directory, int(steps), backend, mode == "async")
+    backend, mode, engines, hours = (*rest, *("torch", "sync", "0", "0")[len(rest) :])
+    set_clock_back(int(hours))
+    main(directory, int(steps), backend, mode == "async", int(engines))

@@ -1,7 +1,9 @@
-"""Fuzz all code that reads configs: pass mutated configs to it, and report invalid behavior.
+"""Fuzz everything that reads a config or a checkpoint, and report what no input may cause.
 
-Tracebacks, more than 2 seconds of CPU time, more than 500 MB of memory, and imports of code that
-the config names are invalid. Run ``python -m tests.testing.fuzz --seed 1 --mutations 10000``.
+That is a traceback, more than 2 seconds of CPU time, an import of code that the config names, or
+more than 500 MB of memory. Run ``python -m tests.testing.fuzz --seed 1 --mutations 10000``. Of
+these mutations, 60% change a config, 25% the manifest of a checkpoint and 15% any of its files.
+Each runs one of the readers, except that every config is also parsed.
 
 To fuzz another reader of configs, add a function to `TARGETS`. It takes the text of a mutated
 config, and may raise only the exceptions of `EXPECTED`. To fuzz a reader of other JSON files, pass
@@ -10,8 +12,10 @@ examples of these files and the reader to `fuzz`.
 
 import argparse
 import copy
+import importlib
 import io
 import json
+import os
 import random
 import re
 import resource
@@ -20,9 +24,11 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import schemas
+from engine.checkpoint.manifest import MANIFEST
 from engine.cli.main import main
 from engine.config import ConfigError, load_config, load_document, validate
 from engine.config.named_code import find_named_code
@@ -209,6 +215,12 @@ TARGETS = {
     "plot csv": _run_command("plot", "--csv", "-", "--steps", "300", "--steps-per-epoch", "10"),
     "plot": _run_command("plot", "--terminal", "--steps-per-epoch", "1000"),
 }
+FRACTIONS = {"configs": 0.6, "manifests": 0.25, "checkpoints": 0.15}
+"""The fraction of the mutations for each kind of input."""
+_COMMANDS = [f"checkpoint {action}" for action in ("ls", "verify", "show", "export")]
+MANIFEST_READERS = [*_COMMANDS, *_COMMANDS, "checkpoint load"]
+CHECKPOINT_READERS = [*["checkpoint load"] * 7, "checkpoint verify", "checkpoint export"]
+"""The readers of checkpoints; the share of a reader is that of its repetitions."""
 _PATH = Path()
 
 
@@ -225,16 +237,56 @@ def fuzz(seed, mutations, targets=None, examples=None):
         A list of findings: dicts with the keys ``target``, ``kind`` ("traceback", "slow", "import"
         or "memory"), ``detail`` and ``text``.
     """
-    global _PATH  # noqa: PLW0603  # the file that the commands read
-    mutator, findings, imported = Mutator(seed, examples), [], []
-    targets = TARGETS if targets is None else targets
-    sys.addaudithook(
-        lambda event, details: (
-            imported.append(details[0])
-            if event == "import" and str(details[0]).startswith(CANARY)
-            else None
+    return _fuzz_texts(seed, mutations, targets, examples)["findings"]
+
+
+class Record:
+    """What the targets did: findings, the number of calls and the longest one of each target."""
+
+    def __init__(self):
+        self.findings, self.counts, self.slowest, self.executed = [], Counter(), Counter(), []
+        sys.addaudithook(
+            lambda event, details: (
+                self.executed.append(details[0])
+                if event == "import" and str(details[0]).startswith(CANARY)
+                else None
+            )
         )
-    )
+
+    def run(self, name, target, arguments, text):
+        """Run a target, and record what no input may cause; return whether it caused nothing."""
+        kind, detail, seconds = _run_target(target, arguments)
+        self.counts[name] += 1
+        self.slowest[name] = max(self.slowest[name], seconds)
+        if self.executed:
+            kind, detail = "import", self.executed.pop()
+        if kind:
+            finding = {"target": name, "kind": kind, "detail": detail, "text": text[:5000]}
+            self.findings.append(finding)
+            sys.stderr.write(f"{json.dumps(finding)}\n")
+        return not kind
+
+    def summarize(self):
+        """Return the results as a dict, with the peak memory of this process in MB."""
+        # `getrusage` would include the memory of the process that started this one.
+        status = Path("/proc/self/status").read_text()
+        peak = int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
+        if peak > MAX_MEGABYTES:
+            detail = f"{peak:.0f} MB"
+            self.findings.append({"target": "", "kind": "memory", "detail": detail, "text": ""})
+        return {
+            "findings": self.findings,
+            "counts": dict(self.counts),
+            "slowest": dict(self.slowest),
+            "peak": peak,
+        }
+
+
+def _fuzz_texts(seed, mutations, targets=None, examples=None, *, draws=False):
+    """Fuzz the readers of configs; if ``draws`` is true, run only two of them on each text."""
+    global _PATH  # noqa: PLW0603  # the file that the commands read
+    mutator, record = Mutator(seed, examples), Record()
+    targets = TARGETS if targets is None else targets
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / f"{CANARY}.py").write_text("def run(step):\n    return 1.0\n")
         sys.path.insert(0, directory)
@@ -242,37 +294,52 @@ def fuzz(seed, mutations, targets=None, examples=None):
         for _ in range(mutations):
             text = mutator.make_text()
             _PATH.write_bytes(text.encode(errors="surrogatepass"))
-            for name, target in targets.items():
-                kind, detail = _run_target(target, text)
-                if imported:
-                    kind, detail = "import", imported.pop()
-                if kind:
-                    findings.append(
-                        {"target": name, "kind": kind, "detail": detail, "text": text[:5000]}
-                    )
+            names = {"parse", mutator.random.choice(list(targets))} if draws else targets
+            for name in sorted(names & targets.keys()) if draws else targets:
+                record.run(name, targets[name], (text,), text)
         sys.path.remove(directory)
-    # `getrusage` would include the memory of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    peak = int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
-    if peak > MAX_MEGABYTES:
-        findings.append({"target": "", "kind": "memory", "detail": f"{peak:.0f} MB", "text": ""})
-    return findings
+    return record.summarize()
 
 
-def _run_target(target, text):
+def _fuzz_checkpoints(seed, mutations, names, *, only_manifests):
+    """Fuzz the readers of checkpoints; run one of those with the given names on each checkpoint."""
+    from tests.testing.fuzz_checkpoints import CheckpointMutator, build_targets  # imports torch
+
+    record = Record()
+    with tempfile.TemporaryDirectory() as directory:
+        mutator = CheckpointMutator(seed, Path(directory))
+        targets = build_targets(mutator)
+        for number in range(mutations):
+            with mutator.damage(MANIFEST if only_manifests else None) as (run, path):
+                name = mutator.random.choice(names)
+                text = f"mutation {number} of seed {seed}: {path} of the run {run!r}"
+                is_clean = record.run(name, targets[name], (run, path), text)
+                if mutator.bomb.exists():
+                    mutator.bomb.rmdir()
+                    record.findings.append(
+                        {"target": name, "kind": "import", "detail": "os.mkdir", "text": text}
+                    )
+                if not is_clean:
+                    mutator.restart(run)
+    return record.summarize()
+
+
+def _run_target(target, arguments):
     signal.signal(signal.SIGVTALRM, _interrupt)
     signal.setitimer(signal.ITIMER_VIRTUAL, _HANG_SECONDS)
-    start = time.process_time()
+    start, kind, detail = time.process_time(), "", ""
     try:
-        target(text)
+        target(*arguments)
     except EXPECTED:
         pass
     except BaseException:  # noqa: BLE001  # also SystemExit and RecursionError
-        return "traceback", traceback.format_exc(limit=-4)
+        kind, detail = "traceback", traceback.format_exc(limit=-4)
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     seconds = time.process_time() - start
-    return ("slow", f"{seconds:.1f} s") if seconds > MAX_SECONDS else ("", "")
+    if not kind and seconds > MAX_SECONDS:
+        kind, detail = "slow", f"{seconds:.1f} s"
+    return kind, detail, seconds
 
 
 def _interrupt(*_):
@@ -283,13 +350,45 @@ def _main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mutations", type=int, default=1000)
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--parts", nargs="+", default=list(FRACTIONS), choices=list(FRACTIONS))
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, _MEMORY_LIMIT))
-    targets = {name: TARGETS[name] for name in args.targets}
-    findings = fuzz(args.seed, args.mutations, targets)
-    sys.stdout.write(json.dumps(findings, indent=2) + "\n")
-    return 1 if findings else 0
+    parts = {
+        "configs": lambda count: _fuzz_texts(args.seed, count, draws=True),
+        "manifests": lambda count: _fuzz_checkpoints(
+            args.seed, count, MANIFEST_READERS, only_manifests=True
+        ),
+        "checkpoints": lambda count: _fuzz_checkpoints(
+            args.seed, count, CHECKPOINT_READERS, only_manifests=False
+        ),
+    }
+    results = {}
+    for name in args.parts:
+        if name != "configs":
+            importlib.import_module("tests.testing.fuzz_checkpoints")  # once for both parts
+        count = max(1, round(args.mutations * FRACTIONS[name]))
+        results[name] = _run_in_child(parts[name], count)
+        sys.stdout.write(f"{name}: {json.dumps(results[name], indent=2)}\n")
+        sys.stdout.flush()
+    return int(any(result["findings"] for result in results.values()))
+
+
+def _run_in_child(run, count):
+    """Run a part in its own process, so that the memory of each part can be measured."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        with os.fdopen(writer, "w") as pipe:
+            json.dump({"mutations": count, **run(count)}, pipe)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if text:
+        return json.loads(text)
+    return {"findings": [{"kind": "crash", "detail": f"the process ended with status {status}"}]}
 
 
 if __name__ == "__main__":

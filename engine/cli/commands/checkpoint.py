@@ -12,7 +12,7 @@ from engine.checkpoint import storage
 from engine.checkpoint.manifest import read_manifest
 from engine.config.wording import count_noun
 from engine.distributed.environment import INVALID, OK
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, escape
 
 __all__ = ["add_arguments", "run"]
 
@@ -52,7 +52,7 @@ def _list(args: argparse.Namespace, out: TextIO) -> int:
         size = f"{manifest.size / 2**20:,.1f} MiB"
         row = (f"{path.name:{width}}", f"step {manifest.step}", manifest.backend, ranks, size)
         note = () if manifest.frozen else ("without frozen parameters",)
-        print("  ".join((*row, manifest.created[:19], *note)), file=out)
+        print(escape("  ".join((*row, manifest.created[:19], *note))), file=out)
     return OK
 
 
@@ -67,7 +67,7 @@ def _verify(args: argparse.Namespace, out: TextIO) -> int:
             problems = list(storage.find_damage(args.dir / tag, manifest))
         except CheckpointError as error:
             problems = [str(error)]
-        print(f"{tag}: {'; '.join(problems) if problems else 'valid'}", file=out)
+        print(escape(f"{tag}: {'; '.join(problems) if problems else 'valid'}"), file=out)
         status = INVALID if problems else status
     return status
 

@@ -9,6 +9,8 @@ import torch
 import engine
 from engine.errors import CheckpointError
 from tests.testing.distributed import run_distributed_test
+from tests.testing.fuzz_checkpoints import CheckpointMutator, build_targets
+from tests.testing.saved_runs import DEEPSPEED_RUNS
 
 
 class Bomb:
@@ -51,6 +53,46 @@ def load_checkpoints_and_a_bomb(stage, directory):
     assert not (directory / "exploded").exists()
     start(stage, trust_pickle=True).load_checkpoint(directory)
     assert (directory / "exploded").exists()
+
+
+def load_checkpoints_with_random_damage(directory):
+    mutator = CheckpointMutator(0, directory, DEEPSPEED_RUNS)
+    load = build_targets(mutator)["checkpoint load"]
+    for _ in range(60):
+        with mutator.damage() as (name, path):
+            load(name, path)
+    assert not mutator.bomb.exists()
+
+
+@pytest.mark.slow
+def test_deepspeed_checkpoint_with_random_damage_raises_an_error_or_loads(tmp_path):
+    """No part is loaded if another part is damaged; see `tests.testing.fuzz`."""
+    run_distributed_test(load_checkpoints_with_random_damage, 1, tmp_path)
+
+
+def load_checkpoint_with_damaged_optimizer(stage, directory):
+    trainer = start(stage)
+    train(trainer)
+    trainer.save_checkpoint(directory)
+    (file,) = directory.rglob("*optim_states.pt" if stage else "*model_states.pt")
+    content = torch.load(file, weights_only=False)
+    state = content["optimizer_state_dict" if stage else "optimizer"]
+    state = state.get("base_optimizer_state") or state.get("optimizer_state_dict") or state
+    state["state"][0]["exp_avg"] = torch.zeros(7)
+    torch.save(content, file)
+    manifest = file.with_name("manifest.json")
+    manifest.write_text(remove_hashes(manifest.read_text()))
+    train(trainer)
+    weights = [parameter.detach().clone() for parameter in trainer.module.parameters()]
+    with pytest.raises(CheckpointError, match=r"_states\.pt is damaged: `optimizer.*exp_avg` must"):
+        trainer.load_checkpoint(directory)
+    assert trainer.global_steps == 2
+    assert all(map(torch.equal, trainer.module.parameters(), weights))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_deepspeed_checkpoint_with_a_damaged_optimizer_changes_nothing(stage, tmp_path):
+    run_distributed_test(load_checkpoint_with_damaged_optimizer, 1, stage, tmp_path)
 
 
 def remove_hashes(text):

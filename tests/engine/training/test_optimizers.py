@@ -165,3 +165,23 @@ def test_initialize_with_a_generator_or_tensor_in_a_param_group_trains(kind):
     trainer.backward(trainer(torch.ones(2, 3)).mean())
     trainer.step()
     assert not torch.equal(model.weight, before)
+
+
+def test_sgd_momentum_of_a_layer_that_is_used_later_is_that_of_torch():
+    """Torch's fused kernel fails if only some parameters have a momentum."""
+    weights_by_kind = []
+    for is_ours in (True, False):
+        first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        params = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+        optimizer = (
+            build({"type": "SGD", "params": params}, [first, second])
+            if is_ours
+            else torch.optim.SGD([first, second], **params)
+        )
+        for step in range(4):
+            loss = first.pow(2).sum() + (second.pow(3).sum() if step > 0 else 0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        weights_by_kind.append((first.detach(), second.detach()))
+    torch.testing.assert_close(*weights_by_kind)

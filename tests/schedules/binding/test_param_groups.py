@@ -40,12 +40,12 @@ def test_binder_sets_the_momentum_of_groups_with_different_keys():
     assert optimizer.param_groups[1]["betas"] == pytest.approx((0.7, 0.95))
 
 
-def test_get_mom_is_none_for_a_group_without_momentum():
+def test_get_mom_is_0_for_a_group_without_momentum():
     groups = [{"params": weights()}, {"params": weights()}]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     binder = attach("OneCycle", optimizer, **CYCLE)
     del optimizer.param_groups[1]["momentum"]
-    assert binder.get_mom() == [0.95, None]
+    assert binder.get_mom() == [0.95, 0.0]
 
 
 @pytest.mark.parametrize("cycle_max_lr", [0.5, [0.5, 0.6]], ids=["shared", "per group"])

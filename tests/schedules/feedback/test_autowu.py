@@ -11,7 +11,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
 import schedules
-from schedules import trace
+from schedules import Horizon, trace
 from schedules.feedback.gaussian_process import (
     LENGTH_SCALE,
     Hyperparameters,
@@ -278,6 +278,12 @@ def test_evidence_band_contains_the_true_loss(test, unit):
     assert ((low <= truth) & (truth <= high))[5:-5].mean() > 0.85
     assert np.abs(mean - truth).max() < 0.05 * unit
     assert (high - low).max() < 0.3 * unit
+
+
+def test_autowu_scaled_to_more_steps_than_a_float_holds_is_an_error():
+    schedule = schedules.AutoWU(steps_per_epoch=10, total_epochs=20)
+    with pytest.raises(schedules.ScheduleError, match=r"`total_epochs` scaled by 1e\+308 must be"):
+        schedule.resolve(Horizon(scale_ratio=1e308))
 
 
 def test_autowu_keeps_a_group_with_lr_0_at_0_and_the_ratios_of_the_others():

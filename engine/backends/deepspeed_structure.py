@@ -1,0 +1,121 @@
+"""Check the structure of DeepSpeed's files before DeepSpeed loads any of them.
+
+DeepSpeed assigns the weights before it reads the other files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint.deepspeed_pickles import read_file
+from engine.checkpoint.plain_values import report_damage
+from engine.checkpoint.structure import (
+    check_param_groups,
+    check_parameter_states,
+    check_same_structure,
+)
+from schedules.core.saved_state import describe
+
+__all__ = ["check_structure"]
+
+_OPTIMIZER = "optimizer_state_dict"
+_NESTED = ("base_optimizer_state", _OPTIMIZER, "state", "param_groups")
+"""Where the state of torch's optimizer is in that of DeepSpeed's."""
+
+
+def check_structure(
+    engine: Any, directory: Path, *, optimizer: bool, strict: bool, trusts: bool
+) -> None:
+    """Check that this rank's files have the structure of those that DeepSpeed would write now.
+
+    Args:
+        engine: DeepSpeed's engine.
+        directory: directory of the checkpoint.
+        optimizer: whether the optimizer will be loaded.
+        strict: whether the checkpoint must have all weights of the model, and no others.
+        trusts: whether to unpickle any object, which can run code from the files.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    root, tag = str(directory.parent), directory.name
+    path = Path(engine._get_ckpt_name(root, tag))  # noqa: SLF001  # it has no public name
+    if not path.is_file():
+        return  # written by another number of ranks
+    values = read_file(path, trusts=trusts)
+    with report_damage(path):
+        _check_model(values, engine, strict=strict)
+        if optimizer and not engine.zero_optimization():
+            _check_optimizer(values.get("optimizer"), engine)
+    if optimizer and engine.zero_optimization() and not engine.zero_nvme_offload_optimizer():
+        path = Path(engine._get_zero_ckpt_name(root, tag))  # noqa: SLF001  # it has no public name
+        values = read_file(path, trusts=trusts)
+        with report_damage(path):
+            check_same_structure(values, {_OPTIMIZER: {}}, "checkpoint")
+            _check_optimizer(values[_OPTIMIZER], engine)
+
+
+def _check_model(values: Any, engine: Any, *, strict: bool) -> None:
+    own: dict[str, Any] = {"dp_world_size": 1, "mp_world_size": 1, "module": {}}
+    own |= {"global_steps": 0, "skipped_steps": 0}
+    own |= {"global_samples": 0} if "global_samples" in values else {}
+    check_same_structure(values, own, "checkpoint")
+    weights = _read_weights(engine)
+    saved = values["module"]
+    own = {key: each for key, each in weights.items() if strict or key in saved}
+    check_same_structure(saved, own, "module")
+    unknown = saved.keys() - weights.keys()
+    if strict and unknown:
+        raise ValueError(f"the model has no {describe(min(unknown, key=str))}.")
+
+
+def _read_weights(engine: Any) -> dict[str, Any]:
+    """Return the weights as DeepSpeed saves them: at stage 3, those of a sharded model."""
+    has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # it has no public name
+    if has_events:
+        engine.optimizer.checkpoint_event_prologue()
+    weights = {
+        name: torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+        for name, value in engine.module_state_dict().items()
+    }
+    if has_events:
+        engine.optimizer.checkpoint_event_epilogue()
+    return weights
+
+
+def _check_optimizer(saved: Any, engine: Any) -> None:
+    """Check the state of DeepSpeed's optimizer, which may wrap another class than the saved one.
+
+    Raises:
+        ValueError: a value is missing, or has another type or shape.
+    """
+    own = engine.optimizer.state_dict()
+    own_rest = {key: value for key, value in own.items() if key not in _NESTED}
+    check_same_structure(saved, own_rest, "optimizer")
+    for key in _NESTED[:2]:
+        saved, own = saved.get(key, saved), own.get(key, own)
+    if not isinstance(own, Mapping):
+        return
+    check_same_structure(saved, {"state": {}, "param_groups": []}, "optimizer")
+    check_param_groups(saved["param_groups"], own["param_groups"])
+    # FusedAdam counts the steps in its param groups.
+    counts = [group["step"] for group in saved["param_groups"] if "step" in group]
+    states = {
+        key: {"step": counts[0], **each} if counts and isinstance(each, dict) and each else each
+        for key, each in saved["state"].items()
+    }
+    # At stage 3, the param groups are empty between steps.
+    fill = getattr(engine.optimizer, "_set_fp32_optimizer_param_groups", lambda: None)
+    clear = getattr(engine.optimizer, "_clear_fp32_optimizer_param_groups", lambda: None)
+    fill()
+    try:
+        groups = engine.basic_optimizer.param_groups
+        parameters = dict(enumerate(p for group in groups for p in group["params"]))
+        check_parameter_states(states, engine.basic_optimizer, parameters)
+    finally:
+        clear()

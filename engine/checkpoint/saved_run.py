@@ -1,0 +1,79 @@
+"""The structure of the file that holds a run's counters, schedule and position in the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from engine.checkpoint.plain_values import read_as, report_damage
+from engine.training.progress import Counters
+from schedules.core.fields import Range
+from schedules.core.saved_state import OPTIONAL, Count, Size
+
+__all__ = ["read_run"]
+
+_CountOrNone = Annotated[int, Range(at_least=-1)]
+
+
+@dataclass(frozen=True)
+class _Position:
+    """The result of `DataPosition.get_state`."""
+
+    epoch: _CountOrNone
+    given: Count
+    finished: Count = field(default=0, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Batch sizes of a run; earlier versions have saved the world size."""
+
+    train: Size
+    accumulation: Size
+    micro: Any = field(default=None, metadata=OPTIONAL)
+    data_ranks: Any = field(default=None, metadata=OPTIONAL)
+    unit: Any = field(default=None, metadata=OPTIONAL)
+    world_size: Any = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """The result of `BestMetric.state_dict`."""
+
+    name: str
+    mode: Literal["min", "max"]
+    value: float | None
+    step: Count
+    misses: Count
+    last_step: _CountOrNone
+
+
+@dataclass(frozen=True)
+class _SavedRun:
+    """The state that `Checkpointer` collects."""
+
+    lr_scheduler: dict[Any, Any] | None
+    counters: Counters
+    loader: _Position | None
+    client_state: dict[Any, Any]
+    monitors: dict[str, Size] = field(default_factory=dict, metadata=OPTIONAL)
+    batch: _Batch | None = field(default=None, metadata=OPTIONAL)
+    best: _Metric | None = field(default=None, metadata=OPTIONAL)
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Read the state of a run, and check its structure.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    values: dict[str, Any] = read_as(_SavedRun, path)
+    with report_damage(path):
+        counters = Counters(**values["counters"])
+        if counters.applied_steps < 0:
+            raise ValueError(
+                f"`engine.counters.skipped_steps` must be <= global_steps, "
+                f"{counters.global_steps}, got {counters.skipped_steps}."
+            )
+    return values

@@ -1,0 +1,233 @@
+"""Check that a saved state has the structure of the state that this run would save."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from schedules.core.saved_state import describe
+
+__all__ = [
+    "HYPERPARAMETERS",
+    "check_param_groups",
+    "check_parameter_states",
+    "check_same_structure",
+]
+
+_IMPLEMENTATION = {"fused", "foreach"}
+"""Settings of a param group that are not restored."""
+_MAX_INT = 2**63 - 1
+HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
+"""Settings of a param group that every checkpoint has if the optimizer has them."""
+
+
+def check_same_structure(saved: Any, own: Any, name: str) -> None:
+    """Check that a saved value has the type and structure of the value that this run has.
+
+    A value that is None now may have any type in the checkpoint. A list may have become longer,
+    and a mapping may have more keys.
+
+    Args:
+        saved: value in the checkpoint.
+        own: value at the same place in this run.
+        name: name of the value, for the error message.
+
+    Raises:
+        ValueError: a key or an item is missing, or a value has another type or shape.
+
+    >>> check_same_structure({"last_epoch": "3"}, {"last_epoch": 0}, "lr_scheduler")
+    Traceback (most recent call last):
+    ValueError: `lr_scheduler.last_epoch` must be a number, got '3'.
+    """
+    kind = _classify(own)
+    if kind == "nothing":
+        return
+    if _classify(saved) != kind:
+        raise ValueError(f"`{name}` must be {kind}, got {describe(saved)}.")
+    if isinstance(own, Mapping):
+        for key, value in own.items():
+            if key not in saved:
+                raise ValueError(f"`{name}` must have the key {describe(key)}.")
+            check_same_structure(saved[key], value, f"{name}.{key}")
+    elif kind == "a list":
+        _check_items(saved, own, name)
+    elif kind == "a tensor" and saved.shape != own.shape:
+        raise ValueError(
+            f"`{name}` must have the shape {tuple(own.shape)}, got {tuple(saved.shape)}."
+        )
+    elif kind == "a number":
+        _check_number(saved, own, name)
+    elif hasattr(own, "__dict__"):
+        check_same_structure(vars(saved), vars(own), name)
+
+
+def _classify(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, Tensor) and value.dim() == 0:
+        is_real = value.dtype != torch.bool and not value.is_complex()
+        return "a number" if is_real else f"of the type {value.dtype}"
+    if isinstance(value, int | float | np.generic):
+        return "a number"
+    for kind, word in (
+        (Tensor, "a tensor"),
+        (Mapping, "a mapping"),
+        (list | tuple, "a list"),
+        (str, "a string"),
+    ):
+        if isinstance(value, kind):
+            return word
+    return "an object" if hasattr(value, "__dict__") else f"of the type {type(value).__name__}"
+
+
+def _check_items(saved: Sequence[Any], own: Sequence[Any], name: str) -> None:
+    if len(saved) < len(own) or (isinstance(own, tuple) and len(saved) != len(own)):
+        raise ValueError(f"`{name}` must have {len(own)} items, got {len(saved)}.")
+    for index, value in enumerate(saved):
+        check_same_structure(
+            value, own[min(index, len(own) - 1)] if own else None, f"{name}[{index}]"
+        )
+
+
+def _check_number(saved: Any, own: Any, name: str) -> None:
+    is_huge = isinstance(saved, int) and abs(saved) > _MAX_INT
+    if is_huge or (isinstance(own, int) and isinstance(saved, float) and not math.isfinite(saved)):
+        raise ValueError(f"`{name}` must be a finite number, got {describe(saved)}.")
+
+
+def check_param_groups(saved: Any, own: Sequence[Mapping[str, Any]]) -> None:
+    """Check that an optimizer can continue with the settings of saved param groups.
+
+    Args:
+        saved: param groups in the checkpoint.
+        own: param groups of this run, in the same form.
+
+    Raises:
+        ValueError: a value is missing, or has another type or range.
+    """
+    name = "optimizer.param_groups"
+    check_same_structure(saved, [], name)
+    if len(saved) != len(own):
+        raise ValueError(f"`{name}` must have {len(own)} items, got {len(saved)}.")
+    for index, (group, own_group) in enumerate(zip(saved, own, strict=True)):
+        check_same_structure(group, {}, f"{name}[{index}]")
+        _check_group(group, own_group, f"{name}[{index}]")
+
+
+def check_parameter_states(
+    saved: Any, optimizer: Optimizer, parameters: Mapping[Any, Tensor]
+) -> None:
+    """Check that an optimizer can continue with the saved states of its parameters.
+
+    Args:
+        saved: state of each parameter that has one, by the parameter's name or index. The contents
+            of tensors are checked only if they are step counts.
+        optimizer: optimizer of this run; it need not have any state yet.
+        parameters: parameters of the optimizer, by name or index.
+
+    Raises:
+        ValueError: a value is missing, or has another type, shape or range.
+    """
+    check_same_structure(saved, {}, "optimizer.state")
+    templates = _Templates(optimizer)
+    for key, values in saved.items():
+        name = f"optimizer.state[{describe(key)}]"
+        if key not in parameters:
+            raise ValueError(f"`{name}` does not belong to a parameter of the optimizer.")
+        check_same_structure(values, {}, name)
+        _check_parameter_state(values, templates.build(parameters[key]), name)
+
+
+def _check_group(group: Mapping[str, Any], own: Mapping[str, Any], name: str) -> None:
+    for key, value in own.items():
+        if key in group and key not in _IMPLEMENTATION:
+            exact = tuple(value) if isinstance(value, list) else value
+            check_same_structure(group[key], exact, f"{name}.{key}")
+        elif key in {*HYPERPARAMETERS, "params"}:
+            raise ValueError(f"`{name}` must have the key `{key}`.")
+    if list(group["params"]) != list(own["params"]):
+        raise ValueError(f"`{name}.params` must be the parameters of this run.")
+    for key in (key for key in HYPERPARAMETERS if key in group):
+        values = group[key] if isinstance(group[key], list | tuple) else [group[key]]
+        for value in (each for each in values if _classify(each) == "a number"):
+            is_valid = 0 <= float(value) < 1 if key == "betas" else math.isfinite(float(value))
+            if not is_valid:
+                limit = "from 0 to below 1" if key == "betas" else "finite"
+                raise ValueError(f"`{name}.{key}` must be {limit}, got {describe(value)}.")
+
+
+def _check_parameter_state(
+    values: Mapping[str, Any], template: Mapping[str, Any], name: str
+) -> None:
+    if values and template:
+        for key in template:
+            if key not in values:
+                raise ValueError(f"`{name}` must have the key {describe(key)}.")
+    for key, value in values.items():
+        check_same_structure(value, template.get(key), f"{name}.{key}")
+        if key == "step" and _classify(value) == "a number" and not 0 <= float(value) < math.inf:
+            raise ValueError(f"`{name}.step` must be >= 0 and finite, got {describe(value)}.")
+
+
+class _Templates:
+    """What an optimizer keeps for a parameter after its first step.
+
+    For an optimizer of `torch.optim`, a copy takes this step on a small parameter with as many
+    dimensions. The steps of other optimizers may do anything, so their current state is used.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._kind = type(optimizer)
+        self._is_known = getattr(torch.optim, self._kind.__name__, None) is self._kind
+        self._groups = {
+            id(parameter): group
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        self._own: Mapping[Tensor, Mapping[str, Any]] = optimizer.state
+        self._known: dict[Any, Mapping[str, Any]] = {}
+
+    def build(self, parameter: Tensor) -> Mapping[str, Any]:
+        """Return the state of a parameter, possibly with meta tensors; empty if it is unknown."""
+        group = self._groups.get(id(parameter))
+        if group is None or not self._is_known:
+            return self._own.get(parameter, {})
+        accepted = inspect.signature(self._kind).parameters
+        settings = {
+            key: value
+            for key, value in group.items()
+            if key in accepted and key not in {"params", "fused", "foreach", "capturable"}
+        }
+        dimensions = parameter.dim()
+        structure = {k: v if isinstance(v, bool) else bool(v) for k, v in settings.items()}
+        key = (dimensions, *structure.items())
+        if key not in self._known:
+            self._known[key] = self._take_step(dimensions, settings)
+        return {name: _scale(value, parameter.shape) for name, value in self._known[key].items()}
+
+    def _take_step(self, dimensions: int, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        small = torch.zeros([2] * dimensions, requires_grad=True)
+        small.grad = torch.zeros_like(small)
+        try:
+            copy = self._kind([small], **settings)
+            copy.step()
+        except (TypeError, ValueError, RuntimeError):
+            return {}  # such as LBFGS, which needs a closure
+        return dict(copy.state[small])
+
+
+def _scale(value: Any, shape: torch.Size) -> Any:
+    """Return a meta tensor for a parameter of another shape; other values are returned as is."""
+    if not isinstance(value, Tensor) or value.dim() != len(shape) or not shape:
+        return value
+    sizes = [own if small == 2 else small for own, small in zip(shape, value.shape, strict=True)]
+    return torch.empty(sizes, device="meta")
