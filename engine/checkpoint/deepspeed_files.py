@@ -70,7 +70,7 @@ class DeepSpeedFiles:
 
     Args:
         checkpoint_dir: directory of the checkpoint.
-        trusts: whether to unpickle objects of any class; this can run code from the files.
+        trusts: whether to unpickle any object, which can run code from the files.
 
     Raises:
         CheckpointError: a file is damaged or contains untrusted objects.

@@ -33,15 +33,15 @@ class _Attributes:
 def read_file(path: Path, *, trusts: bool = False) -> Any:
     """Read one of DeepSpeed's files, without importing DeepSpeed.
 
-    The file is mapped into memory, so that only the tensors that are used are read.
+    Tensors are mapped into memory, so that only those that are used are read.
 
     Args:
         path: file to read.
-        trusts: whether to load objects of any class; this can run code from the file.
+        trusts: whether to load any object, which can run code from the file.
 
     Raises:
-        CheckpointError: the file is damaged, or it contains objects that are not tensors, plain
-            values or instances of DeepSpeed's own classes.
+        CheckpointError: the file is damaged, or it contains other objects than tensors, plain
+            values and DeepSpeed's own classes.
     """
     stand_ins = [
         (int if name == "ZeroStageEnum" else _Attributes, f"{module}.{name}")
@@ -63,7 +63,7 @@ def read_file(path: Path, *, trusts: bool = False) -> Any:
 def unpickle(
     load: Callable[..., Any], path: Any, allowed: list[Any], *, mmap: bool | None = None
 ) -> Any:
-    """Load a file with ``torch.load`` if it has only tensors, plain values and allowed classes.
+    """Load a file with ``torch.load``, but only tensors, plain values and ``allowed`` classes.
 
     Raises:
         CheckpointError: the file contains other objects.

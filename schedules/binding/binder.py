@@ -194,10 +194,7 @@ class ScheduleBinder(TorchInterface):
             self._step_slowly(loss, metric)
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
-        """Take a step for which `step` has no fast path.
-
-        This is the first step, a step with feedback, or the first step of a new range.
-        """
+        """Take the first step, a step with feedback, or the first step of a new range of steps."""
         self._check_base()
         if self.last_epoch == 0:
             self._first_step.check()
