@@ -80,7 +80,7 @@ def __getattr__(name: str) -> Any:
 
 def _import_from_deepspeed(name: str) -> Any:
     try:
-        from engine.backends.deepspeed import import_deepspeed
+        from engine.backends.deepspeed_import import import_deepspeed
 
         return getattr(import_deepspeed(), name)
     except ImportError as error:

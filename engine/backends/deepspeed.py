@@ -28,6 +28,7 @@ from engine.backends.deepspeed_checkpoint import (
     set_format,
 )
 from engine.backends.deepspeed_config import build_deepspeed_config
+from engine.backends.deepspeed_import import import_for_config
 from engine.backends.deepspeed_layout import Layout
 from engine.backends.deepspeed_order import BackwardOrder
 from engine.backends.deepspeed_structure import check_structure
@@ -50,7 +51,7 @@ from engine.training.optimizers import (
 )
 from engine.training.precision import cast_layer_inputs
 
-__all__ = ["DeepSpeedBackend", "import_deepspeed"]
+__all__ = ["DeepSpeedBackend"]
 
 _SCALER = "grad_scaler.pt"
 
@@ -87,7 +88,7 @@ class DeepSpeedBackend(Backend):
         mpu: Any = None,
         mesh_param: Any = None,
     ) -> None:
-        deepspeed = _import_for_config()
+        deepspeed = import_for_config()
         from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param
 
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -437,28 +438,3 @@ def _count_elements(groups: list[Any]) -> int:
     members = (each["params"] if isinstance(each, dict) else [each] for each in groups)
     # Parameters that zero.Init has already sharded store their full size in `ds_numel`.
     return sum(getattr(p, "ds_numel", p.numel()) for params in members for p in params)
-
-
-def import_deepspeed() -> Any:
-    """Import the package ``deepspeed`` and return it.
-
-    Raises:
-        ImportError: DeepSpeed is not installed.
-    """
-    import deepspeed
-    from deepspeed.ops.op_builder import ShareMemCommBuilder
-
-    # Otherwise, DeepSpeed spends minutes compiling a faster all-reduce in the first CPU run.
-    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    return deepspeed
-
-
-def _import_for_config() -> Any:
-    try:
-        return import_deepspeed()
-    except ImportError as error:
-        raise ImportError(
-            f"This config needs DeepSpeed, which cannot be imported: {error}. Run `pip install "
-            'deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that only '
-            "DeepSpeed supports."
-        ) from error

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import engine
-from engine.backends.deepspeed import import_deepspeed
+from engine.backends.deepspeed_import import import_deepspeed
 from tests.testing.distributed import run_distributed_test
 
 SCRIPTS = Path(__file__).with_name("public_scripts")

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 import engine
-from engine.backends.deepspeed import import_deepspeed
+from engine.backends.deepspeed_import import import_deepspeed
 
 ADAMW = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
 SGD = {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from engine.backends.deepspeed import import_deepspeed
+from engine.backends.deepspeed_import import import_deepspeed
 from engine.errors import CheckpointError
 from tests.testing.deepspeed_runs import (
     ADAMW,
