@@ -258,8 +258,8 @@ class Engine(DeepSpeedAccessors):
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on the micro-batches of one step, and return their mean loss.
 
-        Each micro-batch is passed to the model, which must return the loss. A tuple, list or
-        mapping is unpacked into arguments. Without ``data_iter``, the training data is repeated.
+        The model is called with each micro-batch and must return the loss. A tuple, list or mapping
+        is unpacked into arguments. By default, ``data_iter`` cycles through the training data.
         """
         if (whole := train_pipeline(data_iter, self.training_dataloader, self._run)) is not None:
             self._automatic.save_if_due(self._run)

@@ -109,7 +109,7 @@ class ScheduleBinder(TorchInterface):
         if at and schedule.feedback is not None:
             raise ValueError(
                 f"`at` must be 0 with {schedule.type_name}, which depends on past losses, got "
-                f"{at}. Call load_state_dict() with a saved state."
+                f"{at}. To start at a later step, call load_state_dict() with a saved state."
             )
         self.schedule = schedule
         self.optimizer = optimizer
@@ -250,8 +250,8 @@ class ScheduleBinder(TorchInterface):
         if self.last_epoch != self._position:
             raise ValueError(
                 f"`last_epoch` must not be set with {self.schedule.type_name}, which depends on "
-                f"past losses, got {self.last_epoch} after {self._position} steps. Call "
-                "load_state_dict() with a saved state."
+                f"past losses, got {self.last_epoch} after {self._position} steps. To change the "
+                "step, call load_state_dict() with a saved state."
             )
         self._include_added_groups()
         uses_metric = self.schedule.feedback == "metric" and metric is not None
