@@ -309,7 +309,7 @@ class DeepSpeedFiles:
                 start += count
 
     def _find_whole(self, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, _Piece]]:
-        """Find the pieces of a run without ZeRO, whose states have no names but the same order."""
+        """Find the pieces of a run without ZeRO, which saves states in order but without names."""
         saved = self._model["optimizer"] or {}
         states = saved.get("optimizer_state_dict", saved).get("state", {})
         flat = saved.get("fp32_groups_flat")

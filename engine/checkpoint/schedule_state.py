@@ -162,7 +162,8 @@ def advance(scheduler: LRScheduler, applied_steps: int) -> None:
     """
     if isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "last_epoch"):
         log.warning(
-            "%s restarts from step 0, because its step is unknown", type(scheduler).__name__
+            "%s restarts from step 0, because its step in the saved run is unknown",
+            type(scheduler).__name__,
         )
         return
     with warnings.catch_warnings():

@@ -24,7 +24,7 @@ def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Prob
         document: parsed config; it is not modified.
 
     Returns:
-        A copy of the document with booleans, and a note about each replacement.
+        The document with these replacements, and a note about each of them.
     """
     converted = {
         member.pointer: bool(member.value)

@@ -43,7 +43,7 @@ def _find_current_pointer(member: Member) -> str:
 
 
 def _is_listed(member: Member, values: Any) -> bool:
-    """Return whether ``values``, which have no effect, contain the value of a member.
+    """Return whether a member's value is one of ``values``, which have no effect.
 
     None stands for any value. For a section, ``values`` is a dict that lists such values for each
     key that can change a result.

@@ -133,7 +133,7 @@ class ProgressSettings:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """The settings of what a run measures or logs in addition to its progress."""
+    """Settings of the diagnostics that a run logs in addition to its progress."""
 
     wall_clock_breakdown: bool
     """Whether the mean times of the passes are logged with each progress line."""

@@ -32,7 +32,7 @@ class NoOptimizer(Optimizer):
 
 
 def has_no_optimizer(optimizer: Optimizer) -> bool:
-    """Return whether a backend has no optimizer, because its engine only runs inference."""
+    """Return whether an optimizer is the placeholder for an engine that only runs inference."""
     return isinstance(optimizer, NoOptimizer)
 
 

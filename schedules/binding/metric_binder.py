@@ -26,7 +26,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
     Trainers, such as Hugging Face's and Lightning's, pass a metric only to instances of PyTorch's
     ``ReduceLROnPlateau``. Like that class, the binder multiplies the current learning rates when
-    the schedule reduces them, and writes nothing in all other steps.
+    the schedule reduces them, and leaves them unchanged otherwise.
     """
 
     _has_received = False
