@@ -1,7 +1,7 @@
-"""Faults of whole programs: full disks, second jobs, hostile files, signals, and very large inputs.
+"""Cause faults in whole programs: full disks, second jobs, hostile files, signals, huge inputs.
 
 Each fault is a shell script that runs in an empty directory. `benchmarks/fault_table.py` runs all
-of them and prints a table with the last line of the output, the exit status and the seconds.
+of them and prints a table with the last line of the output, the exit status and the run time.
 """
 
 from __future__ import annotations
@@ -460,7 +460,7 @@ def run_faults(only: str = "") -> Iterator[tuple[str, str, int, float]]:
     """Cause each fault whose name contains ``only``.
 
     Yields:
-        The fault, the last line of its output, the exit status, and the seconds.
+        The fault, the last line of its output, the exit status, and the run time in seconds.
     """
     for fault in FAULTS:
         if only in fault.name:

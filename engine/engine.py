@@ -258,8 +258,8 @@ class Engine(DeepSpeedAccessors):
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on the micro-batches of one step, and return their mean loss.
 
-        Each micro-batch is passed to the model, which must return the loss. A tuple, list or
-        mapping is unpacked into arguments. Without ``data_iter``, the training data is repeated.
+        The model is called with each micro-batch and must return the loss. A tuple, list or mapping
+        is unpacked into arguments. By default, ``data_iter`` cycles through the training data.
         """
         if (whole := train_pipeline(data_iter, self.training_dataloader, self._run)) is not None:
             self._automatic.save_if_due(self._run)
@@ -272,7 +272,7 @@ class Engine(DeepSpeedAccessors):
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Evaluate as many micro-batches as a step has, and return their mean loss."""
+        """Evaluate the model on as many micro-batches as a step uses; return their mean loss."""
         with evaluation_mode(self):
             return evaluate_batch(self, data_iter, self._run)
 
@@ -384,7 +384,7 @@ class Engine(DeepSpeedAccessors):
         The state consists of the model, optimizer, loss scale, schedule and counters.
 
         Args:
-            load_dir: directory that was passed to `save_checkpoint` of this engine or DeepSpeed's.
+            load_dir: directory that was passed to `save_checkpoint`, also of DeepSpeed's engine.
             tag: name or number of the checkpoint; default: the newest complete one.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and saved ones that the model

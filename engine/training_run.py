@@ -325,7 +325,8 @@ def train_pipeline(
 
     Args:
         batches: iterator over micro-batches; default: the batches of ``loader``.
-        loader: data loader of the run; if None, the data of the pipeline's ``set_dataloader``.
+        loader: data loader of the run. If ``batches`` and ``loader`` are None, the pipeline uses
+            the data that was passed to its ``set_dataloader``.
         run: state of the run.
     """
     batches = batches or (repeat_batches(loader) if loader is not None else None)
@@ -344,7 +345,7 @@ def train_pipeline(
 
 
 def evaluate_batch(model: nn.Module, batches: Iterator[Any], run: TrainingRun) -> Tensor:
-    """Return the mean loss of as many micro-batches as a step has."""
+    """Evaluate the model on as many micro-batches as a step uses; return their mean loss."""
     if result := run.backend.run_pipeline(batches, trains=False):
         return result[0]
     losses = call_on_batches(model, batches, run.accumulation.steps)

@@ -45,7 +45,7 @@ class Slot:
         return group[self.key]
 
     def put(self, group: Group, value: Any) -> None:
-        """Replace the value in a param group by a number or a tensor."""
+        """Replace the value in a param group with a number or a tensor."""
         group[self.key] = value
 
     def read(self, group: Group) -> float:
@@ -128,7 +128,7 @@ _MULTIPLIERS = {"lr": ("lr_scale", "lr_mult"), "weight_decay": ("wd_mult",)}
 
 
 def check_multipliers(hyperparameter: str, optimizer: Optimizer) -> None:
-    """Check that no param group expects that a schedule multiplies a hyperparameter.
+    """Check that no param group has a factor by which its hyperparameter must be multiplied.
 
     Raises:
         ValueError: a group has a key such as ``lr_scale``, and its value is not 1.
@@ -186,7 +186,7 @@ def write_values(groups: Sequence[Group], slots: Slots, values: Values) -> None:
 def _separate_tensors(
     groups: Sequence[Group], slots: Sequence[Slot], values: Sequence[object]
 ) -> None:
-    """Give param groups that share a tensor, but have different values, a tensor each."""
+    """If param groups with different values share a tensor, give each of them its own tensor."""
     first: dict[int, object] = {}
     for group, slot, value in zip(groups, slots, values, strict=True):
         current = slot.get(group)
@@ -195,7 +195,7 @@ def _separate_tensors(
 
 
 class RangeWriter:
-    """Writes scheduled values into param groups, for steps in which no curve changes its formula.
+    """Writes scheduled values in a range of steps within which no curve changes its formula.
 
     The constructor writes the values of the first step, and prepares the formulas so that `write`
     is fast.
@@ -262,8 +262,8 @@ class RangeWriter:
         """Write the scheduled values at a step into the param groups.
 
         Returns:
-            Whether the values were written. If not, a param group has other betas than before, and
-            a new writer is required.
+            Whether the values were written. If not, other code has changed the betas of a param
+            group, and a new writer is required.
         """
         old = self._betas
         if self._line:
@@ -315,9 +315,9 @@ class RangeWriter:
                 slot.write(group, piece.formula(step))
 
     def _share_betas(self, groups: Sequence[Group]) -> tuple[float, ...] | None:
-        """Give all param groups the same tuple of betas, if they are equal at every step.
+        """Let all param groups share one tuple of betas, if their betas are equal at every step.
 
-        `write` then detects betas that were changed since its last call with one comparison.
+        With one comparison per group, `write` can then detect that other code changed the betas.
         """
         keys = {slot.key for slot in self._slots.get("momentum", ())}
         if keys != {"betas"} or len(set(self._pieces["momentum"])) > 1:

@@ -45,9 +45,9 @@ def compute_norm(gradients: list[Tensor]) -> float:
 
 
 def get_gradient(parameter: Tensor) -> Tensor:
-    """Return a gradient, or its stored values if it is sparse; changing them changes the gradient.
+    """Return a parameter's gradient; if the gradient is sparse, return its stored values.
 
-    The parameter must have a gradient.
+    Changing the returned tensor changes the gradient. The parameter must have a gradient.
     """
     assert parameter.grad is not None
     if not parameter.grad.is_sparse:
@@ -139,15 +139,15 @@ class Backend(ABC):
     def run_pipeline(
         self, batches: Iterator[Any] | None, *, trains: bool
     ) -> tuple[Tensor, bool] | None:
-        """Run a pipeline on the micro-batches of a step; return None for any other model.
+        """Run a pipeline-parallel model on the micro-batches of one step.
 
         Args:
-            batches: iterator over micro-batches; None for the data that the script has set with the
+            batches: iterator over micro-batches; None to use the data that the script passed to the
                 pipeline's ``set_dataloader`` or ``set_dataiterator``.
             trains: whether to take an optimizer step.
 
         Returns:
-            The mean loss, and whether a step was applied.
+            The mean loss, and whether a step was applied; None if the model is not a pipeline.
         """
         del batches, trains
         return None

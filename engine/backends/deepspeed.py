@@ -156,9 +156,10 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Check the order of the passes, and mark the last one of a step.
+        """Check the order of the passes, and tell DeepSpeed whether this backward pass ends a step.
 
-        If DeepSpeed does not manage gradient accumulation, it reduces all gradients in its step.
+        If DeepSpeed does not manage gradient accumulation, it reduces all gradients in its step,
+        so it does not need to know.
         """
         self._order.check(is_last=is_last and self._is_managed)
         if self._is_managed:
@@ -365,7 +366,7 @@ class DeepSpeedBackend(Backend):
             scaler.load_state_dict(saved_scaler)
 
     def _load_only_weights(self, files: DeepSpeedFiles, *, strict: bool) -> None:
-        """Load the weights of any ZeRO stage; DeepSpeed would load those of the newest tag."""
+        """Load weights and counters; DeepSpeed itself would load the weights of the newest tag."""
         found = files.find_weights()
         weights = {k: v.read() if isinstance(v, SavedTensor) else v for k, v in found.items()}
         self._load_weights(weights, strict, None)

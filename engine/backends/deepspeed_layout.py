@@ -60,7 +60,7 @@ class Layout:
     def check(self, files: DeepSpeedFiles, *, optimizer: bool, strict: bool) -> None:
         """Check that a checkpoint fits the model and the optimizer.
 
-        If DeepSpeed alone wrote the checkpoint, the layout is read from its own files.
+        If onecycle did not write the checkpoint, the layout is read from DeepSpeed's own files.
 
         Args:
             files: files of the checkpoint.
@@ -98,14 +98,14 @@ class Layout:
             self._check_groups(files)
 
     def _check_groups(self, files: DeepSpeedFiles) -> None:
-        """Check the param groups of a checkpoint without a layout."""
+        """Check the param groups of a checkpoint that contains no layout file."""
         groups, shapes = files.find_param_groups(), files.get_trained_shapes()
         own_shapes = sorted(shape for group in self._groups for shape in group)
         if len(groups) != len(self._groups) or shapes not in (None, own_shapes):
             raise CheckpointError(
-                f"{files.directory} does not match the optimizer: it has {len(groups)} param "
-                f"groups in the checkpoint, {len(self._groups)} now, or the shapes of the trained "
-                f"parameters differ. {_FIX}"
+                f"{files.directory} does not match the optimizer: there are {len(groups)} "
+                f"param groups in the checkpoint and {len(self._groups)} now, or the shapes of the "
+                f"trained parameters differ. {_FIX}"
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:

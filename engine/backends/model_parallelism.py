@@ -43,14 +43,15 @@ def find_model_parallelism(model: nn.Module) -> str | None:
 
 
 def find_data_shard(model: Any, mpu: Any, mesh_param: Any) -> tuple[int, int] | None:
-    """Return the index and the number of the parts of the data, as DeepSpeed determines them.
+    """Return the index of this rank's part of the data, and the number of parts.
 
-    Return None if neither the model nor an argument determines them.
+    Both are the same as in DeepSpeed. Return None if neither the model nor an argument determines
+    them.
 
     Args:
-        model: a PipelineModule knows which ranks are stages of one pipeline.
+        model: model of the run; a PipelineModule defines which ranks are stages of one pipeline.
         mpu: model-parallel unit.
-        mesh_param: number of data-parallel ranks, and of ranks that share each sequence.
+        mesh_param: number of data-parallel ranks, and number of ranks that share each sequence.
     """
     if _is_pipeline(model):
         mpu = model.mpu()

@@ -1,4 +1,4 @@
-"""Read the checkpoints that DeepSpeed's engine writes: tensors and values by parameter name."""
+"""Read tensors and values by parameter name from checkpoints that DeepSpeed's engine wrote."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OWN_KEYS = frozenset(
 
 
 class SavedTensor(NamedTuple):
-    """A tensor of a checkpoint, which is read when it is needed."""
+    """A tensor in a checkpoint, whose values are read only when they are needed."""
 
     shape: torch.Size
     parts: list[Tensor]
@@ -50,7 +50,7 @@ class SavedTensor(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """The part of a parameter that one rank has saved, as a range of flat tensors."""
+    """The part of a parameter that one rank saved: a range of elements in flat tensors."""
 
     states: Mapping[str, Any]
     """State of the optimizer for the flat tensor."""
@@ -95,7 +95,7 @@ class DeepSpeedFiles:
 
     @property
     def is_universal(self) -> bool:
-        """Whether this is a universal checkpoint, for any number of ranks."""
+        """Whether this is a universal checkpoint, which any number of ranks can load."""
         return (self.directory / _UNIVERSAL).is_dir()
 
     @property
@@ -110,16 +110,16 @@ class DeepSpeedFiles:
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage of the run that wrote the checkpoint; 1 for stage 2, whose files are equal."""
+        """ZeRO stage of the saved run; 1 also for stage 2, whose files have the same format."""
         if self._model["module"] is not None and self._model.get("param_shapes") is None:
             return 0
         return 3 if self._is_stage_3 else 1
 
     def read_run_state(self, default_batch: int) -> dict[str, Any]:
-        """Return the state of the run, except for the model's and the optimizer's.
+        """Return the state of the run without the states of the model and the optimizer.
 
         Args:
-            default_batch: global batch size, if the checkpoint does not contain it.
+            default_batch: global batch size to use if the checkpoint does not contain it.
         """
         saved, steps = self._model, self.steps
         samples = saved.get("global_samples")
@@ -139,7 +139,7 @@ class DeepSpeedFiles:
         """Return the model's parameters and buffers by name.
 
         Trained parameters are in float32 if the checkpoint has them in float32. Values that are not
-        tensors are those of ``get_extra_state``.
+        tensors come from ``get_extra_state``.
 
         Args:
             groups: names of the trained parameters in each param group.
@@ -179,7 +179,7 @@ class DeepSpeedFiles:
         return found
 
     def find_param_groups(self) -> list[dict[str, Any]]:
-        """Return the settings of each param group; empty if there was no optimizer."""
+        """Return the settings of each param group; an empty list if there was no optimizer."""
         saved = self._model["optimizer"] or self._first_shard
         for key in ("base_optimizer_state", "optimizer_state_dict"):
             saved = saved.get(key, saved) if isinstance(saved, dict) else {}
@@ -187,7 +187,7 @@ class DeepSpeedFiles:
         return groups
 
     def read_loss_scaler(self) -> dict[str, Any] | None:
-        """Return the state of `LossScaler`; None if the loss scale was not dynamic."""
+        """Return a state for `LossScaler`; None if the saved loss scale was not dynamic."""
         holder = self._model["optimizer"] or self._first_shard
         scaler = vars(holder["loss_scaler"]) if "loss_scaler" in holder else holder
         if "last_overflow_iter" not in scaler:
@@ -219,12 +219,12 @@ class DeepSpeedFiles:
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
-        """The name under which a tied parameter is saved, by its other names."""
+        """Dict from each other name of a tied parameter to the name under which it is saved."""
         return dict(self._model.get("shared_params") or {})
 
     @cached_property
     def _shapes(self) -> dict[str, torch.Size]:
-        """The shapes of parameters that the files contain in parts."""
+        """The whole shapes of the parameters that are split across files, by name."""
         groups = [
             *(self._model.get("param_shapes") or []),
             self._model.get("frozen_param_shapes") or {},
@@ -233,7 +233,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _frozen(self) -> dict[str, SavedTensor]:
-        """The frozen parameters that each rank has saved a part of."""
+        """The frozen parameters that are split across the files of the ranks, by name."""
         shapes = self._model.get("frozen_param_shapes") or {}
         if self.zero_stage != 3 or not shapes:
             return {}
@@ -246,7 +246,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _shards(self) -> list[Mapping[str, Any]]:
-        """The states of ZeRO's optimizer, of each rank."""
+        """The state of each rank's ZeRO optimizer."""
         paths = [path for _, path in _match_names(self.directory, _OPTIMIZER)]
         if len(paths) != self.world_size:
             raise CheckpointError(
@@ -309,7 +309,7 @@ class DeepSpeedFiles:
                 start += count
 
     def _find_whole(self, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, _Piece]]:
-        """Find the pieces of a run without ZeRO, which saves no names, but the same order."""
+        """Find the pieces of a run without ZeRO, which saves states in order but without names."""
         saved = self._model["optimizer"] or {}
         states = saved.get("optimizer_state_dict", saved).get("state", {})
         flat = saved.get("fp32_groups_flat")
@@ -339,7 +339,7 @@ class DeepSpeedFiles:
 
 
 def _match_names(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
-    """Return the files whose names match, with their matches, in the order of ranks."""
+    """Return the match and the path of each file whose name matches, in the order of ranks."""
     matches = ((pattern.fullmatch(path.name), path) for path in directory.iterdir())
     found = [(match, path) for match, path in matches if match is not None]
     return sorted(found, key=lambda each: int(each[0]["rank"] or 0))

@@ -37,11 +37,12 @@ def convert_deepspeed_state(
         scheduler: scheduler of this run.
 
     Returns:
-        The state; None if the schedule continues at the current step of the run.
+        The state; None if there is nothing to load, so that the schedule continues at the current
+        step of the run.
 
     Raises:
-        CheckpointError: the scheduler is the script's own one, and the state is from a different
-            class.
+        CheckpointError: the script created the scheduler, and the checkpoint contains no state of
+            a scheduler of the same class.
     """
     if isinstance(scheduler, ScheduleBinder):
         return saved if saved is not None and {"type", "params", "step"} <= saved.keys() else None
@@ -150,17 +151,20 @@ def _adapt_schedule_state(
 
 
 def advance(scheduler: LRScheduler, applied_steps: int) -> None:
-    """Step a scheduler of PyTorch to the current step of the run.
+    """Call ``step`` on a PyTorch scheduler until it reaches the current step of the run.
 
-    Only a `ScheduleBinder` can compute its values at any step, and the state of another scheduler
-    contains the settings of the saved run.
+    Unlike a `ScheduleBinder`, such a scheduler cannot jump to a step. Its saved state is not loaded
+    because that would also restore the settings of the saved run.
 
     Args:
         scheduler: scheduler of this run, with its own settings.
         applied_steps: number of applied optimizer steps in the checkpoint.
     """
     if isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "last_epoch"):
-        log.warning("%s restarts: its position is unknown", type(scheduler).__name__)
+        log.warning(
+            "%s restarts from step 0, because its step in the saved run is unknown",
+            type(scheduler).__name__,
+        )
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")

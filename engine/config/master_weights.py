@@ -11,7 +11,7 @@ __all__ = ["find_cpu_adam_key"]
 
 
 def find_cpu_adam_key(config: Mapping[str, Any]) -> str | None:
-    """Return the key that requires DeepSpeed's CPU Adam with an offloaded optimizer; None if none.
+    """Return the key that requires an optimizer offloaded to DeepSpeed's CPU Adam, or None.
 
     >>> find_cpu_adam_key({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}})
     'bf16.bf16_master_weights_and_grads'

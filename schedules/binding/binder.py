@@ -57,8 +57,8 @@ class ScheduleBinder(TorchInterface):
         optimizer: optimizer whose hyperparameters the schedule sets.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         base: initial learning rate of all param groups or a list of one per group; or a dict that
-            maps "lr", "momentum" and "weight_decay" to such values. By default, the values that the
-            param groups have now; if another schedule wrote those, the initial values of that one.
+            maps "lr", "momentum" and "weight_decay" to such values. By default, the current
+            values are used; if another schedule wrote those, that schedule's initial values.
         at: step at which the schedule starts.
 
     Raises:
@@ -86,7 +86,7 @@ class ScheduleBinder(TorchInterface):
     """
 
     def __new__(cls, schedule: Schedule[Any] | None = None, *_: Any, **__: Any) -> Self:
-        """Create a binder, of the subclass for the schedule's feedback if there is one."""
+        """Create an instance of the subclass for the schedule's feedback, if there is one."""
         feedback = getattr(schedule, "feedback", None) if cls is ScheduleBinder else None
         chosen: type[Self] = _SUBCLASSES.get(feedback, cls)
         return super().__new__(chosen)
@@ -109,7 +109,7 @@ class ScheduleBinder(TorchInterface):
         if at and schedule.feedback is not None:
             raise ValueError(
                 f"`at` must be 0 with {schedule.type_name}, which depends on past losses, got "
-                f"{at}. Call load_state_dict() with a saved state."
+                f"{at}. To start at a later step, call load_state_dict() with a saved state."
             )
         self.schedule = schedule
         self.optimizer = optimizer
@@ -194,7 +194,7 @@ class ScheduleBinder(TorchInterface):
             self._step_slowly(loss, metric)
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
-        """Take a step that is the first one, has feedback, or starts a new range of steps."""
+        """Take the first step, a step with feedback, or the first step of a new range of steps."""
         self._check_base()
         if self.last_epoch == 0:
             self._first_step.check()
@@ -215,9 +215,9 @@ class ScheduleBinder(TorchInterface):
     def _check_base(self) -> None:
         if self._doubt is not None:
             raise ValueError(
-                f"The initial values of the schedule are uncertain: {self._doubt}, and the first "
-                "may come from a schedule or from the script. Load the saved state of the "
-                "schedule, or pass the initial values to `attach` as `base`."
+                f"The initial values of the schedule are uncertain: {self._doubt}, and the "
+                "current value may come from a schedule or from the script. Load the saved state "
+                "of the schedule, or pass the initial values to `attach` as `base`."
             )
 
     def _holds_own_values(self) -> bool:
@@ -241,7 +241,7 @@ class ScheduleBinder(TorchInterface):
         )
 
     def note_other_writer(self) -> None:
-        """Note that another schedule of the same optimizer has set a hyperparameter of this one."""
+        """Note that another schedule has set a hyperparameter that this schedule also sets."""
         self._is_overtaken, self._writer = True, None
 
     def _step_with_feedback(
@@ -250,8 +250,8 @@ class ScheduleBinder(TorchInterface):
         if self.last_epoch != self._position:
             raise ValueError(
                 f"`last_epoch` must not be set with {self.schedule.type_name}, which depends on "
-                f"past losses, got {self.last_epoch} after {self._position} steps. Call "
-                "load_state_dict() with a saved state."
+                f"past losses, got {self.last_epoch} after {self._position} steps. To change the "
+                "step, call load_state_dict() with a saved state."
             )
         self._include_added_groups()
         uses_metric = self.schedule.feedback == "metric" and metric is not None
@@ -272,7 +272,7 @@ class ScheduleBinder(TorchInterface):
             log.info(text, name, *decision[:3], confidence)
 
     def _is_unchanged_since(self, before: Any) -> bool:
-        """Return whether a step with feedback, from a state before, leaves the param groups."""
+        """Return whether the values are the same as in ``before``, the state before this step."""
         del before
         return False
 
@@ -295,7 +295,7 @@ class ScheduleBinder(TorchInterface):
         self._attachment.record(self, groups, lambda: values)
 
     def _include_added_groups(self) -> Sequence[Group]:
-        """Bind the schedule to param groups that were added, and return all of them."""
+        """Bind the schedule to newly added param groups, and return all param groups."""
         groups, known = self.optimizer.param_groups, len(self._base_lrs)
         if len(groups) < known:
             raise ValueError(
@@ -380,7 +380,7 @@ class ScheduleBinder(TorchInterface):
         Args:
             state_dict: saved state.
             override: whether to accept the state of a schedule with other parameters or initial
-                hyperparameters. This schedule then continues at the saved step.
+                hyperparameters. This schedule then keeps its own and continues at the saved step.
 
         Raises:
             ValueError: the state is from a different schedule, or has a different number of param
@@ -410,7 +410,7 @@ class ScheduleBinder(TorchInterface):
 
     @property
     def _compared(self) -> Collection[str]:
-        """Names of the hyperparameters whose initial values a saved state must have."""
+        """Names of the hyperparameters whose initial values must match those of a saved state."""
         return self._slots.keys()
 
     def __repr__(self) -> str:

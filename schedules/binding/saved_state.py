@@ -75,7 +75,7 @@ def build_identity(schedule: Schedule[Any], horizon: Horizon | None) -> dict[str
 
 
 def _to_json(value: Any) -> Any:
-    """Convert a value to JSON types. A function or another object becomes the name of its code."""
+    """Convert a value to JSON types; replace a function or an object by the name of its code."""
     if isinstance(value, Mapping):
         return {str(key): _to_json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -123,7 +123,8 @@ def check_state(
         compared: names of the hyperparameters whose initial values must be equal.
 
     Raises:
-        ValueError: they are different, or the state is damaged or from another library.
+        ValueError: the schedules, the initial values or the numbers of param groups are different,
+            or the state is damaged or from another library.
     """
     check_origin(state)
     fields = ("type", "params", "step", "base", "state")
@@ -142,7 +143,7 @@ def check_state(
         raise ValueError(
             f"The schedule does not match the saved state: {'; '.join(changed)}. Restore the "
             "saved values, or call load_state_dict() with `override=True` to continue from the "
-            "saved step with the values of now."
+            "saved step with the current values."
         )
 
 

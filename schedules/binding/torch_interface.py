@@ -1,4 +1,4 @@
-"""The methods and attributes of PyTorch's schedulers, and of DeepSpeed's."""
+"""The methods and attributes that both PyTorch's and DeepSpeed's schedulers have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["BaseLRs", "TorchInterface"]
 
 
 class BaseLRs(list[float | Tensor]):
-    """The initial learning rates, whose items cannot be assigned."""
+    """List of the initial learning rates; assigning to one of its items raises an error."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError(
@@ -26,7 +26,7 @@ class BaseLRs(list[float | Tensor]):
 
 
 class TorchInterface(LRScheduler):
-    """Base class of `ScheduleBinder`, with what other libraries read from a scheduler."""
+    """Base class of `ScheduleBinder`, with the attributes that other libraries read."""
 
     controller: Controller[Any]
     _extra_count = 0
@@ -52,7 +52,7 @@ class TorchInterface(LRScheduler):
 
     @abstractmethod
     def _go_to(self, state: Any, step: int) -> None:
-        """Set the state, and write the hyperparameters of its step."""
+        """Set the state and the step, and write the hyperparameters of that step."""
 
     # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
     # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
@@ -69,7 +69,7 @@ class TorchInterface(LRScheduler):
 
     @property
     def base_lrs(self) -> list[float | Tensor]:
-        """Initial learning rate of each param group. Assign a new list to change it."""
+        """Initial learning rate of each param group. To change one, assign a new list."""
         return self._base_lrs
 
     @base_lrs.setter

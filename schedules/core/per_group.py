@@ -1,4 +1,4 @@
-"""Values of a field for each param group, from one number or from a list with one per group."""
+"""Expand a field, which is a single number or a list, to one value per param group."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
 
 
 def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the value of a field that is a learning rate for each param group.
+    """Return, for each param group, the value of a field that is a learning rate.
 
     Args:
         schedule: schedule with the field, and with a field ``relative``.

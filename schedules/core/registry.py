@@ -238,7 +238,7 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
 
 
 def build(cls: type[Schedule[Any]], params: Mapping[str, Any]) -> Schedule[Any]:
-    """Build a schedule of a class.
+    """Build a schedule from its class and its parameters.
 
     Args:
         cls: class of the schedule.

@@ -185,7 +185,7 @@ class Schedule(ABC, Generic[S]):
         return dataclasses.replace(self, **changes)
 
     def _check_minimum(self, name: str, steps: Any) -> None:
-        """Check that a time string is not 0 steps in a short run, if the field does not allow 0."""
+        """Check that no time string is 0 steps in a short run, unless the field allows 0."""
         least, given = read_fields(type(self))[name].minimum, _as_tuple(getattr(self, name))
         for time, count in zip(given, _as_tuple(steps), strict=True):
             if is_time_string(time) and count == 0 < least:

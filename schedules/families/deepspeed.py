@@ -128,7 +128,7 @@ class OneCycle(
     """Decay rate of momentum after the cycle. The divisor of momentum starts at 1 and increases by
     this rate every `decay_step_size` steps."""
     relative: bool = False
-    """Whether the learning rates are multiples of the param group's own learning rate."""
+    """Whether the learning rates are multiples of each param group's initial learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         for low, high in (("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")):
@@ -248,7 +248,7 @@ class LRRangeTest(
     """Whether the learning rate increases once every `lr_range_test_step_size` steps instead of at
     every step."""
     relative: bool = False
-    """Whether `lr_range_test_min_lr` is a multiple of the param group's own learning rate."""
+    """Whether `lr_range_test_min_lr` is a multiple of each param group's initial learning rate."""
 
     @property
     def span(self) -> int:
@@ -296,7 +296,7 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     warmup_type: WarmupType = "log"
     """Shape of the warmup; "log" rises fastest in the first steps."""
     relative: bool = False
-    """Whether the learning rates are multiples of the param group's own learning rate."""
+    """Whether the learning rates are multiples of each param group's initial learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.warmup_max_lr is not None and exceeds(self.warmup_min_lr, self.warmup_max_lr):

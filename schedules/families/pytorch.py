@@ -262,7 +262,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     three_phase: bool = False
     """Whether the learning rate returns to its initial value before it falls to its final value."""
     relative: bool = False
-    """Whether `max_lr` is a multiple of the param group's own learning rate."""
+    """Whether `max_lr` is a multiple of each param group's initial learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         by_epochs = (self.epochs is not None) + (self.steps_per_epoch is not None)
@@ -389,7 +389,7 @@ class CyclicLR(
     max_momentum: Momentum = 0.9
     """Momentum at the bottom of the triangles."""
     relative: bool = False
-    """Whether the learning rates are multiples of the param group's own learning rate."""
+    """Whether the learning rates are multiples of each param group's initial learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.gamma > 1:

@@ -38,7 +38,7 @@ def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
 def _is_autocast_of_16_bits(context: RuleContext, on: list[str]) -> bool:
     """Return whether ``torch_autocast`` computes in the dtype of the 16-bit weights.
 
-    Without ZeRO, DeepSpeed would scale the loss of fp16 twice.
+    Return False for fp16 without ZeRO, because DeepSpeed would then scale the loss twice.
     """
     if len(on) != 2 or "torch_autocast" not in on:
         return False
