@@ -17,7 +17,7 @@ def import_engine() -> ModuleType:
 
     Raises:
         ImportError: one of the user's modules is named ``engine``, ``schedules`` or ``schemas``.
-            The package `engine` itself checks the last two names.
+            The package `engine` checks the last two names when it is imported.
     """
     spec = importlib.util.find_spec("engine")
     found = spec and [*(spec.submodule_search_locations or ()), spec.origin][0]
