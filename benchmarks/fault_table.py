@@ -1,11 +1,13 @@
 """Damage checkpoints and interrupt saves in every known way, and print the error messages.
 
-    python benchmarks/fault_table.py
+    python benchmarks/fault_table.py [--only TEXT]
 
-The faults are not simulated: the full file system is a mounted tmpfs of 2 MB (the row is omitted
-without root), and the killed rank receives SIGKILL. The last column shows the step from which a new
-run resumes. Before each fault, three checkpoints exist, the last one at step 6. Before faults that
-need several ranks, only one checkpoint exists, at step 2.
+The faults are real: the full file system is a mounted tmpfs (a row says so if it cannot be
+mounted), and the killed rank receives SIGKILL. Only the system clock that jumps back is simulated.
+The first table lists faults in checkpoints; its last column shows the step from which a new run
+resumes. Before each fault, three checkpoints exist, the last one at step 6. Before faults that need
+several ranks, only one checkpoint exists, at step 2. The second table lists faults in whole
+programs.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import engine
+from benchmarks.fault_runs import run_faults
 from engine.checkpoint import collectives, storage
 from tests.engine.checkpoint.test_checkpoint import Bomb, damage
 from tests.engine.test_initialization import model, start, train
@@ -112,6 +115,7 @@ def replace_model(directory: Path) -> Iterator[tuple[str, str, str]]:
     manifest = json.loads((bomb / "global_step6" / "manifest.json").read_text())
     size, digest = target.stat().st_size, storage._hash(target)
     manifest["files"]["engine.pt"] = {"size": size, "sha256": digest}
+    del manifest["checksum"]
     (bomb / "global_step6" / "manifest.json").write_text(json.dumps(manifest))
     yield (
         "a pickle bomb with a correct hash",
@@ -139,6 +143,7 @@ def fail_to_save(directory: Path) -> Iterator[tuple[str, str, str]]:
     )
     with mount_small_file_system(directory / "small") as small:
         if small is None:
+            yield "no space", "SKIPPED: a tmpfs cannot be mounted", "-"
             return
         kept = save_checkpoints(small)
         filler = small / "filler"
@@ -153,15 +158,15 @@ def fail_to_save(directory: Path) -> Iterator[tuple[str, str, str]]:
 def fail_on_rank(directory: Path) -> Iterator[tuple[str, str, str]]:
     for case, fault in (("absent", "a save on rank 0 only"), ("dead", "a rank that was killed")):
         start_time = time.monotonic()
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         saved_dir = directory / case
+        command = ["-m", "engine.cli.main", "launch", "--no-preflight", "--nproc", "2"]
         done = subprocess.run(
             [sys.executable, *command, __file__, "--as-rank", case, str(saved_dir)],
             capture_output=True,
             text=True,
             check=False,
         )
-        known = ("RuntimeError: save_checkpoint(", "Signal 9 ")
+        known = ("RuntimeError: save_checkpoint(", "first failure")
         lines = [line for line in done.stderr.splitlines() if any(text in line for text in known)]
         message = lines[0].split(": ", 1)[1][:170] if lines else done.stderr[-300:]
         spent = time.monotonic() - start_time
@@ -188,11 +193,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--as-rank", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--only", metavar="TEXT", help="faults of whole programs whose name contains TEXT"
+    )
     args = parser.parse_args()
     if args.as_rank:
         run_rank(*args.as_rank)
         return
     console = Console(soft_wrap=True)
+    if args.only is None:
+        print_checkpoint_faults(console)
+    print("\n| fault | last line of the output | status | seconds |\n|---|---|---|---|")
+    for fault, said, status, seconds in run_faults(args.only or ""):
+        cells = (fault, said.replace("|", "\\|"), str(status), f"{seconds:.0f}")
+        console.print(f"| {' | '.join(cells)} |", markup=False, highlight=False)
+
+
+def print_checkpoint_faults(console: Console) -> None:
     print("| fault | message | a new run resumes from |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -30,8 +30,8 @@ _MODULES = {
 # Names of DeepSpeed for `import engine as deepspeed`. `dir` does not list them.
 _DEEPSPEED_NAMES = frozenset(
     """
-    DeepSpeedConfig DeepSpeedConfigError DeepSpeedDataLoader DeepSpeedHybridEngine
-    DeepSpeedInferenceConfig DeepSpeedOptimizer DeepSpeedOptimizerCallable
+    DeepSpeedConfig DeepSpeedDataLoader DeepSpeedHybridEngine DeepSpeedInferenceConfig
+    DeepSpeedOptimizer DeepSpeedOptimizerCallable
     DeepSpeedSchedulerCallable DeepSpeedTransformerConfig DeepSpeedTransformerLayer
     DualPipeVEngine DualPipeVModule HAS_TRITON InferenceEngine OnDevice PipelineEngine
     PipelineModule __git_branch__ __git_hash__ __version_major__ __version_minor__
@@ -42,6 +42,9 @@ _DEEPSPEED_NAMES = frozenset(
     zero
     """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
 )
+
+# Names of DeepSpeed's classes with a counterpart: what `initialize` returns and raises.
+_CLASSES = {"DeepSpeedConfigError": "ConfigError", "DeepSpeedEngine": "Engine"}
 
 __all__ = sorted([*_MODULES, "__version__"])  # noqa: PLE0605  # computed, so that each name is listed once
 
@@ -67,8 +70,7 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("onecycle")
-    if name == "DeepSpeedEngine":  # the class of what `initialize` returns
-        name = "Engine"
+    name = _CLASSES.get(name, name)
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
     if name in _DEEPSPEED_NAMES:
@@ -78,7 +80,7 @@ def __getattr__(name: str) -> Any:
 
 def _import_from_deepspeed(name: str) -> Any:
     try:
-        from engine.backends.deepspeed import import_deepspeed
+        from engine.backends.deepspeed_import import import_deepspeed
 
         return getattr(import_deepspeed(), name)
     except ImportError as error:

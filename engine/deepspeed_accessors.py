@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,19 +180,17 @@ class DeepSpeedAccessors(nn.Module):
         """Return the learning rate of each param group for the next step."""
         return read_lr(self._backend.optimizer)
 
-    def get_mom(self) -> list[float | tuple[float, ...] | None] | None:
+    def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return the momentum of each param group (all betas for Adam).
 
-        The result is None if the optimizer has no momentum. In the list, None stands for a group
-        without momentum.
+        The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
         return read_momenta(self._backend.optimizer)
 
-    def get_momentum(self) -> list[float | None] | None:
+    def get_momentum(self) -> list[float] | None:
         """Return the momentum of each param group (the first beta for Adam).
 
-        The result is None if the optimizer has no momentum. In the list, None stands for a group
-        without momentum.
+        The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
         return read_momentum(self._backend.optimizer)
 
@@ -280,6 +278,20 @@ class DeepSpeedAccessors(nn.Module):
         del bucket_size
         if self._run.accumulation.is_boundary():
             self._backend.get_attribute("allreduce_gradients")()
+
+    @contextlib.contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Reduce the gradients of all backward passes inside this context at its end.
+
+        Only DeepSpeed's ZeRO supports this context, whose end must precede `step`.
+
+        Raises:
+            AttributeError: the run does not use DeepSpeed.
+            RuntimeError: `no_sync` is active.
+        """
+        reduction = self._find_attribute("coalesce_grad_reduction")
+        with self._run.accumulation.coalesce(), reduction():
+            yield
 
     def module_state_dict(
         self,

@@ -240,7 +240,7 @@ class Engine(DeepSpeedAccessors):
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Set whether each following `step` runs the optimizer. Call this before `backward`."""
-        self._run.accumulation.boundary = is_boundary
+        self._run.accumulation.set_boundary(is_boundary)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Disable gradient synchronization across ranks for backward passes inside this context.
@@ -258,13 +258,13 @@ class Engine(DeepSpeedAccessors):
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on the micro-batches of one step, and return their mean loss.
 
-        Each micro-batch is passed to the model, which must return the loss. A tuple, list or
-        mapping is unpacked into arguments. Without ``data_iter``, the training data is repeated.
+        The model is called with each micro-batch and must return the loss. A tuple, list or mapping
+        is unpacked into arguments. By default, ``data_iter`` cycles through the training data.
         """
-        batches = data_iter or repeat_batches(self.training_dataloader)
-        if (whole := train_pipeline(batches, self._run)) is not None:
+        if (whole := train_pipeline(data_iter, self.training_dataloader, self._run)) is not None:
             self._automatic.save_if_due(self._run)
             return whole
+        batches = data_iter or repeat_batches(self.training_dataloader)
         losses = []
         for loss in call_on_batches(self, batches, self._run.accumulation.steps):
             losses.append(self.backward(loss).detach())
@@ -272,7 +272,7 @@ class Engine(DeepSpeedAccessors):
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Evaluate as many micro-batches as a step has, and return their mean loss."""
+        """Evaluate the model on as many micro-batches as a step uses; return their mean loss."""
         with evaluation_mode(self):
             return evaluate_batch(self, data_iter, self._run)
 
@@ -358,11 +358,11 @@ class Engine(DeepSpeedAccessors):
         Raises:
             OSError: the disk is full or the directory is not writable. Older checkpoints are kept.
             RuntimeError: saving failed on a rank, or a rank did not call this method in time.
-            ValueError: the ranks' tags differ, or ``client_state`` has values of unsupported types.
+            ValueError: ``save_dir`` is empty, tags differ, or ``client_state`` has invalid types.
         """
         self._checkpointer.save(
             self._run,
-            Path(save_dir),
+            save_dir,
             None if tag is None else str(tag),
             client_state=client_state,
             save_latest=save_latest,
@@ -384,7 +384,7 @@ class Engine(DeepSpeedAccessors):
         The state consists of the model, optimizer, loss scale, schedule and counters.
 
         Args:
-            load_dir: directory that was passed to `save_checkpoint`.
+            load_dir: directory that was passed to `save_checkpoint`, also of DeepSpeed's engine.
             tag: name or number of the checkpoint; default: the newest complete one.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and saved ones that the model
@@ -404,7 +404,7 @@ class Engine(DeepSpeedAccessors):
         self._run.length.is_position_known = True
         path, client_state = self._checkpointer.load(
             self._run,
-            Path(load_dir),
+            load_dir,
             None if tag is None else str(tag),
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,

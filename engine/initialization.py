@@ -253,7 +253,7 @@ def _prefer_arguments(
         The config, and a log message about each replacement.
 
     Raises:
-        ValueError: there is no optimizer, but something that requires one.
+        ValueError: the config or an argument requires an optimizer, but there is none.
     """
     if optimizer is None and config.optimizer is None:
         _check_inference(config, lr_scheduler)
@@ -271,7 +271,7 @@ def _prefer_arguments(
 
 
 def _check_inference(config: Config, lr_scheduler: object) -> None:
-    """Check that a run without an optimizer, which only runs the model, needs none."""
+    """Check that nothing requires an optimizer in a run that has none and only runs the model."""
     need = None
     if config.schedule is not None or lr_scheduler is not None:
         need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"

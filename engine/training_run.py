@@ -19,7 +19,7 @@ from engine.config.batch_sizes import BatchSizes
 from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
-from engine.training.data import call_on_batches
+from engine.training.data import call_on_batches, repeat_batches
 from engine.training.divergence import DivergenceCheck
 from engine.training.evaluation import preserve_modes
 from engine.training.loader import RunLoader
@@ -318,8 +318,18 @@ class TrainingRun:
             recorder.stop_if_over()
 
 
-def train_pipeline(batches: Iterator[Any], run: TrainingRun) -> Tensor | None:
-    """Train a pipeline on a whole batch and return its mean loss; None for any other model."""
+def train_pipeline(
+    batches: Iterator[Any] | None, loader: RunLoader | None, run: TrainingRun
+) -> Tensor | None:
+    """Train a pipeline on a whole batch and return its mean loss; None for any other model.
+
+    Args:
+        batches: iterator over micro-batches; default: the batches of ``loader``.
+        loader: data loader of the run. If ``batches`` and ``loader`` are None, the pipeline uses
+            the data that was passed to its ``set_dataloader``.
+        run: state of the run.
+    """
+    batches = batches or (repeat_batches(loader) if loader is not None else None)
     run._check_may_step()  # noqa: SLF001  # private to this module
     run.misuse.check_step(run.scheduler, run.accumulation, is_boundary=False)
     result = run.backend.run_pipeline(batches, trains=True)
@@ -335,7 +345,7 @@ def train_pipeline(batches: Iterator[Any], run: TrainingRun) -> Tensor | None:
 
 
 def evaluate_batch(model: nn.Module, batches: Iterator[Any], run: TrainingRun) -> Tensor:
-    """Return the mean loss of as many micro-batches as a step has."""
+    """Evaluate the model on as many micro-batches as a step uses; return their mean loss."""
     if result := run.backend.run_pipeline(batches, trains=False):
         return result[0]
     losses = call_on_batches(model, batches, run.accumulation.steps)

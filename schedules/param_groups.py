@@ -15,6 +15,7 @@ __all__ = [
     "Group",
     "RangeWriter",
     "Slot",
+    "check_multipliers",
     "find_slots",
     "read_lr",
     "read_momenta",
@@ -44,7 +45,7 @@ class Slot:
         return group[self.key]
 
     def put(self, group: Group, value: Any) -> None:
-        """Replace the value in a param group by a number or a tensor."""
+        """Replace the value in a param group with a number or a tensor."""
         group[self.key] = value
 
     def read(self, group: Group) -> float:
@@ -122,19 +123,40 @@ def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
     return tuple(slots)
 
 
-def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...] | None] | None:
+_MULTIPLIERS = {"lr": ("lr_scale", "lr_mult"), "weight_decay": ("wd_mult",)}
+"""Keys of param groups with which the schedulers of timm and Megatron-LM multiply a value."""
+
+
+def check_multipliers(hyperparameter: str, optimizer: Optimizer) -> None:
+    """Check that no param group has a factor by which its hyperparameter must be multiplied.
+
+    Raises:
+        ValueError: a group has a key such as ``lr_scale``, and its value is not 1.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        for key in _MULTIPLIERS.get(hyperparameter, ()):
+            if group.get(key, 1) != 1:
+                raise ValueError(
+                    f"No schedule reads the key `{key}` of a param group, but param group {index} "
+                    f"has `{key}` {group[key]:g}. Multiply the `{hyperparameter}` of the group by "
+                    "this value, and remove the key."
+                )
+
+
+def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...]] | None:
     """Return the momentum or the betas of each group; None if no group has either.
 
-    In the list, None stands for a group that has neither.
+    A group that has neither has momentum 0.
     """
-    momenta = [_read_momentum(group) for group in optimizer.param_groups]
-    return momenta if any(each is not None for each in momenta) else None
-
-
-def _read_momentum(group: Group) -> float | tuple[float, ...] | None:
-    if "momentum" in group:
-        return float(group["momentum"])
-    return tuple(group["betas"]) if "betas" in group else None
+    groups = optimizer.param_groups
+    if not any("momentum" in group or "betas" in group for group in groups):
+        return None
+    return [
+        float(group.get("momentum", 0.0))
+        if "momentum" in group or "betas" not in group
+        else tuple(group["betas"])
+        for group in groups
+    ]
 
 
 def read_lr(optimizer: Optimizer) -> list[float]:
@@ -142,19 +164,15 @@ def read_lr(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def read_momentum(optimizer: Optimizer) -> list[float | None] | None:
+def read_momentum(optimizer: Optimizer) -> list[float] | None:
     """Return the momentum or the first beta of each group; None if no group has either.
 
-    In the list, None stands for a group that has neither.
+    A group that has neither has momentum 0.
     """
     momenta = read_momenta(optimizer)
     if momenta is None:
         return None
-    return [each if each is None else float(_first(each)) for each in momenta]
-
-
-def _first(momentum: float | tuple[float, ...]) -> float:
-    return momentum[0] if isinstance(momentum, tuple) else momentum
+    return [float(each[0] if isinstance(each, tuple) else each) for each in momenta]
 
 
 def write_values(groups: Sequence[Group], slots: Slots, values: Values) -> None:
@@ -168,7 +186,7 @@ def write_values(groups: Sequence[Group], slots: Slots, values: Values) -> None:
 def _separate_tensors(
     groups: Sequence[Group], slots: Sequence[Slot], values: Sequence[object]
 ) -> None:
-    """Give param groups that share a tensor, but have different values, a tensor each."""
+    """If param groups with different values share a tensor, give each of them its own tensor."""
     first: dict[int, object] = {}
     for group, slot, value in zip(groups, slots, values, strict=True):
         current = slot.get(group)
@@ -177,7 +195,7 @@ def _separate_tensors(
 
 
 class RangeWriter:
-    """Writes scheduled values into param groups, for steps in which no curve changes its formula.
+    """Writes scheduled values in a range of steps within which no curve changes its formula.
 
     The constructor writes the values of the first step, and prepares the formulas so that `write`
     is fast.
@@ -244,8 +262,8 @@ class RangeWriter:
         """Write the scheduled values at a step into the param groups.
 
         Returns:
-            Whether the values were written. If not, a param group has other betas than before, and
-            a new writer is required.
+            Whether the values were written. If not, other code has changed the betas of a param
+            group, and a new writer is required.
         """
         old = self._betas
         if self._line:
@@ -261,9 +279,18 @@ class RangeWriter:
         elif self._lines:
             origin, steps, rows = self._lines
             progress = (step - origin) / steps
-            for group, (lr, lr_rise, beta, beta_rise) in zip(groups, rows):  # noqa: B905  # slower
-                group["lr"] = lr + lr_rise * progress
-                group["betas"] = (beta + beta_rise * progress, group["betas"][1])
+            if old is not None:
+                beta, beta_rise = rows[0][2:]
+                self._betas = betas = (beta + beta_rise * progress, old[1])
+                for group, (lr, lr_rise, _, _) in zip(groups, rows):  # noqa: B905  # slower
+                    if group["betas"] is not old:
+                        return False
+                    group["lr"] = lr + lr_rise * progress
+                    group["betas"] = betas
+            else:
+                for group, (lr, lr_rise, beta, beta_rise) in zip(groups, rows):  # noqa: B905
+                    group["lr"] = lr + lr_rise * progress
+                    group["betas"] = (beta + beta_rise * progress, group["betas"][1])
         elif self._shared:
             rest = old[1:] if old else ()
             for key, value_at in self._shared:
@@ -288,9 +315,9 @@ class RangeWriter:
                 slot.write(group, piece.formula(step))
 
     def _share_betas(self, groups: Sequence[Group]) -> tuple[float, ...] | None:
-        """Give all param groups the same tuple of betas, if they are equal at every step.
+        """Let all param groups share one tuple of betas, if their betas are equal at every step.
 
-        `write` then detects betas that were changed since its last call with one comparison.
+        With one comparison per group, `write` can then detect that other code changed the betas.
         """
         keys = {slot.key for slot in self._slots.get("momentum", ())}
         if keys != {"betas"} or len(set(self._pieces["momentum"])) > 1:

@@ -34,8 +34,8 @@ def attach(
         optimizer: optimizer whose hyperparameters the schedule sets.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         base: initial learning rate of all param groups or a list of one per group; or a dict that
-            maps "lr", "momentum" and "weight_decay" to such values. By default, the values that the
-            param groups have now; if another schedule wrote those, the initial values of that one.
+            maps "lr", "momentum" and "weight_decay" to such values. By default, the current
+            values are used; if another schedule wrote those, that schedule's initial values.
         at: step at which the schedule starts.
         **params: parameters of the schedule, if ``schedule`` is a name, a function or a class.
 

@@ -12,7 +12,8 @@ the schemas use:
 
 ``aliases.json`` maps the key names of other tools to those of this config. ``rules.json`` contains
 the documentation of each rule. ``no_effect.json`` lists the keys that change no result on a backend
-and the reason for each; ``values`` limits it to these values, and ``stages`` to these ZeRO stages.
+and the reason for each. An entry with ``values`` applies only to those values of the key, and an
+entry with ``stages`` only to those ZeRO stages.
 """
 
 from __future__ import annotations

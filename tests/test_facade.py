@@ -104,6 +104,7 @@ import {package} as deepspeed
 listed = set(dir(deepspeed))
 assert "zero" not in listed and "DeepSpeedEngine" not in listed
 assert deepspeed.DeepSpeedEngine is deepspeed.Engine
+assert deepspeed.DeepSpeedConfigError is deepspeed.ConfigError
 assert deepspeed.__version__ == "{version}"
 assert "deepspeed" not in sys.modules
 import deepspeed as real

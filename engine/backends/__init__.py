@@ -80,9 +80,9 @@ def build(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a parameter without its name, or a param group whose parameters are in a list.
+    """Return a parameter, or a param group whose parameters are in a list; drop parameter names.
 
-    The parameters of a group may come from a generator, which could be read only once.
+    The parameters of a group may come from a generator, which can be iterated only once.
     """
     if isinstance(each, dict):
         members = each["params"]

@@ -45,9 +45,9 @@ def compute_norm(gradients: list[Tensor]) -> float:
 
 
 def get_gradient(parameter: Tensor) -> Tensor:
-    """Return a gradient, or its stored values if it is sparse; changing them changes the gradient.
+    """Return a parameter's gradient; if the gradient is sparse, return its stored values.
 
-    The parameter must have a gradient.
+    Changing the returned tensor changes the gradient. The parameter must have a gradient.
     """
     assert parameter.grad is not None
     if not parameter.grad.is_sparse:
@@ -136,15 +136,18 @@ class Backend(ABC):
             Whether the step was applied. A step with non-finite gradients is skipped.
         """
 
-    def run_pipeline(self, batches: Iterator[Any], *, trains: bool) -> tuple[Tensor, bool] | None:
-        """Run a pipeline on the micro-batches of a step; return None for any other model.
+    def run_pipeline(
+        self, batches: Iterator[Any] | None, *, trains: bool
+    ) -> tuple[Tensor, bool] | None:
+        """Run a pipeline-parallel model on the micro-batches of one step.
 
         Args:
-            batches: iterator over micro-batches.
+            batches: iterator over micro-batches; None to use the data that the script passed to the
+                pipeline's ``set_dataloader`` or ``set_dataiterator``.
             trains: whether to take an optimizer step.
 
         Returns:
-            The mean loss, and whether a step was applied.
+            The mean loss, and whether a step was applied; None if the model is not a pipeline.
         """
         del batches, trains
         return None
@@ -240,11 +243,11 @@ class Backend(ABC):
         """Restore a state returned by `snapshot`, bit for bit. Every rank must call this method.
 
         Args:
-            snapshot: result of `snapshot`, possibly from a checkpoint.
-            only_check: whether to check the structure of the snapshot and change nothing.
+            snapshot: return value of `snapshot`, possibly read from a checkpoint.
+            only_check: whether to check only that the snapshot fits this run, and change nothing.
 
         Raises:
-            ValueError: with ``only_check``, a value is missing, or has another type or shape.
+            ValueError: the check fails, because a value is missing or has another type or shape.
         """
 
     @abstractmethod

@@ -1,9 +1,9 @@
-"""Locks of C++ builds, which a killed process leaves behind.
+"""Find the lock files that a killed process leaves behind if it was building a C++ extension.
 
 DeepSpeed compiles its ops with `torch.utils.cpp_extension`, which creates the file ``lock`` in the
-build directory of the op and removes it afterwards. If that file exists, a run waits until somebody
-deletes it, without a message. The locks of `torch.compile` need no check, because the operating
-system releases them when their process ends.
+build directory of the op and removes it afterwards. While that file exists, every run that needs
+the op waits, without logging a message. The locks of `torch.compile` need no check, because the
+operating system releases them when their process ends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger("onecycle")
 
 
 class BuildLock(NamedTuple):
-    """The lock of one build directory."""
+    """The lock file of one build directory, and the process that has it open."""
 
     path: Path
     holder: int | None
@@ -37,12 +37,13 @@ class BuildLock(NamedTuple):
             )
         return (
             f"{self.path} is the lock of an interrupted build of `{op}`: no process on this host "
-            f"has it open. A run that needs `{op}` waits for it indefinitely. Delete that file."
+            f"has it open. A run that needs `{op}` waits for it indefinitely. Delete that file and "
+            "start the run again."
         )
 
 
 def find_build_locks() -> list[BuildLock]:
-    """Return the locks in the directory in which this Python and torch build C++ extensions."""
+    """Return the lock files in the directory where this Python and torch build C++ extensions."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root is not None:
         paths = Path(root).glob("*/lock")
@@ -62,7 +63,7 @@ def log_build_locks() -> None:
 
 
 def _find_holder(path: Path) -> int | None:
-    """Return the process that has a file open. Files of other users' processes are not visible."""
+    """Return the ID of a process that has a file open; None if no process of this user does."""
     wanted = path.resolve()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # the file was closed, or its process ended

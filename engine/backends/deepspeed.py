@@ -28,6 +28,7 @@ from engine.backends.deepspeed_checkpoint import (
     set_format,
 )
 from engine.backends.deepspeed_config import build_deepspeed_config
+from engine.backends.deepspeed_import import import_for_config
 from engine.backends.deepspeed_layout import Layout
 from engine.backends.deepspeed_order import BackwardOrder
 from engine.backends.deepspeed_structure import check_structure
@@ -40,6 +41,7 @@ from engine.config.master_weights import find_cpu_adam_key
 from engine.config.wording import count_noun
 from engine.distributed.ranks import Ranks
 from engine.training.arguments import check_are_in_model
+from engine.training.data import repeat_batches
 from engine.training.gradient_averaging import find_sparse_weights
 from engine.training.optimizers import (
     NoOptimizer,
@@ -49,7 +51,7 @@ from engine.training.optimizers import (
 )
 from engine.training.precision import cast_layer_inputs
 
-__all__ = ["DeepSpeedBackend", "import_deepspeed"]
+__all__ = ["DeepSpeedBackend"]
 
 _SCALER = "grad_scaler.pt"
 
@@ -86,7 +88,7 @@ class DeepSpeedBackend(Backend):
         mpu: Any = None,
         mesh_param: Any = None,
     ) -> None:
-        deepspeed = _import_for_config()
+        deepspeed = import_for_config()
         from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param
 
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -135,6 +137,8 @@ class DeepSpeedBackend(Backend):
         is_split = self.engine.pipeline_parallelism or self.engine.autotp_size() > 1
         self._has_rank_local_weights = mpu is not None or self.engine.has_moe_layers or is_split
         self._layout = None if self._has_rank_local_weights else layout
+        if self.engine.pipeline_parallelism:
+            self._guard_pipeline()
         self._input_casts: list[Any] = []
         dtype = DTYPES.get(config.precision)
         if dtype is not None and config.model.cast_inputs:
@@ -152,9 +156,10 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Check the order of the passes, and mark the last one of a step.
+        """Check the order of the passes, and tell DeepSpeed whether this backward pass ends a step.
 
-        If DeepSpeed does not manage gradient accumulation, it reduces all gradients in its step.
+        If DeepSpeed does not manage gradient accumulation, it reduces all gradients in its step,
+        so it does not need to know.
         """
         self._order.check(is_last=is_last and self._is_managed)
         if self._is_managed:
@@ -207,9 +212,14 @@ class DeepSpeedBackend(Backend):
             self.grad_norm = float(norm)
 
     @override
-    def run_pipeline(self, batches: Iterator[Any], *, trains: bool) -> tuple[Tensor, bool] | None:
+    def run_pipeline(
+        self, batches: Iterator[Any] | None, *, trains: bool
+    ) -> tuple[Tensor, bool] | None:
         if not self.engine.pipeline_parallelism:
             return None
+        reads_data = self.engine.is_first_stage() or self.engine.is_last_stage()
+        if batches is None and reads_data and self.engine.data_iterator is None:
+            repeat_batches(None)  # raises an error that states how to pass data
         if not trains:
             return self.engine.eval_batch(batches), False
         loss = self.engine.train_batch(batches)
@@ -227,6 +237,19 @@ class DeepSpeedBackend(Backend):
             self.grad_norm = norm
             return math.isfinite(norm)
         return self.mean(float(not math.isfinite(norm))) == 0
+
+    def _guard_pipeline(self) -> None:
+        """Skip the optimizer step of a pipeline if its gradients are not finite."""
+        take_step = self.engine._take_model_step  # noqa: SLF001  # it has no public name
+
+        def take_finite_step(*args: Any) -> None:
+            if hasattr(self.engine.optimizer, "overflow") or self._are_gradients_finite():
+                take_step(*args)
+            else:
+                self._skip_step()
+                self.engine._step_applied = False  # noqa: SLF001  # it has no public name
+
+        self.engine._take_model_step = take_finite_step  # noqa: SLF001
 
     def _skip_step(self) -> None:
         self.engine.zero_grad()
@@ -343,7 +366,7 @@ class DeepSpeedBackend(Backend):
             scaler.load_state_dict(saved_scaler)
 
     def _load_only_weights(self, files: DeepSpeedFiles, *, strict: bool) -> None:
-        """Load the weights of any ZeRO stage; DeepSpeed would load those of the newest tag."""
+        """Load weights and counters; DeepSpeed itself would load the weights of the newest tag."""
         found = files.find_weights()
         weights = {k: v.read() if isinstance(v, SavedTensor) else v for k, v in found.items()}
         self._load_weights(weights, strict, None)
@@ -366,6 +389,9 @@ class DeepSpeedBackend(Backend):
                 if parameter.requires_grad and name in weights:
                     whole = weights[name].to(parameter.device, torch.float32)
                     safe_set_full_fp32_param(parameter, whole)
+        # DeepSpeed keeps small parameters whole after it has loaded a checkpoint.
+        if small := getattr(self.engine.optimizer, "persistent_parameters", None):
+            small[0].all_gather(small)
 
     @override
     def snapshot(self) -> Any:
@@ -380,7 +406,7 @@ class DeepSpeedBackend(Backend):
     @override
     def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
         if only_check:
-            return
+            return  # `load` checks the files
         checkpoint_dir, self.grad_norm = snapshot
         self.load(checkpoint_dir, optimizer=True, strict=True)
         dist.barrier()
@@ -414,28 +440,3 @@ def _count_elements(groups: list[Any]) -> int:
     members = (each["params"] if isinstance(each, dict) else [each] for each in groups)
     # Parameters that zero.Init has already sharded store their full size in `ds_numel`.
     return sum(getattr(p, "ds_numel", p.numel()) for params in members for p in params)
-
-
-def import_deepspeed() -> Any:
-    """Import the package ``deepspeed`` and return it.
-
-    Raises:
-        ImportError: DeepSpeed is not installed.
-    """
-    import deepspeed
-    from deepspeed.ops.op_builder import ShareMemCommBuilder
-
-    # Otherwise, DeepSpeed spends minutes compiling a faster all-reduce in the first CPU run.
-    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    return deepspeed
-
-
-def _import_for_config() -> Any:
-    try:
-        return import_deepspeed()
-    except ImportError as error:
-        raise ImportError(
-            f"This config needs DeepSpeed, which cannot be imported: {error}. Run `pip install "
-            'deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that only '
-            "DeepSpeed supports."
-        ) from error

@@ -44,10 +44,10 @@ def refuse_pickled_code() -> Iterator[None]:
 
 @contextlib.contextmanager
 def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
-    """Let DeepSpeed's engine load a universal checkpoint, or one of its usual format.
+    """Let DeepSpeed's engine load a checkpoint in its usual format or in the universal format.
 
     Raises:
-        CheckpointError: the checkpoint is universal, but the config does not say so.
+        CheckpointError: the checkpoint is universal, but ``load_universal`` is not set.
     """
     if files.is_universal and not engine.load_universal_checkpoint():
         raise CheckpointError(
@@ -59,7 +59,7 @@ def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
 
 
 def describe_for_conversion(engine: Any) -> dict[str, Any]:
-    """Return what DeepSpeed's `ds_to_universal` requires in a checkpoint, unless it is in there."""
+    """Return the entry that DeepSpeed's `ds_to_universal` requires, unless DeepSpeed saves it."""
     from deepspeed.checkpoint import constants
 
     info = constants.UNIVERSAL_CHECKPOINT_INFO
@@ -100,9 +100,10 @@ def check_sharding(files: DeepSpeedFiles, zero_stage: int, world_size: int) -> N
 
 @contextlib.contextmanager
 def keep_implementation(optimizer: Optimizer) -> Iterator[None]:
-    """Keep settings such as ``fused`` while the states of DeepSpeed's optimizers are loaded.
+    """Keep the optimizer's settings, such as ``fused``, while the state of another one is loaded.
 
-    FusedAdam's param groups lack them, and FusedAdam counts steps in integers.
+    In the state of DeepSpeed's FusedAdam, the param groups lack these settings, and step counts are
+    integers instead of tensors.
     """
     before = [
         {name: value for name, value in group.items() if name != "params"}

@@ -23,6 +23,7 @@ from schedules.core.saved_state import Count, restore
 __all__ = ["Layout"]
 
 _FILE = "layout.json"
+_FIX = "Build the optimizer with the same param groups, or pass `load_optimizer_states=False`."
 
 
 class Layout:
@@ -59,7 +60,7 @@ class Layout:
     def check(self, files: DeepSpeedFiles, *, optimizer: bool, strict: bool) -> None:
         """Check that a checkpoint fits the model and the optimizer.
 
-        If DeepSpeed alone wrote the checkpoint, the layout is read from its own files.
+        If onecycle did not write the checkpoint, the layout is read from DeepSpeed's own files.
 
         Args:
             files: files of the checkpoint.
@@ -71,31 +72,40 @@ class Layout:
         """
         from engine.checkpoint.state import check_weights  # takes 50 ms, so import only if needed
 
-        checkpoint_dir = files.directory
-        if (checkpoint_dir / _FILE).is_file():
-            with report_damage(checkpoint_dir / _FILE):
-                found = json.loads((checkpoint_dir / _FILE).read_text(encoding="utf-8"))
+        path, groups = files.directory / _FILE, None
+        weights: Any = files.get_shapes()
+        if path.is_file():
+            with report_damage(path):
+                found = json.loads(path.read_text(encoding="utf-8"))
                 restore(_Saved, found, "layout")
-        else:
-            groups = files.get_group_shapes() or self._groups
-            found = {"weights": files.get_shapes(), "groups": groups}
+            weights, groups = found["weights"], found["groups"]
         saved = {
             name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            for name, (shape, dtype) in found["weights"].items()
+            for name, (shape, dtype) in weights.items()
         }
         own = self._read_weights(frozen=True)
         if not strict:
             own = {name: tensor for name, tensor in own.items() if name in saved}
-        check_weights(checkpoint_dir, own, saved, strict=strict)
-        if optimizer and found["groups"] != self._groups:
-            counts, own_counts = (
-                [len(g) for g in each] for each in (found["groups"], self._groups)
-            )
+        check_weights(files.directory, own, saved, strict=strict)
+        if optimizer and groups is not None and groups != self._groups:
+            counts, own_counts = ([len(g) for g in each] for each in (groups, self._groups))
             raise CheckpointError(
-                f"{checkpoint_dir} does not match the optimizer: the numbers of parameters in its "
+                f"{files.directory} does not match the optimizer: the numbers of parameters in its "
                 f"param groups are {counts} in the checkpoint and {own_counts} now, or the shapes "
-                "of the parameters differ. Build the optimizer with the same param groups, or "
-                "pass `load_optimizer_states=False`."
+                f"of the parameters differ. {_FIX}"
+            )
+        if optimizer and groups is None and not files.is_universal:
+            self._check_groups(files)
+
+    def _check_groups(self, files: DeepSpeedFiles) -> None:
+        """Check the param groups of a checkpoint that contains no layout file."""
+        groups, shapes = files.find_param_groups(), files.get_trained_shapes()
+        own_shapes = sorted(shape for group in self._groups for shape in group)
+        if len(groups) != len(self._groups) or shapes not in (None, own_shapes):
+            raise CheckpointError(
+                f"{files.directory} does not match the optimizer: there are {len(groups)} "
+                f"param groups in the checkpoint and {len(self._groups)} now, or the shapes of the "
+                f"trained parameters differ. {_FIX}"
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:

@@ -223,7 +223,7 @@ def shard(
     As with DDP, all ranks start with rank 0's values.
 
     Args:
-        model: module on its device.
+        model: module to shard, already on its device.
         config: config with the ZeRO stage, the precision, offloading and ``engine.wrap``.
         parameters: unsharded tensors or param groups to train; if None, all that require gradients.
         dtype: 16-bit dtype to compute in; None keeps the parameters' dtype.
@@ -232,8 +232,8 @@ def shard(
         The sharded parameters to train, in the structure of ``parameters``.
 
     Raises:
-        ValueError: a parameter does not belong to the model, the model contains none of the
-            classes in ``engine.wrap``, has sparse gradients or is sharded in a different way.
+        ValueError: a parameter does not belong to the model, or the model contains none of the
+            classes in ``engine.wrap``, has sparse gradients, or is sharded with other settings.
     """
     wanted = None if parameters is None else list(parameters)
     check_are_in_model(model, wanted or (), "FSDP2")
@@ -249,10 +249,10 @@ def shard(
 
 
 def _is_sharded(model: nn.Module, settings: tuple[Any, ...]) -> bool:
-    """Return whether an earlier engine has sharded a model in the same way.
+    """Return whether an earlier engine has already sharded a model with the same settings.
 
     Raises:
-        ValueError: the model is sharded in a different way.
+        ValueError: the model is sharded with different settings.
     """
     if not isinstance(model, FSDPModule):
         return False

@@ -9,7 +9,7 @@ from torch import nn
 
 from engine.distributed.ranks import get_rank, get_world_size
 
-__all__ = ["find_data_shard", "find_model_parallelism", "is_pipeline"]
+__all__ = ["find_data_shard", "find_model_parallelism"]
 
 _PACKAGES = (
     "deepspeed.moe",
@@ -42,25 +42,18 @@ def find_model_parallelism(model: nn.Module) -> str | None:
     return None
 
 
-def is_pipeline(model: nn.Module) -> bool:
-    """Return whether a model is DeepSpeed's PipelineModule."""
-    return any(
-        cls.__module__ == "deepspeed.runtime.pipe.module" and cls.__name__ == "PipelineModule"
-        for cls in type(model).__mro__
-    )
-
-
 def find_data_shard(model: Any, mpu: Any, mesh_param: Any) -> tuple[int, int] | None:
-    """Return the index and the number of the parts of the data, as DeepSpeed determines them.
+    """Return the index of this rank's part of the data, and the number of parts.
 
-    Return None if neither the model nor an argument determines them.
+    Both are the same as in DeepSpeed. Return None if neither the model nor an argument determines
+    them.
 
     Args:
-        model: a PipelineModule knows which ranks are stages of one pipeline.
+        model: model of the run; a PipelineModule defines which ranks are stages of one pipeline.
         mpu: model-parallel unit.
-        mesh_param: number of data-parallel ranks, and of ranks that share each sequence.
+        mesh_param: number of data-parallel ranks, and number of ranks that share each sequence.
     """
-    if is_pipeline(model):
+    if _is_pipeline(model):
         mpu = model.mpu()
     if mpu is not None:
         if hasattr(mpu, "get_data_parallel_world_size"):
@@ -71,3 +64,11 @@ def find_data_shard(model: Any, mpu: Any, mesh_param: Any) -> tuple[int, int] | 
         return None
     ranks_per_model = mesh_param[1]
     return get_rank() // ranks_per_model, get_world_size() // ranks_per_model
+
+
+def _is_pipeline(model: nn.Module) -> bool:
+    """Return whether a model is DeepSpeed's PipelineModule."""
+    return any(
+        cls.__module__ == "deepspeed.runtime.pipe.module" and cls.__name__ == "PipelineModule"
+        for cls in type(model).__mro__
+    )

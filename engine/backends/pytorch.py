@@ -45,7 +45,7 @@ _Snapshot = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None, floa
 
 
 class PyTorchBackend(Backend):
-    """Backend that trains with PyTorch, and averages the gradients of all ranks' model replicas.
+    """Backend that trains with PyTorch and averages the gradients over all ranks.
 
     Trained 16-bit parameters are converted to float32 unless ``engine.master_weights`` is false.
     With bf16, fp16 or converted parameters, the model's methods run under autocast. If the config
@@ -57,8 +57,8 @@ class PyTorchBackend(Backend):
         optimizer: the user's optimizer, or a function that takes the parameters and returns one;
             if None, the config's optimizer is used.
         config: a validated config.
-        ranks: rank, world size and device of this process. Several ranks need an initialized
-            process group.
+        ranks: rank, world size and device of this process. If there are several ranks, the process
+            group must be initialized.
         parameters: tensors or param groups to train; if None, all that require gradients.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Read the checkpoints that DeepSpeed's engine writes: tensors and values by parameter name."""
+"""Read tensors and values by parameter name from checkpoints that DeepSpeed's engine wrote."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OWN_KEYS = frozenset(
 
 
 class SavedTensor(NamedTuple):
-    """A tensor of a checkpoint, which is read when it is needed."""
+    """A tensor in a checkpoint, whose values are read only when they are needed."""
 
     shape: torch.Size
     parts: list[Tensor]
@@ -50,7 +50,7 @@ class SavedTensor(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """The part of a parameter that one rank has saved, as a range of flat tensors."""
+    """The part of a parameter that one rank saved: a range of elements in flat tensors."""
 
     states: Mapping[str, Any]
     """State of the optimizer for the flat tensor."""
@@ -85,6 +85,7 @@ class DeepSpeedFiles:
         )
         """Whether the model is split by tensor, pipeline or expert parallelism."""
         self._paths = [path for match, path in named if int(match["part"]) == 0]
+        self._is_stage_3 = bool(named) and named[0][0]["rank"] is not None
         if not self._paths:
             raise CheckpointError(
                 f"{checkpoint_dir} does not contain a DeepSpeed checkpoint. Load a checkpoint that "
@@ -94,7 +95,7 @@ class DeepSpeedFiles:
 
     @property
     def is_universal(self) -> bool:
-        """Whether this is a universal checkpoint, for any number of ranks."""
+        """Whether this is a universal checkpoint, which any number of ranks can load."""
         return (self.directory / _UNIVERSAL).is_dir()
 
     @property
@@ -109,16 +110,16 @@ class DeepSpeedFiles:
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage of the run that wrote the checkpoint; 1 for stage 2, whose files are equal."""
+        """ZeRO stage of the saved run; 1 also for stage 2, whose files have the same format."""
         if self._model["module"] is not None and self._model.get("param_shapes") is None:
             return 0
-        return 1 if _MODEL.fullmatch(self._paths[0].name)["rank"] is None else 3  # type: ignore[index]  # it matched before
+        return 3 if self._is_stage_3 else 1
 
     def read_run_state(self, default_batch: int) -> dict[str, Any]:
-        """Return the state of the run, except for the model's and the optimizer's.
+        """Return the state of the run without the states of the model and the optimizer.
 
         Args:
-            default_batch: global batch size, if the checkpoint does not contain it.
+            default_batch: global batch size to use if the checkpoint does not contain it.
         """
         saved, steps = self._model, self.steps
         samples = saved.get("global_samples")
@@ -138,7 +139,7 @@ class DeepSpeedFiles:
         """Return the model's parameters and buffers by name.
 
         Trained parameters are in float32 if the checkpoint has them in float32. Values that are not
-        tensors are those of ``get_extra_state``.
+        tensors come from ``get_extra_state``.
 
         Args:
             groups: names of the trained parameters in each param group.
@@ -178,16 +179,16 @@ class DeepSpeedFiles:
         return found
 
     def find_param_groups(self) -> list[dict[str, Any]]:
-        """Return the settings of each param group; empty if there was no optimizer."""
-        saved = self._model["optimizer"] or (self._shards[0] if self.zero_stage else {})
+        """Return the settings of each param group; an empty list if there was no optimizer."""
+        saved = self._model["optimizer"] or self._first_shard
         for key in ("base_optimizer_state", "optimizer_state_dict"):
             saved = saved.get(key, saved) if isinstance(saved, dict) else {}
         groups: list[dict[str, Any]] = saved.get("param_groups", [])
         return groups
 
     def read_loss_scaler(self) -> dict[str, Any] | None:
-        """Return the state of `LossScaler`; None if the loss scale was not dynamic."""
-        holder = self._model["optimizer"] or (self._shards[0] if self.zero_stage else {})
+        """Return a state for `LossScaler`; None if the saved loss scale was not dynamic."""
+        holder = self._model["optimizer"] or self._first_shard
         scaler = vars(holder["loss_scaler"]) if "loss_scaler" in holder else holder
         if "last_overflow_iter" not in scaler:
             return None
@@ -208,19 +209,22 @@ class DeepSpeedFiles:
             if isinstance(tensor, Tensor)
         }
 
-    def get_group_shapes(self) -> list[list[list[int]]] | None:
-        """Return the shapes of the parameters in each param group; None if they are unknown."""
+    def get_trained_shapes(self) -> list[list[int]] | None:
+        """Return the shapes of the trained parameters, sorted; None if they are unknown.
+
+        DeepSpeed may have saved the parameters in another order, or in smaller groups.
+        """
         groups = self._model.get("param_shapes")
-        return groups and [[list(shape) for shape in group.values()] for group in groups]
+        return groups and sorted(list(shape) for group in groups for shape in group.values())
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
-        """The name under which a tied parameter is saved, by its other names."""
+        """Dict from each other name of a tied parameter to the name under which it is saved."""
         return dict(self._model.get("shared_params") or {})
 
     @cached_property
     def _shapes(self) -> dict[str, torch.Size]:
-        """The shapes of parameters that the files contain in parts."""
+        """The whole shapes of the parameters that are split across files, by name."""
         groups = [
             *(self._model.get("param_shapes") or []),
             self._model.get("frozen_param_shapes") or {},
@@ -229,7 +233,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _frozen(self) -> dict[str, SavedTensor]:
-        """The frozen parameters that each rank has saved a part of."""
+        """The frozen parameters that are split across the files of the ranks, by name."""
         shapes = self._model.get("frozen_param_shapes") or {}
         if self.zero_stage != 3 or not shapes:
             return {}
@@ -242,23 +246,39 @@ class DeepSpeedFiles:
 
     @cached_property
     def _shards(self) -> list[Mapping[str, Any]]:
-        """The states of ZeRO's optimizer, of each rank."""
+        """The state of each rank's ZeRO optimizer."""
         paths = [path for _, path in _match_names(self.directory, _OPTIMIZER)]
         if len(paths) != self.world_size:
             raise CheckpointError(
                 f"{self.directory} is incomplete: it has the optimizer states of {len(paths)} of "
                 f"{self.world_size} ranks. Use another checkpoint."
             )
-        return [read_file(path, trusts=self._trusts)["optimizer_state_dict"] for path in paths]
+        return [self._first_shard, *(self._read_shard(path) for path in paths[1:])]
+
+    @cached_property
+    def _first_shard(self) -> Mapping[str, Any]:
+        found = _match_names(self.directory, _OPTIMIZER)
+        return self._read_shard(found[0][1]) if found else {}
+
+    def _read_shard(self, path: Path) -> Mapping[str, Any]:
+        content: Mapping[str, Any] = read_file(path, trusts=self._trusts)["optimizer_state_dict"]
+        return content
 
     def _find_pieces(self, groups: Sequence[Sequence[str]]) -> dict[str, list[_Piece]]:
-        if self.is_split or self.is_universal:
-            what = (
-                "is a universal checkpoint"
-                if self.is_universal
-                else "contains a model that is split by tensor, pipeline or expert parallelism"
-            )
-            raise CheckpointError(f"{self.directory} {what}. Load it with the DeepSpeed backend.")
+        problems = {
+            "is a universal checkpoint": self.is_universal,
+            "contains a model that is split by tensor, pipeline or expert parallelism": (
+                self.is_split
+            ),
+            "contains states that were offloaded to NVMe": (
+                (self.directory / "offloaded_tensors").is_dir()
+            ),
+        }
+        for problem, applies in problems.items():
+            if applies:
+                raise CheckpointError(
+                    f"{self.directory} {problem}. Load it with the DeepSpeed backend."
+                )
         pieces: dict[str, list[_Piece]] = {}
         found = self._find_sharded() if self.zero_stage else self._find_whole(groups)
         for name, piece in found:
@@ -289,7 +309,7 @@ class DeepSpeedFiles:
                 start += count
 
     def _find_whole(self, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, _Piece]]:
-        """Find the pieces of a run without ZeRO, which saves no names, but the same order."""
+        """Find the pieces of a run without ZeRO, which saves states in order but without names."""
         saved = self._model["optimizer"] or {}
         states = saved.get("optimizer_state_dict", saved).get("state", {})
         flat = saved.get("fp32_groups_flat")
@@ -319,7 +339,7 @@ class DeepSpeedFiles:
 
 
 def _match_names(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
-    """Return the files whose names match, with their matches, in the order of ranks."""
+    """Return the match and the path of each file whose name matches, in the order of ranks."""
     matches = ((pattern.fullmatch(path.name), path) for path in directory.iterdir())
     found = [(match, path) for match, path in matches if match is not None]
     return sorted(found, key=lambda each: int(each[0]["rank"] or 0))

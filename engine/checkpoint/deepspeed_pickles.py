@@ -27,7 +27,7 @@ _CLASSES = {
 
 
 class _Attributes:
-    """The attributes of an instance of one of DeepSpeed's classes."""
+    """Replacement for DeepSpeed's classes that only holds the attributes of an instance."""
 
 
 def read_file(path: Path, *, trusts: bool = False) -> Any:
@@ -81,7 +81,7 @@ def unpickle(
 
 
 def import_classes() -> list[Any]:
-    """Import and return DeepSpeed's own classes that its files contain."""
+    """Import and return the DeepSpeed classes whose instances its checkpoint files contain."""
     return [
         getattr(importlib.import_module(module), name)
         for module, names in _CLASSES.items()

@@ -58,7 +58,7 @@ class DeepSpeedSource:
 
     @property
     def tensors(self) -> Mapping[str, TensorStorageMetadata]:
-        """The size and the dtype of each tensor."""
+        """The size and the dtype of each tensor, by name."""
         return {
             name: TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.shape, [])
             for name, tensor in self._tensors.items()
@@ -80,7 +80,7 @@ class DeepSpeedSource:
 
 
 def has_states_for(optimizer: Optimizer, files: DeepSpeedFiles, model: nn.Module) -> bool:
-    """Return whether a checkpoint has the states of the same kind of optimizer."""
+    """Return whether a checkpoint contains the states of an optimizer of the same kind."""
     states = files.find_optimizer_states(list_group_names(model, optimizer)).values()
     groups = files.find_param_groups()
     saved = {key for state in states for key in state if key != "step"}

@@ -31,11 +31,9 @@ from engine.checkpoint.plain_values import (
 )
 from engine.checkpoint.rollback import Rollback
 from engine.checkpoint.schedule_state import (
-    adapt_schedule_state,
     advance,
-    check_schedule_state,
     convert_deepspeed_state,
-    convert_position,
+    prepare_schedule_state,
 )
 from engine.checkpoint.selection import RUN_STATE, CheckpointSelector
 from engine.config import Config
@@ -43,9 +41,9 @@ from engine.distributed.environment import ELASTIC
 from engine.distributed.ranks import Ranks
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
+from engine.training.optimizers import has_no_optimizer
 from engine.training.progress import Counters, ProgressReporter
 from engine.training.rng import check_rng_state, get_rng_state, set_rng_state
-from schedules import ScheduleBinder
 
 __all__ = ["Checkpointer"]
 
@@ -139,7 +137,7 @@ class Checkpointer:
     def save(
         self,
         run: RunState,
-        directory: Path,
+        directory: str | Path,
         tag: str | None = None,
         *,
         client_state: Mapping[str, Any] | None = None,
@@ -163,6 +161,7 @@ class Checkpointer:
         if run.is_trial:
             log.info("no checkpoints are saved during an LR range test")
             return
+        directory = storage.to_directory(directory)
         ranks, tag = self._ranks, tag or f"global_step{run.counters.global_steps}"
         wait_for_ranks(ranks, f"save_checkpoint({str(directory)!r}, tag={tag!r})")
         check_same_tag(tag, ranks.world_size)
@@ -285,7 +284,7 @@ class Checkpointer:
     def load(
         self,
         run: RunState,
-        directory: Path,
+        directory: str | Path,
         tag: str | None = None,
         *,
         strict: bool = True,
@@ -311,7 +310,10 @@ class Checkpointer:
             FileNotFoundError: if there is no such checkpoint.
             CheckpointError: if the checkpoint is damaged, or does not match the model or the run.
         """
+        directory = storage.to_directory(directory)
         self.wait()
+        if has_no_optimizer(self._backend.optimizer):  # only the model is used
+            optimizer = scheduler = counters = False
         selected = self._selector.select(directory, tag)
         checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
         is_converted = selected.is_foreign and scheduler and not self._plan.override
@@ -327,13 +329,9 @@ class Checkpointer:
                 checkpoint_dir,
             )
         # Read and check the small files first, so that nothing has changed if one is damaged.
-        position = snapshot = random_state = schedule = None
+        position = snapshot = schedule = None
         with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
-            own = checkpoint_dir / f"random.{self._ranks.rank}.pt"
-            if optimizer and own.is_file() and manifest.world_size == self._ranks.world_size:
-                random_state = read_values(own)
-                with report_damage(own):
-                    check_rng_state(random_state)
+            random_state = self._read_random_state(checkpoint_dir, manifest) if optimizer else None
             if counters and not selected.is_foreign:
                 position = self.data.read(
                     state, run.config.batch, checkpoint_dir, manifest.world_size
@@ -341,9 +339,13 @@ class Checkpointer:
             if scheduler and run.scheduler is not None:
                 steps = Counters(**state["counters"]) if counters else run.counters
                 with report_damage(checkpoint_dir / RUN_STATE):
-                    schedule = self._adapt_schedule(run, run.scheduler, state, steps.applied_steps)
-                    if schedule is not None:
-                        check_schedule_state(run.scheduler, schedule)
+                    schedule = prepare_schedule_state(
+                        run.scheduler,
+                        state,
+                        run.config,
+                        steps.applied_steps,
+                        override=self._plan.override,
+                    )
                 if run.rollback is not None:
                     snapshot = run.rollback.read(checkpoint_dir)
         own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
@@ -379,6 +381,16 @@ class Checkpointer:
             )
         return checkpoint_dir, state["client_state"]
 
+    def _read_random_state(self, checkpoint_dir: Path, manifest: Manifest) -> Any:
+        """Return the random state of this rank; None if other ranks saved the checkpoint."""
+        path = checkpoint_dir / f"random.{self._ranks.rank}.pt"
+        if not path.is_file() or manifest.world_size != self._ranks.world_size:
+            return None
+        random_state = read_values(path)
+        with report_damage(path):
+            check_rng_state(random_state)
+        return random_state
+
     def _expected_identity(self, manifest: Manifest) -> Identity:
         if not os.environ.get(ELASTIC):
             return self._identity
@@ -396,21 +408,6 @@ class Checkpointer:
             counters.global_samples = counters.global_steps * saved["train"]
         run.restore_counters(counters)
         run.progress.monitors.resume(state.get("monitors", {}), counters.global_samples)
-
-    def _adapt_schedule(
-        self, run: RunState, scheduler: LRScheduler, state: Mapping[str, Any], steps: int
-    ) -> dict[str, Any] | None:
-        """Return the state that the scheduler will load after a number of applied steps.
-
-        Return None if the scheduler is stepped to this number instead.
-        """
-        saved = state["lr_scheduler"]
-        if self._plan.override and not isinstance(scheduler, ScheduleBinder):
-            return None
-        if saved is None or self._plan.override:
-            position = convert_position(steps, run.config, state.get("batch") or {})
-            saved = adapt_schedule_state(saved or {}, scheduler.state_dict(), position)
-        return dict(saved)
 
     def wait(self) -> None:
         """Wait until the current save has finished on all ranks.

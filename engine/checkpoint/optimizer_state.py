@@ -188,11 +188,11 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
 
 
 class _Indices(list[int]):
-    """Indices of the parameters of a param group, which can be searched quickly.
+    """Parameter indices of a param group, in a list that can be searched quickly.
 
-    For each tensor, `Optimizer.load_state_dict` searches all groups for the one that contains the
-    parameter, and uses only its ``fused`` and ``capturable``. That takes minutes for 10,000 groups.
-    So each group claims to contain the parameters of all groups with equal settings.
+    For each tensor, `Optimizer.load_state_dict` searches all groups for the parameter, only to read
+    ``fused`` and ``capturable`` of its group. That takes minutes for 10,000 groups. Each list
+    therefore claims to contain the parameters of all groups with the same two settings.
     """
 
     def __init__(self, own: Iterable[int] = (), known: Collection[int] = ()) -> None:

@@ -87,7 +87,7 @@ class ShardWriter(StorageWriter):
         return _wrap_in_future(results)
 
     def write_whole(self, tensors: dict[str, Tensor]) -> None:
-        """Write the tensors of a single process, without the cost of planning in torch."""
+        """Write the tensors of a single process without torch's save planner, which is slow."""
         self._write_shard(0, tensors, {})
 
     def _write_shard(self, rank: int, tensors: dict[str, Tensor], parts: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ class ShardReader(StorageReader):
         return self._metadata
 
     def read_whole(self, targets: Mapping[str, Tensor]) -> None:
-        """Load whole tensors by name, in place, without the cost of planning in torch.
+        """Load whole tensors by name, in place, without torch's load planner, which is slow.
 
         Raises:
             KeyError: a tensor is not in the checkpoint.

@@ -18,11 +18,9 @@ from schedules import ScheduleBinder
 from schedules.core.durations import has_data_durations
 
 __all__ = [
-    "adapt_schedule_state",
     "advance",
-    "check_schedule_state",
     "convert_deepspeed_state",
-    "convert_position",
+    "prepare_schedule_state",
 ]
 
 log = logging.getLogger("onecycle")
@@ -39,11 +37,12 @@ def convert_deepspeed_state(
         scheduler: scheduler of this run.
 
     Returns:
-        The state; None if the schedule continues at the current step of the run.
+        The state; None if there is nothing to load, so that the schedule continues at the current
+        step of the run.
 
     Raises:
-        CheckpointError: the scheduler is the script's own one, and the state is from a different
-            class.
+        CheckpointError: the script created the scheduler, and the checkpoint contains no state of
+            a scheduler of the same class.
     """
     if isinstance(scheduler, ScheduleBinder):
         return saved if saved is not None and {"type", "params", "step"} <= saved.keys() else None
@@ -55,7 +54,40 @@ def convert_deepspeed_state(
     return saved
 
 
-def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]) -> int:
+def prepare_schedule_state(
+    scheduler: LRScheduler,
+    state: Mapping[str, Any],
+    config: Config,
+    steps: int,
+    *,
+    override: bool,
+) -> dict[str, Any] | None:
+    """Return the state that the scheduler will load, after a check.
+
+    Args:
+        scheduler: scheduler of this run.
+        state: saved state of the run.
+        config: config of this run.
+        steps: number of applied steps at which the run continues.
+        override: whether this run's schedule replaces the saved one.
+
+    Returns:
+        The state; None if the scheduler is stepped to ``steps`` instead.
+
+    Raises:
+        ValueError: the saved state is damaged.
+    """
+    saved = state["lr_scheduler"]
+    if override and not isinstance(scheduler, ScheduleBinder):
+        return None
+    if saved is None or override:
+        position = _convert_position(steps, config, state.get("batch") or {})
+        saved = _adapt_schedule_state(saved or {}, scheduler.state_dict(), position)
+    _check_schedule_state(scheduler, saved)
+    return dict(saved)
+
+
+def _convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]) -> int:
     """Return the step at which a schedule continues after a change of the batch size.
 
     If the schedule has durations in samples, epochs or fractions of the run, it continues after the
@@ -74,7 +106,7 @@ def convert_position(steps: int, config: Config, saved_batch: Mapping[str, int])
     return round(steps * saved_train / train)
 
 
-def check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None:
+def _check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None:
     """Check that a scheduler can continue from a state. Nothing changes.
 
     Raises:
@@ -99,7 +131,7 @@ def _fix_lengths(value: Any) -> Any:
     return tuple(map(_fix_lengths, value)) if isinstance(value, list) else value
 
 
-def adapt_schedule_state(
+def _adapt_schedule_state(
     saved: Mapping[str, Any], own: dict[str, Any], applied_steps: int
 ) -> dict[str, Any]:
     """Adapt a saved scheduler state to this run's schedule, which may differ from the saved one.
@@ -127,17 +159,20 @@ def adapt_schedule_state(
 
 
 def advance(scheduler: LRScheduler, applied_steps: int) -> None:
-    """Step a scheduler of PyTorch to the current step of the run.
+    """Call ``step`` on a PyTorch scheduler until it reaches the current step of the run.
 
-    Only a `ScheduleBinder` can compute its values at any step, and the state of another scheduler
-    contains the settings of the saved run.
+    Unlike a `ScheduleBinder`, such a scheduler cannot jump to a step. Its saved state is not loaded
+    because that would also restore the settings of the saved run.
 
     Args:
         scheduler: scheduler of this run, with its own settings.
         applied_steps: number of applied optimizer steps in the checkpoint.
     """
     if isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "last_epoch"):
-        log.warning("%s restarts: its position is unknown", type(scheduler).__name__)
+        log.warning(
+            "%s restarts from step 0, because its step in the saved run is unknown",
+            type(scheduler).__name__,
+        )
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")

@@ -1,4 +1,4 @@
-"""Select the checkpoint to load: one of this library, or one that DeepSpeed wrote."""
+"""Select the checkpoint to load, which either onecycle or DeepSpeed wrote."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ __all__ = ["RUN_STATE", "CheckpointSelector", "Selected", "find_foreign"]
 
 RUN_STATE = "engine.pt"
 """File for the state of a run, except for the model's and the optimizer's."""
-_LATEST_UNIVERSAL = "latest_universal"
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,8 @@ class CheckpointSelector:
         return path.name, False, manifest
 
     def _find_foreign(self, directory: Path, tag: str | None) -> Path | None:
-        """Return the checkpoint that DeepSpeed wrote; None to search for one of this library."""
-        pointer = directory / _LATEST_UNIVERSAL
+        """Return the checkpoint to load if DeepSpeed wrote it; None to look for one of onecycle."""
+        pointer = directory / storage.LATEST_UNIVERSAL
         universal = _follow(pointer) if self._loads_universal and tag is None else None
         if universal is not None:
             own = [manifest for _, manifest in storage.list_checkpoints(directory)]
@@ -115,11 +114,11 @@ class CheckpointSelector:
 
 
 def find_foreign(directory: Path, tag: str | None) -> Path | None:
-    """Return the checkpoint with a tag, or the one in ``latest``, if DeepSpeed wrote it.
+    """Return the checkpoint with a tag, or the one that ``latest`` names, if DeepSpeed wrote it.
 
     Args:
         directory: directory that holds the checkpoints.
-        tag: name of the checkpoint; None follows ``latest``.
+        tag: name of the checkpoint; None selects the one that the file ``latest`` names.
     """
     if tag is None:
         return _follow(directory / storage.LATEST)
@@ -127,7 +126,7 @@ def find_foreign(directory: Path, tag: str | None) -> Path | None:
 
 
 def _follow(pointer: Path) -> Path | None:
-    """Return the checkpoint in a file such as ``latest``, if DeepSpeed wrote that checkpoint."""
+    """Return the checkpoint that a file such as ``latest`` names, if DeepSpeed wrote it."""
     if not pointer.is_file():
         return None
     checkpoint_dir = pointer.parent / pointer.read_text(encoding="utf-8").strip()

@@ -41,16 +41,16 @@ _MODEL = "model."
 
 
 class Source(Protocol):
-    """A checkpoint that `read` reads: tensors and other values, by dotted name."""
+    """The contents of a checkpoint for `read`: tensors and other values, by dotted name."""
 
     @property
     def tensors(self) -> Mapping[str, TensorStorageMetadata]:
-        """The size and the dtype of each tensor."""
+        """The size and the dtype of each tensor, by dotted name."""
         ...
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """The values that are not in `tensors`."""
+        """The values that are not tensors, by dotted name."""
         ...
 
     def load(self, own: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class Source(Protocol):
 
 
 class _Shards:
-    """The files that `write` wrote."""
+    """Reads the files that `write` wrote."""
 
     def __init__(self, directory: Path) -> None:
         self._reader = ShardReader(directory)

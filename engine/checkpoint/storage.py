@@ -41,11 +41,14 @@ __all__ = [
     "has_any_checkpoint",
     "list_checkpoints",
     "prune",
+    "to_directory",
 ]
 
 log = logging.getLogger("onecycle")
 
 LATEST = "latest"
+LATEST_UNIVERSAL = "latest_universal"
+"""File that DeepSpeed's `ds_to_universal` writes, with the tag of a universal checkpoint."""
 _CHUNK = 1 << 22
 
 
@@ -61,6 +64,20 @@ def check_tag(tag: str) -> None:
             f"`tag` must be a valid directory name of printable characters that does not start "
             f"with a dot and is not `{LATEST}`, got {tag!r}. Choose a tag such as `step100`."
         )
+
+
+def to_directory(path: str | os.PathLike[str]) -> Path:
+    """Convert a directory that a script passed to a `Path`, and check that it is not empty.
+
+    Raises:
+        ValueError: the path is empty or not a path.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(
+            f"The directory of checkpoints must be a non-empty path, got {path!r}. Pass a path "
+            'such as "checkpoints"; "." is the working directory.'
+        )
+    return Path(path)
 
 
 def create_directory(directory: Path) -> None:
@@ -177,7 +194,8 @@ def has_any_checkpoint(directory: Path) -> bool:
 
     Damaged checkpoints and checkpoints of other tools, such as DeepSpeed, also count.
     """
-    return (directory / LATEST).exists() or any(directory.glob(f"*/{MANIFEST}"))
+    is_named = any((directory / name).exists() for name in (LATEST, LATEST_UNIVERSAL))
+    return is_named or any(directory.glob(f"*/{MANIFEST}"))
 
 
 def find(directory: Path, tag: str | None = None) -> tuple[Path, Manifest]:

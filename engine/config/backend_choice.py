@@ -39,7 +39,9 @@ def zero_stage(config: Mapping[str, Any]) -> int | str:
 
 
 def find_offload_device(config: Mapping[str, Any], name: str) -> str:
-    """Return the device that a config offloads to: "none", "cpu", "nvme" or "auto".
+    """Return the device to which a config offloads the optimizer or the parameters.
+
+    The device is "none", "cpu", "nvme" or "auto".
 
     Args:
         config: config with the section ``zero_optimization``.
@@ -82,14 +84,14 @@ def choose_backend(
     """Choose the backend for a config.
 
     If the config sets ``engine.backend`` to "torch" or "deepspeed", choose this backend. Otherwise,
-    choose DeepSpeed if the config enables ZeRO or contains a key that changes results and that only
-    DeepSpeed supports. In all other cases, choose torch.
+    choose DeepSpeed if the config enables ZeRO, if only DeepSpeed supports a key that changes
+    results, or if only DeepSpeed supports a part of the model. In all other cases, choose torch.
 
     Args:
         config: config to choose the backend for.
         members: all keys of the config; each section precedes its keys.
         needs_deepspeed: part of the model that only DeepSpeed supports, such as an MoE layer; None
-            if there is none. A model with such a part also selects DeepSpeed.
+            if there is none.
 
     >>> choose_backend({"train_batch_size": 8}, []).name
     'torch'

@@ -38,7 +38,7 @@ class BatchSizes:
     ``train`` is the number of samples per optimizer step, summed over all ranks. ``micro`` is the
     number of samples per forward pass on one rank. ``accumulation`` is the number of micro-batches
     per optimizer step. ``data_ranks`` is the number of ranks that load different samples, and
-    ``unit`` is what messages call one of them.
+    ``unit`` is the noun for one of them in messages.
     """
 
     train: int
@@ -105,7 +105,7 @@ class BatchError(ValueError):
 
 
 class DataRanks(NamedTuple):
-    """The number of ranks that load different samples. The ranks of one model load the same."""
+    """The number of ranks that load different samples; ranks that share a model count as one."""
 
     number: int
     tensor_parallel: int = 1
@@ -118,7 +118,7 @@ RankCounter = Callable[[Mapping[str, Any], int], DataRanks]
 
 
 def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the keys that divide a model among ranks, each with its number of ranks.
+    """Return the config keys that split a model across ranks, each with the number of ranks.
 
     >>> count_ranks_per_model({"sequence_parallel_size": 2})
     {'sequence_parallel_size': 2}
@@ -132,7 +132,7 @@ def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def count_data_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
-    """Return the number of ranks that load different samples, from the config's parallelism."""
+    """Derive the number of ranks that load different samples from the config's parallelism."""
     sizes = count_ranks_per_model(config)
     if not sizes:
         return DataRanks(world_size)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["find_cpu_adam_key", "is_optimizer_offloaded"]
+from engine.config.backend_choice import find_offload_device
+
+__all__ = ["find_cpu_adam_key"]
 
 
 def find_cpu_adam_key(config: Mapping[str, Any]) -> str | None:
-    """Return the key that requires DeepSpeed's CPU Adam with an offloaded optimizer; None if none.
+    """Return the key that requires an optimizer offloaded to DeepSpeed's CPU Adam, or None.
 
     >>> find_cpu_adam_key({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}})
     'bf16.bf16_master_weights_and_grads'
@@ -18,16 +20,11 @@ def find_cpu_adam_key(config: Mapping[str, Any]) -> str | None:
     if fp16.get("fp16_master_weights_and_grads") is True:
         return "fp16.fp16_master_weights_and_grads"
     # With 16-bit states and no offloading, the whole optimizer is on the GPU.
-    has_states = bf16.get("bf16_optimizer_states") is True and not is_optimizer_offloaded(config)
+    is_offloaded = find_offload_device(config, "offload_optimizer") != "none"
+    has_states = bf16.get("bf16_optimizer_states") is True and not is_offloaded
     if bf16.get("bf16_master_weights_and_grads") is True and not has_states:
         return "bf16.bf16_master_weights_and_grads"
     return None
-
-
-def is_optimizer_offloaded(config: Mapping[str, Any]) -> bool:
-    """Return whether the optimizer states are offloaded to host memory or to a drive."""
-    block = _get(_get(config, "zero_optimization"), "offload_optimizer")
-    return bool(block.get("device", "none") != "none")
 
 
 def _get(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Find keys that change no result, and the reason, in the table ``schemas/no_effect.json``."""
+"""Look up keys that change no result, and the reasons, in ``schemas/no_effect.json``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = 
     Args:
         member: key of a config, with its value.
         backend: "torch" or "deepspeed".
-        stage: ZeRO stage; None if unknown, so that a reason that depends on it does not apply.
+        stage: ZeRO stage; None if unknown. Reasons that depend on the stage then do not apply.
 
     >>> print(find_reason_for_no_effect(Member("/gradient_allreduce_op", "sum", {}), "torch"))
     None
@@ -36,16 +36,17 @@ def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = 
 
 
 def _find_current_pointer(member: Member) -> str:
-    """Return the pointer of the key of which this key is an alias or an old name."""
+    """Return the pointer of a key; for an alias or an old name, that of the current name."""
     alias = member.schema.get("x-alias-of")
     pointer = join_pointer(get_parent(member.pointer), alias) if alias else member.pointer
     return pointer.replace("/bfloat16/", "/bf16/", 1)
 
 
 def _is_listed(member: Member, values: Any) -> bool:
-    """Return whether a value is one of those that have no effect; None stands for any value.
+    """Return whether a member's value is one of ``values``, which have no effect.
 
-    For a section, ``values`` lists them for each key that can make a difference.
+    None stands for any value. For a section, ``values`` is a dict that lists such values for each
+    key that can change a result.
     """
     if values is None:
         return True

@@ -1,4 +1,4 @@
-"""Recognize files that are not a ds_config.json, so that one problem names their format."""
+"""Recognize files in other formats, so that a single problem reports the wrong format."""
 
 from __future__ import annotations
 

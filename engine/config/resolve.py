@@ -133,7 +133,7 @@ class ProgressSettings:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """What a run measures or prints in addition to its progress."""
+    """Settings of the diagnostics that a run logs in addition to its progress."""
 
     wall_clock_breakdown: bool
     """Whether the mean times of the passes are logged with each progress line."""
@@ -269,7 +269,7 @@ def load_config(
         needs_deepspeed: part of the model that only DeepSpeed supports; None if there is none.
             Such a part selects the DeepSpeed backend unless ``engine.backend`` is set.
         count_ranks: function of the config and the world size that returns how many ranks load
-            different samples; by default, it reads the parallelism from the config.
+            different samples; by default, the number is derived from the config's parallelism.
 
     Raises:
         ConfigError: the config cannot be read or is invalid; ``problems`` lists every error.

@@ -183,7 +183,8 @@ def _get_member_schema(
 def means_default(pointer: str, value: Any) -> bool:
     """Return whether DeepSpeed replaces a value of "auto" with the key's default.
 
-    DeepSpeed drops such keys of ``zero_optimization``. For the stage, this would disable ZeRO.
+    DeepSpeed drops the keys of ``zero_optimization`` that are "auto". The stage is an exception
+    here, because dropping it would disable ZeRO.
 
     >>> means_default("/zero_optimization/reduce_bucket_size", "auto")
     True

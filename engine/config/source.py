@@ -85,7 +85,7 @@ def check_is_readable(path: Path) -> None:
 
 
 def _decode(text: str) -> str | None:
-    """Return the config that a string contains in URL-safe base64, as DeepSpeed accepts.
+    """Decode a config that is passed as a string in URL-safe base64, which DeepSpeed also accepts.
 
     Return None if the string is something else, such as a path.
     """

@@ -201,9 +201,7 @@ def _convert_error(
             message += 'got "auto", which no integration replaces.'
             is_accepted = means_default(pointer, value)
             if is_accepted:
-                message = (
-                    f'`{name}` is "auto", which no integration replaces. It means the default.'
-                )
+                message = f'`{name}` is "auto", which no integration replaces. The default is used.'
             yield document.build_problem(
                 "unsupported-auto",
                 pointer,
@@ -223,7 +221,7 @@ def _convert_error(
 
 
 def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
-    """Return a hint for a duration that is probably meant as a fraction; empty if it is not."""
+    """Return a hint if a duration is probably meant as a fraction; otherwise, an empty string."""
     accepts_fractions = "[dD][uU][rR]" in schema.get("pattern", "")
     if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
         return ""

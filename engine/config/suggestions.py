@@ -118,7 +118,7 @@ def suggest_optimizer(name: str) -> str | None:
 
 
 def _find_params(pointer: str, block: Mapping[str, Any]) -> Collection[str]:
-    """Return the names of the params of an ``optimizer`` or ``scheduler`` block."""
+    """Return the valid parameter names for an ``optimizer`` or ``scheduler`` block."""
     name = block.get("type")
     if not isinstance(name, str):
         return ()

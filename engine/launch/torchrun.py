@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 
 def remove_directory(pid: int) -> None:
-    """Remove the temporary directory of a process of this module that was killed."""
+    """Remove the temporary directory that a killed process left behind when it ran `main`."""
     for directory in Path(tempfile.gettempdir()).glob(f"{_get_prefix(pid)}*"):
         shutil.rmtree(directory, ignore_errors=True)
 

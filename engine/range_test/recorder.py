@@ -88,8 +88,8 @@ class Recorder:
             and only every second step is recorded from then on.
         divergence: the sweep ends when the smoothed loss exceeds its minimum so far by this factor.
         path: path of the record file; None to write no file, as on ranks other than 0.
-        facts: backend, world size, precision and batch size, which the first line of the file
-            contains.
+        facts: backend, world size, precision and batch size, to write to the first line of the
+            file.
     """
 
     def __init__(

@@ -112,8 +112,9 @@ def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
     lrs = [float(group.get("initial_lr", group["lr"])) for group in groups]
     if lrs[0] == 0 and any(lrs):
         raise ValueError(
-            "The LR range test keeps the ratio of each param group to the first one, but the first "
-            "group has learning rate 0. Move this group to the end, or remove it."
+            "The LR range test keeps the ratio of each param group's learning rate to that of the "
+            "first group, but the learning rate of the first group is 0. Move this group to the "
+            "end, or remove it."
         )
     return lrs
 

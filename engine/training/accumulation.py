@@ -37,6 +37,8 @@ class Accumulation:
     """Whether micro-batches are counted; if false, every call of `step` completes a batch."""
     averages_gradients: bool = True
     """Whether backward passes average gradients across ranks; false inside `no_sync`."""
+    is_coalescing: bool = False
+    """Whether DeepSpeed's `coalesce_grad_reduction` is active."""
 
     def is_boundary(self) -> bool:
         """Return whether the next micro-batch completes a batch."""
@@ -45,6 +47,20 @@ class Accumulation:
         if self.boundary is not None:
             return self.boundary
         return (self.micro_batches + 1) % self.steps == 0
+
+    def set_boundary(self, is_boundary: bool) -> None:
+        """Set whether each following `step` runs the optimizer, instead of counting micro-batches.
+
+        Raises:
+            RuntimeError: ``managed_gradient_accumulation`` is false, so every step does.
+        """
+        if not self.is_managed:
+            raise MisuseError(
+                "`set_gradient_accumulation_boundary()` must not be called if "
+                "`managed_gradient_accumulation` is false, because each `step()` then runs the "
+                "optimizer. Call `step()` only at the boundary, or remove the key."
+            )
+        self.boundary = is_boundary
 
     def is_last_backward(self) -> bool:
         """Return whether the next backward pass should average gradients across ranks."""
@@ -84,10 +100,28 @@ class Accumulation:
                 "`no_sync()` must not be used with ZeRO stages 2 and 3, which shard gradients in "
                 "each backward pass. Use `gradient_accumulation_steps` instead."
             )
-        if not self.averages_gradients:
+        if not self.averages_gradients or self.is_coalescing:
             raise MisuseError("`no_sync()` must not be nested. Leave the outer context first.")
         self.averages_gradients = False
         try:
             yield
         finally:
             self.averages_gradients = True
+
+    @contextlib.contextmanager
+    def coalesce(self) -> Iterator[None]:
+        """Reject `no_sync` inside this context; see `Engine.coalesce_grad_reduction`.
+
+        Raises:
+            RuntimeError: `no_sync` is active.
+        """
+        if not self.averages_gradients:
+            raise MisuseError(
+                "`coalesce_grad_reduction()` must not be nested in `no_sync()`. Leave the outer "
+                "context first."
+            )
+        self.is_coalescing = True
+        try:
+            yield
+        finally:
+            self.is_coalescing = False

@@ -30,8 +30,8 @@ def checkpoint_activations(
         wrap: class names of the blocks; see `find_blocks`.
         on_host: whether to move the saved inputs to CPU memory.
 
-    A model without blocks is left unchanged, with a warning. Like in DeepSpeed, where a section
-    ``activation_checkpointing`` has no effect until the model uses it, results do not change.
+    If the model has no blocks, a warning is logged and the model is left unchanged. This is not an
+    error, because activation checkpointing changes only memory use and speed, not results.
 
     Raises:
         ValueError: the model does not contain any of the classes in ``wrap``.

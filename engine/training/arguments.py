@@ -65,7 +65,8 @@ def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) ->
     Args:
         model: the module to train.
         groups: parameters or param groups to train.
-        backend: name of the backend, which averages and saves only the model's parameters.
+        backend: name of the backend, for the message. It averages and saves only the model's
+            parameters.
 
     Raises:
         ValueError: a parameter does not belong to the model.

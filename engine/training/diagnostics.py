@@ -1,6 +1,6 @@
-"""Diagnostics of DeepSpeed for the PyTorch backend: times, a profile and the initial state.
+"""DeepSpeed's diagnostics for the PyTorch backend: times, a profile and the initial state.
 
-A diagnostic that the config does not enable has no cost: the backend's methods are unchanged.
+A diagnostic that is not enabled costs no time, because the backend's methods stay unchanged.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ log = logging.getLogger("onecycle")
 def attach_diagnostics(
     config: Config, backend: Any, progress: ProgressReporter, get_counters: Callable[[], Counters]
 ) -> None:
-    """Start the diagnostics that the config enables; on rank 0 only, and not on DeepSpeed.
+    """Start the diagnostics that the config enables, on rank 0 of the PyTorch backend.
 
-    DeepSpeed has the same diagnostics, and runs them itself.
+    On the DeepSpeed backend, DeepSpeed runs the same diagnostics itself.
 
     Args:
         config: config of the run.
-        backend: backend of the run; its methods are replaced by measured ones.
+        backend: backend of the run; its methods are replaced with versions that measure their time.
         progress: progress reporter, which logs the measured times.
         get_counters: function that returns the current counters of the run.
     """

@@ -47,7 +47,8 @@ def profile_modules(model: nn.Module, device: torch.device) -> Iterator[list[Mod
         device: device that is synchronized before and after each module.
 
     Yields:
-        A profile of each module, the model first; complete when the context exits.
+        A list with one profile per module, starting with the model. The profiles are complete when
+        the context exits.
     """
     with FlopCounterMode(display=False):
         torch.ones(1, 1).mm(torch.ones(1, 1))  # imports what counting needs, before it is timed
@@ -68,7 +69,7 @@ def profile_modules(model: nn.Module, device: torch.device) -> Iterator[list[Mod
 
 
 def _add_up_containers(profiles: Sequence[ModuleProfile]) -> None:
-    """Add the costs of its members to each container, such as a ModuleList, that is not called."""
+    """Add up the members' costs for each container that is never called, such as a ModuleList."""
     for container in reversed(profiles):
         if container.calls == 0 and container.name:
             members = [each for each in profiles if each.name.rpartition(".")[0] == container.name]
@@ -123,7 +124,7 @@ def format_profile(profiles: Sequence[ModuleProfile], settings: Mapping[str, Any
 
 
 def _format_depths(profiles: Sequence[ModuleProfile], last_depth: int, count: int) -> Iterator[str]:
-    """Yield the classes with the highest sums at each depth, down to ``last_depth``."""
+    """Yield, for each depth down to ``last_depth``, the module classes with the highest costs."""
     deepest = max(profile.depth for profile in profiles)
     for depth in range(min(last_depth, deepest) + 1 if last_depth >= 0 else deepest + 1):
         yield f"\ntop {count} classes at depth {depth}"

@@ -178,7 +178,7 @@ class RunLoader:
         return self._count_requests(self._start_epoch())
 
     def iterate_forever(self) -> Iterator[Any]:
-        """Return an iterator over the batches, epoch after epoch; the same one in each call."""
+        """Return an endless iterator over the batches of all epochs, the same one in each call."""
         if self._endless is None:
             self._endless = itertools.chain.from_iterable(itertools.repeat(self))
         return self._endless

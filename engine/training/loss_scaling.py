@@ -30,11 +30,11 @@ class LossScaler:
 
     If ``loss_scale`` is above 0, the scale is static. If it is 0, the scale is dynamic and starts
     at ``2 ** initial_scale_power``. The first ``hysteresis - 1`` overflows do not change the scale;
-    every later overflow halves it, down to ``min_loss_scale``, or to the smallest number of float16
-    if that is 0. After ``loss_scale_window + 1`` consecutive steps without overflow, the scale
-    doubles. It doubles again after every further ``loss_scale_window`` steps without overflow.
-    Doubling also resets the count of overflows. With ``consecutive_hysteresis``, every step without
-    overflow resets the count.
+    every later overflow halves it, down to ``min_loss_scale`` or, if ``min_loss_scale`` is 0, to
+    the smallest positive float16 number. After ``loss_scale_window + 1`` consecutive steps without
+    overflow, the scale doubles. It doubles again after every further ``loss_scale_window`` steps
+    without overflow. Doubling also resets the count of overflows. With ``consecutive_hysteresis``,
+    every step without overflow resets the count.
 
     >>> scaler = LossScaler(LossScaling(0, 4, 2, 1, False, 1))
     >>> for overflow in (True, False, False, False):

@@ -96,7 +96,7 @@ class MisuseChecks:
         """Check the loss that a script passes to `backward` or `scale`.
 
         Raises:
-            ValueError: it is not a scalar tensor that requires grad.
+            ValueError: the loss is not a scalar tensor that requires grad.
             RuntimeError: the engine has no optimizer.
         """
         self._check_optimizer()

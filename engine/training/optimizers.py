@@ -32,7 +32,7 @@ class NoOptimizer(Optimizer):
 
 
 def has_no_optimizer(optimizer: Optimizer) -> bool:
-    """Return whether the optimizer of a backend means that it only runs inference."""
+    """Return whether an optimizer is the placeholder for an engine that only runs inference."""
     return isinstance(optimizer, NoOptimizer)
 
 
@@ -94,11 +94,11 @@ def _start_late_momenta(optimizer: Optimizer, *_: Any) -> None:
 def _construct(
     optimizer_class: type[Optimizer], groups: list[Any], params: Mapping[str, Any]
 ) -> Optimizer:
-    """Call an optimizer's constructor, in a time that is linear in the number of param groups.
+    """Call an optimizer's constructor in time that is linear in the number of param groups.
 
     `Optimizer.add_param_group` compares each new group with all earlier groups, which takes half a
-    minute for 10,000 groups. During construction, compare it with the set of all earlier
-    parameters instead.
+    minute for 10,000 groups. During construction, the new group is compared with the set of all
+    earlier parameters instead.
     """
     optimizer = optimizer_class.__new__(optimizer_class)
     known: set[torch.Tensor] = set()

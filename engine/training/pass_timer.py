@@ -22,7 +22,7 @@ def read_clock(device: torch.device) -> float:
 
 
 class PassTimer:
-    """Measures functions on a device, and returns the mean time of each.
+    """Measures how long function calls take on a device, and returns each function's mean time.
 
     Args:
         device: device that is synchronized before and after each measured call.
@@ -38,7 +38,7 @@ class PassTimer:
         self._seconds: dict[str, list[float]] = {}
 
     def measure(self, name: str, function: Callable[P, R]) -> Callable[P, R]:
-        """Return the function with its time measured, except while gradients are disabled.
+        """Wrap a function so that its time is measured, except while gradients are disabled.
 
         Args:
             name: name of the function in `pop_means`.
@@ -57,6 +57,6 @@ class PassTimer:
         return measured
 
     def pop_means(self) -> dict[str, float]:
-        """Return the mean time of each function in milliseconds since the last call."""
+        """Return each function's mean time in milliseconds since `pop_means` was last called."""
         seconds, self._seconds = self._seconds, {}
         return {name: 1000 * sum(each) / len(each) for name, each in seconds.items()}

@@ -1,4 +1,4 @@
-"""What the schedules of an optimizer wrote last, to tell their values from the script's own."""
+"""Record the values that schedules wrote last, to tell them from values that the script set."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class _Writer(Protocol):
 class Attachment:
     """The schedules that are attached to one optimizer, and the values that they wrote last.
 
-    It outlives the schedules. When a second schedule is attached, it shows whether a learning rate
-    comes from the first schedule or from the script.
+    An attachment outlives the schedules. When a second schedule is attached, it shows whether the
+    current learning rate comes from the first schedule or from the script.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Attachment:
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> Attachment:
-        """Return the attachment of an optimizer; create it if there is none yet."""
+        """Return the `Attachment` of an optimizer, which the first call creates."""
         return _ATTACHMENTS.setdefault(optimizer, cls())
 
     def record(
@@ -45,8 +45,8 @@ class Attachment:
         Args:
             writer: the schedule.
             groups: param groups of the optimizer.
-            values: function that returns the values that the schedule wrote last. It must not
-                refer to the schedule, which it outlives.
+            values: function that returns the values that the schedule wrote last. The function
+                outlives the schedule, so it must not hold a reference to the schedule.
         """
         self._last_group = groups[-1]
         self._last_written |= dict.fromkeys(writer.hyperparameters, values)
@@ -60,13 +60,14 @@ class Attachment:
     ) -> tuple[tuple[float, ...], str | None]:
         """Return the initial value of a hyperparameter in each param group.
 
-        It is the current value, unless a schedule wrote that. Like PyTorch's schedulers, a schedule
-        stores the initial value in the group, under the key ``initial_…``.
+        If a schedule wrote the current value, the initial value is the one that the schedule
+        stored in the group under the key ``initial_…``, as PyTorch's schedulers do. Otherwise, the
+        initial value is the current value.
 
         Returns:
-            The values, and a text about the first group for which it is not known whether a
-            schedule wrote the current value: the group was loaded from a state, or another
-            library's scheduler is attached.
+            The initial values, and a message about the first group whose current value may or may
+            not come from a schedule; None if there is no such group. The origin is unclear if the
+            group was loaded from a state, or if another library's scheduler is attached.
         """
         values, doubt = [], None
         # Loading the state of an optimizer replaces its groups, possibly by those of another run.
@@ -84,7 +85,7 @@ class Attachment:
         return tuple(values), doubt
 
     def _find(self, name: str, index: int) -> Iterator[float]:
-        """Yield the values of a hyperparameter that schedules wrote last into a param group."""
+        """Yield the value of a hyperparameter that each schedule wrote last into a param group."""
         last = [self._last_written[name]] if name in self._last_written else []
         for values in (*last, *self._written.values()):
             yield from values().get(name, ())[index : index + 1]

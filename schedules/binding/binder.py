@@ -13,7 +13,14 @@ from torch.optim import Optimizer
 
 from schedules.binding.attachment import Attachment
 from schedules.binding.first_step import FirstStep
-from schedules.binding.saved_state import BaseValues, build_identity, check_state, complete_base
+from schedules.binding.saved_state import (
+    BaseValues,
+    build_identity,
+    check_origin,
+    check_state,
+    complete_base,
+    read_state,
+)
 from schedules.binding.torch_interface import BaseLRs, TorchInterface
 from schedules.core.controller import Base, Controller, Decision, Evidence, OpenLoop
 from schedules.core.durations import Horizon
@@ -21,6 +28,8 @@ from schedules.core.schedule import Schedule
 from schedules.param_groups import (
     Group,
     RangeWriter,
+    Slot,
+    check_multipliers,
     find_slots,
     write_values,
 )
@@ -48,8 +57,8 @@ class ScheduleBinder(TorchInterface):
         optimizer: optimizer whose hyperparameters the schedule sets.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         base: initial learning rate of all param groups or a list of one per group; or a dict that
-            maps "lr", "momentum" and "weight_decay" to such values. By default, the values that the
-            param groups have now; if another schedule wrote those, the initial values of that one.
+            maps "lr", "momentum" and "weight_decay" to such values. By default, the current
+            values are used; if another schedule wrote those, that schedule's initial values.
         at: step at which the schedule starts.
 
     Raises:
@@ -77,7 +86,7 @@ class ScheduleBinder(TorchInterface):
     """
 
     def __new__(cls, schedule: Schedule[Any] | None = None, *_: Any, **__: Any) -> Self:
-        """Create a binder, of the subclass for the schedule's feedback if there is one."""
+        """Create an instance of the subclass for the schedule's feedback, if there is one."""
         feedback = getattr(schedule, "feedback", None) if cls is ScheduleBinder else None
         chosen: type[Self] = _SUBCLASSES.get(feedback, cls)
         return super().__new__(chosen)
@@ -100,7 +109,7 @@ class ScheduleBinder(TorchInterface):
         if at and schedule.feedback is not None:
             raise ValueError(
                 f"`at` must be 0 with {schedule.type_name}, which depends on past losses, got "
-                f"{at}. Call load_state_dict() with a saved state."
+                f"{at}. To start at a later step, call load_state_dict() with a saved state."
             )
         self.schedule = schedule
         self.optimizer = optimizer
@@ -121,14 +130,16 @@ class ScheduleBinder(TorchInterface):
 
     def _prepare(self) -> None:
         """Set the attributes that are not pickled."""
-        self._find_slots()
+        self._slots = self._find_slots()
         self._attachment = Attachment.of(self.optimizer)
         self._writer = self._doubt = None
-        self._is_overtaken = self._has_stepped = False
+        self._is_overtaken = self._has_stepped = self._has_warned = False
 
-    def _find_slots(self) -> None:
+    def _find_slots(self) -> dict[str, tuple[Slot, ...]]:
         names = self.schedule.hyperparameters
-        self._slots = {name: find_slots(name, self.optimizer) for name in names}
+        for name in names:
+            check_multipliers(name, self.optimizer)
+        return {name: find_slots(name, self.optimizer) for name in names}
 
     def _read_base(self, given: Base) -> Base:
         """Return the initial hyperparameters of the param groups."""
@@ -183,11 +194,11 @@ class ScheduleBinder(TorchInterface):
             self._step_slowly(loss, metric)
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
-        """Take a step that is the first one, has feedback, or starts a new range of steps."""
+        """Take the first step, a step with feedback, or the first step of a new range of steps."""
         self._check_base()
         if self.last_epoch == 0:
             self._first_step.check()
-        if self._is_overtaken and self._has_stepped and not self._holds_own_values():
+        if self._is_overtaken and self._has_stepped and not self._has_warned:
             self._warn_of_other_writer()
         if self.schedule.feedback is not None:
             self._step_with_feedback(loss, metric)
@@ -196,18 +207,17 @@ class ScheduleBinder(TorchInterface):
             self.write()
         else:
             raise ValueError(
-                f"step() accepts neither an epoch nor, with this schedule, a loss, got {loss}. "
-                "Call step() without arguments. To continue from a different step, call "
-                "load_state_dict() with a saved state."
+                f"step() must be called without a loss or an epoch for this schedule, got {loss}. "
+                "To continue from a different step, call load_state_dict() with a saved state."
             )
         self._has_stepped = True
 
     def _check_base(self) -> None:
         if self._doubt is not None:
             raise ValueError(
-                f"The initial values of the schedule are uncertain: {self._doubt}, and the first "
-                "may come from a schedule or from the script. Load the saved state of the "
-                "schedule, or pass the initial values to `attach` as `base`."
+                f"The initial values of the schedule are uncertain: {self._doubt}, and the "
+                "current value may come from a schedule or from the script. Load the saved state "
+                "of the schedule, or pass the initial values to `attach` as `base`."
             )
 
     def _holds_own_values(self) -> bool:
@@ -220,16 +230,18 @@ class ScheduleBinder(TorchInterface):
         )
 
     def _warn_of_other_writer(self) -> None:
+        if self._holds_own_values():
+            return
+        self._has_warned = True
         names = " and ".join(self._slots)
         warnings.warn(
             f"Two schedules set {names} of the same optimizer, and each overwrites the values of "
             "the other. Use one schedule, for example a SequentialLR or a ChainedScheduler.",
             stacklevel=4,
         )
-        self._has_stepped = False  # warn only once
 
     def note_other_writer(self) -> None:
-        """Note that another schedule of the same optimizer has set a hyperparameter of this one."""
+        """Note that another schedule has set a hyperparameter that this schedule also sets."""
         self._is_overtaken, self._writer = True, None
 
     def _step_with_feedback(
@@ -238,8 +250,8 @@ class ScheduleBinder(TorchInterface):
         if self.last_epoch != self._position:
             raise ValueError(
                 f"`last_epoch` must not be set with {self.schedule.type_name}, which depends on "
-                f"past losses, got {self.last_epoch} after {self._position} steps. Call "
-                "load_state_dict() with a saved state."
+                f"past losses, got {self.last_epoch} after {self._position} steps. To change the "
+                "step, call load_state_dict() with a saved state."
             )
         self._include_added_groups()
         uses_metric = self.schedule.feedback == "metric" and metric is not None
@@ -260,7 +272,7 @@ class ScheduleBinder(TorchInterface):
             log.info(text, name, *decision[:3], confidence)
 
     def _is_unchanged_since(self, before: Any) -> bool:
-        """Return whether a step with feedback, from a state before, leaves the param groups."""
+        """Return whether the values are the same as in ``before``, the state before this step."""
         del before
         return False
 
@@ -271,7 +283,8 @@ class ScheduleBinder(TorchInterface):
         if isinstance(self.controller, OpenLoop):
             if self.last_epoch < 0:
                 raise ValueError(
-                    f"`last_epoch` must be at least 0, got {self.last_epoch}. Raise it."
+                    f"`last_epoch` must be at least -1 before a step, got {self.last_epoch - 1}. "
+                    "Set it to -1 to restart the schedule."
                 )
             curves = self.controller.curves
             self._writer = RangeWriter(groups, self._slots, curves, self.last_epoch)
@@ -282,7 +295,7 @@ class ScheduleBinder(TorchInterface):
         self._attachment.record(self, groups, lambda: values)
 
     def _include_added_groups(self) -> Sequence[Group]:
-        """Bind the schedule to param groups that were added, and return all of them."""
+        """Bind the schedule to newly added param groups, and return all param groups."""
         groups, known = self.optimizer.param_groups, len(self._base_lrs)
         if len(groups) < known:
             raise ValueError(
@@ -290,11 +303,10 @@ class ScheduleBinder(TorchInterface):
                 f"{len(groups)} now. Attach the schedule again after removing param groups."
             )
         if len(groups) > known:
-            slots = {"lr": find_slots("lr", self.optimizer)}
-            slots |= {name: find_slots(name, self.optimizer) for name in self._slots}
+            slots = self._find_slots()
             added = {
                 name: tuple(slot.read(group) for slot, group in zip(each, groups, strict=True))
-                for name, each in slots.items()
+                for name, each in {"lr": find_slots("lr", self.optimizer), **slots}.items()
             }
             base = {name: values + added[name][known:] for name, values in self._base.items()}
             try:
@@ -302,7 +314,7 @@ class ScheduleBinder(TorchInterface):
             except ValueError as error:
                 text = f"Param group {known} was added after the schedule was attached."
                 raise ValueError(f"{text} {error}") from None
-            self._find_slots()
+            self._slots = slots
         return groups
 
     def _go_to(self, state: Any, step: int) -> None:
@@ -368,54 +380,44 @@ class ScheduleBinder(TorchInterface):
         Args:
             state_dict: saved state.
             override: whether to accept the state of a schedule with other parameters or initial
-                hyperparameters. This schedule then continues at the saved step.
+                hyperparameters. This schedule then keeps its own and continues at the saved step.
 
         Raises:
             ValueError: the state is from a different schedule, or has a different number of param
                 groups.
         """
         has_feedback = self.schedule.feedback is not None
-        if not override or (has_feedback and state_dict.get("type") != self.schedule.type_name):
+        if override:
+            check_origin(state_dict, self.schedule.type_name if has_feedback else None)
+        else:
             self.check_state_dict(state_dict)
         base = self._base if override else _to_base(state_dict)
-        state = self._read_state(state_dict, base)
+        state = read_state(state_dict, self.schedule, base, self._horizon)
         if not override:
             self._bind(base)
         self._doubt = None
         self._go_to(state, state_dict["step"])
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Check that `load_state_dict` accepts a state. Nothing changes.
+        """Check that `load_state_dict` would accept a state, without loading it.
 
         Raises:
             ValueError: the state is damaged, is from a different schedule, or has a different
                 number of param groups.
         """
         check_state(state_dict, self.identity, self._base, self._compared)
-        self._read_state(state_dict, _to_base(state_dict))
-
-    def _read_state(self, state_dict: Mapping[str, Any], base: Base) -> Any:
-        """Return the controller's part of a saved state; None without feedback."""
-        try:
-            controller = self.schedule.bind(base, self._horizon)
-            state, values = None, {}
-            if self.schedule.feedback is not None:
-                state = controller.from_json(state_dict["state"])
-                values = dict(controller.values(state))
-            elif isinstance(controller, OpenLoop):
-                values = dict(controller.values(max(0, state_dict["step"])))
-        except Exception as error:
-            raise ValueError(f"The saved state of the schedule is damaged: {error}") from error
-        if not all(math.isfinite(each) for group in values.values() for each in group):
-            raise ValueError(
-                f"The saved state of the schedule is damaged: its values are {values}."
-            )
-        return state
+        read_state(state_dict, self.schedule, _to_base(state_dict), self._horizon)
 
     @property
     def _compared(self) -> Collection[str]:
-        """Names of the hyperparameters whose initial values a saved state must have."""
+        """Names of the hyperparameters whose initial values must match those of a saved state."""
         return self._slots.keys()
+
+    def __repr__(self) -> str:
+        params = ", ".join(f"{name}={each!r}" for name, each in self.schedule.params().items())
+        lrs = ", ".join(f"{lr:.4g}" for lr in self.get_last_lr())
+        schedule = f"{self.schedule.type_name}({params})"
+        return f"{type(self).__name__}({schedule}, step={self.last_epoch}, lr=[{lrs}])"
 
     def __getstate__(self) -> dict[str, Any]:
         # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.

@@ -11,10 +11,10 @@ __all__ = ["FirstStep"]
 
 
 class FirstStep:
-    """Checks, as torch's schedulers do, that the optimizer steps before the schedule does.
+    """Checks, like PyTorch's schedulers, that `optimizer.step()` is called before `step()`.
 
     Args:
-        optimizer: optimizer to observe; None to check nothing.
+        optimizer: optimizer to observe. None disables the check.
     """
 
     def __init__(self, optimizer: Optimizer | None) -> None:
@@ -29,7 +29,7 @@ class FirstStep:
         self._is_taken = True
 
     def check(self) -> None:
-        """Warn if the optimizer has not taken a step. Only the first call checks."""
+        """Warn if the optimizer has not taken a step yet. Only the first call does this check."""
         is_taken, self._is_taken = self._is_taken, True
         if self._handle is not None:
             self._handle.remove()

@@ -25,8 +25,8 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
     """The `ScheduleBinder` of a schedule that depends on a metric.
 
     Trainers, such as Hugging Face's and Lightning's, pass a metric only to instances of PyTorch's
-    ``ReduceLROnPlateau``. Like that class, the binder multiplies the current learning rates, and
-    leaves them as they are otherwise.
+    ``ReduceLROnPlateau``. Like that class, the binder multiplies the current learning rates when
+    the schedule reduces them, and leaves them unchanged otherwise.
     """
 
     _has_received = False
@@ -42,8 +42,8 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
         Args:
             metrics: metric, a number or a scalar tensor; None in a step without a metric.
-            metric: another name of ``metrics``.
-            loss: another name of ``metrics``.
+            metric: alias of ``metrics``.
+            loss: alias of ``metrics``.
         """
         received = next((each for each in (metrics, metric, loss) if each is not None), None)
         super().step(received)
@@ -74,7 +74,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
     @property
     def best(self) -> float:  # type: ignore[override]  # read-only here
-        """Best metric so far; infinitely bad before the first one."""
+        """Best metric so far; before the first metric, inf or -inf, whichever is worse."""
         best: float | None = self._state.plateau.best
         return self.mode_worse if best is None else best
 
@@ -85,7 +85,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
     @property
     def cooldown_counter(self) -> int:  # type: ignore[override]  # read-only here
-        """Remaining number of metrics in the cooldown after the last reduction."""
+        """Number of metrics that remain in the cooldown after the last reduction."""
         return int(self._state.plateau.rests)
 
     @property

@@ -7,13 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from schedules.core.controller import Base
+from schedules.core.controller import Base, OpenLoop
 from schedules.core.durations import MAX_STEPS, Horizon
 from schedules.core.fields import Range
+from schedules.core.per_group import broadcast
 from schedules.core.saved_state import OPTIONAL, describe, restore
-from schedules.core.schedule import Schedule, broadcast
+from schedules.core.schedule import Schedule
 
-__all__ = ["BaseValues", "build_identity", "check_state", "complete_base"]
+__all__ = [
+    "BaseValues",
+    "build_identity",
+    "check_origin",
+    "check_state",
+    "complete_base",
+    "read_state",
+]
 
 BaseValues = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 """Initial learning rate of all param groups or of each, or a dict of initial hyperparameters."""
@@ -67,7 +75,7 @@ def build_identity(schedule: Schedule[Any], horizon: Horizon | None) -> dict[str
 
 
 def _to_json(value: Any) -> Any:
-    """Convert a value to JSON types. A function or another object becomes the name of its code."""
+    """Convert a value to JSON types; replace a function or an object by the name of its code."""
     if isinstance(value, Mapping):
         return {str(key): _to_json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -78,6 +86,29 @@ def _to_json(value: Any) -> Any:
         return value.tolist()
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}:{named.__qualname__}"
+
+
+def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None:
+    """Check that a saved state is from a schedule of this package.
+
+    Args:
+        state: saved state.
+        type_name: name of the schedule that must have saved the state; None for any schedule.
+
+    Raises:
+        ValueError: the state is from another library or another schedule.
+    """
+    if not {"type", "params", "step", "base"} <= state.keys():
+        raise ValueError(
+            "The saved state must be from a schedule of onecycle, got a state with the keys "
+            f"{', '.join(map(str, state)) or 'none'}. To continue from a step without a saved "
+            "state, pass `at` to `attach`."
+        )
+    if type_name not in (None, state["type"]):
+        raise ValueError(
+            f"{type_name} depends on past losses, which the state of {state['type']} does not "
+            "contain. Attach the schedule without loading the state."
+        )
 
 
 def check_state(
@@ -92,14 +123,10 @@ def check_state(
         compared: names of the hyperparameters whose initial values must be equal.
 
     Raises:
-        ValueError: they are different, or the state is damaged or from another library.
+        ValueError: the schedules, the initial values or the numbers of param groups are different,
+            or the state is damaged or from another library.
     """
-    if not {"type", "params", "step", "base"} <= state.keys():
-        raise ValueError(
-            "The saved state must be from a schedule of onecycle, got a state with the keys "
-            f"{', '.join(map(str, state)) or 'none'}. To continue from a step without a saved "
-            "state, pass `at` to `attach`."
-        )
+    check_origin(state)
     fields = ("type", "params", "step", "base", "state")
     restore(_SavedState, {name: state[name] for name in fields if name in state}, "lr_scheduler")
     missing = [name for name in ("lr", *compared) if name not in state["base"]]
@@ -116,7 +143,7 @@ def check_state(
         raise ValueError(
             f"The schedule does not match the saved state: {'; '.join(changed)}. Restore the "
             "saved values, or call load_state_dict() with `override=True` to continue from the "
-            "saved step with the values of now."
+            "saved step with the current values."
         )
 
 
@@ -141,3 +168,32 @@ def _compare_bases(
                 f"the initial `{name}` of the param groups is {list(saved[name])} in the saved "
                 f"state, {list(base[name])} now"
             )
+
+
+def read_state(
+    state_dict: Mapping[str, Any], schedule: Schedule[Any], base: Base, horizon: Horizon | None
+) -> Any:
+    """Return the controller's part of a saved state; None for a schedule without feedback.
+
+    Args:
+        state_dict: state that `ScheduleBinder.state_dict` returned.
+        schedule: schedule that will continue from the state.
+        base: initial hyperparameters by name, with one value per param group.
+        horizon: length of the run.
+
+    Raises:
+        ValueError: the state is damaged, or the values of the schedule would not be finite.
+    """
+    state, values = None, {}
+    try:
+        controller = schedule.bind(base, horizon)
+        if schedule.feedback is not None:
+            state = controller.from_json(state_dict["state"])
+            values = dict(controller.values(state))
+        elif isinstance(controller, OpenLoop):
+            values = dict(controller.values(max(0, state_dict["step"])))
+    except Exception as error:
+        raise ValueError(f"The saved state of the schedule is damaged: {error}") from error
+    if not all(math.isfinite(each) for group in values.values() for each in group):
+        raise ValueError(f"The saved state of the schedule is damaged: its values are {values}.")
+    return state

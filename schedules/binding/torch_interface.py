@@ -1,4 +1,4 @@
-"""The methods and attributes of PyTorch's schedulers, and of DeepSpeed's."""
+"""The methods and attributes that both PyTorch's and DeepSpeed's schedulers have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["BaseLRs", "TorchInterface"]
 
 
 class BaseLRs(list[float | Tensor]):
-    """The initial learning rates, whose items cannot be assigned."""
+    """List of the initial learning rates; assigning to one of its items raises an error."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError(
@@ -26,9 +26,10 @@ class BaseLRs(list[float | Tensor]):
 
 
 class TorchInterface(LRScheduler):
-    """Base class of `ScheduleBinder`, with what other libraries read from a scheduler."""
+    """Base class of `ScheduleBinder`, with the attributes that other libraries read."""
 
     controller: Controller[Any]
+    _extra_count = 0
     last_epoch: int
     """Number of optimizer steps so far, without skipped steps. As in PyTorch, a script can set it,
     and the next `step` continues from there. Feedback schedules reject that."""
@@ -51,7 +52,7 @@ class TorchInterface(LRScheduler):
 
     @abstractmethod
     def _go_to(self, state: Any, step: int) -> None:
-        """Set the state, and write the hyperparameters of its step."""
+        """Set the state and the step, and write the hyperparameters of that step."""
 
     # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
     # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
@@ -68,7 +69,7 @@ class TorchInterface(LRScheduler):
 
     @property
     def base_lrs(self) -> list[float | Tensor]:
-        """Initial learning rate of each param group. Assign a new list to change it."""
+        """Initial learning rate of each param group. To change one, assign a new list."""
         return self._base_lrs
 
     @base_lrs.setter
@@ -82,8 +83,14 @@ class TorchInterface(LRScheduler):
         return self.get_last_lr()
 
     @property
-    def _step_count(self) -> int:  # type: ignore[override]  # read-only here
-        return self.last_epoch + 1  # as in PyTorch, whose constructor takes a step
+    def _step_count(self) -> int:
+        # As in PyTorch, whose constructor takes a step.
+        return self.last_epoch + 1 + self._extra_count
+
+    @_step_count.setter
+    def _step_count(self, count: int) -> None:
+        # Accelerate counts the steps in which gradients are only accumulated.
+        self._extra_count = count - self.last_epoch - 1
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group for the next step."""
@@ -94,7 +101,7 @@ class TorchInterface(LRScheduler):
         values = self.controller.values(self.state)
         return list(values["lr"]) if "lr" in values else self.get_last_lr()
 
-    def get_mom(self) -> list[float | tuple[float, ...] | None] | None:
+    def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return the momentum (with Adam, the betas) of each param group.
 
         Return None if the schedule does not set the momentum.

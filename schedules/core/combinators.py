@@ -99,7 +99,7 @@ def join(parts: Iterable[Curve], boundaries: Iterable[float], names: Sequence[st
 def decay_after_warmup(
     decay: Callable[[float, float, float], Curve], peak: float, end_value: float, steps: float
 ) -> Curve:
-    """Return the decay of a run with a warmup; if no step is left for it, the peak is kept.
+    """Return the decay that follows a warmup, or the constant peak if no steps remain for it.
 
     Args:
         decay: function that builds the decay from its start value, end value and length.

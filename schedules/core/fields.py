@@ -306,7 +306,7 @@ class Field:
 
     @property
     def minimum(self) -> float:
-        """The least valid number, also of the items of a list; -infinity if there is no limit."""
+        """Smallest valid number, or smallest valid list item; -infinity if there is no limit."""
         least: float = self._item_schema.get("minimum", -math.inf)
         return least
 
@@ -327,7 +327,7 @@ def _to_plain(value: Any) -> Any:
 def _find_invalid(
     place: str, schema: Mapping[str, Any], value: Any
 ) -> tuple[str, Mapping[str, Any], Any]:
-    """Return the place, the schema and the value of the innermost part that is invalid."""
+    """Return the location, the schema and the value of the innermost invalid part."""
     parts: list[tuple[str, Mapping[str, Any], Any]] = []
     if isinstance(value, tuple) and "items" in schema:
         parts = [(f"{place}[{index}]", schema["items"], each) for index, each in enumerate(value)]

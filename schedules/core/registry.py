@@ -238,7 +238,7 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
 
 
 def build(cls: type[Schedule[Any]], params: Mapping[str, Any]) -> Schedule[Any]:
-    """Build a schedule of a class.
+    """Build a schedule from its class and its parameters.
 
     Args:
         cls: class of the schedule.
@@ -289,6 +289,11 @@ def to_class(path: str, found: Any) -> type[Schedule[Any]]:
     if isinstance(found, type) and issubclass(found, Schedule):
         _check_class(found)
         return found
+    if isinstance(found, Schedule):
+        raise ValueError(  # noqa: TRY004  # it is a value of the config
+            f"{path!r} must be a schedule class or a function of the step, got the schedule "
+            f"{found!r}. Set the `type` and the `params` of this schedule instead."
+        )
     return cast("type[Schedule[Any]]", importlib.import_module(_CUSTOM).adapt(found, path))
 
 

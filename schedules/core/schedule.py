@@ -9,18 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, overload
 
 from schedules.core.combinators import dilate
 from schedules.core.controller import Base, Controller, Curves, OpenLoop
 from schedules.core.curves import Curve
 from schedules.core.durations import FractionalSteps, Horizon, convert_to_steps, is_time_string
-from schedules.core.fields import Duration, PerGroup, read_fields
+from schedules.core.fields import Duration, read_fields
+from schedules.core.per_group import broadcast, build_curve_per_group
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, dataclass_transform
 
 __all__ = [
@@ -28,11 +29,6 @@ __all__ = [
     "ParameterProblem",
     "Schedule",
     "ScheduleError",
-    "broadcast",
-    "broadcast_lr",
-    "broadcast_strict",
-    "build_curve_per_group",
-    "exceeds",
     "schedule_class",
 ]
 
@@ -189,7 +185,7 @@ class Schedule(ABC, Generic[S]):
         return dataclasses.replace(self, **changes)
 
     def _check_minimum(self, name: str, steps: Any) -> None:
-        """Check that a time string is not 0 steps in a short run, if the field does not allow 0."""
+        """Check that no time string is 0 steps in a short run, unless the field allows 0."""
         least, given = read_fields(type(self))[name].minimum, _as_tuple(getattr(self, name))
         for time, count in zip(given, _as_tuple(steps), strict=True):
             if is_time_string(time) and count == 0 < least:
@@ -280,6 +276,40 @@ class Schedule(ABC, Generic[S]):
             }
         return curves
 
+    @overload
+    def __call__(self, step: int, *, lr: float = ..., horizon: Horizon | None = ...) -> float: ...
+    @overload
+    def __call__(
+        self, step: ArrayLike, *, lr: float = ..., horizon: Horizon | None = ...
+    ) -> NDArray[Any] | float: ...
+    def __call__(
+        self, step: int | ArrayLike, *, lr: float = 0.1, horizon: Horizon | None = None
+    ) -> NDArray[Any] | float:
+        """Return the learning rate at a step, or an array of learning rates at an array of steps.
+
+        Args:
+            step: step or steps, at least 0.
+            lr: initial learning rate of the param group.
+            horizon: length of the run, used to convert time strings to steps and to scale
+                durations.
+
+        Raises:
+            ValueError: the schedule does not set the learning rate, or a step is negative.
+
+        >>> from schedules import LinearLR
+        >>> LinearLR(start_factor=0.5, total_iters=10)(5, lr=1.0)
+        0.75
+        """
+        base = {"lr": (lr,), "momentum": (0.9,), "weight_decay": (0.0,)}
+        curves = self.build_curves(base, horizon)
+        if "lr" not in curves:
+            names = " and ".join(curves)
+            raise ValueError(
+                f"{self.type_name} must set the learning rate, but it sets only {names}. Call "
+                "`schedules.trace` for other hyperparameters."
+            )
+        return curves["lr"][0](step)
+
     def bind(self, base: Base, horizon: Horizon | None = None) -> Controller[S]:
         """Return the controller that computes the values of this schedule for an optimizer.
 
@@ -346,86 +376,3 @@ class LearningRateSchedule(Schedule[int]):
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
-
-
-def build_curve_per_group(
-    make: Callable[..., Curve], *columns: tuple[Any, ...]
-) -> tuple[Curve, ...]:
-    """Build the curve of each param group.
-
-    Args:
-        make: function that builds the curve of a group.
-        *columns: arguments of ``make``, each a tuple with one value per group. Groups with equal
-            arguments share one curve.
-    """
-    make_once = functools.cache(make)
-    return tuple(make_once(*row) for row in zip(*columns, strict=True))
-
-
-def exceeds(low: PerGroup, high: PerGroup) -> bool:
-    """Return whether ``low`` is greater than ``high`` in any param group."""
-    if isinstance(low, tuple) and isinstance(high, tuple):
-        return any(map(operator.gt, low, high))
-    return bool(max(_as_tuple(low)) > min(_as_tuple(high)))
-
-
-def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the value of a field for each param group. A single number applies to all groups.
-
-    Raises:
-        ValueError: ``value`` is a list that does not have one number per group.
-    """
-    if isinstance(value, int | float):
-        return (value,) * len(base)
-    if len(value) != len(base):
-        raise ValueError(
-            f"`{name}` must be a number or a list with one number per param group ({len(base)}), "
-            f"got {len(value)} numbers."
-        )
-    return tuple(value)
-
-
-def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the value of a field that is a learning rate for each param group.
-
-    Args:
-        schedule: schedule with the field, and with a field ``relative``.
-        name: name of the field.
-        lrs: initial learning rate of each group. If ``relative`` is true, the value of the field is
-            a multiple of it.
-
-    Raises:
-        ValueError: the value is a single learning rate but the groups have different initial
-            values, or it is a list that does not have one number per group.
-
-    >>> import schedules
-    >>> warmup = schedules.WarmupLR(warmup_max_lr=10.0, relative=True)
-    >>> broadcast_lr(warmup, "warmup_max_lr", (0.1, 0.01))
-    (1.0, 0.1)
-    """
-    value = getattr(schedule, name)
-    if schedule.relative:
-        factors = broadcast(name, value, lrs)
-        return tuple(factor * lr for factor, lr in zip(factors, lrs, strict=True))
-    fix = ' Alternatively, set `"relative": true` and multiples of each value.'
-    return broadcast_strict(name, value, lrs, fix)
-
-
-def broadcast_strict(
-    name: str, value: PerGroup, base: tuple[float, ...], fix: str = ""
-) -> tuple[float, ...]:
-    """Return the value of a field for each param group.
-
-    If the groups have different initial values, ``value`` must be a list.
-
-    Raises:
-        ValueError: ``value`` is a single number but the groups have different initial values, or
-            ``value`` is a list that does not have one number per group.
-    """
-    if isinstance(value, int | float) and len(set(base)) > 1:
-        groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))
-        raise ValueError(
-            f"`{name}` must be a list of {len(base)} numbers, one per param group, because the "
-            f"groups have different initial values ({groups}), got {value:g}.{fix}"
-        )
-    return broadcast(name, value, base)

@@ -34,7 +34,8 @@ def trace(
     Args:
         schedule: `Schedule`, or a ``{"type": …, "params": {…}}`` block.
         steps: number of steps, counted from step 0.
-        base: initial hyperparameters of the optimizer, each a number or one per param group.
+        base: initial hyperparameters of the optimizer, each a number or a list with
+            one number per group.
             Defaults to a single group with learning rate 0.1, momentum 0.9 and weight decay 0.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         losses: loss (or metric) of each step, for feedback schedules. Defaults to a synthetic loss.

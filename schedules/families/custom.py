@@ -1,8 +1,8 @@
 """Custom schedules, which a config specifies as ``module:attribute``.
 
-A custom schedule can be a function, a subclass of PyTorch's LRScheduler, such as LambdaLR, or a
-function that builds a scheduler for an optimizer. A function maps the step to a factor by which the
-learning rate is multiplied. A scheduler runs on a dummy optimizer and its values are recorded, so
+The attribute can be a function that maps the step to a factor by which the learning rate is
+multiplied, a subclass of PyTorch's LRScheduler, such as LambdaLR, or a function that builds such a
+scheduler for an optimizer. A scheduler runs on a dummy optimizer and its values are recorded, so
 that the schedule can be previewed and resumed. Schedulers have two limitations: the value at a step
 requires running all previous steps, and durations are numbers of steps that cannot be scaled.
 """
@@ -171,7 +171,7 @@ def wrap_scheduler(cls: Any, name: str) -> type[WrappedScheduler]:
 
 
 def _parameters(function: Any) -> list[inspect.Parameter]:
-    """Return the parameters of a function without the first one, ``self`` or the optimizer."""
+    """Return a function's parameters after the first, which is ``self`` or the optimizer."""
     return list(inspect.signature(function).parameters.values())[1:]
 
 
@@ -193,8 +193,8 @@ class WrappedScheduler(Schedule[int]):
     def _written(self) -> tuple[str, ...]:
         """Names of the hyperparameters that the scheduler sets in its first steps.
 
-        The parameters can be lists with one item per param group, so the scheduler is tried with as
-        many groups as a list has items.
+        A parameter can be a list with one item per param group, so the scheduler is first tried
+        with as many param groups as the list has items.
         """
         lists = {len(value) for value in self.params().values() if isinstance(value, list)}
         errors = []
@@ -252,8 +252,8 @@ _TRIAL = {"lr": 0.1, "momentum": 0.123, "weight_decay": 0.0123}
 class _Recorder:
     """Runs a scheduler on a dummy optimizer, and records the values of the last steps.
 
-    The record has a limited size, so that a long run does not need more and more memory. To return
-    the values of a step before the record, the scheduler runs again from the first step.
+    The number of recorded steps is limited, so that memory use does not grow with the length of the
+    run. To return the values of an earlier step, the scheduler runs again from the first step.
     """
 
     def __init__(self, schedule: WrappedScheduler, base: Base) -> None:

@@ -31,14 +31,8 @@ from schedules.core.fields import (
     WarmupStepsOrZero,
     as_number,
 )
-from schedules.core.schedule import (
-    ParameterProblem,
-    Schedule,
-    broadcast,
-    broadcast_strict,
-    build_curve_per_group,
-    schedule_class,
-)
+from schedules.core.per_group import broadcast, broadcast_strict, build_curve_per_group
+from schedules.core.schedule import ParameterProblem, Schedule, schedule_class
 
 __all__ = [
     "CosineScheduler",

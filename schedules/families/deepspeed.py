@@ -28,16 +28,14 @@ from schedules.core.fields import (
     WarmupSteps,
     as_number,
 )
-from schedules.core.schedule import (
-    ParameterProblem,
-    Schedule,
+from schedules.core.per_group import (
     broadcast,
     broadcast_lr,
     broadcast_strict,
     build_curve_per_group,
     exceeds,
-    schedule_class,
 )
+from schedules.core.schedule import ParameterProblem, Schedule, schedule_class
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
@@ -99,8 +97,9 @@ class OneCycle(
 
     cycle_min_lr: LearningRate
     """Learning rate at the start and at the end of the cycle."""
-    cycle_max_lr: LearningRate
-    """Learning rate at the peak, which is reached after exactly `cycle_first_step_size` steps."""
+    cycle_max_lr: LearningRate | None
+    """Learning rate at the peak, which is reached after exactly `cycle_first_step_size` steps; null
+    uses each param group's initial learning rate."""
     decay_lr_rate: Rate = 0.0
     """Decay rate of the learning rate after the cycle. The divisor of the learning rate starts at 1
     and increases by this rate every `decay_step_size` steps."""
@@ -129,11 +128,11 @@ class OneCycle(
     """Decay rate of momentum after the cycle. The divisor of momentum starts at 1 and increases by
     this rate every `decay_step_size` steps."""
     relative: bool = False
-    """Whether the learning rates are multiples of the param group's own learning rate."""
+    """Whether the learning rates are multiples of each param group's initial learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         for low, high in (("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")):
-            if exceeds(getattr(self, low), getattr(self, high)):
+            if getattr(self, high) is not None and exceeds(getattr(self, low), getattr(self, high)):
                 yield ParameterProblem(
                     high,
                     f"`{high}` must be at least `{low}` ({_format_value(getattr(self, low))}), "
@@ -249,7 +248,7 @@ class LRRangeTest(
     """Whether the learning rate increases once every `lr_range_test_step_size` steps instead of at
     every step."""
     relative: bool = False
-    """Whether `lr_range_test_min_lr` is a multiple of the param group's own learning rate."""
+    """Whether `lr_range_test_min_lr` is a multiple of each param group's initial learning rate."""
 
     @property
     def span(self) -> int:
@@ -297,7 +296,7 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     warmup_type: WarmupType = "log"
     """Shape of the warmup; "log" rises fastest in the first steps."""
     relative: bool = False
-    """Whether the learning rates are multiples of the param group's own learning rate."""
+    """Whether the learning rates are multiples of each param group's initial learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.warmup_max_lr is not None and exceeds(self.warmup_min_lr, self.warmup_max_lr):
@@ -314,11 +313,10 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
 
     def _curves(self, base: Base) -> Curves:
         own = base["lr"]
-        minima, maxima = broadcast("warmup_min_lr", self.warmup_min_lr, own), own
+        minima = broadcast("warmup_min_lr", self.warmup_min_lr, own)
         if self.relative:
             minima = broadcast_lr(self, "warmup_min_lr", own)
-        if self.warmup_max_lr is not None:
-            maxima = broadcast_lr(self, "warmup_max_lr", own)
+        maxima = broadcast_lr(self, "warmup_max_lr", own)
         return {"lr": build_curve_per_group(self._curve, minima, maxima)}
 
     def _curve(self, minimum: float, maximum: float) -> Curve:

@@ -26,14 +26,8 @@ from schedules.core.fields import (
     WeightDecay,
     as_number,
 )
-from schedules.core.schedule import (
-    ParameterProblem,
-    Schedule,
-    broadcast_strict,
-    build_curve_per_group,
-    exceeds,
-    schedule_class,
-)
+from schedules.core.per_group import broadcast_strict, build_curve_per_group, exceeds
+from schedules.core.schedule import ParameterProblem, Schedule, schedule_class
 
 __all__ = ["OptimizerParamScheduler"]
 
@@ -79,9 +73,9 @@ class OptimizerParamScheduler(
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
     """Shape of the decay if `lr_decay_style` is "WSD"."""
     start_wd: WeightDecay | None = None
-    """Weight decay at the start. null is 0 if `end_wd` is set."""
+    """Weight decay at the start; null means 0 if `end_wd` is set."""
     end_wd: WeightDecay | None = None
-    """Weight decay at the end. null keeps the optimizer's weight decay."""
+    """Weight decay at the end. If this and `start_wd` are null, the schedule does not set it."""
     wd_incr_steps: StepsOrZero = 0
     """Step at which the weight decay reaches `end_wd`."""
     wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"

@@ -27,15 +27,8 @@ from schedules.core.fields import (
     Steps,
     as_number,
 )
-from schedules.core.schedule import (
-    LearningRateSchedule,
-    ParameterProblem,
-    Schedule,
-    broadcast_lr,
-    broadcast_strict,
-    build_curve_per_group,
-    schedule_class,
-)
+from schedules.core.per_group import broadcast_lr, broadcast_strict, build_curve_per_group
+from schedules.core.schedule import LearningRateSchedule, ParameterProblem, Schedule, schedule_class
 
 __all__ = [
     "ConstantLR",
@@ -243,8 +236,8 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
 
     has_rate_per_step = True
 
-    max_lr: LearningRate
-    """Learning rate at the peak."""
+    max_lr: LearningRate | None
+    """Learning rate at the peak; null uses each param group's initial learning rate."""
     total_steps: Steps | None = None
     """Length of the cycle; null uses `epochs` times `steps_per_epoch`."""
     epochs: Annotated[int, Range(at_least=1)] | None = None
@@ -269,7 +262,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     three_phase: bool = False
     """Whether the learning rate returns to its initial value before it falls to its final value."""
     relative: bool = False
-    """Whether `max_lr` is a multiple of the param group's own learning rate."""
+    """Whether `max_lr` is a multiple of each param group's initial learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         by_epochs = (self.epochs is not None) + (self.steps_per_epoch is not None)
@@ -377,8 +370,9 @@ class CyclicLR(
 
     base_lr: LearningRate
     """Learning rate at the bottom of the triangles."""
-    max_lr: LearningRate
-    """Learning rate at the top of the first triangle."""
+    max_lr: LearningRate | None
+    """Learning rate at the top of the first triangle; null uses each param group's initial learning
+    rate."""
     step_size_up: Steps = 2000
     """Length of the rising part of each triangle."""
     step_size_down: Steps | None = None
@@ -395,7 +389,7 @@ class CyclicLR(
     max_momentum: Momentum = 0.9
     """Momentum at the bottom of the triangles."""
     relative: bool = False
-    """Whether the learning rates are multiples of the param group's own learning rate."""
+    """Whether the learning rates are multiples of each param group's initial learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.gamma > 1:

@@ -14,13 +14,8 @@ from schedules.core.combinators import decay_after_warmup, join, stairs
 from schedules.core.controller import Base, Curves
 from schedules.core.curves import Curve, constant, cosine, exponential, linear
 from schedules.core.fields import Factor, LearningRate, Ratio, Steps, WarmupStepsOrZero, as_number
-from schedules.core.schedule import (
-    ParameterProblem,
-    Schedule,
-    broadcast_strict,
-    build_curve_per_group,
-    schedule_class,
-)
+from schedules.core.per_group import broadcast_strict, build_curve_per_group
+from schedules.core.schedule import ParameterProblem, Schedule, schedule_class
 
 __all__ = [
     "CosineScheduleWithWarmup",

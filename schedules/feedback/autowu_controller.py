@@ -44,8 +44,8 @@ class AutoWUController(FeedbackController[AutoWUState]):
         test: test that ends the warmup. Its attribute ``warmup`` has the parameters of the warmup.
         decay: parameters of the phases after the warmup.
         total_steps: length of the run in steps.
-        lrs: initial learning rate of each param group. Only the ratios to
-            the first one that is not 0 are used.
+        lrs: initial learning rate of each param group. Only their ratios to the first nonzero one
+            are used.
     """
 
     def __init__(

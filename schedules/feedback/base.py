@@ -20,7 +20,7 @@ class FeedbackController(Controller[S]):
     """Base class of the controllers of feedback schedules; see `Controller` for the interface."""
 
     def continue_from(self, state: S, values: Values) -> S:
-        """Return a state that continues from the current hyperparameters, which others may set.
+        """Return a state that continues from the current values, which other code may have changed.
 
         Override this method in the controller of a schedule that multiplies the current values.
         """

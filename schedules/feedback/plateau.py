@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from schedules.core.controller import Base, Decision, Values
 from schedules.core.fields import LearningRate, Range
+from schedules.core.per_group import broadcast
 from schedules.core.saved_state import Count, restore
-from schedules.core.schedule import ParameterProblem, broadcast, schedule_class
+from schedules.core.schedule import ParameterProblem, schedule_class
 from schedules.feedback.base import FeedbackController, FeedbackSchedule
 
 __all__ = ["ReduceLROnPlateau"]

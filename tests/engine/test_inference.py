@@ -65,3 +65,13 @@ def evaluate_without_optimizer(backend, stage):
 def test_initialize_without_a_required_optimizer_raises(config, message):
     with pytest.raises(ValueError, match=message):
         engine.initialize(config={"train_batch_size": 4, **config}, model=nn.Linear(2, 1))
+
+
+def test_engine_without_optimizer_loads_the_weights_of_a_checkpoint(tmp_path):
+    optimizer = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
+    trainer, *_ = engine.initialize(config=TORCH | optimizer, model=nn.Linear(2, 1))
+    trainer.save_checkpoint(tmp_path, client_state={"epoch": 3})
+    reference, *_ = engine.initialize(config=TORCH, model=nn.Linear(2, 1))
+    assert reference.load_checkpoint(tmp_path)[1] == {"epoch": 3}
+    x = torch.ones(4, 2)
+    assert torch.equal(reference(x), trainer(x))

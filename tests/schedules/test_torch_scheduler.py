@@ -11,7 +11,6 @@ import torch
 
 import schedules
 from schedules import ScheduleBinder, attach, trace
-from schedules.param_groups import read_momenta, read_momentum
 
 CYCLE = {
     "cycle_min_lr": 0.1,
@@ -139,16 +138,6 @@ def test_binder_has_the_methods_of_torch_schedulers():
     assert binder.get_mom() == [0.95]
     assert binder.base_lrs == [0.1]
     assert attach("WarmupLR", optimizer).get_mom() is None
-
-
-def test_momentum_of_groups_with_different_keys_is_read_from_each_group():
-    """As in DeepSpeed's Muon: matrices have a momentum, and the other weights have Adam's betas."""
-    optimizer = torch.optim.SGD([{"params": weights()} for _ in range(3)], lr=0.1, momentum=0.9)
-    for group in optimizer.param_groups[1:]:
-        del group["momentum"]
-    optimizer.param_groups[1]["betas"] = (0.8, 0.99)
-    assert read_momenta(optimizer) == [0.9, (0.8, 0.99), 0.0]
-    assert read_momentum(optimizer) == [0.9, 0.8, 0.0]
 
 
 @pytest.mark.parametrize("schedule", [("OneCycle", CYCLE, {}), ("AutoWU", AUTOWU, {"loss": 1.0})])
@@ -435,3 +424,10 @@ def test_binder_with_betas_as_a_list_and_curves_per_group_writes_each_group():
     expected = trace({"type": "OneCycle", "params": CYCLE | bounds}, 2, base={"lr": (0.1, 0.1)})
     assert binder.get_last_lr() == expected["lr"][1].tolist()
     assert [group["betas"][1] for group in optimizer.param_groups] == [0.99, 0.99]
+
+
+def test_binder_repr_shows_the_schedule_the_step_and_the_lr():
+    optimizer = torch.optim.SGD([{"params": weights()}, {"params": weights()}], lr=0.1)
+    binder = attach("StepLR", optimizer, step_size=2, gamma=0.5)
+    run(optimizer, binder, 2)
+    assert repr(binder) == "ScheduleBinder(StepLR(step_size=2, gamma=0.5), step=2, lr=[0.05, 0.05])"

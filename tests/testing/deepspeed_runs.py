@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 import engine
-from engine.backends.deepspeed import import_deepspeed
+from engine.backends.deepspeed_import import import_deepspeed
 
 ADAMW = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
 SGD = {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}
@@ -55,14 +55,13 @@ def start_deepspeed(config, **arguments):
     )[0]
 
 
-def start_onecycle(config, backend, model=None, *, checkpoint=(), **arguments):
+def start_onecycle(config, backend, model=None, *, groups=None, checkpoint=(), **arguments):
     """Start onecycle on a backend."""
     model = model or Net()
     config = copy.deepcopy(config) | (ALLOW_SGD if backend == "deepspeed" else {})
     config["engine"] = {"backend": backend, "checkpoint": dict(checkpoint)}
-    return engine.initialize(
-        model=model, model_parameters=build_groups(model), config=config, **arguments
-    )[0]
+    groups = groups or build_groups(model)
+    return engine.initialize(model=model, model_parameters=groups, config=config, **arguments)[0]
 
 
 def train(trainer, first, last):

@@ -118,7 +118,9 @@ def _add_hidden_options(group: _Group) -> None:
         group.add(name, action="store_true", help=hidden)
     for advice, names in _UNSUPPORTED.items():
         for name in names:
-            group.add(name, action=_Unsupported, nargs=0, const=advice, help=hidden, default=hidden)
+            group.add(
+                name, action=_Unsupported, nargs="?", const=advice, help=hidden, default=hidden
+            )
 
 
 def _add_host_options(group: _Group) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.config.master_weights import find_cpu_adam_key, is_optimizer_offloaded
+from engine.config.backend_choice import find_offload_device
+from engine.config.master_weights import find_cpu_adam_key
 from engine.config.rules.context import Rule, RuleContext
 from engine.config.schema import optimizer_name
 from engine.errors import Problem
@@ -37,7 +38,7 @@ def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
 def _is_autocast_of_16_bits(context: RuleContext, on: list[str]) -> bool:
     """Return whether ``torch_autocast`` computes in the dtype of the 16-bit weights.
 
-    Without ZeRO, DeepSpeed would scale the loss of fp16 twice.
+    Return False for fp16 without ZeRO, because DeepSpeed would then scale the loss twice.
     """
     if len(on) != 2 or "torch_autocast" not in on:
         return False
@@ -54,7 +55,7 @@ def _check_cpu_adam(context: RuleContext) -> Iterator[Problem]:
     block = context.get_section("optimizer")
     name = optimizer_name(block.get("type", "")) if block else "Adam"
     is_known = not any(each.startswith((_OPTIMIZER, _OFFLOAD)) for each in context.unresolved)
-    if is_known and not is_optimizer_offloaded(context.config):
+    if is_known and find_offload_device(context.config, "offload_optimizer") == "none":
         message = f"`{key}` requires that the optimizer is offloaded to the CPU."
         hint = f'Add "offload_optimizer": {{"device": "cpu"}} to `zero_optimization`{_OR_STATES}.'
         if key.startswith("fp16"):

@@ -133,7 +133,7 @@ def _check_elastic_checkpoint(context: RuleContext) -> Iterator[Problem]:
         return
     name = optimizer_name(block.get("type", "")) or ""
     is_adam = name in {"Adam", "AdamW"}
-    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    device = find_offload_device(context.config, "offload_optimizer")
     fused = name == "Lion" or (is_adam and (block.get("params") or {}).get("torch_adam") is False)
     if not name or (fused and device == "none"):
         return

@@ -186,6 +186,13 @@ def train_pipeline(directory):
     trainer.load_checkpoint(directory)
     assert float(trainer.eval_batch(iter(held_back))) == before
     assert trainer.global_steps == 5
+    trainer.training_dataloader = None
+    trainer.set_dataloader(held_back)
+    trainer.train_batch()
+    assert float(trainer.eval_batch(iter(held_back))) == after
+    trainer.train_batch(iter([(torch.full((2, 1), torch.inf), torch.ones(2, 1))] * 2))
+    assert (trainer.global_steps, trainer.skipped_steps) == (7, 1)
+    assert float(trainer.eval_batch(iter(held_back))) == after
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ def find_errors(config):
         ({"bf16": STATES}, None),
         ({"bf16": MASTER, "zero_optimization": {"stage": 1} | OFFLOAD}, None),
         ({"bf16": STATES, "zero_optimization": {"stage": 3} | OFFLOAD}, None),
+        ({"bf16": MASTER, "zero_optimization": {"stage": 1, "cpu_offload": True}}, None),
         (
             {
                 "bf16": MASTER,
@@ -68,8 +69,12 @@ def test_validate_master_weights_require_cpu_adam(config, message):
     assert [message in error.message for error in errors] == ([True] if message else [])
 
 
-def test_master_weights_with_offloading_select_deepspeeds_adam():
-    config = CONFIG | {"bf16": MASTER, "zero_optimization": {"stage": 1} | OFFLOAD}
+@pytest.mark.parametrize(
+    ("bf16", "zero"),
+    [(MASTER, {"stage": 1} | OFFLOAD), (STATES, {"stage": 3, "cpu_offload": True})],
+)
+def test_master_weights_with_offloading_select_deepspeeds_adam(bf16, zero):
+    config = CONFIG | {"bf16": bf16, "zero_optimization": zero}
     assert find_cpu_adam_key(config) == "bf16.bf16_master_weights_and_grads"
     built = build_deepspeed_config(load_config(config), builds_optimizer=True)
     assert built["optimizer"]["type"] == "AdamW"
@@ -143,6 +148,28 @@ def train_by_hand(batches):
     return model
 
 
+def coalesce_inside_and_around_no_sync():
+    config = CONFIG | {"zero_optimization": {"stage": 1, "overlap_comm": False}}
+    trainer = engine.initialize(config=config, model=torch.nn.Linear(4, 1))[0]
+    nested = pytest.raises(engine.MisuseError, match=r"`no_sync\(\)` must not be nested")
+    with trainer.coalesce_grad_reduction(), nested, trainer.no_sync():
+        pass
+    nested = pytest.raises(engine.MisuseError, match=r"must not be nested in `no_sync\(\)`")
+    with trainer.no_sync(), nested, trainer.coalesce_grad_reduction():
+        pass
+    with trainer.coalesce_grad_reduction():
+        trainer.backward(trainer(torch.ones(2, 4)).mean())
+    assert trainer.step()
+
+
+def test_coalesce_grad_reduction_and_no_sync_exclude_each_other():
+    run_distributed_test(coalesce_inside_and_around_no_sync, 1)
+    trainer = engine.initialize(config=CONFIG, model=torch.nn.Linear(4, 1))[0]
+    message = "exists only with the DeepSpeed backend"
+    with pytest.raises(AttributeError, match=message), trainer.coalesce_grad_reduction():
+        pass
+
+
 def compare_unmanaged():
     dist.init_process_group("gloo")
     logging.disable(logging.INFO)
@@ -154,6 +181,8 @@ def compare_unmanaged():
         zero = {"zero_optimization": {"stage": stage, "overlap_comm": False}}
         trainer, found = train(config | zero, batches, per_step=3)
         assert (trainer.global_steps, trainer.global_samples) == (2, 24)
+        with pytest.raises(engine.MisuseError, match="each `step\\(\\)` then runs the optimizer"):
+            trainer.set_gradient_accumulation_boundary(False)
         if stage < 3:
             torch.testing.assert_close(found["weight"], expected)
 

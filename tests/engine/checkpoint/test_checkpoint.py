@@ -47,6 +47,17 @@ def test_checkpoint_section_saves_prunes_and_resumes(tmp_path):
         start(**checkpoint_section(tmp_path / "none", resume="must"))
 
 
+@pytest.mark.parametrize("directory", ["", None])
+def test_checkpoint_directory_must_not_be_empty(directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer, _ = start()
+    with pytest.raises(ValueError, match="must be a non-empty path, got "):
+        trainer.save_checkpoint(directory)
+    with pytest.raises(ValueError, match="must be a non-empty path, got "):
+        trainer.load_checkpoint(directory)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("behind", [False, True])
 def test_load_checkpoint_without_frozen_parameters_keeps_current_ones(tmp_path, behind):
     def adapted(seed):

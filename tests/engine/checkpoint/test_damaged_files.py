@@ -4,8 +4,10 @@
 """
 
 import json
+import logging
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -21,7 +23,11 @@ from tests.testing.saved_runs import RUNS
 
 @pytest.fixture(scope="module")
 def mutator(tmp_path_factory):
-    return CheckpointMutator(0, tmp_path_factory.mktemp("checkpoints"))
+    logger = logging.getLogger("onecycle")
+    level = logger.level
+    with warnings.catch_warnings():  # the mutator silences the log and the warnings
+        yield CheckpointMutator(0, tmp_path_factory.mktemp("checkpoints"))
+    logger.setLevel(level)
 
 
 @pytest.fixture

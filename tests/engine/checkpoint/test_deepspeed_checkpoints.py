@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from engine.backends.deepspeed import import_deepspeed
+from engine.backends.deepspeed_import import import_deepspeed
 from engine.errors import CheckpointError
 from tests.testing.deepspeed_runs import (
     ADAMW,
@@ -229,6 +229,54 @@ def test_resume_after_a_switch_loads_the_checkpoint_that_was_written_last(tmp_pa
     run_distributed_test(switch_in_one_directory, 1, tmp_path)
 
 
+def load_small_sub_groups(directory):
+    """At stage 3, the files contain groups of `sub_group_size` elements, not param groups."""
+    zero = {"stage": 3, "sub_group_size": 10}
+    config = build_config() | {"zero_optimization": zero}
+    plain = start_deepspeed(config)
+    train(plain, 0, 3)
+    plain.save_checkpoint(directory)
+    wanted = train(plain, 3, 6)
+    for backend in ("deepspeed", "torch"):
+        trainer = start_onecycle(config, backend)
+        trainer.load_checkpoint(directory)
+        assert train(trainer, 3, 6) == pytest.approx(wanted, rel=1e-6)
+    model = Net()
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    other = start_onecycle(config, "deepspeed", model, groups=groups)
+    before = copy_weights(other)
+    with pytest.raises(CheckpointError, match="there are 2 param groups in the checkpoint"):
+        other.load_checkpoint(directory)
+    assert all(torch.equal(value, before[name]) for name, value in copy_weights(other).items())
+
+
+def test_checkpoint_with_small_sub_groups_continues(tmp_path):
+    run_distributed_test(load_small_sub_groups, 1, tmp_path)
+
+
+def resume_automatically_from_universal(directory):
+    section = {"dir": str(directory), "resume": "auto"}
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        start_onecycle(build_config(1), "deepspeed", checkpoint=section)
+
+
+def test_resume_auto_does_not_ignore_a_universal_checkpoint(tmp_path):
+    (tmp_path / "latest_universal").write_text("global_step4_universal")
+    run_distributed_test(resume_automatically_from_universal, 1, tmp_path)
+
+
+def refuse_nvme(directory):
+    plain = start_deepspeed(build_config(1))
+    plain.save_checkpoint(directory, tag="x")
+    (directory / "x" / "offloaded_tensors").mkdir()
+    with pytest.raises(CheckpointError, match="offloaded to NVMe. Load it with the DeepSpeed"):
+        start_onecycle(build_config(1), "torch").load_checkpoint(directory)
+
+
+def test_checkpoint_with_states_on_nvme_is_refused_on_torch(tmp_path):
+    run_distributed_test(refuse_nvme, 1, tmp_path)
+
+
 def switch_backends(directory):
     config = build_config(1, scheduler=ONE_CYCLE)
     first = start_onecycle(config, "deepspeed")
@@ -257,6 +305,7 @@ def load_only_weights_of_an_older_tag(directory):
     trainer.save_checkpoint(directory)
     fresh = start_onecycle(build_config(3), "deepspeed")
     fresh.load_checkpoint(directory, tag="old", load_module_only=True)
+    assert all(parameter.numel() for parameter in fresh.module.parameters())  # small ones are whole
     assert all(torch.equal(value, old[name]) for name, value in copy_weights(fresh).items())
 
 
@@ -264,9 +313,14 @@ def test_weights_of_an_older_tag_at_stage_3_are_not_those_of_the_newest(tmp_path
     run_distributed_test(load_only_weights_of_an_older_tag, 1, tmp_path)
 
 
+def build_universal_config(stage):
+    zero = {"stage": stage, "sub_group_size": 4}  # so small that stage 3 splits the param groups
+    return build_config(stage, "bf16", scheduler=ONE_CYCLE, zero_optimization=zero)
+
+
 def save_and_convert(stage, directory):
     """Save on DeepSpeed, run DeepSpeed's tools on the checkpoint, and continue."""
-    config = build_config(stage, "bf16", scheduler=ONE_CYCLE)
+    config = build_universal_config(stage)
     trainer = start_onecycle(config, "deepspeed")
     train(trainer, 0, 4)
     trainer.save_checkpoint(directory)
@@ -296,7 +350,7 @@ def run_tool(arguments):
 
 
 def load_universal(stage, directory):
-    config = build_config(stage, "bf16", scheduler=ONE_CYCLE)
+    config = build_universal_config(stage)
     tag = "global_step4_universal"
     with pytest.raises(CheckpointError, match="`checkpoint.load_universal` to true"):
         start_onecycle(config, "deepspeed").load_checkpoint(directory, tag)

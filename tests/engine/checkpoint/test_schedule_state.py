@@ -48,7 +48,7 @@ def test_override_restarts_a_scheduler_whose_position_is_unknown(tmp_path, caplo
     saved.save_checkpoint(tmp_path)
     resumed = start(ReduceLROnPlateau, override=True)
     resumed.load_checkpoint(tmp_path)
-    assert "ReduceLROnPlateau restarts: its position is unknown" in caplog.text
+    assert "ReduceLROnPlateau restarts from step 0, because its step" in caplog.text
     assert resumed.global_steps == 2
 
 

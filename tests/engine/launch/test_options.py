@@ -100,9 +100,10 @@ def test_launch_options_of_torchrun_and_deepspeed_mean_the_same(
         ("--autotuning", "start the script with torchrun or deepspeed"),
     ],
 )
-def test_launch_unsupported_option_names_the_alternative(capsys, option, advice):
+@pytest.mark.parametrize("form", ["{} x", "{}=x"])
+def test_launch_unsupported_option_names_the_alternative(capsys, option, advice, form):
     with pytest.raises(SystemExit, match="2"):
-        launch(option, "x", __file__)
+        launch(*form.format(option).split(), __file__)
     printed = capsys.readouterr().err
     assert printed.startswith(f"onecycle: `{option}` is not ")
     assert advice in printed

@@ -337,5 +337,5 @@ def test_lr_range_test_with_a_first_group_of_lr_0_is_rejected():
     trainer, *_ = engine.initialize(
         config={"train_batch_size": 8}, model=model, optimizer=optimizer
     )
-    with pytest.raises(ValueError, match="the first group has learning rate 0"):
+    with pytest.raises(ValueError, match="the learning rate of the first group is 0"):
         engine.lr_range_test(trainer, torch.randn(2, 8, 2))

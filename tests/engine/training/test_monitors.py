@@ -280,9 +280,9 @@ def test_csv_monitor_and_log_accept_groups_with_different_keys(tmp_path, caplog)
     with caplog.at_level("INFO", "onecycle"):
         trainer.backward(trainer(torch.ones(2, 3)).mean())
         trainer.step()
-    assert trainer.get_mom() == [0.95, (0.9, 0.99), None]
-    assert trainer.get_momentum() == [0.95, 0.9, None]
-    assert "lr 0.5, momentum 0.95 0.9" in caplog.text
+    assert trainer.get_mom() == [0.95, (0.9, 0.99), 0.0]
+    assert trainer.get_momentum() == [0.95, 0.9, 0.0]
+    assert "lr 0.5, momentum 0.95 0.9 0" in caplog.text
     assert rows(tmp_path / "job", "momentum") == {2: 0.95}
     assert rows(tmp_path / "job", "momentum_group_1") == {2: 0.9}
-    assert not (tmp_path / "job" / "Train_Samples_momentum_group_2.csv").exists()
+    assert rows(tmp_path / "job", "momentum_group_2") == {2: 0.0}

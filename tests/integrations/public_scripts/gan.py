@@ -12,6 +12,7 @@ CONFIG = {
     "train_batch_size": 8,
     "optimizer": {"type": "Adam", "params": {"lr": 0.00015}},
     "steps_per_print": 10,
+    "wall_clock_breakdown": False,
 }
 
 

@@ -150,3 +150,10 @@ def test_attach_after_the_optimizers_state_is_restored_starts_from_the_initial_l
         run(optimizer, attach("LinearLR", optimizer), 3)
         optimizer.load_state_dict(saved)
     assert first.get_last_lr() == [2.5e-4]
+
+
+def test_load_state_dict_override_of_another_feedback_schedule_is_rejected():
+    state = attach("ReduceLROnPlateau", sgd()).state_dict()
+    other = attach("AutoWU", sgd(), steps_per_epoch=5, total_epochs=9)
+    with pytest.raises(ValueError, match="AutoWU depends on past losses, which the state of Red"):
+        other.load_state_dict(state, override=True)

@@ -111,8 +111,9 @@ def take_turns(first, second, steps=2):
 def test_two_schedules_of_one_hyperparameter_that_take_turns_warn():
     optimizer = sgd()
     first, second = (attach("ExponentialLR", optimizer, gamma=gamma) for gamma in (0.9, 0.5))
-    with pytest.warns(UserWarning, match="Two schedules set lr of the same optimizer"):
-        take_turns(first, second)
+    with pytest.warns(UserWarning, match="Two schedules set lr of the same optimizer") as caught:
+        take_turns(first, second, steps=4)
+    assert len(caught) == 2, "each schedule warns once"
 
 
 def test_a_warmup_that_overwrites_the_reductions_of_a_plateau_warns():

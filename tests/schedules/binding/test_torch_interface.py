@@ -42,7 +42,7 @@ def test_last_epoch_set_back_continues_from_there():
 def test_last_epoch_below_minus_1_is_rejected():
     _, binder = make("MultiStepLR", milestones=[4])
     binder.last_epoch = -3
-    with pytest.raises(ValueError, match="`last_epoch` must be at least 0, got -2"):
+    with pytest.raises(ValueError, match="`last_epoch` must be at least -1 before a step, got -3"):
         binder.step()
 
 
@@ -79,6 +79,8 @@ def test_step_count_is_that_of_torch():
     run(optimizer, binder, 2)
     run(theirs.optimizer, theirs, 2)
     assert binder._step_count == theirs._step_count == 3
+    binder._step_count += 1  # as Accelerate does
+    assert (binder._step_count, binder.last_epoch) == (4, 2)
 
 
 def test_torchs_sequence_resumed_in_its_first_part_continues_that_part():

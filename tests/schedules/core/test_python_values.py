@@ -87,3 +87,13 @@ def test_milestone_of_0_applies_the_factor_from_the_start():
 def test_warmup_as_long_as_the_run_reaches_the_peak_and_keeps_it(name, params):
     values = schedules.trace({"type": name, "params": params}, 7, base={"lr": 1.0})["lr"][:, 0]
     assert values.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_schedule_called_returns_the_lr_at_a_step_or_at_an_array_of_steps():
+    schedule = schedules.LinearLR(start_factor=0.0, total_iters="0.5dur")
+    horizon = Horizon(total_steps=8)
+    assert schedule(2, lr=1.0, horizon=horizon) == 0.5
+    assert schedule(np.array([4, 0]), lr=1.0, horizon=horizon).tolist() == [1.0, 0.0]
+    decay = schedules.Phases(weight_decay=[{"to": 0.1, "duration": 4}])
+    with pytest.raises(ValueError, match="must set the learning rate, .* only weight_decay"):
+        decay(2)

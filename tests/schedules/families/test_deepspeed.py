@@ -149,7 +149,6 @@ INVALID_PARAMETERS = [
     ({"cycle_max_lr": float("nan")}, "cycle_max_lr", ["nan"]),
     ({"cycle_max_lr": float("inf")}, "cycle_max_lr", ["inf"]),
     ({"cycle_max_lr": "0.1"}, "cycle_max_lr", ["'0.1'"]),
-    ({"cycle_max_lr": None}, "cycle_max_lr", ["None"]),
     ({"cycle_max_lr": []}, "cycle_max_lr", ["()"]),
     ({"cycle_momentum": 1}, "cycle_momentum", ["true or false", "1"]),
     ({"last_batch_iteration": -2}, "last_batch_iteration", ["-1", "-2"]),
@@ -185,6 +184,24 @@ def test_warmup_longer_than_the_run_is_an_error():
     for name in ("WarmupDecayLR", "WarmupCosineLR"):
         with pytest.raises(ScheduleError, match=r"must be at most `total_num_steps` \(5\), got 6"):
             getattr(schedules, name)(total_num_steps=5, warmup_num_steps=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "peak"),
+    [
+        ("OneCycle", {"cycle_min_lr": 0.0, "cycle_max_lr": None, "cycle_first_step_size": 2}, 2),
+        ("CyclicLR", {"base_lr": 0.0, "max_lr": None, "step_size_up": 2}, 2),
+        ("OneCycleLR", {"max_lr": None, "total_steps": 10}, 2),
+    ],
+)
+def test_maximum_of_null_is_each_groups_lr(name, params, peak):
+    block = {"type": name, "params": params | {"relative": True}}
+    lrs = trace(block, 9, base={"lr": (1.0, 0.125)})["lr"]
+    assert lrs[peak].tolist() == [1.0, 0.125]
+    assert lrs.max() == 1.0
+    missing = {key: value for key, value in params.items() if value is not None}
+    with pytest.raises(ScheduleError, match="max_lr` is required"):
+        from_config({"type": name, "params": missing})
 
 
 @pytest.mark.parametrize(

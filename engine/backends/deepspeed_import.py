@@ -1,0 +1,37 @@
+"""Import DeepSpeed, which compiles part of itself in its first run unless told otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["import_deepspeed", "import_for_config"]
+
+
+def import_deepspeed() -> Any:
+    """Import the package ``deepspeed`` and return it.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+    """
+    import deepspeed
+    from deepspeed.ops.op_builder import ShareMemCommBuilder
+
+    # Otherwise, DeepSpeed spends minutes compiling a faster all-reduce in the first CPU run.
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    return deepspeed
+
+
+def import_for_config() -> Any:
+    """Import the package ``deepspeed`` for a config that needs it, and return it.
+
+    Raises:
+        ImportError: DeepSpeed is not installed; the message says how to run without it.
+    """
+    try:
+        return import_deepspeed()
+    except ImportError as error:
+        raise ImportError(
+            f"This config needs DeepSpeed, which cannot be imported: {error}. Run `pip install "
+            'deepspeed`, or set "engine": {"backend": "torch"} and remove the keys that only '
+            "DeepSpeed supports."
+        ) from error

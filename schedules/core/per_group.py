@@ -1,0 +1,108 @@
+"""Expand a field, which is a single number or a list, to one value per param group."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from schedules.core.curves import Curve
+from schedules.core.fields import PerGroup
+
+__all__ = [
+    "broadcast",
+    "broadcast_lr",
+    "broadcast_strict",
+    "build_curve_per_group",
+    "exceeds",
+]
+
+
+def build_curve_per_group(
+    make: Callable[..., Curve], *columns: tuple[Any, ...]
+) -> tuple[Curve, ...]:
+    """Build the curve of each param group.
+
+    Args:
+        make: function that builds the curve of a group.
+        *columns: arguments of ``make``, each a tuple with one value per group. Groups with equal
+            arguments share one curve.
+    """
+    make_once = functools.cache(make)
+    return tuple(make_once(*row) for row in zip(*columns, strict=True))
+
+
+def exceeds(low: PerGroup, high: PerGroup) -> bool:
+    """Return whether ``low`` is greater than ``high`` in any param group."""
+    if isinstance(low, tuple) and isinstance(high, tuple):
+        return any(map(operator.gt, low, high))
+    return bool(max(_as_tuple(low)) > min(_as_tuple(high)))
+
+
+def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the value of a field for each param group. A single number applies to all groups.
+
+    Raises:
+        ValueError: ``value`` is a list that does not have one number per group.
+    """
+    if isinstance(value, int | float):
+        return (value,) * len(base)
+    if len(value) != len(base):
+        raise ValueError(
+            f"`{name}` must be a number or a list with one number per param group ({len(base)}), "
+            f"got {len(value)} numbers."
+        )
+    return tuple(value)
+
+
+def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[float, ...]:
+    """Return, for each param group, the value of a field that is a learning rate.
+
+    Args:
+        schedule: schedule with the field, and with a field ``relative``.
+        name: name of the field.
+        lrs: initial learning rate of each group. If the field is None, these are returned. If
+            ``relative`` is true, the value of the field is a multiple of them.
+
+    Raises:
+        ValueError: the value is a single learning rate but the groups have different initial
+            values, or it is a list that does not have one number per group.
+
+    >>> import schedules
+    >>> warmup = schedules.WarmupLR(warmup_max_lr=10.0, relative=True)
+    >>> broadcast_lr(warmup, "warmup_max_lr", (0.1, 0.01))
+    (1.0, 0.1)
+    """
+    value = getattr(schedule, name)
+    if value is None:
+        return lrs
+    if schedule.relative:
+        factors = broadcast(name, value, lrs)
+        return tuple(factor * lr for factor, lr in zip(factors, lrs, strict=True))
+    fix = ' Alternatively, set `"relative": true` and multiples of each value.'
+    return broadcast_strict(name, value, lrs, fix)
+
+
+def broadcast_strict(
+    name: str, value: PerGroup, base: tuple[float, ...], fix: str = ""
+) -> tuple[float, ...]:
+    """Return the value of a field for each param group.
+
+    If the groups have different initial values, ``value`` must be a list.
+
+    Raises:
+        ValueError: ``value`` is a single number but the groups have different initial values, or
+            ``value`` is a list that does not have one number per group.
+    """
+    if isinstance(value, int | float) and len(set(base)) > 1:
+        groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))
+        raise ValueError(
+            f"`{name}` must be a list of {len(base)} numbers, one per param group, because the "
+            f"groups have different initial values ({groups}), got {value:g}.{fix}"
+        )
+    return broadcast(name, value, base)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
