@@ -38,7 +38,7 @@ SCRIPT = Path(__file__).parent.parent / "tests" / "testing" / "checkpoint_run.py
 
 
 class Case(NamedTuple):
-    """The settings of a run, and the fraction of all kills that this run receives."""
+    """Settings of a run, and the fraction of all kills that occur in runs with these settings."""
 
     backend: str
     processes: int
@@ -114,7 +114,13 @@ def parse_rows(text: str) -> dict[str, str]:
 
 
 def count_missing_checkpoints(directory: Path, whole: Path, engines: int) -> int:
-    """Return how many directories do not have the checkpoints of an uninterrupted run."""
+    """Return in how many checkpoint directories the tags or steps are wrong.
+
+    Args:
+        directory: directory of the run that was killed.
+        whole: directory of the uninterrupted run, which has the right tags and steps.
+        engines: number of engines in the script; each saves to its own directory.
+    """
     lost = 0
     for name in ("", "second")[:engines]:
         found, expected = (
@@ -133,7 +139,12 @@ def kill_runs(
     rng: random.Random,
     bar: Progress,
 ) -> tuple[int, int, int]:
-    """Kill and restart runs of one case. Return the numbers of kills, runs and lost steps."""
+    """Kill and restart runs with the settings of one case.
+
+    Returns:
+        The number of kills, the number of runs, and the number of differences from an
+        uninterrupted run, including failed restarts.
+    """
     whole, ended = Run(case, directory / "whole", training_steps).wait()
     assert ended, f"{case} does not run"
     expected = parse_rows(whole)

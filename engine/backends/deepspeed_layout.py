@@ -64,7 +64,7 @@ class Layout:
 
         Args:
             files: files of the checkpoint.
-            optimizer: whether the optimizer will be loaded.
+            optimizer: whether the optimizer's state will be loaded.
             strict: whether the checkpoint and the model must have the same weights.
 
         Raises:
@@ -120,7 +120,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Saved:
-    """The contents of the file: the shape and dtype of each weight, and the shapes per group."""
+    """Contents of a layout file: the shape and dtype of each weight, and the shapes per group."""
 
     weights: dict[str, tuple[tuple[Count, ...], str]]
     groups: tuple[tuple[tuple[Count, ...], ...], ...]

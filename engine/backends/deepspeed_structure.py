@@ -36,9 +36,9 @@ def check_structure(
     Args:
         engine: DeepSpeed's engine.
         directory: directory of the checkpoint.
-        optimizer: whether the optimizer will be loaded.
+        optimizer: whether the optimizer's state will be loaded.
         strict: whether the checkpoint must have all weights of the model, and no others.
-        trusts: whether to unpickle any object, which can run code from the files.
+        trusts: whether to unpickle objects of any class, which can run code from the files.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -75,7 +75,10 @@ def _check_model(values: Any, engine: Any, *, strict: bool) -> None:
 
 
 def _read_weights(engine: Any) -> dict[str, Any]:
-    """Return the weights as DeepSpeed saves them: at stage 3, those of a sharded model."""
+    """Return the ``state_dict`` that DeepSpeed would save now, with meta tensors.
+
+    At ZeRO stage 3, it is the ``state_dict`` of the sharded model.
+    """
     has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # it has no public name
     if has_events:
         engine.optimizer.checkpoint_event_prologue()
@@ -89,7 +92,9 @@ def _read_weights(engine: Any) -> dict[str, Any]:
 
 
 def _check_optimizer(saved: Any, engine: Any) -> None:
-    """Check the state of DeepSpeed's optimizer, which may wrap another class than the saved one.
+    """Check that DeepSpeed's optimizer can load a saved state.
+
+    The state may come from an optimizer of another class, such as FusedAdam instead of AdamW.
 
     Raises:
         ValueError: a value is missing, or has another type or shape.
