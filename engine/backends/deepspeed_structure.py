@@ -71,7 +71,7 @@ def _check_model(values: Any, engine: Any, *, strict: bool) -> None:
     check_same_structure(saved, own, "module")
     unknown = saved.keys() - weights.keys()
     if strict and unknown:
-        raise ValueError(f"the model has no {describe(min(unknown, key=str))}.")
+        raise ValueError(f"the model has no parameter or buffer {describe(min(unknown, key=str))}.")
 
 
 def _read_weights(engine: Any) -> dict[str, Any]:

@@ -80,7 +80,11 @@ class DeepSpeedSource:
 
 
 def has_states_for(optimizer: Optimizer, files: DeepSpeedFiles, model: nn.Module) -> bool:
-    """Return whether a checkpoint contains the states of an optimizer of the same kind."""
+    """Return whether a checkpoint contains the settings and states that an optimizer needs.
+
+    That is the case if the saved optimizer was of the same kind, such as Adam. It is never the case
+    for an optimizer of an unknown kind.
+    """
     states = files.find_optimizer_states(list_group_names(model, optimizer)).values()
     groups = files.find_param_groups()
     saved = {key for state in states for key in state if key != "step"}

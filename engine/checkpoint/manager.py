@@ -75,7 +75,7 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Copy to host memory the state that `save` would write, and write it in the background."""
+        """Copy the state of `save` to host memory, then write it to files in the background."""
         ...
 
     def load(
@@ -382,7 +382,7 @@ class Checkpointer:
         return checkpoint_dir, state["client_state"]
 
     def _read_random_state(self, checkpoint_dir: Path, manifest: Manifest) -> Any:
-        """Return the random state of this rank; None if other ranks saved the checkpoint."""
+        """Return this rank's saved random state; None if there is none for this world size."""
         path = checkpoint_dir / f"random.{self._ranks.rank}.pt"
         if not path.is_file() or manifest.world_size != self._ranks.world_size:
             return None

@@ -236,7 +236,7 @@ class ShardReader(StorageReader):
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The position of a shard, in the header of its file."""
+    """The position of a shard in its full tensor, as stored in the header of the shard's file."""
 
     of: str
     shape: tuple[Count, ...]
@@ -248,7 +248,7 @@ def _read_header(
     known: dict[str, TensorStorageMetadata],
     locations: dict[MetadataIndex, tuple[Path, str]],
 ) -> None:
-    """Add the tensors of a file to those that are known."""
+    """Add the tensors in a file to ``known``, and the location of each shard to ``locations``."""
     with safe_open(path, framework="pt") as file:
         found = json.loads((file.metadata() or {}).get("parts", "{}"))
         parts = restore(dict[str, _Part], found, "parts")

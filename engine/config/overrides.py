@@ -80,8 +80,9 @@ _VALUES = "onecycle_overrides"
 class _StoreOverride(argparse.Action):
     """An argparse action that stores the value of an argument in two places.
 
-    As usual, the value becomes an attribute with the name of the argument. It is also stored in the
-    attribute that `_VALUES` names, because a script's own argument may have the same name.
+    As usual, the value becomes an attribute of the namespace with the name of the argument. It is
+    also stored in a dict, in the attribute whose name is `_VALUES`. A script's own argument of the
+    same name can replace the first attribute, but not the value in the dict.
     """
 
     def __call__(

@@ -370,7 +370,7 @@ def _build_optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | 
 
 
 def _as_floats(value: Any, schema: Mapping[str, Any]) -> Any:
-    """Convert whole numbers to floats if the schema does not require whole numbers.
+    """Convert an integer, or the integers in a list, to floats if the schema allows floats.
 
     JSON does not distinguish 0 from 0.0, but PyTorch rejects betas of mixed types.
     """
