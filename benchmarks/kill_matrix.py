@@ -2,16 +2,18 @@
 
     python benchmarks/kill_matrix.py --kills 200
 
-Each run saves a checkpoint every second step: with one and two processes, synchronously and
-asynchronously, with PyTorch and DeepSpeed, with one engine in the script and with two that save to
-nested directories. All its processes are killed with SIGKILL after a random time, and restarted
-with the same config until the run is complete. At each start, the clock is set back by another
-hour. The run keeps two automatic checkpoints, and the user saves one more to the same directory.
-The learning rate, the data and a hash of the weights are compared with those of an uninterrupted
-run at each step.
+Each run saves a checkpoint every second step. All its processes are killed with SIGKILL after a
+random time, and restarted with the same config until the run is complete. There are runs with one
+and two processes, with synchronous and asynchronous saves, with PyTorch and DeepSpeed, and with one
+engine and two engines in the script; two engines save to nested directories.
 
-The exit status is 1 if a step differs, a run fails to restart, the user's checkpoint is gone or
-different, or there are too many checkpoints at the end.
+At each start, the clock is set back by another hour, because the choice of the newest checkpoint
+must not depend on the clock. The run keeps two automatic checkpoints, and the script also saves one
+explicitly to the same directory, which must never be deleted. At each step, the learning rate, the
+data and a hash of the weights are compared with those of an uninterrupted run.
+
+The exit status is 1 if a step differs, a run fails to restart, the explicit checkpoint is gone or
+different, or the wrong checkpoints exist at the end.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Layout:
             self._check_groups(files)
 
     def _check_groups(self, files: DeepSpeedFiles) -> None:
-        """Check the param groups of a checkpoint that contains no layout file."""
+        """Check the param groups of a checkpoint without a layout file, such as DeepSpeed's own."""
         groups, shapes = files.find_param_groups(), files.get_trained_shapes()
         own_shapes = sorted(shape for group in self._groups for shape in group)
         if len(groups) != len(self._groups) or shapes not in (None, own_shapes):

@@ -15,7 +15,7 @@ from engine.errors import MisuseError
 __all__ = ["BackwardOrder"]
 
 _UNSUPPORTED = ("Direct calls to tensor.backward()", "The size of tensor a (0)")
-"""Parts of DeepSpeed's errors for a backward pass that involves a second engine or forward pass."""
+"""Parts of DeepSpeed's error messages about unsupported backward passes."""
 
 
 class BackwardOrder:

@@ -1,6 +1,7 @@
 """Check the structure of DeepSpeed's files before DeepSpeed loads any of them.
 
-DeepSpeed assigns the weights before it reads the other files.
+DeepSpeed assigns the weights before it reads the other files. Without these checks, a damaged file
+would therefore leave a model with the saved weights but the optimizer's old state.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["check_structure"]
 
 _OPTIMIZER = "optimizer_state_dict"
 _NESTED = ("base_optimizer_state", _OPTIMIZER, "state", "param_groups")
-"""Where the state of torch's optimizer is in that of DeepSpeed's."""
+"""Keys in the state of DeepSpeed's optimizer that hold the state of torch's optimizer."""
 
 
 def check_structure(

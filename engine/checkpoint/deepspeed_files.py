@@ -55,7 +55,7 @@ class _Piece(NamedTuple):
     states: Mapping[str, Any]
     """State of the optimizer for the flat tensor."""
     master: Tensor | None
-    """The float32 weights."""
+    """Flat tensor of float32 master weights; None if the checkpoint contains none."""
     start: int
     size: int
 
@@ -221,7 +221,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
-        """Dict from each other name of a tied parameter to the name under which it is saved."""
+        """Dict from each alias of a tied parameter to the name under which it is saved."""
         return dict(self._model.get("shared_params") or {})
 
     @cached_property

@@ -150,7 +150,7 @@ class Checkpointer:
         Args:
             run: state of the run to save.
             directory: directory that holds the run's checkpoints.
-            tag: name of the checkpoint; default: ``global_stepN`` after N batches.
+            tag: name of the checkpoint; default: ``global_stepN``, where N is the number of steps.
             client_state: user data, which may contain numbers, strings, tensors, lists and
                 mappings.
             save_latest: whether `load` may choose this checkpoint if no tag is passed.

@@ -44,7 +44,7 @@ class Rollback:
         self._backend = backend
         self._ranks = backend.ranks
         self.snapshot: Any = None
-        """Snapshot at the lowest loss so far; None before the first one and after the warmup."""
+        """Snapshot at the lowest loss so far; None before it is taken and after the warmup."""
 
     def update(self, scheduler: object) -> None:
         """Take a snapshot if the loss is a new minimum; restore the snapshot when the decay starts.

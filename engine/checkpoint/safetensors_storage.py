@@ -1,4 +1,4 @@
-"""Store the data of torch.distributed.checkpoint in one safetensors file per rank, without pickle.
+"""Let torch.distributed.checkpoint write and read one safetensors file per rank, without pickle.
 
 An unsharded tensor is stored under its own name, so that any safetensors reader can load it. A
 shard of a tensor is stored under ``name@offset,…``, and the header of its file contains the shape
@@ -199,7 +199,7 @@ class ShardReader(StorageReader):
         *_args: Any,
         **_options: Any,
     ) -> None:
-        """Store the locations of the shards that `read_metadata` returned."""
+        """Store the shard locations in the metadata that `read_metadata` returned."""
         self._locations = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:

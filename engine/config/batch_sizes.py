@@ -109,7 +109,7 @@ class DataRanks(NamedTuple):
 
     number: int
     tensor_parallel: int = 1
-    """Number of ranks that DeepSpeed counts for each of them: with AutoTP, it counts all ranks."""
+    """Number of tensor-parallel ranks per model; DeepSpeed's AutoTP counts each of them."""
     unit: str = "rank"
 
 

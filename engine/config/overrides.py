@@ -74,7 +74,7 @@ def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
 
 
 _VALUES = "onecycle_overrides"
-"""Attribute of a parsed namespace: the values of our own arguments, by name."""
+"""Attribute of a parsed namespace that holds a dict of our own arguments' values, by name."""
 
 
 class _StoreOverride(argparse.Action):
