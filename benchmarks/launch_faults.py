@@ -72,7 +72,7 @@ MARK = "LAUNCH_FAULTS"
 
 
 def break_host(fault: str, what: str, until: str, happens: str, settle: int) -> str:
-    """Cause a fault of a host, and return its row of the table."""
+    """Cause a fault on one of two hosts, and return the row of the table for this fault."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
@@ -91,7 +91,7 @@ def break_host(fault: str, what: str, until: str, happens: str, settle: int) -> 
 
 
 def break_rank(fault: str, kind: str, backend: str) -> str:
-    """Cause a fault of a rank, and return its row of the table."""
+    """Cause a fault in one of two ranks, and return the row of the table for this fault."""
     with tempfile.TemporaryDirectory() as name:
         directory, mark = Path(name), uuid.uuid4().hex
         is_signal = kind in {"launcher", "ranks"}

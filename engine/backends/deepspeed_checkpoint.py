@@ -77,7 +77,7 @@ def describe_for_conversion(engine: Any) -> dict[str, Any]:
 
 
 def check_sharding(files: DeepSpeedFiles, zero_stage: int, world_size: int) -> None:
-    """Check that the optimizer's states are sharded as in this run, before DeepSpeed loads them.
+    """Check that the saved optimizer states are sharded as in this run.
 
     Args:
         files: files of the checkpoint.

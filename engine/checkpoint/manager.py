@@ -75,7 +75,7 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Copy the state of `save` to host memory, then write it to files in the background."""
+        """Write the same state as `save`, but in the background, from a copy in host memory."""
         ...
 
     def load(

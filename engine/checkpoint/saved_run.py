@@ -73,7 +73,7 @@ def read_run(path: Path) -> dict[str, Any]:
         counters = Counters(**values["counters"])
         if counters.applied_steps < 0:
             raise ValueError(
-                f"`engine.counters.skipped_steps` must be at most `global_steps`, which is "
-                f"{counters.global_steps}, got {counters.skipped_steps}."
+                f"`engine.counters.skipped_steps` must be <= global_steps "
+                f"({counters.global_steps}), got {counters.skipped_steps}."
             )
     return values

@@ -232,8 +232,8 @@ class _Templates:
 def _scale(value: Any, shape: torch.Size) -> Any:
     """Adapt a value from the state of the small parameter to a parameter of the given shape.
 
-    A tensor with a dimension per dimension of the parameter becomes a meta tensor. Any other value
-    is returned unchanged.
+    A tensor with as many dimensions as the parameter becomes a meta tensor with the sizes of the
+    parameter. Any other value is returned unchanged.
     """
     if not isinstance(value, Tensor) or value.dim() != len(shape) or not shape:
         return value
