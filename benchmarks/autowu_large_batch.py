@@ -10,7 +10,8 @@ with batch sizes of 256, 2,048 and 8,192. The methods are
 - scaled: the fixed learning rate times batch size / 256;
 - cosine: warmup to the scaled learning rate in a tenth of the run, then cosine decay to 0;
 - 1Cycle: OneCycle between the bounds that an LR range test suggests for the batch size;
-- AutoWU: the robust test with rollback, without any tuning.
+- AutoWU: AutoWU with its robust test for a minimum of the loss, and with rollback to the weights at
+  that minimum; no hyperparameter is tuned.
 
 The results are saved in a JSON file next to the plot. Results that already exist are reused.
 """

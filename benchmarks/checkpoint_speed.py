@@ -2,10 +2,11 @@
 
     python benchmarks/checkpoint_speed.py
 
-The script prints the CPU time of the training thread (medians of interleaved rounds), and its ratio
-to the time for writing, reading or copying a single buffer of the same size. Syncing and hashing,
-which make sure that a checkpoint is complete, have a separate row. The third table shows how long
-an asynchronous save blocks training.
+The script prints one table each for saving, for loading, and for the time during which an
+asynchronous save blocks training. The tables show the CPU time of the training thread (medians of
+interleaved rounds), and its ratio to the time for writing, reading or copying a single buffer of
+the same size. Syncing and hashing, which make sure that a checkpoint is complete, have a separate
+row.
 """
 
 from __future__ import annotations

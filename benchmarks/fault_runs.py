@@ -1,4 +1,4 @@
-"""Cause faults in whole programs: full disks, second jobs, hostile files, signals, huge inputs.
+"""Run training scripts under faults, such as a full disk, a malicious file or a signal.
 
 Each fault is a shell script that runs in an empty directory. `benchmarks/fault_table.py` runs all
 of them and prints a table with the last line of the output, the exit status and the run time.
@@ -54,7 +54,7 @@ exit $status
 
 
 class Fault(NamedTuple):
-    """A fault, and the shell script that causes it."""
+    """The name of a fault, and the shell script that causes it."""
 
     name: str
     script: str
@@ -457,10 +457,11 @@ END""",
 
 
 def run_faults(only: str = "") -> Iterator[tuple[str, str, int, float]]:
-    """Cause each fault whose name contains ``only``.
+    """Run the script of each fault whose name contains ``only``.
 
     Yields:
-        The fault, the last line of its output, the exit status, and the run time in seconds.
+        The name of the fault, and the last line of the script's output, its exit status and its
+        run time in seconds.
     """
     for fault in FAULTS:
         if only in fault.name:

@@ -1,4 +1,4 @@
-"""Damage checkpoints and interrupt saves in every known way, and print the error messages.
+"""Damage checkpoints and interrupt saves in many ways, and print the error messages.
 
     python benchmarks/fault_table.py [--only TEXT]
 

@@ -2,16 +2,18 @@
 
     python benchmarks/kill_matrix.py --kills 200
 
-Each run saves a checkpoint every second step: with one and two processes, synchronously and
-asynchronously, with PyTorch and DeepSpeed, with one engine in the script and with two that save to
-nested directories. All its processes are killed with SIGKILL after a random time, and restarted
-with the same config until the run is complete. At each start, the clock is set back by another
-hour. The run keeps two automatic checkpoints, and the user saves one more to the same directory.
-The learning rate, the data and a hash of the weights are compared with those of an uninterrupted
-run at each step.
+Each run saves a checkpoint every second step. All its processes are killed with SIGKILL after a
+random time, and restarted with the same config until the run is complete. There are runs with one
+and two processes, with synchronous and asynchronous saves, with PyTorch and DeepSpeed, and with one
+engine and two engines in the script; two engines save to nested directories.
 
-The exit status is 1 if a step differs, a run fails to restart, the user's checkpoint is gone or
-different, or there are too many checkpoints at the end.
+At each start, the clock is set back by another hour, because the choice of the newest checkpoint
+must not depend on the clock. The run keeps two automatic checkpoints, and the script also saves one
+explicitly to the same directory, which must never be deleted. At each step, the learning rate, the
+data and a hash of the weights are compared with those of an uninterrupted run.
+
+The exit status is 1 if a step differs, a run fails to restart, the explicit checkpoint is gone or
+different, or the wrong checkpoints exist at the end.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ SCRIPT = Path(__file__).parent.parent / "tests" / "testing" / "checkpoint_run.py
 
 
 class Case(NamedTuple):
-    """The settings of a run, and the fraction of all kills that this run receives."""
+    """Settings of a run, and the fraction of all kills that occur in runs with these settings."""
 
     backend: str
     processes: int
@@ -114,7 +116,13 @@ def parse_rows(text: str) -> dict[str, str]:
 
 
 def count_missing_checkpoints(directory: Path, whole: Path, engines: int) -> int:
-    """Return how many directories do not have the checkpoints of an uninterrupted run."""
+    """Return in how many checkpoint directories the tags or steps are wrong.
+
+    Args:
+        directory: directory of the run that was killed.
+        whole: directory of the uninterrupted run, which has the right tags and steps.
+        engines: number of engines in the script; each saves to its own directory.
+    """
     lost = 0
     for name in ("", "second")[:engines]:
         found, expected = (
@@ -133,7 +141,12 @@ def kill_runs(
     rng: random.Random,
     bar: Progress,
 ) -> tuple[int, int, int]:
-    """Kill and restart runs of one case. Return the numbers of kills, runs and lost steps."""
+    """Kill and restart runs with the settings of one case.
+
+    Returns:
+        The number of kills, the number of runs, and the number of differences from an
+        uninterrupted run, including failed restarts.
+    """
     whole, ended = Run(case, directory / "whole", training_steps).wait()
     assert ended, f"{case} does not run"
     expected = parse_rows(whole)

@@ -1,4 +1,4 @@
-"""Cause every known fault of a launch, and print the message, delay and remaining processes.
+"""Cause faults of hosts and ranks, and show how ``onecycle launch`` reports and handles them.
 
     python benchmarks/launch_faults.py [--only TEXT]
 
@@ -8,8 +8,8 @@ Faults of hosts: the two hosts are network namespaces of this machine, each with
 Faults of ranks: two ranks train on this machine, and one of them fails while the other one waits
 for it in a collective (tests/testing/failing_rank.py).
 
-The tables show the time in seconds from the fault to the exit of the launcher, and the number of
-processes of the job that are still running a few seconds later.
+The tables show the launcher's message, the time in seconds from the fault to the exit of the
+launcher, and the number of processes of the job that are still running a few seconds later.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ MARK = "LAUNCH_FAULTS"
 
 
 def break_host(fault: str, what: str, until: str, happens: str, settle: int) -> str:
-    """Cause a fault of a host, and return its row of the table."""
+    """Cause a fault on one of two hosts, and return the row of the table for this fault."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
@@ -91,7 +91,7 @@ def break_host(fault: str, what: str, until: str, happens: str, settle: int) -> 
 
 
 def break_rank(fault: str, kind: str, backend: str) -> str:
-    """Cause a fault of a rank, and return its row of the table."""
+    """Cause a fault in one of two ranks, and return the row of the table for this fault."""
     with tempfile.TemporaryDirectory() as name:
         directory, mark = Path(name), uuid.uuid4().hex
         is_signal = kind in {"launcher", "ranks"}
@@ -125,7 +125,10 @@ def send_interrupt(launcher: subprocess.Popen[bytes], directory: Path, *, to_ran
 
 
 def describe_end(directory: Path) -> str:
-    """Return the last line of the rank's traceback, the launcher's message, and the checkpoint."""
+    """Return the last line of the traceback, if any, and the launcher's message.
+
+    If a checkpoint was saved, the returned text says so.
+    """
     lines = [
         line.replace("[rank1]:", "").partition("] ")[2].strip() or line
         for line in (directory / "errors").read_text().splitlines()
@@ -139,7 +142,11 @@ def describe_end(directory: Path) -> str:
 
 
 def count_processes(mark: str) -> int:
-    """Return the number of processes whose environment contains the marker of a launch."""
+    """Return how many processes of a launch still run.
+
+    Args:
+        mark: unique value of the environment variable `MARK` in the processes of the launch.
+    """
     count = 0
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # the process has exited

@@ -73,7 +73,7 @@ def lightning(curve: Curve) -> float | None:
 
 
 class _Planted(LRFinder):
-    """An LR finder of the package torch-lr-finder that returns synthetic losses."""
+    """An LR finder of torch-lr-finder that reads the losses of a curve instead of training."""
 
     def __init__(self, curve: Curve) -> None:
         model = torch.nn.Linear(1, 1)

@@ -145,7 +145,7 @@ def build_engine(task: Task, seed: int, scheduler: dict[str, Any] | None) -> eng
 
 
 def suggest_maxima(task: Task, seed: int) -> dict[str, float]:
-    """Return the maxima that three range tests suggest, without and with refinement."""
+    """Return the two maximum learning rates suggested by three range tests: raw and refined."""
     runs = []
     for repeat in range(REPEATS):
         trainer = build_engine(task, seed + repeat, None)
@@ -210,9 +210,9 @@ def compare_with_grid(mine: list[float], top: list[float], lr: float, threshold:
 
     Args:
         mine: accuracies of the runs with the suggested maximum.
-        top: accuracies of the runs with the best maximum of the grid.
+        top: accuracies of the runs with the best maximum of the grid, for the same seeds.
         lr: suggested maximum learning rate.
-        threshold: lowest mean accuracy that counts as equal to the best.
+        threshold: lowest mean accuracy that counts as equal to that of the best maximum.
     """
     pairs = [own - other for own, other in zip(mine, top, strict=True)]
     off = f"{statistics.mean(pairs):+.2f} ± {standard_error(pairs):.2f}"

@@ -45,7 +45,7 @@ save.
 
 
 class Case(NamedTuple):
-    """An interruption of a run: the training loop, the world size, the kind, and the step."""
+    """A run to interrupt: training loop, world size, kind of interruption, and step to cut at."""
 
     loop: str
     ranks: int
@@ -71,7 +71,7 @@ def start(directory: Path, case: Case) -> int:
 
 
 def read_rows(directory: Path, ranks: int) -> list[str]:
-    """Return the rows of all ranks in the order in which they were written, each with its rank."""
+    """Return the rows that the ranks wrote, each prefixed with its rank: first those of rank 0."""
     return [
         f"{rank}: {row}"
         for rank in range(ranks)
@@ -80,7 +80,11 @@ def read_rows(directory: Path, ranks: int) -> list[str]:
 
 
 def count_differences(case: Case, directory: Path, expected: list[str]) -> tuple[int, int]:
-    """Interrupt and resume a run. Return how many steps differ, and how many are repeated."""
+    """Interrupt and resume a run, and compare its rows with those of an uninterrupted run.
+
+    Returns:
+        The number of rows that differ, and the number of rows that were written twice.
+    """
     status = start(directory, case)
     assert status in STATUS[case.cut], (case, status, (directory / "output").read_text()[-3000:])
     again = start(directory, case._replace(cut="none"))

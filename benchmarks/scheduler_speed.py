@@ -62,7 +62,7 @@ def repeat_step(step: Step) -> Callable[[int], None]:
 
 
 def build_contenders(groups: int) -> dict[str, Callable[[int], None]]:
-    """Return, for each contender, a function that runs a given number of steps."""
+    """Return a dict from the name of each contender to a function that runs ``n`` steps."""
     from deepspeed.runtime.lr_schedules import OneCycle
 
     own = CYCLE | {

@@ -2,9 +2,10 @@
 
     python benchmarks/start_up.py
 
-Each contender runs in its own process. The process first builds a PyTorch optimizer, because this
-imports parts of torch that every contender needs. The table shows the additional CPU time of the
-import and of the call, and the peak memory after four steps of a GPT with 10 million parameters.
+Each contender, such as plain PyTorch or onecycle, runs in its own process. The process first builds
+a PyTorch optimizer, because this imports parts of torch that every contender needs. The table shows
+the additional CPU time of importing the contender and of initializing training with it, and the
+peak memory after four steps of a GPT with 10 million parameters.
 """
 
 from __future__ import annotations

@@ -38,7 +38,11 @@ in every cell with a number. On PyTorch, a single process does not shard: stages
 
 
 def measure(loop: str, world_size: int, backend: str, stage: int, refusals: dict[str, str]) -> str:
-    """Return the table cell of one run. If the run fails, record the reason."""
+    """Run a training loop on a backend, and return the cell of the table for this run.
+
+    If the engine rejects the loop, its error message is added to ``refusals`` with a number, and
+    the cell contains that number.
+    """
     results = run_distributed_test(run_loop, world_size, loop, backend, stage)
     if "error" in results[0]:
         number = refusals.setdefault(results[0]["error"], str(len(refusals) + 1))
@@ -56,7 +60,7 @@ def measure(loop: str, world_size: int, backend: str, stage: int, refusals: dict
 
 
 def find_difference(results: list[dict[str, Any]], expected: list[dict[str, Any]]) -> float:
-    """Return the largest difference between corresponding weights, over all ranks."""
+    """Return the largest difference between the final weights of two runs, over all ranks."""
     return max(
         abs(own - other)
         for mine, theirs in zip(results, expected, strict=True)

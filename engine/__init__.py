@@ -50,10 +50,12 @@ __all__ = sorted([*_MODULES, "__version__"])  # noqa: PLE0605  # computed, so th
 
 
 def _check_packages() -> None:
-    """Raise ImportError if a module of the user hides the package ``schedules`` or ``schemas``.
+    """Check that no other module shadows onecycle's packages ``schedules`` and ``schemas``.
 
-    Both are packages of onecycle. `onecycle.packages` makes the same check for ``engine``. That
-    check runs before this package is imported, so it cannot use this function.
+    `onecycle.packages` makes the same check for the package ``engine``.
+
+    Raises:
+        ImportError: Python would import another module of the same name.
     """
     for name in ("schedules", "schemas"):
         spec = importlib.util.find_spec(name)

@@ -1,4 +1,4 @@
-"""The training backends, and a function that builds the one that the config selects."""
+"""Build the training backend that the config selects: PyTorch, FSDP2 or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ __all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
-    """Name the first argument, or else a part of the model, that only DeepSpeed supports.
+    """Return the reason why a run needs DeepSpeed, as a noun phrase; None if it does not.
 
-    Return None if the torch backend supports the model and all arguments.
+    The reason is the first of ``arguments`` that is not None, because only DeepSpeed supports these
+    arguments. Otherwise, it is a part of the model that only DeepSpeed supports.
     """
     given = [f"the argument `{name}`" for name, value in arguments.items() if value is not None]
     return given[0] if given else find_model_parallelism(model)
@@ -80,9 +81,9 @@ def build(
 
 
 def _list_members(each: Any) -> Any:
-    """Return a parameter, or a param group whose parameters are in a list; drop parameter names.
+    """Copy a param group with its parameters in a list, or return a parameter without its name.
 
-    The parameters of a group may come from a generator, which can be iterated only once.
+    The list replaces a generator, which could be iterated only once.
     """
     if isinstance(each, dict):
         members = each["params"]

@@ -119,9 +119,9 @@ class Backend(ABC):
 
     @abstractmethod
     def scale(self, loss: Tensor, accumulation: int, *, is_last: bool) -> Tensor:
-        """Return the scaled loss, for scripts that call ``.backward()`` on the loss themselves.
+        """Scale a loss as `backward` does, and return it without running the backward pass.
 
-        The method `backward` of this class scales the loss in the same way.
+        Scripts use this method if they call ``.backward()`` on the loss themselves.
         """
 
     @abstractmethod
@@ -236,7 +236,10 @@ class Backend(ABC):
 
     @abstractmethod
     def snapshot(self) -> Any:
-        """Return a copy of the state that `save` saves. Every rank must call this method."""
+        """Return a copy of the state of the model, the optimizer and the loss scaler.
+
+        Every rank must call this method.
+        """
 
     @abstractmethod
     def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
@@ -244,10 +247,11 @@ class Backend(ABC):
 
         Args:
             snapshot: return value of `snapshot`, possibly read from a checkpoint.
-            only_check: whether to check only that the snapshot fits this run, and change nothing.
+            only_check: if true, only check that the snapshot fits this run, and restore nothing.
 
         Raises:
-            ValueError: the check fails, because a value is missing or has another type or shape.
+            ValueError: ``only_check`` is true, and a value is missing from the snapshot, or has
+                another type or shape.
         """
 
     @abstractmethod

@@ -158,8 +158,8 @@ class DeepSpeedBackend(Backend):
     def _start_backward(self, *, is_last: bool) -> None:
         """Check the order of the passes, and tell DeepSpeed whether this backward pass ends a step.
 
-        If DeepSpeed does not manage gradient accumulation, it reduces all gradients in its step,
-        so it does not need to know.
+        DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
+        reduces all gradients in its optimizer step.
         """
         self._order.check(is_last=is_last and self._is_managed)
         if self._is_managed:
@@ -227,9 +227,10 @@ class DeepSpeedBackend(Backend):
         return loss, self.engine.was_step_applied()
 
     def _are_gradients_finite(self) -> bool:
-        """Return whether all gradients are finite; DeepSpeed does not check this without ZeRO.
+        """Return whether the gradients of all ranks are finite.
 
-        If every rank has the same weights, also store the norm of the gradients in ``grad_norm``.
+        Without ZeRO, DeepSpeed does not check this. If every rank has the same weights, the norm
+        of the gradients is also stored in ``grad_norm``.
         """
         parameters = (p for g in self.optimizer.param_groups for p in g["params"])
         norm = compute_norm([get_gradient(p) for p in parameters if p.grad is not None])
@@ -366,7 +367,11 @@ class DeepSpeedBackend(Backend):
             scaler.load_state_dict(saved_scaler)
 
     def _load_only_weights(self, files: DeepSpeedFiles, *, strict: bool) -> None:
-        """Load weights and counters; DeepSpeed itself would load the weights of the newest tag."""
+        """Load the weights and the step counters of a checkpoint, but not the optimizer's state.
+
+        DeepSpeed's own method is not used here, because it would load the weights of the newest tag
+        instead of those of this checkpoint.
+        """
         found = files.find_weights()
         weights = {k: v.read() if isinstance(v, SavedTensor) else v for k, v in found.items()}
         self._load_weights(weights, strict, None)

@@ -1,4 +1,4 @@
-"""Change how DeepSpeed reads its checkpoint files while it loads a checkpoint."""
+"""Checks before DeepSpeed loads a checkpoint, and contexts that change how DeepSpeed loads it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def refuse_pickled_code() -> Iterator[None]:
 
 @contextlib.contextmanager
 def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
-    """Let DeepSpeed's engine load a checkpoint in its usual format or in the universal format.
+    """Inside this context, make DeepSpeed's engine load the format that the checkpoint has.
+
+    DeepSpeed has two formats: the sharded files that it saves, and universal checkpoints.
 
     Raises:
         CheckpointError: the checkpoint is universal, but ``load_universal`` is not set.
@@ -59,7 +61,10 @@ def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
 
 
 def describe_for_conversion(engine: Any) -> dict[str, Any]:
-    """Return the entry that DeepSpeed's `ds_to_universal` requires, unless DeepSpeed saves it."""
+    """Return the entry that DeepSpeed's `ds_to_universal` requires in a checkpoint.
+
+    The returned dict is empty if DeepSpeed saves the entry itself, and for a model with MoE layers.
+    """
     from deepspeed.checkpoint import constants
 
     info = constants.UNIVERSAL_CHECKPOINT_INFO
@@ -72,7 +77,7 @@ def describe_for_conversion(engine: Any) -> dict[str, Any]:
 
 
 def check_sharding(files: DeepSpeedFiles, zero_stage: int, world_size: int) -> None:
-    """Check that the optimizer's states are sharded as in this run, before DeepSpeed loads them.
+    """Check that the saved optimizer states are sharded as in this run.
 
     Args:
         files: files of the checkpoint.
@@ -100,10 +105,11 @@ def check_sharding(files: DeepSpeedFiles, zero_stage: int, world_size: int) -> N
 
 @contextlib.contextmanager
 def keep_implementation(optimizer: Optimizer) -> Iterator[None]:
-    """Keep the optimizer's settings, such as ``fused``, while the state of another one is loaded.
+    """Inside this context, keep settings such as ``fused`` when a PyTorch optimizer loads a state.
 
-    In the state of DeepSpeed's FusedAdam, the param groups lack these settings, and step counts are
-    integers instead of tensors.
+    The state may come from another implementation of the optimizer. In the state of DeepSpeed's
+    FusedAdam, the param groups lack these settings, and step counts are integers instead of
+    tensors.
     """
     before = [
         {name: value for name, value in group.items() if name != "params"}

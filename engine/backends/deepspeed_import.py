@@ -1,4 +1,4 @@
-"""Import DeepSpeed, which compiles part of itself in its first run unless told otherwise."""
+"""Import DeepSpeed, and disable an op that would take minutes to compile in the first CPU run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def import_for_config() -> Any:
     """Import the package ``deepspeed`` for a config that needs it, and return it.
 
     Raises:
-        ImportError: DeepSpeed is not installed; the message says how to run without it.
+        ImportError: DeepSpeed cannot be imported. The message explains how to run without it.
     """
     try:
         return import_deepspeed()

@@ -64,7 +64,7 @@ class Layout:
 
         Args:
             files: files of the checkpoint.
-            optimizer: whether the optimizer will be loaded.
+            optimizer: whether the optimizer's state will be loaded.
             strict: whether the checkpoint and the model must have the same weights.
 
         Raises:
@@ -98,7 +98,7 @@ class Layout:
             self._check_groups(files)
 
     def _check_groups(self, files: DeepSpeedFiles) -> None:
-        """Check the param groups of a checkpoint that contains no layout file."""
+        """Check the param groups of a checkpoint without a layout file, such as DeepSpeed's own."""
         groups, shapes = files.find_param_groups(), files.get_trained_shapes()
         own_shapes = sorted(shape for group in self._groups for shape in group)
         if len(groups) != len(self._groups) or shapes not in (None, own_shapes):
@@ -120,7 +120,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Saved:
-    """The contents of the file: the shape and dtype of each weight, and the shapes per group."""
+    """Contents of a layout file: the shape and dtype of each weight, and the shapes per group."""
 
     weights: dict[str, tuple[tuple[Count, ...], str]]
     groups: tuple[tuple[tuple[Count, ...], ...], ...]

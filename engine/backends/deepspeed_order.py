@@ -15,7 +15,7 @@ from engine.errors import MisuseError
 __all__ = ["BackwardOrder"]
 
 _UNSUPPORTED = ("Direct calls to tensor.backward()", "The size of tensor a (0)")
-"""Parts of DeepSpeed's errors for a backward pass that involves a second engine or forward pass."""
+"""Parts of DeepSpeed's error messages about unsupported backward passes."""
 
 
 class BackwardOrder:
@@ -27,7 +27,7 @@ class BackwardOrder:
       averages the gradients in the first of these passes, so the gradients of the others are wrong.
     - In ZeRO stage 3, two forward passes are followed by two backward passes. DeepSpeed releases
       the parameters after the first backward pass, so the gradients of the second are wrong.
-    - In any stage with master weights, a parameter is unfrozen after the engine was built.
+    - In any stage with master weights, a parameter is unfrozen after the engine is built.
       DeepSpeed trains only the parameters that required gradients at that time.
 
     Args:

@@ -1,6 +1,7 @@
 """Check the structure of DeepSpeed's files before DeepSpeed loads any of them.
 
-DeepSpeed assigns the weights before it reads the other files.
+DeepSpeed assigns the weights before it reads the other files. Without these checks, a damaged file
+would therefore leave a model with the saved weights but the optimizer's old state.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["check_structure"]
 
 _OPTIMIZER = "optimizer_state_dict"
 _NESTED = ("base_optimizer_state", _OPTIMIZER, "state", "param_groups")
-"""Where the state of torch's optimizer is in that of DeepSpeed's."""
+"""Keys in the state of DeepSpeed's optimizer that hold the state of torch's optimizer."""
 
 
 def check_structure(
@@ -36,9 +37,9 @@ def check_structure(
     Args:
         engine: DeepSpeed's engine.
         directory: directory of the checkpoint.
-        optimizer: whether the optimizer will be loaded.
+        optimizer: whether the optimizer's state will be loaded.
         strict: whether the checkpoint must have all weights of the model, and no others.
-        trusts: whether to unpickle any object, which can run code from the files.
+        trusts: whether to unpickle objects of any class, which can run code from the files.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -71,11 +72,14 @@ def _check_model(values: Any, engine: Any, *, strict: bool) -> None:
     check_same_structure(saved, own, "module")
     unknown = saved.keys() - weights.keys()
     if strict and unknown:
-        raise ValueError(f"the model has no {describe(min(unknown, key=str))}.")
+        raise ValueError(f"the model has no parameter or buffer {describe(min(unknown, key=str))}.")
 
 
 def _read_weights(engine: Any) -> dict[str, Any]:
-    """Return the weights as DeepSpeed saves them: at stage 3, those of a sharded model."""
+    """Return the ``state_dict`` that DeepSpeed would save now, with meta tensors.
+
+    At ZeRO stage 3, it is the ``state_dict`` of the sharded model.
+    """
     has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # it has no public name
     if has_events:
         engine.optimizer.checkpoint_event_prologue()
@@ -89,7 +93,9 @@ def _read_weights(engine: Any) -> dict[str, Any]:
 
 
 def _check_optimizer(saved: Any, engine: Any) -> None:
-    """Check the state of DeepSpeed's optimizer, which may wrap another class than the saved one.
+    """Check that DeepSpeed's optimizer can load a saved state.
+
+    The state may come from an optimizer of another class, such as FusedAdam instead of AdamW.
 
     Raises:
         ValueError: a value is missing, or has another type or shape.

@@ -53,9 +53,9 @@ class FSDPBackend(PyTorchBackend):
     _input_casts: Sequence[Any] = ()
     """Handles of the hooks that cast the inputs of layers."""
     _has_unreduced = False
-    """Whether gradients of the last backward pass were only accumulated on this rank."""
+    """Whether gradients of the last backward pass have not been reduced across ranks yet."""
     _frozen_16_bits: list[tuple[str, nn.Parameter]]
-    """Names and parameters that stay in 16 bits because they were frozen at the start."""
+    """Parameters that stay in 16 bits because they were frozen at the start, with their names."""
 
     @override
     def _prepare_optimizer(

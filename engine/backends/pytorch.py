@@ -285,7 +285,9 @@ class PyTorchBackend(Backend):
         if optimizer is not None and not has_states_for(optimizer, files, self.model):
             name = type(optimizer).__name__
             log.warning(
-                "the optimizer starts from scratch: %s has no states for %s", checkpoint_dir, name
+                "the optimizer starts from scratch, because %s contains no states that %s can load",
+                checkpoint_dir,
+                name,
             )
             optimizer = None
         source = DeepSpeedSource(files, self.model, self.optimizer)

@@ -89,7 +89,7 @@ class AsyncSaver:
             raise failure
 
     def close(self) -> None:
-        """Wait until the current save has finished, then free the host memory used for the copies.
+        """Wait until the current save has finished, then free the copies of the tensors.
 
         Raises:
             Exception: the exception of the last save, if it failed.

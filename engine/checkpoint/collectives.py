@@ -123,8 +123,8 @@ def raise_on_all_ranks(
 ) -> Iterator[None]:
     """Raise an exception on all ranks if the ``with`` block raises one on any rank.
 
-    Otherwise, the other ranks would wait indefinitely in the next collective operation. Every rank
-    must enter the block.
+    Without this context, the ranks without an exception would wait indefinitely in the next
+    collective operation. Every rank must enter the block.
 
     Args:
         world_size: number of ranks.

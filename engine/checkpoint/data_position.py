@@ -58,7 +58,9 @@ class DataPosition:
     def read(
         self, state: Mapping[str, Any], batch: BatchSizes, directory: Path, world_size: int
     ) -> Mapping[str, Any] | None:
-        """Return the position in a checkpoint, in whole batches if the batch sizes have changed.
+        """Return the position in the data that a checkpoint contains; None if it contains none.
+
+        If the batch sizes have changed, the position is converted to batches of the new size.
 
         Args:
             state: contents of the checkpoint; its key "loader" holds the value that `get_state`
@@ -90,7 +92,10 @@ class DataPosition:
 
     @contextlib.contextmanager
     def restore(self, position: Mapping[str, Any] | None, directory: Path) -> Iterator[None]:
-        """Restore a position that `read` returned, unless the context raises an exception.
+        """Restore a position that `read` returned.
+
+        Call this method in a ``with`` statement. If its block raises an exception, for example
+        because another part of the checkpoint does not load, the old position is restored.
 
         Args:
             position: position in the data; None if the checkpoint contains none.
@@ -117,7 +122,7 @@ class DataPosition:
             raise
 
     def check_is_used(self) -> None:
-        """Warn, once, if the script trains without the data loader whose position was loaded."""
+        """Warn once if a saved position was loaded, but the script did not pass a data loader."""
         if self._pending is not None:
             self._pending = None
             if self._ranks.rank == 0:

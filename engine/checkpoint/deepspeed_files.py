@@ -55,7 +55,7 @@ class _Piece(NamedTuple):
     states: Mapping[str, Any]
     """State of the optimizer for the flat tensor."""
     master: Tensor | None
-    """The float32 weights."""
+    """Flat tensor of float32 master weights; None if the checkpoint contains none."""
     start: int
     size: int
 
@@ -70,7 +70,7 @@ class DeepSpeedFiles:
 
     Args:
         checkpoint_dir: directory of the checkpoint.
-        trusts: whether to unpickle any object, which can run code from the files.
+        trusts: whether to unpickle objects of any class, which can run code from the files.
 
     Raises:
         CheckpointError: a file is damaged or contains untrusted objects.
@@ -110,7 +110,7 @@ class DeepSpeedFiles:
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage of the saved run; 1 also for stage 2, whose files have the same format."""
+        """ZeRO stage of the saved run. Stage 2 is reported as 1, because its files are the same."""
         if self._model["module"] is not None and self._model.get("param_shapes") is None:
             return 0
         return 3 if self._is_stage_3 else 1
@@ -138,8 +138,9 @@ class DeepSpeedFiles:
     def find_weights(self, groups: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
         """Return the model's parameters and buffers by name.
 
-        Trained parameters are in float32 if the checkpoint has them in float32. Values that are not
-        tensors come from ``get_extra_state``.
+        Trained parameters are in float32 if the checkpoint contains their master weights, and in
+        the dtype of the saved model otherwise. Values that are not tensors are results of a
+        module's ``get_extra_state``.
 
         Args:
             groups: names of the trained parameters in each param group.
@@ -187,7 +188,7 @@ class DeepSpeedFiles:
         return groups
 
     def read_loss_scaler(self) -> dict[str, Any] | None:
-        """Return a state for `LossScaler`; None if the saved loss scale was not dynamic."""
+        """Return a state that `LossScaler` can load; None if the saved loss scale was static."""
         holder = self._model["optimizer"] or self._first_shard
         scaler = vars(holder["loss_scaler"]) if "loss_scaler" in holder else holder
         if "last_overflow_iter" not in scaler:
@@ -210,21 +211,22 @@ class DeepSpeedFiles:
         }
 
     def get_trained_shapes(self) -> list[list[int]] | None:
-        """Return the shapes of the trained parameters, sorted; None if they are unknown.
+        """Return the shapes of all trained parameters; None if they are unknown.
 
-        DeepSpeed may have saved the parameters in another order, or in smaller groups.
+        The shapes are sorted, because DeepSpeed may have changed the order of the parameters or
+        split their param groups.
         """
         groups = self._model.get("param_shapes")
         return groups and sorted(list(shape) for group in groups for shape in group.values())
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
-        """Dict from each other name of a tied parameter to the name under which it is saved."""
+        """Dict from each alias of a tied parameter to the name under which it is saved."""
         return dict(self._model.get("shared_params") or {})
 
     @cached_property
     def _shapes(self) -> dict[str, torch.Size]:
-        """The whole shapes of the parameters that are split across files, by name."""
+        """The unsharded shape of each parameter that is split across files, by name."""
         groups = [
             *(self._model.get("param_shapes") or []),
             self._model.get("frozen_param_shapes") or {},
@@ -233,7 +235,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _frozen(self) -> dict[str, SavedTensor]:
-        """The frozen parameters that are split across the files of the ranks, by name."""
+        """The frozen parameters that ZeRO stage 3 has split across the ranks' files, by name."""
         shapes = self._model.get("frozen_param_shapes") or {}
         if self.zero_stage != 3 or not shapes:
             return {}
@@ -309,7 +311,10 @@ class DeepSpeedFiles:
                 start += count
 
     def _find_whole(self, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, _Piece]]:
-        """Find the pieces of a run without ZeRO, which saves states in order but without names."""
+        """Yield the name and the piece of each trained parameter in a checkpoint without ZeRO.
+
+        Without ZeRO, DeepSpeed saves the states in the order of the parameters, without names.
+        """
         saved = self._model["optimizer"] or {}
         states = saved.get("optimizer_state_dict", saved).get("state", {})
         flat = saved.get("fp32_groups_flat")
@@ -339,7 +344,7 @@ class DeepSpeedFiles:
 
 
 def _match_names(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
-    """Return the match and the path of each file whose name matches, in the order of ranks."""
+    """Return the files whose names match a pattern, each with its match, sorted by rank."""
     matches = ((pattern.fullmatch(path.name), path) for path in directory.iterdir())
     found = [(match, path) for match, path in matches if match is not None]
     return sorted(found, key=lambda each: int(each[0]["rank"] or 0))

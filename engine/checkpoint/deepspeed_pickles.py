@@ -63,10 +63,16 @@ def read_file(path: Path, *, trusts: bool = False) -> Any:
 def unpickle(
     load: Callable[..., Any], path: Any, allowed: list[Any], *, mmap: bool | None = None
 ) -> Any:
-    """Load a file with ``torch.load``, but only tensors, plain values and ``allowed`` classes.
+    """Load a file, but refuse to unpickle objects that could run code.
+
+    Args:
+        load: `torch.load`, or a function with the same arguments.
+        path: file to load.
+        allowed: classes whose instances are loaded, in addition to tensors and plain values.
+        mmap: see `torch.load`.
 
     Raises:
-        CheckpointError: the file contains other objects.
+        CheckpointError: the file contains an object of another class.
     """
     try:
         with safe_globals([*LOADABLE, *allowed]):

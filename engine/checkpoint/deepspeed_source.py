@@ -22,8 +22,8 @@ _KINDS: Mapping[type[Optimizer], tuple[set[str], set[str]]] = {
     RMSprop: ({"alpha"}, {"square_avg"}),
     Adagrad: ({"lr_decay"}, {"sum"}),
 }
-"""Optimizers: settings of their param groups, and states of their parameters, by which a checkpoint
-of the same kind of optimizer is recognized. DeepSpeed does not save its name."""
+"""Dict from each kind of optimizer to settings of its param groups and states of its parameters.
+They identify the kind of a saved optimizer, because DeepSpeed does not save its name."""
 
 
 class DeepSpeedSource:
@@ -80,7 +80,11 @@ class DeepSpeedSource:
 
 
 def has_states_for(optimizer: Optimizer, files: DeepSpeedFiles, model: nn.Module) -> bool:
-    """Return whether a checkpoint contains the states of an optimizer of the same kind."""
+    """Return whether a checkpoint contains the settings and states that an optimizer needs.
+
+    The result is true if the saved optimizer was of the same kind, such as Adam. It is always false
+    for kinds of optimizers that are not in `_KINDS`.
+    """
     states = files.find_optimizer_states(list_group_names(model, optimizer)).values()
     groups = files.find_param_groups()
     saved = {key for state in states for key in state if key != "step"}

@@ -75,7 +75,7 @@ class SavedBackend(Protocol):
         *,
         frozen: bool = True,
     ) -> Future[None]:
-        """Copy to host memory the state that `save` would write, and write it in the background."""
+        """Write the same state as `save`, but in the background, from a copy in host memory."""
         ...
 
     def load(
@@ -150,7 +150,7 @@ class Checkpointer:
         Args:
             run: state of the run to save.
             directory: directory that holds the run's checkpoints.
-            tag: name of the checkpoint; default: ``global_stepN`` after N batches.
+            tag: name of the checkpoint; default: ``global_stepN``, where N is the number of steps.
             client_state: user data, which may contain numbers, strings, tensors, lists and
                 mappings.
             save_latest: whether `load` may choose this checkpoint if no tag is passed.
@@ -382,7 +382,7 @@ class Checkpointer:
         return checkpoint_dir, state["client_state"]
 
     def _read_random_state(self, checkpoint_dir: Path, manifest: Manifest) -> Any:
-        """Return the random state of this rank; None if other ranks saved the checkpoint."""
+        """Return this rank's saved random state; None if there is none for this world size."""
         path = checkpoint_dir / f"random.{self._ranks.rank}.pt"
         if not path.is_file() or manifest.world_size != self._ranks.world_size:
             return None

@@ -92,7 +92,8 @@ def build_empty_state(
 
     Raises:
         CheckpointError: the checkpoint has a different number of param groups.
-        Exception: the name of a value is invalid, or a setting is missing.
+        Exception: the checkpoint is damaged: a value has an invalid name, or a param group has no
+            learning rate or another hyperparameter that the optimizer has.
     """
     names = _name_parameters(model, optimizer)
     parameters = dict(names)
@@ -132,7 +133,7 @@ def build_empty_state(
 def check_optimizer_state(
     directory: Path, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
 ) -> None:
-    """Check a state that was loaded from a checkpoint, and has parameter names in place of indices.
+    """Check a loaded optimizer state in which parameters are identified by name, not by index.
 
     Raises:
         CheckpointError: the optimizer cannot continue from the state.
@@ -163,7 +164,7 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
     """Load a state returned by `get_optimizer_state` into an optimizer.
 
     Raises:
-        Exception: the optimizer does not accept the state. It is unchanged.
+        Exception: the optimizer does not accept the state. The optimizer is left unchanged.
     """
     indices = {name: index for index, (name, _) in enumerate(_name_parameters(model, optimizer))}
     groups = []
@@ -236,7 +237,10 @@ def _name_groups(
 
 
 def _split_name(key: str, parameters: Mapping[str, Any]) -> tuple[str | None, list[str]]:
-    """Split the dotted name of a state into the parameter's name and the path below it."""
+    """Split the dotted name of a saved value into a parameter's name and keys of its state.
+
+    Return None and an empty list if the name does not start with the name of a parameter.
+    """
     parts = key.split(".")
     for end in range(1, len(parts)):
         name = ".".join(parts[:end])

@@ -142,7 +142,9 @@ def read_values(path: Path) -> Any:
 
 
 def summarize(error: BaseException) -> str:
-    """Return the first line of an error's message without its full stop, or the error's type.
+    """Return the first line of an error's message; if the message is empty, the error's type.
+
+    A full stop at the end is removed.
 
     >>> summarize(KeyError("data.pkl")), summarize(EOFError())
     ("KeyError: 'data.pkl'", 'EOFError')
@@ -160,7 +162,7 @@ def summarize(error: BaseException) -> str:
 
 
 def read_as(kind: Any, path: Path) -> Any:
-    """Return the values of a file, and check that they have the structure of a type.
+    """Read values from a file, and check that they have the structure of a given type.
 
     Args:
         kind: annotation of the values; see `schedules.core.saved_state.restore`.
@@ -177,10 +179,11 @@ def read_as(kind: Any, path: Path) -> Any:
 
 @contextlib.contextmanager
 def report_damage(path: Path) -> Iterator[None]:
-    """Raise a CheckpointError that names the file if its values do not have a valid structure.
+    """Convert any exception of a ``with`` block to a CheckpointError that reports a damaged file.
 
     Args:
-        path: file whose values are checked or used in this context, in which nothing may change.
+        path: file whose values the block checks or uses. If the block fails, it must leave the
+            state of the run unchanged.
     """
     try:
         yield

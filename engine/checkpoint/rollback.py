@@ -29,25 +29,25 @@ class RestorableBackend(Protocol):
         ...
 
     def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
-        """Restore a state returned by `snapshot`; with ``only_check``, only check it."""
+        """Restore a state returned by `snapshot`; if ``only_check``, only check that it fits."""
         ...
 
 
 class Rollback:
     """Keeps a snapshot of the model, the optimizer and the loss scaler at the lowest loss so far.
 
-    AutoWU compares the mean losses of its test intervals. The snapshot is restored when AutoWU
-    switches from warmup to decay.
+    The losses that are compared are means over AutoWU's test intervals. The snapshot is restored
+    when AutoWU switches from warmup to decay.
     """
 
     def __init__(self, backend: RestorableBackend) -> None:
         self._backend = backend
         self._ranks = backend.ranks
         self.snapshot: Any = None
-        """Snapshot at the lowest loss so far; None before the first one and after the warmup."""
+        """Snapshot at the lowest loss so far; None before it is taken and after the warmup."""
 
     def update(self, scheduler: object) -> None:
-        """Take a snapshot if the loss is a new minimum; restore the last one when the decay starts.
+        """Take a snapshot if the loss is a new minimum; restore the snapshot when the decay starts.
 
         Args:
             scheduler: AutoWU scheduler, after it has received the loss of the last step.

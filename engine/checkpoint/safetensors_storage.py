@@ -1,4 +1,4 @@
-"""Store the data of torch.distributed.checkpoint in one safetensors file per rank, without pickle.
+"""Let torch.distributed.checkpoint write and read one safetensors file per rank, without pickle.
 
 An unsharded tensor is stored under its own name, so that any safetensors reader can load it. A
 shard of a tensor is stored under ``name@offset,…``, and the header of its file contains the shape
@@ -199,7 +199,7 @@ class ShardReader(StorageReader):
         *_args: Any,
         **_options: Any,
     ) -> None:
-        """Store the locations of the shards that `read_metadata` returned."""
+        """Store the shard locations in the metadata that `read_metadata` returned."""
         self._locations = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -236,7 +236,7 @@ class ShardReader(StorageReader):
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The position of a shard, in the header of its file."""
+    """The position of a shard in its full tensor, as stored in the header of the shard's file."""
 
     of: str
     shape: tuple[Count, ...]
@@ -248,7 +248,7 @@ def _read_header(
     known: dict[str, TensorStorageMetadata],
     locations: dict[MetadataIndex, tuple[Path, str]],
 ) -> None:
-    """Add the tensors of a file to those that are known."""
+    """Add the tensors in a file to ``known``, and the location of each shard to ``locations``."""
     with safe_open(path, framework="pt") as file:
         found = json.loads((file.metadata() or {}).get("parts", "{}"))
         parts = restore(dict[str, _Part], found, "parts")

@@ -27,7 +27,7 @@ class _Position:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Batch sizes of a run; earlier versions have saved the world size."""
+    """Batch sizes of a run; only checkpoints of earlier versions contain ``world_size``."""
 
     train: Size
     accumulation: Size
@@ -51,7 +51,7 @@ class _Metric:
 
 @dataclass(frozen=True)
 class _SavedRun:
-    """The state that `Checkpointer` collects."""
+    """State of a run that `Checkpointer` saves in addition to the model and the optimizer."""
 
     lr_scheduler: dict[Any, Any] | None
     counters: Counters
@@ -73,7 +73,7 @@ def read_run(path: Path) -> dict[str, Any]:
         counters = Counters(**values["counters"])
         if counters.applied_steps < 0:
             raise ValueError(
-                f"`engine.counters.skipped_steps` must be <= global_steps, "
-                f"{counters.global_steps}, got {counters.skipped_steps}."
+                f"`engine.counters.skipped_steps` must be <= global_steps "
+                f"({counters.global_steps}), got {counters.skipped_steps}."
             )
     return values

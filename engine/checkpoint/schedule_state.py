@@ -62,7 +62,7 @@ def prepare_schedule_state(
     *,
     override: bool,
 ) -> dict[str, Any] | None:
-    """Return the state that the scheduler will load, after a check.
+    """Return the state to load into the scheduler, and check that the scheduler can load it.
 
     Args:
         scheduler: scheduler of this run.
@@ -72,7 +72,8 @@ def prepare_schedule_state(
         override: whether this run's schedule replaces the saved one.
 
     Returns:
-        The state; None if the scheduler is stepped to ``steps`` instead.
+        The state; None if the saved schedule is replaced by a PyTorch scheduler. Such a scheduler
+        must be stepped to ``steps`` with `advance` instead.
 
     Raises:
         ValueError: the saved state is damaged.

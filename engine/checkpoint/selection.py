@@ -88,7 +88,10 @@ class CheckpointSelector:
         return path.name, False, manifest
 
     def _find_foreign(self, directory: Path, tag: str | None) -> Path | None:
-        """Return the checkpoint to load if DeepSpeed wrote it; None to look for one of onecycle."""
+        """Return the checkpoint to load if DeepSpeed wrote it.
+
+        Return None if a checkpoint that onecycle wrote should be loaded instead.
+        """
         pointer = directory / storage.LATEST_UNIVERSAL
         universal = _follow(pointer) if self._loads_universal and tag is None else None
         if universal is not None:

@@ -67,7 +67,7 @@ def check_tag(tag: str) -> None:
 
 
 def to_directory(path: str | os.PathLike[str]) -> Path:
-    """Convert a directory that a script passed to a `Path`, and check that it is not empty.
+    """Convert the path of a directory to a `Path` object, and check that it is not empty.
 
     Raises:
         ValueError: the path is empty or not a path.

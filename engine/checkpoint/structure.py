@@ -31,8 +31,8 @@ HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
 def check_same_structure(saved: Any, own: Any, name: str) -> None:
     """Check that a saved value has the type and structure of the value that this run has.
 
-    A value that is None now may have any type in the checkpoint. A list may have become longer,
-    and a mapping may have more keys.
+    If this run's value is None, the saved value may have any type. A saved list may be longer than
+    this run's list, and a saved mapping may have more keys.
 
     Args:
         saved: value in the checkpoint.
@@ -109,7 +109,7 @@ def check_param_groups(saved: Any, own: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         saved: param groups in the checkpoint.
-        own: param groups of this run, in the same form.
+        own: param groups of this run. Parameters are identified as in ``saved``.
 
     Raises:
         ValueError: a value is missing, or has another type or range.
@@ -155,7 +155,7 @@ def _check_group(group: Mapping[str, Any], own: Mapping[str, Any], name: str) ->
         elif key in {*HYPERPARAMETERS, "params"}:
             raise ValueError(f"`{name}` must have the key `{key}`.")
     if list(group["params"]) != list(own["params"]):
-        raise ValueError(f"`{name}.params` must be the parameters of this run.")
+        raise ValueError(f"`{name}.params` must contain the same parameters as in this run.")
     for key in (key for key in HYPERPARAMETERS if key in group):
         values = group[key] if isinstance(group[key], list | tuple) else [group[key]]
         for value in (each for each in values if _classify(each) == "a number"):
@@ -179,10 +179,11 @@ def _check_parameter_state(
 
 
 class _Templates:
-    """What an optimizer keeps for a parameter after its first step.
+    """Builds the state that an optimizer should have for a parameter after its first step.
 
-    For an optimizer of `torch.optim`, a copy takes this step on a small parameter with as many
-    dimensions. The steps of other optimizers may do anything, so their current state is used.
+    For an optimizer of `torch.optim`, a new optimizer of the same class takes a step on a small
+    parameter with the same number of dimensions. A step of any other optimizer could have side
+    effects, so the current state of the parameter is used.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -197,7 +198,10 @@ class _Templates:
         self._known: dict[Any, Mapping[str, Any]] = {}
 
     def build(self, parameter: Tensor) -> Mapping[str, Any]:
-        """Return the state of a parameter, possibly with meta tensors; empty if it is unknown."""
+        """Return the expected state of a parameter; empty if it is unknown.
+
+        The tensors may be meta tensors, because only their shapes are compared.
+        """
         group = self._groups.get(id(parameter))
         if group is None or not self._is_known:
             return self._own.get(parameter, {})
@@ -226,7 +230,11 @@ class _Templates:
 
 
 def _scale(value: Any, shape: torch.Size) -> Any:
-    """Return a meta tensor for a parameter of another shape; other values are returned as is."""
+    """Adapt a value from the state of the small parameter to a parameter of the given shape.
+
+    A tensor with as many dimensions as the parameter becomes a meta tensor with the sizes of the
+    parameter. Any other value is returned unchanged.
+    """
     if not isinstance(value, Tensor) or value.dim() != len(shape) or not shape:
         return value
     sizes = [own if small == 2 else small for own, small in zip(shape, value.shape, strict=True)]

@@ -61,8 +61,8 @@ def find_offload_device(config: Mapping[str, Any], name: str) -> str:
 def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
     """Return the keys and sections of a config that only DeepSpeed supports.
 
-    If only DeepSpeed supports a whole section, the section is returned without its keys. Keys that
-    the PyTorch backend can ignore without affecting the results are not returned.
+    If only DeepSpeed supports a whole section, the section is returned, but not the keys inside it.
+    Keys that the PyTorch backend can ignore without affecting the results are not returned.
 
     Args:
         members: all keys of the config; each section precedes its keys.
@@ -84,8 +84,8 @@ def choose_backend(
     """Choose the backend for a config.
 
     If the config sets ``engine.backend`` to "torch" or "deepspeed", choose this backend. Otherwise,
-    choose DeepSpeed if the config enables ZeRO, if only DeepSpeed supports a key that changes
-    results, or if only DeepSpeed supports a part of the model. In all other cases, choose torch.
+    choose DeepSpeed if the config enables ZeRO, or if only DeepSpeed supports a part of the model
+    or a key that affects the results. In all other cases, choose torch.
 
     Args:
         config: config to choose the backend for.

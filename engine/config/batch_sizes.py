@@ -38,7 +38,7 @@ class BatchSizes:
     ``train`` is the number of samples per optimizer step, summed over all ranks. ``micro`` is the
     number of samples per forward pass on one rank. ``accumulation`` is the number of micro-batches
     per optimizer step. ``data_ranks`` is the number of ranks that load different samples, and
-    ``unit`` is the noun for one of them in messages.
+    ``unit`` is the word for such a rank in messages: "rank" or "data-parallel rank".
     """
 
     train: int
@@ -61,7 +61,7 @@ class BatchSizes:
 
         Raises:
             ValueError: ``train`` is not a positive multiple of the micro-batch size times the
-                world size.
+                number of ranks that load different samples.
         """
         at_once = self.micro * self.data_ranks
         if train <= 0 or train % at_once:
@@ -109,7 +109,7 @@ class DataRanks(NamedTuple):
 
     number: int
     tensor_parallel: int = 1
-    """Number of ranks that DeepSpeed counts for each of them: with AutoTP, it counts all ranks."""
+    """Number of tensor-parallel ranks per model; DeepSpeed's AutoTP counts each of them."""
     unit: str = "rank"
 
 
@@ -118,7 +118,7 @@ RankCounter = Callable[[Mapping[str, Any], int], DataRanks]
 
 
 def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the config keys that split a model across ranks, each with the number of ranks.
+    """Return the config's keys that split a model across ranks, each with its number of ranks.
 
     >>> count_ranks_per_model({"sequence_parallel_size": 2})
     {'sequence_parallel_size': 2}
@@ -150,8 +150,8 @@ def derive_batch_sizes(given: Mapping[str, int], ranks: DataRanks | int) -> Batc
 
     Args:
         given: values that the config sets, by key (one of `BATCH_KEYS`); each is at least 1.
-        ranks: number of ranks that load different samples, at least 1. A train batch size that
-            also counts the other ranks of tensor parallelism is accepted, as in DeepSpeed.
+        ranks: number of ranks that load different samples, at least 1. With tensor parallelism, a
+            train batch size that counts all ranks is also accepted, as in DeepSpeed.
 
     Raises:
         BatchError: the values are inconsistent, or neither the train batch size nor the

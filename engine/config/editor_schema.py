@@ -49,7 +49,7 @@ def _inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_for_editors(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a schema without ``$ref``, ``$schema`` and the contents of ``properties``.
+    """Copy a schema without ``$ref`` and ``$schema``, and with an empty dict as ``properties``.
 
     If the schema describes a deprecated or removed key, add a ``deprecationMessage``, which editors
     display.
@@ -66,7 +66,7 @@ def _branch_on_type(of_types: Mapping[str, Mapping[str, Any]], *, any_case: bool
     """Build a schema that selects the schema of ``params`` by the value of ``type``.
 
     Args:
-        of_types: schema of ``params``, by type.
+        of_types: dict from each type to the schema of its ``params``.
         any_case: whether types are matched case-insensitively.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Find configs with 16-bit master weights, for which DeepSpeed accepts only its own CPU Adam."""
+"""Find the key that enables 16-bit master weights, for which DeepSpeed requires its CPU Adam."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ __all__ = ["find_cpu_adam_key"]
 
 
 def find_cpu_adam_key(config: Mapping[str, Any]) -> str | None:
-    """Return the key that requires an optimizer offloaded to DeepSpeed's CPU Adam, or None.
+    """Return the config key that makes DeepSpeed require its CPU Adam; None if there is none.
+
+    CPU Adam is DeepSpeed's Adam for optimizers that are offloaded to the CPU.
 
     >>> find_cpu_adam_key({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}})
     'bf16.bf16_master_weights_and_grads'

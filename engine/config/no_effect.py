@@ -1,4 +1,4 @@
-"""Look up keys that change no result, and the reasons, in ``schemas/no_effect.json``."""
+"""Find out why a config key does not affect the results, using ``schemas/no_effect.json``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = schemas.read("no_effect.
 
 
 def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = None) -> str | None:
-    """Return why a key or section changes no result; None if it may change one.
+    """Return the reason why a key or section does not affect the results; None if it may do so.
 
     Args:
         member: key of a config, with its value.
         backend: "torch" or "deepspeed".
-        stage: ZeRO stage; None if unknown. Reasons that depend on the stage then do not apply.
+        stage: ZeRO stage; None if it is unknown. In that case, keys that have no effect only in
+            some stages count as keys that may affect the results.
 
     >>> print(find_reason_for_no_effect(Member("/gradient_allreduce_op", "sum", {}), "torch"))
     None
@@ -36,17 +37,19 @@ def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = 
 
 
 def _find_current_pointer(member: Member) -> str:
-    """Return the pointer of a key; for an alias or an old name, that of the current name."""
+    """Return the JSON pointer of a key; for an alias or an old name, that of the current name."""
     alias = member.schema.get("x-alias-of")
     pointer = join_pointer(get_parent(member.pointer), alias) if alias else member.pointer
     return pointer.replace("/bfloat16/", "/bf16/", 1)
 
 
 def _is_listed(member: Member, values: Any) -> bool:
-    """Return whether a member's value is one of ``values``, which have no effect.
+    """Return whether the value of a key is one of those that do not affect the results.
 
-    None stands for any value. For a section, ``values`` is a dict that lists such values for each
-    key that can change a result.
+    Args:
+        member: key of a config, with its value.
+        values: list of the values that do not affect the results; None if no value affects them.
+            For a section, a dict with such a list for each key that can affect the results.
     """
     if values is None:
         return True

@@ -74,14 +74,15 @@ def _find_schedule_parameters() -> dict[str, type[Schedule[Any]]]:
 
 
 _VALUES = "onecycle_overrides"
-"""Attribute of a parsed namespace: the values of our own arguments, by name."""
+"""Attribute of a parsed namespace that holds a dict of our own arguments' values, by name."""
 
 
 class _StoreOverride(argparse.Action):
     """An argparse action that stores the value of an argument in two places.
 
-    As usual, the value becomes an attribute with the name of the argument. It is also stored in the
-    attribute that `_VALUES` names, because a script's own argument may have the same name.
+    As usual, the value becomes an attribute of the namespace with the name of the argument. It is
+    also stored in a dict, in the attribute whose name is `_VALUES`. A script's own argument of the
+    same name can replace the first attribute, but not the value in the dict.
     """
 
     def __call__(

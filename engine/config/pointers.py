@@ -44,7 +44,7 @@ def dotted_name(pointer: str) -> str:
 
 
 def get_last_key(pointer: str) -> str:
-    """Return the last key of a JSON pointer."""
+    """Return the last key or list index of a JSON pointer, unescaped."""
     return split_pointer(pointer)[-1]
 
 

@@ -79,7 +79,7 @@ class CheckpointPlan:
     resume: Literal["auto", "must", "never"]
     override: bool
     trust_pickle: bool
-    """Whether any object may be unpickled from a checkpoint in DeepSpeed's format."""
+    """Whether objects of any class may be unpickled from a checkpoint in DeepSpeed's format."""
     best: BestSettings | None
 
 
@@ -163,7 +163,7 @@ class Config(Mapping[str, Any]):
     raw: Mapping[str, Any]
     """The user's config, including command-line overrides, without defaults."""
     zero_stage: int
-    """ZeRO shards nothing (0), optimizer states (1), also gradients (2), also parameters (3)."""
+    """0: nothing is sharded; 1: optimizer states are; 2: also gradients; 3: also parameters."""
     cpu_offload: bool
     """Whether parameters or optimizer states are offloaded to CPU memory."""
     model: ModelSettings
@@ -187,7 +187,7 @@ class Config(Mapping[str, Any]):
     warnings: tuple[Problem, ...]
     """Problems of severity "warning", which are probably mistakes but do not prevent the run."""
     keys_without_effect: tuple[str, ...]
-    """Dotted names of the keys that change no result of this run."""
+    """Dotted names of the keys that do not affect the results of this run."""
     run: Mapping[str, Any]
     """The keys of the section ``engine`` that set or scale the length of the run."""
 
@@ -370,7 +370,7 @@ def _build_optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | 
 
 
 def _as_floats(value: Any, schema: Mapping[str, Any]) -> Any:
-    """Convert whole numbers to floats if the schema does not require whole numbers.
+    """Convert an integer, or the integers in a list, to floats if the schema allows floats.
 
     JSON does not distinguish 0 from 0.0, but PyTorch rejects betas of mixed types.
     """

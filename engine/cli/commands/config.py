@@ -73,7 +73,7 @@ def _resolve(name: str, args: argparse.Namespace) -> list[Entry]:
 
 
 def _print_differences(first: Sequence[Entry], second: Sequence[Entry], out: TextIO) -> None:
-    """Print the keys whose values, given or default, differ between two configs."""
+    """Print the keys whose values differ between two configs; unset keys have their defaults."""
     here, there = (
         {each.name: json.dumps(each.value) for each in entries} for entries in (first, second)
     )

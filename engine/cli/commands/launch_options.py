@@ -48,10 +48,10 @@ _UNSUPPORTED = {
         *("--autotuning", "--save-pid", "--bind-core-list", "--log-level", "--quiet", "-q"),
     ),
 }
-"""Maps advice to the options of torchrun and deepspeed that have no counterpart here."""
+"""Dict from an error message to the unsupported options of torchrun and deepspeed that cause it."""
 
 _ALWAYS_TRUE = ("--no-local-rank", "--force-multi")
-"""Flags of deepspeed that ask for the behavior that `onecycle launch` always has."""
+"""Flags of deepspeed that have no effect, because `onecycle launch` always behaves that way."""
 
 
 class _Unsupported(argparse.Action):

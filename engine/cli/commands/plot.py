@@ -186,7 +186,7 @@ def _preview_configs(args: argparse.Namespace) -> _PlotData:
 
 
 def _replay_losses(args: argparse.Namespace) -> _PlotData:
-    """Compute a loss-driven schedule for the recorded losses given with ``--losses``."""
+    """Compute the values of a feedback schedule for the losses in the file ``--losses``."""
     from engine.display.preview import preview
 
     data = preview(
@@ -240,9 +240,9 @@ def _read_losses(path: Path) -> list[float]:
 
 
 def _find_example_or_path(name: str) -> str | dict[str, Any]:
-    """Return the example config of a schedule type.
+    """Return the example config of a schedule if ``name`` is a schedule type.
 
-    Any other name is the path of a config and is returned unchanged.
+    Otherwise, ``name`` is the path of a config, and is returned unchanged.
     """
     from schedules import SCHEDULES
 

@@ -37,9 +37,9 @@ def _check_support(context: RuleContext) -> Iterator[Problem]:
 
 
 def _find_torch_only(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error for each key that only the torch backend supports.
+    """Yield an error for each key that is set although the DeepSpeed backend does not support it.
 
-    A key that is set to its default value or that changes no result is accepted.
+    A key that is set to its default value, or that does not affect the results, is accepted.
     """
     for member in context.members:
         torch_only = member.schema.get("x-backend") == "torch"
