@@ -92,7 +92,8 @@ def list_possible_horizons(
 ) -> list[Horizon]:
     """Return the length of the run, or several possible lengths if it is unknown before launch.
 
-    If a problem occurs with every possible length, the config itself is invalid.
+    Callers check the config with each of these lengths. If the check fails with all of them, the
+    config is invalid, whatever the length will be.
 
     Args:
         schedule: schedule whose durations are to be converted to steps.
@@ -127,7 +128,7 @@ def list_possible_horizons(
 
 
 def get_train_batch_size(config: Mapping[str, Any], ranks: DataRanks | None = None) -> int | None:
-    """Return the number of samples per step; None if it is unknown or invalid."""
+    """Return the number of samples per optimizer step; None if it is unknown or invalid."""
     given = {key: config[key] for key in BATCH_KEYS if isinstance(config.get(key), int)}
     size = given.get(BATCH_KEYS[0])
     if size is None and ranks is not None:
@@ -137,9 +138,9 @@ def get_train_batch_size(config: Mapping[str, Any], ranks: DataRanks | None = No
 
 
 def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
-    """Return the optimizer's initial learning rate, momentum and weight decay per param group.
+    """Return the initial learning rate, momentum and weight decay of each param group.
 
-    If the config has no ``optimizer`` block, use the defaults of Adam.
+    If the config has no ``optimizer`` block, the defaults of Adam are used.
 
     Args:
         config: config without "auto" values.
