@@ -38,7 +38,7 @@ def validate(
             be valid for at least one number of ranks.
         allow_imports: whether to import and check the code that the config names, such as
             ``"my_module:MySchedule"``. Importing runs the code, so allow it only for a config that
-                you trust.
+            you trust. If false, nothing is imported.
 
     Raises:
         ConfigError: the file cannot be read, is too large or is not UTF-8 text.

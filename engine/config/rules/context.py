@@ -151,11 +151,11 @@ class RuleContext:
         return False
 
     def error(self, rule: str, pointer: str, message: str, hint: str = "", **more: Any) -> Problem:
-        """Build a problem of severity "error", for a mistake that prevents the run."""
+        """Build a problem of severity "error", because of which the run cannot start."""
         return self.document.build_problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "warning", for a likely mistake; the run can start."""
+        """Build a problem of severity "warning", for a likely mistake that does not stop the run."""
         return self.document.build_problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
