@@ -155,7 +155,7 @@ class RuleContext:
         return self.document.build_problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "warning", for a likely mistake that does not stop the run."""
+        """Build a problem of severity "warning", for a likely mistake; a run can still start."""
         return self.document.build_problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
