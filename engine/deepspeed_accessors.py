@@ -283,7 +283,7 @@ class DeepSpeedAccessors(nn.Module):
     def coalesce_grad_reduction(self) -> Iterator[None]:
         """Delay gradient reduction until this context ends; then reduce all gradients together.
 
-        Leave the context before you call `step`. The context requires ZeRO on the DeepSpeed backend.
+        Leave the context before you call `step`. It requires ZeRO on the DeepSpeed backend.
 
         Raises:
             AttributeError: the run does not use the DeepSpeed backend.

@@ -132,7 +132,7 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
 
 
 def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
-    """Wait until this process acquires a lock, which an earlier agent may hold until it exits.
+    """Acquire a lock. If an earlier agent holds the lock, wait until that agent exits.
 
     The lock file is never deleted. Otherwise, another process could create and lock a new file of
     the same name while this process still holds the lock on the deleted file.
