@@ -32,7 +32,7 @@ class ModuleProfile:
 
     @property
     def depth(self) -> int:
-        """Number of modules that contain this module."""
+        """Number of modules that contain this module; 0 for the model."""
         return len(self.name.split(".")) if self.name else 0
 
 
@@ -103,7 +103,7 @@ def format_profile(profiles: Sequence[ModuleProfile], settings: Mapping[str, Any
 
     Args:
         profiles: profile of each module, the model first.
-        settings: section ``flops_profiler`` of the config, with its defaults.
+        settings: section ``flops_profiler`` of the config, with default values filled in.
     """
     model = profiles[0]
     backward = 2 + settings["recompute_fwd_factor"]
