@@ -255,7 +255,7 @@ class DeepSpeedAccessors(nn.Module):
             pin_memory: whether to copy batches to pinned memory, if the rank uses a GPU.
             data_sampler: sampler of this rank; by default, the samples are split across ranks.
             collate_fn: function that turns a list of samples into a batch.
-            num_local_io_workers: number of worker processes; default: none.
+            num_local_io_workers: number of worker processes; default: 0.
         """
         return make_rank_loader(
             dataset,

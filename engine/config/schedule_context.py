@@ -186,7 +186,8 @@ class EvaluatedSchedule:
     def get_range(self, name: str) -> tuple[float, float]:
         """Return the minimum and maximum of a hyperparameter over the length of the schedule.
 
-        The curve is evaluated only at the first and the last step of each of its pieces.
+        To save time, each piece of the curve, such as the warmup, is evaluated only at its first
+        and last step.
         """
         curve = self.curves[name][0]
         span = max(int(self.schedule.span), 1)
@@ -195,10 +196,10 @@ class EvaluatedSchedule:
         return min(values), max(values)
 
     def find_infinite(self) -> tuple[str, int, float] | None:
-        """Return the hyperparameter, step and value of the first value that is not finite.
+        """Return the first value that is not finite, with its hyperparameter and its step.
 
-        Return None if all values of the run are finite. The curves are evaluated only at the first
-        and the last step of each of their pieces.
+        Return None if all values of the run are finite. To save time, each piece of a curve, such
+        as the warmup, is evaluated only at its first and last step.
         """
         steps = int(self.horizon.scaled_steps or self.schedule.span)
         for name, curves in self.curves.items():

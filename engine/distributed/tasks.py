@@ -1,4 +1,4 @@
-"""Read the ranks of processes that srun or mpirun started, without torchrun.
+"""Read the ranks of processes that were started by srun or mpirun instead of torchrun.
 
 This module does not import torch.
 """
@@ -43,7 +43,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
 
     Args:
         environment: environment variables of this process.
-        port: value of ``MASTER_PORT`` if the environment does not set it; None to choose a port.
+        port: value of ``MASTER_PORT`` if the environment does not set it; None to choose one.
 
     Returns:
         Values of ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. The
@@ -105,7 +105,8 @@ def _find_address(starter: _Starter, environment: Mapping[str, str]) -> str | No
 def _choose_port(environment: Mapping[str, str]) -> int:
     """Return a port number that is the same for all tasks of a job.
 
-    In Slurm, the port depends on the job and the job step, so that two steps use different ports.
+    In Slurm, the port depends on the job and the job step, so that two job steps use different
+    ports.
     """
     job, step = (environment.get(f"SLURM_{kind}_ID", "") for kind in ("JOB", "STEP"))
     if job.isdecimal() and step.isdecimal():

@@ -165,7 +165,7 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
 
 
 def submit(script: str) -> tuple[bool, str]:
-    """Submit an sbatch script. Return whether sbatch succeeded, and its output.
+    """Submit an sbatch script. Return whether sbatch succeeded, and the output of sbatch.
 
     Raises:
         LaunchError: if sbatch is not installed.

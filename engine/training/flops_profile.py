@@ -40,7 +40,8 @@ class ModuleProfile:
 def profile_modules(model: nn.Module, device: torch.device) -> Iterator[list[ModuleProfile]]:
     """Profile the modules of a model during the forward passes inside this context.
 
-    A compiled model runs without the compiler, because compiled code does not call its modules.
+    A compiled model runs uncompiled in this context, because compiled code does not call the
+    modules of the model.
 
     Args:
         model: model to profile.
