@@ -196,7 +196,7 @@ class EvaluatedSchedule:
         return min(values), max(values)
 
     def find_infinite(self) -> tuple[str, int, float] | None:
-        """Return the first value that is not finite, with its hyperparameter and its step.
+        """Return the first non-finite value of the run, as a tuple (hyperparameter, step, value).
 
         Return None if all values of the run are finite. To save time, each piece of a curve, such
         as the warmup, is evaluated only at its first and last step.
