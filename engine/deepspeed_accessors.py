@@ -66,7 +66,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def data_parallel_group(self) -> Any:
-        """The process group that averages gradients; None in a single process."""
+        """The process group that averages gradients; None if there is only one process."""
         if self.config.backend.name == "deepspeed":
             return self._backend.get_attribute("data_parallel_group")
         return dist.group.WORLD if dist.is_initialized() else None
@@ -81,7 +81,7 @@ class DeepSpeedAccessors(nn.Module):
         """The monitors of the run, such as TensorBoard.
 
         To write your own metrics, call ``monitor.write_events([(name, value, samples)])`` on every
-        rank.
+        rank, where ``samples`` is the number of samples trained on so far.
         """
         return self._run.progress.monitors
 
@@ -95,7 +95,7 @@ class DeepSpeedAccessors(nn.Module):
         return self._backend.mean(value)
 
     def train_batch_size(self) -> int:
-        """Return the number of samples per optimizer step, over all ranks."""
+        """Return the number of samples per optimizer step, summed over all ranks."""
         return self.config.batch.train
 
     def train_micro_batch_size_per_gpu(self) -> int:
@@ -129,7 +129,7 @@ class DeepSpeedAccessors(nn.Module):
         return self.config.progress.every
 
     def log_level(self) -> str | None:
-        """Return the log level that the config sets for DeepSpeed, or None if it is not set."""
+        """Return the config's `log_level`, or None if it is absent."""
         level: str | None = self.config.raw.get("log_level")
         return level
 
@@ -173,7 +173,7 @@ class DeepSpeedAccessors(nn.Module):
         return batch.train, batch.micro, batch.accumulation
 
     def get_type(self) -> list[Any]:
-        """Return the value of the key ``type`` of each param group; 0.0 if the key is missing."""
+        """Return the key ``type`` of each param group, or 0.0 for a group without this key."""
         return [group.get("type", 0.0) for group in self._backend.optimizer.param_groups]
 
     def get_lr(self) -> list[float]:
@@ -218,7 +218,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def global_samples(self) -> int:
-        """The number of samples in the completed batches, over all ranks."""
+        """The number of samples in the completed batches, summed over all ranks."""
         return self._run.counters.global_samples
 
     @property
@@ -255,7 +255,7 @@ class DeepSpeedAccessors(nn.Module):
             pin_memory: whether to copy batches to pinned memory, if the rank uses a GPU.
             data_sampler: sampler of this rank; by default, the samples are split across ranks.
             collate_fn: function that turns a list of samples into a batch.
-            num_local_io_workers: number of worker processes; default: none.
+            num_local_io_workers: number of worker processes; default: 0.
         """
         return make_rank_loader(
             dataset,
@@ -281,12 +281,12 @@ class DeepSpeedAccessors(nn.Module):
 
     @contextlib.contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:
-        """Reduce the gradients of all backward passes inside this context at its end.
+        """Delay gradient reduction until this context ends; then reduce all gradients together.
 
-        Only DeepSpeed's ZeRO supports this context, whose end must precede `step`.
+        Leave the context before you call `step`. It requires ZeRO on the DeepSpeed backend.
 
         Raises:
-            AttributeError: the run does not use DeepSpeed.
+            AttributeError: the run does not use the DeepSpeed backend.
             RuntimeError: `no_sync` is active.
         """
         reduction = self._find_attribute("coalesce_grad_reduction")

@@ -172,7 +172,7 @@ class Engine(DeepSpeedAccessors):
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Check gradients from earlier passes; return whether the next pass averages gradients."""
+        """Check that earlier gradients exist; return whether the next pass averages gradients."""
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -188,9 +188,9 @@ class Engine(DeepSpeedAccessors):
 
         Args:
             lr_kwargs: ignored; accepted for compatibility with DeepSpeed.
-            metric: validation loss or similar value for a schedule such as ReduceLROnPlateau; it is
-                averaged over the ranks. Pass it in the last step of each epoch. It is also the
-                metric of ``engine.checkpoint.best``.
+            metric: validation loss or similar value, for a schedule such as ReduceLROnPlateau and
+                for ``engine.checkpoint.best``. It is averaged over the ranks. Pass it in the last
+                step of each epoch.
 
         Returns:
             Whether an optimizer step was applied. A step with non-finite gradients is skipped, and
@@ -293,10 +293,10 @@ class Engine(DeepSpeedAccessors):
         and the random state are restored. The training state does not change. Every rank must call
         this method.
 
-        A `DataLoader` of the whole dataset is split across ranks, whether it shuffles, uses a
-        ``DistributedSampler`` or neither. In all other cases, such as an iterable dataset, a custom
-        sampler or a different dataset on each rank, each rank evaluates all batches of its own
-        ``loader``.
+        The samples of a `DataLoader` of the whole dataset are split across ranks, with or without
+        shuffling or a ``DistributedSampler``. In all other cases, such as an iterable dataset, a
+        custom sampler or a different dataset on each rank, each rank evaluates all batches of its
+        own ``loader``.
 
         Args:
             loader: `DataLoader`, list or other iterable that ends. Its batches are moved to
@@ -305,8 +305,8 @@ class Engine(DeepSpeedAccessors):
                 scalar tensor, averaged over the batch. Each batch is weighted by its number of
                 samples, which is the first dimension of its first tensor. To set another weight,
                 such as the number of tokens, return ``(metrics, number)``. Every rank calls ``fn``
-                equally often: a rank that has no batch left repeats one, and its result is dropped.
-                To collect other results, use `gather`, which also drops those of repeated batches.
+                equally often: a rank without further batches repeats one, whose result is dropped.
+                To collect other results, use `gather`, which drops repeated batches as well.
 
         Returns:
             The mean loss, or a dict of mean metrics, equal on all ranks.
@@ -384,11 +384,11 @@ class Engine(DeepSpeedAccessors):
         The state consists of the model, optimizer, loss scale, schedule and counters.
 
         Args:
-            load_dir: directory that was passed to `save_checkpoint`, also of DeepSpeed's engine.
+            load_dir: directory that was passed to `save_checkpoint` of this engine or DeepSpeed's.
             tag: name or number of the checkpoint; default: the newest complete one.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and saved ones that the model
-                does not have are ignored. On DeepSpeed, also pass ``load_optimizer_states=False``.
+                does not have are ignored. DeepSpeed also needs ``load_optimizer_states=False``.
             load_optimizer_states: whether to restore the optimizer and the loss scale.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.
@@ -445,6 +445,6 @@ class Engine(DeepSpeedAccessors):
 
     @property
     def epoch(self) -> int:
-        """The current epoch, from 0; between two epochs, the next one. Requires a data loader."""
+        """The current epoch, from 0; after its last batch, the next one. Needs a data loader."""
         self._run.length.is_position_known = True
         return read_epoch(self.training_dataloader)

@@ -105,8 +105,8 @@ def initialize(
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every problem.
         ValueError: an argument has the wrong type, a schedule has no optimizer, the optimizer does
-            not match the schedule, the model has nothing to train, or the ranks have different
-            configs.
+            not match the schedule, no parameter of the model requires gradients, or the ranks have
+            different configs.
         ImportError: the config needs DeepSpeed, which is not installed.
 
     >>> import torch, engine
@@ -271,7 +271,7 @@ def _prefer_arguments(
 
 
 def _check_inference(config: Config, lr_scheduler: object) -> None:
-    """Check that nothing requires an optimizer in a run that has none and only runs the model."""
+    """Check that neither the config nor an argument requires an optimizer if the run has none."""
     need = None
     if config.schedule is not None or lr_scheduler is not None:
         need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"

@@ -92,7 +92,8 @@ def list_possible_horizons(
 ) -> list[Horizon]:
     """Return the length of the run, or several possible lengths if it is unknown before launch.
 
-    If a problem occurs with every possible length, the config itself is invalid.
+    Callers check the config with each of these lengths. If the check fails with all of them, the
+    config is invalid, whatever the length will be.
 
     Args:
         schedule: schedule whose durations are to be converted to steps.
@@ -127,7 +128,7 @@ def list_possible_horizons(
 
 
 def get_train_batch_size(config: Mapping[str, Any], ranks: DataRanks | None = None) -> int | None:
-    """Return the number of samples per step; None if it is unknown or invalid."""
+    """Return the number of samples per optimizer step; None if it is unknown or invalid."""
     given = {key: config[key] for key in BATCH_KEYS if isinstance(config.get(key), int)}
     size = given.get(BATCH_KEYS[0])
     if size is None and ranks is not None:
@@ -137,9 +138,9 @@ def get_train_batch_size(config: Mapping[str, Any], ranks: DataRanks | None = No
 
 
 def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
-    """Return the optimizer's initial learning rate, momentum and weight decay per param group.
+    """Return the initial learning rate, momentum and weight decay of each param group.
 
-    If the config has no ``optimizer`` block, use the defaults of Adam.
+    If the config has no ``optimizer`` block, the defaults of Adam are used.
 
     Args:
         config: config without "auto" values.
@@ -185,7 +186,8 @@ class EvaluatedSchedule:
     def get_range(self, name: str) -> tuple[float, float]:
         """Return the minimum and maximum of a hyperparameter over the length of the schedule.
 
-        The curve is evaluated only at the first and the last step of each of its pieces.
+        To save time, each piece of the curve, such as the warmup, is evaluated only at its first
+        and last step.
         """
         curve = self.curves[name][0]
         span = max(int(self.schedule.span), 1)
@@ -194,10 +196,10 @@ class EvaluatedSchedule:
         return min(values), max(values)
 
     def find_infinite(self) -> tuple[str, int, float] | None:
-        """Return the hyperparameter, step and value of the first value that is not finite.
+        """Return the first non-finite value of the run, as a tuple (hyperparameter, step, value).
 
-        Return None if all values of the run are finite. The curves are evaluated only at the first
-        and the last step of each of their pieces.
+        Return None if all values of the run are finite. To save time, each piece of a curve, such
+        as the warmup, is evaluated only at its first and last step.
         """
         steps = int(self.horizon.scaled_steps or self.schedule.span)
         for name, curves in self.curves.items():

@@ -68,7 +68,8 @@ def optimizer_schema(name: str) -> dict[str, Any]:
 def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
     """Return the JSON schema of a schedule's ``params``.
 
-    The schema of a built-in schedule is read from a file; that of a custom schedule is generated.
+    The schema of a built-in schedule is read from a file. The schema of a custom schedule is
+    generated from the fields of its class.
     """
     if SCHEDULES.get(cls.type_name) is cls:
         with contextlib.suppress(FileNotFoundError):
@@ -79,7 +80,7 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
 def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """If a schema has a ``$ref``, merge the schema with the file that the ``$ref`` names.
 
-    If both contain the same keyword, the value in ``schema`` takes precedence.
+    If both the schema and the file contain a keyword, the value in the schema takes precedence.
     """
     reference = schema.get("$ref")
     return {**schemas.read(reference), **schema} if reference else schema
@@ -97,7 +98,7 @@ class Member(NamedTuple):
 
     @property
     def is_section(self) -> bool:
-        """Whether the value is a section: an object whose keys `walk` also yields."""
+        """Whether the value is a section, which is an object whose keys `walk` yields as well."""
         if "properties" not in self.schema:
             return False
         return isinstance(self.value, Mapping) if self.is_given else self.value is SECTION
@@ -148,7 +149,8 @@ def walk(
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
     """Return the canonical names of the keys that the object sets under an old or alternative name.
 
-    The set can also contain other values that are not key names, such as None.
+    The set can also contain values that are not key names, such as None or the text of a hint.
+    Callers only test whether a key name is in the set.
     """
     given = [properties[key] for key in value if key in properties]
     return {schema.get(word) for schema in given for word in ("x-alias-of", "x-instead")}
@@ -183,8 +185,8 @@ def _get_member_schema(
 def means_default(pointer: str, value: Any) -> bool:
     """Return whether DeepSpeed replaces a value of "auto" with the key's default.
 
-    DeepSpeed drops the keys of ``zero_optimization`` that are "auto". The stage is an exception
-    here, because dropping it would disable ZeRO.
+    DeepSpeed drops each key of ``zero_optimization`` whose value is "auto", and then uses the
+    default. For the key ``stage``, return False anyway, because its default would disable ZeRO.
 
     >>> means_default("/zero_optimization/reduce_bucket_size", "auto")
     True

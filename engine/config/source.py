@@ -29,10 +29,10 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
 def load_document(config: Source) -> Document:
-    """Read a config from a file, standard input ("-"), a dict, or a string in base64.
+    """Read a config from a file, standard input ("-"), a dict, or a base64-encoded string.
 
     A path must name a regular file, because reading from a named pipe or a device can block or
-    never end. The path of a pipe that the shell has opened, such as ``/dev/fd/63`` for
+    continue forever. The path of a pipe that the shell has opened, such as ``/dev/fd/63`` for
     ``<(command)``, is also accepted.
 
     Raises:
@@ -69,7 +69,7 @@ def load_document(config: Source) -> Document:
 
 
 def check_is_readable(path: Path) -> None:
-    """Raise an error if reading a file could block or never end.
+    """Check that reading a file cannot block or continue forever.
 
     Raises:
         OSError: the path does not exist, or is neither a regular file nor a pipe that is open in
@@ -85,9 +85,9 @@ def check_is_readable(path: Path) -> None:
 
 
 def _decode(text: str) -> str | None:
-    """Decode a config that is passed as a string in URL-safe base64, which DeepSpeed also accepts.
+    """Decode a config from URL-safe base64, which DeepSpeed also accepts.
 
-    Return None if the string is something else, such as a path.
+    Return None if the string is not a base64-encoded config, but a path, for example.
     """
     try:
         decoded = base64.b64decode(text, altchars=b"-_", validate=True).decode("utf-8")

@@ -89,7 +89,8 @@ def check_structure(
     Args:
         document: parsed config; its value must be an object.
         world_size: number of ranks; None if unknown.
-        count_ranks: function that returns the number of ranks that load different samples.
+        count_ranks: function of the config and the world size that returns how many ranks load
+            different samples.
     """
     schema = schemas.read(SCHEMA)
     problems = list(check_against_schema(document, document.value, schema))
@@ -152,9 +153,9 @@ def check_against_schema(
 
 
 def _get_suggested_pointer(problem: Problem) -> str:
-    """Return the JSON pointer of the key that is suggested instead of an unknown key.
+    """Return the JSON pointer of the key that a problem suggests instead of an unknown key.
 
-    Return an empty string if the problem is not an unknown key, or has no suggestion.
+    Return an empty string if the problem is not about an unknown key, or suggests no key.
     """
     found = problem.rule == "unknown-key" and problem.suggestion
     return join_pointer(get_parent(problem.pointer), problem.suggestion) if found else ""
@@ -165,7 +166,8 @@ def _convert_error(
 ) -> Iterator[Problem]:
     """Convert an error of the package ``jsonschema`` to problems of the config.
 
-    A known key is suggested for at most ``suggestions`` unknown keys.
+    If the error is about unknown keys, a known key is suggested only for the first ``suggestions``
+    of them.
     """
     name = dotted_name(pointer) or "the config"
     keyword = str(error.validator)
@@ -221,7 +223,7 @@ def _convert_error(
 
 
 def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
-    """Return a hint if a duration is probably meant as a fraction; otherwise, an empty string."""
+    """Return a hint if a duration probably means a fraction of the run; else, an empty string."""
     accepts_fractions = "[dD][uU][rR]" in schema.get("pattern", "")
     if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
         return ""
@@ -341,8 +343,8 @@ def _check_run_length(
 def _read_torch_schema(name: str) -> Mapping[str, Any]:
     """Return a JSON schema that contains the parameter names of a PyTorch scheduler.
 
-    The names are read from PyTorch's source code, because PyTorch is not imported. The schema is
-    empty if there is no such scheduler.
+    The names are read from PyTorch's source code, because validation does not import PyTorch. The
+    schema is empty if PyTorch has no scheduler of this name.
     """
     parameters = read_torch_parameters(name)
     if parameters is None:
@@ -355,7 +357,7 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Add a hint to a problem about an unknown parameter: the schedules that have this parameter.
+    """Add a hint to a problem about an unknown parameter, which lists the schedules that have it.
 
     Other problems are returned unchanged.
     """
@@ -377,7 +379,8 @@ def _construct_schedule(
 
     Returns:
         The schedule, or None if it cannot be constructed, and the problems of its parameters. No
-        problems are returned if a parameter in ``unresolved`` could be their cause.
+        problems are returned if a parameter of the schedule is in ``unresolved``, because its value
+        is invalid or "auto" and could be their cause.
     """
     block = config.get("scheduler")
     if not isinstance(block, Mapping) or "type" not in block:
@@ -406,10 +409,10 @@ def _construct_schedule(
 
 
 def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) -> None:
-    """Check that a schedule can be resolved for at least one of the possible lengths of its run.
+    """Check that a schedule is valid for at least one of the possible lengths of its run.
 
     Raises:
-        ScheduleError: a field has a problem with every possible length.
+        ScheduleError: a parameter is invalid with every possible length.
     """
     found: list[dict[str | None, ParameterProblem]] = []
     for horizon in horizons:

@@ -1,7 +1,7 @@
 """Suggest a known key for an unknown key.
 
 A suggestion can be a key with a similar name, the equivalent of another tool's key, or the section
-in which the key is valid. No suggestion is made unless it is likely to be correct.
+in which the key is valid. A suggestion is made only if it is likely to be correct.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def suggest_key(
 
 
 def suggest_optimizer(name: str) -> str | None:
-    """Return the known optimizer that a name probably means; None if there is none.
+    """Return the known optimizer that an unknown name probably refers to; None if there is none.
 
     >>> suggest_optimizer("DeepSpeedCPUAdam"), suggest_optimizer("adamw_torch_fused")
     ('Adam', 'AdamW')
@@ -129,7 +129,7 @@ def _find_params(pointer: str, block: Mapping[str, Any]) -> Collection[str]:
 
 
 def _find_unique_match(name: str, known: Collection[str]) -> str | None:
-    """Return the only known name that is similar to ``name``, or None if there is not exactly one.
+    """Return the known name that is similar to ``name``; None if there is none or more than one.
 
     Names are similar if their edit distance is at most 2 and the first or last letter is the same.
     """
@@ -165,7 +165,7 @@ _ALIASES: Mapping[str, Mapping[str, str]] = schemas.read("aliases.json")
 
 @functools.cache
 def _map_keys_to_sections() -> dict[str, tuple[str, ...]]:
-    """Return the JSON pointers of the sections in which each key is valid, by key name.
+    """Return, for each key name, the JSON pointers of the sections in which the key is valid.
 
     The ``params`` of optimizers and schedules are not included.
     """

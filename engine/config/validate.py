@@ -1,4 +1,4 @@
-"""Validate a config in three phases: its syntax, each value, and combinations of values.
+"""Validate a config in three phases: check its syntax, each value, and combinations of values.
 
 Each phase skips values that an earlier phase rejected, so that a mistake is reported only once.
 """
@@ -37,7 +37,7 @@ def validate(
         world_size: number of ranks to validate the batch sizes for. If None, the batch sizes must
             be valid for at least one number of ranks.
         allow_imports: whether to import and check the code that the config names, such as
-            ``"my_module:MySchedule"``. Importing runs the code, so only allow it for a config that
+            ``"my_module:MySchedule"``. Importing runs the code, so allow it only for a config that
             you trust. If false, nothing is imported.
 
     Raises:
@@ -80,8 +80,10 @@ def examine(
             be valid for at least one number of ranks.
         reject_auto: whether to report every "auto" value as an error. Set this for runs that are
             not started through an integration, such as the Hugging Face Trainer.
-        needs_deepspeed: part of the model that only DeepSpeed supports; None if unknown.
-        count_ranks: function that returns the number of ranks that load different samples.
+        needs_deepspeed: part of the model that only DeepSpeed supports; None if there is no such
+            part or the model is unknown.
+        count_ranks: function of the config and the world size that returns how many ranks load
+            different samples.
         allow_imports: whether to import and check the code that the config names.
 
     Returns:

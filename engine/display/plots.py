@@ -36,7 +36,8 @@ def group_by_panel(columns: Iterable[str]) -> dict[str, list[str]]:
 def _find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) -> dict[int, str]:
     """Return the phases of a panel's curve, as a dict from first step to phase name.
 
-    Return an empty dict if the panel shows several curves, or if the curve is not known.
+    Return an empty dict if the panel shows several curves, or if ``curves`` does not contain the
+    curve.
     """
     if len(panel) > 1 or panel[0] not in curves:
         return {}
@@ -45,7 +46,7 @@ def _find_phases(curves: Mapping[str, Curve], panel: Sequence[str], steps: int) 
 
 
 def _find_end(values: Sequence[float], steps: Sequence[int] | None) -> int:
-    """Return the number of steps that a plot shows."""
+    """Return the number of steps on the horizontal axis of a plot."""
     return len(values) if steps is None else steps[-1] + 1
 
 
@@ -133,7 +134,7 @@ def _draw_loss(axis: Axes, losses: Sequence[float], evidence: Evidence) -> None:
 
 
 def draw_decision(evidence: Evidence, path: Path, title: str) -> None:
-    """Plot the learning rate and losses of a loss-driven warmup; the title states why it ended."""
+    """Plot the learning rate and losses of a loss-driven warmup, and state why the warmup ended."""
     step, lr, reason, probability = evidence.decision
     confidence = "" if probability is None else f" (probability {probability:.3f})"
     draw(

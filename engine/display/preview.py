@@ -129,13 +129,14 @@ def preview(
         config: path of the config, or the config as a dict. Only ``scheduler`` is required.
         steps_per_epoch: number of optimizer steps per epoch; required if the config has durations
             in epochs.
-        allow_imports: whether to import the code that the config names.
+        allow_imports: whether to import the code that the config names, such as
+            ``"my_module:MySchedule"``.
 
     Raises:
         ConfigError: the file cannot be read or parsed; ``scheduler`` is missing; the section
-            ``scheduler``, ``optimizer`` or ``engine`` is invalid; the schedule requires code that
-            must not be imported; or the schedule depends on the loss, and the run is too long to
-            simulate.
+            ``scheduler``, ``optimizer`` or ``engine`` is invalid; the schedule requires an
+            import, and ``allow_imports`` is false; or the schedule depends on the loss, and the run
+            is too long to simulate.
 
     >>> warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     >>> list(preview({"scheduler": warmup}).rows(3))

@@ -105,7 +105,7 @@ class ProgressBar:
 
 
 def _redirect_handlers(replaced: Mapping[int, Any]) -> list[tuple[Any, Any]]:
-    """Make log handlers write to the streams that replace their output streams.
+    """Redirect log handlers to the replacements of their output streams.
 
     Args:
         replaced: dict that maps the ``id`` of each original stream to its replacement.

@@ -50,12 +50,15 @@ class Ranks:
 
     @property
     def data_rank(self) -> int:
-        """Index of the part of the data that this rank loads."""
+        """Index of the part of the data that this rank loads, from 0."""
         return self.rank if self.shard is None else self.shard[0]
 
     @property
     def data_ranks(self) -> int:
-        """Number of parts of the data. The ranks that share a model load the same part."""
+        """Number of parts into which the data is split.
+
+        Ranks that share a model load the same part.
+        """
         return self.world_size if self.shard is None else self.shard[1]
 
 
@@ -63,8 +66,8 @@ def get_world_size() -> int:
     """Return the world size.
 
     If no process group is initialized, return the environment variable ``WORLD_SIZE``. If this
-    variable is not set, return the number of tasks that srun or mpirun started, or 1 without srun
-    and mpirun.
+    variable is not set, return the number of tasks that srun or mpirun started, or 1 if neither
+    started this process.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
@@ -78,7 +81,7 @@ def get_rank() -> int:
     """Return the rank of this process.
 
     If no process group is initialized, return the environment variable ``RANK``. If ``WORLD_SIZE``
-    is not set, return the rank that srun or mpirun assigned, or 0 without srun and mpirun.
+    is not set, return the rank that srun or mpirun assigned, or 0 if neither started this process.
 
     Raises:
         ValueError: if srun or mpirun started several tasks, but the address of rank 0 is not known.
@@ -205,7 +208,7 @@ def _wait_for_exit_of_all_ranks() -> bool:
     """Wait until all ranks have called `destroy_distributed`, and return whether they have.
 
     The wait ends after at most 5 seconds. If the rank that hosts the store has already exited,
-    return True.
+    the wait cannot continue, and the result is True.
     """
     # Use the store: a rank that is in another collective operation would not answer a barrier.
     store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # the function has no public name

@@ -1,4 +1,4 @@
-"""Read the ranks of processes that srun or mpirun started, without torchrun.
+"""Read the ranks of processes that were started by srun or mpirun instead of torchrun.
 
 This module does not import torch.
 """
@@ -14,7 +14,7 @@ _DEFAULT_PORT = 29500  # DeepSpeed's
 
 
 class _Starter(NamedTuple):
-    """A program that starts the tasks of a job, and the names of the variables that it sets."""
+    """A program that starts the tasks of a job, and the environment variables that it sets."""
 
     name: str
     size: str
@@ -43,12 +43,12 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
 
     Args:
         environment: environment variables of this process.
-        port: value of ``MASTER_PORT`` if the environment does not set it; None to choose a port.
+        port: value of ``MASTER_PORT`` if the environment does not set it; None to choose one.
 
     Returns:
         Values of ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. The
         dict is empty if there is only one task, if ``RANK`` and ``WORLD_SIZE`` are already set, or
-        if ``WORLD_SIZE`` is not the number of tasks.
+        if ``WORLD_SIZE`` is set to a number other than the number of tasks.
 
     Raises:
         ValueError: if there are several tasks, but not all of these values are known.
@@ -78,7 +78,7 @@ def read_task_variables(environment: Mapping[str, str], port: int | None = None)
     if not address:
         raise ValueError(
             f"MASTER_ADDR is not set, but {starter.name} started {size} tasks on several hosts. "
-            "Set it to the address of rank 0's host, for example with `export MASTER_ADDR="
+            "Set MASTER_ADDR to the address of rank 0's host, for example with `export MASTER_ADDR="
             '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)`.'
         )
     # If Slurm shows each task only its own GPU, this GPU has the number 0 in every task.
@@ -105,7 +105,8 @@ def _find_address(starter: _Starter, environment: Mapping[str, str]) -> str | No
 def _choose_port(environment: Mapping[str, str]) -> int:
     """Return a port number that is the same for all tasks of a job.
 
-    In Slurm, the port depends on the job and the job step, so that two steps use different ports.
+    In Slurm, the port depends on the job and the job step, so that two job steps use different
+    ports.
     """
     job, step = (environment.get(f"SLURM_{kind}_ID", "") for kind in ("JOB", "STEP"))
     if job.isdecimal() and step.isdecimal():

@@ -1,10 +1,10 @@
 """Run a job on this host, and kill all of its processes when it ends.
 
 The launcher starts this agent on each host. The agent reads the job as JSON from the first line of
-standard input. Each later line is ``ping``, ``term`` or ``kill``. The agent stops the job if it
-reads ``term`` or receives a signal. It also stops the job if standard input is closed (the launcher
-has exited) or if it receives no input for 30 seconds (the launcher is unreachable). The output of
-the job is written to the standard output of the agent.
+standard input. Each later line is ``ping``, ``term`` or ``kill``. The agent kills the job if it
+reads ``kill``. It stops the job if it reads ``term``, if it receives a signal, if standard input is
+closed (the launcher has exited), or if it receives no input for 30 seconds (the launcher is
+unreachable). The output of the job is written to the standard output of the agent.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
 
 
 def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
-    """Wait until this process acquires a lock, which an earlier agent may hold until it exits.
+    """Acquire a lock. If an earlier agent holds the lock, wait until that agent exits.
 
     The lock file is never deleted. Otherwise, another process could create and lock a new file of
     the same name while this process still holds the lock on the deleted file.

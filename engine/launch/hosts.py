@@ -201,7 +201,9 @@ def parse_nproc(text: str) -> int:
 
         gpus = torch.cuda.device_count()
         if text == "gpu" and not gpus:
-            raise LaunchError("`--nproc gpu` requires a GPU, but this host has none. Set a number.")
+            raise LaunchError(
+                "`--nproc gpu` requires a GPU, but this host has none. Set `--nproc` to a number."
+            )
         return max(1, gpus)
     if text == "cpu":
         return os.cpu_count() or 1

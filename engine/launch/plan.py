@@ -82,7 +82,7 @@ class NodePlan:
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the job of this host as a dict. The launcher sends it to the agent as JSON."""
+        """Return the job of this host as a dict, which the launcher sends to the agent as JSON."""
         return {
             "host": self.host,
             "argv": list(self.argv),

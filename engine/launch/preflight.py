@@ -64,7 +64,7 @@ def check_hosts(request: LaunchRequest, config: str | None) -> list[HostCheck]:
 def _open_rendezvous_port(
     request: LaunchRequest, first: HostCheck
 ) -> Iterator[tuple[str | None, int]]:
-    """Listen on the rendezvous port inside this context, and yield its address and port number.
+    """Listen on the rendezvous port inside this context, and yield the address and the port number.
 
     If the launcher itself listens on the port, the address is None, because each host may use a
     different address to reach the launcher.

@@ -76,7 +76,7 @@ def bind_to_cores(
 def build_module_command(python: str, module: str) -> tuple[str, ...]:
     """Return a command that runs a module of onecycle.
 
-    The command ignores a module of the same name in the working directory.
+    The command does not import a module of the same name from the working directory.
 
     Args:
         python: Python interpreter.

@@ -47,7 +47,7 @@ class _Report(NamedTuple):
 
 
 class _Agent:
-    """The local process of one host: the agent itself, or the ssh client that connects to it."""
+    """The local process that represents one host: its agent, or the ssh client connected to it."""
 
     def __init__(self, plan: NodePlan, reports: queue.Queue[_Report]) -> None:
         self._host = plan.host

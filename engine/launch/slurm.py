@@ -64,9 +64,9 @@ def build_sbatch(
 
     Args:
         request: launch request. Its host names are ignored, because Slurm chooses the hosts.
-        options: maps the long name of each ``#SBATCH`` option to its value; empty for a flag. These
-            options override the defaults. With ``requeue``, the job is requeued if a signal ends
-            it, for example when the job is preempted.
+        options: dict from the long name of each ``#SBATCH`` option to its value, which is empty for
+            a flag. These options override the defaults. With ``requeue``, the job is requeued if a
+            signal ends it, for example when the job is preempted.
         hide_secrets: whether to leave out the values of variables whose names suggest a secret. The
             script then uses the values in the environment of sbatch.
 
@@ -165,7 +165,7 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
 
 
 def submit(script: str) -> tuple[bool, str]:
-    """Submit an sbatch script. Return whether sbatch succeeded, and its output.
+    """Submit an sbatch script. Return whether sbatch succeeded, and the output of sbatch.
 
     Raises:
         LaunchError: if sbatch is not installed.

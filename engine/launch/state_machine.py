@@ -1,6 +1,6 @@
 """The state machine that decides how the launcher reacts to events.
 
-The state machine does not start processes or read the clock. The runner reports each event with its
+The state machine does not start processes or read the clock. The runner reports each event and its
 time, and executes the actions that the state machine returns. The table at the end of
 `LaunchStateMachine` lists all transitions. The public methods convert their arguments to an event
 in this table.

@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 
 def remove_directory(pid: int) -> None:
-    """Remove the temporary directory that a killed process left behind when it ran `main`."""
+    """Remove the temporary directory of a process that was killed while it was running `main`."""
     for directory in Path(tempfile.gettempdir()).glob(f"{_get_prefix(pid)}*"):
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -75,7 +75,7 @@ def _escape(argument: str) -> str:
 
 
 def _append_to_file(status: int, seconds: float) -> int:
-    """Append the time and exit status to the failure file of a Slurm job, and return the status.
+    """Append the time and the exit status to the failure file of a Slurm job; return the status.
 
     Outside of a Slurm job, only return the status.
     """

@@ -44,12 +44,12 @@ def lr_range_test(
 
     If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. The runs use
     five maximum learning rates around the suggestion, each twice the previous one. As long as the
-    best maximum is the smallest or the largest one tried, more runs follow. The refined suggestion
-    is more reliable, but takes five to ten times as long as the range test alone.
+    best of these values is the smallest or the largest one tried, more runs follow. The refined
+    suggestion is more reliable, but takes five to ten times as long as the range test alone.
 
     If param groups have different learning rates, all are multiplied by the same factor. The
     learning rates in the arguments and in the report are those of the first group, and the
-    suggested block has a list with one value per group.
+    suggested scheduler block has a list with one value per group.
 
     Args:
         trainer: training engine from `engine.initialize`. Gradient accumulation must not be in
@@ -64,8 +64,8 @@ def lr_range_test(
         shape: how the learning rate increases: "exponential", "linear" or "staircase".
         momentum: momentum of the first step and of the last step; it changes linearly in between.
             By default, the momentum stays constant.
-        divergence_factor: the test ends when the smoothed loss exceeds its minimum so far by this
-            factor.
+        divergence_factor: maximum ratio of the smoothed loss to its previous minimum; a larger
+            ratio ends the test.
         refine: whether to refine the suggestion by training short cycles.
         training_steps: number of steps of the planned training; by default, the same as `steps`. If
             the training is longer than the short cycles, the refined maximum is multiplied by

@@ -1,4 +1,4 @@
-"""Record the learning rate and loss of each step of an LR range test, and detect its end."""
+"""Record the learning rate and loss of each step of an LR range test; detect when it ends."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ class Recorder:
         steps: number of steps of the sweep; if None, record until the script ends. A record without
             this limit has at most 20,000 points: when it is full, every second point is removed,
             and only every second step is recorded from then on.
-        divergence: the sweep ends when the smoothed loss exceeds its minimum so far by this factor.
+        divergence: maximum ratio of the smoothed loss to its previous minimum; a larger ratio ends
+            the sweep.
         path: path of the record file; None to write no file, as on ranks other than 0.
         facts: backend, world size, precision and batch size, to write to the first line of the
             file.
@@ -170,7 +171,8 @@ class Recorder:
     def stop_if_over(self) -> None:
         """Raise `SweepOver` to end the script if the sweep is over.
 
-        If the script has already caught the exception three times, exit with `os._exit` instead.
+        If the script has already caught the exception three times and continued, end the process
+        with `os._exit` instead.
 
         Raises:
             SweepOver: if the sweep is over.

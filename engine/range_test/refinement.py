@@ -1,4 +1,4 @@
-"""Refine a suggested maximum learning rate by training short 1Cycle runs with several maxima."""
+"""Refine a suggested maximum learning rate by training short 1Cycle runs with several values."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Refinement:
 
     @property
     def shrinkage(self) -> float:
-        """Factor by which the maximum is reduced if the planned training is longer than a cycle.
+        """Factor that multiplies the maximum if the planned training is longer than a cycle.
 
         The factor is ``(steps / training_steps) ** 0.32``, but at most 1.
         """
@@ -74,7 +74,7 @@ class Refinement:
     def max_lr(self) -> float:
         """The suggested maximum learning rate: ``lowest * shrinkage``, to two significant digits.
 
-        The optimal learning rate decreases with the number of training steps, by a power law.
+        The optimal learning rate decreases as a power of the number of training steps.
 
         Source of the exponent: Bjorck et al., Scaling Optimal LR Across Token Horizons,
         https://arxiv.org/abs/2409.19913.
@@ -142,8 +142,8 @@ def refine(
     """Find the best maximum learning rate by training short cycles.
 
     The search starts with five maximum learning rates, each twice the previous one. As long as the
-    best maximum is the smallest or the largest one tried, the search continues with further values,
-    from 1/64 of `around` to 64 times `around`.
+    best of these values is the smallest or the largest one tried, the search continues with further
+    values, from 1/64 of `around` to 64 times `around`.
 
     Args:
         train: function that takes a maximum learning rate and the index of the repeat, trains for a
@@ -185,7 +185,7 @@ def refine(
 
 
 def _final_loss(run: Run, steps: int) -> float:
-    """Return the mean loss over the last 10 % of the steps; infinite if the run diverged."""
+    """Return the mean loss over the last 10 % of the steps, or infinity if the run diverged."""
     last = float(np.mean(run.losses[-max(1, steps // 10) :]))
     return last if math.isfinite(last) and run.end != "divergence" else math.inf
 

@@ -88,7 +88,8 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The points of all runs together determine the smoothed curve and the results of the rules.
+        The smoothed curve, and the learning rates that the rules of `suggest` select, are based on
+        the points of all runs together.
         If there are several runs, and more than half of them yield a suggestion on their own,
         ``max_lr`` is the median of these suggestions, so that a single run that diverged early has
         little effect.

@@ -34,7 +34,7 @@ _reports: list[Path] = []
 
 
 def is_next_engine_swept(sweep: Sweep) -> bool:
-    """Return whether the LR range test is for the engine that `initialize` will create next.
+    """Return whether the engine that `initialize` will create next runs the LR range test.
 
     Every other engine of the script trains with its own schedule.
 

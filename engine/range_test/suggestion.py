@@ -62,9 +62,10 @@ class Suggestion:
 
     @property
     def band(self) -> tuple[float, float] | None:
-        """The smallest and the largest learning rate that the `EDGE` rules select.
+        """The smallest and the largest learning rate that the three rules of `EDGE` select.
 
-        The narrower this band is, the better the rules agree. The value is None if no rule applies.
+        The narrower this band is, the better these rules agree. The value is None if none of them
+        applies.
         """
         edge = [self.rules[name] for name in EDGE if name in self.rules]
         return (min(edge), max(edge)) if edge else None
@@ -82,8 +83,8 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     - end of descent: the learning rate at which the loss has completed 90 % of its descent;
     - minimum: the middle, in log(lr), of the range in which the loss exceeds its minimum by less
       than 5 % of the descent;
-    - divergence / 10: a tenth of the learning rate at which the loss diverges: it rises again by
-      90 % of the descent, is no longer finite, or ends the test;
+    - divergence / 10: a tenth of the learning rate at which the loss diverges, which means that
+      it rises again by 90 % of the descent, is no longer finite, or ends the test;
     - steepest: the learning rate at which the loss falls fastest over log(lr);
     - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.
@@ -141,7 +142,10 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
 
 
 def _find_divergence(x: Array, finite: NDArray[np.bool_]) -> float | None:
-    """Return log10 of the learning rate above which most losses are not finite, or None."""
+    """Return log10 of the learning rate above which most losses are not finite.
+
+    Return None if there is no such learning rate.
+    """
     finite_after = np.cumsum(finite[::-1])[::-1] / np.arange(finite.size, 0, -1)
     gone = np.flatnonzero(~finite & (finite_after < 0.5))
     return float(x[gone[0]]) if gone.size else None

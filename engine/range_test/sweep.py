@@ -32,8 +32,8 @@ class Sweep:
         momentum: momentum of the first step and of the last step; it changes linearly in between.
             If None, the momentum stays constant.
         block: scheduler block to use; if None, a block is built from the arguments above.
-        divergence_factor: the sweep ends when the smoothed loss exceeds its minimum so far by this
-            factor.
+        divergence_factor: maximum ratio of the smoothed loss to its previous minimum; a larger
+            ratio ends the sweep.
         directory: directory of the record file; None to write no file.
         config: path of the config to use instead of the script's config.
         seed_offset: number that is added to the config's seed and to torch's initial seed, so that
@@ -104,7 +104,7 @@ def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
     """Return the initial learning rate of each param group.
 
     Raises:
-        ValueError: the learning rate of the first group is 0, but not that of all groups.
+        ValueError: the initial learning rate is 0 in the first group, but not in all groups.
 
     >>> read_initial_lrs([{"lr": 0.1}, {"lr": 0.0, "initial_lr": 0.05}])
     [0.1, 0.05]

@@ -52,7 +52,8 @@ class Accumulation:
         """Set whether each following `step` runs the optimizer, instead of counting micro-batches.
 
         Raises:
-            RuntimeError: ``managed_gradient_accumulation`` is false, so every step does.
+            RuntimeError: ``managed_gradient_accumulation`` is false, so that every call of `step`
+                runs the optimizer.
         """
         if not self.is_managed:
             raise MisuseError(
@@ -67,7 +68,7 @@ class Accumulation:
         return self.averages_gradients and self.is_boundary()
 
     def restart(self, micro_batches: int = 0) -> None:
-        """Set the position in the current batch, and reset the records of earlier backward passes.
+        """Set the position in the current batch, and reset the counters of earlier backward passes.
 
         Args:
             micro_batches: number of micro-batches that the run has processed so far.
@@ -77,20 +78,20 @@ class Accumulation:
         self.has_gradients = False
 
     def check_between_steps(self) -> None:
-        """Check that no accumulated gradients would be lost if a trial run started now.
+        """Check that a trial run can start without losing accumulated gradients.
 
         Raises:
             ValueError: the current batch is incomplete.
         """
         if self.micro_batches or self.scaled_losses:
             raise ValueError(
-                "An LR range test cannot start in the middle of a batch. Train the remaining "
+                "An LR range test cannot start in the middle of a batch. Train on the remaining "
                 "micro-batches of the batch first."
             )
 
     @contextlib.contextmanager
     def no_sync(self, zero_stage: int) -> Iterator[None]:
-        """Accumulate gradients on each rank inside this context; see `Engine.no_sync`.
+        """Do not average gradients across ranks inside this context; see `Engine.no_sync`.
 
         Raises:
             RuntimeError: the ZeRO stage is 2 or 3, or this context is already active.
@@ -110,7 +111,9 @@ class Accumulation:
 
     @contextlib.contextmanager
     def coalesce(self) -> Iterator[None]:
-        """Reject `no_sync` inside this context; see `Engine.coalesce_grad_reduction`.
+        """Check that this context is not nested in `no_sync`, and reject `no_sync` inside it.
+
+        See `Engine.coalesce_grad_reduction`.
 
         Raises:
             RuntimeError: `no_sync` is active.

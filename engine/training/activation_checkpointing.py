@@ -24,14 +24,13 @@ def checkpoint_activations(
 
     Each block saves only its inputs and is recomputed in the backward pass. The random state is
     restored for the recomputation, so that dropout drops the same values.
+    If the model has no blocks, a warning is logged and the model is left unchanged. This is not an
+    error, because activation checkpointing changes only memory use and speed, not results.
 
     Args:
         model: module whose blocks are checkpointed.
         wrap: class names of the blocks; see `find_blocks`.
         on_host: whether to move the saved inputs to CPU memory.
-
-    If the model has no blocks, a warning is logged and the model is left unchanged. This is not an
-    error, because activation checkpointing changes only memory use and speed, not results.
 
     Raises:
         ValueError: the model does not contain any of the classes in ``wrap``.
@@ -49,8 +48,8 @@ def checkpoint_activations(
 class CheckpointedForward:
     """A block's ``forward`` that saves only its inputs and is recomputed in the backward pass.
 
-    Copying or unpickling the block binds the method to the new block, so that the copy uses its own
-    weights.
+    If the block is copied or unpickled, the method is bound to the new block, so that the new block
+    uses its own weights.
 
     Args:
         forward: bound ``forward`` method of a block.

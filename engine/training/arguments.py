@@ -62,11 +62,13 @@ def check_is_trainable(model: nn.Module) -> None:
 def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) -> None:
     """Check that all parameters to train belong to the model.
 
+    The backend would neither average the gradients of a parameter outside of the model nor save
+    the parameter.
+
     Args:
         model: the module to train.
         groups: parameters or param groups to train.
-        backend: name of the backend, for the message. It averages and saves only the model's
-            parameters.
+        backend: name of the backend, for the message.
 
     Raises:
         ValueError: a parameter does not belong to the model.
@@ -84,7 +86,7 @@ def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) ->
 
 
 def _check_factory(name: str, value: Any, *, argument: str) -> None:
-    """Check that a value can be called with one argument."""
+    """Check that a value is a function that can be called with one argument."""
     kind = name.removeprefix("lr_")
     _check(
         callable(value),

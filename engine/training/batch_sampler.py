@@ -60,10 +60,11 @@ def order_dataset(samples: int, config: Config) -> EpochOrder:
 
 
 def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
-    """Return an order that a sampler draws and that depends only on the seed and the epoch.
+    """Return the order that a sampler draws, made to depend only on the seed and the epoch.
 
-    Before the sampler draws an epoch, its own random generators and the global ones are seeded from
-    ``engine.seed`` and the epoch number. Afterwards, their previous states are restored.
+    Before the sampler draws the order of an epoch, its own random generators and the global ones
+    are seeded from ``engine.seed`` and the epoch number. Afterwards, their previous states are
+    restored.
 
     Args:
         source: sampler or batch sampler with a length.
@@ -111,9 +112,9 @@ class GlobalBatchSampler(Sampler[Any]):
 
     The order of an epoch is cut into batches of ``train_batch_size``. Each batch is split across
     ranks and micro-batches. Step k therefore trains on the same samples whether one rank processes
-    a batch of 8 in 2 micro-batches of 4, or two ranks process 4 samples each. The last batch is
-    filled up with samples from the start of the epoch, or dropped. Each iteration over the sampler
-    is one epoch.
+    a batch of 8 in 2 micro-batches of 4, or two ranks process 4 samples each. An incomplete
+    last batch is dropped if ``order.drop_last`` is true; otherwise, it is filled up with samples
+    from the start of the epoch. Each iteration over the sampler is one epoch.
 
     Args:
         order: order in which each epoch visits the data.
@@ -122,7 +123,7 @@ class GlobalBatchSampler(Sampler[Any]):
         seeds_workers: whether each micro-batch seeds the worker process that loads it.
 
     Raises:
-        ValueError: the data is empty, or its only batch is dropped.
+        ValueError: the data is empty, or its only batch is incomplete and would be dropped.
     """
 
     def __init__(

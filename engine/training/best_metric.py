@@ -42,7 +42,7 @@ class BestMetric:
         """Record a reported value, and return whether it is the best value so far.
 
         Several reports in the same step, for example by `Engine.step` and `Engine.report`, count as
-        one.
+        one report.
         """
         is_new_report = step != self.last_step
         self.last_step = step

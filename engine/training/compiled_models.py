@@ -11,7 +11,7 @@ __all__ = ["unwrap_compiled"]
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` wrapped, set up to run compiled without the wrapper.
+    """Return the module inside a compiled model, set up to run compiled without the wrapper.
 
     The names in the wrapper's state dict start with ``_orig_mod.``, so its checkpoints would not
     match the model without `torch.compile`. Any other model is returned unchanged.

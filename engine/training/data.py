@@ -67,7 +67,7 @@ def repeat_batches(loader: RunLoader | None) -> Iterator[Any]:
 
 
 def read_epoch(loader: RunLoader | None) -> int:
-    """Return the epoch of the run's data loader.
+    """Return the current epoch of the run's data loader.
 
     Raises:
         RuntimeError: the run has no data loader.
@@ -84,7 +84,7 @@ def count_steps_per_epoch(loader: RunLoader | None, config: Config) -> int | Non
     """Return the number of optimizer steps per epoch, or None if it is unknown.
 
     Raises:
-        ValueError: an epoch is shorter than a step.
+        ValueError: an epoch has fewer micro-batches than one optimizer step requires.
     """
     if loader is None:
         return None
@@ -119,8 +119,8 @@ def build_loader(
         collate_fn: function that turns a list of samples of the dataset into a batch.
 
     Raises:
-        ValueError: the dataset is empty, ``dataloader_drop_last`` drops its only batch, or the
-            arguments contradict each other.
+        ValueError: the dataset is empty, ``dataloader_drop_last`` drops its only batch, or an
+            argument does not apply to this kind of ``training_data``.
     """
     if is_loader(training_data):
         if collate_fn is not None:
@@ -158,7 +158,7 @@ def make_rank_loader(
     pin_memory: bool = True,
     **settings: Any,
 ) -> DataLoader[Any]:
-    """Build a data loader for one rank; checkpoints do not contain its position.
+    """Build a data loader for one rank. Checkpoints do not store the position of this loader.
 
     Args:
         dataset: dataset to load. An iterable dataset must split its samples across ranks.

@@ -1,4 +1,4 @@
-"""Move the tensors of a batch to a device, in nested containers of any type."""
+"""Move the tensors of a batch to a device, including tensors in nested containers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""DeepSpeed's diagnostics for the PyTorch backend: times, a profile and the initial state.
+"""DeepSpeed's diagnostics for the PyTorch backend: times, a model profile and the initial state.
 
-A diagnostic that is not enabled costs no time, because the backend's methods stay unchanged.
+A disabled diagnostic costs no time, because the backend's methods stay unchanged.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class Evaluator:
     def _iterate_split(
         self, loader: DataLoader[Any], batches: list[list[int]]
     ) -> Iterator[tuple[Any, bool]]:
-        """Load this rank's part of ``batches``, and return an iterator like that of `_iterate`."""
+        """Load this rank's part of ``batches``; return an iterator like that of `_iterate`."""
         size = self._ranks.data_ranks
         own = batches[self._ranks.data_rank :: size]
         repeats = len(batches[::size]) - len(own)
@@ -225,7 +225,7 @@ def _copy_loader(
     num_workers: int,
     generator: torch.Generator | None,
 ) -> DataLoader[Any]:
-    """Copy a data loader, but let the copy load ``batches``, which are lists of sample indices."""
+    """Copy a data loader; the copy loads ``batches``, each of which is a list of sample indices."""
     return DataLoader(
         loader.dataset,
         batch_sampler=batches,
@@ -316,5 +316,5 @@ def _compute_means(rows: Sequence[_Row]) -> Any:
 
 
 def _sum(values: list[float]) -> float:
-    """Return the sum of values. If all values are finite, it does not depend on their order."""
+    """Return the sum of values. If all are finite, the sum does not depend on their order."""
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

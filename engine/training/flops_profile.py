@@ -32,7 +32,7 @@ class ModuleProfile:
 
     @property
     def depth(self) -> int:
-        """Number of modules that contain this module."""
+        """Number of modules that contain this module; 0 for the model."""
         return len(self.name.split(".")) if self.name else 0
 
 
@@ -40,7 +40,8 @@ class ModuleProfile:
 def profile_modules(model: nn.Module, device: torch.device) -> Iterator[list[ModuleProfile]]:
     """Profile the modules of a model during the forward passes inside this context.
 
-    A compiled model runs without the compiler, because compiled code does not call its modules.
+    A compiled model runs uncompiled in this context, because compiled code does not call the
+    modules of the model.
 
     Args:
         model: model to profile.
@@ -103,7 +104,7 @@ def format_profile(profiles: Sequence[ModuleProfile], settings: Mapping[str, Any
 
     Args:
         profiles: profile of each module, the model first.
-        settings: section ``flops_profiler`` of the config, with its defaults.
+        settings: section ``flops_profiler`` of the config, with default values filled in.
     """
     model = profiles[0]
     backward = 2 + settings["recompute_fwd_factor"]

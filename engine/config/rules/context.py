@@ -124,7 +124,10 @@ class RuleContext:
             return None
 
     def get_section(self, name: str) -> Mapping[str, Any]:
-        """Return a section of the config, or an empty dict if it is absent or not an object."""
+        """Return a section of the config.
+
+        If the section is absent or not an object, return an empty dict.
+        """
         value = self.config.get(name)
         return value if isinstance(value, Mapping) else {}
 
@@ -135,7 +138,7 @@ class RuleContext:
     def is_absent(self, pointer: str) -> bool:
         """Return whether a key is absent.
 
-        Return False if the value of the key is invalid or "auto", or if the config probably
+        A key is not considered absent if its value is invalid or "auto", or if the config probably
         contains a misspelling of the key.
         """
         if is_within(pointer, self.unresolved):
@@ -148,15 +151,15 @@ class RuleContext:
         return False
 
     def error(self, rule: str, pointer: str, message: str, hint: str = "", **more: Any) -> Problem:
-        """Build a problem of severity "error", which prevents the run from starting."""
+        """Build a problem of severity "error", because of which the run cannot start."""
         return self.document.build_problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "warning": a likely mistake that does not prevent a run."""
+        """Build a problem of severity "warning", for a likely mistake; a run can still start."""
         return self.document.build_problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "note", about a value that may be intended."""
+        """Build a problem of severity "note", for an unusual setting that may be intended."""
         return self.document.build_problem(rule, pointer, message, hint, severity="note")
 
 

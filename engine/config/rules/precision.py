@@ -1,4 +1,4 @@
-"""Rules for mixed precision: report keys that conflict with each other or require ZeRO."""
+"""Rules for mixed precision: report keys that conflict with other keys or with the ZeRO stage."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def _check_single_precision(context: RuleContext) -> Iterator[Problem]:
 
 
 def _is_autocast_of_16_bits(context: RuleContext, on: list[str]) -> bool:
-    """Return whether ``torch_autocast`` computes in the dtype of the 16-bit weights.
+    """Return whether ``torch_autocast`` uses the same 16-bit dtype as the other enabled precision.
 
-    Return False for fp16 without ZeRO, because DeepSpeed would then scale the loss twice.
+    If it does, both keys can be enabled together. Return False for fp16 without ZeRO, because
+    DeepSpeed would then scale the loss twice.
     """
     if len(on) != 2 or "torch_autocast" not in on:
         return False

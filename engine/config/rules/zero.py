@@ -63,7 +63,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
     """Yield a warning if CPU offloading is configured, but the torch backend will ignore it.
 
-    The torch backend offloads parameters and optimizer states only if there are several ranks.
+    The torch backend ignores CPU offloading if the run has only one rank.
     """
     if context.world_size != 1 or context.backend.name != "torch":
         return
