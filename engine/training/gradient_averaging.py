@@ -32,9 +32,9 @@ _CHECK_INTERVAL = 100
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with the values of rank 0.
+    """Copy the values of rank 0's tensors into the tensors of all other ranks.
 
-    Every rank must call this function, with tensors of the same shapes.
+    Every rank must call this function with tensors of the same shapes, in the same order.
     """
     started = []
     for tensor in tensors:
@@ -71,14 +71,14 @@ class _Bucket:
 class GradientAverager:
     """Averages the gradients of the trained parameters across ranks.
 
-    During a backward pass inside `overlap`, a bucket of gradients is averaged as soon as it is
-    complete, while the pass continues. `finish` averages everything else, so that every gradient
-    that reaches the optimizer is averaged. Averaging a gradient twice is safe, because the second
+    During a backward pass inside `overlap`, a bucket of gradients is averaged as soon as all of
+    them are computed, while the pass continues. `finish` averages all other gradients, so that the
+    optimizer uses only averaged gradients. Averaging a gradient twice is safe, because the second
     average does not change values that are already equal on all ranks. If no rank has a gradient
     for a parameter, the gradient stays None.
 
-    All ranks must run the same backward passes. To detect violations, the ranks compare their step
-    numbers and gradient norms in the first steps and in every hundredth step.
+    All ranks must run the same backward passes. To detect scripts that do not, the ranks compare
+    their step numbers and gradient norms in the first three steps and in every hundredth step.
 
     Args:
         model: replicated module; rank 0's parameters and buffers are copied to all ranks.
@@ -121,9 +121,9 @@ class GradientAverager:
 
     @contextlib.contextmanager
     def overlap(self) -> Iterator[None]:
-        """Average gradients during a backward pass inside this context.
+        """Average gradients while a backward pass inside this context computes them.
 
-        When the context exits, all gradients are averaged.
+        The remaining gradients are averaged when the context exits.
         """
         self._update_buckets()
         for bucket in self._buckets:
@@ -140,7 +140,7 @@ class GradientAverager:
             self._next = 0
 
     def average(self) -> None:
-        """Average the gradients that no backward pass inside `overlap` has averaged."""
+        """Average the gradients across ranks, unless `overlap` has already averaged them."""
         self._update_buckets(keeps_frozen=True)  # newly frozen ones may have gradients
         if not self._is_averaged or self._are_replaced():
             self._average_all()
@@ -163,7 +163,7 @@ class GradientAverager:
         self._average_buffers()
 
     def release(self) -> None:
-        """Remove the hooks from the parameters."""
+        """Remove the hooks from the parameters, and delete the buckets."""
         for hook in self._hooks:
             hook.remove()
         self._nodes, self._hooks, self._buckets = [], [], []
@@ -190,7 +190,10 @@ class GradientAverager:
                 self._add_hook(parameter, self._on_sparse)
 
     def _add_hook(self, parameter: nn.Parameter, hook: Callable[..., None]) -> None:
-        """Register a hook that runs after a gradient is accumulated, after the script's hooks."""
+        """Register a hook that runs whenever a parameter's gradient has been accumulated.
+
+        It runs after the hooks that the script has registered on the parameter.
+        """
         if parameter.requires_grad:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
             self._nodes.append(node)  # the parameter itself keeps no reference to its node
@@ -232,7 +235,10 @@ class GradientAverager:
 
     @torch.no_grad()
     def _copy(self, bucket: _Bucket, index: int) -> bool:
-        """Copy a gradient divided by the world size to the buffer; return whether there is one."""
+        """Copy a gradient, divided by the world size, to the buffer of its bucket.
+
+        Return whether the parameter has a gradient. If not, copy zeros.
+        """
         gradient, view = bucket.parameters[index].grad, bucket.views[index]
         if gradient is None:
             view.zero_()
@@ -317,11 +323,12 @@ class GradientAverager:
 
     @torch.no_grad()
     def _check_steps_match(self) -> None:
-        """Check that all ranks have finished the same step.
+        """Check that all ranks have finished the same number of steps.
 
-        The ranks compare step numbers in an all-reduce of the first bucket's size. A rank that is
-        still averaging gradients of this step starts an all-reduce of the same size, so the check
-        detects this rank. If the check used any other collective operation, the ranks would hang.
+        The ranks compare their step numbers in an all-reduce of the first bucket. If a rank is
+        still averaging gradients, its next operation is an all-reduce of the same size, so this
+        check completes and finds the difference. With any other collective operation, the ranks
+        would wait for each other indefinitely.
         """
         for bucket in self._buckets[:1]:
             bucket.buffer.zero_()
@@ -349,9 +356,10 @@ class GradientAverager:
 
 
 def _split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Split parameters into buckets, each of which has only one device and one dtype.
+    """Split parameters into buckets whose gradients can share a buffer.
 
-    The first bucket is small, so that averaging starts early in the backward pass.
+    All gradients of a bucket are averaged on the same device and in the same dtype. The first
+    bucket is small, so that averaging starts early in the backward pass.
     """
     buckets: list[list[nn.Parameter]] = []
     size, limit = 0, 0

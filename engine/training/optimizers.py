@@ -77,9 +77,10 @@ def build_optimizer(
 
 
 def _start_late_momenta(optimizer: Optimizer, *_: Any) -> None:
-    """Start the momentum of parameters that get their first gradient later than others.
+    """Set the momentum of parameters that get their first gradient later than others to zero.
 
-    Torch's fused SGD fails for them. Without dampening, a momentum that starts at zero is the same.
+    PyTorch's fused SGD fails if only some parameters have a momentum buffer. Without dampening, a
+    buffer of zeros gives the same result as no buffer.
     """
     state, groups = optimizer.state, optimizer.param_groups
     if len(state) in {0, sum(len(group["params"]) for group in groups)}:

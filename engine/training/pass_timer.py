@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def read_clock(device: torch.device) -> float:
-    """Wait until a device has finished its work, and return the time in seconds."""
+    """Wait until a device has finished its work, and return the current time in seconds."""
     torch.get_device_module(device).synchronize()
     return time.perf_counter()
 

@@ -40,10 +40,10 @@ class RepeatCheck:
         self._number = next(_numbers)  # the ranks create their loaders in the same order
 
     def add(self, batch: Any) -> bool:
-        """Add the next batch; return whether more batches are needed.
+        """Add the next batch. Return whether the check needs more batches.
 
         Raises:
-            ValueError: two ranks or workers load the same batches.
+            ValueError: another rank loads the same batches, or all workers of this rank do.
         """
         digest, is_empty = hashlib.sha256(), True
         for data in _read_data(batch):

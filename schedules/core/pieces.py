@@ -23,7 +23,7 @@ Formula = Callable[[Any], Any]
 class Line(NamedTuple):
     """Coefficients of the linear formula ``start_value + rise * ((step - origin) / steps)``.
 
-    Lines with the same ``origin`` and ``steps`` can share the quotient.
+    Lines with the same ``origin`` and ``steps`` have the same quotient, so it is computed once.
     """
 
     start_value: float
@@ -54,7 +54,7 @@ def constant_piece(value: float, start: float, end: float) -> Piece:
 
 
 def shorten(piece: Piece, end: float) -> Piece:
-    """Return the piece truncated at ``end``, or unchanged if it ends earlier."""
+    """Return the piece, truncated at step ``end`` if it ends later."""
     return piece if piece.end <= end else Piece(piece.start, end, *piece[2:])
 
 

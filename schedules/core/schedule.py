@@ -185,7 +185,7 @@ class Schedule(ABC, Generic[S]):
         return dataclasses.replace(self, **changes)
 
     def _check_minimum(self, name: str, steps: Any) -> None:
-        """Check that no time string is 0 steps in a short run, unless the field allows 0."""
+        """Check that no time string is converted to 0 steps, unless the field allows 0."""
         least, given = read_fields(type(self))[name].minimum, _as_tuple(getattr(self, name))
         for time, count in zip(given, _as_tuple(steps), strict=True):
             if is_time_string(time) and count == 0 < least:
@@ -341,7 +341,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def lists_per_group(self) -> dict[str, tuple[float, ...]]:
-        """The fields that are lists with one number per param group, by name."""
+        """The fields whose value is a list with one number per param group, by name."""
         return {
             name: value
             for name, field in read_fields(type(self)).items()
