@@ -21,7 +21,7 @@ __all__ = ["RunLoader", "has_state"]
 log = logging.getLogger("onecycle")
 
 _MAX_EMPTY_EPOCHS = 10_000
-"""Number of iterations over a loader after the end of a run that are allowed without an error."""
+"""Number of times that a script may loop over the data after the end of a run without an error."""
 
 
 def has_state(loader: object) -> bool:

@@ -62,7 +62,7 @@ class RunDirectories:
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
-        """The number of this run for each ``DIR``. Checkpoints contain these numbers."""
+        """The number of this run's directory for each ``DIR``. Checkpoints contain these numbers."""
 
     def get(self, directory: str) -> Path:
         """Return the directory in which this run writes the files of a monitor.
@@ -89,7 +89,7 @@ class RunDirectories:
 
 
 _OWNERS: weakref.WeakValueDictionary[Path, RunDirectories] = weakref.WeakValueDictionary()
-"""The last run of this process that has chosen each directory."""
+"""For each directory, the run of this process that chose it last."""
 
 
 def _add_number(directory: str, number: int) -> Path:

@@ -32,7 +32,7 @@ class TorchInterface(LRScheduler):
     _extra_count = 0
     last_epoch: int
     """Number of optimizer steps so far, without skipped steps. As in PyTorch, a script can set it,
-    and the next `step` continues from there. Feedback schedules reject that."""
+    and the next `step` continues from there; with a feedback schedule, `step` raises an error."""
     _base: Base
     _base_lrs: BaseLRs
     _doubt: str | None
