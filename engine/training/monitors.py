@@ -62,7 +62,7 @@ class RunDirectories:
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
-        """The number of this run's directory for each ``DIR``. Checkpoints contain these numbers."""
+        """Number of this run's directory for each ``DIR``. Checkpoints contain these numbers."""
 
     def get(self, directory: str) -> Path:
         """Return the directory in which this run writes the files of a monitor.
