@@ -121,7 +121,7 @@ class GradientAverager:
 
     @contextlib.contextmanager
     def overlap(self) -> Iterator[None]:
-        """Average gradients while a backward pass inside this context computes them.
+        """Average gradients during a backward pass inside this context, as soon as they are computed.
 
         The remaining gradients are averaged when the context exits.
         """
@@ -237,7 +237,7 @@ class GradientAverager:
     def _copy(self, bucket: _Bucket, index: int) -> bool:
         """Copy a gradient, divided by the world size, to the buffer of its bucket.
 
-        Return whether the parameter has a gradient. If not, copy zeros.
+        If the parameter has no gradient, copy zeros. Return whether it has one.
         """
         gradient, view = bucket.parameters[index].grad, bucket.views[index]
         if gradient is None:

@@ -33,17 +33,16 @@ class RunLoader:
     """Iterates over the micro-batches of a data loader until the run is over.
 
     Each loop over this object is one epoch, or the rest of the epoch in which the loaded checkpoint
-    was saved. Batches
-    are moved to the rank's device. Attributes that this class does not have, such as ``dataset``,
-    are looked up in the data loader.
+    was saved. Batches are moved to the rank's device. Attributes that this class does not have,
+    such as ``dataset``, are looked up in the data loader.
 
     Args:
         batches: data loader of this rank.
         ranks: device, rank and world size of this process.
         seed: seed of ``generator`` in epoch 0. It increases by 1 per epoch.
         generator: random generator of ``batches``, from which torch draws the seeds of the
-            workers. It is seeded at the start of each epoch. With it, torch does not change the
-            global random state.
+            workers. It is seeded at the start of each epoch. Without it, torch would draw the seeds
+            from the global generator.
         sampler: batch sampler of ``batches``, which can skip micro-batches when a run resumes.
             Without it, the skipped micro-batches are loaded and discarded, unless the loader saves
             its own position.

@@ -50,7 +50,7 @@ class LossWindow:
     def has_losses(self) -> bool:
         """Whether a loss was added since the last optimizer step.
 
-        It is false if the script calls ``loss.backward()`` itself.
+        This is false if the script calls ``loss.backward()`` itself.
         """
         return bool(self._losses)
 

@@ -1,4 +1,4 @@
-"""Detect training loops that run but train incorrectly, such as two optimizer steps per batch."""
+"""Detect mistakes in training loops that raise no error, such as two optimizer steps per batch."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class MisuseChecks:
     """Checks the training loop at each backward pass, at each step and at the end of each epoch.
 
     The checks neither wait for the device nor communicate with other ranks. The only change to the
-    script's objects is a hook that counts the steps of the optimizer. The engine
-    shares one instance with the trial runs of its LR range tests.
+    script's objects is a hook that counts the steps of the optimizer. The engine and the trial runs of
+    its LR range tests share one instance.
 
     Args:
         backend: backend of the engine.
@@ -91,7 +91,7 @@ class MisuseChecks:
     def restart(self) -> None:
         """Discard the recorded step counts of the optimizer and the scheduler.
 
-        Call this method if they change between two steps, for example when a run resumes.
+        Call this method if the engine changes these counts between two steps, as a resume does.
         """
         self._is_position_known = False
 
@@ -186,7 +186,7 @@ class MisuseChecks:
             accumulation: the micro-batches since the last optimizer step.
 
         Raises:
-            RuntimeError: `backward` was called in two consecutive epochs, but `step` was not.
+            RuntimeError: in two consecutive epochs, `backward` was called, but `step` was not.
         """
         has_stepped = micro_steps != self._micro_steps or accumulation.micro_batches > 0
         is_idle = accumulation.scaled_losses > 0 and not has_stepped

@@ -68,7 +68,7 @@ class RunDirectories:
         """Return the directory in which this run writes the files of a monitor.
 
         The first call chooses it: the given directory from the config or, if an earlier run has
-        used that directory, one with a number, such as ``DIR-2``.
+        used that directory, a numbered one, such as ``DIR-2``.
         """
         number = self.numbers.get(directory)
         if number is None or _OWNERS.get(_add_number(directory, number)) is not self:
@@ -140,7 +140,7 @@ class TensorBoardMonitor:
         self._writer.flush()
 
     def rewind(self, samples: int) -> None:
-        """Start a new event file, which makes TensorBoard hide older events after ``samples``."""
+        """Start a new event file. TensorBoard then hides events after ``samples`` in older files."""
         self.close()
         self._purge_step = samples + 1
 
@@ -267,7 +267,7 @@ class Monitors:
     def resume(self, state: Mapping[str, int], samples: int) -> None:
         """Continue the files of the run that saved a checkpoint.
 
-        When the next events are written, those after the given number of samples are removed first.
+        Before new events are written, the events after the given number of samples are removed.
         """
         self._directories.numbers.update(state)
         self._resumes_after = samples

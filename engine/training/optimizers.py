@@ -77,7 +77,7 @@ def build_optimizer(
 
 
 def _start_late_momenta(optimizer: Optimizer, *_: Any) -> None:
-    """Set the momentum of parameters that get their first gradient later than others to zero.
+    """Set the momentum to zero for parameters that get their first gradient later than others.
 
     PyTorch's fused SGD fails if only some parameters have a momentum buffer. Without dampening, a
     buffer of zeros gives the same result as no buffer.

@@ -102,8 +102,9 @@ class RunLength:
     def check_is_known(self) -> None:
         """Check that an automatically resumed run does not train too many epochs.
 
-        A loop such as ``for epoch in range(n)`` would start at epoch 0 again. It is stopped in time
-        if the run has a limit, and a script that reads its position can start at the right epoch.
+        After a resume, a loop such as ``for epoch in range(n)`` starts at epoch 0 again. This is no
+        problem if the run has a limit, which ends the loop in time, or if the script reads the
+        position of the run to start at the right epoch.
 
         Raises:
             RuntimeError: the length of the run is unknown, and the script has read neither the

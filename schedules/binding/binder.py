@@ -380,7 +380,7 @@ class ScheduleBinder(TorchInterface):
         Args:
             state_dict: saved state.
             override: whether to accept the state of a schedule with other parameters or initial
-                hyperparameters. If so, those of this schedule stay unchanged.
+                hyperparameters. This schedule keeps its own values, but goes to the saved step.
 
         Raises:
             ValueError: the state is from a different schedule, or has a different number of param

@@ -11,7 +11,7 @@ __all__ = ["FirstStep"]
 
 
 class FirstStep:
-    """Checks that `optimizer.step()` is called before `scheduler.step()`, as PyTorch does.
+    """Checks that `optimizer.step()` is called before `scheduler.step()`, as PyTorch's schedulers do.
 
     Args:
         optimizer: optimizer to observe. None disables the check.
@@ -29,7 +29,7 @@ class FirstStep:
         self._is_taken = True
 
     def check(self) -> None:
-        """Warn if the optimizer has not taken a step yet. Later calls do nothing."""
+        """Warn if the optimizer has not taken a step yet. Only the first call checks this."""
         is_taken, self._is_taken = self._is_taken, True
         if self._handle is not None:
             self._handle.remove()

@@ -75,7 +75,10 @@ def build_identity(schedule: Schedule[Any], horizon: Horizon | None) -> dict[str
 
 
 def _to_json(value: Any) -> Any:
-    """Convert a value to JSON types; a function becomes its import path, an object its class's."""
+    """Convert a value to JSON types.
+
+    A function is replaced by its import path, and any other object by the path of its class.
+    """
     if isinstance(value, Mapping):
         return {str(key): _to_json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -89,7 +92,7 @@ def _to_json(value: Any) -> Any:
 
 
 def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None:
-    """Check that a saved state is from a schedule of this package, or from the given schedule.
+    """Check that a schedule of this package saved a state and, if given, that its type matches.
 
     Args:
         state: saved state.
@@ -123,9 +126,8 @@ def check_state(
         compared: names of the hyperparameters whose initial values must be equal.
 
     Raises:
-        ValueError: the state is from a different schedule, from other initial hyperparameters or
-            from an optimizer with another number of param groups; or it is damaged or from another
-            library.
+        ValueError: the state is from another library or a different schedule, has different
+            initial hyperparameters or a different number of param groups, or is damaged.
     """
     check_origin(state)
     fields = ("type", "params", "step", "base", "state")

@@ -41,7 +41,7 @@ def read_descriptions(schedule: type) -> dict[str, str]:
 
 
 def read_source_descriptions(schedule: type) -> dict[str, str]:
-    """Return the descriptions of a schedule's fields, read from its source code, not `INDEX`."""
+    """Return the descriptions of a schedule's fields, read from its code instead of `INDEX`."""
     return _collect_descriptions(schedule, {})
 
 

@@ -139,8 +139,8 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
         if horizon.steps_per_epoch is None:
             raise DurationError(
                 f"{duration!r} requires the number of steps per epoch. Pass `training_data` "
-                "to `initialize`, set `--steps-per-epoch` on the command line, or specify a number "
-                "of steps."
+                "(a dataset or a data loader) to `initialize`, set `--steps-per-epoch` on the "
+                "command line, or specify a number of steps."
             )
         steps = int(_check_length(value * horizon.steps_per_epoch, repr(duration)))
         return int(_check_length(steps * ratio, repr(duration)))
