@@ -44,7 +44,7 @@ class TrainingRun:
     """The state of a training run.
 
     During an LR range test, the engine temporarily uses a second run, called the trial run. The
-    state is stored here because setting an attribute of `Engine`, an `nn.Module`, is slow.
+    state is not stored in `Engine`, because setting an attribute of an `nn.Module` is slow.
     """
 
     config: Config
@@ -133,7 +133,7 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has reached its end or was stopped early."""
+        """Whether the run has reached its end, or stops early because its metric has not improved."""
         is_early = self.best is not None and self.best.is_exhausted
         return is_early or self.length.is_over(self.counters)
 
@@ -154,7 +154,7 @@ class TrainingRun:
         self.backend.set_batch_sizes(batch)
 
     def restore_counters(self, counters: Counters) -> None:
-        """Restore the counters of a checkpoint, so that the run continues at its step."""
+        """Restore the counters of a checkpoint, so that the run continues at the saved step."""
         self.counters = counters
         self.length.steps_before = counters.applied_steps
         self.accumulation.restart(counters.micro_steps)

@@ -121,7 +121,7 @@ class GradientAverager:
 
     @contextlib.contextmanager
     def overlap(self) -> Iterator[None]:
-        """Average gradients during a backward pass inside this context, as soon as they are computed.
+        """Average gradients during a backward pass inside this context, as they are computed.
 
         The remaining gradients are averaged when the context exits.
         """
@@ -151,8 +151,8 @@ class GradientAverager:
         Call this method before each optimizer step.
 
         Raises:
-            RuntimeError: the gradients still differ between ranks after averaging, or the ranks
-                have run different numbers of backward passes.
+            RuntimeError: the gradients differ between ranks although they were averaged, or the
+                ranks have run different numbers of backward passes.
         """
         self.average()
         self._is_averaged, self._averaged = False, []  # `zero_grad` can free the gradients
@@ -303,7 +303,7 @@ class GradientAverager:
             torch._foreach_copy_(buffers, views)
 
     def _are_replaced(self) -> bool:
-        """Return whether the script has replaced gradients since they were averaged."""
+        """Return whether the script has replaced a gradient since the gradients were averaged."""
         return any(
             parameter.grad is not averaged
             for parameter, averaged in zip(self._parameters, self._averaged, strict=True)
@@ -375,7 +375,7 @@ def _split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def _buffer_type(parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype to use for averaging a parameter's gradient.
+    """Return the device and the dtype in which to average a parameter's gradient.
 
     The dtype is at least float32, because sums of 16-bit gradients lose precision.
     """

@@ -150,8 +150,8 @@ class RunLoader:
     def close(self) -> None:
         """Stop the worker processes that keep running between epochs.
 
-        Without this call, Python's garbage collector would stop the workers. It may delete their
-        queues first, and stopping the workers then takes seconds.
+        Without this call, the workers would be stopped by Python's garbage collector. If it deletes
+        the queues of the workers first, stopping them takes several seconds.
         """
         if getattr(self._batches, "persistent_workers", False):
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
@@ -161,7 +161,7 @@ class RunLoader:
         self._check_resume = check_resume
 
     def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
-        """Stop iterating once ``run_is_over`` returns true, and then call ``save_last``."""
+        """End the iteration when ``run_is_over`` returns true, and then call ``save_last``."""
         self._run_is_over, self._save_last = run_is_over, save_last
 
     def call_after_epoch(self, end_epoch: Callable[[], None]) -> None:

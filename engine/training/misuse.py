@@ -58,8 +58,8 @@ class MisuseChecks:
     """Checks the training loop at each backward pass, at each step and at the end of each epoch.
 
     The checks neither wait for the device nor communicate with other ranks. The only change to the
-    script's objects is a hook that counts the steps of the optimizer. The engine and the trial runs of
-    its LR range tests share one instance.
+    script's objects is a hook that counts the steps of the optimizer. An engine shares one
+    instance with the trial runs of its LR range tests.
 
     Args:
         backend: backend of the engine.

@@ -140,7 +140,7 @@ class TensorBoardMonitor:
         self._writer.flush()
 
     def rewind(self, samples: int) -> None:
-        """Start a new event file. TensorBoard then hides events after ``samples`` in older files."""
+        """Start a new event file. TensorBoard then hides later events in older files."""
         self.close()
         self._purge_step = samples + 1
 

@@ -98,8 +98,8 @@ def _construct(
     """Call an optimizer's constructor in time that is linear in the number of param groups.
 
     `Optimizer.add_param_group` compares each new group with all earlier groups, which takes half a
-    minute for 10,000 groups. During construction, the new group is compared with the set of all
-    earlier parameters instead.
+    minute for 10,000 groups. While this function runs the constructor, each new group is compared
+    with a set of all earlier parameters instead.
     """
     optimizer = optimizer_class.__new__(optimizer_class)
     known: set[torch.Tensor] = set()

@@ -38,7 +38,7 @@ class PassTimer:
         self._seconds: dict[str, list[float]] = {}
 
     def measure(self, name: str, function: Callable[P, R]) -> Callable[P, R]:
-        """Wrap a function so that its time is measured, except while gradients are disabled.
+        """Wrap a function so that its calls are timed, except while gradients are disabled.
 
         Args:
             name: name of the function in `pop_means`.

@@ -131,7 +131,7 @@ class ProgressReporter:
         self._sum, self._count = 0.0, 0
 
     def needs_record(self, counters: Counters) -> bool:
-        """Return whether the last step must be passed to `report`, for the log or for a monitor."""
+        """Return whether the last step must be passed to `report`, to be logged or monitored."""
         return self.is_monitored or self._is_line_due(counters.global_steps, counters.applied)
 
     def report(self, record: StepRecord) -> None:

@@ -24,9 +24,9 @@ _numbers = itertools.count()
 class RepeatCheck:
     """Compares the first batches of a data loader across ranks and workers.
 
-    Use this check for loaders that must split the data themselves: torch gives each rank and each
-    worker a copy of an iterable dataset. No rank waits for another during the check, so a single
-    rank may iterate on its own.
+    Use this check for loaders that must split the data themselves, for example because the dataset
+    is iterable: torch gives each rank and each worker a copy of the whole dataset. During the
+    check, no rank waits for another, so that the script can also iterate on only one rank.
 
     Args:
         ranks: rank and world size of this process.

@@ -31,7 +31,7 @@ def log_setup(
     scheduler: LRScheduler | None,
     replacements: Sequence[str] = (),
 ) -> None:
-    """Log the config's overrides and warnings, and the training setup as aligned lines.
+    """Log the config's overrides and warnings, and a table of the training setup.
 
     Args:
         config: a validated config.

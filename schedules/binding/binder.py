@@ -295,7 +295,7 @@ class ScheduleBinder(TorchInterface):
         self._attachment.record(self, groups, lambda: values)
 
     def _include_added_groups(self) -> Sequence[Group]:
-        """Bind the schedule to newly added param groups, and return all param groups."""
+        """Bind the schedule to param groups that were added, and return all param groups."""
         groups, known = self.optimizer.param_groups, len(self._base_lrs)
         if len(groups) < known:
             raise ValueError(
@@ -342,7 +342,7 @@ class ScheduleBinder(TorchInterface):
 
     @property
     def just_decided(self) -> bool:
-        """Whether the schedule made a decision in the last step."""
+        """Whether the feedback schedule made a decision in the last step."""
         return self.decision is not None and self.decision.step == self.last_epoch
 
     @property

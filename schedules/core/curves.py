@@ -160,7 +160,7 @@ class Curve(ABC):
 
 
 class _Shape(Curve):
-    """A curve with one formula before step ``steps``, and the value ``end_value`` from then on."""
+    """A curve that follows a formula until step ``steps`` and then stays at ``end_value``."""
 
     def __init__(
         self,

@@ -59,10 +59,10 @@ def shorten(piece: Piece, end: float) -> Piece:
 
 
 def find_next_step(piece: Piece, step: int, end: int) -> int:
-    """Return the first whole step after the end of a piece that contains ``step``, up to ``end``.
+    """Return the first whole step after the piece that contains ``step``, but at most ``end``.
 
-    Rounding can place the end of a piece at ``step`` itself. The next step is nevertheless greater
-    than ``step``, so that a loop over pieces always advances.
+    Because of rounding, the end of the piece can be ``step`` itself. The result is nevertheless
+    greater than ``step``, so that a loop over pieces always advances.
     """
     return max(step + 1, math.ceil(piece.end)) if piece.end < end else end
 

@@ -55,8 +55,8 @@ _OTHER_NAMES = {
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
     """Maps names to schedule classes, and imports the module of a schedule on first use.
 
-    A config usually uses schedules from only one module. Importing all modules takes longer than
-    validating the config.
+    A config usually needs only one of these modules, and importing all of them would take longer
+    than validating the config.
     """
 
     def __init__(self) -> None:
@@ -276,7 +276,7 @@ def _load(path: str) -> type[Schedule[Any]]:
 
 
 def to_class(path: str, found: Any) -> type[Schedule[Any]]:
-    """Return a schedule class for an object that `find` accepts.
+    """Return the schedule class for an object that a name or an import path refers to.
 
     Args:
         path: import path or name of the object, which is also the name of the schedule.

@@ -228,13 +228,16 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def length(self) -> int | None:
-        """Number of steps after which the resolved schedule has ended; None if it does not end."""
+        """Number of steps after which the schedule has ended; None if it does not end.
+
+        Call `resolve` first if a duration is a time string.
+        """
         steps = (getattr(self, name) for name in _LENGTH_FIELDS if hasattr(self, name))
         return next((math.ceil(each) for each in steps if each is not None), None)
 
     @property
     def span(self) -> int:
-        """Number of steps that a plot of the resolved schedule should show."""
+        """Number of steps that a plot should show. Call `resolve` first, as for `length`."""
         steps = [
             each
             for name, field in read_fields(type(self)).items()

@@ -1,6 +1,6 @@
 """Suggest the correct spelling of a misspelled name.
 
-If no known name is similar, there is no suggestion, because a wrong suggestion is worse than none.
+If no known name is similar, nothing is suggested, because a wrong suggestion is worse than none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Schedules that combine other schedules: one after another, multiplied, or in parallel."""
+"""Schedules that run other schedules one after another, multiplied, or in parallel."""
 
 from __future__ import annotations
 
