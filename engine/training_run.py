@@ -133,7 +133,7 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has reached its end, or stops early because its metric has not improved."""
+        """Whether the run has reached its end, or stops early because a metric does not improve."""
         is_early = self.best is not None and self.best.is_exhausted
         return is_early or self.length.is_over(self.counters)
 
