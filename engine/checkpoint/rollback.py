@@ -29,7 +29,7 @@ class RestorableBackend(Protocol):
         ...
 
     def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
-        """Restore a state returned by `snapshot`, bit for bit, or only check that it fits."""
+        """Restore a state returned by `snapshot`; with ``only_check``, only check it."""
         ...
 
 

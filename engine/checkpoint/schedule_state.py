@@ -116,11 +116,19 @@ def _check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None
         scheduler.check_state_dict(state)
         return
     own = copy.deepcopy(scheduler.state_dict())
-    check_same_structure(state, own, "lr_scheduler")
+    is_from_torch = type(scheduler).__module__ == LRScheduler.__module__
+    check_same_structure(state, _fix_lengths(own) if is_from_torch else own, "lr_scheduler")
     try:
         scheduler.load_state_dict(copy.deepcopy(state))
     finally:
         scheduler.load_state_dict(own)
+
+
+def _fix_lengths(value: Any) -> Any:
+    """Return nested values with tuples in place of lists, whose lengths must not change."""
+    if isinstance(value, dict):
+        return {key: _fix_lengths(each) for key, each in value.items()}
+    return tuple(map(_fix_lengths, value)) if isinstance(value, list) else value
 
 
 def _adapt_schedule_state(

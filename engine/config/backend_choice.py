@@ -61,8 +61,8 @@ def find_offload_device(config: Mapping[str, Any], name: str) -> str:
 def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
     """Return the keys and sections of a config that only DeepSpeed supports.
 
-    If DeepSpeed is required for a whole section, only the section is returned, not its keys. Keys
-    that change no result on PyTorch are not returned.
+    If only DeepSpeed supports a whole section, the section is returned without its keys. Keys that
+    the PyTorch backend can ignore without affecting the results are not returned.
 
     Args:
         members: all keys of the config; each section precedes its keys.

@@ -140,13 +140,13 @@ class RobustResult(NamedTuple):
 
 
 def run_robust_test(losses: Array) -> RobustResult:
-    """Run the robust test on all losses of the warmup so far.
+    """Test whether the loss of the warmup has passed its minimum, robustly to noise and spikes.
 
-    The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
-    losses that differ from the lowest loss by more than twice the decrease of the loss so far, and
-    replaces losses that are not finite with the upper limit. The losses are then compressed with
-    asinh and averaged in at most 256 bins. Unlike the published test, this test needs neither
-    random samples nor Adam, because the most likely noise has a closed form.
+    The result does not depend on the scale of the loss. Losses are clipped to within twice the
+    decrease of the lowest loss so far; non-finite losses are set to the upper end of this range.
+    The losses are then compressed with asinh and averaged in at most 256 bins. Unlike the test of
+    the AutoWU paper, this test needs neither random sampling nor Adam, because the
+    maximum-likelihood estimate of the noise has a closed form.
 
     Args:
         losses: loss of each step of the warmup so far, in order. There must be at least 8.

@@ -127,7 +127,7 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     """Whether `threshold` is a fraction of the best metric ("rel") or an absolute difference
     ("abs")."""
     cooldown: MetricCount = 0
-    """Number of metrics to ignore after a reduction."""
+    """Number of metric values to ignore after each reduction of the learning rate."""
     min_lr: LearningRate = 0.0
     """Lower bound of the learning rate."""
     eps: Annotated[float, Range(at_least=0)] = 1e-8

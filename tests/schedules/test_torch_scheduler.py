@@ -234,7 +234,9 @@ def test_binder_state_of_a_different_schedule_is_rejected():
     with pytest.raises(ValueError, match="`cycle_max_lr` is 0.5 in the saved state, 7.0 now"):
         other.load_state_dict(state)
     assert other.get_last_lr() == [0.1]
-    with pytest.raises(ValueError, match="`type` is OneCycle in the saved state, WarmupLR now"):
+    with pytest.raises(
+        ValueError, match=r"`type` is 'OneCycle' in the saved state, 'WarmupLR' now"
+    ):
         attach("WarmupLR", optimizer).load_state_dict(state)
 
 

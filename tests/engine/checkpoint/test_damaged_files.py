@@ -133,6 +133,7 @@ DAMAGE = [
     ("plateau", "engine.pt", edit("lr_scheduler", "state", "lrs", value=[]), "must have 1 items"),
     ("torch", "engine.pt", edit("lr_scheduler", "last_epoch", value=None), "must be a number"),
     ("torch", "engine.pt", edit("lr_scheduler", "_last_lr", value=[0.1]), "must have 3 items"),
+    ("torch", "engine.pt", edit("lr_scheduler", "_milestones", value=[1, 2]), "must have 1 items"),
     ("AutoWU", "loss_scaler.pt", edit("scale", value=0.0), "`loss_scaler.scale` must be > 0"),
     ("plateau", "loader.0.pt", edit("given", value="x"), "TypeError"),
     ("OneCycle", "random.0.pt", edit("numpy", 2, value=10**6), "must be <= 624, got 1000000"),

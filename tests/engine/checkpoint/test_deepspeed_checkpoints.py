@@ -366,6 +366,12 @@ def load_universal(stage, directory):
     resumed = start_onecycle(universal, "deepspeed")
     resumed.load_checkpoint(directory)
     assert resumed.global_steps == 6
+    os.chdir(directory)
+    for file in (directory / tag / "zero").rglob("fp32.pt"):
+        torch.save(Bomb(), file)
+    with pytest.raises(CheckpointError, match=r"`os\.makedirs`.*trust_pickle"):
+        start_onecycle(universal, "deepspeed").load_checkpoint(directory, tag)
+    assert not (directory / "exploded").exists()
     return losses
 
 

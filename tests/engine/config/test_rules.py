@@ -142,6 +142,14 @@ PAIRS = [
         elastic_config(1, "AdamW"),
         [("elastic-checkpoint", "error", "/zero_optimization/elastic_checkpoint")],
     ),
+    (
+        zero_config(stage=1, elastic_checkpoint=True, cpu_offload=True)
+        | {"optimizer": {"type": "Lion"}},
+        [
+            ("elastic-checkpoint", "error", "/zero_optimization/elastic_checkpoint"),
+            ("deprecated-key", "note", "/zero_optimization/cpu_offload"),
+        ],
+    ),
     (elastic_config(1, "AdamW", torch_adam=False), []),
     (elastic_config(3, "AdamW"), []),
     (
