@@ -44,7 +44,7 @@ class TrainingRun:
     """The state of a training run.
 
     During an LR range test, the engine temporarily uses a second run, called the trial run. The
-    state is stored here because setting an attribute of `Engine`, an `nn.Module`, is slow.
+    state is not stored in `Engine`, because setting an attribute of an `nn.Module` is slow.
     """
 
     config: Config
@@ -77,7 +77,7 @@ class TrainingRun:
         *,
         misuse: MisuseChecks | None = None,
     ) -> TrainingRun:
-        """Build a run at step 0. For a trial run, ``misuse`` holds the checks of the main run."""
+        """Build a run at step 0. A trial run shares the main run's checks, passed as ``misuse``."""
         is_first = backend.ranks.rank == 0
         driver = ScheduleDriver(scheduler, config.report if is_first else None)
         monitors = monitors or Monitors()
@@ -133,7 +133,7 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has reached its end or was stopped early."""
+        """Whether the run has reached its end, or stops early because a metric does not improve."""
         is_early = self.best is not None and self.best.is_exhausted
         return is_early or self.length.is_over(self.counters)
 
@@ -154,7 +154,7 @@ class TrainingRun:
         self.backend.set_batch_sizes(batch)
 
     def restore_counters(self, counters: Counters) -> None:
-        """Restore the counters of a checkpoint, so that the run continues at its step."""
+        """Restore the counters of a checkpoint, so that the run continues at the saved step."""
         self.counters = counters
         self.length.steps_before = counters.applied_steps
         self.accumulation.restart(counters.micro_steps)
@@ -321,7 +321,7 @@ class TrainingRun:
 def train_pipeline(
     batches: Iterator[Any] | None, loader: RunLoader | None, run: TrainingRun
 ) -> Tensor | None:
-    """Train a pipeline on a whole batch and return its mean loss; None for any other model.
+    """Train a pipeline model on one batch and return the mean loss; None for any other model.
 
     Args:
         batches: iterator over micro-batches; default: the batches of ``loader``.
@@ -392,7 +392,7 @@ def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def preserve_state(model: nn.Module, backend: Backend, loader: RunLoader | None) -> Iterator[None]:
-    """Restore the training state when the context exits, also after an exception.
+    """Restore the training state when the context exits, even after an exception.
 
     Args:
         model: module whose training mode is restored, including that of each submodule.

@@ -32,9 +32,9 @@ _CHECK_INTERVAL = 100
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with the values of rank 0.
+    """Copy the values of rank 0's tensors into the tensors of all other ranks.
 
-    Every rank must call this function, with tensors of the same shapes.
+    Every rank must call this function with tensors of the same shapes, in the same order.
     """
     started = []
     for tensor in tensors:
@@ -71,14 +71,14 @@ class _Bucket:
 class GradientAverager:
     """Averages the gradients of the trained parameters across ranks.
 
-    During a backward pass inside `overlap`, a bucket of gradients is averaged as soon as it is
-    complete, while the pass continues. `finish` averages everything else, so that every gradient
-    that reaches the optimizer is averaged. Averaging a gradient twice is safe, because the second
+    During a backward pass inside `overlap`, a bucket of gradients is averaged as soon as all of
+    them are computed, while the pass continues. `finish` averages all other gradients, so that the
+    optimizer uses only averaged gradients. Averaging a gradient twice is safe, because the second
     average does not change values that are already equal on all ranks. If no rank has a gradient
     for a parameter, the gradient stays None.
 
-    All ranks must run the same backward passes. To detect violations, the ranks compare their step
-    numbers and gradient norms in the first steps and in every hundredth step.
+    All ranks must run the same backward passes. To detect scripts that do not, the ranks compare
+    their step numbers and gradient norms in the first three steps and in every hundredth step.
 
     Args:
         model: replicated module; rank 0's parameters and buffers are copied to all ranks.
@@ -121,9 +121,9 @@ class GradientAverager:
 
     @contextlib.contextmanager
     def overlap(self) -> Iterator[None]:
-        """Average gradients during a backward pass inside this context.
+        """Average gradients during a backward pass inside this context, as they are computed.
 
-        When the context exits, all gradients are averaged.
+        The remaining gradients are averaged when the context exits.
         """
         self._update_buckets()
         for bucket in self._buckets:
@@ -140,7 +140,7 @@ class GradientAverager:
             self._next = 0
 
     def average(self) -> None:
-        """Average the gradients that no backward pass inside `overlap` has averaged."""
+        """Average the gradients across ranks, unless `overlap` has already averaged them."""
         self._update_buckets(keeps_frozen=True)  # newly frozen ones may have gradients
         if not self._is_averaged or self._are_replaced():
             self._average_all()
@@ -151,8 +151,8 @@ class GradientAverager:
         Call this method before each optimizer step.
 
         Raises:
-            RuntimeError: the gradients still differ between ranks after averaging, or the ranks
-                have run different numbers of backward passes.
+            RuntimeError: the gradients differ between ranks although they were averaged, or the
+                ranks have run different numbers of backward passes.
         """
         self.average()
         self._is_averaged, self._averaged = False, []  # `zero_grad` can free the gradients
@@ -163,7 +163,7 @@ class GradientAverager:
         self._average_buffers()
 
     def release(self) -> None:
-        """Remove the hooks from the parameters."""
+        """Remove the hooks from the parameters, and delete the buckets."""
         for hook in self._hooks:
             hook.remove()
         self._nodes, self._hooks, self._buckets = [], [], []
@@ -190,7 +190,10 @@ class GradientAverager:
                 self._add_hook(parameter, self._on_sparse)
 
     def _add_hook(self, parameter: nn.Parameter, hook: Callable[..., None]) -> None:
-        """Register a hook that runs after a gradient is accumulated, after the script's hooks."""
+        """Register a hook that runs whenever a parameter's gradient has been accumulated.
+
+        It runs after the hooks that the script has registered on the parameter.
+        """
         if parameter.requires_grad:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
             self._nodes.append(node)  # the parameter itself keeps no reference to its node
@@ -232,7 +235,10 @@ class GradientAverager:
 
     @torch.no_grad()
     def _copy(self, bucket: _Bucket, index: int) -> bool:
-        """Copy a gradient divided by the world size to the buffer; return whether there is one."""
+        """Copy a gradient, divided by the world size, to the buffer of its bucket.
+
+        If the parameter has no gradient, copy zeros. Return whether it has one.
+        """
         gradient, view = bucket.parameters[index].grad, bucket.views[index]
         if gradient is None:
             view.zero_()
@@ -297,7 +303,7 @@ class GradientAverager:
             torch._foreach_copy_(buffers, views)
 
     def _are_replaced(self) -> bool:
-        """Return whether the script has replaced gradients since they were averaged."""
+        """Return whether the script has replaced a gradient since the gradients were averaged."""
         return any(
             parameter.grad is not averaged
             for parameter, averaged in zip(self._parameters, self._averaged, strict=True)
@@ -317,11 +323,12 @@ class GradientAverager:
 
     @torch.no_grad()
     def _check_steps_match(self) -> None:
-        """Check that all ranks have finished the same step.
+        """Check that all ranks have finished the same number of steps.
 
-        The ranks compare step numbers in an all-reduce of the first bucket's size. A rank that is
-        still averaging gradients of this step starts an all-reduce of the same size, so the check
-        detects this rank. If the check used any other collective operation, the ranks would hang.
+        The ranks compare their step numbers in an all-reduce of the first bucket. If a rank is
+        still averaging gradients, its next operation is an all-reduce of the same size, so this
+        check completes and finds the difference. With any other collective operation, the ranks
+        would wait for each other indefinitely.
         """
         for bucket in self._buckets[:1]:
             bucket.buffer.zero_()
@@ -349,9 +356,10 @@ class GradientAverager:
 
 
 def _split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Split parameters into buckets, each of which has only one device and one dtype.
+    """Split parameters into buckets whose gradients can share a buffer.
 
-    The first bucket is small, so that averaging starts early in the backward pass.
+    All gradients of a bucket are averaged on the same device and in the same dtype. The first
+    bucket is small, so that averaging starts early in the backward pass.
     """
     buckets: list[list[nn.Parameter]] = []
     size, limit = 0, 0
@@ -367,7 +375,7 @@ def _split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def _buffer_type(parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype to use for averaging a parameter's gradient.
+    """Return the device and the dtype in which to average a parameter's gradient.
 
     The dtype is at least float32, because sums of 16-bit gradients lose precision.
     """

@@ -21,7 +21,7 @@ __all__ = ["RunLoader", "has_state"]
 log = logging.getLogger("onecycle")
 
 _MAX_EMPTY_EPOCHS = 10_000
-"""Number of iterations over a loader after the end of a run that are allowed without an error."""
+"""Number of times that a script may loop over the data after the end of a run without an error."""
 
 
 def has_state(loader: object) -> bool:
@@ -32,16 +32,17 @@ def has_state(loader: object) -> bool:
 class RunLoader:
     """Iterates over the micro-batches of a data loader until the run is over.
 
-    Each iteration is one epoch, or the rest of the epoch that a checkpoint was saved in. Batches
-    are moved to the rank's device. Attributes that this class does not have, such as ``dataset``,
-    are looked up in the data loader.
+    Each loop over this object is one epoch, or the rest of the epoch in which the loaded checkpoint
+    was saved. Batches are moved to the rank's device. Attributes that this class does not have,
+    such as ``dataset``, are looked up in the data loader.
 
     Args:
         batches: data loader of this rank.
         ranks: device, rank and world size of this process.
-        seed: seed of ``generator`` in the first epoch.
-        generator: generator of ``batches``, from which torch draws the seeds of the workers. It is
-            seeded in each epoch, and leaves the global random state unchanged.
+        seed: seed of ``generator`` in epoch 0. It increases by 1 per epoch.
+        generator: random generator of ``batches``, from which torch draws the seeds of the
+            workers. It is seeded at the start of each epoch. Without it, torch would draw the seeds
+            from the global generator.
         sampler: batch sampler of ``batches``, which can skip micro-batches when a run resumes.
             Without it, the skipped micro-batches are loaded and discarded, unless the loader saves
             its own position.
@@ -88,15 +89,15 @@ class RunLoader:
 
     @property
     def epoch(self) -> int:
-        """The number of the current epoch, from 0; between two epochs, that of the next one."""
+        """Number of the current epoch, from 0; between two epochs, the number of the next one."""
         return self._epoch + 1 if self._is_finished else self._epoch
 
     @property
     def position(self) -> tuple[int, int, bool, bool, Any]:
-        """The position in the data; can be set to an earlier value.
+        """The position in the data. To return to a position, assign it to this property.
 
-        It contains the state of a data loader that saves its own position only once the loader is
-        used, because a loader may start its workers to return its state.
+        If the data loader saves its own position, its state is included once the first epoch has
+        started. It is not read earlier, because the loader may start worker processes to return it.
         """
         own = self._batches.state_dict() if has_state(self._batches) and self._epoch >= 0 else None
         return self._epoch, self._requested, self._is_finished, self.resumes, own
@@ -111,9 +112,9 @@ class RunLoader:
         """Return the position in the data.
 
         Returns:
-            The epoch, the number of micro-batches requested in it, and whether all data of the
-            epoch has been used. If the data loader saves its own position, "loader" is its state on
-            this rank.
+            A dict with the epoch ("epoch"), the number of micro-batches requested in it ("given"),
+            and whether all data of the epoch has been used ("finished"). If the data loader saves
+            its own position, the dict also contains its state on this rank ("loader").
         """
         finished = int(self._is_used_up())
         state = {"epoch": self._epoch, "given": self._requested, "finished": finished}
@@ -126,9 +127,10 @@ class RunLoader:
         return self._sampler is not None and self._requested >= len(self._sampler)
 
     def load_state_dict(self, state: Mapping[str, Any], *, resumes: bool = True) -> None:
-        """Load a saved position; if ``resumes`` is false, start with the next epoch instead.
+        """Load a saved position, so that the next loop over the data continues from it.
 
-        If the data of the saved epoch is used up, the next iteration starts the next epoch.
+        If ``resumes`` is false or the data of the saved epoch is used up, the next loop starts the
+        epoch after the saved one instead.
         """
         self._epoch, self._requested = state["epoch"], state["given"]
         self._endless = None
@@ -148,18 +150,18 @@ class RunLoader:
     def close(self) -> None:
         """Stop the worker processes that keep running between epochs.
 
-        Without this call, Python's garbage collector would stop the workers. It may delete their
-        queues first, and stopping the workers then takes seconds.
+        Without this call, the workers would be stopped by Python's garbage collector. If it deletes
+        the queues of the workers first, stopping them takes several seconds.
         """
         if getattr(self._batches, "persistent_workers", False):
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
 
     def check_before_resuming(self, check_resume: Callable[[], None]) -> None:
-        """Call ``check_resume`` before the first iteration, unless the epoch is 0."""
+        """Call ``check_resume`` before the first loop over the data, unless it starts epoch 0."""
         self._check_resume = check_resume
 
     def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
-        """Stop iterating once ``run_is_over`` returns true, and then call ``save_last``."""
+        """End the iteration when ``run_is_over`` returns true, and then call ``save_last``."""
         self._run_is_over, self._save_last = run_is_over, save_last
 
     def call_after_epoch(self, end_epoch: Callable[[], None]) -> None:
@@ -178,7 +180,7 @@ class RunLoader:
         return self._count_requests(self._start_epoch())
 
     def iterate_forever(self) -> Iterator[Any]:
-        """Return an endless iterator over the batches of all epochs, the same one in each call."""
+        """Return an iterator over the batches of all epochs, the same iterator in each call."""
         if self._endless is None:
             self._endless = itertools.chain.from_iterable(itertools.repeat(self))
         return self._endless

@@ -33,8 +33,8 @@ class LossScaler:
     every later overflow halves it, down to ``min_loss_scale`` or, if ``min_loss_scale`` is 0, to
     the smallest positive float16 number. After ``loss_scale_window + 1`` consecutive steps without
     overflow, the scale doubles. It doubles again after every further ``loss_scale_window`` steps
-    without overflow. Doubling also resets the count of overflows. With ``consecutive_hysteresis``,
-    every step without overflow resets the count.
+    without overflow. Doubling the scale also resets the count of overflows. With
+    ``consecutive_hysteresis``, every step without overflow resets this count.
 
     >>> scaler = LossScaler(LossScaling(0, 4, 2, 1, False, 1))
     >>> for overflow in (True, False, False, False):

@@ -48,7 +48,10 @@ class LossWindow:
 
     @property
     def has_losses(self) -> bool:
-        """Whether a loss was added; False if the script calls ``loss.backward()`` itself."""
+        """Whether a loss was added since the last optimizer step.
+
+        This is false if the script calls ``loss.backward()`` itself.
+        """
         return bool(self._losses)
 
     def mean(self) -> float:

@@ -1,4 +1,4 @@
-"""Detect training loops that run but train incorrectly, such as a loop that steps twice."""
+"""Detect mistakes in training loops that raise no error, such as two optimizer steps per batch."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class MisuseChecks:
     """Checks the training loop at each backward pass, at each step and at the end of each epoch.
 
     The checks neither wait for the device nor communicate with other ranks. The only change to the
-    script's objects is a hook that counts the steps of the optimizer. The engine and its trial runs
-    share one instance.
+    script's objects is a hook that counts the steps of the optimizer. An engine shares one
+    instance with the trial runs of its LR range tests.
 
     Args:
         backend: backend of the engine.
@@ -89,7 +89,10 @@ class MisuseChecks:
         self._counter.release()
 
     def restart(self) -> None:
-        """Discard the recorded positions of optimizer and scheduler, for example on a resume."""
+        """Discard the recorded step counts of the optimizer and the scheduler.
+
+        Call this method if the engine changes these counts between two steps, as a resume does.
+        """
         self._is_position_known = False
 
     def check_loss(self, loss: object) -> None:
@@ -121,7 +124,7 @@ class MisuseChecks:
             raise MisuseError(
                 f"The gradients of {count_noun(done, 'micro-batch')} were cleared before the batch "
                 f"of {steps} was complete, so the optimizer step would ignore them. Remove the "
-                "call of `zero_grad()`; `trainer.step()` clears the gradients after each optimizer "
+                "call to `zero_grad()`; `trainer.step()` clears the gradients after each optimizer "
                 "step."
             )
 
@@ -156,7 +159,9 @@ class MisuseChecks:
         self._is_position_known = False  # until this step completes
 
     def note_step(self, scheduler: Any, global_steps: int) -> None:
-        """Record the positions of optimizer and scheduler. Call this method after each batch.
+        """Record how many steps the optimizer and the scheduler have taken.
+
+        Call this method after each completed batch.
 
         Args:
             scheduler: the run's scheduler; may be None.
@@ -181,7 +186,7 @@ class MisuseChecks:
             accumulation: the micro-batches since the last optimizer step.
 
         Raises:
-            RuntimeError: `step` was not called in two consecutive epochs.
+            RuntimeError: in two consecutive epochs, `backward` was called, but `step` was not.
         """
         has_stepped = micro_steps != self._micro_steps or accumulation.micro_batches > 0
         is_idle = accumulation.scaled_losses > 0 and not has_stepped
@@ -210,7 +215,7 @@ class MisuseChecks:
             calls = " and ".join(stepped)
             raise MisuseError(
                 f"The script calls {calls} in addition to `trainer.step()`, which already steps "
-                f"the optimizer and the scheduler. Remove the call of {calls}."
+                f"the optimizer and the scheduler. Remove the call to {calls}."
             )
 
     def _check_rivals(self) -> None:
@@ -298,7 +303,8 @@ class _StepCounter:
 def _find_trained(backend: CheckedBackend) -> set[Any]:
     """Return the trained parameters of the model.
 
-    If the optimizer holds only flat copies of them, return all parameters that require gradients.
+    If the optimizer holds copies of the parameters, as DeepSpeed's optimizers do, return all
+    parameters that require gradients.
     """
     groups = getattr(backend.optimizer, "param_groups", ())  # absent for DeepSpeed's inference
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
@@ -308,9 +314,9 @@ def _find_trained(backend: CheckedBackend) -> set[Any]:
 
 
 def _has_position(scheduler: object) -> bool:
-    """Return whether only the engine may step a scheduler.
+    """Return whether a scheduler counts its steps in ``last_epoch``, and only the engine steps it.
 
-    A scheduler that takes a metric may also be stepped by the script.
+    The script may step a scheduler that takes a metric, such as ``ReduceLROnPlateau``.
     """
     takes_metric = isinstance(scheduler, ReduceLROnPlateau) or (
         isinstance(scheduler, ScheduleBinder) and scheduler.schedule.feedback == "metric"

@@ -43,7 +43,10 @@ class Monitor(Protocol):
         ...
 
     def rewind(self, samples: int) -> None:
-        """Remove the events after the given number of samples; a resumed run rewrites them."""
+        """Remove the events after the given number of samples.
+
+        A resumed run writes these events again.
+        """
         ...
 
     def close(self) -> None:
@@ -59,13 +62,13 @@ class RunDirectories:
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
-        """The number of this run for each ``DIR``. Checkpoints contain these numbers."""
+        """Number of this run's directory for each ``DIR``. Checkpoints contain these numbers."""
 
     def get(self, directory: str) -> Path:
-        """Return the directory that this run uses for a directory in the config.
+        """Return the directory in which this run writes the files of a monitor.
 
-        If earlier runs used the directory DIR, this is DIR-2, for example. The first call chooses
-        it.
+        The first call chooses it: the given directory from the config or, if an earlier run has
+        used that directory, a numbered one, such as ``DIR-2``.
         """
         number = self.numbers.get(directory)
         if number is None or _OWNERS.get(_add_number(directory, number)) is not self:
@@ -77,16 +80,16 @@ class RunDirectories:
         return path
 
     def take_over(self) -> None:
-        """Take over the directories from an earlier engine of this process.
+        """Use the directories of an earlier engine of this process for this run.
 
-        If the earlier engine writes again, it chooses new directories.
+        If the earlier engine writes more metrics, it chooses new directories.
         """
         for directory, number in self.numbers.items():
             _OWNERS[_add_number(directory, number)] = self
 
 
 _OWNERS: weakref.WeakValueDictionary[Path, RunDirectories] = weakref.WeakValueDictionary()
-"""The last run of this process that has chosen each directory."""
+"""For each directory, the run of this process that chose it last."""
 
 
 def _add_number(directory: str, number: int) -> Path:
@@ -137,7 +140,7 @@ class TensorBoardMonitor:
         self._writer.flush()
 
     def rewind(self, samples: int) -> None:
-        """Start a new event file, which makes TensorBoard hide the later events of older files."""
+        """Start a new event file. TensorBoard then hides later events in older files."""
         self.close()
         self._purge_step = samples + 1
 
@@ -226,7 +229,7 @@ class Monitors:
 
     Args:
         monitors: monitors that receive the events of each step.
-        directories: directories of the run, if monitors write files.
+        directories: object that chooses the run's directories; default: a new one.
     """
 
     def __init__(
@@ -258,13 +261,13 @@ class Monitors:
             monitor.write_events(each_event)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the numbers of the run's directories, for a checkpoint."""
+        """Return the number that each directory of the run has in its name, for a checkpoint."""
         return dict(self._directories.numbers)
 
     def resume(self, state: Mapping[str, int], samples: int) -> None:
         """Continue the files of the run that saved a checkpoint.
 
-        Events after the given number of samples are removed first.
+        Before new events are written, the events after the given number of samples are removed.
         """
         self._directories.numbers.update(state)
         self._resumes_after = samples

@@ -77,9 +77,10 @@ def build_optimizer(
 
 
 def _start_late_momenta(optimizer: Optimizer, *_: Any) -> None:
-    """Start the momentum of parameters that get their first gradient later than others.
+    """Set the momentum to zero for parameters that get their first gradient later than others.
 
-    Torch's fused SGD fails for them. Without dampening, a momentum that starts at zero is the same.
+    PyTorch's fused SGD fails if only some parameters have a momentum buffer. Without dampening, a
+    buffer of zeros gives the same result as no buffer.
     """
     state, groups = optimizer.state, optimizer.param_groups
     if len(state) in {0, sum(len(group["params"]) for group in groups)}:
@@ -97,8 +98,8 @@ def _construct(
     """Call an optimizer's constructor in time that is linear in the number of param groups.
 
     `Optimizer.add_param_group` compares each new group with all earlier groups, which takes half a
-    minute for 10,000 groups. During construction, the new group is compared with the set of all
-    earlier parameters instead.
+    minute for 10,000 groups. While this function runs the constructor, each new group is compared
+    with a set of all earlier parameters instead.
     """
     optimizer = optimizer_class.__new__(optimizer_class)
     known: set[torch.Tensor] = set()

@@ -41,19 +41,19 @@ _SETTINGS = (
 
 
 def is_loader(value: object) -> bool:
-    """Return whether a value is a data loader; False for a dataset."""
+    """Return whether a value is a data loader rather than a dataset."""
     if isinstance(value, Dataset) or hasattr(value, "__getitem__"):
         return False
     return isinstance(value, DataLoader) or (isinstance(value, Iterable) and has_state(value))
 
 
 def prepare_loader(loader: Iterable[Any], config: Config, ranks: Ranks) -> RunLoader:
-    """Prepare a data loader; the loader itself stays unchanged. Every rank must call this function.
+    """Prepare a data loader for a run, without changing it. Every rank must call this function.
 
     A `torch.utils.data.DataLoader` is replaced by a new one with the same dataset and settings,
     whose samples are split across the ranks in a reproducible order. A loader that saves its own
-    position, or whose class overrides the iteration, is used unchanged and must split its samples
-    across the ranks itself.
+    position, or whose class overrides how batches are yielded, is used as it is and must split
+    its samples across the ranks itself.
 
     Args:
         loader: data loader that yields micro-batches.
@@ -120,8 +120,8 @@ def _use_loader(loader: Any, config: Config, ranks: Ranks) -> RunLoader:
         )
     if not has_state(loader) and ranks.rank == 0:
         log.warning(
-            "%s overrides how batches are yielded; a resumed run loads the skipped batches again, "
-            "which is correct only if the order of each epoch is fixed",
+            "%s overrides how batches are yielded; a resumed run loads and discards the batches "
+            "before the saved position, which is correct only if the order of each epoch is fixed",
             type(loader).__name__,
         )
     repeats = None if is_sharded or is_map_style else _build_repeat_check(config, ranks, loader)
@@ -134,7 +134,7 @@ def _describe_sampler(ranks: Ranks) -> str:
 
 
 def _check_shard(source: Any, ranks: Ranks) -> bool:
-    """Return whether a sampler yields the samples of one rank, like a `DistributedSampler`.
+    """Return whether a loader's sampler yields only this rank's samples, like `DistributedSampler`.
 
     Raises:
         ValueError: the sampler is for a different rank, or for a different number of ranks.
@@ -172,7 +172,7 @@ def _rebuild_loader(loader: DataLoader[Any], config: Config, ranks: Ranks) -> tu
     sampler = find_samplers(loader)[-1]
     is_split = ranks.data_ranks > 1 and not order.is_sharded
     split = f", split across {ranks.data_ranks} ranks" if is_split else ""
-    return built, f"is built again with the order of its {type(sampler).__name__}{split}"
+    return built, f"is rebuilt with the order of its {type(sampler).__name__}{split}"
 
 
 def _read_order(loader: DataLoader[Any], config: Config, ranks: Ranks) -> EpochOrder:
@@ -197,7 +197,11 @@ def _read_order(loader: DataLoader[Any], config: Config, ranks: Ranks) -> EpochO
 
 
 def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
-    """Check that all ranks draw the same order of samples, which is then split across them."""
+    """Check that the samplers of all ranks yield the same samples in the same order.
+
+    The engine then splits this order across the ranks. If the samplers already split the samples,
+    only their lengths are compared.
+    """
     if ranks.world_size == 1:
         return
     found: list[Any] = [None] * ranks.world_size
@@ -240,8 +244,8 @@ def build_run_loader(
         loader = DataLoader(dataset, generator=generator, **settings)
         if loader.persistent_workers and ranks.rank == 0:
             log.warning(
-                "persistent workers of an iterable dataset keep their random generators between "
-                "epochs, so a resumed run may draw different random numbers"
+                "persistent workers of an iterable dataset do not reseed their random generators "
+                "in each epoch, so a resumed run may draw different random numbers"
             )
         repeats = _build_repeat_check(config, ranks, loader)
         return RunLoader(loader, ranks, seed=seed, generator=generator, repeats=repeats)

@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def read_clock(device: torch.device) -> float:
-    """Wait until a device has finished its work, and return the time in seconds."""
+    """Wait until a device has finished its work, and return the current time in seconds."""
     torch.get_device_module(device).synchronize()
     return time.perf_counter()
 
@@ -38,7 +38,7 @@ class PassTimer:
         self._seconds: dict[str, list[float]] = {}
 
     def measure(self, name: str, function: Callable[P, R]) -> Callable[P, R]:
-        """Wrap a function so that its time is measured, except while gradients are disabled.
+        """Wrap a function so that its calls are timed, except while gradients are disabled.
 
         Args:
             name: name of the function in `pop_means`.

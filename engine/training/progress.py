@@ -69,7 +69,7 @@ class StepRecorder(Protocol):
     """Records the learning rate and the loss of each step, for an LR range test."""
 
     def record(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
-        """Record the learning rate, momentum and loss of a step, and whether it was applied."""
+        """Record a step's learning rate, momentum and loss, and whether the step was applied."""
         ...
 
     def stop_if_over(self) -> None:
@@ -78,7 +78,7 @@ class StepRecorder(Protocol):
 
 
 class ProgressReporter:
-    """Reports the progress of a run: lines in the log or a progress bar, and the monitors.
+    """Reports the progress of a run in the log or a progress bar, and to the monitors.
 
     By default, a line is logged for the first step of the process, for every 10th step up to step
     100, and for every 100th step after that. All ranks must report the same steps, because the loss
@@ -131,7 +131,7 @@ class ProgressReporter:
         self._sum, self._count = 0.0, 0
 
     def needs_record(self, counters: Counters) -> bool:
-        """Return whether the last step must be passed to `report`, for the log or for a monitor."""
+        """Return whether the last step must be passed to `report`, to be logged or monitored."""
         return self.is_monitored or self._is_line_due(counters.global_steps, counters.applied)
 
     def report(self, record: StepRecord) -> None:
@@ -150,7 +150,7 @@ class ProgressReporter:
             log.info("step %d: %s", counters.global_steps, shown)
 
     def move_bar(self, step: int, total: float | None) -> None:
-        """Show a number of completed steps on the progress bar; the first call opens the bar.
+        """Show the number of completed steps on the progress bar. The first call opens the bar.
 
         Args:
             step: number of completed steps.
@@ -200,7 +200,7 @@ class ProgressReporter:
     def _name_values(
         self, name: str, values: Sequence[float | None] | None, *, always: bool = False
     ) -> dict[str, float | None]:
-        """Return the values of the param groups, by metric name.
+        """Return a hyperparameter's value in each param group, as a dict with metric names as keys.
 
         If all param groups have always had equal values, only the value of the first group is
         returned.

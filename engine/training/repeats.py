@@ -24,9 +24,9 @@ _numbers = itertools.count()
 class RepeatCheck:
     """Compares the first batches of a data loader across ranks and workers.
 
-    Use this check for loaders that must split the data themselves: torch gives each rank and each
-    worker a copy of an iterable dataset. No rank waits for another during the check, so a single
-    rank may iterate on its own.
+    Use this check for loaders that must split the data themselves, for example because the dataset
+    is iterable: torch gives each rank and each worker a copy of the whole dataset. During the
+    check, no rank waits for another, so that the script can also iterate on only one rank.
 
     Args:
         ranks: rank and world size of this process.
@@ -40,10 +40,10 @@ class RepeatCheck:
         self._number = next(_numbers)  # the ranks create their loaders in the same order
 
     def add(self, batch: Any) -> bool:
-        """Add the next batch; return whether more batches are needed.
+        """Add the next batch. Return whether the check needs more batches.
 
         Raises:
-            ValueError: two ranks or workers load the same batches.
+            ValueError: another rank loads the same batches, or all workers of this rank do.
         """
         digest, is_empty = hashlib.sha256(), True
         for data in _read_data(batch):

@@ -44,7 +44,7 @@ class _RngState:
 
 
 def check_rng_state(state: Any) -> None:
-    """Check that `set_rng_state` accepts a state. Nothing changes.
+    """Check that `set_rng_state` accepts a state, without changing the current state.
 
     Raises:
         Exception: if a generator does not accept its part of the state.

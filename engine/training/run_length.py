@@ -35,7 +35,7 @@ class RunLength:
     """Whether the script has read the epoch or the number of steps."""
 
     def set_total(self, config: Config, steps_per_epoch: int | None) -> bool:
-        """Set the length of the run to the config's ``max_duration``, if it is set.
+        """Set the length of the run to ``engine.max_duration``, if the config has this key.
 
         Args:
             config: config of the run.
@@ -46,7 +46,7 @@ class RunLength:
             ``steps_per_epoch``.
 
         Raises:
-            DurationError: the length is shorter than a step or too large.
+            DurationError: the length is shorter than one step, or too large.
         """
         duration = config.run.get("max_duration")
         try:
@@ -89,7 +89,7 @@ class RunLength:
         return min(ends, default=None)
 
     def is_session_over(self, counters: Counters) -> bool:
-        """Return whether this process has applied `steps_this_run` steps."""
+        """Return whether this process has applied as many steps as `steps_this_run` allows."""
         limit = self.steps_this_run
         return limit is not None and counters.applied_steps - self.steps_before >= limit
 
@@ -100,7 +100,11 @@ class RunLength:
         return any(limit is not None for limit in limits)
 
     def check_is_known(self) -> None:
-        """Check that a loop over epochs does not restart at epoch 0 after an automatic resume.
+        """Check that an automatically resumed run does not train too many epochs.
+
+        After a resume, a loop such as ``for epoch in range(n)`` starts at epoch 0 again. This is no
+        problem if the run has a limit, which ends the loop in time, or if the script reads the
+        position of the run to start at the right epoch.
 
         Raises:
             RuntimeError: the length of the run is unknown, and the script has read neither the

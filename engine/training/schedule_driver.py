@@ -21,8 +21,8 @@ class ScheduleDriver:
 
     Args:
         scheduler: any object with a ``step`` method, such as a torch scheduler; may be None.
-        report: directory in which to save a plot when a feedback schedule makes its decision, for
-            example to end the warmup; None to save no plot.
+        report: directory in which to save a plot when a feedback schedule makes a decision, such as
+            to end the warmup; None to save no plot.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ScheduleDriver:
         return scheduler.schedule.feedback if isinstance(scheduler, ScheduleBinder) else None
 
     def step(self, window: LossWindow) -> None:
-        """Step the scheduler. Every rank must call this after each applied optimizer step.
+        """Step the scheduler. Every rank must call this method after each applied step.
 
         Args:
             window: losses of the micro-batches of this step.

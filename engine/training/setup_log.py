@@ -31,7 +31,7 @@ def log_setup(
     scheduler: LRScheduler | None,
     replacements: Sequence[str] = (),
 ) -> None:
-    """Log the config's overrides and warnings, and the training setup as aligned lines.
+    """Log the config's overrides and warnings, and a table of the training setup.
 
     Args:
         config: a validated config.
@@ -45,7 +45,7 @@ def log_setup(
     """
     _enable_logging()
     for code in find_named_code(config.raw.get("scheduler")):
-        log.info("imported %s, as set by %s in %s", code.name, code.pointer, config.name)
+        log.info("imported %s, which %s in %s specifies", code.name, code.pointer, config.name)
     for override in (*config.overrides, *replacements):
         log.info("%s", override)
     for problem in config.warnings:

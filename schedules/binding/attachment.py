@@ -1,4 +1,4 @@
-"""Record the values that schedules wrote last, to tell them from values that the script set."""
+"""Record the values that schedules wrote, so that values set by the script can be recognized."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class _Writer(Protocol):
 class Attachment:
     """The schedules that are attached to one optimizer, and the values that they wrote last.
 
-    An attachment outlives the schedules. When a second schedule is attached, it shows whether the
-    current learning rate comes from the first schedule or from the script.
+    This object exists as long as the optimizer, even if a schedule is deleted. When a second
+    schedule is attached, this object is used to determine whether the current learning rate comes
+    from the first schedule or from the script.
     """
 
     def __init__(self) -> None:
@@ -34,19 +35,19 @@ class Attachment:
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> Attachment:
-        """Return the `Attachment` of an optimizer, which the first call creates."""
+        """Return the `Attachment` of an optimizer. The first call for an optimizer creates it."""
         return _ATTACHMENTS.setdefault(optimizer, cls())
 
     def record(
         self, writer: _Writer, groups: Sequence[Group], values: Callable[[], Values]
     ) -> None:
-        """Note that a schedule has set its hyperparameters.
+        """Record that a schedule has set its hyperparameters.
 
         Args:
             writer: the schedule.
             groups: param groups of the optimizer.
-            values: function that returns the values that the schedule wrote last. The function
-                outlives the schedule, so it must not hold a reference to the schedule.
+            values: function that returns the values that the schedule wrote last. It must not hold
+                a reference to the schedule, which could otherwise not be deleted.
         """
         self._last_group = groups[-1]
         self._last_written |= dict.fromkeys(writer.hyperparameters, values)
@@ -65,9 +66,9 @@ class Attachment:
         initial value is the current value.
 
         Returns:
-            The initial values, and a message about the first group whose current value may or may
-            not come from a schedule; None if there is no such group. The origin is unclear if the
-            group was loaded from a state, or if another library's scheduler is attached.
+            The initial values, and a message about the first group for which it is unknown whether
+            a schedule or the script set the current value; None if there is no such group. It is
+            unknown if the optimizer's state was loaded, or if another library's scheduler is used.
         """
         values, doubt = [], None
         # Loading the state of an optimizer replaces its groups, possibly by those of another run.
@@ -85,7 +86,7 @@ class Attachment:
         return tuple(values), doubt
 
     def _find(self, name: str, index: int) -> Iterator[float]:
-        """Yield the value of a hyperparameter that each schedule wrote last into a param group."""
+        """Yield the last value of a hyperparameter that each schedule wrote into a param group."""
         last = [self._last_written[name]] if name in self._last_written else []
         for values in (*last, *self._written.values()):
             yield from values().get(name, ())[index : index + 1]

@@ -56,9 +56,9 @@ class ScheduleBinder(TorchInterface):
         schedule: schedule to run.
         optimizer: optimizer whose hyperparameters the schedule sets.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
-        base: initial learning rate of all param groups or a list of one per group; or a dict that
-            maps "lr", "momentum" and "weight_decay" to such values. By default, the current
-            values are used; if another schedule wrote those, that schedule's initial values.
+        base: initial learning rate, a number for all param groups or a list with one number per
+            group; or a dict that maps "lr", "momentum" and "weight_decay" to such values. Defaults
+            to the current values or, if another schedule wrote them, to its initial values.
         at: step at which the schedule starts.
 
     Raises:
@@ -86,7 +86,7 @@ class ScheduleBinder(TorchInterface):
     """
 
     def __new__(cls, schedule: Schedule[Any] | None = None, *_: Any, **__: Any) -> Self:
-        """Create an instance of the subclass for the schedule's feedback, if there is one."""
+        """Create an instance of `MetricBinder` if the schedule depends on a metric."""
         feedback = getattr(schedule, "feedback", None) if cls is ScheduleBinder else None
         chosen: type[Self] = _SUBCLASSES.get(feedback, cls)
         return super().__new__(chosen)
@@ -129,7 +129,7 @@ class ScheduleBinder(TorchInterface):
         self._go_to(self._state, at)
 
     def _prepare(self) -> None:
-        """Set the attributes that are not pickled."""
+        """Set the attributes that are left out when the binder is pickled."""
         self._slots = self._find_slots()
         self._attachment = Attachment.of(self.optimizer)
         self._writer = self._doubt = None
@@ -171,7 +171,7 @@ class ScheduleBinder(TorchInterface):
                 a metric ignore it.
 
         Raises:
-            ValueError: the schedule requires the loss but it is not passed; the loss is not a
+            ValueError: the schedule requires the loss, but no loss is passed; the loss is not a
                 single number; ``loss`` (or an epoch, as in PyTorch) is passed to a schedule that
                 does not use the loss; a param group was removed, or one was added for which the
                 schedule has no values; or the initial hyperparameters are uncertain, because the
@@ -194,7 +194,7 @@ class ScheduleBinder(TorchInterface):
             self._step_slowly(loss, metric)
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
-        """Take the first step, a step with feedback, or the first step of a new range of steps."""
+        """Take a step that the fast path of `step` cannot take, such as the first step."""
         self._check_base()
         if self.last_epoch == 0:
             self._first_step.check()
@@ -241,7 +241,7 @@ class ScheduleBinder(TorchInterface):
         )
 
     def note_other_writer(self) -> None:
-        """Note that another schedule has set a hyperparameter that this schedule also sets."""
+        """Record that another schedule has set a hyperparameter that this schedule also sets."""
         self._is_overtaken, self._writer = True, None
 
     def _step_with_feedback(
@@ -295,7 +295,7 @@ class ScheduleBinder(TorchInterface):
         self._attachment.record(self, groups, lambda: values)
 
     def _include_added_groups(self) -> Sequence[Group]:
-        """Bind the schedule to newly added param groups, and return all param groups."""
+        """Bind the schedule to param groups that were added, and return all param groups."""
         groups, known = self.optimizer.param_groups, len(self._base_lrs)
         if len(groups) < known:
             raise ValueError(
@@ -342,7 +342,7 @@ class ScheduleBinder(TorchInterface):
 
     @property
     def just_decided(self) -> bool:
-        """Whether the schedule made a decision in the last step."""
+        """Whether the feedback schedule made a decision in the last step."""
         return self.decision is not None and self.decision.step == self.last_epoch
 
     @property
@@ -364,7 +364,7 @@ class ScheduleBinder(TorchInterface):
         return math.ceil(length * ratio)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the schedule's type, parameters, step count and other state as a dict."""
+        """Return a dict with the schedule's type, parameters, initial values, step and state."""
         state: dict[str, Any] = {
             **self.identity,
             "step": self.last_epoch,
@@ -380,7 +380,7 @@ class ScheduleBinder(TorchInterface):
         Args:
             state_dict: saved state.
             override: whether to accept the state of a schedule with other parameters or initial
-                hyperparameters. This schedule then keeps its own and continues at the saved step.
+                hyperparameters. This schedule keeps its own values, but goes to the saved step.
 
         Raises:
             ValueError: the state is from a different schedule, or has a different number of param

@@ -1,4 +1,4 @@
-"""Check that the optimizer steps before its schedule does."""
+"""Check that the optimizer takes its first step before the schedule does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["FirstStep"]
 
 
 class FirstStep:
-    """Checks, like PyTorch's schedulers, that `optimizer.step()` is called before `step()`.
+    """Checks that `optimizer.step()` is called before `scheduler.step()`, as PyTorch does.
 
     Args:
         optimizer: optimizer to observe. None disables the check.
@@ -29,7 +29,7 @@ class FirstStep:
         self._is_taken = True
 
     def check(self) -> None:
-        """Warn if the optimizer has not taken a step yet. Only the first call does this check."""
+        """Warn if the optimizer has not taken a step yet. Only the first call checks this."""
         is_taken, self._is_taken = self._is_taken, True
         if self._handle is not None:
             self._handle.remove()

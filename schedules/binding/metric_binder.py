@@ -24,9 +24,10 @@ _MANY_STEPS = 1000
 class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
     """The `ScheduleBinder` of a schedule that depends on a metric.
 
-    Trainers, such as Hugging Face's and Lightning's, pass a metric only to instances of PyTorch's
-    ``ReduceLROnPlateau``. Like that class, the binder multiplies the current learning rates when
-    the schedule reduces them, and leaves them unchanged otherwise.
+    It is a subclass of PyTorch's ``ReduceLROnPlateau``, because trainers such as Hugging Face's and
+    Lightning's pass a metric only to instances of that class. Like that class, the binder
+    multiplies the current learning rates when the schedule reduces them, and leaves them unchanged
+    otherwise.
     """
 
     _has_received = False
@@ -38,10 +39,10 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         metric: Tensor | float | None = None,
         loss: Tensor | float | None = None,
     ) -> None:
-        """Pass a metric to the schedule, and set the learning rates if it changes them.
+        """Pass a metric to the schedule, and set the learning rates if the schedule changes them.
 
         Args:
-            metrics: metric, a number or a scalar tensor; None in a step without a metric.
+            metrics: value of the metric, a number or a scalar tensor; None if this step has none.
             metric: alias of ``metrics``.
             loss: alias of ``metrics``.
         """
@@ -57,7 +58,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
     @property
     def state(self) -> Any:
-        """State of the controller, with the current learning rates."""
+        """State of the controller, with the optimizer's current learning rates."""
         assert isinstance(self.controller, FeedbackController)
         return self.controller.continue_from(self._state, {"lr": tuple(read_lr(self.optimizer))})
 
@@ -65,7 +66,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
         return self.controller.values(before) == self.controller.values(self._state)
 
     def _read_base(self, given: Base) -> Base:
-        """Return the current hyperparameters, which the schedule multiplies."""
+        """Return the current learning rates, which the schedule multiplies by its factor."""
         return {**super()._read_base({"lr": tuple(read_lr(self.optimizer))}), **given}
 
     @property
@@ -74,23 +75,23 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
     @property
     def best(self) -> float:  # type: ignore[override]  # read-only here
-        """Best metric so far; before the first metric, inf or -inf, whichever is worse."""
+        """Best value of the metric so far; before the first value, inf (mode "min") or -inf."""
         best: float | None = self._state.plateau.best
         return self.mode_worse if best is None else best
 
     @property
     def num_bad_epochs(self) -> int:  # type: ignore[override]  # read-only here
-        """Number of consecutive metrics without improvement."""
+        """Number of consecutive metric values without an improvement."""
         return int(self._state.plateau.bad)
 
     @property
     def cooldown_counter(self) -> int:  # type: ignore[override]  # read-only here
-        """Number of metrics that remain in the cooldown after the last reduction."""
+        """Number of metric values that the cooldown after the last reduction still ignores."""
         return int(self._state.plateau.rests)
 
     @property
     def mode_worse(self) -> float:  # type: ignore[override]
-        """An infinitely bad metric."""
+        """The worst possible value of the metric, inf (mode "min") or -inf."""
         return math.inf if self.mode == "min" else -math.inf
 
 

@@ -42,7 +42,7 @@ class _SavedState:
 
 
 def complete_base(base: BaseValues | None, groups: int) -> Base:
-    """Return the initial value of each given hyperparameter in each param group.
+    """Return a dict with the initial value of each given hyperparameter in each param group.
 
     Raises:
         ValueError: a name is unknown, or a list does not have one number per param group.
@@ -75,7 +75,10 @@ def build_identity(schedule: Schedule[Any], horizon: Horizon | None) -> dict[str
 
 
 def _to_json(value: Any) -> Any:
-    """Convert a value to JSON types; replace a function or an object by the name of its code."""
+    """Convert a value to JSON types.
+
+    A function is replaced by its import path, and any other object by the path of its class.
+    """
     if isinstance(value, Mapping):
         return {str(key): _to_json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -89,7 +92,7 @@ def _to_json(value: Any) -> Any:
 
 
 def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None:
-    """Check that a saved state is from a schedule of this package.
+    """Check that a schedule of this package saved a state and, if given, that its type matches.
 
     Args:
         state: saved state.
@@ -123,15 +126,18 @@ def check_state(
         compared: names of the hyperparameters whose initial values must be equal.
 
     Raises:
-        ValueError: the schedules, the initial values or the numbers of param groups are different,
-            or the state is damaged or from another library.
+        ValueError: the state is from another library or a different schedule, has different
+            initial hyperparameters or a different number of param groups, or is damaged.
     """
     check_origin(state)
     fields = ("type", "params", "step", "base", "state")
     restore(_SavedState, {name: state[name] for name in fields if name in state}, "lr_scheduler")
     missing = [name for name in ("lr", *compared) if name not in state["base"]]
     if missing:
-        raise ValueError(f"`lr_scheduler.base` must have the key `{missing[0]}`.")
+        raise ValueError(
+            f"The saved state of the schedule is damaged: `lr_scheduler.base` must have the key "
+            f"`{missing[0]}`."
+        )
     saved_groups, groups = len(state["base"]["lr"]), len(base["lr"])
     if saved_groups != groups:
         raise ValueError(
@@ -173,7 +179,7 @@ def _compare_bases(
 def read_state(
     state_dict: Mapping[str, Any], schedule: Schedule[Any], base: Base, horizon: Horizon | None
 ) -> Any:
-    """Return the controller's part of a saved state; None for a schedule without feedback.
+    """Return the controller's state from a saved state; None for a schedule without feedback.
 
     Args:
         state_dict: state that `ScheduleBinder.state_dict` returned.
@@ -195,5 +201,7 @@ def read_state(
     except Exception as error:
         raise ValueError(f"The saved state of the schedule is damaged: {error}") from error
     if not all(math.isfinite(each) for group in values.values() for each in group):
-        raise ValueError(f"The saved state of the schedule is damaged: its values are {values}.")
+        raise ValueError(
+            f"The saved state of the schedule is damaged: the values are not finite ({values})."
+        )
     return state

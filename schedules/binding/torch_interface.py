@@ -1,4 +1,4 @@
-"""The methods and attributes that both PyTorch's and DeepSpeed's schedulers have."""
+"""The methods and attributes of PyTorch's and DeepSpeed's schedulers, for `ScheduleBinder`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class BaseLRs(list[float | Tensor]):
 
 
 class TorchInterface(LRScheduler):
-    """Base class of `ScheduleBinder`, with the attributes that other libraries read."""
+    """Base class of `ScheduleBinder`, with the attributes that other libraries use."""
 
     controller: Controller[Any]
     _extra_count = 0
     last_epoch: int
     """Number of optimizer steps so far, without skipped steps. As in PyTorch, a script can set it,
-    and the next `step` continues from there. Feedback schedules reject that."""
+    and the next `step` continues from there; with a feedback schedule, `step` raises an error."""
     _base: Base
     _base_lrs: BaseLRs
     _doubt: str | None
@@ -64,7 +64,9 @@ class TorchInterface(LRScheduler):
             self.step()
             return
         if epoch != 0:
-            raise ValueError(f"`epoch` must be 0, got {epoch}. Use load_state_dict() instead.")
+            raise ValueError(
+                f"`epoch` must be 0, got {epoch}. To change the step, call load_state_dict()."
+            )
         self._initial_step()
 
     @property
@@ -102,7 +104,7 @@ class TorchInterface(LRScheduler):
         return list(values["lr"]) if "lr" in values else self.get_last_lr()
 
     def get_mom(self) -> list[float | tuple[float, ...]] | None:
-        """Return the momentum (with Adam, the betas) of each param group.
+        """Return the current momentum, or Adam's betas, of each param group.
 
         Return None if the schedule does not set the momentum.
         """

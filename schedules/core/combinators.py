@@ -1,4 +1,4 @@
-"""Functions that build curves from other curves. `schedules.core.curves` has the basic shapes.
+"""Functions that combine or change curves. The basic curves are in `schedules.core.curves`.
 
 >>> from schedules.core.curves import linear
 >>> one_up_one_down = join([linear(0.0, 1.0, steps=4), linear(1.0, 0.0, steps=2)], [4])
@@ -105,7 +105,7 @@ def decay_after_warmup(
         decay: function that builds the decay from its start value, end value and length.
         peak: value at the end of the warmup.
         end_value: value at the end of the decay.
-        steps: length of the decay in steps; 0 if the warmup is as long as the run.
+        steps: length of the decay in steps; 0 if the warmup lasts until the end of the run.
 
     >>> from schedules.core.curves import linear
     >>> list(decay_after_warmup(linear, 1.0, 0.0, steps=0).values(3))
@@ -171,7 +171,7 @@ class _Stairs(Curve):
 
 
 def stairs(curve: Curve, steps: float, count: int, *, rounds_up: bool = False) -> Curve:
-    """Turn a curve into a staircase: every ``steps`` steps are divided into ``count`` equal stairs.
+    """Turn a curve into a staircase with ``count`` equal stairs in every ``steps`` steps.
 
     The value at step k is the value of ``curve`` at ``floor(k * count / steps) * steps / count``.
     With ``rounds_up=True``, ``ceil`` replaces ``floor``. A descending staircase that rounds up is
@@ -212,9 +212,9 @@ class _Repeat(Curve):
 
     @property
     def _is_stuck(self) -> bool:
-        """Whether all later cycles have the same length as the last one.
+        """Whether the cycles have stopped growing.
 
-        Truncation to whole steps can cancel the growth of short cycles.
+        Truncation to whole steps can make a short cycle as long as the previous one.
         """
         last = self._steps[-1]
         return last == _grow(last, self._growth) or len(self._steps) >= _MAX_GROWING_CYCLES

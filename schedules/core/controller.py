@@ -101,7 +101,7 @@ class Controller(Protocol[S]):
 
     @abstractmethod
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return the losses and learning rates that led to a decision, or None if unknown.
+        """Return the losses and learning rates that led to a decision; None if they are unknown.
 
         Args:
             before: state before the step in which the decision was made.
@@ -156,11 +156,11 @@ class OpenLoop(Controller[int]):
         return {name: tuple(curve(state) for curve in group) for name, group in self.curves.items()}
 
     def decision(self, state: int) -> None:
-        """Return None, because a schedule without feedback makes no decisions."""
+        """Return None. A schedule without feedback makes no decisions."""
         del state
 
     def evidence(self, before: int, loss: float, after: int) -> None:
-        """Return None, because a schedule without feedback makes no decisions."""
+        """Return None. A schedule without feedback makes no decisions, so there is no evidence."""
         del before, loss, after
 
     def to_json(self, state: int) -> dict[str, Any]:

@@ -48,10 +48,10 @@ class Curve(ABC):
 
     @abstractmethod
     def piece(self, step: float, origin: float = 0) -> Piece:
-        """Return the piece that contains ``step``, for a curve that starts at step ``origin``."""
+        """Return the piece that contains ``step``, if the curve starts at step ``origin``."""
 
     def phases(self, origin: float = 0) -> tuple[Phase, ...]:
-        """Return the named phases of the curve, for a curve that starts at step ``origin``."""
+        """Return the named phases of the curve, if the curve starts at step ``origin``."""
         del origin  # Only combined curves have phases.
         return ()
 
@@ -81,7 +81,7 @@ class Curve(ABC):
         return values
 
     def fill(self, values: NDArray[Any], start: int, origin: float = 0) -> None:
-        """Fill ``values`` with the values at consecutive steps from ``start``.
+        """Fill the array ``values`` with the curve's values at consecutive steps from ``start``.
 
         The curve starts at step ``origin``. This method loops over the pieces of the curve.
         Subclasses whose curves have many pieces override it with a faster method.
@@ -160,7 +160,7 @@ class Curve(ABC):
 
 
 class _Shape(Curve):
-    """A curve with one formula before step ``steps``, and the value ``end_value`` from then on."""
+    """A curve that follows a formula until step ``steps`` and then stays at ``end_value``."""
 
     def __init__(
         self,

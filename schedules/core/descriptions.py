@@ -34,14 +34,14 @@ def read_index() -> Mapping[str, Mapping[str, Any]]:
 def read_descriptions(schedule: type) -> dict[str, str]:
     """Return the descriptions of a schedule's fields by field name.
 
-    Fields without a docstring are omitted. If the source code of a class is not available, the
-    descriptions of its fields are empty strings.
+    Fields without a docstring are omitted. If the source code of a schedule is not available, all
+    its descriptions are empty strings.
     """
     return _collect_descriptions(schedule, read_index())
 
 
 def read_source_descriptions(schedule: type) -> dict[str, str]:
-    """Return the descriptions of a schedule's fields, always read from its source code."""
+    """Return the descriptions of a schedule's fields, read from its code instead of `INDEX`."""
     return _collect_descriptions(schedule, {})
 
 

@@ -40,7 +40,7 @@ class DurationError(ValueError):
 
 
 class FractionalSteps(float):
-    """Fractional number of steps, such as 1.5 for 6 samples at 4 samples per step."""
+    """Fractional number of steps, such as 1.5 steps for 6 samples if a step uses 4 samples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +138,9 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
     if unit == "ep":
         if horizon.steps_per_epoch is None:
             raise DurationError(
-                f"{duration!r} requires the number of steps per epoch. Pass `training_data`, a "
-                "dataset or a data loader, to `initialize`, set `--steps-per-epoch` on the command "
-                "line, or specify a number of steps."
+                f"{duration!r} requires the number of steps per epoch. Pass `training_data` "
+                "(a dataset or a data loader) to `initialize`, set `--steps-per-epoch` on the "
+                "command line, or specify a number of steps."
             )
         steps = int(_check_length(value * horizon.steps_per_epoch, repr(duration)))
         return int(_check_length(steps * ratio, repr(duration)))
@@ -156,7 +156,7 @@ def convert_to_steps(duration: float | str, horizon: Horizon, *, scaled: bool) -
 
 
 def has_data_durations(schedule: Any) -> bool:
-    """Return whether a field of a schedule is a duration in epochs, samples or ``dur``.
+    """Return whether a schedule has a duration in epochs, samples or fractions of the run.
 
     >>> from schedules import WarmupDecayLR
     >>> has_data_durations(WarmupDecayLR(total_num_steps="10ep"))
@@ -197,7 +197,7 @@ def _parse(text: str) -> tuple[float, str]:
     value = _check_length(float(match[1]), repr(text))
     if unit != "dur" and value != int(value):
         raise DurationError(
-            f"{text!r} must be a whole number of {unit}. Only the unit dur accepts fractions."
+            f"{text!r} must be a whole number. Only the unit dur accepts fractions."
         )
     return value, unit
 
@@ -209,7 +209,7 @@ def _check_length(length: float, name: str) -> float:
 
 
 def _to_steps(scaled: float, configured: float | None = None) -> float:
-    """Return a scaled duration as an int, or as `FractionalSteps` if it is not whole.
+    """Return a scaled duration as an int, or as `FractionalSteps` if it is not a whole number.
 
     If the duration before scaling (``configured``) is a whole number, the result is truncated.
     """

@@ -76,8 +76,8 @@ class Range(NamedTuple):
 class Duration(NamedTuple):
     """Marks a field as a duration, which can be a time string.
 
-    Durations are multiplied by `Horizon.scale_ratio`. Warmups are multiplied only if they are
-    fractions of the run or if ``scale_warmup`` is true.
+    Durations are multiplied by `Horizon.scale_ratio`. The duration of a warmup is multiplied only
+    if it is a fraction of the run or if ``scale_warmup`` is true.
     """
 
     warmup: bool = False
@@ -91,7 +91,7 @@ class Items:
 
 
 class AutoValue(NamedTuple):
-    """Marks a field that accepts "auto", which an integration replaces with a value."""
+    """Marks a field that accepts "auto". An integration, such as transformers, sets its value."""
 
     integrations: str
     """Names of the integrations, such as "transformers"."""
@@ -257,7 +257,7 @@ class Field:
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
     def complete(self, description: str) -> str:
-        """Return the description, followed by the unit and the accepted forms of a value."""
+        """Return the description, with sentences about the accepted values and the unit added."""
         sentences = [description]
         if self.duration is not None:
             subject = "Each entry" if self._item_schema is not self.schema else "The value"
@@ -327,7 +327,7 @@ def _to_plain(value: Any) -> Any:
 def _find_invalid(
     place: str, schema: Mapping[str, Any], value: Any
 ) -> tuple[str, Mapping[str, Any], Any]:
-    """Return the location, the schema and the value of the innermost invalid part."""
+    """Return the location, the schema and the value of the innermost invalid part of a value."""
     parts: list[tuple[str, Mapping[str, Any], Any]] = []
     if isinstance(value, tuple) and "items" in schema:
         parts = [(f"{place}[{index}]", schema["items"], each) for index, each in enumerate(value)]
@@ -372,7 +372,7 @@ class _Annotation:
     free: bool = False
 
     def read(self, hint: Any) -> _Annotation:
-        """Add the types, limits and unit of a type hint recursively, and return ``self``."""
+        """Add the types, limits and unit of a type hint and of its parts, and return ``self``."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin is Annotated:
             for mark in arguments[1:]:

@@ -1,4 +1,4 @@
-"""Expand a field, which is a single number or a list, to one value per param group."""
+"""Convert the value of a field, a single number or a list, to one value per param group."""
 
 from __future__ import annotations
 
@@ -62,12 +62,13 @@ def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[floa
     Args:
         schedule: schedule with the field, and with a field ``relative``.
         name: name of the field.
-        lrs: initial learning rate of each group. If the field is None, these are returned. If
-            ``relative`` is true, the value of the field is a multiple of them.
+        lrs: initial learning rate of each group. If the field is None, the initial learning rates
+            are returned. If ``relative`` is true, the field's value is a factor that multiplies
+            them.
 
     Raises:
-        ValueError: the value is a single learning rate but the groups have different initial
-            values, or it is a list that does not have one number per group.
+        ValueError: the field's value is a single learning rate, but the groups have different
+            initial learning rates; or it is a list that does not have one number per group.
 
     >>> import schedules
     >>> warmup = schedules.WarmupLR(warmup_max_lr=10.0, relative=True)

@@ -23,7 +23,7 @@ Formula = Callable[[Any], Any]
 class Line(NamedTuple):
     """Coefficients of the linear formula ``start_value + rise * ((step - origin) / steps)``.
 
-    Lines with the same ``origin`` and ``steps`` can share the quotient.
+    Lines with the same ``origin`` and ``steps`` have the same quotient, so it is computed once.
     """
 
     start_value: float
@@ -54,15 +54,15 @@ def constant_piece(value: float, start: float, end: float) -> Piece:
 
 
 def shorten(piece: Piece, end: float) -> Piece:
-    """Return the piece truncated at ``end``, or unchanged if it ends earlier."""
+    """Return the piece, truncated at step ``end`` if it ends later."""
     return piece if piece.end <= end else Piece(piece.start, end, *piece[2:])
 
 
 def find_next_step(piece: Piece, step: int, end: int) -> int:
-    """Return the first whole step after the end of a piece that contains ``step``, up to ``end``.
+    """Return the first whole step after the piece that contains ``step``, but at most ``end``.
 
-    Rounding can place the end of a piece at ``step`` itself. The next step is nevertheless greater
-    than ``step``, so that a loop over pieces always advances.
+    Because of rounding, the end of the piece can be ``step`` itself. The result is nevertheless
+    greater than ``step``, so that a loop over pieces always advances.
     """
     return max(step + 1, math.ceil(piece.end)) if piece.end < end else end
 

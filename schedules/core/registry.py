@@ -55,8 +55,8 @@ _OTHER_NAMES = {
 class _Schedules(MutableMapping[str, "type[Schedule[Any]]"]):
     """Maps names to schedule classes, and imports the module of a schedule on first use.
 
-    A config usually uses schedules from only one module. Importing all modules takes longer than
-    validating the config.
+    A config usually needs only one of these modules, and importing all of them would take longer
+    than validating the config.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ C = TypeVar("C", bound=type[Schedule[Any]])
 
 
 def register(cls: C) -> C:
-    """Register a custom schedule under its class name. Can be used as a decorator.
+    """Register a custom schedule under its class name. This function can be used as a decorator.
 
     Raises:
         ValueError: the name is already in use, the class is not a frozen, keyword-only dataclass,
@@ -209,7 +209,7 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
         horizon: length of the run. If set, durations are converted to steps and scaled.
 
     Raises:
-        ImportForbiddenError: the block names code, and imports are forbidden.
+        ImportForbiddenError: the block names code that must be imported, but imports are forbidden.
         ScheduleError: a parameter is unknown, missing or invalid. The attribute ``problems`` of the
             error lists every problem.
         ValueError: the type is unknown, or the block has no ``type``, an unknown key, or a value of
@@ -276,7 +276,7 @@ def _load(path: str) -> type[Schedule[Any]]:
 
 
 def to_class(path: str, found: Any) -> type[Schedule[Any]]:
-    """Return a schedule class for an object that `find` accepts.
+    """Return the schedule class for an object that a name or an import path refers to.
 
     Args:
         path: import path or name of the object, which is also the name of the schedule.

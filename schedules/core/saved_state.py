@@ -1,4 +1,4 @@
-"""Check saved values against the annotations of the types that they are restored to."""
+"""Restore saved values to their types, and validate them against the type annotations."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ Size = Annotated[int, Range(at_least=1)]
 _MAX_INT = 2**63 - 1
 
 OPTIONAL = {"optional": True}
-"""Metadata of a dataclass field that states of earlier versions do not have."""
+"""Metadata of a dataclass field that a state saved by an earlier version may lack."""
 
 _WORDS = {int: "a 64-bit whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 def restore(kind: Any, value: Any, name: str) -> Any:
-    """Convert a saved value to a type, and check it and all values in it.
+    """Convert a saved value to a type, and validate it and all values in it.
 
-    Files that are loaded without running code hold plain values: a dataclass is saved as a dict, a
-    named tuple as a dict or a list, and a tuple may be saved as a list.
+    Checkpoints contain only plain values, so that loading them cannot run code. A dataclass is
+    saved as a dict, a named tuple as a dict or a list, and a tuple may be saved as a list.
 
     Args:
-        kind: annotation, such as ``tuple[float, ...]``, a dataclass, or a class with a method
-            ``restore``.
+        kind: type of the result. It can be an annotation such as ``tuple[float, ...]``, a
+            dataclass, or a class with a method ``restore``.
         value: saved value.
         name: name of the value, for the error message.
 
     Raises:
-        ValueError: the value, or one in it, is missing, unknown, or of another type or range.
+        ValueError: the value, or one in it, is missing, unknown, of another type or out of range.
 
     >>> restore(dict[str, tuple[float, ...]], {"lr": [1, 0.5]}, "base")
     {'lr': (1.0, 0.5)}
@@ -109,7 +109,7 @@ def _restore_mapping(arguments: tuple[Any, ...], value: Any, name: str) -> dict[
 
 
 def _restore_record(kind: Any, value: Any, name: str) -> Any:
-    """Restore a dataclass or a named tuple; its fields are listed in its annotations."""
+    """Restore a dataclass or a named tuple, and each of its fields to the annotated type."""
     kinds = _read_annotations(kind)
     if isinstance(value, list | tuple) and hasattr(kind, "_fields"):
         return kind(*_restore_tuple(tuple(kinds.values()), value, name))

@@ -185,7 +185,7 @@ class Schedule(ABC, Generic[S]):
         return dataclasses.replace(self, **changes)
 
     def _check_minimum(self, name: str, steps: Any) -> None:
-        """Check that no time string is 0 steps in a short run, unless the field allows 0."""
+        """Check that no time string is converted to 0 steps, unless the field allows 0."""
         least, given = read_fields(type(self))[name].minimum, _as_tuple(getattr(self, name))
         for time, count in zip(given, _as_tuple(steps), strict=True):
             if is_time_string(time) and count == 0 < least:
@@ -228,13 +228,16 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def length(self) -> int | None:
-        """Number of steps after which the resolved schedule has ended; None if it does not end."""
+        """Number of steps after which the schedule has ended; None if it does not end.
+
+        Call `resolve` first if a duration is a time string.
+        """
         steps = (getattr(self, name) for name in _LENGTH_FIELDS if hasattr(self, name))
         return next((math.ceil(each) for each in steps if each is not None), None)
 
     @property
     def span(self) -> int:
-        """Number of steps that a plot of the resolved schedule should show."""
+        """Number of steps that a plot should show. Call `resolve` first, as for `length`."""
         steps = [
             each
             for name, field in read_fields(type(self)).items()
@@ -341,7 +344,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def lists_per_group(self) -> dict[str, tuple[float, ...]]:
-        """The fields that are lists with one number per param group, by name."""
+        """The fields whose value is a list with one number per param group, by name."""
         return {
             name: value
             for name, field in read_fields(type(self)).items()

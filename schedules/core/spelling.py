@@ -1,6 +1,6 @@
 """Suggest the correct spelling of a misspelled name.
 
-If no known name is similar, there is no suggestion, because a wrong suggestion is worse than none.
+If no known name is similar, nothing is suggested, because a wrong suggestion is worse than none.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _WARMUPS = ("warmup_num_steps", "warmup_steps", "lr_warmup_steps", "t_warmup", "
 def find_nearest(name: str, known: Collection[str]) -> str | None:
     """Return the known name with the most similar spelling, or None if no name is similar.
 
-    A known name that adds one word at the start, such as ``warmup_num_steps`` for ``num_steps``, is
-    also returned if it is the only such name.
+    If no name is similar, but exactly one known name consists of another word and ``name``, that
+    known name is returned, for example ``warmup_num_steps`` for ``num_steps``.
 
     >>> find_nearest("stge", ["stage", "type"])
     'stage'
@@ -46,7 +46,10 @@ def find_nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def suggest_fraction(name: str, value: object, known: Collection[str]) -> str | None:
-    """Return a hint for a parameter that sets the length of a warmup as a fraction of the run.
+    """Return a hint for an unknown parameter, such as ``warmup_ratio``; None if there is none.
+
+    Other libraries have parameters for the length of the warmup as a fraction of the run. The hint
+    names the parameter in ``known`` that accepts such a fraction as a time string.
 
     >>> suggest_fraction("warmup_ratio", 0.03, ["warmup_num_steps"])
     'Set "warmup_num_steps": "0.03dur", which is a fraction of the run.'

@@ -34,9 +34,9 @@ def trace(
     Args:
         schedule: `Schedule`, or a ``{"type": …, "params": {…}}`` block.
         steps: number of steps, counted from step 0.
-        base: initial hyperparameters of the optimizer, each a number or a list with
-            one number per group.
-            Defaults to a single group with learning rate 0.1, momentum 0.9 and weight decay 0.
+        base: initial hyperparameters of the optimizer, each a number or a list with one
+            number per param group. Defaults to a single group with learning rate 0.1, momentum 0.9
+            and weight decay 0.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         losses: loss (or metric) of each step, for feedback schedules. Defaults to a synthetic loss.
 
@@ -77,7 +77,7 @@ def trace(
 
 
 class Replay(NamedTuple):
-    """Values and evidence returned by `replay`."""
+    """Result of `replay`: the values at each step, and the evidence for the last decision."""
 
     rows: list[Values]
     """Values at each step. The last row is for the step after the last loss."""

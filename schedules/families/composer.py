@@ -44,14 +44,14 @@ __all__ = [
 
 
 class _Scheduler(LearningRateSchedule):
-    """Base class of Composer's schedulers. Subclasses define the curve after the warmup, if any."""
+    """Base class of Composer's schedulers. Subclasses define the curve, without its warmup."""
 
     def curve(self, lr: float) -> Curve:
         return self._body(lr, start=0)
 
     @abstractmethod
     def _body(self, lr: float, start: float) -> Curve:
-        """Return the curve that follows the warmup. Its step 0 is step ``start`` of the run."""
+        """Return the curve after the warmup. The curve's step 0 is step ``start`` of the run."""
 
     def _peak(self, lr: float) -> float:
         """Return the learning rate at the end of the warmup."""
@@ -60,7 +60,7 @@ class _Scheduler(LearningRateSchedule):
 
 @schedule_class
 class _WithWarmup(_Scheduler):
-    """Mixin that adds a linear warmup before the curve of the other base class."""
+    """Mixin that adds a linear warmup before the curve that the other base class defines."""
 
     t_warmup: WarmupStepsOrZero
     """Length of the linear warmup from 0. `engine.scale_schedule_ratio` scales it only if it is a

@@ -1,4 +1,4 @@
-"""Schedules that combine other schedules: one after another, multiplied, or in parallel."""
+"""Schedules that run other schedules one after another, multiplied, or in parallel."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class SequentialLR(
         "milestones": [20, 80],
     },
 ):
-    """Run several schedules one after another. Each milestone starts the next schedule.
+    """Run several schedules one after another. At each milestone, the next schedule starts.
 
     Each schedule counts its steps from its own start. If the active schedule does not set a
     hyperparameter that another schedule sets, the param group's initial value is used.
@@ -203,7 +203,7 @@ class ChainedScheduler(
         ]
     },
 ):
-    """Apply several schedules at the same time, by multiplying their factors.
+    """Apply several schedules at the same time by multiplying their factors.
 
     The factor of schedule i is its learning rate lr_i(k) divided by the initial learning rate::
 
@@ -225,7 +225,7 @@ class ChainedScheduler(
 
 
 def _to_block(schedule: Any) -> Any:
-    """Return the block of a schedule; a block is returned unchanged."""
+    """Return the config block of a `Schedule`. Any other value is returned as it is."""
     if isinstance(schedule, Schedule):
         return {"type": schedule.type_name, "params": schedule.params()}
     return schedule
@@ -234,7 +234,7 @@ def _to_block(schedule: Any) -> Any:
 def _count_blocks(blocks: Any) -> int:
     """Return the number of schedules in a list of blocks, including those nested in their params.
 
-    A value that is not a list of blocks counts as 0, because another check reports it.
+    The count of a value that is not a list is 0, because another check reports such a value.
     """
     if not isinstance(blocks, list | tuple):
         return 0

@@ -1,10 +1,14 @@
 """Custom schedules, which a config specifies as ``module:attribute``.
 
-The attribute can be a function that maps the step to a factor by which the learning rate is
-multiplied, a subclass of PyTorch's LRScheduler, such as LambdaLR, or a function that builds such a
-scheduler for an optimizer. A scheduler runs on a dummy optimizer and its values are recorded, so
-that the schedule can be previewed and resumed. Schedulers have two limitations: the value at a step
-requires running all previous steps, and durations are numbers of steps that cannot be scaled.
+The attribute can be one of the following:
+
+- a function that maps the step to a factor by which the learning rate is multiplied;
+- a subclass of PyTorch's LRScheduler, such as LambdaLR;
+- a function that builds such a scheduler for an optimizer.
+
+A PyTorch scheduler runs on a dummy optimizer and its values are recorded, so that the schedule can
+be previewed and resumed. This has two limitations: to compute the value at a step, the scheduler
+must run all previous steps, and its durations are numbers of steps that cannot be scaled.
 """
 
 from __future__ import annotations
@@ -108,7 +112,7 @@ def _is_torch_scheduler(cls: type) -> bool:
 
 
 def _builds_scheduler(function: Any) -> bool:
-    """Return whether the first parameter of a function is an optimizer."""
+    """Return whether the first parameter of a function is named ``optimizer``."""
     try:
         return next(iter(inspect.signature(function).parameters), None) == "optimizer"
     except (TypeError, ValueError):  # not a function, or without a signature
@@ -177,7 +181,7 @@ def _parameters(function: Any) -> list[inspect.Parameter]:
 
 @schedule_class
 class WrappedScheduler(Schedule[int]):
-    """Schedule with the values that a PyTorch scheduler writes into the param groups."""
+    """Schedule that sets the same values as the PyTorch scheduler that it wraps."""
 
     wrapped: ClassVar[Any]
 
@@ -193,8 +197,9 @@ class WrappedScheduler(Schedule[int]):
     def _written(self) -> tuple[str, ...]:
         """Names of the hyperparameters that the scheduler sets in its first steps.
 
-        A parameter can be a list with one item per param group, so the scheduler is first tried
-        with as many param groups as the list has items.
+        The names are found by running the scheduler on a dummy optimizer. If a parameter is a list,
+        it may have one item per param group, so the optimizer first has as many param groups as the
+        list has items.
         """
         lists = {len(value) for value in self.params().values() if isinstance(value, list)}
         errors = []
@@ -224,7 +229,7 @@ class WrappedScheduler(Schedule[int]):
         """Return the schedule unchanged, because its durations are already numbers of steps.
 
         Raises:
-            ScheduleError: ``horizon.scale_ratio`` is not 1. The schedule cannot be scaled.
+            ScheduleError: ``horizon.scale_ratio`` is not 1, but this schedule cannot be scaled.
         """
         if horizon is not None and horizon.scale_ratio != 1:
             message = (

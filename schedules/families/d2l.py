@@ -82,7 +82,7 @@ class _WithWarmup(Schedule[int]):
 
     @abstractmethod
     def _body(self, lr: float) -> Curve:
-        """Return the curve that applies after the warmup. Its step 0 is the start of the run."""
+        """Return the curve after the warmup. The curve's step 0 is the start of the run."""
 
 
 @schedule_class

@@ -87,7 +87,7 @@ class OptimizerParamScheduler(
 
     @property
     def _weight_decays(self) -> tuple[PerGroup, PerGroup] | None:
-        """Weight decay at the start and at the end; None if the schedule does not set it."""
+        """Weight decay at the start and at the end; None if the schedule sets no weight decay."""
         if self.start_wd is None and self.end_wd is None:
             return None
         return self.start_wd or 0.0, self.end_wd or 0.0

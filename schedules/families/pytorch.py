@@ -223,12 +223,12 @@ class CosineAnnealingWarmRestarts(LearningRateSchedule, example={"T_0": 15, "T_m
 class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     """PyTorch's 1cycle: the learning rate rises to a peak, then falls far below its initial value.
 
-    With n = ``total_steps``, the learning rate rises from ``max_lr / div_factor`` until step
-    ``pct_start * n - 1``, then falls to ``max_lr / div_factor / final_div_factor`` until step
-    ``n - 1``. With ``three_phase``, it first falls back to ``max_lr / div_factor`` in as many steps
-    as the rise takes. Each phase is a cosine or a line. Momentum goes from ``max_momentum`` to
-    ``base_momentum`` and back. After the end, the last value is kept, whereas PyTorch raises an
-    error.
+    With n = ``total_steps``, the learning rate rises from ``max_lr / div_factor`` to ``max_lr``
+    until step ``pct_start * n - 1``, then falls to ``max_lr / div_factor / final_div_factor`` until
+    step ``n - 1``. With ``three_phase``, it first falls back to ``max_lr / div_factor`` in as many
+    steps as the rise takes. Each phase is a cosine or a line. Momentum goes from
+    ``max_momentum`` to ``base_momentum`` and back. After the end, the last value is kept,
+    whereas PyTorch raises an error.
 
     Source: ``OneCycleLR`` in torch/optim/lr_scheduler.py; Smith and Topin, Super-convergence,
     https://arxiv.org/abs/1708.07120.

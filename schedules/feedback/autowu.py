@@ -39,12 +39,13 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     after W steps. After T steps, the learning rate stays constant. The formulas give the learning
     rate of the first param group; the other groups keep their initial ratios to it.
 
-    ``"test": "reference"`` works like the published code. It runs once per epoch, needs about
-    thirty epochs, and depends on the scale of the loss. ``"test": "robust"`` runs about sixty times
-    per warmup, does not depend on the scale of the loss, tolerates loss spikes, and starts the
-    decay exactly at the peak. With ``"rollback": true``, the weights and the optimizer state are
-    restored when the warmup ends, to their values after the test interval with the lowest mean
-    loss. This helps models without normalization layers, which can diverge at high learning rates.
+    A test decides when to make these estimates and what to do with them. ``"test": "reference"``,
+    the test of the published code, runs once per epoch, needs about thirty epochs, and depends on
+    the scale of the loss. ``"test": "robust"`` runs about sixty times per warmup, does not depend
+    on the scale of the loss, tolerates loss spikes, and starts the decay exactly at the peak. With
+    ``"rollback": true``, the weights and the optimizer state are restored when the warmup ends, to
+    their values after the test interval with the lowest mean loss. This helps models without
+    normalization layers, which can diverge at high learning rates.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews show a run on a synthetic loss.
@@ -120,7 +121,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     def resolve(self, horizon: Horizon | None = None) -> AutoWU:
         """Return a copy with ``steps_per_epoch`` and ``total_epochs`` set from ``horizon``.
 
-        Only parameters that are null are set, if ``horizon`` has the required values. The number of
+        A parameter is set only if it is null and can be computed from ``horizon``. The number of
         epochs is multiplied by ``horizon.scale_ratio``. With the robust test, a run that does not
         consist of whole epochs is treated as a single epoch.
 
@@ -161,7 +162,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
         return dataclasses.replace(self, steps_per_epoch=steps, total_epochs=epochs)
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> AutoWUController:
-        """Return the controller for an optimizer with the initial hyperparameters ``base``.
+        """Return the controller for an optimizer whose initial hyperparameters are ``base``.
 
         Raises:
             ScheduleError: neither the parameters nor ``horizon`` specify the length of the run.

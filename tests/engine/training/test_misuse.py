@@ -68,7 +68,7 @@ def test_step_after_the_script_stepped_the_scheduler_raises(scheduler):
     trainer.lr_scheduler.step()  # before the first step, a script may move the schedule
     train(trainer, 2)
     trainer.lr_scheduler.step()
-    with pytest.raises(MisuseError, match=r"Remove the call of `scheduler\.step\(\)`\."):
+    with pytest.raises(MisuseError, match=r"Remove the call to `scheduler\.step\(\)`\."):
         train(trainer)
 
 
@@ -102,7 +102,7 @@ def test_step_after_the_script_stepped_the_optimizer_raises(accumulation):
     train(trainer, accumulation)
     backward(trainer)
     trainer.optimizer.step()
-    with pytest.raises(MisuseError, match=r"Remove the call of `optimizer\.step\(\)`\."):
+    with pytest.raises(MisuseError, match=r"Remove the call to `optimizer\.step\(\)`\."):
         trainer.step()
     trainer.lr_scheduler.step()
     with pytest.raises(MisuseError, match=r"`optimizer\.step\(\)` and `scheduler\.step\(\)`"):
