@@ -113,8 +113,8 @@ class OneCycle(
     """Number of equal stairs in the second half of the cycle; 0 disables the staircase, and null
     uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
-    """Number of steps after which the divisor increases by the decay rate; 0 or null disables the
-    decay."""
+    """Number of steps after the cycle in which the divisors of the learning rate and of momentum
+    increase by their decay rates; 0 or null disables the decay."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size` that DeepSpeed's tutorial uses. Set only one of the two."""
     cycle_momentum: bool = True
@@ -128,7 +128,8 @@ class OneCycle(
     """Decay rate of momentum after the cycle. The divisor of momentum starts at 1 and increases by
     this rate every `decay_step_size` steps."""
     relative: bool = False
-    """Whether the learning rates are multiples of each param group's initial learning rate."""
+    """Whether `cycle_min_lr` and `cycle_max_lr` are multiples of each param group's initial
+    learning rate. If false, they are absolute learning rates."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         for low, high in (("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")):
@@ -222,7 +223,8 @@ class LRRangeTest(
 ):
     """LR range test: increase the learning rate linearly and indefinitely.
 
-    With x = k / ``lr_range_test_step_size``, rounded down if ``lr_range_test_staircase`` is true::
+    At step k, with x = k / ``lr_range_test_step_size``, rounded down if
+    ``lr_range_test_staircase`` is true::
 
         lr(k) = lr_range_test_min_lr * (1 + lr_range_test_step_rate * x)
 
@@ -248,7 +250,8 @@ class LRRangeTest(
     """Whether the learning rate increases once every `lr_range_test_step_size` steps instead of at
     every step."""
     relative: bool = False
-    """Whether `lr_range_test_min_lr` is a multiple of each param group's initial learning rate."""
+    """Whether `lr_range_test_min_lr` is a multiple of each param group's initial learning rate. If
+    false, it is an absolute learning rate."""
 
     @property
     def span(self) -> int:
@@ -294,9 +297,10 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     warmup_type: WarmupType = "log"
-    """Shape of the warmup; "log" rises fastest in the first steps."""
+    """Shape of the warmup; with "log", the learning rate rises fastest in the first steps."""
     relative: bool = False
-    """Whether the learning rates are multiples of each param group's initial learning rate."""
+    """Whether `warmup_min_lr` and `warmup_max_lr` are multiples of each param group's initial
+    learning rate. If false, they are absolute learning rates."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.warmup_max_lr is not None and exceeds(self.warmup_min_lr, self.warmup_max_lr):
@@ -407,7 +411,7 @@ class WarmupCosineLR(
     """Learning rate at and after the end of the run, as a fraction of the param group's initial
     learning rate."""
     warmup_type: WarmupType = "log"
-    """Shape of the warmup; "log" rises fastest in the first steps."""
+    """Shape of the warmup; with "log", the learning rate rises fastest in the first steps."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from _check_warmup_length(
