@@ -58,7 +58,7 @@ class Slot:
         if not isinstance(value, int | float | torch.Tensor):
             raise ValueError(  # noqa: TRY004  # it is a value of the optimizer
                 f"`{self.key}` of each param group must be a number, got {value}. Set it in the "
-                "optimizer, or let the optimizer choose it and attach no schedule."
+                "optimizer, or attach no schedule if the optimizer itself chooses the value."
             )
         return float(value)
 
@@ -144,9 +144,9 @@ def check_multipliers(hyperparameter: str, optimizer: Optimizer) -> None:
 
 
 def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...]] | None:
-    """Return the momentum or the betas of each group; None if no group has either.
+    """Return the momentum or the betas of each group, or None if no group has either.
 
-    A group that has neither has momentum 0.
+    If only some groups have momentum or betas, the value of the other groups is 0.
     """
     groups = optimizer.param_groups
     if not any("momentum" in group or "betas" in group for group in groups):
@@ -165,9 +165,9 @@ def read_lr(optimizer: Optimizer) -> list[float]:
 
 
 def read_momentum(optimizer: Optimizer) -> list[float] | None:
-    """Return the momentum or the first beta of each group; None if no group has either.
+    """Return the momentum or the first beta of each group, or None if no group has either.
 
-    A group that has neither has momentum 0.
+    If only some groups have momentum or betas, the value of the other groups is 0.
     """
     momenta = read_momenta(optimizer)
     if momenta is None:
