@@ -49,8 +49,7 @@ class _DeepSpeedSchedule(Schedule[int]):
     """Base class of the DeepSpeed schedules, with the parameter ``last_batch_iteration``."""
 
     last_batch_iteration: LastBatch = -1
-    """Index of the last completed step. The run starts at the next step. With the default, -1, it
-    starts at step 0."""
+    """Index of the last completed step. The run starts at the next step: with -1, at step 0."""
 
     def curves(self, base: Base) -> Curves:
         done = self.last_batch_iteration + 1
@@ -223,8 +222,7 @@ class LRRangeTest(
 ):
     """LR range test: increase the learning rate linearly and indefinitely.
 
-    At step k, with x = k / ``lr_range_test_step_size``, rounded down if
-    ``lr_range_test_staircase`` is true::
+    At step k, with x = k / ``lr_range_test_step_size`` (rounded down in a staircase)::
 
         lr(k) = lr_range_test_min_lr * (1 + lr_range_test_step_rate * x)
 
@@ -247,8 +245,7 @@ class LRRangeTest(
     """Increase of the learning rate every `lr_range_test_step_size` steps, in multiples of
     `lr_range_test_min_lr`."""
     lr_range_test_staircase: bool = False
-    """Whether the learning rate increases once every `lr_range_test_step_size` steps instead of at
-    every step."""
+    """Whether the learning rate increases in stairs of `lr_range_test_step_size` steps each."""
     relative: bool = False
     """Whether `lr_range_test_min_lr` is a multiple of each param group's initial learning rate. If
     false, it is an absolute learning rate."""
