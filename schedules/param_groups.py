@@ -31,25 +31,25 @@ _Lines = tuple[float, float, list[tuple[float, float, float, float]]]
 
 
 class Slot:
-    """Place of a hyperparameter in a param group.
+    """Key under which a param group stores a hyperparameter.
 
     Args:
-        key: key in the param group.
+        key: name of the key, such as "lr".
     """
 
     def __init__(self, key: str) -> None:
         self.key = key
 
     def get(self, group: Group) -> Any:
-        """Return the value in a param group, a number or a tensor."""
+        """Return the hyperparameter's value in a param group, which is a number or a tensor."""
         return group[self.key]
 
     def put(self, group: Group, value: Any) -> None:
-        """Replace the value in a param group with a number or a tensor."""
+        """Replace the hyperparameter's value in a param group with a number or a tensor."""
         group[self.key] = value
 
     def read(self, group: Group) -> float:
-        """Return the value in a param group as a float.
+        """Return the hyperparameter's value in a param group as a float.
 
         Raises:
             ValueError: the value is not a number.
@@ -58,7 +58,7 @@ class Slot:
         if not isinstance(value, int | float | torch.Tensor):
             raise ValueError(  # noqa: TRY004  # it is a value of the optimizer
                 f"`{self.key}` of each param group must be a number, got {value}. Set it in the "
-                "optimizer, or let the optimizer choose it and attach no schedule."
+                "optimizer, or attach no schedule if the optimizer itself chooses the value."
             )
         return float(value)
 
@@ -72,7 +72,7 @@ class Slot:
             self.put(group, value)
 
     def holds(self, group: Group, value: float) -> bool:
-        """Return whether a param group has the value that `write` would write."""
+        """Return whether a param group already has the value that `write` would write."""
         current = self.get(group)
         if isinstance(current, torch.Tensor):
             value = torch.tensor(value, dtype=current.dtype).item()
@@ -144,9 +144,9 @@ def check_multipliers(hyperparameter: str, optimizer: Optimizer) -> None:
 
 
 def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...]] | None:
-    """Return the momentum or the betas of each group; None if no group has either.
+    """Return the momentum or the betas of each group, or None if no group has either.
 
-    A group that has neither has momentum 0.
+    If only some groups have momentum or betas, the value of the other groups is 0.
     """
     groups = optimizer.param_groups
     if not any("momentum" in group or "betas" in group for group in groups):
@@ -165,9 +165,9 @@ def read_lr(optimizer: Optimizer) -> list[float]:
 
 
 def read_momentum(optimizer: Optimizer) -> list[float] | None:
-    """Return the momentum or the first beta of each group; None if no group has either.
+    """Return the momentum or the first beta of each group, or None if no group has either.
 
-    A group that has neither has momentum 0.
+    If only some groups have momentum or betas, the value of the other groups is 0.
     """
     momenta = read_momenta(optimizer)
     if momenta is None:
@@ -186,7 +186,7 @@ def write_values(groups: Sequence[Group], slots: Slots, values: Values) -> None:
 def _separate_tensors(
     groups: Sequence[Group], slots: Sequence[Slot], values: Sequence[object]
 ) -> None:
-    """If param groups with different values share a tensor, give each of them its own tensor."""
+    """Give param groups that share a tensor but need different values a tensor each."""
     first: dict[int, object] = {}
     for group, slot, value in zip(groups, slots, values, strict=True):
         current = slot.get(group)
@@ -195,7 +195,7 @@ def _separate_tensors(
 
 
 class RangeWriter:
-    """Writes scheduled values in a range of steps within which no curve changes its formula.
+    """Writes scheduled values for a range of steps in which each curve has a single formula.
 
     The constructor writes the values of the first step, and prepares the formulas so that `write`
     is fast.
@@ -252,7 +252,7 @@ class RangeWriter:
         self._shared = self._find_shared_formulas() if is_plain else []
 
     def values(self) -> Values:
-        """Return the values that were written last."""
+        """Return the values of each hyperparameter that were written last."""
         return {
             name: tuple(piece.formula(self.step) for piece in pieces)
             for name, pieces in self._pieces.items()
@@ -330,10 +330,10 @@ class RangeWriter:
         return betas
 
     def _find_shared_formulas(self) -> list[tuple[str, Formula]]:
-        """Return the key and the formula of each hyperparameter, if all param groups share them.
+        """Return the key and the formula of each hyperparameter, if all groups share them.
 
-        Each formula then has to be evaluated only once per step. The list is empty if the groups
-        differ.
+        Each formula then has to be evaluated only once per step. If they differ between groups, the
+        list is empty.
         """
         shared = []
         for name, pieces in self._pieces.items():

@@ -34,8 +34,9 @@ def attach(
         optimizer: optimizer whose hyperparameters the schedule sets.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
         base: initial learning rate of all param groups or a list of one per group; or a dict that
-            maps "lr", "momentum" and "weight_decay" to such values. By default, the current
-            values are used; if another schedule wrote those, that schedule's initial values.
+            maps "lr", "momentum" and "weight_decay" to such values. By default, the optimizer's
+            current values or, if another schedule has set them, the initial values of that
+            schedule.
         at: step at which the schedule starts.
         **params: parameters of the schedule, if ``schedule`` is a name, a function or a class.
 

@@ -4,16 +4,16 @@
 all other schemas. The other files are written by hand. In addition to the keywords of JSON Schema,
 the schemas use:
 
-- ``x-auto``: integrations that replace the value "auto"
+- ``x-auto``: integrations, such as transformers, that replace the value "auto"
 - ``x-backend``: the only backend that supports the key
 - ``x-instead``: replacement for a deprecated or removed key
-- ``x-removed`` and ``x-since``: DeepSpeed versions
-- ``x-alias-of``: the key with the same meaning
+- ``x-since`` and ``x-removed``: DeepSpeed versions in which the key was added and removed
+- ``x-alias-of``: another key that has the same meaning
 
 ``aliases.json`` maps the key names of other tools to those of this config. ``rules.json`` contains
-the documentation of each rule. ``no_effect.json`` lists the keys that change no result on a backend
-and the reason for each. An entry with ``values`` applies only to those values of the key, and an
-entry with ``stages`` only to those ZeRO stages.
+the documentation of each validation rule. ``no_effect.json`` lists the keys that a backend can
+ignore without affecting the results, and the reason for each. An entry with ``values``
+applies only to those values of the key, and an entry with ``stages`` only to those ZeRO stages.
 """
 
 from __future__ import annotations

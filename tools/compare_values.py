@@ -2,10 +2,11 @@
 
     python tools/compare_values.py BEFORE AFTER
 
-BEFORE and AFTER are directories that contain a checkout. The script evaluates the scheduler block
-of every golden vector and every corpus config in both checkouts: at each step, with one and two
-param groups, and with SGD and AdamW. It then trains with several schedules in BEFORE, saves
-checkpoints, and resumes them in AFTER. The exit status is 1 if any value differs.
+BEFORE and AFTER are directories that contain a checkout. The script evaluates, in both checkouts,
+the scheduler block of each reference file in tests/golden and of each config in tests/corpus:
+at each step, with one and two param groups, and with SGD and AdamW. It then trains with several
+schedules in BEFORE, saves checkpoints, and resumes them in AFTER. The exit status is 1 if any value
+differs.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def _skip_old_sections(schema: Mapping[str, Any]) -> Any:
 
 
 def _select_keys(section: str, members: Sequence[Member]) -> dict[str, Mapping[str, Any]]:
-    """Return the schemas of the keys in a section, excluding nested sections."""
+    """Return the schemas of the keys of a section, without those of nested sections."""
     return {
         get_last_key(member.pointer): member.schema
         for member in members

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build_schedule_schemas() -> dict[Path, str]:
-    """Return the text of the JSON Schema of each schedule, by path."""
+    """Return a dict that maps the path of each schedule's JSON Schema to its text."""
     directory = ROOT / "schemas" / "schedulers"
     return {
         directory / f"{name}.json": json.dumps(build_json_schema(cls), indent=2) + "\n"
@@ -39,7 +39,7 @@ def build_schedule_schemas() -> dict[Path, str]:
 
 
 def generate_files() -> dict[Path, str]:
-    """Return the text of each generated file, by path."""
+    """Return a dict that maps the path of each generated file to its text."""
     files = build_schedule_schemas()
     files[ROOT / "schemas" / schemas.EDITOR] = json.dumps(editor_schema(), indent=1) + "\n"
     files[INDEX] = build_index()

@@ -26,7 +26,7 @@ def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = 
     >>> print(find_reason_for_no_effect(Member("/gradient_allreduce_op", "sum", {}), "torch"))
     None
     >>> find_reason_for_no_effect(Member("/log_level", "info", {}), "torch")
-    "The key sets the level of DeepSpeed's logger."
+    "The key sets the level of DeepSpeed's logger, which the PyTorch backend does not use."
     """
     pointer = _find_current_pointer(member)
     row = _TABLE[backend].get(pointer) or _TABLE["all"].get(pointer)

@@ -99,9 +99,9 @@ class ConstantScheduler(_Scheduler, example={"alpha": 0.5, "t_max": "0.5dur"}):
     """
 
     alpha: Factor = 1.0
-    """Multiplier of the learning rate until `t_max`."""
+    """Factor by which the learning rate is multiplied until `t_max`."""
     t_max: Steps = "1dur"
-    """Step at which the multiplier returns to 1."""
+    """Step from which the learning rate is no longer multiplied by `alpha`."""
 
     def _body(self, lr: float, start: float) -> Curve:
         end = as_number(self.t_max) - start
@@ -146,7 +146,7 @@ class StepScheduler(_Scheduler, example={"step_size": "0.2dur", "gamma": 0.5}):
     step_size: Steps
     """Number of steps between two decays."""
     gamma: Factor = 0.1
-    """Factor applied to the learning rate at the end of each period."""
+    """Factor applied to the learning rate every `step_size` steps."""
 
     def _body(self, lr: float, start: float) -> Curve:
         del start
@@ -168,8 +168,8 @@ class MultiStepScheduler(
     """
 
     milestones: Milestones
-    """Steps at which `gamma` is applied, in ascending order. Milestones may have different
-    units."""
+    """Steps at which the learning rate is multiplied by `gamma`, in ascending order. Milestones may
+    have different units."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate at each milestone."""
 

@@ -34,7 +34,8 @@ _MAX_SCHEDULES = 100
 @schedule_class
 class _Composite(Schedule[int]):
     schedulers: Blocks
-    """Schedules, each a block ``{"type": …, "params": {…}}`` or, in Python, a `Schedule`."""
+    """Schedules to combine, each a block ``{"type": …, "params": {…}}`` or, in Python, a
+    `Schedule`."""
 
     @functools.cached_property
     def parts(self) -> tuple[Schedule[Any], ...]:

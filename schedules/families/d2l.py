@@ -154,7 +154,7 @@ class MultiFactorScheduler(_WithWarmup, example={"step": [30, 60], "factor": 0.5
     """
 
     step: Milestones
-    """Steps at which `factor` is applied, in ascending order."""
+    """Steps at which the learning rate is multiplied by `factor`, in ascending order."""
     factor: Factor = 1.0
     """Factor applied to the learning rate at each step in the list `step`."""
 
@@ -183,7 +183,7 @@ class PolyScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10})
     """
 
     max_update: Steps
-    """Step at which `final_lr` is reached, counted from the start of the warmup."""
+    """Step at which the learning rate reaches `final_lr`, counted from the start of the warmup."""
     pwr: Power = 2.0
     """Exponent of the polynomial."""
     final_lr: LearningRate = 0.0
@@ -207,7 +207,7 @@ class CosineScheduler(_WithWarmup, example={"max_update": 90, "warmup_steps": 10
     """
 
     max_update: Steps
-    """Step at which `final_lr` is reached, counted from the start of the warmup."""
+    """Step at which the learning rate reaches `final_lr`, counted from the start of the warmup."""
     final_lr: LearningRate = 0.0
     """Learning rate at the end of the decay."""
 

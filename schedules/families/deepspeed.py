@@ -49,8 +49,7 @@ class _DeepSpeedSchedule(Schedule[int]):
     """Base class of the DeepSpeed schedules, with the parameter ``last_batch_iteration``."""
 
     last_batch_iteration: LastBatch = -1
-    """Index of the last completed step. The run starts at the next step. With the default, -1, it
-    starts at step 0."""
+    """Index of the last completed step. The run starts at the next step: with -1, at step 0."""
 
     def curves(self, base: Base) -> Curves:
         done = self.last_batch_iteration + 1
@@ -113,8 +112,8 @@ class OneCycle(
     """Number of equal stairs in the second half of the cycle; 0 disables the staircase, and null
     uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
-    """Number of steps after which the divisor increases by the decay rate; 0 or null disables the
-    decay."""
+    """Number of steps after the cycle in which the divisors of the learning rate and of momentum
+    increase by their decay rates; 0 or null disables the decay."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size` that DeepSpeed's tutorial uses. Set only one of the two."""
     cycle_momentum: bool = True
@@ -128,7 +127,8 @@ class OneCycle(
     """Decay rate of momentum after the cycle. The divisor of momentum starts at 1 and increases by
     this rate every `decay_step_size` steps."""
     relative: bool = False
-    """Whether the learning rates are multiples of each param group's initial learning rate."""
+    """Whether `cycle_min_lr` and `cycle_max_lr` are multiples of each param group's initial
+    learning rate. If false, they are absolute learning rates."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         for low, high in (("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")):
@@ -222,7 +222,7 @@ class LRRangeTest(
 ):
     """LR range test: increase the learning rate linearly and indefinitely.
 
-    With x = k / ``lr_range_test_step_size``, rounded down if ``lr_range_test_staircase`` is true::
+    At step k, with x = k / ``lr_range_test_step_size`` (rounded down in a staircase)::
 
         lr(k) = lr_range_test_min_lr * (1 + lr_range_test_step_rate * x)
 
@@ -245,10 +245,10 @@ class LRRangeTest(
     """Increase of the learning rate every `lr_range_test_step_size` steps, in multiples of
     `lr_range_test_min_lr`."""
     lr_range_test_staircase: bool = False
-    """Whether the learning rate increases once every `lr_range_test_step_size` steps instead of at
-    every step."""
+    """Whether the learning rate increases in stairs of `lr_range_test_step_size` steps each."""
     relative: bool = False
-    """Whether `lr_range_test_min_lr` is a multiple of each param group's initial learning rate."""
+    """Whether `lr_range_test_min_lr` is a multiple of each param group's initial learning rate. If
+    false, it is an absolute learning rate."""
 
     @property
     def span(self) -> int:
@@ -294,9 +294,10 @@ class WarmupLR(_DeepSpeedSchedule, example={"warmup_num_steps": 30, "warmup_type
     warmup_num_steps: Annotated[WarmupSteps, _AUTO] = 1000
     """Length of the warmup."""
     warmup_type: WarmupType = "log"
-    """Shape of the warmup; "log" rises fastest in the first steps."""
+    """Shape of the warmup; with "log", the learning rate rises fastest in the first steps."""
     relative: bool = False
-    """Whether the learning rates are multiples of each param group's initial learning rate."""
+    """Whether `warmup_min_lr` and `warmup_max_lr` are multiples of each param group's initial
+    learning rate. If false, they are absolute learning rates."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.warmup_max_lr is not None and exceeds(self.warmup_min_lr, self.warmup_max_lr):
@@ -407,7 +408,7 @@ class WarmupCosineLR(
     """Learning rate at and after the end of the run, as a fraction of the param group's initial
     learning rate."""
     warmup_type: WarmupType = "log"
-    """Shape of the warmup; "log" rises fastest in the first steps."""
+    """Shape of the warmup; with "log", the learning rate rises fastest in the first steps."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         yield from _check_warmup_length(

@@ -75,11 +75,12 @@ class OptimizerParamScheduler(
     start_wd: WeightDecay | None = None
     """Weight decay at the start; null means 0 if `end_wd` is set."""
     end_wd: WeightDecay | None = None
-    """Weight decay at the end. If this and `start_wd` are null, the schedule does not set it."""
+    """Weight decay at the end. If this key and `start_wd` are both null, the schedule does not
+    change the weight decay."""
     wd_incr_steps: StepsOrZero = 0
     """Step at which the weight decay reaches `end_wd`."""
     wd_incr_style: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the curve along which the weight decay increases."""
+    """Shape of the curve of the weight decay between its start and its end."""
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ class StepLR(LearningRateSchedule, example={"step_size": 20, "gamma": 0.5}):
     step_size: Steps
     """Number of steps between two decays."""
     gamma: Factor = 0.1
-    """Factor applied to the learning rate at the end of each period."""
+    """Factor applied to the learning rate every `step_size` steps."""
 
     def curve(self, lr: float) -> Curve:
         steps = as_number(self.step_size)
@@ -80,8 +80,8 @@ class MultiStepLR(LearningRateSchedule, example={"milestones": [30, 60, 80], "ga
     """
 
     milestones: Milestones
-    """Steps at which `gamma` is applied, in any order. If a step occurs twice, `gamma` is applied
-    twice."""
+    """Steps at which the learning rate is multiplied by `gamma`, in any order. If a step occurs
+    twice, it is multiplied twice."""
     gamma: Factor = 0.1
     """Factor applied to the learning rate at each milestone."""
 
@@ -102,7 +102,7 @@ class ConstantLR(LearningRateSchedule, example={"factor": 0.5, "total_iters": 40
     """
 
     factor: Factor = 1 / 3
-    """Factor applied to the learning rate until `total_iters`."""
+    """Factor applied to the learning rate until step `total_iters`."""
     total_iters: Steps = 5
     """Step at which the factor returns to 1."""
 
@@ -245,7 +245,7 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     steps_per_epoch: Steps | None = None
     """Number of steps per epoch. Required if `total_steps` is null; otherwise it must be null."""
     pct_start: Annotated[float, Range(above=0, below=1)] = 0.3
-    """Fraction of the cycle in which the learning rate rises."""
+    """Length of the phase in which the learning rate rises, as a fraction of the cycle."""
     anneal_strategy: Literal["cos", "linear"] = "cos"
     """Shape of the curve in each phase: a cosine or a straight line."""
     cycle_momentum: bool = True
@@ -256,13 +256,15 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     max_momentum: Momentum = 0.95
     """Momentum at the start and at the end of the cycle."""
     div_factor: Divisor = 25.0
-    """Ratio of the peak learning rate to the initial learning rate."""
+    """Ratio of the peak learning rate to the learning rate at the first step."""
     final_div_factor: Divisor = 1e4
-    """Ratio of the initial learning rate to the final learning rate."""
+    """Ratio of the learning rate at the first step to the final learning rate."""
     three_phase: bool = False
-    """Whether the learning rate returns to its initial value before it falls to its final value."""
+    """Whether the learning rate returns to its value at the first step in a phase of its own,
+    before it falls to its final value."""
     relative: bool = False
-    """Whether `max_lr` is a multiple of each param group's initial learning rate."""
+    """Whether `max_lr` is a multiple of each param group's initial learning rate. If false, it is
+    an absolute learning rate."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         by_epochs = (self.epochs is not None) + (self.steps_per_epoch is not None)
@@ -378,9 +380,11 @@ class CyclicLR(
     step_size_down: Steps | None = None
     """Length of the falling part of each triangle; null uses `step_size_up`."""
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
-    """How the height of the triangles (the amplitude) changes over time."""
+    """How the height of the triangles changes: it stays constant ("triangular"), halves after each
+    triangle ("triangular2"), or decreases by the factor `gamma` after every step ("exp_range")."""
     gamma: Gamma = 1.0
-    """Factor applied to the height of the triangles after every step in the mode "exp_range"."""
+    """Factor by which the height of the triangles is multiplied after every step, if `mode` is
+    "exp_range"."""
     cycle_momentum: bool = True
     """Whether to cycle momentum (betas[0] if the optimizer has betas) inversely to the learning
     rate."""
@@ -389,7 +393,8 @@ class CyclicLR(
     max_momentum: Momentum = 0.9
     """Momentum at the bottom of the triangles."""
     relative: bool = False
-    """Whether the learning rates are multiples of each param group's initial learning rate."""
+    """Whether `base_lr` and `max_lr` are multiples of each param group's initial learning rate. If
+    false, they are absolute learning rates."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.gamma > 1:

@@ -63,7 +63,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     """
 
     steps_per_epoch: Count = None
-    """Number of steps per epoch; null uses the value of the run. The reference test runs once per
+    """Number of steps per epoch; null uses the value of the run. The test "reference" runs once per
     epoch."""
     total_epochs: Count = None
     """Number of epochs; null uses the value of the run."""
@@ -74,15 +74,16 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1)] = 0.5
     """Maximum length of the warmup, as a fraction of the run."""
     warmup_unit: Literal["step", "epoch"] = "step"
-    """Whether the learning rate grows at every step or at the end of every epoch."""
+    """Whether the learning rate of the warmup grows at every step or at the end of every epoch."""
     warmup_type: Literal["exp", "linear"] = "exp"
-    """Whether the learning rate grows exponentially or linearly."""
+    """Whether the learning rate of the warmup grows exponentially or linearly."""
     immediate_cooldown: bool = False
     """Whether the cooldown starts right after the warmup, without a constant phase."""
     decay_phase_stat: Literal["loss"] | None = None
-    """Statistic that determines when the learning rate is reduced in the constant phase. With
-    "loss", the learning rate is multiplied by `decay_phase_factor` whenever the mean loss per epoch
-    has not improved for more than five epochs."""
+    """Statistic that determines when the learning rate is reduced in the constant phase; null
+    reduces it at most once, at the start. With "loss", the learning rate is multiplied by
+    `decay_phase_factor` whenever the mean loss per epoch has not improved for more than five
+    epochs."""
     decay_phase_factor: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Factor applied to the learning rate in the constant phase. If `decay_phase_stat` is null, it
     is applied once, when a test ends the warmup; otherwise, it is applied at each plateau of the
@@ -93,10 +94,11 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     cooldown_type: Literal["cosine", "half_cosine"] = "cosine"
     """Shape of the decay; "half_cosine" starts at half of the peak learning rate."""
     test: Literal["reference", "robust"] = "reference"
-    """Test that ends the warmup."""
+    """Test that ends the warmup: that of the published code ("reference"), or one that does not
+    depend on the scale of the loss ("robust")."""
     rollback: bool = False
-    """Whether to restore, when the warmup ends, the weights and the optimizer state that had the
-    lowest loss."""
+    """Whether to restore the weights and the optimizer state when the warmup ends, to their values
+    after the test interval with the lowest mean loss."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.min_lr >= self.max_lr:

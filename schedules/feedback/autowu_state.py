@@ -62,7 +62,7 @@ class AutoWUState:
         """Restore a state from a dict returned by `to_json`.
 
         Raises:
-            ValueError: a value is missing, unknown or of another type.
+            ValueError: a value is missing or has the wrong type, or a key is unknown.
         """
         restored: AutoWUState = restore(cls, state, "state")
         return restored
@@ -70,7 +70,7 @@ class AutoWUState:
 
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-    """Parameters of the warmup. A test can end the warmup before its maximum length, ``steps``."""
+    """Parameters of AutoWU's warmup. ``steps`` is its maximum length; a test can end it earlier."""
 
     steps: int
     steps_per_epoch: int
@@ -82,14 +82,14 @@ class Warmup:
     type: Literal["exp", "linear"]
 
     def lr(self, step: int) -> float:
-        """Return the learning rate of the first param group at a step of the warmup."""
+        """Return the learning rate of the first param group at the given step of the warmup."""
         fraction = step / self.steps
         if self.unit == "epoch":
             fraction = step // self.steps_per_epoch / self.epochs
         return self.lr_between(self.max_lr, fraction)
 
     def lr_between(self, lr: float, fraction: float) -> float:
-        """Return the learning rate at a fraction of a warmup from ``min_lr`` to ``lr``."""
+        """Return the learning rate after a fraction of a warmup from ``min_lr`` to ``lr``."""
         if self.type == "linear":
             return self.min_lr + (lr - self.min_lr) * fraction
         return float(self.min_lr * (lr / self.min_lr) ** fraction)

@@ -20,15 +20,20 @@ class FeedbackController(Controller[S]):
     """Base class of the controllers of feedback schedules; see `Controller` for the interface."""
 
     def continue_from(self, state: S, values: Values) -> S:
-        """Return a state that continues from the current values, which other code may have changed.
+        """Return a state that continues from ``values``, which other code may have changed.
 
-        Override this method in the controller of a schedule that multiplies the current values.
+        By default, the state is returned unchanged. Override this method if the schedule multiplies
+        the values that it finds in the optimizer.
         """
         del values
         return state
 
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return None. Override this method to return the evidence for a decision."""
+        """Return None, by default.
+
+        A schedule that makes decisions overrides this method to return the losses and learning
+        rates that led to a decision.
+        """
         del before, loss, after
         return None
 
@@ -36,7 +41,7 @@ class FeedbackController(Controller[S]):
 class FeedbackSchedule(Schedule[S]):
     """Base class of schedules that depend on the loss or on a metric.
 
-    The hyperparameters of such a schedule are not known before the run. For previews, `curves` runs
+    The values that such a schedule sets are not known before the run. For previews, `curves` runs
     the controller on a synthetic loss.
     """
 
@@ -46,15 +51,15 @@ class FeedbackSchedule(Schedule[S]):
     def controller(self, base: Base) -> FeedbackController[S]:
         """Build the controller for the initial hyperparameters ``base`` of an optimizer.
 
-        The schedule must already be resolved.
+        Call this method only on a schedule that `resolve` returned.
         """
 
     @abstractmethod
     def synthetic_loss(self, step: int, lr: float) -> float:
-        """Return the synthetic loss of a step with learning rate ``lr``, for previews."""
+        """Return the synthetic loss, used for previews, of a step with learning rate ``lr``."""
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> FeedbackController[S]:
-        """Resolve the schedule and return its controller."""
+        """Convert all durations to steps with `resolve`, and build the controller."""
         resolved: FeedbackSchedule[S] = self.resolve(horizon)
         return resolved.controller(base)
 

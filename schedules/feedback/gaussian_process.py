@@ -66,7 +66,7 @@ def _whitening() -> Array:
 
 
 class Statistics(NamedTuple):
-    """Sufficient statistics of losses y at positions x, in the eigenbasis of phi^T phi."""
+    """Sufficient statistics of losses y at positions with features phi."""
 
     size: float
     """Number of losses."""
@@ -87,7 +87,8 @@ class Statistics(NamedTuple):
         Args:
             phi: features of each position, of shape (positions, features).
             y: loss, or mean of several losses, at each position, of shape (positions,).
-            weights: number of losses whose mean is y, of shape (positions,). Defaults to 1.
+            weights: number of losses averaged in each element of y, of shape (positions,). By
+                default, all weights are 1.
         """
         root = np.ones(len(y)) if weights is None else np.sqrt(weights)
         scaled, ones, y = phi * root[:, None], root, y * root
@@ -110,7 +111,7 @@ def compute_statistics(x: Array, y: Array) -> Statistics:
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """Hyperparameters of the Gaussian process, and the state of Adam, which fits them.
+    """Hyperparameters of the Gaussian process, and the state of the Adam optimizer that fits them.
 
     Adam optimizes the unconstrained values ``raw``, with noise = 1e-4 + softplus(raw[0]),
     mean = raw[1] and scale = softplus(raw[2]). ``first`` and ``second`` are Adam's moments.
@@ -123,7 +124,7 @@ class Hyperparameters:
 
     @classmethod
     def initial(cls, noise: float = 1e-3, scale: float = math.log(2)) -> Hyperparameters:
-        """Return hyperparameters with mean 0 and the given noise and process variances."""
+        """Return hyperparameters with mean 0 and the variances ``noise`` and ``scale``."""
         return cls((_inverse_softplus(noise - _LEAST_NOISE), 0.0, _inverse_softplus(scale)))
 
     @property
@@ -160,7 +161,7 @@ class Hyperparameters:
         return _Slopes(data, self.mean)(*self.raw)
 
     def fit(self, data: Statistics, steps: int = 100, rate: float = 0.01) -> Hyperparameters:
-        """Return the hyperparameters after minimizing `loss` with ``steps`` steps of Adam."""
+        """Return the hyperparameters that result from ``steps`` steps of Adam on `loss`."""
         raw, first, second = list(self.raw), list(self.first), list(self.second)
         slopes = _Slopes(data, self.mean)
         for step in range(self.steps + 1, self.steps + steps + 1):
@@ -181,7 +182,7 @@ class Hyperparameters:
 class _Slopes:
     """Computes the gradient of `Hyperparameters.loss` repeatedly on the same data.
 
-    The constructor precomputes a matrix, so that each gradient requires only a product with it.
+    The constructor precomputes a matrix. A gradient then takes only one product with it.
 
     Args:
         data: statistics of the losses.
@@ -235,11 +236,11 @@ class Posterior(NamedTuple):
 
     @classmethod
     def from_statistics(cls, data: Statistics, by: Hyperparameters, basis: Array) -> Posterior:
-        """Compute the posterior at given positions.
+        """Compute the posterior given the losses, at positions with features ``basis``.
 
         Args:
             data: statistics of the losses.
-            by: hyperparameters of the process.
+            by: hyperparameters of the Gaussian process.
             basis: features of the positions, of shape (positions, features).
         """
         ratio = by.scale / by.noise
@@ -254,7 +255,7 @@ class Posterior(NamedTuple):
         return np.asarray((self.root**2).sum(1))
 
     def compute_difference_variance(self, index: int) -> Array:
-        """Return the posterior variance of f(x) - f(p) at each x, where p is position ``index``."""
+        """Return the posterior variance of f(x) - f(p) at each x; p has the index ``index``."""
         return np.asarray(((self.root - self.root[index]) ** 2).sum(1))
 
 
@@ -267,7 +268,8 @@ def solve_ratio(data: Statistics, within: float = 0.0) -> Hyperparameters:
         noise(rho) = (y^T y + within - sum(rho b^2 / (1 + rho lambda))) / n
 
     Args:
-        data: statistics of the losses, with eigenvalues lambda and projections b.
+        data: statistics of n losses y, with the eigenvalues lambda (``values``) and the projected
+            losses b (``projected``).
         within: sum of the squared deviations of the losses from the means of their bins, if
             ``data`` was computed from these means. Defaults to 0.
     """

@@ -14,7 +14,7 @@ __all__ = ["History"]
 
 
 class History:
-    """An immutable sequence of losses. A history and its extension can share one list.
+    """An immutable sequence of losses. A history and the result of `with_loss` can share one list.
 
     >>> first = History().with_loss(1.0)
     >>> second, third = first.with_loss(2.0), first.with_loss(3.0)

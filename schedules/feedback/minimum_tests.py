@@ -65,18 +65,21 @@ class PublishedResult(NamedTuple):
 
     @property
     def is_positive(self) -> bool:
-        """Whether the probability exceeds `CONFIDENCE` for a majority of the samples."""
+        """Whether most samples show that the loss has passed its minimum.
+
+        In these samples, the probability exceeds `CONFIDENCE`.
+        """
         votes = sum(probability > CONFIDENCE for probability in self.probabilities)
         return votes > REDRAWS / 2
 
     @property
     def probability(self) -> float:
-        """Median of the probabilities over the samples."""
+        """Probability that the loss has passed its minimum: the median over the samples."""
         return sorted(self.probabilities)[REDRAWS // 2]
 
 
 def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> PublishedResult:
-    """Run AutoWU's published test on all losses of the warmup so far.
+    """Test with AutoWU's published method whether the loss of the warmup has passed its minimum.
 
     The test sets the mean of the Gaussian process to the mean of the losses. It then fits the
     hyperparameters to at most 100 losses with 100 steps of Adam, starting from the previous fit.
@@ -84,10 +87,11 @@ def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> 
     are ignored, but the positions of the other losses do not change.
 
     Args:
-        losses: loss of each step, in order.
-        fit: hyperparameters of the previous test, or `Hyperparameters.initial` in the first test.
-        sample: function that draws random losses; see `Sampler`. It is called only if there are
-            more losses than the fit or a posterior uses.
+        losses: loss of each step of the warmup so far, in order.
+        fit: hyperparameters that the previous test returned. In the first test, pass
+            `Hyperparameters.initial()`.
+        sample: function that selects losses at random; see `Sampler`. It is called only if there
+            are more than 100 finite losses.
     """
     positions = np.arange(len(losses), dtype=np.float32) / np.float32(len(losses))
     finite = np.isfinite(losses)
@@ -108,12 +112,12 @@ def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> 
 
 
 def compute_published_band(losses: Array, fit: Hyperparameters) -> Band:
-    """Return the mean and confidence band of the Gaussian process of `run_published_test`.
+    """Return the mean and confidence band of the process that `run_published_test` has fitted.
 
     The posterior is computed from all finite losses.
 
     Args:
-        losses: loss of each step, in order. At least one must be finite.
+        losses: loss of each step of the warmup so far, in order. At least one must be finite.
         fit: hyperparameters that the test returned.
     """
     finite = np.isfinite(losses)
@@ -135,18 +139,22 @@ class RobustResult(NamedTuple):
 
     @property
     def is_positive(self) -> bool:
-        """Whether the probabilities ``now`` and ``start`` both exceed `CONFIDENCE`."""
+        """Whether the loss has passed its minimum with a probability above `CONFIDENCE`.
+
+        The current and the initial loss must both be above the minimum with this probability.
+        """
         return min(self.now, self.start) > CONFIDENCE
 
 
 def run_robust_test(losses: Array) -> RobustResult:
-    """Test whether the loss of the warmup has passed its minimum, robustly to noise and spikes.
+    """Test with the robust method whether the loss of the warmup has passed its minimum.
 
-    The result does not depend on the scale of the loss. Losses are clipped to within twice the
-    decrease of the lowest loss so far; non-finite losses are set to the upper end of this range.
-    The losses are then compressed with asinh and averaged in at most 256 bins. Unlike the test of
-    the AutoWU paper, this test needs neither random sampling nor Adam, because the
-    maximum-likelihood estimate of the noise has a closed form.
+    The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
+    losses that differ from the lowest loss by more than twice the decrease of the loss so far, and
+    replaces losses that are not finite with the highest value that clipping allows. The losses are
+    then compressed with asinh and averaged in at most 256 bins. Unlike the published test, this
+    test needs neither random samples nor Adam, because it can compute the most likely noise
+    variance directly.
 
     Args:
         losses: loss of each step of the warmup so far, in order. There must be at least 8.
@@ -160,7 +168,7 @@ def run_robust_test(losses: Array) -> RobustResult:
 
 
 def compute_robust_band(losses: Array) -> Band:
-    """Return the mean and confidence band of `run_robust_test`, on the scale of the losses."""
+    """Return the mean and confidence band that `run_robust_test` fits to the losses."""
     compression = _Compression.from_losses(losses)
     return _band(_robust_posterior(compression(losses)), compression.invert)
 
@@ -231,7 +239,7 @@ def _basis(points: int) -> Array:
 
 
 def _certainty(posterior: Posterior, index: int, floor: float) -> float:
-    """Return the maximum over x of P(f(p) > f(x)), where p is position ``index``.
+    """Return the maximum over x of P(f(p) > f(x)); p is the position with index ``index``.
 
     ``floor`` is added to the variance of f(p) - f(x), so that tiny differences do not count.
     """

@@ -20,13 +20,13 @@ MetricCount = Annotated[int, Range(at_least=0)]
 
 
 class PlateauState(NamedTuple):
-    """The state of the rule `Plateau` after the metrics that it has received so far."""
+    """The state of the rule `Plateau` after the metric values that it has received so far."""
 
     best: float | None = None
     bad: Count = 0
-    """Number of consecutive metrics without improvement."""
+    """Number of consecutive metric values without an improvement."""
     rests: Count = 0
-    """Remaining number of metrics in the cooldown after the last reduction."""
+    """Number of metric values that are still ignored after the last reduction."""
     factor: float = 1.0
     """Product of the factors of all reductions so far."""
     reductions: Count = 0
@@ -35,7 +35,7 @@ class PlateauState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-    """The rule of `ReduceLROnPlateau`: computes the learning rate factor from the metrics so far.
+    """The rule of `ReduceLROnPlateau`, which computes a learning rate factor from metric values.
 
     >>> rule = Plateau(factor=0.5, patience=1)
     >>> state = rule.init()
@@ -53,11 +53,11 @@ class Plateau:
     cooldown: int = 0
 
     def init(self) -> PlateauState:
-        """Return the state before the first metric."""
+        """Return the state before the first metric value."""
         return PlateauState()
 
     def update(self, state: PlateauState, metric: float) -> PlateauState:
-        """Return the state after one more metric. NaN never counts as an improvement."""
+        """Return the state after one more metric value. NaN never counts as an improvement."""
         best, bad, rests = state.best, state.bad + 1, state.rests
         if self._is_better(metric, best):
             best, bad = metric, 0
@@ -91,14 +91,14 @@ class _State(NamedTuple):
 class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "factor": 0.5}):
     """Reduce the learning rate when a metric has stopped improving.
 
-    A metric is an improvement if it is better than the best metric so far by more than
-    ``threshold``, by default a fraction of the best metric. After more than ``patience``
-    consecutive metrics without improvement::
+    A value of the metric is an improvement if it is better than the best value so far by more than
+    ``threshold``, which by default is a fraction of the best value. After more than ``patience``
+    consecutive values without an improvement::
 
         lr = max(lr * factor, min_lr)
 
-    When the metric is available, for example at the end of an epoch, pass it to
-    ``trainer.step(metric=…)`` or, in a custom loop, to ``step(metric)``. Steps without a metric do
+    Whenever a new value of the metric is available, for example at the end of an epoch, pass it to
+    ``trainer.step(metric=…)`` or, in a custom loop, to ``step(metric)``. Steps without a value do
     not change the learning rate. Previews show a run on a synthetic metric.
 
     >>> import torch, schedules
@@ -115,23 +115,23 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
     feedback: ClassVar[Literal["loss", "metric"] | None] = "metric"
 
     mode: Literal["min", "max"] = "min"
-    """Whether a smaller ("min") or a larger ("max") metric is better."""
+    """Whether smaller ("min") or larger ("max") values of the metric are better."""
     factor: Annotated[float, Range(at_least=0)] = 0.1
     """Factor applied to the learning rate at each reduction."""
     patience: MetricCount = 10
-    """Number of consecutive metrics without improvement that are tolerated. The next one
+    """Number of consecutive metric values without an improvement that are tolerated. One more
     reduces the learning rate."""
     threshold: Annotated[float, Range(at_least=0)] = 1e-4
     """Minimum change of the metric that counts as an improvement."""
     threshold_mode: Literal["rel", "abs"] = "rel"
-    """Whether `threshold` is a fraction of the best metric ("rel") or an absolute difference
+    """Whether `threshold` is a fraction of the best metric value ("rel") or an absolute difference
     ("abs")."""
     cooldown: MetricCount = 0
     """Number of metric values to ignore after each reduction of the learning rate."""
     min_lr: LearningRate = 0.0
     """Lower bound of the learning rate."""
     eps: Annotated[float, Range(at_least=0)] = 1e-8
-    """Minimum change of the learning rate; smaller reductions are skipped."""
+    """Minimum reduction of the learning rate; smaller reductions are skipped."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if self.factor >= 1:

@@ -1,4 +1,4 @@
-"""The tests that can end AutoWU's warmup, after several confident results in a row."""
+"""The tests that end AutoWU's warmup when several results in a row are confident."""
 
 from __future__ import annotations
 
@@ -69,19 +69,19 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def find_likely_minimum(self, state: AutoWUState) -> float | None:
-        """Return the likely position of the lowest loss (0 to 1), or None if there is none."""
+        """Return the likely position of the loss minimum (0 to 1), or None if none is likely."""
 
     @abstractmethod
     def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:
-        """Return the mean and confidence band of the last test, or None if no test has been run."""
+        """Return the mean and confidence band of the last fit; None before the first test."""
 
     @abstractmethod
     def warning(self) -> str | None:
-        """Return a warning if the warmup is too short for the test, otherwise None."""
+        """Return a warning if the warmup is too short for the test, and None otherwise."""
 
 
 class PublishedTest(WarmupTest):
-    """AutoWU's published test.
+    """AutoWU's published test of whether the loss has passed its minimum.
 
     It runs once per epoch and ends the warmup after three confident results in a row.
     """
@@ -127,10 +127,10 @@ class PublishedTest(WarmupTest):
 
 
 class RobustTest(WarmupTest):
-    """A test whose result does not depend on the scale of the loss.
+    """A test of whether the loss has passed its minimum that does not depend on the loss's scale.
 
-    It runs about sixty times if the warmup reaches its maximum length. It ends the warmup only
-    after five or more significant results in a row.
+    It runs about sixty times if the warmup reaches its maximum length. It ends the warmup after
+    five or more confident results in a row.
     """
 
     dtype = np.float64
@@ -174,13 +174,13 @@ class RobustTest(WarmupTest):
 
 
 class TorchSampler:
-    """Samples indices without replacement, with the same random numbers as the published code.
+    """Samples indices without replacement, with the same random numbers as AutoWU's published code.
 
     The random numbers come from a PyTorch generator.
 
     Args:
-        state: the `state` attribute of an earlier sampler, to resume from its generator state.
-            By default, the generator is seeded with 0.
+        state: the attribute `state` of an earlier sampler, whose sequence of random numbers is
+            continued. By default, the generator is seeded with 0.
     """
 
     def __init__(self, state: str | None = None) -> None:
@@ -196,7 +196,7 @@ class TorchSampler:
         return np.sort(drawn.numpy())
 
     def build_generator(self) -> Any:
-        """Return a PyTorch generator with the current state."""
+        """Return a PyTorch generator in the state ``state``, or seeded with 0 if it is None."""
         import torch
 
         generator = torch.Generator()
