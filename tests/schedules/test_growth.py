@@ -1,5 +1,6 @@
 """Memory of long runs: no schedule may keep an object per step."""
 
+import gc
 import math
 import sys
 import warnings
@@ -48,8 +49,10 @@ def test_schedule_in_a_long_run_keeps_no_object_per_step(name):
         warnings.simplefilter("ignore")  # about steps of the schedule without optimizer steps
         binder = attach(type_name, optimizer, horizon=horizon, **params)
         run(binder, STEPS)
+        gc.collect()  # garbage of earlier tests
         before = sys.getallocatedblocks()
         run(binder, STEPS)
+        gc.collect()
     assert sys.getallocatedblocks() - before < STEPS // 5
 
 
