@@ -241,8 +241,8 @@ class Config(Mapping[str, Any]):
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
         Raises:
-            DurationError: ``max_duration`` is in epochs, and ``steps_per_epoch`` is None or so large
-                that the run is too long.
+            DurationError: ``max_duration`` is in epochs, and ``steps_per_epoch`` is None or so
+                large that the run is longer than 2**53 steps.
         """
         return build_horizon(
             self.run, samples_per_step=self.batch.train, steps_per_epoch=steps_per_epoch

@@ -2,10 +2,10 @@
 
 python checkpoint_run.py DIRECTORY STEPS [BACKEND [sync|async [ENGINES [HOURS]]]]
 
-If the number of ENGINES is passed, only two automatic checkpoints are kept, and the user saves one
-more. With two engines, the second one trains in turn, saves to DIRECTORY/second and prints lines
-that start with ``second:``. HOURS is the number of hours by which the clock of this process is set
-back.
+If the number of ENGINES is passed, only two automatic checkpoints are kept, the user saves one
+more, and the last line shows the state after the last step. With two engines, the second one trains
+in turn, saves to DIRECTORY/second and prints lines that start with ``second:``. HOURS is the number
+of hours by which the clock of this process is set back.
 """
 
 import datetime as dt
@@ -69,12 +69,18 @@ class Trained:
         lr = trainer.get_lr()[0]
         trainer.backward((trainer(features) - target).pow(2).mean())
         trainer.step()
+        self._print(trainer.global_steps, lr, features.sum().item())
+
+    def print_next_step(self):
+        """Print the learning rate of the next step and the weights."""
+        self._print(self.trainer.global_steps + 1, self.trainer.get_lr()[0], 0.0)
+
+    def _print(self, step, lr, sample_sum):
         weights = b"".join(p.detach().numpy().tobytes() for p in self.net.parameters())
         digest = hashlib.sha256(weights).hexdigest()[:16]
-        if trainer.global_rank == 0:
+        if self.trainer.global_rank == 0:
             # Write the line at once: torchrun may forward part of a line.
-            step = f"{self.prefix}{trainer.global_steps}"
-            sys.stdout.write(f"{step} {lr} {features.sum().item()} {digest}\n")
+            sys.stdout.write(f"{self.prefix}{step} {lr} {sample_sum} {digest}\n")
             sys.stdout.flush()
 
 
@@ -92,7 +98,7 @@ def set_clock_back(hours):
 
 
 def main(directory, steps, backend, is_async, engines):
-    others = iter(())
+    others, second = iter(()), None
     if engines == 2:
         # This engine draws no random numbers, so that each of the two resumes exactly.
         second = Trained(f"{directory}/second", backend, is_async, prefix="second:", dropout=0.0)
@@ -104,6 +110,9 @@ def main(directory, steps, backend, is_async, engines):
         next(others, None)
     for _ in others:
         pass
+    for trained in (first, second):
+        if engines and trained is not None:
+            trained.print_next_step()
 
 
 if __name__ == "__main__":
