@@ -1,4 +1,4 @@
-"""Checks before DeepSpeed loads a checkpoint, and contexts that change how DeepSpeed loads it."""
+"""Check a checkpoint before DeepSpeed loads it, and change how DeepSpeed reads its files."""
 
 from __future__ import annotations
 

@@ -357,7 +357,7 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """Add a hint to a problem about an unknown parameter, which lists the schedules that have it.
+    """If a problem is about an unknown parameter, add a hint that lists the schedules that have it.
 
     Other problems are returned unchanged.
     """

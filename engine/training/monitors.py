@@ -261,7 +261,7 @@ class Monitors:
             monitor.write_events(each_event)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number that each directory of the run has in its name, for a checkpoint."""
+        """Return the state to save: the number in the name of each of the run's directories."""
         return dict(self._directories.numbers)
 
     def resume(self, state: Mapping[str, int], samples: int) -> None:

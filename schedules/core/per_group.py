@@ -57,10 +57,10 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
 
 
 def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[float, ...]:
-    """Return, for each param group, the value of a field that is a learning rate.
+    """Return the value of a learning-rate field for each param group.
 
     Args:
-        schedule: schedule with the field, and with a field ``relative``.
+        schedule: schedule that has this field and a field ``relative``.
         name: name of the field.
         lrs: initial learning rate of each group. If the field is None, the initial learning rates
             are returned. If ``relative`` is true, the field's value is a factor that multiplies

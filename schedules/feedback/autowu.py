@@ -70,13 +70,14 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     min_lr: Annotated[float, Range(above=0)] = 1e-5
     """Learning rate at the first step."""
     max_lr: Annotated[float, Range(above=0)] = 1.0
-    """Learning rate at the end of a warmup of maximum length."""
+    """Learning rate that the warmup reaches if it runs for its maximum length. A warmup that ends
+    earlier reaches a lower learning rate."""
     max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1)] = 0.5
     """Maximum length of the warmup, as a fraction of the run."""
     warmup_unit: Literal["step", "epoch"] = "step"
-    """Whether the learning rate of the warmup grows at every step or at the end of every epoch."""
+    """Whether the learning rate increases at every step or at the end of every epoch during warmup."""
     warmup_type: Literal["exp", "linear"] = "exp"
-    """Whether the learning rate of the warmup grows exponentially or linearly."""
+    """Whether the learning rate increases exponentially or linearly during warmup."""
     immediate_cooldown: bool = False
     """Whether the cooldown starts right after the warmup, without a constant phase."""
     decay_phase_stat: Literal["loss"] | None = None
