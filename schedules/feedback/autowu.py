@@ -75,7 +75,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     max_warmup_fraction: Annotated[float, Range(at_least=0, at_most=1)] = 0.5
     """Maximum length of the warmup, as a fraction of the run."""
     warmup_unit: Literal["step", "epoch"] = "step"
-    """Whether the learning rate increases at every step or at the end of every epoch during warmup."""
+    """Whether the learning rate increases at every step or at the end of every epoch during
+    warmup."""
     warmup_type: Literal["exp", "linear"] = "exp"
     """Whether the learning rate increases exponentially or linearly during warmup."""
     immediate_cooldown: bool = False
