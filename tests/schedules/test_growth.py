@@ -1,6 +1,7 @@
 """Memory of long runs: no schedule may keep an object per step."""
 
 import gc
+import logging
 import math
 import sys
 import warnings
@@ -40,7 +41,8 @@ def run(binder, steps):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_schedule_in_a_long_run_keeps_no_object_per_step(name):
+def test_schedule_in_a_long_run_keeps_no_object_per_step(name, caplog):
+    caplog.set_level(logging.WARNING, logger="onecycle")  # pytest keeps what is logged
     type_name, params = CASES[name]
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.01)
