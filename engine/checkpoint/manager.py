@@ -230,7 +230,8 @@ class Checkpointer:
         counters = replace(run.counters, micro_steps=run.counters.micro_steps - open_batches)
         position = self.data.get_state()
         if position is not None and open_batches:
-            position |= {"given": position["given"] - open_batches, "finished": 0}
+            # The script may also have passed batches that did not come from the loader.
+            position |= {"given": max(0, position["given"] - open_batches), "finished": 0}
         return {
             "lr_scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
             "counters": asdict(counters),

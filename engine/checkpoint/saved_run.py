@@ -21,7 +21,8 @@ class _Position:
     """The result of `DataPosition.get_state`."""
 
     epoch: _CountOrNone
-    given: Count
+    given: int
+    """May be negative in checkpoints of earlier versions; `DataPosition.read` replaces it by 0."""
     finished: Count = field(default=0, metadata=OPTIONAL)
 
 
