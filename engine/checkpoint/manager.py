@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import logging
 import os
@@ -350,7 +351,9 @@ class Checkpointer:
                 if run.rollback is not None:
                     snapshot = run.rollback.read(checkpoint_dir)
         own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
-        with self.data.restore(position, checkpoint_dir):
+        with contextlib.ExitStack() as stack:
+            with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
+                stack.enter_context(self.data.restore(position, checkpoint_dir))
             self._backend.load(
                 checkpoint_dir, optimizer=optimizer, strict=strict, frozen=manifest.frozen
             )
