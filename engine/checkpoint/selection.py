@@ -76,8 +76,8 @@ class CheckpointSelector:
                     f"{checkpoint_dir} differs between rank 0 and rank {self._ranks.rank}: "
                     f"{what}. Use a directory that all hosts share."
                 )
-        if not is_foreign:
-            state = read_run(checkpoint_dir / RUN_STATE)
+            if not is_foreign:
+                state = read_run(checkpoint_dir / RUN_STATE)
         return Selected(checkpoint_dir, manifest, state, is_foreign)
 
     def _choose(self, directory: Path, tag: str | None) -> tuple[str, bool, Manifest]:
