@@ -201,12 +201,16 @@ class Checkpointer:
         path = directory.resolve()
         if path in self._locks:
             return
-        with raise_on_all_ranks(self._ranks.world_size):
-            if self._ranks.rank == 0:
-                storage.create_directory(directory)
-                self._locks[path] = DirectoryLock(directory)
-                storage.discard_partials(directory)
-        self._locks.setdefault(path, None)
+        with contextlib.ExitStack() as stack:
+            lock = None
+            with raise_on_all_ranks(self._ranks.world_size):
+                if self._ranks.rank == 0:
+                    storage.create_directory(directory)
+                    lock = DirectoryLock(directory)
+                    stack.callback(lock.release)
+                    storage.discard_partials(directory)
+            stack.pop_all()  # keep the lock
+        self._locks[path] = lock
 
     def is_saved(self, run: RunState, directory: Path) -> bool:
         """Return whether the run's last checkpoint in a directory is up to date.

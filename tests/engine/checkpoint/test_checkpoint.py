@@ -760,3 +760,20 @@ def test_negative_position_of_an_earlier_version_is_read_as_the_start_of_the_dat
     torch.save(state, path)
     position = trainer._checkpointer.data.read(read_run(path), trainer._run.config.batch, path, 1)
     assert position["given"] == 0
+
+
+def test_lock_is_released_if_incomplete_checkpoints_cannot_be_deleted(tmp_path):
+    trainer, _ = start()
+    (tmp_path / ".old.partial").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail(partial):
+            raise PermissionError(f"cannot delete {partial}")
+
+        patch.setattr(storage, "discard", fail)
+        for _ in range(2):  # the second save tries again
+            with pytest.raises(PermissionError, match="cannot delete"):
+                trainer.save_checkpoint(tmp_path)
+            assert not (tmp_path / ".lock").exists()
+    trainer.save_checkpoint(tmp_path)
+    assert complete_tags(tmp_path) == ["global_step0"]
