@@ -346,7 +346,7 @@ class DeepSpeedBackend(Backend):
                     check_structure(self.engine, checkpoint_dir, own, strict=strict, trusts=trusts)
         with report_damage(checkpoint_dir):
             self._load(files, optimizer=optimizer, strict=strict)
-        if saved_scaler is not None:
+        if scaler is not None and saved_scaler is not None:
             scaler.load_state_dict(saved_scaler)
 
     def _load(self, files: DeepSpeedFiles, *, optimizer: bool, strict: bool) -> None:
