@@ -32,7 +32,9 @@ def start(stage, **checkpoint):
 
 
 def train(trainer):
-    x = torch.ones(trainer.train_micro_batch_size_per_gpu(), 2, dtype=next(trainer.module.parameters()).dtype)
+    x = torch.ones(
+        trainer.train_micro_batch_size_per_gpu(), 2, dtype=next(trainer.module.parameters()).dtype
+    )
     trainer.backward(trainer(x).float().pow(2).mean())
     trainer.step()
 
