@@ -24,17 +24,18 @@ from engine.backends.deepspeed_checkpoint import (
     check_sharding,
     describe_for_conversion,
     keep_implementation,
+    read_scaler,
     refuse_pickled_code,
+    report_damage_on_all_ranks,
     set_format,
 )
 from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.backends.deepspeed_import import import_for_config
 from engine.backends.deepspeed_layout import Layout
 from engine.backends.deepspeed_order import BackwardOrder
-from engine.backends.deepspeed_structure import check_structure
+from engine.backends.deepspeed_structure import check_structure, read_weights
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor
-from engine.checkpoint.plain_values import read_values, report_damage, write_values
-from engine.checkpoint.structure import check_same_structure
+from engine.checkpoint.plain_values import report_damage, write_values
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
 from engine.config.master_weights import find_cpu_adam_key
@@ -327,44 +328,43 @@ class DeepSpeedBackend(Backend):
     def load(
         self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
     ) -> None:
-        with report_damage(checkpoint_dir):
-            self._load(checkpoint_dir, optimizer=optimizer, strict=strict and frozen)
-
-    def _load(self, checkpoint_dir: Path, *, optimizer: bool, strict: bool) -> None:
-        trusts = self._config.checkpoint.trust_pickle
-        files = DeepSpeedFiles(checkpoint_dir, trusts=trusts)
+        strict &= frozen
         optimizer &= self.engine.basic_optimizer is not None
-        path, scaler = checkpoint_dir / _SCALER, self.engine.torch_autocast_z0_gradscaler
-        saved_scaler = None
-        if scaler and optimizer and path.is_file():
-            saved_scaler = read_values(path)
-            with report_damage(path):
-                check_same_structure(saved_scaler, scaler.state_dict(), "grad_scaler")
-        if self._layout is not None:
-            self._layout.check(files, optimizer=optimizer, strict=strict)
-            if optimizer:
+        # At stage 3, all ranks must read their weights together, so no check may fail before that.
+        checks_files = optimizer and self._layout is not None
+        own = read_weights(self.engine) if checks_files else {}
+        with report_damage_on_all_ranks(checkpoint_dir, self.ranks):
+            trusts = self._config.checkpoint.trust_pickle
+            files = DeepSpeedFiles(checkpoint_dir, trusts=trusts)
+            scaler = self.engine.torch_autocast_z0_gradscaler if optimizer else None
+            saved_scaler = read_scaler(checkpoint_dir / _SCALER, scaler)
+            if self._layout is not None:
+                self._layout.check(files, optimizer=optimizer, strict=strict)
+            if checks_files:
                 check_sharding(files, self._config.zero_stage, self.engine.seq_dp_world_size)
                 if not files.is_universal:
-                    check_structure(
-                        self.engine, checkpoint_dir, optimizer=True, strict=strict, trusts=trusts
-                    )
+                    check_structure(self.engine, checkpoint_dir, own, strict=strict, trusts=trusts)
+        with report_damage(checkpoint_dir):
+            self._load(files, optimizer=optimizer, strict=strict)
+        if scaler is not None and saved_scaler is not None:
+            scaler.load_state_dict(saved_scaler)
+
+    def _load(self, files: DeepSpeedFiles, *, optimizer: bool, strict: bool) -> None:
         with contextlib.ExitStack() as stack:
-            if not trusts:
+            if not self._config.checkpoint.trust_pickle:
                 stack.enter_context(refuse_pickled_code())
             stack.enter_context(set_format(self.engine, files))
             if optimizer or self._layout is None or files.is_universal:
                 stack.enter_context(keep_implementation(self.basic_optimizer))
                 self.engine.load_checkpoint(
-                    str(checkpoint_dir.parent),
-                    tag=checkpoint_dir.name,
+                    str(files.directory.parent),
+                    tag=files.directory.name,
                     load_module_strict=strict,
                     load_optimizer_states=optimizer,
                     load_lr_scheduler_states=False,
                 )
             else:
                 self._load_only_weights(files, strict=strict)
-        if saved_scaler is not None:
-            scaler.load_state_dict(saved_scaler)
 
     def _load_only_weights(self, files: DeepSpeedFiles, *, strict: bool) -> None:
         """Load the weights and the step counters of a checkpoint, but not the optimizer's state.
@@ -372,10 +372,12 @@ class DeepSpeedBackend(Backend):
         DeepSpeed's own method is not used here, because it would load the weights of the newest tag
         instead of those of this checkpoint.
         """
-        found = files.find_weights()
-        weights = {k: v.read() if isinstance(v, SavedTensor) else v for k, v in found.items()}
+        with report_damage_on_all_ranks(files.directory, self.ranks):
+            found = files.find_weights()
+            weights = {k: v.read() if isinstance(v, SavedTensor) else v for k, v in found.items()}
+            counters = files.read_run_state(self.engine.train_batch_size())["counters"]
         self._load_weights(weights, strict, None)
-        for name, count in files.read_run_state(self.engine.train_batch_size())["counters"].items():
+        for name, count in counters.items():
             setattr(self.engine, name, count)
 
     def _load_weights(
@@ -410,8 +412,7 @@ class DeepSpeedBackend(Backend):
 
     @override
     def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
-        if only_check:
-            return  # `load` checks the files
+        assert not only_check, "only the PyTorch backend saves snapshots in checkpoints"
         checkpoint_dir, self.grad_norm = snapshot
         self.load(checkpoint_dir, optimizer=True, strict=True)
         dist.barrier()

@@ -4,23 +4,70 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from engine.checkpoint.collectives import raise_on_all_ranks
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles
 from engine.checkpoint.deepspeed_pickles import import_classes, unpickle
 from engine.checkpoint.optimizer_state import KEPT_SETTINGS
+from engine.checkpoint.plain_values import read_values, report_damage
+from engine.checkpoint.structure import check_same_structure
+from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
 
 __all__ = [
     "check_sharding",
     "describe_for_conversion",
     "keep_implementation",
+    "read_scaler",
     "refuse_pickled_code",
+    "report_damage_on_all_ranks",
     "set_format",
 ]
+
+
+@contextlib.contextmanager
+def report_damage_on_all_ranks(checkpoint_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Raise an exception on all ranks if the ``with`` block raises one on any rank.
+
+    Args:
+        checkpoint_dir: directory of the checkpoint, for the error message.
+        ranks: rank and world size of this process.
+
+    Raises:
+        CheckpointError: the block raised an exception on this rank.
+        RuntimeError: the block raised an exception on another rank only.
+    """
+    with (
+        raise_on_all_ranks(ranks.world_size, "The checkpoint was not loaded"),
+        report_damage(checkpoint_dir),
+    ):
+        yield
+
+
+def read_scaler(path: Path, scaler: Any) -> Any:
+    """Read and check the state of PyTorch's ``GradScaler``.
+
+    Args:
+        path: file with the state.
+        scaler: ``GradScaler`` of this run; None if it has none.
+
+    Returns:
+        The state; None if there is no file or no scaler.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if scaler is None or not path.is_file():
+        return None
+    saved = read_values(path)
+    with report_damage(path):
+        check_same_structure(saved, scaler.state_dict(), "grad_scaler")
+    return saved
 
 
 @contextlib.contextmanager
@@ -115,9 +162,20 @@ def keep_implementation(optimizer: Optimizer) -> Iterator[None]:
         {name: value for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
     ]
-    yield
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        return
+    try:
+        yield
+    finally:  # a load that fails may have changed the param groups
+        if type(optimizer).__module__.startswith("torch.optim"):
+            _repair(optimizer, before)
+
+
+def _repair(optimizer: Optimizer, before: list[dict[str, Any]]) -> None:
+    """Restore the settings of the implementation, and convert step counts to tensors.
+
+    Args:
+        optimizer: optimizer of PyTorch that has loaded a state.
+        before: settings of its param groups before the load.
+    """
     for group, settings in zip(optimizer.param_groups, before, strict=True):
         for name in group.keys() - settings.keys() - {"params"}:
             del group[name]

@@ -22,7 +22,7 @@ from engine.checkpoint.structure import (
 )
 from schedules.core.saved_state import describe
 
-__all__ = ["check_structure"]
+__all__ = ["check_structure", "read_weights"]
 
 _OPTIMIZER = "optimizer_state_dict"
 _NESTED = ("base_optimizer_state", _OPTIMIZER, "state", "param_groups")
@@ -30,14 +30,14 @@ _NESTED = ("base_optimizer_state", _OPTIMIZER, "state", "param_groups")
 
 
 def check_structure(
-    engine: Any, directory: Path, *, optimizer: bool, strict: bool, trusts: bool
+    engine: Any, directory: Path, weights: Mapping[str, Any], *, strict: bool, trusts: bool
 ) -> None:
     """Check that this rank's files have the structure of those that DeepSpeed would write now.
 
     Args:
         engine: DeepSpeed's engine.
         directory: directory of the checkpoint.
-        optimizer: whether the optimizer's state will be loaded.
+        weights: result of `read_weights`.
         strict: whether the checkpoint must have all weights of the model, and no others.
         trusts: whether to unpickle objects of any class, which can run code from the files.
 
@@ -50,10 +50,10 @@ def check_structure(
         return  # written by another number of ranks
     values = read_file(path, trusts=trusts)
     with report_damage(path):
-        _check_model(values, engine, strict=strict)
-        if optimizer and not engine.zero_optimization():
+        _check_model(values, weights, strict=strict)
+        if not engine.zero_optimization():
             _check_optimizer(values.get("optimizer"), engine)
-    if optimizer and engine.zero_optimization() and not engine.zero_nvme_offload_optimizer():
+    if engine.zero_optimization() and not engine.zero_nvme_offload_optimizer():
         path = Path(engine._get_zero_ckpt_name(root, tag))  # noqa: SLF001  # it has no public name
         values = read_file(path, trusts=trusts)
         with report_damage(path):
@@ -61,12 +61,11 @@ def check_structure(
             _check_optimizer(values[_OPTIMIZER], engine)
 
 
-def _check_model(values: Any, engine: Any, *, strict: bool) -> None:
+def _check_model(values: Any, weights: Mapping[str, Any], *, strict: bool) -> None:
     own: dict[str, Any] = {"dp_world_size": 1, "mp_world_size": 1, "module": {}}
     own |= {"global_steps": 0, "skipped_steps": 0}
     own |= {"global_samples": 0} if "global_samples" in values else {}
     check_same_structure(values, own, "checkpoint")
-    weights = _read_weights(engine)
     saved = values["module"]
     own = {key: each for key, each in weights.items() if strict or key in saved}
     check_same_structure(saved, own, "module")
@@ -75,10 +74,11 @@ def _check_model(values: Any, engine: Any, *, strict: bool) -> None:
         raise ValueError(f"the model has no parameter or buffer {describe(min(unknown, key=str))}.")
 
 
-def _read_weights(engine: Any) -> dict[str, Any]:
+def read_weights(engine: Any) -> dict[str, Any]:
     """Return the ``state_dict`` that DeepSpeed would save now, with meta tensors.
 
-    At ZeRO stage 3, it is the ``state_dict`` of the sharded model.
+    At ZeRO stage 3, it is the ``state_dict`` of the sharded model, and every rank must call this
+    function, because DeepSpeed gathers its small parameters again afterwards.
     """
     has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # it has no public name
     if has_events:

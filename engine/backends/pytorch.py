@@ -290,12 +290,15 @@ class PyTorchBackend(Backend):
                 name,
             )
             optimizer = None
+        uses_scaler = optimizer is not None and self._scaler is not None
+        scaler = files.read_loss_scaler() if uses_scaler else None
+        if scaler is not None:
+            restore(ScalerState, scaler, "loss_scaler")
         source = DeepSpeedSource(files, self.model, self.optimizer)
         state.read(
             checkpoint_dir, self.model, optimizer, strict=strict, frozen=frozen, source=source
         )
-        scaler = files.read_loss_scaler()
-        if optimizer is not None and self._scaler is not None and scaler is not None:
+        if self._scaler is not None and scaler is not None:
             self._scaler.load_state_dict(scaler)
             self._publish_scale(overflow=False)
 
@@ -308,7 +311,9 @@ class PyTorchBackend(Backend):
 
     def _check_snapshot(self, snapshot: Any) -> None:
         tensors_then, optimizer, scaler, _ = restore(_Snapshot, snapshot, "snapshot")
-        own = {name: each for name, each in _named_tensors(self.model) if name in tensors_then}
+        # A forward pass may have added buffers since the snapshot was taken.
+        buffers = {name: each for name, each in self.model.named_buffers() if name in tensors_then}
+        own = dict(self.model.named_parameters()) | buffers
         check_same_structure(tensors_then, own, "model")
         parameters = dict(enumerate(p for g in self.optimizer.param_groups for p in g["params"]))
         check_param_groups(optimizer["param_groups"], self.optimizer.state_dict()["param_groups"])

@@ -82,6 +82,7 @@ class DataPosition:
                     "`training_data`, or to `trainer.prepare`"
                 )
             return None
+        position = position | {"given": max(0, position["given"])}
         if (saved["accumulation"], saved["train"]) != (batch.accumulation, batch.train):
             samples = position["given"] // saved["accumulation"] * saved["train"]
             position = position | {"given": samples // batch.train * batch.accumulation}

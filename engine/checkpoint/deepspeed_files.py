@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.deepspeed_pickles import read_file
+from engine.checkpoint.plain_values import report_damage
+from engine.checkpoint.structure import check_same_structure
 from engine.errors import CheckpointError
+from schedules.core.saved_state import Count, Size, restore
 
 __all__ = ["DeepSpeedFiles", "SavedTensor", "has_deepspeed_files"]
 
@@ -29,6 +32,8 @@ _OWN_KEYS = frozenset(
     """.split()  # noqa: SIM905  # readable at a glance, unlike a column of strings
 )
 """Keys of DeepSpeed's model file; all others are from the script's ``client_state``."""
+_COUNTS = {"global_steps": Count, "skipped_steps": Count, "dp_world_size": Size}
+"""Types of the numbers that a model file must contain."""
 
 
 class SavedTensor(NamedTuple):
@@ -92,6 +97,8 @@ class DeepSpeedFiles:
                 "was saved with the DeepSpeed backend."
             )
         self._model = read_file(self._paths[0], trusts=trusts)
+        with report_damage(self._paths[0]):
+            _check_header(self._model)
 
     @property
     def is_universal(self) -> bool:
@@ -181,7 +188,7 @@ class DeepSpeedFiles:
 
     def find_param_groups(self) -> list[dict[str, Any]]:
         """Return the settings of each param group; an empty list if there was no optimizer."""
-        saved = self._model["optimizer"] or self._first_shard
+        saved = self._model.get("optimizer") or self._first_shard
         for key in ("base_optimizer_state", "optimizer_state_dict"):
             saved = saved.get(key, saved) if isinstance(saved, dict) else {}
         groups: list[dict[str, Any]] = saved.get("param_groups", [])
@@ -189,7 +196,7 @@ class DeepSpeedFiles:
 
     def read_loss_scaler(self) -> dict[str, Any] | None:
         """Return a state that `LossScaler` can load; None if the saved loss scale was static."""
-        holder = self._model["optimizer"] or self._first_shard
+        holder = self._model.get("optimizer") or self._first_shard
         scaler = vars(holder["loss_scaler"]) if "loss_scaler" in holder else holder
         if "last_overflow_iter" not in scaler:
             return None
@@ -315,7 +322,7 @@ class DeepSpeedFiles:
 
         Without ZeRO, DeepSpeed saves the states in the order of the parameters, without names.
         """
-        saved = self._model["optimizer"] or {}
+        saved = self._model.get("optimizer") or {}
         states = saved.get("optimizer_state_dict", saved).get("state", {})
         flat = saved.get("fp32_groups_flat")
         whole = [each for group in saved.get("fp32_groups", []) for each in group]
@@ -341,6 +348,20 @@ class DeepSpeedFiles:
             for piece, flat in zip(pieces, flat_tensors, strict=True)
         ]
         return SavedTensor(shape, parts)
+
+
+def _check_header(model: Any) -> None:
+    """Check the values that this module reads from a model file by key.
+
+    Raises:
+        ValueError: a value is missing, or has another type or range.
+    """
+    check_same_structure(model, dict.fromkeys((*_COUNTS, "module")), "checkpoint")
+    for key, kind in _COUNTS.items():
+        restore(kind, model[key], key)
+    restore(Count | None, model.get("global_samples"), "global_samples")
+    for key in ("module", "optimizer", "shared_params"):
+        restore(dict[Any, Any] | None, model.get(key), key)
 
 
 def _match_names(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.serialization import safe_globals
 
-from engine.checkpoint.plain_values import LOADABLE
+from engine.checkpoint.plain_values import LOADABLE, report_damage, summarize
 from engine.errors import CheckpointError
 
 __all__ = ["import_classes", "read_file", "unpickle"]
@@ -48,16 +48,10 @@ def read_file(path: Path, *, trusts: bool = False) -> Any:
         for module, names in _CLASSES.items()
         for name in names
     ]
-    try:
+    with report_damage(path):
         if trusts:
             return torch.load(path, map_location="cpu", weights_only=False)
         return unpickle(torch.load, path, stand_ins, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path} cannot be loaded: {str(error).splitlines()[0]}. Use another checkpoint."
-        ) from None
 
 
 def unpickle(
@@ -72,17 +66,20 @@ def unpickle(
         mmap: see `torch.load`.
 
     Raises:
-        CheckpointError: the file contains an object of another class.
+        CheckpointError: the file is damaged, or contains an object of another class.
     """
     try:
         with safe_globals([*LOADABLE, *allowed]):
             return load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"an object of `{named[1]}`" if named else "an unknown object"
+        if not named:
+            raise CheckpointError(
+                f"{path} is damaged: {summarize(error)}. Use another checkpoint."
+            ) from error
         raise CheckpointError(
-            f"{path} contains {what}, and unpickling it can run code. If you trust the "
-            "checkpoint, set `engine.checkpoint.trust_pickle` to true."
+            f"{path} contains an object of `{named[1]}`, and unpickling it can run code. If you "
+            "trust the checkpoint, set `engine.checkpoint.trust_pickle` to true."
         ) from None
 
 

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor
 from engine.checkpoint.optimizer_state import KEPT_SETTINGS, list_group_names
 
 __all__ = ["DeepSpeedSource", "has_states_for"]
 
+_ADAM = {"betas", "eps"}, {"exp_avg", "exp_avg_sq"}
 _KINDS: Mapping[type[Optimizer], tuple[set[str], set[str]]] = {
-    Adam: ({"betas", "eps"}, {"exp_avg", "exp_avg_sq"}),
+    Adam: _ADAM,
+    AdamW: _ADAM,  # in PyTorch 2.6, it is no subclass of Adam
     SGD: ({"momentum"}, {"momentum_buffer"}),
     RMSprop: ({"alpha"}, {"square_avg"}),
     Adagrad: ({"lr_decay"}, {"sum"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import logging
 import os
@@ -200,12 +201,16 @@ class Checkpointer:
         path = directory.resolve()
         if path in self._locks:
             return
-        with raise_on_all_ranks(self._ranks.world_size):
-            if self._ranks.rank == 0:
-                storage.create_directory(directory)
-                self._locks[path] = DirectoryLock(directory)
-                storage.discard_partials(directory)
-        self._locks.setdefault(path, None)
+        with contextlib.ExitStack() as stack:
+            lock = None
+            with raise_on_all_ranks(self._ranks.world_size):
+                if self._ranks.rank == 0:
+                    storage.create_directory(directory)
+                    lock = DirectoryLock(directory)
+                    stack.callback(lock.release)
+                    storage.discard_partials(directory)
+            stack.pop_all()  # keep the lock
+        self._locks[path] = lock
 
     def is_saved(self, run: RunState, directory: Path) -> bool:
         """Return whether the run's last checkpoint in a directory is up to date.
@@ -230,7 +235,8 @@ class Checkpointer:
         counters = replace(run.counters, micro_steps=run.counters.micro_steps - open_batches)
         position = self.data.get_state()
         if position is not None and open_batches:
-            position |= {"given": position["given"] - open_batches, "finished": 0}
+            # The script may also have passed batches that did not come from the loader.
+            position |= {"given": max(0, position["given"] - open_batches), "finished": 0}
         return {
             "lr_scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
             "counters": asdict(counters),
@@ -349,7 +355,9 @@ class Checkpointer:
                 if run.rollback is not None:
                     snapshot = run.rollback.read(checkpoint_dir)
         own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
-        with self.data.restore(position, checkpoint_dir):
+        with contextlib.ExitStack() as stack:
+            with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
+                stack.enter_context(self.data.restore(position, checkpoint_dir))
             self._backend.load(
                 checkpoint_dir, optimizer=optimizer, strict=strict, frozen=manifest.frozen
             )

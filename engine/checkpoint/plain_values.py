@@ -149,7 +149,7 @@ def summarize(error: BaseException) -> str:
     >>> summarize(KeyError("data.pkl")), summarize(EOFError())
     ("KeyError: 'data.pkl'", 'EOFError')
     """
-    reason = re.search(r"WeightsUnpickler error: (.+)", str(error))  # in a long text of torch
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # in a long text of torch
     if reason:
         return reason[1].strip().rstrip(".")
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from engine.checkpoint.plain_values import read_as, report_damage
 from engine.training.progress import Counters
 from schedules.core.fields import Range
-from schedules.core.saved_state import OPTIONAL, Count, Size
+from schedules.core.saved_state import OPTIONAL, Count, Size, restore
 
-__all__ = ["read_run"]
+__all__ = ["check_foreign_run", "read_run"]
 
 _CountOrNone = Annotated[int, Range(at_least=-1)]
 
@@ -21,7 +22,8 @@ class _Position:
     """The result of `DataPosition.get_state`."""
 
     epoch: _CountOrNone
-    given: Count
+    given: int
+    """May be negative in checkpoints of earlier versions; `DataPosition.read` replaces it by 0."""
     finished: Count = field(default=0, metadata=OPTIONAL)
 
 
@@ -70,10 +72,27 @@ def read_run(path: Path) -> dict[str, Any]:
     """
     values: dict[str, Any] = read_as(_SavedRun, path)
     with report_damage(path):
-        counters = Counters(**values["counters"])
-        if counters.applied_steps < 0:
-            raise ValueError(
-                f"`engine.counters.skipped_steps` must be <= global_steps "
-                f"({counters.global_steps}), got {counters.skipped_steps}."
-            )
+        _check_counters(values["counters"])
     return values
+
+
+def check_foreign_run(values: Mapping[str, Any]) -> None:
+    """Check the state of a run that `DeepSpeedFiles.read_run_state` returned.
+
+    Raises:
+        ValueError: a value has another type or range.
+    """
+    counters = asdict(Counters()) | values["counters"]
+    batch = values["batch"] | {"accumulation": 1}  # unknown
+    whole = {**values, "loader": None, "counters": counters, "batch": batch}
+    restore(_SavedRun, whole, "checkpoint")
+    _check_counters(counters)
+
+
+def _check_counters(values: Mapping[str, Any]) -> None:
+    counters = Counters(**values)
+    if counters.applied_steps < 0:
+        raise ValueError(
+            f"`engine.counters.skipped_steps` must be <= global_steps "
+            f"({counters.global_steps}), got {counters.skipped_steps}."
+        )

@@ -10,7 +10,8 @@ from engine.checkpoint import storage
 from engine.checkpoint.collectives import call_on_rank_0, raise_on_all_ranks
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, has_deepspeed_files
 from engine.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from engine.checkpoint.saved_run import read_run
+from engine.checkpoint.plain_values import report_damage
+from engine.checkpoint.saved_run import check_foreign_run, read_run
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
@@ -76,8 +77,8 @@ class CheckpointSelector:
                     f"{checkpoint_dir} differs between rank 0 and rank {self._ranks.rank}: "
                     f"{what}. Use a directory that all hosts share."
                 )
-        if not is_foreign:
-            state = read_run(checkpoint_dir / RUN_STATE)
+            if not is_foreign:
+                state = read_run(checkpoint_dir / RUN_STATE)
         return Selected(checkpoint_dir, manifest, state, is_foreign)
 
     def _choose(self, directory: Path, tag: str | None) -> tuple[str, bool, Manifest]:
@@ -113,7 +114,10 @@ class CheckpointSelector:
             versions={},
             created="",
         )
-        return manifest, files.read_run_state(self._config.batch.train)
+        with report_damage(checkpoint_dir):
+            state = files.read_run_state(self._config.batch.train)
+            check_foreign_run(state)
+        return manifest, state
 
 
 def find_foreign(directory: Path, tag: str | None) -> Path | None:

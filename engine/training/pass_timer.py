@@ -35,7 +35,7 @@ class PassTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._seconds: dict[str, list[float]] = {}
+        self._totals: dict[str, tuple[float, int]] = {}  # seconds and number of calls
 
     def measure(self, name: str, function: Callable[P, R]) -> Callable[P, R]:
         """Wrap a function so that its calls are timed, except while gradients are disabled.
@@ -51,12 +51,13 @@ class PassTimer:
                 return function(*args, **kwargs)
             start = read_clock(self._device)
             result = function(*args, **kwargs)
-            self._seconds.setdefault(name, []).append(read_clock(self._device) - start)
+            seconds, calls = self._totals.get(name, (0.0, 0))
+            self._totals[name] = seconds + read_clock(self._device) - start, calls + 1
             return result
 
         return measured
 
     def pop_means(self) -> dict[str, float]:
         """Return each function's mean time in milliseconds since `pop_means` was last called."""
-        seconds, self._seconds = self._seconds, {}
-        return {name: 1000 * sum(each) / len(each) for name, each in seconds.items()}
+        totals, self._totals = self._totals, {}
+        return {name: 1000 * seconds / calls for name, (seconds, calls) in totals.items()}

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import engine
+from engine.backends.deepspeed_checkpoint import keep_implementation
+from engine.backends.deepspeed_layout import Layout
 from engine.errors import CheckpointError
 from tests.testing.distributed import run_distributed_test
 from tests.testing.fuzz_checkpoints import CheckpointMutator, build_targets
@@ -30,7 +32,9 @@ def start(stage, **checkpoint):
 
 
 def train(trainer):
-    x = torch.ones(4, 2, dtype=next(trainer.module.parameters()).dtype)
+    x = torch.ones(
+        trainer.train_micro_batch_size_per_gpu(), 2, dtype=next(trainer.module.parameters()).dtype
+    )
     trainer.backward(trainer(x).float().pow(2).mean())
     trainer.step()
 
@@ -104,3 +108,38 @@ def remove_hashes(text):
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_deepspeed_checkpoint_with_code_in_it_is_refused_unless_it_is_trusted(stage, tmp_path):
     run_distributed_test(load_checkpoints_and_a_bomb, 1, stage, tmp_path)
+
+
+def load_with_damage_on_rank_1(stage, directory):
+    trainer = start(stage)
+    train(trainer)
+    trainer.save_checkpoint(directory)
+    train(trainer)
+    weights = [parameter.detach().clone() for parameter in trainer.module.parameters()]
+    message = "does not fit" if trainer.global_rank == 1 else "rank 1 failed: .* does not fit"
+    for options in ({}, {"load_optimizer_states": False}):
+        with pytest.MonkeyPatch.context() as patch:
+            if trainer.global_rank == 1:
+                patch.setattr(Layout, "check", refuse)
+            with pytest.raises((CheckpointError, RuntimeError), match=message):
+                trainer.load_checkpoint(directory, **options)
+    assert all(map(torch.equal, trainer.module.parameters(), weights))
+    train(trainer)
+
+
+def refuse(layout, files, **options):
+    raise CheckpointError("the layout does not fit")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_deepspeed_checkpoint_that_one_rank_refuses_is_an_error_on_all_ranks(stage, tmp_path):
+    run_distributed_test(load_with_damage_on_rank_1, 2, stage, tmp_path, timeout=40)
+
+
+def test_failed_load_keeps_the_implementation_of_the_optimizer():
+    optimizer = torch.optim.AdamW([torch.zeros(2, requires_grad=True)], foreach=True)
+    with pytest.raises(ValueError, match="^damaged$"), keep_implementation(optimizer):
+        optimizer.param_groups[0] |= {"foreach": None, "bias_correction": True}
+        raise ValueError("damaged")
+    assert optimizer.param_groups[0]["foreach"] is True
+    assert "bias_correction" not in optimizer.param_groups[0]

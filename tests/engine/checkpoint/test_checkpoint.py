@@ -19,6 +19,7 @@ import torch
 
 import engine
 from engine.checkpoint import storage
+from engine.checkpoint.saved_run import read_run
 from engine.cli.main import main
 from engine.errors import CheckpointError
 from tests.testing.regression import CONFIG, dataset, model, start, train
@@ -588,6 +589,7 @@ def test_async_save_failure_at_exit_sets_exit_status(tmp_path):
     script = f"""
 import torch, engine
 from engine.checkpoint import storage
+from engine.checkpoint.saved_run import read_run
 storage._hash = lambda path: 1 / 0
 config = {{"train_batch_size": 1, "optimizer": {{"type": "SGD"}}}}
 config["engine"] = {{"checkpoint": {{"dir": {str(tmp_path)!r}, "async": True}}}}
@@ -736,3 +738,42 @@ def test_killed_runs_match_the_uninterrupted_run(tmp_path):
     expected = dict(line.split(" ", 1) for line in uninterrupted.splitlines(keepends=True))
     assert rows.items() <= expected.items()
     assert rows[str(updates)] == expected[str(updates)]
+
+
+def test_save_after_a_batch_that_is_not_from_the_loader_records_the_start_of_the_data(tmp_path):
+    trainer, _ = start(train_micro_batch_size_per_gpu=4)  # two micro-batches per step
+    trainer.backward(trainer(torch.ones(4, 4)).mean())
+    trainer.step()
+    trainer.save_checkpoint(tmp_path, tag="open")
+    again, loader = start(train_micro_batch_size_per_gpu=4)
+    again.load_checkpoint(tmp_path, tag="open")
+    assert again.micro_steps == 0
+    assert len(list(loader)) == 16
+
+
+def test_negative_position_of_an_earlier_version_is_read_as_the_start_of_the_data(tmp_path):
+    trainer, _ = start()
+    trainer.save_checkpoint(tmp_path, tag="saved")
+    path = tmp_path / "saved" / "engine.pt"
+    state = torch.load(path)
+    state["loader"]["given"] = -1
+    torch.save(state, path)
+    position = trainer._checkpointer.data.read(read_run(path), trainer._run.config.batch, path, 1)
+    assert position["given"] == 0
+
+
+def test_lock_is_released_if_incomplete_checkpoints_cannot_be_deleted(tmp_path):
+    trainer, _ = start()
+    (tmp_path / ".old.partial").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail(partial):
+            raise PermissionError(f"cannot delete {partial}")
+
+        patch.setattr(storage, "discard", fail)
+        for _ in range(2):  # the second save tries again
+            with pytest.raises(PermissionError, match="cannot delete"):
+                trainer.save_checkpoint(tmp_path)
+            assert not (tmp_path / ".lock").exists()
+    trainer.save_checkpoint(tmp_path)
+    assert complete_tags(tmp_path) == ["global_step0"]

@@ -140,6 +140,7 @@ DAMAGE = [
     ("OneCycle", "random.0.pt", edit("python", 1, value=(1, 2)), "state"),
     ("OneCycle", "random.0.pt", edit("torch", value=torch.zeros(3)), "state"),
     ("override", "rollback.0.pt", edit(0, "0.weight", value=torch.zeros(2)), "must have the shape"),
+    ("override", "rollback.0.pt", edit(0, "0.weight", value=...), "must have the key '0.weight'"),
     ("override", "rollback.0.pt", edit(1, "state", 0, "step", value=...), "must have the key"),
     ("OneCycle", "values.pt", edit(LR, value=...), "must have the key `lr`"),
     ("OneCycle", "values.pt", edit(LR, value=math.inf), "must be finite, got inf"),

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 import engine
-from engine.checkpoint import collectives, storage
+from engine.checkpoint import collectives, saved_run, storage
+from engine.errors import CheckpointError
 from tests.testing.distributed import run_distributed_test
 from tests.testing.small_model import (
     all_equal,
@@ -271,3 +272,52 @@ def save_in_background_without_space(directory):
 def test_async_save_failing_on_rank_0_raises_on_all_ranks_at_next_save(tmp_path):
     run_distributed_test(save_in_background_without_space, 2, tmp_path)
     assert storage.find(tmp_path)[1].tag == "global_step0"
+
+
+class Batches:
+    """A data loader that saves its position, and that once refuses to load it on rank 1."""
+
+    refuses = True
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(torch.ones(3, 2, 6))
+
+    def state_dict(self):
+        return {"position": 0}
+
+    def load_state_dict(self, state):
+        if self.refuses and dist.get_rank() == 1:
+            self.refuses = False
+            raise ValueError("the position is unknown")
+
+
+def load_with_damage_on_rank_1(directory):
+    config = build_config()
+    trainer, _, loader, _ = engine.initialize(
+        model=build_model(), config=config, training_data=Batches()
+    )
+    assert len(list(loader)) == 3
+    train_step(trainer)
+    trainer.save_checkpoint(directory)
+    train_step(trainer)
+    weights = copy_parameters(trainer)
+    with pytest.raises((CheckpointError, RuntimeError), match="the position is unknown"):
+        trainer.load_checkpoint(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        if trainer.global_rank == 1:
+            patch.setattr(saved_run, "read_as", fail_to_read)
+        with pytest.raises((CheckpointError, RuntimeError), match="engine.pt is damaged"):
+            trainer.load_checkpoint(directory)
+    assert all_equal(weights, copy_parameters(trainer))
+    assert trainer.global_steps == 2
+
+
+def fail_to_read(kind, path):
+    raise CheckpointError(f"{path} is damaged")
+
+
+def test_load_checkpoint_failing_on_one_rank_raises_on_all_ranks(tmp_path):
+    run_distributed_test(load_with_damage_on_rank_1, 2, tmp_path, timeout=30)

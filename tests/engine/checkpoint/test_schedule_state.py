@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 import engine
-from engine.checkpoint.schedule_state import convert_deepspeed_state
+from engine.checkpoint.schedule_state import convert_deepspeed_state, prepare_schedule_state
 from engine.errors import CheckpointError
 
 
@@ -58,3 +58,35 @@ def test_deepspeed_state_of_another_scheduler_is_rejected():
     for saved in (None, {"last_batch_iteration": 3}):
         with pytest.raises(CheckpointError, match="no state of `StepLR`.*_lr_scheduler_states=Fal"):
             convert_deepspeed_state(Path("x"), saved, scheduler)
+
+
+class Adaptive(LambdaLR):
+    """A custom scheduler whose values change their type and length."""
+
+    def __init__(self, optimizer):
+        self.history, self.best = [], None
+        super().__init__(optimizer, lambda step: 1.0)
+
+    def step(self):
+        super().step()
+        self.history.append(self.last_epoch)
+        self.best = {"step": self.last_epoch}
+
+
+def test_custom_scheduler_returns_to_a_state_with_fewer_values(tmp_path):
+    trainer = start(Adaptive)
+    scheduler = trainer.lr_scheduler
+    scheduler.history, scheduler.best = [], None
+    trainer.save_checkpoint(tmp_path)
+    train(trainer, 2)
+    trainer.load_checkpoint(tmp_path)
+    assert (scheduler.history, scheduler.best, scheduler.last_epoch) == ([], None, 0)
+
+
+def test_state_without_a_key_of_the_custom_scheduler_is_damaged():
+    trainer = start(Adaptive)
+    scheduler, config = trainer.lr_scheduler, trainer._run.config
+    saved = scheduler.state_dict()
+    del saved["history"]
+    with pytest.raises(ValueError, match="`lr_scheduler` must have the key 'history'"):
+        prepare_schedule_state(scheduler, {"lr_scheduler": saved}, config, 0, override=False)

@@ -1,5 +1,6 @@
 """Test wall_clock_breakdown, dump_state and flops_profiler on the PyTorch backend."""
 
+import pickle
 import re
 import time
 
@@ -64,6 +65,17 @@ def test_timer_waits_for_the_device_around_each_call(monkeypatch):
         measured()
     assert timer.pop_means() == {"forward": 1000}
     assert next(clock) == 4
+
+
+def test_timer_does_not_grow_with_the_number_of_calls():
+    timer = pass_timer.PassTimer(torch.device("cpu"))
+    measured = timer.measure("forward", lambda: None)
+    sizes = []
+    for calls in (1, 1000):
+        for _ in range(calls):
+            measured()
+        sizes.append(len(pickle.dumps(vars(timer))))
+    assert sizes[1] < sizes[0] + 10
 
 
 def test_disabled_diagnostics_change_no_method_and_synchronize_nothing(monkeypatch):
