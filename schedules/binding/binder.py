@@ -19,9 +19,10 @@ from schedules.binding.saved_state import (
     check_origin,
     check_state,
     complete_base,
+    read_base,
     read_state,
 )
-from schedules.binding.torch_interface import BaseLRs, TorchInterface
+from schedules.binding.torch_interface import BaseLRs, TorchInterface, read_loss
 from schedules.core.controller import Base, Controller, Decision, Evidence, OpenLoop
 from schedules.core.durations import Horizon
 from schedules.core.schedule import Schedule
@@ -223,7 +224,7 @@ class ScheduleBinder(TorchInterface):
     def _holds_own_values(self) -> bool:
         """Return whether the param groups still have the values that this schedule wrote."""
         groups = self.optimizer.param_groups
-        return all(
+        return self.last_epoch >= 0 and all(
             slot.holds(group, value)
             for name, values in self.controller.values(self.state).items()
             for slot, group, value in zip(self._slots[name], groups, values, strict=False)
@@ -255,7 +256,7 @@ class ScheduleBinder(TorchInterface):
             )
         self._include_added_groups()
         uses_metric = self.schedule.feedback == "metric" and metric is not None
-        received = _to_float(metric if uses_metric else loss)
+        received = read_loss(metric if uses_metric else loss)
         before = self.state
         self._state = self.controller.update(before, received)
         self._position = self.last_epoch = self.last_epoch + 1
@@ -317,11 +318,11 @@ class ScheduleBinder(TorchInterface):
             self._slots = slots
         return groups
 
-    def _go_to(self, state: Any, step: int) -> None:
+    def _go_to(self, state: Any, step: int, write: bool = True) -> None:
         self._state, self._position = state, step
         self.last_epoch = step
         # PyTorch's SequentialLR saves -1 as the step of a schedule that has not started.
-        if step >= 0:
+        if step >= 0 and write:
             self.write()
         self._writer = None  # so that the first step is checked
 
@@ -369,6 +370,7 @@ class ScheduleBinder(TorchInterface):
             **self.identity,
             "step": self.last_epoch,
             "base": {name: list(values) for name, values in self._base.items()},
+            "is_written": self._holds_own_values(),
         }
         if self.schedule.feedback is not None:
             state["state"] = self.controller.to_json(self.state)
@@ -391,12 +393,14 @@ class ScheduleBinder(TorchInterface):
             check_origin(state_dict, self.schedule.type_name if has_feedback else None)
         else:
             self.check_state_dict(state_dict)
-        base = self._base if override else _to_base(state_dict)
+        base = self._base if override else read_base(state_dict)
         state = read_state(state_dict, self.schedule, base, self._horizon)
         if not override:
             self._bind(base)
         self._doubt = None
-        self._go_to(state, state_dict["step"])
+        # If another scheduler had set the values, loading the optimizer's state restores them.
+        is_written = override or state_dict.get("is_written", True)
+        self._go_to(state, state_dict["step"], write=is_written)
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Check that `load_state_dict` would accept a state, without loading it.
@@ -406,7 +410,7 @@ class ScheduleBinder(TorchInterface):
                 number of param groups.
         """
         check_state(state_dict, self.identity, self._base, self._compared)
-        read_state(state_dict, self.schedule, _to_base(state_dict), self._horizon)
+        read_state(state_dict, self.schedule, read_base(state_dict), self._horizon)
 
     @property
     def _compared(self) -> Collection[str]:
@@ -432,18 +436,3 @@ class ScheduleBinder(TorchInterface):
         self._first_step = FirstStep(None)
         values = self.controller.values(self.state)
         self._attachment.record(self, self.optimizer.param_groups, lambda: values)
-
-
-def _to_base(state_dict: Mapping[str, Any]) -> Base:
-    return {name: tuple(values) for name, values in state_dict["base"].items()}
-
-
-def _to_float(loss: Tensor | float | None) -> float | None:
-    if loss is None:
-        return None
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(
-            f"`loss` must be a single number, got a tensor of shape {tuple(loss.shape)}. "
-            "Pass its mean."
-        )
-    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)

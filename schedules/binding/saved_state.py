@@ -20,6 +20,7 @@ __all__ = [
     "check_origin",
     "check_state",
     "complete_base",
+    "read_base",
     "read_state",
 ]
 
@@ -39,6 +40,8 @@ class _SavedState:
     step: Annotated[int, Range(at_least=-1, at_most=MAX_STEPS)]
     base: dict[str, tuple[Annotated[float, Range()], ...]]
     state: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    is_written: bool = field(default=True, metadata=OPTIONAL)
+    """Whether the param groups had the values of this schedule, not those of another one."""
 
 
 def complete_base(base: BaseValues | None, groups: int) -> Base:
@@ -130,7 +133,7 @@ def check_state(
             initial hyperparameters or a different number of param groups, or is damaged.
     """
     check_origin(state)
-    fields = ("type", "params", "step", "base", "state")
+    fields = ("type", "params", "step", "base", "state", "is_written")
     restore(_SavedState, {name: state[name] for name in fields if name in state}, "lr_scheduler")
     missing = [name for name in ("lr", *compared) if name not in state["base"]]
     if missing:
@@ -174,6 +177,11 @@ def _compare_bases(
                 f"the initial `{name}` of the param groups is {list(saved[name])} in the saved "
                 f"state, {list(base[name])} now"
             )
+
+
+def read_base(state: Mapping[str, Any]) -> Base:
+    """Return the initial hyperparameters in a saved state."""
+    return {name: tuple(values) for name, values in state["base"].items()}
 
 
 def read_state(

@@ -13,7 +13,7 @@ from schedules.binding.saved_state import complete_base
 from schedules.core.controller import Base, Controller
 from schedules.param_groups import RangeWriter, Slot, read_lr, read_momenta
 
-__all__ = ["BaseLRs", "TorchInterface"]
+__all__ = ["BaseLRs", "TorchInterface", "read_loss"]
 
 
 class BaseLRs(list[float | Tensor]):
@@ -51,8 +51,8 @@ class TorchInterface(LRScheduler):
         """Build the controller for the initial hyperparameters."""
 
     @abstractmethod
-    def _go_to(self, state: Any, step: int) -> None:
-        """Set the state and the step, and write the hyperparameters of that step."""
+    def _go_to(self, state: Any, step: int, write: bool = True) -> None:
+        """Set the state and the step and, if requested, write that step's hyperparameters."""
 
     # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
     # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
@@ -109,3 +109,19 @@ class TorchInterface(LRScheduler):
         Return None if the schedule does not set the momentum.
         """
         return read_momenta(self.optimizer) if "momentum" in self._slots else None
+
+
+def read_loss(loss: Tensor | float | None) -> float | None:
+    """Convert a loss or a metric to a float; return None if there is none.
+
+    Raises:
+        ValueError: the loss is a tensor with more than one element.
+    """
+    if loss is None:
+        return None
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(
+            f"`loss` must be a single number, got a tensor of shape {tuple(loss.shape)}. "
+            "Pass its mean."
+        )
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)

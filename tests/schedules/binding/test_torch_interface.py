@@ -1,10 +1,14 @@
 """The attributes of PyTorch's schedulers, with PyTorch's meaning."""
 
+import copy
+
 import pytest
 import torch
 
 from schedules import attach
 from tests.schedules.test_torch_scheduler import CYCLE, weights
+
+OF_TORCH = torch.optim.lr_scheduler
 
 
 def make(name, **params):
@@ -102,3 +106,49 @@ def test_torchs_sequence_resumed_in_its_first_part_continues_that_part():
         run(optimizer, sequence, 1)
         run(resumed, other, 1)
         assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+def read_lrs_after_resume(make, order, cut, steps):
+    """Return the learning rates after a resume, and those of the uninterrupted run."""
+    optimizer, scheduler = make()
+    run(optimizer, scheduler, cut)
+    saved = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    saved = copy.deepcopy(saved)
+    resumed, other = make()
+    for name in order:
+        (resumed if name == "optimizer" else other).load_state_dict(saved[name])
+    lrs = []
+    for _ in range(steps):
+        lrs.append((resumed.param_groups[0]["lr"], optimizer.param_groups[0]["lr"]))
+        run(optimizer, scheduler, 1)
+        run(resumed, other, 1)
+    return zip(*lrs, strict=True)
+
+
+@pytest.mark.filterwarnings("ignore:Other code")
+@pytest.mark.parametrize("order", [("optimizer", "scheduler"), ("scheduler", "optimizer")])
+@pytest.mark.parametrize("cut", [2, 4, 9])
+@pytest.mark.parametrize("is_chained", [False, True])
+def test_torchs_combination_of_this_and_torchs_schedule_resumes(order, cut, is_chained):
+    def make():
+        optimizer = torch.optim.SGD(weights(), lr=0.1)
+        parts = [
+            attach("WarmupLR", optimizer, warmup_num_steps=4),
+            OF_TORCH.StepLR(optimizer, step_size=2),
+        ]
+        if is_chained:
+            return optimizer, OF_TORCH.ChainedScheduler(parts, optimizer)
+        return optimizer, OF_TORCH.SequentialLR(optimizer, parts, milestones=[4])
+
+    resumed, uninterrupted = read_lrs_after_resume(make, order, cut, steps=5)
+    assert resumed == uninterrupted
+
+
+def test_load_state_dict_of_an_earlier_version_sets_the_values():
+    optimizer, binder = make("StepLR", step_size=1)
+    run(optimizer, binder, 2)
+    state = binder.state_dict()
+    del state["is_written"]
+    _, other = make("StepLR", step_size=1)
+    other.load_state_dict(state)
+    assert other.get_last_lr() == binder.get_last_lr() != [1.0]
