@@ -218,7 +218,8 @@ class ScheduleBinder(TorchInterface):
             raise ValueError(
                 f"The initial values of the schedule are uncertain: {self._doubt}, and the "
                 "current value may come from a schedule or from the script. Load the saved state "
-                "of the schedule, or pass the initial values to `attach` as `base`."
+                "of the schedule, or pass the initial values to `attach` as `base`. To multiply "
+                "schedules, as PyTorch's ChainedScheduler does, use `schedules.ChainedScheduler`."
             )
 
     def _holds_own_values(self) -> bool:

@@ -57,6 +57,7 @@ class TorchInterface(LRScheduler):
     # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
     # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
     def _initial_step(self) -> None:
+        self._doubt = None  # the scheduler that calls this starts from the initial values
         self._go_to(self.controller.init(), 0)
 
     def _update_lr(self, epoch: int | None = None) -> None:

@@ -152,3 +152,28 @@ def test_load_state_dict_of_an_earlier_version_sets_the_values():
     _, other = make("StepLR", step_size=1)
     other.load_state_dict(state)
     assert other.get_last_lr() == binder.get_last_lr() != [1.0]
+
+
+def test_torchs_sequence_of_torchs_warmup_and_this_schedule_is_that_of_torch():
+    def read_lrs(make_main):
+        optimizer = torch.optim.SGD(weights(), lr=0.1)
+        warmup = OF_TORCH.LinearLR(optimizer, start_factor=0.1, total_iters=4)
+        parts = [warmup, make_main(optimizer)]
+        sequence = OF_TORCH.SequentialLR(optimizer, parts, milestones=[4])
+        lrs = []
+        for _ in range(8):
+            run(optimizer, sequence, 1)
+            lrs.append(optimizer.param_groups[0]["lr"])
+        return lrs
+
+    ours = read_lrs(lambda optimizer: attach("StepLR", optimizer, step_size=2))
+    theirs = read_lrs(lambda optimizer: OF_TORCH.StepLR(optimizer, step_size=2))
+    assert ours == pytest.approx(theirs)
+
+
+def test_torchs_chain_of_torchs_warmup_and_this_schedule_is_an_error():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    warmup = OF_TORCH.LinearLR(optimizer, start_factor=0.1, total_iters=4)
+    chain = OF_TORCH.ChainedScheduler([warmup, attach("StepLR", optimizer, step_size=2)])
+    with pytest.raises(ValueError, match=r"uncertain: .* use `schedules.ChainedScheduler`"):
+        run(optimizer, chain, 1)
