@@ -13,6 +13,7 @@ from schedules.core.fields import Range
 from schedules.core.per_group import broadcast
 from schedules.core.saved_state import OPTIONAL, describe, restore
 from schedules.core.schedule import Schedule
+from schedules.param_groups import PRECISION
 
 __all__ = [
     "BaseValues",
@@ -28,7 +29,6 @@ BaseValues = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 """Initial learning rate of all param groups or of each, or a dict of initial hyperparameters."""
 
 _NAMES = ("lr", "momentum", "weight_decay")
-_PRECISION = 1e-6  # a tensor learning rate of 32 bits differs from the same number of 64 bits
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _compare_bases(
 ) -> Iterator[str]:
     for name in compared:
         pairs = zip(saved[name], base[name], strict=True)
-        if not all(math.isclose(*pair, rel_tol=_PRECISION) for pair in pairs):
+        if not all(math.isclose(*pair, rel_tol=PRECISION) for pair in pairs):
             yield (
                 f"the initial `{name}` of the param groups is {list(saved[name])} in the saved "
                 f"state, {list(base[name])} now"

@@ -157,3 +157,12 @@ def test_load_state_dict_override_of_another_feedback_schedule_is_rejected():
     other = attach("AutoWU", sgd(), steps_per_epoch=5, total_epochs=9)
     with pytest.raises(ValueError, match="AutoWU depends on past losses, which the state of Red"):
         other.load_state_dict(state, override=True)
+
+
+@pytest.mark.parametrize("start", [0.1, 0.2, 0.3, 1 / 3])
+@pytest.mark.parametrize("steps", [3, 5, 7, 11])
+def test_attach_after_torchs_warmup_starts_from_the_initial_lr(start, steps):
+    optimizer = sgd()
+    run(optimizer, OF_TORCH.LinearLR(optimizer, start_factor=start, total_iters=steps), steps)
+    binder = attach("ExponentialLR", optimizer, gamma=0.5)
+    assert run(optimizer, binder, 2) == pytest.approx([1e-3, 5e-4])
