@@ -72,7 +72,8 @@ class Attachment:
         """
         values, doubt = [], None
         # Loading the state of an optimizer replaces its groups, possibly by those of another run.
-        is_known = name in self._last_written and groups[-1] is self._last_group
+        is_same = any(group is self._last_group for group in groups)
+        is_known = name in self._last_written and is_same
         for index, (group, slot) in enumerate(zip(groups, slots, strict=True)):
             now = slot.read(group)
             initial = float(group.get(f"initial_{name}", now))

@@ -166,3 +166,13 @@ def test_attach_after_torchs_warmup_starts_from_the_initial_lr(start, steps):
     run(optimizer, OF_TORCH.LinearLR(optimizer, start_factor=start, total_iters=steps), steps)
     binder = attach("ExponentialLR", optimizer, gamma=0.5)
     assert run(optimizer, binder, 2) == pytest.approx([1e-3, 5e-4])
+
+
+def test_attach_after_the_script_set_the_lr_and_added_a_group_starts_from_these_values():
+    optimizer = sgd()
+    run(optimizer, attach("ExponentialLR", optimizer, gamma=0.5), 2)
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.add_param_group({"params": weights(), "lr": 0.5})
+    binder = attach("ExponentialLR", optimizer, gamma=0.5)
+    run(optimizer, binder, 1)
+    assert binder.get_last_lr() == [0.125, 0.25]
