@@ -227,7 +227,7 @@ class ScheduleBinder(TorchInterface):
         groups = self.optimizer.param_groups
         return self.last_epoch >= 0 and all(
             slot.holds(group, value)
-            for name, values in self.controller.values(self.state).items()
+            for name, values in self._read_values().items()
             for slot, group, value in zip(self._slots[name], groups, values, strict=False)
         )
 
@@ -435,5 +435,5 @@ class ScheduleBinder(TorchInterface):
         self._doubt = state["_doubt"]
         self.controller = self.schedule.bind(self._base, self._horizon)
         self._first_step = FirstStep(None)
-        values = self.controller.values(self.state)
+        values = self._read_values()
         self._attachment.record(self, self.optimizer.param_groups, lambda: values)

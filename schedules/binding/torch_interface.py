@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from schedules.binding.saved_state import complete_base
-from schedules.core.controller import Base, Controller
+from schedules.core.controller import Base, Controller, Values
 from schedules.param_groups import RangeWriter, Slot, read_lr, read_momenta
 
 __all__ = ["BaseLRs", "TorchInterface", "read_loss"]
@@ -101,8 +101,12 @@ class TorchInterface(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group at step `last_epoch`."""
-        values = self.controller.values(self.state)
+        values = self._read_values()
         return list(values["lr"]) if "lr" in values else self.get_last_lr()
+
+    def _read_values(self) -> Values:
+        """Return the values at step `last_epoch`; an empty dict before the schedule has started."""
+        return self.controller.values(self.state) if self.last_epoch >= 0 else {}
 
     def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return the current momentum, or Adam's betas, of each param group.

@@ -1,6 +1,7 @@
 """The attributes of PyTorch's schedulers, with PyTorch's meaning."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -177,3 +178,20 @@ def test_torchs_chain_of_torchs_warmup_and_this_schedule_is_an_error():
     chain = OF_TORCH.ChainedScheduler([warmup, attach("StepLR", optimizer, step_size=2)])
     with pytest.raises(ValueError, match=r"uncertain: .* use `schedules.ChainedScheduler`"):
         run(optimizer, chain, 1)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_torchs_sequence_copied_in_its_first_part_continues(copied):
+    optimizer = torch.optim.SGD(weights(), lr=1.0)
+    parts = [
+        attach("LinearLR", optimizer, total_iters=4),
+        attach("StepLR", optimizer, step_size=2),
+    ]
+    sequence = OF_TORCH.SequentialLR(optimizer, parts, milestones=[4])
+    run(optimizer, sequence, 2)
+    assert parts[1].get_lr() == parts[1].get_last_lr()
+    other = copied(sequence)
+    for _ in range(6):
+        run(optimizer, sequence, 1)
+        run(other.optimizer, other, 1)
+        assert other.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
