@@ -298,7 +298,7 @@ class ScheduleBinder(TorchInterface):
 
     def _include_added_groups(self) -> Sequence[Group]:
         """Bind the schedule to param groups that were added, and return all param groups."""
-        groups, known = self.optimizer.param_groups, len(self._base_lrs)
+        groups, known = self.optimizer.param_groups, len(self._base["lr"])
         if len(groups) < known:
             raise ValueError(
                 f"The optimizer had {known} param groups when the schedule was attached, but has "
@@ -311,6 +311,9 @@ class ScheduleBinder(TorchInterface):
                 for name, each in {"lr": find_slots("lr", self.optimizer), **slots}.items()
             }
             base = {name: values + added[name][known:] for name, values in self._base.items()}
+            # A script can append the initial learning rate of an added group to `base_lrs`.
+            appended = tuple(float(lr) for lr in self._base_lrs[known : len(groups)])
+            base["lr"] = self._base["lr"] + appended + base["lr"][known + len(appended) :]
             try:
                 self._bind(base)
             except ValueError as error:

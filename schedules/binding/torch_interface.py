@@ -77,7 +77,7 @@ class TorchInterface(LRScheduler):
 
     @base_lrs.setter
     def base_lrs(self, lrs: list[float | Tensor]) -> None:
-        given = complete_base([float(lr) for lr in lrs], len(self._base_lrs))
+        given = complete_base([float(lr) for lr in lrs], len(self._base["lr"]))
         self._bind({**self._base, **given})
         self._writer = self._doubt = None
 

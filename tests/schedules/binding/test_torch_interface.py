@@ -195,3 +195,14 @@ def test_torchs_sequence_copied_in_its_first_part_continues(copied):
         run(optimizer, sequence, 1)
         run(other.optimizer, other, 1)
         assert other.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("appended", [0.5, 0.25])
+def test_base_lrs_appended_is_the_initial_lr_of_an_added_group(appended):
+    optimizer, binder = make("ExponentialLR", gamma=0.5)
+    run(optimizer, binder, 1)
+    optimizer.add_param_group({"params": weights(), "lr": 0.5})
+    binder.base_lrs.append(appended)
+    run(optimizer, binder, 1)
+    assert binder.get_last_lr() == [0.25, appended / 4]
+    assert binder.base_lrs == [1.0, appended]
