@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from schedules.binding.attachment import Attachment
+from schedules.binding.attachment import Attachment, describe_other_writer
 from schedules.binding.first_step import FirstStep
 from schedules.binding.saved_state import (
     BaseValues,
@@ -199,7 +199,7 @@ class ScheduleBinder(TorchInterface):
         self._check_base()
         if self.last_epoch == 0:
             self._first_step.check()
-        if self._is_overtaken and self._has_stepped and not self._has_warned:
+        if self._is_overtaken == self._has_stepped and not self._has_warned:
             self._warn_of_other_writer()
         if self.schedule.feedback is not None:
             self._step_with_feedback(loss, metric)
@@ -232,15 +232,14 @@ class ScheduleBinder(TorchInterface):
         )
 
     def _warn_of_other_writer(self) -> None:
-        if self._holds_own_values():
-            return
-        self._has_warned = True
-        names = " and ".join(self._slots)
-        warnings.warn(
-            f"Two schedules set {names} of the same optimizer, and each overwrites the values of "
-            "the other. Use one schedule, for example a SequentialLR or a ChainedScheduler.",
-            stacklevel=4,
-        )
+        # The values of this step are not written yet if a script has set `last_epoch`.
+        is_written = self._has_stepped or self.last_epoch == self._position
+        groups = self.optimizer.param_groups
+        is_same = len(groups) >= len(self._base["lr"]) and self._attachment.has_last_group(groups)
+        if is_written and is_same and not self._holds_own_values():
+            self._has_warned = True
+            text = describe_other_writer(self._slots, is_schedule=self._is_overtaken)
+            warnings.warn(text, stacklevel=4)
 
     def note_other_writer(self) -> None:
         """Record that another schedule has set a hyperparameter that this schedule also sets."""

@@ -206,3 +206,19 @@ def test_base_lrs_appended_is_the_initial_lr_of_an_added_group(appended):
     run(optimizer, binder, 1)
     assert binder.get_last_lr() == [0.25, appended / 4]
     assert binder.base_lrs == [1.0, appended]
+
+
+def test_torchs_chain_in_which_this_schedule_overwrites_torchs_factor_warns_once():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    parts = [OF_TORCH.ExponentialLR(optimizer, 0.5), attach("StepLR", optimizer, step_size=2)]
+    chain = OF_TORCH.ChainedScheduler(parts)
+    with pytest.warns(UserWarning, match=r"^Other code has set lr .*`schedules\.ChainedS") as caught:
+        run(optimizer, chain, 3)
+    assert len(caught) == 1
+
+
+def test_first_step_from_a_last_epoch_that_the_script_set_does_not_warn():
+    optimizer, binder = make("StepLR", step_size=2)
+    binder.last_epoch = 5
+    run(optimizer, binder, 1)
+    assert binder.get_last_lr() == [pytest.approx(1e-3)]
