@@ -61,6 +61,8 @@ def complete_base(base: BaseValues | None, groups: int) -> Base:
         )
     found = {}
     for name, values in given.items():
+        if hasattr(values, "tolist"):  # a tensor, an array or a number of NumPy
+            values = values.tolist()
         numbers = values if isinstance(values, int | float) else tuple(map(float, values))
         found[name] = broadcast(f"base[{name!r}]", numbers, (0.0,) * groups)
     return found
@@ -95,14 +97,14 @@ def _to_json(value: Any) -> Any:
 
 
 def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None:
-    """Check that a schedule of this package saved a state and, if given, that its type matches.
+    """Check that a schedule of this package saved a state, and that the state is not damaged.
 
     Args:
         state: saved state.
         type_name: name of the schedule that must have saved the state; None for any schedule.
 
     Raises:
-        ValueError: the state is from another library or another schedule.
+        ValueError: the state is from another library or another schedule, or is damaged.
     """
     if not {"type", "params", "step", "base"} <= state.keys():
         raise ValueError(
@@ -115,6 +117,8 @@ def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None
             f"{type_name} depends on past losses, which the state of {state['type']} does not "
             "contain. Attach the schedule without loading the state."
         )
+    fields = ("type", "params", "step", "base", "state", "is_written")
+    restore(_SavedState, {name: state[name] for name in fields if name in state}, "lr_scheduler")
 
 
 def check_state(
@@ -133,8 +137,6 @@ def check_state(
             initial hyperparameters or a different number of param groups, or is damaged.
     """
     check_origin(state)
-    fields = ("type", "params", "step", "base", "state", "is_written")
-    restore(_SavedState, {name: state[name] for name in fields if name in state}, "lr_scheduler")
     missing = [name for name in ("lr", *compared) if name not in state["base"]]
     if missing:
         raise ValueError(
