@@ -78,7 +78,7 @@ class Slot:
             self.put(group, value)
 
     def holds(self, group: Group, value: float) -> bool:
-        """Return whether a param group already has the value that `write` would write, or nearly."""
+        """Return whether a param group already has nearly the value that `write` would write."""
         current = self.get(group)
         if isinstance(current, torch.Tensor):
             value = torch.tensor(value, dtype=current.dtype).item()

@@ -60,10 +60,10 @@ def complete_base(base: BaseValues | None, groups: int) -> Base:
             f"`base` must have only the keys {', '.join(_NAMES)}, got {unknown[0]!r}. Remove it."
         )
     found = {}
-    for name, values in given.items():
-        if hasattr(values, "tolist"):  # a tensor, an array or a number of NumPy
-            values = values.tolist()
-        numbers = values if isinstance(values, int | float) else tuple(map(float, values))
+    for name, value in given.items():
+        # Tensors and the arrays and numbers of NumPy have the method `tolist`.
+        plain = value.tolist() if hasattr(value, "tolist") else value
+        numbers = plain if isinstance(plain, int | float) else tuple(map(float, plain))
         found[name] = broadcast(f"base[{name!r}]", numbers, (0.0,) * groups)
     return found
 

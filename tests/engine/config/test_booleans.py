@@ -7,7 +7,6 @@ from engine.config.edits import apply_fixes
 from engine.config.parser import parse
 from engine.config.validate import check
 
-
 NOTE, ERROR = ("number-as-boolean", "note"), ("wrong-type", "error")
 PHASES = [{"from": 0.1, "to": 0.2, "duration": 5}]
 
