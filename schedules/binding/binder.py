@@ -26,6 +26,7 @@ from schedules.binding.torch_interface import BaseLRs, TorchInterface, read_loss
 from schedules.core.controller import Base, Controller, Decision, Evidence, OpenLoop
 from schedules.core.durations import Horizon
 from schedules.core.schedule import Schedule
+from schedules.feedback.base import FeedbackController
 from schedules.param_groups import (
     Group,
     RangeWriter,
@@ -375,7 +376,7 @@ class ScheduleBinder(TorchInterface):
             "base": {name: list(values) for name, values in self._base.items()},
             "is_written": self._holds_own_values(),
         }
-        if self.schedule.feedback is not None:
+        if isinstance(self.controller, FeedbackController):
             state["state"] = self.controller.to_json(self.state)
         return state
 

@@ -13,6 +13,7 @@ from schedules.core.fields import Range
 from schedules.core.per_group import broadcast
 from schedules.core.saved_state import OPTIONAL, describe, restore
 from schedules.core.schedule import Schedule
+from schedules.feedback.base import FeedbackController
 from schedules.param_groups import PRECISION
 
 __all__ = [
@@ -203,7 +204,7 @@ def read_state(
     state, values = None, {}
     try:
         controller = schedule.bind(base, horizon)
-        if schedule.feedback is not None:
+        if isinstance(controller, FeedbackController):
             state = controller.from_json(state_dict["state"])
             values = dict(controller.values(state))
         elif isinstance(controller, OpenLoop):
