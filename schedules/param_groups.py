@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from schedules.core.controller import Curves, Values
 from schedules.core.pieces import Formula
 
 __all__ = [
+    "PRECISION",
     "Group",
     "RangeWriter",
     "Slot",
@@ -22,6 +24,10 @@ __all__ = [
     "read_momentum",
     "write_values",
 ]
+
+PRECISION = 1e-6
+"""Largest relative difference of equal values. Schedulers round differently, and a tensor can have
+only 32 bits."""
 
 Group = dict[str, Any]
 Slots = Mapping[str, Sequence["Slot"]]
@@ -72,11 +78,11 @@ class Slot:
             self.put(group, value)
 
     def holds(self, group: Group, value: float) -> bool:
-        """Return whether a param group already has the value that `write` would write."""
+        """Return whether a param group already has nearly the value that `write` would write."""
         current = self.get(group)
         if isinstance(current, torch.Tensor):
             value = torch.tensor(value, dtype=current.dtype).item()
-        return bool(current == value)
+        return math.isclose(float(current), value, rel_tol=PRECISION)
 
 
 class _BetaSlot(Slot):

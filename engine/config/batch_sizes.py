@@ -123,10 +123,13 @@ def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
     >>> count_ranks_per_model({"sequence_parallel_size": 2})
     {'sequence_parallel_size': 2}
     """
+    pipeline = config.get("pipeline", {})
+    if config.get("engine", {}).get("backend") == "torch":
+        pipeline = {}  # only DeepSpeed supports pipeline models
     sizes = {
         "sequence_parallel_size": config.get("sequence_parallel_size"),
         "tensor_parallel.autotp_size": config.get("tensor_parallel", {}).get("autotp_size"),
-        "pipeline.stages": config.get("pipeline", {}).get("stages"),
+        "pipeline.stages": pipeline.get("stages"),
     }
     return {key: size for key, size in sizes.items() if isinstance(size, int) and size > 1}
 

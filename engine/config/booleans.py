@@ -11,10 +11,14 @@ from engine.config.parser import Document
 from engine.config.pointers import dotted_name, join_pointer
 from engine.config.schema import SCHEMA, walk
 from engine.errors import Fix, Problem
+from schedules.core.descriptions import read_index
 
 __all__ = ["convert_numbers_to_booleans"]
 
 _OWN_SECTION = "/engine/"
+_PARAMS = "/scheduler/params/"
+_OWN_PARAMS = {"/scheduler/params/relative"}
+"""Parameters that only onecycle adds to DeepSpeed's schedules."""
 
 
 def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Problem]]:
@@ -32,7 +36,7 @@ def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Prob
         if _is_boolean(member.schema)
         and not isinstance(member.value, bool)
         and member.value in (0, 1)
-        and not member.pointer.startswith(_OWN_SECTION)
+        and _is_read_by_deepspeed(member.pointer, document.value)
     }
     if not converted:
         return document, []
@@ -51,6 +55,13 @@ def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Prob
             )
         )
     return replace(document, value=_replace_values(document.value, converted)), problems
+
+
+def _is_read_by_deepspeed(pointer: str, config: Mapping[str, Any]) -> bool:
+    if not pointer.startswith(_PARAMS):
+        return not pointer.startswith(_OWN_SECTION)
+    schedule = read_index().get(str(config["scheduler"].get("type")), {})
+    return schedule.get("family") == "families.deepspeed" and pointer not in _OWN_PARAMS
 
 
 def _is_boolean(schema: Mapping[str, Any]) -> bool:

@@ -266,15 +266,29 @@ def _build_unknown_key_problem(
 
 
 def _find_deprecated(document: Document) -> Iterator[Problem]:
-    """Yield a note for each deprecated key."""
+    """Yield a note for each deprecated key, or an error if its replacement is set as well."""
     for member in walk(document.value, schemas.read(SCHEMA)):
-        instead = member.schema.get("x-instead", "")
-        is_set_twice = instead in document.get_value(get_parent(member.pointer))
-        if member.schema.get("deprecated") and not is_set_twice:
-            renamed = instead.isidentifier()
+        if not member.schema.get("deprecated"):
+            continue
+        instead, name = member.schema.get("x-instead", ""), get_last_key(member.pointer)
+        parent = get_parent(member.pointer)
+        siblings = document.get_value(parent)
+        # DeepSpeed checks this in the sections, but not for the keys at the top.
+        replacement = instead.split(".")[0]
+        values = (member.value, siblings.get(replacement, "auto"))
+        if parent and "auto" not in values:
+            yield document.build_problem(
+                "deprecated-key",
+                member.pointer,
+                f"`{name}` is the deprecated form of `{instead}`, and DeepSpeed rejects a config "
+                f"with both `{name}` and `{replacement}`.",
+                f"Remove `{name}`.",
+                at_key=True,
+            )
+        elif instead not in siblings:
             hint = f"Use `{instead}`." if instead and " " not in instead else instead
-            fix = Fix(key=instead) if renamed else None
-            message = f"`{get_last_key(member.pointer)}` is deprecated."
+            fix = Fix(key=instead) if instead.isidentifier() else None
+            message = f"`{name}` is deprecated."
             yield document.build_problem(
                 "deprecated-key",
                 member.pointer,

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from schedules.core.controller import Values
 from schedules.param_groups import Group, Slot
 
-__all__ = ["Attachment"]
+__all__ = ["Attachment", "describe_other_writer"]
 
 
 class _Writer(Protocol):
@@ -56,6 +56,13 @@ class Attachment:
             if other is not writer and set(other.hyperparameters) & set(writer.hyperparameters):
                 other.note_other_writer()
 
+    def has_last_group(self, groups: Sequence[Group]) -> bool:
+        """Return whether the param groups are still those that the last schedule wrote.
+
+        Loading the state of an optimizer replaces its groups, possibly by those of another run.
+        """
+        return any(group is self._last_group for group in groups)
+
     def read_initial(
         self, name: str, groups: Sequence[Group], slots: Sequence[Slot]
     ) -> tuple[tuple[float, ...], str | None]:
@@ -71,8 +78,7 @@ class Attachment:
             unknown if the optimizer's state was loaded, or if another library's scheduler is used.
         """
         values, doubt = [], None
-        # Loading the state of an optimizer replaces its groups, possibly by those of another run.
-        is_known = name in self._last_written and groups[-1] is self._last_group
+        is_known = name in self._last_written and self.has_last_group(groups)
         for index, (group, slot) in enumerate(zip(groups, slots, strict=True)):
             now = slot.read(group)
             initial = float(group.get(f"initial_{name}", now))
@@ -90,6 +96,19 @@ class Attachment:
         last = [self._last_written[name]] if name in self._last_written else []
         for values in (*last, *self._written.values()):
             yield from values().get(name, ())[index : index + 1]
+
+
+def describe_other_writer(hyperparameters: Collection[str], *, is_schedule: bool) -> str:
+    """Return a warning that a schedule overwrites values of other code or of another schedule."""
+    names = " and ".join(hyperparameters)
+    text = f"Other code has set {names} since the schedule did, and the schedule overwrites this."
+    if is_schedule:
+        text = f"Two schedules set {names} of the same optimizer, and each overwrites the values "
+        text += "of the other."
+    return (
+        f"{text} To multiply schedules or to run one after the other, use "
+        "`schedules.ChainedScheduler` or `schedules.SequentialLR`."
+    )
 
 
 _ATTACHMENTS: WeakKeyDictionary[Optimizer, Attachment] = WeakKeyDictionary()

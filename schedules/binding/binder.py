@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from schedules.binding.attachment import Attachment
+from schedules.binding.attachment import Attachment, describe_other_writer
 from schedules.binding.first_step import FirstStep
 from schedules.binding.saved_state import (
     BaseValues,
@@ -19,12 +19,14 @@ from schedules.binding.saved_state import (
     check_origin,
     check_state,
     complete_base,
+    read_base,
     read_state,
 )
-from schedules.binding.torch_interface import BaseLRs, TorchInterface
+from schedules.binding.torch_interface import BaseLRs, TorchInterface, read_loss
 from schedules.core.controller import Base, Controller, Decision, Evidence, OpenLoop
 from schedules.core.durations import Horizon
 from schedules.core.schedule import Schedule
+from schedules.feedback.base import FeedbackController
 from schedules.param_groups import (
     Group,
     RangeWriter,
@@ -198,7 +200,7 @@ class ScheduleBinder(TorchInterface):
         self._check_base()
         if self.last_epoch == 0:
             self._first_step.check()
-        if self._is_overtaken and self._has_stepped and not self._has_warned:
+        if self._is_overtaken == self._has_stepped and not self._has_warned:
             self._warn_of_other_writer()
         if self.schedule.feedback is not None:
             self._step_with_feedback(loss, metric)
@@ -217,28 +219,28 @@ class ScheduleBinder(TorchInterface):
             raise ValueError(
                 f"The initial values of the schedule are uncertain: {self._doubt}, and the "
                 "current value may come from a schedule or from the script. Load the saved state "
-                "of the schedule, or pass the initial values to `attach` as `base`."
+                "of the schedule, or pass the initial values to `attach` as `base`. To multiply "
+                "schedules, as PyTorch's ChainedScheduler does, use `schedules.ChainedScheduler`."
             )
 
     def _holds_own_values(self) -> bool:
         """Return whether the param groups still have the values that this schedule wrote."""
         groups = self.optimizer.param_groups
-        return all(
+        return self.last_epoch >= 0 and all(
             slot.holds(group, value)
-            for name, values in self.controller.values(self.state).items()
+            for name, values in self._read_values().items()
             for slot, group, value in zip(self._slots[name], groups, values, strict=False)
         )
 
     def _warn_of_other_writer(self) -> None:
-        if self._holds_own_values():
-            return
-        self._has_warned = True
-        names = " and ".join(self._slots)
-        warnings.warn(
-            f"Two schedules set {names} of the same optimizer, and each overwrites the values of "
-            "the other. Use one schedule, for example a SequentialLR or a ChainedScheduler.",
-            stacklevel=4,
-        )
+        # The values of this step are not written yet if a script has set `last_epoch`.
+        is_written = self._has_stepped or self.last_epoch == self._position
+        groups = self.optimizer.param_groups
+        is_same = len(groups) >= len(self._base["lr"]) and self._attachment.has_last_group(groups)
+        if is_written and is_same and not self._holds_own_values():
+            self._has_warned = True
+            text = describe_other_writer(self._slots, is_schedule=self._is_overtaken)
+            warnings.warn(text, stacklevel=4)
 
     def note_other_writer(self) -> None:
         """Record that another schedule has set a hyperparameter that this schedule also sets."""
@@ -255,7 +257,7 @@ class ScheduleBinder(TorchInterface):
             )
         self._include_added_groups()
         uses_metric = self.schedule.feedback == "metric" and metric is not None
-        received = _to_float(metric if uses_metric else loss)
+        received = read_loss(metric if uses_metric else loss)
         before = self.state
         self._state = self.controller.update(before, received)
         self._position = self.last_epoch = self.last_epoch + 1
@@ -296,7 +298,7 @@ class ScheduleBinder(TorchInterface):
 
     def _include_added_groups(self) -> Sequence[Group]:
         """Bind the schedule to param groups that were added, and return all param groups."""
-        groups, known = self.optimizer.param_groups, len(self._base_lrs)
+        groups, known = self.optimizer.param_groups, len(self._base["lr"])
         if len(groups) < known:
             raise ValueError(
                 f"The optimizer had {known} param groups when the schedule was attached, but has "
@@ -309,6 +311,9 @@ class ScheduleBinder(TorchInterface):
                 for name, each in {"lr": find_slots("lr", self.optimizer), **slots}.items()
             }
             base = {name: values + added[name][known:] for name, values in self._base.items()}
+            # A script can append the initial learning rate of an added group to `base_lrs`.
+            appended = tuple(float(lr) for lr in self._base_lrs[known : len(groups)])
+            base["lr"] = self._base["lr"] + appended + base["lr"][known + len(appended) :]
             try:
                 self._bind(base)
             except ValueError as error:
@@ -317,11 +322,11 @@ class ScheduleBinder(TorchInterface):
             self._slots = slots
         return groups
 
-    def _go_to(self, state: Any, step: int) -> None:
+    def _go_to(self, state: Any, step: int, write: bool = True) -> None:
         self._state, self._position = state, step
         self.last_epoch = step
         # PyTorch's SequentialLR saves -1 as the step of a schedule that has not started.
-        if step >= 0:
+        if step >= 0 and write:
             self.write()
         self._writer = None  # so that the first step is checked
 
@@ -369,8 +374,9 @@ class ScheduleBinder(TorchInterface):
             **self.identity,
             "step": self.last_epoch,
             "base": {name: list(values) for name, values in self._base.items()},
+            "is_written": self._holds_own_values(),
         }
-        if self.schedule.feedback is not None:
+        if isinstance(self.controller, FeedbackController):
             state["state"] = self.controller.to_json(self.state)
         return state
 
@@ -391,12 +397,14 @@ class ScheduleBinder(TorchInterface):
             check_origin(state_dict, self.schedule.type_name if has_feedback else None)
         else:
             self.check_state_dict(state_dict)
-        base = self._base if override else _to_base(state_dict)
+        base = self._base if override else read_base(state_dict)
         state = read_state(state_dict, self.schedule, base, self._horizon)
         if not override:
             self._bind(base)
         self._doubt = None
-        self._go_to(state, state_dict["step"])
+        # If another scheduler had set the values, loading the optimizer's state restores them.
+        is_written = override or state_dict.get("is_written", True)
+        self._go_to(state, state_dict["step"], write=is_written)
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Check that `load_state_dict` would accept a state, without loading it.
@@ -406,7 +414,7 @@ class ScheduleBinder(TorchInterface):
                 number of param groups.
         """
         check_state(state_dict, self.identity, self._base, self._compared)
-        read_state(state_dict, self.schedule, _to_base(state_dict), self._horizon)
+        read_state(state_dict, self.schedule, read_base(state_dict), self._horizon)
 
     @property
     def _compared(self) -> Collection[str]:
@@ -430,20 +438,5 @@ class ScheduleBinder(TorchInterface):
         self._doubt = state["_doubt"]
         self.controller = self.schedule.bind(self._base, self._horizon)
         self._first_step = FirstStep(None)
-        values = self.controller.values(self.state)
+        values = self._read_values()
         self._attachment.record(self, self.optimizer.param_groups, lambda: values)
-
-
-def _to_base(state_dict: Mapping[str, Any]) -> Base:
-    return {name: tuple(values) for name, values in state_dict["base"].items()}
-
-
-def _to_float(loss: Tensor | float | None) -> float | None:
-    if loss is None:
-        return None
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(
-            f"`loss` must be a single number, got a tensor of shape {tuple(loss.shape)}. "
-            "Pass its mean."
-        )
-    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)

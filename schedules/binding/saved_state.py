@@ -13,6 +13,8 @@ from schedules.core.fields import Range
 from schedules.core.per_group import broadcast
 from schedules.core.saved_state import OPTIONAL, describe, restore
 from schedules.core.schedule import Schedule
+from schedules.feedback.base import FeedbackController
+from schedules.param_groups import PRECISION
 
 __all__ = [
     "BaseValues",
@@ -20,6 +22,7 @@ __all__ = [
     "check_origin",
     "check_state",
     "complete_base",
+    "read_base",
     "read_state",
 ]
 
@@ -27,7 +30,6 @@ BaseValues = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 """Initial learning rate of all param groups or of each, or a dict of initial hyperparameters."""
 
 _NAMES = ("lr", "momentum", "weight_decay")
-_PRECISION = 1e-6  # a tensor learning rate of 32 bits differs from the same number of 64 bits
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class _SavedState:
     step: Annotated[int, Range(at_least=-1, at_most=MAX_STEPS)]
     base: dict[str, tuple[Annotated[float, Range()], ...]]
     state: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    is_written: bool = field(default=True, metadata=OPTIONAL)
+    """Whether the param groups had the values of this schedule, not those of another one."""
 
 
 def complete_base(base: BaseValues | None, groups: int) -> Base:
@@ -57,8 +61,10 @@ def complete_base(base: BaseValues | None, groups: int) -> Base:
             f"`base` must have only the keys {', '.join(_NAMES)}, got {unknown[0]!r}. Remove it."
         )
     found = {}
-    for name, values in given.items():
-        numbers = values if isinstance(values, int | float) else tuple(map(float, values))
+    for name, value in given.items():
+        # Tensors and the arrays and numbers of NumPy have the method `tolist`.
+        plain = value.tolist() if hasattr(value, "tolist") else value
+        numbers = plain if isinstance(plain, int | float) else tuple(map(float, plain))
         found[name] = broadcast(f"base[{name!r}]", numbers, (0.0,) * groups)
     return found
 
@@ -92,14 +98,14 @@ def _to_json(value: Any) -> Any:
 
 
 def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None:
-    """Check that a schedule of this package saved a state and, if given, that its type matches.
+    """Check that a schedule of this package saved a state, and that the state is not damaged.
 
     Args:
         state: saved state.
         type_name: name of the schedule that must have saved the state; None for any schedule.
 
     Raises:
-        ValueError: the state is from another library or another schedule.
+        ValueError: the state is from another library or another schedule, or is damaged.
     """
     if not {"type", "params", "step", "base"} <= state.keys():
         raise ValueError(
@@ -112,6 +118,8 @@ def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None
             f"{type_name} depends on past losses, which the state of {state['type']} does not "
             "contain. Attach the schedule without loading the state."
         )
+    fields = ("type", "params", "step", "base", "state", "is_written")
+    restore(_SavedState, {name: state[name] for name in fields if name in state}, "lr_scheduler")
 
 
 def check_state(
@@ -130,8 +138,6 @@ def check_state(
             initial hyperparameters or a different number of param groups, or is damaged.
     """
     check_origin(state)
-    fields = ("type", "params", "step", "base", "state")
-    restore(_SavedState, {name: state[name] for name in fields if name in state}, "lr_scheduler")
     missing = [name for name in ("lr", *compared) if name not in state["base"]]
     if missing:
         raise ValueError(
@@ -169,11 +175,16 @@ def _compare_bases(
 ) -> Iterator[str]:
     for name in compared:
         pairs = zip(saved[name], base[name], strict=True)
-        if not all(math.isclose(*pair, rel_tol=_PRECISION) for pair in pairs):
+        if not all(math.isclose(*pair, rel_tol=PRECISION) for pair in pairs):
             yield (
                 f"the initial `{name}` of the param groups is {list(saved[name])} in the saved "
                 f"state, {list(base[name])} now"
             )
+
+
+def read_base(state: Mapping[str, Any]) -> Base:
+    """Return the initial hyperparameters in a saved state."""
+    return {name: tuple(values) for name, values in state["base"].items()}
 
 
 def read_state(
@@ -193,7 +204,7 @@ def read_state(
     state, values = None, {}
     try:
         controller = schedule.bind(base, horizon)
-        if schedule.feedback is not None:
+        if isinstance(controller, FeedbackController):
             state = controller.from_json(state_dict["state"])
             values = dict(controller.values(state))
         elif isinstance(controller, OpenLoop):

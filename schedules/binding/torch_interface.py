@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from schedules.binding.saved_state import complete_base
-from schedules.core.controller import Base, Controller
+from schedules.core.controller import Base, Controller, Values
 from schedules.param_groups import RangeWriter, Slot, read_lr, read_momenta
 
-__all__ = ["BaseLRs", "TorchInterface"]
+__all__ = ["BaseLRs", "TorchInterface", "read_loss"]
 
 
 class BaseLRs(list[float | Tensor]):
@@ -51,12 +51,13 @@ class TorchInterface(LRScheduler):
         """Build the controller for the initial hyperparameters."""
 
     @abstractmethod
-    def _go_to(self, state: Any, step: int) -> None:
-        """Set the state and the step, and write the hyperparameters of that step."""
+    def _go_to(self, state: Any, step: int, write: bool = True) -> None:
+        """Set the state and the step and, if requested, write that step's hyperparameters."""
 
     # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
     # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
     def _initial_step(self) -> None:
+        self._doubt = None  # the scheduler that calls this starts from the initial values
         self._go_to(self.controller.init(), 0)
 
     def _update_lr(self, epoch: int | None = None) -> None:
@@ -76,7 +77,7 @@ class TorchInterface(LRScheduler):
 
     @base_lrs.setter
     def base_lrs(self, lrs: list[float | Tensor]) -> None:
-        given = complete_base([float(lr) for lr in lrs], len(self._base_lrs))
+        given = complete_base([float(lr) for lr in lrs], len(self._base["lr"]))
         self._bind({**self._base, **given})
         self._writer = self._doubt = None
 
@@ -100,8 +101,12 @@ class TorchInterface(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group at step `last_epoch`."""
-        values = self.controller.values(self.state)
+        values = self._read_values()
         return list(values["lr"]) if "lr" in values else self.get_last_lr()
+
+    def _read_values(self) -> Values:
+        """Return the values at step `last_epoch`; an empty dict before the schedule has started."""
+        return self.controller.values(self.state) if self.last_epoch >= 0 else {}
 
     def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return the current momentum, or Adam's betas, of each param group.
@@ -109,3 +114,19 @@ class TorchInterface(LRScheduler):
         Return None if the schedule does not set the momentum.
         """
         return read_momenta(self.optimizer) if "momentum" in self._slots else None
+
+
+def read_loss(loss: Tensor | float | None) -> float | None:
+    """Convert a loss or a metric to a float; return None if there is none.
+
+    Raises:
+        ValueError: the loss is a tensor with more than one element.
+    """
+    if loss is None:
+        return None
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(
+            f"`loss` must be a single number, got a tensor of shape {tuple(loss.shape)}. "
+            "Pass its mean."
+        )
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from schedules.core.curves import Curve
-from schedules.core.saved_state import Count, restore
 
 __all__ = [
     "Band",
@@ -109,18 +108,6 @@ class Controller(Protocol[S]):
             after: state after that step.
         """
 
-    @abstractmethod
-    def to_json(self, state: S) -> dict[str, Any]:
-        """Convert a state to a JSON-serializable dict."""
-
-    @abstractmethod
-    def from_json(self, state: Mapping[str, Any]) -> S:
-        """Restore a state from a dict returned by `to_json`.
-
-        Raises:
-            ValueError: a value is missing or invalid.
-        """
-
 
 @dataclasses.dataclass(frozen=True)
 class OpenLoop(Controller[int]):
@@ -162,12 +149,3 @@ class OpenLoop(Controller[int]):
     def evidence(self, before: int, loss: float, after: int) -> None:
         """Return None. A schedule without feedback makes no decisions, so there is no evidence."""
         del before, loss, after
-
-    def to_json(self, state: int) -> dict[str, Any]:
-        """Return a dict with the step count under the key "step"."""
-        return {"step": state}
-
-    def from_json(self, state: Mapping[str, Any]) -> int:
-        """Return the step count from a dict returned by `to_json`."""
-        step: int = restore(Count, state["step"], "step")
-        return step

@@ -49,6 +49,7 @@ __all__ = [
     "WeightDecay",
     "accepts",
     "as_number",
+    "as_tuple",
     "describe_schema",
     "read_fields",
 ]
@@ -286,8 +287,8 @@ class Field:
             and value.is_integer()
         ):
             value = int(value)
-        if any(isinstance(each, FractionalSteps) for each in _as_tuple(value)):
-            if min(_as_tuple(value)) < min(_SHORTEST, self._item_schema.get("minimum", 0)):
+        if any(isinstance(each, FractionalSteps) for each in as_tuple(value)):
+            if min(as_tuple(value)) < min(_SHORTEST, self._item_schema.get("minimum", 0)):
                 raise ValueError(f"`{self.name}` must be at least 1 step, got {value!r} steps.")
             return value
         if isinstance(value, str) and self.duration is not None:
@@ -297,7 +298,7 @@ class Field:
             shown = repr(part)
             shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
             raise ValueError(f"`{place}` must be {describe_schema(schema)}, got {shown}.")
-        numbers = [each for each in _as_tuple(value) if isinstance(each, int | float)]
+        numbers = [each for each in as_tuple(value) if isinstance(each, int | float)]
         if "integer" in self._item_schema.get("type", ()) and max(numbers, default=0) > MAX_STEPS:
             raise ValueError(
                 f"`{self.name}` must be at most {MAX_STEPS:,} (2**53). Use a smaller value."
@@ -340,7 +341,8 @@ def _find_invalid(
     return place, schema, value
 
 
-def _as_tuple(value: Any) -> tuple[Any, ...]:
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Return a tuple as it is, and any other value as a tuple with this value."""
     return value if isinstance(value, tuple) else (value,)
 
 

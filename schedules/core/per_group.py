@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from schedules.core.curves import Curve
-from schedules.core.fields import PerGroup
+from schedules.core.fields import PerGroup, as_tuple
 
 __all__ = [
     "broadcast",
@@ -37,7 +37,7 @@ def exceeds(low: PerGroup, high: PerGroup) -> bool:
     """Return whether ``low`` is greater than ``high`` in any param group."""
     if isinstance(low, tuple) and isinstance(high, tuple):
         return any(map(operator.gt, low, high))
-    return bool(max(_as_tuple(low)) > min(_as_tuple(high)))
+    return bool(max(as_tuple(low)) > min(as_tuple(high)))
 
 
 def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[float, ...]:
@@ -103,7 +103,3 @@ def broadcast_strict(
             f"groups have different initial values ({groups}), got {value:g}.{fix}"
         )
     return broadcast(name, value, base)
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)

@@ -17,7 +17,7 @@ from schedules.core.combinators import dilate
 from schedules.core.controller import Base, Controller, Curves, OpenLoop
 from schedules.core.curves import Curve
 from schedules.core.durations import FractionalSteps, Horizon, convert_to_steps, is_time_string
-from schedules.core.fields import Duration, read_fields
+from schedules.core.fields import Duration, as_tuple, read_fields
 from schedules.core.per_group import broadcast, build_curve_per_group
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Schedule(ABC, Generic[S]):
             name
             for name, field in read_fields(type(self)).items()
             if field.duration is not None
-            and any(map(is_time_string, _as_tuple(getattr(self, name))))
+            and any(map(is_time_string, as_tuple(getattr(self, name))))
         )
 
     def resolve(self, horizon: Horizon | None = None) -> Self:
@@ -186,8 +186,8 @@ class Schedule(ABC, Generic[S]):
 
     def _check_minimum(self, name: str, steps: Any) -> None:
         """Check that no time string is converted to 0 steps, unless the field allows 0."""
-        least, given = read_fields(type(self))[name].minimum, _as_tuple(getattr(self, name))
-        for time, count in zip(given, _as_tuple(steps), strict=True):
+        least, given = read_fields(type(self))[name].minimum, as_tuple(getattr(self, name))
+        for time, count in zip(given, as_tuple(steps), strict=True):
             if is_time_string(time) and count == 0 < least:
                 raise ValueError(
                     f"{time!r} is 0 steps in this run, but the duration must be at least 1 step. "
@@ -203,7 +203,7 @@ class Schedule(ABC, Generic[S]):
 
     def _in_steps(self, value: Any, duration: Duration, horizon: Horizon) -> Any:
         scaled = not duration.warmup or horizon.scale_warmup or getattr(self, "scale_warmup", False)
-        steps = tuple(convert_to_steps(each, horizon, scaled=scaled) for each in _as_tuple(value))
+        steps = tuple(convert_to_steps(each, horizon, scaled=scaled) for each in as_tuple(value))
         if self.has_rate_per_step and horizon.scale_ratio != 1:
             # `build_curves` stretches the curves later, so the ratio must not be applied here.
             steps = tuple(FractionalSteps(each / horizon.scale_ratio) for each in steps)
@@ -242,7 +242,7 @@ class Schedule(ABC, Generic[S]):
             each
             for name, field in read_fields(type(self)).items()
             if field.duration is not None
-            for each in _as_tuple(getattr(self, name))
+            for each in as_tuple(getattr(self, name))
             if each is not None
         ]
         return 2 * int(max(steps, default=50))
@@ -375,7 +375,3 @@ class LearningRateSchedule(Schedule[int]):
     @abstractmethod
     def curve(self, lr: float) -> Curve:
         """Return the curve of a param group with initial learning rate ``lr``."""
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)

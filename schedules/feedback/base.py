@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from typing import ClassVar, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar
 
 from schedules.core.controller import Base, Controller, Curves, Evidence, Values
 from schedules.core.curves import Curve, from_function
@@ -18,6 +19,18 @@ S = TypeVar("S")
 
 class FeedbackController(Controller[S]):
     """Base class of the controllers of feedback schedules; see `Controller` for the interface."""
+
+    @abstractmethod
+    def to_json(self, state: S) -> dict[str, Any]:
+        """Convert a state to a JSON-serializable dict."""
+
+    @abstractmethod
+    def from_json(self, state: Mapping[str, Any]) -> S:
+        """Restore a state from a dict returned by `to_json`.
+
+        Raises:
+            ValueError: a value is missing or invalid.
+        """
 
     def continue_from(self, state: S, values: Values) -> S:
         """Return a state that continues from ``values``, which other code may have changed.

@@ -48,6 +48,13 @@ def test_validate_with_ranks_that_share_a_model_counts_them_once(parallel):
     assert "2 data-parallel ranks = 8, got 32" in error.message
 
 
+def test_validate_with_pipeline_stages_and_the_torch_backend_counts_all_ranks():
+    config = SIZES | {"pipeline": {"stages": 2}, "engine": {"backend": "torch"}}
+    assert find_errors(config | {"train_batch_size": 16}, 4) == []
+    (error,) = find_errors(config | {"train_batch_size": 8}, 4)
+    assert "4 ranks = 16, got 8" in error.message
+
+
 def test_validate_with_train_batch_size_of_all_ranks_accepts_autotp_only():
     config = SIZES | {"train_batch_size": 8}
     (problem,) = validate(config | {"tensor_parallel": {"autotp_size": 2}}, world_size=2)

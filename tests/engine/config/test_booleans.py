@@ -7,6 +7,9 @@ from engine.config.edits import apply_fixes
 from engine.config.parser import parse
 from engine.config.validate import check
 
+NOTE, ERROR = ("number-as-boolean", "note"), ("wrong-type", "error")
+PHASES = [{"from": 0.1, "to": 0.2, "duration": 5}]
+
 
 def find_problems(config):
     problems = check(load_document({"train_batch_size": 8, **config}), None)
@@ -37,6 +40,23 @@ def test_number_in_boolean_key_is_a_note(section, key, value):
 )
 def test_other_value_in_boolean_key_is_an_error(config, rule):
     assert [(each[0], each[1]) for each in find_problems(config)] == [(rule, "error")]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "pointer", "rule"),
+    [
+        ("OneCycle", {"cycle_momentum": 0}, "/scheduler/params/cycle_momentum", NOTE),
+        ("OneCycle", {"relative": 0}, "/scheduler/params/relative", ERROR),
+        ("Phases", {"relative": 1, "lr": PHASES}, "/scheduler/params/relative", ERROR),
+    ],
+)
+def test_number_in_boolean_parameter_is_a_note_only_if_deepspeed_reads_it(
+    name, params, pointer, rule
+):
+    limits = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2} if name == "OneCycle" else {}
+    config = {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}
+    problems = find_problems(config | {"scheduler": {"type": name, "params": limits | params}})
+    assert [each for each in problems if each[2] == pointer] == [(*rule, pointer)]
 
 
 def test_enabled_section_with_a_number_has_the_effect_of_true():

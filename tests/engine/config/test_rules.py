@@ -13,6 +13,7 @@ from engine.config.validate import check
 
 SOURCES = Path(engine.__file__).parent / "config"
 RUNS_ALONE = {"unresolved-auto"}  # reported only if a run starts from the config
+GATHER, ON_SAVE = "stage3_gather", "_weights_on_model_save"
 # Rules that report notes.
 NOTES = {
     "unused-betas",
@@ -149,6 +150,18 @@ PAIRS = [
             ("elastic-checkpoint", "error", "/zero_optimization/elastic_checkpoint"),
             ("deprecated-key", "note", "/zero_optimization/cpu_offload"),
         ],
+    ),
+    *(
+        (
+            zero_config(stage=3, **{old: True, new: value}),
+            [("deprecated-key", severity, f"/zero_optimization/{old}")] if severity else [],
+        )
+        for old, new, value, severity in [
+            ("cpu_offload", "offload_optimizer", {"device": "cpu"}, "error"),
+            ("cpu_offload_param", "offload_param", {"device": "cpu"}, "error"),
+            (f"{GATHER}_fp16{ON_SAVE}", f"{GATHER}_16bit{ON_SAVE}", True, "error"),
+            (f"{GATHER}_fp16{ON_SAVE}", f"{GATHER}_16bit{ON_SAVE}", "auto", None),
+        ]
     ),
     (elastic_config(1, "AdamW", torch_adam=False), []),
     (elastic_config(3, "AdamW"), []),

@@ -383,3 +383,11 @@ def test_with_scheduler_keeps_comments_and_notes(comment):
 def test_validate_invalid_scheduler_block_reports_every_error(sections, rules):
     problems = validate({"train_batch_size": 8} | sections)
     assert {problem.rule for problem in problems if problem.severity == "error"} == rules
+
+
+@pytest.mark.parametrize("world_size", [None, 4])
+def test_check_automatic_number_of_pipeline_stages_is_the_default(world_size):
+    sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}
+    config = {**sizes, "zero_optimization": {"stage": 1}, "pipeline": {"stages": "auto"}}
+    assert validate(config, world_size, reject_auto=True) == []
+    assert load_config(config, world_size=4).batch.accumulation == 1

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,3 +158,39 @@ def test_load_state_dict_override_of_another_feedback_schedule_is_rejected():
     other = attach("AutoWU", sgd(), steps_per_epoch=5, total_epochs=9)
     with pytest.raises(ValueError, match="AutoWU depends on past losses, which the state of Red"):
         other.load_state_dict(state, override=True)
+
+
+@pytest.mark.parametrize("start", [0.1, 0.2, 0.3, 1 / 3])
+@pytest.mark.parametrize("steps", [3, 5, 7, 11])
+def test_attach_after_torchs_warmup_starts_from_the_initial_lr(start, steps):
+    optimizer = sgd()
+    run(optimizer, OF_TORCH.LinearLR(optimizer, start_factor=start, total_iters=steps), steps)
+    binder = attach("ExponentialLR", optimizer, gamma=0.5)
+    assert run(optimizer, binder, 2) == pytest.approx([1e-3, 5e-4])
+
+
+def test_attach_after_the_script_set_the_lr_and_added_a_group_starts_from_these_values():
+    optimizer = sgd()
+    run(optimizer, attach("ExponentialLR", optimizer, gamma=0.5), 2)
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.add_param_group({"params": weights(), "lr": 0.5})
+    binder = attach("ExponentialLR", optimizer, gamma=0.5)
+    run(optimizer, binder, 1)
+    assert binder.get_last_lr() == [0.125, 0.25]
+
+
+@pytest.mark.parametrize("override", [False, True])
+@pytest.mark.parametrize("damage", [{"step": 2.5}, {"step": -7}, {"step": "2"}, {"is_written": 1}])
+def test_load_state_dict_of_a_damaged_state_is_rejected(damage, override):
+    binder = attach("StepLR", sgd(), step_size=5)
+    (key,) = damage
+    with pytest.raises(ValueError, match=f"`lr_scheduler.{key}` must be"):
+        binder.load_state_dict({**binder.state_dict(), **damage}, override=override)
+    assert binder.last_epoch == 0
+
+
+@pytest.mark.parametrize(
+    "base", [torch.tensor(0.5), np.float32(0.5), np.array([0.5]), {"lr": torch.tensor([0.5])}]
+)
+def test_attach_base_can_be_a_tensor_or_a_number_of_numpy(base):
+    assert attach("StepLR", sgd(), step_size=5, base=base).base_lrs == [0.5]

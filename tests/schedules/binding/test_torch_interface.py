@@ -1,10 +1,15 @@
 """The attributes of PyTorch's schedulers, with PyTorch's meaning."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 from schedules import attach
 from tests.schedules.test_torch_scheduler import CYCLE, weights
+
+OF_TORCH = torch.optim.lr_scheduler
 
 
 def make(name, **params):
@@ -102,3 +107,118 @@ def test_torchs_sequence_resumed_in_its_first_part_continues_that_part():
         run(optimizer, sequence, 1)
         run(resumed, other, 1)
         assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+def read_lrs_after_resume(make, order, cut, steps):
+    """Return the learning rates after a resume, and those of the uninterrupted run."""
+    optimizer, scheduler = make()
+    run(optimizer, scheduler, cut)
+    saved = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    saved = copy.deepcopy(saved)
+    resumed, other = make()
+    for name in order:
+        (resumed if name == "optimizer" else other).load_state_dict(saved[name])
+    lrs = []
+    for _ in range(steps):
+        lrs.append((resumed.param_groups[0]["lr"], optimizer.param_groups[0]["lr"]))
+        run(optimizer, scheduler, 1)
+        run(resumed, other, 1)
+    return zip(*lrs, strict=True)
+
+
+@pytest.mark.filterwarnings("ignore:Other code")
+@pytest.mark.parametrize("order", [("optimizer", "scheduler"), ("scheduler", "optimizer")])
+@pytest.mark.parametrize("cut", [2, 4, 9])
+@pytest.mark.parametrize("is_chained", [False, True])
+def test_torchs_combination_of_this_and_torchs_schedule_resumes(order, cut, is_chained):
+    def make():
+        optimizer = torch.optim.SGD(weights(), lr=0.1)
+        parts = [
+            attach("WarmupLR", optimizer, warmup_num_steps=4),
+            OF_TORCH.StepLR(optimizer, step_size=2),
+        ]
+        if is_chained:
+            return optimizer, OF_TORCH.ChainedScheduler(parts, optimizer)
+        return optimizer, OF_TORCH.SequentialLR(optimizer, parts, milestones=[4])
+
+    resumed, uninterrupted = read_lrs_after_resume(make, order, cut, steps=5)
+    assert resumed == uninterrupted
+
+
+def test_load_state_dict_of_an_earlier_version_sets_the_values():
+    optimizer, binder = make("StepLR", step_size=1)
+    run(optimizer, binder, 2)
+    state = binder.state_dict()
+    del state["is_written"]
+    _, other = make("StepLR", step_size=1)
+    other.load_state_dict(state)
+    assert other.get_last_lr() == binder.get_last_lr() != [1.0]
+
+
+def test_torchs_sequence_of_torchs_warmup_and_this_schedule_is_that_of_torch():
+    def read_lrs(make_main):
+        optimizer = torch.optim.SGD(weights(), lr=0.1)
+        warmup = OF_TORCH.LinearLR(optimizer, start_factor=0.1, total_iters=4)
+        parts = [warmup, make_main(optimizer)]
+        sequence = OF_TORCH.SequentialLR(optimizer, parts, milestones=[4])
+        lrs = []
+        for _ in range(8):
+            run(optimizer, sequence, 1)
+            lrs.append(optimizer.param_groups[0]["lr"])
+        return lrs
+
+    ours = read_lrs(lambda optimizer: attach("StepLR", optimizer, step_size=2))
+    theirs = read_lrs(lambda optimizer: OF_TORCH.StepLR(optimizer, step_size=2))
+    assert ours == pytest.approx(theirs)
+
+
+def test_torchs_chain_of_torchs_warmup_and_this_schedule_is_an_error():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    warmup = OF_TORCH.LinearLR(optimizer, start_factor=0.1, total_iters=4)
+    chain = OF_TORCH.ChainedScheduler([warmup, attach("StepLR", optimizer, step_size=2)])
+    with pytest.raises(ValueError, match=r"uncertain: .* use `schedules.ChainedScheduler`"):
+        run(optimizer, chain, 1)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_torchs_sequence_copied_in_its_first_part_continues(copied):
+    optimizer = torch.optim.SGD(weights(), lr=1.0)
+    parts = [
+        attach("LinearLR", optimizer, total_iters=4),
+        attach("StepLR", optimizer, step_size=2),
+    ]
+    sequence = OF_TORCH.SequentialLR(optimizer, parts, milestones=[4])
+    run(optimizer, sequence, 2)
+    assert parts[1].get_lr() == parts[1].get_last_lr()
+    other = copied(sequence)
+    for _ in range(6):
+        run(optimizer, sequence, 1)
+        run(other.optimizer, other, 1)
+        assert other.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("appended", [0.5, 0.25])
+def test_base_lrs_appended_is_the_initial_lr_of_an_added_group(appended):
+    optimizer, binder = make("ExponentialLR", gamma=0.5)
+    run(optimizer, binder, 1)
+    optimizer.add_param_group({"params": weights(), "lr": 0.5})
+    binder.base_lrs.append(appended)
+    run(optimizer, binder, 1)
+    assert binder.get_last_lr() == [0.25, appended / 4]
+    assert binder.base_lrs == [1.0, appended]
+
+
+def test_torchs_chain_in_which_this_schedule_overwrites_torchs_factor_warns_once():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    parts = [OF_TORCH.ExponentialLR(optimizer, 0.5), attach("StepLR", optimizer, step_size=2)]
+    chain = OF_TORCH.ChainedScheduler(parts)
+    with pytest.warns(UserWarning, match=r"Other code has set lr .*`schedules\.Chained") as caught:
+        run(optimizer, chain, 3)
+    assert len(caught) == 1
+
+
+def test_first_step_from_a_last_epoch_that_the_script_set_does_not_warn():
+    optimizer, binder = make("StepLR", step_size=2)
+    binder.last_epoch = 5
+    run(optimizer, binder, 1)
+    assert binder.get_last_lr() == [pytest.approx(1e-3)]
