@@ -63,6 +63,9 @@ class Bomb:
     def __reduce__(self):
         return os.mkdir, (self.path,)
 
+    def __deepcopy__(self, memo):
+        return self  # the default would call `__reduce__`
+
 
 def _build_nested(depth):
     value = []
