@@ -20,6 +20,7 @@ __all__ = ["DirectoryLock"]
 _NAME = ".lock"
 _BEAT_SECONDS = 10.0
 _STALE_SECONDS = 60.0
+_WRITE_SECONDS = 5.0
 
 
 class DirectoryLock:
@@ -108,6 +109,9 @@ def _describe_process() -> dict[str, Any]:
 
 def _is_stale(path: Path, owner: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     """Return whether the owner of a lock no longer runs. The check can take 60 seconds."""
+    if not owner:  # its process is writing the file, or was killed while it did
+        time.sleep(_WRITE_SECONDS)
+        return not _read(path)
     if owner.get("host") == own["host"] and os.name == "posix":
         return (
             owner.get("boot") != own["boot"]

@@ -106,6 +106,7 @@ def test_heartbeat_changes_the_lock_until_it_is_released(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"pid": "x"}'])
 def test_damaged_lock_is_taken_over(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(lock, "_WRITE_SECONDS", 0.1)
     monkeypatch.setattr(lock, "_STALE_SECONDS", 0.1)
     (tmp_path / ".lock").write_text(text)
     DirectoryLock(tmp_path).release()
