@@ -122,6 +122,6 @@ def _check_optimizer(saved: Any, engine: Any) -> None:
     try:
         groups = engine.basic_optimizer.param_groups
         parameters = dict(enumerate(p for group in groups for p in group["params"]))
-        check_parameter_states(states, engine.basic_optimizer, parameters)
+        check_parameter_states(states, saved["param_groups"], engine.basic_optimizer, parameters)
     finally:
         clear()

@@ -317,7 +317,9 @@ class PyTorchBackend(Backend):
         check_same_structure(tensors_then, own, "model")
         parameters = dict(enumerate(p for g in self.optimizer.param_groups for p in g["params"]))
         check_param_groups(optimizer["param_groups"], self.optimizer.state_dict()["param_groups"])
-        check_parameter_states(optimizer["state"], self.optimizer, parameters)
+        check_parameter_states(
+            optimizer["state"], optimizer["param_groups"], self.optimizer, parameters
+        )
         if self._scaler is not None:
             restore(ScalerState, scaler, "loss_scaler")
 

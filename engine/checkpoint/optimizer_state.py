@@ -142,7 +142,7 @@ def check_optimizer_state(
     with report_damage(directory / VALUES):
         check_param_groups(state["param_groups"], _name_groups(optimizer, names))
     with report_damage(directory / SHARDS):
-        check_parameter_states(state["state"], optimizer, dict(names))
+        check_parameter_states(state["state"], state["param_groups"], optimizer, dict(names))
 
 
 def find_outside_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:

@@ -24,6 +24,8 @@ __all__ = [
 _IMPLEMENTATION = {"fused", "foreach"}
 """Settings of a param group that are not restored."""
 _MAX_INT = 2**63 - 1
+_MAX_FLOAT = torch.finfo(torch.float32).max
+"""Optimizers multiply float32 tensors by their settings, and PyTorch rejects a larger factor."""
 HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
 """Settings of a param group that every checkpoint has if the optimizer has them."""
 
@@ -124,13 +126,20 @@ def check_param_groups(saved: Any, own: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_parameter_states(
-    saved: Any, optimizer: Optimizer, parameters: Mapping[Any, Tensor]
+    saved: Any,
+    groups: Sequence[Mapping[str, Any]],
+    optimizer: Optimizer,
+    parameters: Mapping[Any, Tensor],
 ) -> None:
     """Check that an optimizer can continue with the saved states of its parameters.
+
+    The states must fit the saved settings, such as ``amsgrad``, and the settings of this run.
 
     Args:
         saved: state of each parameter that has one, by the parameter's name or index. The contents
             of tensors are checked only if they are step counts.
+        groups: saved param groups, which `check_param_groups` has checked. Parameters are
+            identified as in ``saved``.
         optimizer: optimizer of this run; it need not have any state yet.
         parameters: parameters of the optimizer, by name or index.
 
@@ -139,12 +148,14 @@ def check_parameter_states(
     """
     check_same_structure(saved, {}, "optimizer.state")
     templates = _Templates(optimizer)
+    group_of = {key: group for group in groups for key in group["params"]}
     for key, values in saved.items():
         name = f"optimizer.state[{describe(key)}]"
         if key not in parameters:
             raise ValueError(f"`{name}` does not belong to a parameter of the optimizer.")
         check_same_structure(values, {}, name)
-        _check_parameter_state(values, templates.build(parameters[key]), name)
+        for settings in ({}, group_of.get(key, {})):
+            _check_parameter_state(values, templates.build(parameters[key], settings), name)
 
 
 def _check_group(group: Mapping[str, Any], own: Mapping[str, Any], name: str) -> None:
@@ -156,13 +167,18 @@ def _check_group(group: Mapping[str, Any], own: Mapping[str, Any], name: str) ->
             raise ValueError(f"`{name}` must have the key `{key}`.")
     if list(group["params"]) != list(own["params"]):
         raise ValueError(f"`{name}.params` must contain the same parameters as in this run.")
-    for key in (key for key in HYPERPARAMETERS if key in group):
-        values = group[key] if isinstance(group[key], list | tuple) else [group[key]]
-        for value in (each for each in values if _classify(each) == "a number"):
-            is_valid = 0 <= float(value) < 1 if key == "betas" else math.isfinite(float(value))
+    for key in own.keys() & group.keys() - {"params"}:
+        limits = [abs(each) <= _MAX_FLOAT for each in _list_numbers(own[key])]
+        for value in _list_numbers(group[key]) if limits and all(limits) else ():
+            is_valid = 0 <= value < 1 if key == "betas" else abs(value) <= _MAX_FLOAT
             if not is_valid:
-                limit = "from 0 to below 1" if key == "betas" else "finite"
-                raise ValueError(f"`{name}.{key}` must be {limit}, got {describe(value)}.")
+                limit = "from 0 to below 1" if key == "betas" else "a finite number of float32"
+                raise ValueError(f"`{name}.{key}` must be {limit}, got {value}.")
+
+
+def _list_numbers(value: Any) -> list[float]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [float(each) for each in values if _classify(each) == "a number"]
 
 
 def _check_parameter_state(
@@ -197,10 +213,14 @@ class _Templates:
         self._own: Mapping[Tensor, Mapping[str, Any]] = optimizer.state
         self._known: dict[Any, Mapping[str, Any]] = {}
 
-    def build(self, parameter: Tensor) -> Mapping[str, Any]:
+    def build(self, parameter: Tensor, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the expected state of a parameter; empty if it is unknown.
 
         The tensors may be meta tensors, because only their shapes are compared.
+
+        Args:
+            parameter: parameter of the optimizer.
+            saved: settings that replace those of the parameter's group.
         """
         group = self._groups.get(id(parameter))
         if group is None or not self._is_known:
@@ -208,7 +228,7 @@ class _Templates:
         accepted = inspect.signature(self._kind).parameters
         settings = {
             key: value
-            for key, value in group.items()
+            for key, value in {**group, **saved}.items()
             if key in accepted and key not in {"params", "fused", "foreach", "capturable"}
         }
         dimensions = parameter.dim()

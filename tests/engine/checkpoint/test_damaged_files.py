@@ -34,7 +34,7 @@ def mutator(tmp_path_factory):
 def check_damage(mutator, tmp_path):
     """Return a function that damages a file of a run's checkpoint, and loads the checkpoint."""
 
-    def check(name, file, change, message, **options):
+    def check(name, file, change, message, *, named=None, **options):
         run, saved = mutator.runs[name], tmp_path / "saved"
         saved.mkdir()
         for path, data in mutator.saved[name].items():
@@ -44,8 +44,8 @@ def check_damage(mutator, tmp_path):
         before = read_state(run)
         with pytest.raises(CheckpointError, match=message) as raised:
             run.trainer.load_checkpoint(tmp_path, "saved", **options)
-        named = rf"{file.partition('.')[0]}\S* (is damaged|cannot be loaded|is missing)"
-        assert re.search(named, str(raised.value))
+        stem = named or file.partition(".")[0]
+        assert re.search(rf"{stem}\S* (is damaged|cannot be loaded|is missing)", str(raised.value))
         assert read_state(run) == before
 
     return check
@@ -104,6 +104,9 @@ def overlap(tensors):
 
 
 LR = "optimizer.param_groups.0.lr"
+ALPHA = "optimizer.param_groups.0.alpha"
+ETAS = "optimizer.param_groups.0.etas"
+AMSGRAD = "optimizer.param_groups.0.amsgrad"
 DAMAGE = [
     ("OneCycle", "engine.pt", edit("counters", value=...), "must have the key `counters`"),
     ("OneCycle", "engine.pt", edit("counters", "micro_steps", value=-1), "must be >= 0, got -1"),
@@ -143,7 +146,9 @@ DAMAGE = [
     ("override", "rollback.0.pt", edit(0, "0.weight", value=...), "must have the key '0.weight'"),
     ("override", "rollback.0.pt", edit(1, "state", 0, "step", value=...), "must have the key"),
     ("OneCycle", "values.pt", edit(LR, value=...), "must have the key `lr`"),
-    ("OneCycle", "values.pt", edit(LR, value=math.inf), "must be finite, got inf"),
+    ("OneCycle", "values.pt", edit(LR, value=math.inf), "a finite number of float32, got inf"),
+    ("plateau", "values.pt", edit(ALPHA, value=1e39), "a finite number of float32, got 1e\\+39"),
+    ("torch", "values.pt", edit(ETAS, value=(0.5, 1e300)), "a finite number of float32"),
     ("OneCycle", "values.pt", edit("optimizer.param_groups.0.betas", value=(0.9, 1)), "below 1"),
     ("torch", "values.pt", edit("optimizer.param_groups.0.etas", value=[1]), "must have 2 items"),
     ("OneCycle", "values.pt", edit("optimizer.param_groups.0.lr.x", value=1), "TypeError"),
@@ -184,6 +189,12 @@ def test_damaged_file_is_an_error_that_names_it_and_changes_nothing(
     check_damage, name, file, change, message
 ):
     check_damage(name, file, change, message)
+
+
+def test_saved_states_that_do_not_fit_the_saved_settings_are_an_error(check_damage):
+    change = edit(AMSGRAD, value=True)
+    message = "must have the key 'max_exp_avg_sq'"
+    check_damage("OneCycle", "values.pt", change, message, named="shard")
 
 
 def test_checkpoints_with_random_damage_raise_errors_or_load(mutator):
