@@ -63,6 +63,7 @@ RANK_FAULTS = (
     ("an exception in a backward hook", "hook"),
     ("`sys.exit(3)`", "exit"),
     ("a KeyboardInterrupt on one rank", "interrupt"),
+    ("a rank takes fewer steps than the other", "end"),
     ("Ctrl-C: SIGINT to the launcher", "launcher"),
     ("SIGINT to every rank", "ranks"),
 )
@@ -134,7 +135,8 @@ def describe_end(directory: Path) -> str:
         for line in (directory / "errors").read_text().splitlines()
         if not line.rstrip().endswith("]")  # the empty last line of a traceback
     ]
-    has_traceback = any("Traceback" in line for line in lines)
+    # The launcher repeats only the last lines of a long traceback.
+    has_traceback = any('File "' in line for line in lines)
     said = lines[-1].removeprefix("onecycle launch: first failure: ")
     said = f"{lines[-2]}; {said}" if has_traceback else said
     found = storage.list_checkpoints(directory / "checkpoints")

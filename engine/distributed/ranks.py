@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import difflib
 import json
+import logging
 import os
 import sys
 import time
@@ -27,6 +28,8 @@ __all__ = [
     "get_world_size",
     "init_distributed",
 ]
+
+log = logging.getLogger("onecycle")
 
 _EXIT_TIMEOUT = 5.0  # seconds
 _RELEASE_TIME = 0.05
@@ -191,11 +194,19 @@ def destroy_distributed() -> None:
     ranks are still training after the wait. Its connections then stay open until this process
     exits. If the connections were closed earlier, other ranks could fail before this process exits,
     and the launcher would report one of those ranks as the first failure.
+
+    If an exception is ending this process, and some ranks have already ended without one, log their
+    numbers, because the loss of their connections is then the likely cause.
     """
     if not _has_process_group():
         return
     is_gloo = dist.get_backend() == "gloo"
-    others_train = is_gloo and (hasattr(sys, "last_value") or not _wait_for_exit_of_all_ranks())
+    if hasattr(sys, "last_value"):
+        _log_ended_ranks()
+        others_train = is_gloo
+    else:
+        _announce_exit()
+        others_train = is_gloo and not _wait_for_exit_of_all_ranks()
     if not others_train:
         dist.destroy_process_group()
     # A gloo thread may still own a tensor, and needs the interpreter to release it. If the
@@ -204,18 +215,46 @@ def destroy_distributed() -> None:
     time.sleep(_RELEASE_TIME)
 
 
+# The ranks use the store: a rank that is in another collective operation would not answer a
+# barrier. The store raises RuntimeError if the rank that hosts it has exited.
+
+
+def _get_store() -> Any:
+    return dist.distributed_c10d._get_default_store()  # noqa: SLF001  # the function has no public name
+
+
+def _get_exit_key(rank: int) -> str:
+    return f"onecycle/exit/{rank}"
+
+
+def _announce_exit() -> None:
+    with contextlib.suppress(RuntimeError):
+        _get_store().set(_get_exit_key(dist.get_rank()), "")
+
+
+def _log_ended_ranks() -> None:
+    ended: list[int] = []
+    with contextlib.suppress(RuntimeError):
+        store = _get_store()
+        ended += (r for r in range(dist.get_world_size()) if store.check([_get_exit_key(r)]))
+    if ended:
+        log.error(
+            "Rank %s had ended before this rank failed. All ranks must take the same number of "
+            "steps: check that each rank has the same number of batches.",
+            ", ".join(map(str, ended)),
+        )
+
+
 def _wait_for_exit_of_all_ranks() -> bool:
-    """Wait until all ranks have called `destroy_distributed`, and return whether they have.
+    """Wait until all ranks have announced their exit, and return whether they have.
 
     The wait ends after at most 5 seconds. If the rank that hosts the store has already exited,
     the wait cannot continue, and the result is True.
     """
-    # Use the store: a rank that is in another collective operation would not answer a barrier.
-    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  # the function has no public name
-    keys = [f"onecycle/exit/{rank}" for rank in range(dist.get_world_size())]
+    keys = [_get_exit_key(rank) for rank in range(dist.get_world_size())]
     deadline = time.monotonic() + _EXIT_TIMEOUT
-    with contextlib.suppress(RuntimeError):  # the rank that hosts the store has exited
-        store.set(keys[dist.get_rank()], "")
+    with contextlib.suppress(RuntimeError):
+        store = _get_store()
         while not store.check(keys):
             if time.monotonic() > deadline:
                 return False

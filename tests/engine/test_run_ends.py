@@ -261,6 +261,23 @@ def test_second_ctrl_c_and_one_between_trainings_interrupt_at_once(tmp_path):
     ],
 )
 def test_failing_rank_ends_the_job_within_seconds(tmp_path, backend, kind, status, last):
+    done = launch_failing_rank(tmp_path, kind, backend)
+    assert done.returncode == status
+    *output, message = [line for line in done.stderr.splitlines() if line != "[localhost:r1] "]
+    assert message.endswith(f"first failure: rank 1 on localhost exited with status {status}")
+    assert not last or output[-1].endswith(last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "deepspeed"])
+def test_rank_that_ends_early_is_named_by_the_rank_that_waits_for_it(tmp_path, backend):
+    done = launch_failing_rank(tmp_path, "end", backend)
+    assert done.returncode == 1
+    assert "[localhost:r0] Rank 1 had ended before this rank failed." in done.stderr
+
+
+def launch_failing_rank(tmp_path, kind, backend):
+    """Launch two ranks of which rank 1 fails, and check that the job ends within 30 seconds."""
     command = [sys.executable, "-m", "engine.cli.main", "launch", "--nproc", "2"]
     done = subprocess.run(
         [*command, FAILING_RANK, kind, backend],
@@ -272,10 +289,7 @@ def test_failing_rank_ends_the_job_within_seconds(tmp_path, backend, kind, statu
         timeout=120,
     )
     assert time.time() - float((tmp_path / "failed_at").read_text()) < 30
-    assert done.returncode == status
-    *output, message = [line for line in done.stderr.splitlines() if line != "[localhost:r1] "]
-    assert message.endswith(f"first failure: rank 1 on localhost exited with status {status}")
-    assert not last or output[-1].endswith(last)
+    return done
 
 
 @pytest.mark.parametrize("limit", [3, None])

@@ -1,6 +1,6 @@
 """A training script in which rank 1 fails while the other ranks wait for it in a collective.
 
-    failing_rank.py {loop,worker,hook,exit,interrupt,none} {torch,deepspeed} [CHECKPOINT_DIR]
+    failing_rank.py {loop,worker,hook,exit,interrupt,end,none} {torch,deepspeed} [CHECKPOINT_DIR]
 
 Without a failure, it trains until it receives a signal. Rank 1 writes the time of its failure to
 the file ``failed_at``; each rank writes its process id to the file ``training.RANK`` after its
@@ -27,6 +27,7 @@ FAILURES = {
     "hook": ValueError("the hook of rank 1 fails"),
     "exit": SystemExit(3),
     "interrupt": KeyboardInterrupt(),
+    "end": SystemExit(0),
 }
 
 
