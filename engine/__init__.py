@@ -1,8 +1,8 @@
 """Train a PyTorch model from one JSON config in the format of DeepSpeed's ``ds_config.json``.
 
-`initialize` validates the config and returns a training engine; call it like the model.
+`initialize` validates the config and returns a training engine, which is called like the model.
 Public names are imported lazily, so that loading and validating a config does not import torch.
-``__init__.pyi`` declares their types; ``make generate`` updates that file.
+``make generate`` writes ``__init__.pyi``, which declares the types of these names.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _check_packages() -> None:
     `onecycle.packages` makes the same check for the package ``engine``.
 
     Raises:
-        ImportError: Python would import another module of the same name.
+        ImportError: another module shadows one of the packages.
     """
     for name in ("schedules", "schemas"):
         spec = importlib.util.find_spec(name)

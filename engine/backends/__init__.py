@@ -22,10 +22,10 @@ __all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
 
 def find_deepspeed_need(model: nn.Module, **arguments: Any) -> str | None:
-    """Return the reason why a run needs DeepSpeed, as a noun phrase; None if it does not.
+    """Return a noun phrase for a feature that needs DeepSpeed; None if the run has no such feature.
 
-    The reason is the first of ``arguments`` that is not None, because only DeepSpeed supports these
-    arguments. Otherwise, it is a part of the model that only DeepSpeed supports.
+    Only DeepSpeed supports ``arguments``, so the feature is the first argument that is not None. If
+    all of them are None, the feature is a part of the model that only DeepSpeed supports.
     """
     given = [f"the argument `{name}`" for name, value in arguments.items() if value is not None]
     return given[0] if given else find_model_parallelism(model)
@@ -55,8 +55,8 @@ def build(
         mesh_param: shape of the device mesh; DeepSpeed only.
 
     Raises:
-        ValueError: the model, parameters, optimizer and config do not match, or an argument
-            needs the DeepSpeed backend.
+        ValueError: the model, parameters, optimizer and config are incompatible, or the model or
+            an argument needs the DeepSpeed backend.
         ImportError: the config needs DeepSpeed, which is not installed.
     """
     groups = None if parameters is None else [_list_members(each) for each in parameters]
@@ -81,9 +81,9 @@ def build(
 
 
 def _list_members(each: Any) -> Any:
-    """Copy a param group with its parameters in a list, or return a parameter without its name.
+    """Return a param group with its parameters as a list, or a parameter without its name.
 
-    The list replaces a generator, which could be iterated only once.
+    The list replaces a generator of parameters, which could be iterated only once.
     """
     if isinstance(each, dict):
         members = each["params"]

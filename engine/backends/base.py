@@ -92,15 +92,15 @@ class Backend(ABC):
         """Run the model's forward pass in the precision that the config specifies.
 
         Args:
-            args: positional arguments of the model.
-            kwargs: keyword arguments of the model.
+            args: positional arguments for the model.
+            kwargs: keyword arguments for the model.
         """
 
     def prepare_backward(self, *, is_last: bool) -> None:  # noqa: B027  # most backends do not need it
-        """Prepare for a ``loss.backward()`` that the script may call after a forward pass.
+        """Prepare for a ``loss.backward()`` call that the script may make after a forward pass.
 
         Args:
-            is_last: whether gradients should be averaged across ranks during this pass.
+            is_last: whether gradients should be averaged across ranks during the backward pass.
         """
 
     @abstractmethod
@@ -112,8 +112,8 @@ class Backend(ABC):
         Args:
             loss: scalar tensor that requires grad.
             accumulation: number of micro-batches per step, by which the loss is divided.
-            is_last: whether the next `step` of the engine runs the optimizer, so that gradients
-                should be averaged across ranks during this pass.
+            is_last: whether the engine's next `step` runs the optimizer. If it does, gradients
+                should be averaged across ranks during this backward pass.
             retain_graph: whether to keep the graph for another backward pass.
         """
 
@@ -207,6 +207,8 @@ class Backend(ABC):
     ) -> Future[None]:
         """Save the same state as `save`, but write the files in the background.
 
+        The returned future completes when this rank has written its files.
+
         Args:
             checkpoint_dir: directory to write to.
             group: process group used only for saving; None for a single process.
@@ -247,11 +249,11 @@ class Backend(ABC):
 
         Args:
             snapshot: return value of `snapshot`, possibly read from a checkpoint.
-            only_check: if true, only check that the snapshot fits this run, and restore nothing.
+            only_check: whether to check that the snapshot fits this run without restoring it.
 
         Raises:
-            ValueError: ``only_check`` is true, and a value is missing from the snapshot, or has
-                another type or shape.
+            ValueError: ``only_check`` is true, and a value in the snapshot is missing or has the
+                wrong type or shape.
         """
 
     @abstractmethod
@@ -261,7 +263,7 @@ class Backend(ABC):
     def get_attribute(self, name: str) -> Any:
         """Return an attribute that the training engine does not define itself.
 
-        By default, this is the attribute of the model with the same name.
+        By default, this is the model's attribute of that name.
 
         Raises:
             AttributeError: the attribute does not exist.

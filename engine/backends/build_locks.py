@@ -1,9 +1,9 @@
-"""Find the lock files that a killed process leaves behind if it was building a C++ extension.
+"""Find lock files of C++ extension builds, including those that killed processes left behind.
 
 DeepSpeed compiles its ops with `torch.utils.cpp_extension`, which creates the file ``lock`` in the
 build directory of the op and removes it afterwards. While that file exists, every run that needs
 the op waits, without logging a message. The locks of `torch.compile` need no check, because the
-operating system releases them when their process ends.
+operating system releases them when the process that holds them ends.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BuildLock(NamedTuple):
 
 
 def find_build_locks() -> list[BuildLock]:
-    """Return the lock files in the directory where this Python and torch build C++ extensions."""
+    """Return all locks in the directories in which torch builds C++ extensions."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root is not None:
         paths = Path(root).glob("*/lock")

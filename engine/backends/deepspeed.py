@@ -60,8 +60,8 @@ _SCALER = "grad_scaler.pt"
 class DeepSpeedBackend(Backend):
     """Backend that trains with DeepSpeed's engine, including ZeRO and offloading.
 
-    The optimizer is PyTorch's implementation unless the config requires DeepSpeed's, because
-    DeepSpeed has to compile its own optimizers first.
+    The backend uses PyTorch's implementation of the config's optimizer unless the config requires
+    DeepSpeed's, because DeepSpeed must compile its own optimizers before their first use.
 
     Args:
         model: the user's module.
@@ -97,7 +97,7 @@ class DeepSpeedBackend(Backend):
         has_experts = any(is_moe_param(p) for p in model.parameters())
         if has_experts and config.zero_stage == 3:
             raise ValueError(
-                "DeepSpeed cannot train MoE layers in ZeRO stage 3. Set "
+                "DeepSpeed cannot train MoE layers with ZeRO stage 3. Set "
                 '"zero_optimization": {"stage": 2}, or configure `expert_parallel` (AutoEP).'
             )
         if has_experts and not isinstance(optimizer, Optimizer):

@@ -1,4 +1,4 @@
-"""Check a checkpoint before DeepSpeed loads it, and change how DeepSpeed reads its files."""
+"""Check a checkpoint before DeepSpeed loads it, and control how DeepSpeed reads the files."""
 
 from __future__ import annotations
 
@@ -74,8 +74,9 @@ def read_scaler(path: Path, scaler: Any) -> Any:
 def refuse_pickled_code() -> Iterator[None]:
     """Inside this context, reject checkpoint files that could run code when DeepSpeed loads them.
 
-    Only tensors, plain values and DeepSpeed's own classes are unpickled. By default, DeepSpeed
-    calls ``torch.load`` with ``weights_only=False``, and no setting of DeepSpeed changes this.
+    Only tensors, plain Python values and instances of DeepSpeed's own classes are unpickled.
+    Without this context, DeepSpeed calls ``torch.load`` with ``weights_only=False``, and none of
+    its settings changes this.
 
     Raises:
         CheckpointError: a file contains an object of another class.
@@ -91,12 +92,13 @@ def refuse_pickled_code() -> Iterator[None]:
 
 @contextlib.contextmanager
 def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
-    """Inside this context, make DeepSpeed's engine load the format that the checkpoint has.
+    """Inside this context, set DeepSpeed's engine to the format of the checkpoint.
 
-    DeepSpeed has two formats: the sharded files that it saves, and universal checkpoints.
+    A checkpoint is either in the sharded format that DeepSpeed saves, or in its universal format.
 
     Raises:
-        CheckpointError: the checkpoint is universal, but ``load_universal`` is not set.
+        CheckpointError: the checkpoint is universal, but the key ``checkpoint.load_universal`` is
+            not true.
     """
     if files.is_universal and not engine.load_universal_checkpoint():
         raise CheckpointError(
@@ -110,7 +112,7 @@ def set_format(engine: Any, files: DeepSpeedFiles) -> Iterator[None]:
 def describe_for_conversion(engine: Any) -> dict[str, Any]:
     """Return the entry that DeepSpeed's `ds_to_universal` requires in a checkpoint.
 
-    The returned dict is empty if DeepSpeed saves the entry itself, and for a model with MoE layers.
+    The returned dict is empty if DeepSpeed saves the entry itself or the model has MoE layers.
     """
     from deepspeed.checkpoint import constants
 
@@ -144,9 +146,9 @@ def check_sharding(files: DeepSpeedFiles, zero_stage: int, world_size: int) -> N
     else:
         return
     raise CheckpointError(
-        f"{files.directory} does not match this run: {problem}. Convert it to a universal "
-        "checkpoint with DeepSpeed's `ds_to_universal`, load it with the PyTorch backend, or pass "
-        "`load_optimizer_states=False`."
+        f"{files.directory} does not match this run: {problem}. Convert the checkpoint to a "
+        "universal checkpoint with DeepSpeed's `ds_to_universal`, load it with the PyTorch "
+        "backend, or pass `load_optimizer_states=False`."
     )
 
 
@@ -170,11 +172,11 @@ def keep_implementation(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _repair(optimizer: Optimizer, before: list[dict[str, Any]]) -> None:
-    """Restore the settings of the implementation, and convert step counts to tensors.
+    """Restore settings such as ``fused``, and convert step counts to tensors.
 
     Args:
-        optimizer: optimizer of PyTorch that has loaded a state.
-        before: settings of its param groups before the load.
+        optimizer: PyTorch optimizer that has loaded a state.
+        before: settings of each param group before the load.
     """
     for group, settings in zip(optimizer.param_groups, before, strict=True):
         for name in group.keys() - settings.keys() - {"params"}:

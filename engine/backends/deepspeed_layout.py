@@ -1,8 +1,8 @@
 """Check that a checkpoint fits the model and the optimizer before DeepSpeed loads it.
 
 DeepSpeed loads the weights before it finds out that the rest of a checkpoint does not fit, so a
-failed load would leave a changed model. At ZeRO stage 3, it copies tensors of different shapes into
-each other's memory.
+failed load would leave a changed model. With ZeRO stage 3, it copies saved weights into parameters
+even if their shapes differ.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FIX = "Build the optimizer with the same param groups, or pass `load_optimizer_
 
 
 class Layout:
-    """Records the shape and dtype of each weight, and the parameter shapes of each param group.
+    """The shapes and dtypes of a model's weights, and the parameter shapes of each param group.
 
     Args:
         model: model before or after DeepSpeed has sharded it.
@@ -43,7 +43,7 @@ class Layout:
         ]
 
     def write(self, checkpoint_dir: Path, *, frozen: bool) -> None:
-        """Write the layout to a checkpoint.
+        """Write the recorded shapes and dtypes to a checkpoint.
 
         Args:
             checkpoint_dir: directory of the checkpoint.
@@ -60,7 +60,8 @@ class Layout:
     def check(self, files: DeepSpeedFiles, *, optimizer: bool, strict: bool) -> None:
         """Check that a checkpoint fits the model and the optimizer.
 
-        If onecycle did not write the checkpoint, the layout is read from DeepSpeed's own files.
+        The shapes and dtypes in the checkpoint are read from the file that `write` wrote or, if
+        there is none, from DeepSpeed's own files.
 
         Args:
             files: files of the checkpoint.
@@ -68,7 +69,7 @@ class Layout:
             strict: whether the checkpoint and the model must have the same weights.
 
         Raises:
-            CheckpointError: the checkpoint does not fit.
+            CheckpointError: the checkpoint does not fit the model or the optimizer.
         """
         from engine.checkpoint.state import check_weights  # takes 50 ms, so import only if needed
 
@@ -90,26 +91,26 @@ class Layout:
         if optimizer and groups is not None and groups != self._groups:
             counts, own_counts = ([len(g) for g in each] for each in (groups, self._groups))
             raise CheckpointError(
-                f"{files.directory} does not match the optimizer: the numbers of parameters in its "
-                f"param groups are {counts} in the checkpoint and {own_counts} now, or the shapes "
-                f"of the parameters differ. {_FIX}"
+                f"{files.directory} does not match the optimizer: the number of parameters per "
+                f"param group is {counts} in the checkpoint and {own_counts} in this run. If these "
+                f"numbers are equal, the shapes of the parameters differ. {_FIX}"
             )
         if optimizer and groups is None and not files.is_universal:
             self._check_groups(files)
 
     def _check_groups(self, files: DeepSpeedFiles) -> None:
-        """Check the param groups of a checkpoint without a layout file, such as DeepSpeed's own."""
+        """Check the param groups of a checkpoint that contains no file from `write`."""
         groups, shapes = files.find_param_groups(), files.get_trained_shapes()
         own_shapes = sorted(shape for group in self._groups for shape in group)
         if len(groups) != len(self._groups) or shapes not in (None, own_shapes):
             raise CheckpointError(
-                f"{files.directory} does not match the optimizer: there are {len(groups)} "
-                f"param groups in the checkpoint and {len(self._groups)} now, or the shapes of the "
-                f"trained parameters differ. {_FIX}"
+                f"{files.directory} does not match the optimizer: the number of param groups is "
+                f"{len(groups)} in the checkpoint and {len(self._groups)} in this run. If these "
+                f"numbers are equal, the shapes of the trained parameters differ. {_FIX}"
             )
 
     def _read_weights(self, *, frozen: bool) -> dict[str, Tensor]:
-        """Return a dict from the name of each weight to a meta tensor with its shape and dtype."""
+        """Return a meta tensor with the shape and dtype of each weight, by name."""
         return {
             name: torch.empty(_get_shape(value), dtype=value.dtype, device="meta")
             for name, value in self._model.state_dict(keep_vars=True).items()
@@ -120,7 +121,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Saved:
-    """Contents of a layout file: the shape and dtype of each weight, and the shapes per group."""
+    """Contents of a layout file: shapes and dtypes of weights, parameter shapes per param group."""
 
     weights: dict[str, tuple[tuple[Count, ...], str]]
     groups: tuple[tuple[tuple[Count, ...], ...], ...]

@@ -81,7 +81,7 @@ ONLY_DEEPSPEED = frozenset(
 def find_setting(config: Config, name: str) -> Any:
     """Return a setting of the config by the name that it has in DeepSpeed's engine.
 
-    If the name is that of a method in DeepSpeed's engine, return a function without arguments that
+    If DeepSpeed's engine has a method of this name, return a function without arguments that
     returns the setting.
 
     Raises:

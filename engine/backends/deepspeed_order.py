@@ -19,16 +19,16 @@ _UNSUPPORTED = ("Direct calls to tensor.backward()", "The size of tensor a (0)")
 
 
 class BackwardOrder:
-    """Checks the order of the forward and backward passes of a DeepSpeed engine.
+    """Checker for the order of the forward and backward passes of a DeepSpeed engine.
 
-    DeepSpeed 0.19 loses gradients without an error in these cases:
+    DeepSpeed 0.19 loses gradients or computes wrong ones, without an error, in these cases:
 
-    - In ZeRO stages 1 and 2, more than one backward pass of a step is marked as the last. DeepSpeed
+    - With ZeRO stage 1 or 2, more than one backward pass of a step is marked as the last. DeepSpeed
       averages the gradients in the first of these passes, so the gradients of the others are wrong.
-    - In ZeRO stage 3, two forward passes are followed by two backward passes. DeepSpeed releases
+    - With ZeRO stage 3, two forward passes are followed by two backward passes. DeepSpeed releases
       the parameters after the first backward pass, so the gradients of the second are wrong.
-    - In any stage with master weights, a parameter is unfrozen after the engine is built.
-      DeepSpeed trains only the parameters that required gradients at that time.
+    - With master weights at any stage, a parameter is unfrozen after the engine is built. DeepSpeed
+      trains only the parameters that required gradients when the engine was built.
 
     Args:
         engine: DeepSpeed's engine.
@@ -59,16 +59,17 @@ class BackwardOrder:
         """
         if self._has_averaged and self._zero_stage in {1, 2}:
             raise MisuseError(
-                f"With DeepSpeed's ZeRO stage {self._zero_stage}, `backward` was called again "
-                "after the last backward pass of a step, in which DeepSpeed averages the "
-                "gradients. Add the losses and call `backward` once, or call "
-                "`set_gradient_accumulation_boundary(False)` before all but the last call."
+                f"With ZeRO stage {self._zero_stage}, DeepSpeed averages the gradients in the last "
+                "backward pass of a step, but `backward` was called again after that pass. Add "
+                "the losses and call `backward` once, or call "
+                "`set_gradient_accumulation_boundary(False)` before each `backward` call except "
+                "the last."
             )
         if self._zero_stage == 3 and self._forwards == 0 and self._has_several_forwards:
             raise MisuseError(
-                "On DeepSpeed with ZeRO stage 3, `backward` was called twice after two forward "
-                "passes, so its gradients would be wrong. Call `backward` after each forward "
-                "pass, or add the losses and call it once."
+                "With ZeRO stage 3, DeepSpeed computes wrong gradients if `backward` is called "
+                "twice after two forward passes. Call `backward` after each forward pass, or add "
+                "the losses and call `backward` once."
             )
         for name, parameter in self._frozen:
             if parameter.requires_grad:
@@ -81,7 +82,7 @@ class BackwardOrder:
 
     @contextlib.contextmanager
     def explain_errors(self) -> Iterator[None]:
-        """Convert DeepSpeed's errors about unsupported backward passes to errors with a fix.
+        """Convert DeepSpeed's errors about unsupported backward passes to errors that name a fix.
 
         Run the backward pass inside this context. DeepSpeed does not support, for example, the
         backward pass of a GAN's generator, because its loss depends on the models of two engines.

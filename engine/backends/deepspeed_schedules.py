@@ -1,4 +1,4 @@
-"""Register onecycle's schedules with DeepSpeed, for scripts without `engine.initialize`."""
+"""Register onecycle's schedules with DeepSpeed, for scripts that do not call `initialize`."""
 
 from __future__ import annotations
 

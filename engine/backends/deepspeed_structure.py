@@ -32,12 +32,12 @@ _NESTED = ("base_optimizer_state", _OPTIMIZER, "state", "param_groups")
 def check_structure(
     engine: Any, directory: Path, weights: Mapping[str, Any], *, strict: bool, trusts: bool
 ) -> None:
-    """Check that this rank's files have the structure of those that DeepSpeed would write now.
+    """Check that this rank's files have the same structure as files that DeepSpeed would write now.
 
     Args:
         engine: DeepSpeed's engine.
         directory: directory of the checkpoint.
-        weights: result of `read_weights`.
+        weights: meta tensors that `read_weights` returned.
         strict: whether the checkpoint must have all weights of the model, and no others.
         trusts: whether to unpickle objects of any class, which can run code from the files.
 
@@ -77,8 +77,8 @@ def _check_model(values: Any, weights: Mapping[str, Any], *, strict: bool) -> No
 def read_weights(engine: Any) -> dict[str, Any]:
     """Return the ``state_dict`` that DeepSpeed would save now, with meta tensors.
 
-    At ZeRO stage 3, it is the ``state_dict`` of the sharded model, and every rank must call this
-    function, because DeepSpeed gathers its small parameters again afterwards.
+    With ZeRO stage 3, this is the ``state_dict`` of the sharded model. Every rank must then call
+    this function, because DeepSpeed gathers its small parameters again afterwards.
     """
     has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # it has no public name
     if has_events:
@@ -98,7 +98,7 @@ def _check_optimizer(saved: Any, engine: Any) -> None:
     The state may come from an optimizer of another class, such as FusedAdam instead of AdamW.
 
     Raises:
-        ValueError: a value is missing, or has another type or shape.
+        ValueError: a value is missing or has the wrong type or shape.
     """
     own = engine.optimizer.state_dict()
     own_rest = {key: value for key, value in own.items() if key not in _NESTED}

@@ -109,17 +109,17 @@ class FSDPBackend(PyTorchBackend):
         for name, parameter in self._frozen_16_bits:
             if parameter.requires_grad:
                 raise MisuseError(
-                    f"`{name}` has 16 bits and was frozen when the engine was built, so FSDP "
-                    "cannot train it in float32. Unfreeze the parameter, or convert it with "
-                    "`.float()`, before `initialize`."
+                    f"`{name}` is a 16-bit parameter that was frozen when the engine was built, so "
+                    "FSDP cannot train it in float32. Unfreeze the parameter, or convert it with "
+                    "`.float()`, before calling `initialize`."
                 )
 
     @override
     def step(self, *, divide_by: int = 1) -> bool:
         if self._has_unreduced:
             raise MisuseError(
-                "In ZeRO stage 1, the last backward pass before an optimizer step must reduce the "
-                "gradients. Call `set_gradient_accumulation_boundary(True)` before "
+                "With ZeRO stage 1, the last backward pass before an optimizer step must reduce "
+                "the gradients. Call `set_gradient_accumulation_boundary(True)` before "
                 "`trainer.backward(loss)`, and call `backward` outside of `no_sync()`."
             )
         # An evaluation after the last backward pass has gathered weights that this step changes.
@@ -233,7 +233,8 @@ def shard(
 
     Raises:
         ValueError: a parameter does not belong to the model, or the model contains none of the
-            classes in ``engine.wrap``, has sparse gradients, or is sharded with other settings.
+            classes in ``engine.wrap``, has sparse gradients, or is already sharded with different
+            settings.
     """
     wanted = None if parameters is None else list(parameters)
     check_are_in_model(model, wanted or (), "FSDP2")

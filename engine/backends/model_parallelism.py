@@ -21,10 +21,11 @@ _PACKAGES = (
 
 
 def find_model_parallelism(model: nn.Module) -> str | None:
-    """Return the part of a model that implements its own parallelism, such as an MoE layer.
+    """Return a noun phrase for the part of a model that implements its own parallelism.
 
-    Return None if the model has no such part. Averaging all gradients over all ranks would be
-    incorrect for a model with such a part: for example, each rank may hold different experts.
+    Such a part is, for example, an MoE layer. Because each rank may hold different experts,
+    averaging all gradients over all ranks would be incorrect. Return None if the model has no such
+    part.
 
     >>> find_model_parallelism(nn.Linear(2, 2))
     """

@@ -1,4 +1,4 @@
-"""The PyTorch backend, which trains in a single process or replicates the model on several."""
+"""The PyTorch backend, which trains in one process or replicates the model on several ranks."""
 
 from __future__ import annotations
 
@@ -47,10 +47,9 @@ _Snapshot = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None, floa
 class PyTorchBackend(Backend):
     """Backend that trains with PyTorch and averages the gradients over all ranks.
 
-    Trained 16-bit parameters are converted to float32 unless ``engine.master_weights`` is false.
-    With bf16, fp16 or converted parameters, the model's methods run under autocast. If the config
-    does not select bf16 or fp16, autocast uses the dtype that the parameters had before the
-    conversion.
+    Trained 16-bit parameters are converted to float32 unless ``engine.master_weights`` is false. If
+    the config selects bf16 or fp16, the model's methods run under autocast with that dtype.
+    Otherwise, if parameters were converted, autocast uses the dtype that they had before.
 
     Args:
         model: the user's module; it is moved to the device of ``ranks``.
@@ -184,7 +183,7 @@ class PyTorchBackend(Backend):
         return finite
 
     def _publish_scale(self, *, overflow: bool) -> None:
-        """Set attributes that scripts read from DeepSpeed's optimizers, such as ``loss_scale``."""
+        """Set optimizer attributes that scripts for DeepSpeed read, such as ``loss_scale``."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
         optimizer.cur_scale = optimizer.loss_scale = self.loss_scale
@@ -285,7 +284,7 @@ class PyTorchBackend(Backend):
         if optimizer is not None and not has_states_for(optimizer, files, self.model):
             name = type(optimizer).__name__
             log.warning(
-                "the optimizer starts from scratch, because %s contains no states that %s can load",
+                "the optimizer starts from scratch, because %s contains no state that %s can load",
                 checkpoint_dir,
                 name,
             )

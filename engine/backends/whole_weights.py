@@ -57,7 +57,7 @@ def collect_weights(
         prefix: see ``nn.Module.state_dict``.
         keep_vars: see ``nn.Module.state_dict``; gathered tensors are always detached.
         exclude_frozen: whether to leave out parameters that do not require gradients.
-        is_on_rank_0_only: whether only rank 0 keeps and returns the tensors. The other ranks
+        is_on_rank_0_only: whether only rank 0 keeps and returns the tensors, and the other ranks
             return an empty dict.
     """
     model = backend.model
@@ -98,7 +98,8 @@ def save_weights(
     Args:
         backend: backend that trains the model with PyTorch.
         path: file to write; its directory is created if missing.
-        precision: "bf16" or "fp16" to save float32 parameters in 16 bits; "fp32" to keep them.
+        precision: "bf16" or "fp16" to save float32 parameters in 16 bits; "fp32" to save them in
+            float32.
         exclude_frozen: whether to leave out parameters that do not require gradients.
 
     Raises:
@@ -116,7 +117,7 @@ def save_weights(
 
 
 def convert_parameters(backend: Backend, weights: dict[str, Any], precision: str) -> None:
-    """Convert the float32 parameters in ``weights`` to a precision, "bf16" or "fp16".
+    """Replace the float32 parameters in ``weights`` with copies in "bf16" or "fp16".
 
     With any other value of ``precision``, the parameters stay in float32.
     """

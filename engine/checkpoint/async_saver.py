@@ -30,7 +30,7 @@ def exit_with_failure(error: Exception) -> NoReturn:
 
 
 class AsyncSaver:
-    """Writes checkpoints in a background thread, one at a time.
+    """Writer that saves checkpoints in a background thread, one at a time.
 
     At exit, the process waits until the last save has finished. If that save fails, the exit status
     is 1.
@@ -45,7 +45,7 @@ class AsyncSaver:
         atexit.register(self._wait_at_exit)
 
     def get_process_group(self, world_size: int) -> dist.ProcessGroup | None:
-        """Return a gloo process group for saving only, or None if the world size is 1.
+        """Return a gloo process group that is used only for saving; None if the world size is 1.
 
         The first call creates the group, so every rank must make this call.
         """
@@ -61,7 +61,8 @@ class AsyncSaver:
         Args:
             written: future that completes when the files of the checkpoint are written.
             commit: function that turns the written files into a complete checkpoint.
-            discard: function that deletes the files if a rank fails to write them.
+            discard: function that deletes the files. It is called if writing the files or
+                ``commit`` fails.
         """
 
         def finish() -> None:

@@ -30,7 +30,7 @@ _USERS: weakref.WeakValueDictionary[str, AutomaticCheckpoints] = weakref.WeakVal
 
 
 class AutomaticCheckpoints:
-    """Saves the checkpoints of a run automatically, and resumes from them.
+    """Manager that saves the checkpoints of a run automatically, and resumes from them.
 
     Every rank must call each method. Without ``engine.checkpoint.dir``, the methods do nothing.
 
@@ -180,8 +180,9 @@ class AutomaticCheckpoints:
     def _warn_of_unsaved_steps(self, directory: Path) -> None:
         if self._ranks.rank == 0:
             log.warning(
-                "no checkpoint contains the steps after step %d; set `engine.max_duration`, or "
-                "call `trainer.destroy()` on every rank at the end of the script",
+                "no checkpoint contains the steps after step %d; to save the last step, set "
+                "`engine.max_duration`, or call `trainer.destroy()` on every rank at the end of "
+                "the script",
                 self._checkpointer.find_saved_steps(directory),
             )
 

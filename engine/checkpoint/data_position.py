@@ -20,7 +20,7 @@ log = logging.getLogger("onecycle")
 
 
 class DataPosition:
-    """Saves and restores the position of the run's data loader.
+    """Position of the run's data loader, which checkpoints save and restore.
 
     A checkpoint may be loaded before the script passes its data loader to `Engine.prepare`. In that
     case, the position is restored once the script passes the loader.
@@ -58,7 +58,7 @@ class DataPosition:
     def read(
         self, state: Mapping[str, Any], batch: BatchSizes, directory: Path, world_size: int
     ) -> Mapping[str, Any] | None:
-        """Return the position in the data that a checkpoint contains; None if it contains none.
+        """Return the data position that a checkpoint contains; None if it contains none.
 
         If the batch sizes have changed, the position is converted to batches of the new size.
 
@@ -78,8 +78,8 @@ class DataPosition:
             if self._ranks.rank == 0:
                 log.warning(
                     "the checkpoint does not contain the position in the data, so training starts "
-                    "at the beginning of the data; to save the position, pass the data loader as "
-                    "`training_data`, or to `trainer.prepare`"
+                    "at the beginning of the data; to save the position, pass the data loader to "
+                    "`initialize` as `training_data`, or to `trainer.prepare`"
                 )
             return None
         position = position | {"given": max(0, position["given"])}
@@ -129,5 +129,6 @@ class DataPosition:
             if self._ranks.rank == 0:
                 log.warning(
                     "the position in the data was not restored, because the run has no data "
-                    "loader; pass the loader as `training_data`, or to `trainer.prepare`"
+                    "loader; pass the loader to `initialize` as `training_data`, or to "
+                    "`trainer.prepare`"
                 )

@@ -168,7 +168,7 @@ class DeepSpeedFiles:
         return weights
 
     def find_optimizer_states(self, groups: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
-        """Return the state of the optimizer for each trained parameter, by name.
+        """Return the optimizer state of each trained parameter, by name.
 
         Args:
             groups: names of the trained parameters in each param group.
@@ -187,7 +187,7 @@ class DeepSpeedFiles:
         return found
 
     def find_param_groups(self) -> list[dict[str, Any]]:
-        """Return the settings of each param group; an empty list if there was no optimizer."""
+        """Return each param group's settings; an empty list if the saved run had no optimizer."""
         saved = self._model.get("optimizer") or self._first_shard
         for key in ("base_optimizer_state", "optimizer_state_dict"):
             saved = saved.get(key, saved) if isinstance(saved, dict) else {}
@@ -228,7 +228,7 @@ class DeepSpeedFiles:
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
-        """Dict from each alias of a tied parameter to the name under which it is saved."""
+        """The name under which a tied parameter is saved, by each of its other names."""
         return dict(self._model.get("shared_params") or {})
 
     @cached_property
@@ -318,7 +318,7 @@ class DeepSpeedFiles:
                 start += count
 
     def _find_whole(self, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, _Piece]]:
-        """Yield the name and the piece of each trained parameter in a checkpoint without ZeRO.
+        """Yield the name and the `_Piece` of each trained parameter in a checkpoint without ZeRO.
 
         Without ZeRO, DeepSpeed saves the states in the order of the parameters, without names.
         """
@@ -351,10 +351,10 @@ class DeepSpeedFiles:
 
 
 def _check_header(model: Any) -> None:
-    """Check the values that this module reads from a model file by key.
+    """Check the values in a model file that this module looks up by key.
 
     Raises:
-        ValueError: a value is missing, or has another type or range.
+        ValueError: a value is missing, has the wrong type or is out of range.
     """
     check_same_structure(model, dict.fromkeys((*_COUNTS, "module")), "checkpoint")
     for key, kind in _COUNTS.items():
@@ -365,7 +365,7 @@ def _check_header(model: Any) -> None:
 
 
 def _match_names(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
-    """Return the files whose names match a pattern, each with its match, sorted by rank."""
+    """Return the match and the path of each file whose name matches a pattern, sorted by rank."""
     matches = ((pattern.fullmatch(path.name), path) for path in directory.iterdir())
     found = [(match, path) for match, path in matches if match is not None]
     return sorted(found, key=lambda each: int(each[0]["rank"] or 0))

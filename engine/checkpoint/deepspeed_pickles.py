@@ -27,21 +27,21 @@ _CLASSES = {
 
 
 class _Attributes:
-    """Replacement for DeepSpeed's classes that only holds the attributes of an instance."""
+    """Stand-in for DeepSpeed's classes that holds only the attributes of an instance."""
 
 
 def read_file(path: Path, *, trusts: bool = False) -> Any:
     """Read one of DeepSpeed's files, without importing DeepSpeed.
 
-    Tensors are mapped into memory, so that only those that are used are read.
+    Tensors are memory-mapped where possible, so that only those in use are read.
 
     Args:
         path: file to read.
-        trusts: whether to load any object, which can run code from the file.
+        trusts: whether to unpickle objects of any class, which can run code from the file.
 
     Raises:
-        CheckpointError: the file is damaged, or it contains other objects than tensors, plain
-            values and DeepSpeed's own classes.
+        CheckpointError: the file is damaged, or ``trusts`` is false and the file contains an object
+            other than a tensor, a plain value or an instance of DeepSpeed's own classes.
     """
     stand_ins = [
         (int if name == "ZeroStageEnum" else _Attributes, f"{module}.{name}")

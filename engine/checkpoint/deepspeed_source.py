@@ -67,7 +67,7 @@ class DeepSpeedSource:
         }
 
     def load(self, own: dict[str, Any]) -> None:
-        """Load tensors in place, by name."""
+        """Load the saved tensors into the tensors of the same names in ``own``."""
         for name, target in own.items():
             whole = self._tensors[name].read()
             if isinstance(target, DTensor):

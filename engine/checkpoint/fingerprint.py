@@ -91,6 +91,8 @@ def _read_attributes(scheduler: object) -> Identity:
 def check_identity(checkpoint_dir: Path, saved: Identity, own: Identity) -> None:
     """Check that the identity in a checkpoint's manifest equals the identity of this run.
 
+    An identity consists of the settings that must not change when a run is resumed.
+
     Args:
         checkpoint_dir: directory of the checkpoint, for the error message.
         saved: identity in the checkpoint's manifest.

@@ -1,4 +1,4 @@
-"""A lock on a checkpoint directory, so that two jobs do not write to it at the same time."""
+"""A lock on a checkpoint directory that keeps two jobs from writing to it at the same time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _WRITE_SECONDS = 5.0
 
 
 class DirectoryLock:
-    """Lock on a directory, held until `release` or until the process ends.
+    """Lock on a directory, held until `release` is called or the process ends.
 
-    The file ``.lock`` identifies the process that owns the lock. If that process no longer runs,
-    another process can take over the lock. A process on the same host or in the same Slurm job
-    takes it over at once. Any other process waits until the heartbeat in the file has not changed
-    for 60 seconds. Reading checkpoints requires no lock.
+    The file ``.lock`` identifies the process that owns the lock. If that process is no longer
+    running, another process can take over the lock. A process on the same host or in the same Slurm
+    job takes it over at once. Any other process waits until the heartbeat in the file has not
+    changed for 60 seconds. Reading checkpoints requires no lock.
 
     Args:
         directory: existing directory.
@@ -77,7 +77,7 @@ def _acquire(path: Path, own: Mapping[str, Any]) -> None:
 
 
 def _beat(path: Path, own: Mapping[str, Any], stop: threading.Event) -> None:
-    """Update the lock file regularly, so that other hosts see that its owner still runs."""
+    """Update the lock file regularly, so that other hosts see that its owner is still running."""
     beats = 0
     while not stop.wait(_BEAT_SECONDS):
         beats += 1
@@ -108,7 +108,7 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _is_stale(path: Path, owner: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Return whether the owner of a lock no longer runs. The check can take 60 seconds."""
+    """Return whether the owner of a lock has ended. The check can take 60 seconds."""
     if not owner:  # its process is writing the file, or was killed while it did
         time.sleep(_WRITE_SECONDS)
         return not _read(path)

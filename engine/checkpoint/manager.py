@@ -1,4 +1,4 @@
-"""Save and load checkpoints of a run."""
+"""Save and load the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -114,10 +114,10 @@ class RunState(Protocol):
 
 
 class Checkpointer:
-    """Saves and loads the checkpoints of a run. Every rank must call each method.
+    """Manager that saves and loads the checkpoints of a run. Every rank must call each method.
 
     Args:
-        config: config of the run; provides ``engine.checkpoint``, batch sizes and backend name.
+        config: config of the run, with its ``engine.checkpoint``, batch sizes and backend name.
         backend: backend that saves and loads the model and the optimizer.
         identity: settings that must match between this run and a checkpoint that it loads.
     """

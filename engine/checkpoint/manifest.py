@@ -64,7 +64,7 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: if the manifest is missing, damaged or has an unsupported format.
+        CheckpointError: if the manifest is missing or damaged, or has an unsupported format.
     """
     path = checkpoint_dir / MANIFEST
     try:

@@ -92,8 +92,8 @@ def build_empty_state(
 
     Raises:
         CheckpointError: the checkpoint has a different number of param groups.
-        Exception: the checkpoint is damaged: a value has an invalid name, or a param group has no
-            learning rate or another hyperparameter that the optimizer has.
+        Exception: the checkpoint is damaged, because a value has an invalid name or a param group
+            lacks a hyperparameter of the optimizer, such as its learning rate.
     """
     names = _name_parameters(model, optimizer)
     parameters = dict(names)
@@ -192,8 +192,9 @@ class _Indices(list[int]):
     """Parameter indices of a param group, in a list that can be searched quickly.
 
     For each tensor, `Optimizer.load_state_dict` searches all groups for the parameter, only to read
-    ``fused`` and ``capturable`` of its group. That takes minutes for 10,000 groups. Each list
-    therefore claims to contain the parameters of all groups with the same two settings.
+    the settings ``fused`` and ``capturable`` of its group. This search takes minutes for 10,000
+    groups. Each list therefore claims to contain the parameters of all groups in which these two
+    settings have the same values.
     """
 
     def __init__(self, own: Iterable[int] = (), known: Collection[int] = ()) -> None:
@@ -237,7 +238,7 @@ def _name_groups(
 
 
 def _split_name(key: str, parameters: Mapping[str, Any]) -> tuple[str | None, list[str]]:
-    """Split the dotted name of a saved value into a parameter's name and keys of its state.
+    """Split the dotted name of a saved value into a parameter's name and the keys in its state.
 
     Return None and an empty list if the name does not start with the name of a parameter.
     """

@@ -1,4 +1,4 @@
-"""Save and load plain values and small tensors; loading never runs code from the file."""
+"""Save plain values and small tensors, and load them without running code from the file."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def check_plain_values(values: Any, name: str) -> None:
         kind = type(value)
         raise ValueError(
             f"`{place}` must be a number, a string, a tensor, an array, or a list or mapping of "
-            f"them, got `{kind.__module__}.{kind.__qualname__}`. Convert it, for example with "
+            f"these, got `{kind.__module__}.{kind.__qualname__}`. Convert it, for example with "
             "`float`, `str` or `dict`."
         )
 
@@ -144,7 +144,8 @@ def read_values(path: Path) -> Any:
 def summarize(error: BaseException) -> str:
     """Return the first line of an error's message; if the message is empty, the error's type.
 
-    A full stop at the end is removed.
+    For errors other than ValueError and RuntimeError, the type precedes the message. A period at
+    the end is removed.
 
     >>> summarize(KeyError("data.pkl")), summarize(EOFError())
     ("KeyError: 'data.pkl'", 'EOFError')
@@ -165,7 +166,7 @@ def read_as(kind: Any, path: Path) -> Any:
     """Read values from a file, and check that they have the structure of a given type.
 
     Args:
-        kind: annotation of the values; see `schedules.core.saved_state.restore`.
+        kind: type annotation of the values; see `schedules.core.saved_state.restore`.
         path: file that `write_values` wrote.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Restore the state with the lowest loss of the warmup, for AutoWU with ``"rollback": true``."""
+"""Roll back to the lowest loss of the warmup, for the schedule AutoWU with ``"rollback": true``."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class RestorableBackend(Protocol):
         ...
 
     def restore(self, snapshot: Any, *, only_check: bool = False) -> None:
-        """Restore a state returned by `snapshot`; if ``only_check``, only check that it fits."""
+        """Restore a state returned by `snapshot`, or only check it if ``only_check`` is true."""
         ...
 
 
 class Rollback:
-    """Keeps a snapshot of the model, the optimizer and the loss scaler at the lowest loss so far.
+    """Rollback of the model, the optimizer and the loss scaler to the lowest loss of the warmup.
 
-    The losses that are compared are means over AutoWU's test intervals. The snapshot is restored
-    when AutoWU switches from warmup to decay.
+    `update` takes a snapshot whenever the mean loss of one of AutoWU's test intervals is the lowest
+    so far. It restores the snapshot when AutoWU switches from warmup to decay.
     """
 
     def __init__(self, backend: RestorableBackend) -> None:
@@ -60,7 +60,10 @@ class Rollback:
             self._backend.restore(self.snapshot)
             self.snapshot = None
             scheduler.write()  # restoring also reset the learning rate
-            log.info("rolled back the model and the optimizer to the lowest loss of the warmup")
+            log.info(
+                "rolled back the model and the optimizer to their state at the lowest loss of the "
+                "warmup"
+            )
 
     def save(self, checkpoint_dir: Path) -> None:
         """Write this rank's snapshot to a checkpoint; do nothing if no snapshot was taken."""
@@ -68,7 +71,7 @@ class Rollback:
             write_values(checkpoint_dir / f"rollback.{self._ranks.rank}.pt", self.snapshot)
 
     def read(self, checkpoint_dir: Path) -> Any:
-        """Return this rank's snapshot in a checkpoint; None if there is none.
+        """Return this rank's snapshot from a checkpoint; None if there is none.
 
         Snapshots that were saved with a different world size are ignored.
 
@@ -80,8 +83,8 @@ class Rollback:
         path = checkpoint_dir / f"rollback.{self._ranks.rank}.pt"
         if found and not is_complete:
             log.warning(
-                "ignoring the rollback snapshots in %s: they were saved on %d ranks, "
-                "but this run has %d ranks",
+                "ignoring the rollback snapshots in %s: they were saved with world size %d, but "
+                "this run has world size %d",
                 checkpoint_dir,
                 found,
                 self._ranks.world_size,

@@ -199,7 +199,7 @@ class ShardReader(StorageReader):
         *_args: Any,
         **_options: Any,
     ) -> None:
-        """Store the shard locations in the metadata that `read_metadata` returned."""
+        """Take the shard locations from the metadata that `read_metadata` returned."""
         self._locations = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:

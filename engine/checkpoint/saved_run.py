@@ -80,7 +80,7 @@ def check_foreign_run(values: Mapping[str, Any]) -> None:
     """Check the state of a run that `DeepSpeedFiles.read_run_state` returned.
 
     Raises:
-        ValueError: a value has another type or range.
+        ValueError: a value has the wrong type or is out of range.
     """
     counters = asdict(Counters()) | values["counters"]
     batch = values["batch"] | {"accumulation": 1}  # unknown

@@ -37,19 +37,19 @@ def convert_deepspeed_state(
         scheduler: scheduler of this run.
 
     Returns:
-        The state; None if there is nothing to load, so that the schedule continues at the current
-        step of the run.
+        The state; None if there is nothing to load. In that case, the schedule continues at the
+        current step of the run.
 
     Raises:
-        CheckpointError: the script created the scheduler, and the checkpoint contains no state of
-            a scheduler of the same class.
+        CheckpointError: the script created the scheduler, and the checkpoint contains no state that
+            this scheduler can load.
     """
     if isinstance(scheduler, ScheduleBinder):
         return saved if saved is not None and {"type", "params", "step"} <= saved.keys() else None
     if saved is None or saved.keys() != scheduler.state_dict().keys():
         raise CheckpointError(
-            f"{checkpoint_dir} contains no state of `{type(scheduler).__name__}`. Use the "
-            "scheduler of the saved run, or pass `load_lr_scheduler_states=False`."
+            f"{checkpoint_dir} contains no state that `{type(scheduler).__name__}` can load. Use "
+            "the scheduler of the saved run, or pass `load_lr_scheduler_states=False`."
         )
     return saved
 
@@ -91,8 +91,8 @@ def prepare_schedule_state(
 def _convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]) -> int:
     """Return the step at which a schedule continues after a change of the batch size.
 
-    If the schedule has durations in samples, epochs or fractions of the run, it continues after the
-    same number of samples, which is fewer steps with a larger batch size. Any other schedule
+    A schedule with durations in samples, epochs or fractions of the run continues after the same
+    number of samples. With a larger batch size, this is an earlier step. Any other schedule
     continues at the same step.
 
     Args:
@@ -108,7 +108,7 @@ def _convert_position(steps: int, config: Config, saved_batch: Mapping[str, int]
 
 
 def _check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None:
-    """Check that a scheduler can continue from a state. Nothing changes.
+    """Check that a scheduler can continue from a state, without changing the scheduler.
 
     Raises:
         Exception: the state is damaged, or does not match the scheduler.
@@ -128,7 +128,7 @@ def _check_schedule_state(scheduler: LRScheduler, state: dict[str, Any]) -> None
 
 
 def _fix_lengths(value: Any) -> Any:
-    """Return nested values with tuples in place of lists, whose lengths must not change."""
+    """Convert the lists in a nested value to tuples, so that their lengths are also checked."""
     if isinstance(value, dict):
         return {key: _fix_lengths(each) for key, each in value.items()}
     return tuple(map(_fix_lengths, value)) if isinstance(value, list) else value

@@ -35,7 +35,7 @@ class Selected:
 
 
 class CheckpointSelector:
-    """Finds the checkpoint with a tag, or the newest one.
+    """Selector of the checkpoint to load: the one with a given tag, or the newest one.
 
     Args:
         config: config of the run.
@@ -58,7 +58,7 @@ class CheckpointSelector:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            CheckpointError: the checkpoint is damaged, or the ranks see different ones.
+            CheckpointError: the checkpoint is damaged, or the ranks see different files.
         """
         name, is_foreign, manifest = call_on_rank_0(
             self._ranks, lambda: self._choose(directory, tag)
@@ -121,7 +121,7 @@ class CheckpointSelector:
 
 
 def find_foreign(directory: Path, tag: str | None) -> Path | None:
-    """Return the checkpoint with a tag, or the one that ``latest`` names, if DeepSpeed wrote it.
+    """Return the checkpoint with a tag if DeepSpeed wrote it without onecycle; None otherwise.
 
     Args:
         directory: directory that holds the checkpoints.
@@ -133,7 +133,7 @@ def find_foreign(directory: Path, tag: str | None) -> Path | None:
 
 
 def _follow(pointer: Path) -> Path | None:
-    """Return the checkpoint that a file such as ``latest`` names, if DeepSpeed wrote it."""
+    """Return the DeepSpeed checkpoint that a file such as ``latest`` names; None otherwise."""
     if not pointer.is_file():
         return None
     checkpoint_dir = pointer.parent / pointer.read_text(encoding="utf-8").strip()

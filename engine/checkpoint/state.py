@@ -41,7 +41,7 @@ _MODEL = "model."
 
 
 class Source(Protocol):
-    """The contents of a checkpoint for `read`: tensors and other values, by dotted name."""
+    """Contents of a checkpoint that `read` restores: tensors and other values, by dotted name."""
 
     @property
     def tensors(self) -> Mapping[str, TensorStorageMetadata]:
@@ -54,12 +54,15 @@ class Source(Protocol):
         ...
 
     def load(self, own: dict[str, Any]) -> None:
-        """Load tensors in place, by name. Every rank must call this method."""
+        """Load the saved tensors into the tensors of the same names in ``own``.
+
+        Every rank must call this method.
+        """
         ...
 
 
 class _Shards:
-    """Reads the files that `write` wrote."""
+    """The contents of the files that `write` wrote."""
 
     def __init__(self, directory: Path) -> None:
         self._reader = ShardReader(directory)
@@ -223,7 +226,7 @@ def read(
 
 
 def _find_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the tensors of a nested state that are in the shards, by dotted name."""
+    """Return the tensors of a nested state that the sharded files contain, by dotted name."""
     return {
         name: holder[key]
         for name, holder, key in _find_leaves(state)

@@ -56,7 +56,7 @@ def check_tag(tag: str) -> None:
     """Check that a tag can be the name of a checkpoint.
 
     Raises:
-        CheckpointError: if the tag is not a valid directory name.
+        CheckpointError: if the tag is not a valid directory name, or is reserved.
     """
     is_name = tag.isprintable() and "/" not in tag and os.sep not in tag
     if not tag.strip() or not is_name or tag == LATEST or tag.startswith("."):
@@ -67,15 +67,15 @@ def check_tag(tag: str) -> None:
 
 
 def to_directory(path: str | os.PathLike[str]) -> Path:
-    """Convert the path of a directory to a `Path` object, and check that it is not empty.
+    """Convert the path of a directory to a `Path` object, and check that the path is not empty.
 
     Raises:
         ValueError: the path is empty or not a path.
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ValueError(
-            f"The directory of checkpoints must be a non-empty path, got {path!r}. Pass a path "
-            'such as "checkpoints"; "." is the working directory.'
+            f"The checkpoint directory must be a non-empty path, got {path!r}. Pass a path such "
+            'as "checkpoints", or "." for the working directory.'
         )
     return Path(path)
 
@@ -88,7 +88,7 @@ def create_directory(directory: Path) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(
-            20, "The path of the checkpoint directory is a file", str(directory)
+            20, "The checkpoint directory is a file; choose another path", str(directory)
         )
     directory.mkdir(parents=True, exist_ok=True)
 

@@ -31,7 +31,7 @@ HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
 
 
 def check_same_structure(saved: Any, own: Any, name: str) -> None:
-    """Check that a saved value has the type and structure of the value that this run has.
+    """Check that a saved value has the same type and structure as this run's value.
 
     If this run's value is None, the saved value may have any type. A saved list may be longer than
     this run's list, and a saved mapping may have more keys.
@@ -42,7 +42,7 @@ def check_same_structure(saved: Any, own: Any, name: str) -> None:
         name: name of the value, for the error message.
 
     Raises:
-        ValueError: a key or an item is missing, or a value has another type or shape.
+        ValueError: a key or an item is missing, or a value has the wrong type or shape.
 
     >>> check_same_structure({"last_epoch": "3"}, {"last_epoch": 0}, "lr_scheduler")
     Traceback (most recent call last):
@@ -111,10 +111,10 @@ def check_param_groups(saved: Any, own: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         saved: param groups in the checkpoint.
-        own: param groups of this run. Parameters are identified as in ``saved``.
+        own: param groups of this run, in which parameters are identified as in ``saved``.
 
     Raises:
-        ValueError: a value is missing, or has another type or range.
+        ValueError: a value is missing, has the wrong type or is out of range.
     """
     name = "optimizer.param_groups"
     check_same_structure(saved, [], name)
@@ -136,15 +136,15 @@ def check_parameter_states(
     The states must fit the saved settings, such as ``amsgrad``, and the settings of this run.
 
     Args:
-        saved: state of each parameter that has one, by the parameter's name or index. The contents
-            of tensors are checked only if they are step counts.
+        saved: state of each parameter that has one, by the parameter's name or index. Step counts
+            are the only tensors whose values are checked.
         groups: saved param groups, which `check_param_groups` has checked. Parameters are
             identified as in ``saved``.
         optimizer: optimizer of this run; it need not have any state yet.
         parameters: parameters of the optimizer, by name or index.
 
     Raises:
-        ValueError: a value is missing, or has another type, shape or range.
+        ValueError: a value is missing, has the wrong type or shape, or is out of range.
     """
     check_same_structure(saved, {}, "optimizer.state")
     templates = _Templates(optimizer)
@@ -166,7 +166,7 @@ def _check_group(group: Mapping[str, Any], own: Mapping[str, Any], name: str) ->
         elif key in {*HYPERPARAMETERS, "params"}:
             raise ValueError(f"`{name}` must have the key `{key}`.")
     if list(group["params"]) != list(own["params"]):
-        raise ValueError(f"`{name}.params` must contain the same parameters as in this run.")
+        raise ValueError(f"`{name}.params` must list the parameters of this run, in order.")
     for key in own.keys() & group.keys() - {"params"}:
         limits = [abs(each) <= _MAX_FLOAT for each in _list_numbers(own[key])]
         for value in _list_numbers(group[key]) if limits and all(limits) else ():
@@ -195,7 +195,7 @@ def _check_parameter_state(
 
 
 class _Templates:
-    """Builds the state that an optimizer should have for a parameter after its first step.
+    """Builder of the state that an optimizer should have for a parameter after its first step.
 
     For an optimizer of `torch.optim`, a new optimizer of the same class takes a step on a small
     parameter with the same number of dimensions. A step of any other optimizer could have side
@@ -250,7 +250,7 @@ class _Templates:
 
 
 def _scale(value: Any, shape: torch.Size) -> Any:
-    """Adapt a value from the state of the small parameter to a parameter of the given shape.
+    """Adapt a value from the state of a small parameter to a parameter of the given shape.
 
     A tensor with as many dimensions as the parameter becomes a meta tensor with the sizes of the
     parameter. Any other value is returned unchanged.

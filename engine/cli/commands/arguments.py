@@ -1,4 +1,4 @@
-"""Argument types shared by several subcommands."""
+"""Argument types and options shared by several subcommands."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def add_allow_imports(parser: argparse.ArgumentParser) -> None:
         "--allow-imports",
         action="store_true",
         help="import, and thereby run, the code that the config names, such as a custom schedule. "
-        "Use it only for configs that you trust",
+        "Use this option only for configs that you trust",
     )

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("action", choices=["ls", "verify", "show", "export"])
     parser.add_argument("dir", metavar="DIR", type=Path, help="checkpoint directory of the run")
-    parser.add_argument("--tag", help="checkpoint to use (default: newest; verify: all)")
+    parser.add_argument("--tag", help="tag of the checkpoint (default: newest; verify: all)")
     parser.add_argument(
         "-o",
         "--output",
@@ -94,7 +94,7 @@ def _export(args: argparse.Namespace, out: TextIO) -> int:
         raise FileNotFoundError(2, "No such file or directory", str(output))
     if os.path.lexists(output):
         raise FileExistsError(
-            17, "the output file exists already; delete it or choose another name", str(output)
+            17, "the output file already exists; delete it or choose another name", str(output)
         )
     partial = output.with_name(f".{output.name}.partial")
     try:

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Print the resolved config: every value that a run would use, and its origin (a line of "
         "the file, a default or a derived value)."
     )
-    parser.add_argument("file", metavar="FILE", help="a ds_config.json; - for standard input")
+    parser.add_argument(
+        "file", metavar="FILE", help="path of a ds_config.json; - for standard input"
+    )
     parser.add_argument(
         "--world-size",
         type=parse_positive_int,
