@@ -1,4 +1,4 @@
-"""Methods of the training engine that have the same names as in DeepSpeed."""
+"""Methods and properties of the training engine that have the same names as in DeepSpeed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def data_parallel_group(self) -> Any:
-        """The process group that averages gradients; None if there is only one process."""
+        """The process group that averages gradients, or None if there is only one process."""
         if self.config.backend.name == "deepspeed":
             return self._backend.get_attribute("data_parallel_group")
         return dist.group.WORLD if dist.is_initialized() else None
@@ -87,7 +87,7 @@ class DeepSpeedAccessors(nn.Module):
 
     @property
     def basic_optimizer(self) -> Optimizer:
-        """The underlying torch optimizer, unwrapped."""
+        """The torch optimizer, without any wrapper of the backend."""
         return self._backend.basic_optimizer
 
     def mean(self, value: float) -> float:
@@ -114,14 +114,14 @@ class DeepSpeedAccessors(nn.Module):
         self._run.set_batch_sizes(self.config.batch.with_train(train_batch_size))
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Set the micro-batch size; the global batch size changes in proportion.
+        """Set the micro-batch size, and change the global batch size in proportion.
 
         Call this method between two optimizer steps.
         """
         self._run.set_batch_sizes(self.config.batch.with_micro(micro_batch_size))
 
     def gradient_clipping(self) -> float:
-        """Return the maximum gradient norm; 0 means that gradients are not clipped."""
+        """Return the maximum gradient norm, or 0 if gradients are not clipped."""
         return self.config.gradient_clipping
 
     def steps_per_print(self) -> int | None:
@@ -173,7 +173,7 @@ class DeepSpeedAccessors(nn.Module):
         return batch.train, batch.micro, batch.accumulation
 
     def get_type(self) -> list[Any]:
-        """Return the key ``type`` of each param group, or 0.0 for a group without this key."""
+        """Return the value of ``type`` in each param group, or 0.0 for a group without this key."""
         return [group.get("type", 0.0) for group in self._backend.optimizer.param_groups]
 
     def get_lr(self) -> list[float]:
@@ -281,9 +281,9 @@ class DeepSpeedAccessors(nn.Module):
 
     @contextlib.contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:
-        """Delay gradient reduction until this context ends; then reduce all gradients together.
+        """Delay gradient reduction until this context exits, then reduce all gradients together.
 
-        Leave the context before you call `step`. It requires ZeRO on the DeepSpeed backend.
+        Exit the context before you call `step`. This method requires ZeRO on the DeepSpeed backend.
 
         Raises:
             AttributeError: the run does not use the DeepSpeed backend.
@@ -300,10 +300,11 @@ class DeepSpeedAccessors(nn.Module):
         keep_vars: bool = False,
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, Any]:
-        """Return the model's ``state_dict``, with sharded weights of FSDP2 gathered in host memory.
+        """Return the model's ``state_dict`` with unsharded weights.
 
-        Every rank must call this method. On the DeepSpeed backend at ZeRO stage 3, the returned
-        tensors are empty; use `save_16bit_model` instead.
+        Weights that FSDP2 shards are gathered in host memory. Every rank must call this method. On
+        the DeepSpeed backend at ZeRO stage 3, the returned tensors are empty. Use
+        `save_16bit_model` instead.
         """
         if self._is_deepspeed():
             found: dict[str, Any] = self._backend.get_attribute("module_state_dict")(
@@ -353,7 +354,7 @@ class DeepSpeedAccessors(nn.Module):
     ) -> bool:
         """Save the unsharded weights to one file, in 16 bits if the run uses bf16 or fp16.
 
-        Every rank must call this method. `torch.load` reads the file.
+        Every rank must call this method. Load the file with `torch.load`.
 
         Returns:
             Whether the file was saved. At ZeRO stage 3, DeepSpeed saves it only if
@@ -380,7 +381,10 @@ class DeepSpeedAccessors(nn.Module):
     def _zero3_consolidated_16bit_state_dict(
         self, exclude_frozen_parameters: bool = False
     ) -> dict[str, Any] | None:
-        """Return the sharded weights of ZeRO stage 3, gathered on rank 0; None on other ranks."""
+        """Return the weights that ZeRO stage 3 shards, gathered on rank 0.
+
+        On the other ranks, the result is None.
+        """
         if self._is_deepspeed():
             name = "_zero3_consolidated_16bit_state_dict"
             found: dict[str, Any] | None = self._backend.get_attribute(name)(

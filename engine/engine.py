@@ -36,11 +36,11 @@ LoaderT = TypeVar("LoaderT", bound=Iterable[Any])
 
 
 class Engine(DeepSpeedAccessors):
-    """The training engine: call it like the model.
+    """A training engine that wraps the model and is called like the model.
 
-    For each micro-batch, compute the loss from ``trainer(x)``, then call ``trainer.backward(loss)``
-    and ``trainer.step()``. `step` applies an optimizer step once every
-    ``gradient_accumulation_steps()`` calls.
+    For each micro-batch ``x``, compute the loss from ``trainer(x)``, where ``trainer`` is the
+    engine. Then call ``trainer.backward(loss)`` and ``trainer.step()``. `step` applies an optimizer
+    step once every ``gradient_accumulation_steps()`` calls.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Engine(DeepSpeedAccessors):
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler, stepped after each applied optimizer step; may be None."""
+        """The learning-rate scheduler, stepped after each applied optimizer step, or None."""
         return self._run.scheduler
 
     @lr_scheduler.setter
@@ -113,7 +113,7 @@ class Engine(DeepSpeedAccessors):
         if self.training_dataloader is not None:
             raise MisuseError(
                 "The run already has a training data loader. Pass either `training_data` to "
-                "`initialize` or one loader to `prepare`; pass other loaders to `trainer.evaluate`."
+                "`initialize` or one loader to `prepare`. Pass other loaders to `trainer.evaluate`."
             )
         prepared = prepare_loader(loader, self.config, self._backend.ranks)
         self._use_loader(prepared)
@@ -172,7 +172,7 @@ class Engine(DeepSpeedAccessors):
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
-        """Check that earlier gradients exist; return whether the next pass averages gradients."""
+        """Check that the batch's gradients still exist, and return whether to average gradients."""
         accumulation = self._run.accumulation
         if accumulation.has_gradients:
             self._run.misuse.check_accumulated(accumulation)
@@ -188,7 +188,7 @@ class Engine(DeepSpeedAccessors):
 
         Args:
             lr_kwargs: ignored; accepted for compatibility with DeepSpeed.
-            metric: validation loss or similar value, for a schedule such as ReduceLROnPlateau and
+            metric: validation loss or a similar value, for a schedule such as ReduceLROnPlateau and
                 for ``engine.checkpoint.best``. It is averaged over the ranks. Pass it in the last
                 step of each epoch.
 
@@ -258,8 +258,8 @@ class Engine(DeepSpeedAccessors):
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on the micro-batches of one step, and return their mean loss.
 
-        The model is called with each micro-batch and must return the loss. A tuple, list or mapping
-        is unpacked into arguments. By default, ``data_iter`` cycles through the training data.
+        The model is called with each micro-batch, unpacked if it is a tuple, list or mapping, and
+        must return the loss. By default, ``data_iter`` cycles through the training data.
         """
         if (whole := train_pipeline(data_iter, self.training_dataloader, self._run)) is not None:
             self._automatic.save_if_due(self._run)
@@ -272,7 +272,7 @@ class Engine(DeepSpeedAccessors):
         return torch.stack(losses).sum()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Evaluate the model on as many micro-batches as a step uses; return their mean loss."""
+        """Evaluate the model on as many micro-batches as a step uses, and return the mean loss."""
         with evaluation_mode(self):
             return evaluate_batch(self, data_iter, self._run)
 
@@ -293,10 +293,10 @@ class Engine(DeepSpeedAccessors):
         and the random state are restored. The training state does not change. Every rank must call
         this method.
 
-        The samples of a `DataLoader` of the whole dataset are split across ranks, with or without
-        shuffling or a ``DistributedSampler``. In all other cases, such as an iterable dataset, a
-        custom sampler or a different dataset on each rank, each rank evaluates all batches of its
-        own ``loader``.
+        If ``loader`` is a `DataLoader` of the whole dataset, with or without shuffling or a
+        ``DistributedSampler``, its samples are split across ranks. In all other cases, such as an
+        iterable dataset, a custom sampler or a different dataset on each rank, each rank evaluates
+        all batches of its own ``loader``.
 
         Args:
             loader: `DataLoader`, list or other iterable that ends. Its batches are moved to
@@ -358,7 +358,7 @@ class Engine(DeepSpeedAccessors):
         Raises:
             OSError: the disk is full or the directory is not writable. Older checkpoints are kept.
             RuntimeError: saving failed on a rank, or a rank did not call this method in time.
-            ValueError: ``save_dir`` is empty, tags differ, or ``client_state`` has invalid types.
+            ValueError: ``save_dir`` is empty, tags differ by rank, or ``client_state`` is invalid.
         """
         self._checkpointer.save(
             self._run,
@@ -388,7 +388,7 @@ class Engine(DeepSpeedAccessors):
             tag: name or number of the checkpoint; default: the newest complete one.
             load_module_strict: whether the model must have exactly the saved parameters. If false,
                 parameters without a saved value keep their values, and saved ones that the model
-                does not have are ignored. DeepSpeed also needs ``load_optimizer_states=False``.
+                does not have are ignored. DeepSpeed also requires ``load_optimizer_states=False``.
             load_optimizer_states: whether to restore the optimizer and the loss scale.
             load_lr_scheduler_states: whether to restore the schedule.
             load_module_only: whether to restore only the model.
@@ -414,7 +414,7 @@ class Engine(DeepSpeedAccessors):
         return str(path), client_state
 
     def wait_for_checkpoint(self) -> None:
-        """Wait until every rank has written its checkpoint; raise an exception if a save failed."""
+        """Wait until every rank has written its checkpoint, and raise an error if a save failed."""
         self._checkpointer.wait()
 
     def destroy(self) -> None:
@@ -445,6 +445,6 @@ class Engine(DeepSpeedAccessors):
 
     @property
     def epoch(self) -> int:
-        """The current epoch, from 0; after its last batch, the next one. Needs a data loader."""
+        """The index of the current epoch, from 0. It increases after the last batch of an epoch."""
         self._run.length.is_position_known = True
         return read_epoch(self.training_dataloader)

@@ -103,7 +103,7 @@ def _run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
 
 
 class _Version(argparse.Action):
-    """Print the versions of onecycle, torch and DeepSpeed, and exit (``--version``)."""
+    """An argparse action that prints the versions of onecycle, torch and DeepSpeed, and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from engine.config.versions import get_installed_version

@@ -45,7 +45,7 @@ def find_offload_device(config: Mapping[str, Any], name: str) -> str:
 
     Args:
         config: config with the section ``zero_optimization``.
-        name: "offload_optimizer" or "offload_param".
+        name: key of the offloading section: "offload_optimizer" or "offload_param".
 
     >>> find_offload_device({"zero_optimization": {"cpu_offload": True}}, "offload_optimizer")
     'cpu'
@@ -61,7 +61,7 @@ def find_offload_device(config: Mapping[str, Any], name: str) -> str:
 def find_deepspeed_only_keys(members: Sequence[Member]) -> list[Member]:
     """Return the keys and sections of a config that only DeepSpeed supports.
 
-    If only DeepSpeed supports a whole section, the section is returned, but not the keys inside it.
+    If a whole section is supported only by DeepSpeed, the section is returned, but not its keys.
     Keys that the PyTorch backend can ignore without affecting the results are not returned.
 
     Args:

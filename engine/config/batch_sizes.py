@@ -66,14 +66,14 @@ class BatchSizes:
         at_once = self.micro * self.data_ranks
         if train <= 0 or train % at_once:
             raise ValueError(
-                f"`train_batch_size` must be a positive multiple of {at_once}, the micro-batch "
-                f"size times the number of {self.unit}s, got {train}. Use "
-                f"{max(train // at_once, 1) * at_once}."
+                f"`train_batch_size` must be a positive multiple of {at_once}, which is the "
+                f"micro-batch size ({self.micro}) x {count_noun(self.data_ranks, self.unit)}, got "
+                f"{train}. Use {max(train // at_once, 1) * at_once}."
             )
         return replace(self, train=train, accumulation=train // at_once)
 
     def with_micro(self, micro: int) -> BatchSizes:
-        """Return batch sizes with the given micro-batch size; the accumulation steps stay the same.
+        """Return batch sizes with the given micro-batch size and the same accumulation steps.
 
         The train batch size changes accordingly.
 
@@ -105,7 +105,7 @@ class BatchError(ValueError):
 
 
 class DataRanks(NamedTuple):
-    """The number of ranks that load different samples; ranks that share a model count as one."""
+    """The number of ranks that load different samples, counting ranks that share a model once."""
 
     number: int
     tensor_parallel: int = 1
@@ -135,7 +135,7 @@ def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def count_data_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
-    """Derive the number of ranks that load different samples from the config's parallelism."""
+    """Derive the number of ranks that load different samples, given the config's parallelism."""
     sizes = count_ranks_per_model(config)
     if not sizes:
         return DataRanks(world_size)
@@ -152,7 +152,7 @@ def derive_batch_sizes(given: Mapping[str, int], ranks: DataRanks | int) -> Batc
     1, as in DeepSpeed.
 
     Args:
-        given: values that the config sets, by key (one of `BATCH_KEYS`); each is at least 1.
+        given: values that the config sets, by key (see `BATCH_KEYS`); each is at least 1.
         ranks: number of ranks that load different samples, at least 1. With tensor parallelism, a
             train batch size that counts all ranks is also accepted, as in DeepSpeed.
 
@@ -210,7 +210,7 @@ def _divide(train: int, by: int, ranks: DataRanks, key: str) -> int:
             TRAIN,
             f"`{TRAIN}` must be a multiple of `{key}` ({by}) x "
             f"{count_noun(ranks.number, ranks.unit)}, got {train}.",
-            f"Set it to {' or '.join(map(str, near))}.",
+            f"Set `{TRAIN}` to {' or '.join(map(str, near))}.",
         )
     return whole
 
@@ -223,5 +223,5 @@ def _build_mismatch_error(
         TRAIN,
         f"`{TRAIN}` must be `{MICRO}` ({micro}) x `{ACCUMULATION}` ({accumulation}) x "
         f"{count_noun(ranks.number, ranks.unit)} = {product}, got {train}.",
-        f"Set it to {product}, or remove one of the three keys.",
+        f"Set `{TRAIN}` to {product}, or remove one of the three keys.",
     )

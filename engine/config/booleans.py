@@ -22,13 +22,13 @@ _OWN_PARAMS = {"/scheduler/params/relative"}
 
 
 def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Problem]]:
-    """Replace 0 and 1 with booleans in DeepSpeed's keys that accept only booleans.
+    """Replace 0 and 1 with booleans in keys of DeepSpeed that accept only booleans.
 
     Args:
         document: parsed config; it is not modified.
 
     Returns:
-        The document with these replacements, and a note about each of them.
+        The document with these replacements, and one note per replacement.
     """
     converted = {
         member.pointer: bool(member.value)

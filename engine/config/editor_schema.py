@@ -19,8 +19,7 @@ def editor_schema() -> dict[str, Any]:
     """Build the JSON Schema that editors use for completion, tooltips and error highlighting.
 
     A config refers to this schema with the key ``$schema``. The schema of ``params`` depends on the
-    value of ``type``. The schema does not check any other combination of values; `onecycle
-    validate` does.
+    value of ``type``. Only `onecycle validate` checks other combinations of values.
     """
     schema = _inline_references(schemas.read(SCHEMA))
     schema["$schema"] = _DRAFT

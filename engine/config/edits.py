@@ -131,7 +131,7 @@ def _insert_block(document: Document, block: Mapping[str, Any]) -> str:
 
 
 def _find_span(document: Document, pointer: str) -> tuple[int, int]:
-    """Return the offsets in the text at which the value at a JSON pointer starts and ends."""
+    """Return the start and the end of the value at a JSON pointer, as offsets in the text."""
     text = document.text
     start = document.get_offset(document.locations[pointer].value)
     if text[start] not in "{[":

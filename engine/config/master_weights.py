@@ -11,9 +11,9 @@ __all__ = ["find_cpu_adam_key"]
 
 
 def find_cpu_adam_key(config: Mapping[str, Any]) -> str | None:
-    """Return the config key that makes DeepSpeed require its CPU Adam; None if there is none.
+    """Return the config key that makes DeepSpeed require its CPU Adam, or None if there is none.
 
-    CPU Adam is DeepSpeed's Adam for optimizers that are offloaded to the CPU.
+    CPU Adam is DeepSpeed's implementation of Adam for optimizer states in CPU memory.
 
     >>> find_cpu_adam_key({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}})
     'bf16.bf16_master_weights_and_grads'

@@ -25,7 +25,7 @@ class NamedCode(NamedTuple):
 
 
 def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCode]:
-    """Yield the code that a ``scheduler`` block names, including its nested schedules.
+    """Yield the code that a ``scheduler`` block and its nested schedules name.
 
     Args:
         block: value of the key ``scheduler``; nothing is yielded if it is not an object.
@@ -67,10 +67,10 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
 
 
 def check_named_code(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check the form of each import path in a ``scheduler`` block, and that its module exists.
+    """Check that each import path in a ``scheduler`` block is well-formed and its module exists.
 
-    The code itself is not imported. For each valid path, yield a note that the code was not
-    checked.
+    Yield an error or a warning for each invalid path, and a note for each valid path, because the
+    code itself is not imported or checked.
     """
     for pointer, path in find_named_code(block):
         name = dotted_name(pointer)

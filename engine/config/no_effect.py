@@ -15,13 +15,13 @@ _TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = schemas.read("no_effect.
 
 
 def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = None) -> str | None:
-    """Return the reason why a key or section does not affect the results; None if it may do so.
+    """Return the reason why a key or section does not affect the results, or None if it may.
 
     Args:
         member: key of a config, with its value.
         backend: "torch" or "deepspeed".
-        stage: ZeRO stage; None if it is unknown. In that case, keys that have no effect only in
-            some stages count as keys that may affect the results.
+        stage: ZeRO stage; None if unknown. If it is None, keys that have no effect only in some
+            stages are assumed to affect the results.
 
     >>> print(find_reason_for_no_effect(Member("/gradient_allreduce_op", "sum", {}), "torch"))
     None
@@ -37,7 +37,7 @@ def find_reason_for_no_effect(member: Member, backend: str, stage: int | None = 
 
 
 def _find_current_pointer(member: Member) -> str:
-    """Return the JSON pointer of a key; for an alias or an old name, that of the current name."""
+    """Return a key's JSON pointer, with an alias or old name replaced by the current name."""
     alias = member.schema.get("x-alias-of")
     pointer = join_pointer(get_parent(member.pointer), alias) if alias else member.pointer
     return pointer.replace("/bfloat16/", "/bf16/", 1)
@@ -48,8 +48,8 @@ def _is_listed(member: Member, values: Any) -> bool:
 
     Args:
         member: key of a config, with its value.
-        values: list of the values that do not affect the results; None if no value affects them.
-            For a section, a dict with such a list for each key that can affect the results.
+        values: list of the values that do not affect the results; None if the key never affects
+            the results. For a section, a dict with such a list for each key that can affect them.
     """
     if values is None:
         return True

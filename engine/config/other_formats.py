@@ -33,7 +33,7 @@ def is_utf_16(data: bytes) -> bool:
 
 
 def recognize_yaml(text: str) -> tuple[str, str] | None:
-    """Return a message and a hint if a text is YAML; None if it may be JSON.
+    """Return a message and a hint if a text is YAML, or None if it may be JSON.
 
     >>> recognize_yaml("# comment\\ntrain_batch_size: 8\\n")[0]
     'The config must be a JSON object in braces, but it looks like YAML.'
@@ -47,7 +47,7 @@ def recognize_yaml(text: str) -> tuple[str, str] | None:
 
 
 def recognize_keys(keys: Collection[str]) -> tuple[str, str] | None:
-    """Return a message and a hint if the keys are those of another program's config.
+    """Return a message and a hint if the keys belong to an Accelerate config, or None otherwise.
 
     Args:
         keys: top-level keys of the config.

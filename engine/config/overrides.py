@@ -1,13 +1,13 @@
 """Override config values with command-line arguments of the training script.
 
-`add_config_arguments` adds DeepSpeed's arguments, which name the config file.
-`add_schedule_arguments` adds arguments that override values in this file. Some of them have the
-same names and meanings as arguments of SambaFlow (``--learning_rate``, ``--max_steps``, …). In
-addition, there is one argument per parameter of DeepSpeed's schedules.
+`add_config_arguments` adds DeepSpeed's arguments for the config file. `add_schedule_arguments` adds
+arguments that override values in this file. Some of these arguments have the same names and
+meanings as in SambaFlow (``--learning_rate``, ``--max_steps``, …). In addition, there is one
+argument per parameter of DeepSpeed's schedules.
 
 A script may define its own argument with one of these names. The script's argument then takes
-precedence, whether the script adds it before or after these calls. Its value does not override the
-config.
+precedence, whether the script adds it before or after these calls, and its value does not override
+the config.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ _VALUES = "onecycle_overrides"
 class _StoreOverride(argparse.Action):
     """An argparse action that stores the value of an argument in two places.
 
-    As usual, the value becomes an attribute of the namespace with the name of the argument. It is
-    also stored in a dict, in the attribute whose name is `_VALUES`. A script's own argument of the
+    As usual, the value is stored in the namespace attribute with the argument's name. The value is
+    also stored in a dict, in the attribute that `_VALUES` names. A script's own argument of the
     same name can replace the first attribute, but not the value in the dict.
     """
 

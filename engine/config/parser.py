@@ -210,7 +210,11 @@ class _Parser:
             raise _BrokenSyntaxError(0, *yaml)
         self._space()
         if self.at == len(self.text):
-            raise _BrokenSyntaxError(self.at, "The config must be a JSON object, but it is empty.")
+            raise _BrokenSyntaxError(
+                self.at,
+                "The config must be a JSON object, but it is empty.",
+                'Write, for example, {"train_batch_size": 32}.',
+            )
         value = self._value("", self.find_location(self.at), depth=0)
         self._space()
         if self.at < len(self.text):
@@ -222,7 +226,9 @@ class _Parser:
         self.locations[pointer] = Location(key, location)
         if depth > MAX_DEPTH:
             raise _BrokenSyntaxError(
-                self.at, f"The config must not be nested more than {MAX_DEPTH} levels deep."
+                self.at,
+                f"The config must not be nested more than {MAX_DEPTH} levels deep.",
+                "Reduce the nesting.",
             )
         match self.text[self.at : self.at + 1]:
             case "{":

@@ -49,7 +49,7 @@ def get_last_key(pointer: str) -> str:
 
 
 def get_parent(pointer: str) -> str:
-    """Return the JSON pointer of the object or array that contains the key."""
+    """Return the JSON pointer of the object or array that contains a key or a list item."""
     return pointer.rpartition("/")[0]
 
 

@@ -35,7 +35,7 @@ _POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
 def build_horizon(
     engine: Mapping[str, Any], *, samples_per_step: int | None, steps_per_epoch: float | None
 ) -> Horizon:
-    """Return the length of the run, from the ``engine`` section of a config.
+    """Return the run length that the ``engine`` section of a config sets.
 
     Args:
         engine: the ``engine`` section, with or without defaults.
@@ -43,9 +43,9 @@ def build_horizon(
         steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
     Raises:
-        DurationError: the run is shorter than one step or too long; or ``max_duration`` is in
-            epochs or samples, but ``steps_per_epoch`` or ``samples_per_step``, which is needed to
-            convert it to steps, is None.
+        DurationError: the run is shorter than one step or too long; ``max_duration`` is in epochs
+            and ``steps_per_epoch`` is None; or ``max_duration`` is in samples and
+            ``samples_per_step`` is None.
 
     >>> build_horizon({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
     100
@@ -63,7 +63,7 @@ def build_horizon(
         scaled = "" if ratio == 1 else f" x `scale_schedule_ratio` ({ratio:g})"
         raise DurationError(
             f"`engine.max_duration`{scaled} must be at least 1 step, got {length!r}, which is "
-            f"{total * ratio:g} steps. Increase it."
+            f"{total * ratio:g} steps. Increase `engine.max_duration`."
         )
     return Horizon(
         total_steps=total,
@@ -128,7 +128,7 @@ def list_possible_horizons(
 
 
 def get_train_batch_size(config: Mapping[str, Any], ranks: DataRanks | None = None) -> int | None:
-    """Return the number of samples per optimizer step; None if it is unknown or invalid."""
+    """Return the number of samples per optimizer step, or None if it is unknown or invalid."""
     given = {key: config[key] for key in BATCH_KEYS if isinstance(config.get(key), int)}
     size = given.get(BATCH_KEYS[0])
     if size is None and ranks is not None:
@@ -212,7 +212,7 @@ class EvaluatedSchedule:
 
     @property
     def end(self) -> int | None:
-        """The step at which the learning rate becomes constant; None if it never does."""
+        """The step at which the learning rate becomes constant, or None if it never does."""
         if "lr" not in self.curves:
             return None
         curve, step = self.curves["lr"][0], 0

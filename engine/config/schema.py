@@ -78,9 +78,9 @@ def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
 
 
 def resolve_reference(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """If a schema has a ``$ref``, merge the schema with the file that the ``$ref`` names.
+    """Merge a schema with the schema file that its ``$ref`` names, if it has a ``$ref``.
 
-    If both the schema and the file contain a keyword, the value in the schema takes precedence.
+    If both schemas contain a keyword, the value in the given schema takes precedence.
     """
     reference = schema.get("$ref")
     return {**schemas.read(reference), **schema} if reference else schema
@@ -98,7 +98,7 @@ class Member(NamedTuple):
 
     @property
     def is_section(self) -> bool:
-        """Whether the value is a section, which is an object whose keys `walk` yields as well."""
+        """Whether the value is a section, which is an object whose keys `walk` also yields."""
         if "properties" not in self.schema:
             return False
         return isinstance(self.value, Mapping) if self.is_given else self.value is SECTION
@@ -111,7 +111,7 @@ def walk(
     *,
     fill: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> Iterator[Member]:
-    """Yield every key of an object and of its nested sections; each section precedes its keys.
+    """Yield every key of an object and of its nested sections, each section before its keys.
 
     The schema of ``params`` depends on the value of ``type``. Keys for which `is_ignored` is true
     are skipped.
@@ -147,7 +147,7 @@ def walk(
 
 
 def _find_replaced_keys(value: Mapping[str, Any], properties: Mapping[str, Any]) -> set[str | None]:
-    """Return the canonical names of the keys that the object sets under an old or alternative name.
+    """Return the canonical names of the keys that an object sets by an old name or an alias.
 
     The set can also contain values that are not key names, such as None or the text of a hint.
     Callers only test whether a key name is in the set.
@@ -183,7 +183,7 @@ def _get_member_schema(
 
 
 def means_default(pointer: str, value: Any) -> bool:
-    """Return whether DeepSpeed replaces a value of "auto" with the key's default.
+    """Return whether a value is "auto" and DeepSpeed replaces it with the key's default.
 
     DeepSpeed drops each key of ``zero_optimization`` whose value is "auto", and then uses the
     default. For the key ``stage``, return False anyway, because its default would disable ZeRO.
@@ -217,10 +217,10 @@ def get_default(schema: Mapping[str, Any], backend: str) -> Any:
 
 
 def to_nested_dict(members: Iterable[Member], pointer: str = "") -> dict[str, Any]:
-    """Convert the members of a config to a nested dict.
+    """Build a nested dict from the keys and values of a config.
 
     Args:
-        members: members in the order in which `walk` yields them.
+        members: keys with their values, in the order in which `walk` yields them.
         pointer: JSON pointer of the object that the dict represents.
 
     >>> to_nested_dict([Member("/fp16/enabled", False, {})])

@@ -1,4 +1,4 @@
-"""Read a config from a file, standard input or a dict."""
+"""Read a config from a file, standard input, a dict or a base64-encoded string."""
 
 from __future__ import annotations
 
@@ -47,7 +47,11 @@ def load_document(config: Source) -> Document:
     try:
         data = sys.stdin.buffer.read(_MAX_BYTES + 1) if name == "-" else _read(path)
         if len(data) > _MAX_BYTES:
-            raise _build_unreadable_error(name, f"The config must not exceed {_MAX_BYTES:,} bytes.")
+            raise _build_unreadable_error(
+                name,
+                f"The config must have at most {_MAX_BYTES:,} bytes.",
+                "Check that the file is a ds_config.json.",
+            )
         if is_utf_16(data):
             raise _build_unreadable_error(
                 name, "The config must be UTF-8 text, but it is UTF-16.", "Save the file as UTF-8."
@@ -55,7 +59,9 @@ def load_document(config: Source) -> Document:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _build_unreadable_error(
-            name, f"The config must be UTF-8 text, but the byte at offset {error.start} is invalid."
+            name,
+            f"The config must be UTF-8 text, but the byte at offset {error.start} is invalid.",
+            "Save the file as UTF-8.",
         ) from None
     except FileNotFoundError:
         near = _find_nearest_file(path)
@@ -87,7 +93,7 @@ def check_is_readable(path: Path) -> None:
 def _decode(text: str) -> str | None:
     """Decode a config from URL-safe base64, which DeepSpeed also accepts.
 
-    Return None if the string is not a base64-encoded config, but a path, for example.
+    Return None if the string is anything else, such as a path.
     """
     try:
         decoded = base64.b64decode(text, altchars=b"-_", validate=True).decode("utf-8")

@@ -65,7 +65,7 @@ _REGISTRY: Registry[Any] = Registry(
 class Structure:
     """The result of checking each value of a config against its schema.
 
-    The rules that check combinations of values use it as their input.
+    The rules that check combinations of values use this result as their input.
     """
 
     problems: Sequence[Problem]
@@ -164,10 +164,9 @@ def _get_suggested_pointer(problem: Problem) -> str:
 def _convert_error(
     document: Document, error: jsonschema.ValidationError, pointer: str, suggestions: int
 ) -> Iterator[Problem]:
-    """Convert an error of the package ``jsonschema`` to problems of the config.
+    """Convert an error of the ``jsonschema`` package to problems of the config.
 
-    If the error is about unknown keys, a known key is suggested only for the first ``suggestions``
-    of them.
+    If the error is about unknown keys, suggest known keys only for the first ``suggestions`` keys.
     """
     name = dotted_name(pointer) or "the config"
     keyword = str(error.validator)
@@ -223,7 +222,7 @@ def _convert_error(
 
 
 def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
-    """Return a hint if a duration probably means a fraction of the run; else, an empty string."""
+    """Return a hint if a duration is probably a fraction of the run, or else an empty string."""
     accepts_fractions = "[dD][uU][rR]" in schema.get("pattern", "")
     if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
         return ""
@@ -371,7 +370,7 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """If a problem is about an unknown parameter, add a hint that lists the schedules that have it.
+    """If a problem is about an unknown parameter, list the schedules that have it in the hint.
 
     Other problems are returned unchanged.
     """
@@ -392,9 +391,9 @@ def _construct_schedule(
     """Construct the config's schedule.
 
     Returns:
-        The schedule, or None if it cannot be constructed, and the problems of its parameters. No
-        problems are returned if a parameter of the schedule is in ``unresolved``, because its value
-        is invalid or "auto" and could be their cause.
+        The schedule, or None if it cannot be constructed, and the problems of its parameters. The
+        list of problems is empty if a parameter of the schedule is in ``unresolved``, because its
+        value, which is invalid or "auto", could be the cause of the problems.
     """
     block = config.get("scheduler")
     if not isinstance(block, Mapping) or "type" not in block:
@@ -426,7 +425,7 @@ def _resolve_in_any_run(schedule: Schedule[Any], horizons: Sequence[Horizon]) ->
     """Check that a schedule is valid for at least one of the possible lengths of its run.
 
     Raises:
-        ScheduleError: a parameter is invalid with every possible length.
+        ScheduleError: a parameter is invalid for every possible length.
     """
     found: list[dict[str | None, ParameterProblem]] = []
     for horizon in horizons:

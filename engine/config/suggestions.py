@@ -104,7 +104,7 @@ def suggest_key(
 
 
 def suggest_optimizer(name: str) -> str | None:
-    """Return the known optimizer that an unknown name probably refers to; None if there is none.
+    """Return the known optimizer that an unknown name probably means, or None if there is none.
 
     >>> suggest_optimizer("DeepSpeedCPUAdam"), suggest_optimizer("adamw_torch_fused")
     ('Adam', 'AdamW')
@@ -129,7 +129,7 @@ def _find_params(pointer: str, block: Mapping[str, Any]) -> Collection[str]:
 
 
 def _find_unique_match(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that is similar to ``name``; None if there is none or more than one.
+    """Return the known name that is similar to ``name``, or None if there is not exactly one.
 
     Names are similar if their edit distance is at most 2 and the first or last letter is the same.
     """

@@ -58,7 +58,7 @@ def check(
 ) -> list[Problem]:
     """Validate a parsed config, and return its problems, sorted by line and column.
 
-    The arguments are the same as for `examine`.
+    See `examine` for the arguments.
     """
     return examine(document, world_size, reject_auto=reject_auto, allow_imports=allow_imports)[0]
 

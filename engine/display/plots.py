@@ -63,15 +63,15 @@ def draw(
     """Plot columns against the step, with one panel per hyperparameter, and save the figure.
 
     Args:
-        columns: values, by column name; see `Preview.columns` for the names.
+        columns: values at each step, by column name; see `Preview.columns` for the names.
         path: output file. Its suffix, such as ``.png`` or ``.pdf``, selects the format.
         title: title of the figure.
         steps: step of each value, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column; its phases, such as the warmup, are labeled in the plot.
         evidence: losses from which a loss-driven schedule determined the end of its warmup, and the
             Gaussian process that was fitted to these losses. Both are plotted in an additional
-            panel. If ``columns`` contains ``loss``, the panel shows the losses of that column
-            instead.
+            panel. If ``columns`` contains ``loss``, the panel shows that column instead of these
+            losses.
         dpi: resolution of the image in dots per inch.
     """
     from matplotlib.figure import Figure

@@ -61,7 +61,8 @@ class Preview:
         if self.schedule.feedback is None:
             name = self.schedule.type_name
             raise ValueError(
-                f"`--losses` requires a loss-driven schedule such as AutoWU, got {name}."
+                f"`--losses` requires a loss-driven schedule, such as AutoWU, got {name}. Remove "
+                "the option to plot this schedule."
             )
         done = replay(self.configured, losses, base=self.base, horizon=self.horizon)
         columns = {
@@ -81,8 +82,8 @@ class Preview:
         if isinstance(self.schedule, WrappedScheduler) and steps > _MAX_RUN_STEPS:
             raise ValueError(
                 f"At most {_MAX_RUN_STEPS:,} steps of {self.schedule.type_name} can be plotted, "
-                f"because PyTorch has to run each step, got {steps:,}. Set `--steps` to plot the "
-                "first steps."
+                f"because PyTorch computes them one by one, got {steps:,}. Set `--steps` to plot "
+                "only the first steps."
             )
 
     @property
@@ -98,8 +99,8 @@ class Preview:
     def columns(self) -> dict[str, Any]:
         """The curves, by column name.
 
-        The column name is the hyperparameter, such as ``lr``. If the param groups have different
-        curves, there is one column per param group: ``lr.0``, ``lr.1``, …
+        Each column has the name of its hyperparameter, such as ``lr``. If the param groups have
+        different curves, there is one column per param group: ``lr.0``, ``lr.1``, …
         """
         columns = {}
         for name, curves in self.curves.items():
@@ -133,10 +134,9 @@ def preview(
             ``"my_module:MySchedule"``.
 
     Raises:
-        ConfigError: the file cannot be read or parsed; ``scheduler`` is missing; the section
-            ``scheduler``, ``optimizer`` or ``engine`` is invalid; the schedule requires an
-            import, and ``allow_imports`` is false; or the schedule depends on the loss, and the run
-            is too long to simulate.
+        ConfigError: the file cannot be read or parsed; ``scheduler`` is missing; ``scheduler``,
+            ``optimizer`` or ``engine`` is invalid; the schedule requires an import, but
+            ``allow_imports`` is false; or the run is too long to simulate a loss-driven schedule.
 
     >>> warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}}
     >>> list(preview({"scheduler": warmup}).rows(3))
@@ -176,8 +176,8 @@ def _build_preview(
     if schedule.feedback is not None and resolved.span > _MAX_SYNTHETIC_STEPS:
         raise ValueError(
             f"A preview of {schedule.type_name}, which depends on the loss, can have at most "
-            f"{_MAX_SYNTHETIC_STEPS:,} steps, got {resolved.span:,}. Set a shorter run in a copy "
-            "of the config to preview it."
+            f"{_MAX_SYNTHETIC_STEPS:,} steps, got {resolved.span:,}. To preview the schedule, "
+            "shorten the run in a copy of the config."
         )
     base = build_base_values(context.config, schedule)
     return Preview(name, schedule, resolved, schedule.build_curves(base, horizon), horizon, base)

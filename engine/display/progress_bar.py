@@ -1,4 +1,4 @@
-"""A progress bar in a terminal or a notebook, for a training loop."""
+"""A progress bar for a training loop in a terminal or a notebook."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _SECONDS = 0.1  # between two redraws
 
 
 class ProgressBar:
-    """Shows the number of completed steps, a short text, the speed and the remaining time.
+    """A bar with the number of completed steps, a short text, the speed and the remaining time.
 
-    `move_to` draws the bar on standard error; there is no drawing thread. While the bar is shown,
+    `move_to` draws the bar on standard error, without a separate thread. While the bar is shown,
     everything that the script prints or logs appears above the bar.
 
     Args:
@@ -70,7 +70,7 @@ class ProgressBar:
         return sys.stderr.isatty() and not console.is_dumb_terminal
 
     def move_to(self, step: int, total: float | None, text: str) -> None:
-        """Set the number of completed steps; after the last step of the run, close the bar.
+        """Set the number of completed steps, and close the bar after the last step of the run.
 
         Args:
             step: number of completed steps.

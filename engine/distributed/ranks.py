@@ -53,7 +53,7 @@ class Ranks:
 
     @property
     def data_rank(self) -> int:
-        """Index of the part of the data that this rank loads, from 0."""
+        """Zero-based index of the part of the data that this rank loads."""
         return self.rank if self.shard is None else self.shard[0]
 
     @property
@@ -66,7 +66,7 @@ class Ranks:
 
 
 def get_world_size() -> int:
-    """Return the world size.
+    """Return the number of ranks of the run.
 
     If no process group is initialized, return the environment variable ``WORLD_SIZE``. If this
     variable is not set, return the number of tasks that srun or mpirun started, or 1 if neither
@@ -103,8 +103,8 @@ def init_distributed(*, always_create_group: bool = False, port: int | None = No
     process.
 
     Args:
-        always_create_group: whether to create a process group for a single process too, for
-            libraries that require it.
+        always_create_group: whether to create a process group even for a single process, for
+            libraries that require a process group.
         port: port at which the ranks connect to rank 0; used only if `MASTER_PORT` is not set.
 
     Returns:
@@ -187,11 +187,11 @@ def check_configs_match(ranks: Ranks, config: str) -> None:
 def destroy_distributed() -> None:
     """Destroy the process group.
 
-    With gloo, first wait up to 5 seconds until all ranks have called this function. Otherwise, a
+    With gloo, first wait up to 5 seconds for all ranks to call this function. Without this wait, a
     rank that exits early would close connections that the gloo threads of other ranks still use.
 
     With gloo, do not destroy the process group if an exception is ending this process, or if some
-    ranks are still training after the wait. Its connections then stay open until this process
+    ranks are still training after the wait. The connections then stay open until this process
     exits. If the connections were closed earlier, other ranks could fail before this process exits,
     and the launcher would report one of those ranks as the first failure.
 

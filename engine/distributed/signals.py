@@ -31,7 +31,7 @@ Slurm, for example, signals all processes of a job, and torchrun passes its sign
 
 
 class Signals:
-    """Records whether this process received SIGINT, SIGTERM or SIGUSR1.
+    """A record of the signals SIGINT, SIGTERM and SIGUSR1 that this process receives.
 
     Slurm can send SIGTERM or SIGUSR1 shortly before it kills a job. Call `find_on_any_rank` after
     each step, and `restore_handlers` to stop recording.

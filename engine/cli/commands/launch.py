@@ -132,11 +132,14 @@ def _check_options(args: argparse.Namespace) -> None:
             (local, ssh or Slurm).
     """
     if not 0 <= args.port < 2**16:
-        raise LaunchError(f"`--port` must be between 0 and 65535, got {args.port}.")
+        raise LaunchError(
+            f"`--port` must be between 0 and 65535, got {args.port}. Remove the option to use a "
+            "free port."
+        )
     if args.hostfile and _is_slurm(args):
         raise LaunchError(
-            "`--hostfile` cannot be combined with `--slurm` or `--write-sbatch`. Remove one of "
-            "the options."
+            "`--hostfile` cannot be combined with `--slurm` or `--write-sbatch`. Remove "
+            "`--hostfile`, or remove the other option."
         )
     kind = "slurm" if _is_slurm(args) else "ssh" if args.hostfile else "local"
     for option, (supported, error) in _SUPPORTED_BY.items():
@@ -189,8 +192,9 @@ def _build_hosts(args: argparse.Namespace, nnodes: int | None) -> tuple[Host, ..
     count = nnodes or 1
     if count > 1 and not _is_slurm(args):
         raise LaunchError(
-            "`--nnodes` > 1 requires `--hostfile` or `--slurm`. Add one of them, or start the "
-            "script without `onecycle launch`: with torchrun on every host, or with srun."
+            "`--nnodes` must be 1 without `--hostfile`, `--slurm` or `--write-sbatch`, got "
+            f"{count}. Add one of these options, or start the script with srun, or with torchrun "
+            "on every host."
         )
     if args.include or args.exclude:
         here = Host("localhost", tuple(range(parse_nproc("auto"))))
@@ -227,8 +231,8 @@ def _run_preflight(
     """Run the preflight checks on all hosts.
 
     Returns:
-        Network settings of each host, by host name. If a check fails, the problem is printed and
-        the result is None.
+        Dict from each host's name to its network settings; None if a check failed. The problem of
+        each failed check is printed.
     """
     checks = check_hosts(request, config and str(Path(config).resolve()))
     failed = [check for check in checks if check.problem]
@@ -265,9 +269,9 @@ def _launch_by_slurm(args: argparse.Namespace, request: LaunchRequest, out: Text
 
 
 def _write_private_file(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, because it may contain secrets.
+    """Write text that may contain secrets to a file that only its owner can read.
 
-    If the file exists and is a regular file, it is overwritten and made private.
+    A regular file that already exists is overwritten and made private.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123  # a descriptor

@@ -1,4 +1,4 @@
-"""The options of ``onecycle launch``, and the options of torchrun and deepspeed that it accepts."""
+"""The options of ``onecycle launch``, including those that torchrun and deepspeed also have."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _ALWAYS_TRUE = ("--no-local-rank", "--force-multi")
 
 
 class _Unsupported(argparse.Action):
-    """An argparse action for an unsupported option: print what to use instead, and exit."""
+    """An argparse action that prints what to use instead of an unsupported option, and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:
         parser.exit(USAGE, f"onecycle: `{arguments[-1]}` {self.const}\n")
@@ -75,9 +75,9 @@ class _Group:
         """Add an option.
 
         Args:
-            names: names of the option that the help shows.
-            also: further names, which torchrun or deepspeed use for this option. As with torchrun,
-                each name can also be written with underscores.
+            names: names of the option in the help.
+            also: names that torchrun or deepspeed use for the option. The help does not show them.
+                As with torchrun, each name can also be written with underscores.
             settings: keyword arguments for ``add_argument`` of ``argparse``.
         """
         action = self._group.add_argument(*names, **settings)
@@ -93,7 +93,7 @@ def _underscore(name: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``onecycle launch`` and the script to a parser."""
+    """Add the options and the script argument of ``onecycle launch`` to a parser."""
     parser.allow_abbrev = False  # an abbreviation would match several spellings of one option
     _add_host_options(_Group(parser, "hosts"))
     _add_rank_options(_Group(parser, "ranks"))

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="config that replaces the script's; if its schedule is LRRangeTest, the sweep "
-        "uses that schedule",
+        help="config to use instead of the script's. If the schedule of this config is "
+        "LRRangeTest, the sweep uses that schedule",
     )
     parser.add_argument(
         "--min", type=float, default=1e-6, metavar="LR", help="first learning rate (default: 1e-6)"
@@ -68,21 +68,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         choices=["exponential", "linear", "staircase"],
         default="exponential",
-        help="how the learning rate increases (default: exponential, by a constant factor)",
+        help="how the learning rate increases (default: exponential, by the same factor per step)",
     )
     parser.add_argument(
         "--momentum",
         nargs=2,
         type=float,
         metavar=("FROM", "TO"),
-        help="momentum at both ends of the sweep, such as 0.95 0.85 (default: constant)",
+        help="momentum at the start and at the end of the sweep, such as 0.95 0.85 (default: the "
+        "momentum stays constant)",
     )
     parser.add_argument(
         "--divergence",
         type=float,
         default=4.0,
         metavar="X",
-        help="stop when the smoothed loss is X times its minimum (default: 4)",
+        help="stop when the smoothed loss exceeds X times its minimum (default: 4)",
     )
     repeat_help = "number of runs, each with a different seed (default: 1)"
     parser.add_argument(
@@ -91,25 +92,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine",
         action="store_true",
-        help="after the sweep, train short 1Cycle runs of --steps steps each, and suggest the "
-        "maximum learning rate with the lowest final loss. The runs use five maxima around the "
-        "first suggestion, each twice the previous one. If the smallest or the largest maximum is "
-        "the best, more runs follow. The option makes the test five to ten times as long.",
+        help="after the sweep, run short trainings of --steps steps with a 1Cycle schedule, and "
+        "suggest the maximum learning rate with the lowest final loss. The runs use five maximum "
+        "learning rates around the first suggestion, each twice the previous one. If the smallest "
+        "or the largest one is the best, more runs follow. The test takes five to ten times as "
+        "long.",
     )
     parser.add_argument(
         "--training-steps",
         type=parse_positive_int,
         metavar="N",
-        help="with --refine: number of steps of the planned training. The suggestion is scaled by "
-        "(steps / N)**0.32, because longer training needs a smaller learning rate "
-        "(https://arxiv.org/abs/2409.19913)",
+        help="with --refine: number of steps of the planned training. If N is larger than --steps, "
+        "the suggestion is multiplied by (steps / N)**0.32, because longer training needs a "
+        "smaller learning rate (https://arxiv.org/abs/2409.19913)",
     )
     parser.add_argument(
         "--engine",
         type=parse_positive_int,
         metavar="N",
-        help="the engine to test, if the script calls engine.initialize several times: 1 is the "
-        "first one that it creates. The others train with their own schedules",
+        help="number of the engine to test, if the script calls engine.initialize several times: "
+        "1 is the first engine. The other engines train with their own schedules",
     )
     parser.add_argument(
         "--nproc",
@@ -122,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--write",
         type=Path,
         metavar="FILE",
-        help="config to write the OneCycle block to; the old file is kept as FILE.bak",
+        help="config to write the suggested OneCycle block to; the original is kept as FILE.bak",
     )
     parser.add_argument(
         "-o",
@@ -132,7 +134,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="directory for lr_range.png, report.json and the script's logs (default: lr_test)",
     )
-    parser.add_argument("script", nargs=argparse.REMAINDER, help="-- SCRIPT ARGS, or -- COMMAND")
+    parser.add_argument(
+        "script",
+        nargs=argparse.REMAINDER,
+        help="training script and its arguments, or another command, after --",
+    )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -190,9 +196,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 class _TestFailedError(Exception):
-    """Raised if a run of the training script produced no usable result.
+    """Raised if a run of the training script produces no usable result.
 
-    The message states the reason, and how to fix the problem.
+    The message states the reason and how to fix the problem.
     """
 
 
@@ -257,9 +263,9 @@ def _run_with_progress(
     args: argparse.Namespace,
     console: Console,
 ) -> int:
-    """Run the script, show a progress bar until it exits, and return its exit status.
+    """Run the script, show a progress bar until the script exits, and return its exit status.
 
-    If the script was killed after the test was complete, return 0.
+    Return 0 if the script had to be killed after the test was complete.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -321,7 +327,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _find_problem(status: int, run: Run, log: Path, args: argparse.Namespace) -> str:
-    """Return the reason why a run has no usable result, or an empty string if it is usable."""
+    """Return the reason why a run has no usable result, or an empty string if it has one."""
     from engine.range_test.suggestion import MIN_POINTS
 
     name = " ".join(args.script).removeprefix("-- ")

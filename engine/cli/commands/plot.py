@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=parse_positive_int,
         metavar="N",
-        help="number of steps to plot (default: the length of the run, or of the schedule)",
+        help="number of steps to plot (default: the length of the run, or of the schedule if the "
+        "length of the run is unknown)",
     )
     parser.add_argument(
         "--steps-per-epoch",
@@ -64,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--losses",
         type=Path,
         metavar="CSV",
-        help="recorded losses for a loss-driven schedule, in the last column of a CSV file, such "
-        "as a file of csv_monitor (default: a synthetic loss)",
+        help="CSV file with recorded losses in its last column, such as a file written by "
+        "csv_monitor. The plot shows a loss-driven schedule for these losses (default: a "
+        "synthetic loss)",
     )
     parser.add_argument(
         "-o",
@@ -106,8 +108,8 @@ class _PlotData(NamedTuple):
         """Return the steps to plot, and the values of each column at these steps.
 
         Args:
-            most: maximum length of a run for which every step is returned. For a longer run, a
-                fixed number of evenly spaced steps is returned.
+            most: number of steps up to which every step is returned. For a longer run, a fixed
+                number of evenly spaced steps is returned.
         """
         if not self.curves:
             return range(self.steps), self.recorded
@@ -121,7 +123,7 @@ class _PlotData(NamedTuple):
     def rows(self) -> Iterator[tuple[float | None, ...]]:
         """Yield the values of all columns at each step, as one tuple per step.
 
-        A value is None if the recorded values of its column have already ended.
+        The value of a column is None after its last recorded value.
         """
         if self.curves:
             return zip(*(curve.values(self.steps) for curve in self.curves.values()), strict=True)
@@ -129,14 +131,14 @@ class _PlotData(NamedTuple):
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Plot the schedule of a config to an image or the terminal, or write its values as CSV."""
+    """Plot a config's schedule as an image or in the terminal, or write its values as CSV."""
     if args.losses and args.compare:
         raise ValueError("`--losses` and `--compare` cannot be combined. Use one of them.")
     data = _replay_losses(args) if args.losses else _preview_configs(args)
     if args.csv and data.steps > _MAX_ROWS:
         raise ValueError(
-            f"`--csv` writes one row per step and at most {_MAX_ROWS:,} rows, got {data.steps:,} "
-            "steps. Set `--steps` to write only the first steps."
+            f"`--csv` can write at most {_MAX_ROWS:,} steps, got {data.steps:,}. Set `--steps` to "
+            "write only the first steps."
         )
     if args.csv == "-":
         _write_csv(data, out)
@@ -186,7 +188,7 @@ def _preview_configs(args: argparse.Namespace) -> _PlotData:
 
 
 def _replay_losses(args: argparse.Namespace) -> _PlotData:
-    """Compute the values of a feedback schedule for the losses in the file ``--losses``."""
+    """Compute the values of a loss-driven schedule for the losses in the ``--losses`` file."""
     from engine.display.preview import preview
 
     data = preview(

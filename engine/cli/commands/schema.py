@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--editor",
         action="store_true",
-        help="print a self-contained draft-07 schema for editors. Save it and start the config "
-        'with "$schema": "./ds_config.draft-07.json" to get completion and documentation.',
+        help="print a self-contained draft-07 schema for editors. To get completion and "
+        "documentation, save it as ds_config.draft-07.json next to the config, and start the "
+        'config with "$schema": "./ds_config.draft-07.json".',
     )
 
 

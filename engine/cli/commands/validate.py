@@ -1,4 +1,4 @@
-"""``onecycle validate``: report every problem in a config, its location and how to fix it."""
+"""``onecycle validate``: report every problem in a config with its location and its fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rule for activation checkpointing: check ``contiguous_memory_optimization``."""
+"""Rule for activation checkpointing: check what ``contiguous_memory_optimization`` requires."""
 
 from __future__ import annotations
 

@@ -59,12 +59,12 @@ class RuleContext:
 
     @property
     def schedule(self) -> Schedule[Any] | None:
-        """The config's schedule, without invalid parameters; None if it cannot be constructed."""
+        """The config's schedule without invalid parameters, or None if it cannot be constructed."""
         return self.structure.schedule
 
     @property
     def data_ranks(self) -> DataRanks | None:
-        """The number of ranks that load different samples; None if the world size is unknown."""
+        """The number of ranks that load different samples, or None if the world size is unknown."""
         return self.structure.data_ranks
 
     @cached_property
@@ -74,7 +74,7 @@ class RuleContext:
 
     @cached_property
     def stage(self) -> int | None:
-        """The ZeRO stage; None if it is invalid or "auto"."""
+        """The ZeRO stage, or None if it is invalid or "auto"."""
         unknown = is_within("/zero_optimization/stage", self.unresolved)
         return None if unknown else int(zero_stage(self.config))
 
@@ -112,7 +112,7 @@ class RuleContext:
 
     @cached_property
     def evaluated_schedule(self) -> EvaluatedSchedule | None:
-        """The schedule and its curves; None if the curves cannot be computed before launch."""
+        """The schedule and its curves, or None if the curves cannot be computed before launch."""
         if self.schedule is None or not self.is_run_resolved:
             return None
         cls = SCHEDULES.get(self.get_section("scheduler")["type"])
@@ -151,15 +151,15 @@ class RuleContext:
         return False
 
     def error(self, rule: str, pointer: str, message: str, hint: str = "", **more: Any) -> Problem:
-        """Build a problem of severity "error", because of which the run cannot start."""
+        """Build a problem of severity "error", which prevents the run from starting."""
         return self.document.build_problem(rule, pointer, message, hint, **more)
 
     def warning(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "warning", for a likely mistake; a run can still start."""
+        """Build a problem of severity "warning" for a likely mistake. The run can still start."""
         return self.document.build_problem(rule, pointer, message, hint, severity="warning")
 
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
-        """Build a problem of severity "note", for an unusual setting that may be intended."""
+        """Build a problem of severity "note" for an unusual setting that may be intended."""
         return self.document.build_problem(rule, pointer, message, hint, severity="note")
 
 

@@ -61,7 +61,7 @@ def _check_offload(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
-    """Yield a warning if CPU offloading is configured, but the torch backend will ignore it.
+    """Yield a warning if CPU offloading is configured, but the torch backend ignores it.
 
     The torch backend ignores CPU offloading if the run has only one rank.
     """

@@ -61,7 +61,7 @@ def test_plot_long_run_is_sampled(file, name):
     assert f"1000000000000 steps of {name}, drawn at 10,000 of them" in out
     status, _, err = run("plot", path, "--csv", "-")
     assert status == 2
-    assert "at most 10,000,000 rows" in err
+    assert "at most 10,000,000 steps" in err
     assert len(run("plot", path, "--csv", "-", "--steps", 3)[1].splitlines()) == 4
 
 

@@ -33,7 +33,7 @@ def test_validate_valid_config_prints_the_verdict(tmp_path):
     assert run("validate", path, "--world-size", 4) == (OK, f"{path}: valid for 4 ranks\n", "")
     status, out, _ = run("validate", path, "--world-size", 3)
     assert status == INVALID
-    assert "Set it to 6 or 9." in out
+    assert "Set `train_batch_size` to 6 or 9." in out
 
 
 def test_validate_prints_line_and_column(tmp_path):

@@ -48,15 +48,15 @@ def test_derive_batch_sizes_undetermined_accumulation_is_one(given_sizes, world_
             2,
             TRAIN,
             "must be a multiple of `train_micro_batch_size_per_gpu` (5) x 2 ranks, got 32",
-            "Set it to 30 or 40.",
+            "Set `train_batch_size` to 30 or 40.",
         ),
-        ({TRAIN: 2}, 4, TRAIN, "got 2.", "Set it to 4."),
+        ({TRAIN: 2}, 4, TRAIN, "got 2.", "Set `train_batch_size` to 4."),
         (
             {TRAIN: 33, MICRO: 4, ACCUMULATION: 2},
             4,
             TRAIN,
             "(4) x `gradient_accumulation_steps` (2) x 4 ranks = 32, got 33.",
-            "Set it to 32, or remove one of the three keys.",
+            "Set `train_batch_size` to 32, or remove one of the three keys.",
         ),
     ],
 )

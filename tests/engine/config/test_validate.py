@@ -127,7 +127,7 @@ MISTAKES = [
         3,
         "batch-sizes",
         "/train_batch_size",
-        "Set it to 6 or 9.",
+        "Set `train_batch_size` to 6 or 9.",
     ),
     ("/gradient_clipping", "auto", "unresolved-auto", None, "only transformers or accelerate"),
     ("/steps_per_print", "auto", "unsupported-auto", None, "which no integration replaces"),

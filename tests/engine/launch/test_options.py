@@ -16,7 +16,7 @@ from tests.engine.launch.test_plan import launch
         ([], "No script was given"),
         (["missing.py"], "missing.py: script not found"),
         (["--hostfile", "none", __file__], "none: No such file"),
-        (["--nnodes", "2", __file__], "with torchrun on every host, or with srun"),
+        (["--nnodes", "2", __file__], "start the script with srun, or with torchrun on every host"),
         (["--nnodes", "2:x", __file__], "must be a number >= 1 or MIN:MAX"),
         (["--nnodes", "3:2", "--write-sbatch", "job", __file__], "must be MIN:MAX with MIN <= MAX"),
         (["--nproc", "0", __file__], "`--nproc` must be a number >= 1 or `auto`"),
