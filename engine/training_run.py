@@ -16,6 +16,7 @@ from engine.backends.base import Backend
 from engine.checkpoint.rollback import Rollback
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
+from engine.config.wording import count_noun
 from engine.errors import MisuseError
 from engine.training.accumulation import Accumulation
 from engine.training.best_metric import BestMetric
@@ -77,7 +78,7 @@ class TrainingRun:
         *,
         misuse: MisuseChecks | None = None,
     ) -> TrainingRun:
-        """Build a run at step 0. A trial run shares the main run's checks, passed as ``misuse``."""
+        """Build a run at step 0. For a trial run, pass the checks of the main run as ``misuse``."""
         is_first = backend.ranks.rank == 0
         driver = ScheduleDriver(scheduler, config.report if is_first else None)
         monitors = monitors or Monitors()
@@ -133,7 +134,7 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has reached its end, or stops early because a metric does not improve."""
+        """Whether the run has reached its end, or stops early because a metric has not improved."""
         is_early = self.best is not None and self.best.is_exhausted
         return is_early or self.length.is_over(self.counters)
 
@@ -145,9 +146,9 @@ class TrainingRun:
         """
         if self.accumulation.micro_batches:
             raise MisuseError(
-                "The batch size must be changed between two optimizer steps, but micro-batches of "
-                f"the next step have been processed already: {self.accumulation.micro_batches}. "
-                "Change the batch size right after a `trainer.step()` that runs the optimizer."
+                "The batch size must be changed between two optimizer steps, got a change after "
+                f"{count_noun(self.accumulation.micro_batches, 'micro-batch')} of a step. Change "
+                "the batch size right after a `trainer.step()` that runs the optimizer."
             )
         self.config = replace(self.config, batch=batch)
         self.accumulation.steps = batch.accumulation
@@ -190,7 +191,11 @@ class TrainingRun:
         self.progress.add(loss)
 
     def step(self, metric: Tensor | float | None) -> bool:
-        """Finish a micro-batch, and take an optimizer step if it completes a batch."""
+        """Finish a micro-batch, and take an optimizer step if it completes a batch.
+
+        Returns:
+            Whether an optimizer step was applied.
+        """
         self._check_may_step()
         if metric is not None:
             metric = self.driver.metric = self.backend.mean(float(metric))
@@ -321,7 +326,9 @@ class TrainingRun:
 def train_pipeline(
     batches: Iterator[Any] | None, loader: RunLoader | None, run: TrainingRun
 ) -> Tensor | None:
-    """Train a pipeline model on one batch and return the mean loss; None for any other model.
+    """Train a pipeline model on one batch, and return the mean loss.
+
+    If the model is not a pipeline, return None.
 
     Args:
         batches: iterator over micro-batches; default: the batches of ``loader``.
@@ -384,8 +391,9 @@ def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
             loader.load_state_dict(loader.state_dict())
         if run.counters.global_steps == steps:
             raise MisuseError(
-                "An epoch of the training data ended without a step. Call `trainer.step()` after "
-                "each `trainer.backward(loss)`, and check that the data has at least "
+                "An epoch of the training data ended without an optimizer step. Call "
+                "`trainer.step()` after each `trainer.backward(loss)`, and check that the data has "
+                "at least "
                 f"{run.accumulation.steps} micro-batches."
             )
 

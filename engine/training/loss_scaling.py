@@ -26,12 +26,12 @@ class ScalerState:
 
 
 class LossScaler:
-    """Holds the factor by which the loss is scaled, so that fp16 gradients do not underflow.
+    """Static or dynamic loss scale, which keeps fp16 gradients from underflowing.
 
     If ``loss_scale`` is above 0, the scale is static. If it is 0, the scale is dynamic and starts
-    at ``2 ** initial_scale_power``. The first ``hysteresis - 1`` overflows do not change the scale;
-    every later overflow halves it, down to ``min_loss_scale`` or, if ``min_loss_scale`` is 0, to
-    the smallest positive float16 number. After ``loss_scale_window + 1`` consecutive steps without
+    at ``2 ** initial_scale_power``. The first ``hysteresis - 1`` overflows do not change the scale.
+    Every later overflow halves the scale, but not below ``min_loss_scale`` or, if this is 0, the
+    smallest positive float16 number. After ``loss_scale_window + 1`` consecutive steps without
     overflow, the scale doubles. It doubles again after every further ``loss_scale_window`` steps
     without overflow. Doubling the scale also resets the count of overflows. With
     ``consecutive_hysteresis``, every step without overflow resets this count.
@@ -56,16 +56,16 @@ class LossScaler:
         self._clean_steps = 0
 
     def limit_to_float16(self) -> None:
-        """Lower a dynamic scale to the largest power of two that float16 can represent.
+        """Limit a dynamic scale to the largest power of two that float16 can represent.
 
-        The backward pass of a scaled float16 loss starts with the scale as a float16 gradient. A
-        larger scale would become infinite there, so every step would be skipped.
+        The backward pass of a float16 loss uses the scale as its first gradient. A larger scale
+        would be infinite in float16, so every step would be skipped.
         """
         if self._dynamic and self.scale > _MAX_FLOAT16_SCALE:
             self.scale = _MAX_FLOAT16_SCALE
 
     def update(self, *, overflow: bool) -> None:
-        """Update a dynamic scale after a step; a static scale does not change.
+        """Update a dynamic scale after a step. A static scale does not change.
 
         Args:
             overflow: whether the gradients of the step overflowed.

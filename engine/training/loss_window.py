@@ -48,9 +48,9 @@ class LossWindow:
 
     @property
     def has_losses(self) -> bool:
-        """Whether a loss was added since the last optimizer step.
+        """Whether a loss has been added since the last optimizer step.
 
-        This is false if the script calls ``loss.backward()`` itself.
+        No loss is added if the script calls ``loss.backward()`` itself.
         """
         return bool(self._losses)
 
@@ -58,7 +58,7 @@ class LossWindow:
         """Return the mean loss over micro-batches and ranks. Every rank must call this method.
 
         Raises:
-            RuntimeError: if no loss was added since the last optimizer step.
+            RuntimeError: if no loss has been added since the last optimizer step.
         """
         if not self._losses:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Detect mistakes in training loops that raise no error, such as two optimizer steps per batch."""
+"""Detect silent mistakes in training loops, such as two optimizer steps per batch."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class CheckedBackend(Protocol):
 
 
 class MisuseChecks:
-    """Checks the training loop at each backward pass, at each step and at the end of each epoch.
+    """Checks for mistakes at each backward pass, at each step and at the end of each epoch.
 
-    The checks neither wait for the device nor communicate with other ranks. The only change to the
-    script's objects is a hook that counts the steps of the optimizer. An engine shares one
-    instance with the trial runs of its LR range tests.
+    The checks neither synchronize the device nor communicate with other ranks. They add a hook to
+    the optimizer, which counts its steps, and change no other object of the script. An engine and
+    the trial runs of its LR range tests share one instance.
 
     Args:
         backend: backend of the engine.
@@ -91,7 +91,8 @@ class MisuseChecks:
     def restart(self) -> None:
         """Discard the recorded step counts of the optimizer and the scheduler.
 
-        Call this method if the engine changes these counts between two steps, as a resume does.
+        Call this method if the engine changes these counts between two steps, for example when it
+        loads a checkpoint.
         """
         self._is_position_known = False
 
@@ -108,9 +109,9 @@ class MisuseChecks:
     def _check_optimizer(self) -> None:
         if has_no_optimizer(self._backend.basic_optimizer):
             raise MisuseError(
-                "The engine was built without an optimizer, so it can only run the model. To train "
-                "it, pass the argument `optimizer` to `initialize`, or add "
-                '"optimizer": {"type": "AdamW", "params": {"lr": 0.001}} to the config.'
+                "The engine was built without an optimizer, so it cannot train the model. Pass "
+                'the argument `optimizer` to `initialize`, or add "optimizer": {"type": "AdamW", '
+                '"params": {"lr": 0.001}} to the config.'
             )
 
     def check_accumulated(self, accumulation: Accumulation) -> None:
@@ -122,10 +123,10 @@ class MisuseChecks:
         if not self._backend.has_gradients():
             done, steps = accumulation.micro_batches, accumulation.steps
             raise MisuseError(
-                f"The gradients of {count_noun(done, 'micro-batch')} were cleared before the batch "
-                f"of {steps} was complete, so the optimizer step would ignore them. Remove the "
-                "call to `zero_grad()`; `trainer.step()` clears the gradients after each optimizer "
-                "step."
+                f"The gradients of {count_noun(done, 'micro-batch')} were cleared before the "
+                f"optimizer step, which accumulates {count_noun(steps, 'micro-batch')}. Remove the "
+                "call to `zero_grad()`, because `trainer.step()` clears the gradients after each "
+                "optimizer step."
             )
 
     def check_step(
@@ -215,7 +216,7 @@ class MisuseChecks:
             calls = " and ".join(stepped)
             raise MisuseError(
                 f"The script calls {calls} in addition to `trainer.step()`, which already steps "
-                f"the optimizer and the scheduler. Remove the call to {calls}."
+                f"the optimizer and the scheduler. Remove {calls} from the script."
             )
 
     def _check_rivals(self) -> None:
@@ -250,10 +251,10 @@ class MisuseChecks:
         names = [f"`{name}`" for name, parameter in unfrozen if id(parameter) not in trained]
         if names:
             self._warn(
-                "Parameters that were frozen when the engine was built require gradients now, but "
-                f"are not trained, because they are in no param group: {_shorten(names)}. Pass "
-                "frozen parameters to `initialize` as `model_parameters` or, if there is no "
-                "schedule, call `optimizer.add_param_group`."
+                "Some parameters were frozen when the engine was built. They require gradients "
+                "now, but are not trained, because they are in no param group: "
+                f"{_shorten(names)}. Pass frozen parameters to `initialize` as `model_parameters` "
+                "or, if there is no schedule, call `optimizer.add_param_group`."
             )
 
     def _warn(self, text: str) -> None:
@@ -314,9 +315,9 @@ def _find_trained(backend: CheckedBackend) -> set[Any]:
 
 
 def _has_position(scheduler: object) -> bool:
-    """Return whether a scheduler counts its steps in ``last_epoch``, and only the engine steps it.
+    """Return whether a scheduler has ``last_epoch`` and must be stepped only by the engine.
 
-    The script may step a scheduler that takes a metric, such as ``ReduceLROnPlateau``.
+    The script may also step a scheduler that takes a metric, such as ``ReduceLROnPlateau``.
     """
     takes_metric = isinstance(scheduler, ReduceLROnPlateau) or (
         isinstance(scheduler, ScheduleBinder) and scheduler.schedule.feedback == "metric"
@@ -339,4 +340,4 @@ def _raise_without_gradients(accumulation: Accumulation) -> None:
 
 def _shorten(names: list[str], most: int = 3) -> str:
     shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more parameters"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -39,7 +39,7 @@ class Monitor(Protocol):
     """Interface of a monitor, which writes the metrics of each step."""
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Write the events of a step without delay, so that a crash does not lose them."""
+        """Write the events of a step immediately, so that a crash does not lose them."""
         ...
 
     def rewind(self, samples: int) -> None:
@@ -67,8 +67,8 @@ class RunDirectories:
     def get(self, directory: str) -> Path:
         """Return the directory in which this run writes the files of a monitor.
 
-        The first call chooses it: the given directory from the config or, if an earlier run has
-        used that directory, a numbered one, such as ``DIR-2``.
+        The first call chooses ``directory`` itself or, if an earlier run has used it, a numbered
+        directory such as ``DIR-2``.
         """
         number = self.numbers.get(directory)
         if number is None or _OWNERS.get(_add_number(directory, number)) is not self:
@@ -80,7 +80,7 @@ class RunDirectories:
         return path
 
     def take_over(self) -> None:
-        """Use the directories of an earlier engine of this process for this run.
+        """Use the directories in ``numbers``, even if an earlier engine of this process uses them.
 
         If the earlier engine writes more metrics, it chooses new directories.
         """
@@ -115,7 +115,7 @@ class TensorBoardMonitor:
     """Writes TensorBoard event files.
 
     Args:
-        directory: directory from the config.
+        directory: output directory that the config specifies.
         directories: object that chooses the directory of this run.
     """
 
@@ -140,7 +140,7 @@ class TensorBoardMonitor:
         self._writer.flush()
 
     def rewind(self, samples: int) -> None:
-        """Start a new event file. TensorBoard then hides later events in older files."""
+        """Start a new event file, so that TensorBoard hides the later events in older files."""
         self.close()
         self._purge_step = samples + 1
 
@@ -157,7 +157,7 @@ class CSVMonitor:
     Each row contains the number of samples so far and the value of the metric.
 
     Args:
-        directory: directory from the config.
+        directory: output directory that the config specifies.
         directories: object that chooses the directory of this run.
     """
 
@@ -241,14 +241,14 @@ class Monitors:
 
     @property
     def enabled(self) -> bool:
-        """Whether there is a monitor; False on ranks other than 0."""
+        """Whether there are any monitors. Ranks other than 0 have none."""
         return bool(self._monitors)
 
     def write_events(self, events: Iterable[tuple[str, Any, int]]) -> None:
         """Pass events to each monitor.
 
         Args:
-            events: each metric's name, its value, and the number of samples trained on so far.
+            events: tuples of a metric's name, its value, and the number of samples so far.
         """
         each_event = [Event(name, float(value), samples) for name, value, samples in events]
         # Rewind only now: a script may load a checkpoint only to evaluate the model.
@@ -261,7 +261,7 @@ class Monitors:
             monitor.write_events(each_event)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the state to save: the number in the name of each of the run's directories."""
+        """Return the number of the run's directory for each output directory of the config."""
         return dict(self._directories.numbers)
 
     def resume(self, state: Mapping[str, int], samples: int) -> None:
@@ -286,7 +286,7 @@ _FILE_MONITORS: Mapping[str, tuple[Callable[[str, RunDirectories], Monitor], str
 
 
 def build_monitors(sections: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> Monitors:
-    """Build the monitors that the config enables; on ranks other than 0, build none.
+    """Build the monitors that the config enables. Ranks other than 0 have no monitors.
 
     Args:
         sections: config sections ``tensorboard``, ``csv_monitor`` and ``wandb``, with defaults

@@ -77,7 +77,7 @@ def build_optimizer(
 
 
 def _start_late_momenta(optimizer: Optimizer, *_: Any) -> None:
-    """Set the momentum to zero for parameters that get their first gradient later than others.
+    """Create zero momentum buffers for parameters that get their first gradient later than others.
 
     PyTorch's fused SGD fails if only some parameters have a momentum buffer. Without dampening, a
     buffer of zeros gives the same result as no buffer.
@@ -95,7 +95,7 @@ def _start_late_momenta(optimizer: Optimizer, *_: Any) -> None:
 def _construct(
     optimizer_class: type[Optimizer], groups: list[Any], params: Mapping[str, Any]
 ) -> Optimizer:
-    """Call an optimizer's constructor in time that is linear in the number of param groups.
+    """Construct an optimizer in time that is linear in the number of param groups.
 
     `Optimizer.add_param_group` compares each new group with all earlier groups, which takes half a
     minute for 10,000 groups. While this function runs the constructor, each new group is compared
@@ -108,7 +108,9 @@ def _construct(
         earlier, optimizer.param_groups = optimizer.param_groups, []
         optimizer_class.add_param_group(optimizer, group)
         if not known.isdisjoint(group["params"]):
-            raise ValueError("some parameters appear in more than one parameter group")
+            raise ValueError(
+                "some parameters appear in more than one parameter group. Pass each parameter once."
+            )
         known.update(group["params"])
         earlier.extend(optimizer.param_groups)
         optimizer.param_groups = earlier

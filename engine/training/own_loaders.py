@@ -50,10 +50,10 @@ def is_loader(value: object) -> bool:
 def prepare_loader(loader: Iterable[Any], config: Config, ranks: Ranks) -> RunLoader:
     """Prepare a data loader for a run, without changing it. Every rank must call this function.
 
-    A `torch.utils.data.DataLoader` is replaced by a new one with the same dataset and settings,
-    whose samples are split across the ranks in a reproducible order. A loader that saves its own
-    position, or whose class overrides how batches are yielded, is used as it is and must split
-    its samples across the ranks itself.
+    A `torch.utils.data.DataLoader` is replaced by a new one with the same dataset and settings. The
+    new loader splits the samples across the ranks in a reproducible order. A loader that saves its
+    own position, or whose class overrides how batches are yielded, is used as it is. Such a loader
+    must split its samples across the ranks itself.
 
     Args:
         loader: data loader that yields micro-batches.
@@ -83,13 +83,13 @@ def _check_settings(loader: Any, config: Config) -> None:
     section = config.raw.get("engine", {}).get("dataloader")
     if section:
         raise ValueError(
-            f"`engine.dataloader` is for datasets, but a data loader with its own settings was "
-            f"passed ({type(loader).__name__}). Remove the section, or pass a dataset instead."
+            "`engine.dataloader` is for datasets, but a data loader with its own settings was "
+            f"passed ({type(loader).__name__}). Remove `engine.dataloader`, or pass a dataset."
         )
     size, micro = _read_batch_size(loader), config.batch.micro
     if size not in {None, micro}:
         raise ValueError(
-            f"The batch size of the data loader must be {micro}, as in "
+            f"The batch size of the data loader must be {micro}, the value of "
             f"`train_micro_batch_size_per_gpu`, got {size} ({config.batch}). Create the loader "
             f'with `batch_size={micro}`, or set "train_micro_batch_size_per_gpu": {size}.'
         )
@@ -120,8 +120,8 @@ def _use_loader(loader: Any, config: Config, ranks: Ranks) -> RunLoader:
         )
     if not has_state(loader) and ranks.rank == 0:
         log.warning(
-            "%s overrides how batches are yielded; a resumed run loads and discards the batches "
-            "before the saved position, which is correct only if the order of each epoch is fixed",
+            "%s overrides how batches are yielded, so a resumed run loads and discards the batches "
+            "before the saved position; make sure that the order of each epoch is reproducible",
             type(loader).__name__,
         )
     repeats = None if is_sharded or is_map_style else _build_repeat_check(config, ranks, loader)
@@ -182,8 +182,8 @@ def _read_order(loader: DataLoader[Any], config: Config, ranks: Ranks) -> EpochO
     source = source if is_batched else source.sampler
     if not hasattr(source, "__len__"):
         raise ValueError(
-            f"{type(source).__name__} must have a length. Add `__len__`, which returns the number "
-            f"of {'micro-batches' if is_batched else 'samples'} per epoch."
+            f"{type(source).__name__} must have a length. Add a method `__len__` that returns the "
+            f"number of {'micro-batches' if is_batched else 'samples'} per epoch."
         )
     return order_sampler(
         source,
@@ -199,8 +199,8 @@ def _read_order(loader: DataLoader[Any], config: Config, ranks: Ranks) -> EpochO
 def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
     """Check that the samplers of all ranks yield the same samples in the same order.
 
-    The engine then splits this order across the ranks. If the samplers already split the samples,
-    only their lengths are compared.
+    The engine later splits these samples across the ranks. If the samplers already split the
+    samples, only their lengths are compared.
     """
     if ranks.world_size == 1:
         return
@@ -212,7 +212,8 @@ def _check_same_order(order: EpochOrder, ranks: Ranks) -> None:
             raise ValueError(
                 f"The sampler must yield the same samples in the same order on all ranks, but rank "
                 f"0 and rank {rank} differ (`{order.name}` is {found[0][0]} and {other[0]}). Use a "
-                "sampler that yields all samples, or set its attributes `rank` and `num_replicas`."
+                "sampler that yields all samples on each rank. If the sampler splits the samples, "
+                "set its attributes `rank` and `num_replicas`."
             )
 
 

@@ -58,6 +58,6 @@ class PassTimer:
         return measured
 
     def pop_means(self) -> dict[str, float]:
-        """Return each function's mean time in milliseconds since `pop_means` was last called."""
+        """Return each function's mean time per call since the last `pop_means`, in milliseconds."""
         totals, self._totals = self._totals, {}
         return {name: 1000 * seconds / calls for name, (seconds, calls) in totals.items()}

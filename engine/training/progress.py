@@ -131,7 +131,7 @@ class ProgressReporter:
         self._sum, self._count = 0.0, 0
 
     def needs_record(self, counters: Counters) -> bool:
-        """Return whether the last step must be passed to `report`, to be logged or monitored."""
+        """Return whether the last step will be logged or monitored, so `report` must be called."""
         return self.is_monitored or self._is_line_due(counters.global_steps, counters.applied)
 
     def report(self, record: StepRecord) -> None:
@@ -142,7 +142,7 @@ class ProgressReporter:
             self._write_line(record)
 
     def report_metrics(self, metrics: Mapping[str, float], counters: Counters) -> None:
-        """Report metrics such as a validation loss, which are already averaged over the ranks."""
+        """Report metrics, such as a validation loss, that are already averaged over the ranks."""
         samples = counters.global_samples
         self.monitors.write_events([Event(name, value, samples) for name, value in metrics.items()])
         if self._is_first:

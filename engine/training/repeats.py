@@ -1,4 +1,4 @@
-"""Detect that ranks or workers load the same batches, because the data is not split."""
+"""Detect ranks or workers that load the same batches because the data is not split."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _numbers = itertools.count()
 class RepeatCheck:
     """Compares the first batches of a data loader across ranks and workers.
 
-    Use this check for loaders that must split the data themselves, for example because the dataset
-    is iterable: torch gives each rank and each worker a copy of the whole dataset. During the
-    check, no rank waits for another, so that the script can also iterate on only one rank.
+    Use this check for loaders that must split the data themselves, such as loaders of iterable
+    datasets. Torch gives each rank and each worker a copy of the whole dataset. During the check,
+    no rank waits for another, so the script may iterate on only one rank.
 
     Args:
         ranks: rank and world size of this process.

@@ -45,7 +45,7 @@ def log_setup(
     """
     _enable_logging()
     for code in find_named_code(config.raw.get("scheduler")):
-        log.info("imported %s, which %s in %s specifies", code.name, code.pointer, config.name)
+        log.info("imported %s, as specified by %s in %s", code.name, code.pointer, config.name)
     for override in (*config.overrides, *replacements):
         log.info("%s", override)
     for problem in config.warnings:

@@ -1,4 +1,4 @@
-"""Record the values that schedules wrote, so that values set by the script can be recognized."""
+"""Record the values that schedules write, to distinguish them from those that the script sets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Writer(Protocol):
 class Attachment:
     """The schedules that are attached to one optimizer, and the values that they wrote last.
 
-    This object exists as long as the optimizer, even if a schedule is deleted. When a second
+    This object lives as long as the optimizer, even if a schedule is deleted. When a second
     schedule is attached, this object is used to determine whether the current learning rate comes
     from the first schedule or from the script.
     """
@@ -47,7 +47,7 @@ class Attachment:
             writer: the schedule.
             groups: param groups of the optimizer.
             values: function that returns the values that the schedule wrote last. It must not hold
-                a reference to the schedule, which could otherwise not be deleted.
+                a reference to the schedule, because this would keep the schedule alive.
         """
         self._last_group = groups[-1]
         self._last_written |= dict.fromkeys(writer.hyperparameters, values)
@@ -57,9 +57,9 @@ class Attachment:
                 other.note_other_writer()
 
     def has_last_group(self, groups: Sequence[Group]) -> bool:
-        """Return whether the param groups are still those that the last schedule wrote.
+        """Return whether the param groups are still those into which a schedule last wrote.
 
-        Loading the state of an optimizer replaces its groups, possibly by those of another run.
+        Loading the state of an optimizer replaces its groups, possibly with those of another run.
         """
         return any(group is self._last_group for group in groups)
 
@@ -73,9 +73,9 @@ class Attachment:
         initial value is the current value.
 
         Returns:
-            The initial values, and a message about the first group for which it is unknown whether
-            a schedule or the script set the current value; None if there is no such group. It is
-            unknown if the optimizer's state was loaded, or if another library's scheduler is used.
+            The initial values, and a message that they are uncertain (None if they are certain).
+            They are uncertain if a current value may come from a schedule or from the script, for
+            example after the optimizer's state was loaded, or with another library's scheduler.
         """
         values, doubt = [], None
         is_known = name in self._last_written and self.has_last_group(groups)
@@ -92,14 +92,14 @@ class Attachment:
         return tuple(values), doubt
 
     def _find(self, name: str, index: int) -> Iterator[float]:
-        """Yield the last value of a hyperparameter that each schedule wrote into a param group."""
+        """Yield the values that schedules last wrote for a hyperparameter of a param group."""
         last = [self._last_written[name]] if name in self._last_written else []
         for values in (*last, *self._written.values()):
             yield from values().get(name, ())[index : index + 1]
 
 
 def describe_other_writer(hyperparameters: Collection[str], *, is_schedule: bool) -> str:
-    """Return a warning that a schedule overwrites values of other code or of another schedule."""
+    """Return a warning that a schedule overwrites values of other code or another schedule."""
     names = " and ".join(hyperparameters)
     text = f"Other code has set {names} since the schedule did, and the schedule overwrites this."
     if is_schedule:

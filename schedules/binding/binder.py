@@ -58,9 +58,10 @@ class ScheduleBinder(TorchInterface):
         schedule: schedule to run.
         optimizer: optimizer whose hyperparameters the schedule sets.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
-        base: initial learning rate, a number for all param groups or a list with one number per
-            group; or a dict that maps "lr", "momentum" and "weight_decay" to such values. Defaults
-            to the current values or, if another schedule wrote them, to its initial values.
+        base: initial learning rate, as a number for all param groups or a list with one number per
+            group. A dict that maps "lr", "momentum" and "weight_decay" to such values also sets the
+            other hyperparameters. Defaults to the current values or, if another schedule set them,
+            to the initial values of that schedule.
         at: step at which the schedule starts.
 
     Raises:
@@ -110,8 +111,9 @@ class ScheduleBinder(TorchInterface):
     ) -> None:
         if at and schedule.feedback is not None:
             raise ValueError(
-                f"`at` must be 0 with {schedule.type_name}, which depends on past losses, got "
-                f"{at}. To start at a later step, call load_state_dict() with a saved state."
+                f"`at` must be 0 with {schedule.type_name}, which depends on past values of the "
+                f"{schedule.feedback}, got {at}. To start at a later step, call load_state_dict() "
+                "with a saved state."
             )
         self.schedule = schedule
         self.optimizer = optimizer
@@ -174,10 +176,10 @@ class ScheduleBinder(TorchInterface):
 
         Raises:
             ValueError: the schedule requires the loss, but no loss is passed; the loss is not a
-                single number; ``loss`` (or an epoch, as in PyTorch) is passed to a schedule that
-                does not use the loss; a param group was removed, or one was added for which the
-                schedule has no values; or the initial hyperparameters are uncertain, because the
-                optimizer's state was loaded but not the schedule's.
+                single number; a loss (or an epoch, as in PyTorch) is passed to a schedule that does
+                not use the loss; a param group was removed, or the schedule has no values for an
+                added group; or the optimizer's state was loaded without the schedule's, so the
+                initial hyperparameters are uncertain.
         """
         writer = self._writer
         step = self.last_epoch + 1
@@ -209,8 +211,9 @@ class ScheduleBinder(TorchInterface):
             self.write()
         else:
             raise ValueError(
-                f"step() must be called without a loss or an epoch for this schedule, got {loss}. "
-                "To continue from a different step, call load_state_dict() with a saved state."
+                f"step() must be called without a loss or an epoch for {self.schedule.type_name}, "
+                f"got {loss}. Omit the argument. To change the step, call load_state_dict() with a "
+                "saved state."
             )
         self._has_stepped = True
 
@@ -252,8 +255,9 @@ class ScheduleBinder(TorchInterface):
         if self.last_epoch != self._position:
             raise ValueError(
                 f"`last_epoch` must not be set with {self.schedule.type_name}, which depends on "
-                f"past losses, got {self.last_epoch} after {self._position} steps. To change the "
-                "step, call load_state_dict() with a saved state."
+                f"past values of the {self.schedule.feedback}, got {self.last_epoch} after "
+                f"{self._position} steps. To change the step, call load_state_dict() with a saved "
+                "state."
             )
         self._include_added_groups()
         uses_metric = self.schedule.feedback == "metric" and metric is not None
@@ -274,7 +278,7 @@ class ScheduleBinder(TorchInterface):
             log.info(text, name, *decision[:3], confidence)
 
     def _is_unchanged_since(self, before: Any) -> bool:
-        """Return whether the values are the same as in ``before``, the state before this step."""
+        """Return whether the schedule's values are the same as in the earlier state ``before``."""
         del before
         return False
 
@@ -386,7 +390,8 @@ class ScheduleBinder(TorchInterface):
         Args:
             state_dict: saved state.
             override: whether to accept the state of a schedule with other parameters or initial
-                hyperparameters. This schedule keeps its own values, but goes to the saved step.
+                hyperparameters. This schedule keeps its own values, but continues from the saved
+                step.
 
         Raises:
             ValueError: the state is from a different schedule, or has a different number of param

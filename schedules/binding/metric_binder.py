@@ -25,9 +25,8 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
     """The `ScheduleBinder` of a schedule that depends on a metric.
 
     It is a subclass of PyTorch's ``ReduceLROnPlateau``, because trainers such as Hugging Face's and
-    Lightning's pass a metric only to instances of that class. Like that class, the binder
-    multiplies the current learning rates when the schedule reduces them, and leaves them unchanged
-    otherwise.
+    Lightning's pass a metric only to instances of that class. Like that class, the binder reduces
+    the current learning rates by a factor, and leaves them unchanged between two reductions.
     """
 
     _has_received = False
@@ -75,7 +74,7 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
     @property
     def best(self) -> float:  # type: ignore[override]  # read-only here
-        """Best value of the metric so far; before the first value, inf (mode "min") or -inf."""
+        """Best value of the metric so far; before the first value, the worst possible value."""
         best: float | None = self._state.plateau.best
         return self.mode_worse if best is None else best
 
@@ -86,12 +85,12 @@ class MetricBinder(ScheduleBinder, ReduceLROnPlateau, feedback="metric"):
 
     @property
     def cooldown_counter(self) -> int:  # type: ignore[override]  # read-only here
-        """Number of metric values that the cooldown after the last reduction still ignores."""
+        """Number of further metric values that the cooldown after the last reduction ignores."""
         return int(self._state.plateau.rests)
 
     @property
     def mode_worse(self) -> float:  # type: ignore[override]
-        """The worst possible value of the metric, inf (mode "min") or -inf."""
+        """The worst possible value of the metric, inf (mode "min") or -inf (mode "max")."""
         return math.inf if self.mode == "min" else -math.inf
 
 

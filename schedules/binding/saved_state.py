@@ -58,7 +58,8 @@ def complete_base(base: BaseValues | None, groups: int) -> Base:
     unknown = [name for name in given if name not in _NAMES]
     if unknown:
         raise ValueError(
-            f"`base` must have only the keys {', '.join(_NAMES)}, got {unknown[0]!r}. Remove it."
+            f"`base` must have only the keys {', '.join(_NAMES)}, got {unknown[0]!r}. Remove this "
+            "key."
         )
     found = {}
     for name, value in given.items():
@@ -83,7 +84,7 @@ def build_identity(schedule: Schedule[Any], horizon: Horizon | None) -> dict[str
 def _to_json(value: Any) -> Any:
     """Convert a value to JSON types.
 
-    A function is replaced by its import path, and any other object by the path of its class.
+    A function becomes its import path, and any other object the import path of its class.
     """
     if isinstance(value, Mapping):
         return {str(key): _to_json(each) for key, each in value.items()}
@@ -98,7 +99,7 @@ def _to_json(value: Any) -> Any:
 
 
 def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None:
-    """Check that a schedule of this package saved a state, and that the state is not damaged.
+    """Check that a state was saved by a schedule of this package and is not damaged.
 
     Args:
         state: saved state.
@@ -109,14 +110,14 @@ def check_origin(state: Mapping[str, Any], type_name: str | None = None) -> None
     """
     if not {"type", "params", "step", "base"} <= state.keys():
         raise ValueError(
-            "The saved state must be from a schedule of onecycle, got a state with the keys "
+            "The saved state must be from a schedule of onecycle, got a state with these keys: "
             f"{', '.join(map(str, state)) or 'none'}. To continue from a step without a saved "
             "state, pass `at` to `attach`."
         )
     if type_name not in (None, state["type"]):
         raise ValueError(
-            f"{type_name} depends on past losses, which the state of {state['type']} does not "
-            "contain. Attach the schedule without loading the state."
+            f"{type_name} depends on past losses or metrics, which the state of {state['type']} "
+            "does not contain. Attach the schedule without loading this state."
         )
     fields = ("type", "params", "step", "base", "state", "is_written")
     restore(_SavedState, {name: state[name] for name in fields if name in state}, "lr_scheduler")
@@ -153,9 +154,9 @@ def check_state(
     changed = [*_compare_schedules(state, identity), *_compare_bases(state["base"], base, compared)]
     if changed:
         raise ValueError(
-            f"The schedule does not match the saved state: {'; '.join(changed)}. Restore the "
-            "saved values, or call load_state_dict() with `override=True` to continue from the "
-            "saved step with the current values."
+            f"The schedule does not match the saved state: {'; '.join(changed)}. Change these back "
+            "to the saved values, or call load_state_dict() with `override=True` to continue from "
+            "the saved step with the current values."
         )
 
 

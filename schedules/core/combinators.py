@@ -233,8 +233,8 @@ def repeat(make: Callable[[int, float], Curve], steps: float, growth: float = 1)
             and its length in steps. Each of these curves counts its steps from the start of its
             cycle.
         steps: length of the first cycle, in steps.
-        growth: factor by which each cycle is longer than the previous one, >= 1. If it is greater
-            than 1, the lengths of the later cycles are truncated to whole steps.
+        growth: ratio of the length of each cycle to that of the previous cycle, >= 1. If it is
+            greater than 1, the lengths of the later cycles are truncated to whole steps.
 
     >>> from schedules.core.curves import linear
     >>> saw = repeat(lambda cycle, steps: linear(1.0, 0.0, steps), steps=2, growth=2)

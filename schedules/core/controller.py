@@ -73,8 +73,8 @@ class Evidence(NamedTuple):
 class Controller(Protocol[S]):
     """Interface of controllers, which compute the values that a schedule sets at each step.
 
-    A controller is built for the initial hyperparameters of one optimizer. It is stateless: the
-    caller stores the state and passes it to each method. States are never modified in place.
+    A controller is built for the initial hyperparameters of one optimizer. The controller does not
+    store its state: the caller passes the state to each method, which never modifies it in place.
     """
 
     @abstractmethod

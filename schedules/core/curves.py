@@ -1,8 +1,9 @@
 """Curves that map a step to a value, such as linear ramps and cosines.
 
-A `Curve` can be evaluated at a single step, without numpy, or at an array of steps. The results are
-bitwise identical. A curve consists of pieces, each with one formula for a range of steps. A ramp
-starts at step 0 with exactly its start value. From its last step on, it has exactly its end value.
+A `Curve` can be evaluated at a single step, without numpy, or at an array of steps. Both give
+bitwise identical values. A curve consists of pieces, each with one formula for a range of steps. A
+ramp starts at step 0 with exactly its start value. From its last step on, it has exactly its end
+value.
 
     >>> warmup = linear(0.0, 1.0, steps=4)
     >>> [warmup(step) for step in range(6)]
@@ -48,10 +49,10 @@ class Curve(ABC):
 
     @abstractmethod
     def piece(self, step: float, origin: float = 0) -> Piece:
-        """Return the piece that contains ``step``, if the curve starts at step ``origin``."""
+        """Return the piece that contains ``step`` when the curve starts at step ``origin``."""
 
     def phases(self, origin: float = 0) -> tuple[Phase, ...]:
-        """Return the named phases of the curve, if the curve starts at step ``origin``."""
+        """Return the named phases of the curve when it starts at step ``origin``."""
         del origin  # Only combined curves have phases.
         return ()
 

@@ -26,13 +26,13 @@ INDEX = Path(__file__).parent / "index.json"
 
 @functools.cache
 def read_index() -> Mapping[str, Mapping[str, Any]]:
-    """Return the generated file `INDEX` as a dict with one entry per schedule name."""
+    """Return the content of the generated file `INDEX`, a dict with one entry per schedule."""
     index: dict[str, dict[str, Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
     return index
 
 
 def read_descriptions(schedule: type) -> dict[str, str]:
-    """Return the descriptions of a schedule's fields by field name.
+    """Return a dict that maps the name of each field of a schedule to its description.
 
     Fields without a docstring are omitted. If the source code of a schedule is not available, all
     its descriptions are empty strings.

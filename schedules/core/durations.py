@@ -191,13 +191,13 @@ def _parse(text: str) -> tuple[float, str]:
         )
     if match is None or unit not in (*_WHOLE, "dur"):
         raise DurationError(
-            "a duration must be a number of steps, or a number followed by the unit ep, ba, sp or "
+            "A duration must be a number of steps, or a number followed by the unit ep, ba, sp or "
             f'dur, such as "10ep" or "0.1dur", got {text!r}.'
         )
     value = _check_length(float(match[1]), repr(text))
     if unit != "dur" and value != int(value):
         raise DurationError(
-            f"{text!r} must be a whole number. Only the unit dur accepts fractions."
+            f"The number in {text!r} must be whole. Only the unit dur accepts fractions."
         )
     return value, unit
 

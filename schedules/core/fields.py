@@ -1,4 +1,4 @@
-"""Annotated types for the fields of schedules, which define the valid range and the unit.
+"""Annotated types that define the valid range and the unit of a schedule's fields.
 
 `read_fields` converts the annotations of a schedule to JSON schemas. The constructor of the
 schedule validates its arguments against these schemas, and ``make generate`` writes the schemas to
@@ -92,7 +92,7 @@ class Items:
 
 
 class AutoValue(NamedTuple):
-    """Marks a field that accepts "auto". An integration, such as transformers, sets its value."""
+    """Marks a field that accepts "auto", which an integration replaces with a value."""
 
     integrations: str
     """Names of the integrations, such as "transformers"."""
@@ -258,7 +258,7 @@ class Field:
         return {"number", "array"} <= set(self.schema.get("type", ()))
 
     def complete(self, description: str) -> str:
-        """Return the description, with sentences about the accepted values and the unit added."""
+        """Append sentences about the accepted values and the unit to a description."""
         sentences = [description]
         if self.duration is not None:
             subject = "Each entry" if self._item_schema is not self.schema else "The value"
@@ -342,7 +342,7 @@ def _find_invalid(
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """Return a tuple as it is, and any other value as a tuple with this value."""
+    """Return a tuple unchanged, and wrap any other value in a tuple."""
     return value if isinstance(value, tuple) else (value,)
 
 
@@ -374,7 +374,7 @@ class _Annotation:
     free: bool = False
 
     def read(self, hint: Any) -> _Annotation:
-        """Add the types, limits and unit of a type hint and of its parts, and return ``self``."""
+        """Read the types, limits and unit from a type hint and its parts, and return ``self``."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin is Annotated:
             for mark in arguments[1:]:

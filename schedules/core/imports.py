@@ -43,10 +43,10 @@ class ImportForbiddenError(ValueError):
 def imports_allowed(allowed: bool) -> Iterator[None]:
     """Allow or forbid the import of code that a config names, inside this context.
 
-    >>> with imports_allowed(False):
+    >>> with imports_allowed(False):  # doctest: +ELLIPSIS
     ...     import_attribute("math:pi")
     Traceback (most recent call last):
-    schedules.core.imports.ImportForbiddenError: 'math:pi' cannot be imported: imports are disabled.
+    schedules.core.imports.ImportForbiddenError: 'math:pi' cannot be imported, because imports ...
     """
     token = _allowed.set(allowed)
     try:
@@ -70,7 +70,10 @@ def require_imports(name: str) -> None:
         ImportForbiddenError: imports are forbidden by `imports_allowed`.
     """
     if not are_imports_allowed():
-        raise ImportForbiddenError(f"{name!r} cannot be imported: imports are disabled.")
+        raise ImportForbiddenError(
+            f"{name!r} cannot be imported, because imports are disabled. If you trust the code, "
+            "enable imports with `imports_allowed(True)` or `--allow-imports`."
+        )
 
 
 def check_import_path(path: str) -> bool:

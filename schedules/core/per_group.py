@@ -51,7 +51,7 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
     if len(value) != len(base):
         raise ValueError(
             f"`{name}` must be a number or a list with one number per param group ({len(base)}), "
-            f"got {len(value)} numbers."
+            f"got a list of length {len(value)}."
         )
     return tuple(value)
 
@@ -59,12 +59,13 @@ def broadcast(name: str, value: PerGroup, base: tuple[float, ...]) -> tuple[floa
 def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[float, ...]:
     """Return the value of a learning-rate field for each param group.
 
+    If the field is None, return the initial learning rates. If ``relative`` is true, multiply the
+    initial learning rates by the field's value.
+
     Args:
         schedule: schedule that has this field and a field ``relative``.
         name: name of the field.
-        lrs: initial learning rate of each group. If the field is None, the initial learning rates
-            are returned. If ``relative`` is true, the field's value is a factor that multiplies
-            them.
+        lrs: initial learning rate of each group.
 
     Raises:
         ValueError: the field's value is a single learning rate, but the groups have different
@@ -81,7 +82,7 @@ def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[floa
     if schedule.relative:
         factors = broadcast(name, value, lrs)
         return tuple(factor * lr for factor, lr in zip(factors, lrs, strict=True))
-    fix = ' Alternatively, set `"relative": true` and multiples of each value.'
+    fix = ' Alternatively, set `"relative": true` and multiples of the initial values.'
     return broadcast_strict(name, value, lrs, fix)
 
 

@@ -23,7 +23,7 @@ Formula = Callable[[Any], Any]
 class Line(NamedTuple):
     """Coefficients of the linear formula ``start_value + rise * ((step - origin) / steps)``.
 
-    Lines with the same ``origin`` and ``steps`` have the same quotient, so it is computed once.
+    Lines with the same ``origin`` and ``steps`` have the same quotient, which can be computed once.
     """
 
     start_value: float

@@ -143,8 +143,8 @@ def _check_class(cls: type[Schedule[Any]]) -> None:
     undocumented = [name for name in names if name not in (read_descriptions(cls) if names else {})]
     if undocumented or not all(field.kw_only for field in dataclasses.fields(cls)):
         raise ValueError(
-            f"`{name}` must be a keyword-only dataclass with a docstring below each field. "
-            f"Fields without a docstring: {', '.join(undocumented) or 'none'}."
+            f"`{name}` must be a keyword-only dataclass (`kw_only=True`) with a docstring below "
+            f"each field. Fields without a docstring: {', '.join(undocumented) or 'none'}."
         )
     read_fields(cls)
 
@@ -224,8 +224,8 @@ def from_config(block: Mapping[str, Any], *, horizon: Horizon | None = None) -> 
     unknown = set(block) - {"type", "params"}
     if "type" not in block or unknown:
         raise ValueError(
-            "A scheduler block must have the key `type`, optionally `params`, and no other keys, "
-            f"got {', '.join(sorted(block)) or 'no keys'}."
+            "A scheduler block must have the key `type`, may have the key `params`, and must have "
+            f"no other keys, got {', '.join(sorted(block)) or 'no keys'}."
         )
     name, params = block["type"], block.get("params", {})
     if not isinstance(name, str) or not isinstance(params, Mapping):

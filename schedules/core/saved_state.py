@@ -41,7 +41,7 @@ def restore(kind: Any, value: Any, name: str) -> Any:
         name: name of the value, for the error message.
 
     Raises:
-        ValueError: the value, or one in it, is missing, unknown, of another type or out of range.
+        ValueError: the value or a part of it is missing, unknown, of a wrong type or out of range.
 
     >>> restore(dict[str, tuple[float, ...]], {"lr": [1, 0.5]}, "base")
     {'lr': (1.0, 0.5)}

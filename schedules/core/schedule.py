@@ -213,7 +213,7 @@ class Schedule(ABC, Generic[S]):
         """Yield a problem for each conflict between fields.
 
         The constructor calls this method after it has validated each field. If a duration is still
-        a time string, the call is postponed until `resolve`.
+        a time string, `resolve` calls this method instead.
         """
         yield from ()
 
@@ -308,8 +308,8 @@ class Schedule(ABC, Generic[S]):
         if "lr" not in curves:
             names = " and ".join(curves)
             raise ValueError(
-                f"{self.type_name} must set the learning rate, but it sets only {names}. Call "
-                "`schedules.trace` for other hyperparameters."
+                f"Only a schedule of the learning rate can be called, but {self.type_name} sets "
+                f"only {names}. Call `schedules.trace` instead."
             )
         return curves["lr"][0](step)
 
@@ -328,7 +328,7 @@ class Schedule(ABC, Generic[S]):
         return cast("Controller[S]", OpenLoop(self.build_curves(base, horizon)))
 
     def per_group(self, groups: int) -> tuple[Self, ...]:
-        """Return one schedule per param group, with each list replaced by the group's entry in it.
+        """Return one schedule per param group, with each list replaced by that group's value.
 
         Raises:
             ValueError: a list does not have one number per group.
@@ -344,7 +344,7 @@ class Schedule(ABC, Generic[S]):
 
     @property
     def lists_per_group(self) -> dict[str, tuple[float, ...]]:
-        """The fields whose value is a list with one number per param group, by name."""
+        """Values of the fields that hold one number per param group, by field name."""
         return {
             name: value
             for name, field in read_fields(type(self)).items()

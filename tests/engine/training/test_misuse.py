@@ -68,7 +68,7 @@ def test_step_after_the_script_stepped_the_scheduler_raises(scheduler):
     trainer.lr_scheduler.step()  # before the first step, a script may move the schedule
     train(trainer, 2)
     trainer.lr_scheduler.step()
-    with pytest.raises(MisuseError, match=r"Remove the call to `scheduler\.step\(\)`\."):
+    with pytest.raises(MisuseError, match=r"Remove `scheduler\.step\(\)` from the script\."):
         train(trainer)
 
 
@@ -102,7 +102,7 @@ def test_step_after_the_script_stepped_the_optimizer_raises(accumulation):
     train(trainer, accumulation)
     backward(trainer)
     trainer.optimizer.step()
-    with pytest.raises(MisuseError, match=r"Remove the call to `optimizer\.step\(\)`\."):
+    with pytest.raises(MisuseError, match=r"Remove `optimizer\.step\(\)` from the script\."):
         trainer.step()
     trainer.lr_scheduler.step()
     with pytest.raises(MisuseError, match=r"`optimizer\.step\(\)` and `scheduler\.step\(\)`"):
@@ -130,7 +130,7 @@ def test_step_without_a_backward_pass_raises_and_changes_nothing():
 
 @pytest.mark.parametrize(
     ("accumulation", "message"),
-    [(1, "found no gradients"), (2, "were cleared before the batch of 2 was complete")],
+    [(1, "found no gradients"), (2, "were cleared before the optimizer step, which accumulates 2")],
 )
 def test_step_after_zero_grad_raises(accumulation, message):
     trainer = build_engine(gradient_accumulation_steps=accumulation)

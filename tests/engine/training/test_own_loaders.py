@@ -334,7 +334,10 @@ def test_constant_data_is_not_taken_for_repeated_batches():
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
-        (lambda: DataLoader(Numbers(), 3), r"must be 2, as in `train_micro_batch_size_per_gpu`"),
+        (
+            lambda: DataLoader(Numbers(), 3),
+            r"must be 2, the value of `train_micro_batch_size_per_gpu`",
+        ),
         (
             lambda: DataLoader(
                 Numbers(), batch_sampler=BatchSampler(SequentialSampler(Numbers()), 5, False)
