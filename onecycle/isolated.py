@@ -3,7 +3,7 @@
 ``python -m`` puts the working directory first on ``sys.path``. If a project has its own
 ``engine.py``, ``python -m engine.launch.agent`` would import that file. Python 3.11 has the option
 ``-P`` to prevent this; Python 3.10 does not. ``python -m onecycle.isolated engine.launch.agent``
-works in both versions.
+works with both versions.
 """
 
 from __future__ import annotations

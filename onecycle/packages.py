@@ -16,8 +16,8 @@ def import_engine() -> ModuleType:
     """Import and return the package `engine`.
 
     Raises:
-        ImportError: one of the user's modules shadows the package ``engine``, or one of the
-            packages that it needs, ``schedules`` and ``schemas``.
+        ImportError: one of the user's modules has the same name as the package ``engine``,
+            ``schedules`` or ``schemas``.
     """
     spec = importlib.util.find_spec("engine")
     found = spec and [*(spec.submodule_search_locations or ()), spec.origin][0]

@@ -78,7 +78,7 @@ class Slot:
             self.put(group, value)
 
     def holds(self, group: Group, value: float) -> bool:
-        """Return whether a param group already has nearly the value that `write` would write."""
+        """Return whether a param group already has nearly the same value as `write` would write."""
         current = self.get(group)
         if isinstance(current, torch.Tensor):
             value = torch.tensor(value, dtype=current.dtype).item()
@@ -134,18 +134,18 @@ _MULTIPLIERS = {"lr": ("lr_scale", "lr_mult"), "weight_decay": ("wd_mult",)}
 
 
 def check_multipliers(hyperparameter: str, optimizer: Optimizer) -> None:
-    """Check that no param group has a factor by which its hyperparameter must be multiplied.
+    """Check that no param group has a multiplier of the hyperparameter, such as ``lr_scale``.
 
     Raises:
-        ValueError: a group has a key such as ``lr_scale``, and its value is not 1.
+        ValueError: a group has such a key, and its value is not 1.
     """
     for index, group in enumerate(optimizer.param_groups):
         for key in _MULTIPLIERS.get(hyperparameter, ()):
             if group.get(key, 1) != 1:
                 raise ValueError(
-                    f"No schedule reads the key `{key}` of a param group, but param group {index} "
-                    f"has `{key}` {group[key]:g}. Multiply the `{hyperparameter}` of the group by "
-                    "this value, and remove the key."
+                    f"`{key}` of each param group must be 1 or absent, because schedules ignore "
+                    f"it, got {group[key]:g} in param group {index}. Multiply the "
+                    f"`{hyperparameter}` of the group by this value, and remove the key."
                 )
 
 
@@ -192,7 +192,7 @@ def write_values(groups: Sequence[Group], slots: Slots, values: Values) -> None:
 def _separate_tensors(
     groups: Sequence[Group], slots: Sequence[Slot], values: Sequence[object]
 ) -> None:
-    """Give param groups that share a tensor but need different values a tensor each."""
+    """Clone a tensor that several param groups share, if the groups need different values."""
     first: dict[int, object] = {}
     for group, slot, value in zip(groups, slots, values, strict=True):
         current = slot.get(group)
@@ -201,7 +201,7 @@ def _separate_tensors(
 
 
 class RangeWriter:
-    """Writes scheduled values for a range of steps in which each curve has a single formula.
+    """Writer of scheduled values in a range of steps in which each curve has a single formula.
 
     The constructor writes the values of the first step, and prepares the formulas so that `write`
     is fast.
@@ -258,7 +258,7 @@ class RangeWriter:
         self._shared = self._find_shared_formulas() if is_plain else []
 
     def values(self) -> Values:
-        """Return the values of each hyperparameter that were written last."""
+        """Return the last written values of each hyperparameter."""
         return {
             name: tuple(piece.formula(self.step) for piece in pieces)
             for name, pieces in self._pieces.items()
@@ -324,6 +324,7 @@ class RangeWriter:
         """Let all param groups share one tuple of betas, if their betas are equal at every step.
 
         With one comparison per group, `write` can then detect that other code changed the betas.
+        Return the shared tuple, or None if the betas differ or the schedule does not set them.
         """
         keys = {slot.key for slot in self._slots.get("momentum", ())}
         if keys != {"betas"} or len(set(self._pieces["momentum"])) > 1:
@@ -338,8 +339,8 @@ class RangeWriter:
     def _find_shared_formulas(self) -> list[tuple[str, Formula]]:
         """Return the key and the formula of each hyperparameter, if all groups share them.
 
-        Each formula then has to be evaluated only once per step. If they differ between groups, the
-        list is empty.
+        Each formula then has to be evaluated only once per step. If the groups do not share all
+        keys and formulas, return an empty list.
         """
         shared = []
         for name, pieces in self._pieces.items():
@@ -352,14 +353,14 @@ class RangeWriter:
     def _find_lines(self, groups: Sequence[Group]) -> _Lines | None:
         """Return the coefficients of all curves, if all curves are linear in the same range.
 
-        An example is 1Cycle with Adam. ``(step - origin) / steps`` is then computed once per step
-        for all groups, which is faster than evaluating two formulas per group.
+        An example is 1Cycle with Adam. In this case, `write` computes ``(step - origin) / steps``
+        once for all groups, which is faster than evaluating two formulas per group.
 
         Returns:
-            The origin, the number of steps, and one row per group. A row has the initial learning
-            rate, its total change, the initial beta1 and its total change. None if a curve is not
-            linear, the curves have different origins or lengths, or the schedule does not set
-            exactly ``lr`` and a pair of ``betas``.
+            The origin, the number of steps, and one row per group. A row contains the initial
+            learning rate, its total change, the initial beta1 and its total change. None if a curve
+            is not linear, the curves have different origins or lengths, or the schedule does not
+            set exactly ``lr`` and a pair of ``betas``.
         """
         keys = {slot.key for slots in self._slots.values() for slot in slots}
         if keys != {"lr", "betas"} or self._pieces.keys() != {"lr", "momentum"}:

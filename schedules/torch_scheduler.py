@@ -33,10 +33,10 @@ def attach(
             function that maps the step to a learning rate factor, or a PyTorch scheduler class.
         optimizer: optimizer whose hyperparameters the schedule sets.
         horizon: length of the run, used to convert time strings to steps and to scale durations.
-        base: initial learning rate of all param groups or a list of one per group; or a dict that
-            maps "lr", "momentum" and "weight_decay" to such values. By default, the optimizer's
-            current values or, if another schedule has set them, the initial values of that
-            schedule.
+        base: initial learning rate of all param groups, or a list with one value per group. To set
+            other hyperparameters too, pass a dict that maps "lr", "momentum" and "weight_decay" to
+            such values. Defaults to the optimizer's current values or, if another schedule has set
+            them, to the initial values of that schedule.
         at: step at which the schedule starts.
         **params: parameters of the schedule, if ``schedule`` is a name, a function or a class.
 
@@ -60,8 +60,8 @@ def attach(
     else:
         if params.pop("last_epoch", -1) != -1:
             raise ValueError(
-                "`last_epoch` must be -1 or absent. Pass `at` to start at a step, or load a saved "
-                "state with load_state_dict()."
+                "`last_epoch` must be -1 or absent. Pass `at` to start at a later step, or load a "
+                "saved state with load_state_dict()."
             )
         if isinstance(schedule, str):
             cls = find(schedule)

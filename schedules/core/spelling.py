@@ -15,10 +15,10 @@ _WARMUPS = ("warmup_num_steps", "warmup_steps", "lr_warmup_steps", "t_warmup", "
 
 
 def find_nearest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name with the most similar spelling, or None if no name is similar.
+    """Return the known name that a misspelled name most likely means, or None if there is none.
 
-    If no name is similar, but exactly one known name consists of another word and ``name``, that
-    known name is returned, for example ``warmup_num_steps`` for ``num_steps``.
+    This is the known name with the most similar spelling. If no spelling is similar, it is the only
+    known name that adds one word before ``name``, such as ``warmup_num_steps`` for ``num_steps``.
 
     >>> find_nearest("stge", ["stage", "type"])
     'stage'
@@ -46,10 +46,10 @@ def find_nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def suggest_fraction(name: str, value: object, known: Collection[str]) -> str | None:
-    """Return a hint for an unknown parameter, such as ``warmup_ratio``; None if there is none.
+    """Return a hint for an unknown parameter such as ``warmup_ratio``, or None if there is no hint.
 
-    Other libraries have parameters for the length of the warmup as a fraction of the run. The hint
-    names the parameter in ``known`` that accepts such a fraction as a time string.
+    In other libraries, such a parameter sets the length of the warmup as a fraction of the run. The
+    hint names the parameter in ``known`` that accepts this fraction as a time string.
 
     >>> suggest_fraction("warmup_ratio", 0.03, ["warmup_num_steps"])
     'Set "warmup_num_steps": "0.03dur", which is a fraction of the run.'
@@ -64,8 +64,8 @@ def suggest_fraction(name: str, value: object, known: Collection[str]) -> str | 
 def _compare_letters(one: str, other: str) -> tuple[float, float]:
     """Return two measures of the similarity of two words, each from 0 to 1.
 
-    The first is the fraction of the letters of ``other`` that ``one`` contains. The second is the
-    ratio that `difflib.SequenceMatcher` computes.
+    The first is the fraction of the distinct letters of ``other`` that also occur in ``one``. The
+    second is the ratio that `difflib.SequenceMatcher` computes.
     """
     letters = len(set(one) & set(other)) / len(set(other))
     return letters, difflib.SequenceMatcher(None, one, other).ratio()

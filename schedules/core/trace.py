@@ -64,7 +64,7 @@ def trace(
         if len(rows) < steps:
             raise ValueError(
                 f"`losses` must have at least {steps - 1} values for {steps} steps, "
-                f"got {len(rows) - 1}."
+                f"got {len(rows) - 1}. Pass more losses or reduce `steps`."
             )
         return {name: np.array([row[name] for row in rows]) for name in schedule.hyperparameters}
     curves = schedule.build_curves({**defaults, **given}, horizon)
@@ -77,7 +77,7 @@ def trace(
 
 
 class Replay(NamedTuple):
-    """Result of `replay`: the values at each step, and the evidence for the last decision."""
+    """Result of `replay`: hyperparameters at each step, and the evidence for the last decision."""
 
     rows: list[Values]
     """Values at each step. The last row is for the step after the last loss."""

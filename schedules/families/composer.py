@@ -44,7 +44,7 @@ __all__ = [
 
 
 class _Scheduler(LearningRateSchedule):
-    """Base class of Composer's schedulers. Subclasses define the curve, without its warmup."""
+    """Base class of Composer's schedulers. Subclasses define the curve without a warmup."""
 
     def curve(self, lr: float) -> Curve:
         return self._body(lr, start=0)
@@ -60,7 +60,7 @@ class _Scheduler(LearningRateSchedule):
 
 @schedule_class
 class _WithWarmup(_Scheduler):
-    """Mixin that adds a linear warmup before the curve that the other base class defines."""
+    """Mixin that adds a linear warmup before the curve of the other base class."""
 
     t_warmup: WarmupStepsOrZero
     """Length of the linear warmup from 0. `engine.scale_schedule_ratio` scales it only if it is a
@@ -231,7 +231,7 @@ class LinearScheduler(_Scheduler, example={"alpha_f": 0.1}):
 
 @schedule_class
 class LinearWithWarmupScheduler(_WithWarmup, LinearScheduler, example={"t_warmup": "0.2dur"}):
-    """Linear warmup to ``alpha_i`` times the learning rate, followed by `LinearScheduler`.
+    """Linear warmup to ``alpha_i`` times the initial learning rate, then `LinearScheduler`.
 
     ::
 
@@ -354,7 +354,7 @@ class PolynomialScheduler(_Scheduler, example={"power": 2.0}):
 class PolynomialWithWarmupScheduler(
     _WithWarmup, PolynomialScheduler, example={"t_warmup": "0.2dur"}
 ):
-    """Linear warmup followed by `PolynomialScheduler`, quadratic by default.
+    """Linear warmup followed by the decay of `PolynomialScheduler`, which is quadratic by default.
 
     ::
 

@@ -1,4 +1,4 @@
-"""Schedules that run other schedules one after another, multiplied, or in parallel."""
+"""Schedules that combine other schedules in sequence, by multiplication, or in parallel."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ class ChainedScheduler(
 
 
 def _to_block(schedule: Any) -> Any:
-    """Return the config block of a `Schedule`. Any other value is returned as it is."""
+    """Return the config block of a `Schedule`, or any other value unchanged."""
     if isinstance(schedule, Schedule):
         return {"type": schedule.type_name, "params": schedule.params()}
     return schedule
@@ -235,7 +235,7 @@ def _to_block(schedule: Any) -> Any:
 def _count_blocks(blocks: Any) -> int:
     """Return the number of schedules in a list of blocks, including those nested in their params.
 
-    The count of a value that is not a list is 0, because another check reports such a value.
+    Return 0 for a value that is not a list, because another check reports it.
     """
     if not isinstance(blocks, list | tuple):
         return 0

@@ -6,9 +6,9 @@ The attribute can be one of the following:
 - a subclass of PyTorch's LRScheduler, such as LambdaLR;
 - a function that builds such a scheduler for an optimizer.
 
-A PyTorch scheduler runs on a dummy optimizer and its values are recorded, so that the schedule can
-be previewed and resumed. This has two limitations: to compute the value at a step, the scheduler
-must run all previous steps, and its durations are numbers of steps that cannot be scaled.
+A PyTorch scheduler runs on a dummy optimizer, and its values are recorded, so that the schedule can
+be previewed and resumed. There are two limitations. To compute the value at a step, the scheduler
+must run all previous steps. Its durations are numbers of steps, which cannot be scaled.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _MAX_RECORDED = 1024  # learning rates that a recorder keeps, of all param group
 
 @functools.cache
 def _read_torch_classes() -> dict[str, ast.ClassDef]:
-    """Read PyTorch's scheduler classes from its source code, without importing PyTorch."""
+    """Return the syntax tree of each PyTorch scheduler class by name, without importing PyTorch."""
     package = importlib.util.find_spec("torch")
     if package is None or package.origin is None:
         return {}
@@ -68,7 +68,11 @@ def _read_torch_classes() -> dict[str, ast.ClassDef]:
 
 
 def read_torch_parameters(name: str) -> dict[str, bool] | None:
-    """Return the parameters of a PyTorch scheduler; see `schedules.core.registry`."""
+    """Return a dict that maps each parameter of a PyTorch scheduler to whether it is required.
+
+    The optimizer, ``last_epoch`` and ``verbose`` are omitted. If PyTorch is not installed or has no
+    scheduler with this name, return None.
+    """
     cls = _read_torch_classes().get(name)
     if cls is None:
         return None
@@ -88,8 +92,8 @@ def adapt(found: Any, path: str) -> type[Schedule[Any]]:
     """Return a schedule class that wraps a function or a subclass of PyTorch's ``LRScheduler``.
 
     Args:
-        found: function of the step, subclass of ``LRScheduler``, or function that returns such a
-            scheduler and whose first parameter is ``optimizer``.
+        found: function of the step, subclass of ``LRScheduler``, or function that takes
+            ``optimizer`` as its first parameter and returns such a scheduler.
         path: import path of ``found``, which is also the name of the schedule in a config.
 
     Raises:
@@ -102,7 +106,7 @@ def adapt(found: Any, path: str) -> type[Schedule[Any]]:
         return FunctionSchedule.make_class(path, found)
     raise ValueError(
         "`scheduler.type` must be the import path of a scheduler class or of a function of the "
-        f"step, got {path!r}, which is {found!r}."
+        f"step, got {path!r}, which is {found!r}. Set it to the path of such a class or function."
     )
 
 
@@ -142,8 +146,9 @@ def wrap_scheduler(cls: Any, name: str) -> type[WrappedScheduler]:
     ]
     if required:
         raise ValueError(
-            f"`scheduler.type` {name!r} must depend only on the step, but its `step` method "
-            f"requires the argument `{required[0]}`. Use a scheduler that does not require it."
+            "`scheduler.type` must be a scheduler that depends only on the step, but the `step` "
+            f"method of {name!r} requires the argument `{required[0]}`. Use a scheduler whose "
+            "`step` method requires no arguments."
         )
     fields = [
         (
@@ -197,9 +202,9 @@ class WrappedScheduler(Schedule[int]):
     def _written(self) -> tuple[str, ...]:
         """Names of the hyperparameters that the scheduler sets in its first steps.
 
-        The names are found by running the scheduler on a dummy optimizer. If a parameter is a list,
-        it may have one item per param group, so the optimizer first has as many param groups as the
-        list has items.
+        The scheduler runs on a dummy optimizer to find these names. If a parameter is a list, it
+        may have one item per param group. The optimizer then has one param group per item of the
+        list or, if the scheduler raises an error, a single group.
         """
         lists = {len(value) for value in self.params().values() if isinstance(value, list)}
         errors = []
@@ -255,10 +260,11 @@ _TRIAL = {"lr": 0.1, "momentum": 0.123, "weight_decay": 0.0123}
 
 
 class _Recorder:
-    """Runs a scheduler on a dummy optimizer, and records the values of the last steps.
+    """Recorder of the values that a scheduler sets on a dummy optimizer in the most recent steps.
 
     The number of recorded steps is limited, so that memory use does not grow with the length of the
-    run. To return the values of an earlier step, the scheduler runs again from the first step.
+    run. To return the values of an earlier step, the recorder runs the scheduler again from the
+    first step.
     """
 
     def __init__(self, schedule: WrappedScheduler, base: Base) -> None:

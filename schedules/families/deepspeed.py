@@ -1,7 +1,8 @@
 """DeepSpeed's schedules: OneCycle, LRRangeTest, WarmupLR, WarmupDecayLR and WarmupCosineLR.
 
-Parameters, defaults and shapes match deepspeed/runtime/lr_schedules.py (0.19). The docstrings
-describe the differences, and docs/decisions/0003-deepspeed-schedules.md explains them.
+Parameters, defaults and shapes match deepspeed/runtime/lr_schedules.py (0.19), except for the
+differences that the docstrings describe. docs/decisions/0003-deepspeed-schedules.md gives the
+reasons.
 """
 
 from __future__ import annotations
@@ -222,9 +223,11 @@ class LRRangeTest(
 ):
     """LR range test: increase the learning rate linearly and indefinitely.
 
-    At step k, with x = k / ``lr_range_test_step_size`` (rounded down in a staircase)::
+    At step k, with x = k / ``lr_range_test_step_size``::
 
         lr(k) = lr_range_test_min_lr * (1 + lr_range_test_step_rate * x)
+
+    If ``lr_range_test_staircase`` is true, x is rounded down.
 
     The schedule does not stop training. Stop the run when the loss diverges.
 

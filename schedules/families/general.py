@@ -202,7 +202,7 @@ class Phases(
                 raise ValueError(
                     f"An exponential phase of `{name}` must not start or end at 0, got a phase "
                     f"from {start:g} to {value:g} for a param group with the initial value "
-                    f"{own:g}. Use small positive values."
+                    f"{own:g}. Set `from` or `to` to a small positive value."
                 )
             if name == "momentum" and max(start, value) >= 1:
                 raise ValueError(

@@ -29,8 +29,9 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     The warmup increases the learning rate exponentially from ``min_lr`` to ``max_lr``. Meanwhile, a
     Gaussian process fitted to the losses estimates the probability that the loss has passed its
     minimum. Several confident estimates in a row (three with the default test) end the warmup. The
-    learning rate then returns to its value at the minimum (the peak), stays constant unless
-    ``immediate_cooldown`` is true, and decays in the cooldown at the end of the run::
+    learning rate then returns to its value at the minimum of the loss (``peak`` below). It stays
+    constant unless ``immediate_cooldown`` is true, and decays in the cooldown at the end of the
+    run::
 
         warmup    lr(k) = min_lr * (max_lr / min_lr) ** (k / W),   W = int(max_warmup_fraction * T)
         cooldown  lr(k) = peak * (1 + cos(pi * n / D)) / 2         after n of D cooldown steps
@@ -39,13 +40,16 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
     after W steps. After T steps, the learning rate stays constant. The formulas give the learning
     rate of the first param group; the other groups keep their initial ratios to it.
 
-    A test decides when to make these estimates and what to do with them. ``"test": "reference"``,
-    the test of the published code, runs once per epoch, needs about thirty epochs, and depends on
-    the scale of the loss. ``"test": "robust"`` runs about sixty times per warmup, does not depend
-    on the scale of the loss, tolerates loss spikes, and starts the decay exactly at the peak. With
-    ``"rollback": true``, the weights and the optimizer state are restored when the warmup ends, to
-    their values after the test interval with the lowest mean loss. This helps models without
-    normalization layers, which can diverge at high learning rates.
+    The parameter ``test`` selects the test that makes these estimates and ends the warmup. The test
+    "reference" is that of the published code. It runs once per epoch, needs about thirty epochs,
+    and depends on the scale of the loss. The test "robust" runs about sixty times per warmup, does
+    not depend on the scale of the loss, tolerates loss spikes, and starts the decay exactly at the
+    peak.
+
+    If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends.
+    They return to their values after the test interval (the steps from one test to the next) with
+    the lowest mean loss. This helps models without normalization layers, which can diverge at high
+    learning rates.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews show a run on a synthetic loss.
@@ -131,7 +135,7 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
         Raises:
             ScheduleError: the schedule uses the reference test, but the run does not consist of
-                whole epochs.
+                whole epochs, or the scaled run has too many steps.
         """
         if horizon is None:
             return self

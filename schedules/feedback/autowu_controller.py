@@ -36,12 +36,12 @@ class Decay:
 
 
 class AutoWUController(FeedbackController[AutoWUState]):
-    """Runs `AutoWU` for param groups with the given initial learning rates.
+    """Controller of `AutoWU` for param groups with the given initial learning rates.
 
     Steps are counted from 1, as in the published code.
 
     Args:
-        test: test that ends the warmup. Its attribute ``warmup`` has the parameters of the warmup.
+        test: test that ends the warmup. Its attribute ``warmup`` holds the warmup's parameters.
         decay: parameters of the phases after the warmup.
         total_steps: length of the run in steps.
         lrs: initial learning rate of each param group. Only their ratios to the first nonzero one
@@ -194,10 +194,11 @@ class AutoWUController(FeedbackController[AutoWUState]):
         restored = AutoWUState.from_json(state)
         if restored.phase == "warmup" and len(restored.losses) != restored.step:
             raise ValueError(
-                f"`state.losses` must have {restored.step} items, got {len(restored.losses)}."
+                f"`state.losses` must have {restored.step} items, one per warmup step, got "
+                f"{len(restored.losses)}. Use another checkpoint."
             )
         if restored.decay is None:
-            raise ValueError("`state.decay` must be a mapping, got None.")
+            raise ValueError("`state.decay` must be a dict, got None. Use another checkpoint.")
         if restored.draws is not None:
             TorchSampler(restored.draws).build_generator()
         return restored

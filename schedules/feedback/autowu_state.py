@@ -70,7 +70,7 @@ class AutoWUState:
 
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-    """Parameters of AutoWU's warmup. ``steps`` is its maximum length; a test can end it earlier."""
+    """Parameters of AutoWU's warmup. ``steps`` is its maximum length, which a test can shorten."""
 
     steps: int
     steps_per_epoch: int
@@ -89,7 +89,7 @@ class Warmup:
         return self.lr_between(self.max_lr, fraction)
 
     def lr_between(self, lr: float, fraction: float) -> float:
-        """Return the learning rate after a fraction of a warmup from ``min_lr`` to ``lr``."""
+        """Return the learning rate after ``fraction`` (0 to 1) of a warmup to ``lr``."""
         if self.type == "linear":
             return self.min_lr + (lr - self.min_lr) * fraction
         return float(self.min_lr * (lr / self.min_lr) ** fraction)

@@ -33,19 +33,18 @@ class FeedbackController(Controller[S]):
         """
 
     def continue_from(self, state: S, values: Values) -> S:
-        """Return a state that continues from ``values``, which other code may have changed.
+        """Return a state that continues from ``values``, the current values in the optimizer.
 
-        By default, the state is returned unchanged. Override this method if the schedule multiplies
-        the values that it finds in the optimizer.
+        Other code may have changed these values. By default, the state is returned unchanged.
+        Override this method in a controller that multiplies the current values.
         """
         del values
         return state
 
     def evidence(self, before: S, loss: float, after: S) -> Evidence | None:
-        """Return None, by default.
+        """Return the losses and learning rates that led to a decision; None if they are unknown.
 
-        A schedule that makes decisions overrides this method to return the losses and learning
-        rates that led to a decision.
+        By default, None is returned. Override this method in a controller that makes decisions.
         """
         del before, loss, after
         return None
@@ -69,7 +68,7 @@ class FeedbackSchedule(Schedule[S]):
 
     @abstractmethod
     def synthetic_loss(self, step: int, lr: float) -> float:
-        """Return the synthetic loss, used for previews, of a step with learning rate ``lr``."""
+        """Return the synthetic loss of a step with learning rate ``lr``, for use in previews."""
 
     def bind(self, base: Base, horizon: Horizon | None = None) -> FeedbackController[S]:
         """Convert all durations to steps with `resolve`, and build the controller."""

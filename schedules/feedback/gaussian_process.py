@@ -180,9 +180,9 @@ class Hyperparameters:
 
 
 class _Slopes:
-    """Computes the gradient of `Hyperparameters.loss` repeatedly on the same data.
+    """Function that returns the gradient of `Hyperparameters.loss` for fixed data.
 
-    The constructor precomputes a matrix. A gradient then takes only one product with it.
+    The constructor precomputes a matrix, so that each gradient takes only one matrix product.
 
     Args:
         data: statistics of the losses.
@@ -255,7 +255,7 @@ class Posterior(NamedTuple):
         return np.asarray((self.root**2).sum(1))
 
     def compute_difference_variance(self, index: int) -> Array:
-        """Return the posterior variance of f(x) - f(p) at each x; p has the index ``index``."""
+        """Return the posterior variance of f(x) - f(p) at each x, where p has index ``index``."""
         return np.asarray(((self.root - self.root[index]) ** 2).sum(1))
 
 

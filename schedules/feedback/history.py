@@ -1,4 +1,4 @@
-"""`History`, an immutable sequence of losses to which a loss can be added without a copy."""
+"""`History`, an immutable sequence of losses that can share memory with a longer one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ __all__ = ["History"]
 
 
 class History:
-    """An immutable sequence of losses. A history and the result of `with_loss` can share one list.
+    """Immutable sequence of losses.
+
+    `with_loss` returns a longer history, which can share the list of this one to avoid a copy.
 
     >>> first = History().with_loss(1.0)
     >>> second, third = first.with_loss(2.0), first.with_loss(3.0)
@@ -30,7 +32,7 @@ class History:
 
     @classmethod
     def from_losses(cls, losses: Iterable[float]) -> History:
-        """Build a history from losses."""
+        """Return a history that contains a copy of ``losses``."""
         history = cls()
         history._shared = list(losses)
         history._count = len(history._shared)
@@ -38,7 +40,7 @@ class History:
 
     @classmethod
     def restore(cls, value: Any, name: str) -> History:
-        """Build a history from saved losses; see `schedules.core.saved_state.restore`."""
+        """Return a history of the saved losses ``value``, called ``name`` in error messages."""
         return cls.from_losses(restore(tuple[float, ...], value, name))
 
     def with_loss(self, loss: float) -> History:
@@ -52,7 +54,7 @@ class History:
         return longer
 
     def array(self, dtype: Any) -> NDArray[Any]:
-        """Return the losses as an array."""
+        """Return the losses as a NumPy array with the data type ``dtype``."""
         with np.errstate(over="ignore"):  # Losses too large for the dtype become infinite.
             return np.fromiter(self, dtype, self._count)
 

@@ -67,7 +67,7 @@ class PublishedResult(NamedTuple):
     def is_positive(self) -> bool:
         """Whether most samples show that the loss has passed its minimum.
 
-        In these samples, the probability exceeds `CONFIDENCE`.
+        A sample shows this if its probability exceeds `CONFIDENCE`.
         """
         votes = sum(probability > CONFIDENCE for probability in self.probabilities)
         return votes > REDRAWS / 2
@@ -79,16 +79,16 @@ class PublishedResult(NamedTuple):
 
 
 def run_published_test(losses: Array, fit: Hyperparameters, sample: Sampler) -> PublishedResult:
-    """Test with AutoWU's published method whether the loss of the warmup has passed its minimum.
+    """Run AutoWU's published test, which checks whether the loss has passed its minimum.
 
     The test sets the mean of the Gaussian process to the mean of the losses. It then fits the
     hyperparameters to at most 100 losses with 100 steps of Adam, starting from the previous fit.
-    Finally it computes five posteriors, each from at most 500 losses. Losses that are not finite
+    Finally, it computes five posteriors, each from at most 500 losses. Losses that are not finite
     are ignored, but the positions of the other losses do not change.
 
     Args:
         losses: loss of each step of the warmup so far, in order.
-        fit: hyperparameters that the previous test returned. In the first test, pass
+        fit: hyperparameters that the previous test returned. For the first test, pass
             `Hyperparameters.initial()`.
         sample: function that selects losses at random; see `Sampler`. It is called only if there
             are more than 100 finite losses.
@@ -147,7 +147,7 @@ class RobustResult(NamedTuple):
 
 
 def run_robust_test(losses: Array) -> RobustResult:
-    """Test with the robust method whether the loss of the warmup has passed its minimum.
+    """Run the robust test, which checks whether the loss has passed its minimum.
 
     The test tolerates noise and loss spikes, and does not depend on the scale of the loss. It clips
     losses that differ from the lowest loss by more than twice the decrease of the loss so far, and
@@ -190,7 +190,7 @@ def _robust_posterior(y: Array) -> Posterior:
 
 
 class _Compression(NamedTuple):
-    """Clips losses to a range around the lowest loss, and compresses them with asinh."""
+    """Transform that clips losses to a range around the lowest one, and applies asinh to them."""
 
     low: float
     high: float
@@ -239,7 +239,7 @@ def _basis(points: int) -> Array:
 
 
 def _certainty(posterior: Posterior, index: int, floor: float) -> float:
-    """Return the maximum over x of P(f(p) > f(x)); p is the position with index ``index``.
+    """Return the maximum over x of P(f(p) > f(x)), where p has index ``index``.
 
     ``floor`` is added to the variance of f(p) - f(x), so that tiny differences do not count.
     """

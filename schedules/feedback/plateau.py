@@ -150,7 +150,7 @@ class ReduceLROnPlateau(FeedbackSchedule[_State], example={"patience": 5, "facto
 
 
 class PlateauController(FeedbackController[_State]):
-    """Runs `ReduceLROnPlateau` for param groups with the given initial learning rates."""
+    """Controller of `ReduceLROnPlateau` for param groups with the given initial learning rates."""
 
     def __init__(self, params: ReduceLROnPlateau, lrs: tuple[float, ...]) -> None:
         self._lrs = lrs
@@ -203,5 +203,8 @@ class PlateauController(FeedbackController[_State]):
     def from_json(self, state: Mapping[str, Any]) -> _State:
         restored: _State = restore(_State, state, "state")
         if len(restored.lrs) != len(self._lrs):
-            raise ValueError(f"`lrs` must have {len(self._lrs)} items, got {len(restored.lrs)}.")
+            raise ValueError(
+                f"`state.lrs` must have {len(self._lrs)} items, one per param group, got "
+                f"{len(restored.lrs)}. Use another checkpoint."
+            )
         return restored

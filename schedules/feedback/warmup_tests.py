@@ -1,4 +1,4 @@
-"""The tests that end AutoWU's warmup when several results in a row are confident."""
+"""The tests that end AutoWU's warmup after several confident results in a row."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def is_due(self, step: int) -> bool:
-        """Return whether a test is due after this step."""
+        """Return whether a test is due after the given step."""
 
     @abstractmethod
     def apply(self, state: AutoWUState, losses: NDArray[Any]) -> Verdict:
@@ -69,7 +69,7 @@ class WarmupTest(ABC):
 
     @abstractmethod
     def find_likely_minimum(self, state: AutoWUState) -> float | None:
-        """Return the likely position of the loss minimum (0 to 1), or None if none is likely."""
+        """Return the likely position of the loss minimum (0 to 1), or None if it is unknown."""
 
     @abstractmethod
     def band(self, losses: NDArray[Any], state: AutoWUState) -> Band | None:
@@ -127,10 +127,10 @@ class PublishedTest(WarmupTest):
 
 
 class RobustTest(WarmupTest):
-    """A test of whether the loss has passed its minimum that does not depend on the loss's scale.
+    """Robust test of whether the loss has passed its minimum.
 
-    It runs about sixty times if the warmup reaches its maximum length. It ends the warmup after
-    five or more confident results in a row.
+    It does not depend on the scale of the loss. It runs about sixty times if the warmup reaches its
+    maximum length, and ends the warmup after at least five confident results in a row.
     """
 
     dtype = np.float64
@@ -174,13 +174,13 @@ class RobustTest(WarmupTest):
 
 
 class TorchSampler:
-    """Samples indices without replacement, with the same random numbers as AutoWU's published code.
+    """Sampler of indices without replacement, which draws the same indices as AutoWU's own code.
 
     The random numbers come from a PyTorch generator.
 
     Args:
-        state: the attribute `state` of an earlier sampler, whose sequence of random numbers is
-            continued. By default, the generator is seeded with 0.
+        state: attribute `state` of an earlier sampler, to continue its sequence of random numbers.
+            By default, the generator is seeded with 0.
     """
 
     def __init__(self, state: str | None = None) -> None:
@@ -196,7 +196,7 @@ class TorchSampler:
         return np.sort(drawn.numpy())
 
     def build_generator(self) -> Any:
-        """Return a PyTorch generator in the state ``state``, or seeded with 0 if it is None."""
+        """Return a PyTorch generator with the saved `state`, or with seed 0 if `state` is None."""
         import torch
 
         generator = torch.Generator()
