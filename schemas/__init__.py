@@ -33,7 +33,9 @@ _DIRECTORY = Path(__file__).parent
 
 @functools.cache
 def read(name: str) -> dict[str, Any]:
-    """Return the contents of a JSON file in this directory. Do not modify the result: it is cached.
+    """Return the parsed contents of a JSON file in this directory.
+
+    The result is cached, so do not modify it.
 
     >>> read("sections/bf16.json")["title"]
     'bf16'
