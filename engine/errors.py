@@ -30,7 +30,7 @@ _MAX_LISTED = 100
 
 
 def escape(text: str) -> str:
-    """Escape the control characters of a string, so that it is safe to print or log.
+    """Escape the nonprintable characters of a string, so that it is safe to print or log.
 
     Keys and values of a config can contain line breaks, terminal escape sequences, or characters
     that change the text direction.
@@ -58,9 +58,9 @@ class Problem:
     """A problem in a config.
 
     ``rule`` is the ID of the rule that found the problem; `onecycle explain` describes each rule.
-    ``severity`` is "error", "warning" or "note". ``pointer`` is the JSON pointer (RFC 6901) of the
-    key; "" is the whole config. ``line`` and ``column`` are 1-based; both are 0 if the position is
-    unknown, for example because the config is a dict.
+    ``severity`` is "error", "warning" or "note". ``pointer`` is the JSON pointer (RFC 6901) to the
+    key, or "" for the whole config. ``line`` and ``column`` are 1-based. Both are 0 if the position
+    is unknown, for example because the config is a dict.
     """
 
     rule: str
@@ -79,16 +79,16 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """Raised if a config is invalid.
+    """Raised when a config is invalid.
 
     ``problems`` contains every problem of the config. The message lists the first 100.
 
     The class derives from `ValueError`.
 
     Args:
-        name: name of the config in the message.
+        name: name of the config, which the message contains.
         problems: all problems of the config.
-        message: message to print instead of the problems.
+        message: message of the exception; by default, the list of problems.
     """
 
     def __init__(self, name: str, problems: Sequence[Problem], message: str = "") -> None:
@@ -110,22 +110,22 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """Raised if a checkpoint cannot be saved or loaded.
+    """Raised when a checkpoint cannot be saved or loaded.
 
     The class derives from `ValueError`.
     """
 
 
 class LaunchError(ValueError):
-    """Raised if a launch cannot start, for example because its options or hostfile are invalid.
+    """Raised when a launch cannot start, for example because an option or the hostfile is invalid.
 
     The class derives from `ValueError`.
     """
 
 
 class MisuseError(RuntimeError, AssertionError):
-    """Raised if a method is called at the wrong time.
+    """Raised when a method is called at the wrong time.
 
     The class derives from `RuntimeError`. It also derives from `AssertionError`, because DeepSpeed
-    reports such calls with ``assert``, so scripts written for DeepSpeed may catch that exception.
+    checks for such calls with ``assert``, and scripts written for DeepSpeed may catch that error.
     """

@@ -1,4 +1,4 @@
-"""The function `initialize`, which validates a config and builds the training engine."""
+"""Validate a config and build the training engine, in the function `initialize`."""
 
 from __future__ import annotations
 
@@ -73,21 +73,22 @@ def initialize(
     """Validate a config and build the engine that trains the model.
 
     The arguments and results are the same as those of ``deepspeed.initialize``, in the same order.
-    If the config is invalid, the model and the optimizer are not changed. Code that the config
-    names, such as ``"my_module:MySchedule"``, is imported and logged.
+    If the config is invalid, the model and the optimizer are not changed. If the config names your
+    own schedule, such as ``"my_module:MySchedule"``, its import is logged.
 
     Args:
         args: parsed command line; ``args.deepspeed_config`` is used if ``config`` is not passed.
             Options added by `add_schedule_arguments` override the config; each override is logged.
         model: module to train; it is moved to this rank's device.
-        optimizer: your own optimizer, or a function that takes the parameters and returns one; it
-            replaces the optimizer in the config, which is the default. Without an optimizer, the
-            engine can only run the model.
-        model_parameters: parameters or param groups to train; default: all that require gradients.
+        optimizer: your own optimizer, or a function that takes the parameters and returns one; by
+            default, the optimizer in the config is used. Without either, the engine can run the
+            model, but not train it.
+        model_parameters: parameters or param groups to train; by default, all parameters that
+            require gradients.
         training_data: dataset for the returned data loader, or your own data loader, which is
             prepared as in `Engine.prepare`.
         lr_scheduler: your own scheduler, or a function that takes the optimizer and returns one; by
-            default, the scheduler in the config is used. The scheduler is stepped after each
+            default, the scheduler in the config is used. The engine steps the scheduler after each
             applied optimizer step.
         distributed_port: port of rank 0, used if the environment does not set ``MASTER_PORT``.
         mpu: model-parallel unit; DeepSpeed backend only.
@@ -104,9 +105,9 @@ def initialize(
 
     Raises:
         ConfigError: the config is invalid; ``problems`` lists every problem.
-        ValueError: an argument has the wrong type, a schedule has no optimizer, the optimizer does
-            not match the schedule, no parameter of the model requires gradients, or the ranks have
-            different configs.
+        ValueError: an argument has the wrong type, there is a schedule but no optimizer, the
+            optimizer does not match the schedule, no parameter of the model requires gradients, or
+            the ranks have different configs.
         ImportError: the config needs DeepSpeed, which is not installed.
 
     >>> import torch, engine
@@ -247,7 +248,7 @@ def _load(
 def _prefer_arguments(
     config: Config, optimizer: object, lr_scheduler: object
 ) -> tuple[Config, list[str]]:
-    """Remove the optimizer and the schedule from the config if arguments replace them.
+    """Remove the optimizer or the schedule from the config if an argument replaces it.
 
     Returns:
         The config, and a log message about each replacement.
@@ -271,7 +272,7 @@ def _prefer_arguments(
 
 
 def _check_inference(config: Config, lr_scheduler: object) -> None:
-    """Check that neither the config nor an argument requires an optimizer if the run has none."""
+    """Check that a run without an optimizer has no schedule or ZeRO stage that requires one."""
     need = None
     if config.schedule is not None or lr_scheduler is not None:
         need = f"{config.name} has a schedule" if config.schedule else "`lr_scheduler` is passed"
@@ -304,14 +305,14 @@ def _bind_schedule(
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:
-    """Warn that each batch repeats samples, if the dataset is smaller than a batch."""
+    """Warn if the dataset is smaller than a batch, so that each batch repeats samples."""
     if not isinstance(training_data, Dataset) or isinstance(training_data, IterableDataset):
         return
     samples = len(training_data)  # type: ignore[arg-type]  # Dataset does not declare __len__
     if samples < config.batch.train:
         log.warning(
             "`len(training_data)` is %d, less than the `train_batch_size` of %d, so each batch "
-            "repeats samples; use a smaller batch size",
+            "repeats samples; reduce `train_batch_size`",
             samples,
             config.batch.train,
         )

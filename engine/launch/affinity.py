@@ -45,7 +45,7 @@ def select_cpus(cpus: Sequence[int], rank: int, ranks: int) -> Sequence[int]:
 
 
 def _find_core(cpu: int) -> int:
-    """Return the lowest-numbered logical CPU on the same core, which identifies the core."""
+    """Return the lowest-numbered logical CPU on the core of ``cpu``, which identifies the core."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return int(topology.read_text().replace("-", ",").partition(",")[0])
@@ -54,7 +54,7 @@ def _find_core(cpu: int) -> int:
 
 
 def main(command: list[str]) -> None:
-    """Bind this process to the CPU cores of its rank, and replace it with a command.
+    """Bind this process to the CPU cores of its rank, and replace the process with a command.
 
     The local rank and the number of ranks on this host are read from ``LOCAL_RANK`` and
     ``LOCAL_WORLD_SIZE``, which torchrun sets.

@@ -1,10 +1,15 @@
 """Run a job on this host, and kill all of its processes when it ends.
 
 The launcher starts this agent on each host. The agent reads the job as JSON from the first line of
-standard input. Each later line is ``ping``, ``term`` or ``kill``. The agent kills the job if it
-reads ``kill``. It stops the job if it reads ``term``, if it receives a signal, if standard input is
-closed (the launcher has exited), or if it receives no input for 30 seconds (the launcher is
-unreachable). The output of the job is written to the standard output of the agent.
+standard input. Each later line is ``ping``, ``term`` or ``kill``. On ``kill``, the agent kills the
+job immediately. In the following cases, the agent sends SIGTERM to the job, and kills the job after
+a grace period:
+
+- it reads ``term`` or receives a signal;
+- standard input is closed, which means that the launcher has exited;
+- it receives no input for 30 seconds, which means that the launcher is unreachable.
+
+The job writes its output to the standard output of the agent.
 """
 
 from __future__ import annotations
@@ -102,11 +107,11 @@ def main() -> int:
 
 
 def _watch(job: _Job, words: bytes, signals: list[int]) -> None:
-    """Wait until the job exits. Stop the job if the launcher requests it or is unreachable.
+    """Wait until the job exits. Stop the job on request, or if the launcher is unreachable.
 
     Args:
         job: running job.
-        words: bytes of standard input that were read together with the job; may contain commands.
+        words: bytes that were read from standard input after the job; may contain commands.
         signals: signals received so far; the signal handlers append to this list.
     """
     silence = 0.0
@@ -158,10 +163,10 @@ def _wait_for_lock(name: str | None, signals: list[int]) -> IO[str] | None:
 
 
 def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
-    """Replace each slot in `CUDA_VISIBLE_DEVICES` with the device that it refers to on this host.
+    """Replace each slot in the job's `CUDA_VISIBLE_DEVICES` with the device that it refers to.
 
-    If `CUDA_VISIBLE_DEVICES` is already set on this host, slot n refers to the n-th device in that
-    list. Otherwise, slot n refers to device n.
+    If the environment of this host sets `CUDA_VISIBLE_DEVICES`, slot n refers to device n of that
+    list, counted from 0. Otherwise, slot n refers to device n of the host.
 
     Args:
         env: environment variables of the job.
@@ -178,8 +183,8 @@ def map_slots_to_devices(env: dict[str, str]) -> dict[str, str]:
     slots = [int(slot) for slot in env[_MASK].split(",")]
     if max(slots) >= len(own):
         raise SystemExit(
-            f"Slot {max(slots)} does not exist: {_MASK} lists only {len(own)} devices on this "
-            f"host ({', '.join(own)}). Select fewer slots, or unset {_MASK} on this host."
+            f"Slot {max(slots)} does not exist on this host, because {_MASK} is {','.join(own)}. "
+            f"Select only slots below {len(own)}, or unset {_MASK} on this host."
         )
     return env | {_MASK: ",".join(own[slot] for slot in slots)}
 
@@ -195,7 +200,7 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Read the first line from a file descriptor. Return this line and the bytes after it.
+    """Read the first line from a file descriptor. Return it, and any bytes read after it.
 
     The function does not use Python's buffered input, because `select` would not see data that is
     already in the buffer.

@@ -32,7 +32,7 @@ def format_failure(failure: Failure) -> str:
 
 
 def parse_failure(line: str) -> Failure | None:
-    """Parse an output line of `format_failure`. Return None if the line is not valid.
+    """Parse a line that `format_failure` returned. Return None if the line is invalid.
 
     >>> parse_failure(format_failure(Failure(rank=1, status=7, time=100.0)))
     Failure(rank=1, status=7, time=100.0, reason='')

@@ -1,7 +1,7 @@
 """Read hosts and their slots from a hostfile, and select the hosts and slots to use.
 
-The hostfile and the ``--include`` and ``--exclude`` filters use DeepSpeed's formats. Hostfiles of
-Open MPI can also be read.
+The hostfile and the ``--include`` and ``--exclude`` filters use DeepSpeed's formats. Hostfiles in
+Open MPI's format are also accepted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read_hostfile(path: Path, nproc: str = "auto") -> list[Host]:
 
     Args:
         path: path of the hostfile.
-        nproc: number of slots of a host without ``slots=N``, in the format of `parse_nproc`.
+        nproc: number of slots of each host without ``slots=N``, as text for `parse_nproc`.
 
     Raises:
         LaunchError: if a line is invalid, a host is repeated, or the file lists no hosts.
@@ -129,8 +129,8 @@ def select_hosts(hosts: Sequence[Host], include: str = "", exclude: str = "") ->
             left.append(Host(host.name, slots))
     if not left:
         raise LaunchError(
-            f"The filter `{include or exclude}` leaves no slots. Change it to leave at least one "
-            "slot."
+            f"The filter `{include or exclude}` leaves no slots. Include more slots, or exclude "
+            "fewer slots."
         )
     return left
 
@@ -157,8 +157,8 @@ def limit_hosts(hosts: Sequence[Host], nnodes: int | None, nproc: str) -> tuple[
         hosts = [Host(host.name, host.slots[:size]) for host in hosts]
     if nnodes is not None and nnodes > len(hosts):
         raise LaunchError(
-            f"`--nnodes` is {nnodes}, but the number of available hosts is {len(hosts)}. Reduce "
-            "`--nnodes`, or add hosts."
+            f"`--nnodes` must be <= {len(hosts)}, the number of available hosts, got {nnodes}. "
+            "Reduce `--nnodes`, or add hosts."
         )
     return tuple(hosts[:nnodes])
 
@@ -180,9 +180,15 @@ def parse_nnodes(text: str | None) -> tuple[int | None, int | None]:
         return None, None
     low, colon, high = text.partition(":")
     if not low.isdecimal() or (colon and not high.isdecimal()) or int(low) < 1:
-        raise LaunchError(f"`--nnodes` must be a number >= 1 or MIN:MAX, got {text!r}.")
+        raise LaunchError(
+            f"`--nnodes` must be an integer >= 1 or a range MIN:MAX, got {text!r}. Pass a value "
+            "such as `2` or `1:4`."
+        )
     if colon and int(high) < int(low):
-        raise LaunchError(f"`--nnodes` must be MIN:MAX with MIN <= MAX, got {text!r}.")
+        raise LaunchError(
+            f"`--nnodes` must be MIN:MAX with MIN <= MAX, got {text!r}. Put the smaller number "
+            "first."
+        )
     return (int(low), int(high)) if colon else (None, int(low))
 
 
@@ -208,7 +214,10 @@ def parse_nproc(text: str) -> int:
     if text == "cpu":
         return os.cpu_count() or 1
     if not text.isdecimal() or int(text) < 1:
-        raise LaunchError(f"`--nproc` must be a number >= 1 or `auto`, got {text!r}.")
+        raise LaunchError(
+            f"`--nproc` must be an integer >= 1, `auto`, `gpu` or `cpu`, got {text!r}. Use `auto` "
+            "to start one process per GPU."
+        )
     return int(text)
 
 
@@ -217,13 +226,16 @@ def _parse_filter(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, 
     for part in filter(None, text.split("@")):
         name, colon, slots_text = part.partition(":")
         if name not in hosts:
-            raise LaunchError(f"`{part}`: unknown host {name!r}. Use one of {', '.join(hosts)}.")
+            raise LaunchError(
+                f"The filter `{part}` names the unknown host {name!r}. Use one of "
+                f"{', '.join(hosts)}."
+            )
         slots = tuple(_parse_slots(slots_text, part)) if colon else hosts[name].slots
         unknown = [slot for slot in slots if slot not in hosts[name].slots]
         if unknown:
             raise LaunchError(
-                f"`{part}`: {name} has no slot {unknown[0]}. Use slots from 0 to "
-                f"{hosts[name].slots[-1]}."
+                f"The filter `{part}` names slot {unknown[0]}, which {name} does not have. Use "
+                f"slots from 0 to {hosts[name].slots[-1]}."
             )
         found[name] = tuple(dict.fromkeys((*found.get(name, ()), *slots)))
     return found
@@ -234,13 +246,13 @@ def _parse_slots(text: str, part: str) -> Iterator[int]:
         ends = re.fullmatch(r"(\d+)(?:-(\d+))?", each.strip())
         if ends is None:
             raise LaunchError(
-                f"`{part}`: invalid slots. List the slots after the host name and a colon, for "
-                "example `worker-1:0,2-3`."
+                f"The filter `{part}` contains invalid slots. List the slots after the host name "
+                "and a colon, for example `worker-1:0,2-3`."
             )
         first, last = int(ends[1]), int(ends[2] or ends[1])
         if last < first:
             raise LaunchError(
-                f"`{part}`: invalid range {each.strip()}. Put the lower slot first, for example "
-                "`2-3`."
+                f"The filter `{part}` contains the invalid range {each.strip()}. Put the lower "
+                "slot first, for example `2-3`."
             )
         yield from range(first, last + 1)

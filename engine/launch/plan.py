@@ -108,8 +108,8 @@ class LaunchPlan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON-compatible dict.
 
-        The value of an environment variable is masked if its name suggests a secret, for example
-        if it contains ``TOKEN``.
+        The values of environment variables whose names suggest a secret, such as ``HF_TOKEN``,
+        are masked.
         """
         nodes = [
             node.to_dict()
@@ -158,14 +158,14 @@ class LaunchPlan:
 def build_plan(
     request: LaunchRequest, facts: Mapping[str, HostFacts], environment: Mapping[str, str]
 ) -> LaunchPlan:
-    """Build the launch plan for a request.
+    """Assign ranks to the requested hosts, and build the command of each host.
 
     Args:
-        request: launch request.
+        request: script, hosts and options of the launch.
         facts: network settings by host name. If a host has no entry, its name is used as its
             address.
-        environment: environment variables of the launcher. The ranks receive those that match a
-            pattern such as ``NCCL_*``, or a pattern in ``request.pass_env``.
+        environment: environment variables of the launcher. The ranks receive those whose names
+            match a pattern such as ``NCCL_*``, or a pattern in ``request.pass_env``.
 
     Raises:
         LaunchError: if options conflict, or the minimum number of hosts is invalid.
@@ -209,12 +209,13 @@ def _check_request(request: LaunchRequest, min_nodes: int) -> None:
     if not 1 <= min_nodes <= len(request.hosts):
         raise LaunchError(
             f"MIN in `--nnodes MIN:MAX` must be between 1 and {len(request.hosts)}, the number of "
-            f"hosts, got {min_nodes}."
+            f"hosts, got {min_nodes}. Change MIN, or add hosts."
         )
     if request.store is not None and not request.max_restarts:
         raise LaunchError(
             "`--rejoin` requires `--max-restarts`, because torchrun must restart the ranks of the "
-            "other hosts when a host is lost and when it reconnects. Set `--max-restarts`."
+            "other hosts when a host is lost and when that host reconnects. Add, for example, "
+            "`--max-restarts 3`."
         )
 
 
@@ -252,7 +253,7 @@ def _script_options(request: LaunchRequest, host: Host) -> Iterator[str]:
 
 
 def build_environment(request: LaunchRequest, size: int) -> dict[str, str]:
-    """Return the environment variables that are set on all ranks, with ssh as well as with Slurm.
+    """Return the environment variables to set on all ranks, for both ssh and Slurm.
 
     Args:
         request: launch request.

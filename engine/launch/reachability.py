@@ -11,7 +11,7 @@ _TIMEOUT = 5.0
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on a port. Clients can connect without a call to `accept`.
+    """Return a socket that listens on a port. Clients can connect before `accept` is called.
 
     Raises:
         OSError: if the port is in use.

@@ -76,11 +76,11 @@ def bind_to_cores(
 def build_module_command(python: str, module: str) -> tuple[str, ...]:
     """Return a command that runs a module of onecycle.
 
-    The command does not import a module of the same name from the working directory.
+    The command ignores a module of the same name in the working directory.
 
     Args:
         python: Python interpreter.
-        module: full name of the module.
+        module: fully qualified name of the module.
     """
     return (python, "-m", "onecycle.isolated", module)
 
@@ -108,8 +108,8 @@ def find_config(script: tuple[str, ...], cwd: str) -> str | None:
 def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, str]:
     """Read the environment variables to set on all ranks.
 
-    The variables are read from `.deepspeed_env` in the working directory if it exists, then from
-    ``file``, and then from ``assignments``. If a variable is repeated, the last value is used.
+    The function reads `.deepspeed_env` in the working directory if that file exists, then ``file``,
+    and then ``assignments``. If a variable is repeated, the last value is used.
 
     Args:
         file: file with lines ``NAME=VALUE`` and ``#`` comments.
@@ -118,7 +118,7 @@ def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, s
     Raises:
         LaunchError: if a line or an assignment does not have the form ``NAME=VALUE``, or a name
             contains characters other than letters, digits and underscores.
-        OSError: if the file cannot be read.
+        OSError: if a file cannot be read.
     """
     default = Path(".deepspeed_env")
     lines = []
@@ -133,6 +133,10 @@ def read_variables(file: Path | None, assignments: Sequence[str]) -> dict[str, s
         name, equals, value = line.partition("=")
         # Other names cannot be set in a shell, and would be code in a job script.
         if not equals or not _VARIABLE.fullmatch(name.strip()) or "\0" in value:
-            raise LaunchError(f"Environment variables must have the form NAME=VALUE, got {name!r}.")
+            raise LaunchError(
+                "An environment variable must have the form NAME=VALUE, with only letters, digits "
+                f"and underscores in NAME, got {name!r}. Correct the option `--env` or the file "
+                "that contains the variable."
+            )
         variables[name.strip()] = value
     return variables

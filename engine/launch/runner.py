@@ -47,7 +47,7 @@ class _Report(NamedTuple):
 
 
 class _Agent:
-    """The local process that represents one host: its agent, or the ssh client connected to it."""
+    """The local process for one host: the agent, or the ssh client that runs the agent there."""
 
     def __init__(self, plan: NodePlan, reports: queue.Queue[_Report]) -> None:
         self._host = plan.host
@@ -214,7 +214,7 @@ class _Runner:
 
 
 def run(plan: LaunchPlan, console: Console, out: IO[str]) -> Outcome:
-    """Run a launch plan until the agent of every host has exited.
+    """Run a launch plan until the agent of every host has exited, and return the outcome.
 
     Args:
         plan: plan to run.

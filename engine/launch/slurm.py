@@ -104,8 +104,8 @@ def _format_option(name: str, value: str) -> str:
     # A line break would end the comment, so that bash would run the rest of the value.
     if not _OPTION_NAME.fullmatch(name) or not value.isprintable():
         raise LaunchError(
-            f"`--slurm-opt` must have the form NAME=VALUE in one line, with the long name of an "
-            f"sbatch option, got {f'{name}={value}'!r}."
+            "`--slurm-opt` must have the form NAME=VALUE in one line, where NAME is the long name "
+            f"of an sbatch option, got {f'{name}={value}'!r}. Pass, for example, `partition=gpu`."
         )
     return f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}"
 
@@ -149,7 +149,8 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
     allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
     if nodes != allocated:
         raise LaunchError(
-            f"`--nnodes` must be {allocated}, the number of nodes in this allocation, got {nodes}."
+            f"`--nnodes` must be {allocated}, the number of nodes in this allocation, got {nodes}. "
+            f"Pass `--nnodes {allocated}`."
         )
     if options:
         raise LaunchError(

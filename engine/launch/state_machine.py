@@ -2,8 +2,8 @@
 
 The state machine does not start processes or read the clock. The runner reports each event and its
 time, and executes the actions that the state machine returns. The table at the end of
-`LaunchStateMachine` lists all transitions. The public methods convert their arguments to an event
-in this table.
+`LaunchStateMachine` lists all transitions. Each public method that reports something to the state
+machine selects the matching event in this table.
 """
 
 from __future__ import annotations

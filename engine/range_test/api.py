@@ -39,8 +39,8 @@ def lr_range_test(
 
     Afterwards, the weights, buffers, optimizer, schedule, loss scale, counters and RNG states are
     restored bit for bit, even after an exception. A second call therefore measures the same
-    curve. Every rank must call this function; the loss is averaged over all ranks. Boundaries set
-    with `set_gradient_accumulation_boundary` are ignored during the test.
+    curve. Every rank must call this function; the loss is averaged over all ranks. The test ignores
+    calls of `set_gradient_accumulation_boundary`.
 
     If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. The runs use
     five maximum learning rates around the suggestion, each twice the previous one. As long as the
@@ -61,7 +61,7 @@ def lr_range_test(
         min_lr: learning rate of the first step.
         max_lr: learning rate of the last step.
         steps: number of steps, at least 2.
-        shape: how the learning rate increases: "exponential", "linear" or "staircase".
+        shape: shape of the increase: "exponential", "linear" or "staircase".
         momentum: momentum of the first step and of the last step; it changes linearly in between.
             By default, the momentum stays constant.
         divergence_factor: maximum ratio of the smoothed loss to its previous minimum; a larger
@@ -136,6 +136,6 @@ def _repeat_forever(batches: Iterable[Any]) -> Iterator[Any]:
             yield batch
         if count == 0:
             raise ValueError(
-                "`batches` yields no micro-batches. Pass a list or a data loader; a generator can "
-                "be iterated only once."
+                "`batches` must yield at least one micro-batch in each iteration, got none. Pass a "
+                "list or a data loader, because a generator can be iterated only once."
             )

@@ -1,4 +1,4 @@
-"""Record the learning rate and loss of each step of an LR range test; detect when it ends."""
+"""Record the learning rate and loss of each step of an LR range test, and detect its end."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Recorder:
             self._write(self.run.facts)
 
     def record(self, lr: float, momentum: float | None, loss: float, *, applied: bool) -> None:
-        """Record a step.
+        """Record a step. End the run if the step is the last one or the loss has diverged.
 
         Args:
             lr: learning rate of the step.

@@ -1,4 +1,4 @@
-"""Refine a suggested maximum learning rate by training short 1Cycle runs with several values."""
+"""Refine a suggested maximum learning rate by training short 1Cycle runs with values around it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Refinement:
     def lowest(self) -> float:
         """The maximum learning rate with the lowest estimated loss at the end of a cycle.
 
-        It is the minimum of a parabola that is fitted to the final losses near the best cycle.
+        The value is at the minimum of a parabola fitted to the final losses near the best cycle.
         """
         return self._find_lowest(np.array(list(self.losses.values())).mean(axis=1))
 
@@ -60,7 +60,7 @@ class Refinement:
 
     @property
     def shrinkage(self) -> float:
-        """Factor that multiplies the maximum if the planned training is longer than a cycle.
+        """Factor for the maximum learning rate if the planned training is longer than a cycle.
 
         The factor is ``(steps / training_steps) ** 0.32``, but at most 1.
         """
@@ -206,7 +206,10 @@ def check_training_steps(is_refined: bool, training_steps: int | None) -> None:
             "`training_steps`."
         )
     if training_steps is not None and training_steps < 1:
-        raise ValueError(f"`training_steps` must be >= 1, got {training_steps}.")
+        raise ValueError(
+            f"`training_steps` must be >= 1, got {training_steps}. Pass the number of steps of the "
+            "planned training."
+        )
 
 
 def build_short_cycle(block: Mapping[str, Any], max_lr: float, steps: int) -> dict[str, Any]:

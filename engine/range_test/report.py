@@ -88,11 +88,10 @@ class LRRangeReport:
     def suggestion(self) -> Suggestion:
         """The suggestion from all runs. If ``max_lr`` is None, ``reason`` explains why.
 
-        The smoothed curve, and the learning rates that the rules of `suggest` select, are based on
-        the points of all runs together.
-        If there are several runs, and more than half of them yield a suggestion on their own,
-        ``max_lr`` is the median of these suggestions, so that a single run that diverged early has
-        little effect.
+        The smoothed curve and the rules of `suggest` use the points of all runs together. If there
+        are several runs, and more than half of them yield a suggestion on their own, ``max_lr`` is
+        the median of these suggestions. A single run that diverged early therefore has little
+        effect.
         """
         lrs, losses = (
             np.concatenate([np.asarray(part, float) for part in parts])
@@ -108,7 +107,7 @@ class LRRangeReport:
         return Suggestion(rounded, reason, found.rules, found.smoothed)
 
     def _find_early_end(self) -> str:
-        """Return a message if a script ended before its sweep did; otherwise, an empty string."""
+        """Return a message if a script ended before its sweep did, else an empty string."""
         for run in self.runs:
             steps = run.facts.get("steps")
             if not run.end and steps and len(run.lrs) < steps:

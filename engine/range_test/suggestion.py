@@ -83,8 +83,8 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     - end of descent: the learning rate at which the loss has completed 90 % of its descent;
     - minimum: the middle, in log(lr), of the range in which the loss exceeds its minimum by less
       than 5 % of the descent;
-    - divergence / 10: a tenth of the learning rate at which the loss diverges, which means that
-      it rises again by 90 % of the descent, is no longer finite, or ends the test;
+    - divergence / 10: a tenth of the learning rate at which the loss has risen again by 90 % of
+      the descent, is no longer finite, or has diverged so far that the test ends;
     - steepest: the learning rate at which the loss falls fastest over log(lr);
     - valley: the middle, in log(lr), between 10 % and 90 % of the descent;
     - minimum / 10: a tenth of the learning rate with the lowest loss.
@@ -92,8 +92,8 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     The suggestion is the median of the learning rates that the first three rules select; rules that
     do not apply are ignored. A cycle reaches its maximum only briefly, so the maximum can be as
     large as the learning rate at which the loss stops falling. The last three rules are meant for a
-    constant learning rate. Their values are too small for the maximum of a cycle
-    (docs/results/lr_test.md).
+    constant learning rate. Their values are too small for the maximum of a cycle; see
+    docs/results/lr_test.md.
 
     Args:
         lrs: learning rate of each step, positive, in any order and spacing.
@@ -118,10 +118,12 @@ def suggest(lrs: ArrayLike, losses: ArrayLike, *, diverged_at: float | None = No
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(
             f"`lrs` and `losses` must be 1-D with the same length, got shapes {x.shape} and "
-            f"{y.shape}."
+            f"{y.shape}. Pass one loss for each learning rate."
         )
     if not np.all(x > 0):
-        raise ValueError(f"`lrs` must be positive, got {x.min()}.")
+        raise ValueError(
+            f"`lrs` must be positive, got {x.min()}. Remove learning rates <= 0 and their losses."
+        )
     order = np.argsort(x, kind="stable")
     x, y = np.log10(x[order]), y[order]
     finite = np.isfinite(y)

@@ -27,8 +27,8 @@ class Sweep:
         min_lr: learning rate of the first step.
         max_lr: learning rate of the last step.
         steps: number of steps.
-        shape: how the learning rate increases: "exponential", "linear", or "staircase" (20 stairs
-            of equal height).
+        shape: shape of the increase: "exponential", "linear", or "staircase" (20 stairs of equal
+            height).
         momentum: momentum of the first step and of the last step; it changes linearly in between.
             If None, the momentum stays constant.
         block: scheduler block to use; if None, a block is built from the arguments above.
@@ -38,8 +38,8 @@ class Sweep:
         config: path of the config to use instead of the script's config.
         seed_offset: number that is added to the config's seed and to torch's initial seed, so that
             repeated sweeps differ.
-        engine: number of the engine to test, from 1, in the order in which the script creates
-            the engines. If None, the script must create only one engine.
+        engine: number of the engine to test, counted from 1 in the order in which the script
+            creates its engines. If None, the script must create only one engine.
 
     Raises:
         ValueError: if `min_lr` is not positive, `max_lr` is not finite or not above `min_lr`,
@@ -62,13 +62,16 @@ class Sweep:
         if not 0 < self.min_lr < self.max_lr < math.inf:
             raise ValueError(
                 "`min_lr` and `max_lr` must be finite with 0 < `min_lr` < `max_lr`, got "
-                f"{self.min_lr:g} and {self.max_lr:g}."
+                f"{self.min_lr:g} and {self.max_lr:g}. Use, for example, 1e-6 and 10."
             )
         if self.steps < 2:
-            raise ValueError(f"`steps` must be >= 2, got {self.steps}.")
+            raise ValueError(
+                f"`steps` must be >= 2, got {self.steps}. Use more steps, for example 250."
+            )
         if self.momentum and self.shape == "staircase":
             raise ValueError(
-                "`shape` must be `exponential` or `linear` if `momentum` is set, got `staircase`."
+                "`shape` must be `exponential` or `linear` if `momentum` is set, got `staircase`. "
+                "Change `shape`, or omit `momentum`."
             )
 
     @property
@@ -112,9 +115,9 @@ def read_initial_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float]:
     lrs = [float(group.get("initial_lr", group["lr"])) for group in groups]
     if lrs[0] == 0 and any(lrs):
         raise ValueError(
-            "The LR range test keeps the ratio of each param group's learning rate to that of the "
-            "first group, but the learning rate of the first group is 0. Move this group to the "
-            "end, or remove it."
+            "The learning rate of the first param group must be > 0, got 0, because the LR range "
+            "test scales the other groups in proportion to the first one. Put a group with a "
+            "learning rate > 0 first."
         )
     return lrs
 

@@ -49,17 +49,19 @@ class Accumulation:
         return (self.micro_batches + 1) % self.steps == 0
 
     def set_boundary(self, is_boundary: bool) -> None:
-        """Set whether each following `step` runs the optimizer, instead of counting micro-batches.
+        """Set whether each following call of `step` runs the optimizer.
+
+        The number of micro-batches then has no effect.
 
         Raises:
-            RuntimeError: ``managed_gradient_accumulation`` is false, so that every call of `step`
-                runs the optimizer.
+            RuntimeError: ``managed_gradient_accumulation`` is false, so every call of `step` runs
+                the optimizer.
         """
         if not self.is_managed:
             raise MisuseError(
                 "`set_gradient_accumulation_boundary()` must not be called if "
                 "`managed_gradient_accumulation` is false, because each `step()` then runs the "
-                "optimizer. Call `step()` only at the boundary, or remove the key."
+                "optimizer. Call `step()` only at the boundary, or remove the key from the config."
             )
         self.boundary = is_boundary
 
@@ -78,23 +80,23 @@ class Accumulation:
         self.has_gradients = False
 
     def check_between_steps(self) -> None:
-        """Check that a trial run can start without losing accumulated gradients.
+        """Check that an LR range test can start without losing accumulated gradients.
 
         Raises:
             ValueError: the current batch is incomplete.
         """
         if self.micro_batches or self.scaled_losses:
             raise ValueError(
-                "An LR range test cannot start in the middle of a batch. Train on the remaining "
-                "micro-batches of the batch first."
+                "An LR range test cannot start in the middle of a batch. First train on the "
+                "remaining micro-batches of this batch."
             )
 
     @contextlib.contextmanager
     def no_sync(self, zero_stage: int) -> Iterator[None]:
-        """Do not average gradients across ranks inside this context; see `Engine.no_sync`.
+        """Disable gradient averaging across ranks inside this context; see `Engine.no_sync`.
 
         Raises:
-            RuntimeError: the ZeRO stage is 2 or 3, or this context is already active.
+            RuntimeError: the ZeRO stage is 2 or 3, or this context or `coalesce` is active.
         """
         if zero_stage >= 2:
             raise MisuseError(
@@ -102,7 +104,10 @@ class Accumulation:
                 "each backward pass. Use `gradient_accumulation_steps` instead."
             )
         if not self.averages_gradients or self.is_coalescing:
-            raise MisuseError("`no_sync()` must not be nested. Leave the outer context first.")
+            raise MisuseError(
+                "`no_sync()` must not be nested in `no_sync()` or `coalesce_grad_reduction()`. "
+                "Exit the outer context first."
+            )
         self.averages_gradients = False
         try:
             yield
@@ -120,7 +125,7 @@ class Accumulation:
         """
         if not self.averages_gradients:
             raise MisuseError(
-                "`coalesce_grad_reduction()` must not be nested in `no_sync()`. Leave the outer "
+                "`coalesce_grad_reduction()` must not be nested in `no_sync()`. Exit the outer "
                 "context first."
             )
         self.is_coalescing = True

@@ -39,7 +39,7 @@ def checkpoint_activations(
     if not blocks:
         log.warning(
             "`activation_checkpointing` has no effect, because the model has no ModuleList of "
-            'layers of the same class; list the blocks\' classes in "engine": {"wrap": […]}'
+            'layers of the same class; list the classes of the layers in "engine": {"wrap": […]}'
         )
     for block in blocks:
         block.forward = CheckpointedForward(block.forward, on_host=on_host)
@@ -91,7 +91,7 @@ def find_blocks(model: nn.Module, wrap: Sequence[str] = ()) -> list[nn.Module]:
         if not found:
             raise ValueError(
                 f"`engine.wrap` must name classes of the model's modules, got {list(wrap)}. "
-                "`print(model)` shows the class names."
+                "Use class names that `print(model)` shows."
             )
         return found
     blocks = []

@@ -45,7 +45,7 @@ def check_arguments(
 
 
 def check_is_trainable(model: nn.Module) -> None:
-    """Check that a model has a parameter that requires gradients.
+    """Check that at least one parameter of a model requires gradients.
 
     Raises:
         ValueError: no parameter requires gradients.
@@ -62,11 +62,11 @@ def check_is_trainable(model: nn.Module) -> None:
 def check_are_in_model(model: nn.Module, groups: Iterable[Any], backend: str) -> None:
     """Check that all parameters to train belong to the model.
 
-    The backend would neither average the gradients of a parameter outside of the model nor save
-    the parameter.
+    The backend neither averages the gradients of parameters outside of the model nor saves these
+    parameters.
 
     Args:
-        model: the module to train.
+        model: module to train.
         groups: parameters or param groups to train.
         backend: name of the backend, for the message.
 

@@ -60,7 +60,7 @@ def order_dataset(samples: int, config: Config) -> EpochOrder:
 
 
 def order_sampler(source: Any, config: Config, **settings: Any) -> EpochOrder:
-    """Return the order that a sampler draws, made to depend only on the seed and the epoch.
+    """Return the order that a sampler draws. It depends only on the seed and the epoch.
 
     Before the sampler draws the order of an epoch, its own random generators and the global ones
     are seeded from ``engine.seed`` and the epoch number. Afterwards, their previous states are
@@ -174,8 +174,8 @@ class _SeededItems:
     """Holds the items of one micro-batch, and seeds the worker process that unpickles them.
 
     torch seeds a worker only when the worker starts. Without this class, the random numbers of a
-    worker would depend on the micro-batches that it has loaded before, so they would be different
-    in a resumed run.
+    worker would depend on the micro-batches that it has loaded before, and would be different in a
+    resumed run.
     """
 
     def __init__(self, items: Any, seed: str) -> None:

@@ -72,7 +72,7 @@ class BestMetric:
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Load the state from a checkpoint, unless it is None or belongs to a different metric."""
+        """Load the state from a checkpoint; ignore None and the state of a different metric."""
         if state is not None and (state["name"], state["mode"]) == (self.name, self.mode):
             for key in ("value", "step", "misses", "last_step"):
                 setattr(self, key, state[key])

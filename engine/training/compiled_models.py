@@ -13,8 +13,9 @@ __all__ = ["unwrap_compiled"]
 def unwrap_compiled(model: nn.Module) -> nn.Module:
     """Return the module inside a compiled model, set up to run compiled without the wrapper.
 
-    The names in the wrapper's state dict start with ``_orig_mod.``, so its checkpoints would not
-    match the model without `torch.compile`. Any other model is returned unchanged.
+    The wrapper adds ``_orig_mod.`` to the keys of the state dict, so a checkpoint of the wrapper
+    could not be loaded into the model without `torch.compile`. If the model is not compiled, return
+    it unchanged.
 
     >>> import torch
     >>> inner = nn.Linear(2, 1)

@@ -46,8 +46,8 @@ def call_on_batches(model: Callable[..., Any], batches: Iterator[Any], count: in
         batch = next(batches, None)
         if batch is None:
             raise ValueError(
-                f"`data_iter` must yield {count} micro-batches, got {index}. Pass an endless "
-                "iterator, or stop training at the end of an epoch."
+                f"`data_iter` must yield all micro-batches of a step ({count}), got {index}. Pass "
+                "an endless iterator, or stop training at the end of an epoch."
             )
         yield call_model(model, batch)
 
@@ -96,8 +96,9 @@ def count_steps_per_epoch(loader: RunLoader | None, config: Config) -> int | Non
     steps = micro_batches // config.batch.accumulation
     if steps == 0:
         raise ValueError(
-            f"The data loader must yield at least {config.batch.accumulation} micro-batches, which "
-            f'make up one optimizer step, got {micro_batches}. Set a smaller "train_batch_size".'
+            "The number of micro-batches per epoch must be >= "
+            f"{config.batch.accumulation}, the number per optimizer step, got {micro_batches}. "
+            "Reduce `train_batch_size`."
         )
     return steps
 
@@ -108,9 +109,9 @@ def build_loader(
     ranks: Ranks,
     collate_fn: Callable[[list[Any]], Any] | None,
 ) -> RunLoader:
-    """Build the data loader of one rank; it yields micro-batches and reshuffles every epoch.
+    """Build the data loader of one rank, which yields micro-batches and reshuffles every epoch.
 
-    An iterable dataset is not shuffled. It must itself split its samples across ranks.
+    An iterable dataset is not shuffled, and must itself split its samples across ranks.
 
     Args:
         training_data: dataset, or the user's own data loader.

@@ -60,8 +60,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 class Evaluator:
     """Averages metrics over a dataset, and gathers tensors from all ranks.
 
-    All ranks process equally many batches, because a forward pass may gather parameters from all
-    ranks. A rank that has no batch left processes an earlier batch again, and drops the results.
+    All ranks process the same number of batches, because a forward pass may gather parameters from
+    all ranks. A rank that has no batch left repeats an earlier batch, and drops its results.
 
     Args:
         ranks: rank, world size and device of this process.
@@ -143,7 +143,7 @@ class Evaluator:
         return self._gather_objects(self._ranks.shard).index(self._ranks.shard)
 
     def _iterate(self, loader: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """Return an iterator over (batch, is_repeated) pairs for this rank."""
+        """Return an iterator over pairs: a batch of this rank, and whether it is repeated."""
         if self._ranks.world_size == 1:
             return ((batch, False) for batch in loader)
         plans = self._gather_objects(_plan_split(loader))
@@ -180,11 +180,11 @@ class Evaluator:
 
 
 def _plan_split(loader: Iterable[Any]) -> tuple[int, int, bool, str] | None:
-    """Describe the dataset and the batches of a loader, or return None if they cannot be split.
+    """Return a description of a loader's data, or None if the data cannot be split across ranks.
 
-    The result contains the number of samples, the batch size, ``drop_last`` and a hash of the first
-    sample. If the results of the ranks are equal, the loader's dataset can be split across the
-    ranks. They differ if the dataset of each rank contains only that rank's part of the data.
+    The description contains the number of samples, the batch size, ``drop_last`` and a hash of the
+    first sample. If all ranks have equal descriptions, they have the same dataset, which can be
+    split. The descriptions differ if the dataset of each rank contains only a part of the data.
     """
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None
@@ -245,7 +245,7 @@ def _to_bytes(tensor: Tensor) -> Tensor:
 
 
 def _read_result(result: Any, samples: int | None) -> list[_Row]:
-    """Check the result of ``fn`` for a batch, and return a `_Row` for each metric.
+    """Check the result of ``fn`` for a batch, and return (name, mean, samples) for each metric.
 
     Tensors stay on their device.
     """

@@ -71,8 +71,8 @@ class _Bucket:
 class GradientAverager:
     """Averages the gradients of the trained parameters across ranks.
 
-    During a backward pass inside `overlap`, a bucket of gradients is averaged as soon as all of
-    them are computed, while the pass continues. `finish` averages all other gradients, so that the
+    Inside `overlap`, a bucket of gradients is averaged as soon as all gradients of the bucket are
+    computed, while the backward pass continues. `finish` averages all other gradients, so that the
     optimizer uses only averaged gradients. Averaging a gradient twice is safe, because the second
     average does not change values that are already equal on all ranks. If no rank has a gradient
     for a parameter, the gradient stays None.
@@ -121,7 +121,7 @@ class GradientAverager:
 
     @contextlib.contextmanager
     def overlap(self) -> Iterator[None]:
-        """Average gradients during a backward pass inside this context, as they are computed.
+        """Average gradients while the backward pass inside this context computes them.
 
         The remaining gradients are averaged when the context exits.
         """
@@ -146,7 +146,7 @@ class GradientAverager:
             self._average_all()
 
     def finish(self) -> None:
-        """Average the remaining gradients across ranks, and copy rank 0's buffers to all ranks.
+        """Average the remaining gradients, and copy the model's buffers from rank 0 to all ranks.
 
         Call this method before each optimizer step.
 
@@ -192,7 +192,7 @@ class GradientAverager:
     def _add_hook(self, parameter: nn.Parameter, hook: Callable[..., None]) -> None:
         """Register a hook that runs whenever a parameter's gradient has been accumulated.
 
-        It runs after the hooks that the script has registered on the parameter.
+        This hook runs after the hooks that the script has registered on the parameter.
         """
         if parameter.requires_grad:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
@@ -237,7 +237,7 @@ class GradientAverager:
     def _copy(self, bucket: _Bucket, index: int) -> bool:
         """Copy a gradient, divided by the world size, to the buffer of its bucket.
 
-        If the parameter has no gradient, copy zeros. Return whether it has one.
+        If the parameter has no gradient, copy zeros. Return whether the parameter has a gradient.
         """
         gradient, view = bucket.parameters[index].grad, bucket.views[index]
         if gradient is None:
@@ -288,7 +288,7 @@ class GradientAverager:
         dist.all_reduce(parameter.grad)
 
     def _average_buffers(self) -> None:
-        """Copy rank 0's buffers, such as the running statistics of BatchNorm, to all ranks."""
+        """Copy the model's buffers, such as BatchNorm's running mean, from rank 0 to all ranks."""
         by_type: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for buffer in () if self._model is None else self._model.buffers():
             by_type.setdefault((buffer.device, buffer.dtype), []).append(buffer.detach())

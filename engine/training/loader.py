@@ -46,8 +46,8 @@ class RunLoader:
         sampler: batch sampler of ``batches``, which can skip micro-batches when a run resumes.
             Without it, the skipped micro-batches are loaded and discarded, unless the loader saves
             its own position.
-        repeats: check that the ranks load different batches; None if the loader itself ensures
-            this.
+        repeats: object that checks whether the ranks load different batches; None if the loader
+            itself ensures this.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class RunLoader:
         """The position in the data. To return to a position, assign it to this property.
 
         If the data loader saves its own position, its state is included once the first epoch has
-        started. It is not read earlier, because the loader may start worker processes to return it.
+        started. Reading this state earlier might start the worker processes of the loader.
         """
         own = self._batches.state_dict() if has_state(self._batches) and self._epoch >= 0 else None
         return self._epoch, self._requested, self._is_finished, self.resumes, own
@@ -150,14 +150,14 @@ class RunLoader:
     def close(self) -> None:
         """Stop the worker processes that keep running between epochs.
 
-        Without this call, the workers would be stopped by Python's garbage collector. If it deletes
-        the queues of the workers first, stopping them takes several seconds.
+        Otherwise, Python's garbage collector stops the workers. This takes several seconds if it
+        deletes the queues of the workers first.
         """
         if getattr(self._batches, "persistent_workers", False):
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way
 
     def check_before_resuming(self, check_resume: Callable[[], None]) -> None:
-        """Call ``check_resume`` before the first loop over the data, unless it starts epoch 0."""
+        """Register a function to call before the first loop over the data, except in epoch 0."""
         self._check_resume = check_resume
 
     def stop_when(self, run_is_over: Callable[[], bool], save_last: Callable[[], None]) -> None:
@@ -165,7 +165,7 @@ class RunLoader:
         self._run_is_over, self._save_last = run_is_over, save_last
 
     def call_after_epoch(self, end_epoch: Callable[[], None]) -> None:
-        """Call ``end_epoch`` whenever the data of an epoch is used up."""
+        """Register a function to call whenever the data of an epoch is used up."""
         self._end_epoch = end_epoch
 
     def __iter__(self) -> Iterator[Any]:
@@ -180,7 +180,7 @@ class RunLoader:
         return self._count_requests(self._start_epoch())
 
     def iterate_forever(self) -> Iterator[Any]:
-        """Return an iterator over the batches of all epochs, the same iterator in each call."""
+        """Return an endless iterator over the batches of all epochs, always the same iterator."""
         if self._endless is None:
             self._endless = itertools.chain.from_iterable(itertools.repeat(self))
         return self._endless

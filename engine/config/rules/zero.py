@@ -69,7 +69,7 @@ def _check_single_process_offload(context: RuleContext) -> Iterator[Problem]:
         return
     for name in ("offload_optimizer", "offload_param"):
         if find_offload_device(context.config, name) == "cpu":
-            message = f"`{name}` has no effect on a single process with the PyTorch backend."
+            message = f"`{name}` has no effect with a single process on the PyTorch backend."
             hint = 'Use several ranks, or set `engine.backend` to "deepspeed".'
             yield context.warning("offload-single-process", f"{_ZERO}/{name}", message, hint)
 

@@ -192,7 +192,7 @@ def test_lr_range_test_invalid_arguments_are_rejected():
         engine.lr_range_test(trainer, loader, training_steps=100)
     with pytest.raises(ValueError, match="`training_steps` must be >= 1, got 0"):
         engine.lr_range_test(trainer, loader, refine=True, training_steps=0)
-    with pytest.raises(ValueError, match="`batches` yields no micro-batches"):
+    with pytest.raises(ValueError, match="`batches` must yield at least one micro-batch"):
         engine.lr_range_test(trainer, [])
     train(trainer, loader, 1)
     with pytest.raises(ValueError, match="in the middle of a batch"):
@@ -337,5 +337,5 @@ def test_lr_range_test_with_a_first_group_of_lr_0_is_rejected():
     trainer, *_ = engine.initialize(
         config={"train_batch_size": 8}, model=model, optimizer=optimizer
     )
-    with pytest.raises(ValueError, match="the learning rate of the first group is 0"):
+    with pytest.raises(ValueError, match="the first param group must be > 0, got 0"):
         engine.lr_range_test(trainer, torch.randn(2, 8, 2))
