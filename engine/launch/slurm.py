@@ -104,8 +104,8 @@ def _format_option(name: str, value: str) -> str:
     # A line break would end the comment, so that bash would run the rest of the value.
     if not _OPTION_NAME.fullmatch(name) or not value.isprintable():
         raise LaunchError(
-            "`--slurm-opt` must have the form NAME=VALUE in one line, where NAME is the long name "
-            f"of an sbatch option, got {f'{name}={value}'!r}. Pass, for example, `partition=gpu`."
+            f"`--slurm-opt` must be one line of the form NAME=VALUE, got {f'{name}={value}'!r}. "
+            "NAME is the long name of an sbatch option: pass, for example, `partition=gpu`."
         )
     return f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}"
 

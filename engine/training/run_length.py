@@ -42,7 +42,7 @@ class RunLength:
             steps_per_epoch: number of optimizer steps per epoch; None if unknown.
 
         Returns:
-            Whether the length could be determined. A length in epochs is unknown without
+            Whether the number of steps is known. A length in epochs requires
             ``steps_per_epoch``.
 
         Raises:

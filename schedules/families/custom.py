@@ -94,7 +94,7 @@ def adapt(found: Any, path: str) -> type[Schedule[Any]]:
     Args:
         found: function of the step, subclass of ``LRScheduler``, or function that takes
             ``optimizer`` as its first parameter and returns such a scheduler.
-        path: import path of ``found``, which is also the name of the schedule in a config.
+        path: import path of ``found``. It is the name of the schedule in a config.
 
     Raises:
         ValueError: ``found`` is neither a function nor a scheduler class, or the ``step`` method of

@@ -1,4 +1,4 @@
-"""General schedules: phases, warmup-stable-decay and inverse square root."""
+"""General-purpose schedules: multi-phase, warmup-stable-decay and inverse square root."""
 
 from __future__ import annotations
 

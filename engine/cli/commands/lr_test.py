@@ -177,8 +177,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         run = _train(command, cycle, name, args, console)
         if not run.end:
             raise _TestFailedError(
-                f"the script ended after {len(run.lrs)} steps, but a short 1Cycle run needs "
-                f"{args.steps} steps. Train for more epochs, or reduce --steps."
+                f"the script ended after {len(run.lrs)} of the {args.steps} steps of a short "
+                "1Cycle run. Train for more epochs, or reduce `--steps`."
             )
         return run
 
