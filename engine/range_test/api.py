@@ -15,7 +15,7 @@ from engine.range_test.refinement import check_training_steps
 from engine.range_test.report import LRRangeReport
 from engine.range_test.sweep import Shape, Sweep, read_initial_lrs, spread_over_groups
 from engine.training.data import call_model
-from engine.training_run import preserve_state
+from engine.training_loops import preserve_state
 from schedules import Schedule, from_config
 
 __all__ = ["lr_range_test"]

@@ -17,7 +17,9 @@ CYCLE = {
 STEPS = 10
 
 
-def count_reads(*, precision="fp32", clipping=1.0, monitors=None, checkpoints=None, **sections):
+def count_reads(
+    *, deferred=True, precision="fp32", clipping=1.0, monitors=None, checkpoints=None, **sections
+):
     """Return the host reads per step after the first steps, by operation and place."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     config = {
@@ -26,7 +28,7 @@ def count_reads(*, precision="fp32", clipping=1.0, monitors=None, checkpoints=No
         "scheduler": CYCLE,
         "gradient_clipping": clipping,
         "steps_per_print": 1000,
-        "engine": {"backend": "torch"},
+        "engine": {"backend": "torch", "deferred_step": deferred},
         **sections,
     }
     if precision != "fp32":
@@ -66,17 +68,45 @@ def test_host_reads_counts_reads_of_values_and_no_other_operations():
 
 @pytest.mark.parametrize("clipping", [0.0, 1.0])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_step_that_waits_reads_the_norm(precision, clipping):
-    found = count_reads(precision=precision, clipping=clipping)
+def test_deferred_step_reads_nothing(precision, clipping, tmp_path):
+    assert count_reads(precision=precision, clipping=clipping) == {}
+    found = count_reads(
+        precision=precision, clipping=clipping, monitors=tmp_path, checkpoints=tmp_path
+    )
+    assert found == {}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_step_that_waits_reads_the_norm(precision):
+    found = count_reads(deferred=False, precision=precision)
     assert sum(found.values()) == 1, found
 
 
 def count_on_rank(settings, directory):
-    return sum(count_reads(monitors=directory, checkpoints=directory, **settings).values())
+    for precision in ("fp32", "bf16", "fp16"):
+        for clipping in (0.0, 1.0):
+            found = count_reads(precision=precision, clipping=clipping, **settings)
+            assert found == {}, (precision, clipping)
+    return count_reads(monitors=f"{directory}/m", checkpoints=f"{directory}/c", **settings)
 
 
-def test_step_that_waits_reads_several_values_on_two_ranks(tmp_path):
-    for stage, expected in ((0, 5), (3, 5)):
-        settings = {"zero_optimization": {"stage": stage}}
-        found = run_distributed_test(count_on_rank, 2, settings, str(tmp_path / str(stage)))
-        assert found == [expected, expected], stage
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deferred_step_on_two_ranks_reads_nothing(stage, tmp_path):
+    settings = {"zero_optimization": {"stage": stage}}
+    assert run_distributed_test(count_on_rank, 2, settings, str(tmp_path)) == [{}, {}]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_step_that_waits_on_two_ranks_reads_several_values(stage, tmp_path):
+    found = run_distributed_test(count_waiting_on_rank, 2, stage, str(tmp_path))
+    assert found == [4, 4]
+
+
+def count_waiting_on_rank(stage, directory):
+    found = count_reads(
+        deferred=False,
+        monitors=f"{directory}/m",
+        checkpoints=f"{directory}/c",
+        zero_optimization={"stage": stage},
+    )
+    return sum(found.values())
