@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import sys
 import weakref
@@ -109,7 +110,8 @@ class TrainingRun:
         )
         if backend.deferred is not None:
             run.window.is_kept = True
-            run._settle_when_needed()
+            run._settle_before_use(scheduler)
+            atexit.register(_settle, weakref.ref(run))  # write the last step to the monitors
         return run
 
     def start_trial(self, recorder: StepRecorder, schedule: Schedule[Any]) -> TrainingRun:
@@ -138,6 +140,7 @@ class TrainingRun:
     def scheduler(self, scheduler: LRScheduler | None) -> None:
         self.settle()
         self.driver.scheduler = scheduler
+        self._settle_before_use(scheduler)
         self.window.is_kept |= self.driver.feedback == "loss"
 
     @property
@@ -202,17 +205,10 @@ class TrainingRun:
         self._complete_step(window)
         self.misuse.note_scheduler(self.scheduler)
 
-    def _settle_when_needed(self) -> None:
-        """Settle before the scheduler is used directly, and at the end of the process."""
-        run = weakref.ref(self)
-
-        def settle() -> None:
-            if (found := run()) is not None:
-                found.settle()
-
-        if isinstance(self.scheduler, ScheduleBinder):
-            self.scheduler.settle = settle
-        atexit.register(settle)
+    def _settle_before_use(self, scheduler: LRScheduler | None) -> None:
+        """Make the scheduler complete a deferred step before a script uses the scheduler."""
+        if self.backend.deferred is not None and isinstance(scheduler, ScheduleBinder):
+            scheduler.settle = functools.partial(_settle, weakref.ref(self))
 
     def prepare_to_load(self) -> None:
         """Prepare for loading a checkpoint that the script has chosen."""
@@ -438,3 +434,9 @@ class TrainingRun:
         recorder.record(*used, self.window.mean(), applied=self.counters.applied)
         if self.is_trial:
             recorder.stop_if_over()
+
+
+def _settle(reference: weakref.ref[TrainingRun]) -> None:
+    run = reference()
+    if run is not None:
+        run.settle()

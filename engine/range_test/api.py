@@ -121,6 +121,7 @@ def _trial_run(trainer: Engine, recorder: Recorder, schedule: Schedule[Any]) -> 
     """
     run = trainer._run  # noqa: SLF001  # private to the package
     run.accumulation.check_between_steps()
+    run.settle()  # before the snapshot, which contains the learning rate of the next step
     with preserve_state(trainer, trainer._backend, trainer.training_dataloader):  # noqa: SLF001  # private to the package
         try:
             trainer._run = run.start_trial(recorder, schedule)  # noqa: SLF001  # private to the package
