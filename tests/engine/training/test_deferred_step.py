@@ -357,7 +357,15 @@ def test_lr_range_test_after_a_deferred_step_restores_the_learning_rate():
 @pytest.mark.parametrize(
     "scheduler",
     [
-        {"type": "AutoWU", "params": {"steps_per_epoch": 1, "total_epochs": 12, "test": "robust", "rollback": False}},
+        {
+            "type": "AutoWU",
+            "params": {
+                "steps_per_epoch": 1,
+                "total_epochs": 12,
+                "test": "robust",
+                "rollback": False,
+            },
+        },
         {"type": "ReduceLROnPlateau", "params": {"patience": 0}},
     ],
 )
@@ -391,7 +399,12 @@ def test_deferred_feedback_schedule_receives_the_same_values(scheduler):
             {
                 "scheduler": {
                     "type": "AutoWU",
-                    "params": {"steps_per_epoch": 1, "total_epochs": 12, "test": "robust", "rollback": True},
+                    "params": {
+                        "steps_per_epoch": 1,
+                        "total_epochs": 12,
+                        "test": "robust",
+                        "rollback": True,
+                    },
                 }
             },
             False,
