@@ -52,7 +52,7 @@ class TorchInterface(LRScheduler):
 
     @abstractmethod
     def _go_to(self, state: Any, step: int, write: bool = True) -> None:
-        """Set the state and the step and, if requested, write that step's hyperparameters."""
+        """Set the state and the step, and optionally write the hyperparameters to the optimizer."""
 
     # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
     # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
