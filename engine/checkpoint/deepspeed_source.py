@@ -71,7 +71,7 @@ class DeepSpeedSource:
         for name, target in own.items():
             whole = self._tensors[name].read()
             if isinstance(target, DTensor):
-                # Each rank takes its part of its own tensor, so no rank waits for another one.
+                # Each rank takes its part of its local tensor, so no rank waits for the others.
                 whole = distribute_tensor(
                     whole.to(target.device),
                     target.device_mesh,

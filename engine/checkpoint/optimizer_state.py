@@ -55,7 +55,7 @@ KEPT_SETTINGS = frozenset(
     {"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"}
 )
 """Settings of a param group that belong to an implementation of an optimizer; DeepSpeed may have
-used another one."""
+used a different implementation."""
 
 
 def get_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

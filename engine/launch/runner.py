@@ -60,7 +60,7 @@ class _Agent:
             start_new_session=True,  # so that Ctrl-C interrupts only the launcher
         )
         self.send(json.dumps(plan.to_dict()))
-        # The agent stops the job if it receives no pings. A process of its own sends them even
+        # The agent stops the job if it receives no pings. A separate process sends them even
         # while the launcher is stopped (Ctrl-Z), and does not receive signals of the terminal.
         self._pings = subprocess.Popen(  # noqa: S603  # the program above
             [sys.executable, "-I", "-S", "-c", _PING, str(_PING_INTERVAL)],

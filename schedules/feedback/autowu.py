@@ -48,8 +48,8 @@ class AutoWU(FeedbackSchedule[AutoWUState], example={"steps_per_epoch": 10, "tot
 
     If ``rollback`` is true, the weights and the optimizer state are restored when the warmup ends:
     to their values at the end of the test interval with the lowest mean loss. A test interval is
-    the steps from one test to the next. A rollback helps models without normalization layers, which can diverge at high
-    learning rates.
+    the steps from one test to the next. A rollback helps models without normalization layers,
+    which can diverge at high learning rates.
 
     The engine passes the loss of ``trainer.backward(loss)`` to the schedule. In a custom loop, call
     ``step(loss=loss)``. Previews show a run on a synthetic loss.
