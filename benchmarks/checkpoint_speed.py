@@ -30,6 +30,7 @@ from rich.table import Table
 
 import engine
 from engine.checkpoint import state, storage
+from engine.checkpoint.hashes import compute_hash
 
 Contender = tuple[str, Callable[[Path], object]]
 WIDTH, LAYERS = 1024, 40
@@ -102,7 +103,7 @@ def main() -> None:
     def sync_and_hash(path: Path) -> None:
         for file in (path.parent / "tensors").iterdir():
             storage._sync(file)
-            storage._hash(file)
+            compute_hash(file)
 
     def read_tensors(path: Path) -> None:
         state.read(path.parent / "tensors", ours.module, ours.optimizer, strict=True)

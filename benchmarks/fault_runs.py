@@ -202,13 +202,13 @@ grep -o "CheckpointError: .*\\|resumed at.*" printed | tail -1; exit $status""",
     Fault(
         "a shard with the hash of its manifest but without valid content",
         """python <<'END'
-from engine.checkpoint import storage
+from engine.checkpoint.hashes import describe_files
 train(start(Path("run"), keep=2), 4)
 [shard] = Path("run/global_step4").glob("shard.*")
 shard.write_bytes(b"\\xff" * 100)
 path = shard.parent / "manifest.json"
 text = json.loads(path.read_text())
-text["files"][shard.name] = {"size": 100, "sha256": storage._hash(shard)}
+text["files"] |= describe_files([shard], shard.parent)
 del text["checksum"]
 path.write_text(json.dumps(text))
 start(Path("run"), keep=2)
@@ -245,10 +245,10 @@ train(trainer, 1).save_checkpoint("run")
 [tag] = Path("run").glob("global_step*")
 target = next(path for path in tag.rglob("*.pt") if "model" in path.name)
 torch.save(Bomb(), target)
-from engine.checkpoint import storage, manifest
+from engine.checkpoint import manifest
+from engine.checkpoint.hashes import describe_files
 text = json.loads((tag / "manifest.json").read_text())
-name = str(target.relative_to(tag))
-text["files"][name] = {"size": target.stat().st_size, "sha256": storage._hash(target)}
+text["files"] |= describe_files([target], tag)
 text.pop("checksum", None)
 (tag / "manifest.json").write_text(json.dumps(text))
 trainer.load_checkpoint("run")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from engine.checkpoint.hashes import find_hash
 from engine.errors import CheckpointError, escape
 
 __all__ = ["MANIFEST", "Manifest", "format_manifest", "read_manifest"]
@@ -21,7 +22,7 @@ FORMAT = 1
 class Manifest:
     """Contents of ``manifest.json``, which describes a checkpoint.
 
-    ``files`` maps each file's relative path to its size in bytes and its SHA-256 hash. ``identity``
+    ``files`` maps each file's relative path to its size in bytes and its hash. ``identity``
     contains the settings that must be the same in a run that resumes from the checkpoint.
     ``versions`` contains the versions of Python and of the packages that wrote the checkpoint.
     """
@@ -121,7 +122,7 @@ def _are_files(value: object) -> bool:
     return isinstance(value, dict) and all(
         isinstance(entry, dict)
         and _is_count(entry.get("size"))
-        and isinstance(entry.get("sha256"), str)
+        and find_hash(entry) is not None
         and not PurePosixPath(name).is_absolute()
         and ".." not in PurePosixPath(name).parts
         for name, entry in value.items()

@@ -15,7 +15,6 @@ the previous checkpoint therefore stays complete.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import platform
@@ -24,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from engine.checkpoint.hashes import describe_files, matches_hash
 from engine.checkpoint.manifest import MANIFEST, Manifest, format_manifest, read_manifest
 from engine.config.versions import get_installed_version
 from engine.errors import CheckpointError
@@ -49,7 +49,6 @@ log = logging.getLogger("onecycle")
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
 """File that DeepSpeed's `ds_to_universal` writes, with the tag of a universal checkpoint."""
-_CHUNK = 1 << 22
 
 
 def check_tag(tag: str) -> None:
@@ -140,11 +139,10 @@ def commit(partial: Path, manifest: Manifest) -> Path:
         OSError: if the disk is full or the directory is not writable.
     """
     directory = partial.parent
-    files = {}
-    for path in sorted(each for each in partial.rglob("*") if each.is_file()):
+    paths = sorted(each for each in partial.rglob("*") if each.is_file())
+    for path in paths:
         _sync(path)
-        name = path.relative_to(partial).as_posix()
-        files[name] = {"size": path.stat().st_size, "sha256": _hash(path)}
+    files = describe_files(paths, partial)
     sequences = (each.sequence for _, each in list_checkpoints(directory))
     manifest = replace(manifest, files=files, sequence=1 + max(sequences, default=0))
     _write(partial / MANIFEST, format_manifest(manifest))
@@ -280,8 +278,8 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
             yield f"{name} is missing"
         elif path.stat().st_size != entry["size"]:
             yield f"{name} has {path.stat().st_size:,} bytes instead of {entry['size']:,}"
-        elif hashes and _hash(path) != entry["sha256"]:
-            yield f"{name} does not match its SHA-256 hash"
+        elif hashes and not matches_hash(path, entry):
+            yield f"{name} does not match its hash"
 
 
 def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -> list[str]:
@@ -309,14 +307,6 @@ def prune(directory: Path, run: str, keep: int | None, keep_every: int | None) -
             shutil.rmtree(checkpoint_dir)
             removed.append(checkpoint_dir.name)
     return removed
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _write(path: Path, text: str) -> None:
