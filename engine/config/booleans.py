@@ -22,7 +22,7 @@ _OWN_PARAMS = {"/scheduler/params/relative"}
 
 
 def convert_numbers_to_booleans(document: Document) -> tuple[Document, list[Problem]]:
-    """Replace 0 and 1 with booleans in keys of DeepSpeed that accept only booleans.
+    """Replace 0 with false and 1 with true in DeepSpeed keys that accept only booleans.
 
     Args:
         document: parsed config; it is not modified.

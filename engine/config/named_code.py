@@ -25,7 +25,7 @@ class NamedCode(NamedTuple):
 
 
 def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCode]:
-    """Yield the code that a ``scheduler`` block and its nested schedules name.
+    """Yield each import path and entry point in a ``scheduler`` block and its nested schedules.
 
     Args:
         block: value of the key ``scheduler``; nothing is yielded if it is not an object.
@@ -58,7 +58,7 @@ def _is_entry_point(name: str) -> bool:
 
 
 def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
-    """Yield every import path in a parameter of a PyTorch scheduler, at any depth of nesting."""
+    """Yield every import path in the params of a PyTorch or custom scheduler, at any depth."""
     if isinstance(value, str) and ":" in value:
         yield NamedCode(pointer, value)
     members = value.items() if isinstance(value, Mapping) else ()
@@ -67,10 +67,10 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
 
 
 def check_named_code(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check that each import path in a ``scheduler`` block is well-formed and its module exists.
+    """Check each import path in a ``scheduler`` block without importing the code.
 
-    Yield an error or a warning for each invalid path, and a note for each valid path, because the
-    code itself is not imported or checked.
+    Yield an error for a malformed path, a warning for a path whose module does not exist, and a
+    note for each other path, because the code itself is not checked.
     """
     for pointer, path in find_named_code(block):
         name = dotted_name(pointer)

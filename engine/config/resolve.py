@@ -269,8 +269,9 @@ def load_config(
             values.
         needs_deepspeed: part of the model that only DeepSpeed supports; None if there is none.
             Such a part selects the DeepSpeed backend unless ``engine.backend`` is set.
-        count_ranks: function of the config and the world size that returns how many ranks load
-            different samples; by default, the number is derived from the config's parallelism.
+        count_ranks: function that takes the config and the world size, and returns the number of
+            ranks that load different samples. By default, this number is derived from the config's
+            parallelism.
 
     Raises:
         ConfigError: the config cannot be read or is invalid; ``problems`` lists every error.
@@ -371,7 +372,7 @@ def _build_optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | 
 
 
 def _as_floats(value: Any, schema: Mapping[str, Any]) -> Any:
-    """Convert an integer, or the integers in a list, to floats if the schema allows floats.
+    """Convert an integer or a list of integers to floats if the schema allows floats.
 
     JSON does not distinguish 0 from 0.0, but PyTorch rejects betas of mixed types.
     """

@@ -1,4 +1,4 @@
-"""Compute the curves of a config's schedule for the optimizer and run length of the config."""
+"""Compute the hyperparameter curves of a schedule, given the config's optimizer and run length."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def build_horizon(
     if total is not None and total * ratio < 1:
         scaled = "" if ratio == 1 else f" x `scale_schedule_ratio` ({ratio:g})"
         raise DurationError(
-            f"`engine.max_duration`{scaled} must be at least 1 step, got {length!r}, which is "
-            f"{total * ratio:g} steps. Increase `engine.max_duration`."
+            f"`engine.max_duration`{scaled} must be at least 1 step, got {total * ratio:g} steps "
+            f"(`max_duration` is {length!r}). Increase `engine.max_duration`."
         )
     return Horizon(
         total_steps=total,
@@ -90,10 +90,10 @@ def find_horizon(
 def list_possible_horizons(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> list[Horizon]:
-    """Return the length of the run, or several possible lengths if it is unknown before launch.
+    """Return the length of the run, or several possible lengths if the length is unknown.
 
-    Callers check the config with each of these lengths. If the check fails with all of them, the
-    config is invalid, whatever the length will be.
+    Callers check the config with each of these lengths. If every check fails, the config is assumed
+    to be invalid for any length.
 
     Args:
         schedule: schedule whose durations are to be converted to steps.
@@ -144,8 +144,8 @@ def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Bas
 
     Args:
         config: config without "auto" values.
-        schedule: schedule of the config. If its params contain lists of numbers, these determine
-            the number of param groups.
+        schedule: schedule of the config. If its params contain lists with one number per param
+            group, the length of the lists is the number of param groups.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
@@ -230,9 +230,10 @@ class EvaluatedSchedule:
 def evaluate_schedule(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> EvaluatedSchedule | None:
-    """Compute the curves of a schedule for the optimizer and run length of a config.
+    """Compute the curves of a schedule, given the optimizer and the run length of a config.
 
-    Return None if the curves depend on the loss, the length of an epoch or the number of ranks.
+    Return None if the curves depend on the loss, on the number of steps per epoch, or on an unknown
+    batch size.
 
     Raises:
         ValueError: the schedule is invalid for this run length or optimizer.

@@ -89,8 +89,8 @@ def check_structure(
     Args:
         document: parsed config; its value must be an object.
         world_size: number of ranks; None if unknown.
-        count_ranks: function of the config and the world size that returns how many ranks load
-            different samples.
+        count_ranks: function that takes the config and the world size, and returns the number of
+            ranks that load different samples.
     """
     schema = schemas.read(SCHEMA)
     problems = list(check_against_schema(document, document.value, schema))
@@ -222,7 +222,7 @@ def _convert_error(
 
 
 def _suggest_fraction_of_run(value: Any, schema: Mapping[str, Any]) -> str:
-    """Return a hint if a duration is probably a fraction of the run, or else an empty string."""
+    """Return a hint if a duration is probably a fraction of the run, else an empty string."""
     accepts_fractions = "[dD][uU][rR]" in schema.get("pattern", "")
     if not accepts_fractions or not isinstance(value, float) or not 0 < value < 1:
         return ""
@@ -370,9 +370,10 @@ def _read_torch_schema(name: str) -> Mapping[str, Any]:
 
 
 def _suggest_schedules(problem: Problem) -> Problem:
-    """If a problem is about an unknown parameter, list the schedules that have it in the hint.
+    """Return a problem whose hint lists schedules that have the unknown parameter.
 
-    Other problems are returned unchanged.
+    If the problem is not about an unknown parameter, or no schedule has the parameter, return the
+    problem unchanged.
     """
     if problem.rule != "unknown-key" or "`" in problem.hint:
         return problem
@@ -392,8 +393,8 @@ def _construct_schedule(
 
     Returns:
         The schedule, or None if it cannot be constructed, and the problems of its parameters. The
-        list of problems is empty if a parameter of the schedule is in ``unresolved``, because its
-        value, which is invalid or "auto", could be the cause of the problems.
+        list of problems is empty if a parameter of the schedule is in ``unresolved``, because this
+        invalid or "auto" parameter could be the cause of the problems.
     """
     block = config.get("scheduler")
     if not isinstance(block, Mapping) or "type" not in block:

@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--diff",
         metavar="OTHER",
-        help="print only the keys whose values differ from those of another config. The last "
-        "column is the value in the other config; - marks a missing key",
+        help="print only the keys whose values differ from those in another config. The last "
+        "column shows the values in the other config. A - stands for a missing key",
     )
     add_allow_imports(parser)
 
@@ -75,7 +75,7 @@ def _resolve(name: str, args: argparse.Namespace) -> list[Entry]:
 
 
 def _print_differences(first: Sequence[Entry], second: Sequence[Entry], out: TextIO) -> None:
-    """Print the keys whose values differ between two configs; unset keys have their defaults."""
+    """Print the keys whose values, including defaults, differ between two configs."""
     here, there = (
         {each.name: json.dumps(each.value) for each in entries} for entries in (first, second)
     )

@@ -69,7 +69,7 @@ class RuleContext:
 
     @cached_property
     def backend(self) -> BackendChoice:
-        """The backend that runs the config, and the reason for this choice."""
+        """The backend that is chosen for the config, and the reason for this choice."""
         return choose_backend(self.config, self.members, self.needs_deepspeed)
 
     @cached_property
@@ -80,7 +80,7 @@ class RuleContext:
 
     @property
     def is_run_resolved(self) -> bool:
-        """Whether the settings that determine the schedule's values are all valid and not "auto".
+        """Whether all settings that determine the schedule's values are valid and not "auto".
 
         These settings are the optimizer, the schedule, and the length of the run.
         """

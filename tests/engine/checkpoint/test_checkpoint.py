@@ -659,7 +659,9 @@ def test_checkpoint_command_lists_verifies_shows_and_exports(saved):
     out, err = io.StringIO(), io.StringIO()
     nowhere = str(saved / "no directory" / "x.safetensors")
     assert main(["checkpoint", "export", str(saved), "-o", nowhere], out, err) == 2
-    assert err.getvalue() == f"onecycle: {nowhere}: No such file or directory\n"
+    assert err.getvalue() == (
+        f"onecycle: {nowhere}: the directory of the output file does not exist; create it\n"
+    )
     assert main(["checkpoint", "show", str(saved), "--tag", "nope"], out, err) == 2
     assert (
         "does not contain the checkpoint 'nope'. Complete checkpoints: global_step2"
@@ -677,9 +679,10 @@ def test_checkpoint_verify_without_checkpoints_reports_it(tmp_path, directory):
     path = tmp_path / directory
     out, err = io.StringIO(), io.StringIO()
     assert main(["checkpoint", "verify", str(path)], out, err) == 2
-    assert (out.getvalue(), err.getvalue()) == (
-        "",
-        f"onecycle: {path}: the directory contains no checkpoint\n",
+    assert out.getvalue() == ""
+    assert err.getvalue() == (
+        f"onecycle: {path}: the directory contains no checkpoint; pass the checkpoint directory of "
+        "a run\n"
     )
 
 
