@@ -91,7 +91,9 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
     required = {"tag", "step", "world_size", "backend", "identity", "versions", "created"}
     if not required <= found.keys() <= names:
         wrong = escape(", ".join(sorted((required - found.keys()) | (found.keys() - names))))
-        raise CheckpointError(f"{path} is damaged: these keys are missing or unknown: {wrong}.")
+        raise CheckpointError(
+            f"{path} is damaged because these keys are missing or unknown: {wrong}."
+        )
     if "checksum" in found and found["checksum"] != _compute_checksum(found):
         raise CheckpointError(f"{path} is damaged: it does not match its checksum.")
     return Manifest(**found)

@@ -192,7 +192,7 @@ class ShardReader(StorageReader):
         """Return the shapes and shards of all saved tensors, and the location of each shard.
 
         Raises:
-            CheckpointError: a file is damaged.
+            CheckpointError: if a file is damaged.
         """
         return self._metadata
 
@@ -200,8 +200,8 @@ class ShardReader(StorageReader):
         """Load whole tensors by name, in place, without torch's load planner, which is slow.
 
         Raises:
-            KeyError: a tensor is not in the checkpoint.
-            ValueError: a tensor has a different shape in the checkpoint.
+            KeyError: if a tensor is not in the checkpoint.
+            ValueError: if a tensor has a different shape in the checkpoint.
         """
         slices: dict[Path, list[tuple[str, Tensor]]] = {}
         for name, target in targets.items():
@@ -209,7 +209,7 @@ class ShardReader(StorageReader):
             assert isinstance(saved, TensorStorageMetadata)
             if saved.size != target.shape:
                 raise ValueError(
-                    f"`{name}` must have shape {tuple(target.shape)}, got {tuple(saved.size)}"
+                    f"`{name}` must have shape {tuple(target.shape)}, got {tuple(saved.size)}."
                 )
             for chunk in saved.chunks:
                 path, key = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
@@ -241,7 +241,7 @@ class ShardReader(StorageReader):
         *_args: Any,
         **_options: Any,
     ) -> None:
-        """Take the shard locations from the metadata that `read_metadata` returned."""
+        """Keep the shard locations from the metadata that `read_metadata` returned."""
         self._locations = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -314,7 +314,7 @@ def _check_parts(name: str, whole: TensorStorageMetadata) -> None:
     """Check that the parts of a tensor cover it, so that no value stays uninitialized.
 
     Raises:
-        ValueError: a part is missing, repeated, or outside of the tensor.
+        ValueError: if a part is missing, repeated, or outside of the tensor.
     """
     chunks = sorted(whole.chunks, key=lambda chunk: tuple(chunk.offsets))
     is_covered = sum(chunk.sizes.numel() for chunk in chunks) == whole.size.numel()

@@ -2,7 +2,7 @@
 
 ::
 
-    DIR/latest              tag of the newest checkpoint, for other tools; never read by onecycle
+    DIR/latest              tag of the newest checkpoint, for DeepSpeed and other tools
     DIR/TAG/manifest.json   sizes and hashes of the files, package versions, identity of the run
     DIR/TAG/…               model, optimizer and all other saved states
     DIR/.TAG.partial/       a checkpoint whose save is in progress or was interrupted
@@ -60,8 +60,9 @@ def check_tag(tag: str) -> None:
     is_name = tag.isprintable() and "/" not in tag and os.sep not in tag
     if not tag.strip() or not is_name or tag == LATEST or tag.startswith("."):
         raise CheckpointError(
-            f"`tag` must be a valid directory name of printable characters that does not start "
-            f"with a dot and is not `{LATEST}`, got {tag!r}. Choose a tag such as `step100`."
+            f"`tag` must be a valid directory name, got {tag!r}. Choose a tag such as `step100`. A "
+            f"tag must not be `{LATEST}`, start with a dot, or contain slashes or unprintable "
+            "characters."
         )
 
 
@@ -69,7 +70,7 @@ def to_directory(path: str | os.PathLike[str]) -> Path:
     """Convert the path of a directory to a `Path` object, and check that the path is not empty.
 
     Raises:
-        ValueError: the path is empty or not a path.
+        ValueError: if ``path`` is empty or not a path.
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ValueError(
@@ -129,8 +130,8 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     An existing checkpoint with the same tag is replaced once the new one is complete.
 
     Args:
-        partial: directory returned by `create_partial`, with all files written.
-        manifest: manifest to write. Its ``files`` and ``sequence`` are computed here.
+        partial: directory returned by `create_partial`, after all files have been written to it.
+        manifest: manifest to write. This function fills in the fields ``files`` and ``sequence``.
 
     Returns:
         The directory of the complete checkpoint.
@@ -270,7 +271,8 @@ def find_damage(checkpoint_dir: Path, manifest: Manifest, *, hashes: bool = True
     Args:
         checkpoint_dir: directory of the checkpoint.
         manifest: manifest of the checkpoint.
-        hashes: whether to check the hashes as well as the sizes, which requires reading all files.
+        hashes: whether to check the hashes in addition to the sizes. To check the hashes, the
+            function reads all files.
     """
     for name, entry in manifest.files.items():
         path = checkpoint_dir / name
@@ -315,7 +317,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or a directory to disk, so that a crash does not lose it."""
+    """Flush a file or a directory to disk, so that its contents survive a crash."""
     if path.is_dir() and os.name != "posix":
         return  # only POSIX systems can open a directory
     descriptor = os.open(path, os.O_RDONLY)

@@ -39,7 +39,7 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
     Every other engine of the script trains with its own schedule.
 
     Raises:
-        MisuseError: the script creates a second engine, but `sweep` does not select one.
+        MisuseError: if the script creates a second engine, but `sweep` does not select one.
     """
     number = next(_engines)
     if sweep.engine is None and number > 1:

@@ -31,8 +31,11 @@ from tests.engine.launch.test_plan import launch
         (["--slurm", "--pass-env", "W*", __file__], "`--pass-env` has no effect in a Slurm job"),
         (["--slurm", "--hostfile", "h", __file__], "`--hostfile` cannot be combined"),
         (["--env", "NOVALUE", __file__], "must have the form NAME=VALUE"),
-        (["--env", "A;touch x=1", __file__], "in NAME, got 'A;touch x'"),
-        (["--slurm", "--slurm-opt", "comment=a\ntouch x", __file__], "one line of the form NAME="),
+        (["--env", "A;touch x=1", __file__], "form NAME=VALUE, got 'A;touch x'"),
+        (
+            ["--slurm", "--slurm-opt", "comment=a\ntouch x", __file__],
+            "one line of the form NAME=VALUE",
+        ),
         (["--slurm", "--slurm-opt", "a b=c", __file__], "the long name of an sbatch option"),
         (["--nproc", "none", __file__], "`auto`, `gpu` or `cpu`, got 'none'"),
     ],
