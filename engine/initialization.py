@@ -43,6 +43,8 @@ from engine.training.loader import RunLoader
 from engine.training.monitors import build_monitors
 from engine.training.optimizers import OptimizerFactory, has_no_optimizer
 from engine.training.setup_log import log_setup
+from schedules import Schedule
+from schedules.families.per_group import PerGroup
 from schedules.torch_scheduler import bind
 
 __all__ = ["initialize"]
@@ -181,6 +183,7 @@ def initialize(
             num_parameters=backend.num_parameters,
             scheduler=scheduler,
             replacements=replacements,
+            param_groups=backend.param_groups,
         )
         _warn_of_repeated_samples(training_data, resolved)
     run = engine._run  # noqa: SLF001  # private to the package
@@ -259,14 +262,21 @@ def _prefer_arguments(
         _check_inference(config, lr_scheduler)
     lines = []
     if optimizer is not None and config.optimizer is not None:
+        if keys := config.optimizer.group_keys:
+            raise ValueError(
+                f"`{keys[0]}` in {config.name} applies to the optimizer of the config, but the "
+                "argument `optimizer` replaces it. Remove the key or the argument."
+            )
         lines.append(
             _describe_replacement("optimizer", optimizer, f"`optimizer` ({config.optimizer.type})")
         )
         config = replace(config, optimizer=None)
-    if lr_scheduler is not None and config.schedule is not None:
-        name = config.schedule.type_name
-        lines.append(_describe_replacement("lr_scheduler", lr_scheduler, f"`scheduler` ({name})"))
-        config = replace(config, schedule=None)
+    own = () if config.schedule is None else (config.schedule,)
+    replaced = (*own, *config.group_schedules.values())
+    if lr_scheduler is not None and replaced:
+        names = ", ".join(schedule.type_name for schedule in replaced)
+        lines.append(_describe_replacement("lr_scheduler", lr_scheduler, f"`scheduler` ({names})"))
+        config = replace(config, schedule=None, group_schedules={})
     return config, lines
 
 
@@ -295,12 +305,32 @@ def _bind_schedule(
     backend: Backend,
     loader: RunLoader | None,
 ) -> LRScheduler | None:
-    if config.schedule is not None:
+    schedule = _choose_schedule(config, backend)
+    if schedule is not None:
         horizon = config.horizon(count_steps_per_epoch(loader, config))
-        return bind(config.schedule, backend.optimizer, horizon=horizon)
+        return bind(schedule, backend.optimizer, horizon=horizon)
     if given is None or isinstance(given, LRScheduler) or not callable(given):
         return given  # a custom scheduler may not derive from torch's class
     return given(backend.basic_optimizer)  # torch's schedulers reject DeepSpeed's wrappers
+
+
+def _choose_schedule(config: Config, backend: Backend) -> Schedule[Any] | None:
+    """Return the config's schedule; if param groups have their own, one for each group."""
+    if not config.group_schedules:
+        return config.schedule
+    entries = [row.entry for row in backend.param_groups]
+    if len(entries) != len(backend.optimizer.param_groups):
+        raise ValueError(
+            "`optimizer.param_groups` must not contain `scheduler` for a model with DeepSpeed's "
+            "MoE layers, because DeepSpeed divides the groups further. Remove it."
+        )
+    own = config.group_schedules
+    return PerGroup(
+        schedulers=tuple(
+            config.schedule if entry is None else own.get(entry, config.schedule)
+            for entry in entries
+        )
+    )
 
 
 def _warn_of_repeated_samples(training_data: object, config: Config) -> None:

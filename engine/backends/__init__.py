@@ -17,6 +17,7 @@ from engine.backends.model_parallelism import (
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.training.optimizers import OptimizerFactory
+from engine.training.param_groups import build_param_groups
 
 __all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
@@ -60,13 +61,32 @@ def build(
         ImportError: the config needs DeepSpeed, which is not installed.
     """
     groups = None if parameters is None else [_list_members(each) for each in parameters]
+    rows, block = [], config.optimizer
+    if block is not None and block.group_keys:
+        divided = build_param_groups(model, block, groups, config.model.wrap_classes)
+        rows = [each.describe(block, config.group_schedules) for each in divided]
+        groups = [each.to_torch() for each in divided]
+    given: dict[str, Any] = {"mpu": mpu, "mesh_param": mesh_param}
+    backend = _build(model, optimizer, config, ranks, groups, given)
+    backend.param_groups = rows
+    return backend
+
+
+def _build(
+    model: nn.Module,
+    optimizer: Optimizer | OptimizerFactory | None,
+    config: Config,
+    ranks: Ranks,
+    groups: list[Any] | None,
+    only_deepspeed: dict[str, Any],
+) -> Backend:
     if config.backend.name == "deepspeed":
         from engine.backends.deepspeed import DeepSpeedBackend
 
         return DeepSpeedBackend(
-            model, optimizer, config, ranks, parameters=groups, mpu=mpu, mesh_param=mesh_param
+            model, optimizer, config, ranks, parameters=groups, **only_deepspeed
         )
-    if need := find_deepspeed_need(model, mpu=mpu, mesh_param=mesh_param):
+    if need := find_deepspeed_need(model, **only_deepspeed):
         raise ValueError(
             f"{need[0].upper()}{need[1:]} needs DeepSpeed, but this config selects the torch "
             'backend. Set "engine": {"backend": "deepspeed"} in the config.'

@@ -15,6 +15,7 @@ from engine.config.batch_sizes import (
     count_data_ranks,
     derive_batch_sizes,
 )
+from engine.config.param_groups import GroupSettings
 from engine.config.pointers import dotted_name
 from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_horizon
@@ -149,6 +150,20 @@ class OptimizerBlock:
 
     type: str
     params: Mapping[str, Any]
+    param_groups: tuple[GroupSettings, ...] = ()
+    no_decay: bool = False
+    """Whether biases and norms in no entry of ``param_groups`` have no weight decay."""
+    layer_decay: float = 1.0
+
+    @property
+    def group_keys(self) -> tuple[str, ...]:
+        """Dotted names of the keys that divide the parameters into groups."""
+        keys = {
+            "param_groups": bool(self.param_groups),
+            "no_decay": self.no_decay,
+            "layer_decay": self.layer_decay != 1,
+        }
+        return tuple(f"optimizer.{key}" for key, is_used in keys.items() if is_used)
 
 
 @dataclass(frozen=True)
@@ -175,6 +190,8 @@ class Config(Mapping[str, Any]):
     loss_scaling: LossScaling | None
     optimizer: OptimizerBlock | None
     schedule: Schedule[Any] | None
+    group_schedules: Mapping[int, Schedule[Any]]
+    """The own schedules of param groups, by index in ``optimizer.param_groups``."""
     progress: ProgressSettings
     diagnostics: Diagnostics
     data: DataSettings
@@ -336,6 +353,7 @@ def _resolve(
         loss_scaling=LossScaling(**{key: fp16[key] for key in _LOSS_SCALING}) if enabled else None,
         optimizer=_build_optimizer_block(raw.get("optimizer")),
         schedule=context.schedule,
+        group_schedules=context.structure.group_schedules,
         progress=ProgressSettings(
             is_logged=raw.get("steps_per_print", 1) is not None,
             every=raw.get("steps_per_print"),
@@ -363,10 +381,21 @@ def _build_optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | 
     name = optimizer_name(block["type"])
     assert name is not None
     schemas_of_params = optimizer_schema(name)["properties"]
-    params = add_optimizer_defaults(name, block.get("params", {}))
+
+    def convert(params: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: _as_floats(each, schemas_of_params.get(k, {})) for k, each in params.items()}
+
+    no_decay = block.get("no_decay", False)
+    groups = [
+        GroupSettings.from_config(entry, no_decay=no_decay)
+        for entry in block.get("param_groups", ())
+    ]
     return OptimizerBlock(
         name,
-        {key: _as_floats(value, schemas_of_params.get(key, {})) for key, value in params.items()},
+        convert(add_optimizer_defaults(name, block.get("params", {}))),
+        tuple(replace(each, hyperparameters=convert(each.hyperparameters)) for each in groups),
+        no_decay,
+        float(block.get("layer_decay", 1.0)),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import schemas
 from engine.config.batch_sizes import DataRanks, RankCounter, count_data_ranks
+from engine.config.param_groups import check_param_groups, find_group_schedulers
 from engine.config.parser import Document
 from engine.config.pointers import get_last_key, get_parent, remove_keys
 from engine.config.schedule_blocks import check_scheduler, construct_schedule
@@ -47,6 +48,8 @@ class Structure:
     """The schedule in ``config``; None if there is none or it cannot be constructed."""
     data_ranks: DataRanks | None
     """The number of ranks that load different samples; None if the world size is unknown."""
+    group_schedules: Mapping[int, Schedule[Any]]
+    """The own schedules of param groups, by index in ``optimizer.param_groups``."""
 
 
 def check_structure(
@@ -69,7 +72,7 @@ def check_structure(
     for key, check_block in (("optimizer", _check_optimizer), ("scheduler", check_scheduler)):
         block = config.get(key)
         if isinstance(block, dict) and "type" in block and f"/{key}/params" not in invalid:
-            problems += check_block(document, block)
+            problems += [each for each in check_block(document, block) if each not in problems]
     problems += _find_deprecated(document)
     if not invalid & {"/engine", "/engine/max_duration", "/engine/scale_schedule_ratio"}:
         problems += _check_run_length(document, config, ranks)
@@ -79,10 +82,16 @@ def check_structure(
     unresolved |= _get_error_pointers(problems)
     config = remove_keys(config, unresolved)
     schedule, from_schedule = construct_schedule(document, config, unresolved, ranks)
+    of_groups = {}
+    for index, pointer, _ in find_group_schedulers(config):
+        of_group, found = construct_schedule(document, config, unresolved, ranks, pointer)
+        from_schedule += found
+        if of_group is not None:
+            of_groups[index] = of_group
     problems += from_schedule
     unresolved |= _get_error_pointers(from_schedule)
     config = remove_keys(config, unresolved)
-    return Structure(problems, config, members, frozenset(unresolved), schedule, ranks)
+    return Structure(problems, config, members, frozenset(unresolved), schedule, ranks, of_groups)
 
 
 def _get_error_pointers(problems: Sequence[Problem]) -> set[str]:
@@ -149,6 +158,7 @@ def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[P
         yield document.build_problem("removed-key", "/optimizer/type", message, schema["x-instead"])
         return
     yield from check_against_schema(document, block.get("params", {}), schema, "/optimizer/params")
+    yield from check_param_groups(document, name, block.get("param_groups"))
 
 
 def _check_run_length(

@@ -60,7 +60,7 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
     if sweep.seed_offset:
         torch.manual_seed(torch.initial_seed() + sweep.seed_offset)
     data = replace(config.data, seed=config.data.seed + sweep.seed_offset)
-    return replace(changed, data=data)
+    return replace(changed, data=data, group_schedules={})
 
 
 def spread_sweep(config: Config, sweep: Sweep, optimizer: Optimizer) -> Config:

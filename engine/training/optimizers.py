@@ -65,7 +65,8 @@ def build_optimizer(
     may_fuse &= not params.pop("torch_adam", False)
     groups = list(parameters)
     # Fused SGD cannot start a momentum with dampening later than those of other parameters.
-    may_fuse &= not params.get("dampening")
+    has_dampening = any(isinstance(group, dict) and group.get("dampening") for group in groups)
+    may_fuse &= not (params.get("dampening") or has_dampening)
     if name in _FUSED_OPTIMIZERS and may_fuse and _has_fused_kernel(name, groups):
         params["fused"] = True
     if "betas" in params:
