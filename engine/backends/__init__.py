@@ -64,7 +64,8 @@ def build(
     rows, block = [], config.optimizer
     if block is not None and block.group_keys:
         divided = build_param_groups(model, block, groups, config.model.wrap_classes)
-        rows = [each.describe(block, config.group_schedules) for each in divided]
+        types = {index: own.type_name for index, own in config.group_schedules.items()}
+        rows = [each.describe(block, types) for each in divided]
         groups = [each.to_torch() for each in divided]
     given: dict[str, Any] = {"mpu": mpu, "mesh_param": mesh_param}
     backend = _build(model, optimizer, config, ranks, groups, given)

@@ -36,7 +36,15 @@ if TYPE_CHECKING:
 
     from engine.config.overrides import Override
 
-__all__ = ["BestSettings", "CheckpointPlan", "Config", "LossScaling", "load_config"]
+__all__ = [
+    "BestSettings",
+    "CheckpointPlan",
+    "Config",
+    "LossScaling",
+    "OptimizerBlock",
+    "build_optimizer_block",
+    "load_config",
+]
 
 
 @dataclass(frozen=True)
@@ -351,7 +359,7 @@ def _resolve(
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
         loss_scaling=LossScaling(**{key: fp16[key] for key in _LOSS_SCALING}) if enabled else None,
-        optimizer=_build_optimizer_block(raw.get("optimizer")),
+        optimizer=build_optimizer_block(raw.get("optimizer")),
         schedule=context.schedule,
         group_schedules=context.structure.group_schedules,
         progress=ProgressSettings(
@@ -375,7 +383,8 @@ def _resolve(
     )
 
 
-def _build_optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | None:
+def build_optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | None:
+    """Fill in the defaults of a valid ``optimizer`` section; return None if there is none."""
     if block is None:
         return None
     name = optimizer_name(block["type"])

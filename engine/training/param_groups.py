@@ -15,7 +15,6 @@ from engine.config.param_groups import GroupSettings
 from engine.config.resolve import OptimizerBlock
 from engine.display.param_groups import GroupRow
 from engine.training.activation_checkpointing import find_blocks
-from schedules import Schedule
 
 __all__ = ["ParamGroup", "build_param_groups", "check_not_grouped_twice"]
 
@@ -50,23 +49,22 @@ class ParamGroup:
             hyperparameters["betas"] = tuple(hyperparameters["betas"])
         return {"params": list(self.parameters.values()), "name": self.name, **hyperparameters}
 
-    def describe(self, block: OptimizerBlock, schedules: Mapping[int, Schedule[Any]]) -> GroupRow:
+    def describe(self, block: OptimizerBlock, schedules: Mapping[int, str]) -> GroupRow:
         """Return the group without its tensors.
 
         Args:
             block: optimizer of the config.
-            schedules: own schedules of the groups, by index in ``optimizer.param_groups``.
+            schedules: types of the groups' own schedules, by index in ``optimizer.param_groups``.
         """
         shown = [key for key in ("lr", "weight_decay") if key in block.params]
         values = {key: block.params[key] for key in shown} | dict(self.hyperparameters)
-        own = None if self.entry is None else schedules.get(self.entry)
         return GroupRow(
             name=self.name,
             entry=self.entry,
             hyperparameters=values,
             parameters=list(self.parameters),
             num_elements=sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters.values()),
-            schedule=None if own is None else own.type_name,
+            schedule=None if self.entry is None else schedules.get(self.entry),
         )
 
 
