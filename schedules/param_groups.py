@@ -17,7 +17,6 @@ __all__ = [
     "Group",
     "RangeWriter",
     "Slot",
-    "check_multipliers",
     "find_slots",
     "read_lr",
     "read_momenta",
@@ -127,26 +126,6 @@ def find_slots(hyperparameter: str, optimizer: Optimizer) -> tuple[Slot, ...]:
             )
         slots.append(found[0])
     return tuple(slots)
-
-
-_MULTIPLIERS = {"lr": ("lr_scale", "lr_mult"), "weight_decay": ("wd_mult",)}
-"""Keys of param groups with which the schedulers of timm and Megatron-LM multiply a value."""
-
-
-def check_multipliers(hyperparameter: str, optimizer: Optimizer) -> None:
-    """Check that no param group has a factor by which its hyperparameter must be multiplied.
-
-    Raises:
-        ValueError: a group has a key such as ``lr_scale``, and its value is not 1.
-    """
-    for index, group in enumerate(optimizer.param_groups):
-        for key in _MULTIPLIERS.get(hyperparameter, ()):
-            if group.get(key, 1) != 1:
-                raise ValueError(
-                    f"No schedule reads the key `{key}` of a param group, but param group {index} "
-                    f"has `{key}` {group[key]:g}. Multiply the `{hyperparameter}` of the group by "
-                    "this value, and remove the key."
-                )
 
 
 def read_momenta(optimizer: Optimizer) -> list[float | tuple[float, ...]] | None:
