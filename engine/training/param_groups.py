@@ -287,7 +287,7 @@ def _find_layers(
     for parameter, own in names.items():
         passed = bisect_right(starts, order[parameter])
         layer = in_block.get(parameter, passed + 1 if passed else 0)
-        is_head = parameter not in in_block and layer == 0 and any(map(_HEAD.search, own))
+        is_head = parameter not in in_block and layer == 0 and _HEAD.search(own[0])
         found[parameter] = (last if is_head else layer, last)
     return found
 

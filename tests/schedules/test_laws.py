@@ -209,7 +209,9 @@ def list_values(cls):
     }
 
 
-@pytest.mark.parametrize("cls", filter(list_values, SCHEDULES.values()), ids=lambda c: c.type_name)
+@pytest.mark.parametrize(
+    "cls", [cls for cls in SCHEDULES.values() if list_values(cls)], ids=lambda cls: cls.type_name
+)
 def test_binder_group_added_to_lists_is_rejected_with_its_index(cls):
     schedule = from_config({"type": cls.type_name, "params": {**cls.example, **list_values(cls)}})
     optimizer = build_groups("betas")
