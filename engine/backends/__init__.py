@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -17,7 +16,6 @@ from engine.backends.model_parallelism import (
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.training.optimizers import OptimizerFactory
-from engine.training.param_groups import build_param_groups
 
 __all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
@@ -51,7 +49,8 @@ def build(
             if None, the config's optimizer is used.
         config: a validated config.
         ranks: rank, world size and device of this process.
-        parameters: parameters or param groups to train; if None, all that require gradients.
+        parameters: parameters or param groups to train, as `divide_parameters` returns them; if
+            None, all that require gradients.
         mpu: model-parallel unit; DeepSpeed only.
         mesh_param: shape of the device mesh; DeepSpeed only.
 
@@ -60,34 +59,14 @@ def build(
             needs the DeepSpeed backend.
         ImportError: the config needs DeepSpeed, which is not installed.
     """
-    groups = None if parameters is None else [_list_members(each) for each in parameters]
-    rows, block = [], config.optimizer
-    if block is not None and block.group_keys:
-        divided = build_param_groups(model, block, groups, config.model.wrap_classes)
-        types = {index: own.type_name for index, own in config.group_schedules.items()}
-        rows = [each.describe(block, types) for each in divided]
-        groups = [each.to_torch() for each in divided]
-    given: dict[str, Any] = {"mpu": mpu, "mesh_param": mesh_param}
-    backend = _build(model, optimizer, config, ranks, groups, given)
-    backend.param_groups = rows
-    return backend
-
-
-def _build(
-    model: nn.Module,
-    optimizer: Optimizer | OptimizerFactory | None,
-    config: Config,
-    ranks: Ranks,
-    groups: list[Any] | None,
-    only_deepspeed: dict[str, Any],
-) -> Backend:
+    groups = None if parameters is None else list(parameters)
     if config.backend.name == "deepspeed":
         from engine.backends.deepspeed import DeepSpeedBackend
 
         return DeepSpeedBackend(
-            model, optimizer, config, ranks, parameters=groups, **only_deepspeed
+            model, optimizer, config, ranks, parameters=groups, mpu=mpu, mesh_param=mesh_param
         )
-    if need := find_deepspeed_need(model, **only_deepspeed):
+    if need := find_deepspeed_need(model, mpu=mpu, mesh_param=mesh_param):
         raise ValueError(
             f"{need[0].upper()}{need[1:]} needs DeepSpeed, but this config selects the torch "
             'backend. Set "engine": {"backend": "deepspeed"} in the config.'
@@ -99,16 +78,3 @@ def _build(
     from engine.backends.pytorch import PyTorchBackend
 
     return PyTorchBackend(model, optimizer, config, ranks, parameters=groups)
-
-
-def _list_members(each: Any) -> Any:
-    """Copy a param group with its parameters in a list, or return a parameter without its name.
-
-    The list replaces a generator, which could be iterated only once.
-    """
-    if isinstance(each, dict):
-        members = each["params"]
-        members = [members] if isinstance(members, torch.Tensor) else members
-        return {**each, "params": [_list_members(member) for member in members]}
-    is_named = isinstance(each, tuple) and len(each) == 2  # from `model.named_parameters()`
-    return each[1] if is_named else each

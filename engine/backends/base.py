@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.config.batch_sizes import BatchSizes
-from engine.display.param_groups import GroupRow
 from engine.distributed.ranks import Ranks
 
 __all__ = ["DTYPES", "Backend", "compute_norm", "get_gradient"]
@@ -69,8 +68,6 @@ class Backend(ABC):
     """The underlying torch optimizer, unwrapped."""
     num_parameters: int
     """Number of elements of all trained parameters, over all ranks."""
-    param_groups: Sequence[GroupRow] = ()
-    """The param groups that the config describes; empty if it describes none."""
     grad_norm: float | None
     """2-norm of all gradients of the last step before clipping; None before the first step."""
 

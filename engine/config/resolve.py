@@ -15,16 +15,13 @@ from engine.config.batch_sizes import (
     count_data_ranks,
     derive_batch_sizes,
 )
-from engine.config.param_groups import GroupSettings
+from engine.config.optimizer_block import OptimizerBlock, build_optimizer_block
 from engine.config.pointers import dotted_name
 from engine.config.rules import RuleContext
 from engine.config.schedule_context import build_horizon
 from engine.config.schema import (
     SCHEMA,
     add_defaults,
-    add_optimizer_defaults,
-    optimizer_name,
-    optimizer_schema,
 )
 from engine.config.source import Source, find_unserializable, load_document
 from engine.config.validate import examine
@@ -41,8 +38,7 @@ __all__ = [
     "CheckpointPlan",
     "Config",
     "LossScaling",
-    "OptimizerBlock",
-    "build_optimizer_block",
+    "drop_group_schedules",
     "load_config",
 ]
 
@@ -59,7 +55,7 @@ class LossScaling:
     min_loss_scale: int
 
 
-_LOSS_SCALING = tuple(field.name for field in fields(LossScaling))
+_LOSS_SCALING = tuple(each.name for each in fields(LossScaling))
 _RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup", "steps_this_run")
 
 
@@ -153,28 +149,6 @@ class Diagnostics:
 
 
 @dataclass(frozen=True)
-class OptimizerBlock:
-    """The config's ``optimizer`` block, with the canonical optimizer name and all defaults."""
-
-    type: str
-    params: Mapping[str, Any]
-    param_groups: tuple[GroupSettings, ...] = ()
-    no_decay: bool = False
-    """Whether biases and norms in no entry of ``param_groups`` have no weight decay."""
-    layer_decay: float = 1.0
-
-    @property
-    def group_keys(self) -> tuple[str, ...]:
-        """Dotted names of the keys that divide the parameters into groups."""
-        keys = {
-            "param_groups": bool(self.param_groups),
-            "no_decay": self.no_decay,
-            "layer_decay": self.layer_decay != 1,
-        }
-        return tuple(f"optimizer.{key}" for key, is_used in keys.items() if is_used)
-
-
-@dataclass(frozen=True)
 class Config(Mapping[str, Any]):
     """A valid config with all defaults and derived values filled in.
 
@@ -198,8 +172,6 @@ class Config(Mapping[str, Any]):
     loss_scaling: LossScaling | None
     optimizer: OptimizerBlock | None
     schedule: Schedule[Any] | None
-    group_schedules: Mapping[int, Schedule[Any]]
-    """The own schedules of param groups, by index in ``optimizer.param_groups``."""
     progress: ProgressSettings
     diagnostics: Diagnostics
     data: DataSettings
@@ -359,9 +331,8 @@ def _resolve(
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
         loss_scaling=LossScaling(**{key: fp16[key] for key in _LOSS_SCALING}) if enabled else None,
-        optimizer=build_optimizer_block(raw.get("optimizer")),
+        optimizer=build_optimizer_block(raw.get("optimizer"), context.group_schedules),
         schedule=context.schedule,
-        group_schedules=context.structure.group_schedules,
         progress=ProgressSettings(
             is_logged=raw.get("steps_per_print", 1) is not None,
             every=raw.get("steps_per_print"),
@@ -383,40 +354,11 @@ def _resolve(
     )
 
 
-def build_optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | None:
-    """Fill in the defaults of a valid ``optimizer`` section; return None if there is none."""
-    if block is None:
-        return None
-    name = optimizer_name(block["type"])
-    assert name is not None
-    schemas_of_params = optimizer_schema(name)["properties"]
-
-    def convert(params: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: _as_floats(each, schemas_of_params.get(k, {})) for k, each in params.items()}
-
-    no_decay = block.get("no_decay", False)
-    groups = [
-        GroupSettings.from_config(entry, no_decay=no_decay)
-        for entry in block.get("param_groups", ())
-    ]
-    return OptimizerBlock(
-        name,
-        convert(add_optimizer_defaults(name, block.get("params", {}))),
-        tuple(replace(each, hyperparameters=convert(each.hyperparameters)) for each in groups),
-        no_decay,
-        float(block.get("layer_decay", 1.0)),
-    )
-
-
-def _as_floats(value: Any, schema: Mapping[str, Any]) -> Any:
-    """Convert an integer, or the integers in a list, to floats if the schema allows floats.
-
-    JSON does not distinguish 0 from 0.0, but PyTorch rejects betas of mixed types.
-    """
-    if isinstance(value, list):
-        return [_as_floats(each, schema.get("items", {})) for each in value]
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if is_whole and "number" in schema.get("type", ()) else value
+def drop_group_schedules(config: Config) -> Config:
+    """Return a copy of the config in which no param group has its own schedule."""
+    if config.optimizer is None:
+        return config
+    return replace(config, optimizer=replace(config.optimizer, group_schedules={}))
 
 
 def _build_checkpoint_plan(section: Mapping[str, Any]) -> CheckpointPlan:

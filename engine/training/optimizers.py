@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from engine.config.resolve import OptimizerBlock
+from engine.config.optimizer_block import OptimizerBlock
 from engine.config.schema import optimizer_name, optimizer_schema
 
 __all__ = ["NoOptimizer", "OptimizerFactory", "build_optimizer", "has_no_optimizer", "is_buildable"]

@@ -9,14 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from engine.config import Config
+from engine.config.optimizer_block import OptimizerBlock
 from engine.config.param_groups import GroupSettings
-from engine.config.resolve import OptimizerBlock
 from engine.display.param_groups import GroupRow
 from engine.training.activation_checkpointing import find_blocks
 
-__all__ = ["ParamGroup", "build_param_groups", "check_not_grouped_twice"]
+__all__ = ["ParamGroup", "build_param_groups", "divide_parameters"]
 
 _HEAD = re.compile(r"(^|[._])(head|heads|classifier|classif|fc|fc_norm|score|logits|qa_outputs)\b")
 """Usual names of a model's last layers. A script can create them before the blocks."""
@@ -68,6 +70,49 @@ class ParamGroup:
         )
 
 
+def divide_parameters(
+    model: nn.Module, config: Config, parameters: Iterable[Any] | None
+) -> tuple[list[Any] | None, list[GroupRow]]:
+    """Divide the parameters to train into the param groups of the config, if it describes any.
+
+    Args:
+        model: module to train.
+        config: a validated config.
+        parameters: parameters, pairs of names and parameters, or param groups to train; if None,
+            all that require gradients.
+
+    Returns:
+        The parameters or param groups for the optimizer, and a description of each group. If the
+        config describes no groups, these are ``parameters`` in a list, and an empty list.
+
+    Raises:
+        ValueError: the groups do not fit the model, or ``parameters`` are param groups already.
+    """
+    given = None if parameters is None else [_list_members(each) for each in parameters]
+    block = config.optimizer
+    if block is None or not block.group_keys:
+        return given, []
+    groups = build_param_groups(model, block, given, config.model.wrap_classes)
+    types = {index: own.type_name for index, own in block.group_schedules.items()}
+    return (
+        [group.to_torch() for group in groups],
+        [group.describe(block, types) for group in groups],
+    )
+
+
+def _list_members(each: Any) -> Any:
+    """Copy a param group with its parameters in a list, or return a parameter without its name.
+
+    The list replaces a generator, which could be iterated only once.
+    """
+    if isinstance(each, dict):
+        members = each["params"]
+        members = [members] if isinstance(members, torch.Tensor) else members
+        return {**each, "params": [_list_members(member) for member in members]}
+    is_named = isinstance(each, tuple) and len(each) == 2  # from `model.named_parameters()`
+    return each[1] if is_named else each
+
+
 def build_param_groups(
     model: nn.Module,
     block: OptimizerBlock,
@@ -103,7 +148,7 @@ def build_param_groups(
         trained = [each for each in names if each.requires_grad]
     else:
         trained = list(parameters)
-        check_not_grouped_twice(trained, block)
+        _check_not_grouped_twice(trained, block)
         _check_are_named(trained, names)
     entry_of = _assign_entries(block.param_groups, trained, names)
     scales = _find_layers(model, names, block.layer_decay, wrap) if block.layer_decay != 1 else {}
@@ -123,7 +168,7 @@ def build_param_groups(
     ]
 
 
-def check_not_grouped_twice(parameters: Sequence[Any], block: OptimizerBlock) -> None:
+def _check_not_grouped_twice(parameters: Sequence[Any], block: OptimizerBlock) -> None:
     """Check that the parameters are not param groups if the config divides them into groups.
 
     Raises:

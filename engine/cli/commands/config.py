@@ -94,8 +94,8 @@ def _list_param_groups(context: RuleContext, path: str) -> list[str]:
     Raises:
         ValueError: the model cannot be imported or built, or does not fit the config.
     """
+    from engine.config.optimizer_block import build_optimizer_block
     from engine.config.param_groups import find_group_schedulers
-    from engine.config.resolve import build_optimizer_block
     from engine.display.param_groups import format_param_groups
     from engine.training.param_groups import build_param_groups
 
