@@ -20,7 +20,7 @@ from engine.training.activation_checkpointing import find_blocks
 
 __all__ = ["ParamGroup", "build_param_groups", "divide_parameters"]
 
-_HEAD = re.compile(r"(^|[._])(head|heads|classifier|classif|fc|fc_norm|score|logits|qa_outputs)\b")
+_HEAD = re.compile(r"(^|[._])(head|heads|classifier|fc|fc_norm|score|logits|qa_outputs)\b")
 """Usual names of a model's last layers. A script can create them before the blocks."""
 _BLOCK_LISTS = {"block", "blocks", "h", "layer", "layers", "resblocks"}
 """Usual names of a transformer's list of blocks."""
@@ -60,6 +60,7 @@ class ParamGroup:
         """
         shown = [key for key in ("lr", "weight_decay") if key in block.params]
         values = {key: block.params[key] for key in shown} | dict(self.hyperparameters)
+        values.pop("wd_mult", None)  # it repeats that the weight decay is 0
         return GroupRow(
             name=self.name,
             entry=self.entry,
@@ -157,8 +158,7 @@ def build_param_groups(
     for parameter in trained:
         entry = entry_of.get(parameter)
         settings = _get_settings(block, entry)
-        has_decay = {**block.params, **settings.hyperparameters}.get("weight_decay", 0) != 0
-        is_exempt = settings.no_decay and has_decay and parameter in exempt
+        is_exempt = settings.no_decay and parameter in exempt
         order = len(block.param_groups) if entry is None else entry
         key = (order, entry, scales.get(parameter), is_exempt)
         found.setdefault(key, []).append(parameter)
@@ -215,7 +215,8 @@ def _build_group(
         hyperparameters["lr"] = lr * block.layer_decay ** (count - depth)
         name = f"{name}, layer {depth}"
     if is_exempt:
-        hyperparameters["weight_decay"] = 0.0
+        # A schedule of the weight decay multiplies it by `wd_mult`.
+        hyperparameters |= {"weight_decay": 0.0, "wd_mult": 0.0}
         name = f"{name}, no decay"
     return ParamGroup(name, entry, parameters, hyperparameters)
 

@@ -204,6 +204,17 @@ def test_resume_with_another_schedule_of_a_group_is_an_error(tmp_path):
         other.load_checkpoint(tmp_path)
 
 
+def test_no_decay_holds_if_a_schedule_sets_the_weight_decay():
+    ramp = {"weight_decay": [{"from": 0.0, "to": 0.2, "duration": 2}]}
+    optimizer = {"type": "AdamW", "params": {"lr": 0.1}, "no_decay": True}
+    scheduler = {"type": "Phases", "params": ramp}
+    trainer = start(build_config(optimizer, scheduler=scheduler))
+    for expected in (0.0, 0.1, 0.2):
+        decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
+        assert decays == pytest.approx([expected, 0.0])
+        train_step(trainer)
+
+
 def test_layer_decay_with_a_schedule_of_multiples_keeps_the_ratios():
     optimizer = {"type": "SGD", "params": {"lr": 0.8, "momentum": 0.9}, "layer_decay": 0.5}
     cycle = {"cycle_min_lr": 0.5, "cycle_max_lr": 1, "relative": True, "cycle_first_step_size": 2}

@@ -140,7 +140,7 @@ def test_no_decay_exempts_the_parameters_that_transformers_exempts():
     decay, exempt = divide(model, no_decay=True)
     assert set(decay.parameters) == decayed
     assert set(exempt.parameters) == {name for name, _ in model.named_parameters()} - decayed
-    assert exempt.hyperparameters == {"weight_decay": 0.0}
+    assert exempt.hyperparameters == {"weight_decay": 0.0, "wd_mult": 0.0}
     assert decay.hyperparameters == {}
 
 
