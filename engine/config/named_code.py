@@ -66,14 +66,21 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
         yield from _find_import_paths(below, join_pointer(pointer, key))
 
 
-def check_named_code(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
+def check_named_code(
+    document: Document, block: Mapping[str, Any], pointer: str = "/scheduler"
+) -> Iterator[Problem]:
     """Check each import path in a ``scheduler`` block without importing the code.
 
     Yield an error for a malformed path, a warning for a path whose module does not exist, and a
     note for each other path, because the code itself is not checked.
+
+    Args:
+        document: parsed config.
+        block: ``scheduler`` block.
+        pointer: JSON pointer of the block.
     """
-    for pointer, path in find_named_code(block):
-        name = dotted_name(pointer)
+    for where, path in find_named_code(block, pointer):
+        name = dotted_name(where)
         severity, message = (
             "note",
             f"`{name}` names code, {quote_value(path)}, which is not checked.",
@@ -88,4 +95,4 @@ def check_named_code(document: Document, block: Mapping[str, Any]) -> Iterator[P
             severity = "error"
             message = f"`{name}` must be an import path, got {quote_value(path)}."
             hint = "Write it as module:attribute, such as my_package.my_module:my_function."
-        yield document.build_problem("named-code", pointer, message, hint, severity=severity)
+        yield document.build_problem("named-code", where, message, hint, severity=severity)

@@ -137,7 +137,11 @@ def get_train_batch_size(config: Mapping[str, Any], ranks: DataRanks | None = No
     return size
 
 
-def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
+def build_base_values(
+    config: Mapping[str, Any],
+    schedule: Schedule[Any],
+    group: Mapping[str, Any] | None = None,
+) -> Base:
     """Return the initial learning rate, momentum and weight decay of each param group.
 
     If the config has no ``optimizer`` block, the defaults of Adam are used.
@@ -146,11 +150,12 @@ def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Bas
         config: config without "auto" values.
         schedule: schedule of the config. If its params contain lists with one number per param
             group, the length of the lists is the number of param groups.
+        group: hyperparameters of a param group that differ from those of the optimizer.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
     assert name is not None
-    params = add_optimizer_defaults(name, block.get("params", {}))
+    params = add_optimizer_defaults(name, block.get("params", {})) | dict(group or {})
     momentum = params.get("momentum", params["betas"][0] if "betas" in params else 0.0)
     groups = max(map(len, schedule.lists_per_group.values()), default=1)
     weight_decay = params.get("weight_decay", 0.0)
