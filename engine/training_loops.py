@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.backends.base import Backend
+from engine.config.wording import count_noun
 from engine.errors import MisuseError
 from engine.training.data import call_on_batches, repeat_batches
 from engine.training.evaluation import preserve_modes
@@ -94,8 +95,7 @@ def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
             raise MisuseError(
                 "An epoch of the training data ended without an optimizer step. Call "
                 "`trainer.step()` after each `trainer.backward(loss)`, and check that the data has "
-                "at least "
-                f"{run.accumulation.steps} micro-batches."
+                f"at least {count_noun(run.accumulation.steps, 'micro-batch')}."
             )
 
 

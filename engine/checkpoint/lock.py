@@ -35,8 +35,8 @@ class DirectoryLock:
         directory: existing directory.
 
     Raises:
-        CheckpointError: another process holds the lock.
-        OSError: the directory is not writable.
+        CheckpointError: if another process holds the lock.
+        OSError: if the directory is not writable.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -66,9 +66,9 @@ def _acquire(path: Path, own: Mapping[str, Any]) -> None:
         owner = _read(path)
         if owner is not None and not _is_stale(path, owner, own):
             raise CheckpointError(
-                f"{path.parent} is in use by process {owner.get('pid')} on host "
-                f"{owner.get('host')}, which writes checkpoints to it. Use another directory, or "
-                "stop that process."
+                f"{path.parent} is in use: process {owner.get('pid')} on host "
+                f"{owner.get('host')} writes checkpoints to this directory. Use another directory, "
+                "or stop that process."
             ) from None
         _write(path, own)
         time.sleep(0.05)  # if two processes take over the lock at once, the last one owns it
@@ -77,7 +77,7 @@ def _acquire(path: Path, own: Mapping[str, Any]) -> None:
 
 
 def _beat(path: Path, own: Mapping[str, Any], stop: threading.Event) -> None:
-    """Update the lock file regularly, so that other hosts see that its owner is still running."""
+    """Rewrite the lock file regularly, so that other hosts know that this process is running."""
     beats = 0
     while not stop.wait(_BEAT_SECONDS):
         beats += 1

@@ -1,4 +1,4 @@
-"""Compute the curves of a config's schedule for the optimizer and run length of the config."""
+"""Compute the hyperparameter curves of a schedule, given the config's optimizer and run length."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def build_horizon(
     if total is not None and total * ratio < 1:
         scaled = "" if ratio == 1 else f" x `scale_schedule_ratio` ({ratio:g})"
         raise DurationError(
-            f"`engine.max_duration`{scaled} must be at least 1 step, got {length!r}, which is "
-            f"{total * ratio:g} steps. Increase `engine.max_duration`."
+            f"`engine.max_duration`{scaled} must be at least 1 step, got {total * ratio:g} steps "
+            f"(`max_duration` is {length!r}). Increase `engine.max_duration`."
         )
     return Horizon(
         total_steps=total,
@@ -90,10 +90,10 @@ def find_horizon(
 def list_possible_horizons(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> list[Horizon]:
-    """Return the length of the run, or several possible lengths if it is unknown before launch.
+    """Return the length of the run, or several possible lengths if the length is unknown.
 
-    Callers check the config with each of these lengths. If the check fails with all of them, the
-    config is invalid, whatever the length will be.
+    Callers check the config with each of these lengths. If every check fails, the config is assumed
+    to be invalid for any length.
 
     Args:
         schedule: schedule whose durations are to be converted to steps.
@@ -137,20 +137,25 @@ def get_train_batch_size(config: Mapping[str, Any], ranks: DataRanks | None = No
     return size
 
 
-def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Base:
+def build_base_values(
+    config: Mapping[str, Any],
+    schedule: Schedule[Any],
+    group: Mapping[str, Any] | None = None,
+) -> Base:
     """Return the initial learning rate, momentum and weight decay of each param group.
 
     If the config has no ``optimizer`` block, the defaults of Adam are used.
 
     Args:
         config: config without "auto" values.
-        schedule: schedule of the config. If its params contain lists of numbers, these determine
-            the number of param groups.
+        schedule: schedule of the config. If its params contain lists with one number per param
+            group, the length of the lists is the number of param groups.
+        group: hyperparameters of a param group that differ from those of the optimizer.
     """
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
     assert name is not None
-    params = add_optimizer_defaults(name, block.get("params", {}))
+    params = add_optimizer_defaults(name, block.get("params", {})) | dict(group or {})
     momentum = params.get("momentum", params["betas"][0] if "betas" in params else 0.0)
     groups = max(map(len, schedule.lists_per_group.values()), default=1)
     weight_decay = params.get("weight_decay", 0.0)
@@ -230,9 +235,10 @@ class EvaluatedSchedule:
 def evaluate_schedule(
     schedule: Schedule[Any], config: Mapping[str, Any], ranks: DataRanks | None
 ) -> EvaluatedSchedule | None:
-    """Compute the curves of a schedule for the optimizer and run length of a config.
+    """Compute the curves of a schedule, given the optimizer and the run length of a config.
 
-    Return None if the curves depend on the loss, the length of an epoch or the number of ranks.
+    Return None if the curves depend on the loss, on the number of steps per epoch, or on an unknown
+    batch size.
 
     Raises:
         ValueError: the schedule is invalid for this run length or optimizer.

@@ -157,7 +157,7 @@ def draw_on_terminal(
     """Return a text plot of columns against the step, with one panel per hyperparameter.
 
     Args:
-        columns: values, by column name, as in `draw`.
+        columns: values at each step, by column name.
         title: first line of the text.
         steps: step of each value, in ascending order (default: 0, 1, 2, …).
         curves: curve of each column; its phases are listed below the panel.

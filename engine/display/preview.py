@@ -26,7 +26,7 @@ _MAX_RUN_STEPS = 1_000_000
 
 @dataclass(frozen=True)
 class Preview:
-    """A config's schedule, and the curves of the hyperparameters that it sets."""
+    """A config's schedule, and the curves of the hyperparameters that the schedule sets."""
 
     name: str
     configured: Schedule[Any]
@@ -81,9 +81,9 @@ class Preview:
 
         if isinstance(self.schedule, WrappedScheduler) and steps > _MAX_RUN_STEPS:
             raise ValueError(
-                f"At most {_MAX_RUN_STEPS:,} steps of {self.schedule.type_name} can be plotted, "
-                f"because PyTorch computes them one by one, got {steps:,}. Set `--steps` to plot "
-                "only the first steps."
+                f"A plot of {self.schedule.type_name} can have at most {_MAX_RUN_STEPS:,} steps, "
+                f"got {steps:,}, because PyTorch computes the steps one by one. Set `--steps` to "
+                "plot only the first steps."
             )
 
     @property
@@ -175,7 +175,7 @@ def _build_preview(
     resolved = schedule.resolve(horizon)
     if schedule.feedback is not None and resolved.span > _MAX_SYNTHETIC_STEPS:
         raise ValueError(
-            f"A preview of {schedule.type_name}, which depends on the loss, can have at most "
+            f"A preview of the loss-driven schedule {schedule.type_name} can have at most "
             f"{_MAX_SYNTHETIC_STEPS:,} steps, got {resolved.span:,}. To preview the schedule, "
             "shorten the run in a copy of the config."
         )

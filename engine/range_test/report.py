@@ -107,7 +107,7 @@ class LRRangeReport:
         return Suggestion(rounded, reason, found.rules, found.smoothed)
 
     def _find_early_end(self) -> str:
-        """Return a message if a script ended before its sweep did, else an empty string."""
+        """Return a message if a script ended before its sweep did, or an empty string."""
         for run in self.runs:
             steps = run.facts.get("steps")
             if not run.end and steps and len(run.lrs) < steps:

@@ -16,6 +16,7 @@ import torch
 from torch.optim import Optimizer
 
 from engine.config import Config
+from engine.config.resolve import drop_group_schedules
 from engine.engine import Engine
 from engine.errors import MisuseError
 from engine.range_test.recorder import RECORD, Recorder
@@ -39,7 +40,7 @@ def is_next_engine_swept(sweep: Sweep) -> bool:
     Every other engine of the script trains with its own schedule.
 
     Raises:
-        MisuseError: the script creates a second engine, but `sweep` does not select one.
+        MisuseError: if the script creates a second engine, but `sweep` does not select one.
     """
     number = next(_engines)
     if sweep.engine is None and number > 1:
@@ -60,7 +61,7 @@ def apply_sweep(config: Config, sweep: Sweep) -> Config:
     if sweep.seed_offset:
         torch.manual_seed(torch.initial_seed() + sweep.seed_offset)
     data = replace(config.data, seed=config.data.seed + sweep.seed_offset)
-    return replace(changed, data=data)
+    return drop_group_schedules(replace(changed, data=data))
 
 
 def spread_sweep(config: Config, sweep: Sweep, optimizer: Optimizer) -> Config:

@@ -143,7 +143,7 @@ class RunLoader:
         elif self.resumes:
             log.warning(
                 "the checkpoint does not contain the state of this rank's data loader; epoch %d "
-                "starts from its beginning",
+                "restarts from the beginning",
                 self._epoch,
             )
 

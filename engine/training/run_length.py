@@ -89,7 +89,7 @@ class RunLength:
         return min(ends, default=None)
 
     def is_session_over(self, counters: Counters) -> bool:
-        """Return whether this process has applied as many steps as `steps_this_run` allows."""
+        """Return whether this process has taken `steps_this_run` steps."""
         limit = self.steps_this_run
         return limit is not None and counters.applied_steps - self.steps_before >= limit
 

@@ -107,7 +107,8 @@ def describe_other_writer(hyperparameters: Collection[str], *, is_schedule: bool
         text += "of the other."
     return (
         f"{text} To multiply schedules or to run one after the other, use "
-        "`schedules.ChainedScheduler` or `schedules.SequentialLR`."
+        "`schedules.ChainedScheduler` or `schedules.SequentialLR`. For different schedules in "
+        "different param groups, pass a dict to `attach`."
     )
 
 

@@ -54,7 +54,7 @@ class TorchInterface(LRScheduler):
 
     @abstractmethod
     def _go_to(self, state: Any, step: int, write: bool = True) -> None:
-        """Set the state and the step and, if requested, write that step's hyperparameters."""
+        """Set the state and the step, and optionally write the hyperparameters to the optimizer."""
 
     def _settle(self) -> None:
         if self.settle is not None:

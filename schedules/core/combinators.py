@@ -28,6 +28,7 @@ __all__ = [
     "multiply_at",
     "pointwise",
     "repeat",
+    "scale",
     "stairs",
 ]
 
@@ -336,3 +337,29 @@ def delay(curve: Curve, steps: float) -> Curve:
     [0.5, 0.75, 1.0, 1.0]
     """
     return _Delay(curve, steps)
+
+
+class _Scale(Curve):
+    def __init__(self, curve: Curve, factor: float) -> None:
+        self._curve = curve
+        self._factor = factor
+
+    def piece(self, step: float, origin: float = 0) -> Piece:
+        factor, piece = self._factor, self._curve.piece(step, origin)
+        at = piece.formula
+        if piece.line is not None and piece.line.rise == 0:
+            return constant_piece(at(step) * factor, piece.start, piece.end)
+        return Piece(piece.start, piece.end, lambda k: at(k) * factor, piece.elementwise)
+
+    def phases(self, origin: float = 0) -> tuple[Phase, ...]:
+        return self._curve.phases(origin)
+
+
+def scale(curve: Curve, factor: float) -> Curve:
+    """Multiply a curve by a factor. The value at step k is ``curve(k) * factor``.
+
+    >>> from schedules.core.curves import linear
+    >>> list(scale(linear(0.0, 1.0, steps=2), factor=0.5).values(4))
+    [0.0, 0.25, 0.5, 0.5]
+    """
+    return curve if factor == 1 else _Scale(curve, factor)

@@ -105,6 +105,9 @@ class Schedule(ABC, Generic[S]):
     """Whether a parameter is a rate per step. If so, `Horizon.scale_ratio` stretches whole curves,
     because scaling the durations does not scale a rate."""
 
+    group_keys: ClassVar[tuple[str, ...]] = ()
+    """Parameters that a param group of the optimizer can replace with a key of the same name."""
+
     feedback: ClassVar[Literal["loss", "metric"] | None] = None
     """Value that the schedule receives at each step. None if it depends only on the step."""
 

@@ -260,8 +260,8 @@ class OneCycleLR(Schedule[int], example={"max_lr": 0.1, "total_steps": "1dur"}):
     final_div_factor: Divisor = 1e4
     """Ratio of the learning rate at the first step to the final learning rate."""
     three_phase: bool = False
-    """Whether the learning rate returns to its value at the first step in a phase of its own,
-    before it falls to its final value."""
+    """Whether a separate phase returns the learning rate to its value at the first step before it
+    falls to its final value."""
     relative: bool = False
     """Whether `max_lr` is a multiple of each param group's initial learning rate. If false, it is
     an absolute learning rate."""

@@ -46,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps-per-epoch",
         type=parse_positive_int,
         metavar="N",
-        help="steps per epoch; required if the config has durations in epochs",
+        help="number of steps per epoch; required if the config contains durations in epochs",
     )
     parser.add_argument(
         "--csv",
         metavar="FILE",
-        help="CSV file to write, with columns step,lr,momentum,… and one row per step; - for "
+        help="CSV file to write, with the columns step,lr,momentum,… and one row per step; - for "
         "standard output",
     )
     parser.add_argument(
@@ -59,29 +59,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE|TYPE",
-        help="configs, or schedule types with their example parameters, to add to the plot",
+        help="configs or schedule types to add to the plot. A schedule type is plotted with its "
+        "example parameters",
     )
     parser.add_argument(
         "--losses",
         type=Path,
         metavar="CSV",
         help="CSV file with recorded losses in its last column, such as a file written by "
-        "csv_monitor. The plot shows a loss-driven schedule for these losses (default: a "
-        "synthetic loss)",
+        "csv_monitor. A loss-driven schedule, such as AutoWU, is computed from these losses "
+        "(default: from a synthetic loss)",
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="PNG",
-        help="output image; its suffix sets the format (default without --csv and -t: FILE with "
-        "the suffix .png, in the current directory)",
+        help="image file to write; the suffix selects the format. Without --csv and -t, the "
+        "default is FILE with the suffix .png, in the current directory",
     )
     parser.add_argument(
         "-t",
         "--terminal",
         action="store_true",
-        help="plot in the terminal; write an image only with --output",
+        help="plot in the terminal. To write an image as well, add --output",
     )
     add_allow_imports(parser)
 
@@ -108,7 +109,7 @@ class _PlotData(NamedTuple):
         """Return the steps to plot, and the values of each column at these steps.
 
         Args:
-            most: number of steps up to which every step is returned. For a longer run, a fixed
+            most: maximum number of steps to return without sampling. For a longer run, a fixed
                 number of evenly spaced steps is returned.
         """
         if not self.curves:
@@ -160,7 +161,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _preview_configs(args: argparse.Namespace) -> _PlotData:
-    """Compute the schedules of the config and of the configs given with ``--compare``."""
+    """Compute the schedule curves of the config and of each ``--compare`` argument."""
     from engine.display.preview import preview
 
     sources = [args.file, *map(_find_example_or_path, args.compare)]
@@ -238,7 +239,9 @@ def _read_losses(path: Path) -> list[float]:
     try:
         return [float(row[-1]) for row in rows]
     except ValueError as error:
-        raise ValueError(f"{path}: the last column must contain only numbers: {error}.") from None
+        raise ValueError(
+            f"The last column of {path} must contain only numbers below the header row: {error}."
+        ) from None
 
 
 def _find_example_or_path(name: str) -> str | dict[str, Any]:

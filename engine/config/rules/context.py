@@ -22,6 +22,7 @@ from engine.config.schema import Member
 from engine.config.structure import Structure
 from engine.errors import Problem
 from schedules import SCHEDULES, Schedule, ScheduleError
+from schedules.core.controller import Base
 
 __all__ = ["Rule", "RuleContext"]
 
@@ -63,13 +64,18 @@ class RuleContext:
         return self.structure.schedule
 
     @property
+    def group_schedules(self) -> Mapping[int, Schedule[Any]]:
+        """The own schedules of param groups, by index in ``optimizer.param_groups``."""
+        return self.structure.group_schedules
+
+    @property
     def data_ranks(self) -> DataRanks | None:
         """The number of ranks that load different samples, or None if the world size is unknown."""
         return self.structure.data_ranks
 
     @cached_property
     def backend(self) -> BackendChoice:
-        """The backend that runs the config, and the reason for this choice."""
+        """The backend that is chosen for the config, and the reason for this choice."""
         return choose_backend(self.config, self.members, self.needs_deepspeed)
 
     @cached_property
@@ -80,7 +86,7 @@ class RuleContext:
 
     @property
     def is_run_resolved(self) -> bool:
-        """Whether the settings that determine the schedule's values are all valid and not "auto".
+        """Whether all settings that determine the schedule's values are valid and not "auto".
 
         These settings are the optimizer, the schedule, and the length of the run.
         """
@@ -93,12 +99,24 @@ class RuleContext:
         Return None if the schedule can run, or if its compatibility cannot be determined before the
         run.
         """
-        schedule, error = self.schedule, None
-        if schedule is None or schedule.feedback is not None or not self.is_run_resolved:
+        schedule, config = self.schedule, self.config
+        if schedule is None or not self.is_run_resolved:
             return None
-        if any(find_named_code(self.config.get("scheduler"))):
+        return self.find_schedule_error(
+            schedule, build_base_values(config, schedule), config.get("scheduler")
+        )
+
+    def find_schedule_error(self, schedule: Schedule[Any], base: Base, block: Any) -> str | None:
+        """Return the reason why a schedule cannot run with the given initial hyperparameters.
+
+        Args:
+            schedule: schedule to check.
+            base: initial hyperparameters of the param groups.
+            block: config block of the schedule. If it names code, the schedule is not checked.
+        """
+        error = None
+        if schedule.feedback is not None or any(find_named_code(block)):
             return None
-        base = build_base_values(self.config, schedule)
         for horizon in list_possible_horizons(schedule, self.config, self.data_ranks):
             try:
                 schedule.build_curves(base, horizon)

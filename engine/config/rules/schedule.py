@@ -192,7 +192,7 @@ def _get_onecycle_default(name: str) -> Any:
 
 
 def _format_first_step_size(cycle: Mapping[str, Any]) -> str:
-    """Return ``cycle_first_step_size``, or its default if the key is not set, as JSON."""
+    """Return the value of ``cycle_first_step_size``, or its default value, as JSON."""
     return json.dumps(
         cycle.get("cycle_first_step_size", _get_onecycle_default("cycle_first_step_size"))
     )

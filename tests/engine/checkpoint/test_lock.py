@@ -41,7 +41,7 @@ def change_owner(directory, **values):
 
 
 def test_directory_of_a_running_process_is_refused_until_it_ends(tmp_path, other_process):
-    with pytest.raises(CheckpointError, match=f"in use by process {other_process.pid} on host"):
+    with pytest.raises(CheckpointError, match=f"in use: process {other_process.pid} on host"):
         DirectoryLock(tmp_path)
     other_process.kill()
     other_process.wait()

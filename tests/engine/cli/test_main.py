@@ -287,7 +287,7 @@ def test_plot_losses_drive_a_loss_driven_schedule(tmp_path):
     broken.write_text("step,train_loss\n8,much\n")
     err = io.StringIO()
     assert main(["plot", str(config), "--losses", str(broken), "--csv", "-"], out, err) == 2
-    assert "the last column must contain only numbers" in err.getvalue()
+    assert "must contain only numbers below the header row" in err.getvalue()
 
 
 def test_plot_losses_with_other_schedule_exits_with_2(tutorial, tmp_path):

@@ -285,8 +285,8 @@ def test_deferred_run_writes_the_same_monitors_and_log(precision, ranks, tmp_pat
     assert found.keys() == expected.keys()
     for name, rows in expected.items():
         found_rows = torch.tensor(found[name], dtype=torch.float64)
-        rows = torch.tensor(rows, dtype=torch.float64)
-        torch.testing.assert_close(found_rows, rows, rtol=1e-5, atol=1e-6, equal_nan=True)
+        expected_rows = torch.tensor(rows, dtype=torch.float64)
+        torch.testing.assert_close(found_rows, expected_rows, rtol=1e-5, atol=1e-6, equal_nan=True)
     if ranks == 1:
         lines = [each.message for each in caplog.records if each.message.startswith("step ")]
         assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
