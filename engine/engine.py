@@ -187,13 +187,15 @@ class Engine(DeepSpeedAccessors):
 
         Returns:
             Whether an optimizer step was applied. A step with non-finite gradients is skipped, and
-            the schedule does not advance.
+            the schedule does not advance. On a GPU, the result is usually a `StepResult`, whose
+            ``bool()`` waits for the device; see ``engine.deferred_step``.
 
         Raises:
             RuntimeError: ``engine.steps_this_run`` steps have been applied, `no_sync` is active, no
                 gradients were computed, or the script itself has called ``optimizer.step()`` or
                 ``scheduler.step()``.
-            FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped.
+            FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped. A deferred
+                step raises it in the next call, or where the script asks for the outcome.
         """
         del lr_kwargs
         is_applied = self._run.step(metric)
