@@ -109,7 +109,7 @@ class TrainingRun:
             None if best is None else BestMetric(best.metric, best.mode, best.patience),
         )
         if backend.deferred is not None:
-            run.window.is_kept = True
+            run.window.is_kept |= config.progress.is_logged
             run._settle_before_use(scheduler)
             atexit.register(_settle, weakref.ref(run))  # write the last step to the monitors
         return run

@@ -91,6 +91,9 @@ class StepResult:
     def __repr__(self) -> str:
         return repr(bool(self))
 
+    def __reduce__(self) -> tuple[type[bool], tuple[bool]]:
+        return bool, (bool(self),)  # a copy is a plain bool
+
 
 class DeferredStep:
     """Runs optimizer steps without waiting for the device, and reads their outcome later.
