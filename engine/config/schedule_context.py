@@ -152,7 +152,7 @@ def build_base_values(config: Mapping[str, Any], schedule: Schedule[Any]) -> Bas
     assert name is not None
     params = add_optimizer_defaults(name, block.get("params", {}))
     momentum = params.get("momentum", params["betas"][0] if "betas" in params else 0.0)
-    groups = max(map(len, schedule.lists_per_group.values()), default=1)
+    groups = schedule.num_groups or 1
     weight_decay = params.get("weight_decay", 0.0)
     base = {"lr": params["lr"], "momentum": momentum, "weight_decay": weight_decay}
     return {name: (value,) * groups for name, value in base.items()}

@@ -15,8 +15,14 @@ from schedules.core.curves import Curve, constant
 from schedules.core.durations import Horizon
 from schedules.core.fields import Items, Milestones, as_number
 from schedules.core.imports import ImportForbiddenError
+from schedules.core.per_group import build_curve_per_group
 from schedules.core.registry import from_config
-from schedules.core.schedule import ParameterProblem, Schedule, schedule_class
+from schedules.core.schedule import (
+    ParameterProblem,
+    Schedule,
+    format_arguments,
+    schedule_class,
+)
 
 __all__ = ["ChainedScheduler", "Combined", "SequentialLR"]
 
@@ -81,6 +87,15 @@ class _Composite(Schedule[int]):
             raise forbidden
         # Nested schedules would otherwise be built twice at each level.
         self.__dict__["parts"] = tuple(parts)
+
+    def __repr__(self) -> str:
+        others = {name: value for name, value in self.params().items() if name != "schedulers"}
+        arguments = {"schedulers": list(self.parts), **others}
+        return f"{self.type_name}({format_arguments(arguments)})"
+
+    @property
+    def num_groups(self) -> int | None:
+        return next((part.num_groups for part in self.parts if part.num_groups), None)
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:
@@ -181,17 +196,18 @@ class SequentialLR(
         return int(self.milestones[-1]) + self.parts[-1].span
 
     def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
-        return {
-            name: tuple(
-                join(
-                    [part[name][group] if name in part else constant(own) for part in parts],
-                    boundaries=map(as_number, self.milestones),
-                    names=[part.type_name for part in self.parts],
-                )
-                for group, own in enumerate(base[name])
-            )
-            for name in self.hyperparameters
-        }
+        names = [part.type_name for part in self.parts]
+        boundaries = [as_number(each) for each in self.milestones]
+
+        def join_parts(*curves: Curve) -> Curve:
+            return join(curves, boundaries, names)
+
+        combined = {}
+        for name in self.hyperparameters:
+            own = build_curve_per_group(constant, base[name])
+            columns = [part.get(name, own) for part in parts]
+            combined[name] = build_curve_per_group(join_parts, *columns)
+        return combined
 
 
 @schedule_class
@@ -217,9 +233,8 @@ class ChainedScheduler(
 
     def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
         return {
-            name: tuple(
-                _product([part[name][group] for part in parts if name in part], own)
-                for group, own in enumerate(base[name])
+            name: build_curve_per_group(
+                _multiply, base[name], *(part[name] for part in parts if name in part)
             )
             for name in self.hyperparameters
         }
@@ -244,7 +259,7 @@ def _count_blocks(blocks: Any) -> int:
     return len(blocks) + sum(map(_count_blocks, nested))
 
 
-def _product(curves: Sequence[Curve], own: float) -> Curve:
+def _multiply(own: float, *curves: Curve) -> Curve:
     if own == 0:
         return constant(0.0)
     multiply = functools.partial(pointwise, lambda total, value: total * (value / own))

@@ -188,7 +188,13 @@ def _make_class(
         for parameter in parameters
     ]
     cls: Any = dataclasses.make_dataclass(
-        class_name, fields, bases=(base,), frozen=True, kw_only=True, namespace=namespace
+        class_name,
+        fields,
+        bases=(base,),
+        frozen=True,
+        kw_only=True,
+        repr=False,
+        namespace=namespace,
     )
     cls.type_name = type_name
     return cast("type[C]", cls)
@@ -263,11 +269,12 @@ class WrappedScheduler(Schedule[int]):
 
     def curves(self, base: Base) -> Curves:
         recorder = _Recorder(self, base)
+        rows = list(zip(*base.values(), strict=True))
+        # A list can have one item per group. Otherwise, groups with equal values share a curve.
+        is_per_group = any(isinstance(value, list) for value in self.params().values())
+        first = list(range(len(rows))) if is_per_group else [rows.index(row) for row in rows]
         return {
-            name: tuple(
-                from_function(functools.partial(recorder.value, name, group))
-                for group in range(len(base["lr"]))
-            )
+            name: build_curve_per_group(functools.partial(recorder.curve, name), tuple(first))
             for name in self.hyperparameters
         }
 
@@ -317,6 +324,10 @@ class _Recorder:
             self._rows.append(self._read())
             self._step += 1
         return self._rows[step - self._step - 1]
+
+    def curve(self, name: str, group: int) -> Curve:
+        """Return the curve of a hyperparameter of one param group."""
+        return from_function(functools.partial(self.value, name, group))
 
     def value(self, name: str, group: int, step: float) -> float:
         """Return a hyperparameter of one param group at a step."""

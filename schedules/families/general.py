@@ -29,6 +29,7 @@ from schedules.core.fields import (
     WarmupStepsOrZero,
     as_number,
 )
+from schedules.core.per_group import build_curve_per_group
 from schedules.core.schedule import LearningRateSchedule, ParameterProblem, Schedule, schedule_class
 
 __all__ = [
@@ -177,7 +178,9 @@ class Phases(
             if not self.relative and any("to" in phase for phase in getattr(self, name)):
                 self._check_groups_stay_different(name, base[name])
         return {
-            name: tuple(self._join_phases(name, getattr(self, name), own) for own in base[name])
+            name: build_curve_per_group(
+                partial(self._join_phases, name, getattr(self, name)), base[name]
+            )
             for name in self.hyperparameters
         }
 
