@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves
 from schedules.core.durations import MAX_STEPS, DurationError, convert_to_steps
 from schedules.core.pieces import find_next_step
+from schedules.core.schedule import Joint
 
 __all__ = [
     "EvaluatedSchedule",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _MAX_PIECES = 5000
+_JUMP = 0.01
+"""Fraction of the largest value; smaller differences between two parts are not jumps."""
 _POSSIBLE_LENGTHS = (1000, 1, 30, 1_000_000)
 """Steps per epoch, and samples per step, to try if they are unknown before launch."""
 
@@ -209,6 +212,22 @@ class EvaluatedSchedule:
                         if not math.isfinite(value := piece.formula(step)):
                             return name, step, value
         return None
+
+    def find_jumps(self) -> Iterator[tuple[Joint, float, float]]:
+        """Yield each joint between two parts at which a hyperparameter jumps.
+
+        Yields:
+            The joint, the value that the earlier part would reach at this step, and the value at
+            this step. If several param groups jump, only the first one is reported.
+        """
+        for joint in self.schedule.joints():
+            step = math.ceil(joint.step)
+            largest = self.get_range(joint.hyperparameter)[1]
+            for curve in self.curves[joint.hyperparameter]:
+                before, after = curve.piece(max(0, step - 1)).formula(step), curve(step)
+                if step > 0 and abs(after - before) > _JUMP * largest:
+                    yield joint, before, after
+                    break
 
     @property
     def end(self) -> int | None:

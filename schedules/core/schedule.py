@@ -12,7 +12,17 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    cast,
+    overload,
+)
 
 from schedules.core.combinators import dilate
 from schedules.core.controller import DEFAULT_BASE, Base, Controller, Curves, OpenLoop
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, dataclass_transform
 
 __all__ = [
+    "Joint",
     "LearningRateSchedule",
     "ParameterProblem",
     "Schedule",
@@ -60,6 +71,17 @@ class ParameterProblem:
 
     field: str | None
     message: str
+
+
+class Joint(NamedTuple):
+    """The step at which one part of a schedule ends and the next one starts."""
+
+    hyperparameter: str
+    step: float
+    field: str
+    """Parameter that defines the parts."""
+    fix: str
+    """How to remove a jump at this step."""
 
 
 class ScheduleError(ValueError):
@@ -253,6 +275,13 @@ class Schedule(ABC, Generic[S]):
 
     def warnings(self) -> Iterator[str]:
         """Yield warnings about parameters that are valid but unlikely to work well."""
+        yield from ()
+
+    def joints(self) -> Iterator[Joint]:
+        """Yield the steps at which a parameter allows a hyperparameter to jump to another value.
+
+        Call `resolve` first if a duration is a time string.
+        """
         yield from ()
 
     @property

@@ -18,6 +18,7 @@ from schedules.core.imports import ImportForbiddenError
 from schedules.core.per_group import build_curve_per_group
 from schedules.core.registry import from_config
 from schedules.core.schedule import (
+    Joint,
     ParameterProblem,
     Schedule,
     format_arguments,
@@ -34,6 +35,7 @@ _BLOCK = {
     "additionalProperties": False,
 }
 Blocks = Annotated[Sequence[Mapping[str, Any]], Items(_BLOCK)]
+BuildCurves = Callable[[Base], Curves]
 _MAX_SCHEDULES = 100
 
 
@@ -79,7 +81,8 @@ class _Composite(Schedule[int]):
             if part.feedback is not None:
                 message = (
                     f"`schedulers[{index}]` must not depend on the {part.feedback}, got "
-                    f"{part.type_name}. Use {part.type_name} as the `scheduler` itself."
+                    f"{part.type_name}. Use {part.type_name} as the `scheduler` itself"
+                    f"{_suggest_warmup(part)}."
                 )
                 yield ParameterProblem("schedulers", message)
                 is_valid = False
@@ -100,6 +103,11 @@ class _Composite(Schedule[int]):
     @property
     def hyperparameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for part in self.parts for name in part.hyperparameters))
+
+    def joints(self) -> Iterator[Joint]:
+        for part in self.parts:
+            for joint in part.joints():
+                yield joint._replace(field="schedulers")
 
     @property
     def length(self) -> int | None:
@@ -130,20 +138,20 @@ class _Composite(Schedule[int]):
         return tuple(blocks)
 
     def curves(self, base: Base) -> Curves:
-        return self.combine([part.curves(base) for part in self.parts], base)
+        return self.combine([part.curves for part in self.parts], base)
 
     def build_curves(self, base: Base, horizon: Horizon | None = None) -> Curves:
         # Each part scales its own curves, because the curves of a part with a rate per step
         # (`has_rate_per_step`) must be stretched as a whole.
-        parts = [part.build_curves(base, horizon) for part in self.parts]
+        parts = [functools.partial(part.build_curves, horizon=horizon) for part in self.parts]
         return self.resolve(horizon).combine(parts, base)
 
     @abstractmethod
-    def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
+    def combine(self, parts: Sequence[BuildCurves], base: Base) -> Curves:
         """Return the combined curve of each hyperparameter in each param group.
 
         Args:
-            parts: curves of each schedule.
+            parts: function of each schedule that builds its curves from initial hyperparameters.
             base: initial hyperparameters of the optimizer.
         """
 
@@ -163,13 +171,28 @@ class SequentialLR(
     """Run several schedules one after another. At each milestone, the next schedule starts.
 
     Each schedule counts its steps from its own start. If the active schedule does not set a
-    hyperparameter that another schedule sets, the param group's initial value is used.
+    hyperparameter that another schedule sets, its initial value is used. The initial values are
+    those of the param group or, with ``from_previous``, the last values of the previous schedule.
+
+    >>> blocks = [
+    ...     {"type": "PolynomialLR", "params": {"total_iters": 4}},
+    ...     {"type": "ExponentialLR", "params": {"gamma": 0.5}},
+    ... ]
+    >>> steps = range(5)
+    >>> SequentialLR(schedulers=blocks, milestones=[2])(steps, lr=1.0).tolist()
+    [1.0, 0.75, 1.0, 0.5, 0.25]
+    >>> SequentialLR(schedulers=blocks, milestones=[2], from_previous=True)(steps, lr=1.0).tolist()
+    [1.0, 0.75, 0.5, 0.25, 0.125]
 
     Source: ``SequentialLR`` in torch/optim/lr_scheduler.py.
     """
 
     milestones: Milestones
     """Steps at which the second and later schedules start, in ascending order."""
+    from_previous: bool = False
+    """Whether the initial values of each schedule are the values that the previous one has reached
+    at the milestone. If false, as in PyTorch, they are those of the param group. Absolute values,
+    such as `cycle_max_lr`, do not depend on them."""
 
     def find_problems(self) -> Iterator[ParameterProblem]:
         if list(self.milestones) != sorted(self.milestones):
@@ -186,6 +209,16 @@ class SequentialLR(
                 "except the first one.",
             )
 
+    def joints(self) -> Iterator[Joint]:
+        fix = 'Set "from_previous": true to continue from the last value of each schedule.'
+        starts = [0.0, *map(as_number, self.milestones)]
+        for start, part in zip(starts, self.parts, strict=True):
+            for joint in part.joints():
+                yield joint._replace(step=start + joint.step, field="schedulers")
+        for name in self.hyperparameters:
+            for start in starts[1:]:
+                yield Joint(name, start, "milestones", fix)
+
     @property
     def length(self) -> int | None:
         last = self.parts[-1].length
@@ -195,19 +228,24 @@ class SequentialLR(
     def span(self) -> int:
         return int(self.milestones[-1]) + self.parts[-1].span
 
-    def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
+    def combine(self, parts: Sequence[BuildCurves], base: Base) -> Curves:
         names = [part.type_name for part in self.parts]
         boundaries = [as_number(each) for each in self.milestones]
 
         def join_parts(*curves: Curve) -> Curve:
             return join(curves, boundaries, names)
 
-        combined = {}
-        for name in self.hyperparameters:
-            own = build_curve_per_group(constant, base[name])
-            columns = [part.get(name, own) for part in parts]
-            combined[name] = build_curve_per_group(join_parts, *columns)
-        return combined
+        columns = []
+        for build, start, end in zip(parts, (0.0, *boundaries), (*boundaries, 0.0), strict=True):
+            own = {name: build_curve_per_group(constant, base[name]) for name in base}
+            columns.append({**own, **build(base)})
+            if self.from_previous:
+                last = functools.partial(_evaluate, step=end - start)
+                base = {name: tuple(map(last, columns[-1][name])) for name in base}
+        return {
+            name: build_curve_per_group(join_parts, *(column[name] for column in columns))
+            for name in self.hyperparameters
+        }
 
 
 @schedule_class
@@ -231,13 +269,19 @@ class ChainedScheduler(
     Source: ``ChainedScheduler`` in torch/optim/lr_scheduler.py.
     """
 
-    def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
+    def combine(self, parts: Sequence[BuildCurves], base: Base) -> Curves:
+        curves = [build(base) for build in parts]
         return {
             name: build_curve_per_group(
-                _multiply, base[name], *(part[name] for part in parts if name in part)
+                _multiply, base[name], *(part[name] for part in curves if name in part)
             )
             for name in self.hyperparameters
         }
+
+
+def _suggest_warmup(part: Schedule[Any]) -> str:
+    """Return how to add a warmup to a schedule that cannot be a part of another one."""
+    return ", with `warmup_steps` for a warmup" if hasattr(part, "warmup_steps") else ""
 
 
 def _to_block(schedule: Any) -> Any:
@@ -257,6 +301,12 @@ def _count_blocks(blocks: Any) -> int:
     params = [block.get("params") for block in blocks if isinstance(block, Mapping)]
     nested = [each.get("schedulers") for each in params if isinstance(each, Mapping)]
     return len(blocks) + sum(map(_count_blocks, nested))
+
+
+def _evaluate(curve: Curve, step: float) -> float:
+    """Return the value of a curve at a step, which can be fractional."""
+    value: float = curve.piece(step).formula(step)
+    return value
 
 
 def _multiply(own: float, *curves: Curve) -> Curve:
@@ -301,6 +351,5 @@ class Combined(
                         "multiply their factors.",
                     )
 
-    def combine(self, parts: Sequence[Curves], base: Base) -> Curves:
-        del base  # Already passed to each schedule.
-        return functools.reduce(operator.or_, (dict(part) for part in parts))
+    def combine(self, parts: Sequence[BuildCurves], base: Base) -> Curves:
+        return functools.reduce(operator.or_, (dict(build(base)) for build in parts))

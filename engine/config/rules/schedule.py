@@ -134,6 +134,17 @@ def _check_values(context: RuleContext) -> Iterator[Problem]:
         yield context.error("schedule", _PARAMS, message, hint)
 
 
+def _check_jumps(context: RuleContext) -> Iterator[Problem]:
+    """Yield a note for each step at which a value jumps between two parts of the schedule."""
+    evaluated = context.evaluated_schedule
+    for joint, before, after in evaluated.find_jumps() if evaluated else ():
+        message = (
+            f"The schedule's {joint.hyperparameter} jumps from {before:.3g} to {after:.3g} at step "
+            f"{joint.step:g}, where the next part starts."
+        )
+        yield context.note("jump", f"{_PARAMS}/{joint.field}", message, joint.fix)
+
+
 def _check_flat_warmup(context: RuleContext) -> Iterator[Problem]:
     warmup = _get_params(context, "WarmupLR", "WarmupDecayLR") or {}
     low, high = warmup.get("warmup_min_lr"), warmup.get("warmup_max_lr")
@@ -211,6 +222,7 @@ RULES: tuple[Rule, ...] = (
     _check_overwritten,
     _check_end,
     _check_values,
+    _check_jumps,
     _check_flat_warmup,
     _check_log_warmup,
     _check_stair_count,

@@ -148,7 +148,7 @@ def test_load_config_names_the_missing_attribute_and_the_missing_params():
     with pytest.raises(engine.ConfigError, match=r"Missing key `bound`"):
         engine.load_config(config_of({"type": f"{MODULE}:floor"}))
     with pytest.raises(engine.ConfigError, match=r"Did you mean `least`"):
-        block = {"type": f"{MODULE}:floor", "params": {"bound": 1, "leas": 2}}
+        block = {"type": f"{MODULE}:floor", "params": {"bound": 1, "leest": 2}}
         engine.load_config(config_of(block))
 
 
