@@ -51,7 +51,13 @@ class LossScaling:
 
 
 _LOSS_SCALING = tuple(field.name for field in fields(LossScaling))
-_RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup", "steps_this_run")
+_RUN = (
+    "max_duration",
+    "scale_schedule_ratio",
+    "scale_warmup",
+    "steps_this_run",
+    "tokens_per_sample",
+)
 
 
 @dataclass(frozen=True)

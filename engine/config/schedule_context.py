@@ -47,13 +47,18 @@ def build_horizon(
 
     Raises:
         DurationError: the run is shorter than one step or too long; or ``max_duration`` is in
-            epochs or samples, but ``steps_per_epoch`` or ``samples_per_step``, which is needed to
-            convert it to steps, is None.
+            epochs, samples or tokens, but ``steps_per_epoch``, ``samples_per_step`` or
+            ``tokens_per_sample``, which is needed to convert it to steps, is None.
 
     >>> build_horizon({"max_duration": "2ep"}, samples_per_step=8, steps_per_epoch=50).total_steps
     100
     """
-    known = Horizon(samples_per_step=samples_per_step, steps_per_epoch=steps_per_epoch)
+    tokens = engine.get("tokens_per_sample")
+    known = Horizon(
+        samples_per_step=samples_per_step,
+        steps_per_epoch=steps_per_epoch,
+        tokens_per_sample=tokens,
+    )
     length = engine.get("max_duration")
     total = None
     if length is not None:
@@ -74,7 +79,8 @@ def build_horizon(
         samples_per_step=samples_per_step,
         scale_ratio=ratio,
         scale_warmup=engine.get("scale_warmup", False),
-        counts_samples=isinstance(length, str) and length.strip().lower().endswith("sp"),
+        counts_samples=isinstance(length, str) and length.strip().lower().endswith(("sp", "tok")),
+        tokens_per_sample=tokens,
     )
 
 
@@ -83,8 +89,8 @@ def find_horizon(
 ) -> Horizon | None:
     """Return the length of the run, or None if it cannot be determined before launch.
 
-    Durations in epochs depend on the data loader. Durations in samples depend on the batch size,
-    which depends on the number of ranks if ``train_batch_size`` is absent.
+    Durations in epochs depend on the data loader. Durations in samples and tokens depend on the
+    batch size, which depends on the number of ranks if ``train_batch_size`` is absent.
     """
     horizons = list_possible_horizons(schedule, config, ranks)
     return horizons[0] if len(horizons) == 1 else None
@@ -113,7 +119,7 @@ def list_possible_horizons(
     if re.search(r"\d\s*ep\b", texts):
         epochs = _POSSIBLE_LENGTHS
     batches: tuple[int | None, ...] = (samples,)
-    if samples is None and re.search(r"\d\s*sp\b", texts):
+    if samples is None and re.search(r"\d\s*(sp|tok)\b", texts):
         batches = _POSSIBLE_LENGTHS
     horizons, errors = [], []
     for steps_per_epoch, samples_per_step in itertools.product(epochs, batches):

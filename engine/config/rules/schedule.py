@@ -6,6 +6,7 @@ They report conflicts with the optimizer or the run length, and keys that have n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = ["RULES"]
 
 _PARAMS = "/scheduler/params"
 _DEEPSPEED_PEAK = 0.001
+_TOKENS = re.compile(r"\d\s*tok\b", re.IGNORECASE)
 _NEAR = 0.02  # fraction of the run; smaller differences between the two ends are ignored
 _NEAR_ZERO = 0.01  # fraction of the peak; learning rates below it count as zero
 
@@ -217,6 +219,15 @@ def _check_report(context: RuleContext) -> Iterator[Problem]:
         yield context.note("no-effect", "/engine/report", message, "Remove the key.")
 
 
+def _check_tokens(context: RuleContext) -> Iterator[Problem]:
+    run = context.get_section("engine")
+    params = context.get_section("scheduler").get("params")
+    if "tokens_per_sample" in run and not _TOKENS.search(f"{run.get('max_duration')} {params}"):
+        message = "`engine.tokens_per_sample` has an effect only on durations in tokens."
+        hint = 'Specify a duration in tokens, such as "1e9tok", or remove the key.'
+        yield context.note("no-effect", "/engine/tokens_per_sample", message, hint)
+
+
 RULES: tuple[Rule, ...] = (
     _check_warmup_peak,
     _check_overwritten,
@@ -228,4 +239,5 @@ RULES: tuple[Rule, ...] = (
     _check_stair_count,
     _check_decay_interval,
     _check_report,
+    _check_tokens,
 )

@@ -460,6 +460,10 @@ WARMUP_TO_1 = {"type": "LinearLR", "params": {"start_factor": 0.1, "total_iters"
 TAIL = {"type": "ConstantLR", "params": {"factor": 0.5, "total_iters": 50}}
 
 
+def schedule(type_name, **params):
+    return {"type": type_name, "params": params}
+
+
 def sequence(*blocks, **params):
     return {"type": "SequentialLR", "params": {"schedulers": list(blocks), **params}}
 
@@ -509,3 +513,22 @@ def test_jump_between_two_parts_is_a_note(scheduler, jumps):
     for problem, (pointer, text) in zip(found, jumps, strict=True):
         assert problem.pointer == f"/scheduler/params{pointer}"
         assert text in problem.message
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "run", "has_effect"),
+    [
+        (schedule("StepScheduler", step_size="9tok"), {}, True),
+        (schedule("StepScheduler", step_size="9ba"), {"max_duration": "90 TOK"}, True),
+        (sequence(WARMUP_TO_1, COSINE, milestones=["160tok"]), {}, True),
+        (schedule("StepScheduler", step_size="9sp"), {"max_duration": "9ep"}, False),
+    ],
+)
+def test_tokens_per_sample_without_a_duration_in_tokens_has_no_effect(scheduler, run, has_effect):
+    config = {
+        "train_batch_size": 2,
+        "scheduler": scheduler,
+        "engine": {"tokens_per_sample": 4, **run},
+    }
+    rules = [(problem.rule, problem.pointer) for problem in engine.validate(config)]
+    assert rules == ([] if has_effect else [("no-effect", "/engine/tokens_per_sample")])
