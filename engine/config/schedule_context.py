@@ -226,12 +226,12 @@ class EvaluatedSchedule:
             The joint, the value that the earlier part would reach at this step, and the value at
             this step. If several param groups jump, only the first one is reported.
         """
+        largest = {name: self.get_range(name)[1] for name in self.curves}
         for joint in self.schedule.joints():
             step = math.ceil(joint.step)
-            largest = self.get_range(joint.hyperparameter)[1]
             for curve in self.curves[joint.hyperparameter]:
                 before, after = curve.piece(max(0, step - 1)).formula(step), curve(step)
-                if step > 0 and abs(after - before) > _JUMP * largest:
+                if step > 0 and abs(after - before) > _JUMP * largest[joint.hyperparameter]:
                     yield joint, before, after
                     break
 

@@ -384,7 +384,8 @@ def inverse_sqrt_ramp(start_value: float, end_value: float, steps: float) -> Cur
     >>> [round(value, 6) for value in inverse_sqrt_ramp(1.0, 0.5, steps=3).values(5)]
     [1.0, 0.707107, 0.57735, 0.5, 0.5]
     """
-    change = (start_value / end_value) ** 2 - 1
+    ratio = start_value / end_value
+    change = ratio * ratio - 1  # infinite if it is too large, where ** would raise an error
 
     def formula(origin: float) -> Formula:
         return lambda k: start_value / math.sqrt(1 + change * ((k - origin) / steps))

@@ -211,10 +211,13 @@ class SequentialLR(
 
     def joints(self) -> Iterator[Joint]:
         fix = 'Set "from_previous": true to continue from the last value of each schedule.'
+        if self.from_previous:
+            fix = "Change the absolute values of the two schedules so that they match."
         starts = [0.0, *map(as_number, self.milestones)]
-        for start, part in zip(starts, self.parts, strict=True):
+        for start, end, part in zip(starts, [*starts[1:], math.inf], self.parts, strict=True):
             for joint in part.joints():
-                yield joint._replace(step=start + joint.step, field="schedulers")
+                if start + joint.step < end:
+                    yield joint._replace(step=start + joint.step, field="schedulers")
         for name in self.hyperparameters:
             for start in starts[1:]:
                 yield Joint(name, start, "milestones", fix)
@@ -235,13 +238,14 @@ class SequentialLR(
         def join_parts(*curves: Curve) -> Curve:
             return join(curves, boundaries, names)
 
-        columns = []
-        for build, start, end in zip(parts, (0.0, *boundaries), (*boundaries, 0.0), strict=True):
+        columns: list[Curves] = []
+        for index, build in enumerate(parts):
+            if index > 0 and self.from_previous:
+                steps = boundaries[index - 1] - (boundaries[index - 2] if index > 1 else 0)
+                reached = functools.partial(_evaluate, step=steps)
+                base = {name: tuple(map(reached, columns[-1][name])) for name in base}
             own = {name: build_curve_per_group(constant, base[name]) for name in base}
             columns.append({**own, **build(base)})
-            if self.from_previous:
-                last = functools.partial(_evaluate, step=end - start)
-                base = {name: tuple(map(last, columns[-1][name])) for name in base}
         return {
             name: build_curve_per_group(join_parts, *(column[name] for column in columns))
             for name in self.hyperparameters

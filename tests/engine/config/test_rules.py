@@ -499,6 +499,10 @@ def sequence(*blocks, **params):
             [("/momentum", "momentum jumps from 0.5 to 0.8 at step 5")],
         ),
         ({"type": "StepLR", "params": {"step_size": 10}}, []),
+        (  # the jump of the inner schedule at step 50 is after its end
+            sequence(sequence(TAIL, COSINE, milestones=[50]), COSINE, milestones=[20]),
+            [("/milestones", "lr jumps from 0.05 to 0.1 at step 20")],
+        ),
     ],
 )
 def test_jump_between_two_parts_is_a_note(scheduler, jumps):

@@ -170,6 +170,14 @@ def test_sequential_from_previous_starts_each_schedule_where_the_last_one_ended(
     assert values["momentum"][:, 0] == pytest.approx([0.9, 0.9, 0.9, 0.7, 0.5, 0.5])
 
 
+def test_sequential_from_previous_does_not_evaluate_steps_outside_of_a_schedule():
+    """The last schedule has no end, and its square root has no value at a negative step."""
+    root = {"type": "math:sqrt"}
+    block = build_block("SequentialLR", root, root, milestones=[4], from_previous=True)
+    lrs = trace(block, 9, base={"lr": 1.0})["lr"][:, 0]
+    assert lrs == pytest.approx([*(k**0.5 for k in range(4)), *(2 * k**0.5 for k in range(5))])
+
+
 def test_sequential_from_previous_is_stretched_by_the_scale_ratio():
     decay = {"type": "ExponentialLR", "params": {"gamma": 0.5}}
     block = build_block("SequentialLR", decay, decay, milestones=[4], from_previous=True)
