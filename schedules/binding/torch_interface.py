@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +34,8 @@ class TorchInterface(LRScheduler):
     schedule: Schedule[Any]
     controller: Controller[Any]
     _horizon: Horizon | None
+    settle: Callable[[], None] | None = None
+    """Function that the methods call first. The engine uses it to complete its last step."""
     _extra_count = 0
     last_epoch: int
     """Number of optimizer steps so far, without skipped steps. As in PyTorch, a script can set it,
@@ -58,6 +60,10 @@ class TorchInterface(LRScheduler):
     @abstractmethod
     def _go_to(self, state: Any, step: int, write: bool = True) -> None:
         """Set the state and the step, and optionally write the hyperparameters to the optimizer."""
+
+    def _settle(self) -> None:
+        if self.settle is not None:
+            self.settle()
 
     # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
     # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
@@ -119,10 +125,12 @@ class TorchInterface(LRScheduler):
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group for the next step."""
+        self._settle()
         return list(read_lr(self.optimizer))
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group at step `last_epoch`."""
+        self._settle()
         values = self._read_values()
         return list(values["lr"]) if "lr" in values else self.get_last_lr()
 
@@ -135,6 +143,7 @@ class TorchInterface(LRScheduler):
 
         Return None if the schedule does not set the momentum.
         """
+        self._settle()
         return read_momenta(self.optimizer) if "momentum" in self._slots else None
 
 
