@@ -7,7 +7,7 @@ contains its hash. XXH3 therefore suffices. It is about ten times as fast as SHA
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from xxhash import xxh3_128
 
 __all__ = ["compute_hash", "describe_files", "find_hash", "matches_hash"]
 
-_ALGORITHMS = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
+_ALGORITHMS: Mapping[str, Callable[[], Any]] = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
 """Hash functions by the key of a manifest; checkpoints are written with the first one."""
 _ALGORITHM = next(iter(_ALGORITHMS))
 _CHUNK = 1 << 20  # bytes; stays in the cache of the core that hashes it
@@ -29,7 +29,7 @@ def compute_hash(path: Path, algorithm: str = _ALGORITHM) -> str:
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             digest.update(view[:size])
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def describe_files(paths: Iterable[Path], directory: Path) -> dict[str, dict[str, Any]]:

@@ -42,10 +42,24 @@ class DirectoryLock:
     def __init__(self, directory: Path) -> None:
         self._path = directory / _NAME
         self._owner = _describe_process()
-        _acquire(self._path, self._owner)
         self._stop = threading.Event()
+        self._finalizer = weakref.finalize(self, _release, self._path, self._owner, self._stop)
+        self._lock()
+
+    def renew(self) -> None:
+        """Lock the directory again if somebody has deleted the directory or the lock file.
+
+        Raises:
+            CheckpointError: another process holds the lock.
+            OSError: the directory cannot be created, or is not writable.
+        """
+        if not _is_owner(self._path, self._owner):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock()
+
+    def _lock(self) -> None:
+        _acquire(self._path, self._owner)
         arguments = self._path, self._owner, self._stop
-        self._finalizer = weakref.finalize(self, _release, *arguments)
         self._thread = threading.Thread(
             target=_beat, args=arguments, name="checkpoint lock", daemon=True
         )

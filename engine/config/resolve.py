@@ -56,7 +56,13 @@ class LossScaling:
 
 
 _LOSS_SCALING = tuple(each.name for each in fields(LossScaling))
-_RUN = ("max_duration", "scale_schedule_ratio", "scale_warmup", "steps_this_run")
+_RUN = (
+    "max_duration",
+    "scale_schedule_ratio",
+    "scale_warmup",
+    "steps_this_run",
+    "tokens_per_sample",
+)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def attach_recorder(engine: Engine, sweep: Sweep | None) -> None:
         recorder = Recorder(sweep.steps, sweep.divergence_factor, path, facts)
         engine._run.record_steps(recorder, is_trial=True)  # noqa: SLF001  # private to the package
     elif isinstance(engine.config.schedule, LRRangeTest):
-        recorder = Recorder(None, math.inf)
+        recorder = Recorder(None, math.inf, facts={"steps": None})
         engine._run.record_steps(recorder, is_trial=False)  # noqa: SLF001  # private to the package
         if is_first:
             directory = Path(engine.config.report or "lr_test")
@@ -115,7 +115,15 @@ def _find_own_directory(directory: Path) -> Path:
 def _write_report(recorder: Recorder, directory: Path) -> None:
     from engine.range_test.report import LRRangeReport
 
+    if not recorder.run.lrs:
+        return
     if len(recorder.run.curve[0]) < MIN_POINTS:
+        log.warning(
+            "LR range test: the script ended after %d steps, but the test needs at least %d. Train "
+            "for more epochs, or use smaller batches.",
+            len(recorder.run.lrs),
+            MIN_POINTS + 1,
+        )
         return
     report = LRRangeReport((recorder.run,))
     picture, _ = report.write(directory)

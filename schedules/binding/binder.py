@@ -428,12 +428,6 @@ class ScheduleBinder(TorchInterface):
         """Names of the hyperparameters whose initial values must match those of a saved state."""
         return self._slots.keys()
 
-    def __repr__(self) -> str:
-        params = ", ".join(f"{name}={each!r}" for name, each in self.schedule.params().items())
-        lrs = ", ".join(f"{lr:.4g}" for lr in self.get_last_lr())
-        schedule = f"{self.schedule.type_name}({params})"
-        return f"{type(self).__name__}({schedule}, step={self.last_epoch}, lr=[{lrs}])"
-
     def __getstate__(self) -> dict[str, Any]:
         # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.
         rebuilt = {"controller", "_writer", "_slots", "_first_step", "_attachment", "settle"}

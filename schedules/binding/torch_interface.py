@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from schedules.binding.saved_state import complete_base
-from schedules.core.controller import Base, Controller, Values
+from schedules.core.controller import Base, Controller, OpenLoop, Values
+from schedules.core.durations import Horizon
+from schedules.core.html import draw_html
+from schedules.core.schedule import Schedule
 from schedules.param_groups import RangeWriter, Slot, read_lr, read_momenta
 
 __all__ = ["BaseLRs", "TorchInterface", "read_loss"]
@@ -28,7 +31,9 @@ class BaseLRs(list[float | Tensor]):
 class TorchInterface(LRScheduler):
     """Base class of `ScheduleBinder`, with the attributes that other libraries use."""
 
+    schedule: Schedule[Any]
     controller: Controller[Any]
+    _horizon: Horizon | None
     settle: Callable[[], None] | None = None
     """Function that the methods call first. The engine uses it to complete its last step."""
     _extra_count = 0
@@ -100,6 +105,23 @@ class TorchInterface(LRScheduler):
     def _step_count(self, count: int) -> None:
         # Accelerate counts the steps in which gradients are only accumulated.
         self._extra_count = count - self.last_epoch - 1
+
+    def __repr__(self) -> str:
+        lrs = ", ".join(f"{lr:.4g}" for lr in self.get_last_lr())
+        return f"{type(self).__name__}({self.schedule!r}, step={self.last_epoch}, lr=[{lrs}])"
+
+    def _repr_html_(self) -> str:
+        """Return the repr and small plots of the curves, which notebooks display.
+
+        A vertical line marks the current step. There is no plot if the schedule depends on the
+        loss.
+        """
+        if not isinstance(self.controller, OpenLoop):
+            return draw_html(repr(self), {}, 1)
+        known = self._horizon.scaled_steps if self._horizon is not None else None
+        steps = int(known or self.schedule.resolve(self._horizon).span)
+        step = self.last_epoch
+        return draw_html(repr(self), self.controller.curves, max(steps, step + 1), step)
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group for the next step."""

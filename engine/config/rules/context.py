@@ -26,9 +26,6 @@ from schedules.core.controller import Base
 
 __all__ = ["Rule", "RuleContext"]
 
-# Schedules in these modules are not evaluated, because they may import torch or run user code.
-_OPAQUE = {"schedules.families.composites", "schedules.families.custom"}
-
 
 @dataclass(frozen=True)
 class RuleContext:
@@ -133,8 +130,7 @@ class RuleContext:
         """The schedule and its curves, or None if the curves cannot be computed before launch."""
         if self.schedule is None or not self.is_run_resolved:
             return None
-        cls = SCHEDULES.get(self.get_section("scheduler")["type"])
-        if cls is None or cls.__module__ in _OPAQUE:
+        if not _is_built_in(self.schedule):  # it may import torch or run user code
             return None
         try:
             return evaluate_schedule(self.schedule, self.config, self.data_ranks)
@@ -179,6 +175,11 @@ class RuleContext:
     def note(self, rule: str, pointer: str, message: str, hint: str = "") -> Problem:
         """Build a problem of severity "note" for an unusual setting that may be intended."""
         return self.document.build_problem(rule, pointer, message, hint, severity="note")
+
+
+def _is_built_in(schedule: Schedule[Any]) -> bool:
+    parts = getattr(schedule, "parts", ())
+    return schedule.type_name in SCHEDULES and all(map(_is_built_in, parts))
 
 
 Rule = Callable[[RuleContext], Iterator[Problem]]
