@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -422,8 +421,7 @@ class Engine(DeepSpeedAccessors):
         if all of them call this method. The model stays usable.
         """
         try:
-            if sys.exc_info()[0] is None:  # an exception may have interrupted a step
-                self._run.settle()
+            self._run.settle()
             self._automatic.close(self._run)
         finally:
             self._run.progress.close()

@@ -202,7 +202,7 @@ class TrainingRun:
     def _settle_before_use(self, scheduler: LRScheduler | None) -> None:
         """Make the scheduler complete a deferred step before a script uses the scheduler."""
         if self.backend.deferred is not None and isinstance(scheduler, ScheduleBinder):
-            scheduler.settle = functools.partial(_settle, weakref.ref(self))
+            scheduler.before_use = functools.partial(_settle, weakref.ref(self))
 
     def set_batch_sizes(self, batch: BatchSizes) -> None:
         """Change the batch sizes of the following steps.
@@ -223,7 +223,6 @@ class TrainingRun:
 
     def restore_counters(self, counters: Counters) -> None:
         """Restore the counters of a checkpoint, so that the run continues at the saved step."""
-        self._pending = None
         self.latest = counters
         self.length.steps_before = counters.applied_steps
         self.accumulation.restart(counters.micro_steps)

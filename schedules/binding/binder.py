@@ -199,7 +199,7 @@ class ScheduleBinder(TorchInterface):
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
         """Take a step that the fast path of `step` cannot take, such as the first step."""
-        self._settle()
+        self._prepare_use()
         self._check_base()
         if self.last_epoch == 0:
             self._first_step.check()
@@ -375,7 +375,7 @@ class ScheduleBinder(TorchInterface):
 
     def state_dict(self) -> dict[str, Any]:
         """Return a dict with the schedule's type, parameters, initial values, step and state."""
-        self._settle()
+        self._prepare_use()
         state: dict[str, Any] = {
             **self.identity,
             "step": self.last_epoch,
@@ -430,7 +430,7 @@ class ScheduleBinder(TorchInterface):
 
     def __getstate__(self) -> dict[str, Any]:
         # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.
-        rebuilt = {"controller", "_writer", "_slots", "_first_step", "_attachment", "settle"}
+        rebuilt = {"controller", "_writer", "_slots", "_first_step", "_attachment", "before_use"}
         return {name: value for name, value in vars(self).items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -455,7 +455,7 @@ def test_deferred_engine_and_its_scheduler_are_freed_and_pickled():
     trainer = start()
     train_step(trainer, 1)
     scheduler = trainer.lr_scheduler
-    assert pickle.loads(pickle.dumps(scheduler)).settle is None
+    assert pickle.loads(pickle.dumps(scheduler)).before_use is None
     reference = weakref.ref(trainer)
     del trainer
     gc.collect()
