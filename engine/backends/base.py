@@ -18,7 +18,7 @@ from engine.config.batch_sizes import BatchSizes
 from engine.distributed.ranks import Ranks
 from engine.training.deferred_step import DeferredStep
 
-__all__ = ["DTYPES", "Backend", "compute_norm", "get_gradient"]
+__all__ = ["DTYPES", "Backend", "DeferringBackend", "compute_norm", "get_gradient"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of each reduced precision."""
@@ -71,8 +71,6 @@ class Backend(ABC):
     """Number of elements of all trained parameters, over all ranks."""
     grad_norm: float | None
     """2-norm of all gradients of the last step before clipping; None before the first step."""
-    deferred: DeferredStep | None = None
-    """Object that runs the optimizer without waiting for the device; None if every step waits."""
 
     def __init__(
         self,
@@ -138,28 +136,6 @@ class Backend(ABC):
         Returns:
             Whether the step was applied. A step with non-finite gradients is skipped.
         """
-
-    def start_step(self, loss: Tensor | None, *, divide_by: int = 1) -> None:
-        """Start a step whose outcome `finish_step` reads. Requires `deferred`.
-
-        Args:
-            loss: mean loss of the step on this rank, or None.
-            divide_by: number to divide the gradients by, as in `step`.
-        """
-        raise NotImplementedError
-
-    def finish_step(self) -> tuple[bool, float]:
-        """Wait for the step that `start_step` started.
-
-        This method does not communicate, so the ranks may call it at different times.
-
-        Returns:
-            Whether the step was applied, and its mean loss over the ranks.
-
-        Raises:
-            FloatingPointError: the gradients overflow at the minimum loss scale.
-        """
-        raise NotImplementedError
 
     def run_pipeline(
         self, batches: Iterator[Any] | None, *, trains: bool
@@ -298,3 +274,32 @@ class Backend(ABC):
     @abstractmethod
     def destroy(self) -> None:
         """Release memory and remove hooks. The model and the optimizer can still be used."""
+
+
+class DeferringBackend(Backend):
+    """Base class for backends that can take a step without waiting for the device."""
+
+    deferred: DeferredStep | None = None
+    """Object that runs the optimizer without waiting; None if the run cannot defer steps."""
+
+    @abstractmethod
+    def start_step(self, loss: Tensor | None, *, divide_by: int = 1) -> None:
+        """Start a step whose outcome `finish_step` reads. Requires `deferred`.
+
+        Args:
+            loss: mean loss of the step on this rank, or None.
+            divide_by: number to divide the gradients by, as in `step`.
+        """
+
+    @abstractmethod
+    def finish_step(self) -> tuple[bool, float]:
+        """Wait for the step that `start_step` started.
+
+        This method does not communicate, so the ranks may call it at different times.
+
+        Returns:
+            Whether the step was applied, and its mean loss over the ranks.
+
+        Raises:
+            FloatingPointError: the gradients overflow at the minimum loss scale.
+        """

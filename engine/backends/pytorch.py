@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
+from engine.backends.base import DTYPES, DeferringBackend, compute_norm, get_gradient
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, has_deepspeed_files
 from engine.checkpoint.plain_values import read_as, report_damage, write_values
 from engine.checkpoint.structure import (
@@ -49,7 +49,7 @@ _SCALER = "loss_scaler.pt"
 _Snapshot = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None, float | None]
 
 
-class PyTorchBackend(Backend):
+class PyTorchBackend(DeferringBackend):
     """Backend that trains with PyTorch and averages the gradients over all ranks.
 
     Trained 16-bit parameters are converted to float32 unless ``engine.master_weights`` is false. If

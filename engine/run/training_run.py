@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.backends.base import Backend
+from engine.backends.base import Backend, DeferringBackend
 from engine.checkpoint.rollback import Rollback
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
@@ -66,6 +66,8 @@ class TrainingRun:
     """
     latest: Counters = field(default_factory=Counters)
     """The counters. While a step is deferred, `skipped_steps` and `applied` are not known yet."""
+    _deferring: DeferringBackend | None = None
+    """The backend, if it can defer steps."""
     _pending: tuple[StepResult, LossWindow] | None = None
     """The deferred step whose outcome is not known yet, and its losses."""
 
@@ -107,7 +109,8 @@ class TrainingRun:
             misuse or MisuseChecks(backend),
             None if best is None else BestMetric(best.metric, best.mode, best.patience),
         )
-        if backend.deferred is not None:
+        if isinstance(backend, DeferringBackend) and backend.deferred is not None:
+            run._deferring = backend
             run._window.is_kept |= config.progress.is_logged
             run._settle_before_use(scheduler)
             atexit.register(_settle, weakref.ref(run))  # write the last step to the monitors
@@ -170,7 +173,7 @@ class TrainingRun:
         """Whether steps are deferred; see `DeferredStep`."""
         scheduler = self._driver.scheduler
         return (
-            self.backend.deferred is not None
+            self._deferring is not None
             and not self.is_trial
             and self._recorder is None
             and self.rollback is None
@@ -186,11 +189,11 @@ class TrainingRun:
         Raises:
             FloatingPointError: training diverges.
         """
-        if self._pending is None:
+        if self._pending is None or self._deferring is None:
             return
         (result, window), self._pending = self._pending, None
         self.latest.applied = result.is_applied = False
-        self.latest.applied, loss = self.backend.finish_step()
+        self.latest.applied, loss = self._deferring.finish_step()
         result.is_applied = self.latest.applied
         if window.has_losses:
             window.set_mean(loss)
@@ -201,7 +204,7 @@ class TrainingRun:
 
     def _settle_before_use(self, scheduler: LRScheduler | None) -> None:
         """Make the scheduler complete a deferred step before a script uses the scheduler."""
-        if self.backend.deferred is not None and isinstance(scheduler, ScheduleBinder):
+        if self._deferring is not None and isinstance(scheduler, ScheduleBinder):
             scheduler.before_use = functools.partial(_settle, weakref.ref(self))
 
     def set_batch_sizes(self, batch: BatchSizes) -> None:
@@ -254,7 +257,7 @@ class TrainingRun:
         """Record the loss of a micro-batch that was passed to `backward` or `scale`."""
         self.accumulation.scaled_losses += 1
         self._window.add(loss)
-        if self.backend.deferred is None or not self.defers:
+        if self._deferring is None or not self.defers:
             self._divergence.last_loss = loss.detach()
             self.progress.add(loss)
 
@@ -326,20 +329,20 @@ class TrainingRun:
         scaled, self.accumulation.scaled_losses = self.accumulation.scaled_losses, 0
         if not self.accumulation.is_managed:
             self.accumulation.micro_batches = scaled
-        if self.backend.deferred is not None and self.defers:
-            self._start_step(is_scaled=scaled > 0)
+        if self._deferring is not None and self.defers:
+            self._start_step(self._deferring, is_scaled=scaled > 0)
             return False
         if scaled:
             return self.backend.step()
         self._check_is_not_scaled()
         return self.backend.step(divide_by=self.accumulation.steps)
 
-    def _start_step(self, *, is_scaled: bool) -> None:
+    def _start_step(self, backend: DeferringBackend, *, is_scaled: bool) -> None:
         """Start a deferred step, which `settle` completes."""
         if not is_scaled:
             self._check_is_not_scaled()
         divide_by = 1 if is_scaled else self.accumulation.steps
-        self.backend.start_step(self._window.compute_local_mean(), divide_by=divide_by)
+        backend.start_step(self._window.compute_local_mean(), divide_by=divide_by)
         self._pending = StepResult(self.settle), self._window
         self._window = self._window.renew()
 
