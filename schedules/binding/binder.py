@@ -200,8 +200,7 @@ class ScheduleBinder(TorchInterface):
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
         """Take a step that the fast path of `step` cannot take, such as the first step."""
         self._check_base()
-        if self.last_epoch == 0:
-            self._first_step.check()
+        self._first_step.check()
         if self._is_overtaken == self._has_stepped and not self._has_warned:
             self._warn_of_other_writer()
         if self.schedule.feedback is not None:
@@ -407,6 +406,8 @@ class ScheduleBinder(TorchInterface):
         if not override:
             self._bind(base)
         self._doubt = None
+        if state_dict["step"] > 0:
+            self._first_step.cancel()
         # If another scheduler had set the values, loading the optimizer's state restores them.
         is_written = override or state_dict.get("is_written", True)
         self._go_to(state, state_dict["step"], write=is_written)
