@@ -22,7 +22,7 @@ from schedules.binding.saved_state import (
     read_base,
     read_state,
 )
-from schedules.binding.torch_interface import BaseLRs, TorchInterface, read_loss
+from schedules.binding.torch_interface import BaseLRs, TorchInterface
 from schedules.core.controller import Base, Controller, Decision, Evidence, OpenLoop
 from schedules.core.durations import Horizon
 from schedules.core.schedule import Schedule
@@ -251,16 +251,10 @@ class ScheduleBinder(TorchInterface):
     def _step_with_feedback(
         self, loss: Tensor | float | None, metric: Tensor | float | None
     ) -> None:
-        if self.last_epoch != self._position:
-            raise ValueError(
-                f"`last_epoch` must not be set with {self.schedule.type_name}, which depends on "
-                f"past values of the {self.schedule.feedback}, got {self.last_epoch} after "
-                f"{self._position} steps. To change the step, call load_state_dict() with a saved "
-                "state."
-            )
+        self._check_position()
         self._include_added_groups()
         uses_metric = self.schedule.feedback == "metric" and metric is not None
-        received = read_loss(metric if uses_metric else loss)
+        received = self._take_loss(metric if uses_metric else loss)
         before = self.state
         self._state = self.controller.update(before, received)
         self._position = self.last_epoch = self.last_epoch + 1
@@ -327,7 +321,7 @@ class ScheduleBinder(TorchInterface):
 
     def _go_to(self, state: Any, step: int, write: bool = True) -> None:
         self._state, self._position = state, step
-        self.last_epoch = step
+        self.last_epoch, self._losses = step, ()
         # PyTorch's SequentialLR saves -1 as the step of a schedule that has not started.
         if step >= 0 and write:
             self.write()

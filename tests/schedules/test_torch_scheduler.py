@@ -253,7 +253,9 @@ def test_attach_failing_leaves_the_optimizer_unchanged():
 
     optimizer = torch.optim.SGD([{"params": weights()}, {"params": weights()}], lr=0.2)
     before = without_tensors(optimizer)
-    with pytest.raises(ValueError, match=r"`cycle_max_mom` must be .* \(2\), got a list of length 3"):
+    with pytest.raises(
+        ValueError, match=r"`cycle_max_mom` must be .* \(2\), got a list of length 3"
+    ):
         attach("OneCycle", optimizer, **(CYCLE | {"cycle_max_mom": [0.9, 0.9, 0.9]}))
     assert without_tensors(optimizer) == before
 
