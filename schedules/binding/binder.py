@@ -366,7 +366,12 @@ class ScheduleBinder(TorchInterface):
         return math.ceil(length * ratio)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a dict with the schedule's type, parameters, initial values, step and state."""
+        """Return a dict with the schedule's type, parameters, initial values, step and state.
+
+        Raises:
+            ValueError: a param group was removed, or the schedule has no values for an added group.
+        """
+        self._include_added_groups()
         state: dict[str, Any] = {
             **self.identity,
             "step": self.last_epoch,
@@ -390,6 +395,7 @@ class ScheduleBinder(TorchInterface):
             ValueError: the state is from a different schedule, or has a different number of param
                 groups.
         """
+        self._include_added_groups()
         has_feedback = self.schedule.feedback is not None
         if override:
             check_origin(state_dict, self.schedule.type_name if has_feedback else None)
@@ -413,6 +419,7 @@ class ScheduleBinder(TorchInterface):
             ValueError: the state is damaged, is from a different schedule, or has a different
                 number of param groups.
         """
+        self._include_added_groups()
         check_state(state_dict, self.identity, self._base, self._compared)
         read_state(state_dict, self.schedule, read_base(state_dict), self._horizon)
 

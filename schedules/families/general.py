@@ -29,6 +29,7 @@ from schedules.core.fields import (
     WarmupStepsOrZero,
     as_number,
 )
+from schedules.core.per_group import are_equal
 from schedules.core.schedule import LearningRateSchedule, ParameterProblem, Schedule, schedule_class
 
 __all__ = [
@@ -182,7 +183,7 @@ class Phases(
         }
 
     def _check_groups_stay_different(self, name: str, own: tuple[float, ...]) -> None:
-        if len(set(own)) > 1:
+        if not are_equal(own):
             groups = ", ".join(f"group {index}: {value:g}" for index, value in enumerate(own))
             raise ValueError(
                 f"`{name}` must use relative values, because the param groups have different "
