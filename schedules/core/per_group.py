@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,27 @@ from schedules.core.curves import Curve
 from schedules.core.fields import PerGroup, as_tuple
 
 __all__ = [
+    "PRECISION",
+    "are_equal",
     "broadcast",
     "broadcast_lr",
     "broadcast_strict",
     "build_curve_per_group",
     "exceeds",
 ]
+
+PRECISION = 1e-6
+"""Largest relative difference of equal values. Schedulers round differently, and a tensor can have
+only 32 bits."""
+
+
+def are_equal(base: tuple[float, ...]) -> bool:
+    """Return whether all param groups have the same initial value, apart from rounding.
+
+    >>> are_equal((0.1, 0.10000000149011612))  # the second is 0.1 in 32 bits
+    True
+    """
+    return all(math.isclose(value, base[0], rel_tol=PRECISION) for value in base)
 
 
 def build_curve_per_group(
@@ -97,7 +113,7 @@ def broadcast_strict(
         ValueError: ``value`` is a single number but the groups have different initial values, or
             ``value`` is a list that does not have one number per group.
     """
-    if isinstance(value, int | float) and len(set(base)) > 1:
+    if isinstance(value, int | float) and not are_equal(base):
         groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))
         raise ValueError(
             f"`{name}` must be a list with one number per param group ({len(base)}), got "

@@ -86,6 +86,8 @@ class Warmup:
 
     def lr(self, step: int) -> float:
         """Return the learning rate of the first param group at the given step of the warmup."""
+        if self.steps == 0:
+            return self.max_lr
         fraction = step / self.steps
         if self.unit == "epoch":
             fraction = step // self.steps_per_epoch / self.epochs
