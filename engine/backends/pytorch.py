@@ -133,7 +133,7 @@ class PyTorchBackend(Backend):
         return GradientAverager(self.model, self.optimizer, self.ranks)
 
     def _may_defer(self) -> bool:
-        wanted = self._config.deferred_step
+        wanted = self._config.model.deferred_step
         is_wanted = self.ranks.device.type != "cpu" if wanted is None else wanted
         return is_wanted and can_skip_on_device(self.optimizer, self.ranks.device)
 

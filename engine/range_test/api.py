@@ -14,8 +14,8 @@ from engine.range_test.recorder import Recorder, Run, SweepOver
 from engine.range_test.refinement import check_training_steps
 from engine.range_test.report import LRRangeReport
 from engine.range_test.sweep import Shape, Sweep, read_initial_lrs, spread_over_groups
+from engine.run.training_loops import preserve_state
 from engine.training.data import call_model
-from engine.training_loops import preserve_state
 from schedules import Schedule, from_config
 
 __all__ = ["lr_range_test"]
