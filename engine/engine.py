@@ -157,7 +157,7 @@ class Engine(DeepSpeedAccessors):
         divisor = self._run.accumulation.steps if scale_wrt_gas else 1
         is_last = self._start_pass()
         self._backend.backward(loss, divisor, is_last=is_last, retain_graph=retain_graph)
-        self._run.add_loss(loss)
+        self._run.add_loss(loss.detach().clone())  # CUDA graphs write each loss to the same memory
         return loss if divisor == 1 else loss / divisor
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class Engine(DeepSpeedAccessors):
         """
         self._run.misuse.check_loss(loss)
         is_last = self._start_pass()
-        self._run.add_loss(loss)
+        self._run.add_loss(loss.detach().clone())
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
@@ -267,7 +267,7 @@ class Engine(DeepSpeedAccessors):
         batches = data_iter or repeat_batches(self.training_dataloader)
         losses = []
         for loss in call_on_batches(self, batches, self._run.accumulation.steps):
-            losses.append(self.backward(loss).detach())
+            losses.append(self.backward(loss).detach().clone())
             self.step()
         return torch.stack(losses).sum()
 

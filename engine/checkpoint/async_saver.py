@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from engine.distributed.ranks import read_timeout
+
 __all__ = ["AsyncSaver", "exit_with_failure"]
 
 log = logging.getLogger("onecycle")
@@ -50,7 +52,7 @@ class AsyncSaver:
         The first call creates the group, so every rank must make this call.
         """
         if self._group is None and world_size > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=read_timeout())
         return self._group
 
     def commit_after(

@@ -117,6 +117,8 @@ class ModelSettings:
     """Whether trained 16-bit parameters are converted to float32 on PyTorch."""
     cast_inputs: bool
     """Whether layers with 16-bit weights cast their floating-point inputs."""
+    device: Literal["auto", "cuda", "cpu"]
+    """Kind of device to train on; "auto" is a GPU if PyTorch finds one."""
 
 
 @dataclass(frozen=True)
@@ -326,6 +328,7 @@ def _resolve(
             compile_backend=engine["compile"],
             master_weights=engine["master_weights"],
             cast_inputs=engine["cast_inputs"],
+            device=engine["device"],
         ),
         max_skipped_steps=engine["max_skipped_steps"],
         batch=derive_batch_sizes(

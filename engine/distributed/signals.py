@@ -89,8 +89,8 @@ class Signals:
         self._last_check = time.monotonic()
         received = self._received
         if ranks.world_size > 1:
-            device = ranks.device if dist.get_backend() == "nccl" else torch.device("cpu")
-            highest = torch.tensor(received, device=device)
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+            # With gloo, the GPU need not be synchronized.
+            highest = torch.tensor(received, device="cpu")
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=ranks.control_group)
             received = int(highest)
         return _NAMES[received - 1] if received else None

@@ -15,6 +15,7 @@ from engine.range_test.refinement import check_training_steps
 from engine.range_test.report import LRRangeReport
 from engine.range_test.sweep import Shape, Sweep, read_initial_lrs, spread_over_groups
 from engine.training.data import call_model
+from engine.training.device_moves import move_to_device
 from engine.training_run import preserve_state
 from schedules import Schedule, from_config
 
@@ -101,7 +102,8 @@ def lr_range_test(
             trainer.train()
             with contextlib.suppress(SweepOver):
                 for batch in _repeat_forever(batches):
-                    trainer.backward(loss_fn(trainer, batch))
+                    moved = move_to_device(batch, trainer.device)
+                    trainer.backward(loss_fn(trainer, moved))
                     trainer.step()
         return recorder.run
 
