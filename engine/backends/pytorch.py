@@ -29,7 +29,6 @@ from engine.checkpoint.structure import (
 )
 from engine.config import Config
 from engine.distributed.ranks import Ranks
-from engine.training.device_moves import map_leaves
 from engine.training.gradient_averaging import GradientAverager, find_sparse_weights
 from engine.training.loss_scaling import LossScaler, ScalerState
 from engine.training.optimizers import NoOptimizer, OptimizerFactory, build_optimizer
@@ -145,8 +144,7 @@ class PyTorchBackend(Backend):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self._move_inputs(args, kwargs)
-        output = self.model(*args, **kwargs)
-        return output if self._dtype is None else map_leaves(_to_float32, output)
+        return self.model(*args, **kwargs)
 
     @override
     def backward(
@@ -373,12 +371,6 @@ class PyTorchBackend(Backend):
         if self._dtype is None or self._config.precision != "fp32":
             return self._config.precision
         return f"fp32 weights, computing in {str(self._dtype).removeprefix('torch.')}"
-
-
-def _to_float32(value: Any) -> Any:
-    """Convert a 16-bit tensor to float32, except a loss, whose precision is lost already."""
-    is_16_bit = isinstance(value, Tensor) and value.dtype in DTYPES.values() and value.dim() > 0
-    return value.float() if is_16_bit else value
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:

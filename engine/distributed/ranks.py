@@ -143,9 +143,9 @@ def _uses_gpu(device: str) -> bool:
     is_available = torch.cuda.is_available()
     if device == "cuda" and not is_available:
         raise ValueError(
-            '`engine.device` is "cuda", but PyTorch finds no GPU. Check that `nvidia-smi` lists one '
-            "and that PyTorch is built with CUDA (`onecycle doctor`), or remove the key to train "
-            "on the CPU."
+            '`engine.device` is "cuda", but PyTorch finds no GPU. Check that `nvidia-smi` lists a '
+            "GPU and that PyTorch is built with CUDA (`onecycle doctor`), or remove the key to "
+            "train on the CPU."
         )
     return is_available and device != "cpu"
 

@@ -247,5 +247,5 @@ def start(model, **sections):
         "engine": {"backend": "torch"},
     }
     ranks = Ranks(0, 0, 1, torch.device(NAME, 0))
-    with mock.patch("engine.initialization.init_distributed", lambda **_: ranks):
+    with mock.patch("engine.initialization.init_distributed", return_value=ranks):
         return engine.initialize(model=model, config=config | sections)[0]
