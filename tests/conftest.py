@@ -34,6 +34,15 @@ CACHES = {".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycac
 PATIENCE = 2.0  # seconds after a test within which its threads and processes must end
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option ``--dry-run`` of the tests in ``tests/gpu``."""
+    parser.addoption(
+        "--dry-run",
+        action="store_true",
+        help="run the GPU tests on the CPU, with smaller sizes",
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the tests marked ``long`` unless ``-m`` names them."""
     if "long" in config.getoption("markexpr"):
