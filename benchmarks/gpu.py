@@ -9,9 +9,9 @@ turns, one round after another. The report is JSON: milliseconds per step (media
 tokens or samples per second, the median of the rounds' ratios to the raw loop, peak memory of the
 process in bytes, and how often the host waits for the device per step, counted with the profiler.
 
-The raw loop uses fused AdamW, autocast, `clip_grad_norm_` and `zero_grad`. All contenders use torch's
-fused AdamW and clip gradients at norm 1; onecycle also follows a 1Cycle schedule. A library that is
-not installed is listed under "skipped", and a contender that fails under "errors".
+The raw loop uses fused AdamW, autocast, `clip_grad_norm_` and `zero_grad`. All contenders use
+torch's fused AdamW and clip gradients at norm 1; onecycle also follows a 1Cycle schedule. A library
+that is not installed is listed under "skipped", and a contender that fails under "errors".
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # in each of the processes
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,8 @@ from engine.config.versions import get_installed_version
 CLIP = 1.0
 CYCLE = {"cycle_min_lr": 1e-4, "cycle_max_lr": 3e-4, "cycle_first_step_size": 10**6}
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-LIMIT = 450.0  # seconds; no new round starts later
+LIMIT = 420.0  # seconds after which no new round starts
+HARD_LIMIT = 460.0  # seconds after which contenders that still run are killed
 PATIENCE = 150.0  # seconds that a contender may take to build a task, or for one round
 RAW = "raw loop"
 Step = Callable[[], None]
@@ -225,8 +227,6 @@ def deepspeed(task: Task, stage: int) -> Step:
     settings = config(task) | zero
     del settings["steps_per_print"]
     trainer, *_ = peer.initialize(model=model, optimizer=optimizer, config=settings)
-    if not task.is_gpt:
-        batch = tuple(batch)
 
     def step() -> None:
         trainer.backward(trainer(*batch))
@@ -237,7 +237,9 @@ def deepspeed(task: Task, stage: int) -> Step:
 
 def accelerate(task: Task) -> Step:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the task before
     precision = "bf16" if task.is_gpt else "no"
     accelerator = Accelerator(cpu=task.is_dry, mixed_precision=precision)
     model, optimizer, batch = placed(task)
@@ -379,13 +381,18 @@ class Contender:
         if self.error is None:
             self._connection.send(message)
 
-    def receive(self, patience: float) -> Any:
-        """Return the answer to the last message; None if the contender has failed."""
+    def receive(self, deadline: float) -> Any:
+        """Return the answer to the last message; None if the contender has failed.
+
+        A contender that has not answered at the deadline, in seconds of `time.monotonic`, is
+        killed.
+        """
         if self.error is not None:
             return None
         try:
-            if not self._connection.poll(patience):
-                self.error = f"no answer within {patience:.0f} s"
+            if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+                self.error = "no answer in time"
+                self._process.kill()
                 return None
             result, self.error = self._connection.recv()
         except EOFError:
@@ -406,27 +413,39 @@ def log(text: str) -> None:
 
 
 def run_task(
-    task: Task, contenders: list[Contender], rounds: int, deadline: float
+    task: Task, contenders: list[Contender], rounds: int, start: float
 ) -> dict[str, dict[str, Any]]:
-    """Build a task in all processes at once, then let them take turns."""
+    """Build a task in all processes at once, then let them take turns.
+
+    Args:
+        task: task to run.
+        contenders: contenders that have not failed.
+        rounds: number of rounds.
+        start: time at which the benchmark started.
+    """
+
+    def find_deadline() -> float:
+        return min(time.monotonic() + PATIENCE, start + HARD_LIMIT)
+
     for each in contenders:
         each.send("build", task)
+    built_by = find_deadline()
     for each in contenders:
-        each.receive(PATIENCE)
+        each.receive(built_by)
     found: dict[str, list[tuple[float, int | None]]] = {each.name: [] for each in contenders}
     for index in range(rounds):
-        if time.monotonic() > deadline:
+        if time.monotonic() > start + LIMIT:
             log(f"{task.name}: stopped after {index} of {rounds} rounds, because the time is over")
             break
         for each in contenders:
             each.send("measure")
-            result = each.receive(PATIENCE)
+            result = each.receive(find_deadline())
             if result is not None:
                 found[each.name].append(result)
     syncs = {}
     for each in contenders:
         each.send("syncs")
-        syncs[each.name] = each.receive(PATIENCE)
+        syncs[each.name] = each.receive(find_deadline())
     base = [milliseconds for milliseconds, _ in found.get(RAW, [])]
     return {
         each.name: summarize(task, found[each.name], base, syncs[each.name])
@@ -467,7 +486,7 @@ def describe_machine(is_dry: bool) -> dict[str, Any]:
 def run(*, is_dry: bool, rounds: int) -> dict[str, Any]:
     """Measure all tasks, and return the report."""
     start = time.monotonic()
-    compiler = "aot_eager" if is_dry else "inductor"
+    compiler = "eager" if is_dry else "inductor"
     tasks = [
         Task("GPT, 124M, bf16", is_dry),
         Task("MLP, fp32", is_dry),
@@ -488,7 +507,7 @@ def run(*, is_dry: bool, rounds: int) -> dict[str, Any]:
                 continue
             log(f"{task.name} …")
             working = [each for each in contenders if each.error is None]
-            results[task.name] = run_task(task, working, rounds, start + LIMIT)
+            results[task.name] = run_task(task, working, rounds, start)
             for each in working:
                 if each.error is not None:
                     errors[each.name] = f"{task.name}: {each.error}"

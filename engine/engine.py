@@ -133,7 +133,7 @@ class Engine(DeepSpeedAccessors):
         self._checkpointer.data.set_loader(loader)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass in the precision that the config specifies."""
+        """Run the model's forward pass in the configured precision, on inputs on any device."""
         self._backend.prepare_backward(is_last=self._start_pass())
         return self._backend.forward(*args, **kwargs)
 
