@@ -267,7 +267,7 @@ class Engine(DeepSpeedAccessors):
         batches = data_iter or repeat_batches(self.training_dataloader)
         losses = []
         for loss in call_on_batches(self, batches, self._run.accumulation.steps):
-            losses.append(self.backward(loss).detach().clone())
+            losses.append(self.backward(loss).detach())
             self.step()
         return torch.stack(losses).sum()
 

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -222,20 +223,20 @@ def shard(
     model: nn.Module,
     config: Config,
     parameters: Iterable[Any] | None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
+    dtype: torch.dtype | None,
+    device: torch.device,
 ) -> list[Any]:
     """Shard a model's parameters across ranks, in place, and return the parameters to train.
 
     As with DDP, all ranks start with rank 0's values. Each block is moved to the device, copied
-    from rank 0 and sharded before the next one, so that a GPU never holds the whole model.
+    from rank 0 and sharded before the next one, so that a GPU need not hold the whole model.
 
     Args:
         model: module to shard.
         config: config with the ZeRO stage, the precision, offloading and ``engine.wrap``.
         parameters: unsharded tensors or param groups to train; if None, all that require gradients.
         dtype: 16-bit dtype to compute in; None keeps the parameters' dtype.
-        device: device of this rank; None if the model is already there.
+        device: device of this rank.
 
     Returns:
         The sharded parameters to train, in the structure of ``parameters``.
@@ -250,7 +251,7 @@ def shard(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     settings = (config.zero_stage == 3, dtype, config.cpu_offload)
     if not _is_sharded(model, settings):
-        _shard(model, config, dtype, device or next(model.parameters()).device)
+        _shard(model, config, dtype, device)
         _SHARDED[model] = settings
     sharded = dict(model.named_parameters())
     if wanted is None:
@@ -292,6 +293,7 @@ def _shard(
     offloads = config.cpu_offload and device.type != "cpu"
     offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
     settings: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         "reshard_after_forward": config.zero_stage == 3,
         "mp_policy": policy,
         "offload_policy": offload,
@@ -347,7 +349,7 @@ def check_gradient_averaging(ranks: Ranks) -> None:
     """
     # Leave the weight uninitialized, so that the script's random state does not change.
     probe = skip_init(nn.Linear, ranks.world_size, 1, bias=False, device=ranks.device)  # type: ignore[no-untyped-call]  # untyped in torch
-    fully_shard(probe)
+    fully_shard(probe, mesh=init_device_mesh(ranks.device.type, (ranks.world_size,)))
     given = torch.full((1, ranks.world_size), float(ranks.rank + 1), device=ranks.device)
     probe(given).sum().backward()
     gradient = probe.weight.grad

@@ -100,7 +100,7 @@ def test_move_state_moves_step_counts_of_fused_optimizers_only(fused, device):
     assert (state["step"].device.type, state["exp_avg"].device.type) == (device, "meta")
 
 
-def test_loss_that_is_overwritten_after_backward_is_reported_correctly():
+def test_loss_that_is_overwritten_after_backward_is_reported_correctly(tmp_path):
     """A CUDA graph writes the loss of each replay to the same memory."""
     memory = torch.zeros(())
 
@@ -120,9 +120,15 @@ def test_loss_that_is_overwritten_after_backward_is_reported_correctly():
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "run"},
     }
     trainer, *_ = engine.initialize(model=Net(), config=config)
     batches = [torch.ones(2, 2), 2 * torch.ones(2, 2)]
     with torch.no_grad():
-        expected = sum(trainer.module.layer(x).pow(2).mean() for x in batches) / 2
-    assert torch.allclose(trainer.train_batch(iter(batches)), expected)
+        expected = sum(trainer.module.layer(x).pow(2).mean() for x in batches).item() / 2
+    for x in batches:
+        trainer.backward(trainer(x))
+        trainer.step()
+    trainer.destroy()
+    (path,) = (tmp_path / "run").glob("*loss.csv")
+    assert float(path.read_text().split(",")[-1]) == pytest.approx(expected, rel=1e-4)
