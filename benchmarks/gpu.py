@@ -53,6 +53,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 LIMIT = 420.0  # seconds after which no new round starts
 HARD_LIMIT = 460.0  # seconds after which contenders that still run are killed
 PATIENCE = 150.0  # seconds that a contender may take to build a task, or for one round
+BUILD_MEMORY = 18 << 30  # bytes that a step of the GPT may need
 RAW = "raw loop"
 Step = Callable[[], None]
 
@@ -351,6 +352,8 @@ def serve(connection: Connection, make: Callable[[Task], Step]) -> None:
                 for _ in range(3):
                     step()
                 wait(task)
+                if not task.is_dry:
+                    torch.cuda.empty_cache()
                 result: Any = None
             elif name == "measure":
                 result = measure(task, step)
@@ -412,10 +415,15 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def count_parallel_builds() -> int:
+    """Return how many processes may take steps at the same time without filling the GPU."""
+    return max(1, int(0.8 * torch.cuda.mem_get_info(0)[0]) // BUILD_MEMORY)
+
+
 def run_task(
     task: Task, contenders: list[Contender], rounds: int, start: float
 ) -> dict[str, dict[str, Any]]:
-    """Build a task in all processes at once, then let them take turns.
+    """Build a task in several processes at once, then let all take turns.
 
     Args:
         task: task to run.
@@ -427,11 +435,13 @@ def run_task(
     def find_deadline() -> float:
         return min(time.monotonic() + PATIENCE, start + HARD_LIMIT)
 
-    for each in contenders:
-        each.send("build", task)
-    built_by = find_deadline()
-    for each in contenders:
-        each.receive(built_by)
+    size = len(contenders) if task.is_dry else count_parallel_builds()
+    for index in range(0, len(contenders), size):
+        for each in contenders[index : index + size]:
+            each.send("build", task)
+        built_by = find_deadline()
+        for each in contenders[index : index + size]:
+            each.receive(built_by)
     found: dict[str, list[tuple[float, int | None]]] = {each.name: [] for each in contenders}
     for index in range(rounds):
         if time.monotonic() > start + LIMIT:

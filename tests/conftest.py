@@ -23,6 +23,7 @@ settings.register_profile("long", max_examples=20 * settings.default.max_example
 
 ROOT = Path(__file__).parent.parent
 SET_BY_LIBRARIES = {
+    "CUDA_MODULE_LOADING",
     "KINETO_LOG_LEVEL",
     "PYTEST_CURRENT_TEST",
     "PYTORCH_NVML_BASED_CUDA_CHECK",

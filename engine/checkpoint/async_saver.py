@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from engine.distributed.ranks import read_timeout
+from engine.distributed.ranks import Ranks, read_timeout
 
 __all__ = ["AsyncSaver", "exit_with_failure"]
 
@@ -46,12 +46,12 @@ class AsyncSaver:
         self._group: dist.ProcessGroup | None = None
         atexit.register(self._wait_at_exit)
 
-    def get_process_group(self, world_size: int) -> dist.ProcessGroup | None:
+    def get_process_group(self, ranks: Ranks) -> dist.ProcessGroup | None:
         """Return a gloo process group that is used only for saving; None if the world size is 1.
 
         The first call creates the group, so every rank must make this call.
         """
-        if self._group is None and world_size > 1:
+        if self._group is None and ranks.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=read_timeout())
         return self._group
 

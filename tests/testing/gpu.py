@@ -22,7 +22,7 @@ from tests.testing import distributed
 from tests.testing.distributed import run_distributed_test
 
 OPTIMIZER = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
-CYCLE = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01, "cycle_first_step_size": 10}
+CYCLE = {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3, "cycle_first_step_size": 10}
 SCHEDULER = {"type": "OneCycle", "params": CYCLE}
 CLASSES = 10
 
@@ -56,10 +56,10 @@ class Machine:
         """Return a transformer encoder with a list of blocks, on the CPU."""
         return build_model(self.size(256, 16), self.size(4, 2), dropout)
 
-    def draw_batches(self, count, *, seed=0, device=None):
-        """Return batches of random inputs and labels."""
+    def draw_batches(self, count, *, seed=0, device=None, scale=1):
+        """Return batches of random inputs and labels, ``scale`` times as large as usual."""
         generator = torch.Generator().manual_seed(seed)
-        width, rows = self.size(256, 16), self.size(32, 4)
+        width, rows = self.size(256, 16), scale * self.size(32, 4)
         return [
             (
                 torch.randn(rows, 8, width, generator=generator).to(device or self.device),
@@ -109,7 +109,9 @@ class Machine:
             with _ReadCounter(found):
                 yield found
             return
-        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the mode itself warns that it is a prototype
+            torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")

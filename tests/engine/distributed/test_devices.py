@@ -111,8 +111,9 @@ def test_control_group_next_to_nccl_has_the_timeout_of_the_run(
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
     monkeypatch.setenv(TIMEOUT, "90")
     expected = {"backend": "gloo", "timeout": timedelta(seconds=90)}
-    assert init_distributed().control_group == expected
-    assert AsyncSaver().get_process_group(4) == expected
+    ranks = init_distributed()
+    assert ranks.control_group == expected
+    assert AsyncSaver().get_process_group(ranks) == expected
 
 
 def test_new_nccl_group_is_bound_to_the_gpu(gpus, monkeypatch):
