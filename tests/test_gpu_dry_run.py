@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
 
 
 def run(*command):
@@ -16,7 +17,6 @@ def run(*command):
     )
 
 
-@pytest.mark.slow
 def test_dry_run_of_the_gpu_tests_passes_without_skips():
     done = run("-m", "pytest", "-q", "tests/gpu", "--dry-run", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout[-4000:]
@@ -24,7 +24,6 @@ def test_dry_run_of_the_gpu_tests_passes_without_skips():
     assert " passed" in done.stdout
 
 
-@pytest.mark.slow
 def test_dry_run_of_the_gpu_benchmark_measures_every_contender(tmp_path):
     path = tmp_path / "gpu.json"
     done = run("benchmarks/gpu.py", "--dry-run", "--out", str(path))
