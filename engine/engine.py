@@ -126,7 +126,7 @@ class Engine(DeepSpeedAccessors):
         self._checkpointer.data.set_loader(loader)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass in the precision that the config specifies."""
+        """Run the model's forward pass in the configured precision, on inputs on any device."""
         self._backend.prepare_backward(is_last=self._start_pass())
         return self._backend.forward(*args, **kwargs)
 
@@ -150,7 +150,7 @@ class Engine(DeepSpeedAccessors):
         divisor = self._run.accumulation.steps if scale_wrt_gas else 1
         is_last = self._start_pass()
         self._backend.backward(loss, divisor, is_last=is_last, retain_graph=retain_graph)
-        self._run.add_loss(loss)
+        self._run.add_loss(loss.detach().clone())  # CUDA graphs write each loss to the same memory
         return loss if divisor == 1 else loss / divisor
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Engine(DeepSpeedAccessors):
         """
         self._run.misuse.check_loss(loss)
         is_last = self._start_pass()
-        self._run.add_loss(loss)
+        self._run.add_loss(loss.detach().clone())
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:

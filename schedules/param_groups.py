@@ -10,10 +10,10 @@ import torch
 from torch.optim import Optimizer
 
 from schedules.core.controller import Curves, Values
+from schedules.core.per_group import PRECISION
 from schedules.core.pieces import Formula
 
 __all__ = [
-    "PRECISION",
     "Group",
     "RangeWriter",
     "Slot",
@@ -23,10 +23,6 @@ __all__ = [
     "read_momentum",
     "write_values",
 ]
-
-PRECISION = 1e-6
-"""Largest relative difference of equal values. Schedulers round differently, and a tensor can have
-only 32 bits."""
 
 Group = dict[str, Any]
 Slots = Mapping[str, Sequence["Slot"]]

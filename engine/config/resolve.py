@@ -130,6 +130,8 @@ class ModelSettings:
     """Whether layers with 16-bit weights cast their floating-point inputs."""
     deferred_step: bool | None
     """Whether steps are deferred on PyTorch if possible; None to defer them on a GPU only."""
+    device: Literal["auto", "cuda", "cpu"]
+    """Kind of device to train on; "auto" is a GPU if PyTorch finds one."""
 
 
 @dataclass(frozen=True)
@@ -333,6 +335,7 @@ def _resolve(
             master_weights=engine["master_weights"],
             cast_inputs=engine["cast_inputs"],
             deferred_step=engine["deferred_step"],
+            device=engine["device"],
         ),
         max_skipped_steps=engine["max_skipped_steps"],
         batch=derive_batch_sizes(

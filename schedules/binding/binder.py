@@ -23,7 +23,7 @@ from schedules.binding.saved_state import (
     read_base,
     read_state,
 )
-from schedules.binding.torch_interface import BaseLRs, TorchInterface, read_loss
+from schedules.binding.torch_interface import BaseLRs, TorchInterface
 from schedules.core.controller import Base, Controller, Decision, Evidence, OpenLoop
 from schedules.core.durations import Horizon
 from schedules.core.schedule import Schedule
@@ -201,8 +201,7 @@ class ScheduleBinder(TorchInterface):
         """Take a step that the fast path of `step` cannot take, such as the first step."""
         self._prepare_use()
         self._check_base()
-        if self.last_epoch == 0:
-            self._first_step.check()
+        self._first_step.check()
         if self._is_overtaken == self._has_stepped and not self._has_warned:
             self._warn_of_other_writer()
         if self.schedule.feedback is not None:
@@ -253,16 +252,10 @@ class ScheduleBinder(TorchInterface):
     def _step_with_feedback(
         self, loss: Tensor | float | None, metric: Tensor | float | None
     ) -> None:
-        if self.last_epoch != self._position:
-            raise ValueError(
-                f"`last_epoch` must not be set with {self.schedule.type_name}, which depends on "
-                f"past values of the {self.schedule.feedback}, got {self.last_epoch} after "
-                f"{self._position} steps. To change the step, call load_state_dict() with a saved "
-                "state."
-            )
+        self._check_position()
         self._include_added_groups()
         uses_metric = self.schedule.feedback == "metric" and metric is not None
-        received = read_loss(metric if uses_metric else loss)
+        received = self._take_loss(metric if uses_metric else loss)
         before = self.state
         self._state = self.controller.update(before, received)
         self._position = self.last_epoch = self.last_epoch + 1
@@ -329,7 +322,7 @@ class ScheduleBinder(TorchInterface):
 
     def _go_to(self, state: Any, step: int, write: bool = True) -> None:
         self._state, self._position = state, step
-        self.last_epoch = step
+        self.last_epoch, self._losses = step, ()
         # PyTorch's SequentialLR saves -1 as the step of a schedule that has not started.
         if step >= 0 and write:
             self.write()
@@ -374,8 +367,13 @@ class ScheduleBinder(TorchInterface):
         return math.ceil(length * ratio)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a dict with the schedule's type, parameters, initial values, step and state."""
+        """Return a dict with the schedule's type, parameters, initial values, step and state.
+
+        Raises:
+            ValueError: a param group was removed, or the schedule has no values for an added group.
+        """
         self._prepare_use()
+        self._include_added_groups()
         state: dict[str, Any] = {
             **self.identity,
             "step": self.last_epoch,
@@ -399,6 +397,7 @@ class ScheduleBinder(TorchInterface):
             ValueError: the state is from a different schedule, or has a different number of param
                 groups.
         """
+        self._include_added_groups()
         has_feedback = self.schedule.feedback is not None
         if override:
             check_origin(state_dict, self.schedule.type_name if has_feedback else None)
@@ -409,6 +408,8 @@ class ScheduleBinder(TorchInterface):
         if not override:
             self._bind(base)
         self._doubt = None
+        if state_dict["step"] > 0:
+            self._first_step.cancel()
         # If another scheduler had set the values, loading the optimizer's state restores them.
         is_written = override or state_dict.get("is_written", True)
         self._go_to(state, state_dict["step"], write=is_written)
@@ -420,6 +421,7 @@ class ScheduleBinder(TorchInterface):
             ValueError: the state is damaged, is from a different schedule, or has a different
                 number of param groups.
         """
+        self._include_added_groups()
         check_state(state_dict, self.identity, self._base, self._compared)
         read_state(state_dict, self.schedule, read_base(state_dict), self._horizon)
 

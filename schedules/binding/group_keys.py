@@ -17,9 +17,9 @@ from typing import Any
 from schedules.core.combinators import scale
 from schedules.core.controller import Base, Controller, OpenLoop
 from schedules.core.durations import Horizon
-from schedules.core.per_group import broadcast
+from schedules.core.per_group import PRECISION, broadcast
 from schedules.core.schedule import Schedule
-from schedules.param_groups import PRECISION, Group
+from schedules.param_groups import Group
 
 __all__ = ["bind_to_groups"]
 

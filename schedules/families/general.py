@@ -30,7 +30,7 @@ from schedules.core.fields import (
     WarmupStepsOrZero,
     as_number,
 )
-from schedules.core.per_group import build_curve_per_group
+from schedules.core.per_group import are_equal, build_curve_per_group
 from schedules.core.schedule import (
     Joint,
     LearningRateSchedule,
@@ -207,7 +207,7 @@ class Phases(
         }
 
     def _check_groups_stay_different(self, name: str, own: tuple[float, ...]) -> None:
-        if len(set(own)) > 1:
+        if not are_equal(own):
             groups = ", ".join(f"group {index}: {value:g}" for index, value in enumerate(own))
             raise ValueError(
                 f"`{name}` must use relative values, because the param groups have different "
