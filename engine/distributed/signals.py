@@ -108,4 +108,4 @@ class Signals:
     def _start_maximum(self, received: int, ranks: Ranks) -> tuple[torch.Tensor, Any]:
         highest = torch.tensor(received, device="cpu")
         group = ranks.control_group  # NCCL does not support tensors in host memory
-        return highest, dist.all_reduce(highest, dist.ReduceOp.MAX, group, async_op=True)
+        return highest, dist.all_reduce(highest, dist.ReduceOp.MAX, group=group, async_op=True)
