@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
+from typing_extensions import Self
 
 from engine.backends.base import Backend
 from engine.backends.deepspeed_names import ONLY_DEEPSPEED, find_setting
@@ -19,6 +20,7 @@ from engine.backends.whole_weights import collect_weights, convert_parameters, s
 from engine.config import Config
 from engine.training.data import make_rank_loader
 from engine.training.monitors import Monitors
+from engine.training.optimizers import set_optimizer_mode
 from engine.training_run import TrainingRun
 from schedules.param_groups import read_lr, read_momenta, read_momentum
 
@@ -89,6 +91,15 @@ class DeepSpeedAccessors(nn.Module):
     def basic_optimizer(self) -> Optimizer:
         """The torch optimizer, without any wrapper of the backend."""
         return self._backend.basic_optimizer
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the model's mode: training, or evaluation if ``mode`` is false, as `eval` does.
+
+        An optimizer that has both ``train`` and ``eval`` has the same mode.
+        """
+        super().train(mode)
+        set_optimizer_mode(self.basic_optimizer, training=mode)
+        return self
 
     def mean(self, value: float) -> float:
         """Return the mean of a number over the ranks. Every rank must call this method."""

@@ -23,7 +23,7 @@ from engine.training.data import call_on_batches, count_steps_per_epoch, read_ep
 from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
 from engine.training.loader import RunLoader
 from engine.training.monitors import Monitors
-from engine.training.optimizers import has_no_optimizer
+from engine.training.optimizers import has_no_optimizer, set_optimizer_mode
 from engine.training.own_loaders import prepare_loader
 from engine.training.rng import preserve_rng_state
 from engine.training_run import TrainingRun, evaluate_batch, iterate_batches, train_pipeline
@@ -312,8 +312,7 @@ class Engine(DeepSpeedAccessors):
             The mean loss, or a dict of mean metrics, equal on all ranks.
 
         Raises:
-            ValueError: ``loader`` yields no samples or is the training loader, or the result of
-                ``fn`` is not as described.
+            ValueError: ``loader`` is empty or the training loader, or ``fn`` returns no metric.
         """
         with preserve_rng_state(), evaluation_mode(self):
             return self._evaluator.average(loader, fn)
@@ -411,6 +410,7 @@ class Engine(DeepSpeedAccessors):
             scheduler=load_lr_scheduler_states and not load_module_only,
             counters=not load_module_only,
         )
+        set_optimizer_mode(self.basic_optimizer, training=self.training)
         return str(path), client_state
 
     def wait_for_checkpoint(self) -> None:

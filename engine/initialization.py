@@ -35,13 +35,22 @@ from engine.range_test.script import (
     spread_sweep,
 )
 from engine.range_test.sweep import read_sweep
-from engine.training.arguments import check_arguments, check_is_trainable
+from engine.training.arguments import (
+    check_arguments,
+    check_is_trainable,
+    check_needs_no_closure,
+)
 from engine.training.compiled_models import unwrap_compiled
 from engine.training.data import build_loader, count_steps_per_epoch
 from engine.training.diagnostics import attach_diagnostics
 from engine.training.loader import RunLoader
 from engine.training.monitors import build_monitors
-from engine.training.optimizers import OptimizerFactory, has_no_optimizer
+from engine.training.optimizers import (
+    OptimizerFactory,
+    check_modes,
+    has_no_optimizer,
+    set_optimizer_mode,
+)
 from engine.training.setup_log import log_setup
 from schedules.torch_scheduler import bind
 
@@ -160,6 +169,8 @@ def initialize(
         mpu=mpu,
         mesh_param=mesh_param,
     )
+    check_needs_no_closure(backend.basic_optimizer)
+    check_modes(backend.basic_optimizer, backend.optimizer)
     # Binding a schedule changes the param groups, so first read their hyperparameters.
     settings = read_hyperparameters(backend.basic_optimizer)
     if sweep is not None:
@@ -186,6 +197,7 @@ def initialize(
         _warn_of_repeated_samples(training_data, resolved)
     run = engine._run  # noqa: SLF001  # private to the package
     engine._automatic.resume(run)  # noqa: SLF001  # private to the package
+    set_optimizer_mode(backend.basic_optimizer, training=True)
     attach_diagnostics(resolved, backend, run.progress, lambda: run.counters)
     return engine, engine.optimizer, loader, scheduler
 

@@ -16,7 +16,7 @@ from engine.backends.model_parallelism import (
 )
 from engine.config import Config
 from engine.distributed.ranks import Ranks
-from engine.training.optimizers import OptimizerFactory
+from engine.training.optimizers import OptimizerFactory, check_shapes
 
 __all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
@@ -60,6 +60,8 @@ def build(
         ImportError: the config needs DeepSpeed, which is not installed.
     """
     groups = None if parameters is None else [_list_members(each) for each in parameters]
+    if config.backend.name == "torch":
+        check_shapes(model, config.optimizer, groups)
     if config.backend.name == "deepspeed":
         from engine.backends.deepspeed import DeepSpeedBackend
 

@@ -84,8 +84,9 @@ def choose_backend(
     """Choose the backend for a config.
 
     If the config sets ``engine.backend`` to "torch" or "deepspeed", choose this backend. Otherwise,
-    choose DeepSpeed if the config enables ZeRO, or if only DeepSpeed supports a part of the model
-    or a key that affects the results. In all other cases, choose torch.
+    choose DeepSpeed if the config enables ZeRO, if only DeepSpeed supports a part of the model or a
+    key that affects the results, or if the optimizer's name is ambiguous and DeepSpeed's is the
+    usual one (Muon). In all other cases, choose torch.
 
     Args:
         config: config to choose the backend for.
@@ -99,7 +100,9 @@ def choose_backend(
     named = config.get("engine", {}).get("backend", "auto")
     if named != "auto":
         return BackendChoice(named, "set by `engine.backend`")
-    keys = [dotted_name(member.pointer) for member in find_deepspeed_only_keys(members)]
+    found = find_deepspeed_only_keys(members)
+    found += [member for member in members if member.schema.get("x-selects") == "deepspeed"]
+    keys = [dotted_name(member.pointer) for member in found]
     if zero_stage(config) not in {0, "auto"}:
         is_old = isinstance(config["zero_optimization"], bool)
         keys.insert(0, "zero_optimization" if is_old else "zero_optimization.stage")

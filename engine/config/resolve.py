@@ -334,7 +334,7 @@ def _resolve(
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
         loss_scaling=LossScaling(**{key: fp16[key] for key in _LOSS_SCALING}) if enabled else None,
-        optimizer=_build_optimizer_block(raw.get("optimizer")),
+        optimizer=_build_optimizer_block(raw.get("optimizer"), context.backend.name),
         schedule=context.schedule,
         progress=ProgressSettings(
             is_logged=raw.get("steps_per_print", 1) is not None,
@@ -357,13 +357,13 @@ def _resolve(
     )
 
 
-def _build_optimizer_block(block: Mapping[str, Any] | None) -> OptimizerBlock | None:
+def _build_optimizer_block(block: Mapping[str, Any] | None, backend: str) -> OptimizerBlock | None:
     if block is None:
         return None
     name = optimizer_name(block["type"])
     assert name is not None
     schemas_of_params = optimizer_schema(name)["properties"]
-    params = add_optimizer_defaults(name, block.get("params", {}))
+    params = add_optimizer_defaults(name, block.get("params", {}), backend)
     return OptimizerBlock(
         name,
         {key: _as_floats(value, schemas_of_params.get(key, {})) for key, value in params.items()},

@@ -16,6 +16,7 @@ from referencing import Registry, Resource
 import schemas
 from engine.config.batch_sizes import DataRanks, RankCounter, count_data_ranks
 from engine.config.named_code import check_named_code
+from engine.config.optimizer_types import find_optimizer_schema
 from engine.config.parser import Document
 from engine.config.pointers import (
     dotted_name,
@@ -31,17 +32,14 @@ from engine.config.schedule_context import (
     list_possible_horizons,
 )
 from engine.config.schema import (
-    OPTIMIZERS,
     SCHEMA,
     Member,
     is_ignored,
     means_default,
-    optimizer_name,
-    optimizer_schema,
     schedule_schema,
     walk,
 )
-from engine.config.suggestions import Suggestion, suggest_key, suggest_optimizer
+from engine.config.suggestions import Suggestion, suggest_key
 from engine.config.wording import quote_value, shorten
 from engine.errors import Fix, Problem
 from schedules import SCHEDULES, Horizon, Schedule, ScheduleError, from_config
@@ -300,27 +298,12 @@ def _find_deprecated(document: Document) -> Iterator[Problem]:
 
 
 def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
-    name = optimizer_name(block["type"])
-    if name is None:
-        usable = [known for known, schema in OPTIMIZERS.items() if "x-removed" not in schema]
-        near = suggest_optimizer(block["type"])
-        hint = (
-            f"Did you mean `{near}`?"
-            if near
-            else "Pass any other optimizer to `initialize(optimizer=…)`."
-        )
-        message = (
-            f"`optimizer.type` must be one of {', '.join(usable)}, "
-            f"got {quote_value(block['type'])}."
-        )
-        yield document.build_problem("unknown-optimizer", "/optimizer/type", message, hint)
-        return
-    schema = optimizer_schema(name)
-    if "x-removed" in schema:
-        message = f"The optimizer {name} was removed in DeepSpeed {schema['x-removed']}."
-        yield document.build_problem("removed-key", "/optimizer/type", message, schema["x-instead"])
-        return
-    yield from check_against_schema(document, block.get("params", {}), schema, "/optimizer/params")
+    found = find_optimizer_schema(document, block["type"])
+    if isinstance(found, Problem):
+        yield found
+    else:
+        params = block.get("params", {})
+        yield from check_against_schema(document, params, found, "/optimizer/params")
 
 
 def _check_scheduler(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:

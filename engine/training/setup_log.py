@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch.optim.lr_scheduler import LRScheduler
 
 from engine.config import Config
-from engine.config.named_code import find_named_code
+from engine.config.named_code import find_named_code, find_optimizer_code
 from schedules import ScheduleBinder
 
 __all__ = ["log_setup"]
@@ -44,7 +44,9 @@ def log_setup(
         replacements: messages about config sections that arguments of `initialize` replace.
     """
     _enable_logging()
-    for code in find_named_code(config.raw.get("scheduler")):
+    raw = config.raw
+    codes = *find_optimizer_code(raw.get("optimizer")), *find_named_code(raw.get("scheduler"))
+    for code in codes:
         log.info("imported %s, as specified by %s in %s", code.name, code.pointer, config.name)
     for override in (*config.overrides, *replacements):
         log.info("%s", override)

@@ -452,3 +452,16 @@ def test_check_key_newer_than_installed_deepspeed_warns(monkeypatch):
     assert find_problems(config) == [("newer-key", "warning", "/compile")]
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.19.8")
     assert find_problems(config) == []
+
+
+@pytest.mark.parametrize(("world_size", "severity"), [(None, "warning"), (1, None), (2, "error")])
+@pytest.mark.parametrize("name", ["Adafactor", "Rprop"])
+def test_optimizer_that_cannot_be_sharded_depends_on_the_world_size(name, world_size, severity):
+    config = {
+        "train_batch_size": 8,
+        "optimizer": {"type": name},
+        "zero_optimization": {"stage": 2},
+        "engine": {"backend": "torch"},
+    }
+    found = [each for each in find_problems(config, world_size) if each[0] == "not-sharded"]
+    assert [each[1] for each in found] == ([] if severity is None else [severity])
