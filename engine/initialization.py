@@ -231,9 +231,7 @@ def _load(
     def count_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
         if shard is not None:
             return DataRanks(shard[1], unit="data-parallel rank")
-        # DeepSpeed reads the number of stages from the model, which is not a pipeline here.
-        flat = {key: value for key, value in config.items() if key != "pipeline"}
-        return count_data_ranks(flat, world_size)
+        return count_data_ranks(config, world_size)
 
     try:
         return load_config(

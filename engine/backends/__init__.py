@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from engine.backends.base import Backend
 from engine.backends.model_parallelism import (
+    check_stages,
     find_data_shard,
     find_model_parallelism,
 )
@@ -59,6 +60,7 @@ def build(
             an argument needs the DeepSpeed backend.
         ImportError: the config needs DeepSpeed, which is not installed.
     """
+    check_stages(model, config)
     groups = None if parameters is None else [_list_members(each) for each in parameters]
     if config.backend.name == "torch":
         check_shapes(model, config.optimizer, groups)
