@@ -253,18 +253,16 @@ def to_nested_dict(members: Iterable[Member], pointer: str = "") -> dict[str, An
     return config
 
 
-def add_defaults(
-    value: Mapping[str, Any], schema: Mapping[str, Any], backend: str = "torch"
-) -> dict[str, Any]:
+def add_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of an object with default values added and ignored keys removed.
 
-    By default, no values are added for keys that only DeepSpeed supports, because DeepSpeed fills
-    in these defaults itself.
+    No defaults are added for keys that only DeepSpeed supports, because DeepSpeed fills in these
+    defaults itself.
 
     >>> add_defaults({"enabled": True, "x-note": 1}, schemas.read("sections/bf16.json"))["enabled"]
     True
     """
-    return to_nested_dict(walk(value, schema, fill=partial(get_default, backend=backend)))
+    return to_nested_dict(walk(value, schema, fill=partial(get_default, backend="torch")))
 
 
 def add_optimizer_defaults(
@@ -278,7 +276,11 @@ def add_optimizer_defaults(
     >>> add_optimizer_defaults("Adam", {"torch_adam": True})["weight_decay"]
     0.01
     """
-    filled = add_defaults(params, optimizer_schema(name), backend)
+    schema = optimizer_schema(name)
+    filled = add_defaults(params, schema)
+    for key, each in schema["properties"].items():
+        if "x-defaults" in each and key not in params:
+            filled[key] = get_default(each, backend)
     is_torch_adam_w = filled.get("torch_adam") and filled.get("adam_w_mode", True)
     if is_torch_adam_w and "weight_decay" not in params:
         filled["weight_decay"] = 0.01  # the default of torch's AdamW, as in DeepSpeed
