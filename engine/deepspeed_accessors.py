@@ -13,14 +13,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
+from typing_extensions import Self
 
 from engine.backends.base import Backend
-from engine.backends.deepspeed_names import ONLY_DEEPSPEED, find_setting
+from engine.backends.deepspeed_names import find_attribute
 from engine.backends.whole_weights import collect_weights, convert_parameters, save_weights
 from engine.config import Config
 from engine.run.training_run import TrainingRun
 from engine.training.data import make_rank_loader
 from engine.training.monitors import Monitors
+from engine.training.optimizers import set_optimizer_mode
 from schedules.param_groups import read_lr, read_momenta, read_momentum
 
 __all__ = ["DeepSpeedAccessors"]
@@ -99,6 +101,15 @@ class DeepSpeedAccessors(nn.Module):
     def basic_optimizer(self) -> Optimizer:
         """The torch optimizer, without any wrapper of the backend."""
         return self._backend.basic_optimizer
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the model's mode: training, or evaluation if ``mode`` is false, as `eval` does.
+
+        An optimizer that has both ``train`` and ``eval`` has the same mode.
+        """
+        super().train(mode)
+        set_optimizer_mode(self.basic_optimizer, training=mode)
+        return self
 
     def mean(self, value: float) -> float:
         """Return the mean of a number over the ranks. Every rank must call this method."""
@@ -299,7 +310,7 @@ class DeepSpeedAccessors(nn.Module):
             AttributeError: the run does not use the DeepSpeed backend.
             RuntimeError: `no_sync` is active.
         """
-        reduction = self._find_attribute("coalesce_grad_reduction")
+        reduction = find_attribute(self._backend, self.config, "coalesce_grad_reduction")
         with self._run.accumulation.coalesce(), reduction():
             yield
 
@@ -423,27 +434,3 @@ class DeepSpeedAccessors(nn.Module):
 
     def _is_deepspeed(self) -> bool:
         return self.config.backend.name == "deepspeed"
-
-    def _find_attribute(self, name: str) -> Any:
-        """Return an attribute of the backend or the model, or a setting by its DeepSpeed name.
-
-        This method is called for names that neither the engine nor ``nn.Module`` defines.
-
-        Raises:
-            AttributeError: the attribute does not exist. If DeepSpeed's engine has it, the message
-                states how to select the DeepSpeed backend.
-        """
-        with contextlib.suppress(KeyError):
-            return find_setting(self.config, name)
-        try:
-            return self._backend.get_attribute(name)
-        except AttributeError as error:
-            if name in ONLY_DEEPSPEED:
-                raise AttributeError(
-                    f"`{name}` exists only with the DeepSpeed backend, and this run uses the torch "
-                    'backend. Set "engine": {"backend": "deepspeed"} in the config.'
-                ) from None
-            raise AttributeError(
-                f"Neither the training engine nor the model ({type(self._backend.model).__name__}) "
-                f"has the attribute `{name}`."
-            ) from error

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from engine.backends.base import Backend
+from engine.backends.deepspeed_names import find_attribute
 from engine.checkpoint.automatic import AutomaticCheckpoints
 from engine.checkpoint.fingerprint import Identity
 from engine.checkpoint.manager import Checkpointer
@@ -26,7 +27,7 @@ from engine.training.deferred_step import StepResult
 from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
 from engine.training.loader import RunLoader
 from engine.training.monitors import Monitors
-from engine.training.optimizers import has_no_optimizer
+from engine.training.optimizers import has_no_optimizer, set_optimizer_mode
 from engine.training.own_loaders import prepare_loader
 from engine.training.rng import preserve_rng_state
 
@@ -72,13 +73,13 @@ class Engine(DeepSpeedAccessors):
             )
 
     def __getattr__(self, name: str) -> Any:
-        # nn.Module looks up modules and parameters; `_find_attribute` looks up all other names.
+        # nn.Module looks up modules and parameters; `find_attribute` looks up all other names.
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name.startswith("__") or "_backend" not in vars(self):
                 raise
-            return self._find_attribute(name)
+            return find_attribute(self._backend, self.config, name)
 
     def prepare(self, loader: LoaderT) -> LoaderT:
         """Prepare your own data loader for training. Every rank must call this method.
@@ -307,8 +308,7 @@ class Engine(DeepSpeedAccessors):
             The mean loss, or a dict of mean metrics, equal on all ranks.
 
         Raises:
-            ValueError: ``loader`` yields no samples or is the training loader, or the result of
-                ``fn`` is not as described.
+            ValueError: ``loader`` is empty or the training loader, or ``fn`` returns no metric.
         """
         with preserve_rng_state(), evaluation_mode(self):
             return self._evaluator.average(loader, fn)
@@ -407,6 +407,7 @@ class Engine(DeepSpeedAccessors):
             scheduler=load_lr_scheduler_states and not load_module_only,
             counters=not load_module_only,
         )
+        set_optimizer_mode(self.basic_optimizer, training=self.training)
         return str(path), client_state
 
     def wait_for_checkpoint(self) -> None:

@@ -37,13 +37,22 @@ from engine.range_test.script import (
     spread_sweep,
 )
 from engine.range_test.sweep import read_sweep
-from engine.training.arguments import check_arguments, check_is_trainable
+from engine.training.arguments import (
+    check_arguments,
+    check_is_trainable,
+    check_needs_no_closure,
+)
 from engine.training.compiled_models import unwrap_compiled
 from engine.training.data import build_loader, count_steps_per_epoch
 from engine.training.diagnostics import attach_diagnostics
 from engine.training.loader import RunLoader
 from engine.training.monitors import build_monitors
-from engine.training.optimizers import OptimizerFactory, has_no_optimizer
+from engine.training.optimizers import (
+    OptimizerFactory,
+    check_modes,
+    has_no_optimizer,
+    set_optimizer_mode,
+)
 from engine.training.param_groups import divide_parameters
 from engine.training.setup_log import log_setup
 from schedules import Schedule
@@ -155,9 +164,9 @@ def initialize(
         per_model = ranks.world_size // resolved.batch.data_ranks
         shard = shard or (ranks.rank // per_model, resolved.batch.data_ranks)
         ranks = replace(ranks, shard=shard)
-    loader = None
-    if training_data is not None:
-        loader = build_loader(training_data, resolved, ranks, collate_fn)
+    loader = (
+        None if training_data is None else build_loader(training_data, resolved, ranks, collate_fn)
+    )
     parameters, param_groups = divide_parameters(model, resolved, model_parameters)
     backend = backends.build(
         model,
@@ -168,6 +177,8 @@ def initialize(
         mpu=mpu,
         mesh_param=mesh_param,
     )
+    check_needs_no_closure(backend.basic_optimizer)
+    check_modes(backend.basic_optimizer, backend.optimizer)
     # Binding a schedule changes the param groups, so first read their hyperparameters.
     settings = read_hyperparameters(backend.basic_optimizer)
     if sweep is not None:
@@ -196,6 +207,7 @@ def initialize(
         _warn_of_repeated_samples(training_data, resolved)
     run = engine._run  # noqa: SLF001  # private to the package
     engine._automatic.resume(run)  # noqa: SLF001  # private to the package
+    set_optimizer_mode(backend.basic_optimizer, training=True)
     attach_diagnostics(resolved, backend, run.progress, lambda: run.latest)
     return engine, engine.optimizer, loader, scheduler
 
@@ -229,9 +241,7 @@ def _load(
     def count_ranks(config: Mapping[str, Any], world_size: int) -> DataRanks:
         if shard is not None:
             return DataRanks(shard[1], unit="data-parallel rank")
-        # DeepSpeed reads the number of stages from the model, which is not a pipeline here.
-        flat = {key: value for key, value in config.items() if key != "pipeline"}
-        return count_data_ranks(flat, world_size)
+        return count_data_ranks(config, world_size)
 
     try:
         return load_config(

@@ -10,12 +10,13 @@ from torch.optim import Optimizer
 
 from engine.backends.base import Backend
 from engine.backends.model_parallelism import (
+    check_stages,
     find_data_shard,
     find_model_parallelism,
 )
 from engine.config import Config
 from engine.distributed.ranks import Ranks
-from engine.training.optimizers import OptimizerFactory
+from engine.training.optimizers import OptimizerFactory, check_shapes
 
 __all__ = ["build", "find_data_shard", "find_deepspeed_need"]
 
@@ -59,7 +60,10 @@ def build(
             an argument needs the DeepSpeed backend.
         ImportError: the config needs DeepSpeed, which is not installed.
     """
+    check_stages(model, config)
     groups = None if parameters is None else list(parameters)
+    if config.backend.name == "torch":
+        check_shapes(model, config.optimizer, groups)
     if config.backend.name == "deepspeed":
         from engine.backends.deepspeed import DeepSpeedBackend
 

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from engine.checkpoint.collectives import raise_on_all_ranks
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles
-from engine.checkpoint.deepspeed_pickles import import_classes, unpickle
+from engine.checkpoint.deepspeed_pickles import TRUST_FIX, import_classes
 from engine.checkpoint.optimizer_state import KEPT_SETTINGS
-from engine.checkpoint.plain_values import read_values, report_damage
+from engine.checkpoint.plain_values import read_values, report_damage, unpickle
 from engine.checkpoint.structure import check_same_structure
 from engine.distributed.ranks import Ranks
 from engine.errors import CheckpointError
@@ -84,7 +84,7 @@ def refuse_pickled_code() -> Iterator[None]:
     allowed, original = import_classes(), torch.load
 
     def load(path: Any, *_: Any, mmap: bool | None = None, **_settings: Any) -> Any:
-        return unpickle(original, path, allowed, mmap=mmap)
+        return unpickle(path, allowed, load=original, mmap=mmap, fix=TRUST_FIX)
 
     with _replace(torch, "load", load):
         yield

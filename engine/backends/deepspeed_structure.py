@@ -62,16 +62,22 @@ def check_structure(
 
 
 def _check_model(values: Any, weights: Mapping[str, Any], *, strict: bool) -> None:
+    """Check the file of this rank, whose weights may be shards.
+
+    `Layout.check` compares the whole weights with the model, but does not read this file.
+
+    Raises:
+        ValueError: a value is missing or has the wrong type or shape.
+    """
     own: dict[str, Any] = {"dp_world_size": 1, "mp_world_size": 1, "module": {}}
     own |= {"global_steps": 0, "skipped_steps": 0}
     own |= {"global_samples": 0} if "global_samples" in values else {}
     check_same_structure(values, own, "checkpoint")
     saved = values["module"]
-    own = {key: each for key, each in weights.items() if strict or key in saved}
-    check_same_structure(saved, own, "module")
-    unknown = saved.keys() - weights.keys()
-    if strict and unknown:
-        raise ValueError(f"the model has no parameter or buffer {describe(min(unknown, key=str))}.")
+    check_same_structure(saved, {key: weights[key] for key in saved if key in weights}, "module")
+    if strict and (different := saved.keys() ^ weights.keys()):
+        name = describe(min(different, key=str))
+        raise ValueError(f"`module` must have the same keys as the model, but {name} is in one.")
 
 
 def read_weights(engine: Any) -> dict[str, Any]:

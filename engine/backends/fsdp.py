@@ -203,10 +203,11 @@ def _check_supported(optimizer: Optimizer) -> Optimizer:
     Raises:
         ValueError: the optimizer cannot update sharded parameters.
     """
-    is_rprop = isinstance(optimizer, torch.optim.Rprop)
-    if is_rprop:  # its masked assignment fails for a DTensor
+    # The masked assignment of Rprop and the norms of Adafactor fail for a DTensor.
+    fails = isinstance(optimizer, torch.optim.Rprop | torch.optim.Adafactor)
+    if fails:
         raise ValueError(
-            "`Rprop` cannot update sharded parameters in PyTorch. Set "
+            f"`{type(optimizer).__name__}` cannot train sharded parameters in PyTorch. Set "
             '"zero_optimization": {"stage": 0}, or choose a different optimizer.'
         )
     return optimizer

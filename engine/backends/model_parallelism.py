@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from engine.config import Config
+from engine.config.batch_sizes import PIPELINE_STAGES, count_ranks_per_model
 from engine.distributed.ranks import get_rank, get_world_size
 
-__all__ = ["find_data_shard", "find_model_parallelism"]
+__all__ = ["check_stages", "find_data_shard", "find_model_parallelism"]
 
 _PACKAGES = (
     "deepspeed.moe",
@@ -69,6 +71,27 @@ def find_data_shard(model: Any, mpu: Any, mesh_param: Any) -> tuple[int, int] | 
         return None
     ranks_per_model = mesh_param[1]
     return get_rank() // ranks_per_model, get_world_size() // ranks_per_model
+
+
+def check_stages(model: Any, config: Config) -> None:
+    """Check that the model is a pipeline with as many stages as the config specifies.
+
+    Without this check, the batch sizes would be validated for another number of data-parallel
+    ranks than the run has.
+
+    Raises:
+        ValueError: the numbers of stages differ.
+    """
+    stages = count_ranks_per_model(config.raw).get(PIPELINE_STAGES)
+    own = model.num_stages if _is_pipeline(model) else None
+    if stages in {None, own}:
+        return
+    found = "not a PipelineModule" if own is None else f"a PipelineModule with {own} stages"
+    fix = "" if own is None else f", or set it to {own}"
+    raise ValueError(
+        f"`{PIPELINE_STAGES}` in {config.name} is {stages}, but the model is {found}. Remove the "
+        f"key{fix}, or pass a PipelineModule with `num_stages={stages}`."
+    )
 
 
 def _is_pipeline(model: nn.Module) -> bool:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import pickle
-import re
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.serialization import safe_globals
 
-from engine.checkpoint.plain_values import LOADABLE, report_damage, summarize
-from engine.errors import CheckpointError
+from engine.checkpoint.plain_values import report_damage, unpickle
 
-__all__ = ["import_classes", "read_file", "unpickle"]
+__all__ = ["TRUST_FIX", "import_classes", "read_file"]
+
+TRUST_FIX = "If you trust the checkpoint, set `engine.checkpoint.trust_pickle` to true."
 
 _CLASSES = {
     "deepspeed.runtime.fp16.loss_scaler": ["DynamicLossScaler", "LossScaler"],
@@ -51,36 +48,7 @@ def read_file(path: Path, *, trusts: bool = False) -> Any:
     with report_damage(path):
         if trusts:
             return torch.load(path, map_location="cpu", weights_only=False)
-        return unpickle(torch.load, path, stand_ins, mmap=zipfile.is_zipfile(path))
-
-
-def unpickle(
-    load: Callable[..., Any], path: Any, allowed: list[Any], *, mmap: bool | None = None
-) -> Any:
-    """Load a file, but refuse to unpickle objects that could run code.
-
-    Args:
-        load: `torch.load`, or a function with the same arguments.
-        path: file to load.
-        allowed: classes whose instances are loaded, in addition to tensors and plain values.
-        mmap: see `torch.load`.
-
-    Raises:
-        CheckpointError: the file is damaged, or contains an object of another class.
-    """
-    try:
-        with safe_globals([*LOADABLE, *allowed]):
-            return load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if not named:
-            raise CheckpointError(
-                f"{path} is damaged: {summarize(error)}. Use another checkpoint."
-            ) from error
-        raise CheckpointError(
-            f"{path} refers to `{named[1]}`, so unpickling the file can run code. If you trust the "
-            "checkpoint, set `engine.checkpoint.trust_pickle` to true."
-        ) from None
+        return unpickle(path, stand_ins, mmap=zipfile.is_zipfile(path), fix=TRUST_FIX)
 
 
 def import_classes() -> list[Any]:

@@ -9,8 +9,9 @@ import datetime as dt
 import importlib
 import io
 import pathlib
+import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from engine.errors import CheckpointError
 from schedules.core.saved_state import restore
 
 __all__ = [
-    "LOADABLE",
     "check_plain_values",
     "read_as",
     "read_values",
     "report_damage",
     "summarize",
+    "unpickle",
     "write_values",
 ]
 
@@ -51,7 +52,7 @@ _SCALARS = (
     type(Path()),
 )
 _ARRAYS = importlib.import_module(f"numpy.{'_core' if hasattr(np, '_core') else 'core'}.multiarray")
-LOADABLE: list[Any] = [
+_LOADABLE: list[Any] = [
     _ARRAYS._reconstruct,  # noqa: SLF001  # how numpy stores an array
     _ARRAYS.scalar,
     np.ndarray,
@@ -127,17 +128,43 @@ def read_values(path: Path) -> Any:
         CheckpointError: the file is damaged, or it contains objects of other types, which could
             run code when they are unpickled.
     """
+    with report_damage(path):
+        return unpickle(path)
+
+
+def unpickle(
+    path: Any,
+    allowed: Iterable[Any] = (),
+    *,
+    load: Callable[..., Any] = torch.load,
+    mmap: bool | None = None,
+    fix: str = "Use another checkpoint.",
+) -> Any:
+    """Load a file with tensors on the CPU, but refuse to unpickle objects that could run code.
+
+    Args:
+        path: file to load.
+        allowed: classes whose instances are loaded, in addition to tensors and plain values. Each
+            is a class, or a class and the name under which the file refers to it.
+        load: `torch.load`, or a function with the same arguments.
+        mmap: see `torch.load`.
+        fix: how to fix a file that contains an object of another class.
+
+    Raises:
+        CheckpointError: the file is damaged, or contains an object of another class.
+    """
     try:
-        with safe_globals(LOADABLE):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. Use another checkpoint.") from None
-    except Exception as error:  # noqa: BLE001  # damaged bytes raise exceptions of any type
+        with safe_globals([*_LOADABLE, *allowed]):
+            return load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        problem = f"it contains `{named[1]}`" if named else summarize(error)
+        if not named:
+            raise CheckpointError(
+                f"{path} is damaged: {summarize(error)}. Use another checkpoint."
+            ) from error
         raise CheckpointError(
-            f"{path} cannot be loaded: {problem}. Only tensors and plain values are loaded, "
-            "because unpickling other objects can run code. Use another checkpoint."
+            f"{path} cannot be loaded: it contains an object of `{named[1]}`, and unpickling it "
+            f"can run code. {fix}"
         ) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from engine.config.batch_sizes import PIPELINE_STAGES, count_ranks_per_model
 from engine.config.no_effect import find_reason_for_no_effect
 from engine.config.pointers import dotted_name, is_within
 from engine.config.schema import Member
@@ -84,8 +85,9 @@ def choose_backend(
     """Choose the backend for a config.
 
     If the config sets ``engine.backend`` to "torch" or "deepspeed", choose this backend. Otherwise,
-    choose DeepSpeed if the config enables ZeRO, or if the model or a key that affects the results
-    requires DeepSpeed. In all other cases, choose torch.
+    choose DeepSpeed if the config enables ZeRO, has pipeline stages, or has another key that only
+    DeepSpeed supports and that affects the results; if only DeepSpeed supports a part of the model;
+    or if the optimizer's name means DeepSpeed's by default (Muon). Otherwise, choose torch.
 
     Args:
         config: config to choose the backend for.
@@ -99,7 +101,11 @@ def choose_backend(
     named = config.get("engine", {}).get("backend", "auto")
     if named != "auto":
         return BackendChoice(named, "set by `engine.backend`")
-    keys = [dotted_name(member.pointer) for member in find_deepspeed_only_keys(members)]
+    found = find_deepspeed_only_keys(members)
+    found += [member for member in members if member.schema.get("x-selects") == "deepspeed"]
+    keys = [dotted_name(member.pointer) for member in found]
+    if PIPELINE_STAGES in count_ranks_per_model(config):
+        keys.insert(0, PIPELINE_STAGES)
     if zero_stage(config) not in {0, "auto"}:
         is_old = isinstance(config["zero_optimization"], bool)
         keys.insert(0, "zero_optimization" if is_old else "zero_optimization.stage")

@@ -16,6 +16,7 @@ from engine.config.wording import count_noun
 
 __all__ = [
     "BATCH_KEYS",
+    "PIPELINE_STAGES",
     "BatchError",
     "BatchSizes",
     "DataRanks",
@@ -29,6 +30,7 @@ TRAIN = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
 ACCUMULATION = "gradient_accumulation_steps"
 BATCH_KEYS = (TRAIN, MICRO, ACCUMULATION)
+PIPELINE_STAGES = "pipeline.stages"
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def count_ranks_per_model(config: Mapping[str, Any]) -> dict[str, int]:
     sizes = {
         "sequence_parallel_size": config.get("sequence_parallel_size"),
         "tensor_parallel.autotp_size": config.get("tensor_parallel", {}).get("autotp_size"),
-        "pipeline.stages": pipeline.get("stages"),
+        PIPELINE_STAGES: pipeline.get("stages"),
     }
     return {key: size for key, size in sizes.items() if isinstance(size, int) and size > 1}
 

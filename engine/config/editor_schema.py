@@ -26,14 +26,14 @@ def editor_schema() -> dict[str, Any]:
     usable = {name: params for name, params in OPTIMIZERS.items() if "x-removed" not in params}
     properties = schema["properties"]
     properties["optimizer"] |= _branch_on_type(usable, any_case=True)
-    custom = {"pattern": ":"}  # a custom schedule, written as module:attribute
+    custom = {"pattern": ":"}  # a custom class or function, written as module:attribute
     by_schedule = {name: schedule_schema(cls) for name, cls in SCHEDULES.items()}
     properties["scheduler"] |= _branch_on_type(by_schedule, any_case=False)
     for block, names in ((properties["optimizer"], usable), (properties["scheduler"], SCHEDULES)):
         of_type = block["properties"]["type"]
         any_case = [{"pattern": _build_case_insensitive_pattern(name)} for name in names]
-        patterns = any_case if names is usable else [custom]
-        of_type["anyOf"] = [{"enum": list(names)}, *patterns]
+        patterns = any_case if names is usable else []
+        of_type["anyOf"] = [{"enum": list(names)}, *patterns, custom]
     return schema
 
 

@@ -8,13 +8,20 @@ from typing import Any, NamedTuple
 
 from engine.config.parser import Document
 from engine.config.pointers import dotted_name, join_pointer
+from engine.config.schema import is_import_path
 from engine.config.wording import quote_value
 from engine.errors import Problem
 from schedules import SCHEDULES
 from schedules.core.imports import check_import_path
 from schedules.core.registry import ENTRY_POINTS, read_torch_parameters
 
-__all__ = ["NamedCode", "check_named_code", "find_named_code"]
+__all__ = [
+    "NamedCode",
+    "check_import",
+    "check_named_code",
+    "find_named_code",
+    "find_optimizer_code",
+]
 
 
 class NamedCode(NamedTuple):
@@ -53,6 +60,17 @@ def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCo
     yield from _find_import_paths(params, params_pointer)
 
 
+def find_optimizer_code(block: Any) -> list[NamedCode]:
+    """Return the class that an ``optimizer`` block names, as a list of at most one element.
+
+    >>> [code.name for code in find_optimizer_code({"type": "my_module:MyOptimizer"})]
+    ['my_module:MyOptimizer']
+    """
+    name: Any = block.get("type") if isinstance(block, Mapping) else None
+    is_path = isinstance(name, str) and is_import_path(name)
+    return [NamedCode("/optimizer/type", name)] if is_path else []
+
+
 def _is_entry_point(name: str) -> bool:
     return bool(entry_points(group=ENTRY_POINTS, name=name))
 
@@ -69,30 +87,34 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
 def check_named_code(
     document: Document, block: Mapping[str, Any], pointer: str = "/scheduler"
 ) -> Iterator[Problem]:
-    """Check each import path in a ``scheduler`` block without importing the code.
-
-    Yield an error for a malformed path, a warning for a path whose module does not exist, and a
-    note for each other path, because the code itself is not checked.
+    """Check each import path in a ``scheduler`` block; see `check_import`.
 
     Args:
         document: parsed config.
         block: ``scheduler`` block.
         pointer: JSON pointer of the block.
     """
-    for where, path in find_named_code(block, pointer):
-        name = dotted_name(where)
-        severity, message = (
-            "note",
-            f"`{name}` names code, {quote_value(path)}, which is not checked.",
-        )
-        hint = "If you trust the config, import the code and check it with --allow-imports."
-        try:
-            if ":" in path and not check_import_path(path):
-                severity = "warning"
-                message = f"The module of `{name}`, {quote_value(path)}, was not found."
-                hint = "Add its directory to PYTHONPATH, unless it is next to the training script."
-        except ValueError:
-            severity = "error"
-            message = f"`{name}` must be an import path, got {quote_value(path)}."
-            hint = "Write it as module:attribute, such as my_package.my_module:my_function."
-        yield document.build_problem("named-code", where, message, hint, severity=severity)
+    for code in find_named_code(block, pointer):
+        yield check_import(document, code)
+
+
+def check_import(document: Document, code: NamedCode) -> Problem:
+    """Check that an import path is well-formed and its module exists, without importing it.
+
+    Return an error or a warning for an invalid path, and a note for a valid path, because the code
+    itself is not imported or checked.
+    """
+    pointer, path = code
+    name = dotted_name(pointer)
+    severity, message = "note", f"`{name}` names code, {quote_value(path)}, which is not checked."
+    hint = "If you trust the config, import the code and check it with --allow-imports."
+    try:
+        if ":" in path and not check_import_path(path):
+            severity = "warning"
+            message = f"The module of `{name}`, {quote_value(path)}, was not found."
+            hint = "Add its directory to PYTHONPATH, unless it is next to the training script."
+    except ValueError:
+        severity = "error"
+        message = f"`{name}` must be an import path, got {quote_value(path)}."
+        hint = "Write it as module:attribute, such as my_package.my_module:my_function."
+    return document.build_problem("named-code", pointer, message, hint, severity=severity)

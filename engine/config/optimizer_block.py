@@ -38,12 +38,15 @@ class OptimizerBlock:
 
 
 def build_optimizer_block(
-    block: Mapping[str, Any] | None, group_schedules: Mapping[int, Schedule[Any]] | None = None
+    block: Mapping[str, Any] | None,
+    backend: str,
+    group_schedules: Mapping[int, Schedule[Any]] | None = None,
 ) -> OptimizerBlock | None:
     """Fill in the defaults of a valid ``optimizer`` section; return None if there is none.
 
     Args:
         block: the section.
+        backend: "torch" or "deepspeed"; some defaults depend on it.
         group_schedules: own schedules of its param groups, by index in ``param_groups``.
     """
     if block is None:
@@ -62,7 +65,7 @@ def build_optimizer_block(
     ]
     return OptimizerBlock(
         name,
-        convert(add_optimizer_defaults(name, block.get("params", {}))),
+        convert(add_optimizer_defaults(name, block.get("params", {}), backend)),
         tuple(replace(each, hyperparameters=convert(each.hyperparameters)) for each in groups),
         no_decay,
         float(block.get("layer_decay", 1.0)),

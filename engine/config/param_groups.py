@@ -13,7 +13,7 @@ import schemas
 from engine.config.parser import Document
 from engine.config.pointers import dotted_name, join_pointer
 from engine.config.schedule_blocks import check_scheduler
-from engine.config.schema import is_ignored, optimizer_schema
+from engine.config.schema import is_ignored, is_import_path, optimizer_schema
 from engine.config.violations import check_against_schema
 from engine.config.wording import quote_value, shorten
 from engine.errors import Problem
@@ -100,7 +100,7 @@ def build_group_schema(optimizer: str) -> dict[str, Any]:
             **entry,
             "properties": {**entry["properties"], **own},
             "patternProperties": {"^(x-|//|_)": True},
-            "additionalProperties": False,
+            "additionalProperties": is_import_path(optimizer),
         },
     }
 
@@ -142,7 +142,7 @@ def check_param_groups(document: Document, optimizer: str, entries: Any) -> Iter
         return
     if optimizer == _SPLITS_GROUPS_ITSELF:
         message = f"`{dotted_name(POINTER)}` cannot be used with {optimizer}."
-        hint = f"DeepSpeed itself divides the parameters of {optimizer}. Remove the key."
+        hint = f"With {optimizer}, DeepSpeed itself divides the parameters. Remove the key."
         yield document.build_problem("param-groups", POINTER, message, hint)
         return
     if len(entries) > _MAX_GROUPS:

@@ -53,16 +53,19 @@ def trace_origins(context: RuleContext) -> Iterator[Entry]:
         elif member.is_given:
             yield Entry(member.pointer, member.value, _describe_origin(document, member))
         else:
-            value = _get_weight_decay(document) if member.pointer == _WEIGHT_DECAY else member.value
+            value = member.value
+            if member.pointer == _WEIGHT_DECAY:
+                value = _get_weight_decay(document, backend.name)
             yield Entry(member.pointer, value, "default")
 
 
-def _get_weight_decay(document: Document) -> float:
+def _get_weight_decay(document: Document, backend: str) -> float:
     """Return the default weight decay, which depends on the optimizer's other params."""
     block = document.value["optimizer"]
     name = optimizer_name(block["type"])
     assert name is not None
-    weight_decay: float = add_optimizer_defaults(name, block.get("params", {}))["weight_decay"]
+    params = add_optimizer_defaults(name, block.get("params", {}), backend)
+    weight_decay: float = params["weight_decay"]
     return weight_decay
 
 

@@ -344,7 +344,9 @@ def _resolve(
         gradient_clipping=value["gradient_clipping"],
         precision="fp16" if enabled else "bf16" if bf16["enabled"] else "fp32",
         loss_scaling=LossScaling(**{key: fp16[key] for key in _LOSS_SCALING}) if enabled else None,
-        optimizer=build_optimizer_block(raw.get("optimizer"), context.group_schedules),
+        optimizer=build_optimizer_block(
+            raw.get("optimizer"), context.backend.name, context.group_schedules
+        ),
         schedule=context.schedule,
         progress=ProgressSettings(
             is_logged=raw.get("steps_per_print", 1) is not None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config.batch_sizes import BATCH_KEYS, BatchError, DataRanks, derive_batch_sizes
-from engine.config.schema import add_optimizer_defaults, optimizer_name
+from engine.config.schema import add_optimizer_defaults, is_import_path, optimizer_name
 from schedules import Horizon, Schedule
 from schedules.core.controller import Base, Curves
 from schedules.core.durations import MAX_STEPS, DurationError, convert_to_steps
@@ -153,7 +153,8 @@ def build_base_values(
 ) -> Base:
     """Return the initial learning rate, momentum and weight decay of each param group.
 
-    If the config has no ``optimizer`` block, the defaults of Adam are used.
+    If the config has no ``optimizer`` block, or a custom optimizer, whose defaults are unknown, the
+    defaults of Adam are used.
 
     Args:
         config: config without "auto" values.
@@ -164,7 +165,11 @@ def build_base_values(
     block = config.get("optimizer", {"type": "Adam"})
     name = optimizer_name(block["type"])
     assert name is not None
-    params = add_optimizer_defaults(name, block.get("params", {})) | dict(group or {})
+    known = "Adam" if is_import_path(name) else name
+    named = config.get("engine", {}).get("backend", "auto")
+    backend = "torch" if named == "torch" else "deepspeed"  # differs only if both have the name
+    params = add_optimizer_defaults(known, block.get("params", {}), backend)
+    params |= dict(group or {})
     momentum = params.get("momentum", params["betas"][0] if "betas" in params else 0.0)
     groups = schedule.num_groups or 1
     weight_decay = params.get("weight_decay", 0.0)

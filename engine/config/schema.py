@@ -23,6 +23,7 @@ __all__ = [
     "add_optimizer_defaults",
     "get_default",
     "is_ignored",
+    "is_import_path",
     "means_default",
     "optimizer_name",
     "optimizer_schema",
@@ -55,14 +56,28 @@ def is_ignored(key: str) -> bool:
 def optimizer_name(name: str) -> str | None:
     """Return the canonical spelling of an optimizer name, or None if the name is unknown.
 
-    The name is matched case-insensitively.
+    The name is matched case-insensitively. The import path of a custom optimizer, such as
+    ``"my_module:MyOptimizer"``, is its canonical name.
+
+    >>> optimizer_name("adamw"), optimizer_name("my_module:MyOptimizer"), optimizer_name("Adan")
+    ('AdamW', 'my_module:MyOptimizer', None)
     """
+    if is_import_path(name):
+        return name
     return {known.lower(): known for known in OPTIMIZERS}.get(name.lower())
 
 
-def optimizer_schema(name: str) -> dict[str, Any]:
-    """Return the JSON schema of an optimizer's ``params``, given the optimizer's canonical name."""
-    return OPTIMIZERS[name]
+def is_import_path(name: str) -> bool:
+    """Return whether an ``optimizer.type`` names a custom class as ``module:Class``."""
+    return ":" in name
+
+
+def optimizer_schema(name: str) -> Mapping[str, Any]:
+    """Return the JSON schema of the ``params`` of an optimizer, given its canonical name.
+
+    The schema of a custom optimizer accepts all params.
+    """
+    return {"properties": {}} if is_import_path(name) else OPTIMIZERS[name]
 
 
 def schedule_schema(cls: type[Schedule[Any]]) -> dict[str, Any]:
@@ -212,6 +227,8 @@ def get_default(schema: Mapping[str, Any], backend: str) -> Any:
     is_old = bool(schema.get("deprecated")) or "x-alias-of" in schema or "x-removed" in schema
     if is_old or (backend != "deepspeed" and schema.get("x-backend") == "deepspeed"):
         return ABSENT
+    if "x-defaults" in schema:
+        return schema["x-defaults"][backend]
     is_section = "properties" in schema and "required" not in schema
     return schema.get("default", SECTION if is_section else ABSENT)
 
@@ -248,15 +265,22 @@ def add_defaults(value: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[st
     return to_nested_dict(walk(value, schema, fill=partial(get_default, backend="torch")))
 
 
-def add_optimizer_defaults(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+def add_optimizer_defaults(
+    name: str, params: Mapping[str, Any], backend: str = "torch"
+) -> dict[str, Any]:
     """Return an optimizer's params with default values added for missing params.
 
-    The default value of a param can depend on the values of other params.
+    The default value of a param can depend on the backend and on the values of other params. The
+    defaults of a custom optimizer are unknown.
 
     >>> add_optimizer_defaults("Adam", {"torch_adam": True})["weight_decay"]
     0.01
     """
-    filled = add_defaults(params, optimizer_schema(name))
+    schema = optimizer_schema(name)
+    filled = add_defaults(params, schema)
+    for key, each in schema["properties"].items():
+        if "x-defaults" in each and key not in params:
+            filled[key] = get_default(each, backend)
     is_torch_adam_w = filled.get("torch_adam") and filled.get("adam_w_mode", True)
     if is_torch_adam_w and "weight_decay" not in params:
         filled["weight_decay"] = 0.01  # the default of torch's AdamW, as in DeepSpeed

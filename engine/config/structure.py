@@ -8,22 +8,19 @@ from typing import Any
 
 import schemas
 from engine.config.batch_sizes import DataRanks, RankCounter, count_data_ranks
+from engine.config.optimizer_types import find_optimizer_schema
 from engine.config.param_groups import check_param_groups, find_group_schedulers
 from engine.config.parser import Document
 from engine.config.pointers import get_last_key, get_parent, remove_keys
 from engine.config.schedule_blocks import check_scheduler, construct_schedule
 from engine.config.schedule_context import build_horizon, get_train_batch_size
 from engine.config.schema import (
-    OPTIMIZERS,
     SCHEMA,
     Member,
     optimizer_name,
-    optimizer_schema,
     walk,
 )
-from engine.config.suggestions import suggest_optimizer
 from engine.config.violations import check_against_schema, get_suggested_pointer
-from engine.config.wording import quote_value
 from engine.errors import Fix, Problem
 from schedules import Schedule
 
@@ -137,27 +134,13 @@ def _find_deprecated(document: Document) -> Iterator[Problem]:
 
 
 def _check_optimizer(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
+    found = find_optimizer_schema(document, block["type"])
+    if isinstance(found, Problem):
+        yield found
+        return
+    yield from check_against_schema(document, block.get("params", {}), found, "/optimizer/params")
     name = optimizer_name(block["type"])
-    if name is None:
-        usable = [known for known, schema in OPTIMIZERS.items() if "x-removed" not in schema]
-        near = suggest_optimizer(block["type"])
-        hint = (
-            f"Did you mean `{near}`?"
-            if near
-            else "Pass any other optimizer to `initialize(optimizer=…)`."
-        )
-        message = (
-            f"`optimizer.type` must be one of {', '.join(usable)}, "
-            f"got {quote_value(block['type'])}."
-        )
-        yield document.build_problem("unknown-optimizer", "/optimizer/type", message, hint)
-        return
-    schema = optimizer_schema(name)
-    if "x-removed" in schema:
-        message = f"The optimizer {name} was removed in DeepSpeed {schema['x-removed']}."
-        yield document.build_problem("removed-key", "/optimizer/type", message, schema["x-instead"])
-        return
-    yield from check_against_schema(document, block.get("params", {}), schema, "/optimizer/params")
+    assert name is not None
     yield from check_param_groups(document, name, block.get("param_groups"))
 
 

@@ -108,7 +108,7 @@ def suggest_optimizer(name: str) -> str | None:
 
     >>> suggest_optimizer("DeepSpeedCPUAdam"), suggest_optimizer("adamw_torch_fused")
     ('Adam', 'AdamW')
-    >>> suggest_optimizer("SGDD"), suggest_optimizer("Adafactor")
+    >>> suggest_optimizer("SGDD"), suggest_optimizer("Shampoo")
     ('SGD', None)
     """
     bare = name.lower()

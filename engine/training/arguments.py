@@ -10,7 +10,14 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["check_are_in_model", "check_arguments", "check_is_trainable"]
+from engine.config.optimizer_types import CLOSURE_FIX, needs_closure
+
+__all__ = [
+    "check_are_in_model",
+    "check_arguments",
+    "check_is_trainable",
+    "check_needs_no_closure",
+]
 
 
 def check_arguments(
@@ -37,11 +44,33 @@ def check_arguments(
         f"`training_data` must be a dataset or a data loader, got {_describe(training_data)}. Pass "
         "an instance.",
     )
+    is_several = isinstance(optimizer, list | tuple | dict)
+    _check(
+        not is_several,
+        f"`optimizer` must be one optimizer, got {_describe(optimizer)}. Build one engine per "
+        "optimizer: call `initialize` for each of them, with the module whose parameters it "
+        "trains, such as a GAN's generator and its discriminator. To train one module with "
+        "different hyperparameters, pass one optimizer with param groups.",
+    )
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         _check_factory("optimizer", optimizer, argument="parameters")
+    check_needs_no_closure(optimizer)
     has_step = hasattr(lr_scheduler, "step") and not isinstance(lr_scheduler, type)
     if lr_scheduler is not None and not has_step:
         _check_factory("lr_scheduler", lr_scheduler, argument="optimizer")
+
+
+def check_needs_no_closure(optimizer: Any) -> None:
+    """Check that an optimizer, or a class of optimizers, can take a step without a closure.
+
+    Raises:
+        ValueError: the method ``step`` requires a closure.
+    """
+    cls = optimizer if isinstance(optimizer, type) else type(optimizer)
+    _check(
+        not needs_closure(cls),
+        f"`optimizer` must not be {cls.__name__}, which needs a closure. {CLOSURE_FIX}",
+    )
 
 
 def check_is_trainable(model: nn.Module) -> None:

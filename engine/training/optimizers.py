@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from engine.config.optimizer_block import OptimizerBlock
-from engine.config.schema import optimizer_name, optimizer_schema
+from engine.config.schema import is_import_path, optimizer_name, optimizer_schema
+from schedules.core.imports import import_attribute
 
-__all__ = ["NoOptimizer", "OptimizerFactory", "build_optimizer", "has_no_optimizer", "is_buildable"]
+__all__ = [
+    "NoOptimizer",
+    "OptimizerFactory",
+    "build_optimizer",
+    "check_modes",
+    "check_shapes",
+    "has_no_optimizer",
+    "is_buildable",
+    "set_optimizer_mode",
+]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """Function that takes parameters or param groups and returns their optimizer."""
@@ -41,39 +53,92 @@ def build_optimizer(
 ) -> Optimizer:
     """Build the optimizer described by the config's `optimizer` block.
 
+    A custom class, such as ``"my_module:MyOptimizer"``, is imported.
+
     Args:
         block: type and hyperparameters of the optimizer.
         parameters: tensors or param groups. Hyperparameters in a group override those of the block.
         may_fuse: whether to use a fused kernel if there is one. Fused kernels do not support sparse
             gradients.
 
+    Raises:
+        ValueError: a custom class cannot be imported, or does not accept the hyperparameters.
+
     >>> weight = torch.nn.Parameter(torch.ones(1))
     >>> params = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "dampening": 0.0}
     >>> build_optimizer(OptimizerBlock("SGD", params), [weight]).defaults["momentum"]
     0.9
     """
-    name = block.type
+    name, groups = block.type, list(parameters)
+    if is_import_path(name):
+        return _build_custom(name, groups, _convert(block.params))
     properties = optimizer_schema(name)["properties"]
     # A validated block sets keys of DeepSpeed only to values that PyTorch's optimizers always use.
     params = {
         key: value
         for key, value in block.params.items()
-        if "x-backend" not in properties.get(key, {})
+        if properties.get(key, {}).get("x-backend") != "deepspeed"
     }
     if params.pop("adam_w_mode", False) and name == "Adam":
         name = "AdamW"
     may_fuse &= not params.pop("torch_adam", False)
-    groups = list(parameters)
     # The momentum buffers of fused SGD start at zero, which is wrong with dampening.
     has_dampening = any(isinstance(group, dict) and group.get("dampening") for group in groups)
     may_fuse &= not (params.get("dampening") or has_dampening)
     if name in _FUSED_OPTIMIZERS and may_fuse and _has_fused_kernel(name, groups):
         params["fused"] = True
-    if "betas" in params:
-        params["betas"] = tuple(params["betas"])
-    optimizer = _construct(getattr(torch.optim, name), groups, params)
+    optimizer = _construct(getattr(torch.optim, name), groups, _convert(params))
     if name == "SGD" and "fused" in params:
         optimizer.register_step_pre_hook(_start_momenta)
+    return optimizer
+
+
+def set_optimizer_mode(optimizer: Optimizer, *, training: bool) -> None:
+    """Call ``train`` or ``eval`` of an optimizer that has both, such as a schedule-free one.
+
+    In eval mode, such an optimizer replaces the weights by their average.
+    """
+    if _has_modes(optimizer):
+        getattr(optimizer, "train" if training else "eval")()
+
+
+def check_modes(optimizer: Optimizer, wrapper: Optimizer) -> None:
+    """Check that an optimizer that switches the weights holds the weights of the model.
+
+    Args:
+        optimizer: torch optimizer, unwrapped.
+        wrapper: the backend's optimizer; it is ``optimizer`` itself if nothing wraps it.
+
+    Raises:
+        ValueError: DeepSpeed has wrapped the optimizer, so it holds copies of the weights.
+    """
+    if _has_modes(optimizer) and wrapper is not optimizer:
+        raise ValueError(
+            f"{type(optimizer).__name__} switches the weights between training and evaluation, "
+            'which DeepSpeed does not support with ZeRO or in 16 bits. Set "engine": {"backend": '
+            '"torch"} in the config.'
+        )
+
+
+def _has_modes(optimizer: Optimizer) -> bool:
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+def _convert(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return params with the list of betas converted to a tuple, as in PyTorch's defaults."""
+    has_list = isinstance(params.get("betas"), list)
+    return {**params, "betas": tuple(params["betas"])} if has_list else dict(params)
+
+
+def _build_custom(path: str, groups: list[Any], params: Mapping[str, Any]) -> Optimizer:
+    optimizer_class = import_attribute(path)
+    try:
+        optimizer: Optimizer = optimizer_class(groups, **params)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The optimizer {path} cannot be built with `optimizer.params` "
+            f"{json.dumps(dict(params))}: {error}"
+        ) from error
     return optimizer
 
 
@@ -123,8 +188,44 @@ def _construct(
     return optimizer
 
 
+def check_shapes(
+    model: nn.Module, block: OptimizerBlock | None, parameters: list[Any] | None
+) -> None:
+    """Check that the config's optimizer can train parameters of these shapes.
+
+    PyTorch's Muon accepts only parameters with two dimensions.
+
+    Args:
+        model: module to train.
+        block: the config's optimizer; None if the script passes its own.
+        parameters: parameters or param groups to train; if None, all that require gradients.
+
+    Raises:
+        ValueError: the optimizer cannot train a parameter; the message names it.
+    """
+    if block is None or block.type != "Muon":
+        return
+    given = [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
+    trained = [p for each in given for p in (each["params"] if isinstance(each, dict) else [each])]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    invalid = [parameter for parameter in trained if parameter.ndim != 2]
+    if invalid:
+        shown = ", ".join(
+            f"`{names.get(id(p), 'a parameter')}` of shape {tuple(p.shape)}" for p in invalid[:3]
+        )
+        raise ValueError(
+            f"PyTorch's Muon trains only parameters with two dimensions, but {len(invalid)} of "
+            f"{len(trained)} have another number, such as {shown}. To train them too, use "
+            'DeepSpeed\'s Muon, which trains them with Adam: set "engine": {"backend": '
+            '"deepspeed"}. Otherwise, pass only the matrices as `model_parameters`.'
+        )
+
+
 def is_buildable(block: Mapping[str, Any]) -> bool:
-    """Return whether `torch.optim` supports the type and all params of an `optimizer` block.
+    """Return whether `build_optimizer` can build a block's optimizer for DeepSpeed's engine.
+
+    This is the case if `torch.optim` or a custom module has the type with all params, and DeepSpeed
+    has no other optimizer of the same name.
 
     >>> is_buildable({"type": "AdamW"}), is_buildable({"type": "Lamb"})
     (True, False)
@@ -134,7 +235,8 @@ def is_buildable(block: Mapping[str, Any]) -> bool:
     params = block.get("params", {})
     has_deepspeed_keys = any("x-backend" in properties.get(key, {}) for key in params)
     wants_deepspeed_adam = params.get("torch_adam") is False
-    return "x-backend" not in schema and not has_deepspeed_keys and not wants_deepspeed_adam
+    is_torch = not {"x-backend", "x-selects"} & schema.keys()
+    return is_torch and not has_deepspeed_keys and not wants_deepspeed_adam
 
 
 def _has_fused_kernel(name: str, groups: list[Any]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch.optim.lr_scheduler import LRScheduler
 
 from engine.config import Config
-from engine.config.named_code import find_named_code
+from engine.config.named_code import find_named_code, find_optimizer_code
 from engine.config.param_groups import find_group_schedulers
 from engine.display.param_groups import GroupRow, format_param_groups
 from schedules import ScheduleBinder
@@ -49,11 +49,13 @@ def log_setup(
         param_groups: param groups that the config describes, which are logged below the table.
     """
     _enable_logging()
+    codes = [*find_optimizer_code(config.raw.get("optimizer"))]
     blocks = [("/scheduler", config.raw.get("scheduler"))]
     blocks += [(pointer, block) for _, pointer, block in find_group_schedulers(config.raw)]
     for pointer, block in blocks:
-        for code in find_named_code(block, pointer):
-            log.info("imported %s, as specified by %s in %s", code.name, code.pointer, config.name)
+        codes += find_named_code(block, pointer)
+    for code in codes:
+        log.info("imported %s, as specified by %s in %s", code.name, code.pointer, config.name)
     for override in (*config.overrides, *replacements):
         log.info("%s", override)
     for problem in config.warnings:

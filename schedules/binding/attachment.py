@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ChainedScheduler
 
 from schedules.core.controller import Values
 from schedules.param_groups import Group, Slot
 
-__all__ = ["Attachment", "describe_other_writer"]
+__all__ = ["Attachment", "check_not_chained", "describe_other_writer"]
 
 
 class _Writer(Protocol):
@@ -96,6 +98,30 @@ class Attachment:
         last = [self._last_written[name]] if name in self._last_written else []
         for values in (*last, *self._written.values()):
             yield from values().get(name, ())[index : index + 1]
+
+
+def check_not_chained() -> None:
+    """Check that PyTorch's ``ChainedScheduler`` does not call a schedule together with others.
+
+    PyTorch's schedulers multiply the current learning rate by a factor, so each of them continues
+    from the value of the one before it. Schedules of this package set values that depend only on
+    the step, so they would discard the values of the others. The class calls only ``step``, so it
+    is found among the callers.
+
+    Raises:
+        ValueError: a ``ChainedScheduler`` with several schedulers is among the callers.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is ChainedScheduler.step.__code__:
+            chain = frame.f_locals["self"]
+            if len(chain._schedulers) > 1:  # noqa: SLF001  # it has no public name
+                raise ValueError(
+                    "PyTorch's ChainedScheduler cannot multiply this schedule with others, because "
+                    "the schedule sets the learning rate itself. Use `schedules.ChainedScheduler`, "
+                    "as in `attach(schedules.ChainedScheduler(schedulers=[…]), optimizer)`."
+                )
+        frame = frame.f_back
 
 
 def describe_other_writer(hyperparameters: Collection[str], *, is_schedule: bool) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from schedules.binding.attachment import Attachment, describe_other_writer
+from schedules.binding.attachment import Attachment, check_not_chained, describe_other_writer
 from schedules.binding.first_step import FirstStep
 from schedules.binding.group_keys import bind_to_groups
 from schedules.binding.saved_state import (
@@ -200,6 +200,8 @@ class ScheduleBinder(TorchInterface):
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
         """Take a step that the fast path of `step` cannot take, such as the first step."""
         self._prepare_use()
+        if not self._has_stepped:
+            check_not_chained()
         self._check_base()
         self._first_step.check()
         if self._is_overtaken == self._has_stepped and not self._has_warned:

@@ -109,21 +109,21 @@ def test_optimizer_takes_the_same_steps_as_a_loop_by_hand(world_size, precision)
         assert {run: each for run, each in differences.items() if not each < TOLERANCE} == {}
 
 
-def start_rprop():
+def start_not_sharded(name):
     for stage in (1, 2, 3):
-        with pytest.raises(ValueError, match="`Rprop`"):
-            train_by_engine(Net(), "Rprop", "fp32", stage)
+        with pytest.raises(engine.ConfigError, match=f"{name} cannot|/optimizer/type"):
+            train_by_engine(Net(), name, "fp32", stage)
     model = Net()
     config = {
         "train_batch_size": 2,
         "zero_optimization": {"stage": 3},
         "engine": {"backend": "torch"},
     }
-    with pytest.raises(ValueError, match="`Rprop`"):
-        engine.initialize(
-            model=model, config=config, optimizer=torch.optim.Rprop(model.parameters())
-        )
+    optimizer = getattr(torch.optim, name)(model.parameters())
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        engine.initialize(model=model, config=config, optimizer=optimizer)
 
 
-def test_rprop_on_sharded_parameters_raises():
-    run_distributed_test(start_rprop, 2)
+@pytest.mark.parametrize("name", sorted(NOT_SHARDED))
+def test_optimizer_that_cannot_be_sharded_raises(name):
+    run_distributed_test(start_not_sharded, 2, name)

@@ -102,7 +102,7 @@ def _list_param_groups(context: RuleContext, path: str) -> list[str]:
     from engine.training.param_groups import build_param_groups
 
     config = context.config
-    block = build_optimizer_block(config.get("optimizer"))
+    block = build_optimizer_block(config.get("optimizer"), context.backend.name)
     if block is None:
         raise ValueError(
             "`--model` requires a config with the section `optimizer`, which describes the param "

@@ -67,7 +67,6 @@ def _build_unfitting_problem(
 
 def _check_ranks_per_model(context: RuleContext) -> Iterator[Problem]:
     sizes = count_ranks_per_model(context.config)
-    sizes.pop("pipeline.stages", None)  # DeepSpeed reads the stages from the model
     product = math.prod(sizes.values())
     if context.world_size is not None and context.world_size % product:
         names = " x ".join(f"`{key}` ({size})" for key, size in sizes.items())

@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.config.rules.context import Rule, RuleContext
-from engine.config.schema import OPTIMIZERS, optimizer_name
+from engine.config.schema import OPTIMIZERS, is_import_path, optimizer_name
 from engine.config.wording import quote_value
 from engine.errors import Problem
 
 __all__ = ["RULES"]
 
+_NOT_SHARDED = {"Adafactor", "Rprop"}
+
 
 def _check_hyperparameters(context: RuleContext) -> Iterator[Problem]:
     name = optimizer_name(context.get_section("optimizer").get("type", ""))
-    if name is None or context.schedule is None:
-        return
+    if name is None or is_import_path(name) or context.schedule is None:
+        return  # the schedule is checked against a custom optimizer when it is bound
     parameters = OPTIMIZERS[name]["properties"]
     if (
         "momentum" in context.schedule.hyperparameters
@@ -77,4 +79,24 @@ def _check_etas(context: RuleContext) -> Iterator[Problem]:
         yield context.error("optimizer-params", "/optimizer/params/etas", message, hint)
 
 
-RULES: tuple[Rule, ...] = (_check_hyperparameters, _check_adam_w_mode, _check_nesterov, _check_etas)
+def _check_sharding(context: RuleContext) -> Iterator[Problem]:
+    """Yield an error if PyTorch's optimizer cannot update parameters that FSDP2 shards.
+
+    If the world size is unknown, yield a warning, because a single rank shards nothing.
+    """
+    name = optimizer_name(context.get_section("optimizer").get("type", ""))
+    is_sharded = context.backend.name == "torch" and context.stage and context.world_size != 1
+    if name in _NOT_SHARDED and is_sharded:
+        message = f"{name} cannot train sharded parameters (ZeRO stage {context.stage}) in PyTorch."
+        hint = 'Set "zero_optimization": {"stage": 0}, or choose a different optimizer.'
+        report = context.warning if context.world_size is None else context.error
+        yield report("not-sharded", "/optimizer/type", message, hint)
+
+
+RULES: tuple[Rule, ...] = (
+    _check_hyperparameters,
+    _check_adam_w_mode,
+    _check_nesterov,
+    _check_etas,
+    _check_sharding,
+)

@@ -11,7 +11,12 @@ from typing import Any
 from engine.config.param_groups import find_group_schedulers, read_hyperparameters
 from engine.config.rules.context import Rule, RuleContext
 from engine.config.schedule_context import build_base_values
-from engine.config.schema import OPTIMIZERS, add_optimizer_defaults, optimizer_name
+from engine.config.schema import (
+    OPTIMIZERS,
+    add_optimizer_defaults,
+    is_import_path,
+    optimizer_name,
+)
 from engine.errors import Problem
 
 __all__ = ["RULES"]
@@ -97,7 +102,9 @@ def _check_no_decay(context: RuleContext) -> Iterator[Problem]:
     block = context.get_section("optimizer")
     entries = _read_entries(context)
     name = optimizer_name(block.get("type", ""))
-    if name is None or not (block.get("no_decay") or any("no_decay" in e for e in entries)):
+    if name is None or is_import_path(name):
+        return
+    if not (block.get("no_decay") or any("no_decay" in e for e in entries)):
         return
     pointer, properties = "/optimizer/no_decay", OPTIMIZERS[name]["properties"]
     if "weight_decay" not in properties:

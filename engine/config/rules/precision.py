@@ -8,6 +8,7 @@ from engine.config.backend_choice import find_offload_device
 from engine.config.master_weights import find_cpu_adam_key
 from engine.config.rules.context import Rule, RuleContext
 from engine.config.schema import optimizer_name
+from engine.config.wording import quote_value
 from engine.errors import Problem
 
 __all__ = ["RULES"]
@@ -15,6 +16,7 @@ __all__ = ["RULES"]
 _NAMES = ("fp16", "bf16", "bfloat16", "torch_autocast")
 _BFLOAT16 = {"bf16", "bfloat16", "torch.bfloat16"}
 _FLOAT16 = {"fp16", "float16", "half", "torch.float16"}
+_FLOAT32 = {"fp32", "float32", "float", "torch.float32"}
 _OPTIMIZER = "/optimizer"
 _OFFLOAD = "/zero_optimization/offload_optimizer"
 _OR_STATES = ', or "bf16_optimizer_states": true to `bf16`'
@@ -86,6 +88,24 @@ def _check_master_weights(context: RuleContext) -> Iterator[Problem]:
         yield context.error("precision", "/bf16/bf16_optimizer_states", message, hint)
 
 
+def _check_accumulation_dtype(context: RuleContext) -> Iterator[Problem]:
+    """Yield a warning if gradients are to be accumulated in float32, but may have 16 bits.
+
+    On the PyTorch backend, a gradient has the data type of its parameter. The data type of the
+    model is unknown before the run.
+    """
+    dtype = context.get_section("data_types").get("grad_accum_dtype")
+    keeps_16_bits = context.get_section("engine").get("master_weights") is False
+    if dtype in _FLOAT32 and keeps_16_bits and context.backend.name == "torch":
+        message = (
+            f"`data_types.grad_accum_dtype` is {quote_value(dtype)}, but with "
+            "`engine.master_weights` false, the PyTorch backend accumulates the gradients of "
+            "16-bit parameters in 16 bits."
+        )
+        hint = "Remove `engine.master_weights` to train and accumulate in float32."
+        yield context.warning("precision", "/data_types/grad_accum_dtype", message, hint)
+
+
 def _check_min_loss_scale(context: RuleContext) -> Iterator[Problem]:
     if context.get_section("fp16").get("min_loss_scale") == 0:
         message = "`fp16.min_loss_scale` is 0, so the loss scale has no minimum."
@@ -98,4 +118,5 @@ RULES: tuple[Rule, ...] = (
     _check_master_weights,
     _check_min_loss_scale,
     _check_cpu_adam,
+    _check_accumulation_dtype,
 )

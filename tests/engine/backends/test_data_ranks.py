@@ -72,6 +72,13 @@ def test_validate_with_a_world_size_that_is_no_multiple_reports_it():
     )
 
 
+@pytest.mark.parametrize("parallel", [*PARALLEL[:1], *PARALLEL[2:]])
+def test_validate_with_fewer_ranks_than_a_model_needs_reports_it(parallel):
+    (error,) = find_errors(CONFIG | parallel, 1)
+    assert "must be a multiple of" in error.message
+    assert find_errors(CONFIG | parallel, None) == []
+
+
 class Shared:
     """A model-parallel unit of two ranks that share one model."""
 
@@ -200,6 +207,69 @@ def train_pipeline(directory):
     trainer.train_batch(iter([(torch.full((2, 1), torch.inf), torch.ones(2, 1))] * 2))
     assert (trainer.global_steps, trainer.skipped_steps) == (7, 1)
     assert float(trainer.eval_batch(iter(held_back))) == after
+
+
+STAGES = {"pipeline": {"stages": 2}}
+DEEPSPEED, TORCH = ({"engine": {"backend": name}} for name in ("deepspeed", "torch"))
+
+
+def find_disagreements(kind):
+    """Return the configs that `validate` calls valid and `initialize` refuses, or vice versa."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    size, found = dist.get_world_size(), []
+    for backend in ({}, DEEPSPEED, TORCH):
+        for train in (4, 8, 16):
+            config = SIZES | {"optimizer": OPTIMIZER, "train_batch_size": train} | backend
+            config |= {} if kind == "plain" else STAGES
+            layers = [nn.Linear(1, 4), nn.Linear(4, 1)]
+            is_pipeline = kind == "pipeline" and backend is not TORCH
+            model = (
+                PipelineModule(layers=layers, num_stages=2, loss_fn=nn.MSELoss())
+                if is_pipeline
+                else nn.Sequential(*layers)
+            )
+            is_valid = find_errors(config, size) == []
+            try:
+                trainer, *_ = engine.initialize(config=config, model=model)
+            except ValueError as error:
+                accepted, reason = False, str(error)
+            else:
+                accepted, reason = True, ""
+                assert trainer.dp_world_size == (size // 2 if is_pipeline else size)
+                trainer.destroy()
+            if accepted != is_valid:
+                found.append((backend, train, reason))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("kind", ["plain", "pipeline"])
+def test_initialize_accepts_the_batch_sizes_that_validate_calls_valid(kind, world_size):
+    assert run_distributed_test(find_disagreements, world_size, kind) == [[]] * world_size
+
+
+def start_with_other_stages():
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    for backend in ({}, DEEPSPEED):
+        config = CONFIG | STAGES | backend
+        with pytest.raises(ValueError, match=r"`pipeline\.stages` .* is 2, .* not a Pipeline"):
+            engine.initialize(config=config, model=nn.Linear(1, 1))
+    engine.initialize(config=CONFIG | STAGES | TORCH, model=nn.Linear(1, 1))
+    layers = [nn.Linear(1, 4), nn.Linear(4, 1)]
+    model = PipelineModule(layers=layers, num_stages=1, loss_fn=nn.MSELoss())
+    with pytest.raises(ValueError, match=r"a PipelineModule with 1 stages.*set it to 1"):
+        engine.initialize(config=CONFIG | STAGES, model=model)
+
+
+def test_initialize_with_other_stages_than_the_config_raises():
+    run_distributed_test(start_with_other_stages, 2)
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ DAMAGE = [
     ("torch", "values.pt", edit("optimizer.param_groups.0.etas", value=[1]), "must have length 2"),
     ("OneCycle", "values.pt", edit("optimizer.param_groups.0.lr.x", value=1), "TypeError"),
     ("OneCycle", "values.pt", edit("model.2._extra_state", value={}), "KeyError: 'calls'"),
-    ("OneCycle", "values.pt", lambda path: path.write_bytes(b"PK"), "cannot be loaded"),
+    ("OneCycle", "values.pt", lambda path: path.write_bytes(b"PK"), "is damaged"),
     ("OneCycle", "values.pt", lambda path: path.unlink(), "is missing"),
     ("OneCycle", "shard.0.safetensors", rename(STEP, f"{STEP}.0"), r"step` must be a number"),
     ("OneCycle", "shard.0.safetensors", rename(STEP, "x"), "must have the key 'step'"),

@@ -60,6 +60,8 @@ def test_default_of_each_deepspeed_key_has_no_effect_on_torch():
         ),
         ({"prescale_gradients": False}, "/prescale_gradients"),
         ({"communication_data_type": "fp32"}, "/communication_data_type"),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, "/data_types"),
+        ({"data_types": {"grad_accum_dtype": "torch.float32"}}, "/data_types"),
         ({"bfloat16": {"check_grad_overflow": True}}, "/bfloat16/check_grad_overflow"),
         ({"tensor_parallel": {"autotp_size": 1}}, "/tensor_parallel"),
         ({"hybrid_engine": {"max_out_tokens": 9}}, "/hybrid_engine"),
@@ -154,3 +156,39 @@ def test_initialize_accepts_keys_without_effect_on_torch():
     trainer.backward(trainer(torch.ones(4, 1)).mean())
     trainer.step()
     assert model.weight.item() == pytest.approx(start - 0.5, abs=1e-5)
+
+
+ACCUMULATED = 1 + 2**-9
+"""A sum of two gradients that float32 represents, and bfloat16 rounds to 1."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("master_weights", [True, False])
+def test_note_on_grad_accum_dtype_is_true(master_weights, dtype):
+    config = {
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "engine": {"backend": "torch", "master_weights": master_weights},
+    }
+    problems = engine.validate(config, world_size=1)
+    (note,) = (each for each in problems if each.rule == "no-effect")
+    assert note.severity == "note"
+    assert "in the data type of its parameter, which is float32 unless" in note.message
+    warnings = [each for each in problems if each.severity == "warning"]
+    assert [each.pointer for each in warnings] == (
+        [] if master_weights else ["/data_types/grad_accum_dtype"]
+    )
+    model = torch.nn.Linear(1, 1, bias=False).to(dtype)
+    trainer, *_ = engine.initialize(config=config, model=model)
+    seen = []
+    trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(model.weight.grad.clone()))
+    for value in (2.0, 2**-8):  # the engine divides both losses by 2
+        trainer.backward(trainer(torch.full((1, 1), value, dtype=dtype)).sum())
+        trainer.step()
+    (gradient,) = seen
+    has_16_bits = dtype is torch.bfloat16 and not master_weights
+    assert gradient.dtype is (torch.bfloat16 if has_16_bits else torch.float32)
+    assert gradient.item() == (1.0 if has_16_bits else ACCUMULATED)

@@ -153,7 +153,7 @@ def test_every_hyperparameter_of_a_group_is_read_per_group(kind):
     own = keys - {"params", "name", "no_decay", "scheduler"}
     assert {"lr"} <= own
     if hasattr(torch.optim, kind) and "x-backend" not in OPTIMIZERS[kind]:
-        optimizer = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(1))])
+        optimizer = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(1, 1))])
         assert own <= optimizer.defaults.keys() - {"initial_accumulator_value"}
 
 

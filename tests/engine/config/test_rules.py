@@ -536,3 +536,16 @@ def test_tokens_per_sample_without_a_duration_in_tokens_has_no_effect(scheduler,
     }
     rules = [(problem.rule, problem.pointer) for problem in engine.validate(config)]
     assert rules == ([] if has_effect else [("no-effect", "/engine/tokens_per_sample")])
+
+
+@pytest.mark.parametrize(("world_size", "severity"), [(None, "warning"), (1, None), (2, "error")])
+@pytest.mark.parametrize("name", ["Adafactor", "Rprop"])
+def test_optimizer_that_cannot_be_sharded_depends_on_the_world_size(name, world_size, severity):
+    config = {
+        "train_batch_size": 8,
+        "optimizer": {"type": name},
+        "zero_optimization": {"stage": 2},
+        "engine": {"backend": "torch"},
+    }
+    found = [each for each in find_problems(config, world_size) if each[0] == "not-sharded"]
+    assert [each[1] for each in found] == ([] if severity is None else [severity])

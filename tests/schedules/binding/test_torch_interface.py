@@ -129,16 +129,13 @@ def read_lrs_after_resume(make, order, cut, steps):
 @pytest.mark.filterwarnings("ignore:Other code")
 @pytest.mark.parametrize("order", [("optimizer", "scheduler"), ("scheduler", "optimizer")])
 @pytest.mark.parametrize("cut", [2, 4, 9])
-@pytest.mark.parametrize("is_chained", [False, True])
-def test_torchs_combination_of_this_and_torchs_schedule_resumes(order, cut, is_chained):
+def test_torchs_sequence_of_this_and_torchs_schedule_resumes(order, cut):
     def make():
         optimizer = torch.optim.SGD(weights(), lr=0.1)
         parts = [
             attach("WarmupLR", optimizer, warmup_num_steps=4),
             OF_TORCH.StepLR(optimizer, step_size=2),
         ]
-        if is_chained:
-            return optimizer, OF_TORCH.ChainedScheduler(parts, optimizer)
         return optimizer, OF_TORCH.SequentialLR(optimizer, parts, milestones=[4])
 
     resumed, uninterrupted = read_lrs_after_resume(make, order, cut, steps=5)
@@ -172,12 +169,55 @@ def test_torchs_sequence_of_torchs_warmup_and_this_schedule_is_that_of_torch():
     assert ours == pytest.approx(theirs)
 
 
-def test_torchs_chain_of_torchs_warmup_and_this_schedule_is_an_error():
+OURS = {
+    "linear": lambda optimizer: attach("LinearLR", optimizer, start_factor=0.5, total_iters=4),
+    "exponential": lambda optimizer: attach("ExponentialLR", optimizer, gamma=0.9),
+}
+THEIRS = {
+    "linear": lambda optimizer: OF_TORCH.LinearLR(optimizer, start_factor=0.5, total_iters=4),
+    "exponential": lambda optimizer: OF_TORCH.ExponentialLR(optimizer, gamma=0.9),
+}
+
+
+@pytest.mark.parametrize("order", [("linear", "exponential"), ("exponential", "linear")])
+@pytest.mark.parametrize("kinds", [(OURS, OURS), (OURS, THEIRS), (THEIRS, OURS)])
+def test_torchs_chain_with_this_schedule_raises_and_names_ours(kinds, order):
     optimizer = torch.optim.SGD(weights(), lr=0.1)
-    warmup = OF_TORCH.LinearLR(optimizer, start_factor=0.1, total_iters=4)
-    chain = OF_TORCH.ChainedScheduler([warmup, attach("StepLR", optimizer, step_size=2)])
-    with pytest.raises(ValueError, match=r"uncertain: .* use `schedules.ChainedScheduler`"):
+    parts = [kind[name](optimizer) for kind, name in zip(kinds, order, strict=True)]
+    chain = OF_TORCH.ChainedScheduler(parts)
+    with pytest.raises(ValueError, match=r"Use `schedules\.ChainedScheduler`"):
         run(optimizer, chain, 1)
+
+
+def test_torchs_chain_with_this_schedule_in_torchs_sequence_raises():
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    chain = OF_TORCH.ChainedScheduler([kind(optimizer) for kind in OURS.values()])
+    with pytest.raises(ValueError, match=r"Use `schedules\.ChainedScheduler`"):
+        OF_TORCH.SequentialLR(optimizer, [chain, OURS["linear"](optimizer)], milestones=[5])
+
+
+def test_torchs_chain_of_one_schedule_is_that_schedule():
+    optimizers = [torch.optim.SGD(weights(), lr=0.1) for _ in range(2)]
+    chain = OF_TORCH.ChainedScheduler([OURS["linear"](optimizers[0])])
+    alone = OURS["linear"](optimizers[1])
+    for _ in range(6):
+        run(optimizers[0], chain, 1)
+        run(optimizers[1], alone, 1)
+        assert chain.get_last_lr() == alone.get_last_lr()
+
+
+def test_our_chain_multiplies_as_torchs_chain_of_torchs_schedulers():
+    optimizer, other = (torch.optim.SGD(weights(), lr=0.1) for _ in range(2))
+    parts = [
+        {"type": "LinearLR", "params": {"start_factor": 0.5, "total_iters": 4}},
+        {"type": "ExponentialLR", "params": {"gamma": 0.9}},
+    ]
+    ours = attach({"type": "ChainedScheduler", "params": {"schedulers": parts}}, optimizer)
+    theirs = OF_TORCH.ChainedScheduler([make_part(other) for make_part in THEIRS.values()])
+    for _ in range(8):
+        assert ours.get_last_lr() == pytest.approx(theirs.get_last_lr())
+        run(optimizer, ours, 1)
+        run(other, theirs, 1)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
@@ -206,15 +246,6 @@ def test_base_lrs_appended_is_the_initial_lr_of_an_added_group(appended):
     run(optimizer, binder, 1)
     assert binder.get_last_lr() == [0.25, appended / 4]
     assert binder.base_lrs == [1.0, appended]
-
-
-def test_torchs_chain_in_which_this_schedule_overwrites_torchs_factor_warns_once():
-    optimizer = torch.optim.SGD(weights(), lr=0.1)
-    parts = [OF_TORCH.ExponentialLR(optimizer, 0.5), attach("StepLR", optimizer, step_size=2)]
-    chain = OF_TORCH.ChainedScheduler(parts)
-    with pytest.warns(UserWarning, match=r"Other code has set lr .*`schedules\.Chained") as caught:
-        run(optimizer, chain, 3)
-    assert len(caught) == 1
 
 
 def test_first_step_from_a_last_epoch_that_the_script_set_does_not_warn():
