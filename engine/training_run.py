@@ -393,8 +393,7 @@ def _iterate_epochs(loader: RunLoader, run: TrainingRun) -> Iterator[Any]:
             raise MisuseError(
                 "An epoch of the training data ended without an optimizer step. Call "
                 "`trainer.step()` after each `trainer.backward(loss)`, and check that the data has "
-                "at least "
-                f"{run.accumulation.steps} micro-batches."
+                f"at least {count_noun(run.accumulation.steps, 'micro-batch')}."
             )
 
 

@@ -157,7 +157,7 @@ class DeepSpeedBackend(Backend):
             self.engine.set_gradient_accumulation_boundary(is_last)
 
     def _start_backward(self, *, is_last: bool) -> None:
-        """Check the order of the passes, and tell DeepSpeed whether this backward pass ends a step.
+        """Check the order of the passes, and set whether this backward pass ends a step.
 
         DeepSpeed needs this information only if it manages gradient accumulation. Otherwise, it
         reduces all gradients in its optimizer step.

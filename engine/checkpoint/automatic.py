@@ -111,7 +111,7 @@ class AutomaticCheckpoints:
             raise SystemExit(INTERRUPTED if received == "SIGINT" else SAVED_AND_ENDED)
 
     def save_best(self, run: RunState) -> None:
-        """Save the best checkpoint if the last reported metric is the best so far."""
+        """Save a checkpoint as the best one if the last reported metric is the best so far."""
         if self._directory is None or run.best is None or not run.best.is_unsaved:
             return
         self._save(run, self._directory, _BEST)
@@ -154,7 +154,7 @@ class AutomaticCheckpoints:
     def _save(self, run: RunState, directory: Path, tag: str | None = None) -> None:
         if not self._is_only_user(directory):
             raise MisuseError(
-                f"`engine.checkpoint.dir` must be different for each engine of a process, but two "
+                f"`engine.checkpoint.dir` must be different for each engine in a process, but two "
                 f"engines save to {directory}. Give each engine its own directory."
             )
         self._checkpointer.save(run, directory, tag, is_automatic=tag is None)
@@ -180,7 +180,7 @@ class AutomaticCheckpoints:
     def _warn_of_unsaved_steps(self, directory: Path) -> None:
         if self._ranks.rank == 0:
             log.warning(
-                "no checkpoint contains the steps after step %d; to save the last step, set "
+                "no checkpoint was saved after step %d; to save the last step, set "
                 "`engine.max_duration`, or call `trainer.destroy()` on every rank at the end of "
                 "the script",
                 self._checkpointer.find_saved_steps(directory),

@@ -1,4 +1,4 @@
-"""Synchronize the ranks before and during a save, and raise an error of one rank on all ranks."""
+"""Synchronize the ranks before and during a save, and make all ranks fail if one rank fails."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ def wait_for_ranks(ranks: Ranks, call: str) -> None:
 
     Args:
         ranks: rank and world size of this process.
-        call: user's call that every rank must make, such as ``save_checkpoint('runs/1')``; used
-            only in the error message.
+        call: name of the call in the error message, such as ``save_checkpoint('runs/1')``.
 
     Raises:
         RuntimeError: if a rank does not call this function in time. The message lists all missing
@@ -123,8 +122,8 @@ def raise_on_all_ranks(
 ) -> Iterator[None]:
     """Raise an exception on all ranks if the ``with`` block raises one on any rank.
 
-    Without this context, the ranks without an exception would wait indefinitely in the next
-    collective operation. Every rank must enter the block.
+    Without this context manager, the ranks that raise no exception would wait indefinitely in the
+    next collective operation. Every rank must enter the block.
 
     Args:
         world_size: number of ranks.

@@ -198,8 +198,7 @@ class Checkpointer:
             CheckpointError: if another process writes to the directory.
             OSError: if the directory is not writable.
         """
-        path = directory.resolve()
-        if path in self._locks:
+        if (path := directory.resolve()) in self._locks:
             return
         with contextlib.ExitStack() as stack:
             lock = None
@@ -215,8 +214,7 @@ class Checkpointer:
     def is_saved(self, run: RunState, directory: Path) -> bool:
         """Return whether the run's last checkpoint in a directory is up to date.
 
-        The checkpoint is up to date if the run has neither taken a step nor reported its metric
-        since the save.
+        It is, unless the run has since taken a step or reported its metric.
         """
         return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
 
@@ -231,8 +229,8 @@ class Checkpointer:
         data position of the start of that step. A resumed run then processes the micro-batches of
         the step again.
         """
-        open_batches = run.accumulation.micro_batches
-        counters = replace(run.counters, micro_steps=run.counters.micro_steps - open_batches)
+        counters, open_batches = run.counters, run.accumulation.micro_batches
+        counters = replace(counters, micro_steps=counters.micro_steps - open_batches)
         position = self.data.get_state()
         if position is not None and open_batches:
             # The script may also have passed batches that did not come from the loader.
@@ -252,7 +250,8 @@ class Checkpointer:
     ) -> None:
         ranks, size, saver = self._ranks, self._ranks.world_size, self.async_saver
         with raise_on_all_ranks(size):
-            if ranks.rank == 0:
+            if (lock := self._locks[partial.parent.resolve()]) is not None:
+                lock.renew()
                 storage.create_partial(partial.parent, manifest.tag)
         with raise_on_all_ranks(size):
             write_values(partial / f"random.{ranks.rank}.pt", get_rng_state())

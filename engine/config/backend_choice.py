@@ -84,8 +84,8 @@ def choose_backend(
     """Choose the backend for a config.
 
     If the config sets ``engine.backend`` to "torch" or "deepspeed", choose this backend. Otherwise,
-    choose DeepSpeed if the config enables ZeRO, or if only DeepSpeed supports a part of the model
-    or a key that affects the results. In all other cases, choose torch.
+    choose DeepSpeed if the config enables ZeRO, or if the model or a key that affects the results
+    requires DeepSpeed. In all other cases, choose torch.
 
     Args:
         config: config to choose the backend for.

@@ -25,7 +25,7 @@ class NamedCode(NamedTuple):
 
 
 def find_named_code(block: Any, pointer: str = "/scheduler") -> Iterator[NamedCode]:
-    """Yield the code that a ``scheduler`` block and its nested schedules name.
+    """Yield each import path and entry point in a ``scheduler`` block and its nested schedules.
 
     Args:
         block: value of the key ``scheduler``; nothing is yielded if it is not an object.
@@ -58,7 +58,7 @@ def _is_entry_point(name: str) -> bool:
 
 
 def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
-    """Yield every import path in a parameter of a PyTorch scheduler, at any depth of nesting."""
+    """Yield every import path in the params of a PyTorch or custom scheduler, at any depth."""
     if isinstance(value, str) and ":" in value:
         yield NamedCode(pointer, value)
     members = value.items() if isinstance(value, Mapping) else ()
@@ -66,14 +66,21 @@ def _find_import_paths(value: Any, pointer: str) -> Iterator[NamedCode]:
         yield from _find_import_paths(below, join_pointer(pointer, key))
 
 
-def check_named_code(document: Document, block: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check that each import path in a ``scheduler`` block is well-formed and its module exists.
+def check_named_code(
+    document: Document, block: Mapping[str, Any], pointer: str = "/scheduler"
+) -> Iterator[Problem]:
+    """Check each import path in a ``scheduler`` block without importing the code.
 
-    Yield an error or a warning for each invalid path, and a note for each valid path, because the
-    code itself is not imported or checked.
+    Yield an error for a malformed path, a warning for a path whose module does not exist, and a
+    note for each other path, because the code itself is not checked.
+
+    Args:
+        document: parsed config.
+        block: ``scheduler`` block.
+        pointer: JSON pointer of the block.
     """
-    for pointer, path in find_named_code(block):
-        name = dotted_name(pointer)
+    for where, path in find_named_code(block, pointer):
+        name = dotted_name(where)
         severity, message = (
             "note",
             f"`{name}` names code, {quote_value(path)}, which is not checked.",
@@ -88,4 +95,4 @@ def check_named_code(document: Document, block: Mapping[str, Any]) -> Iterator[P
             severity = "error"
             message = f"`{name}` must be an import path, got {quote_value(path)}."
             hint = "Write it as module:attribute, such as my_package.my_module:my_function."
-        yield document.build_problem("named-code", pointer, message, hint, severity=severity)
+        yield document.build_problem("named-code", where, message, hint, severity=severity)

@@ -105,7 +105,7 @@ def init_distributed(*, always_create_group: bool = False, port: int | None = No
     Args:
         always_create_group: whether to create a process group even for a single process, for
             libraries that require a process group.
-        port: port at which the ranks connect to rank 0; used only if `MASTER_PORT` is not set.
+        port: port of rank 0 to which the ranks connect if `MASTER_PORT` is not set.
 
     Returns:
         The ranks and the device of this process.
@@ -195,8 +195,8 @@ def destroy_distributed() -> None:
     exits. If the connections were closed earlier, other ranks could fail before this process exits,
     and the launcher would report one of those ranks as the first failure.
 
-    If an exception is ending this process, and some ranks have already ended without one, log their
-    numbers, because the loss of their connections is then the likely cause.
+    If an exception is ending this process, log the ranks that have already ended without an
+    exception. The loss of the connections to those ranks is the likely cause of this exception.
     """
     if not _has_process_group():
         return
@@ -249,7 +249,7 @@ def _wait_for_exit_of_all_ranks() -> bool:
     """Wait until all ranks have announced their exit, and return whether they have.
 
     The wait ends after at most 5 seconds. If the rank that hosts the store has already exited,
-    the wait cannot continue, and the result is True.
+    return True at once.
     """
     keys = [_get_exit_key(rank) for rank in range(dist.get_world_size())]
     deadline = time.monotonic() + _EXIT_TIMEOUT

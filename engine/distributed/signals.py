@@ -82,7 +82,7 @@ class Signals:
         self._received = max(self._received, 1 + _NAMES.index(name))
 
     def find_on_any_rank(self, ranks: Ranks) -> str | None:
-        """Return the name of a signal that any rank has received, or None if there was none.
+        """Return the name of a signal that a rank has received, or None if no rank received one.
 
         Every rank must call this method in the same step.
         """

@@ -104,8 +104,8 @@ def _format_option(name: str, value: str) -> str:
     # A line break would end the comment, so that bash would run the rest of the value.
     if not _OPTION_NAME.fullmatch(name) or not value.isprintable():
         raise LaunchError(
-            "`--slurm-opt` must have the form NAME=VALUE in one line, where NAME is the long name "
-            f"of an sbatch option, got {f'{name}={value}'!r}. Pass, for example, `partition=gpu`."
+            f"`--slurm-opt` must be one line of the form NAME=VALUE, got {f'{name}={value}'!r}. "
+            "NAME is the long name of an sbatch option. For example, pass `partition=gpu`."
         )
     return f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}"
 
@@ -136,7 +136,7 @@ def is_in_allocation() -> bool:
 
 
 def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> NoReturn:
-    """Run an sbatch script in the current allocation. This process is replaced by bash.
+    """Run an sbatch script in the current allocation. The script replaces this process.
 
     Args:
         script: text of the script.
@@ -149,8 +149,8 @@ def run_in_allocation(script: str, nodes: int, options: Mapping[str, str]) -> No
     allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
     if nodes != allocated:
         raise LaunchError(
-            f"`--nnodes` must be {allocated}, the number of nodes in this allocation, got {nodes}. "
-            f"Pass `--nnodes {allocated}`."
+            f"`--nnodes` must be the number of nodes in this allocation ({allocated}), got "
+            f"{nodes}. Pass `--nnodes {allocated}`."
         )
     if options:
         raise LaunchError(

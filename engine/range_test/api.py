@@ -115,7 +115,7 @@ def lr_range_test(
 
 @contextlib.contextmanager
 def _trial_run(trainer: Engine, recorder: Recorder, schedule: Schedule[Any]) -> Iterator[None]:
-    """Use another schedule inside this context; restore the training state on exit.
+    """Use another schedule inside this context, and restore the training state on exit.
 
     The state is also restored after an exception. The recorder records every step of the trial run.
     """
@@ -136,6 +136,6 @@ def _repeat_forever(batches: Iterable[Any]) -> Iterator[Any]:
             yield batch
         if count == 0:
             raise ValueError(
-                "`batches` must yield at least one micro-batch in each iteration, got none. Pass a "
-                "list or a data loader, because a generator can be iterated only once."
+                "`batches` must yield at least one micro-batch each time it is iterated, got none. "
+                "Pass a list or a data loader, because a generator can be iterated only once."
             )

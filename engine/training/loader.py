@@ -143,15 +143,15 @@ class RunLoader:
         elif self.resumes:
             log.warning(
                 "the checkpoint does not contain the state of this rank's data loader; epoch %d "
-                "starts from its beginning",
+                "restarts from the beginning",
                 self._epoch,
             )
 
     def close(self) -> None:
         """Stop the worker processes that keep running between epochs.
 
-        Otherwise, Python's garbage collector stops the workers. This takes several seconds if it
-        deletes the queues of the workers first.
+        If this method is not called, the workers stop when Python's garbage collector deletes them.
+        They stop several seconds later if the collector deletes their queues first.
         """
         if getattr(self._batches, "persistent_workers", False):
             self._batches._iterator = None  # noqa: SLF001  # torch has no public way

@@ -223,7 +223,7 @@ class MisuseChecks:
         claim = self._claim
         before, now = self._steps_of_rivals, sum(rival.steps for rival in claim.rivals)
         self._steps_of_rivals = now
-        # A script may build an engine for a model and then another one that replaces it.
+        # A script may build an engine for a model and then replace it with a new engine.
         if before is None or before == now:
             return
         shared = claim.parameters & set[Any]().union(*(each.parameters for each in claim.rivals))

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from engine.config.resolve import OptimizerBlock
+from engine.config.optimizer_block import OptimizerBlock
 from engine.config.schema import optimizer_name, optimizer_schema
 
 __all__ = ["NoOptimizer", "OptimizerFactory", "build_optimizer", "has_no_optimizer", "is_buildable"]
@@ -65,7 +65,8 @@ def build_optimizer(
     may_fuse &= not params.pop("torch_adam", False)
     groups = list(parameters)
     # Fused SGD cannot start a momentum with dampening later than those of other parameters.
-    may_fuse &= not params.get("dampening")
+    has_dampening = any(isinstance(group, dict) and group.get("dampening") for group in groups)
+    may_fuse &= not (params.get("dampening") or has_dampening)
     if name in _FUSED_OPTIMIZERS and may_fuse and _has_fused_kernel(name, groups):
         params["fused"] = True
     if "betas" in params:

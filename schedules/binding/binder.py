@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from schedules.binding.attachment import Attachment, describe_other_writer
 from schedules.binding.first_step import FirstStep
+from schedules.binding.group_keys import bind_to_groups
 from schedules.binding.saved_state import (
     BaseValues,
     build_identity,
@@ -31,7 +32,6 @@ from schedules.param_groups import (
     Group,
     RangeWriter,
     Slot,
-    check_multipliers,
     find_slots,
     write_values,
 )
@@ -140,10 +140,7 @@ class ScheduleBinder(TorchInterface):
         self._is_overtaken = self._has_stepped = self._has_warned = False
 
     def _find_slots(self) -> dict[str, tuple[Slot, ...]]:
-        names = self.schedule.hyperparameters
-        for name in names:
-            check_multipliers(name, self.optimizer)
-        return {name: find_slots(name, self.optimizer) for name in names}
+        return {name: find_slots(name, self.optimizer) for name in self.schedule.hyperparameters}
 
     def _read_base(self, given: Base) -> Base:
         """Return the initial hyperparameters of the param groups."""
@@ -155,8 +152,11 @@ class ScheduleBinder(TorchInterface):
                 self._doubt = self._doubt or doubt
         return base
 
+    def _build_controller(self, base: Base) -> Controller[Any]:
+        return bind_to_groups(self.schedule, base, self._horizon, self.optimizer.param_groups)
+
     def _bind(self, base: Base) -> None:
-        self.controller: Controller[Any] = self.schedule.bind(base, self._horizon)
+        self.controller = self._build_controller(base)
         self._base = base
         self._base_lrs = BaseLRs(base["lr"])
         for name, values in base.items():
@@ -428,12 +428,6 @@ class ScheduleBinder(TorchInterface):
         """Names of the hyperparameters whose initial values must match those of a saved state."""
         return self._slots.keys()
 
-    def __repr__(self) -> str:
-        params = ", ".join(f"{name}={each!r}" for name, each in self.schedule.params().items())
-        lrs = ", ".join(f"{lr:.4g}" for lr in self.get_last_lr())
-        schedule = f"{self.schedule.type_name}({params})"
-        return f"{type(self).__name__}({schedule}, step={self.last_epoch}, lr=[{lrs}])"
-
     def __getstate__(self) -> dict[str, Any]:
         # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.
         rebuilt = {"controller", "_writer", "_slots", "_first_step", "_attachment"}
@@ -443,7 +437,7 @@ class ScheduleBinder(TorchInterface):
         vars(self).update(state)
         self._prepare()
         self._doubt = state["_doubt"]
-        self.controller = self.schedule.bind(self._base, self._horizon)
+        self.controller = self._build_controller(self._base)
         self._first_step = FirstStep(None)
         values = self._read_values()
         self._attachment.record(self, self.optimizer.param_groups, lambda: values)

@@ -41,7 +41,7 @@ class _SavedState:
     base: dict[str, tuple[Annotated[float, Range()], ...]]
     state: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
     is_written: bool = field(default=True, metadata=OPTIONAL)
-    """Whether the param groups had the values of this schedule, not those of another one."""
+    """Whether the param groups had the values of this schedule, not of a different one."""
 
 
 def complete_base(base: BaseValues | None, groups: int) -> Base:

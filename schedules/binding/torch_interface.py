@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from schedules.binding.saved_state import complete_base
-from schedules.core.controller import Base, Controller, Values
+from schedules.core.controller import Base, Controller, OpenLoop, Values
+from schedules.core.durations import Horizon
+from schedules.core.html import draw_html
 from schedules.core.schedule import Schedule
 from schedules.param_groups import RangeWriter, Slot, read_lr, read_momenta
 
@@ -29,8 +31,9 @@ class BaseLRs(list[float | Tensor]):
 class TorchInterface(LRScheduler):
     """Base class of `ScheduleBinder`, with the attributes that other libraries use."""
 
-    controller: Controller[Any]
     schedule: Schedule[Any]
+    controller: Controller[Any]
+    _horizon: Horizon | None
     _extra_count = 0
     _losses: tuple[float, ...] = ()
     """Losses passed to `record_loss` since the last step."""
@@ -62,7 +65,7 @@ class TorchInterface(LRScheduler):
 
     @abstractmethod
     def _go_to(self, state: Any, step: int, write: bool = True) -> None:
-        """Set the state and the step and, if requested, write that step's hyperparameters."""
+        """Set the state and the step, and optionally write the hyperparameters to the optimizer."""
 
     # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
     # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
@@ -151,6 +154,23 @@ class TorchInterface(LRScheduler):
                 f"{self._position} steps. Call step() for each step. To change the step, call "
                 "load_state_dict() with a saved state."
             )
+
+    def __repr__(self) -> str:
+        lrs = ", ".join(f"{lr:.4g}" for lr in self.get_last_lr())
+        return f"{type(self).__name__}({self.schedule!r}, step={self.last_epoch}, lr=[{lrs}])"
+
+    def _repr_html_(self) -> str:
+        """Return the repr and small plots of the curves, which notebooks display.
+
+        A vertical line marks the current step. There is no plot if the schedule depends on the
+        loss.
+        """
+        if not isinstance(self.controller, OpenLoop):
+            return draw_html(repr(self), {}, 1)
+        known = self._horizon.scaled_steps if self._horizon is not None else None
+        steps = int(known or self.schedule.resolve(self._horizon).span)
+        step = self.last_epoch
+        return draw_html(repr(self), self.controller.curves, max(steps, step + 1), step)
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group for the next step."""

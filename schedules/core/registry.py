@@ -276,10 +276,10 @@ def _load(path: str) -> type[Schedule[Any]]:
 
 
 def to_class(path: str, found: Any) -> type[Schedule[Any]]:
-    """Return the schedule class for an object that a name or an import path refers to.
+    """Return the schedule class that a schedule's name refers to.
 
     Args:
-        path: import path or name of the object, which is also the name of the schedule.
+        path: name of the schedule: a registered name, or the import path of ``found``.
         found: schedule class, PyTorch scheduler class, function that builds such a scheduler, or
             function that maps the step to a learning rate factor.
 

@@ -40,7 +40,15 @@ class History:
 
     @classmethod
     def restore(cls, value: Any, name: str) -> History:
-        """Return a history of the saved losses ``value``, called ``name`` in error messages."""
+        """Build a history from saved losses.
+
+        Args:
+            value: list of losses, which is checked.
+            name: name of the list in error messages.
+
+        Raises:
+            ValueError: ``value`` is not a list of numbers.
+        """
         return cls.from_losses(restore(tuple[float, ...], value, name))
 
     def with_loss(self, loss: float) -> History:

@@ -139,7 +139,7 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.hostfile and _is_slurm(args):
         raise LaunchError(
             "`--hostfile` cannot be combined with `--slurm` or `--write-sbatch`. Remove "
-            "`--hostfile`, or remove the other option."
+            "`--hostfile`, or remove the Slurm options."
         )
     kind = "slurm" if _is_slurm(args) else "ssh" if args.hostfile else "local"
     for option, (supported, error) in _SUPPORTED_BY.items():
@@ -193,8 +193,8 @@ def _build_hosts(args: argparse.Namespace, nnodes: int | None) -> tuple[Host, ..
     if count > 1 and not _is_slurm(args):
         raise LaunchError(
             "`--nnodes` must be 1 without `--hostfile`, `--slurm` or `--write-sbatch`, got "
-            f"{count}. Add one of these options, or start the script with srun, or with torchrun "
-            "on every host."
+            f"{count}. Add one of these options. Alternatively, start the script with srun, or "
+            "start torchrun on every host."
         )
     if args.include or args.exclude:
         here = Host("localhost", tuple(range(parse_nproc("auto"))))
@@ -228,11 +228,11 @@ def _is_valid(config: str, world_size: int, out: TextIO) -> bool:
 def _run_preflight(
     request: LaunchRequest, config: str | None, out: TextIO
 ) -> dict[str, HostFacts] | None:
-    """Run the preflight checks on all hosts.
+    """Run the preflight checks on all hosts, and print the problem of each failed check.
 
     Returns:
-        Dict from each host's name to its network settings; None if a check failed. The problem of
-        each failed check is printed.
+        Dict that maps the name of each host to the network settings of the host; None if a check
+        failed.
     """
     checks = check_hosts(request, config and str(Path(config).resolve()))
     failed = [check for check in checks if check.problem]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint.hashes import describe_files
 from engine.checkpoint.manifest import MANIFEST, Manifest, format_manifest
-from engine.checkpoint.storage import _hash
 from engine.cli.main import main
 from engine.errors import CheckpointError
 from tests.testing.fuzz_checkpoints import CheckpointMutator, build_targets, read_state
@@ -53,11 +53,8 @@ def check_damage(mutator, tmp_path):
 
 def correct_hashes(saved):
     content = json.loads((saved / MANIFEST).read_text())
-    content["files"] = {
-        path.name: {"size": path.stat().st_size, "sha256": _hash(path)}
-        for path in saved.iterdir()
-        if path.name != MANIFEST
-    }
+    paths = [path for path in saved.iterdir() if path.name != MANIFEST]
+    content["files"] = describe_files(paths, saved)
     (saved / MANIFEST).write_text(format_manifest(Manifest(**content)))
 
 

@@ -113,7 +113,7 @@ def test_build_plan_min_nodes_is_elastic():
     assert plan.min_nodes == 1
     assert flags(plan.nodes[0])["--nnodes"] == "1:2"
     assert plan.nodes[0].env["ONECYCLE_ELASTIC"] == "1"
-    with pytest.raises(LaunchError, match="must be between 1 and 2.* got 3"):
+    with pytest.raises(LaunchError, match="must be between 1 and the number of hosts .2., got 3"):
         build_plan(request_with(min_nodes=3), FACTS, {})
 
 

@@ -44,6 +44,7 @@ REQUIRED_PARAMS = {
     ("OptimizerParamScheduler", "lr_decay_style"): {"lr_decay_style": "linear"},
     ("OptimizerParamScheduler", "wd_incr_style"): {"wd_incr_steps": 30},
     ("OptimizerParamScheduler", "wd_incr_steps"): {"wd_incr_steps": 30},
+    ("ReduceLROnPlateau", "one_based_warmup"): {"warmup_steps": 8},
     ("WarmupLR", "relative"): {"warmup_max_lr": 0.5},
     ("WarmupDecayLR", "relative"): {"warmup_max_lr": 0.5},
 }
