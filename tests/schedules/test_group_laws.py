@@ -217,7 +217,7 @@ def test_binder_group_added_to_lists_is_rejected_with_its_index(cls):
     optimizer = TWO_GROUPS.build_optimizer(2)
     binder = attach(schedule, optimizer, horizon=HORIZON)
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], **LATE})
-    with pytest.raises(ValueError, match=r"Param group 2 was added after .*\(3\), got a list of length 2"):
+    with pytest.raises(ValueError, match=r"Param group 2 was added after .*\(3\), got a list of"):
         binder.step()
 
 
