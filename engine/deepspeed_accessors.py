@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine.backends.base import Backend
@@ -38,6 +39,15 @@ class DeepSpeedAccessors(nn.Module):
     def config(self) -> Config:
         """The validated config, with defaults and derived values filled in."""
         return self._run.config
+
+    @property
+    def lr_scheduler(self) -> LRScheduler | None:
+        """The learning-rate scheduler, stepped after each applied optimizer step, or None."""
+        return self._run.scheduler
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, scheduler: LRScheduler | None) -> None:
+        self._run.scheduler = scheduler
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +84,7 @@ class DeepSpeedAccessors(nn.Module):
     @property
     def cur_scale(self) -> float:
         """The factor by which the next backward pass multiplies the loss; 1 without fp16."""
-        return self._backend.loss_scale
+        return self._run.settled_backend.loss_scale
 
     @property
     def monitor(self) -> Monitors:
@@ -178,21 +188,21 @@ class DeepSpeedAccessors(nn.Module):
 
     def get_lr(self) -> list[float]:
         """Return the learning rate of each param group for the next step."""
-        return read_lr(self._backend.optimizer)
+        return read_lr(self._run.settled_backend.optimizer)
 
     def get_mom(self) -> list[float | tuple[float, ...]] | None:
         """Return the momentum of each param group (all betas for Adam).
 
         The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
-        return read_momenta(self._backend.optimizer)
+        return read_momenta(self._run.settled_backend.optimizer)
 
     def get_momentum(self) -> list[float] | None:
         """Return the momentum of each param group (the first beta for Adam).
 
         The result is None if the optimizer has no momentum. A group without momentum has 0.
         """
-        return read_momentum(self._backend.optimizer)
+        return read_momentum(self._run.settled_backend.optimizer)
 
     def get_global_grad_norm(self) -> float | None:
         """Return the 2-norm of the last step's gradients over all parameters, before clipping.
@@ -200,7 +210,7 @@ class DeepSpeedAccessors(nn.Module):
         The result is None before the first step. On the DeepSpeed backend, it is also None for bf16
         without ZeRO and for mixture-of-experts models.
         """
-        return self._backend.grad_norm
+        return self._run.settled_backend.grad_norm
 
     def was_step_applied(self) -> bool:
         """Return whether the last call of `step` applied an optimizer step."""
@@ -210,16 +220,16 @@ class DeepSpeedAccessors(nn.Module):
     def global_steps(self) -> int:
         """The number of completed batches, including those of skipped steps."""
         self._run.length.is_position_known = True
-        return self._run.counters.global_steps
+        return self._run.latest.global_steps
 
     @global_steps.setter
     def global_steps(self, value: int) -> None:
-        self._run.counters.global_steps = value
+        self._run.latest.global_steps = value
 
     @property
     def global_samples(self) -> int:
         """The number of samples in the completed batches, summed over all ranks."""
-        return self._run.counters.global_samples
+        return self._run.latest.global_samples
 
     @property
     def skipped_steps(self) -> int:
@@ -229,11 +239,11 @@ class DeepSpeedAccessors(nn.Module):
     @property
     def micro_steps(self) -> int:
         """The number of micro-batches processed so far."""
-        return self._run.counters.micro_steps
+        return self._run.latest.micro_steps
 
     @micro_steps.setter
     def micro_steps(self, value: int) -> None:
-        self._run.counters.micro_steps = value
+        self._run.latest.micro_steps = value
         self._run.accumulation.micro_batches = value % self.gradient_accumulation_steps()
 
     def deepspeed_io(

@@ -20,13 +20,15 @@ from engine.config import Config
 from engine.deepspeed_accessors import DeepSpeedAccessors
 from engine.errors import MisuseError
 from engine.training.data import call_on_batches, count_steps_per_epoch, read_epoch, repeat_batches
+from engine.training.deferred_step import StepResult
 from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
 from engine.training.loader import RunLoader
 from engine.training.monitors import Monitors
 from engine.training.optimizers import has_no_optimizer
 from engine.training.own_loaders import prepare_loader
 from engine.training.rng import preserve_rng_state
-from engine.training_run import TrainingRun, evaluate_batch, iterate_batches, train_pipeline
+from engine.training_loops import evaluate_batch, iterate_batches, train_pipeline
+from engine.training_run import TrainingRun
 
 __all__ = ["Engine"]
 
@@ -68,15 +70,6 @@ class Engine(DeepSpeedAccessors):
                 "`engine.max_duration` has no effect until the data loader is passed to "
                 "`trainer.prepare`, because the length of an epoch is unknown"
             )
-
-    @property
-    def lr_scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler, stepped after each applied optimizer step, or None."""
-        return self._run.scheduler
-
-    @lr_scheduler.setter
-    def lr_scheduler(self, scheduler: LRScheduler | None) -> None:
-        self._run.scheduler = scheduler
 
     def __getattr__(self, name: str) -> Any:
         # nn.Module looks up modules and parameters; `_find_attribute` looks up all other names.
@@ -180,7 +173,7 @@ class Engine(DeepSpeedAccessors):
 
     def step(
         self, lr_kwargs: Mapping[str, Any] | None = None, *, metric: Tensor | float | None = None
-    ) -> bool:
+    ) -> bool | StepResult:
         """Finish a micro-batch, and take an optimizer step if the micro-batch completes a batch.
 
         If you call ``loss.backward()`` yourself, this method divides the gradients by
@@ -194,13 +187,15 @@ class Engine(DeepSpeedAccessors):
 
         Returns:
             Whether an optimizer step was applied. A step with non-finite gradients is skipped, and
-            the schedule does not advance.
+            the schedule does not advance. On a GPU, the result is usually a `StepResult`, whose
+            ``bool()`` waits for the device; see ``engine.deferred_step``.
 
         Raises:
             RuntimeError: ``engine.steps_this_run`` steps have been applied, `no_sync` is active, no
                 gradients were computed, or the script itself has called ``optimizer.step()`` or
                 ``scheduler.step()``.
-            FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped.
+            FloatingPointError: ``engine.max_skipped_steps`` steps in a row were skipped. A deferred
+                step raises it in the next call, or where the script asks for the outcome.
         """
         del lr_kwargs
         is_applied = self._run.step(metric)
@@ -401,7 +396,7 @@ class Engine(DeepSpeedAccessors):
             CheckpointError: the checkpoint is damaged, or its schedule, optimizer, batch size,
                 precision or world size does not match this run. The run stays unchanged.
         """
-        self._run.length.is_position_known = True
+        self._run.prepare_to_load()
         path, client_state = self._checkpointer.load(
             self._run,
             load_dir,
@@ -427,7 +422,7 @@ class Engine(DeepSpeedAccessors):
         try:
             self._automatic.close(self._run)
         finally:
-            self._run.progress.close()
+            self._run.close()
             self._checkpointer.close()
             self._run.misuse.release()
             if self.training_dataloader is not None:

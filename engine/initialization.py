@@ -194,7 +194,7 @@ def initialize(
         _warn_of_repeated_samples(training_data, resolved)
     run = engine._run  # noqa: SLF001  # private to the package
     engine._automatic.resume(run)  # noqa: SLF001  # private to the package
-    attach_diagnostics(resolved, backend, run.progress, lambda: run.counters)
+    attach_diagnostics(resolved, backend, run.progress, lambda: run.latest)
     return engine, engine.optimizer, loader, scheduler
 
 

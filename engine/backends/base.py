@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from engine.config.batch_sizes import BatchSizes
 from engine.distributed.ranks import Ranks
+from engine.training.deferred_step import DeferredStep
 
 __all__ = ["DTYPES", "Backend", "compute_norm", "get_gradient"]
 
@@ -70,6 +71,8 @@ class Backend(ABC):
     """Number of elements of all trained parameters, over all ranks."""
     grad_norm: float | None
     """2-norm of all gradients of the last step before clipping; None before the first step."""
+    deferred: DeferredStep | None = None
+    """Object that runs the optimizer without waiting for the device; None if every step waits."""
 
     def __init__(
         self,
@@ -135,6 +138,28 @@ class Backend(ABC):
         Returns:
             Whether the step was applied. A step with non-finite gradients is skipped.
         """
+
+    def start_step(self, loss: Tensor | None, *, divide_by: int = 1) -> None:
+        """Start a step whose outcome `finish_step` reads. Requires `deferred`.
+
+        Args:
+            loss: mean loss of the step on this rank, or None.
+            divide_by: number to divide the gradients by, as in `step`.
+        """
+        raise NotImplementedError
+
+    def finish_step(self) -> tuple[bool, float]:
+        """Wait for the step that `start_step` started.
+
+        This method does not communicate, so the ranks may call it at different times.
+
+        Returns:
+            Whether the step was applied, and its mean loss over the ranks.
+
+        Raises:
+            FloatingPointError: the gradients overflow at the minimum loss scale.
+        """
+        raise NotImplementedError
 
     def run_pipeline(
         self, batches: Iterator[Any] | None, *, trains: bool

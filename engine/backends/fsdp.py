@@ -115,7 +115,7 @@ class FSDPBackend(PyTorchBackend):
                 )
 
     @override
-    def step(self, *, divide_by: int = 1) -> bool:
+    def _prepare_gradients(self) -> list[Tensor]:
         if self._has_unreduced:
             raise MisuseError(
                 "With ZeRO stage 1, the last backward pass before an optimizer step must reduce "
@@ -124,7 +124,7 @@ class FSDPBackend(PyTorchBackend):
             )
         # An evaluation after the last backward pass has gathered weights that this step changes.
         reshard(self.model)
-        return super().step(divide_by=divide_by)
+        return super()._prepare_gradients()
 
     @override
     def _collect_gradients(self) -> list[Tensor]:
@@ -136,6 +136,12 @@ class FSDPBackend(PyTorchBackend):
         squares = torch.tensor(local_norm**2, dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(squares)
         return math.sqrt(float(squares))
+
+    @override
+    def _compute_norm_on_device(self, gradients: list[Tensor]) -> Tensor:
+        squares = super()._compute_norm_on_device(gradients).square()
+        dist.all_reduce(squares)
+        return squares.sqrt()
 
     @override
     def has_gradients(self) -> bool:

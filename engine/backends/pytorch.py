@@ -28,6 +28,11 @@ from engine.checkpoint.structure import (
 from engine.config import Config
 from engine.distributed.ranks import Ranks
 from engine.training.activation_checkpointing import checkpoint_activations
+from engine.training.deferred_step import (
+    DeferredStep,
+    can_skip_on_device,
+    compute_norm_on_device,
+)
 from engine.training.gradient_averaging import GradientAverager, find_sparse_weights
 from engine.training.loss_scaling import LossScaler, ScalerState
 from engine.training.optimizers import NoOptimizer, OptimizerFactory, build_optimizer
@@ -97,6 +102,8 @@ class PyTorchBackend(Backend):
         self._keeps_gradients = False
         self._old_gradients: list[Tensor] = []
         self._averager = self._build_averager() if ranks.world_size > 1 else None
+        if optimizer is None and self._may_defer():
+            self._defer_steps()
         self._set_precision()
         self._publish_scale(overflow=False)
 
@@ -125,6 +132,18 @@ class PyTorchBackend(Backend):
         """
         return GradientAverager(self.model, self.optimizer, self.ranks)
 
+    def _may_defer(self) -> bool:
+        wanted = self._config.deferred_step
+        is_wanted = self.ranks.device.type != "cpu" if wanted is None else wanted
+        return is_wanted and can_skip_on_device(self.optimizer, self.ranks.device)
+
+    def _defer_steps(self) -> None:
+        self.deferred = DeferredStep(
+            self.optimizer, self._clipping, self._scaler, self.ranks.device
+        )
+        if self._averager is not None:
+            self._averager.checks_every_step = False
+
     def _set_precision(self) -> None:
         """Make the model's methods compute in the precision that the config selects."""
         if self._dtype is not None:
@@ -148,19 +167,18 @@ class PyTorchBackend(Backend):
         del is_last  # `step` averages what no call of `backward` has averaged
         self._old_gradients, self._keeps_gradients = [], self.ranks.device.type == "cpu"
         if self._scaler is not None and loss.dtype == torch.float16:
-            self._scaler.limit_to_float16()
+            (self.deferred or self._scaler).limit_to_float16()
+        if self.deferred is not None and self.deferred.scale is not None:
+            return loss.float() * (self.deferred.scale / accumulation)
         factor = self.loss_scale / accumulation
         # Multiply in float32: a 16-bit product would overflow or lose precision.
         return loss if factor == 1.0 else loss.float() * factor
 
     @override
     def step(self, *, divide_by: int = 1) -> bool:
-        if self._may_have_16_bits:
-            self._convert_unfrozen()
-        if self._averager is not None:
-            self._averager.finish()
-        gradients = self._collect_gradients()
-        scale = self.loss_scale * divide_by
+        gradients = self._prepare_gradients()
+        scaler = self._scaler
+        scale = divide_by if scaler is None else scaler.scale * divide_by
         norm = self._compute_norm(gradients) / scale
         finite = math.isfinite(norm)  # equal on all ranks: gradients are already averaged
         if finite:
@@ -177,16 +195,48 @@ class PyTorchBackend(Backend):
             # pass instead, the memory is reused.
             self._old_gradients = gradients
         self.grad_norm = norm
-        if self._scaler is not None:
-            self._scaler.update(overflow=not finite)
+        if scaler is not None:
+            scaler.update(overflow=not finite)
         self._publish_scale(overflow=not finite)
         return finite
+
+    def _prepare_gradients(self) -> list[Tensor]:
+        """Finish the averaging of the gradients, and return them."""
+        if self._may_have_16_bits:
+            self._convert_unfrozen()
+        if self._averager is not None:
+            self._averager.finish()
+        return self._collect_gradients()
+
+    @override
+    def start_step(self, loss: Tensor | None, *, divide_by: int = 1) -> None:
+        assert self.deferred is not None
+        gradients = self._prepare_gradients()
+        scale = self.loss_scale * divide_by
+        norm = self._compute_norm_on_device(gradients) / scale
+        if loss is not None and self.ranks.world_size > 1:
+            # All-reduce now: ranks may read the loss at different times, so reading must not wait.
+            loss = loss.to(self.ranks.device, torch.float64) / self.ranks.world_size
+            dist.all_reduce(loss)
+        self.deferred.start(norm, scale, loss)
+        self.zero_grad()
+        if self._keeps_gradients:
+            self._old_gradients = gradients
+
+    @override
+    def finish_step(self) -> tuple[bool, float]:
+        assert self.deferred is not None
+        try:
+            self.grad_norm, loss = self.deferred.read()
+        finally:
+            self._publish_scale(overflow=self.deferred.has_skipped)
+        return not self.deferred.has_skipped, loss
 
     def _publish_scale(self, *, overflow: bool) -> None:
         """Set optimizer attributes that scripts for DeepSpeed read, such as ``loss_scale``."""
         optimizer: Any = self.optimizer
         optimizer.overflow = overflow
-        optimizer.cur_scale = optimizer.loss_scale = self.loss_scale
+        optimizer.cur_scale = optimizer.loss_scale = self._scaler.scale if self._scaler else 1.0
 
     @override
     def get_attribute(self, name: str) -> Any:
@@ -210,6 +260,9 @@ class PyTorchBackend(Backend):
 
     def _compute_norm(self, gradients: list[Tensor]) -> float:
         return compute_norm(gradients)
+
+    def _compute_norm_on_device(self, gradients: list[Tensor]) -> Tensor:
+        return compute_norm_on_device(gradients, self.ranks.device)
 
     def _convert_unfrozen(self) -> None:
         """Convert 16-bit parameters to float32 if they were unfrozen after the run started."""

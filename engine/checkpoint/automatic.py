@@ -7,6 +7,7 @@ import logging
 import sys
 import weakref
 from pathlib import Path
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -27,6 +28,20 @@ log = logging.getLogger("onecycle")
 _BEST = "best"
 _USERS: weakref.WeakValueDictionary[str, AutomaticCheckpoints] = weakref.WeakValueDictionary()
 """The last engine of this process that uses each checkpoint directory."""
+
+
+class SteppedRun(RunState, Protocol):
+    """The attributes of a training run that `AutomaticCheckpoints.save_if_due` uses."""
+
+    @property
+    def global_steps(self) -> int:
+        """Number of completed batches. Unlike `counters`, it does not wait for the last step."""
+        ...
+
+    @property
+    def defers(self) -> bool:
+        """Whether a step returns before the device has finished it."""
+        ...
 
 
 class AutomaticCheckpoints:
@@ -81,7 +96,7 @@ class AutomaticCheckpoints:
         self._signals = self._signals or Signals()
         return is_loaded
 
-    def save_if_due(self, run: RunState) -> None:
+    def save_if_due(self, run: SteppedRun) -> None:
         """Save the checkpoints that are due after a step.
 
         The best checkpoint is due if the metric has improved. A regular checkpoint is due every
@@ -99,8 +114,10 @@ class AutomaticCheckpoints:
         self._checkpointer.lock(directory)
         self._checkpointer.data.check_is_used()
         self.save_best(run)
-        received = None if self._signals is None else self._signals.find_on_any_rank(self._ranks)
-        if received is not None or (every is not None and run.counters.global_steps % every == 0):
+        received = None
+        if self._signals is not None:
+            received = self._signals.find_on_any_rank(self._ranks, is_deferred=run.defers)
+        if received is not None or (every is not None and run.global_steps % every == 0):
             self._save(run, directory)
         if received is not None:
             self._checkpointer.wait()

@@ -27,13 +27,13 @@ _CLASSES = {
 
 
 class _Attributes:
-    """Stand-in for DeepSpeed's classes that holds only the attributes of an instance."""
+    """Replacement for DeepSpeed's classes. It holds only the attributes of an instance."""
 
 
 def read_file(path: Path, *, trusts: bool = False) -> Any:
-    """Read one of DeepSpeed's files, without importing DeepSpeed.
+    """Read a checkpoint file of DeepSpeed, without importing DeepSpeed.
 
-    Tensors are memory-mapped where possible, so that only those in use are read.
+    If possible, the file is memory-mapped, so that tensors are read only when they are used.
 
     Args:
         path: file to read.
@@ -78,13 +78,13 @@ def unpickle(
                 f"{path} is damaged: {summarize(error)}. Use another checkpoint."
             ) from error
         raise CheckpointError(
-            f"{path} contains an object of `{named[1]}`, and unpickling it can run code. If you "
-            "trust the checkpoint, set `engine.checkpoint.trust_pickle` to true."
+            f"{path} refers to `{named[1]}`, so unpickling the file can run code. If you trust the "
+            "checkpoint, set `engine.checkpoint.trust_pickle` to true."
         ) from None
 
 
 def import_classes() -> list[Any]:
-    """Import and return the DeepSpeed classes whose instances its checkpoint files contain."""
+    """Import and return the classes whose instances occur in DeepSpeed's checkpoint files."""
     return [
         getattr(importlib.import_module(module), name)
         for module, names in _CLASSES.items()

@@ -172,6 +172,8 @@ class Config(Mapping[str, Any]):
     model: ModelSettings
     max_skipped_steps: int | None
     """Number of consecutive skipped steps that ends the run; None for no limit."""
+    deferred_step: bool | None
+    """Whether steps are deferred on PyTorch if possible; None to defer them on a GPU only."""
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -332,6 +334,7 @@ def _resolve(
             cast_inputs=engine["cast_inputs"],
         ),
         max_skipped_steps=engine["max_skipped_steps"],
+        deferred_step=engine["deferred_step"],
         batch=derive_batch_sizes(
             {key: value[key] for key in BATCH_KEYS if key in value}, context.data_ranks or 1
         ),

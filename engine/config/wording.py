@@ -18,7 +18,7 @@ def count_noun(count: int, noun: str) -> str:
     """
     if count == 1:
         return f"{count} {noun}"
-    return f"{count} {noun}es" if noun.endswith("ch") else f"{count} {noun}s"
+    return f"{count} {noun}es" if noun.endswith("tch") else f"{count} {noun}s"
 
 
 def quote_value(value: Any) -> str:

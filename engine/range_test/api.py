@@ -15,7 +15,7 @@ from engine.range_test.refinement import check_training_steps
 from engine.range_test.report import LRRangeReport
 from engine.range_test.sweep import Shape, Sweep, read_initial_lrs, spread_over_groups
 from engine.training.data import call_model
-from engine.training_run import preserve_state
+from engine.training_loops import preserve_state
 from schedules import Schedule, from_config
 
 __all__ = ["lr_range_test"]
@@ -121,6 +121,7 @@ def _trial_run(trainer: Engine, recorder: Recorder, schedule: Schedule[Any]) -> 
     """
     run = trainer._run  # noqa: SLF001  # private to the package
     run.accumulation.check_between_steps()
+    run.settle()  # before the snapshot, which contains the learning rate of the next step
     with preserve_state(trainer, trainer._backend, trainer.training_dataloader):  # noqa: SLF001  # private to the package
         try:
             trainer._run = run.start_trial(recorder, schedule)  # noqa: SLF001  # private to the package

@@ -94,6 +94,8 @@ class GradientAverager:
     def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
         self._optimizer = optimizer
         self._ranks = ranks
+        self.checks_every_step = ranks.device.type == "cpu"
+        """Whether to compare the ranks' step numbers in every step, which waits for the device."""
         self._model = model if any(True for _ in model.buffers()) else None
         self._sparse = find_sparse_weights(model)
         self._parameters: list[nn.Parameter] = []
@@ -265,7 +267,7 @@ class GradientAverager:
     def _finish(self, bucket: _Bucket) -> None:
         bucket.work.wait()
         bucket.work = None
-        if self._is_check_due() or self._ranks.device.type == "cpu":
+        if self.checks_every_step or self._is_check_due():
             self._check_step(bucket)
         if bucket.is_stale:
             return  # copying the mean would discard newer gradients

@@ -1,4 +1,4 @@
-"""Get, set and seed the RNG states of Python, NumPy and PyTorch."""
+"""Save, restore and seed the random number generators of Python, NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["check_rng_state", "get_rng_state", "preserve_rng_state", "seed_rng",
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return the RNG states of Python, NumPy and PyTorch, including that of this rank's GPU."""
+    """Return the RNG states of Python, NumPy, PyTorch and, if available, this rank's GPU."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # scripts use the global generator
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -47,7 +47,7 @@ def check_rng_state(state: Any) -> None:
     """Check that `set_rng_state` accepts a state, without changing the current state.
 
     Raises:
-        Exception: if a generator does not accept its part of the state.
+        Exception: a generator does not accept its part of the state.
     """
     restore(_RngState, state, "state")
     with preserve_rng_state():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +34,8 @@ class TorchInterface(LRScheduler):
     schedule: Schedule[Any]
     controller: Controller[Any]
     _horizon: Horizon | None
+    settle: Callable[[], None] | None = None
+    """Function that the methods call first. The engine uses it to complete its last step."""
     _extra_count = 0
     _losses: tuple[float, ...] = ()
     """Losses passed to `record_loss` since the last step."""
@@ -66,6 +68,10 @@ class TorchInterface(LRScheduler):
     @abstractmethod
     def _go_to(self, state: Any, step: int, write: bool = True) -> None:
         """Set the state and the step, and optionally write the hyperparameters to the optimizer."""
+
+    def _settle(self) -> None:
+        if self.settle is not None:
+            self.settle()
 
     # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
     # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
@@ -107,6 +113,23 @@ class TorchInterface(LRScheduler):
     def _step_count(self, count: int) -> None:
         # Accelerate counts the steps in which gradients are only accumulated.
         self._extra_count = count - self.last_epoch - 1
+
+    def __repr__(self) -> str:
+        lrs = ", ".join(f"{lr:.4g}" for lr in self.get_last_lr())
+        return f"{type(self).__name__}({self.schedule!r}, step={self.last_epoch}, lr=[{lrs}])"
+
+    def _repr_html_(self) -> str:
+        """Return the repr and small plots of the curves, which notebooks display.
+
+        A vertical line marks the current step. There is no plot if the schedule depends on the
+        loss.
+        """
+        if not isinstance(self.controller, OpenLoop):
+            return draw_html(repr(self), {}, 1)
+        known = self._horizon.scaled_steps if self._horizon is not None else None
+        steps = int(known or self.schedule.resolve(self._horizon).span)
+        step = self.last_epoch
+        return draw_html(repr(self), self.controller.curves, max(steps, step + 1), step)
 
     def record_loss(self, loss: Tensor | float) -> None:
         """Record a loss for the next step, which uses the mean of the losses since the last step.
@@ -155,29 +178,14 @@ class TorchInterface(LRScheduler):
                 "load_state_dict() with a saved state."
             )
 
-    def __repr__(self) -> str:
-        lrs = ", ".join(f"{lr:.4g}" for lr in self.get_last_lr())
-        return f"{type(self).__name__}({self.schedule!r}, step={self.last_epoch}, lr=[{lrs}])"
-
-    def _repr_html_(self) -> str:
-        """Return the repr and small plots of the curves, which notebooks display.
-
-        A vertical line marks the current step. There is no plot if the schedule depends on the
-        loss.
-        """
-        if not isinstance(self.controller, OpenLoop):
-            return draw_html(repr(self), {}, 1)
-        known = self._horizon.scaled_steps if self._horizon is not None else None
-        steps = int(known or self.schedule.resolve(self._horizon).span)
-        step = self.last_epoch
-        return draw_html(repr(self), self.controller.curves, max(steps, step + 1), step)
-
     def get_last_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group for the next step."""
+        self._settle()
         return list(read_lr(self.optimizer))
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group at step `last_epoch`."""
+        self._settle()
         self._check_position()
         # Ignite sets `last_epoch` and then writes what this method returns. As in PyTorch's
         # schedulers, the method then sets the other hyperparameters.
@@ -195,6 +203,7 @@ class TorchInterface(LRScheduler):
 
         Return None if the schedule does not set the momentum.
         """
+        self._settle()
         return read_momenta(self.optimizer) if "momentum" in self._slots else None
 
 

@@ -1,4 +1,4 @@
-"""Convert the value of a field, a single number or a list, to one value per param group."""
+"""Convert a field's value, which is a number or a list, to one value per param group."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def broadcast_lr(schedule: Any, name: str, lrs: tuple[float, ...]) -> tuple[floa
     initial learning rates by the field's value.
 
     Args:
-        schedule: schedule that has this field and a field ``relative``.
+        schedule: schedule with the field ``name`` and a field ``relative``.
         name: name of the field.
         lrs: initial learning rate of each group.
 
     Raises:
         ValueError: the field's value is a single learning rate, but the groups have different
-            initial learning rates; or it is a list that does not have one number per group.
+            initial learning rates, or the value is a list that does not have one number per group.
 
     >>> import schedules
     >>> warmup = schedules.WarmupLR(warmup_max_lr=10.0, relative=True)
@@ -116,7 +116,7 @@ def broadcast_strict(
     if isinstance(value, int | float) and not are_equal(base):
         groups = ", ".join(f"group {index}: {each:g}" for index, each in enumerate(base))
         raise ValueError(
-            f"`{name}` must be a list of {len(base)} numbers, one per param group, because the "
-            f"groups have different initial values ({groups}), got {value:g}.{fix}"
+            f"`{name}` must be a list with one number per param group ({len(base)}), got "
+            f"{value:g}. The groups have different initial values ({groups}).{fix}"
         )
     return broadcast(name, value, base)

@@ -70,7 +70,10 @@ class AutoWUState:
 
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-    """Parameters of AutoWU's warmup. ``steps`` is its maximum length, which a test can shorten."""
+    """Parameters of AutoWU's warmup.
+
+    ``steps`` is the maximum length of the warmup. A test can end the warmup earlier.
+    """
 
     steps: int
     steps_per_epoch: int
@@ -91,7 +94,7 @@ class Warmup:
         return self.lr_between(self.max_lr, fraction)
 
     def lr_between(self, lr: float, fraction: float) -> float:
-        """Return the learning rate after ``fraction`` (0 to 1) of a warmup to ``lr``."""
+        """Return the learning rate after ``fraction`` (0 to 1) of a warmup that ends at ``lr``."""
         if self.type == "linear":
             return self.min_lr + (lr - self.min_lr) * fraction
         return float(self.min_lr * (lr / self.min_lr) ** fraction)

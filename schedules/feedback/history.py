@@ -1,4 +1,4 @@
-"""`History`, an immutable sequence of losses that can share memory with a longer one."""
+"""`History`, an immutable sequence of losses that can share memory with a longer history."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ __all__ = ["History"]
 class History:
     """Immutable sequence of losses.
 
-    `with_loss` returns a longer history, which can share the list of this one to avoid a copy.
+    `with_loss` returns a longer history. If possible, both histories share one list to avoid a
+    copy.
 
     >>> first = History().with_loss(1.0)
     >>> second, third = first.with_loss(2.0), first.with_loss(3.0)
@@ -43,7 +44,7 @@ class History:
         """Build a history from saved losses.
 
         Args:
-            value: list of losses, which is checked.
+            value: saved list of losses. Its type is checked.
             name: name of the list in error messages.
 
         Raises:

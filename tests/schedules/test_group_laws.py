@@ -132,7 +132,8 @@ def check_run(plan, schedule, steps=STEPS):
         if step == plan.add_at:
             for index in range(plan.initial, len(plan.groups)):
                 group = plan.build_group(index)
-                if schedule.feedback == "metric":  # it multiplies the current learning rate
+                # After its warmup, such a schedule multiplies the current learning rate.
+                if schedule.feedback == "metric" and step >= schedule.resolve(HORIZON).warmup_steps:
                     group["lr"] = arrays["lr"][step, index]
                 binder.optimizer.add_param_group(group)
                 assert binder.get_last_lr()[index] == pytest.approx(float(group["lr"]))

@@ -359,7 +359,7 @@ def test_own_loader_with_settings_for_a_dataset_raises():
     with pytest.raises(ValueError, match=r"`engine\.dataloader` is for datasets"):
         start(shuffled(), dataloader={"num_workers": 1})
     config = {"train_batch_size": MICRO, "optimizer": {"type": "SGD"}}
-    with pytest.raises(ValueError, match="`collate_fn` is for a dataset"):
+    with pytest.raises(ValueError, match="`collate_fn` applies only to a dataset"):
         engine.initialize(
             config=config, model=torch.nn.Linear(2, 1), training_data=shuffled(), collate_fn=list
         )

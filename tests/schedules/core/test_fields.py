@@ -154,7 +154,7 @@ def test_register_invalid_class_is_rejected(cls, message):
         ({"type": "OneCylce"}, "got 'OneCylce'. Did you mean `OneCycle`?"),
         ({"type": "onecycle"}, "Did you mean `OneCycle`?"),
         ({"type": "math"}, "Run `onecycle schedules`"),
-        ({"params": {}}, "must have the key `type`"),
+        ({"params": {}}, "must be `type` and, optionally, `params`, got params"),
         ({"type": "WarmupLR", "parms": {}}, "got parms, type"),
         ({"type": "WarmupLR", "params": {"warmup_steps": 1}}, "Did you mean `warmup_num_steps`?"),
         ({"type": "WarmupLR", "params": {"cos_min_ratio": 1}}, "parameter of WarmupCosineLR."),
