@@ -18,9 +18,9 @@ from engine.backends.base import Backend
 from engine.backends.deepspeed_names import ONLY_DEEPSPEED, find_setting
 from engine.backends.whole_weights import collect_weights, convert_parameters, save_weights
 from engine.config import Config
+from engine.run.training_run import TrainingRun
 from engine.training.data import make_rank_loader
 from engine.training.monitors import Monitors
-from engine.training_run import TrainingRun
 from schedules.param_groups import read_lr, read_momenta, read_momentum
 
 __all__ = ["DeepSpeedAccessors"]

@@ -19,6 +19,8 @@ from engine.checkpoint.manager import Checkpointer
 from engine.config import Config
 from engine.deepspeed_accessors import DeepSpeedAccessors
 from engine.errors import MisuseError
+from engine.run.training_loops import evaluate_batch, iterate_batches, train_pipeline
+from engine.run.training_run import TrainingRun
 from engine.training.data import call_on_batches, count_steps_per_epoch, read_epoch, repeat_batches
 from engine.training.deferred_step import StepResult
 from engine.training.evaluation import Evaluator, Metrics, Scalar, evaluation_mode
@@ -27,8 +29,6 @@ from engine.training.monitors import Monitors
 from engine.training.optimizers import has_no_optimizer
 from engine.training.own_loaders import prepare_loader
 from engine.training.rng import preserve_rng_state
-from engine.training_loops import evaluate_batch, iterate_batches, train_pipeline
-from engine.training_run import TrainingRun
 
 __all__ = ["Engine"]
 
@@ -126,7 +126,7 @@ class Engine(DeepSpeedAccessors):
         self._checkpointer.data.set_loader(loader)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass in the precision that the config specifies."""
+        """Run the model's forward pass in the configured precision, on inputs on any device."""
         self._backend.prepare_backward(is_last=self._start_pass())
         return self._backend.forward(*args, **kwargs)
 
@@ -150,7 +150,7 @@ class Engine(DeepSpeedAccessors):
         divisor = self._run.accumulation.steps if scale_wrt_gas else 1
         is_last = self._start_pass()
         self._backend.backward(loss, divisor, is_last=is_last, retain_graph=retain_graph)
-        self._run.add_loss(loss)
+        self._run.add_loss(loss.detach().clone())  # CUDA graphs write each loss to the same memory
         return loss if divisor == 1 else loss / divisor
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Engine(DeepSpeedAccessors):
         """
         self._run.misuse.check_loss(loss)
         is_last = self._start_pass()
-        self._run.add_loss(loss)
+        self._run.add_loss(loss.detach().clone())
         return self._backend.scale(loss, self._run.accumulation.steps, is_last=is_last)
 
     def _start_pass(self) -> bool:
@@ -396,7 +396,8 @@ class Engine(DeepSpeedAccessors):
             CheckpointError: the checkpoint is damaged, or its schedule, optimizer, batch size,
                 precision or world size does not match this run. The run stays unchanged.
         """
-        self._run.prepare_to_load()
+        self._run.settle()
+        self._run.length.is_position_known = True
         path, client_state = self._checkpointer.load(
             self._run,
             load_dir,
@@ -420,9 +421,10 @@ class Engine(DeepSpeedAccessors):
         if all of them call this method. The model stays usable.
         """
         try:
+            self._run.settle()
             self._automatic.close(self._run)
         finally:
-            self._run.close()
+            self._run.progress.close()
             self._checkpointer.close()
             self._run.misuse.release()
             if self.training_dataloader is not None:

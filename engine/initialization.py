@@ -147,7 +147,9 @@ def initialize(
     if model_parameters is None and (resolved.optimizer or callable(optimizer)):
         check_is_trainable(model)
     is_deepspeed = resolved.backend.name == "deepspeed"
-    ranks = init_distributed(always_create_group=is_deepspeed, port=distributed_port)
+    ranks = init_distributed(
+        always_create_group=is_deepspeed, port=distributed_port, device=resolved.model.device
+    )
     check_configs_match(ranks, json.dumps(resolved.raw, sort_keys=True))
     if resolved.batch.data_ranks != ranks.world_size:
         per_model = ranks.world_size // resolved.batch.data_ranks

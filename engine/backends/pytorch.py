@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 from collections.abc import Iterator
@@ -18,7 +17,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from engine.backends.base import DTYPES, Backend, compute_norm, get_gradient
+from engine.backends.model_setup import check_compiler, check_has_data, set_up_model
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, has_deepspeed_files
+from engine.checkpoint.host_copies import copy_to_host, find_waiting
+from engine.checkpoint.optimizer_tensors import keep_tensors, move_state
 from engine.checkpoint.plain_values import read_as, report_damage, write_values
 from engine.checkpoint.structure import (
     check_param_groups,
@@ -27,7 +29,6 @@ from engine.checkpoint.structure import (
 )
 from engine.config import Config
 from engine.distributed.ranks import Ranks
-from engine.training.activation_checkpointing import checkpoint_activations
 from engine.training.deferred_step import (
     DeferredStep,
     can_skip_on_device,
@@ -67,7 +68,8 @@ class PyTorchBackend(Backend):
 
     Raises:
         ValueError: the model has none of the classes in ``engine.wrap``, ``engine.compile`` is not
-            a known compiler, or the user's optimizer does not train any parameter of the model.
+            a known compiler, a parameter of the model is on the meta device, or the user's
+            optimizer does not train any parameter of the model.
     """
 
     def __init__(
@@ -80,8 +82,11 @@ class PyTorchBackend(Backend):
         parameters: list[Any] | None = None,
     ) -> None:
         self._config = config
+        self._device = ranks.device
         self._dtype = DTYPES.get(config.precision)
-        _prepare_model(model, config, ranks.device)
+        check_compiler(config.model.compile_backend)
+        self._place(model, ranks.device)
+        set_up_model(model, config.model)
         trains = optimizer is not None or config.optimizer is not None
         if config.model.master_weights and trains:
             given = optimizer if isinstance(optimizer, Optimizer) else None
@@ -107,6 +112,11 @@ class PyTorchBackend(Backend):
         self._set_precision()
         self._publish_scale(overflow=False)
 
+    def _place(self, model: nn.Module, device: torch.device) -> None:
+        """Move the model to the rank's device."""
+        check_has_data(model)
+        model.to(device)
+
     def _prepare_optimizer(
         self,
         model: nn.Module,
@@ -115,6 +125,7 @@ class PyTorchBackend(Backend):
     ) -> Optimizer:
         if isinstance(optimizer, Optimizer):
             _check_parameters(model, optimizer)
+            move_state(optimizer)
             return optimizer
         if parameters is None:
             parameters = [p for p in model.parameters() if p.requires_grad]
@@ -133,7 +144,7 @@ class PyTorchBackend(Backend):
         return GradientAverager(self.model, self.optimizer, self.ranks)
 
     def _may_defer(self) -> bool:
-        wanted = self._config.deferred_step
+        wanted = self._config.model.deferred_step
         is_wanted = self.ranks.device.type != "cpu" if wanted is None else wanted
         return is_wanted and can_skip_on_device(self.optimizer, self.ranks.device)
 
@@ -151,6 +162,7 @@ class PyTorchBackend(Backend):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._move_inputs(args, kwargs)
         return self.model(*args, **kwargs)
 
     @override
@@ -355,11 +367,15 @@ class PyTorchBackend(Backend):
             self._publish_scale(overflow=False)
 
     @override
-    def snapshot(self) -> Any:
+    def snapshot(self, reuse: Any = None) -> Any:
         # Copy all buffers, even those that checkpoints leave out.
-        tensors_now = {name: tensor.detach().clone() for name, tensor in _named_tensors(self.model)}
+        tensors_now = dict(_named_tensors(self.model))
         scaler = self._scaler.state_dict() if self._scaler else None
-        return copy.deepcopy((tensors_now, self.optimizer.state_dict(), scaler, self.grad_norm))
+        state = tensors_now, self.optimizer.state_dict(), scaler, self.grad_norm
+        # The copies are in host memory, so that a snapshot needs no memory of the GPU.
+        copies = copy_to_host(state, reuse)
+        find_waiting(state)()
+        return copies
 
     def _check_snapshot(self, snapshot: Any) -> None:
         tensors_then, optimizer, scaler, _ = restore(_Snapshot, snapshot, "snapshot")
@@ -385,7 +401,8 @@ class PyTorchBackend(Backend):
             for name, tensor in _named_tensors(self.model):
                 if name in tensors_then:  # a forward pass may have added buffers
                     tensor.copy_(tensors_then[name])
-        self.optimizer.load_state_dict(optimizer)
+        with keep_tensors(self.optimizer):
+            self.optimizer.load_state_dict(optimizer)
         if self._scaler is not None:
             self._scaler.load_state_dict(scaler)
             self._publish_scale(overflow=False)
@@ -407,24 +424,6 @@ class PyTorchBackend(Backend):
         if self._dtype is None or self._config.precision != "fp32":
             return self._config.precision
         return f"fp32 weights, computing in {str(self._dtype).removeprefix('torch.')}"
-
-
-def _prepare_model(model: nn.Module, config: Config, device: torch.device) -> None:
-    """Move a model to a device; enable activation checkpointing and compilation if configured."""
-    settings = config.model
-    compiler = settings.compile_backend
-    known = torch.compiler.list_backends(exclude_tags=()) if compiler else ()
-    if compiler is not None and compiler not in known:
-        raise ValueError(
-            f"`engine.compile` must be one of {', '.join(known)}, got {compiler!r}. Choose one of "
-            "these compilers, or remove the key."
-        )
-    model.to(device)
-    if settings.activation_checkpointing is not None:
-        is_on_host = settings.activation_checkpointing == "host"
-        checkpoint_activations(model, settings.wrap_classes, on_host=is_on_host)
-    if compiler is not None:
-        model.compile(backend=compiler)
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:

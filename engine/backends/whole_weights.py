@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def save_weights(
     """
     weights = collect_weights(backend, exclude_frozen=exclude_frozen, is_on_rank_0_only=True)
     is_sharded = any(isinstance(each, DTensor) for each in backend.model.parameters())
-    with raise_on_all_ranks(backend.ranks.world_size if is_sharded else 1):
+    with raise_on_all_ranks(backend.ranks) if is_sharded else contextlib.nullcontext():
         if backend.ranks.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.partial")

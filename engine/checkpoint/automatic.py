@@ -20,6 +20,7 @@ from engine.distributed.environment import INTERRUPTED, SAVED_AND_ENDED
 from engine.distributed.ranks import Ranks
 from engine.distributed.signals import Signals
 from engine.errors import MisuseError
+from engine.training.progress import Counters
 
 __all__ = ["AutomaticCheckpoints"]
 
@@ -33,10 +34,8 @@ _USERS: weakref.WeakValueDictionary[str, AutomaticCheckpoints] = weakref.WeakVal
 class SteppedRun(RunState, Protocol):
     """The attributes of a training run that `AutomaticCheckpoints.save_if_due` uses."""
 
-    @property
-    def global_steps(self) -> int:
-        """Number of completed batches. Unlike `counters`, it does not wait for the last step."""
-        ...
+    latest: Counters
+    """The counters. Unlike with `RunState.counters`, the outcome of the last step may be open."""
 
     @property
     def defers(self) -> bool:
@@ -117,7 +116,7 @@ class AutomaticCheckpoints:
         received = None
         if self._signals is not None:
             received = self._signals.find_on_any_rank(self._ranks, is_deferred=run.defers)
-        if received is not None or (every is not None and run.global_steps % every == 0):
+        if received is not None or (every is not None and run.latest.global_steps % every == 0):
             self._save(run, directory)
         if received is not None:
             self._checkpointer.wait()

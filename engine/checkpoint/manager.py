@@ -165,9 +165,9 @@ class Checkpointer:
         directory = storage.to_directory(directory)
         ranks, tag = self._ranks, tag or f"global_step{run.counters.global_steps}"
         wait_for_ranks(ranks, f"save_checkpoint({str(directory)!r}, tag={tag!r})")
-        check_same_tag(tag, ranks.world_size)
+        check_same_tag(tag, ranks)
         self.wait()
-        with raise_on_all_ranks(ranks.world_size):
+        with raise_on_all_ranks(ranks):
             storage.check_tag(tag)
             check_plain_values(dict(client_state or {}), "client_state")
         self.lock(directory)
@@ -202,7 +202,7 @@ class Checkpointer:
             return
         with contextlib.ExitStack() as stack:
             lock = None
-            with raise_on_all_ranks(self._ranks.world_size):
+            with raise_on_all_ranks(self._ranks):
                 if self._ranks.rank == 0:
                     storage.create_directory(directory)
                     lock = DirectoryLock(directory)
@@ -248,12 +248,12 @@ class Checkpointer:
     def _write(
         self, run: RunState, partial: Path, manifest: Manifest, client_state: Mapping[str, Any]
     ) -> None:
-        ranks, size, saver = self._ranks, self._ranks.world_size, self.async_saver
-        with raise_on_all_ranks(size):
+        ranks, saver = self._ranks, self.async_saver
+        with raise_on_all_ranks(ranks):
             if (lock := self._locks[partial.parent.resolve()]) is not None:
                 lock.renew()
                 storage.create_partial(partial.parent, manifest.tag)
-        with raise_on_all_ranks(size):
+        with raise_on_all_ranks(ranks):
             write_values(partial / f"random.{ranks.rank}.pt", get_rng_state())
             self.data.save(partial)
             if run.rollback is not None:
@@ -261,14 +261,14 @@ class Checkpointer:
             if ranks.rank == 0:
                 write_values(partial / RUN_STATE, self._collect(run, client_state))
         if saver is None:
-            with raise_on_all_ranks(size):
+            with raise_on_all_ranks(ranks):
                 self._backend.save(partial, frozen=manifest.frozen)
-            with raise_on_all_ranks(size):
+            with raise_on_all_ranks(ranks):
                 self._commit(partial, manifest)
             return
-        with raise_on_all_ranks(size):
+        with raise_on_all_ranks(ranks):
             written = self._backend.save_async(
-                partial, saver.get_process_group(size), saver.buffers, frozen=manifest.frozen
+                partial, saver.get_process_group(ranks), saver.buffers, frozen=manifest.frozen
             )
         saver.commit_after(
             written, lambda: self._commit(partial, manifest), lambda: self._discard(partial)
@@ -335,7 +335,7 @@ class Checkpointer:
             )
         # Read and check the small files first, so that nothing has changed if one is damaged.
         position = snapshot = schedule = None
-        with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
+        with raise_on_all_ranks(self._ranks, "The checkpoint was not loaded"):
             random_state = self._read_random_state(checkpoint_dir, manifest) if optimizer else None
             if counters and not selected.is_foreign:
                 position = self.data.read(
@@ -355,7 +355,7 @@ class Checkpointer:
                     snapshot = run.rollback.read(checkpoint_dir)
         own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
         with contextlib.ExitStack() as stack:
-            with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
+            with raise_on_all_ranks(self._ranks, "The checkpoint was not loaded"):
                 stack.enter_context(self.data.restore(position, checkpoint_dir))
             self._backend.load(
                 checkpoint_dir, optimizer=optimizer, strict=strict, frozen=manifest.frozen
@@ -424,7 +424,7 @@ class Checkpointer:
         """
         if self.async_saver is not None:
             try:
-                with raise_on_all_ranks(self._ranks.world_size):
+                with raise_on_all_ranks(self._ranks):
                     self.async_saver.wait()
             except BaseException:
                 self._saved = dict.fromkeys(self._saved, (-1, -1))  # unknown

@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from engine.checkpoint.fingerprint import KERNEL_SETTINGS
+from engine.checkpoint.optimizer_tensors import keep_tensors
 from engine.checkpoint.plain_values import report_damage
 from engine.checkpoint.safetensors_storage import SHARDS
 from engine.checkpoint.structure import (
@@ -47,7 +49,7 @@ These values are equal on all ranks, so only rank 0 writes the file.
 _STATE = "optimizer.state."
 _GROUPS = "optimizer.param_groups."
 _OUTSIDE = "param_groups."
-_NOT_RESTORED = {"params", "fused", "foreach"}
+_NOT_RESTORED = KERNEL_SETTINGS | {"params"}
 """Settings of a param group that depend on how this run stores its parameters."""
 
 
@@ -177,12 +179,13 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
         groups.append({**group, "params": _Indices(own, known)})
     before = optimizer.state, optimizer.param_groups
     try:
-        optimizer.load_state_dict(
-            {
-                "state": {indices[name]: values for name, values in state["state"].items()},
-                "param_groups": groups,
-            }
-        )
+        with keep_tensors(optimizer):
+            optimizer.load_state_dict(
+                {
+                    "state": {indices[name]: values for name, values in state["state"].items()},
+                    "param_groups": groups,
+                }
+            )
     except BaseException:
         optimizer.state, optimizer.param_groups = before
         raise

@@ -24,7 +24,7 @@ class RestorableBackend(Protocol):
         """Rank and world size of this process."""
         ...
 
-    def snapshot(self) -> Any:
+    def snapshot(self, reuse: Any = None) -> Any:
         """Return a copy of the state of the model, the optimizer and the loss scaler."""
         ...
 
@@ -55,7 +55,7 @@ class Rollback:
         assert isinstance(scheduler, ScheduleBinder)
         assert isinstance(scheduler.controller, AutoWUController)
         if scheduler.controller.is_lowest(scheduler.state):
-            self.snapshot = self._backend.snapshot()
+            self.snapshot = self._backend.snapshot(self.snapshot)
         if scheduler.just_decided and self.snapshot is not None:
             self._backend.restore(self.snapshot)
             self.snapshot = None

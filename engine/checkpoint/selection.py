@@ -64,7 +64,7 @@ class CheckpointSelector:
             self._ranks, lambda: self._choose(directory, tag)
         )
         checkpoint_dir = directory / name
-        with raise_on_all_ranks(self._ranks.world_size, "The checkpoint was not loaded"):
+        with raise_on_all_ranks(self._ranks, "The checkpoint was not loaded"):
             if is_foreign:
                 own, state = self._describe_foreign(checkpoint_dir)
                 problems = []

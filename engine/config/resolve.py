@@ -116,7 +116,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Settings that decide how a backend prepares the model."""
+    """Settings that decide how a backend prepares and trains the model."""
 
     wrap_classes: tuple[str, ...]
     """Class names of the modules to shard and to recompute as a unit."""
@@ -128,6 +128,10 @@ class ModelSettings:
     """Whether trained 16-bit parameters are converted to float32 on PyTorch."""
     cast_inputs: bool
     """Whether layers with 16-bit weights cast their floating-point inputs."""
+    deferred_step: bool | None
+    """Whether steps are deferred on PyTorch if possible; None to defer them on a GPU only."""
+    device: Literal["auto", "cuda", "cpu"]
+    """Kind of device to train on; "auto" is a GPU if PyTorch finds one."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +176,6 @@ class Config(Mapping[str, Any]):
     model: ModelSettings
     max_skipped_steps: int | None
     """Number of consecutive skipped steps that ends the run; None for no limit."""
-    deferred_step: bool | None
-    """Whether steps are deferred on PyTorch if possible; None to defer them on a GPU only."""
     batch: BatchSizes
     gradient_clipping: float
     precision: Literal["fp32", "bf16", "fp16"]
@@ -332,9 +334,10 @@ def _resolve(
             compile_backend=engine["compile"],
             master_weights=engine["master_weights"],
             cast_inputs=engine["cast_inputs"],
+            deferred_step=engine["deferred_step"],
+            device=engine["device"],
         ),
         max_skipped_steps=engine["max_skipped_steps"],
-        deferred_step=engine["deferred_step"],
         batch=derive_batch_sizes(
             {key: value[key] for key in BATCH_KEYS if key in value}, context.data_ranks or 1
         ),

@@ -106,6 +106,6 @@ class Signals:
         return _NAMES[received - 1] if received else None
 
     def _start_maximum(self, received: int, ranks: Ranks) -> tuple[torch.Tensor, Any]:
-        highest = torch.tensor(received)
+        highest = torch.tensor(received, device="cpu")
         group = ranks.control_group  # NCCL does not support tensors in host memory
         return highest, dist.all_reduce(highest, dist.ReduceOp.MAX, group, async_op=True)

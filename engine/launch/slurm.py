@@ -16,7 +16,7 @@ from engine.errors import LaunchError
 from engine.launch.plan import build_environment, format_assignments
 from engine.launch.request import LaunchRequest
 
-__all__ = ["build_sbatch", "is_in_allocation", "run_in_allocation", "submit"]
+__all__ = ["build_sbatch", "count_gpus", "is_in_allocation", "run_in_allocation", "submit"]
 
 _TEMPLATE = """\
 #!/bin/bash
@@ -98,6 +98,23 @@ def build_sbatch(
         command=shlex.join([request.python, *_build_flags(request), *request.script]),
         requeue=_REQUEUE if "requeue" in options else "",
     )
+
+
+def count_gpus(options: Mapping[str, str]) -> int | None:
+    """Return the number of GPUs per node that ``#SBATCH`` options request; None if it is unknown.
+
+    Return 0 if the options request no GPUs.
+
+    >>> count_gpus({"gpus-per-node": "a100:4"}), count_gpus({"gres": "gpu:2"}), count_gpus({})
+    (4, 2, 0)
+    """
+    requests = [value for name, value in options.items() if name.startswith("gpus")]
+    requests += [each for each in options.get("gres", "").split(",") if each.startswith("gpu")]
+    if not requests:
+        return 0
+    per_node = [each for each in requests if each not in {options.get("gpus"), ""}]
+    found = re.search(r"(?:^|:)(\d+)$", per_node[0]) if per_node else None
+    return int(found[1]) if found else None
 
 
 def _format_option(name: str, value: str) -> str:

@@ -14,8 +14,9 @@ from engine.range_test.recorder import Recorder, Run, SweepOver
 from engine.range_test.refinement import check_training_steps
 from engine.range_test.report import LRRangeReport
 from engine.range_test.sweep import Shape, Sweep, read_initial_lrs, spread_over_groups
+from engine.run.training_loops import preserve_state
 from engine.training.data import call_model
-from engine.training_loops import preserve_state
+from engine.training.device_moves import move_to_device
 from schedules import Schedule, from_config
 
 __all__ = ["lr_range_test"]
@@ -38,9 +39,9 @@ def lr_range_test(
     """Run an LR range test: train with increasing learning rates, and suggest a range for 1Cycle.
 
     Afterwards, the weights, buffers, optimizer, schedule, loss scale, counters and RNG states are
-    restored bit for bit, even after an exception. A second call therefore measures the same
-    curve. Every rank must call this function; the loss is averaged over all ranks. The test ignores
-    calls of `set_gradient_accumulation_boundary`.
+    restored bit for bit, even after an exception. On the CPU, a second call therefore measures the
+    same curve; a GPU may round differently. Every rank must call this function; the loss is
+    averaged over all ranks. The test ignores calls of `set_gradient_accumulation_boundary`.
 
     If `refine` is true, the function then trains short 1Cycle runs of `steps` steps. The runs use
     five maximum learning rates around the suggestion, each twice the previous one. As long as the
@@ -101,7 +102,8 @@ def lr_range_test(
             trainer.train()
             with contextlib.suppress(SweepOver):
                 for batch in _repeat_forever(batches):
-                    trainer.backward(loss_fn(trainer, batch))
+                    moved = move_to_device(batch, trainer.device)
+                    trainer.backward(loss_fn(trainer, moved))
                     trainer.step()
         return recorder.run
 

@@ -66,7 +66,6 @@ class RunLoader:
         self._generator = generator
         self._sampler = sampler
         self._repeats = repeats
-        self._is_pinned = bool(getattr(batches, "pin_memory", False))
         self._run_is_over: Callable[[], bool] = lambda: False
         self._end_epoch: Callable[[], None] = lambda: None
         self._save_last: Callable[[], None] = lambda: None
@@ -218,7 +217,7 @@ class RunLoader:
     def _move(self, batch: Any) -> Any:
         if self._device.type == "cpu":
             return batch
-        return move_to_device(batch, self._device, non_blocking=self._is_pinned)
+        return move_to_device(batch, self._device)
 
     def _end_run(self) -> Iterator[Any]:
         self._empty_epochs += 1

@@ -26,7 +26,8 @@ def get_rng_state() -> dict[str, Any]:
         "numpy": (name, torch.from_numpy(np.asarray(keys).copy()), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    # A run on the CPU must not create a CUDA context, and a forked worker cannot.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped in torch
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 

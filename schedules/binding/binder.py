@@ -199,7 +199,7 @@ class ScheduleBinder(TorchInterface):
 
     def _step_slowly(self, loss: Tensor | float | None, metric: Tensor | float | None) -> None:
         """Take a step that the fast path of `step` cannot take, such as the first step."""
-        self._settle()
+        self._prepare_use()
         self._check_base()
         self._first_step.check()
         if self._is_overtaken == self._has_stepped and not self._has_warned:
@@ -372,7 +372,7 @@ class ScheduleBinder(TorchInterface):
         Raises:
             ValueError: a param group was removed, or the schedule has no values for an added group.
         """
-        self._settle()
+        self._prepare_use()
         self._include_added_groups()
         state: dict[str, Any] = {
             **self.identity,
@@ -432,7 +432,7 @@ class ScheduleBinder(TorchInterface):
 
     def __getstate__(self) -> dict[str, Any]:
         # Formulas are closures, which cannot be pickled. `__setstate__` rebuilds them.
-        rebuilt = {"controller", "_writer", "_slots", "_first_step", "_attachment", "settle"}
+        rebuilt = {"controller", "_writer", "_slots", "_first_step", "_attachment", "before_use"}
         return {name: value for name, value in vars(self).items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ class TorchInterface(LRScheduler):
     schedule: Schedule[Any]
     controller: Controller[Any]
     _horizon: Horizon | None
-    settle: Callable[[], None] | None = None
+    before_use: Callable[[], None] | None = None
     """Function that the methods call first. The engine uses it to complete its last step."""
     _extra_count = 0
     _losses: tuple[float, ...] = ()
@@ -69,9 +69,9 @@ class TorchInterface(LRScheduler):
     def _go_to(self, state: Any, step: int, write: bool = True) -> None:
         """Set the state and the step, and optionally write the hyperparameters to the optimizer."""
 
-    def _settle(self) -> None:
-        if self.settle is not None:
-            self.settle()
+    def _prepare_use(self) -> None:
+        if self.before_use is not None:
+            self.before_use()
 
     # PyTorch's SequentialLR calls `_initial_step` of its first scheduler, and it calls
     # `_update_lr(0)` of every other scheduler at the milestone at which that scheduler starts.
@@ -180,12 +180,12 @@ class TorchInterface(LRScheduler):
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group for the next step."""
-        self._settle()
+        self._prepare_use()
         return list(read_lr(self.optimizer))
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each param group at step `last_epoch`."""
-        self._settle()
+        self._prepare_use()
         self._check_position()
         # Ignite sets `last_epoch` and then writes what this method returns. As in PyTorch's
         # schedulers, the method then sets the other hyperparameters.
@@ -203,7 +203,7 @@ class TorchInterface(LRScheduler):
 
         Return None if the schedule does not set the momentum.
         """
-        self._settle()
+        self._prepare_use()
         return read_momenta(self.optimizer) if "momentum" in self._slots else None
 
 

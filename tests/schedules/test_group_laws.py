@@ -124,6 +124,7 @@ def check_run(plan, schedule, steps=STEPS):
         with pytest.raises(ValueError, match=re.escape(str(error))):
             attach(schedule, plan.build_optimizer(len(plan.groups)), horizon=HORIZON)
         return
+    warmup = getattr(schedule.resolve(HORIZON), "warmup_steps", 0)
     rel = 1e-6 if any(dtype is torch.float32 for _, dtype in plan.groups) else 0
     optimizer = plan.build_optimizer(min(plan.initial, len(plan.groups)))
     binder = attach(schedule, optimizer, horizon=HORIZON)
@@ -133,7 +134,7 @@ def check_run(plan, schedule, steps=STEPS):
             for index in range(plan.initial, len(plan.groups)):
                 group = plan.build_group(index)
                 # After its warmup, such a schedule multiplies the current learning rate.
-                if schedule.feedback == "metric" and step >= schedule.resolve(HORIZON).warmup_steps:
+                if schedule.feedback == "metric" and step >= warmup:
                     group["lr"] = arrays["lr"][step, index]
                 binder.optimizer.add_param_group(group)
                 assert binder.get_last_lr()[index] == pytest.approx(float(group["lr"]))

@@ -135,7 +135,7 @@ DIFFERENT_GROUPS = {"lr": (1.0, 0.1), "momentum": (0.9, 0.9), "weight_decay": (0
 def follow_advice(block, message):
     """Fix a block as the message recommends: use a list instead of one number for all groups."""
     parts = [block, *block["params"].get("schedulers", ())]
-    field = re.search(r"`(\w+)` must be a list of 2 numbers", message)
+    field = re.search(r"`(\w+)` must be a list with one number per param group", message)
     if field is None:
         assert '"relative": true' in message, message
         (params,) = (part["params"] for part in parts if part["type"] == "Phases")

@@ -1,10 +1,12 @@
 """Deferred steps give the same run as steps that wait for the device."""
 
+import atexit
 import csv
 import gc
 import logging
 import math
 import pickle
+import signal
 import weakref
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import engine
+from engine.distributed.environment import SAVED_AND_ENDED
 from tests.testing.distributed import run_distributed_test
 
 CYCLE = {
@@ -452,9 +455,41 @@ def test_deferred_engine_and_its_scheduler_are_freed_and_pickled():
     trainer = start()
     train_step(trainer, 1)
     scheduler = trainer.lr_scheduler
-    assert pickle.loads(pickle.dumps(scheduler)).settle is None
+    assert pickle.loads(pickle.dumps(scheduler)).before_use is None
     reference = weakref.ref(trainer)
     del trainer
     gc.collect()
     assert reference() is None
     assert scheduler.get_last_lr()[0] > 0
+
+
+def receive_signal_on_rank_1(directory):
+    trainer = start(engine={"checkpoint": {"dir": directory}})
+    for step in range(6):
+        if (trainer.global_rank, step) == (1, 2):
+            signal.raise_signal(signal.SIGTERM)
+        try:
+            train_step(trainer, step)
+        except SystemExit as error:
+            return step, error.code, trainer.global_steps, trainer.skipped_steps
+    return None
+
+
+def test_deferred_run_saves_and_exits_one_step_after_a_signal(tmp_path):
+    results = run_distributed_test(receive_signal_on_rank_1, 2, str(tmp_path))
+    # The step during which the signal arrived is 2; step 3 is skipped.
+    assert results == [(3, SAVED_AND_ENDED, 4, 2)] * 2
+    assert (tmp_path / "global_step4").is_dir()
+
+
+def train_and_exit(directory, deferred):
+    section = {"enabled": True, "output_path": str(directory)}
+    trainer = start(deferred=deferred, csv_monitor=section)
+    for step in range(3):
+        train_step(trainer, step)
+    atexit._run_exitfuncs()  # as at the end of a script, which does not call `destroy`
+    return len(read_monitors(directory)["Train_Samples_lr"])
+
+
+def test_deferred_run_writes_its_last_step_when_the_process_exits(tmp_path):
+    assert run_distributed_test(train_and_exit, 1, tmp_path, True) == [3]

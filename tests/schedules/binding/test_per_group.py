@@ -80,7 +80,7 @@ def test_attach_a_mapping_with_a_scalar_for_groups_with_different_lrs_is_rejecte
     """Groups that share a schedule are checked together, as without a mapping."""
     optimizer = build("a", "b", "c")
     optimizer.param_groups[1]["lr"] = 0.5
-    with pytest.raises(ValueError, match="`cycle_min_lr` must be a list of 2 numbers"):
+    with pytest.raises(ValueError, match="`cycle_min_lr` must be a list with one number"):
         attach({"a": CYCLE, "b": CYCLE}, optimizer)
     assert attach({"a": CYCLE, "c": CYCLE}, optimizer).get_last_lr() == [0.1, 0.5, 0.1]
 

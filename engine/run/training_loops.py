@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from engine.backends.base import Backend
 from engine.config.wording import count_noun
 from engine.errors import MisuseError
+from engine.run.training_run import TrainingRun
 from engine.training.data import call_on_batches, repeat_batches
 from engine.training.evaluation import preserve_modes
 from engine.training.loader import RunLoader
 from engine.training.rng import preserve_rng_state
-from engine.training_run import TrainingRun
 from schedules import ScheduleBinder
 
 __all__ = ["evaluate_batch", "iterate_batches", "preserve_state", "train_pipeline"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
-import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -49,20 +48,20 @@ class TrainingRun:
 
     config: Config
     backend: Backend
-    driver: ScheduleDriver
+    _driver: ScheduleDriver
     progress: ProgressReporter
-    window: LossWindow
+    _window: LossWindow
     rollback: Rollback | None
     accumulation: Accumulation
     length: RunLength
-    divergence: DivergenceCheck
+    _divergence: DivergenceCheck
     misuse: MisuseChecks
     best: BestMetric | None = None
-    recorder: StepRecorder | None = None
+    _recorder: StepRecorder | None = None
     is_trial: bool = False
     """Whether this run is part of an LR range test, which saves no checkpoints.
 
-    `recorder` decides when the test ends. With `onecycle lr-test`, only one engine of the script
+    The recorder decides when the test ends. With `onecycle lr-test`, only one engine of the script
     has a recorder.
     """
     latest: Counters = field(default_factory=Counters)
@@ -109,7 +108,7 @@ class TrainingRun:
             None if best is None else BestMetric(best.metric, best.mode, best.patience),
         )
         if backend.deferred is not None:
-            run.window.is_kept |= config.progress.is_logged
+            run._window.is_kept |= config.progress.is_logged
             run._settle_before_use(scheduler)
             atexit.register(_settle, weakref.ref(run))  # write the last step to the monitors
         return run
@@ -129,19 +128,19 @@ class TrainingRun:
     def record_steps(self, recorder: StepRecorder, *, is_trial: bool) -> None:
         """Record every step with ``recorder`` from now on."""
         self.settle()
-        self.recorder, self.is_trial, self.window.is_kept = recorder, is_trial, True
+        self._recorder, self.is_trial, self._window.is_kept = recorder, is_trial, True
 
     @property
     def scheduler(self) -> LRScheduler | None:
         """The learning-rate scheduler, stepped after each applied optimizer step; may be None."""
-        return self.driver.scheduler
+        return self._driver.scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: LRScheduler | None) -> None:
         self.settle()
-        self.driver.scheduler = scheduler
+        self._driver.scheduler = scheduler
         self._settle_before_use(scheduler)
-        self.window.is_kept |= self.driver.feedback == "loss"
+        self._window.is_kept |= self._driver.feedback == "loss"
 
     @property
     def is_over(self) -> bool:
@@ -167,18 +166,13 @@ class TrainingRun:
         return self.backend
 
     @property
-    def global_steps(self) -> int:
-        """The number of completed batches, which does not depend on the outcome of a step."""
-        return self.latest.global_steps
-
-    @property
     def defers(self) -> bool:
         """Whether steps are deferred; see `DeferredStep`."""
-        scheduler = self.driver.scheduler
+        scheduler = self._driver.scheduler
         return (
             self.backend.deferred is not None
             and not self.is_trial
-            and self.recorder is None
+            and self._recorder is None
             and self.rollback is None
             and not self.config.diagnostics.wall_clock_breakdown
             and (scheduler is None or isinstance(scheduler, ScheduleBinder))
@@ -201,27 +195,14 @@ class TrainingRun:
         if window.has_losses:
             window.set_mean(loss)
             self.progress.add_mean(loss, window.count)
-            self.divergence.last_loss = loss
+            self._divergence.last_loss = loss
         self._complete_step(window)
         self.misuse.note_scheduler(self.scheduler)
 
     def _settle_before_use(self, scheduler: LRScheduler | None) -> None:
         """Make the scheduler complete a deferred step before a script uses the scheduler."""
         if self.backend.deferred is not None and isinstance(scheduler, ScheduleBinder):
-            scheduler.settle = functools.partial(_settle, weakref.ref(self))
-
-    def prepare_to_load(self) -> None:
-        """Prepare for loading a checkpoint that the script has chosen."""
-        self.settle()
-        self.length.is_position_known = True
-
-    def close(self) -> None:
-        """Complete a deferred step, unless an exception is handled, and close the reports."""
-        try:
-            if sys.exc_info()[0] is None:
-                self.settle()
-        finally:
-            self.progress.close()
+            scheduler.before_use = functools.partial(_settle, weakref.ref(self))
 
     def set_batch_sizes(self, batch: BatchSizes) -> None:
         """Change the batch sizes of the following steps.
@@ -242,12 +223,11 @@ class TrainingRun:
 
     def restore_counters(self, counters: Counters) -> None:
         """Restore the counters of a checkpoint, so that the run continues at the saved step."""
-        self._pending = None
         self.latest = counters
         self.length.steps_before = counters.applied_steps
         self.accumulation.restart(counters.micro_steps)
         self.misuse.restart()
-        self.window.clear()
+        self._window.clear()
         self.backend.zero_grad()
 
     def end_epoch(self) -> None:
@@ -268,14 +248,14 @@ class TrainingRun:
         self.backend.zero_grad()
         self.latest.micro_steps -= accumulation.micro_batches
         accumulation.restart()
-        self.window.clear()
+        self._window.clear()
 
     def add_loss(self, loss: Tensor) -> None:
         """Record the loss of a micro-batch that was passed to `backward` or `scale`."""
         self.accumulation.scaled_losses += 1
-        self.window.add(loss)
+        self._window.add(loss)
         if self.backend.deferred is None or not self.defers:
-            self.divergence.last_loss = loss.detach()
+            self._divergence.last_loss = loss.detach()
             self.progress.add(loss)
 
     def step(self, metric: Tensor | float | None) -> bool | StepResult:
@@ -285,13 +265,13 @@ class TrainingRun:
             Whether an optimizer step was applied.
         """
         self._check_may_step()
-        counters, accumulation, scheduler = self.latest, self.accumulation, self.driver.scheduler
+        counters, accumulation, scheduler = self.latest, self.accumulation, self._driver.scheduler
         is_boundary = accumulation.is_boundary()
         self.misuse.check_step(scheduler, accumulation, is_boundary=is_boundary)
         if self._pending is not None:  # the device now has the next backward pass to work on
             self.settle()
         if metric is not None:
-            metric = self.driver.metric = self.backend.mean(float(metric))
+            metric = self._driver.metric = self.backend.mean(float(metric))
         counters.micro_steps += 1
         accumulation.micro_batches += 1
         accumulation.has_gradients = not is_boundary and self.backend.has_gradients()
@@ -308,9 +288,9 @@ class TrainingRun:
             raise MisuseError(
                 "`step()` must not be called inside `no_sync()`. Leave the context first."
             )
-        if self.is_trial and self.recorder is not None:
+        if self.is_trial and self._recorder is not None:
             # A script may catch the exception that ends the run; in that case, raise it again.
-            self.recorder.stop_if_over()
+            self._recorder.stop_if_over()
         is_over = self.length.is_session_over
         if is_over(self.latest) and is_over(self.counters):
             raise RuntimeError(
@@ -325,13 +305,13 @@ class TrainingRun:
         means = {name: self.backend.mean(float(value)) for name, value in metrics.items()}
         self.progress.report_metrics(means, self.counters)
         if self.best is not None and self.best.name in means:
-            self.driver.metric = means[self.best.name]
+            self._driver.metric = means[self.best.name]
             self._update_best(means[self.best.name])
 
     def _update_best(self, value: float) -> None:
         best, was_over = self.best, self.is_over
         assert best is not None
-        best.update(value, self.global_steps)
+        best.update(value, self.latest.global_steps)
         if best.is_exhausted and not was_over and self.backend.ranks.rank == 0:
             log.info(
                 "stopping early: %s has not improved in %d reports; the best value is %g, at step "
@@ -359,9 +339,9 @@ class TrainingRun:
         if not is_scaled:
             self._check_is_not_scaled()
         divide_by = 1 if is_scaled else self.accumulation.steps
-        self.backend.start_step(self.window.compute_local_mean(), divide_by=divide_by)
-        self._pending = StepResult(self.settle), self.window
-        self.window = self.window.renew()
+        self.backend.start_step(self._window.compute_local_mean(), divide_by=divide_by)
+        self._pending = StepResult(self.settle), self._window
+        self._window = self._window.renew()
 
     def _check_is_not_scaled(self) -> None:
         if self.backend.loss_scale != 1.0:
@@ -382,7 +362,7 @@ class TrainingRun:
         )
         self.accumulation.micro_batches = 0
         if self._pending is None:
-            self._complete_step(self.window)
+            self._complete_step(self._window)
 
     def _complete_step(self, window: LossWindow) -> None:
         """Report a step, and step the scheduler if the optimizer step was applied."""
@@ -401,15 +381,15 @@ class TrainingRun:
             last = self.length.find_last_step(counters, self.config.batch.train)
             self.progress.move_bar(counters.global_steps, last)
         # The window is empty if the script calls `loss.backward()` itself.
-        if self.recorder is not None and (window.has_losses or self.is_trial):
-            self._record_step(self.recorder)
+        if self._recorder is not None and (window.has_losses or self.is_trial):
+            self._record_step(self._recorder)
         if counters.applied:
-            self.driver.step(window)
+            self._driver.step(window)
             if self.rollback is not None:
                 self.rollback.update(self.scheduler)
         window.clear()
         if not self.is_trial:
-            self.divergence.update(counters, read_lr(self.backend.optimizer)[0])
+            self._divergence.update(counters, read_lr(self.backend.optimizer)[0])
 
     def _collect_record(self, window: LossWindow) -> StepRecord:
         counters, backend = self.latest, self.backend
@@ -431,7 +411,7 @@ class TrainingRun:
     def _record_step(self, recorder: StepRecorder) -> None:
         momentum = read_momentum(self.backend.optimizer)
         used = read_lr(self.backend.optimizer)[0], momentum[0] if momentum else None
-        recorder.record(*used, self.window.mean(), applied=self.counters.applied)
+        recorder.record(*used, self._window.mean(), applied=self.counters.applied)
         if self.is_trial:
             recorder.stop_if_over()
 
