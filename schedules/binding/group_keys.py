@@ -17,7 +17,7 @@ from typing import Any
 from schedules.core.combinators import scale
 from schedules.core.controller import Base, Controller, OpenLoop
 from schedules.core.durations import Horizon
-from schedules.core.per_group import PRECISION, broadcast
+from schedules.core.per_group import are_equal, broadcast
 from schedules.core.schedule import Schedule
 from schedules.param_groups import Group
 
@@ -85,10 +85,10 @@ def _check_not_applied(
 
     The layer-wise decay of MMDetection writes the product into ``lr`` and keeps ``lr_scale``.
     """
-    if len(set(lrs)) == 1 or 0 in factors:
+    if are_equal(tuple(lrs)) or 0 in factors:
         return
-    before = [lr / factor for lr, factor in zip(lrs, factors, strict=True)]
-    if all(math.isclose(each, before[0], rel_tol=PRECISION) for each in before):
+    before = tuple(lr / factor for lr, factor in zip(lrs, factors, strict=True))
+    if are_equal(before):
         key = _find_factor(["lr"], groups)[1]
         raise ValueError(
             f"The schedule multiplies the learning rate of each param group by the group's key "

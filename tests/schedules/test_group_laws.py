@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from schedules import SCHEDULES, Horizon, attach, from_config, trace
+from schedules.core.fields import read_fields
 from tests.testing.schedule_instances import instances
 
 pytestmark = pytest.mark.filterwarnings("ignore:AutoWU's warmup of at most:UserWarning")
@@ -169,6 +170,57 @@ def test_schedule_values_are_those_of_trace_in_any_kind_of_groups(name, kind):
     """Groups may have different keys, be tensors, be added later, or continue elsewhere."""
     type_name, params = CASES[name]
     check_run(PLANS[kind], from_config({"type": type_name, "params": params}))
+
+
+TWO_GROUPS = Plan([("list of betas", None)] * 2)
+LATE = {"lr": 0.4, "betas": [0.8, 0.95], "weight_decay": 0.02}
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [cls for cls in SCHEDULES.values() if cls.feedback is None],
+    ids=lambda cls: cls.type_name,
+)
+def test_binder_group_added_later_has_the_values_of_its_own_base_or_is_rejected(cls):
+    """A schedule of multiples continues with the group; one of absolute values names its index."""
+    schedule = from_config({"type": cls.type_name, "params": dict(cls.example)})
+    optimizer = TWO_GROUPS.build_optimizer(2)
+    binder = attach(schedule, optimizer, horizon=HORIZON)
+    for _ in range(25):
+        binder.step()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], **LATE})
+    late = {"lr": 0.4, "momentum": 0.8, "weight_decay": 0.02}
+    base = {name: (*values, late[name]) for name, values in TWO_GROUPS.base.items()}
+    try:
+        arrays = trace(schedule, 60, base=base, horizon=HORIZON)
+    except ValueError:
+        with pytest.raises(ValueError, match="Param group 2 was added after the schedule"):
+            binder.step()
+        return
+    for step in range(26, 60):
+        binder.step()
+        check_values(optimizer, arrays, step, rel=0)
+
+
+def list_values(cls):
+    """Return the numbers of the example that may be lists, each as a list for two groups."""
+    return {
+        name: [cls.example[name]] * 2
+        for name, field in read_fields(cls).items()
+        if field.per_group and isinstance(cls.example.get(name), int | float)
+    }
+
+
+@pytest.mark.parametrize(
+    "cls", [cls for cls in SCHEDULES.values() if list_values(cls)], ids=lambda cls: cls.type_name
+)
+def test_binder_group_added_to_lists_is_rejected_with_its_index(cls):
+    schedule = from_config({"type": cls.type_name, "params": {**cls.example, **list_values(cls)}})
+    optimizer = TWO_GROUPS.build_optimizer(2)
+    binder = attach(schedule, optimizer, horizon=HORIZON)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], **LATE})
+    with pytest.raises(ValueError, match=r"Param group 2 was added after .*\(3\), got a list of"):
+        binder.step()
 
 
 @st.composite
