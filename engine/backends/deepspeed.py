@@ -32,24 +32,17 @@ from engine.backends.deepspeed_checkpoint import (
 from engine.backends.deepspeed_config import build_deepspeed_config
 from engine.backends.deepspeed_import import import_for_config
 from engine.backends.deepspeed_layout import Layout
+from engine.backends.deepspeed_optimizer import prepare_optimizer
 from engine.backends.deepspeed_order import BackwardOrder
 from engine.backends.deepspeed_structure import check_structure, read_weights
 from engine.checkpoint.deepspeed_files import DeepSpeedFiles, SavedTensor
 from engine.checkpoint.plain_values import report_damage, write_values
 from engine.config import Config
 from engine.config.batch_sizes import BatchSizes
-from engine.config.master_weights import find_cpu_adam_key
 from engine.config.wording import count_noun
 from engine.distributed.ranks import Ranks
-from engine.training.arguments import check_are_in_model
 from engine.training.data import repeat_batches
-from engine.training.gradient_averaging import find_sparse_weights
-from engine.training.optimizers import (
-    NoOptimizer,
-    OptimizerFactory,
-    build_optimizer,
-    is_buildable,
-)
+from engine.training.optimizers import NoOptimizer, OptimizerFactory
 from engine.training.precision import cast_layer_inputs
 
 __all__ = ["DeepSpeedBackend"]
@@ -90,26 +83,7 @@ class DeepSpeedBackend(Backend):
         mesh_param: Any = None,
     ) -> None:
         deepspeed = import_for_config()
-        from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param
-
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        groups = trainable if parameters is None else parameters
-        has_experts = any(is_moe_param(p) for p in model.parameters())
-        if has_experts and config.zero_stage == 3:
-            raise ValueError(
-                "DeepSpeed cannot train MoE layers with ZeRO stage 3. Set "
-                '"zero_optimization": {"stage": 2}, or configure `expert_parallel` (AutoEP).'
-            )
-        if has_experts and not isinstance(optimizer, Optimizer):
-            groups = parameters = configure_moe_param_groups(groups)
-        block = config.optimizer
-        can_build = block is not None and is_buildable(config.raw["optimizer"])
-        if optimizer is None and can_build and find_cpu_adam_key(config.raw) is None:
-            assert block is not None
-            may_fuse = not find_sparse_weights(model)
-            optimizer = build_optimizer(block, groups, may_fuse=may_fuse)
-        trained = optimizer.param_groups if isinstance(optimizer, Optimizer) else groups
-        check_are_in_model(model, trained, "DeepSpeed")
+        optimizer, parameters, trained = prepare_optimizer(model, optimizer, config, parameters)
         num_parameters = _count_elements(trained)
         layout = Layout(model, trained)
         # DeepSpeed reads the local rank from the environment. Set it in case no launcher did.
@@ -124,7 +98,7 @@ class DeepSpeedBackend(Backend):
             mpu=mpu,
             mesh_param=mesh_param,
         )
-        self._trains = optimizer is not None or block is not None
+        self._trains = optimizer is not None or config.optimizer is not None
         self._is_managed = config.raw.get("managed_gradient_accumulation", True)
         super().__init__(
             self.engine.module,

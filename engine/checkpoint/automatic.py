@@ -14,7 +14,8 @@ import torch.distributed as dist
 from engine.checkpoint import storage
 from engine.checkpoint.async_saver import exit_with_failure
 from engine.checkpoint.collectives import call_on_rank_0, find_missing_ranks
-from engine.checkpoint.manager import Checkpointer, RunState
+from engine.checkpoint.manager import Checkpointer
+from engine.checkpoint.run_interface import RunState
 from engine.config import CheckpointPlan
 from engine.distributed.environment import INTERRUPTED, SAVED_AND_ENDED
 from engine.distributed.ranks import Ranks

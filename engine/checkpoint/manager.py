@@ -5,112 +5,30 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import logging
-import os
 import uuid
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch.distributed as dist
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from typing import Any
 
 from engine.checkpoint import storage
 from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.collectives import check_same_tag, raise_on_all_ranks, wait_for_ranks
 from engine.checkpoint.data_position import DataPosition
-from engine.checkpoint.fingerprint import Identity, check_identity
+from engine.checkpoint.fingerprint import Identity
 from engine.checkpoint.lock import DirectoryLock
 from engine.checkpoint.manifest import Manifest
-from engine.checkpoint.plain_values import (
-    check_plain_values,
-    read_values,
-    report_damage,
-    write_values,
-)
-from engine.checkpoint.rollback import Rollback
-from engine.checkpoint.schedule_state import (
-    advance,
-    convert_deepspeed_state,
-    prepare_schedule_state,
-)
+from engine.checkpoint.plain_values import check_plain_values, write_values
+from engine.checkpoint.restorer import Parts, Restorer
+from engine.checkpoint.run_interface import RunState, SavedBackend
 from engine.checkpoint.selection import RUN_STATE, CheckpointSelector
 from engine.config import Config
-from engine.distributed.environment import ELASTIC
-from engine.distributed.ranks import Ranks
-from engine.training.accumulation import Accumulation
-from engine.training.best_metric import BestMetric
 from engine.training.optimizers import has_no_optimizer
-from engine.training.progress import Counters, ProgressReporter
-from engine.training.rng import check_rng_state, get_rng_state, set_rng_state
+from engine.training.rng import get_rng_state
 
 __all__ = ["Checkpointer"]
 
 log = logging.getLogger("onecycle")
-
-
-class SavedBackend(Protocol):
-    """The part of `engine.backends.base.Backend` that `Checkpointer` uses."""
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The optimizer whose param groups the schedule changes."""
-        ...
-
-    @property
-    def ranks(self) -> Ranks:
-        """Rank and world size of this process."""
-        ...
-
-    def save(self, checkpoint_dir: Path, *, frozen: bool = True) -> None:
-        """Write the state of the model, the optimizer and the loss scaler to a checkpoint."""
-        ...
-
-    def save_async(
-        self,
-        checkpoint_dir: Path,
-        group: dist.ProcessGroup | None,
-        buffers: dict[str, Any],
-        *,
-        frozen: bool = True,
-    ) -> Future[None]:
-        """Write the same state as `save`, but in the background, from a copy in host memory."""
-        ...
-
-    def load(
-        self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
-    ) -> None:
-        """Restore the model and, if ``optimizer`` is true, the optimizer and the loss scaler."""
-        ...
-
-
-class RunState(Protocol):
-    """The attributes of a training run that `Checkpointer` saves and restores."""
-
-    config: Config
-    is_trial: bool
-    """Whether the run is part of an LR range test, which saves no checkpoints."""
-    counters: Counters
-    accumulation: Accumulation
-    progress: ProgressReporter
-    rollback: Rollback | None
-    best: BestMetric | None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the run has reached its end."""
-        ...
-
-    @property
-    def scheduler(self) -> LRScheduler | None:
-        """The learning-rate scheduler of the run; None if it has none."""
-        ...
-
-    def restore_counters(self, counters: Counters) -> None:
-        """Restore the counters of a checkpoint, so that the run continues at the saved step."""
-        ...
 
 
 class Checkpointer:
@@ -131,6 +49,7 @@ class Checkpointer:
         self._ranks = backend.ranks
         self._identity = identity
         self._selector = CheckpointSelector(config, backend.ranks)
+        self._restorer = Restorer(config.checkpoint, backend, identity, self.data)
         self._saved: dict[Path, tuple[int, int]] = {}  # steps and last report, by directory
         self._run_id = uuid.uuid4().hex
         self._locks: dict[Path, DirectoryLock | None] = {}  # None on ranks other than 0
@@ -214,7 +133,8 @@ class Checkpointer:
     def is_saved(self, run: RunState, directory: Path) -> bool:
         """Return whether the run's last checkpoint in a directory is up to date.
 
-        It is, unless the run has since taken a step or reported its metric.
+        The checkpoint is up to date if the run has neither taken a step nor reported its metric
+        since the save.
         """
         return self._saved.get(directory.resolve(), (0, -1)) == _get_position(run)
 
@@ -317,104 +237,15 @@ class Checkpointer:
         """
         directory = storage.to_directory(directory)
         self.wait()
+        parts = Parts(optimizer=optimizer, scheduler=scheduler, counters=counters)
         if has_no_optimizer(self._backend.optimizer):  # only the model is used
-            optimizer = scheduler = counters = False
+            parts = Parts(optimizer=False, scheduler=False, counters=False)
         selected = self._selector.select(directory, tag)
-        checkpoint_dir, manifest, state = selected.path, selected.manifest, selected.state
-        is_converted = selected.is_foreign and scheduler and not self._plan.override
-        if is_converted and run.scheduler is not None:
-            state["lr_scheduler"] = convert_deepspeed_state(
-                checkpoint_dir, state["lr_scheduler"], run.scheduler
-            )
-        if optimizer and not self._plan.override and not selected.is_foreign:
-            check_identity(checkpoint_dir, manifest.identity, self._expected_identity(manifest))
-        if not manifest.frozen and self._ranks.rank == 0:
-            log.info(
-                "%s does not contain the frozen parameters; the model keeps their current values",
-                checkpoint_dir,
-            )
-        # Read and check the small files first, so that nothing has changed if one is damaged.
-        position = snapshot = schedule = None
-        with raise_on_all_ranks(self._ranks, "The checkpoint was not loaded"):
-            random_state = self._read_random_state(checkpoint_dir, manifest) if optimizer else None
-            if counters and not selected.is_foreign:
-                position = self.data.read(
-                    state, run.config.batch, checkpoint_dir, manifest.world_size
-                )
-            if scheduler and run.scheduler is not None:
-                steps = Counters(**state["counters"]) if counters else run.counters
-                with report_damage(checkpoint_dir / RUN_STATE):
-                    schedule = prepare_schedule_state(
-                        run.scheduler,
-                        state,
-                        run.config,
-                        steps.applied_steps,
-                        override=self._plan.override,
-                    )
-                if run.rollback is not None:
-                    snapshot = run.rollback.read(checkpoint_dir)
-        own_groups = [_copy_settings(group) for group in self._backend.optimizer.param_groups]
-        with contextlib.ExitStack() as stack:
-            with raise_on_all_ranks(self._ranks, "The checkpoint was not loaded"):
-                stack.enter_context(self.data.restore(position, checkpoint_dir))
-            self._backend.load(
-                checkpoint_dir, optimizer=optimizer, strict=strict, frozen=manifest.frozen
-            )
-        self._run_id = manifest.run or self._run_id
-        if self._plan.override:  # keep this run's learning rate, betas and weight decay
-            for group, settings in zip(
-                self._backend.optimizer.param_groups, own_groups, strict=True
-            ):
-                group.update(settings)
-        if random_state is not None:
-            set_rng_state(random_state)
-        if counters:
-            self._restore_counters(run, state)
-            if run.best is not None:
-                run.best.load_state_dict(state.get("best"))
+        self._restorer.restore(run, selected, parts, strict=strict)
+        self._run_id = selected.manifest.run or self._run_id
+        if parts.counters:
             self._saved[directory.resolve()] = _get_position(run)
-        if scheduler and run.scheduler is not None:
-            if schedule is None:
-                advance(run.scheduler, run.counters.applied_steps)
-            else:
-                run.scheduler.load_state_dict(schedule)
-            if run.rollback is not None:
-                run.rollback.snapshot = snapshot
-        if selected.is_foreign and counters and self._ranks.rank == 0:
-            log.warning(
-                "%s was written by DeepSpeed, so the position in the training data and the random "
-                "state were not restored",
-                checkpoint_dir,
-            )
-        return checkpoint_dir, state["client_state"]
-
-    def _read_random_state(self, checkpoint_dir: Path, manifest: Manifest) -> Any:
-        """Return this rank's saved random state; None if there is none for this world size."""
-        path = checkpoint_dir / f"random.{self._ranks.rank}.pt"
-        if not path.is_file() or manifest.world_size != self._ranks.world_size:
-            return None
-        random_state = read_values(path)
-        with report_damage(path):
-            check_rng_state(random_state)
-        return random_state
-
-    def _expected_identity(self, manifest: Manifest) -> Identity:
-        if not os.environ.get(ELASTIC):
-            return self._identity
-        # The world size of an elastic run may change; its batch size and schedule must not.
-        return {**self._identity, "world_size": manifest.identity.get("world_size")}
-
-    def _restore_counters(self, run: RunState, state: Mapping[str, Any]) -> None:
-        """Restore the step counters, converted to the new batch sizes if these have changed."""
-        batch = run.config.batch
-        saved = state.get("batch") or asdict(batch)
-        counters = Counters(**state["counters"])
-        if saved["accumulation"] != batch.accumulation:
-            counters.micro_steps = counters.global_steps * batch.accumulation
-        if "global_samples" not in state["counters"]:  # written by an older version
-            counters.global_samples = counters.global_steps * saved["train"]
-        run.restore_counters(counters)
-        run.progress.monitors.resume(state.get("monitors", {}), counters.global_samples)
+        return selected.path, selected.state["client_state"]
 
     def wait(self) -> None:
         """Wait until the current save has finished on all ranks.
@@ -442,8 +273,3 @@ class Checkpointer:
 
 def _get_position(run: RunState) -> tuple[int, int]:
     return run.counters.global_steps, -1 if run.best is None else run.best.last_step
-
-
-def _copy_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the settings of a param group, without its parameters and its step count."""
-    return {key: value for key, value in group.items() if key not in {"params", "step"}}

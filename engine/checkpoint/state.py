@@ -157,60 +157,76 @@ def read(
         CheckpointError: if a parameter or buffer is missing, unexpected, or has a different shape.
             The message names the first one.
     """
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
     source = source or _Shards(directory)
-    saved_tensors, saved_values = source.tensors, source.values
-    saved_model = {
-        name.removeprefix(_MODEL): metadata
-        for name, metadata in saved_tensors.items()
-        if name.startswith(_MODEL)
-    }
-    if not (strict and frozen):
-        absent = {
-            key
-            for key in state["model"].keys() - saved_model.keys()
-            if f"{_MODEL}{key}" not in saved_values
-        }
-        if strict:
-            absent &= _find_frozen_names(model)
-        state["model"] = {key: value for key, value in state["model"].items() if key not in absent}
-    own_weights = {k: v for k, v in state["model"].items() if _is_sharded(k, v)}
-    saved_weights = {
-        name: torch.empty(metadata.size, dtype=metadata.properties.dtype, device="meta")
-        for name, metadata in saved_model.items()
-    }
-    check_weights(directory, own_weights, saved_weights, strict=strict)
-    extra = _find_extra_states(directory, state["model"], saved_values)
+    weights = _find_saved_weights(directory, model, source, strict=strict, frozen=frozen)
+    extra = _find_extra_states(directory, weights, source.values)
+    state: dict[str, Any] = {"optimizer": {}, "outside": {}}
     if optimizer is not None:
-        with report_damage(directory / VALUES):
-            saved = {**saved_values, **saved_tensors}
-            state["optimizer"] = build_empty_state(directory, model, optimizer, saved)
-        state["outside"] = {
-            name: torch.empty_like(parameter)
-            for name, parameter in find_outside_parameters(model, optimizer).items()
-            if f"outside.{name}" in saved_tensors
-        }
-        others = {name: below for name, below in state.items() if name != "model"}
-        source.load(_find_tensors(others))
-        check_optimizer_state(directory, model, optimizer, state["optimizer"])
+        state = _read_optimizer(directory, model, optimizer, source)
     # Nothing has changed so far. From here on, only code of the model or the optimizer can fail.
     options = StateDictOptions(strict=strict and frozen)
     try:
         with report_damage(directory / VALUES):
             if extra:
-                set_model_state_dict(model, state["model"] | extra, options=options)
+                set_model_state_dict(model, weights | extra, options=options)
             if optimizer is not None:
                 load_optimizer_state(model, optimizer, state["optimizer"])
     except CheckpointError:
         if extra:
-            set_model_state_dict(model, state["model"], options=options)
+            set_model_state_dict(model, weights, options=options)
         raise
-    source.load(_find_tensors({"model": state["model"]}))
-    set_model_state_dict(model, state["model"] | extra, options=options)
+    source.load(_find_tensors({"model": weights}))
+    set_model_state_dict(model, weights | extra, options=options)
     if optimizer is not None:
         for name, parameter in find_outside_parameters(model, optimizer).items():
             if name in state["outside"]:
                 parameter.data.copy_(state["outside"][name])
+
+
+def _find_saved_weights(
+    directory: Path, model: nn.Module, source: Source, *, strict: bool, frozen: bool
+) -> dict[str, Any]:
+    """Return the model's state without the values that the checkpoint may lack; see `read`.
+
+    Raises:
+        CheckpointError: if the checkpoint does not have the remaining weights.
+    """
+    weights: dict[str, Any] = get_model_state_dict(model)
+    saved = {
+        name.removeprefix(_MODEL): torch.empty(
+            metadata.size, dtype=metadata.properties.dtype, device="meta"
+        )
+        for name, metadata in source.tensors.items()
+        if name.startswith(_MODEL)
+    }
+    if not (strict and frozen):
+        absent = {
+            key for key in weights.keys() - saved.keys() if f"{_MODEL}{key}" not in source.values
+        }
+        if strict:
+            absent &= _find_frozen_names(model)
+        weights = {key: value for key, value in weights.items() if key not in absent}
+    own = {key: value for key, value in weights.items() if _is_sharded(key, value)}
+    check_weights(directory, own, saved, strict=strict)
+    return weights
+
+
+def _read_optimizer(
+    directory: Path, model: nn.Module, optimizer: Optimizer, source: Source
+) -> dict[str, Any]:
+    """Read and check the optimizer's state, and the parameters that only the optimizer has."""
+    with report_damage(directory / VALUES):
+        saved = {**source.values, **source.tensors}
+        own = build_empty_state(directory, model, optimizer, saved)
+    outside = {
+        name: torch.empty_like(parameter)
+        for name, parameter in find_outside_parameters(model, optimizer).items()
+        if f"outside.{name}" in source.tensors
+    }
+    state = {"optimizer": own, "outside": outside}
+    source.load(_find_tensors(state))
+    check_optimizer_state(directory, model, optimizer, own)
+    return state
 
 
 def _find_tensors(state: dict[str, Any]) -> dict[str, Any]:

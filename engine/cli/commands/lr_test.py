@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  onecycle lr-test --nproc 2 --min 1e-5 --max 1 --steps 300 -- train.py"
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    _add_sweep_arguments(parser)
+    _add_repetition_arguments(parser)
+    _add_script_arguments(parser)
+
+
+def _add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -97,6 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="stop when the smoothed loss exceeds X times its minimum (default: 4)",
     )
+
+
+def _add_repetition_arguments(parser: argparse.ArgumentParser) -> None:
     repeat_help = "number of runs, each with a different seed (default: 1)"
     parser.add_argument(
         "--repeat", type=parse_positive_int, default=1, metavar="N", help=repeat_help
@@ -118,6 +127,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps, the suggestion is multiplied by (steps / N)**0.32, because a longer run needs a "
         "smaller learning rate (https://arxiv.org/abs/2409.19913)",
     )
+
+
+def _add_script_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         type=parse_positive_int,

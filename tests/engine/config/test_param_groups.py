@@ -152,7 +152,12 @@ def test_every_hyperparameter_of_a_group_is_read_per_group(kind):
     keys = build_group_schema(kind)["items"]["properties"].keys()
     own = keys - {"params", "name", "no_decay", "scheduler"}
     assert {"lr"} <= own
-    if hasattr(torch.optim, kind) and "x-backend" not in OPTIMIZERS[kind]:
+    is_divided_by_deepspeed = kind == "Muon"  # its param groups are an error
+    if (
+        hasattr(torch.optim, kind)
+        and not is_divided_by_deepspeed
+        and "x-backend" not in OPTIMIZERS[kind]
+    ):
         optimizer = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(1, 1))])
         assert own <= optimizer.defaults.keys() - {"initial_accumulator_value"}
 

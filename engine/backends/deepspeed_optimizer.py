@@ -1,0 +1,61 @@
+"""Prepare the optimizer and the param groups that are passed to DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from engine.config import Config
+from engine.config.master_weights import find_cpu_adam_key
+from engine.training.arguments import check_are_in_model
+from engine.training.gradient_averaging import find_sparse_weights
+from engine.training.optimizers import OptimizerFactory, build_optimizer, is_buildable
+
+__all__ = ["prepare_optimizer"]
+
+
+def prepare_optimizer(
+    model: nn.Module,
+    optimizer: Optimizer | OptimizerFactory | None,
+    config: Config,
+    parameters: list[Any] | None,
+) -> tuple[Optimizer | OptimizerFactory | None, list[Any] | None, list[Any]]:
+    """Build the config's optimizer if PyTorch has it, and divide experts into param groups.
+
+    Args:
+        model: the user's module.
+        optimizer: the user's optimizer, or a function that takes the parameters and returns one.
+        config: a validated config.
+        parameters: tensors or param groups to train; if None, all that require gradients.
+
+    Returns:
+        The optimizer, or None if DeepSpeed builds the config's optimizer or nothing is trained; the
+        parameters for ``deepspeed.initialize``; and the tensors or param groups that are trained.
+
+    Raises:
+        ValueError: the ZeRO stage does not support MoE layers, or the optimizer trains a parameter
+            that is not in the model.
+    """
+    from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = trainable if parameters is None else parameters
+    has_experts = any(is_moe_param(p) for p in model.parameters())
+    if has_experts and config.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed cannot train MoE layers with ZeRO stage 3. Set "
+            '"zero_optimization": {"stage": 2}, or configure `expert_parallel` (AutoEP).'
+        )
+    if has_experts and not isinstance(optimizer, Optimizer):
+        groups = parameters = configure_moe_param_groups(groups)
+    block = config.optimizer
+    can_build = block is not None and is_buildable(config.raw["optimizer"])
+    if optimizer is None and can_build and find_cpu_adam_key(config.raw) is None:
+        assert block is not None
+        may_fuse = not find_sparse_weights(model)
+        optimizer = build_optimizer(block, groups, may_fuse=may_fuse)
+    trained = optimizer.param_groups if isinstance(optimizer, Optimizer) else groups
+    check_are_in_model(model, trained, "DeepSpeed")
+    return optimizer, parameters, trained

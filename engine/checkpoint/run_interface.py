@@ -1,0 +1,82 @@
+"""The parts of a training run and its backend that checkpoints save and restore."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from engine.checkpoint.rollback import Rollback
+from engine.config import Config
+from engine.distributed.ranks import Ranks
+from engine.training.accumulation import Accumulation
+from engine.training.best_metric import BestMetric
+from engine.training.progress import Counters, ProgressReporter
+
+__all__ = ["RunState", "SavedBackend"]
+
+
+class SavedBackend(Protocol):
+    """The part of `engine.backends.base.Backend` that checkpoints use."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer whose param groups the schedule changes."""
+        ...
+
+    @property
+    def ranks(self) -> Ranks:
+        """Rank and world size of this process."""
+        ...
+
+    def save(self, checkpoint_dir: Path, *, frozen: bool = True) -> None:
+        """Write the state of the model, the optimizer and the loss scaler to a checkpoint."""
+        ...
+
+    def save_async(
+        self,
+        checkpoint_dir: Path,
+        group: dist.ProcessGroup | None,
+        buffers: dict[str, Any],
+        *,
+        frozen: bool = True,
+    ) -> Future[None]:
+        """Write the same state as `save`, but in the background, from a copy in host memory."""
+        ...
+
+    def load(
+        self, checkpoint_dir: Path, *, optimizer: bool, strict: bool, frozen: bool = True
+    ) -> None:
+        """Restore the model and, if ``optimizer`` is true, the optimizer and the loss scaler."""
+        ...
+
+
+class RunState(Protocol):
+    """The attributes of a training run that checkpoints contain."""
+
+    config: Config
+    is_trial: bool
+    """Whether the run is part of an LR range test, which saves no checkpoints."""
+    counters: Counters
+    accumulation: Accumulation
+    progress: ProgressReporter
+    rollback: Rollback | None
+    best: BestMetric | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has reached its end."""
+        ...
+
+    @property
+    def scheduler(self) -> LRScheduler | None:
+        """The learning-rate scheduler of the run; None if it has none."""
+        ...
+
+    def restore_counters(self, counters: Counters) -> None:
+        """Restore the counters of a checkpoint, so that the run continues at the saved step."""
+        ...
