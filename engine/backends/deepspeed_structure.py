@@ -83,8 +83,8 @@ def _check_model(values: Any, weights: Mapping[str, Any], *, strict: bool) -> No
 def read_weights(engine: Any) -> dict[str, Any]:
     """Return the ``state_dict`` that DeepSpeed would save now, with meta tensors.
 
-    With ZeRO stage 3, this is the ``state_dict`` of the sharded model. Every rank must then call
-    this function, because DeepSpeed gathers the small parameters on all ranks afterwards.
+    With ZeRO stage 3, this is the ``state_dict`` of the sharded model, and every rank must call
+    this function, because it ends with a collective operation that gathers small parameters.
     """
     has_events = engine._optimizer_has_ckpt_event_prologue()  # noqa: SLF001  # it has no public name
     if has_events:

@@ -186,10 +186,10 @@ def read(
 def _find_saved_weights(
     directory: Path, model: nn.Module, source: Source, *, strict: bool, frozen: bool
 ) -> dict[str, Any]:
-    """Return the model's state without the values that the checkpoint may lack; see `read`.
+    """Return the part of the model's state that is loaded; see `read` for the parts that are not.
 
     Raises:
-        CheckpointError: if the checkpoint does not have the remaining weights.
+        CheckpointError: if the checkpoint does not contain this part.
     """
     weights: dict[str, Any] = get_model_state_dict(model)
     saved = {

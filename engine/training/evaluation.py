@@ -1,4 +1,4 @@
-"""Evaluate a model on a whole dataset: each sample counts once, on any number of ranks."""
+"""Evaluate a model on a whole dataset, whose samples may be split across ranks."""
 
 from __future__ import annotations
 

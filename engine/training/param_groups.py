@@ -312,7 +312,7 @@ def _find_layers(
 ) -> dict[nn.Parameter, tuple[int, int]]:
     """Return the layer of each parameter, and the number of the last layer.
 
-    Layer 0 contains the parameters before the first block, and layer i the block i, from 1. The
+    Layer 0 contains the parameters before the first block. Layer i contains block i. The
     last layer contains the parameters after the last block.
 
     Raises:

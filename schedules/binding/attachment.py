@@ -59,9 +59,9 @@ class Attachment:
                 other.note_other_writer()
 
     def has_last_group(self, groups: Sequence[Group]) -> bool:
-        """Return whether the param groups are still those into which a schedule last wrote.
+        """Return whether the optimizer still has the param groups that a schedule last wrote to.
 
-        Loading the state of an optimizer replaces its groups, possibly with those of another run.
+        It does not after its state was loaded, because loading replaces the param groups.
         """
         return any(group is self._last_group for group in groups)
 

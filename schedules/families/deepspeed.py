@@ -1,7 +1,7 @@
 """DeepSpeed's schedules: OneCycle, LRRangeTest, WarmupLR, WarmupDecayLR and WarmupCosineLR.
 
-Parameters, defaults and shapes match deepspeed/runtime/lr_schedules.py (0.19). Docstrings
-describe the differences, and docs/decisions/0003-deepspeed-schedules.md gives the reasons.
+Parameters, defaults and curves match deepspeed/runtime/lr_schedules.py of DeepSpeed 0.19.
+Docstrings describe the exceptions; docs/decisions/0003-deepspeed-schedules.md has the reasons.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class OneCycle(
     """Number of equal stairs in the second half of the cycle; 0 disables the staircase, and null
     uses `cycle_first_stair_count`."""
     decay_step_size: StepsOrZero | None = None
-    """Number of steps after the cycle in which the divisors of the learning rate and of momentum
-    increase by their decay rates; 0 or null disables the decay."""
+    """Length, in steps, of the intervals after the cycle. Every interval increases the divisors of
+    the learning rate and of momentum by their decay rates. 0 or null disables the decay."""
     post_cycle_decay_step_size: StepsOrZero | None = None
     """Alias of `decay_step_size` that DeepSpeed's tutorial uses. Set only one of the two."""
     cycle_momentum: bool = True

@@ -74,9 +74,9 @@ def _check_own_schedules(context: RuleContext) -> Iterator[Problem]:
 
 
 def _check_shared_schedule(context: RuleContext) -> Iterator[Problem]:
-    """Yield an error if the schedule would set one learning rate for different param groups.
+    """Yield an error if a schedule would give groups with different learning rates the same one.
 
-    The group of all other parameters can be empty, so that only the entries are compared.
+    Only the entries of ``param_groups`` are compared, because the default group may be empty.
     """
     schedule, block = context.schedule, context.get_section("optimizer")
     uses_groups = bool(block.get("param_groups")) or block.get("layer_decay", 1) != 1
